@@ -1,0 +1,29 @@
+"""Errors a user can act on: each carries one clear message that names the file, line or key."""
+
+
+class UserError(Exception):
+    """Base of every error caused by input or environment; the command line prints it and exits with 2."""
+
+
+class ConfigError(UserError):
+    """A configuration key is unknown, misspelt, missing or holds an impossible value."""
+
+
+class DataError(UserError):
+    """A data file or row cannot be used; the message names file and line."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint is missing, incomplete or does not fit the model."""
+
+
+class LayoutError(UserError):
+    """A parallel layout does not divide the model or the number of processes."""
+
+
+class TrainingDiverged(UserError):
+    """The loss or the gradient became NaN or infinite; the message names the step."""
+
+
+class RewardSourceError(UserError):
+    """A reward source failed or returned unusable scores; the message names the source."""
