@@ -1,0 +1,298 @@
+"""The configuration schema: every key that exists, its type, its default and what it does.
+
+The YAML files under ``conf/`` only give values to these keys. A key that is not here is an error
+that names the nearest one (see :mod:`nemo_advrm.config`). Keys that NeMo and NeMo-Aligner users
+know keep their names (``trainer.devices``, ``model.tensor_model_parallel_size``, ``model.optim``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class TrainerConfig:
+    """How long to train and on what; the NeMo / Lightning names."""
+
+    devices: int = 1  # processes per node
+    num_nodes: int = 1
+    accelerator: str = "auto"  # auto | cpu | gpu
+    max_steps: int = -1  # optimizer steps; -1 leaves it to max_epochs
+    max_epochs: int = 1  # passes over the training rows (ignored by RL stages)
+    val_check_interval: int = 0  # steps between validations; 0 validates at the end only
+    limit_val_batches: int = 0  # global batches per validation; 0 takes all
+    log_every_n_steps: int = 10  # steps between lines on the console (metrics.jsonl has every step)
+    gradient_clip_val: float = 1.0  # global gradient norm; 0 turns clipping off
+    checkpoint_every_n_steps: int = 0  # 0 saves at the end only
+    keep_checkpoints: int = 2  # newest checkpoints kept while training
+    timeout_minutes: float = 30.0  # limit of every collective wait
+
+
+@dataclass
+class ScheduleConfig:
+    """Learning-rate schedule: linear warm-up, then constant or cosine to ``min_lr``."""
+
+    name: str = "CosineAnnealing"  # CosineAnnealing | constant
+    warmup_steps: int = 0
+    min_lr: float = 0.0
+
+
+@dataclass
+class OptimConfig:
+    """Megatron-Core optimizer."""
+
+    name: str = "adam"  # adam (decoupled weight decay) | sgd
+    lr: float = 1.0e-5
+    weight_decay: float = 0.01
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.98])
+    eps: float = 1.0e-8
+    sched: ScheduleConfig = field(default_factory=ScheduleConfig)
+
+
+@dataclass
+class ModelConfig:
+    """Transformer architecture, parallel layout and batch shape."""
+
+    # architecture
+    num_layers: int = 2
+    hidden_size: int = 64
+    ffn_hidden_size: int = 0  # 0 means 4 * hidden_size
+    num_attention_heads: int = 4
+    num_query_groups: int = 0  # 0 means num_attention_heads (no grouped-query attention)
+    kv_channels: int = 0  # 0 means hidden_size / num_attention_heads
+    normalization: str = "RMSNorm"  # RMSNorm | LayerNorm | layernorm1p
+    layernorm_epsilon: float = 1.0e-5
+    activation: str = "swiglu"  # swiglu | geglu | gelu | relu | squared_relu
+    position_embedding_type: str = "rope"  # rope | learned_absolute
+    rotary_base: float = 10000.0
+    rotary_percent: float = 1.0
+    bias: bool = False  # biases in all linear layers
+    qkv_bias: bool = False  # biases in the query/key/value projection only (Qwen2)
+    qk_layernorm: bool = False  # normalise queries and keys (Qwen3)
+    share_embeddings_and_output_weights: bool = True
+    init_method_std: float = 0.02
+    hidden_dropout: float = 0.0
+    attention_dropout: float = 0.0
+    encoder_seq_length: int = 2048  # longest sequence (prompt + response) in tokens
+    tokenizer: str = "byte"  # byte | synthetic | hf:DIR
+    vocab_size: int = 0  # 0 takes the tokenizer's
+    make_vocab_size_divisible_by: int = 8  # the vocabulary is padded to this times the tensor parallel size
+    # parallel layout
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    virtual_pipeline_model_parallel_size: int = 0  # 0 turns the interleaved schedule off
+    context_parallel_size: int = 1
+    sequence_parallel: bool = False
+    use_distributed_optimizer: bool = False
+    # batches
+    micro_batch_size: int = 8  # most rows (pairs, responses) per microbatch
+    micro_batch_tokens: int = 8192  # most padded tokens per microbatch; one longer row is its own microbatch
+    global_batch_size: int = 64  # rows per optimizer step over all data-parallel ranks
+    optim: OptimConfig = field(default_factory=OptimConfig)
+
+
+@dataclass
+class PrecisionConfig:
+    """Number formats; FP8 recipes need Transformer Engine."""
+
+    name: str = "fp32"  # fp32 | bf16 | fp8_delayed | fp8_current | fp8_blockwise | mxfp8
+
+
+@dataclass
+class PretrainedConfig:
+    restore_from_path: str = ""  # checkpoint directory the weights come from
+
+
+@dataclass
+class DataConfig:
+    train_path: str = ""  # preference file (train_rm), text file (sft) or prompt file (attack, rlhf)
+    validation_path: str = ""  # empty: a held-out part of train_path
+    validation_fraction: float = 0.05
+    prompts_path: str = ""  # prompts of attack and rlhf; empty: those of train_path
+    format: str = "auto"
+    on_bad_row: str = "error"  # error | skip (skips are counted and reported)
+    on_overlong: str = "error"  # error | skip | truncate_prompt
+    limit_train_rows: int = 0  # 0 takes all
+    bootstrap: bool = False  # draw the training rows with replacement (ensemble members)
+
+
+@dataclass
+class RewardModelConfig:
+    """Objective of reward-model training."""
+
+    loss: str = "bt"  # bt | margin_bt | scaled_bt | regression
+    centering_coefficient: float = 0.0  # c * (r_chosen + r_rejected)^2
+    score_l2_coefficient: float = 0.0  # c * (r_chosen^2 + r_rejected^2) / 2
+    head_init_std: float = 0.02
+    num_attributes: int = 1  # outputs of the head (regression trains more than one)
+
+
+@dataclass
+class EnsembleConfig:
+    """K reward models that differ by seed, data order and head initialisation."""
+
+    size: int = 2
+    bootstrap: bool = False  # each member trains on its own bootstrap sample
+    members: list[str] = field(default_factory=list)  # checkpoints of trained members (attack, rlhf); R_1 first
+    aggregate: str = "mean"  # mean | min | lcb | uwo | gap
+    coefficient: float = 1.0  # of lcb (std) and uwo (variance)
+
+
+@dataclass
+class ReferenceConfig:
+    """SFT samples behind T_k(x), s_k and Z(U)."""
+
+    num_prompts: int = 512
+    samples_per_prompt: int = 6
+
+
+@dataclass
+class AdversarialConfig:
+    """Adversarial reward."""
+
+    preset: str = "paper"  # paper (z-scored, per prompt) | raw (constants on raw scores)
+    coefficient: float = 1.5  # lambda of the paper preset
+    penalty: float = -4.0  # paper: reward where R_1 <= T_1(x); raw: added where R_1 < anchor
+    lam1: float = 1.0
+    lam2: float = 1.0
+    anchor: float = -3.0
+    directions: list[int] = field(default_factory=lambda: [1])  # members attacked in turn, 1 is R_1
+
+
+@dataclass
+class KLConfig:
+    coefficient: float = 0.01
+    estimator: str = "abs"  # abs | k1 | k2 | k3
+
+
+@dataclass
+class RLConfig:
+    """Policy optimisation."""
+
+    algorithm: str = "rloo"  # rloo | reinforce | grpo | ppo
+    max_steps: int = 100
+    prompts_per_step: int = 32
+    group_size: int = 4  # rollouts per prompt
+    max_new_tokens: int = 256
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    kl: KLConfig = field(default_factory=KLConfig)
+    entropy_coefficient: float = 0.0
+    unended_penalty: float = -50.0  # reward of a response that does not end within max_new_tokens
+    apply_unended_penalty: bool = True
+    scale_advantages: bool = True  # divide advantages by their batch standard deviation
+    baseline: str = "batch_mean"  # of reinforce: none | batch_mean
+    updates_per_rollout: int = 1  # optimizer steps on one batch of rollouts (passes, for ppo and grpo)
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    gamma: float = 1.0
+    gae_lambda: float = 0.95
+    value_clip: float = 0.2
+    critic_lr: float = 1.0e-5
+    critic_warmup_steps: int = 0  # steps that train the critic alone
+    evaluation_every: int = 1  # steps between evaluations of gold and of the samples that are kept
+    log_samples: int = 4  # samples kept per step in samples.jsonl
+
+
+@dataclass
+class SelectionConfig:
+    """Which adversarial samples become rejected responses."""
+
+    threshold_z: float = 1.96
+    require_others_negative: bool = False  # also z_k < 0 for the other members
+    top_fraction: float = 1.0  # part with the largest Z(U) from which pairs are drawn
+    random_within_top: bool = False  # draw at random within that part instead of by rank
+    per_prompt: int = 4
+    per_signature: int = 1  # near duplicates kept per signature
+    max_pairs: int = 1000  # per round and direction
+    chosen: str = "best"  # best (largest ensemble mean) | random SFT response to the same prompt
+    min_pairs: int = 1  # a round with fewer pairs ends the pipeline
+
+
+@dataclass
+class AugmentationConfig:
+    """How adversarial pairs join the preference data."""
+
+    mode: str = "append"  # append (one pass over both) | mix (a set share of every batch)
+    ratio: float = 0.2  # share of adversarial pairs in a batch (mix)
+    weight: float = 1.0  # loss weight of adversarial pairs
+    pairs_path: str = ""  # pair store(s), comma separated
+
+
+@dataclass
+class RLHFRunConfig:
+    """One RLHF run of the pipeline."""
+
+    reward: str = "r1"  # r1 | ensemble (uses aggregate) | hardened
+    aggregate: str = "mean"
+    coefficient: float = 1.0
+
+
+@dataclass
+class PipelineConfig:
+    rounds: int = 2
+    sft: bool = False  # train the SFT policy first
+    stop_success_rate: float = 0.0  # stop when attack success falls below this
+    gold: str = ""  # gold reward used to label and evaluate: synthetic
+    stable_window: int = 5  # evaluations in the smoothing window of gold
+    stable_tolerance: float = 0.1
+    rlhf: dict[str, RLHFRunConfig] = field(default_factory=dict)
+
+
+@dataclass
+class SyntheticConfig:
+    """Sizes of the embedded language experiment."""
+
+    sft_rows: int = 20000
+    preference_pairs: int = 2000
+    validation_pairs: int = 1000
+    flip_probability: float = 0.1
+    prompts: int = 4096
+
+
+@dataclass
+class StageConfig:
+    """Settings of one stage, laid over the root: any root key may stand here."""
+
+    sft: dict[str, Any] = field(default_factory=dict)
+    train_rm: dict[str, Any] = field(default_factory=dict)
+    attack: dict[str, Any] = field(default_factory=dict)
+    rlhf: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class ExpManagerConfig:
+    """Loggers of NeMo's exp_manager; files go to the stage's directory."""
+
+    create_tensorboard_logger: bool = True
+    create_wandb_logger: bool = False
+    wandb_logger_kwargs: dict[str, Any] = field(default_factory=dict)
+    create_mlflow_logger: bool = False
+    mlflow_logger_kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Config:
+    """Root of the configuration."""
+
+    name: str = "advrm"
+    seed: int = 0
+    run_dir: str = "runs/${name}"
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    pretrained_checkpoint: PretrainedConfig = field(default_factory=PretrainedConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    reward_model: RewardModelConfig = field(default_factory=RewardModelConfig)
+    ensemble: EnsembleConfig = field(default_factory=EnsembleConfig)
+    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
+    adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
+    rl: RLConfig = field(default_factory=RLConfig)
+    selection: SelectionConfig = field(default_factory=SelectionConfig)
+    augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
+    pipeline: PipelineConfig = field(default_factory=PipelineConfig)
+    synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
+    stage: StageConfig = field(default_factory=StageConfig)
+    exp_manager: ExpManagerConfig = field(default_factory=ExpManagerConfig)
