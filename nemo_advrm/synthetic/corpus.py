@@ -1,0 +1,121 @@
+"""Prompts and responses of the embedded language: a corpus of mixed quality to fit the initial policy on.
+
+A prompt is three distinct nouns, the topics. A good response writes one well-formed sentence about each. Every response has
+a hidden quality q ~ U(0, 1); with the error rate e = 1 - q things go wrong:
+
+- the topics are shuffled; each is left out with probability .35e, else replaced by a noun off the topic with .35e;
+- a sentence about a random noun is put in somewhere with .3e;
+- a sentence is DET [ADJ with .1 + .6q] NOUN VERB [ADV with .1 + .5q] "."; in each sentence, independently: a determiner of the
+  wrong class (.35e), a verb of the wrong class (.35e), a filler at a random place before the stop (.25e), no stop (.35e);
+- each sentence is said twice in a row with .2e.
+
+Two rules keep every response usable as training data: a response from which all topics were left out gets one sentence about
+a random noun (no response is empty), and whole sentences are dropped from the end until the response and its end token fit into 32
+tokens (every response of the corpus ends).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from random import Random
+from typing import Protocol
+
+from nemo_advrm.synthetic.language import (
+    ADJECTIVES,
+    ADVERBS,
+    DETERMINERS,
+    FILLERS,
+    MAX_RESPONSE_TOKENS,
+    NOUNS,
+    STOP,
+    TOPICS_PER_PROMPT,
+    VERBS,
+    WORDS,
+    agreement_class,
+)
+from nemo_advrm.synthetic.tokenizer import SyntheticTokenizer
+
+Message = dict[str, str]
+Prompt = tuple[Message, ...]
+
+
+class UniformSource(Protocol):
+    """What the sampler needs of a generator: `random.Random` and `numpy.random.Generator` both have it."""
+
+    def random(self) -> float:
+        """A float in [0, 1)."""
+
+
+def sample_prompts(n: int, seed: int) -> list[Prompt]:
+    """`n` prompts of one user message each, "noun noun noun" with distinct nouns; the same for the same seed."""
+    rng = Random(f"synthetic prompts {seed}")
+    return [
+        ({"role": "user", "content": " ".join(WORDS[noun] for noun in rng.sample(NOUNS, TOPICS_PER_PROMPT))},)
+        for _ in range(n)
+    ]
+
+
+def sample_response(prompt: Sequence[Mapping[str, str]], rng: UniformSource, quality: float | None = None) -> str:
+    """One response to `prompt` by the recipe above, without the end token (1 to 31 words).
+
+    quality: q in [0, 1], 1 makes no errors; drawn from U(0, 1) if None.
+    """
+    quality = rng.random() if quality is None else quality
+    error = 1.0 - quality
+    topics = [token for token in SyntheticTokenizer().encode_prompt(prompt) if token in NOUNS]
+
+    subjects = []
+    for topic in _shuffled(topics, rng):
+        if rng.random() < 0.35 * error:
+            continue
+        if rng.random() < 0.35 * error:
+            topic = _pick([noun for noun in NOUNS if noun not in topics], rng)
+        subjects.append(topic)
+    if rng.random() < 0.3 * error or not subjects:
+        subjects.insert(int(rng.random() * (len(subjects) + 1)), _pick(NOUNS, rng))
+
+    response: list[int] = []
+    for subject in subjects:
+        sentence = _sentence(subject, quality, rng)
+        for _ in range(2 if rng.random() < 0.2 * error else 1):
+            if len(response) + len(sentence) + 1 > MAX_RESPONSE_TOKENS:
+                return _text(response)
+            response += sentence
+    return _text(response)
+
+
+def sft_corpus(n: int, seed: int) -> list[tuple[Prompt, str]]:
+    """`n` pairs (prompt, response) of mixed quality; the same for the same seed."""
+    rng = Random(f"synthetic corpus {seed}")
+    prompts = sample_prompts(n, seed)
+    return [(prompt, sample_response(prompt, rng)) for prompt in prompts]
+
+
+def _sentence(noun: int, quality: float, rng: UniformSource) -> list[int]:
+    error = 1.0 - quality
+    noun_class = agreement_class(noun)
+    determiner_class = 1 - noun_class if rng.random() < 0.35 * error else noun_class
+    verb_class = 1 - noun_class if rng.random() < 0.35 * error else noun_class
+    sentence = [DETERMINERS[determiner_class]]
+    if rng.random() < 0.1 + 0.6 * quality:
+        sentence.append(_pick(ADJECTIVES, rng))
+    sentence += [noun, _pick([verb for verb in VERBS if agreement_class(verb) == verb_class], rng)]
+    if rng.random() < 0.1 + 0.5 * quality:
+        sentence.append(_pick(ADVERBS, rng))
+    if rng.random() < 0.25 * error:
+        sentence.insert(int(rng.random() * (len(sentence) + 1)), _pick(FILLERS, rng))
+    if rng.random() >= 0.35 * error:
+        sentence.append(STOP)
+    return sentence
+
+
+def _pick(options: Sequence[int], rng: UniformSource) -> int:
+    return options[int(rng.random() * len(options))]
+
+
+def _shuffled(items: Sequence[int], rng: UniformSource) -> list[int]:
+    return [item for _, item in sorted((rng.random(), item) for item in items)]
+
+
+def _text(tokens: Sequence[int]) -> str:
+    return " ".join(WORDS[token] for token in tokens)

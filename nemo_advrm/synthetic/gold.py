@@ -1,0 +1,142 @@
+"""The gold reward of the embedded language: a formula that labels pairs and judges, and that no training step ever sees.
+
+    gold = cov + any/3 + 2 wf/L - .3 bad - .5 rep - .7 off - .4 filler - .15 max(0, L - 20) - .2 max(0, 10 - L) - 1.5 [no EOS]
+
+clipped to [-4, 6]. The terms, over the tokens before the first end token:
+
+- L: their number, stops included and the end token not (wf/L is 0 if L is 0);
+- a segment is what lies between two stops; cov, wf and bad look at segments. A segment is well-formed if it is closed by a stop and
+  is DET [ADJ] NOUN VERB [ADV] with determiner, noun and verb of one class; its subject need not be a topic;
+- cov: distinct topics that are the subject of a well-formed segment;
+- any: distinct topics that occur anywhere;
+- wf: tokens in well-formed segments, their stops included;
+- bad: all other segments: malformed, empty (two stops in a row, or a stop at the start), or not closed by a stop;
+- rep: occurrences of a content token (noun, verb, adjective, adverb) after its first one;
+- off: occurrences of nouns that are no topics;
+- filler: occurrences of fillers and of the four spare words;
+- [no EOS]: the response was cut at the length limit; decided by `ended` alone.
+
+A pad or separator token inside a response costs what its place costs: its segment is malformed and it adds to L. A faultless response of three
+sentences reaches 3 + 1 + 2 = 6; a string of 14 or more stops falls to -4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from nemo_advrm.errors import DataError
+from nemo_advrm.synthetic.language import (
+    ADVERBS,
+    EOS,
+    FILLERS,
+    NOUNS,
+    PAD,
+    SPARES,
+    VERBS,
+    VOCAB_SIZE,
+    is_well_formed,
+    segments,
+)
+from nemo_advrm.synthetic.tokenizer import SyntheticTokenizer
+
+GOLD_MIN, GOLD_MAX = -4.0, 6.0
+
+PromptLike = Sequence[Mapping[str, str]] | Sequence[int]
+ResponseLike = str | Sequence[int]
+
+_TOKENIZER = SyntheticTokenizer()
+_CONTENT = frozenset(range(NOUNS.start, ADVERBS.stop))  # nouns, verbs, adjectives and adverbs are neighbours
+_FILLING = frozenset((*FILLERS, *SPARES))
+assert VERBS.start == NOUNS.stop
+
+
+def gold_score(prompt_messages_or_ids: PromptLike, response_text_or_ids: ResponseLike, ended: bool) -> float:
+    """The gold reward of one response, in [-4, 6].
+
+    prompt_messages_or_ids: chat messages, or the ids of `encode_prompt`; their nouns are the topics.
+    response_text_or_ids: text, or ids, of which those from the first end token on and trailing pads are ignored.
+    ended: whether the writer emitted the end token.
+    Raises DataError for an unknown word or id and for a prompt without a noun.
+    """
+    topics = _topics(prompt_messages_or_ids)
+    tokens = _response_tokens(response_text_or_ids)
+    length = len(tokens)
+
+    covered: set[int] = set()
+    well_formed_tokens = bad = 0
+    for segment, closed in segments(tokens):
+        if closed and is_well_formed(segment):
+            covered.update(topics.intersection(segment))
+            well_formed_tokens += len(segment) + 1
+        else:
+            bad += 1
+
+    content = [token for token in tokens if token in _CONTENT]
+    repeated = len(content) - len(set(content))
+    off_topic = sum(token in NOUNS and token not in topics for token in content)
+    filling = sum(token in _FILLING for token in tokens)
+    score = (
+        len(covered)
+        + len(topics.intersection(tokens)) / 3
+        + 2 * well_formed_tokens / max(1, length)
+        - 0.3 * bad
+        - 0.5 * repeated
+        - 0.7 * off_topic
+        - 0.4 * filling
+        - 0.15 * max(0, length - 20)
+        - 0.2 * max(0, 10 - length)
+        - 1.5 * (not ended)
+    )
+    return min(GOLD_MAX, max(GOLD_MIN, score))
+
+
+def gold_scores(
+    prompts: Sequence[PromptLike], responses: Sequence[ResponseLike], ended: Sequence[bool]
+) -> list[float]:
+    """`gold_score` of every (prompt, response, ended); the three sequences have one length."""
+    return [gold_score(*row) for row in zip(prompts, responses, ended, strict=True)]
+
+
+class GoldReward:
+    """The gold reward as a reward source."""
+
+    name = "gold"
+
+    def score(
+        self, prompts: Sequence[PromptLike], responses: Sequence[ResponseLike], ended: Sequence[bool]
+    ) -> list[float]:
+        """Gold rewards in [-4, 6], one per response; see `gold_score`."""
+        return gold_scores(prompts, responses, ended)
+
+
+def _topics(prompt: PromptLike) -> set[int]:
+    tokens = _as_ints(prompt)
+    if tokens is None:
+        tokens = _TOKENIZER.encode_prompt(prompt)  # type: ignore[arg-type]
+    topics = {token for token in tokens if token in NOUNS}
+    if not topics:
+        raise DataError("a prompt of the synthetic language needs a noun as topic")
+    return topics
+
+
+def _response_tokens(response: ResponseLike) -> list[int]:
+    if isinstance(response, str):
+        return _TOKENIZER.encode(response)
+    tokens = _as_ints(response) or []
+    if EOS in tokens:
+        return tokens[: tokens.index(EOS)]
+    end = len(tokens)
+    while end and tokens[end - 1] == PAD:
+        end -= 1
+    return tokens[:end]
+
+
+def _as_ints(sequence: Sequence[object]) -> list[int] | None:
+    """The ids as plain integers (tensors and arrays included), or None if the sequence holds messages."""
+    if len(sequence) and isinstance(sequence[0], Mapping):
+        return None
+    ids = [int(token) for token in sequence]  # type: ignore[call-overload]
+    for token in ids:
+        if not 0 <= token < VOCAB_SIZE:
+            raise DataError(f"token id {token} is outside the synthetic vocabulary of {VOCAB_SIZE}")
+    return ids

@@ -1,0 +1,83 @@
+"""The vocabulary of the embedded language: 64 tokens, their words and their classes.
+
+The language is a scrap of English with number agreement. The class of a determiner, noun or verb is `id mod 2`: class 0 is
+singular ("this", "river", "sleeps"), class 1 is plural ("these", "birds", "sing"), so a violated agreement reads as an error
+to a person ("these river sing ."). A well-formed sentence is
+
+    DET [ADJ] NOUN VERB [ADV] "."      with DET, NOUN and VERB of one class.
+
+Ids 60-63 are spare: interjections that the corpus never uses, kept so that the vocabulary is a round 64. The gold reward
+counts them as fillers, because a token without a price becomes the optimum of whoever optimises against it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+PAD, EOS, SEP, STOP = 0, 1, 2, 3
+FILLERS = range(4, 8)
+DETERMINERS = range(8, 10)
+NOUNS = range(10, 34)
+VERBS = range(34, 46)
+ADJECTIVES = range(46, 54)
+ADVERBS = range(54, 60)
+SPARES = range(60, 64)
+
+TOPICS_PER_PROMPT = 3
+MAX_RESPONSE_TOKENS = 32  # the end of sequence included
+
+WORDS: tuple[str, ...] = (
+    *("<pad>", "<eos>", "<sep>", "."),
+    *("um", "uh", "er", "hmm"),
+    *("this", "these"),
+    # nouns: singular and plural in turn
+    *("river", "birds", "teacher", "horses", "garden", "children", "baker", "wolves"),
+    *("lantern", "clouds", "sailor", "foxes", "tree", "stars", "dragon", "farmers"),
+    *("violin", "robots", "castle", "bees", "doctor", "waves", "mountain", "painters"),
+    # verbs: singular and plural in turn
+    *("sleeps", "sing", "waits", "dance", "shines", "wander", "laughs", "rest", "falls", "grow", "dreams", "travel"),
+    *("small", "old", "red", "brave", "calm", "tall", "kind", "wild"),
+    *("slowly", "quietly", "often", "gladly", "early", "alone"),
+    *("ah", "oh", "eh", "huh"),
+)
+VOCAB_SIZE = len(WORDS)
+ID_OF_WORD: dict[str, int] = {word: token for token, word in enumerate(WORDS)}
+
+# One letter per token: the alphabet of `is_well_formed` and of the near-duplicate signature.
+KINDS = "".join(("PES.", "F" * 4, "D" * 2, "N" * 24, "V" * 12, "A" * 8, "R" * 6, "F" * 4))
+_SENTENCES = frozenset({"DNV", "DANV", "DNVR", "DANVR"})
+
+
+def agreement_class(token: int) -> int:
+    """The class (0 singular, 1 plural) of a determiner, noun or verb."""
+    return token % 2
+
+
+def kinds(tokens: Sequence[int]) -> str:
+    """One letter per token: P pad, E end, S separator, `.`, F filler, D determiner, N noun, V verb, A adjective, R adverb."""
+    return "".join([KINDS[token] for token in tokens])
+
+
+def is_well_formed(segment: Sequence[int]) -> bool:
+    """Whether the tokens before a stop (the stop left out) are one sentence whose determiner, noun and verb agree."""
+    if kinds(segment) not in _SENTENCES:
+        return False
+    noun_at = 1 if segment[1] in NOUNS else 2
+    determiner, noun, verb = segment[0], segment[noun_at], segment[noun_at + 1]
+    return agreement_class(determiner) == agreement_class(noun) == agreement_class(verb)
+
+
+def segments(tokens: Sequence[int]) -> Iterator[tuple[list[int], bool]]:
+    """Cut tokens at every stop; yields (tokens before the stop, whether a stop closed them).
+
+    What follows the last stop is yielded with False, and only if it is not empty.
+    """
+    current: list[int] = []
+    for token in tokens:
+        if token == STOP:
+            yield current, True
+            current = []
+        else:
+            current.append(token)
+    if current:
+        yield current, False
