@@ -1,0 +1,92 @@
+"""Advantages: how much better a response, or a token, did than was expected. All are constants (no gradient).
+
+Per-response rewards are [N], with the rollouts of one prompt in consecutive rows. Baselines are taken in float64, so
+that equal rewards give advantages of exactly 0 and not rounding noise that a later division would blow up.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nemo_advrm.errors import ConfigError
+from nemo_advrm.objectives.masked import zero_masked
+from nemo_advrm.objectives.names import unknown_name
+
+BASELINES = ("none", "batch_mean")
+
+
+@torch.no_grad()
+def rloo(rewards_N: Tensor, group_size: int) -> Tensor:
+    """Reward minus the mean reward of the other rollouts of the prompt, [N] (Ahmadian et al. 2024, "Back to Basics").
+
+    Raises ConfigError if a group has fewer than two rollouts or N is not a multiple of `group_size`.
+    """
+    rewards_PG = _grouped(rewards_N, group_size)
+    others_PG = (rewards_PG.sum(1, keepdim=True) - rewards_PG) / (group_size - 1)
+    return (rewards_PG - others_PG).reshape(-1).to(rewards_N.dtype)
+
+
+@torch.no_grad()
+def grpo(rewards_N: Tensor, group_size: int, eps: float = 1e-6) -> Tensor:
+    """(reward - group mean) / (group std + eps), [N] (Shao et al. 2024, DeepSeekMath, sec. 4.1.2; sample std, n - 1).
+
+    A group of equal rewards gets 0. Raises ConfigError like `rloo`.
+    """
+    rewards_PG = _grouped(rewards_N, group_size)
+    centred_PG = rewards_PG - rewards_PG.mean(1, keepdim=True)
+    return (centred_PG / (rewards_PG.std(1, keepdim=True) + eps)).reshape(-1).to(rewards_N.dtype)
+
+
+@torch.no_grad()
+def reinforce(rewards_N: Tensor, baseline: str = "none") -> Tensor:
+    """Reward itself ("none") or minus the batch mean ("batch_mean"), [N]. Raises ConfigError for another name."""
+    if baseline not in BASELINES:
+        raise unknown_name("baseline", baseline, BASELINES)
+    if baseline == "none" or rewards_N.numel() == 0:
+        return rewards_N.clone()
+    return (rewards_N.double() - rewards_N.double().mean()).to(rewards_N.dtype)
+
+
+@torch.no_grad()
+def gae(
+    token_rewards_BT: Tensor, values_BT: Tensor, mask_BT: Tensor, gamma: float, lam: float
+) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimates, and the returns a critic learns (advantage + value); [B, T], 0 where masked.
+
+    A_t = delta_t + gamma lam A_{t+1}, delta_t = r_t + gamma V_{t+1} - V_t (Schulman et al. 2016, eq. 16), where t + 1
+    is the next kept token, whatever lies between. After the last kept token comes nothing: a response cut off at the
+    length limit ends there too, as its reward already says so. Token rewards under the mask are ignored.
+    """
+    keep_BT = mask_BT.bool()
+    rewards_BT, values_BT = zero_masked(token_rewards_BT, keep_BT), zero_masked(values_BT, keep_BT)
+    advantages_BT = torch.zeros_like(values_BT)
+    next_advantage_B = torch.zeros_like(values_BT[:, 0])
+    next_value_B = torch.zeros_like(values_BT[:, 0])
+    for t in reversed(range(values_BT.shape[1])):
+        delta_B = rewards_BT[:, t] + gamma * next_value_B - values_BT[:, t]
+        next_advantage_B = torch.where(keep_BT[:, t], delta_B + gamma * lam * next_advantage_B, next_advantage_B)
+        next_value_B = torch.where(keep_BT[:, t], values_BT[:, t], next_value_B)
+        advantages_BT[:, t] = next_advantage_B
+    advantages_BT = zero_masked(advantages_BT, keep_BT)
+    return advantages_BT, advantages_BT + values_BT
+
+
+@torch.no_grad()
+def scale_by_std(advantages_N: Tensor) -> Tensor:
+    """Advantages divided by their population std over the batch, [N]; the mean stays, so signs do.
+
+    Under data parallelism pass the advantages of all ranks. Advantages that are all equal come back unchanged.
+    """
+    if advantages_N.numel() == 0:
+        return advantages_N.clone()
+    std = advantages_N.double().std(correction=0)
+    return (advantages_N.double() / torch.where(std > 0, std, torch.ones_like(std))).to(advantages_N.dtype)
+
+
+def _grouped(rewards_N: Tensor, group_size: int) -> Tensor:
+    if group_size < 2:
+        raise ConfigError(f"a group baseline needs at least 2 rollouts per prompt, not {group_size}")
+    if rewards_N.numel() % group_size:
+        raise ConfigError(f"{rewards_N.numel()} rewards cannot be split into groups of {group_size} rollouts")
+    return rewards_N.double().reshape(-1, group_size)

@@ -1,0 +1,132 @@
+"""Which adversarial responses become training pairs: the rule, the ranking and the removal of near-duplicates."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
+
+import torch
+from torch import Tensor
+
+from nemo_advrm.errors import ConfigError
+from nemo_advrm.objectives.uncertainty import others
+
+DROP_REASONS = ("not_qualified", "exact_duplicate", "below_top_fraction", "near_duplicate", "prompt_cap", "total_cap")
+
+
+def qualifies(
+    scores_BK: Tensor,
+    z_BK: Tensor,
+    prompt_mean_B: Tensor,
+    disagreement_z_B: Tensor,
+    threshold: float,
+    target: int = 0,
+    require_others_negative: bool = False,
+) -> Tensor:
+    """R_1 > T_1(x) and Z(U) > threshold, and with `require_others_negative` every other z_k < 0; bool [B].
+
+    `prompt_mean_B` is T of the target member. NaN never qualifies. Source: Adv-RM (arXiv 2504.06141).
+    """
+    qualified_B = (scores_BK[:, target] > prompt_mean_B) & (disagreement_z_B > threshold)
+    if require_others_negative:
+        qualified_B = qualified_B & (others(z_BK, target) < 0).all(-1)
+    return qualified_B
+
+
+def select_pairs(
+    qualified_B: Tensor,
+    ranking_B: Tensor,
+    prompts: Sequence[Hashable],
+    responses: Sequence[Hashable],
+    signature: Callable[[int], Hashable],
+    *,
+    per_signature: int = 1,
+    per_prompt: int | None = None,
+    total: int | None = 1000,
+    top_fraction: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> tuple[list[int], dict[str, int]]:
+    """Indices of the rows to keep, in the order they were taken, and how many rows each of DROP_REASONS dropped.
+
+    Rows are taken by falling `ranking_B` (Z(U)), ties by index, and a repeated (prompt, response) counts once. With
+    `top_fraction` < 1 only that part of the distinct qualified rows (rounded up) stays. With a CPU `generator` the rows
+    that stay are taken in random order instead, for more variety than the extremes offer. Each is then dropped if
+    `per_signature` rows with its `signature(index)` were taken already, or `per_prompt` of its prompt, or `total` in
+    all (None: no cap). The same arguments and generator state give the same answer. A row with a ranking of NaN does
+    not qualify. Raises ConfigError for a cap below 1 or a fraction outside (0, 1].
+    """
+    for key, cap in (("per_signature", per_signature), ("per_prompt", per_prompt), ("total", total)):
+        if cap is not None and cap < 1:
+            raise ConfigError(f"selection: {key} must be at least 1, not {cap}")
+    if not 0 < top_fraction <= 1:
+        raise ConfigError(f"selection: top_fraction must be above 0 and at most 1, not {top_fraction}")
+    ranking = ranking_B.tolist()
+    qualified = [i for i, ok in enumerate(qualified_B.tolist()) if ok and not math.isnan(ranking[i])]
+    dropped = dict.fromkeys(DROP_REASONS, 0)
+    dropped["not_qualified"] = len(ranking) - len(qualified)
+
+    distinct: dict[Hashable, int] = {}
+    for i in sorted(qualified, key=lambda i: (-ranking[i], i)):
+        distinct.setdefault((prompts[i], responses[i]), i)
+    candidates = list(distinct.values())
+    dropped["exact_duplicate"] = len(qualified) - len(candidates)
+
+    top = math.ceil(top_fraction * len(candidates))
+    dropped["below_top_fraction"] = len(candidates) - top
+    candidates = candidates[:top]
+    if generator is not None:
+        candidates = [candidates[j] for j in torch.randperm(top, generator=generator).tolist()]
+
+    taken: list[int] = []
+    of_signature: Counter[Hashable] = Counter()
+    of_prompt: Counter[Hashable] = Counter()
+    for i in candidates:
+        if total is not None and len(taken) >= total:
+            dropped["total_cap"] += 1
+            continue
+        mark = signature(i)
+        if of_signature[mark] >= per_signature:
+            dropped["near_duplicate"] += 1
+        elif per_prompt is not None and of_prompt[prompts[i]] >= per_prompt:
+            dropped["prompt_cap"] += 1
+        else:
+            taken.append(i)
+            of_signature[mark] += 1
+            of_prompt[prompts[i]] += 1
+    return taken, dropped
+
+
+def text_signature(text: str, shingle: int = 5, hashes: int = 3) -> tuple[int, ...]:
+    """MinHash of a text's character shingles: texts with Jaccard similarity J share it with probability J^hashes.
+
+    Case, digits (every number reads as 0), white space and runs of one punctuation mark are levelled first. The answer
+    is the same in every process and works without word boundaries (Chinese, code). Source: Broder (1997), "On the
+    resemblance and containment of documents".
+    """
+    levelled = _level(text)
+    shingles = {levelled[i : i + shingle] for i in range(max(1, len(levelled) - shingle + 1))}
+    base = [int.from_bytes(hashlib.blake2b(s.encode(), digest_size=8).digest(), "big") for s in shingles]
+    # An odd multiplier permutes the 64-bit numbers; the xor-shift brings the well-mixed high bits into play.
+    return tuple(min(_permute(value, odd) for value in base) for odd in _multipliers(hashes))
+
+
+def _multipliers(count: int) -> list[int]:
+    digests = (hashlib.blake2b(f"minhash {i}".encode(), digest_size=8).digest() for i in range(count))
+    return [int.from_bytes(digest, "big") | 1 for digest in digests]
+
+
+def _permute(value: int, odd: int) -> int:
+    mixed = (value * odd) & 0xFFFFFFFFFFFFFFFF
+    return ((mixed ^ (mixed >> 32)) * odd) & 0xFFFFFFFFFFFFFFFF
+
+
+def _level(text: str) -> str:
+    levelled: list[str] = []
+    for character in text.casefold():
+        character = "0" if character.isdigit() else " " if character.isspace() else character
+        repeats = bool(levelled) and levelled[-1] == character
+        if not (repeats and not character.isalpha()):
+            levelled.append(character)
+    return "".join(levelled).strip()

@@ -1,0 +1,76 @@
+"""One reward from the scores of an ensemble, and how far its members disagree.
+
+Scores are [B, K]: B responses, K members. Variances divide by K (as in Coste et al. 2023), so K = 1 gives 0.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from nemo_advrm.errors import ConfigError
+from nemo_advrm.objectives.names import unknown_name
+
+COMBINATIONS = ("mean", "min", "lcb", "uwo", "gap")
+
+
+def mean(scores_BK: Tensor) -> Tensor:
+    """Mean over the members, [B]."""
+    return scores_BK.mean(-1)
+
+
+def minimum(scores_BK: Tensor) -> Tensor:
+    """Lowest member, [B]: worst-case optimisation, WCO (Coste et al. 2023, arXiv 2310.02743)."""
+    return scores_BK.amin(-1)
+
+
+def lower_confidence_bound(scores_BK: Tensor, coefficient: float) -> Tensor:
+    """Mean - coefficient * std over the members, [B]."""
+    return scores_BK.mean(-1) - coefficient * scores_BK.std(-1, correction=0)
+
+
+def uncertainty_weighted(scores_BK: Tensor, coefficient: float) -> Tensor:
+    """Mean - coefficient * variance over the members, [B]: UWO (Coste et al. 2023, arXiv 2310.02743)."""
+    return scores_BK.mean(-1) - coefficient * scores_BK.var(-1, correction=0)
+
+
+def gap(scores_BK: Tensor, target: int = 0) -> Tensor:
+    """Score of the target member minus the mean of the others, [B]. Raises ConfigError like `others`."""
+    return scores_BK[:, target] - others_mean(scores_BK, target)
+
+
+def disagreement(scores_BK: Tensor, target: int = 0) -> Tensor:
+    """U of the selection rule, [B]: the `gap`, R_1 - R_2 for two members (Adv-RM, arXiv 2504.06141)."""
+    return gap(scores_BK, target)
+
+
+def combine(name: str, scores_BK: Tensor, coefficient: float = 1.0) -> Tensor:
+    """Reward of each response, [B], by the `name` of the method: one of COMBINATIONS.
+
+    Only "lcb" and "uwo" use the coefficient. Raises ConfigError for an unknown name.
+    """
+    if name not in COMBINATIONS:
+        raise unknown_name("ensemble reward", name, COMBINATIONS)
+    if name == "mean":
+        return mean(scores_BK)
+    if name == "min":
+        return minimum(scores_BK)
+    if name == "lcb":
+        return lower_confidence_bound(scores_BK, coefficient)
+    if name == "uwo":
+        return uncertainty_weighted(scores_BK, coefficient)
+    return gap(scores_BK)
+
+
+def others_mean(values_BK: Tensor, target: int) -> Tensor:
+    """Mean over the members that are not the target, [B]. Raises ConfigError like `others`."""
+    return others(values_BK, target).mean(-1)
+
+
+def others(values_BK: Tensor, target: int) -> Tensor:
+    """Columns of the members that are not the target, [B, K - 1]. Raises ConfigError unless K > 1 and target < K."""
+    members = values_BK.shape[-1]
+    if members < 2:
+        raise ConfigError(f"disagreement needs an ensemble of at least 2 reward models, not {members}")
+    if not 0 <= target < members:
+        raise ConfigError(f"target reward model {target + 1} does not exist: the ensemble has {members}")
+    return values_BK[:, [k for k in range(members) if k != target]]
