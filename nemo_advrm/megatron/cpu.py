@@ -1,0 +1,166 @@
+"""Runs Megatron-Core on CPU: the one module that redirects its CUDA calls.
+
+Megatron-Core asks for ``device="cuda"`` by name in many places. Inside its modules (and nowhere
+else in the process) the name ``torch`` is replaced by a stand-in whose factory functions take such
+a request as "the CPU" and whose ``cuda`` answers for the CPU. :func:`redirect_megatron_to_cpu` is
+called by the runtime when no GPU is used; importing this module changes nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+_CPU = torch.device("cpu")
+_FACTORIES = (
+    "tensor as_tensor zeros ones empty full rand randn randint arange eye linspace "
+    "zeros_like ones_like empty_like full_like"
+).split()
+
+
+def _is_cuda(device: Any) -> bool:
+    if isinstance(device, torch.device):
+        return device.type == "cuda"
+    return isinstance(device, str) and device.startswith("cuda")
+
+
+def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(factory)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if _is_cuda(kwargs.get("device")):
+            kwargs["device"] = _CPU
+        return factory(*args, **kwargs)
+
+    return call
+
+
+class _NoStream:
+    """Stands for a CUDA stream: every method does nothing."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *args, **kwargs: None
+
+
+def _cuda_stand_in() -> types.ModuleType:
+    cuda = types.ModuleType("torch.cuda")
+    cuda.__dict__.update(torch.cuda.__dict__)
+
+    def nothing(*args: Any, **kwargs: Any) -> None:
+        return None
+
+    def zero(*args: Any, **kwargs: Any) -> int:
+        return 0
+
+    cuda.__dict__.update(
+        current_device=lambda: _CPU,
+        device_count=lambda: 1,
+        synchronize=nothing,
+        set_device=nothing,
+        empty_cache=nothing,
+        manual_seed=torch.manual_seed,
+        get_rng_state=lambda *args, **kwargs: torch.get_rng_state(),
+        set_rng_state=lambda state, *args, **kwargs: torch.set_rng_state(state),
+        memory_allocated=zero,
+        max_memory_allocated=zero,
+        memory_reserved=zero,
+        max_memory_reserved=zero,
+        Stream=lambda *args, **kwargs: _NoStream(),
+        current_stream=lambda *args, **kwargs: _NoStream(),
+        default_stream=lambda *args, **kwargs: _NoStream(),
+        stream=lambda *args, **kwargs: contextlib.nullcontext(),
+    )
+    return cuda
+
+
+def _torch_stand_in() -> types.ModuleType:
+    stand_in = types.ModuleType("torch")
+    stand_in.__dict__.update(torch.__dict__)
+    for name in _FACTORIES:
+        stand_in.__dict__[name] = _on_cpu(getattr(torch, name))
+    stand_in.__dict__["cuda"] = _cuda_stand_in()
+    # names that torch resolves lazily are looked up in the real module
+    stand_in.__dict__["__getattr__"] = lambda name: getattr(torch, name)
+    return stand_in
+
+
+class CpuRNGStatesTracker:
+    """Named random streams over the CPU generator, with the interface of Megatron's CUDA tracker."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def is_initialized(self) -> bool:
+        return self._initialized
+
+    def reset(self) -> None:
+        self.states_: dict[str, torch.Tensor] = {}
+        self.seeds_: set[int] = set()
+        self._initialized = False
+
+    def get_states(self) -> dict[str, torch.Tensor]:
+        return dict(self.states_)
+
+    def set_states(self, states: dict[str, torch.Tensor]) -> None:
+        self._initialized = True
+        self.states_ = states
+
+    def add(self, name: str, seed: int) -> None:
+        self._initialized = True
+        before = torch.get_rng_state()
+        torch.manual_seed(seed)
+        self.states_[name] = torch.get_rng_state()
+        torch.set_rng_state(before)
+
+    @contextlib.contextmanager
+    def fork(self, name: str = "model-parallel-rng") -> Iterator[None]:
+        before = torch.get_rng_state()
+        torch.set_rng_state(self.states_[name])
+        try:
+            yield
+        finally:
+            self.states_[name] = torch.get_rng_state()
+            torch.set_rng_state(before)
+
+
+def _clip_grad_by_total_norm(
+    parameters: Any, max_norm: float, total_norm: float, use_decoupled_grad: bool = False
+) -> None:
+    """Megatron's clipping without its assertion that gradients are CUDA tensors."""
+    name = "decoupled_grad" if use_decoupled_grad else "grad"
+    grads = [g for p in parameters if (g := getattr(p, name, None)) is not None]
+    coefficient = max_norm / (total_norm + 1.0e-6)
+    if coefficient < 1.0 and grads:
+        torch._foreach_mul_([g.detach() for g in grads], coefficient)
+
+
+_stand_in: types.ModuleType | None = None
+
+
+def redirect_megatron_to_cpu() -> None:
+    """Point every loaded ``megatron.core`` module at the CPU. Safe to call again after more were loaded."""
+    global _stand_in
+    if _stand_in is None:
+        _stand_in = _torch_stand_in()
+        # the only method call that cannot be reached through a module's names: tied embeddings of
+        # a pipeline (LanguageModule) move their weight with Tensor.cuda()
+        torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign,assignment]
+    for name, module in list(sys.modules.items()):
+        if name.startswith("megatron.core") and getattr(module, "torch", None) is torch:
+            module.__dict__["torch"] = _stand_in
+
+    from megatron.core.optimizer import clip_grads, optimizer
+    from megatron.core.tensor_parallel import random
+
+    clip_grads.clip_grad_by_total_norm_fp32 = _clip_grad_by_total_norm
+    optimizer.clip_grad_by_total_norm_fp32 = _clip_grad_by_total_norm
+    random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    if not isinstance(random._CUDA_RNG_STATE_TRACKER, CpuRNGStatesTracker):
+        random._CUDA_RNG_STATE_TRACKER = CpuRNGStatesTracker()
+        random._CUDA_RNG_STATE_TRACKER_INITIALIZED = True

@@ -1,0 +1,170 @@
+"""Megatron-Core's GPT with one of three heads: next-token logits, one reward, or a value per token."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from nemo_advrm.megatron.kv_cache import KVCache
+from nemo_advrm.megatron.layers import Norm
+from nemo_advrm.megatron.transformer import layer_spec
+from nemo_advrm.schema import ModelConfig
+
+Head = Literal["lm", "reward", "value"]
+
+
+class ScalarHead(nn.Module):
+    """Linear map without bias from the last hidden state to ``outputs`` numbers, in fp32 on every rank.
+
+    It is replicated over tensor-parallel ranks, which all see the same hidden state and so the same
+    gradient, and lives on the last pipeline stage.
+    """
+
+    def __init__(self, hidden_size: int, outputs: int, init_std: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(outputs, hidden_size, dtype=torch.float32))
+        nn.init.normal_(self.weight, std=init_std)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[..., hidden] in any dtype -> [..., outputs] in fp32."""
+        return nn.functional.linear(hidden.float(), self.weight)
+
+
+class HeadedGPT(GPTModel):
+    """A GPT model chunk whose last stage ends in ``head``.
+
+    Under sequence parallelism the last hidden state is gathered first and the head then works on the
+    tokens that are asked for, so every head sees whole sequences and no logits are made for prompts.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        model: ModelConfig,
+        head: Head,
+        vocab_size: int,
+        on_gpu: bool,
+        pre_process: bool,
+        post_process: bool,
+        vp_stage: int | None = None,
+        head_outputs: int = 1,
+        head_init_std: float = 0.02,
+    ) -> None:
+        spec = layer_spec(model, on_gpu)
+        local = spec.submodules.input_layernorm is Norm
+        from megatron.core.transformer.transformer_block import get_num_layers_to_build
+
+        layers = get_num_layers_to_build(config, vp_stage=vp_stage)
+        block = TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=Norm) if local else spec
+        super().__init__(
+            config=config,
+            transformer_layer_spec=block,
+            vocab_size=vocab_size,
+            max_sequence_length=model.encoder_seq_length,
+            pre_process=pre_process,
+            post_process=post_process,
+            share_embeddings_and_output_weights=model.share_embeddings_and_output_weights and head == "lm",
+            position_embedding_type=model.position_embedding_type,
+            rotary_percent=model.rotary_percent,
+            rotary_base=model.rotary_base,
+            vp_stage=vp_stage,
+        )
+        self.head_kind = head
+        if not post_process:
+            return
+        if head == "lm":
+            # hidden states arrive gathered (see class docstring): the layer is told so
+            self.output_layer.sequence_parallel = False
+            self.output_layer.allreduce_dgrad = config.tensor_model_parallel_size > 1
+        else:
+            del self.output_layer
+            self.head = ScalarHead(config.hidden_size, head_outputs, head_init_std)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        read_at_B: Tensor | None = None,
+        predict_BS: Tensor | None = None,
+        inference_context: KVCache | None = None,
+        gather_logits: bool = False,
+    ) -> Tensor:
+        """One pipeline stage.
+
+        Args:
+            input_ids, position_ids: [B, S] int64.
+            attention_mask: True = hidden, only used when decoding from a cache.
+            read_at_B: position of each row's last real token (reward; lm when generating).
+            predict_BS: positions whose next-token logits are wanted (lm when training).
+            gather_logits: gather the vocabulary over tensor-parallel ranks.
+
+        Returns:
+            Before the last stage: hidden states [S, B, H]. On it, reward: [B, outputs] at ``read_at_B``;
+            value: [B, S]; lm: [N, V / tp] at ``predict_BS`` in row order or [B, V] at ``read_at_B``.
+        """
+        decoder_input, rotary, rotary_cos, rotary_sin, offset, _ = self._preprocess(
+            input_ids=input_ids, position_ids=position_ids, inference_context=inference_context
+        )[:6]
+        hidden_SBH = self.decoder(
+            hidden_states=decoder_input,
+            attention_mask=attention_mask,
+            inference_context=inference_context,
+            rotary_pos_emb=rotary,
+            rotary_pos_cos=rotary_cos,
+            rotary_pos_sin=rotary_sin,
+            sequence_len_offset=offset,
+        )
+        if not self.post_process:
+            return hidden_SBH
+        if self.config.sequence_parallel:
+            hidden_SBH = gather_from_sequence_parallel_region(
+                hidden_SBH, tensor_parallel_output_grad=False, group=self.pg_collection.tp
+            )
+        if self.head_kind == "value":
+            return self.head(hidden_SBH).squeeze(-1).transpose(0, 1)
+        if read_at_B is not None:
+            picked = hidden_SBH[read_at_B, torch.arange(hidden_SBH.size(1), device=hidden_SBH.device)]
+        else:
+            assert predict_BS is not None
+            picked = hidden_SBH.transpose(0, 1)[predict_BS]
+        if self.head_kind == "reward":
+            return self.head(picked)
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        logits, _ = self.output_layer(picked.unsqueeze(1), weight=weight, runtime_gather_output=gather_logits)
+        return logits.squeeze(1)
+
+
+_SEQUENCE_PARALLEL_SWITCHES = ("sequence_parallel", "scatter_to_sequence_parallel", "reduce_scatter_embeddings")
+
+
+@contextlib.contextmanager
+def without_sequence_parallel(chunk: HeadedGPT) -> Iterator[None]:
+    """Turn sequence parallelism off for decoding, where one token cannot be split over ranks."""
+    if not chunk.config.sequence_parallel:
+        yield
+        return
+    switched = [
+        (module, name)
+        for module in chunk.modules()
+        for name in _SEQUENCE_PARALLEL_SWITCHES
+        if getattr(module, name, False) is True
+    ]
+    for module, name in switched:
+        setattr(module, name, False)
+    chunk.config.sequence_parallel = False
+    try:
+        yield
+    finally:
+        for module, name in switched:
+            setattr(module, name, True)
+        chunk.config.sequence_parallel = True

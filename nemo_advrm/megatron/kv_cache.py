@@ -1,0 +1,86 @@
+"""Key/value cache for generation in which every row of the batch has its own length."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.inference.contexts import StaticInferenceContext
+from torch import Tensor
+
+
+class KVCache(StaticInferenceContext):
+    """Cache of one batch: prompts are padded on the right, each row then grows from its own end.
+
+    Compared with Megatron's static context (one position for the whole batch) prompts of different
+    lengths decode together, positions are those of training, and rows can be dropped with
+    :meth:`keep_rows` once they are finished.
+
+    Attributes:
+        lengths_B: tokens held per row (int64).
+        prefilling: True during the pass over the prompts.
+    """
+
+    def __init__(self, lengths_B: Tensor, max_sequence_length: int) -> None:
+        super().__init__(max_batch_size=lengths_B.numel(), max_sequence_length=max_sequence_length)
+        # each model call returns logits for every position; the caller picks each row's last
+        self.materialize_only_last_token_logits = False
+        self.lengths_B = lengths_B.clone()
+        self.prefilling = True
+        self.attended = int(lengths_B.max())
+
+    def rotary_angles(self, angles: Tensor, query_length: int) -> Tensor:
+        """Rotary angles [max, 1, 1, d] -> those of the tokens of this call, [s, 1 or b, 1, d]."""
+        if self.prefilling:
+            return angles[:query_length]
+        return angles[self.lengths_B].transpose(0, 1)
+
+    def update(self, layer_number: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Store this call's keys and values [s, b, groups, d]; return all that are to be attended to."""
+        if self.prefilling:
+            self.key_value_memory_dict[layer_number] = (self._allocate(key), self._allocate(value))
+        keys, values = self.key_value_memory_dict[layer_number]
+        if self.prefilling:
+            keys[:, :, : key.size(0)] = key.permute(1, 2, 0, 3)
+            values[:, :, : value.size(0)] = value.permute(1, 2, 0, 3)
+            return key, value
+        rows = torch.arange(key.size(1), device=key.device)
+        keys[rows, :, self.lengths_B] = key[0]
+        values[rows, :, self.lengths_B] = value[0]
+        end = self.attended
+        return keys[:, :, :end].permute(2, 0, 1, 3), values[:, :, :end].permute(2, 0, 1, 3)
+
+    def _allocate(self, like: Tensor) -> Tensor:
+        _, rows, groups, channels = like.shape
+        return like.new_zeros(rows, groups, self.max_sequence_length, channels)
+
+    def start_decoding(self) -> None:
+        """End the pass over the prompts; from here each call holds one new token a row."""
+        self.prefilling = False
+        self.sequence_len_offset = 1  # tells Megatron that the prompts are past
+        self.enable_decode_mode()
+        self.attended = int(self.lengths_B.max()) + 1
+
+    def advance(self) -> None:
+        """Count the token that the last call stored."""
+        self.lengths_B += 1
+        self.attended = int(self.lengths_B.max()) + 1
+
+    def hidden_mask(self) -> Tensor:
+        """[b, 1, 1, attended]: True where the row has no token yet (the new token included as visible)."""
+        positions = torch.arange(self.attended, device=self.lengths_B.device)
+        return (positions[None, :] > self.lengths_B[:, None])[:, None, None, :]
+
+    def keep_rows(self, rows_B: Tensor) -> None:
+        """Drop all rows but ``rows_B`` (int64 indices into the present batch)."""
+        self.lengths_B = self.lengths_B[rows_B]
+        self.max_batch_size = rows_B.numel()
+        for layer, (keys, values) in self.key_value_memory_dict.items():
+            self.key_value_memory_dict[layer] = (keys[rows_B], values[rows_B])
+        if rows_B.numel():
+            self.attended = int(self.lengths_B.max()) + 1
+
+    def __eq__(self, other: Any) -> bool:
+        return self is other
+
+    __hash__ = object.__hash__

@@ -1,0 +1,247 @@
+"""Starts and stops Megatron-Core's process groups from torchrun, SLURM variables or a single process."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import socket
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from nemo_advrm.errors import ConfigError, LayoutError
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Parallel sizes of a job; what is left of the world is data parallel."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    virtual_pipeline: int = 0
+    context: int = 1
+
+    @property
+    def model_parallel(self) -> int:
+        return self.tensor * self.pipeline * self.context
+
+
+@dataclass(frozen=True)
+class _Rendezvous:
+    rank: int
+    world_size: int
+    local_rank: int
+
+
+def _rendezvous() -> _Rendezvous:
+    """Rank and world size from torchrun's variables, else SLURM's, else a single process."""
+    env = os.environ
+    if "RANK" in env and "WORLD_SIZE" in env:
+        return _Rendezvous(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0)))
+    if int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in env:
+        if "MASTER_ADDR" not in env:
+            raise ConfigError(
+                "MASTER_ADDR is not set: inside a SLURM job export it to the first host, "
+                "MASTER_ADDR=$(scontrol show hostnames $SLURM_JOB_NODELIST | head -n 1)"
+            )
+        env.setdefault("MASTER_PORT", str(15000 + int(env.get("SLURM_JOB_ID", "0")) % 20000))
+        return _Rendezvous(int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"]), int(env.get("SLURM_LOCALID", 0)))
+    return _Rendezvous(0, 1, 0)
+
+
+class Runtime:
+    """The process's place in the job: device, ranks and groups. Made by :func:`start`.
+
+    Everything that is the same on all ranks of one model replica (rollouts, rewards, decisions) is
+    decided on one rank and sent with :meth:`broadcast_from_last_stage`.
+    """
+
+    def __init__(self, layout: Layout, device: torch.device, rank: int, world_size: int) -> None:
+        self.layout = layout
+        self.device = device
+        self.rank = rank
+        self.world_size = world_size
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.device.type == "cuda"
+
+    @property
+    def dp_rank(self) -> int:
+        from megatron.core import parallel_state
+
+        return parallel_state.get_data_parallel_rank()
+
+    @property
+    def dp_size(self) -> int:
+        from megatron.core import parallel_state
+
+        return parallel_state.get_data_parallel_world_size()
+
+    @property
+    def is_first_stage(self) -> bool:
+        from megatron.core import parallel_state
+
+        return parallel_state.is_pipeline_first_stage(ignore_virtual=True)
+
+    @property
+    def is_last_stage(self) -> bool:
+        from megatron.core import parallel_state
+
+        return parallel_state.is_pipeline_last_stage(ignore_virtual=True)
+
+    @property
+    def is_writer(self) -> bool:
+        """True on the one rank that writes text files and prints."""
+        return self.rank == 0
+
+    def broadcast_from_last_stage(self, value: torch.Tensor | None, like: tuple[tuple[int, ...], torch.dtype]):
+        """Give every pipeline stage the tensor that the last one holds; ``like`` is its shape and dtype."""
+        from megatron.core import parallel_state
+
+        if self.layout.pipeline == 1:
+            assert value is not None
+            return value
+        shape, dtype = like
+        if self.is_last_stage:
+            assert value is not None
+            buffer = value.to(self.device, dtype).contiguous()
+        else:
+            buffer = torch.empty(shape, dtype=dtype, device=self.device)
+        dist.broadcast(
+            buffer,
+            parallel_state.get_pipeline_model_parallel_last_rank(),
+            group=parallel_state.get_pipeline_model_parallel_group(),
+        )
+        return buffer
+
+    def gather_data_parallel(self, value: Any) -> list[Any]:
+        """Every data-parallel rank's picklable ``value``, in rank order, on all of them."""
+        from megatron.core import parallel_state
+
+        if self.dp_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.dp_size
+        dist.all_gather_object(values, value, group=parallel_state.get_data_parallel_group())
+        return values
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()
+
+    def seed(self, seed: int) -> None:
+        """Set every generator from ``seed``; tensor-parallel ranks get their own dropout streams.
+
+        Called at the start of every training step with a value made of the run's seed and the step,
+        so that a restarted run continues with the very numbers the unbroken one would have drawn.
+        """
+        from megatron.core import tensor_parallel
+
+        torch.manual_seed(seed)
+        if not self.on_gpu:
+            tensor_parallel.get_cuda_rng_tracker().reset()
+        tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+
+
+
+_current: Runtime | None = None
+
+
+def current() -> Runtime:
+    """The running :class:`Runtime`; raises RuntimeError before :func:`start`."""
+    if _current is None:
+        raise RuntimeError("Megatron-Core is not running: call nemo_advrm.megatron.runtime.start first")
+    return _current
+
+
+def start(layout: Layout | None = None, accelerator: str = "auto", timeout_minutes: float = 30.0) -> Runtime:
+    """Join the job and build Megatron's process groups for ``layout``.
+
+    Starting again with the same layout returns the running one; another layout rebuilds the groups.
+
+    Raises LayoutError when the layout does not divide the number of processes, ConfigError when a
+    GPU is asked for and none is there or the other processes cannot be reached in time.
+    """
+    global _current
+    layout = layout or Layout()
+    if _current is not None and _current.layout == layout:
+        return _current
+    if accelerator not in ("auto", "cpu", "gpu"):
+        raise ConfigError(f"trainer.accelerator: {accelerator!r} is not one of auto, cpu, gpu")
+    has_gpu = torch.cuda.is_available()
+    if accelerator == "gpu" and not has_gpu:
+        raise ConfigError("trainer.accelerator=gpu: PyTorch sees no GPU; use accelerator=cpu or check the driver")
+    on_gpu = has_gpu and accelerator != "cpu"
+    place = _rendezvous()
+    if place.world_size % layout.model_parallel:
+        raise LayoutError(
+            f"{place.world_size} processes cannot be split into model replicas of tensor {layout.tensor} x pipeline "
+            f"{layout.pipeline} x context {layout.context} = {layout.model_parallel} processes"
+        )
+    device = torch.device("cuda", place.local_rank) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    _join(place, on_gpu, timeout_minutes)
+    _initialize_groups(layout, on_gpu, timeout_minutes)
+    _current = Runtime(layout, device, place.rank, place.world_size)
+    return _current
+
+
+def _join(place: _Rendezvous, on_gpu: bool, timeout_minutes: float) -> None:
+    if dist.is_initialized():
+        return
+    timeout = datetime.timedelta(minutes=timeout_minutes)
+    backend = "nccl" if on_gpu else "gloo"
+    if place.world_size == 1:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        return
+    address = f"{os.environ.get('MASTER_ADDR', '127.0.0.1')}:{os.environ.get('MASTER_PORT', '29500')}"
+    try:
+        dist.init_process_group(
+            backend, init_method=f"tcp://{address}", rank=place.rank, world_size=place.world_size, timeout=timeout
+        )
+    except (dist.DistError, RuntimeError, OSError) as error:
+        raise ConfigError(
+            f"rank {place.rank} on {socket.gethostname()} could not join {place.world_size} processes at {address} "
+            f"within {timeout_minutes:g} minutes: {error}"
+        ) from error
+
+
+def _initialize_groups(layout: Layout, on_gpu: bool, timeout_minutes: float) -> None:
+    import megatron.core.distributed
+    import megatron.core.optimizer
+    import megatron.core.pipeline_parallel
+    from megatron.core import jit, parallel_state
+
+    if not on_gpu:
+        from nemo_advrm.megatron.cpu import redirect_megatron_to_cpu
+
+        # compiling the small fused functions costs minutes on a CPU and gains nothing
+        jit.disable_jit_fuser()
+        redirect_megatron_to_cpu()
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline or None,
+        context_parallel_size=layout.context,
+        distributed_timeout_minutes=max(1, round(timeout_minutes)),
+        create_gloo_process_groups=on_gpu,
+    )
+
+
+def stop() -> None:
+    """Leave the job; every group is destroyed."""
+    global _current
+    from megatron.core import parallel_state
+
+    if _current is None:
+        return
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    _current = None

@@ -1,0 +1,118 @@
+"""From our model configuration to Megatron-Core's transformer configuration and layer spec."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from nemo_advrm.errors import ConfigError
+from nemo_advrm.megatron.layers import CachedSelfAttention, FusedCoreAttention, Norm
+from nemo_advrm.schema import ModelConfig, PrecisionConfig
+
+
+def squared_relu(x: torch.Tensor) -> torch.Tensor:
+    return F.relu(x).square()
+
+
+# name -> (function, gated linear unit)
+ACTIVATIONS: dict[str, tuple[Any, bool]] = {
+    "swiglu": (F.silu, True),
+    "geglu": (F.gelu, True),
+    "gelu": (F.gelu, False),
+    "relu": (F.relu, False),
+    "squared_relu": (squared_relu, False),
+}
+_DTYPES = {"fp32": torch.float32}
+_FP8_RECIPES = {"fp8_delayed": "delayed", "fp8_current": "tensorwise", "fp8_blockwise": "blockwise", "mxfp8": "mxfp8"}
+
+
+def has_transformer_engine() -> bool:
+    return importlib.util.find_spec("transformer_engine") is not None
+
+
+def ffn_size(model: ModelConfig) -> int:
+    return model.ffn_hidden_size or 4 * model.hidden_size
+
+
+def transformer_config(model: ModelConfig, precision: PrecisionConfig, on_gpu: bool) -> TransformerConfig:
+    """Megatron-Core's configuration of ``model``.
+
+    Losses come from :mod:`nemo_advrm.megatron.schedule` as sums with counts, which Megatron divides
+    by the count over all data-parallel ranks (``calculate_per_token_loss``), so that a loss does not
+    depend on how rows are spread over microbatches and ranks.
+    """
+    activation, gated = ACTIVATIONS[model.activation]
+    dtype = _DTYPES.get(precision.name, torch.bfloat16)
+    fp8: dict[str, Any] = {}
+    if precision.name in _FP8_RECIPES:
+        if not has_transformer_engine():
+            raise ConfigError(
+                f"precision={precision.name} needs Transformer Engine, which is not installed "
+                "(pip install 'nemo_advrm[gpu]' on a machine with an NVIDIA GPU)"
+            )
+        fp8 = {"fp8": "hybrid", "fp8_recipe": _FP8_RECIPES[precision.name]}
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=ffn_size(model),
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.num_query_groups or model.num_attention_heads,
+        kv_channels=model.kv_channels or model.hidden_size // model.num_attention_heads,
+        normalization="LayerNorm" if model.normalization == "layernorm1p" else model.normalization,
+        layernorm_zero_centered_gamma=model.normalization == "layernorm1p",
+        layernorm_epsilon=model.layernorm_epsilon,
+        activation_func=activation,
+        gated_linear_unit=gated,
+        add_bias_linear=model.bias,
+        add_qkv_bias=model.qkv_bias or model.bias,
+        qk_layernorm=model.qk_layernorm,
+        init_method_std=model.init_method_std,
+        hidden_dropout=model.hidden_dropout,
+        attention_dropout=model.attention_dropout,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        tensor_model_parallel_size=model.tensor_model_parallel_size,
+        pipeline_model_parallel_size=model.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=model.virtual_pipeline_model_parallel_size or None,
+        context_parallel_size=model.context_parallel_size,
+        sequence_parallel=model.sequence_parallel,
+        use_cpu_initialization=not on_gpu,
+        variable_seq_lengths=model.pipeline_model_parallel_size > 1,
+        calculate_per_token_loss=True,
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        apply_rope_fusion=False,
+        persist_layer_norm=False,
+        deallocate_pipeline_outputs=True,
+        **fp8,
+    )
+
+
+def layer_spec(model: ModelConfig, on_gpu: bool) -> ModuleSpec:
+    """Transformer Engine's layer on a GPU that has it, else Megatron's local one with our parts."""
+    if on_gpu and has_transformer_engine():
+        spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=model.qk_layernorm)
+        spec.submodules.self_attention.module = CachedSelfAttention
+        return spec
+    spec = get_gpt_layer_local_spec(qk_layernorm=model.qk_layernorm, normalization="RMSNorm")
+    spec.submodules.input_layernorm = Norm
+    spec.submodules.pre_mlp_layernorm = Norm
+    attention = spec.submodules.self_attention
+    attention.module = CachedSelfAttention
+    attention.submodules.core_attention = FusedCoreAttention
+    if model.qk_layernorm:
+        attention.submodules.q_layernorm = Norm
+        attention.submodules.k_layernorm = Norm
+    return spec
