@@ -1,0 +1,44 @@
+# make run    set up .venv and run the main job: the Adv-RM rounds on the embedded synthetic language
+# make test   set up .venv and run the tests
+# make setup | lint | test-aligner | clean
+PYTHON ?= python3.11
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+ALIGNER_VENV ?= .venv-aligner
+
+.PHONY: setup run test test-aligner lint clean
+
+setup: $(STAMP)
+
+# The stamp makes this a no-op until the requirements change. torch goes first, by itself, so that a machine gets the
+# build (CPU or CUDA) its package index serves before anything else can ask for a different one.
+$(STAMP): setup.py pyproject.toml
+	@command -v $(PYTHON) >/dev/null 2>&1 && $(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' \
+	  2>/dev/null || { echo "error: $(PYTHON) is not a working Python 3.11; install it or name one: make setup PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) \
+	  || { echo "error: $(PYTHON) -m venv failed; on Debian and Ubuntu install python3.11-venv" >&2; exit 1; }
+	$(PIP) install -q $(TORCH)
+	$(PIP) install -q -e '.[dev]'
+	@touch $@
+
+run: setup
+	$(BIN)/nemo-advrm pipeline experiment=synthetic $(ARGS)
+
+test: setup
+	$(BIN)/python -m pytest $(ARGS)
+
+# NeMo-Aligner needs versions that fit nothing else, hence an environment of its own.
+test-aligner: setup
+	@test -x $(ALIGNER_VENV)/bin/python || { echo "error: no $(ALIGNER_VENV); make it as docs/aligner.md says" >&2; exit 1; }
+	ALIGNER_PYTHON=$(abspath $(ALIGNER_VENV))/bin/python $(BIN)/python -m pytest -m aligner $(ARGS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf build dist ./*.egg-info .pytest_cache .ruff_cache .mypy_cache
+	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +

@@ -1,0 +1,197 @@
+"""Values that configuration keys may take: one table of choices, one of ranges, and the check that applies them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from nemo_advrm.errors import ConfigError
+from nemo_advrm.keys import ANY_NAME, nearest
+from nemo_advrm.schema import Config
+
+AGGREGATES = ("mean", "min", "lcb", "uwo", "gap")
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "trainer.accelerator": ("auto", "cpu", "gpu"),
+    "model.normalization": ("RMSNorm", "LayerNorm", "layernorm1p"),
+    "model.activation": ("swiglu", "geglu", "gelu", "relu", "squared_relu"),
+    "model.position_embedding_type": ("rope", "learned_absolute"),
+    "model.optim.name": ("adam", "sgd"),
+    "model.optim.sched.name": ("CosineAnnealing", "constant"),
+    "precision.name": ("fp32", "bf16", "fp8_delayed", "fp8_current", "fp8_blockwise", "mxfp8"),
+    "data.on_bad_row": ("error", "skip"),
+    "data.on_overlong": ("error", "skip", "truncate_prompt"),
+    "reward_model.loss": ("bt", "margin_bt", "scaled_bt", "regression"),
+    "ensemble.aggregate": AGGREGATES,
+    "adversarial.preset": ("paper", "raw"),
+    "rl.algorithm": ("rloo", "reinforce", "grpo", "ppo"),
+    "rl.kl.estimator": ("abs", "k1", "k2", "k3"),
+    "rl.baseline": ("none", "batch_mean"),
+    "selection.chosen": ("best", "random"),
+    "augmentation.mode": ("append", "mix"),
+    "pipeline.gold": ("", "synthetic"),
+    "pipeline.rlhf.*.reward": ("r1", "ensemble", "hardened"),
+    "pipeline.rlhf.*.aggregate": AGGREGATES,
+}
+
+
+@dataclass(frozen=True)
+class Range:
+    """An interval of numbers; ``above`` and ``below`` are limits that the value may not touch."""
+
+    at_least: float = -math.inf
+    at_most: float = math.inf
+    above: float = -math.inf
+    below: float = math.inf
+
+    def __contains__(self, value: float) -> bool:
+        return math.isfinite(value) and self.at_least <= value <= self.at_most and self.above < value < self.below
+
+    def __str__(self) -> str:
+        names = ("at least", self.at_least), ("above", self.above), ("at most", self.at_most), ("below", self.below)
+        return " and ".join(f"{name} {limit:g}" for name, limit in names if math.isfinite(limit)) or "finite"
+
+
+COUNT = Range(at_least=1)
+COUNT_OR_ZERO = Range(at_least=0)
+POSITIVE = Range(above=0)
+NOT_NEGATIVE = Range(at_least=0)
+FRACTION = Range(at_least=0, at_most=1)
+BELOW_ONE = Range(at_least=0, below=1)
+FINITE = Range()
+
+RANGES: dict[str, Range] = {
+    "seed": COUNT_OR_ZERO,
+    "trainer.devices": COUNT,
+    "trainer.num_nodes": COUNT,
+    "trainer.max_steps": Range(at_least=-1),
+    "trainer.max_epochs": COUNT,
+    "trainer.val_check_interval": COUNT_OR_ZERO,
+    "trainer.limit_val_batches": COUNT_OR_ZERO,
+    "trainer.log_every_n_steps": COUNT,
+    "trainer.gradient_clip_val": NOT_NEGATIVE,
+    "trainer.checkpoint_every_n_steps": COUNT_OR_ZERO,
+    "trainer.keep_checkpoints": COUNT,
+    "trainer.timeout_minutes": POSITIVE,
+    "model.num_layers": COUNT,
+    "model.hidden_size": COUNT,
+    "model.ffn_hidden_size": COUNT_OR_ZERO,
+    "model.num_attention_heads": COUNT,
+    "model.num_query_groups": COUNT_OR_ZERO,
+    "model.kv_channels": COUNT_OR_ZERO,
+    "model.layernorm_epsilon": POSITIVE,
+    "model.rotary_base": POSITIVE,
+    "model.rotary_percent": Range(above=0, at_most=1),
+    "model.init_method_std": NOT_NEGATIVE,
+    "model.hidden_dropout": BELOW_ONE,
+    "model.attention_dropout": BELOW_ONE,
+    "model.encoder_seq_length": COUNT,
+    "model.vocab_size": COUNT_OR_ZERO,
+    "model.make_vocab_size_divisible_by": COUNT,
+    "model.tensor_model_parallel_size": COUNT,
+    "model.pipeline_model_parallel_size": COUNT,
+    "model.virtual_pipeline_model_parallel_size": COUNT_OR_ZERO,
+    "model.context_parallel_size": COUNT,
+    "model.micro_batch_size": COUNT,
+    "model.micro_batch_tokens": COUNT,
+    "model.global_batch_size": COUNT,
+    "model.optim.lr": POSITIVE,
+    "model.optim.weight_decay": NOT_NEGATIVE,
+    "model.optim.betas": BELOW_ONE,
+    "model.optim.eps": POSITIVE,
+    "model.optim.sched.warmup_steps": COUNT_OR_ZERO,
+    "model.optim.sched.min_lr": NOT_NEGATIVE,
+    "data.validation_fraction": BELOW_ONE,
+    "data.limit_train_rows": COUNT_OR_ZERO,
+    "reward_model.centering_coefficient": NOT_NEGATIVE,
+    "reward_model.score_l2_coefficient": NOT_NEGATIVE,
+    "reward_model.head_init_std": NOT_NEGATIVE,
+    "reward_model.num_attributes": COUNT,
+    "ensemble.size": COUNT,
+    "ensemble.coefficient": NOT_NEGATIVE,
+    "reference.num_prompts": COUNT,
+    "reference.samples_per_prompt": COUNT,
+    "adversarial.coefficient": NOT_NEGATIVE,
+    "adversarial.penalty": FINITE,
+    "adversarial.lam1": FINITE,
+    "adversarial.lam2": FINITE,
+    "adversarial.anchor": FINITE,
+    "adversarial.directions": COUNT,
+    "rl.max_steps": COUNT_OR_ZERO,
+    "rl.prompts_per_step": COUNT,
+    "rl.group_size": COUNT,
+    "rl.max_new_tokens": COUNT,
+    "rl.temperature": NOT_NEGATIVE,
+    "rl.top_k": COUNT_OR_ZERO,
+    "rl.top_p": Range(above=0, at_most=1),
+    "rl.kl.coefficient": NOT_NEGATIVE,
+    "rl.entropy_coefficient": NOT_NEGATIVE,
+    "rl.unended_penalty": FINITE,
+    "rl.updates_per_rollout": COUNT,
+    "rl.clip_low": BELOW_ONE,
+    "rl.clip_high": NOT_NEGATIVE,
+    "rl.gamma": FRACTION,
+    "rl.gae_lambda": FRACTION,
+    "rl.value_clip": NOT_NEGATIVE,
+    "rl.critic_lr": POSITIVE,
+    "rl.critic_warmup_steps": COUNT_OR_ZERO,
+    "rl.evaluation_every": COUNT,
+    "rl.log_samples": COUNT_OR_ZERO,
+    "selection.threshold_z": FINITE,
+    "selection.top_fraction": Range(above=0, at_most=1),
+    "selection.per_prompt": COUNT,
+    "selection.per_signature": COUNT,
+    "selection.max_pairs": COUNT,
+    "selection.min_pairs": COUNT_OR_ZERO,
+    "augmentation.ratio": BELOW_ONE,
+    "augmentation.weight": NOT_NEGATIVE,
+    "pipeline.rounds": COUNT_OR_ZERO,
+    "pipeline.stop_success_rate": FRACTION,
+    "pipeline.stable_window": COUNT,
+    "pipeline.stable_tolerance": NOT_NEGATIVE,
+    "pipeline.rlhf.*.coefficient": NOT_NEGATIVE,
+    "synthetic.sft_rows": COUNT,
+    "synthetic.preference_pairs": COUNT,
+    "synthetic.validation_pairs": COUNT,
+    "synthetic.flip_probability": FRACTION,
+    "synthetic.prompts": COUNT,
+}
+
+
+def _values(node: Any, parts: list[str], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, value) of every place that a table key names; the elements of a list one by one."""
+    if not parts:
+        elements = node if isinstance(node, list) else [node]
+        yield from ((prefix, element) for element in elements)
+        return
+    names = list(node) if parts[0] == ANY_NAME else [parts[0]]
+    for name in names:
+        child = node[name] if isinstance(node, dict) else getattr(node, name)
+        yield from _values(child, parts[1:], f"{prefix}.{name}".lstrip("."))
+
+
+def check_values(cfg: Config) -> None:
+    """Raise :class:`ConfigError` that names the key when a value is not one of its choices or out of its range."""
+    for pattern, options in CHOICES.items():
+        for key, value in _values(cfg, pattern.split(".")):
+            if value not in options:
+                shown = ", ".join(option or '""' for option in options)
+                raise ConfigError(f"{key}={value}: did you mean {nearest(value, options) or options[-1]}? choices: {shown}")
+    for pattern, allowed in RANGES.items():
+        for key, value in _values(cfg, pattern.split(".")):
+            if value not in allowed:
+                raise ConfigError(f"{key}={value}: must be {allowed}")
+    if len(cfg.model.optim.betas) != 2:
+        raise ConfigError(f"model.optim.betas={cfg.model.optim.betas}: must be two numbers")
+    members = len(cfg.ensemble.members) or cfg.ensemble.size
+    for direction in cfg.adversarial.directions:
+        if direction > members:
+            raise ConfigError(
+                f"adversarial.directions={cfg.adversarial.directions}: there is no member {direction}, "
+                f"the ensemble has {members} (ensemble.size, ensemble.members)"
+            )
+    tokenizer = cfg.model.tokenizer
+    if tokenizer not in ("byte", "synthetic") and not tokenizer.startswith("hf:"):
+        raise ConfigError(f"model.tokenizer={tokenizer}: must be byte, synthetic or hf:DIR")

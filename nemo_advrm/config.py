@@ -1,0 +1,265 @@
+"""Configuration: Hydra's composition of ``conf/`` and the command line, checked against the schema, as a Config object."""
+
+from __future__ import annotations
+
+import copy
+import importlib.metadata
+import platform
+import subprocess
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from nemo_advrm.checks import check_values
+from nemo_advrm.errors import ConfigError
+from nemo_advrm.keys import expected_type, is_section, nearest, nearest_key, stages_with_settings, type_name
+from nemo_advrm.schema import Config
+
+# conf/config.yaml starts from this node, so that every key of the schema exists and has a type, for Hydra's own
+# entry points (hydra_runner) too.
+ConfigStore.instance().store(name="nemo_advrm_schema", node=Config)
+
+VERSIONED = ("torch", "megatron-core", "nemo-toolkit", "lightning", "transformers", "numpy")
+
+
+def conf_dir() -> Path:
+    """Folder of the YAML files: inside the installed package, or ``conf/`` of the repository."""
+    package = Path(__file__).resolve().parent
+    for folder in (package / "conf", package.parent / "conf"):
+        if (folder / "config.yaml").is_file():
+            return folder
+    raise ConfigError(f"no conf/config.yaml in {package} or beside it: the installation is incomplete")
+
+
+def load_config(overrides: Sequence[str] = (), stage: str | None = None) -> Config:
+    """Compose the configuration of one stage.
+
+    ``overrides`` are Hydra's: ``key=value``, ``group=option``, ``+key=value``, ``~key``. A setting of
+    ``stage.<stage>`` counts over the root's. The command line counts over both, and a key given there as
+    ``stage.<stage>.KEY`` over the plain KEY. With ``stage=None``, or a stage that has no section, the
+    ``stage`` section is kept for :func:`for_stage`; else it is empty in the result.
+
+    Raises :class:`ConfigError` that names the key or group: unknown (with the nearest valid one), of the
+    wrong type, not one of its choices, out of range, or an override that cannot be parsed.
+    """
+    parsed = _parse(overrides)
+    roots = [conf_dir(), *_search_path(parsed)]
+    lines = [_checked_line(override, roots) for override in parsed]
+    try:
+        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+            composed = compose("config", overrides=lines)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise _explained(error) from error
+    return finish(composed, parsed, stage)
+
+
+def from_hydra(composed: DictConfig, stage: str | None = None) -> Config:
+    """The same as :func:`load_config` inside a function that Hydra (or NeMo's ``hydra_runner``) calls."""
+    from hydra.core.hydra_config import HydraConfig
+
+    return finish(composed, _parse(HydraConfig.get().overrides.task), stage)
+
+
+def finish(composed: DictConfig, overrides: Sequence[Override], stage: str | None) -> Config:
+    """Type-check a composed configuration and lay the stage's settings over it; see :func:`load_config`."""
+    plain = OmegaConf.to_container(composed, resolve=False)
+    assert isinstance(plain, dict)
+    _check_names(plain)
+    _drop_overridden(plain.get("stage", {}), overrides)
+    cfg = _to_object(plain)
+    check_values(cfg)
+    # Every stage is checked, whichever runs: a pipeline must not find a typing error an hour later.
+    for name in stages_with_settings():
+        if getattr(cfg.stage, name):
+            for_stage(cfg, name)
+    return for_stage(cfg, stage) if stage is not None else cfg
+
+
+def for_stage(cfg: Config, stage: str) -> Config:
+    """A new configuration: ``cfg`` with the settings of ``stage.<stage>`` laid over it and ``stage`` emptied.
+
+    A stage without a section (pipeline, select, ...) gets an equal copy that keeps ``stage``.
+    """
+    if stage not in stages_with_settings():
+        return copy.deepcopy(cfg)
+    plain = OmegaConf.to_container(OmegaConf.structured(cfg))
+    assert isinstance(plain, dict)
+    settings = plain.pop("stage")[stage]
+    try:
+        result = _to_object(plain, settings)
+        check_values(result)
+    except ConfigError as error:
+        raise ConfigError(f"stage.{stage}: {error}") if settings else error from None
+    return result
+
+
+def save_resolved(cfg: Config, path: Path) -> None:
+    """Write the whole configuration, every key with its value, as YAML."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(cfg)), encoding="utf-8")
+
+
+def versions() -> dict[str, str]:
+    """Versions of what produced a run: nemo_advrm, Python, the libraries (``absent`` if not installed), the git commit."""
+    from nemo_advrm import __version__
+
+    found = {"nemo_advrm": __version__, "python": platform.python_version()}
+    for package in VERSIONED:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "absent"
+    repository = Path(__file__).resolve().parent.parent
+    if (repository / ".git").exists():
+        git = ["git", "-C", str(repository), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        try:
+            found["git"] = subprocess.run(git, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+        except (OSError, subprocess.SubprocessError):
+            found["git"] = "unknown"
+    return found
+
+
+def _parse(overrides: Sequence[str]) -> list[Override]:
+    parser = OverridesParser.create()
+    parsed = []
+    for line in overrides:
+        if line.startswith("-"):
+            raise ConfigError(f"unknown option {line}: settings are written key=value")
+        try:
+            parsed.append(parser.parse_override(line))
+        except HydraException as error:
+            reason = str(error).splitlines()[0]
+            key = line.partition("=")[0].lstrip("+~").strip()
+            near = "" if not key or expected_type(key) is not None else f"; the nearest key is {nearest_key(key)}"
+            raise ConfigError(
+                f"cannot read the setting {line!r} ({reason}){near}; write key=value, and quote a value that "
+                "holds any of , = : { } [ ] ( ) or a space, as in 'key=\"a,b\"'"
+            ) from None
+    return parsed
+
+
+def _search_path(overrides: Sequence[Override]) -> list[Path]:
+    """Folders that ``hydra.searchpath=[DIR, ...]`` adds: a user's own configuration groups."""
+    added: list[Path] = []
+    for override in overrides:
+        if override.key_or_group == "hydra.searchpath":
+            value = override.value()
+            added.extend(Path(str(item).removeprefix("file://")) for item in (value if isinstance(value, list) else []))
+    return added
+
+
+def _checked_line(override: Override, roots: Sequence[Path]) -> str:
+    """The override as Hydra gets it; raises for an unknown key, group option, or a sweep."""
+    key, line = override.key_or_group, override.input_line
+    assert line is not None
+    if key.startswith("hydra.") or key.startswith("hydra/"):
+        return line
+    if override.is_sweep_override():
+        raise ConfigError(f"{line}: a list is written with brackets, as in {key}=[a,b]")
+    folders = [folder for root in roots if (folder := root / key).is_dir()]
+    value = None if override.is_delete() else override.value()
+    if folders and not isinstance(value, dict):
+        options = sorted({file.stem for folder in folders for file in folder.glob("*.yaml")})
+        for option in value if isinstance(value, list) else [value]:
+            if option not in options and not (option is None and key == "experiment" and not override.is_delete()):
+                near = nearest(str(option), options)
+                raise ConfigError(f"{line}: did you mean {key}={near}? {key} can be {', '.join(options)}")
+        return line.lstrip("+")
+    expected = expected_type(key)
+    if expected is None:
+        raise ConfigError(f"unknown key {key}: did you mean {nearest_key(key)}?")
+    if override.is_delete():
+        if not _is_free_name(key):
+            raise ConfigError(f"{line}: {key} cannot be deleted; give it another value")
+        return line
+    if is_section(key) and not isinstance(value, dict):
+        raise ConfigError(f"{line}: {key} is a section of keys, not a value (as in {key}.{_first_field(expected)}=...)")
+    # ++ adds or changes: a key inside stage.* or pipeline.rlhf.* need not be there yet. A section that need not be
+    # there (pipeline.rlhf.NAME) is given whole, because Hydra cannot make one on the way to a key.
+    parts, text = key.split("."), line.partition("=")[2]
+    for depth in range(len(parts), 1, -1):
+        if is_section(".".join(parts[:depth])) and not is_section(".".join(parts[: depth - 1])):
+            inner = text
+            for name in reversed(parts[depth - 1 :]):
+                inner = f"{{{name}:{inner}}}"
+            return f"++{'.'.join(parts[: depth - 1])}={inner}"
+    return f"++{key}={text}"
+
+
+def _first_field(section: Any) -> str:
+    return next(iter(section.__dataclass_fields__))
+
+
+def _is_free_name(key: str) -> bool:
+    """Whether a key's last component is a user's own name, or a stage's setting: what may be absent."""
+    parent = key.rpartition(".")[0]
+    return bool(parent) and (parent.startswith("stage.") or not is_section(parent))
+
+
+def _check_names(node: dict[str, Any], prefix: str = "") -> None:
+    """Raise for a key of the YAML files that the schema lacks."""
+    for name, value in node.items():
+        dotted = f"{prefix}{name}"
+        if expected_type(dotted) is None:
+            raise ConfigError(f"unknown key {dotted}: did you mean {nearest_key(dotted)}?")
+        if isinstance(value, dict):
+            _check_names(value, dotted + ".")
+
+
+def _leaves(value: Any, key: str) -> Iterator[str]:
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _leaves(inner, f"{key}.{name}")
+    else:
+        yield key
+
+
+def _drop_overridden(stages: dict[str, Any], overrides: Sequence[Override]) -> None:
+    """Remove from every stage's settings what the command line sets at the root, so that the command line counts."""
+    given: set[str] = set()
+    for override in overrides:
+        if not override.is_delete() and expected_type(override.key_or_group) is not None:
+            given.update(_leaves(override.value(), override.key_or_group))
+    for stage, settings in stages.items():
+        for key in given:
+            if f"stage.{stage}.{key}" in given:
+                continue
+            *path, last = key.split(".")
+            node: Any = settings
+            for part in path:
+                node = node.get(part, {}) if isinstance(node, dict) else {}
+            if isinstance(node, dict):
+                node.pop(last, None)
+
+
+def _to_object(*layers: dict[str, Any]) -> Config:
+    """Merge plain layers into the schema; raises ConfigError for a wrong type."""
+    try:
+        cfg = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), *layers))
+    except OmegaConfBaseException as error:
+        raise _explained(error) from error
+    assert isinstance(cfg, Config)
+    return cfg
+
+
+def _explained(error: BaseException) -> ConfigError:
+    """A message in terms of keys for what Hydra or OmegaConf raised."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OmegaConfBaseException):
+        cause = cause.__cause__ or cause.__context__
+    reason = str(cause or error).splitlines()[0]
+    key = getattr(cause, "full_key", None)
+    if not key:
+        return ConfigError(" ".join(str(error).split()))
+    expected = expected_type(key)
+    if expected is None:
+        return ConfigError(f"unknown key {key}: did you mean {nearest_key(key)}?")
+    return ConfigError(f"{key}: {reason} (expected {type_name(expected)})")

