@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -22,6 +23,18 @@ _FACTORIES = (
     "tensor as_tensor zeros ones empty full rand randn randint arange eye linspace "
     "zeros_like ones_like empty_like full_like"
 ).split()
+
+# what this package calls, so that nothing is loaded, unredirected, later
+_USED_MODULES = (
+    "megatron.core.distributed",
+    "megatron.core.dist_checkpointing.strategies.filesystem_async",
+    "megatron.core.dist_checkpointing.strategies.fully_parallel",
+    "megatron.core.dist_checkpointing.strategies.torch",
+    "megatron.core.inference.contexts",
+    "megatron.core.models.gpt.gpt_model",
+    "megatron.core.optimizer",
+    "megatron.core.pipeline_parallel",
+)
 
 
 def _is_cuda(device: Any) -> bool:
@@ -143,8 +156,15 @@ _stand_in: types.ModuleType | None = None
 
 
 def redirect_megatron_to_cpu() -> None:
-    """Point every loaded ``megatron.core`` module at the CPU. Safe to call again after more were loaded."""
+    """Point Megatron-Core's modules at the CPU. Safe to call again."""
     global _stand_in
+    from megatron.core import jit
+
+    # compiling Megatron's small fused functions costs minutes on a CPU and gains nothing; this must
+    # stand before the modules that use the decorator are loaded
+    jit.disable_jit_fuser()
+    for name in _USED_MODULES:
+        importlib.import_module(name)
     if _stand_in is None:
         _stand_in = _torch_stand_in()
         # the only method call that cannot be reached through a module's names: tied embeddings of

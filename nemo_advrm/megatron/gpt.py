@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
@@ -60,8 +61,6 @@ class HeadedGPT(GPTModel):
     ) -> None:
         spec = layer_spec(model, on_gpu)
         local = spec.submodules.input_layernorm is Norm
-        from megatron.core.transformer.transformer_block import get_num_layers_to_build
-
         layers = get_num_layers_to_build(config, vp_stage=vp_stage)
         block = TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=Norm) if local else spec
         super().__init__(
@@ -142,6 +141,14 @@ class HeadedGPT(GPTModel):
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         logits, _ = self.output_layer(picked.unsqueeze(1), weight=weight, runtime_gather_output=gather_logits)
         return logits.squeeze(1)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Megatron's sharded tensors; without an output layer the plain module rules apply."""
+        if self.head_kind == "lm":
+            return super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        return MegatronModule.sharded_state_dict(self, prefix, sharded_offsets, metadata)
 
 
 _SEQUENCE_PARALLEL_SWITCHES = ("sequence_parallel", "scatter_to_sequence_parallel", "reduce_scatter_embeddings")

@@ -43,10 +43,6 @@ class MegatronModel:
         for chunk in self.chunks:
             chunk.eval()
 
-    def zero_grad(self) -> None:
-        for chunk in self.chunks:
-            chunk.zero_grad_buffer()
-
     def state_dict(self) -> dict[str, torch.Tensor]:
         """This rank's tensors; keys carry the chunk number under the interleaved pipeline."""
         if len(self.parts) == 1:

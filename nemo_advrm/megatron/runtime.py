@@ -211,16 +211,11 @@ def _join(place: _Rendezvous, on_gpu: bool, timeout_minutes: float) -> None:
 
 
 def _initialize_groups(layout: Layout, on_gpu: bool, timeout_minutes: float) -> None:
-    import megatron.core.distributed
-    import megatron.core.optimizer
-    import megatron.core.pipeline_parallel
-    from megatron.core import jit, parallel_state
+    from megatron.core import parallel_state
 
     if not on_gpu:
         from nemo_advrm.megatron.cpu import redirect_megatron_to_cpu
 
-        # compiling the small fused functions costs minutes on a CPU and gains nothing
-        jit.disable_jit_fuser()
         redirect_megatron_to_cpu()
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()

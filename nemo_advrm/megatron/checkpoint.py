@@ -1,0 +1,164 @@
+"""Megatron distributed checkpoints of model and optimizer: atomic, checked, loadable at any layout.
+
+A checkpoint is a directory ``{meta.json, weights/}``. It is written under another name and renamed
+when every rank is done, so a directory of the right name is complete.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import warnings
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.validation import StrictHandling
+
+from nemo_advrm.errors import CheckpointError
+from nemo_advrm.megatron import runtime
+from nemo_advrm.megatron.model import MegatronModel
+from nemo_advrm.megatron.optim import MegatronOptimizer
+
+FORMAT = 1
+# what must agree between a checkpoint and the model that loads it
+_ARCHITECTURE = (
+    "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels normalization "
+    "activation position_embedding_type rotary_base rotary_percent bias qkv_bias qk_layernorm "
+    "share_embeddings_and_output_weights"
+).split()
+
+
+def _meta(model: MegatronModel, extra: dict[str, Any]) -> dict[str, Any]:
+    return {"format": FORMAT, "head": model.head, "vocab_size": model.vocab_size, "model": asdict(model.model), **extra}
+
+
+def save(
+    path: Path, model: MegatronModel, optimizer: MegatronOptimizer | None = None, meta: dict[str, Any] | None = None
+) -> None:
+    """Write a checkpoint; all ranks call. ``meta`` is anything JSON holds (step, tokenizer, history).
+
+    An existing checkpoint at ``path`` is replaced only once the new one is complete.
+    """
+    rt = runtime.current()
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    if rt.is_writer:
+        shutil.rmtree(partial, ignore_errors=True)
+        (partial / "weights").mkdir(parents=True)
+    rt.barrier()
+    model_state = model.sharded_state_dict()
+    state: dict[str, Any] = {"model": model_state}
+    if optimizer is not None:
+        state["optimizer"] = optimizer.sharded_state_dict(model_state)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            dist_checkpointing.save(state, str(partial / "weights"))
+    except OSError as error:
+        raise CheckpointError(f"{path}: could not be written ({error}); the checkpoint before it is untouched") from error
+    if rt.is_writer:
+        described = _meta(model, {**(meta or {}), "has_optimizer": optimizer is not None})
+        with open(partial / "meta.json", "w") as file:
+            json.dump(described, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        old = path.with_name(path.name + ".old")
+        shutil.rmtree(old, ignore_errors=True)
+        if path.exists():
+            path.rename(old)
+        partial.rename(path)
+        shutil.rmtree(old, ignore_errors=True)
+    rt.barrier()
+
+
+def read_meta(path: Path) -> dict[str, Any]:
+    """The description of a checkpoint; raises CheckpointError when it is missing or incomplete."""
+    path = Path(path)
+    if not path.exists():
+        raise CheckpointError(f"{path}: there is no such checkpoint")
+    try:
+        with open(path / "meta.json") as file:
+            meta = json.load(file)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: not a complete checkpoint (meta.json: {error})") from error
+    if not isinstance(meta, dict) or not {"format", "head", "model"} <= set(meta):
+        raise CheckpointError(f"{path}: not a checkpoint of nemo_advrm (meta.json lacks format, head or model)")
+    if meta["format"] > FORMAT:
+        raise CheckpointError(f"{path}: written by a newer version (format {meta['format']}, this one knows {FORMAT})")
+    return meta
+
+
+def _check_architecture(path: Path, meta: dict[str, Any], model: MegatronModel) -> None:
+    mine = asdict(model.model)
+    for key in _ARCHITECTURE:
+        if meta["model"].get(key) != mine[key]:
+            raise CheckpointError(
+                f"{path}: model.{key} is {meta['model'].get(key)!r} in the checkpoint and {mine[key]!r} in the "
+                "configuration"
+            )
+    if meta["vocab_size"] != model.vocab_size:
+        raise CheckpointError(
+            f"{path}: the vocabulary has {meta['vocab_size']} entries in the checkpoint and {model.vocab_size} in the "
+            "configuration (model.tokenizer, model.make_vocab_size_divisible_by)"
+        )
+
+
+def load(
+    path: Path, model: MegatronModel, optimizer: MegatronOptimizer | None = None, *, new_head: bool = False
+) -> dict[str, Any]:
+    """Read weights (and optimizer state) into ``model`` at its own layout; returns the checkpoint's description.
+
+    Args:
+        new_head: keep the model's own head and take only the trunk. Without it the head must be the
+            checkpoint's: a head is never re-initialised silently.
+
+    Raises:
+        CheckpointError: missing, incomplete or damaged checkpoint, another architecture or head.
+    """
+    path = Path(path)
+    meta = read_meta(path)
+    _check_architecture(path, meta, model)
+    if meta["head"] != model.head and not new_head:
+        raise CheckpointError(
+            f"{path}: holds a model with the head {meta['head']!r}, but one with {model.head!r} is wanted"
+        )
+    if optimizer is not None and not meta.get("has_optimizer"):
+        raise CheckpointError(f"{path}: has no optimizer state, so training cannot continue from it")
+    model_state = model.sharded_state_dict()
+    if new_head:
+        model_state = {k: v for k, v in model_state.items() if not _is_head(k)}
+    state: dict[str, Any] = {"model": model_state}
+    if optimizer is not None:
+        state["optimizer"] = optimizer.sharded_state_dict(model_state, is_loading=True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            loaded = dist_checkpointing.load(
+                state, str(path / "weights"), strict=StrictHandling.RAISE_UNEXPECTED
+            )
+    except Exception as error:  # Megatron raises many types for a damaged directory; the user needs one sentence
+        raise CheckpointError(f"{path}: could not be read ({type(error).__name__}: {error})") from error
+    _load_model_state(model, loaded["model"], strict=not new_head)
+    if optimizer is not None:
+        optimizer.load_state_dict(loaded["optimizer"])
+    return meta
+
+
+def _is_head(key: str) -> bool:
+    return ".head." in f".{key}" or "output_layer." in key
+
+
+def _load_model_state(model: MegatronModel, state: dict[str, Any], strict: bool) -> None:
+    many = len(model.parts) > 1
+    for i, part in enumerate(model.parts):
+        prefix = f"{i}.model." if many else "model."
+        own = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+        missing, unexpected = part.load_state_dict(own, strict=False)
+        lost = [k for k in missing if "_extra_state" not in k and (strict or not _is_head(k))]
+        if lost or unexpected:
+            raise CheckpointError(f"tensors do not match: missing {lost}, unexpected {list(unexpected)}")
+
+
