@@ -107,6 +107,7 @@ def build_model(
                 pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
                 post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
                 vp_stage=stage,
+                tokenizer_size=min(tokenizer_size, vocab_size),
                 head_outputs=head_outputs,
                 head_init_std=head_init_std,
             )

@@ -1,0 +1,140 @@
+"""Generates responses with a key/value cache, over tensor and pipeline parallel ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import Tensor
+
+from nemo_advrm.errors import ConfigError
+from nemo_advrm.megatron import runtime
+from nemo_advrm.megatron.gpt import without_sequence_parallel
+from nemo_advrm.megatron.kv_cache import KVCache
+from nemo_advrm.megatron.model import MegatronModel
+from nemo_advrm.megatron.sampling import Sampling, pick
+
+# finished rows are dropped once they are this share of the batch: copying the cache costs about one step
+_DROP_SHARE = 0.25
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Responses in the order of their prompts; ``ended`` is False where the length ran out first.
+
+    A response holds its stop token as its last one when it ended.
+    """
+
+    responses: list[list[int]]
+    ended: list[bool]
+
+
+def uniforms(seed: int, rows: int, tokens: int) -> Tensor:
+    """[rows, tokens] numbers in [0, 1) that depend on ``seed`` alone; row i is the same for any ``rows`` > i."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(rows, tokens, generator=generator)
+
+
+@torch.no_grad()
+def generate(
+    model: MegatronModel, prompts: list[list[int]], sampling: Sampling, uniforms_BT: Tensor, max_rows: int = 0
+) -> Generation:
+    """Continue every prompt; all ranks of one model replica call with the same prompts and get the same result.
+
+    Args:
+        prompts: token ids, none empty; lengths may differ.
+        uniforms_BT: [len(prompts), max_new_tokens] (see :func:`uniforms`); not read when greedy.
+        max_rows: most rows in one batch; 0 takes all at once. Batches are made of similar lengths.
+
+    Raises:
+        ConfigError: a prompt is empty or prompt plus response exceed the model's context.
+    """
+    limit = model.model.encoder_seq_length
+    for i, prompt in enumerate(prompts):
+        if not prompt:
+            raise ConfigError(f"prompt {i} is empty")
+        if len(prompt) + sampling.max_new_tokens > limit:
+            raise ConfigError(
+                f"prompt {i} has {len(prompt)} tokens; with rl.max_new_tokens={sampling.max_new_tokens} that exceeds "
+                f"model.encoder_seq_length={limit}"
+            )
+    if len(model.parts) > 1:
+        raise ConfigError("generation does not run with model.virtual_pipeline_model_parallel_size: set it to 0")
+    model.eval()
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    step = max_rows or len(prompts) or 1
+    responses: list[list[int]] = [[] for _ in prompts]
+    ended = [False] * len(prompts)
+    with without_sequence_parallel(model.parts[0]):
+        for start in range(0, len(order), step):
+            rows = order[start : start + step]
+            tokens, done = _generate_batch(model, [prompts[i] for i in rows], sampling, uniforms_BT[rows])
+            for i, row, finished in zip(rows, tokens, done, strict=True):
+                responses[i], ended[i] = row, finished
+    return Generation(responses, ended)
+
+
+def _generate_batch(
+    model: MegatronModel, prompts: list[list[int]], sampling: Sampling, uniforms_BT: Tensor
+) -> tuple[list[list[int]], list[bool]]:
+    device = runtime.current().device
+    lengths_B = torch.tensor([len(p) for p in prompts], device=device)
+    tokens_BS = torch.zeros(len(prompts), int(lengths_B.max()), dtype=torch.int64, device=device)
+    for row, prompt in zip(tokens_BS, prompts, strict=True):
+        row[: len(prompt)] = torch.tensor(prompt, device=device)
+    uniforms_BT = uniforms_BT.to(device)
+    stops = torch.tensor(sampling.stop_tokens, device=device)
+    cache = KVCache(lengths_B, int(lengths_B.max()) + sampling.max_new_tokens)
+
+    positions = torch.arange(tokens_BS.size(1), device=device).expand_as(tokens_BS)
+    logits = _call_pipeline(model, tokens_BS, positions, lengths_B - 1, None, cache)
+    cache.start_decoding()
+    alive = torch.arange(len(prompts), device=device)  # rows of the cache -> rows of the batch
+    running = torch.ones_like(alive, dtype=torch.bool)
+    written_BT = torch.full((len(prompts), sampling.max_new_tokens), -1, dtype=torch.int64, device=device)
+    ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+    for t in range(sampling.max_new_tokens):
+        picked = pick(logits, uniforms_BT[alive, t], sampling) if logits is not None else None
+        picked = runtime.current().broadcast_from_last_stage(picked, ((alive.numel(),), torch.int64))
+        written_BT[alive[running], t] = picked[running]
+        stopped = torch.isin(picked, stops) & running
+        ended[alive[stopped]] = True
+        running &= ~stopped
+        left = int(running.sum())
+        if left == 0 or t + 1 == sampling.max_new_tokens:
+            break
+        if left <= running.numel() * (1 - _DROP_SHARE):
+            keep = running.nonzero().squeeze(-1)
+            cache.keep_rows(keep)
+            alive, picked, running = alive[keep], picked[keep], running[keep]
+        positions = cache.lengths_B[:, None]
+        read_at = torch.zeros_like(cache.lengths_B)
+        logits = _call_pipeline(model, picked[:, None], positions, read_at, cache.hidden_mask(), cache)
+        cache.advance()
+    rows = [row[row >= 0].tolist() for row in written_BT]
+    return rows, ended.tolist()
+
+
+def _call_pipeline(
+    model: MegatronModel, tokens_BS: Tensor, positions_BS: Tensor, read_at_B: Tensor, mask: Tensor | None, cache: KVCache
+) -> Tensor | None:
+    """One pass through all stages; [B, V] logits on the last stage, None before it."""
+    rt = runtime.current()
+    part = model.parts[0]
+    rows, length = tokens_BS.shape
+    group = parallel_state.get_pipeline_model_parallel_group() if rt.layout.pipeline > 1 else None
+    if not rt.is_first_stage:
+        hidden = torch.empty(length, rows, model.config.hidden_size, dtype=model.config.params_dtype, device=rt.device)
+        dist.recv(hidden, parallel_state.get_pipeline_model_parallel_prev_rank(), group=group)
+        part.set_input_tensor(hidden)
+    output = part(
+        tokens_BS, positions_BS, mask, read_at_B=read_at_B, inference_context=cache, gather_logits=True
+    )
+    if not rt.is_first_stage:
+        part.set_input_tensor(None)
+    if rt.is_last_stage:
+        return output
+    dist.send(output.contiguous(), parallel_state.get_pipeline_model_parallel_next_rank(), group=group)
+    return None

@@ -1,0 +1,66 @@
+"""Picks next tokens from logits: temperature, top-k, top-p, by inverse transform of given uniforms.
+
+One uniform number decides one token, so a sample depends on its logits and its number alone: not on
+the other rows, on rows that left the batch, or on how the job is laid out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nemo_advrm.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to generate.
+
+    Attributes:
+        max_new_tokens: longest response, its stop token included.
+        stop_tokens: ids that end a response.
+        temperature: 0 is greedy.
+        top_k: keep the k likeliest tokens; 0 keeps all.
+        top_p: keep the smallest set of likeliest tokens that holds this probability.
+    """
+
+    max_new_tokens: int
+    stop_tokens: tuple[int, ...]
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ConfigError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
+        if self.temperature < 0:
+            raise ConfigError(f"temperature must not be negative, not {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p must be in (0, 1], not {self.top_p}")
+        if self.top_k < 0:
+            raise ConfigError(f"top_k must not be negative, not {self.top_k}")
+
+
+def pick(logits_BV: Tensor, uniforms_B: Tensor, sampling: Sampling) -> Tensor:
+    """[B, V] logits and [B] numbers in [0, 1) -> [B] int64 token ids."""
+    if sampling.temperature == 0:
+        return logits_BV.argmax(-1)
+    probs_BV = torch.softmax(logits_BV.float() / sampling.temperature, dim=-1)
+    tokens_BV = None
+    if sampling.top_k or sampling.top_p < 1:
+        kept = min(sampling.top_k or probs_BV.size(-1), probs_BV.size(-1))
+        probs_BV, tokens_BV = probs_BV.topk(kept, dim=-1)
+        if sampling.top_p < 1:
+            probs_BV = probs_BV / probs_BV.sum(-1, keepdim=True)
+            before = probs_BV.cumsum(-1) - probs_BV
+            probs_BV = probs_BV.masked_fill(before >= sampling.top_p, 0.0)
+    cumulative_BV = probs_BV.cumsum(-1)
+    wanted_B1 = uniforms_B[:, None] * cumulative_BV[:, -1:]
+    index_B1 = torch.searchsorted(cumulative_BV, wanted_B1, right=True)
+    # rounding can point one past the last token that has any probability
+    last_B1 = (probs_BV > 0).cumsum(-1).argmax(-1, keepdim=True)
+    index_B1 = torch.minimum(index_B1, last_B1)
+    picked = index_B1 if tokens_BV is None else tokens_BV.gather(-1, index_B1)
+    return picked.squeeze(-1)
