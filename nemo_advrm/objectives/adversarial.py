@@ -20,7 +20,8 @@ def paper_reward(
     The condition keeps the adversary from winning by pushing the others down with a response nobody likes. Raises
     ConfigError unless K > 1 and `target` exists.
     """
-    reward_B = z_BK[:, target] - coefficient * others_mean(z_BK, target)
+    rest_B = others_mean(z_BK, target)
+    reward_B = z_BK[:, target] - coefficient * rest_B
     return torch.where(scores_BK[:, target] > prompt_mean_BK[:, target], reward_B, torch.full_like(reward_B, penalty))
 
 
@@ -37,8 +38,8 @@ def raw_reward(
     Works on unstandardised scores with one constant for all prompts, so it needs no reference statistics; below the
     anchor R_1 itself still guides the adversary upwards. Raises ConfigError unless K > 1 and `target` exists.
     """
-    target_B = scores_BK[:, target]
     other_B = others_mean(scores_BK, target)
+    target_B = scores_BK[:, target]
     reward_B = lam1 * target_B - lam2 * torch.where(target_B > anchor, other_B, torch.zeros_like(other_B))
     return torch.where(target_B < anchor, reward_B + penalty, reward_B)
 

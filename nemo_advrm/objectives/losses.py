@@ -122,9 +122,7 @@ def clipped_policy_gradient(
     return loss_BT, clipped_BT
 
 
-def clipped_value(
-    values_BT: Tensor, old_values_BT: Tensor, returns_BT: Tensor, mask_BT: Tensor, clip: float
-) -> Tensor:
+def clipped_value(values_BT: Tensor, old_values_BT: Tensor, returns_BT: Tensor, mask_BT: Tensor, clip: float) -> Tensor:
     """Critic's loss of each token, [B, T], 0 where masked: max((v - R)^2, (v_clip - R)^2) / 2.
 
     v_clip is v held within `clip` of the value at the rollout; clip = inf turns it off. Source: Schulman et al.'s PPO

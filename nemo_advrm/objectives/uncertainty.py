@@ -35,7 +35,8 @@ def uncertainty_weighted(scores_BK: Tensor, coefficient: float) -> Tensor:
 
 def gap(scores_BK: Tensor, target: int = 0) -> Tensor:
     """Score of the target member minus the mean of the others, [B]. Raises ConfigError like `others`."""
-    return scores_BK[:, target] - others_mean(scores_BK, target)
+    rest_B = others_mean(scores_BK, target)
+    return scores_BK[:, target] - rest_B
 
 
 def disagreement(scores_BK: Tensor, target: int = 0) -> Tensor:
