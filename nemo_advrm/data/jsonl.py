@@ -1,0 +1,203 @@
+"""JSON-lines files: reading with line numbers in every error, atomic writing, and appending for metrics."""
+
+from __future__ import annotations
+
+import difflib
+import gzip
+import json
+import math
+import os
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from nemo_advrm.errors import DataError
+
+
+class BadRow(DataError):
+    """One row cannot be used, the rest of the file can; skipped rows are counted under their short `reason`."""
+
+    def __init__(self, source: str, reason: str, message: str) -> None:
+        super().__init__(f"{source}: {message}")
+        self.source = source
+        self.reason = reason
+
+
+def require_path(path: str | Path) -> Path:
+    """The path itself; DataError names the existing entry whose name is nearest when it does not exist."""
+    path = Path(path)
+    if path.exists():
+        return path
+    missing, parent = path.absolute(), path.absolute().parent
+    while not parent.exists():
+        missing, parent = parent, parent.parent
+    names = [entry.name for entry in parent.iterdir()] if parent.is_dir() and os.access(parent, os.R_OK) else []
+    near = difflib.get_close_matches(missing.name, names, n=1, cutoff=0.5)
+    hint = f"; the nearest existing name is {parent / near[0]}" if near else f"; nothing similar in {parent}"
+    what = "" if missing == path.absolute() else f" ({missing} does not exist)"
+    raise DataError(f"{path}: no such file{what}{hint}")
+
+
+def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
+    """Yield (1-based line number, text) of the lines that are not blank, from a plain or gzip file (by the suffix .gz).
+
+    Raises DataError for a missing or empty file, a truncated or damaged gzip stream, and bytes that are not UTF-8.
+    """
+    path = require_path(path)
+    if path.is_dir():
+        raise DataError(f"{path}: is a directory, a file was expected")
+    number, found = 0, False
+    try:
+        with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
+            # Bytes are split on \n alone: str.splitlines would also split at U+2028 inside a JSON string.
+            for number, raw in enumerate(file, start=1):
+                text = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+                if text:
+                    found = True
+                    yield number, text
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}:{number}: not UTF-8 text ({error.reason} at byte {error.start} of the line)") from None
+    except EOFError:
+        raise DataError(f"{path}: the gzip stream ends early, after line {number}: the file is truncated") from None
+    except (gzip.BadGzipFile, zlib.error) as error:
+        raise DataError(f"{path}: not a valid gzip file (after line {number}): {error}") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
+    if not found:
+        raise DataError(f"{path}: the file is empty")
+
+
+def parse_json(text: str, source: str) -> Any:
+    """The JSON value of one line; BadRow (reason `broken_json`) names `source`, which is file:line."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise BadRow(source, "broken_json", f"broken JSON at column {error.colno}: {error.msg}") from None
+    except RecursionError:
+        raise BadRow(source, "broken_json", "broken JSON: nested too deeply") from None
+
+
+def read_jsonl(path: str | Path) -> Iterator[tuple[int, Any]]:
+    """Yield (1-based line number, JSON value) per line of a .jsonl or .jsonl.gz file; DataError names file:line."""
+    for number, text in read_lines(path):
+        yield number, parse_json(text, f"{path}:{number}")
+
+
+def read_json_array(path: str | Path) -> Iterator[tuple[int, Any]]:
+    """Yield (line on which the element starts, JSON value) per element of a file that holds one JSON array."""
+    # Elements are decoded one by one: json.loads on the whole would lose where each of them stands.
+    lines = dict(read_lines(path))
+    text = "\n".join(lines.get(number, "") for number in range(1, max(lines) + 1))
+    decoder = json.JSONDecoder()
+
+    def skip_space(position: int) -> int:
+        while position < len(text) and text[position].isspace():
+            position += 1
+        return position
+
+    def line_of(position: int) -> int:
+        return text.count("\n", 0, position) + 1
+
+    position = skip_space(0)
+    if text[position : position + 1] != "[":
+        raise DataError(f"{path}:{line_of(position)}: a JSON array was expected")
+    position = skip_space(position + 1)
+    line, counted = 1, 0
+    while text[position : position + 1] != "]":
+        line, counted = line + text.count("\n", counted, position), position
+        try:
+            value, position = decoder.raw_decode(text, position)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{path}:{error.lineno}: broken JSON at column {error.colno}: {error.msg}") from None
+        yield line, value
+        position = skip_space(position)
+        if text[position : position + 1] == ",":
+            position = skip_space(position + 1)
+        elif text[position : position + 1] != "]":
+            raise DataError(f"{path}:{line_of(position)}: broken JSON: `,` or `]` was expected after an element")
+    end = skip_space(position + 1)
+    if end < len(text):
+        raise DataError(f"{path}:{line_of(end)}: broken JSON: text after the closing `]`")
+
+
+def plain(value: Any) -> Any:
+    """`value` as plain JSON: numpy and torch values become numbers and lists, NaN and infinities become null."""
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, bool | int | str) or value is None:
+        return value
+    if isinstance(value, float):
+        # JSON has no NaN; `null` keeps the line readable for every reader.
+        return float(value) if math.isfinite(value) else None
+    if hasattr(value, "tolist"):
+        return plain(value.tolist())
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError(f"{type(value).__name__} cannot be written as JSON")
+
+
+def dump_line(row: Any) -> str:
+    """One JSON line without its newline."""
+    return json.dumps(plain(row), ensure_ascii=False, allow_nan=False)
+
+
+def write_jsonl_atomic(path: str | Path, rows: Iterable[Any]) -> None:
+    """Write `rows` to a temporary file beside `path`, then rename: a reader sees the old file or the new one, whole."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            for row in rows:
+                file.write(dump_line(row) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class JsonlWriter:
+    """Append rows to a JSON-lines file, each flushed at once, so that a killed run keeps what it logged.
+
+    Opening repairs what a kill may have left: a torn last line is removed. With `resume_step` rows whose "step" is
+    greater are removed too, since a run that restarts from the checkpoint of that step writes them again.
+    """
+
+    def __init__(self, path: str | Path, *, resume_step: int | None = None) -> None:
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.path.exists():
+            self._repair(resume_step)
+        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close())
+
+    def _repair(self, resume_step: int | None) -> None:
+        content = self.path.read_bytes()
+        lines = [line for line in content.split(b"\n") if line.strip()]
+        rows = []
+        for index, line in enumerate(lines):
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                if index + 1 < len(lines):
+                    raise DataError(f"{self.path}: broken JSON in row {index + 1}, before the last row") from None
+        kept = [r for r in rows if resume_step is None or not isinstance(r, dict) or r.get("step", 0) <= resume_step]
+        if len(kept) < len(lines) or not content.endswith(b"\n"):
+            write_jsonl_atomic(self.path, kept)
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Append one row; NaN and infinities are written as null."""
+        self._file.write(dump_line(row) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> JsonlWriter:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
