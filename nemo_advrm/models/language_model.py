@@ -1,0 +1,102 @@
+"""Supervised fine-tuning: next-token loss on the responses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nemo_advrm.data.batching import BatchSchedule, shard, split_by_tokens
+from nemo_advrm.data.tokenizers import Tokenizer
+from nemo_advrm.megatron import checkpoint, runtime
+from nemo_advrm.megatron.log_probs import log_probs_and_entropy
+from nemo_advrm.megatron.model import MegatronModel, build_model
+from nemo_advrm.megatron.optim import MegatronOptimizer
+from nemo_advrm.megatron.schedule import Microbatch, Sums, forward_backward
+from nemo_advrm.models.reward_model import total_steps
+from nemo_advrm.models.scoring import rows_to_microbatch
+from nemo_advrm.models.trainable import TrainableModel, derive_seed
+from nemo_advrm.schema import Config
+
+
+@dataclass(frozen=True)
+class EncodedResponse:
+    """One sequence, prompt and response with its end token; loss is taken from ``prompt_length`` on."""
+
+    tokens: list[int]
+    prompt_length: int
+
+
+def response_microbatch(model: MegatronModel, rows: list[EncodedResponse], pad_id: int) -> Microbatch:
+    """Rows whose response tokens are to be predicted.
+
+    ``extra`` holds ``targets_N`` [N] (all response tokens, row by row) and ``rows_N`` [N], the row of each.
+    """
+    microbatch = rows_to_microbatch(model, [r.tokens for r in rows], pad_id)
+    tokens_BS, lengths_B = microbatch.tokens_BS, microbatch.lengths_B
+    prompts_B = torch.tensor([r.prompt_length for r in rows], device=tokens_BS.device)
+    positions_S = torch.arange(tokens_BS.size(1), device=tokens_BS.device)
+    # the token at position s is predicted from position s - 1
+    predict_BS = (positions_S >= prompts_B[:, None] - 1) & (positions_S < lengths_B[:, None] - 1)
+    microbatch.forward = {"predict_BS": predict_BS}
+    microbatch.extra = {
+        "targets_N": tokens_BS[:, 1:][predict_BS[:, :-1]],
+        "rows_N": predict_BS.nonzero()[:, 0],
+    }
+    return microbatch
+
+
+class SupervisedModel(TrainableModel):
+    """A Megatron language model trained on prompt/response rows."""
+
+    def __init__(
+        self, cfg: Config, tokenizer: Tokenizer, rows: list[EncodedResponse], restore_from: str = "", seed: int = 0
+    ) -> None:
+        super().__init__(cfg, tokenizer, total_steps(cfg, len(rows)))
+        self.rows = rows
+        self.seed = seed
+        self.model = build_policy(cfg, tokenizer, restore_from, derive_seed(seed, "weights"), trainable=True)
+        self.optimizer = MegatronOptimizer(self.model, cfg.model.optim, cfg.trainer.gradient_clip_val)
+
+    def trained(self) -> dict[str, tuple[MegatronModel, MegatronOptimizer]]:
+        return {"policy": (self.model, self.optimizer)}
+
+    def steps(self, start: int) -> Iterator[list[EncodedResponse]]:
+        rt = runtime.current()
+        order = BatchSchedule(len(self.rows), self.config.model.global_batch_size, derive_seed(self.seed, "order"))
+        for step in range(start, self.max_steps):
+            rows = [self.rows[i] for i in order.rows_for_step(step)]
+            yield [rows[i] for i in shard([len(r.tokens) for r in rows], rt.dp_rank, rt.dp_size)]
+
+    def train_on(self, batch: list[EncodedResponse], step: int) -> dict[str, float]:
+        settings = self.config.model
+        groups = split_by_tokens(
+            [len(r.tokens) for r in batch], settings.micro_batch_tokens, settings.micro_batch_size
+        )
+        microbatches = [
+            response_microbatch(self.model, [batch[i] for i in group], self.tokenizer.pad_id) for group in groups
+        ]
+        self.optimizer.zero_grad()
+        metrics = forward_backward(self.model, microbatches, _next_token_loss)
+        lr = self.learning_rate(step)
+        norm = self.optimizer.step(lr, step)
+        return {"train/loss": metrics["loss"], "train/entropy": metrics["entropy"], "grad_norm": norm, "learning_rate": lr}
+
+
+def _next_token_loss(logits_NV: Tensor, microbatch: Microbatch) -> tuple[Tensor, int, Sums]:
+    log_probs_N, entropy_N = log_probs_and_entropy(logits_NV, microbatch.extra["targets_N"])
+    count = log_probs_N.numel()
+    return -log_probs_N.sum(), count, {"entropy": (entropy_N.detach().sum(), count)}
+
+
+def build_policy(
+    cfg: Config, tokenizer: Tokenizer, restore_from: str, seed: int, trainable: bool
+) -> MegatronModel:
+    """A language model with the weights of ``restore_from``, or random ones from ``seed``."""
+    model = build_model(cfg.model, cfg.precision, "lm", tokenizer.vocab_size, seed=seed, trainable=trainable)
+    if restore_from:
+        checkpoint.load(Path(restore_from), model)
+    return model

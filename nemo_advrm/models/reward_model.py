@@ -1,0 +1,200 @@
+"""Reward-model training: pairs of responses, one score each, a preference loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nemo_advrm.data.batching import BatchSchedule, pad_rows, shard, split_by_tokens
+from nemo_advrm.data.encoding import EncodedPair
+from nemo_advrm.data.tokenizers import Tokenizer
+from nemo_advrm.errors import ConfigError
+from nemo_advrm.megatron import checkpoint, runtime
+from nemo_advrm.megatron.model import MegatronModel, build_model
+from nemo_advrm.megatron.optim import MegatronOptimizer
+from nemo_advrm.megatron.schedule import (
+    Microbatch,
+    Sums,
+    evaluate,
+    forward_backward,
+    reduce_metrics,
+    sequence_multiple,
+)
+from nemo_advrm.models.trainable import TrainableModel, derive_seed
+from nemo_advrm.objectives.losses import preference_loss, regression
+from nemo_advrm.schema import Config
+
+MixRows = Callable[[int, list[EncodedPair]], list[EncodedPair]]
+"""(step, the global batch) -> the global batch with adversarial pairs mixed in."""
+
+
+def total_steps(cfg: Config, rows: int) -> int:
+    """Optimizer steps of a run: ``trainer.max_steps``, else whole passes over the rows."""
+    if cfg.trainer.max_steps > 0:
+        return cfg.trainer.max_steps
+    return max(1, round(cfg.trainer.max_epochs * rows / cfg.model.global_batch_size))
+
+
+class RewardModel(TrainableModel):
+    """A Megatron GPT with a scalar head, trained on preference pairs.
+
+    Args:
+        cfg: configuration of the stage.
+        tokenizer: the one that encoded the rows.
+        train_rows, validation_rows: encoded pairs.
+        restore_from: checkpoint of a language model (its trunk is taken, the head is new) or of a
+            reward model (all of it); empty starts from random weights.
+        seed: of weights, head and data order; members of an ensemble differ by it.
+    """
+
+    def __init__(
+        self,
+        cfg: Config,
+        tokenizer: Tokenizer,
+        train_rows: list[EncodedPair],
+        validation_rows: list[EncodedPair],
+        restore_from: str = "",
+        seed: int = 0,
+    ) -> None:
+        super().__init__(cfg, tokenizer, total_steps(cfg, len(train_rows)))
+        self.train_rows = train_rows
+        self.validation_rows = validation_rows
+        self.seed = seed
+        self.mix: MixRows | None = None
+        if cfg.reward_model.loss == "regression":
+            for row in train_rows:
+                labels = (row.chosen_labels, row.rejected_labels)
+                if any(x is None or len(x) != cfg.reward_model.num_attributes for x in labels):
+                    raise ConfigError(
+                        f"{row.source}: reward_model.loss=regression needs {cfg.reward_model.num_attributes} labels "
+                        "per response (keys chosen_labels and rejected_labels)"
+                    )
+        self.model = build_reward_model(cfg, tokenizer, restore_from, derive_seed(seed, "weights"), trainable=True)
+        self.optimizer = MegatronOptimizer(self.model, cfg.model.optim, cfg.trainer.gradient_clip_val)
+        self._validation: list[Sums] = []
+
+    def trained(self) -> dict[str, tuple[MegatronModel, MegatronOptimizer]]:
+        return {"reward_model": (self.model, self.optimizer)}
+
+    def steps(self, start: int) -> Iterator[list[EncodedPair]]:
+        rt = runtime.current()
+        order = BatchSchedule(len(self.train_rows), self.config.model.global_batch_size, derive_seed(self.seed, "order"))
+        for step in range(start, self.max_steps):
+            rows = [self.train_rows[i] for i in order.rows_for_step(step)]
+            if self.mix is not None:
+                rows = self.mix(step, rows)
+            yield [rows[i] for i in shard([row.length for row in rows], rt.dp_rank, rt.dp_size)]
+
+    def train_on(self, batch: list[EncodedPair], step: int) -> dict[str, float]:
+        self.optimizer.zero_grad()
+        metrics = _describe(forward_backward(self.model, self._microbatches(batch), self._loss))
+        lr = self.learning_rate(step)
+        norm = self.optimizer.step(lr, step)
+        tokens = sum(len(row.chosen) + len(row.rejected) for row in batch)
+        return {
+            **{f"train/{k}": v for k, v in metrics.items()},
+            "grad_norm": norm,
+            "learning_rate": lr,
+            "tokens": float(tokens),
+        }
+
+    # validation
+
+    def val_dataloader(self) -> list[list[EncodedPair]]:
+        rt = runtime.current()
+        size = self.config.model.global_batch_size
+        limit = self.config.trainer.limit_val_batches or len(self.validation_rows)
+        starts = range(0, len(self.validation_rows), size)
+        batches = [self.validation_rows[i : i + size] for i in starts][:limit]
+        return [[b[i] for i in shard([r.length for r in b], rt.dp_rank, rt.dp_size)] for b in batches]
+
+    def validation_step(self, batch: list[EncodedPair], batch_idx: int) -> None:
+        if batch:
+            self._validation += evaluate(self.model, self._microbatches(batch), self._loss)
+
+    def on_validation_epoch_end(self) -> None:
+        metrics = _describe(reduce_metrics(self._validation))
+        self._validation = []
+        self.validation_metrics = {f"val/{k}": v for k, v in metrics.items()}
+        self.log_dict(self.validation_metrics, rank_zero_only=True)
+
+    def _microbatches(self, rows: list[EncodedPair]) -> list[Microbatch]:
+        settings = self.config.model
+        # a pair is two padded rows, so half the budget holds the longer of each
+        groups = split_by_tokens([r.length for r in rows], settings.micro_batch_tokens // 2, settings.micro_batch_size)
+        return [pair_microbatch(self.model, [rows[i] for i in group], self.tokenizer.pad_id) for group in groups]
+
+    def _loss(self, output: Tensor, microbatch: Microbatch) -> tuple[Tensor, int, Sums]:
+        options = self.config.reward_model
+        chosen_BA, rejected_BA = output.chunk(2)
+        count = chosen_BA.size(0)
+        if options.loss == "regression":
+            losses_B = regression(chosen_BA, microbatch.extra["chosen_labels"])
+            losses_B = (losses_B + regression(rejected_BA, microbatch.extra["rejected_labels"])) / 2
+        else:
+            losses_B = preference_loss(
+                options.loss,
+                chosen_BA[:, 0],
+                rejected_BA[:, 0],
+                microbatch.extra["margin"],
+                options.centering_coefficient,
+                options.score_l2_coefficient,
+            )
+        chosen_B, rejected_B = chosen_BA.detach().mean(-1), rejected_BA.detach().mean(-1)
+        # a tie counts half, so that an RM without an opinion scores .5
+        right_B = (chosen_B > rejected_B).float() + 0.5 * (chosen_B == rejected_B).float()
+        sums: Sums = {"accuracy": (right_B.sum(), count), "margin": ((chosen_B - rejected_B).sum(), count)}
+        for name, scores_B in (("chosen", chosen_B), ("rejected", rejected_B)):
+            sums[f"{name}_mean"] = (scores_B.sum(), count)
+            sums[f"{name}_square"] = (scores_B.square().sum(), count)
+        return (losses_B * microbatch.extra["weight"]).sum(), count, sums
+
+
+def build_reward_model(
+    cfg: Config, tokenizer: Tokenizer, restore_from: str, seed: int, trainable: bool
+) -> MegatronModel:
+    """A reward model with the weights of ``restore_from`` (see :class:`RewardModel`)."""
+    options = cfg.reward_model
+    model = build_model(
+        cfg.model,
+        cfg.precision,
+        "reward",
+        tokenizer.vocab_size,
+        seed=seed,
+        trainable=trainable,
+        head_outputs=options.num_attributes if options.loss == "regression" else 1,
+        head_init_std=options.head_init_std,
+    )
+    if restore_from:
+        path = Path(restore_from)
+        checkpoint.load(path, model, new_head=checkpoint.read_meta(path)["head"] != "reward")
+    return model
+
+
+def pair_microbatch(model: MegatronModel, rows: list[EncodedPair], pad_id: int) -> Microbatch:
+    """All chosen rows, then all rejected ones, padded together on the right."""
+    device = runtime.current().device
+    sequences = [r.chosen for r in rows] + [r.rejected for r in rows]
+    tokens_BS, lengths_B = (t.to(device) for t in pad_rows(sequences, pad_id, sequence_multiple(model)))
+    extra: dict[str, Any] = {
+        "margin": torch.tensor([0.0 if r.margin is None else r.margin for r in rows], device=device),
+        "weight": torch.tensor([r.weight for r in rows], device=device),
+    }
+    if rows[0].chosen_labels is not None:
+        extra["chosen_labels"] = torch.tensor([r.chosen_labels for r in rows], device=device)
+        extra["rejected_labels"] = torch.tensor([r.rejected_labels for r in rows], device=device)
+    return Microbatch(tokens_BS, lengths_B, {"read_at_B": lengths_B - 1}, extra)
+
+
+def _describe(metrics: dict[str, float]) -> dict[str, float]:
+    """Replace mean squares by standard deviations."""
+    described = {k: v for k, v in metrics.items() if not k.endswith("_square")}
+    for name in ("chosen", "rejected"):
+        if f"{name}_square" in metrics:
+            variance = metrics[f"{name}_square"] - metrics[f"{name}_mean"] ** 2
+            described[f"{name}_std"] = max(0.0, variance) ** 0.5
+    return described

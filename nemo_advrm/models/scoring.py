@@ -1,0 +1,46 @@
+"""Scores token sequences with a Megatron reward model, whatever their number, order and padding."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nemo_advrm.data.batching import pad_rows, split_by_tokens
+from nemo_advrm.megatron import runtime
+from nemo_advrm.megatron.model import MegatronModel
+from nemo_advrm.megatron.schedule import Microbatch, forward, sequence_multiple
+
+
+def rows_to_microbatch(model: MegatronModel, rows: list[list[int]], pad_id: int) -> Microbatch:
+    """Pad ``rows`` on the right to what the layout needs."""
+    device = runtime.current().device
+    tokens_BS, lengths_B = pad_rows(rows, pad_id, sequence_multiple(model))
+    return Microbatch(tokens_BS.to(device), lengths_B.to(device))
+
+
+def score_sequences(model: MegatronModel, sequences: list[list[int]], pad_id: int) -> Tensor:
+    """Reward of each whole sequence (prompt, response and its end token), read at its last token.
+
+    All ranks of a model replica call with the same sequences and get the same answer.
+
+    Returns:
+        [N] fp32 on the CPU, in the order given; [N, outputs] for heads with several outputs.
+    """
+    settings = model.model
+    groups = split_by_tokens([len(s) for s in sequences], settings.micro_batch_tokens, 4 * settings.micro_batch_size)
+    microbatches = []
+    for group in groups:
+        microbatch = rows_to_microbatch(model, [sequences[i] for i in group], pad_id)
+        microbatch.forward = {"read_at_B": microbatch.lengths_B - 1}
+        microbatches.append(microbatch)
+    outputs = getattr(model.parts[-1], "head", None)
+    width = outputs.weight.size(0) if outputs is not None else 1
+    scores = torch.zeros(len(sequences), width)
+    if microbatches:
+        results = forward(model, microbatches, lambda output, _: output)
+        if results:
+            for group, result in zip(groups, results, strict=True):
+                scores[group] = result.float().cpu()
+        rt = runtime.current()
+        scores = rt.broadcast_from_last_stage(scores.to(rt.device), (tuple(scores.shape), scores.dtype)).cpu()
+    return scores.squeeze(-1) if width == 1 else scores

@@ -1,0 +1,106 @@
+"""What all trained models share: a NeMo ModelPT whose steps run through Megatron's schedules."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+from nemo.core.classes import ModelPT
+from omegaconf import OmegaConf
+
+from nemo_advrm.data.tokenizers import Tokenizer
+from nemo_advrm.errors import TrainingDiverged
+from nemo_advrm.megatron import runtime
+from nemo_advrm.megatron.model import MegatronModel
+from nemo_advrm.megatron.optim import MegatronOptimizer, learning_rate
+from nemo_advrm.megatron.strategy import StepCounter
+from nemo_advrm.schema import Config
+
+
+def derive_seed(*parts: Any) -> int:
+    """A seed in [0, 2^31) from any values; different purposes and steps get unrelated seeds."""
+    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:4], "big") >> 1
+
+
+class TrainableModel(ModelPT):
+    """Base class: seeding, learning rate, divergence checks and logging of one training step.
+
+    A subclass builds its models, yields the data of each step from :meth:`steps` (a pure function of
+    the step number, which makes a restarted run exact) and implements :meth:`train_on`.
+    """
+
+    def __init__(self, cfg: Config, tokenizer: Tokenizer, max_steps: int) -> None:
+        # NeMo keeps the configuration of a model under this name; "model" as a key is reserved by it
+        settings = {k: v for k, v in asdict(cfg.model).items()}
+        super().__init__(cfg=OmegaConf.create({"architecture": settings, "seed": cfg.seed}))
+        self.config = cfg
+        self.tokenizer = tokenizer
+        self.max_steps = max_steps
+        self.automatic_optimization = False
+        self.step_metrics: dict[str, float] = {}
+
+    # to be provided by subclasses
+
+    def trained(self) -> dict[str, tuple[MegatronModel, MegatronOptimizer]]:
+        """The models that training changes, by name; their states make up a checkpoint."""
+        raise NotImplementedError
+
+    def steps(self, start: int) -> Iterator[Any]:
+        """The data of training steps ``start``, ``start + 1``, ... up to ``max_steps``."""
+        raise NotImplementedError
+
+    def train_on(self, batch: Any, step: int) -> dict[str, float]:
+        """Update the models with one step's data; returns its metrics."""
+        raise NotImplementedError
+
+    # Lightning's side
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        step = self.global_step
+        runtime.current().seed(derive_seed(self.config.seed, "step", step))
+        metrics = self.train_on(batch, step)
+        for name in ("train/loss", "loss"):
+            if name in metrics and not math.isfinite(metrics[name]):
+                raise TrainingDiverged(f"the loss is {metrics[name]} at step {step}; the last checkpoint is untouched")
+        self.optimizers().step()  # type: ignore[union-attr]
+        self.step_metrics = metrics
+        self.log_dict({k: v for k, v in metrics.items() if v is not None}, rank_zero_only=True, batch_size=1)
+
+    def learning_rate(self, step: int) -> float:
+        return learning_rate(step, self.config.model.optim, self.max_steps)
+
+    def configure_optimizers(self) -> StepCounter:
+        return StepCounter()
+
+    def train_dataloader(self) -> Any:
+        return _Steps(self)
+
+    # NeMo's side
+
+    def setup_training_data(self, train_data_config: Any) -> None:
+        """Data comes from :meth:`steps`."""
+
+    def setup_validation_data(self, val_data_config: Any) -> None:
+        """Data comes from the subclass's ``val_dataloader``."""
+
+    @classmethod
+    def list_available_models(cls) -> list[Any]:
+        return []
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Empty: Megatron models are not submodules, and their checkpoints are the strategy's."""
+        return {}
+
+
+class _Steps:
+    """Iterable that starts at the step the trainer stands at, also after a restart."""
+
+    def __init__(self, model: TrainableModel) -> None:
+        self.model = model
+
+    def __iter__(self) -> Iterator[Any]:
+        return self.model.steps(self.model.global_step)
