@@ -1,0 +1,79 @@
+"""PPO's critic: a value for every response token, trained by the clipped value loss."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nemo_advrm.data.batching import split_by_tokens
+from nemo_advrm.data.tokenizers import Tokenizer
+from nemo_advrm.megatron import checkpoint
+from nemo_advrm.megatron.model import build_model
+from nemo_advrm.megatron.optim import MegatronOptimizer
+from nemo_advrm.megatron.schedule import Microbatch, Sums, forward, forward_backward
+from nemo_advrm.models.rollout_batch import RolloutBatch, per_token
+from nemo_advrm.models.trainable import derive_seed
+from nemo_advrm.objectives.losses import clipped_value
+from nemo_advrm.schema import Config
+
+
+class Critic:
+    """A value head on the initial policy's trunk."""
+
+    def __init__(self, cfg: Config, tokenizer: Tokenizer, restore_from: str, seed: int) -> None:
+        self.rl = cfg.rl
+        self.pad_id = tokenizer.pad_id
+        self.model = build_model(
+            cfg.model, cfg.precision, "value", tokenizer.vocab_size, seed=derive_seed(seed, "critic")
+        )
+        if restore_from:
+            checkpoint.load(Path(restore_from), self.model, new_head=True)
+        self.optimizer = MegatronOptimizer(self.model, cfg.model.optim, cfg.trainer.gradient_clip_val)
+
+    def _microbatches(self, data: RolloutBatch) -> tuple[list[list[int]], list[Microbatch]]:
+        settings = self.model.model
+        groups = split_by_tokens(data.lengths(), settings.micro_batch_tokens, settings.micro_batch_size)
+        return groups, [data.microbatch(self.model, group, self.pad_id) for group in groups]
+
+    @torch.no_grad()
+    def values(self, data: RolloutBatch) -> Tensor:
+        """V before each response token, [B, T] on the CPU."""
+        groups, microbatches = self._microbatches(data)
+        results = forward(self.model, microbatches, lambda out, m: (out[m.forward["predict_BS"]],))
+        return per_token(data, groups, results)[0]
+
+    def update(self, data: RolloutBatch, passes: int, step: int) -> dict[str, float]:
+        """Train on returns; logs the value loss and the explained variance before the update."""
+        _, microbatches = self._microbatches(data)
+        metrics: dict[str, float] = {}
+        norm = 0.0
+        for _ in range(passes):
+            self.optimizer.zero_grad()
+            metrics = forward_backward(self.model, microbatches, self._loss)
+            norm = self.optimizer.step(self.rl.critic_lr, step)
+        mean_return = metrics["return_mean"]
+        variance = metrics["return_square"] - mean_return**2
+        error = metrics["error_square"] - metrics["error_mean"] ** 2
+        return {
+            "value_loss": metrics["loss"],
+            "critic_grad_norm": norm,
+            "return_mean": mean_return,
+            "explained_variance": 1.0 - error / variance if variance > 1e-12 else 0.0,
+        }
+
+    def _loss(self, output_BS: Tensor, microbatch: Microbatch) -> tuple[Tensor, int, Sums]:
+        extra = microbatch.extra
+        values_N = output_BS[microbatch.forward["predict_BS"]]
+        everything_N = torch.ones_like(values_N, dtype=torch.bool)
+        loss_N = clipped_value(values_N, extra["old_values_N"], extra["returns_N"], everything_N, self.rl.value_clip)
+        count = values_N.numel()
+        error_N = extra["returns_N"] - extra["old_values_N"]
+        sums: Sums = {
+            "return_mean": (extra["returns_N"].sum(), count),
+            "return_square": (extra["returns_N"].square().sum(), count),
+            "error_mean": (error_N.sum(), count),
+            "error_square": (error_N.square().sum(), count),
+        }
+        return loss_N.sum(), count, sums

@@ -1,0 +1,271 @@
+"""The policy that RL trains: rollouts, rewards, advantages, update. One class for RLHF and for the attack."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nemo_advrm.data.batching import BatchSchedule, split_by_tokens
+from nemo_advrm.data.messages import Message
+from nemo_advrm.data.tokenizers import Tokenizer
+from nemo_advrm.errors import DataError
+from nemo_advrm.megatron import runtime
+from nemo_advrm.megatron.generation import generate, uniforms
+from nemo_advrm.megatron.log_probs import log_probs_and_entropy
+from nemo_advrm.megatron.model import MegatronModel
+from nemo_advrm.megatron.optim import MegatronOptimizer
+from nemo_advrm.megatron.sampling import Sampling
+from nemo_advrm.megatron.schedule import Sums, forward_backward
+from nemo_advrm.models.critic import Critic
+from nemo_advrm.models.language_model import build_policy
+from nemo_advrm.models.rollout_batch import RolloutBatch, response_log_probs
+from nemo_advrm.models.trainable import TrainableModel, derive_seed
+from nemo_advrm.objectives import advantages
+from nemo_advrm.objectives.adversarial import apply_length_penalty
+from nemo_advrm.objectives.kl import per_token_kl, response_kl
+from nemo_advrm.objectives.losses import clipped_policy_gradient, policy_gradient
+from nemo_advrm.objectives.masked import masked_mean, masked_whiten
+from nemo_advrm.rewards.base import Rollouts
+from nemo_advrm.rewards.ensemble import Judgement, PolicyReward
+from nemo_advrm.schema import Config, RLConfig
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt of the run, encoded; ``index`` is its place in the run's prompt list."""
+
+    index: int
+    messages: tuple[Message, ...]
+    tokens: list[int]
+
+
+def encode_prompts(prompts: list[tuple[Message, ...]], tokenizer: Tokenizer, cfg: Config) -> list[Prompt]:
+    """Encode prompts; raises DataError for one that leaves no room for the response."""
+    room = cfg.model.encoder_seq_length - cfg.rl.max_new_tokens
+    encoded = []
+    for i, messages in enumerate(prompts):
+        tokens = tokenizer.encode_prompt(messages)
+        if len(tokens) > room:
+            raise DataError(
+                f"prompt {i} has {len(tokens)} tokens; model.encoder_seq_length={cfg.model.encoder_seq_length} less "
+                f"rl.max_new_tokens={cfg.rl.max_new_tokens} leaves {room}"
+            )
+        encoded.append(Prompt(i, messages, tokens))
+    return encoded
+
+
+def sampling_of(rl: RLConfig, tokenizer: Tokenizer) -> Sampling:
+    return Sampling(rl.max_new_tokens, (tokenizer.eos_id,), rl.temperature, rl.top_k, rl.top_p)
+
+
+def roll_out(
+    model: MegatronModel, tokenizer: Tokenizer, prompts: list[Prompt], sampling: Sampling, uniforms_NT: Tensor
+) -> Rollouts:
+    """One response to every prompt in the list (repeat a prompt to get several)."""
+    made = generate(model, [p.tokens for p in prompts], sampling, uniforms_NT)
+    return Rollouts(
+        prompts=[p.messages for p in prompts],
+        responses=[tokenizer.decode_response(r) for r in made.responses],
+        ended=made.ended,
+        prompt_tokens=[p.tokens for p in prompts],
+        response_tokens=made.responses,
+        prompt_index=[p.index for p in prompts],
+        fingerprint=tokenizer.fingerprint,
+    )
+
+
+class PolicyModel(TrainableModel):
+    """A Megatron language model trained by RL against a reward.
+
+    Args:
+        cfg: configuration of the stage; ``cfg.rl`` sets the algorithm.
+        tokenizer: of the policy.
+        prompts: what to respond to.
+        reward: judges the rollouts.
+        restore_from: checkpoint of the initial policy, which is also the reference of the KL.
+        seed: of prompt order and sampling.
+
+    After each step ``last_rollouts`` and ``last_judgement`` hold this data-parallel rank's rollouts.
+    """
+
+    def __init__(
+        self,
+        cfg: Config,
+        tokenizer: Tokenizer,
+        prompts: list[Prompt],
+        reward: PolicyReward,
+        restore_from: str,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(cfg, tokenizer, cfg.rl.max_steps)
+        self.prompts = prompts
+        self.reward = reward
+        self.seed = seed
+        self.model = build_policy(cfg, tokenizer, restore_from, derive_seed(seed, "weights"), trainable=True)
+        self.reference = build_policy(cfg, tokenizer, restore_from, derive_seed(seed, "weights"), trainable=False)
+        self.optimizer = MegatronOptimizer(self.model, cfg.model.optim, cfg.trainer.gradient_clip_val)
+        self.critic = Critic(cfg, tokenizer, restore_from, seed) if cfg.rl.algorithm == "ppo" else None
+        self.sampling = sampling_of(cfg.rl, tokenizer)
+        self.last_rollouts: Rollouts | None = None
+        self.last_judgement: Judgement | None = None
+
+    def trained(self) -> dict[str, tuple[MegatronModel, MegatronOptimizer]]:
+        models = {"policy": (self.model, self.optimizer)}
+        if self.critic is not None:
+            models["critic"] = (self.critic.model, self.critic.optimizer)
+        return models
+
+    def steps(self, start: int) -> Iterator[list[Prompt]]:
+        """This rank's prompts of each step; the rollouts of one prompt stay together."""
+        rt = runtime.current()
+        size = self.config.rl.prompts_per_step
+        order = BatchSchedule(len(self.prompts), size, derive_seed(self.seed, "prompts"))
+        share = size // rt.dp_size
+        for step in range(start, self.max_steps):
+            rows = order.rows_for_step(step)[rt.dp_rank * share : (rt.dp_rank + 1) * share]
+            yield [self.prompts[i] for i in rows]
+
+    def train_on(self, batch: list[Prompt], step: int) -> dict[str, float]:
+        started = time.perf_counter()
+        rollouts = self._roll_out(batch, step)
+        judgement = self.reward.judge(rollouts)
+        self.last_rollouts, self.last_judgement = rollouts, judgement
+        data = self._prepare(rollouts, judgement)
+        metrics = self._update(data, step)
+        if self.critic is not None:
+            metrics |= self.critic.update(data, self.config.rl.updates_per_rollout, step)
+        metrics |= self._describe(rollouts, judgement, data)
+        metrics["samples_per_second"] = metrics["samples"] / (time.perf_counter() - started)
+        return metrics
+
+    # one step, in order
+
+    def _roll_out(self, batch: list[Prompt], step: int) -> Rollouts:
+        rl, rt = self.config.rl, runtime.current()
+        total = rl.prompts_per_step * rl.group_size
+        rows = len(batch) * rl.group_size
+        numbers = uniforms(derive_seed(self.seed, "sampling", step), total, rl.max_new_tokens)
+        repeated = [prompt for prompt in batch for _ in range(rl.group_size)]
+        own = numbers[rt.dp_rank * rows : (rt.dp_rank + 1) * rows]
+        return roll_out(self.model, self.tokenizer, repeated, self.sampling, own)
+
+    @torch.no_grad()
+    def _prepare(self, rollouts: Rollouts, judgement: Judgement) -> RolloutBatch:
+        """Log-probabilities, KL and advantages of the rollouts."""
+        rl = self.config.rl
+        data = RolloutBatch.of(rollouts)
+        pad_id = self.tokenizer.pad_id
+        data.old_log_probs_BT, data.entropy_BT = response_log_probs(self.model, data, pad_id, rl.temperature)
+        data.reference_log_probs_BT, _ = response_log_probs(self.reference, data, pad_id, rl.temperature)
+        pair = (data.old_log_probs_BT, data.reference_log_probs_BT, data.mask_BT)
+        rewards_B = judgement.rewards_N
+        if rl.apply_unended_penalty:
+            rewards_B = apply_length_penalty(rewards_B, torch.tensor(rollouts.ended), rl.unended_penalty)
+        if self.critic is not None:
+            token_rewards_BT = -rl.kl.coefficient * per_token_kl(*pair, rl.kl.estimator)
+            last_B = data.mask_BT.sum(-1) - 1
+            token_rewards_BT[torch.arange(len(last_B)), last_B] += rewards_B
+            data.old_values_BT = self.critic.values(data)
+            data.advantages_BT, data.returns_BT = advantages.gae(
+                token_rewards_BT, data.old_values_BT, data.mask_BT, rl.gamma, rl.gae_lambda
+            )
+            if rl.scale_advantages:
+                data.advantages_BT = self._whiten(data.advantages_BT, data.mask_BT)
+            return data
+        if rl.kl.coefficient:
+            rewards_B = rewards_B - rl.kl.coefficient * response_kl(*pair, rl.kl.estimator, "mean")
+        data.advantages_BT = self._advantages(rewards_B)[:, None] * data.mask_BT
+        return data
+
+    def _advantages(self, rewards_B: Tensor) -> Tensor:
+        """Advantages of this rank's rows, computed over all data-parallel ranks."""
+        rl, rt = self.config.rl, runtime.current()
+        rewards_N = torch.cat(rt.gather_data_parallel(rewards_B))
+        if rl.algorithm == "rloo":
+            values_N = advantages.rloo(rewards_N, rl.group_size)
+        elif rl.algorithm == "grpo":
+            values_N = advantages.grpo(rewards_N, rl.group_size)
+        else:
+            values_N = advantages.reinforce(rewards_N, rl.baseline)
+        if rl.scale_advantages and rl.algorithm != "grpo":
+            values_N = advantages.scale_by_std(values_N)
+        rows = rewards_B.numel()
+        return values_N[rt.dp_rank * rows : (rt.dp_rank + 1) * rows]
+
+    def _whiten(self, advantages_BT: Tensor, mask_BT: Tensor) -> Tensor:
+        """Zero mean and unit variance over the tokens of all data-parallel ranks."""
+        rt = runtime.current()
+        own = advantages_BT[mask_BT]
+        parts = rt.gather_data_parallel(own)
+        everyone = torch.cat(parts)
+        whitened = masked_whiten(everyone, torch.ones_like(everyone, dtype=torch.bool))
+        start = sum(p.numel() for p in parts[: rt.dp_rank])
+        result = torch.zeros_like(advantages_BT)
+        result[mask_BT] = whitened[start : start + own.numel()]
+        return result
+
+    def _update(self, data: RolloutBatch, step: int) -> dict[str, float]:
+        rl, settings = self.config.rl, self.config.model
+        lr = self.learning_rate(step)
+        if self.critic is not None and step < rl.critic_warmup_steps:
+            return {"loss": 0.0, "grad_norm": 0.0, "learning_rate": lr, "approx_kl": 0.0, "clipfrac": 0.0}
+        groups = split_by_tokens(data.lengths(), settings.micro_batch_tokens, settings.micro_batch_size)
+        microbatches = [data.microbatch(self.model, group, self.tokenizer.pad_id) for group in groups]
+        metrics: dict[str, float] = {}
+        norm = 0.0
+        for _ in range(rl.updates_per_rollout):
+            self.optimizer.zero_grad()
+            metrics = forward_backward(self.model, microbatches, self._loss)
+            norm = self.optimizer.step(lr, step)
+        return {**metrics, "grad_norm": norm, "learning_rate": lr}
+
+    def _loss(self, logits_NV: Tensor, microbatch: Any) -> tuple[Tensor, int, Sums]:
+        rl, extra = self.config.rl, microbatch.extra
+        log_probs_N, entropy_N = log_probs_and_entropy(logits_NV, extra["targets_N"], rl.temperature)
+        count = log_probs_N.numel()
+        everything_N = torch.ones_like(log_probs_N, dtype=torch.bool)
+        log_ratio_N = (log_probs_N - extra["old_log_probs_N"]).detach()
+        if rl.algorithm in ("ppo", "grpo"):
+            loss_N, clipped_N = clipped_policy_gradient(
+                log_probs_N, extra["old_log_probs_N"], extra["advantages_N"], everything_N, rl.clip_low, rl.clip_high
+            )
+        else:
+            loss_N = policy_gradient(log_probs_N, extra["advantages_N"], everything_N)
+            clipped_N = torch.zeros_like(everything_N)
+        sums: Sums = {
+            "policy_loss": (loss_N.detach().sum(), count),
+            "approx_kl": ((log_ratio_N.exp() - 1 - log_ratio_N).sum(), count),
+            "clipfrac": (clipped_N.float().sum(), count),
+        }
+        return (loss_N - rl.entropy_coefficient * entropy_N).sum(), count, sums
+
+    def _describe(self, rollouts: Rollouts, judgement: Judgement, data: RolloutBatch) -> dict[str, float]:
+        """Means over the rollouts of all data-parallel ranks."""
+        rt = runtime.current()
+        k1_B = response_kl(data.old_log_probs_BT, data.reference_log_probs_BT, data.mask_BT, "k1", "sum")
+        columns = {
+            "proxy": judgement.rewards_N,
+            "kl": k1_B,
+            "entropy": masked_mean(data.entropy_BT, data.mask_BT, dim=-1),
+            "response_length": data.mask_BT.sum(-1).float(),
+            "ended": torch.tensor(rollouts.ended, dtype=torch.float32),
+        }
+        for k in range(judgement.scores_NK.size(-1)):
+            columns[f"scores/{k + 1}"] = judgement.scores_NK[:, k]
+            if "z" in judgement.details:
+                columns[f"z/{k + 1}"] = judgement.details["z"][:, k]
+        table = torch.cat(rt.gather_data_parallel(torch.stack([c.float() for c in columns.values()], -1)))
+        means = dict(zip(columns, table.mean(0).tolist(), strict=True))
+        means["proxy_std"] = table[:, 0].std(correction=0).item()
+        means["samples"] = float(table.size(0))
+        return means
+
+
+class AdversarialPolicy(PolicyModel):
+    """A policy whose reward is an :class:`~nemo_advrm.rewards.ensemble.AdversarialReward`: it learns to write
+    responses that the target reward model likes and the other members do not."""

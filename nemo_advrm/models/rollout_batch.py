@@ -1,0 +1,84 @@
+"""Rollouts as tensors over response tokens, and their log-probabilities under a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nemo_advrm.data.batching import split_by_tokens
+from nemo_advrm.megatron import runtime
+from nemo_advrm.megatron.log_probs import log_probs_and_entropy
+from nemo_advrm.megatron.model import MegatronModel
+from nemo_advrm.megatron.schedule import Microbatch, forward
+from nemo_advrm.models.language_model import EncodedResponse, response_microbatch
+from nemo_advrm.rewards.base import Rollouts
+
+# per-token tensors that a loss reads, taken along into microbatches when they are set
+_PER_TOKEN = ("advantages", "old_log_probs", "old_values", "returns")
+
+
+@dataclass
+class RolloutBatch:
+    """B rollouts; all tensors are [B, T] over response tokens, on the CPU, zero where ``mask_BT`` is False."""
+
+    rows: list[EncodedResponse]
+    mask_BT: Tensor
+    old_log_probs_BT: Tensor
+    reference_log_probs_BT: Tensor
+    entropy_BT: Tensor
+    advantages_BT: Tensor
+    old_values_BT: Tensor
+    returns_BT: Tensor
+
+    @classmethod
+    def of(cls, rollouts: Rollouts) -> RolloutBatch:
+        rows = [
+            EncodedResponse(p + r, len(p))
+            for p, r in zip(rollouts.prompt_tokens, rollouts.response_tokens, strict=True)
+        ]
+        lengths_B = torch.tensor([len(r) for r in rollouts.response_tokens])
+        mask_BT = torch.arange(int(lengths_B.max())) < lengths_B[:, None]
+        zeros = [torch.zeros(mask_BT.shape) for _ in range(6)]
+        return cls(rows, mask_BT, *zeros)
+
+    def lengths(self) -> list[int]:
+        return [len(row.tokens) for row in self.rows]
+
+    def microbatch(self, model: MegatronModel, rows: list[int], pad_id: int) -> Microbatch:
+        """Rows with ``extra`` tensors ``NAME_N`` [N], one entry per response token, row by row."""
+        microbatch = response_microbatch(model, [self.rows[i] for i in rows], pad_id)
+        mask = self.mask_BT[rows]
+        for name in _PER_TOKEN:
+            values_BT = getattr(self, f"{name}_BT")
+            microbatch.extra[f"{name}_N"] = values_BT[rows][mask].to(microbatch.tokens_BS.device)
+        return microbatch
+
+
+@torch.no_grad()
+def response_log_probs(
+    model: MegatronModel, data: RolloutBatch, pad_id: int, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """log pi of every response token and the entropy of its distribution, both [B, T] in nats on the CPU."""
+    groups = split_by_tokens(data.lengths(), model.model.micro_batch_tokens, model.model.micro_batch_size)
+    microbatches = [data.microbatch(model, group, pad_id) for group in groups]
+
+    def collect(logits_NV: Tensor, microbatch: Microbatch) -> tuple[Tensor, Tensor]:
+        return log_probs_and_entropy(logits_NV, microbatch.extra["targets_N"], temperature)
+
+    return per_token(data, groups, forward(model, microbatches, collect))
+
+
+def per_token(data: RolloutBatch, groups: list[list[int]], results: list[tuple[Tensor, ...]]) -> tuple[Tensor, Tensor]:
+    """Put the [N] results of microbatches into two [B, T] tables and give them to every pipeline stage."""
+    rt = runtime.current()
+    table = torch.zeros(2, *data.mask_BT.shape)
+    for group, parts in zip(groups, results, strict=False):
+        mask = data.mask_BT[group]
+        for i, part in enumerate(parts):
+            rows = torch.zeros(mask.shape)
+            rows[mask] = part.float().cpu()
+            table[i, group] = rows
+    table = rt.broadcast_from_last_stage(table.to(rt.device), (tuple(table.shape), table.dtype)).cpu()
+    return table[0], table[1]

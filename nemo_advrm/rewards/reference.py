@@ -1,0 +1,82 @@
+"""Reference statistics of a run: SFT responses, their scores under every member, T_k(x), s_k and Z(U)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nemo_advrm.data.jsonl import read_jsonl
+from nemo_advrm.errors import CheckpointError
+from nemo_advrm.objectives.reference import ReferenceStatistics, disagreement_z, fit_reference, z_scores
+
+
+@dataclass(frozen=True)
+class Reference:
+    """SFT responses to P prompts with n responses each, scored by K members.
+
+    Attributes:
+        responses_PN: texts.
+        scores_PNK: raw scores.
+        gold_PN: gold rewards, or None where the run has none.
+    """
+
+    responses_PN: list[list[str]]
+    scores_PNK: Tensor
+    gold_PN: Tensor | None
+
+    def statistics(self, target: int = 0) -> ReferenceStatistics:
+        return fit_reference(self.scores_PNK, target)
+
+    def prompt_mean(self, prompt_index: Sequence[int]) -> Tensor:
+        """[N, K]: T_k of the prompt of each response."""
+        return self.scores_PNK.mean(1)[list(prompt_index)]
+
+    def gold_z(self, gold_N: Tensor, prompt_index: Sequence[int]) -> Tensor | None:
+        """Gold standardised like the members' scores, [N]."""
+        if self.gold_PN is None:
+            return None
+        means_P = self.gold_PN.mean(1)
+        std = (self.gold_PN - means_P[:, None]).std(correction=0)
+        return (gold_N - means_P[list(prompt_index)]) / std.clamp(min=1e-6)
+
+    @classmethod
+    def read(cls, path: Path) -> Reference:
+        """Read ``reference.jsonl``; raises CheckpointError when prompts have unequal numbers of samples."""
+        grouped: dict[int, list[dict]] = {}
+        for _, row in read_jsonl(path):
+            grouped.setdefault(row["prompt_id"], []).append(row)
+        sizes = {len(rows) for rows in grouped.values()}
+        if len(sizes) != 1 or sorted(grouped) != list(range(len(grouped))):
+            raise CheckpointError(f"{path}: not a complete reference (prompts or samples are missing); remove it")
+        rows = [grouped[i] for i in range(len(grouped))]
+        gold = [[r.get("gold") for r in group] for group in rows]
+        return cls(
+            [[r["response"] for r in group] for group in rows],
+            torch.tensor([[r["scores"] for r in group] for group in rows]),
+            None if any(g is None for group in gold for g in group) else torch.tensor(gold),
+        )
+
+
+@dataclass(frozen=True)
+class Standardised:
+    """Scores of a batch against the reference, all [N] or [N, K]."""
+
+    prompt_mean_NK: Tensor
+    z_NK: Tensor
+    disagreement_z_N: Tensor
+
+
+def standardise(
+    reference: Reference, statistics: ReferenceStatistics, scores_NK: Tensor, prompt_index: Sequence[int], target: int
+) -> Standardised:
+    """z_k and Z(U) of scores; ``statistics`` must be those of ``target``."""
+    prompt_mean_NK = reference.prompt_mean(prompt_index)
+    return Standardised(
+        prompt_mean_NK,
+        z_scores(scores_NK, prompt_mean_NK, statistics.std_K),
+        disagreement_z(scores_NK, statistics.disagreement_mean, statistics.disagreement_std, target),
+    )
