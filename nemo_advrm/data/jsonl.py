@@ -14,6 +14,10 @@ from typing import Any
 
 from nemo_advrm.errors import DataError
 
+# Text of a byte-level policy or of JSON escapes may hold half a surrogate pair, which UTF-8 cannot: Python's backslash
+# form of it is also its JSON escape.
+_LONE_SURROGATES = "backslashreplace"
+
 
 class BadRow(DataError):
     """One row cannot be used, the rest of the file can; skipped rows are counted under their short `reason`."""
@@ -150,7 +154,7 @@ def write_jsonl_atomic(path: str | Path, rows: Iterable[Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
+        with open(temporary, "w", encoding="utf-8", errors=_LONE_SURROGATES) as file:
             for row in rows:
                 file.write(dump_line(row) + "\n")
             file.flush()
@@ -172,7 +176,7 @@ class JsonlWriter:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
             self._repair(resume_step)
-        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close())
+        self._file = open(self.path, "a", encoding="utf-8", errors=_LONE_SURROGATES)  # noqa: SIM115 (closed by close())
 
     def _repair(self, resume_step: int | None) -> None:
         content = self.path.read_bytes()

@@ -5,20 +5,15 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from typing import Any, TypedDict
+from typing import Any
 
 from nemo_advrm.data.jsonl import BadRow
 
+# One chat turn: {"role": one of ROLES, "content": text}.
+Message = dict[str, str]
 ROLES = ("system", "user", "assistant")
 _TURN = re.compile(r"(?:^\s*|\n\n)(Human|Assistant):")
 _TRANSCRIPT_ROLE = {"Human": "user", "Assistant": "assistant"}
-
-
-class Message(TypedDict):
-    """One chat turn; `role` is system, user or assistant."""
-
-    role: str
-    content: str
 
 
 def prompt_key(prompt: Sequence[Message]) -> str:

@@ -1,0 +1,71 @@
+"""Preference pairs as token ids, with one rule for what is longer than the context."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from nemo_advrm.data.preference_rows import PreferencePair
+from nemo_advrm.data.preferences import check_choice
+from nemo_advrm.data.tokenizers import Tokenizer
+from nemo_advrm.errors import DataError
+
+
+@dataclass(frozen=True)
+class EncodedPair:
+    """Token ids of one pair: `chosen` and `rejected` both begin with the same `prompt_length` tokens and end in eos."""
+
+    chosen: list[int]
+    rejected: list[int]
+    prompt_length: int
+    margin: float | None
+    weight: float
+    source: str
+
+    @property
+    def length(self) -> int:
+        """Tokens of the longer of the two, which decides the padded width of the pair."""
+        return max(len(self.chosen), len(self.rejected))
+
+
+def encode_pairs(
+    rows: Sequence[PreferencePair], tokenizer: Tokenizer, max_length: int, on_overlong: str = "error"
+) -> tuple[list[EncodedPair], dict[str, int]]:
+    """(encoded pairs in the order of `rows`, counts {"encoded", "overlong", "truncated"}).
+
+    A pair is over-long when prompt + answer + eos of either side exceeds `max_length` tokens. on_overlong:
+    error            DataError names file:line, the length and the limit, and counts the others
+    skip             the pair is left out and counted as `overlong`
+    truncate_prompt  the prompt is cut from the left, equally for both sides, and counted as `truncated`; answer and eos
+    stay whole. Where the longer answer leaves no room for any prompt token, the pair is left out (`overlong`).
+
+    Raises DataError also for text the tokenizer refuses, and when no pair is left.
+    """
+    check_choice("data.on_overlong", on_overlong, ("error", "skip", "truncate_prompt"))
+    encoded: list[EncodedPair] = []
+    truncated = 0
+    overlong: list[str] = []
+    for row in rows:
+        try:
+            prompt = tokenizer.encode_prompt(row.prompt)
+            chosen, rejected = tokenizer.encode_response(row.chosen), tokenizer.encode_response(row.rejected)
+        except DataError as error:
+            raise DataError(f"{row.source}: {error}") from error
+        longest = max(len(chosen), len(rejected))
+        if len(prompt) + longest > max_length:
+            room = max_length - longest
+            if on_overlong != "truncate_prompt" or room < min(1, len(prompt)):
+                side = "chosen" if len(chosen) >= len(rejected) else "rejected"
+                overlong.append(
+                    f"{row.source}: prompt + `{side}` is {len(prompt) + longest} tokens long, the limit is {max_length}"
+                )
+                continue
+            prompt = prompt[len(prompt) - room :]
+            truncated += 1
+        encoded.append(EncodedPair(prompt + chosen, prompt + rejected, len(prompt), row.margin, row.weight, row.source))
+    advice = "raise model.encoder_seq_length, or set data.on_overlong=skip or data.on_overlong=truncate_prompt"
+    if overlong and on_overlong == "error":
+        raise DataError(f"{overlong[0]} ({len(overlong)} of {len(rows)} rows are too long); {advice}")
+    if not encoded:
+        raise DataError(f"{overlong[0]}: all {len(rows)} rows are too long" if overlong else "no rows to encode")
+    return encoded, {"encoded": len(encoded), "overlong": len(overlong), "truncated": truncated}

@@ -1,0 +1,93 @@
+"""Encoded pairs share their prompt tokens, end in eos, and never exceed the limit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from nemo_advrm.data.encoding import encode_pairs
+from nemo_advrm.data.messages import Message
+from nemo_advrm.data.preferences import PreferencePair, load_preferences
+from nemo_advrm.data.tokenizers import ByteTokenizer
+from nemo_advrm.errors import ConfigError, DataError
+
+SHARED = Path(__file__).parents[2].parent / "shared" / "data"
+TOKENIZER = ByteTokenizer()
+
+
+def row(prompt: str, chosen: str, rejected: str, source: str = "f.jsonl:3") -> PreferencePair:
+    return PreferencePair((Message(role="user", content=prompt),), chosen, rejected, 2.0, 0.5, source)
+
+
+def test_a_pair_is_prompt_answer_eos_on_both_sides() -> None:
+    (pair,), counts = encode_pairs([row("hi", "yes", "n")], TOKENIZER, 32)
+    prompt = [2, 3, 111, 112, 6, 4]
+    assert pair.prompt_length == 6
+    assert pair.chosen == [*prompt, *TOKENIZER.encode("yes"), 1]
+    assert pair.rejected == [*prompt, *TOKENIZER.encode("n"), 1]
+    assert (pair.margin, pair.weight, pair.source, pair.length) == (2.0, 0.5, "f.jsonl:3", 10)
+    assert counts == {"encoded": 1, "overlong": 0, "truncated": 0}
+
+
+def test_raw_text_pairs_have_only_the_start_token_as_prompt() -> None:
+    (pair,), _ = encode_pairs([PreferencePair((), "ab", "c")], TOKENIZER, 8)
+    assert pair.prompt_length == 1 and pair.chosen == [2, 104, 105, 1]
+
+
+def test_the_limit_itself_is_allowed() -> None:
+    assert len(encode_pairs([row("hi", "yes", "n")], TOKENIZER, 10)[0]) == 1
+    message = r"f\.jsonl:3: prompt \+ `chosen` is 10 tokens long, the limit is 9 \(1 of 1 rows are too long\)"
+    with pytest.raises(DataError, match=message):
+        encode_pairs([row("hi", "yes", "n")], TOKENIZER, 9)
+
+
+def test_skip_leaves_out_and_counts() -> None:
+    rows = [row("hi", "a", "b"), row("hi", "a", "b" * 50), row("hi", "c", "d")]
+    pairs, counts = encode_pairs(rows, TOKENIZER, 16, on_overlong="skip")
+    assert [pair.chosen[6] for pair in pairs] == TOKENIZER.encode("ac")
+    assert counts == {"encoded": 2, "overlong": 1, "truncated": 0}
+
+
+def test_truncation_cuts_the_prompt_from_the_left_and_keeps_answers_whole() -> None:
+    (pair,), counts = encode_pairs([row("0123456789", "yes", "n")], TOKENIZER, 10, on_overlong="truncate_prompt")
+    prompt = [*TOKENIZER.encode("6789"), 6, 4]
+    assert pair.chosen == [*prompt, *TOKENIZER.encode("yes"), 1] and len(pair.chosen) == 10
+    assert pair.rejected == [*prompt, *TOKENIZER.encode("n"), 1]
+    assert pair.prompt_length == 6 and counts["truncated"] == 1
+
+
+def test_truncation_leaves_out_answers_that_fill_the_context() -> None:
+    rows = [row("hi", "a" * 9, "b"), row("hi", "a" * 8, "b")]
+    (pair,), counts = encode_pairs(rows, TOKENIZER, 10, on_overlong="truncate_prompt")
+    assert pair.chosen == [4, *TOKENIZER.encode("a" * 8), 1]
+    assert counts == {"encoded": 1, "overlong": 1, "truncated": 1}
+
+
+def test_nothing_left_is_an_error() -> None:
+    with pytest.raises(DataError, match="all 1 rows are too long"):
+        encode_pairs([row("hi", "yes", "n")], TOKENIZER, 5, on_overlong="skip")
+    with pytest.raises(DataError, match="no rows"):
+        encode_pairs([], TOKENIZER, 5)
+    with pytest.raises(ConfigError, match=r"data\.on_overlong='drop'"):
+        encode_pairs([], TOKENIZER, 5, on_overlong="drop")
+
+
+def test_a_text_the_tokenizer_refuses_names_the_row() -> None:
+    class Refusing(ByteTokenizer):
+        def encode_prompt(self, messages: object) -> list[int]:
+            raise DataError("the template refuses this")
+
+    with pytest.raises(DataError, match=r"f\.jsonl:3: the template refuses this"):
+        encode_pairs([row("hi", "a", "b")], Refusing(), 32)
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the real preference data is not beside this checkout")
+def test_real_pairs_end_in_one_eos_within_the_limit() -> None:
+    rows = load_preferences(SHARED / "hh_rlhf_harmless_test.jsonl.gz", on_bad_row="skip").rows[:300]
+    pairs, counts = encode_pairs(rows, TOKENIZER, 512, on_overlong="truncate_prompt")
+    assert counts["encoded"] + counts["overlong"] == 300 and counts["truncated"] > 0
+    for pair in pairs:
+        assert pair.chosen[: pair.prompt_length] == pair.rejected[: pair.prompt_length]
+        for ids in (pair.chosen, pair.rejected):
+            assert len(ids) <= 512 and ids[-1] == 1 and ids.count(1) == 1
