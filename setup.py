@@ -11,8 +11,8 @@ ROOT = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"', (ROOT / "nemo_advrm" / "__init__.py").read_text(), re.M)[1]
 README = ROOT / "README.md"
 
-# The lower bound of every requirement is the version the tests were run with; the upper bound is the next
-# release that may break an interface used here.
+# The lower bound of every requirement is the version that was tried; the upper bound is the next release that may
+# break an interface used here.
 INSTALL = [
     "torch>=2.13.0,<2.14",
     "nemo_toolkit[core]>=3.0.0,<3.1",
@@ -45,7 +45,8 @@ EXTRAS = {
     ],
     # Transformer Engine (FP8, context parallelism, fused kernels) builds only where CUDA is installed. Apex is the
     # other optional accelerator; it is not on the package index and is installed from NVIDIA's repository.
-    "gpu": ["transformer-engine[pytorch]>=2.0"],
+    # These bounds are the ones megatron-core 0.16 names for it; unlike all others here they have not been tried.
+    "gpu": ["transformer-engine[pytorch]>=2.9,<2.12"],
     "dev": [
         "pytest>=9.2.0,<10",
         "pytest-timeout>=2.4.0,<3",

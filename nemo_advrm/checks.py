@@ -178,7 +178,8 @@ def check_values(cfg: Config) -> None:
         for key, value in _values(cfg, pattern.split(".")):
             if value not in options:
                 shown = ", ".join(option or '""' for option in options)
-                raise ConfigError(f"{key}={value}: did you mean {nearest(value, options) or options[-1]}? choices: {shown}")
+                near = nearest(value, options) or options[-1]
+                raise ConfigError(f"{key}={value}: did you mean {near}? choices: {shown}")
     for pattern, allowed in RANGES.items():
         for key, value in _values(cfg, pattern.split(".")):
             if value not in allowed:

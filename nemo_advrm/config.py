@@ -1,15 +1,19 @@
-"""Configuration: Hydra's composition of ``conf/`` and the command line, checked against the schema, as a Config object."""
+"""Configuration: ``conf/`` and the command line composed by Hydra, checked against the schema."""
 
 from __future__ import annotations
 
 import copy
+import dataclasses
+import functools
 import importlib.metadata
 import platform
 import subprocess
+import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -58,6 +62,8 @@ def load_config(overrides: Sequence[str] = (), stage: str | None = None) -> Conf
             composed = compose("config", overrides=lines)
     except (HydraException, OmegaConfBaseException) as error:
         raise _explained(error) from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"broken YAML: {' '.join(str(error).split())}") from error
     return finish(composed, parsed, stage)
 
 
@@ -70,8 +76,7 @@ def from_hydra(composed: DictConfig, stage: str | None = None) -> Config:
 
 def finish(composed: DictConfig, overrides: Sequence[Override], stage: str | None) -> Config:
     """Type-check a composed configuration and lay the stage's settings over it; see :func:`load_config`."""
-    plain = OmegaConf.to_container(composed, resolve=False)
-    assert isinstance(plain, dict)
+    plain = typing.cast(dict[str, Any], OmegaConf.to_container(composed, resolve=False))
     _check_names(plain)
     _drop_overridden(plain.get("stage", {}), overrides)
     cfg = _to_object(plain)
@@ -90,8 +95,7 @@ def for_stage(cfg: Config, stage: str) -> Config:
     """
     if stage not in stages_with_settings():
         return copy.deepcopy(cfg)
-    plain = OmegaConf.to_container(OmegaConf.structured(cfg))
-    assert isinstance(plain, dict)
+    plain = dataclasses.asdict(cfg)
     settings = plain.pop("stage")[stage]
     try:
         result = _to_object(plain, settings)
@@ -108,7 +112,7 @@ def save_resolved(cfg: Config, path: Path) -> None:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what produced a run: nemo_advrm, Python, the libraries (``absent`` if not installed), the git commit."""
+    """Versions of what produced a run: nemo_advrm, Python, libraries (``absent`` if not installed), git commit."""
     from nemo_advrm import __version__
 
     found = {"nemo_advrm": __version__, "python": platform.python_version()}
@@ -131,6 +135,8 @@ def _parse(overrides: Sequence[str]) -> list[Override]:
     parser = OverridesParser.create()
     parsed = []
     for line in overrides:
+        if line.startswith("="):
+            raise ConfigError(f"cannot read the setting {line!r} (no key); write key=value")
         if line.startswith("-"):
             raise ConfigError(f"unknown option {line}: settings are written key=value")
         try:
@@ -165,21 +171,21 @@ def _checked_line(override: Override, roots: Sequence[Path]) -> str:
     if override.is_sweep_override():
         raise ConfigError(f"{line}: a list is written with brackets, as in {key}=[a,b]")
     folders = [folder for root in roots if (folder := root / key).is_dir()]
-    value = None if override.is_delete() else override.value()
+    if override.is_delete():
+        if folders or not _is_free_name(key):
+            raise ConfigError(f"{line}: {key} cannot be deleted; give it another value")
+        return line
+    value = override.value()
     if folders and not isinstance(value, dict):
         options = sorted({file.stem for folder in folders for file in folder.glob("*.yaml")})
         for option in value if isinstance(value, list) else [value]:
-            if option not in options and not (option is None and key == "experiment" and not override.is_delete()):
+            if option not in options and not (option is None and key == "experiment"):
                 near = nearest(str(option), options)
                 raise ConfigError(f"{line}: did you mean {key}={near}? {key} can be {', '.join(options)}")
         return line.lstrip("+")
     expected = expected_type(key)
     if expected is None:
         raise ConfigError(f"unknown key {key}: did you mean {nearest_key(key)}?")
-    if override.is_delete():
-        if not _is_free_name(key):
-            raise ConfigError(f"{line}: {key} cannot be deleted; give it another value")
-        return line
     if is_section(key) and not isinstance(value, dict):
         raise ConfigError(f"{line}: {key} is a section of keys, not a value (as in {key}.{_first_field(expected)}=...)")
     # ++ adds or changes: a key inside stage.* or pipeline.rlhf.* need not be there yet. A section that need not be
@@ -240,10 +246,16 @@ def _drop_overridden(stages: dict[str, Any], overrides: Sequence[Override]) -> N
                 node.pop(last, None)
 
 
+@functools.cache
+def _typed_defaults() -> DictConfig:
+    """The schema as OmegaConf's typed node; merging copies it."""
+    return OmegaConf.structured(Config)
+
+
 def _to_object(*layers: dict[str, Any]) -> Config:
     """Merge plain layers into the schema; raises ConfigError for a wrong type."""
     try:
-        cfg = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), *layers))
+        cfg = OmegaConf.to_object(OmegaConf.merge(_typed_defaults(), *layers))
     except OmegaConfBaseException as error:
         raise _explained(error) from error
     assert isinstance(cfg, Config)
@@ -256,7 +268,7 @@ def _explained(error: BaseException) -> ConfigError:
     while cause is not None and not isinstance(cause, OmegaConfBaseException):
         cause = cause.__cause__ or cause.__context__
     reason = str(cause or error).splitlines()[0]
-    key = getattr(cause, "full_key", None)
+    key = str(getattr(cause, "full_key", None) or "").partition("[")[0]  # without the place in a list
     if not key:
         return ConfigError(" ".join(str(error).split()))
     expected = expected_type(key)

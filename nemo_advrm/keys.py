@@ -1,4 +1,4 @@
-"""The configuration keys as the schema declares them: dotted names, types, comments, and the nearest name to a wrong one."""
+"""The configuration keys as the schema declares them: names, types, comments, and the nearest name to a wrong one."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Key:
 
     name: str  # dotted; ANY_NAME stands for a name the user chooses
     annotation: Any
-    default: Any  # dataclasses.MISSING below ANY_NAME
+    default: Any
     comment: str  # the schema's own comment, "" when it has none
 
 
@@ -40,7 +40,9 @@ def _comments() -> dict[tuple[str, str], str]:
     lines = source.splitlines()
     comments = {}
     for node in ast.parse(source).body:
-        for field in node.body if isinstance(node, ast.ClassDef) else ():
+        if not isinstance(node, ast.ClassDef):
+            continue
+        for field in node.body:
             if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
                 end = lines[(field.end_lineno or field.lineno) - 1][field.end_col_offset :]
                 comments[node.name, field.target.id] = end.partition("#")[2].strip()
@@ -49,7 +51,7 @@ def _comments() -> dict[tuple[str, str], str]:
 
 def _walk(cls: type, prefix: str, default: Any) -> typing.Iterator[Key]:
     for name, annotation in _fields(cls).items():
-        value = getattr(default, name, dataclasses.MISSING)
+        value = getattr(default, name)
         dotted = prefix + name
         if dataclasses.is_dataclass(annotation):
             yield from _walk(typing.cast(type, annotation), dotted + ".", value)
@@ -57,7 +59,7 @@ def _walk(cls: type, prefix: str, default: Any) -> typing.Iterator[Key]:
         yield Key(dotted, annotation, value, _comments().get((cls.__name__, name), ""))
         inner = typing.get_args(annotation)[-1] if typing.get_origin(annotation) is dict else None
         if dataclasses.is_dataclass(inner):
-            yield from _walk(typing.cast(type, inner), f"{dotted}.{ANY_NAME}.", None)
+            yield from _walk(typing.cast(type, inner), f"{dotted}.{ANY_NAME}.", typing.cast(type, inner)())
 
 
 @functools.cache
@@ -104,8 +106,10 @@ def nearest_key(name: str) -> str:
         return ".".join(["stage", stage, *([nearest_key(".".join(parts[2:]))] if len(parts) > 2 else [])])
     names: set[str] = set()
     for key in all_keys():
-        # A free name takes what the user wrote in its place, so that only the rest is compared.
-        filled = [part if part != ANY_NAME else (parts[i : i + 1] or ["NAME"])[0] for i, part in enumerate(key.split("."))]
+        filled = key.split(".")
+        if ANY_NAME in filled:  # it takes what the user wrote in its place, so that only the rest is compared
+            place = filled.index(ANY_NAME)
+            filled[place] = parts[place] if len(parts) > place else "NAME"
         names.update(".".join(filled[:end]) for end in range(1, len(filled) + 1))
 
     def similarity(candidate: str) -> tuple[float, float]:

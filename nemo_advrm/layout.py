@@ -79,5 +79,3 @@ def validate_layout(cfg: Config, world_size: int, transformer_engine: bool = Fal
             f"({world_size} processes / (model.tensor_model_parallel_size={tensor} * "
             f"model.pipeline_model_parallel_size={pipeline} * model.context_parallel_size={context}))"
         )
-    if model.tokenizer == "hf:":
-        raise LayoutError("model.tokenizer: say which one, as in model.tokenizer=hf:DIR")

@@ -1,0 +1,234 @@
+"""The command ``nemo-advrm STAGE [key=value ...]``: finds the stage, loads its configuration, reports errors."""
+
+from __future__ import annotations
+
+import importlib
+import operator
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from nemo_advrm import __version__
+from nemo_advrm.errors import UserError
+
+USAGE = "usage: nemo-advrm STAGE [key=value ...] | STAGE --help | --version"
+EXIT_USER_ERROR, EXIT_INTERRUPTED = 2, 130
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage: where its ``main(cfg) -> int | None`` is, and what ``--help`` says of it."""
+
+    entry: str  # module:function, imported only when the stage runs
+    summary: str
+    keys: tuple[str, ...]  # the keys shown by STAGE --help: a name, or a prefix that ends with a full stop
+    example: str
+
+
+_COMMON = ("name", "run_dir", "seed", "trainer.devices", "trainer.num_nodes", "trainer.accelerator")
+_PARALLEL = (
+    "model.tensor_model_parallel_size",
+    "model.pipeline_model_parallel_size",
+    "model.sequence_parallel",
+    "precision.name",
+)
+_TRAINING = (
+    "pretrained_checkpoint.restore_from_path",
+    "model.optim.lr",
+    "model.optim.sched.name",
+    "model.optim.sched.warmup_steps",
+    "model.global_batch_size",
+    "model.micro_batch_size",
+    "model.micro_batch_tokens",
+    "model.encoder_seq_length",
+    "model.tokenizer",
+    "trainer.max_epochs",
+    "trainer.max_steps",
+    "trainer.gradient_clip_val",
+    "trainer.checkpoint_every_n_steps",
+)
+_DATA = (
+    "data.train_path",
+    "data.validation_path",
+    "data.validation_fraction",
+    "data.on_bad_row",
+    "data.on_overlong",
+)
+_RL = (
+    "rl.algorithm",
+    "rl.max_steps",
+    "rl.prompts_per_step",
+    "rl.group_size",
+    "rl.max_new_tokens",
+    "rl.kl.coefficient",
+    "rl.kl.estimator",
+    "rl.unended_penalty",
+    "model.optim.lr",
+)
+
+STAGES: dict[str, Stage] = {
+    "sft": Stage(
+        "nemo_advrm.stages.sft:main",
+        "train the policy on text",
+        (*_COMMON, *_DATA, *_TRAINING, *_PARALLEL),
+        "nemo-advrm sft model=tiny data.train_path=text.jsonl",
+    ),
+    "train_rm": Stage(
+        "nemo_advrm.stages.train_rm:main",
+        "train a reward model on preference pairs",
+        (*_COMMON, *_DATA, "reward_model.", *_TRAINING, "augmentation.", *_PARALLEL),
+        "nemo-advrm train_rm model=tiny data.train_path=preferences.jsonl",
+    ),
+    "attack": Stage(
+        "nemo_advrm.stages.attack:main",
+        "train an adversarial policy against the first reward model of an ensemble",
+        (*_COMMON, "data.prompts_path", "ensemble.members", "reference.", "adversarial.", *_RL, *_PARALLEL),
+        "nemo-advrm attack run_dir=runs/a 'ensemble.members=[runs/rm_1,runs/rm_2]' "
+        "pretrained_checkpoint.restore_from_path=runs/sft",
+    ),
+    "select": Stage(
+        "nemo_advrm.stages.select:main",
+        "turn the adversarial samples of an attack into preference pairs",
+        ("run_dir", "seed", "selection."),
+        "nemo-advrm select run_dir=runs/a selection.max_pairs=500",
+    ),
+    "rlhf": Stage(
+        "nemo_advrm.stages.rlhf:main",
+        "train a policy on a reward: one model or an ensemble",
+        (*_COMMON, "data.prompts_path", "ensemble.", *_RL, *_PARALLEL),
+        "nemo-advrm rlhf 'ensemble.members=[runs/rm_1,runs/rm_2]' ensemble.aggregate=lcb rl=ppo",
+    ),
+    "evaluate": Stage(
+        "nemo_advrm.stages.evaluate:main",
+        "measure reward models on held-out preference pairs",
+        (*_COMMON, "ensemble.members", "data.validation_path", "data.on_bad_row", "data.on_overlong"),
+        "nemo-advrm evaluate 'ensemble.members=[runs/rm_1]' data.validation_path=held_out.jsonl",
+    ),
+    "report": Stage(
+        "nemo_advrm.stages.report:main",
+        "write report/index.html of a run and print its table",
+        ("run_dir",),
+        "nemo-advrm report run_dir=runs/synthetic",
+    ),
+    "pipeline": Stage(
+        "nemo_advrm.stages.pipeline:main",
+        "all of it: reward models, rounds of attack and retraining, RLHF, report; resumes where it stopped",
+        (*_COMMON, "pipeline.", *_DATA, "ensemble.size", "adversarial.", "selection.", "augmentation.", "rl.algorithm"),
+        "nemo-advrm pipeline experiment=synthetic",
+    ),
+    "doctor": Stage(
+        "nemo_advrm.stages.doctor:main",
+        "print what this machine has and what each absence means",
+        (),
+        "nemo-advrm doctor",
+    ),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one stage; returns the exit status: 0, 2 (a user's error) or 130 (interrupted).
+
+    Any other exception is a bug: it leaves with its traceback, and Python exits with 1.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    return guarded(lambda: _dispatch(words))
+
+
+def guarded(call: Callable[[], int | None]) -> int:
+    """Exit status of a call; a user's error is printed as one line, once in a job of several processes."""
+    try:
+        return call() or 0
+    except UserError as error:
+        if _is_first_process():
+            print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        if _is_first_process():
+            print("interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+def run_stage(name: str, overrides: Sequence[str]) -> int | None:
+    """Load the configuration of a stage and call its main."""
+    from nemo_advrm.config import load_config
+
+    cfg = load_config(overrides, name)
+    module, _, function = STAGES[name].entry.partition(":")
+    stage: Callable[..., int | None] = getattr(importlib.import_module(module), function)
+    return stage(cfg)
+
+
+def _dispatch(words: list[str]) -> int | None:
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(_help())
+        return 0 if words else EXIT_USER_ERROR
+    if words[0] in ("-V", "--version"):
+        print(f"nemo-advrm {__version__}")
+        return 0
+    name, overrides = words[0], words[1:]
+    if name not in STAGES:
+        from nemo_advrm.keys import nearest
+
+        known = ", ".join(STAGES)
+        raise UserError(f"unknown stage {name}: did you mean {nearest(name, list(STAGES))}? stages: {known}")
+    if any(word in ("-h", "--help") for word in overrides):
+        print(_stage_help(name))
+        return 0
+    return run_stage(name, overrides)
+
+
+def _is_first_process() -> bool:
+    """Whether this is the process of a job that speaks: torchrun's or SLURM's rank 0."""
+    return (os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0") == "0"
+
+
+def _help() -> str:
+    width = max(map(len, STAGES))
+    lines = [f"  {name:<{width}}  {stage.summary}" for name, stage in STAGES.items()]
+    return "\n".join(
+        [
+            USAGE,
+            "",
+            "Adversarial training of reward models (Adv-RM) on NeMo and Megatron-Core.",
+            "",
+            "stages:",
+            *lines,
+            "",
+            "A setting is key=value or group=option (groups: model, parallel, precision, rl, experiment), as in",
+            "  nemo-advrm pipeline experiment=synthetic seed=1",
+            "  torchrun --nproc-per-node 2 -m nemo_advrm.cli train_rm model=tiny parallel=tp2 trainer.devices=2 \\",
+            "      data.train_path=preferences.jsonl",
+        ]
+    )
+
+
+def _stage_help(name: str) -> str:
+    """The stage's most useful keys: the value each has when nothing is set, and the schema's own comment."""
+    from nemo_advrm.config import load_config
+    from nemo_advrm.keys import ANY_NAME, all_keys
+
+    stage, defaults = STAGES[name], load_config((), name)
+    rows = []
+    for wanted in dict.fromkeys(stage.keys):
+        for key in all_keys().values():
+            if key.name == wanted or (wanted.endswith(".") and key.name.startswith(wanted)):
+                value = key.default if ANY_NAME in key.name else operator.attrgetter(key.name)(defaults)
+                rows.append((f"{key.name.replace(ANY_NAME, 'NAME')}={_shown(value)}", key.comment))
+    width = max((len(setting) for setting, _ in rows), default=0)
+    lines = [f"  {setting:<{width}}  {comment}".rstrip() for setting, comment in rows]
+    keys = ["", "keys and their defaults (all of them: nemo_advrm/schema.py):", *lines] if lines else []
+    return "\n".join(
+        [f"usage: nemo-advrm {name} [key=value ...]", "", f"{stage.summary}.", *keys, "", f"example: {stage.example}"]
+    )
+
+
+def _shown(value: object) -> str:
+    """A value as it is written on the command line."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(value) if value != "" else '""'
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,166 @@
+"""The command line: help without heavy imports, one clear line for a user's error, exit statuses."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from types import ModuleType
+
+import pytest
+
+from nemo_advrm import __version__, cli
+from nemo_advrm.errors import DataError
+from nemo_advrm.keys import all_keys
+from nemo_advrm.schema import Config
+from nemo_advrm.stages import doctor
+
+
+@pytest.fixture
+def stage(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """A stage ``train_rm`` whose ``main`` a test sets."""
+    module = ModuleType("nemo_advrm.stages.train_rm")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    return module
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["train_rm", "--help"]])
+def test_help_is_quick_and_imports_nothing_heavy(arguments: list[str]) -> None:
+    code = (
+        "import sys; from nemo_advrm.cli import main; status = main(sys.argv[1:]); "
+        "heavy = {'torch', 'numpy', 'nemo', 'lightning', 'megatron', 'transformers'} & set(sys.modules); "
+        "sys.exit(status or str(heavy or '') or 0)"
+    )
+    start = time.perf_counter()
+    run = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert time.perf_counter() - start < 2
+
+
+def test_help_names_every_stage(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--help"]) == 0
+    out = capsys.readouterr().out
+    assert all(name in out and stage.summary in out for name, stage in cli.STAGES.items())
+
+
+def test_no_stage_shows_help_and_fails(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([]) == 2
+    assert "usage: nemo-advrm STAGE" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", list(cli.STAGES))
+def test_stage_help_shows_only_keys_that_exist(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for key in cli.STAGES[name].keys:
+        assert key in all_keys() or any(other.startswith(key) and key.endswith(".") for other in all_keys()), key
+    assert cli.main([name, "--help"]) == 0
+    assert cli.STAGES[name].example in capsys.readouterr().out
+
+
+def test_stage_help_shows_defaults_and_comments(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(["pipeline", "-h"])
+    lines = capsys.readouterr().out.splitlines()
+    assert any("pipeline.rounds=2" in line for line in lines)
+    assert any("pipeline.rlhf.NAME.reward=r1" in line and "hardened" in line for line in lines)
+    assert any("data.on_bad_row=error" in line and "counted and reported" in line for line in lines)
+    assert any('data.train_path=""' in line for line in lines)
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"nemo-advrm {__version__}\n"
+
+
+def test_unknown_stage_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train-rm"]) == 2
+    assert "error: unknown stage train-rm: did you mean train_rm?" in capsys.readouterr().err
+
+
+def test_stage_gets_its_configuration_and_its_status_is_returned(stage: ModuleType) -> None:
+    seen: list[Config] = []
+    stage.main = lambda cfg: seen.append(cfg)
+    assert cli.main(["train_rm", "experiment=synthetic", "seed=3"]) == 0
+    assert (seen[0].seed, seen[0].model.hidden_dropout) == (3, 0.1)
+    stage.main = lambda cfg: 7
+    assert cli.main(["train_rm"]) == 7
+
+
+@pytest.mark.parametrize(("rank", "lines"), [(None, 1), ("0", 1), ("1", 0)])
+def test_user_error_is_one_line_printed_by_the_first_process(
+    rank: str | None,
+    lines: int,
+    stage: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.delenv("SLURM_PROCID", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("RANK", rank)
+
+    def fail(cfg: Config) -> None:
+        raise DataError("rows.jsonl:3: no key rejected")
+
+    stage.main = fail
+    assert cli.main(["train_rm"]) == 2
+    assert capsys.readouterr().err == "error: rows.jsonl:3: no key rejected\n" * lines
+
+
+def test_configuration_error_ends_before_the_stage_is_imported(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train_rm", "model.num_layrs=3"]) == 2
+    assert capsys.readouterr().err == "error: unknown key model.num_layrs: did you mean model.num_layers?\n"
+
+
+def test_interrupt_exits_with_130(stage: ModuleType) -> None:
+    def interrupt(cfg: Config) -> None:
+        raise KeyboardInterrupt
+
+    stage.main = interrupt
+    assert cli.main(["train_rm"]) == 130
+
+
+def test_a_bug_keeps_its_traceback(stage: ModuleType) -> None:
+    def broken(cfg: Config) -> None:
+        raise ZeroDivisionError
+
+    stage.main = broken
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["train_rm"])
+
+
+def test_report_without_a_run_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["report", "run_dir=/nowhere"]) == 2
+    assert "run_dir=/nowhere" in capsys.readouterr().err
+
+
+# doctor
+
+
+def test_doctor_names_everything_and_exits_with_0(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    parts = "Python", "torch", "megatron-core", "nemo-toolkit", "lightning", "transformers", "Transformer Engine"
+    for what in (*parts, "Apex", "GPU", "FP8", "NCCL", "gloo", "CPU"):
+        assert what in out
+
+
+def test_doctor_says_what_every_absence_means(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_version", lambda package: None)
+    absent = {finding.what: finding.meaning for finding in doctor.findings() if not finding.present}
+    assert {"torch", "megatron-core", "Transformer Engine", "Apex"} <= set(absent)
+    assert all(absent.values())
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "engine", "found", "meaning"),
+    [
+        ([], True, "no", "needs a GPU"),
+        ([(8, 0)], True, "no", "8.9"),
+        ([(9, 0)], False, "hardware only", "Transformer Engine"),
+        ([(9, 0)], True, "yes", "fp8_blockwise"),
+        ([(9, 0), (8, 0)], True, "no", "8.9"),
+        ([(10, 0)], True, "yes, MXFP8 too", "mxfp8"),
+    ],
+)
+def test_fp8_by_the_weakest_gpu(capabilities: list, engine: bool, found: str, meaning: str) -> None:
+    finding = doctor.fp8_finding(capabilities, engine)
+    assert finding.found == found and meaning in finding.meaning

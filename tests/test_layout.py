@@ -1,0 +1,91 @@
+"""A parallel layout that cannot be built ends with a message that names the keys."""
+
+from __future__ import annotations
+
+import pytest
+
+from nemo_advrm.config import load_config
+from nemo_advrm.errors import LayoutError
+from nemo_advrm.layout import data_parallel_size, validate_layout
+from nemo_advrm.schema import Config
+
+TP, PP, CP = (f"model.{name}_parallel_size" for name in ("tensor_model", "pipeline_model", "context"))
+
+
+def config(**model: object) -> Config:
+    cfg = Config()
+    for name, value in {"num_attention_heads": 4, "hidden_size": 64, "global_batch_size": 64, **model}.items():
+        assert hasattr(cfg.model, name)
+        setattr(cfg.model, name, value)
+    return cfg
+
+
+def test_data_parallel_size_is_what_is_left() -> None:
+    assert data_parallel_size(config(), 8) == 8
+    assert data_parallel_size(config(tensor_model_parallel_size=2, pipeline_model_parallel_size=2), 8) == 2
+    assert data_parallel_size(config(tensor_model_parallel_size=2, context_parallel_size=2), 4) == 1
+
+
+@pytest.mark.parametrize(
+    ("model", "world", "named"),
+    [
+        ({"tensor_model_parallel_size": 2}, 3, ("3 processes", f"{TP}=2")),
+        ({"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}, 2, (f"{TP}=2", f"{PP}=2")),
+        ({"tensor_model_parallel_size": 3}, 3, ("model.num_attention_heads=4", f"{TP}=3")),
+        ({"tensor_model_parallel_size": 2, "num_query_groups": 1}, 2, ("model.num_query_groups=1", f"{TP}=2")),
+        ({"tensor_model_parallel_size": 2, "ffn_hidden_size": 171}, 2, ("model.ffn_hidden_size=171", f"{TP}=2")),
+        ({"num_query_groups": 3}, 1, ("model.num_attention_heads=4", "model.num_query_groups=3")),
+        ({"hidden_size": 66}, 1, ("model.hidden_size=66", "model.num_attention_heads=4")),
+        ({"pipeline_model_parallel_size": 3}, 3, ("model.num_layers=2", f"{PP}=3")),
+        (
+            {"num_layers": 4, "pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 4},
+            2,
+            ("model.num_layers=4", "virtual_pipeline_model_parallel_size=8"),
+        ),
+        ({"virtual_pipeline_model_parallel_size": 2}, 1, ("virtual_pipeline_model_parallel_size=2", PP)),
+        ({"sequence_parallel": True}, 1, ("model.sequence_parallel", TP)),
+        ({"global_batch_size": 6}, 4, ("model.global_batch_size=6", "4 data-parallel")),
+        ({"context_parallel_size": 2}, 2, (f"{CP}=2", "Transformer Engine")),
+    ],
+)
+def test_impossible_layout_names_the_keys(model: dict[str, object], world: int, named: tuple[str, ...]) -> None:
+    with pytest.raises(LayoutError) as error:
+        validate_layout(config(**model), world)
+    assert all(part in str(error.value) for part in named), str(error.value)
+
+
+def test_context_parallelism_splits_the_sequence_in_pairs_of_parts() -> None:
+    validate_layout(config(context_parallel_size=2, encoder_seq_length=64), 2, transformer_engine=True)
+    with pytest.raises(LayoutError, match="encoder_seq_length=66"):
+        validate_layout(config(context_parallel_size=2, encoder_seq_length=66), 2, transformer_engine=True)
+
+
+def test_fp8_needs_transformer_engine() -> None:
+    cfg = config()
+    cfg.precision.name = "fp8_delayed"
+    with pytest.raises(LayoutError, match=r"precision\.name=fp8_delayed.*Transformer Engine"):
+        validate_layout(cfg, 1)
+    validate_layout(cfg, 1, transformer_engine=True)
+
+
+def test_explicit_head_size_frees_the_hidden_size() -> None:
+    validate_layout(config(hidden_size=66, kv_channels=16), 1)
+
+
+@pytest.mark.parametrize(
+    ("model", "parallel", "world"),
+    [
+        ("synthetic", "single", 2),
+        ("synthetic", "tp2", 2),
+        ("synthetic", "tp2_pp2", 4),
+        ("tiny", "tp2", 4),
+        ("tiny", "tp2_pp2", 4),
+        ("tiny_gpt", "pp2", 2),
+        ("llama3_8b", "tp8", 16),
+        ("llama3_70b", "tp8_pp4", 64),
+        ("qwen2_5_72b", "tp8_pp4", 32),
+        ("nemotron4_340b", "tp8_pp12", 768),
+    ],
+)
+def test_shipped_models_fit_shipped_layouts(model: str, parallel: str, world: int) -> None:
+    validate_layout(load_config([f"model={model}", f"parallel={parallel}"]), world)
