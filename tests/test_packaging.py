@@ -29,6 +29,12 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return next(out.glob("*.whl"))
 
 
+def test_wheel_holds_every_file_of_the_package(wheel: Path) -> None:
+    package = [file for file in (ROOT / "nemo_advrm").rglob("*") if file.is_file() and "__pycache__" not in file.parts]
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert {file.relative_to(ROOT).as_posix() for file in package} <= names
+
+
 def test_wheel_holds_every_configuration_file(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     files = {f"nemo_advrm/{file.relative_to(ROOT).as_posix()}" for file in (ROOT / "conf").rglob("*.yaml")}

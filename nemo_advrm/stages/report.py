@@ -14,5 +14,7 @@ def main(cfg: Config) -> int:
     run_dir = Path(cfg.run_dir)
     if not (run_dir / "state.json").is_file():
         raise ConfigError(f"run_dir={cfg.run_dir}: no state.json there, so no run to report on")
-    print(render_summary(write_report(run_dir)))
+    page = write_report(run_dir)
+    print(render_summary(run_dir))
+    print(f"report: {page}")
     return 0
