@@ -1,17 +1,18 @@
 """Prompts and responses of the embedded language: a corpus of mixed quality to fit the initial policy on.
 
-A prompt is three distinct nouns, the topics. A good response writes one well-formed sentence about each. Every response has
-a hidden quality q ~ U(0, 1); with the error rate e = 1 - q things go wrong:
+A prompt is three distinct nouns, the topics. A good response writes one well-formed sentence about each. Every response
+has a hidden quality q ~ U(0, 1); with the error rate e = 1 - q things go wrong:
 
 - the topics are shuffled; each is left out with probability .35e, else replaced by a noun off the topic with .35e;
 - a sentence about a random noun is put in somewhere with .3e;
-- a sentence is DET [ADJ with .1 + .6q] NOUN VERB [ADV with .1 + .5q] "."; in each sentence, independently: a determiner of the
-  wrong class (.35e), a verb of the wrong class (.35e), a filler at a random place before the stop (.25e), no stop (.35e);
+- a sentence is DET [ADJ with .1 + .6q] NOUN VERB [ADV with .1 + .5q] "."; in each sentence, independently: a determiner
+  of the wrong class (.35e), a verb of the wrong class (.35e), a filler at a random place before the stop (.25e), no
+  stop (.35e);
 - each sentence is said twice in a row with .2e.
 
-Two rules keep every response usable as training data: a response from which all topics were left out gets one sentence about
-a random noun (no response is empty), and whole sentences are dropped from the end until the response and its end token fit into 32
-tokens (every response of the corpus ends).
+Two rules keep every response usable as training data: a response from which all topics were left out gets one sentence
+about a random noun (no response is empty), and a sentence after which the response and its end token would exceed 32
+tokens is dropped with all that follows it (every response of the corpus ends).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from collections.abc import Mapping, Sequence
 from random import Random
 from typing import Protocol
 
+from nemo_advrm.data.messages import Message
 from nemo_advrm.synthetic.language import (
     ADJECTIVES,
     ADVERBS,
@@ -35,7 +37,6 @@ from nemo_advrm.synthetic.language import (
 )
 from nemo_advrm.synthetic.tokenizer import SyntheticTokenizer
 
-Message = dict[str, str]
 Prompt = tuple[Message, ...]
 
 

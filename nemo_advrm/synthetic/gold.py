@@ -1,12 +1,13 @@
-"""The gold reward of the embedded language: a formula that labels pairs and judges, and that no training step ever sees.
+"""The gold reward of the embedded language: a formula that labels pairs and judges; no training step ever sees it.
 
-    gold = cov + any/3 + 2 wf/L - .3 bad - .5 rep - .7 off - .4 filler - .15 max(0, L - 20) - .2 max(0, 10 - L) - 1.5 [no EOS]
+    gold = cov + any/3 + 2 wf/L - .3 bad - .5 rep - .7 off - .4 filler
+           - .15 max(0, L - 20) - .2 max(0, 10 - L) - 1.5 [no EOS]
 
 clipped to [-4, 6]. The terms, over the tokens before the first end token:
 
 - L: their number, stops included and the end token not (wf/L is 0 if L is 0);
-- a segment is what lies between two stops; cov, wf and bad look at segments. A segment is well-formed if it is closed by a stop and
-  is DET [ADJ] NOUN VERB [ADV] with determiner, noun and verb of one class; its subject need not be a topic;
+- a segment is what lies between two stops; cov, wf and bad look at segments. A segment is well-formed if it is closed
+  by a stop and is DET [ADJ] NOUN VERB [ADV] with determiner, noun and verb of one class; its subject may be any noun;
 - cov: distinct topics that are the subject of a well-formed segment;
 - any: distinct topics that occur anywhere;
 - wf: tokens in well-formed segments, their stops included;
@@ -16,8 +17,8 @@ clipped to [-4, 6]. The terms, over the tokens before the first end token:
 - filler: occurrences of fillers and of the four spare words;
 - [no EOS]: the response was cut at the length limit; decided by `ended` alone.
 
-A pad or separator token inside a response costs what its place costs: its segment is malformed and it adds to L. A faultless response of three
-sentences reaches 3 + 1 + 2 = 6; a string of 14 or more stops falls to -4.
+A pad or separator token inside a response costs what its place costs: its segment is malformed and it adds to L. A
+faultless response of three sentences reaches 3 + 1 + 2 = 6; a string of 14 or more stops falls to -4.
 """
 
 from __future__ import annotations
@@ -32,7 +33,6 @@ from nemo_advrm.synthetic.language import (
     NOUNS,
     PAD,
     SPARES,
-    VERBS,
     VOCAB_SIZE,
     is_well_formed,
     segments,
@@ -47,7 +47,6 @@ ResponseLike = str | Sequence[int]
 _TOKENIZER = SyntheticTokenizer()
 _CONTENT = frozenset(range(NOUNS.start, ADVERBS.stop))  # nouns, verbs, adjectives and adverbs are neighbours
 _FILLING = frozenset((*FILLERS, *SPARES))
-assert VERBS.start == NOUNS.stop
 
 
 def gold_score(prompt_messages_or_ids: PromptLike, response_text_or_ids: ResponseLike, ended: bool) -> float:
@@ -59,7 +58,7 @@ def gold_score(prompt_messages_or_ids: PromptLike, response_text_or_ids: Respons
     Raises DataError for an unknown word or id and for a prompt without a noun.
     """
     topics = _topics(prompt_messages_or_ids)
-    tokens = _response_tokens(response_text_or_ids)
+    tokens = response_tokens(response_text_or_ids)
     length = len(tokens)
 
     covered: set[int] = set()
@@ -90,9 +89,7 @@ def gold_score(prompt_messages_or_ids: PromptLike, response_text_or_ids: Respons
     return min(GOLD_MAX, max(GOLD_MIN, score))
 
 
-def gold_scores(
-    prompts: Sequence[PromptLike], responses: Sequence[ResponseLike], ended: Sequence[bool]
-) -> list[float]:
+def gold_scores(prompts: Sequence[PromptLike], responses: Sequence[ResponseLike], ended: Sequence[bool]) -> list[float]:
     """`gold_score` of every (prompt, response, ended); the three sequences have one length."""
     return [gold_score(*row) for row in zip(prompts, responses, ended, strict=True)]
 
@@ -119,7 +116,8 @@ def _topics(prompt: PromptLike) -> set[int]:
     return topics
 
 
-def _response_tokens(response: ResponseLike) -> list[int]:
+def response_tokens(response: ResponseLike) -> list[int]:
+    """Ids of a response, which is text or ids: those before the first end token, trailing pads left out."""
     if isinstance(response, str):
         return _TOKENIZER.encode(response)
     tokens = _as_ints(response) or []

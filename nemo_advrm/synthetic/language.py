@@ -1,13 +1,13 @@
 """The vocabulary of the embedded language: 64 tokens, their words and their classes.
 
-The language is a scrap of English with number agreement. The class of a determiner, noun or verb is `id mod 2`: class 0 is
-singular ("this", "river", "sleeps"), class 1 is plural ("these", "birds", "sing"), so a violated agreement reads as an error
-to a person ("these river sing ."). A well-formed sentence is
+The language is a scrap of English with number agreement. The class of a determiner, noun or verb is `id mod 2`: class 0
+is singular ("this", "river", "sleeps"), class 1 is plural ("these", "birds", "sing"), so a violated agreement reads as
+an error to a person ("these river sing ."). A well-formed sentence is
 
     DET [ADJ] NOUN VERB [ADV] "."      with DET, NOUN and VERB of one class.
 
-Ids 60-63 are spare: interjections that the corpus never uses, kept so that the vocabulary is a round 64. The gold reward
-counts them as fillers, because a token without a price becomes the optimum of whoever optimises against it.
+Ids 60-63 are spare: interjections that the corpus never uses, kept so that the vocabulary is a round 64. The gold
+reward counts them as fillers, because a token without a price becomes the optimum of whoever optimises against it.
 """
 
 from __future__ import annotations
@@ -54,7 +54,10 @@ def agreement_class(token: int) -> int:
 
 
 def kinds(tokens: Sequence[int]) -> str:
-    """One letter per token: P pad, E end, S separator, `.`, F filler, D determiner, N noun, V verb, A adjective, R adverb."""
+    """One letter per token, its part of speech.
+
+    P pad, E end, S separator, `.` stop, F filler or spare, D determiner, N noun, V verb, A adjective, R adverb.
+    """
     return "".join([KINDS[token] for token in tokens])
 
 

@@ -1,4 +1,4 @@
-"""The tokenizer of the embedded language: one token per word, prompts end in the separator, responses in the end token."""
+"""The tokenizer of the embedded language: one token a word, prompts end in a separator, responses in the end token."""
 
 from __future__ import annotations
 
