@@ -9,16 +9,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nemo_advrm.data.batching import BatchSchedule, shard, split_by_tokens
+from nemo_advrm.data.batching import BatchSchedule, split_by_tokens
 from nemo_advrm.data.tokenizers import Tokenizer
 from nemo_advrm.megatron import checkpoint, runtime
 from nemo_advrm.megatron.log_probs import log_probs_and_entropy
 from nemo_advrm.megatron.model import MegatronModel, build_model
 from nemo_advrm.megatron.optim import MegatronOptimizer
 from nemo_advrm.megatron.schedule import Microbatch, Sums, forward_backward
-from nemo_advrm.models.reward_model import total_steps
 from nemo_advrm.models.scoring import rows_to_microbatch
-from nemo_advrm.models.trainable import TrainableModel, derive_seed
+from nemo_advrm.models.trainable import TrainableModel, derive_seed, shard_rows, total_steps
 from nemo_advrm.schema import Config
 
 
@@ -69,7 +68,7 @@ class SupervisedModel(TrainableModel):
         order = BatchSchedule(len(self.rows), self.config.model.global_batch_size, derive_seed(self.seed, "order"))
         for step in range(start, self.max_steps):
             rows = [self.rows[i] for i in order.rows_for_step(step)]
-            yield [rows[i] for i in shard([len(r.tokens) for r in rows], rt.dp_rank, rt.dp_size)]
+            yield shard_rows(rows, [len(r.tokens) for r in rows], rt.dp_rank, rt.dp_size)
 
     def train_on(self, batch: list[EncodedResponse], step: int) -> dict[str, float]:
         settings = self.config.model

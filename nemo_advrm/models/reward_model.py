@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_advrm.data.batching import BatchSchedule, pad_rows, shard, split_by_tokens
+from nemo_advrm.data.batching import BatchSchedule, pad_rows, split_by_tokens
 from nemo_advrm.data.encoding import EncodedPair
 from nemo_advrm.data.tokenizers import Tokenizer
 from nemo_advrm.errors import ConfigError
@@ -24,19 +24,12 @@ from nemo_advrm.megatron.schedule import (
     reduce_metrics,
     sequence_multiple,
 )
-from nemo_advrm.models.trainable import TrainableModel, derive_seed
+from nemo_advrm.models.trainable import TrainableModel, derive_seed, shard_rows, total_steps
 from nemo_advrm.objectives.losses import preference_loss, regression
 from nemo_advrm.schema import Config
 
 MixRows = Callable[[int, list[EncodedPair]], list[EncodedPair]]
 """(step, the global batch) -> the global batch with adversarial pairs mixed in."""
-
-
-def total_steps(cfg: Config, rows: int) -> int:
-    """Optimizer steps of a run: ``trainer.max_steps``, else whole passes over the rows."""
-    if cfg.trainer.max_steps > 0:
-        return cfg.trainer.max_steps
-    return max(1, round(cfg.trainer.max_epochs * rows / cfg.model.global_batch_size))
 
 
 class RewardModel(TrainableModel):
@@ -87,7 +80,7 @@ class RewardModel(TrainableModel):
             rows = [self.train_rows[i] for i in order.rows_for_step(step)]
             if self.mix is not None:
                 rows = self.mix(step, rows)
-            yield [rows[i] for i in shard([row.length for row in rows], rt.dp_rank, rt.dp_size)]
+            yield shard_rows(rows, [row.length for row in rows], rt.dp_rank, rt.dp_size)
 
     def train_on(self, batch: list[EncodedPair], step: int) -> dict[str, float]:
         self.optimizer.zero_grad()
@@ -110,7 +103,7 @@ class RewardModel(TrainableModel):
         limit = self.config.trainer.limit_val_batches or len(self.validation_rows)
         starts = range(0, len(self.validation_rows), size)
         batches = [self.validation_rows[i : i + size] for i in starts][:limit]
-        return [[b[i] for i in shard([r.length for r in b], rt.dp_rank, rt.dp_size)] for b in batches]
+        return [shard_rows(batch, [r.length for r in batch], rt.dp_rank, rt.dp_size) for batch in batches]
 
     def validation_step(self, batch: list[EncodedPair], batch_idx: int) -> None:
         if batch:

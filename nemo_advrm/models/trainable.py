@@ -6,11 +6,12 @@ import hashlib
 import math
 from collections.abc import Iterator
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TypeVar
 
 from nemo.core.classes import ModelPT
 from omegaconf import OmegaConf
 
+from nemo_advrm.data.batching import BatchSchedule, shard
 from nemo_advrm.data.tokenizers import Tokenizer
 from nemo_advrm.errors import TrainingDiverged
 from nemo_advrm.megatron import runtime
@@ -19,11 +20,25 @@ from nemo_advrm.megatron.optim import MegatronOptimizer, learning_rate
 from nemo_advrm.megatron.strategy import StepCounter
 from nemo_advrm.schema import Config
 
+Row = TypeVar("Row")
+
 
 def derive_seed(*parts: Any) -> int:
     """A seed in [0, 2^31) from any values; different purposes and steps get unrelated seeds."""
     digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:4], "big") >> 1
+
+
+def total_steps(cfg: Config, rows: int) -> int:
+    """Optimizer steps of a run: ``trainer.max_steps``, else ``trainer.max_epochs`` passes over the rows."""
+    if cfg.trainer.max_steps > 0:
+        return cfg.trainer.max_steps
+    return BatchSchedule(rows, cfg.model.global_batch_size, 0).steps_for_epochs(cfg.trainer.max_epochs)
+
+
+def shard_rows(rows: list[Row], lengths: list[int], dp_rank: int, dp_size: int) -> list[Row]:
+    """The rows of a global batch that one data-parallel rank works on."""
+    return [rows[i] for i in shard(range(len(rows)), dp_rank, dp_size, lengths)]
 
 
 class TrainableModel(ModelPT):

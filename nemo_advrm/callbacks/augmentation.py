@@ -1,0 +1,107 @@
+"""Feeds adversarial pairs into reward-model training that is under way."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from nemo_advrm.data.encoding import EncodedPair, encode_pairs
+from nemo_advrm.data.pair_store import PairStore
+from nemo_advrm.data.tokenizers import Tokenizer
+from nemo_advrm.errors import ConfigError
+from nemo_advrm.models.reward_model import RewardModel
+from nemo_advrm.models.trainable import derive_seed
+
+
+class AdversarialAugmentation(Callback):
+    """Replaces a set share of every global batch by adversarial pairs of one or more pair stores.
+
+    Which rows give way and which pairs take their place is a function of (seed, step, pairs known at that
+    step), the same on every rank. A store may grow during training: it is read again every
+    ``refresh_every_n_steps``, and the number of pairs in force from each step on is part of the
+    checkpoint, so a restarted run mixes exactly as the unbroken one did.
+
+    Args:
+        stores: pair store files, read in order.
+        ratio: share of adversarial pairs in a batch, in (0, 1).
+        max_length: longest sequence in tokens; longer pairs lose the start of their prompt.
+        weight: loss weight of adversarial pairs.
+        refresh_every_n_steps: 0 reads the stores once.
+    """
+
+    def __init__(
+        self,
+        stores: list[Path],
+        tokenizer: Tokenizer,
+        ratio: float,
+        max_length: int,
+        seed: int = 0,
+        weight: float = 1.0,
+        refresh_every_n_steps: int = 0,
+    ) -> None:
+        if not 0 < ratio < 1:
+            raise ConfigError(f"augmentation.ratio must lie between 0 and 1, not {ratio}")
+        self.stores = stores
+        self.tokenizer = tokenizer
+        self.ratio = ratio
+        self.max_length = max_length
+        self.seed = seed
+        self.weight = weight
+        self.refresh_every_n_steps = refresh_every_n_steps
+        self._pairs: list[list[EncodedPair]] = [[] for _ in stores]
+        # (first step, pairs of each store in force from it on): stores only ever grow at their ends
+        self._known: list[tuple[int, list[int]]] = []
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if not isinstance(pl_module, RewardModel):
+            raise ConfigError(f"AdversarialAugmentation works on a RewardModel, not on {type(pl_module).__name__}")
+        pl_module.mix = self.mix
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._read()
+        if not self._known:
+            self._refresh(trainer.global_step)
+        for store, pairs, used in zip(self.stores, self._pairs, self._known[-1][1], strict=True):
+            if len(pairs) < used:
+                raise ConfigError(f"{store} holds {len(pairs)} pairs, but this training had already used {used} of it")
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        step = trainer.global_step
+        if self.refresh_every_n_steps and step % self.refresh_every_n_steps == 0 and step > self._known[-1][0]:
+            self._read()
+            self._refresh(step + 2)  # this step's batch is drawn, and the loop may have drawn the next one
+
+    def mix(self, step: int, rows: list[EncodedPair]) -> list[EncodedPair]:
+        """The global batch of ``step`` with its share of adversarial pairs."""
+        counts = next((counts for first, counts in reversed(self._known) if step >= first), [])
+        pool = [pair for pairs, count in zip(self._pairs, counts, strict=False) for pair in pairs[:count]]
+        share = min(round(self.ratio * len(rows)), len(rows) - 1)
+        if not pool or share == 0:
+            return rows
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, "augmentation", step))
+        places = torch.randperm(len(rows), generator=generator)[:share].tolist()
+        drawn = torch.randint(len(pool), (share,), generator=generator).tolist()
+        mixed = list(rows)
+        for place, pair in zip(places, drawn, strict=True):
+            mixed[place] = pool[pair]
+        return mixed
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"known": [[first, counts] for first, counts in self._known]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._known = [(first, list(counts)) for first, counts in state_dict["known"]]
+
+    def _read(self) -> None:
+        for i, store in enumerate(self.stores):
+            preferences = PairStore(store).to_preferences(self.weight)
+            if preferences:
+                self._pairs[i], _ = encode_pairs(preferences, self.tokenizer, self.max_length, "truncate_prompt")
+
+    def _refresh(self, first_step: int) -> None:
+        counts = [len(pairs) for pairs in self._pairs]
+        if not self._known or counts != self._known[-1][1]:
+            self._known.append((first_step, counts))

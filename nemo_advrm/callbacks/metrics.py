@@ -1,0 +1,46 @@
+"""Writes every step's metrics to ``metrics.jsonl``, once each, also across restarts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from nemo_advrm.data.jsonl import JsonlWriter
+from nemo_advrm.megatron import runtime
+
+
+class MetricsWriter(Callback):
+    """One JSON line per step; ``step`` counts completed steps of training, or rollouts' policy updates for RL.
+
+    Args:
+        path: the file; rows after the step a restart begins at are removed first.
+        first_step: number of the first training step's row (RL rows describe the policy before the update: 0).
+    """
+
+    def __init__(self, path: Path, first_step: int = 1) -> None:
+        self.path = path
+        self.first_step = first_step
+        self._writer: JsonlWriter | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if runtime.current().is_writer:
+            self._writer = JsonlWriter(self.path, resume_step=trainer.global_step + self.first_step - 1)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._writer is not None:
+            step = trainer.global_step - 1 + self.first_step
+            self._writer.write({"step": step, **pl_module.step_metrics})  # type: ignore[arg-type]
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        metrics = getattr(pl_module, "validation_metrics", None)
+        if self._writer is not None and metrics:
+            self._writer.write({"step": trainer.global_step - 1 + self.first_step, **metrics})
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None

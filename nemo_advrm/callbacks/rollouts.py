@@ -1,0 +1,141 @@
+"""Records what a policy wrote: the adversary's whole trajectory, and RLHF's gold reward and samples."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from nemo_advrm.data.jsonl import JsonlWriter
+from nemo_advrm.data.messages import Message
+from nemo_advrm.megatron import runtime
+from nemo_advrm.models.policy import PolicyModel
+from nemo_advrm.objectives.success import standard_success, strict_success
+from nemo_advrm.rewards.base import RewardSource, checked_scores
+from nemo_advrm.rewards.reference import Reference
+
+
+def prompt_text(messages: tuple[Message, ...]) -> str:
+    """A prompt as one line of text, for records and reports."""
+    if len(messages) == 1:
+        return messages[0]["content"]
+    return "\n\n".join(f"{m['role']}: {m['content']}" for m in messages)
+
+
+class _RolloutWriter(Callback):
+    """Appends rows made of the last rollouts of all data-parallel ranks to a JSON-lines file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._writer: JsonlWriter | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if runtime.current().is_writer:
+            self._writer = JsonlWriter(self.path, resume_step=trainer.global_step - 1)
+
+    def _write(self, rows: list[dict[str, Any]]) -> None:
+        for part in runtime.current().gather_data_parallel(rows):
+            if self._writer is not None:
+                for row in part:
+                    self._writer.write(row)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+
+class TrajectoryRecorder(_RolloutWriter):
+    """Every response of the adversary with its scores, z and Z(U); gold is computed for evaluation only.
+
+    Rows with ``selected`` = False; selection marks them later.
+    """
+
+    def __init__(self, path: Path, direction: int, reference: Reference, gold: RewardSource | None) -> None:
+        super().__init__(path)
+        self.direction = direction
+        self.reference = reference
+        self.gold = gold
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        assert isinstance(pl_module, PolicyModel)
+        rollouts, judgement = pl_module.last_rollouts, pl_module.last_judgement
+        assert rollouts is not None and judgement is not None
+        details, index = judgement.details, rollouts.prompt_index
+        gold = checked_scores(self.gold, rollouts) if self.gold is not None else None
+        gold_z = self.reference.gold_z(gold, index) if gold is not None else None
+        rows = [
+            {
+                "direction": self.direction,
+                "step": trainer.global_step - 1,
+                "prompt_id": index[i],
+                "prompt": prompt_text(rollouts.prompts[i]),
+                "response": rollouts.responses[i],
+                "length": len(rollouts.response_tokens[i]),
+                "ended": rollouts.ended[i],
+                "scores": judgement.scores_NK[i],
+                "z": details["z"][i],
+                "disagreement": details["disagreement"][i],
+                "disagreement_z": details["disagreement_z"][i],
+                "reward": judgement.rewards_N[i],
+                "gold": None if gold is None else gold[i],
+                "gold_z": None if gold_z is None else gold_z[i],
+                "selected": False,
+            }
+            for i in range(len(rollouts))
+        ]
+        self._write(rows)
+        metrics = pl_module.step_metrics
+        metrics["direction"] = self.direction
+        if gold is not None and gold_z is not None and self.reference.gold_PN is not None:
+            target = self.direction - 1
+            success = standard_success(
+                judgement.scores_NK[:, target],
+                details["prompt_mean"][:, target],
+                gold,
+                self.reference.gold_PN.mean(1)[index],
+            )
+            strict = strict_success(details["z"][:, target], gold_z)
+            table = torch.stack([gold, success.float(), strict.float()], -1)
+            means = torch.cat(runtime.current().gather_data_parallel(table)).mean(0).tolist()
+            metrics["gold"], metrics["success"], metrics["success_strict"] = means
+
+
+class OveroptimizationTracker(_RolloutWriter):
+    """Follows gold beside the proxy that RLHF optimises: adds ``gold`` to the step's metrics, keeps a few samples."""
+
+    def __init__(self, path: Path, gold: RewardSource | None, every: int, samples: int) -> None:
+        super().__init__(path)
+        self.gold = gold
+        self.every = max(1, every)
+        self.samples = samples
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        assert isinstance(pl_module, PolicyModel)
+        step = trainer.global_step - 1
+        if step % self.every and trainer.global_step < pl_module.max_steps:
+            return
+        rollouts, judgement = pl_module.last_rollouts, pl_module.last_judgement
+        assert rollouts is not None and judgement is not None
+        gold = checked_scores(self.gold, rollouts) if self.gold is not None else None
+        if gold is not None:
+            everyone = torch.cat(runtime.current().gather_data_parallel(gold))
+            pl_module.step_metrics["gold"] = everyone.mean().item()
+        rows = [
+            {
+                "step": step,
+                "prompt": prompt_text(rollouts.prompts[i]),
+                "response": rollouts.responses[i],
+                "ended": rollouts.ended[i],
+                "proxy": judgement.rewards_N[i],
+                "gold": None if gold is None else gold[i],
+            }
+            for i in range(min(self.samples, len(rollouts)))
+        ]
+        self._write(rows)

@@ -1,0 +1,86 @@
+"""Runs one training: Lightning's Trainer on the Megatron strategy, loggers, checkpoints, exact restart."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+from lightning.pytorch import Callback, Trainer
+from nemo.utils.exp_manager import exp_manager
+
+from nemo_advrm.callbacks.checkpoints import PeriodicCheckpoint, saved_steps
+from nemo_advrm.callbacks.metrics import MetricsWriter
+from nemo_advrm.callbacks.progress import StepProgress
+from nemo_advrm.megatron import runtime
+from nemo_advrm.megatron.strategy import MegatronStrategy
+from nemo_advrm.models.trainable import TrainableModel
+from nemo_advrm.schema import Config
+
+
+def fit(
+    module: TrainableModel,
+    cfg: Config,
+    directory: Path,
+    title: str,
+    callbacks: list[Callback] | None = None,
+    first_step: int = 1,
+    validate: bool = False,
+) -> None:
+    """Train ``module`` to the end, from the newest checkpoint in ``directory`` if there is one.
+
+    Writes ``metrics.jsonl``, ``checkpoints/`` and the loggers' files below ``directory``.
+    """
+    checkpoints = directory / "checkpoints"
+    trainer = Trainer(
+        accelerator="gpu" if runtime.current().on_gpu else "cpu",
+        devices=1,  # processes are Megatron's, see MegatronStrategy
+        strategy=MegatronStrategy(),
+        max_steps=module.max_steps,
+        max_epochs=-1,
+        logger=False,
+        callbacks=[
+            *(callbacks or []),
+            MetricsWriter(directory / "metrics.jsonl", first_step),
+            StepProgress(title, cfg.trainer.log_every_n_steps),
+            PeriodicCheckpoint(checkpoints, cfg.trainer.checkpoint_every_n_steps, cfg.trainer.keep_checkpoints),
+        ],
+        enable_checkpointing=True,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+        limit_val_batches=1.0 if validate else 0,
+        val_check_interval=cfg.trainer.val_check_interval or None,
+        check_val_every_n_epoch=None if cfg.trainer.val_check_interval else 10**9,
+        log_every_n_steps=cfg.trainer.log_every_n_steps,
+        inference_mode=False,
+        default_root_dir=str(directory),
+    )
+    with contextlib.redirect_stdout(io.StringIO()):
+        exp_manager(trainer, _exp_manager_options(cfg, directory))
+    found = saved_steps(checkpoints)
+    trainer.fit(module, ckpt_path=str(found[-1]) if found else None)
+    if validate:
+        trainer.validate(module, verbose=False)
+
+
+def drop_training_checkpoints(directory: Path) -> None:
+    """Remove the checkpoints of a training whose result is written."""
+    if runtime.current().is_writer:
+        shutil.rmtree(directory / "checkpoints", ignore_errors=True)
+    runtime.current().barrier()
+
+
+def _exp_manager_options(cfg: Config, directory: Path) -> dict[str, object]:
+    return {
+        **asdict(cfg.exp_manager),
+        "explicit_log_dir": str(directory),
+        "create_checkpoint_callback": False,  # PeriodicCheckpoint and the strategy save
+        "disable_validation_on_resume": False,
+        "log_step_timing": False,
+        "log_tflops_per_sec_per_gpu": False,
+        "seconds_to_sleep": 0,
+    }

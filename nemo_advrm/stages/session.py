@@ -1,0 +1,104 @@
+"""Starts a stage: processes, Megatron's layout, quiet libraries, and the run directory's identity."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from nemo_advrm.config import save_resolved, versions
+from nemo_advrm.errors import ConfigError
+from nemo_advrm.layout import validate_layout
+from nemo_advrm.megatron import runtime
+from nemo_advrm.schema import Config
+
+# keys that may differ between the runs of one directory: they do not change what is computed
+_FREE_KEYS = ("run_dir", "exp_manager", "trainer")
+
+
+def quiet_libraries() -> None:
+    """Libraries' notices about absent accelerators would drown the few lines a user needs."""
+    warnings.filterwarnings("ignore")
+    for name in ("lightning.pytorch", "lightning.fabric", "nemo_logger", "megatron", "torch.distributed"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    os.environ.setdefault("NEMO_TESTING", "0")
+
+
+def start(cfg: Config) -> runtime.Runtime:
+    """Join the job at the layout of ``cfg``.
+
+    Raises LayoutError or ConfigError when the layout does not fit the model or the processes.
+    """
+    quiet_libraries()
+    model = cfg.model
+    validate_layout(cfg, int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1"))))
+    layout = runtime.Layout(
+        model.tensor_model_parallel_size,
+        model.pipeline_model_parallel_size,
+        model.virtual_pipeline_model_parallel_size,
+        model.context_parallel_size,
+    )
+    return runtime.start(layout, cfg.trainer.accelerator, cfg.trainer.timeout_minutes)
+
+
+def relaunch(cfg: Config, argv: list[str]) -> int | None:
+    """Start ``trainer.devices`` processes of this command with torchrun; None when that is not needed.
+
+    Under torchrun or SLURM the processes are there already; otherwise one command on one node starts them.
+    """
+    if cfg.trainer.devices <= 1 or "RANK" in os.environ or "SLURM_PROCID" in os.environ:
+        return None
+    if cfg.trainer.num_nodes > 1:
+        raise ConfigError(
+            f"trainer.num_nodes={cfg.trainer.num_nodes}: start the command on every node with torchrun or srun"
+        )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={cfg.trainer.devices}"]
+    # every process gets its share of the cores instead of torchrun's default of one thread
+    threads = max(1, (os.cpu_count() or 1) // cfg.trainer.devices)
+    environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
+    return subprocess.call([*command, "-m", "nemo_advrm.cli", *argv], env=environment)
+
+
+def claim(cfg: Config, directory: Path) -> None:
+    """Make ``directory`` this run's; writes the resolved configuration and the versions.
+
+    Raises ConfigError when it holds a run of another configuration: results are never mixed or overwritten.
+    """
+    if not runtime.current().is_writer:
+        return
+    path = directory / "config.yaml"
+    if path.exists():
+        before = yaml.safe_load(path.read_text())
+        probe = directory / ".config.new.yaml"
+        save_resolved(cfg, probe)
+        now = yaml.safe_load(probe.read_text())
+        probe.unlink()
+        difference = _first_difference(before, now)
+        if difference is not None:
+            key, old, new = difference
+            raise ConfigError(
+                f"{directory} holds a run with {key}={old!r}, but now {key}={new!r}: choose another run_dir, or remove "
+                "the directory"
+            )
+        return
+    directory.mkdir(parents=True, exist_ok=True)
+    save_resolved(cfg, path)
+    (directory / "versions.yaml").write_text(yaml.safe_dump({**versions(), "seed": cfg.seed}))
+
+
+def _first_difference(before: Any, now: Any, prefix: str = "") -> tuple[str, Any, Any] | None:
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in sorted(before.keys() | now.keys()):
+            if not prefix and key in _FREE_KEYS:
+                continue
+            found = _first_difference(before.get(key), now.get(key), f"{prefix}{key}.")
+            if found:
+                return found
+        return None
+    return None if before == now else (prefix.rstrip("."), before, now)

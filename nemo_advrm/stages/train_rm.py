@@ -1,0 +1,122 @@
+"""Stage ``train_rm``: trains a reward model on preference pairs and reports its accuracy on held-out ones."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from lightning.pytorch import Callback
+
+from nemo_advrm.callbacks.augmentation import AdversarialAugmentation
+from nemo_advrm.data.encoding import EncodedPair, encode_pairs
+from nemo_advrm.data.pair_store import PairStore
+from nemo_advrm.data.preferences import PreferencePair, load_preferences
+from nemo_advrm.data.prompts import split_train_validation
+from nemo_advrm.data.tokenizers import Tokenizer, build_tokenizer
+from nemo_advrm.errors import ConfigError
+from nemo_advrm.megatron import checkpoint, runtime
+from nemo_advrm.models.reward_model import RewardModel
+from nemo_advrm.models.trainable import derive_seed
+from nemo_advrm.schema import Config
+from nemo_advrm.stages import session
+from nemo_advrm.stages.fit import drop_training_checkpoints, fit
+
+
+def main(cfg: Config) -> int:
+    """Train one reward model into ``run_dir``; prints loss and accuracy on the validation split."""
+    directory = Path(cfg.run_dir)
+    session.start(cfg)
+    tokenizer = build_tokenizer(cfg.model.tokenizer)
+    train, validation = preference_rows(cfg)
+    train_encoded, validation_encoded = encode_rows(cfg, tokenizer, train, validation)
+    session.claim(cfg, directory)
+    metrics = train_reward_model(
+        cfg, tokenizer, directory, train_encoded, validation_encoded, cfg.seed, "train_rm",
+        restore_from=cfg.pretrained_checkpoint.restore_from_path,
+    )
+    if runtime.current().is_writer:
+        print(
+            f"validation: accuracy {metrics['val/accuracy']:.3f}  loss {metrics['val/loss']:.4f}  "
+            f"margin {metrics['val/margin']:.3f}  ({len(validation_encoded)} pairs)\nreward model: {directory / 'model'}"
+        )
+    return 0
+
+
+def preference_rows(cfg: Config) -> tuple[list[PreferencePair], list[PreferencePair]]:
+    """(training, validation) pairs of ``data.*``; prints what was skipped."""
+    if not cfg.data.train_path:
+        raise ConfigError("data.train_path is not set: name a file of preference pairs")
+    rows = _load(cfg, cfg.data.train_path)
+    if cfg.data.validation_path:
+        validation = _load(cfg, cfg.data.validation_path)
+    else:
+        rows, validation = split_train_validation(rows, cfg.data.validation_fraction, cfg.seed)
+    if cfg.data.limit_train_rows:
+        rows = rows[: cfg.data.limit_train_rows]
+    return rows, validation
+
+
+def _load(cfg: Config, path: str) -> list[PreferencePair]:
+    report = load_preferences(path, format=cfg.data.format, on_bad_row=cfg.data.on_bad_row)
+    if runtime.current().is_writer:
+        print(report.summary(), flush=True)
+    return report.rows
+
+
+def encode_rows(
+    cfg: Config, tokenizer: Tokenizer, train: list[PreferencePair], validation: list[PreferencePair]
+) -> tuple[list[EncodedPair], list[EncodedPair]]:
+    """Encode both parts; prints how many rows were over-long."""
+    encoded = []
+    for name, rows in (("training", train), ("validation", validation)):
+        pairs, counts = encode_pairs(rows, tokenizer, cfg.model.encoder_seq_length, cfg.data.on_overlong)
+        changed = {k: v for k, v in counts.items() if k != "encoded" and v}
+        if changed and runtime.current().is_writer:
+            print(f"{name} pairs: {', '.join(f'{v} {k}' for k, v in changed.items())}", flush=True)
+        encoded.append(pairs)
+    return encoded[0], encoded[1]
+
+
+def train_reward_model(
+    cfg: Config,
+    tokenizer: Tokenizer,
+    directory: Path,
+    train_rows: list[EncodedPair],
+    validation_rows: list[EncodedPair],
+    seed: int,
+    title: str,
+    restore_from: str,
+) -> dict[str, float]:
+    """Train into ``directory/model``; returns the validation metrics. A finished training is not redone."""
+    result = directory / "result.json"
+    if result.exists():
+        return json.loads(result.read_text())  # type: ignore[no-any-return]
+    stores = [Path(p) for p in cfg.augmentation.pairs_path.split(",") if p]
+    callbacks: list[Callback] = []
+    if stores and cfg.augmentation.mode == "append":
+        pairs = [p for store in stores for p in PairStore(store).to_preferences(cfg.augmentation.weight)]
+        train_rows = train_rows + encode_pairs(pairs, tokenizer, cfg.model.encoder_seq_length, "truncate_prompt")[0]
+    elif stores:
+        callbacks.append(
+            AdversarialAugmentation(
+                stores,
+                tokenizer,
+                cfg.augmentation.ratio,
+                cfg.model.encoder_seq_length,
+                seed=derive_seed(seed, "augmentation"),
+                weight=cfg.augmentation.weight,
+            )
+        )
+    module = RewardModel(cfg, tokenizer, train_rows, validation_rows, restore_from, seed)
+    fit(module, cfg, directory, title, callbacks, validate=True)
+    metrics = module.validation_metrics
+    checkpoint.save(
+        directory / "model", module.model, meta={"tokenizer": tokenizer.fingerprint, "steps": module.max_steps, **metrics}
+    )
+    if runtime.current().is_writer:
+        partial = result.with_suffix(".partial")
+        partial.write_text(json.dumps(metrics))
+        partial.rename(result)
+    runtime.current().barrier()
+    drop_training_checkpoints(directory)
+    return metrics
