@@ -21,6 +21,8 @@ class EncodedPair:
     margin: float | None
     weight: float
     source: str
+    chosen_labels: tuple[float, ...] | None = None
+    rejected_labels: tuple[float, ...] | None = None
 
     @property
     def length(self) -> int:

@@ -125,6 +125,25 @@ def read_json_array(path: str | Path) -> Iterator[tuple[int, Any]]:
         raise DataError(f"{path}:{line_of(end)}: broken JSON: text after the closing `]`")
 
 
+def read_appended_jsonl(path: str | Path) -> tuple[list[tuple[int, Any]], str | None]:
+    """([(1-based line number, JSON value)], file:line of the torn last line or None) of a file that runs append to.
+
+    A last line without its newline that is no whole JSON value was cut by a kill: it is left out. An empty file holds
+    no rows. Raises DataError for a missing file and for broken JSON in any other line.
+    """
+    lines = require_path(path).read_bytes().split(b"\n")
+    rows: list[tuple[int, Any]] = []
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            try:
+                rows.append((number, json.loads(line)))
+            except ValueError as error:  # broken JSON, or half a character
+                if number == len(lines):
+                    return rows, f"{path}:{number}"
+                raise DataError(f"{path}:{number}: broken JSON: {error}") from None
+    return rows, None
+
+
 def plain(value: Any) -> Any:
     """`value` as plain JSON: numpy and torch values become numbers and lists, NaN and infinities become null."""
     if isinstance(value, dict):
@@ -179,17 +198,12 @@ class JsonlWriter:
         self._file = open(self.path, "a", encoding="utf-8", errors=_LONE_SURROGATES)  # noqa: SIM115 (closed by close())
 
     def _repair(self, resume_step: int | None) -> None:
-        content = self.path.read_bytes()
-        lines = [line for line in content.split(b"\n") if line.strip()]
-        rows = []
-        for index, line in enumerate(lines):
-            try:
-                rows.append(json.loads(line))
-            except ValueError:
-                if index + 1 < len(lines):
-                    raise DataError(f"{self.path}: broken JSON in row {index + 1}, before the last row") from None
-        kept = [r for r in rows if resume_step is None or not isinstance(r, dict) or r.get("step", 0) <= resume_step]
-        if len(kept) < len(lines) or not content.endswith(b"\n"):
+        rows, torn = read_appended_jsonl(self.path)
+        if resume_step is None:
+            kept = [row for _, row in rows]
+        else:
+            kept = [row for _, row in rows if not isinstance(row, dict) or row.get("step", 0) <= resume_step]
+        if torn or len(kept) < len(rows) or not self.path.read_bytes().endswith(b"\n"):
             write_jsonl_atomic(self.path, kept)
 
     def write(self, row: dict[str, Any]) -> None:

@@ -26,8 +26,8 @@ def load_prompts(
     """Prompts in file order, each once when `unique`.
 
     Rows: {"prompt"} (text, transcript or messages), {"text"} (text or transcript), {"messages"} (a last assistant turn
-    is cut off), or preference rows with `chosen` and `rejected`, of which the common prompt is taken (raw-text pairs have
-    none and are bad rows). Containers and bad rows as in `load_preferences`; what "skip" leaves out is logged as a
+    is cut off), or preference rows with `chosen` and `rejected`, of which the common prompt is taken (raw-text pairs
+    have none and are bad rows). Containers and bad rows as in `load_preferences`; what "skip" leaves out is logged as a
     warning.
     """
     check_choice("data.on_bad_row", on_bad_row, ("error", "skip"))

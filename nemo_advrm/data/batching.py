@@ -1,0 +1,116 @@
+"""Which rows go into which step, rank and microbatch: pure functions of numbers, so that a resumed run repeats
+nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nemo_advrm.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class BatchSchedule:
+    """The global batch of every step, from (num_rows, global_batch_size, seed) alone.
+
+    Rows are drawn epoch by epoch from a permutation of (seed, epoch). The last batch of an epoch is filled up from the
+    next one: every row occurs once in each run of `num_rows` draws, every step has exactly `global_batch_size` rows,
+    and neither the data-parallel size nor the step at which a run was resumed has any influence. A batch that spans two
+    epochs may hold a row twice.
+    """
+
+    num_rows: int
+    global_batch_size: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        if self.num_rows < 1:
+            raise ConfigError(f"no rows to train on (num_rows={self.num_rows})")
+        if self.global_batch_size < 1:
+            raise ConfigError(f"model.global_batch_size={self.global_batch_size}: must be at least 1")
+        if self.seed < 0:
+            raise ConfigError(f"seed={self.seed}: must be at least 0")
+
+    def rows_for_step(self, step: int) -> list[int]:
+        """Indices of the `global_batch_size` rows of the 0-based `step`."""
+        rows: list[int] = []
+        position, end = step * self.global_batch_size, (step + 1) * self.global_batch_size
+        while position < end:
+            epoch, start = divmod(position, self.num_rows)
+            taken = _permutation(self.num_rows, self.seed, epoch)[start : start + end - position]
+            rows += taken.tolist()
+            position += len(taken)
+        return rows
+
+    def steps_for_epochs(self, epochs: float) -> int:
+        """The least number of steps in which `epochs` passes over the data are drawn (at least 1)."""
+        return max(1, -int(-epochs * self.num_rows // self.global_batch_size))
+
+    def epoch_of_step(self, step: int) -> float:
+        """Passes over the data that are complete before the 0-based `step`."""
+        return step * self.global_batch_size / self.num_rows
+
+
+@lru_cache(maxsize=4)
+def _permutation(num_rows: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(num_rows)
+
+
+def shard(rows: Sequence[int], dp_rank: int, dp_size: int, lengths: Sequence[int] | None = None) -> list[int]:
+    """The part of a global batch that data-parallel rank `dp_rank` of `dp_size` works on.
+
+    `lengths[i]` is the token length of `rows[i]`; rows are dealt out longest first, back and forth over the ranks (0 1
+    1 0 0 1 ..), so that ranks have nearly equal work and, to within one, equally many rows. Every row goes to exactly
+    one rank. Without `lengths` rows are dealt out in the given order.
+    """
+    if not 0 <= dp_rank < dp_size:
+        raise ValueError(f"dp_rank {dp_rank} is outside 0..{dp_size - 1}")
+    order = list(range(len(rows)))
+    if lengths is not None:
+        if len(lengths) != len(rows):
+            raise ValueError(f"{len(lengths)} lengths for {len(rows)} rows")
+        order.sort(key=lambda index: -lengths[index])
+    period = 2 * dp_size
+    return [rows[index] for place, index in enumerate(order) if place % period in (dp_rank, period - 1 - dp_rank)]
+
+
+def split_by_tokens(lengths: Sequence[int], max_tokens: int, max_rows: int | None = None) -> list[list[int]]:
+    """Indices into `lengths`, grouped into microbatches of at most `max_rows` rows and `max_tokens` PADDED tokens.
+
+    Rows are sorted by length (longest first, so that a run which does not fit into memory fails at once) and a
+    microbatch costs rows x its longest row. A row that alone exceeds `max_tokens` is a microbatch of its own. Every
+    index occurs once; no lengths give no microbatches.
+    """
+    for key, value in (("max_tokens", max_tokens), ("max_rows", 1 if max_rows is None else max_rows)):
+        if value < 1:
+            raise ConfigError(f"{key}={value}: must be at least 1")
+    groups: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+        if groups:
+            rows, longest = len(groups[-1]) + 1, lengths[groups[-1][0]]
+            if rows * longest <= max_tokens and (max_rows is None or rows <= max_rows):
+                groups[-1].append(index)
+                continue
+        groups.append([index])
+    return groups
+
+
+def pad_rows(rows: Sequence[Sequence[int]], pad_id: int, multiple_of: int = 1) -> tuple[Tensor, Tensor]:
+    """(tokens_BS, lengths_B), both int64: rows padded on the right to the longest, rounded up to `multiple_of`.
+
+    Sequence parallelism needs S to be a multiple of the tensor-parallel size. Scores and losses use `lengths_B`, never
+    the pad id, which many tokenizers share with eos.
+    """
+    if not rows:
+        raise ValueError("no rows to pad")
+    lengths_B = torch.tensor([len(row) for row in rows], dtype=torch.int64)
+    width = -(-max(1, int(lengths_B.max())) // multiple_of) * multiple_of
+    tokens_BS = torch.full((len(rows), width), pad_id, dtype=torch.int64)
+    for index, row in enumerate(rows):
+        tokens_BS[index, : len(row)] = torch.as_tensor(row, dtype=torch.int64)
+    return tokens_BS, lengths_B

@@ -1,0 +1,74 @@
+"""JSON lines: values come back, a kill costs at most the line being written, and logs never hold NaN."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from nemo_advrm.data.jsonl import JsonlWriter, read_appended_jsonl, read_jsonl, write_jsonl_atomic
+from nemo_advrm.errors import DataError
+
+
+def rows(path: Path) -> list:
+    return [row for _, row in read_jsonl(path)]
+
+
+def test_written_rows_come_back_with_line_numbers(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "a.jsonl"
+    values = [{"a": 1, "é": "雪"}, [1.5, None, True], "text"]
+    write_jsonl_atomic(path, values)
+    assert list(read_jsonl(path)) == [(1, values[0]), (2, values[1]), (3, values[2])]
+
+
+def test_broken_json_names_file_and_line(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"a": 1}\n\n{"a": }\n')
+    with pytest.raises(DataError, match=r"a\.jsonl:3: broken JSON at column 7"):
+        rows(path)
+
+
+def test_a_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    write_jsonl_atomic(path, [1])
+    with pytest.raises(TypeError, match="object cannot be written as JSON"):
+        write_jsonl_atomic(path, [2, object()])
+    assert rows(path) == [1] and list(tmp_path.iterdir()) == [path]
+
+
+def test_metrics_are_plain_numbers_or_null(tmp_path: Path) -> None:
+    with JsonlWriter(tmp_path / "m.jsonl") as writer:
+        writer.write({"loss": float("nan"), "norm": np.float32(0.5), "scores": torch.tensor([1.0, float("inf")])})
+        # Each row is on disk before the next is written.
+        assert rows(writer.path) == [{"loss": None, "norm": 0.5, "scores": [1.0, None]}]
+
+
+def test_reopening_repairs_a_torn_line_and_forgets_steps_that_run_again(tmp_path: Path) -> None:
+    path = tmp_path / "m.jsonl"
+    with JsonlWriter(path) as writer:
+        for step in range(1, 6):
+            writer.write({"step": step})
+    with open(path, "a") as file:
+        file.write('{"step": 6, "lo')
+    assert read_appended_jsonl(path)[1] == f"{path}:6"
+    with JsonlWriter(path, resume_step=3) as writer:
+        writer.write({"step": 4, "again": True})
+    assert rows(path) == [{"step": 1}, {"step": 2}, {"step": 3}, {"step": 4, "again": True}]
+
+
+def test_reopening_keeps_a_row_whose_newline_is_missing(tmp_path: Path) -> None:
+    path = tmp_path / "m.jsonl"
+    path.write_text(json.dumps({"step": 1}))
+    with JsonlWriter(path) as writer:
+        writer.write({"step": 2})
+    assert rows(path) == [{"step": 1}, {"step": 2}]
+
+
+def test_damage_before_the_last_line_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "m.jsonl"
+    path.write_text('{"st\n{"step": 2}\n')
+    with pytest.raises(DataError, match=r"m\.jsonl:1: broken JSON"):
+        JsonlWriter(path)
