@@ -269,3 +269,24 @@ class TestRealData:
         report = load_preferences(SHARED / "helpsteer2_gold_sample.jsonl")
         assert len(report.rows) == 100 and report.skipped == {}
         assert Counter(row.margin for row in report.rows) == {1.0: 32, 0.0: 29, 2.0: 22, 3.0: 17}
+
+
+def test_only_the_hub_prefix_asks_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    asked = []
+
+    def load_dataset(name: str, split: str) -> list[dict]:
+        asked.append((name, split))
+        if split == "dev":
+            raise ConnectionError("no network")
+        return [GOOD]
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert load_preferences("hf:org/name").rows[0].source == "hf:org/name:train:1"
+    load_preferences("hf:org/name:test")
+    assert asked == [("org/name", "train"), ("org/name", "test")]
+    with pytest.raises(DataError, match="hf:org/name:dev: cannot be loaded: no network"):
+        load_preferences("hf:org/name:dev")
+    with pytest.raises(DataError, match="no such file"):
+        load_preferences("org/name")
+    assert len(asked) == 3
