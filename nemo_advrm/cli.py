@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from nemo_advrm import __version__
 from nemo_advrm.errors import UserError
 
+_SINGLE_PROCESS = ("report", "doctor", "select")
 USAGE = "usage: nemo-advrm STAGE [key=value ...] | STAGE --help | --version"
 EXIT_USER_ERROR, EXIT_INTERRUPTED = 2, 130
 
@@ -150,10 +151,16 @@ def guarded(call: Callable[[], int | None]) -> int:
 
 
 def run_stage(name: str, overrides: Sequence[str]) -> int | None:
-    """Load the configuration of a stage and call its main."""
+    """Load the configuration of a stage and call its main, in as many processes as it asks for."""
     from nemo_advrm.config import load_config
+    from nemo_advrm.launch import relaunch
+    from nemo_advrm.quiet import quiet_libraries
 
     cfg = load_config(overrides, name)
+    status = relaunch(cfg, [name, *overrides]) if name not in _SINGLE_PROCESS else None
+    if status is not None:
+        return status
+    quiet_libraries()
     module, _, function = STAGES[name].entry.partition(":")
     stage: Callable[..., int | None] = getattr(importlib.import_module(module), function)
     return stage(cfg)

@@ -64,7 +64,18 @@ def encode_pairs(
                 continue
             prompt = prompt[len(prompt) - room :]
             truncated += 1
-        encoded.append(EncodedPair(prompt + chosen, prompt + rejected, len(prompt), row.margin, row.weight, row.source))
+        encoded.append(
+            EncodedPair(
+                prompt + chosen,
+                prompt + rejected,
+                len(prompt),
+                row.margin,
+                row.weight,
+                row.source,
+                row.chosen_labels,
+                row.rejected_labels,
+            )
+        )
     advice = "raise model.encoder_seq_length, or set data.on_overlong=skip or data.on_overlong=truncate_prompt"
     if overlong and on_overlong == "error":
         raise DataError(f"{overlong[0]} ({len(overlong)} of {len(rows)} rows are too long); {advice}")

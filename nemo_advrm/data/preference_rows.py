@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from nemo_advrm.data.jsonl import BadRow
@@ -24,7 +24,8 @@ class PreferencePair:
     """One human or adversarial preference: two answers to the same prompt.
 
     `prompt` is () for raw text, then `chosen` and `rejected` hold prompt and answer in one. `margin` is the preference
-    strength where the data has one (None otherwise), `weight` multiplies the row's loss, `source` is "file:line".
+    strength where the data has one (None otherwise), `weight` multiplies the row's loss, `source` is "file:line". The
+    labels are attribute scores of each answer (HelpSteer-like data), which a regression loss learns.
     """
 
     prompt: tuple[Message, ...]
@@ -33,6 +34,8 @@ class PreferencePair:
     margin: float | None = None
     weight: float = 1.0
     source: str = ""
+    chosen_labels: tuple[float, ...] | None = None
+    rejected_labels: tuple[float, ...] | None = None
 
 
 def parse_row(row: Any, source: str, format: str = "auto") -> PreferencePair:
@@ -72,7 +75,15 @@ def parse_row(row: Any, source: str, format: str = "auto") -> PreferencePair:
             pair = prompt_messages(row["prompt"], "prompt", source), chosen, rejected
         else:
             pair = (), chosen, rejected
-    return _checked(pair, source, margin=_number(row, "margin", source), weight=_number(row, "weight", source))
+    checked = _checked(
+        pair,
+        source,
+        margin=_number(row, "margin", source),
+        weight=_number(row, "weight", source),
+        # in a transcript an assistant turn without text is an answer that people could and did prefer
+        may_be_silent=form == "transcript",
+    )
+    return replace(checked, **{key: _labels(row, key, source) for key in ("chosen_labels", "rejected_labels")})
 
 
 def parse_text_rows(chosen_row: Any, rejected_row: Any, chosen_source: str, rejected_source: str) -> PreferencePair:
@@ -134,11 +145,16 @@ def _split(
 
 
 def _checked(
-    pair: tuple[tuple[Message, ...], str, str], source: str, *, margin: float | None = None, weight: float | None = None
+    pair: tuple[tuple[Message, ...], str, str],
+    source: str,
+    *,
+    margin: float | None = None,
+    weight: float | None = None,
+    may_be_silent: bool = False,
 ) -> PreferencePair:
     prompt, chosen, rejected = pair
     for key, text in (("chosen", chosen), ("rejected", rejected)):
-        if not text.strip():
+        if not text.strip() and not may_be_silent:
             raise BadRow(source, "empty", f"the answer in `{key}` is empty")
     if chosen == rejected:
         raise BadRow(source, "identical", "`chosen` and `rejected` are identical")
@@ -158,3 +174,15 @@ def _number(row: dict[str, Any], key: str, source: str) -> float | None:
     if not math.isfinite(value) or value < 0:
         raise BadRow(source, "bad_value", f"`{key}` is {value}, a finite number of at least 0 was expected")
     return float(value)
+
+
+def _labels(row: dict[str, Any], key: str, source: str) -> tuple[float, ...] | None:
+    value = row.get(key)
+    if value is None:
+        return None
+    if not isinstance(value, list) or not value:
+        raise BadRow(source, "wrong_type", f"`{key}` is {type_name(value)}, a list of numbers was expected")
+    for number in value:
+        if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
+            raise BadRow(source, "bad_value", f"`{key}` holds {number!r}, finite numbers were expected")
+    return tuple(float(number) for number in value)

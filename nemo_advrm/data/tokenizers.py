@@ -25,6 +25,7 @@ class Tokenizer(Protocol):
     vocab_size: int
     pad_id: int
     eos_id: int
+    control_ids: tuple[int, ...]  # tokens other than eos that no answer may hold: they would not survive decoding
 
     @property
     def fingerprint(self) -> str: ...
@@ -61,6 +62,7 @@ class ByteTokenizer:
     _END_OF_TURN = 6
     _OFFSET = len(SPECIALS)
     vocab_size = _OFFSET + 256
+    control_ids = (0, 2, 3, 4, 5, 6)
 
     @property
     def fingerprint(self) -> str:
@@ -121,6 +123,8 @@ class HFTokenizer:
             raise DataError(f"{self.path}: the tokenizer has no end token: the end of an answer could not be marked")
         self.eos_id: int = eos
         self._ends = {eos, self._tokenizer.eos_token_id}
+        special = {i for i, token in self._tokenizer.added_tokens_decoder.items() if token.special}
+        self.control_ids = tuple(sorted((special | set(self._tokenizer.all_special_ids)) - {eos}))
         pad = self._tokenizer.pad_token_id
         self.pad_id: int = eos if pad is None else pad
         # Llama-like tokenizers begin every text with bos, GPT-like ones do not: ask instead of assuming.

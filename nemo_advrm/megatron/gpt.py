@@ -44,6 +44,7 @@ class HeadedGPT(GPTModel):
 
     Under sequence parallelism the last hidden state is gathered first and the head then works on the
     tokens that are asked for, so every head sees whole sequences and no logits are made for prompts.
+    ``hidden_tokens`` have no probability: padding of the vocabulary, and control tokens in answers.
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class HeadedGPT(GPTModel):
         pre_process: bool,
         post_process: bool,
         vp_stage: int | None = None,
-        tokenizer_size: int = 0,
+        hidden_tokens: tuple[int, ...] = (),
         head_outputs: int = 1,
         head_init_std: float = 0.02,
     ) -> None:
@@ -84,9 +85,11 @@ class HeadedGPT(GPTModel):
             # hidden states arrive gathered (see class docstring): the layer is told so
             self.output_layer.sequence_parallel = False
             self.output_layer.allreduce_dgrad = config.tensor_model_parallel_size > 1
-            self.tokenizer_size = tokenizer_size or vocab_size
+            self.hidden_V = torch.zeros(vocab_size, dtype=torch.bool)
+            self.hidden_V[list(hidden_tokens)] = True
             part = vocab_size // config.tensor_model_parallel_size
-            self.real_tokens = min(part, max(0, self.tokenizer_size - self.pg_collection.tp.rank() * part))
+            rank = self.pg_collection.tp.rank()
+            self.own_hidden_V = self.hidden_V[rank * part : (rank + 1) * part]
         else:
             del self.output_layer
             self.head = ScalarHead(config.hidden_size, head_outputs, head_init_std)
@@ -145,10 +148,8 @@ class HeadedGPT(GPTModel):
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         logits, _ = self.output_layer(picked.unsqueeze(1), weight=weight, runtime_gather_output=gather_logits)
         logits = logits.squeeze(1)
-        real = self.tokenizer_size if gather_logits else self.real_tokens
-        if real < logits.size(-1):  # entries that only pad the vocabulary must have no probability
-            logits = torch.cat([logits[:, :real], logits.new_full((logits.size(0), logits.size(-1) - real), -1e9)], -1)
-        return logits
+        hidden_V = self.hidden_V if gather_logits else self.own_hidden_V
+        return logits.masked_fill(hidden_V.to(logits.device), -1e9)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None

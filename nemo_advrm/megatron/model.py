@@ -79,12 +79,14 @@ def build_model(
     *,
     seed: int,
     trainable: bool = True,
+    hidden_tokens: tuple[int, ...] = (),
     head_outputs: int = 1,
     head_init_std: float = 0.02,
 ) -> MegatronModel:
     """Build this rank's chunks with weights drawn from ``seed``.
 
-    A model that is not trainable has no gradient buffers and is in eval mode.
+    A model that is not trainable has no gradient buffers and is in eval mode. A language model gives
+    ``hidden_tokens`` no probability.
     """
     from megatron.core import parallel_state
 
@@ -107,7 +109,7 @@ def build_model(
                 pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
                 post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
                 vp_stage=stage,
-                tokenizer_size=min(tokenizer_size, vocab_size),
+                hidden_tokens=(*hidden_tokens, *range(min(tokenizer_size, vocab_size), vocab_size)),
                 head_outputs=head_outputs,
                 head_init_std=head_init_std,
             )

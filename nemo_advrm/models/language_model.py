@@ -95,7 +95,15 @@ def build_policy(
     cfg: Config, tokenizer: Tokenizer, restore_from: str, seed: int, trainable: bool
 ) -> MegatronModel:
     """A language model with the weights of ``restore_from``, or random ones from ``seed``."""
-    model = build_model(cfg.model, cfg.precision, "lm", tokenizer.vocab_size, seed=seed, trainable=trainable)
+    model = build_model(
+        cfg.model,
+        cfg.precision,
+        "lm",
+        tokenizer.vocab_size,
+        seed=seed,
+        trainable=trainable,
+        hidden_tokens=tokenizer.control_ids,
+    )
     if restore_from:
         checkpoint.load(Path(restore_from), model)
     return model

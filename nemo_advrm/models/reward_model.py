@@ -24,7 +24,7 @@ from nemo_advrm.megatron.schedule import (
     reduce_metrics,
     sequence_multiple,
 )
-from nemo_advrm.models.trainable import TrainableModel, derive_seed, shard_rows, total_steps
+from nemo_advrm.models.trainable import Batches, TrainableModel, derive_seed, shard_rows, total_steps
 from nemo_advrm.objectives.losses import preference_loss, regression
 from nemo_advrm.schema import Config
 
@@ -97,13 +97,13 @@ class RewardModel(TrainableModel):
 
     # validation
 
-    def val_dataloader(self) -> list[list[EncodedPair]]:
+    def val_dataloader(self) -> Batches:
         rt = runtime.current()
         size = self.config.model.global_batch_size
         limit = self.config.trainer.limit_val_batches or len(self.validation_rows)
         starts = range(0, len(self.validation_rows), size)
         batches = [self.validation_rows[i : i + size] for i in starts][:limit]
-        return [shard_rows(batch, [r.length for r in batch], rt.dp_rank, rt.dp_size) for batch in batches]
+        return Batches([shard_rows(batch, [r.length for r in batch], rt.dp_rank, rt.dp_size) for batch in batches])
 
     def validation_step(self, batch: list[EncodedPair], batch_idx: int) -> None:
         if batch:

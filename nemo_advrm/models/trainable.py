@@ -94,6 +94,10 @@ class TrainableModel(ModelPT):
     def train_dataloader(self) -> Any:
         return _Steps(self)
 
+    def transfer_batch_to_device(self, batch: Any, device: Any, dataloader_idx: int) -> Any:
+        """Batches are rows; their tensors are made on the device, microbatch by microbatch."""
+        return batch
+
     # NeMo's side
 
     def setup_training_data(self, train_data_config: Any) -> None:
@@ -119,3 +123,16 @@ class _Steps:
 
     def __iter__(self) -> Iterator[Any]:
         return self.model.steps(self.model.global_step)
+
+
+class Batches:
+    """A fixed number of batches as an iterable; Lightning takes a plain list for several data loaders."""
+
+    def __init__(self, batches: list[Any]) -> None:
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.batches)

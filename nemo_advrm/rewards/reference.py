@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nemo_advrm.data.jsonl import read_jsonl
+from nemo_advrm.data.messages import Message
 from nemo_advrm.errors import CheckpointError
 from nemo_advrm.objectives.reference import ReferenceStatistics, disagreement_z, fit_reference, z_scores
 
@@ -19,11 +20,13 @@ class Reference:
     """SFT responses to P prompts with n responses each, scored by K members.
 
     Attributes:
+        prompts_P: chat messages.
         responses_PN: texts.
         scores_PNK: raw scores.
         gold_PN: gold rewards, or None where the run has none.
     """
 
+    prompts_P: list[tuple[Message, ...]]
     responses_PN: list[list[str]]
     scores_PNK: Tensor
     gold_PN: Tensor | None
@@ -55,6 +58,7 @@ class Reference:
         rows = [grouped[i] for i in range(len(grouped))]
         gold = [[r.get("gold") for r in group] for group in rows]
         return cls(
+            [tuple(group[0]["messages"]) for group in rows],
             [[r["response"] for r in group] for group in rows],
             torch.tensor([[r["scores"] for r in group] for group in rows]),
             None if any(g is None for group in gold for g in group) else torch.tensor(gold),

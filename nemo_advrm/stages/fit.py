@@ -60,7 +60,7 @@ def fit(
         default_root_dir=str(directory),
     )
     with contextlib.redirect_stdout(io.StringIO()):
-        exp_manager(trainer, _exp_manager_options(cfg, directory))
+        exp_manager(trainer, _exp_manager_options(cfg, directory / "logs"))
     found = saved_steps(checkpoints)
     trainer.fit(module, ckpt_path=str(found[-1]) if found else None)
     if validate:

@@ -1,12 +1,8 @@
-"""Starts a stage: processes, Megatron's layout, quiet libraries, and the run directory's identity."""
+"""Starts a stage: Megatron's layout and the run directory's identity."""
 
 from __future__ import annotations
 
-import logging
 import os
-import subprocess
-import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +12,11 @@ from nemo_advrm.config import save_resolved, versions
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.layout import validate_layout
 from nemo_advrm.megatron import runtime
+from nemo_advrm.quiet import quiet_libraries
 from nemo_advrm.schema import Config
 
 # keys that may differ between the runs of one directory: they do not change what is computed
 _FREE_KEYS = ("run_dir", "exp_manager", "trainer")
-
-
-def quiet_libraries() -> None:
-    """Libraries' notices about absent accelerators would drown the few lines a user needs."""
-    warnings.filterwarnings("ignore")
-    for name in ("lightning.pytorch", "lightning.fabric", "nemo_logger", "megatron", "torch.distributed"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    os.environ.setdefault("NEMO_TESTING", "0")
 
 
 def start(cfg: Config) -> runtime.Runtime:
@@ -35,7 +24,7 @@ def start(cfg: Config) -> runtime.Runtime:
 
     Raises LayoutError or ConfigError when the layout does not fit the model or the processes.
     """
-    quiet_libraries()
+    quiet_libraries()  # again: libraries set their own levels when they are imported
     model = cfg.model
     validate_layout(cfg, int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1"))))
     layout = runtime.Layout(
@@ -45,24 +34,6 @@ def start(cfg: Config) -> runtime.Runtime:
         model.context_parallel_size,
     )
     return runtime.start(layout, cfg.trainer.accelerator, cfg.trainer.timeout_minutes)
-
-
-def relaunch(cfg: Config, argv: list[str]) -> int | None:
-    """Start ``trainer.devices`` processes of this command with torchrun; None when that is not needed.
-
-    Under torchrun or SLURM the processes are there already; otherwise one command on one node starts them.
-    """
-    if cfg.trainer.devices <= 1 or "RANK" in os.environ or "SLURM_PROCID" in os.environ:
-        return None
-    if cfg.trainer.num_nodes > 1:
-        raise ConfigError(
-            f"trainer.num_nodes={cfg.trainer.num_nodes}: start the command on every node with torchrun or srun"
-        )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={cfg.trainer.devices}"]
-    # every process gets its share of the cores instead of torchrun's default of one thread
-    threads = max(1, (os.cpu_count() or 1) // cfg.trainer.devices)
-    environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
-    return subprocess.call([*command, "-m", "nemo_advrm.cli", *argv], env=environment)
 
 
 def claim(cfg: Config, directory: Path) -> None:

@@ -1,0 +1,156 @@
+"""Stage ``attack``: trains adversarial policies against an ensemble of reward models and records what they find."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from nemo_advrm.callbacks.rollouts import TrajectoryRecorder
+from nemo_advrm.data.jsonl import read_jsonl, write_jsonl_atomic
+from nemo_advrm.data.messages import Message
+from nemo_advrm.data.prompts import load_prompts
+from nemo_advrm.data.tokenizers import Tokenizer, build_tokenizer
+from nemo_advrm.errors import ConfigError
+from nemo_advrm.megatron import runtime
+from nemo_advrm.models.language_model import build_policy
+from nemo_advrm.models.policy import AdversarialPolicy, Prompt, encode_prompts
+from nemo_advrm.models.trainable import derive_seed
+from nemo_advrm.rewards.base import RewardSource
+from nemo_advrm.rewards.ensemble import AdversarialReward
+from nemo_advrm.rewards.local import MegatronReward, build_gold
+from nemo_advrm.rewards.reference import Reference
+from nemo_advrm.schema import Config
+from nemo_advrm.stages import session
+from nemo_advrm.stages.fit import drop_training_checkpoints, fit
+from nemo_advrm.stages.reference import sample, write_reference
+
+
+def main(cfg: Config) -> int:
+    """Attack ``ensemble.members`` from the policy ``pretrained_checkpoint.restore_from_path``."""
+    if len(cfg.ensemble.members) < 2:
+        raise ConfigError("ensemble.members must name at least 2 reward models, the attacked one first")
+    if not cfg.pretrained_checkpoint.restore_from_path:
+        raise ConfigError("pretrained_checkpoint.restore_from_path is not set: name the policy the attack starts from")
+    session.start(cfg)
+    directory = Path(cfg.run_dir)
+    tokenizer = build_tokenizer(cfg.model.tokenizer)
+    prompts = encode_prompts(attack_prompts(cfg), tokenizer, cfg)
+    members = load_members(cfg, tokenizer, cfg.ensemble.members)
+    session.claim(cfg, directory)
+    gold = build_gold(cfg.pipeline.gold)
+    if not (directory / "reference.jsonl").exists():
+        policy = build_policy(cfg, tokenizer, cfg.pretrained_checkpoint.restore_from_path, 0, trainable=False)
+        count = cfg.reference.samples_per_prompt
+        rollouts = sample(cfg, tokenizer, policy, prompts, count, derive_seed(cfg.seed, "reference"))
+        write_reference(directory / "reference.jsonl", rollouts, count, members, gold)
+    reference = Reference.read(directory / "reference.jsonl")
+    summary = run_attack(cfg, tokenizer, directory / "attack", prompts, members, reference, gold, cfg.seed)
+    if runtime.current().is_writer:
+        for direction, found in summary["directions"].items():
+            print(f"direction {direction}: {found['samples']} samples, {_rates(found)}")
+        print(f"samples: {directory / 'attack' / 'samples.jsonl'}  (next: nemo-advrm select run_dir={cfg.run_dir})")
+    return 0
+
+
+def attack_prompts(cfg: Config) -> list[tuple[Message, ...]]:
+    """The prompts of the reference and the attack, at most ``reference.num_prompts``."""
+    if cfg.data.prompts_path or cfg.data.train_path:
+        path = cfg.data.prompts_path or cfg.data.train_path
+        return load_prompts(path, on_bad_row=cfg.data.on_bad_row)[: cfg.reference.num_prompts]
+    if cfg.pipeline.gold == "synthetic":
+        from nemo_advrm.synthetic.corpus import sample_prompts
+
+        return sample_prompts(cfg.reference.num_prompts, derive_seed(cfg.seed, "attack prompts"))
+    raise ConfigError("data.prompts_path is not set: name a file of prompts")
+
+
+def load_members(cfg: Config, tokenizer: Tokenizer, paths: list[str]) -> list[RewardSource]:
+    """The reward models of an ensemble, R_1 first."""
+    return [MegatronReward.load(f"R_{k + 1} ({path})", path, cfg, tokenizer) for k, path in enumerate(paths)]
+
+
+def run_attack(
+    cfg: Config,
+    tokenizer: Tokenizer,
+    directory: Path,
+    prompts: list[Prompt],
+    members: list[RewardSource],
+    reference: Reference,
+    gold: RewardSource | None,
+    seed: int,
+) -> dict[str, Any]:
+    """Attack in every direction; writes ``samples.jsonl``, ``metrics.jsonl`` and ``summary.json``."""
+    summary = directory / "summary.json"
+    if summary.exists():
+        return json.loads(summary.read_text())  # type: ignore[no-any-return]
+    found: dict[str, Any] = {}
+    for direction in cfg.adversarial.directions:
+        own = directory / f"direction_{direction}"
+        done = own / "summary.json"
+        if not done.exists():
+            _attack_member(cfg, tokenizer, own, prompts, members, reference, gold, direction, seed)
+        found[str(direction)] = json.loads(done.read_text())
+    result = {"directions": found, "threshold_z": cfg.selection.threshold_z}
+    if runtime.current().is_writer:
+        for name in ("samples.jsonl", "metrics.jsonl"):
+            files = [directory / f"direction_{d}" / name for d in cfg.adversarial.directions]
+            write_jsonl_atomic(directory / name, (row for file in files for _, row in read_jsonl(file)))
+        summary.write_text(json.dumps(result, indent=1))
+    runtime.current().barrier()
+    return result
+
+
+def _attack_member(
+    cfg: Config,
+    tokenizer: Tokenizer,
+    directory: Path,
+    prompts: list[Prompt],
+    members: list[RewardSource],
+    reference: Reference,
+    gold: RewardSource | None,
+    direction: int,
+    seed: int,
+) -> None:
+    started = time.monotonic()
+    module = AdversarialPolicy(
+        cfg,
+        tokenizer,
+        prompts,
+        AdversarialReward(members, cfg.adversarial, reference, direction - 1),
+        cfg.pretrained_checkpoint.restore_from_path,
+        derive_seed(seed, "attack", direction),
+    )
+    samples = directory / "samples.jsonl"
+    fit(
+        module, cfg, directory, f"attack on R_{direction}", [TrajectoryRecorder(samples, direction, reference, gold)], 0
+    )
+    drop_training_checkpoints(directory)
+    if runtime.current().is_writer:
+        rows = [row for _, row in read_jsonl(directory / "metrics.jsonl")]
+        partial = directory / "summary.partial"
+        partial.write_text(
+            json.dumps(
+                {
+                    "samples": sum(1 for _ in read_jsonl(samples)),
+                    "success_standard": _mean(rows, "success"),
+                    "success_strict": _mean(rows, "success_strict"),
+                    "steps": len(rows),
+                    "seconds": time.monotonic() - started,
+                }
+            )
+        )
+        partial.rename(directory / "summary.json")
+    runtime.current().barrier()
+
+
+def _mean(rows: list[dict[str, Any]], key: str) -> float | None:
+    values = [row[key] for row in rows if row.get(key) is not None]
+    return sum(values) / len(values) if values else None
+
+
+def _rates(found: dict[str, Any]) -> str:
+    if found["success_standard"] is None:
+        return "no gold reward to tell success by"
+    return f"success {found['success_standard']:.2f} (strict {found['success_strict']:.2f})"

@@ -1,0 +1,91 @@
+"""SFT responses and their scores: what an attack measures itself against."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from nemo_advrm.callbacks.rollouts import prompt_text
+from nemo_advrm.data.jsonl import read_jsonl, write_jsonl_atomic
+from nemo_advrm.data.tokenizers import Tokenizer
+from nemo_advrm.megatron import runtime
+from nemo_advrm.megatron.generation import uniforms
+from nemo_advrm.megatron.model import MegatronModel
+from nemo_advrm.models.policy import Prompt, roll_out, sampling_of
+from nemo_advrm.rewards.base import RewardSource, Rollouts, checked_scores
+from nemo_advrm.rewards.reference import Reference, standardise
+from nemo_advrm.schema import Config
+
+
+def sample(
+    cfg: Config, tokenizer: Tokenizer, model: MegatronModel, prompts: list[Prompt], per_prompt: int, seed: int
+) -> Rollouts:
+    """``per_prompt`` responses to every prompt, those of one prompt together, the same on every rank.
+
+    Every data-parallel rank writes its share; the shares are then joined.
+    """
+    rt = runtime.current()
+    repeated = [p for p in prompts for _ in range(per_prompt)]
+    numbers = uniforms(seed, len(repeated), cfg.rl.max_new_tokens)
+    bounds = [len(repeated) * r // rt.dp_size for r in range(rt.dp_size + 1)]
+    own = slice(bounds[rt.dp_rank], bounds[rt.dp_rank + 1])
+    part = roll_out(model, tokenizer, repeated[own], sampling_of(cfg.rl, tokenizer), numbers[own])
+    parts: list[Rollouts] = rt.gather_data_parallel(part)
+    names = ("prompts", "responses", "ended", "prompt_tokens", "response_tokens", "prompt_index")
+    joined = {name: [x for p in parts for x in getattr(p, name)] for name in names}
+    return Rollouts(**joined, fingerprint=tokenizer.fingerprint)
+
+
+def write_reference(
+    path: Path, rollouts: Rollouts, per_prompt: int, sources: list[RewardSource], gold: RewardSource | None
+) -> Reference:
+    """Score SFT responses with every member (and gold, for evaluation) and write ``reference.jsonl``."""
+    scores_NK = torch.stack([checked_scores(source, rollouts) for source in sources], -1)
+    gold_N = checked_scores(gold, rollouts) if gold is not None else None
+    count = len(rollouts) // per_prompt
+    responses = [rollouts.responses[i * per_prompt : (i + 1) * per_prompt] for i in range(count)]
+    reference = Reference(
+        rollouts.prompts[::per_prompt],
+        responses,
+        scores_NK.reshape(count, per_prompt, -1),
+        None if gold_N is None else gold_N.reshape(count, per_prompt),
+    )
+    index = [i for i in range(count) for _ in range(per_prompt)]
+    if len(sources) > 1:
+        z_NK = standardise(reference, reference.statistics(), scores_NK, index, 0).z_NK
+    else:
+        z_NK = torch.full_like(scores_NK, float("nan"))
+    if runtime.current().is_writer:
+        rows = (
+            {
+                "prompt_id": index[i],
+                "prompt": prompt_text(rollouts.prompts[i]),
+                "messages": rollouts.prompts[i],
+                "response": rollouts.responses[i],
+                "ended": rollouts.ended[i],
+                "tokens": rollouts.response_tokens[i],
+                "scores": scores_NK[i],
+                "z": z_NK[i],
+                "gold": None if gold_N is None else gold_N[i],
+            }
+            for i in range(len(rollouts))
+        )
+        write_jsonl_atomic(path, rows)
+    runtime.current().barrier()
+    return reference
+
+
+def read_rollouts(path: Path, prompts: list[Prompt], tokenizer: Tokenizer) -> Rollouts:
+    """The SFT responses of an earlier ``reference.jsonl``, to be scored by other members."""
+    rows = [row for _, row in read_jsonl(path)]
+    chosen = [prompts[row["prompt_id"]] for row in rows]
+    return Rollouts(
+        prompts=[p.messages for p in chosen],
+        responses=[row["response"] for row in rows],
+        ended=[row["ended"] for row in rows],
+        prompt_tokens=[p.tokens for p in chosen],
+        response_tokens=[row["tokens"] for row in rows],
+        prompt_index=[p.index for p in chosen],
+        fingerprint=tokenizer.fingerprint,
+    )

@@ -1,0 +1,82 @@
+"""Stage ``rlhf``: trains a policy against a reward and follows the gold reward, if there is one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from nemo_advrm.callbacks.rollouts import OveroptimizationTracker
+from nemo_advrm.data.messages import Message
+from nemo_advrm.data.prompts import load_prompts
+from nemo_advrm.data.tokenizers import Tokenizer, build_tokenizer
+from nemo_advrm.errors import ConfigError
+from nemo_advrm.megatron import checkpoint, runtime
+from nemo_advrm.models.policy import PolicyModel, Prompt, encode_prompts
+from nemo_advrm.models.trainable import derive_seed
+from nemo_advrm.rewards.base import RewardSource
+from nemo_advrm.rewards.ensemble import PolicyReward, UncertaintyReward
+from nemo_advrm.rewards.local import build_gold
+from nemo_advrm.schema import Config
+from nemo_advrm.stages import session
+from nemo_advrm.stages.attack import load_members
+from nemo_advrm.stages.fit import drop_training_checkpoints, fit
+
+
+def main(cfg: Config) -> int:
+    """Train into ``run_dir/model`` against ``ensemble.members`` combined by ``ensemble.aggregate``."""
+    if not cfg.ensemble.members:
+        raise ConfigError("ensemble.members must name at least one reward model")
+    if not cfg.pretrained_checkpoint.restore_from_path:
+        raise ConfigError("pretrained_checkpoint.restore_from_path is not set: name the policy RLHF starts from")
+    session.start(cfg)
+    directory = Path(cfg.run_dir)
+    tokenizer = build_tokenizer(cfg.model.tokenizer)
+    prompts = encode_prompts(rlhf_prompts(cfg), tokenizer, cfg)
+    members = load_members(cfg, tokenizer, cfg.ensemble.members)
+    reward = UncertaintyReward(members, cfg.ensemble.aggregate, cfg.ensemble.coefficient)
+    session.claim(cfg, directory)
+    metrics = run_rlhf(cfg, tokenizer, directory, prompts, reward, build_gold(cfg.pipeline.gold), cfg.seed, "rlhf")
+    if runtime.current().is_writer:
+        gold = f"  gold {metrics['gold']:.3f}" if "gold" in metrics else ""
+        print(f"reward {metrics['proxy']:.3f}{gold}  kl {metrics['kl']:.2f}\npolicy: {directory / 'model'}")
+    return 0
+
+
+def rlhf_prompts(cfg: Config) -> list[tuple[Message, ...]]:
+    """Prompts of RLHF."""
+    if cfg.data.prompts_path or cfg.data.train_path:
+        return load_prompts(cfg.data.prompts_path or cfg.data.train_path, on_bad_row=cfg.data.on_bad_row)
+    if cfg.pipeline.gold == "synthetic":
+        from nemo_advrm.synthetic.corpus import sample_prompts
+
+        return sample_prompts(cfg.synthetic.prompts, derive_seed(cfg.seed, "rlhf prompts"))
+    raise ConfigError("data.prompts_path is not set: name a file of prompts")
+
+
+def run_rlhf(
+    cfg: Config,
+    tokenizer: Tokenizer,
+    directory: Path,
+    prompts: list[Prompt],
+    reward: PolicyReward,
+    gold: RewardSource | None,
+    seed: int,
+    title: str,
+) -> dict[str, float]:
+    """Train into ``directory/model``; returns the last step's metrics. A finished training is not redone."""
+    result = directory / "result.json"
+    if result.exists():
+        return json.loads(result.read_text())  # type: ignore[no-any-return]
+    module = PolicyModel(
+        cfg, tokenizer, prompts, reward, cfg.pretrained_checkpoint.restore_from_path, derive_seed(seed, "rlhf")
+    )
+    tracker = OveroptimizationTracker(directory / "samples.jsonl", gold, cfg.rl.evaluation_every, cfg.rl.log_samples)
+    fit(module, cfg, directory, title, [tracker], first_step=0)
+    checkpoint.save(directory / "model", module.model, meta={"tokenizer": tokenizer.fingerprint})
+    if runtime.current().is_writer:
+        partial = result.with_suffix(".partial")
+        partial.write_text(json.dumps(module.step_metrics))
+        partial.rename(result)
+    runtime.current().barrier()
+    drop_training_checkpoints(directory)
+    return module.step_metrics

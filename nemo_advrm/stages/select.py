@@ -1,0 +1,134 @@
+"""Stage ``select``: picks adversarial samples, pairs them with SFT responses and writes the pair store."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Hashable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nemo_advrm.data.jsonl import read_jsonl, write_jsonl_atomic
+from nemo_advrm.data.pair_store import AdversarialPair, PairStore, Provenance
+from nemo_advrm.errors import ConfigError
+from nemo_advrm.models.trainable import derive_seed
+from nemo_advrm.objectives.selection import qualifies, select_pairs, text_signature
+from nemo_advrm.rewards.reference import Reference
+from nemo_advrm.schema import Config, SelectionConfig
+
+
+def main(cfg: Config) -> int:
+    """Select from the attack in ``run_dir`` (``attack/samples.jsonl`` beside ``reference.jsonl``)."""
+    directory = Path(cfg.run_dir)
+    samples = directory / "attack" / "samples.jsonl"
+    if not samples.exists():
+        raise ConfigError(f"run_dir={cfg.run_dir}: no attack/samples.jsonl there; run nemo-advrm attack first")
+    counts = select_round(cfg, directory, 0, cfg.seed)
+    print(f"{counts['selected']} pairs: {directory / 'pairs.jsonl'}  ({_dropped(counts)})")
+    return 0
+
+
+def select_round(cfg: Config, directory: Path, round_number: int, seed: int) -> dict[str, int]:
+    """Select from every direction of an attack; marks the samples, writes ``pairs.jsonl``; returns counts."""
+    reference = Reference.read(directory / "reference.jsonl")
+    path = directory / "attack" / "samples.jsonl"
+    rows: list[dict[str, Any]] = [row for _, row in read_jsonl(path)]
+    totals: Counter[str] = Counter()
+    pairs: list[AdversarialPair] = []
+    for direction in sorted({row["direction"] for row in rows}):
+        own = [i for i, row in enumerate(rows) if row["direction"] == direction]
+        chosen, counts = _select_direction(cfg, [rows[i] for i in own], reference, direction, seed)
+        totals.update(counts)
+        totals["selected"] += len(chosen)
+        for i in chosen:
+            rows[own[i]]["selected"] = True
+        pairs += [_pair(cfg.selection, rows[own[i]], reference, round_number, seed) for i in chosen]
+    store = directory / "pairs.jsonl"
+    store.unlink(missing_ok=True)  # a selection that is repeated starts anew
+    PairStore(store).append(pairs)
+    write_jsonl_atomic(path, rows)
+    return dict(totals)
+
+
+def _select_direction(
+    cfg: Config, rows: list[dict[str, Any]], reference: Reference, direction: int, seed: int
+) -> tuple[list[int], dict[str, int]]:
+    options, target = cfg.selection, direction - 1
+    scores_BK = torch.tensor([row["scores"] for row in rows])
+    ranking_B = torch.tensor([row["disagreement_z"] for row in rows])
+    prompts = [row["prompt_id"] for row in rows]
+    qualified_B = qualifies(
+        scores_BK,
+        torch.tensor([row["z"] for row in rows]),
+        reference.prompt_mean(prompts)[:, target],
+        ranking_B,
+        options.threshold_z,
+        target,
+        options.require_others_negative,
+    )
+    # a response that was cut off, or that is one of the SFT responses, teaches nothing about ordinary text
+    usable = [
+        bool(row["response"].strip()) and row["response"] not in reference.responses_PN[row["prompt_id"]]
+        for row in rows
+    ]
+    signature = _signature(cfg)
+    return select_pairs(
+        qualified_B & torch.tensor(usable),
+        ranking_B,
+        prompts,
+        [row["response"] for row in rows],
+        lambda i: signature(rows[i]["response"]),
+        per_signature=options.per_signature,
+        per_prompt=options.per_prompt,
+        total=options.max_pairs,
+        top_fraction=options.top_fraction,
+        generator=_generator(seed, direction) if options.random_within_top else None,
+    )
+
+
+def _generator(seed: int, direction: int) -> torch.Generator:
+    return torch.Generator().manual_seed(derive_seed(seed, "select", direction))
+
+
+def _signature(cfg: Config) -> Callable[[str], Hashable]:
+    if cfg.model.tokenizer == "synthetic":
+        from nemo_advrm.synthetic.signature import token_class_signature
+
+        return token_class_signature
+    return text_signature
+
+
+def _pair(
+    options: SelectionConfig, row: dict[str, Any], reference: Reference, round_number: int, seed: int
+) -> AdversarialPair:
+    prompt_id = row["prompt_id"]
+    scores_NK = reference.scores_PNK[prompt_id]
+    if options.chosen == "random":
+        draw = torch.Generator().manual_seed(derive_seed(seed, "chosen", row["direction"], row["step"], row["response"]))
+        best = int(torch.randint(scores_NK.size(0), (1,), generator=draw))
+    else:
+        best = int(scores_NK.mean(-1).argmax())
+    gold = reference.gold_PN
+    return AdversarialPair(
+        reference.prompts_P[prompt_id],
+        reference.responses_PN[prompt_id][best],
+        row["response"],
+        Provenance(
+            round=round_number,
+            step=row["step"],
+            direction=row["direction"],
+            prompt_id=prompt_id,
+            scores=tuple(row["scores"]),
+            z=tuple(row["z"]),
+            disagreement_z=row["disagreement_z"],
+            policy_checkpoint=f"attack/direction_{row['direction']}/policy",
+            chosen_scores=tuple(scores_NK[best].tolist()),
+            chosen_gold=None if gold is None else gold[prompt_id, best].item(),
+            rejected_gold=row["gold"],
+        ),
+    )
+
+
+def _dropped(counts: dict[str, int]) -> str:
+    return ", ".join(f"{v} {k.replace('_', ' ')}" for k, v in counts.items() if k != "selected" and v)

@@ -1,0 +1,89 @@
+"""Stage ``sft``: fine-tunes a policy on prompt/response rows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from nemo_advrm.data.messages import Message
+from nemo_advrm.data.preference_files import read_rows
+from nemo_advrm.data.preference_rows import parse_row
+from nemo_advrm.data.tokenizers import Tokenizer, build_tokenizer
+from nemo_advrm.errors import ConfigError, DataError
+from nemo_advrm.megatron import checkpoint, runtime
+from nemo_advrm.models.language_model import EncodedResponse, SupervisedModel
+from nemo_advrm.models.trainable import derive_seed
+from nemo_advrm.schema import Config
+from nemo_advrm.stages import session
+from nemo_advrm.stages.fit import drop_training_checkpoints, fit
+
+SftRow = tuple[tuple[Message, ...], str]
+
+
+def main(cfg: Config) -> int:
+    """Fine-tune into ``run_dir/model``."""
+    session.start(cfg)
+    tokenizer = build_tokenizer(cfg.model.tokenizer)
+    rows = encode_responses(cfg, tokenizer, sft_rows(cfg))
+    directory = Path(cfg.run_dir)
+    session.claim(cfg, directory)
+    metrics = train_sft(cfg, tokenizer, directory, rows)
+    if runtime.current().is_writer:
+        print(f"loss {metrics['train/loss']:.4f}\npolicy: {directory / 'model'}")
+    return 0
+
+
+def sft_rows(cfg: Config) -> list[SftRow]:
+    """(prompt, response) rows: the embedded corpus, rows with prompt and response, or the chosen side of pairs."""
+    if cfg.pipeline.gold == "synthetic" and not cfg.data.train_path:
+        from nemo_advrm.synthetic.corpus import sft_corpus
+
+        return sft_corpus(cfg.synthetic.sft_rows, derive_seed(cfg.seed, "corpus"))
+    if not cfg.data.train_path:
+        raise ConfigError("data.train_path is not set: name a file of prompts and responses, or of preference pairs")
+    rows = []
+    for source, row in read_rows(cfg.data.train_path):
+        if isinstance(row, Exception):
+            raise row
+        if isinstance(row, dict) and "response" in row:
+            # the same checks as for pairs, with the response standing on both sides
+            row = {"prompt": row.get("prompt"), "chosen": row["response"], "rejected": f"{row['response']} "}
+        pair = parse_row(row, source, cfg.data.format)
+        rows.append((pair.prompt, pair.chosen))
+    if not rows:
+        raise DataError(f"{cfg.data.train_path}: holds no rows")
+    return rows
+
+
+def encode_responses(cfg: Config, tokenizer: Tokenizer, rows: list[SftRow]) -> list[EncodedResponse]:
+    """Encode; raises DataError for a sequence longer than the context."""
+    encoded = []
+    for i, (prompt, response) in enumerate(rows):
+        head = tokenizer.encode_prompt(prompt)
+        tokens = head + tokenizer.encode_response(response)
+        if len(tokens) > cfg.model.encoder_seq_length:
+            if cfg.data.on_overlong == "skip":
+                continue
+            raise DataError(
+                f"{cfg.data.train_path or 'corpus'}: row {i + 1} has {len(tokens)} tokens, the limit is "
+                f"model.encoder_seq_length={cfg.model.encoder_seq_length} (data.on_overlong=skip leaves such rows out)"
+            )
+        encoded.append(EncodedResponse(tokens, len(head)))
+    return encoded
+
+
+def train_sft(cfg: Config, tokenizer: Tokenizer, directory: Path, rows: list[EncodedResponse]) -> dict[str, float]:
+    """Train into ``directory/model``; returns the last step's metrics. A finished training is not redone."""
+    result = directory / "result.json"
+    if result.exists():
+        return json.loads(result.read_text())  # type: ignore[no-any-return]
+    module = SupervisedModel(
+        cfg, tokenizer, rows, cfg.pretrained_checkpoint.restore_from_path, derive_seed(cfg.seed, "sft")
+    )
+    fit(module, cfg, directory, "sft")
+    checkpoint.save(directory / "model", module.model, meta={"tokenizer": tokenizer.fingerprint})
+    if runtime.current().is_writer:
+        result.write_text(json.dumps(module.step_metrics))
+    runtime.current().barrier()
+    drop_training_checkpoints(directory)
+    return module.step_metrics
