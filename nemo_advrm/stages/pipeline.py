@@ -1,0 +1,272 @@
+"""Stage ``pipeline``: train the ensemble, attack it, retrain it, round after round; then RLHF and the report.
+
+Every stage reads and writes files of the run directory only. ``state.json`` says which are complete; a run
+that was stopped goes on at the first stage that is not.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nemo_advrm.config import for_stage
+from nemo_advrm.data.encoding import EncodedPair
+from nemo_advrm.data.jsonl import write_jsonl_atomic
+from nemo_advrm.data.preferences import PreferencePair, load_preferences
+from nemo_advrm.data.tokenizers import build_tokenizer
+from nemo_advrm.errors import ConfigError
+from nemo_advrm.megatron import checkpoint, runtime
+from nemo_advrm.models.language_model import build_policy
+from nemo_advrm.models.policy import Prompt, encode_prompts
+from nemo_advrm.models.trainable import derive_seed
+from nemo_advrm.rewards.base import RewardSource
+from nemo_advrm.rewards.ensemble import UncertaintyReward
+from nemo_advrm.rewards.local import build_gold
+from nemo_advrm.rewards.reference import Reference
+from nemo_advrm.schema import Config, RLHFRunConfig
+from nemo_advrm.stages import session
+from nemo_advrm.stages.attack import attack_prompts, load_members, run_attack
+from nemo_advrm.stages.reference import read_rollouts, sample, write_reference
+from nemo_advrm.stages.rlhf import rlhf_prompts, run_rlhf
+from nemo_advrm.stages.select import select_round
+from nemo_advrm.stages.sft import encode_responses, sft_rows, train_sft
+from nemo_advrm.stages.state import RunState
+from nemo_advrm.stages.train_rm import encode_rows, preference_rows, train_reward_model
+
+
+def main(cfg: Config) -> int:
+    """Run all that is not complete in ``run_dir`` and print the report's table."""
+    session.start(cfg)
+    Pipeline(cfg).run()
+    return 0
+
+
+class Pipeline:
+    """The rounds of one run directory."""
+
+    def __init__(self, cfg: Config) -> None:
+        self.cfg = cfg
+        self.directory = Path(cfg.run_dir)
+        self.tokenizer = build_tokenizer(cfg.model.tokenizer)
+        self.gold = build_gold(cfg.pipeline.gold)
+        self._check()
+        session.claim(cfg, self.directory)
+        self.state = RunState(self.directory / "state.json", cfg.seed)
+
+    def run(self) -> None:
+        if self.cfg.pipeline.sft:
+            self._stage("sft", self._sft)
+        if self._labels_by_gold:
+            self._stage("preferences", self._label_preferences)
+        last = self._rounds()
+        for name, options in self.cfg.pipeline.rlhf.items():
+            self._stage(f"rlhf/{name}", lambda n=name, o=options: self._rlhf(n, o, last))  # type: ignore[misc]
+        self._report()
+
+    def _stage(self, name: str, work: Callable[[], Any]) -> None:
+        """Run ``work`` unless the stage is complete."""
+        if self.state.is_complete(name):
+            return
+        if runtime.current().is_writer:
+            print(f"== {name}", flush=True)
+        with self.state.running(name):
+            work()
+
+    def _rounds(self) -> int:
+        """Train, attack, select and retrain; returns the last round whose reward models are trained."""
+        options = self.cfg.pipeline
+        for number in range(options.rounds + 1):
+            home = self._round(number)
+            for k in range(1, self.cfg.ensemble.size + 1):
+                self._stage(f"{home.name}/rm_{k}", lambda n=number, k=k: self._train_member(n, k))  # type: ignore[misc]
+            self._stage(f"{home.name}/reference", lambda n=number: self._reference(n))  # type: ignore[misc]
+            self._stage(f"{home.name}/attack", lambda n=number: self._attack(n))  # type: ignore[misc]
+            if number == options.rounds:
+                break
+            self._stage(f"{home.name}/select", lambda n=number: self._select(n))  # type: ignore[misc]
+            reason = self.state.detail(f"{home.name}/select", "stop")
+            if reason:
+                if runtime.current().is_writer:
+                    print(f"the rounds end after round {number}: {reason}", flush=True)
+                return number
+        return options.rounds
+
+    # what the stages do
+
+    def _sft(self) -> None:
+        cfg = for_stage(self.cfg, "sft")
+        train_sft(cfg, self.tokenizer, self.directory / "sft", encode_responses(cfg, self.tokenizer, sft_rows(cfg)))
+
+    def _label_preferences(self) -> None:
+        """Pairs of SFT responses labelled by gold: the human annotators of the embedded experiment."""
+        from nemo_advrm.synthetic.corpus import sample_prompts
+        from nemo_advrm.synthetic.gold import GoldReward
+        from nemo_advrm.synthetic.preferences import gold_labelled_pairs
+
+        options, cfg = self.cfg.synthetic, for_stage(self.cfg, "attack")
+        # ties and equal responses are dropped, so a few more prompts are drawn than pairs are wanted
+        for part, wanted, flips in (
+            ("train", options.preference_pairs, options.flip_probability),
+            ("validation", options.validation_pairs, 0.0),
+        ):
+            seed = derive_seed(self.cfg.seed, "preferences", part)
+            prompts = encode_prompts(sample_prompts(wanted + wanted // 8 + 32, seed), self.tokenizer, cfg)
+            rollouts = sample(cfg, self.tokenizer, self._policy(), prompts, 2, seed)
+            rows = gold_labelled_pairs(
+                [p.messages for p in prompts],
+                list(zip(rollouts.responses[::2], rollouts.responses[1::2], strict=True)),
+                GoldReward(),
+                flips,
+                seed,
+            )
+            if runtime.current().is_writer:
+                write_jsonl_atomic(self.directory / "preferences" / f"{part}.jsonl", rows[:wanted])
+        runtime.current().barrier()
+
+    def _train_member(self, number: int, k: int) -> None:
+        cfg = for_stage(self.cfg, "train_rm")
+        stores = [str(self._round(i) / "pairs.jsonl") for i in range(number)]
+        cfg.augmentation.pairs_path = ",".join(stores)
+        seed = derive_seed(self.cfg.seed, "rm", number, k)
+        train, validation = self._encoded_preferences
+        if self.cfg.ensemble.bootstrap:
+            draw = torch.Generator().manual_seed(derive_seed(seed, "bootstrap"))
+            train = [train[i] for i in torch.randint(len(train), (len(train),), generator=draw).tolist()]
+        directory = self._round(number) / f"rm_{k}"
+        train_reward_model(
+            cfg, self.tokenizer, directory, train, validation, seed, f"{directory.parent.name}/rm_{k}", self._policy_path
+        )
+
+    def _reference(self, number: int) -> None:
+        cfg = for_stage(self.cfg, "attack")
+        count = cfg.reference.samples_per_prompt
+        if number == 0:
+            seed = derive_seed(self.cfg.seed, "reference")
+            rollouts = sample(cfg, self.tokenizer, self._policy(), self._prompts, count, seed)
+        else:  # the same responses, scored by this round's members
+            rollouts = read_rollouts(self._round(0) / "reference.jsonl", self._prompts, self.tokenizer)
+        write_reference(self._round(number) / "reference.jsonl", rollouts, count, self._members(number), self.gold)
+
+    def _attack(self, number: int) -> None:
+        cfg = for_stage(self.cfg, "attack")
+        cfg.pretrained_checkpoint.restore_from_path = self._policy_path
+        home = self._round(number)
+        run_attack(
+            cfg,
+            self.tokenizer,
+            home / "attack",
+            self._prompts,
+            self._members(number),
+            Reference.read(home / "reference.jsonl"),
+            self.gold,
+            derive_seed(self.cfg.seed, "attack", number),
+        )
+
+    def _select(self, number: int) -> None:
+        home = self._round(number)
+        counts: dict[str, int] = {}
+        if runtime.current().is_writer:
+            seed = derive_seed(self.cfg.seed, "select", number)
+            counts = select_round(for_stage(self.cfg, "attack"), home, number, seed)
+            print(f"{home.name}: {counts['selected']} adversarial pairs", flush=True)
+            stop = self._reason_to_stop(home, counts["selected"])
+            self.state.set_detail(f"{home.name}/select", stop=stop, **counts)
+        runtime.current().barrier()
+        self.state.reload()
+
+    def _reason_to_stop(self, home: Path, pairs: int) -> str:
+        options = self.cfg
+        if pairs < options.selection.min_pairs:
+            return f"{pairs} pairs were selected, fewer than selection.min_pairs={options.selection.min_pairs}"
+        summary = json.loads((home / "attack" / "summary.json").read_text())
+        rates = [d["success_standard"] for d in summary["directions"].values() if d["success_standard"] is not None]
+        if rates and max(rates) < options.pipeline.stop_success_rate:
+            return f"attack success {max(rates):.2f} is below pipeline.stop_success_rate"
+        return ""
+
+    def _rlhf(self, name: str, options: RLHFRunConfig, last: int) -> None:
+        cfg = for_stage(self.cfg, "rlhf")
+        cfg.pretrained_checkpoint.restore_from_path = self._policy_path
+        members = self._members(last if options.reward == "hardened" else 0)
+        if options.reward != "ensemble":
+            members = members[:1]
+        reward = UncertaintyReward(members, options.aggregate, options.coefficient)
+        prompts = encode_prompts(rlhf_prompts(cfg), self.tokenizer, cfg)
+        # every reward meets the same prompts and random numbers
+        run_rlhf(
+            cfg, self.tokenizer, self.directory / "rlhf" / name, prompts, reward, self.gold, self.cfg.seed, f"rlhf/{name}"
+        )
+
+    def _report(self) -> None:
+        if runtime.current().is_writer:
+            from nemo_advrm.report import render_summary, write_report
+
+            write_report(self.directory)
+            print(render_summary(self.directory))
+            print(f"report: {self.directory / 'report' / 'index.html'}")
+        runtime.current().barrier()
+
+    # what the stages share
+
+    def _round(self, number: int) -> Path:
+        return self.directory / f"round_{number}"
+
+    @property
+    def _labels_by_gold(self) -> bool:
+        return self.cfg.pipeline.gold == "synthetic" and not self.cfg.data.train_path
+
+    @property
+    def _policy_path(self) -> str:
+        if self.cfg.pipeline.sft:
+            return str(self.directory / "sft" / "model")
+        return self.cfg.pretrained_checkpoint.restore_from_path
+
+    def _policy(self) -> Any:
+        return build_policy(self.cfg, self.tokenizer, self._policy_path, 0, trainable=False)
+
+    @cached_property
+    def _prompts(self) -> list[Prompt]:
+        cfg = for_stage(self.cfg, "attack")
+        return encode_prompts(attack_prompts(cfg), self.tokenizer, cfg)
+
+    @cached_property
+    def _encoded_preferences(self) -> tuple[list[EncodedPair], list[EncodedPair]]:
+        return encode_rows(for_stage(self.cfg, "train_rm"), self.tokenizer, *self._preferences())
+
+    def _preferences(self) -> tuple[list[PreferencePair], list[PreferencePair]]:
+        if not self._labels_by_gold:
+            return preference_rows(for_stage(self.cfg, "train_rm"))
+        home = self.directory / "preferences"
+        return load_preferences(home / "train.jsonl").rows, load_preferences(home / "validation.jsonl").rows
+
+    def _members(self, number: int) -> list[RewardSource]:
+        paths = [str(self._round(number) / f"rm_{k}" / "model") for k in range(1, self.cfg.ensemble.size + 1)]
+        return load_members(for_stage(self.cfg, "train_rm"), self.tokenizer, paths)
+
+    def _check(self) -> None:
+        """What can be known to fail is told before anything starts."""
+        cfg = self.cfg
+        if not cfg.pipeline.sft and not cfg.pretrained_checkpoint.restore_from_path:
+            raise ConfigError("pretrained_checkpoint.restore_from_path is not set: name a policy, or set pipeline.sft=true")
+        if cfg.pretrained_checkpoint.restore_from_path:
+            checkpoint.read_meta(Path(cfg.pretrained_checkpoint.restore_from_path))
+        if cfg.ensemble.size < 2:
+            raise ConfigError(f"ensemble.size={cfg.ensemble.size}: an attack needs at least 2 reward models")
+        for direction in cfg.adversarial.directions:
+            if not 1 <= direction <= cfg.ensemble.size:
+                raise ConfigError(
+                    f"adversarial.directions: there is no member {direction}, ensemble.size={cfg.ensemble.size}"
+                )
+        for name, options in cfg.pipeline.rlhf.items():
+            if options.reward not in ("r1", "ensemble", "hardened"):
+                raise ConfigError(f"pipeline.rlhf.{name}.reward={options.reward}: it can be r1, ensemble or hardened")
+        if not self._labels_by_gold:
+            self._encoded_preferences  # noqa: B018 (reads and checks the data)
+        if self.cfg.pipeline.gold == "" or self.cfg.data.prompts_path:
+            self._prompts  # noqa: B018
+            encode_prompts(rlhf_prompts(for_stage(cfg, "rlhf")), self.tokenizer, for_stage(cfg, "rlhf"))
