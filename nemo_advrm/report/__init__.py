@@ -1,0 +1,39 @@
+"""The report of a run, made from its files alone: report/{index.html,*.png,summary.json} and a console table."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from nemo_advrm.report.table import render_summary
+
+__all__ = ["render_summary", "write_report"]
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write RUN_DIR/report/ from the files of the run and return the path of its index.html.
+
+    Missing parts of the run are named in the report. Raises DataError when `run_dir` is not a directory.
+    """
+    # Drawing needs matplotlib (about a second to import), the console table does not.
+    from nemo_advrm.report.collect import collect
+    from nemo_advrm.report.figures import draw_figures
+    from nemo_advrm.report.page import render_page
+    from nemo_advrm.report.summary import summarise
+
+    run = collect(Path(run_dir))
+    summary = summarise(run)
+    directory = run.directory / "report"
+    directory.mkdir(exist_ok=True)
+    figures = draw_figures(run, summary, directory)
+    _replace(directory / "summary.json", json.dumps(summary, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+    index = directory / "index.html"
+    _replace(index, render_page(run, summary, figures))
+    return index
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write beside and rename, so that a reader never sees half a file."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)

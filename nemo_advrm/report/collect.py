@@ -1,0 +1,277 @@
+"""Reads a run directory into the records of the report, tolerating whatever part of it is missing.
+
+Nothing is written and nothing is raised for absent or damaged parts: each one becomes a sentence in `Run.notes`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nemo_advrm.errors import DataError
+from nemo_advrm.report.records import Direction, FloatArray, Member, Pair, Rlhf, Round, Run
+
+PLAIN, HARDENED = "r1", "adv_rm"
+RLHF_ORDER = (PLAIN, "ensemble_mean", "lcb", HARDENED)
+DEFAULT_THRESHOLD_Z = 1.96
+
+Row = dict[str, Any]
+Scores = tuple[float | None, ...]
+
+
+def collect(run_dir: Path) -> Run:
+    """Read everything the report shows. Raises DataError only when `run_dir` is not a directory."""
+    run_dir = Path(run_dir)
+    if not run_dir.is_dir():
+        raise DataError(f"{run_dir}: no such run directory")
+    notes: list[str] = []
+    state = read_json(run_dir / "state.json", run_dir, notes)
+    rounds = tuple(_read_round(path, run_dir, notes) for path in _numbered(run_dir, "round"))
+    if not rounds:
+        notes.append("No adversarial rounds: attack success, scatter, examples and pair accuracy are absent.")
+    rlhf = _read_rlhf(run_dir, notes)
+    seed = number(state.get("seed"))
+    return Run(run_dir, None if seed is None else int(seed), rounds, rlhf, _read_seconds(state, notes), notes)
+
+
+# ---- files
+
+
+def read_json(path: Path, run_dir: Path, notes: list[str]) -> Row:
+    """A JSON object, or {} with a note when the file is absent or broken."""
+    name = path.relative_to(run_dir)
+    try:
+        value = json.loads(path.read_text(encoding="utf-8", errors="replace"))
+    except FileNotFoundError:
+        notes.append(f"{name} is absent.")
+        return {}
+    except (json.JSONDecodeError, OSError) as error:
+        notes.append(f"{name} cannot be read ({error}).")
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def read_jsonl(path: Path, run_dir: Path, notes: list[str]) -> list[Row]:
+    """Rows of a JSON-lines file; [] when it is absent. Broken lines are left out with a note.
+
+    A stage killed while it writes leaves half a last line: that is expected, and noted as such.
+    """
+    if not path.is_file():
+        return []
+    name = path.relative_to(run_dir)
+    rows: list[Row] = []
+    broken: list[int] = []
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    last = max((number for number, line in enumerate(lines, 1) if line.strip()), default=0)
+    for line_number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            row = None
+        if isinstance(row, dict):
+            rows.append(row)
+        else:
+            broken.append(line_number)
+    if broken and broken[-1] == last:
+        broken.pop()
+        notes.append(f"{name}: the last line is truncated and was ignored.")
+    if broken:
+        notes.append(f"{name}: {len(broken)} unreadable line(s) left out, the first is line {broken[0]}.")
+    return rows
+
+
+def number(value: object) -> float | None:
+    """A finite float, or None for anything else (null, NaN, infinity, text, booleans)."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if math.isfinite(value) else None
+
+
+def numbers(value: object) -> Scores:
+    """Each entry of a JSON list as a finite float or None; () when it is not a list."""
+    return tuple(number(entry) for entry in value) if isinstance(value, list) else ()
+
+
+def _count(value: object) -> int | None:
+    found = number(value)
+    return None if found is None else int(found)
+
+
+def _object(value: object) -> Row:
+    return value if isinstance(value, dict) else {}
+
+
+def _numbered(directory: Path, prefix: str) -> list[Path]:
+    """Subdirectories PREFIX_N in the order of N."""
+    found = [
+        (int(match[1]), path)
+        for path in directory.iterdir()
+        if path.is_dir() and (match := re.fullmatch(rf"{prefix}_(\d+)", path.name))
+    ]
+    return [path for _, path in sorted(found)]
+
+
+def _trailing_number(path: Path) -> int:
+    return int(path.name.rsplit("_", 1)[1])
+
+
+def _column(rows: Iterable[Row], key: str) -> FloatArray:
+    values = [number(row.get(key)) for row in rows]
+    return np.array([math.nan if value is None else value for value in values], dtype=np.float64)
+
+
+def _matrix(lists: Sequence[Scores]) -> FloatArray:
+    """[N, K] with NaN for what is missing; K is the longest list."""
+    width = max((len(entry) for entry in lists), default=0)
+    matrix_NK = np.full((len(lists), width), math.nan)
+    for index, entry in enumerate(lists):
+        matrix_NK[index, : len(entry)] = [math.nan if value is None else value for value in entry]
+    return matrix_NK
+
+
+# ---- parts of a run
+
+
+def _read_seconds(state: Row, notes: list[str]) -> dict[str, float]:
+    seconds: dict[str, float] = {}
+    for stage, entry in _object(state.get("stages")).items():
+        status = _object(entry).get("status")
+        if status != "complete":
+            notes.append(f"Stage {stage} is not complete (status: {status}).")
+        spent = number(_object(entry).get("seconds"))
+        if spent is not None:
+            seconds[stage] = spent
+    if not seconds:
+        notes.append("No stage times: the cost table and figure are absent.")
+    return seconds
+
+
+def _read_round(path: Path, run_dir: Path, notes: list[str]) -> Round:
+    round_number = _trailing_number(path)
+    members = tuple(_read_member(member, run_dir, notes) for member in _numbered(path, "rm"))
+    if not members:
+        notes.append(f"Round {round_number} has no reward models.")
+    reference = read_jsonl(path / "reference.jsonl", run_dir, notes)
+    if not reference:
+        notes.append(f"Round {round_number} has no reference samples: its scatter lacks the SFT cloud.")
+    directions, threshold_z = _read_attack(path, run_dir, notes)
+    pair_rows = read_jsonl(path / "pairs.jsonl", run_dir, notes)
+    known = {(str(row.get("prompt_id")), str(row.get("response"))): row for row in reference}
+    pairs = tuple(_read_pair(row, known) for row in pair_rows)
+    reference_z_NK = _matrix([numbers(row.get("z")) for row in reference])
+    return Round(round_number, members, reference_z_NK, directions, threshold_z, pairs)
+
+
+def _read_member(path: Path, run_dir: Path, notes: list[str]) -> Member:
+    rows = read_jsonl(path / "metrics.jsonl", run_dir, notes)
+    validated = [row for row in rows if number(row.get("val/accuracy")) is not None]
+    if not validated:
+        notes.append(f"{path.relative_to(run_dir)} has no validation accuracy.")
+        return Member(_trailing_number(path), None, None)
+    last = validated[-1]
+    return Member(_trailing_number(path), number(last["val/accuracy"]), number(last.get("val/loss")))
+
+
+def _read_attack(path: Path, run_dir: Path, notes: list[str]) -> tuple[tuple[Direction, ...], float]:
+    attack, round_number = path / "attack", _trailing_number(path)
+    if not attack.is_dir():
+        notes.append(f"Round {round_number} was not attacked.")
+        return (), DEFAULT_THRESHOLD_Z
+    summary = read_json(attack / "summary.json", run_dir, notes)
+    rows = read_jsonl(attack / "samples.jsonl", run_dir, notes)
+    if not rows:
+        notes.append(f"Round {round_number} has no adversarial samples.")
+    rates = {int(key): _object(value) for key, value in _object(summary.get("directions")).items() if key.isdigit()}
+    by_target: dict[int, list[Row]] = {target: [] for target in rates}
+    for row in rows:
+        if (target := _count(row.get("direction"))) is not None:
+            by_target.setdefault(target, []).append(row)
+    directions = tuple(
+        _read_direction(target, rates.get(target, {}), by_target[target]) for target in sorted(by_target)
+    )
+    if directions and all(one.success_standard is None and one.success_strict is None for one in directions):
+        notes.append(f"Round {round_number} has no gold reward, so attack success is not measured.")
+    threshold_z = number(summary.get("threshold_z"))
+    return directions, DEFAULT_THRESHOLD_Z if threshold_z is None else threshold_z
+
+
+def _read_direction(target: int, rates: Row, rows: list[Row]) -> Direction:
+    selected_N = np.array([row.get("selected") is True for row in rows], dtype=np.bool_)
+    samples, selected = _count(rates.get("samples")), _count(rates.get("selected"))
+    return Direction(
+        target=target,
+        samples=samples if samples is not None else (len(rows) or None),
+        success_standard=number(rates.get("success_standard")),
+        success_strict=number(rates.get("success_strict")),
+        selected=selected if selected is not None else (int(selected_N.sum()) if rows else None),
+        selected_success=number(rates.get("selected_success")),
+        steps=_count(rates.get("steps")),
+        seconds=number(rates.get("seconds")),
+        z_NK=_matrix([numbers(row.get("z")) for row in rows]),
+        disagreement_z_N=_column(rows, "disagreement_z"),
+        selected_N=selected_N,
+    )
+
+
+def _read_pair(row: Row, reference: dict[tuple[str, str], Row]) -> Pair:
+    """Provenance first; z and gold of the chosen response are looked up among the SFT samples it was taken from."""
+    source = _object(row.get("provenance"))
+    chosen = str(row.get("chosen", ""))
+    known = reference.get((str(source.get("prompt_id")), chosen), {})
+    chosen_gold = number(source.get("chosen_gold"))
+    return Pair(
+        prompt=_prompt_text(row.get("prompt")),
+        chosen=chosen,
+        rejected=str(row.get("rejected", "")),
+        direction=_count(source.get("direction")),
+        step=_count(source.get("step")),
+        z=numbers(source.get("z")),
+        scores=numbers(source.get("scores")),
+        disagreement_z=number(source.get("disagreement_z")),
+        rejected_gold=number(source.get("rejected_gold")),
+        chosen_scores=numbers(source.get("chosen_scores")) or numbers(known.get("scores")),
+        chosen_z=numbers(known.get("z")),
+        chosen_gold=chosen_gold if chosen_gold is not None else number(known.get("gold")),
+    )
+
+
+def _prompt_text(prompt: object) -> str:
+    """Messages joined by blank lines, each led by its role when there is more than one."""
+    if not isinstance(prompt, list):
+        return str(prompt or "")
+    messages = [_object(message) for message in prompt]
+    if len(messages) == 1:
+        return str(messages[0].get("content", ""))
+    return "\n\n".join(f"{message.get('role', '?')}: {message.get('content', '')}" for message in messages)
+
+
+def _read_rlhf(run_dir: Path, notes: list[str]) -> tuple[Rlhf, ...]:
+    root = run_dir / "rlhf"
+    names = sorted(path.name for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
+    names.sort(key=lambda name: RLHF_ORDER.index(name) if name in RLHF_ORDER else len(RLHF_ORDER))
+    found = []
+    for name in names:
+        rows = read_jsonl(root / name / "metrics.jsonl", run_dir, notes)
+        # A resumed run logs the steps after its checkpoint again: the later row is the one that counted.
+        by_step = {step: row for row in rows if (step := _count(row.get("step"))) is not None}
+        if not by_step:
+            notes.append(f"rlhf/{name} has no metrics.")
+            continue
+        steps = sorted(by_step)
+        ordered = [by_step[step] for step in steps]
+        found.append(
+            Rlhf(name, np.array(steps, dtype=np.int64), *(_column(ordered, key) for key in ("proxy", "gold", "kl")))
+        )
+    if not found:
+        notes.append("No RLHF runs: over-optimisation curves and the verdict are absent.")
+    elif not any(np.isfinite(one.gold_S).any() for one in found):
+        notes.append("No gold reward in the RLHF runs (normal on real data): stable steps and the verdict are absent.")
+    return tuple(found)

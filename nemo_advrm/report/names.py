@@ -1,0 +1,52 @@
+"""The words a reader sees for rewards, stages and numbers, shared by the page, the figures and the console table."""
+
+from __future__ import annotations
+
+import re
+
+REWARD_NAMES = {
+    "r1": "Plain reward model",
+    "ensemble_mean": "Ensemble mean",
+    "lcb": "Ensemble lower bound (LCB)",
+    "adv_rm": "Hardened reward model (Adv-RM)",
+}
+ABSENT = "–"
+
+
+def reward_name(name: str) -> str:
+    """The reader's name of an RLHF run; an unknown one keeps its own name."""
+    return REWARD_NAMES.get(name, name)
+
+
+def stage_name(stage: str) -> str:
+    """`round_1/rm_2` -> `Round 1: reward model 2`; anything unknown keeps its own name."""
+    if stage == "sft":
+        return "Supervised fine-tuning (SFT)"
+    if stage.startswith("rlhf/"):
+        return f"RLHF: {reward_name(stage.removeprefix('rlhf/'))}"
+    if match := re.fullmatch(r"round_(\d+)/rm_(\d+)", stage):
+        return f"Round {match[1]}: reward model {match[2]}"
+    if match := re.fullmatch(r"round_(\d+)/(\w+)", stage):
+        words = {"reference": "reference samples", "select": "selection of pairs"}
+        return f"Round {match[1]}: {words.get(match[2], match[2])}"
+    return stage
+
+
+def percent(rate: float | None) -> str:
+    return ABSENT if rate is None else f"{100 * rate:.1f}%"
+
+
+def fixed(value: float | None, digits: int = 2) -> str:
+    return ABSENT if value is None else f"{value:.{digits}f}"
+
+
+def duration(seconds: float | None) -> str:
+    """`25.1 s`, `3 min 20 s` or `2 h 05 min`."""
+    if seconds is None:
+        return ABSENT
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
