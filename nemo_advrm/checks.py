@@ -186,13 +186,6 @@ def check_values(cfg: Config) -> None:
                 raise ConfigError(f"{key}={value}: must be {allowed}")
     if len(cfg.model.optim.betas) != 2:
         raise ConfigError(f"model.optim.betas={cfg.model.optim.betas}: must be two numbers")
-    members = len(cfg.ensemble.members) or cfg.ensemble.size
-    for direction in cfg.adversarial.directions:
-        if direction > members:
-            raise ConfigError(
-                f"adversarial.directions={cfg.adversarial.directions}: there is no member {direction}, "
-                f"the ensemble has {members} (ensemble.size, ensemble.members)"
-            )
     tokenizer = cfg.model.tokenizer
     if tokenizer not in ("byte", "synthetic") and not tokenizer.startswith("hf:"):
         raise ConfigError(f"model.tokenizer={tokenizer}: must be byte, synthetic or hf:DIR")

@@ -264,11 +264,6 @@ def test_value_out_of_range_names_the_key(override: str) -> None:
     assert message(override).startswith(override.partition("=")[0] + "=")
 
 
-def test_direction_beyond_the_ensemble_is_an_error() -> None:
-    assert "no member 3" in message("adversarial.directions=[1,3]")
-    assert load_config(["adversarial.directions=[1,3]", "ensemble.size=3"]).adversarial.directions == [1, 3]
-
-
 def test_stage_settings_are_checked_whichever_stage_runs() -> None:
     assert "stage.rlhf" in message("stage.rlhf.model.num_layers=0", stage="train_rm")
 

@@ -33,6 +33,7 @@ def main(cfg: Config) -> int:
         raise ConfigError("ensemble.members must name at least 2 reward models, the attacked one first")
     if not cfg.pretrained_checkpoint.restore_from_path:
         raise ConfigError("pretrained_checkpoint.restore_from_path is not set: name the policy the attack starts from")
+    check_directions(cfg, len(cfg.ensemble.members))
     session.start(cfg)
     directory = Path(cfg.run_dir)
     tokenizer = build_tokenizer(cfg.model.tokenizer)
@@ -52,6 +53,16 @@ def main(cfg: Config) -> int:
             print(f"direction {direction}: {found['samples']} samples, {_rates(found)}")
         print(f"samples: {directory / 'attack' / 'samples.jsonl'}  (next: nemo-advrm select run_dir={cfg.run_dir})")
     return 0
+
+
+def check_directions(cfg: Config, members: int) -> None:
+    """Raise ConfigError when a member that is to be attacked does not exist."""
+    for direction in cfg.adversarial.directions:
+        if not 1 <= direction <= members:
+            raise ConfigError(
+                f"adversarial.directions={cfg.adversarial.directions}: there is no member {direction}, the ensemble "
+                f"has {members} (ensemble.size, ensemble.members)"
+            )
 
 
 def attack_prompts(cfg: Config) -> list[tuple[Message, ...]]:

@@ -30,7 +30,7 @@ from nemo_advrm.rewards.local import build_gold
 from nemo_advrm.rewards.reference import Reference
 from nemo_advrm.schema import Config, RLHFRunConfig
 from nemo_advrm.stages import session
-from nemo_advrm.stages.attack import attack_prompts, load_members, run_attack
+from nemo_advrm.stages.attack import attack_prompts, check_directions, load_members, run_attack
 from nemo_advrm.stages.reference import read_rollouts, sample, write_reference
 from nemo_advrm.stages.rlhf import rlhf_prompts, run_rlhf
 from nemo_advrm.stages.select import select_round
@@ -257,11 +257,7 @@ class Pipeline:
             checkpoint.read_meta(Path(cfg.pretrained_checkpoint.restore_from_path))
         if cfg.ensemble.size < 2:
             raise ConfigError(f"ensemble.size={cfg.ensemble.size}: an attack needs at least 2 reward models")
-        for direction in cfg.adversarial.directions:
-            if not 1 <= direction <= cfg.ensemble.size:
-                raise ConfigError(
-                    f"adversarial.directions: there is no member {direction}, ensemble.size={cfg.ensemble.size}"
-                )
+        check_directions(cfg, cfg.ensemble.size)
         for name, options in cfg.pipeline.rlhf.items():
             if options.reward not in ("r1", "ensemble", "hardened"):
                 raise ConfigError(f"pipeline.rlhf.{name}.reward={options.reward}: it can be r1, ensemble or hardened")
