@@ -44,30 +44,26 @@ def draw_figures(run: Run, summary: Summary, directory: Path) -> dict[str, Path]
 
 
 def _against_steps(run: Run, summary: Summary) -> Figure | None:
-    def decorate(axes: Axes, one: Rlhf) -> None:
-        stable = summary["rlhf"][one.name]["stable_steps"]
-        if stable is not None:
-            axes.axvline(stable, color=VERMILLION, linewidth=1.6, linestyle=":", zorder=3)
-            axes.set_title(f"gold falls for good at step {stable}", loc="left", fontsize=10, color=VERMILLION)
-        elif summary["rlhf"][one.name]["gold_start"] is not None:
-            axes.set_title(
-                f"gold never fell for good in {summary['rlhf'][one.name]['steps']} steps",
-                loc="left",
-                fontsize=10,
-                color=GREEN,
-            )
+    def annotate(axes: Axes, one: Rlhf) -> str:
+        entry = summary["rlhf"][one.name]
+        if entry["gold_start"] is None:
+            return "no gold reward"
+        if entry["stable_steps"] is None:
+            return f"gold never fell for good in {entry['steps']} steps"
+        axes.axvline(entry["stable_steps"], color=VERMILLION, linewidth=1.6, linestyle=":", zorder=3)
+        return f"gold falls for good at step {entry['stable_steps']}"
 
-    return _curves(run, lambda one: one.steps_S.astype(float), "RLHF step", decorate)
+    return _curves(run, lambda one: one.steps_S.astype(float), "RLHF step", annotate)
 
 
 def _against_kl(run: Run, summary: Summary) -> Figure | None:
     if not any(np.isfinite(one.kl_S).any() for one in run.rlhf):
         return None
 
-    def decorate(axes: Axes, one: Rlhf) -> None:
+    def annotate(axes: Axes, one: Rlhf) -> str:
         fit = summary["rlhf"][one.name]["gao_fit"]
         if fit is None:
-            return
+            return ""
         d = np.linspace(0.0, float(np.nanmax(distance(one))), 200).tolist()
         start = summary["rlhf"][one.name]["gold_start"]
         axes.plot(
@@ -77,15 +73,13 @@ def _against_kl(run: Run, summary: Summary) -> Figure | None:
             linewidth=1.4,
             linestyle="-.",
         )
-        axes.set_title(
-            f"fit d({fit['alpha']:.2f} {-fit['beta']:+.2f} log d), R² {fit['r2']:.2f}", loc="left", fontsize=10
-        )
+        return f"fit d({fit['alpha']:.2f} {-fit['beta']:+.2f} log d), R² {fit['r2']:.2f}"
 
-    return _curves(run, distance, "distance from the SFT policy, √KL (√nats per response)", decorate)
+    return _curves(run, distance, "distance from the SFT policy, √KL (√nats per response)", annotate)
 
 
 def _curves(
-    run: Run, x_of: Callable[[Rlhf], np.ndarray], x_label: str, decorate: Callable[[Axes, Rlhf], None]
+    run: Run, x_of: Callable[[Rlhf], np.ndarray], x_label: str, annotate: Callable[[Axes, Rlhf], str]
 ) -> Figure | None:
     """One panel per reward, gold axis shared on the left; each proxy has its own axis, for no two share a scale."""
     if not run.rlhf:
@@ -116,20 +110,17 @@ def _curves(
             linewidth=1.8,
             linestyle="--",
         )
+        twin.grid(False)
         twin.tick_params(axis="y", colors=BLUE)
         twin.spines["right"].set(visible=True, color=BLUE)
         twin.yaxis.set_major_locator(MaxNLocator(5))
-        decorate(axes, one)
-        axes.set_title(
-            f"{reward_name(one.name)}\n" + axes.get_title(loc="left"),
-            loc="left",
-            fontsize=10,
-            color=axes.title.get_color(),
-        )
+        note = annotate(axes, one)
+        axes.set_title("\n".join(line for line in (reward_name(one.name), note) if line), loc="left", fontsize=10)
         if panel % columns == 0 and has_gold:
             axes.set_ylabel("gold reward")
         if not has_gold:
             axes.tick_params(axis="y", left=False, labelleft=False)
+            axes.grid(axis="y", visible=False)
         if panel % columns == columns - 1 or panel == len(run.rlhf) - 1:
             twin.set_ylabel("proxy", color=BLUE)
         if panel + columns >= len(run.rlhf):

@@ -21,28 +21,25 @@ CAPTIONS = {
     "overoptimization_steps": (
         "Over-optimisation against training steps",
         "The proxy (dashed) is what training maximises; gold (solid) is the true quality, which training never sees. "
-        "Where the proxy "
-        "rises and gold falls, the policy exploits errors of the reward model. From the dotted line on, gold stays below its start.",
+        "Where the proxy rises and gold falls, the policy exploits errors of the reward model. From the dotted line "
+        "on, gold stays below its start.",
     ),
     "overoptimization_kl": (
         "Over-optimisation against the distance travelled",
         "The same runs against √KL, how far the policy has moved from where it started. A dash-dotted line is the "
-        "law of Gao et al. "
-        "(2022) for RL, drawn only where it explains at least 90% of the variance of gold.",
+        "law of Gao et al. (2022) for RL, drawn only where it explains at least 90% of the variance of gold.",
     ),
     "scatter": (
         "Where the attack finds disagreement",
         "Each dot is a response, scored by the attacked model (right is better) and by the others (up is better), in "
-        "standard "
-        "deviations from the normal responses to its prompt. The attack looks for the lower right: liked by one "
-        "model only. The dashed "
-        "boundary is an average over prompts; duplicates and caps leave out some responses that lie beyond it.",
+        "standard deviations from the normal responses to its prompt. The attack looks for the lower right: liked by "
+        "one model only. The dashed boundary is an average over prompts; duplicates and caps leave out some "
+        "responses that lie beyond it.",
     ),
     "attack_success": (
         "Attack success per round",
         "How often the attack finds responses that the attacked model likes and gold does not. Lower bars in later "
-        "rounds mean a model "
-        "that is harder to fool.",
+        "rounds mean a model that is harder to fool.",
     ),
     "accuracy": ("Accuracy on clean pairs per round", "What the hardening costs on ordinary, unattacked comparisons."),
     "cost": ("Wall-clock per stage", "Colours tell what plain RLHF would need as well and what is extra."),
@@ -78,18 +75,22 @@ def introduction(summary: Summary) -> str:
     members = f"{size} reward models" if size else "reward models"
     hardenings = max((one["round"] for one in summary["rounds"]), default=0)
     rounds = {0: "not yet repeated", 1: "done once"}.get(hardenings, f"done {hardenings} times")
+    if not summary["rlhf"]:
+        outcome = "RLHF with each reward would come next, but this run has none."
+    elif all(one["gold_start"] is None for one in summary["rlhf"].values()):
+        outcome = "Then RLHF is run against each reward; this run has no gold reward to tell progress from hacking."
+    else:
+        outcome = (
+            "Then RLHF is run against each reward, while a gold reward, the true quality that training never sees, "
+            "shows when progress turns into hacking."
+        )
     return (
         "A language model is trained by RLHF to please a reward model, and given enough steps it learns to exploit "
-        "that model's errors "
-        "instead of answering well: reward hacking. "
-        f"Adv-RM looks for those errors first: {members} are trained on the same comparisons with different seeds, "
-        f"and an adversarial "
-        "policy learns to write responses that one of them likes and the others do not. "
-        f"Such responses join the training data as the losing side of a pair and the models are retrained, which "
-        f"here was {rounds}. "
-        "Then RLHF is run against each reward below, while a gold reward, the true quality that training never sees, "
-        "shows when "
-        "progress turns into hacking."
+        "that model's errors instead of answering well: reward hacking. Adv-RM looks for those errors first: "
+        f"{members} are trained on the same comparisons with different seeds, and an adversarial policy learns to "
+        "write responses that one of them likes and the others do not. Such responses join the training data as the "
+        f"losing side of a pair and the models are retrained, which here was {rounds}. "
+        f"{outcome}"
     )
 
 

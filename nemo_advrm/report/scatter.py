@@ -23,10 +23,10 @@ def draw_scatter(run: Run, summary: Summary) -> Figure | None:
     targets = sorted({direction.target for one in rounds for direction in one.directions if _has_dots(direction.z_NK)})
     if not rounds:
         return None
-    figure = Figure(figsize=(max(6.0, 3.3 * len(rounds) + 0.6), 3.2 * len(targets) + 1.1), layout="constrained")
+    figure = Figure(figsize=(max(6.6, 3.3 * len(rounds) + 0.6), 3.2 * len(targets) + 1.1), layout="constrained")
     panels = figure.subplots(len(targets), len(rounds), sharex=True, sharey=True, squeeze=False)
     everything = []
-    handles: dict[str, object] = {}
+    handles: dict[str, Any] = {}
     for column, one in enumerate(rounds):
         by_target = {direction.target: direction for direction in one.directions}
         for row, target in enumerate(targets):
@@ -41,7 +41,9 @@ def draw_scatter(run: Run, summary: Summary) -> Figure | None:
                     f"Model {target} attacked\n\nmean z of the others" if len(targets) > 1 else "mean z of the others"
                 )
     _set_limits(panels[0, 0], np.concatenate(everything))
-    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=3, markerscale=1.6)
+    figure.legend(
+        handles.values(), handles.keys(), loc="outside upper center", ncols=3 if len(rounds) > 2 else 2, markerscale=1.6
+    )
     return figure
 
 
@@ -58,7 +60,7 @@ def _plane(z_NK: FloatArray, target: int) -> FloatArray:
 
 
 def _draw_panel(
-    axes: Axes, one: Round, direction: Direction | None, target: int, handles: dict[str, object]
+    axes: Axes, one: Round, direction: Direction | None, target: int, handles: dict[str, Any]
 ) -> list[FloatArray]:
     axes.axhline(0, color=INK, linewidth=0.6)
     sft_N2 = _plane(one.reference_z_NK, target)
@@ -86,9 +88,7 @@ def _draw_panel(
     return drawn
 
 
-def _dots(
-    axes: Axes, points_N2: FloatArray, at_most: int, handles: dict[str, object], label: str, **style: Any
-) -> None:
+def _dots(axes: Axes, points_N2: FloatArray, at_most: int, handles: dict[str, Any], label: str, **style: Any) -> None:
     points_N2 = points_N2[np.isfinite(points_N2).all(axis=1)]
     if not len(points_N2):
         return
@@ -98,7 +98,7 @@ def _dots(
 
 
 def _boundary(
-    axes: Axes, points_N2: FloatArray, disagreement_z_N: FloatArray, threshold_z: float, handles: dict[str, object]
+    axes: Axes, points_N2: FloatArray, disagreement_z_N: FloatArray, threshold_z: float, handles: dict[str, Any]
 ) -> None:
     """The line Z(U) = threshold, by least squares of Z(U) on the two z.
 

@@ -86,10 +86,9 @@ def _attacks(summary: dict[str, Any]) -> Table | None:
         ("Attack", "Standard", "Strict", "Selected", "Selected share", "Selected count"),
         tuple(rows),
         "Standard: scored above, yet by gold below, the normal responses to the prompt. Strict: scored above them, "
-        "and gold more "
-        "than 1.96 deviations below. Selected: share of the selected responses whose gold is below the mean of "
-        "normal (SFT) "
-        "responses. Selected share and count: how many adversarial responses passed the selection.",
+        "and gold more than 1.96 deviations below. Selected: share of the selected responses whose gold is below the "
+        "mean of normal (SFT) responses. Selected share and count: how many adversarial responses passed the "
+        "selection.",
     )
 
 
@@ -129,8 +128,7 @@ def _cost(summary: dict[str, Any]) -> Table | None:
         ("Pipeline", "Wall-clock", "Ratio"),
         rows,
         "Plain: SFT, one reward model, RLHF. Adv-RM: every stage that leads to the hardened reward model, and RLHF "
-        "with it; the "
-        "last round's other models and its attack only measure and are not counted.",
+        "with it; the last round's other models and its attack only measure and are not counted.",
     )
 
 

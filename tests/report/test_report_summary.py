@@ -1,0 +1,130 @@
+"""The numbers of the report, against values worked out by hand from the fake run."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from fake_run import write_rlhf, write_state
+
+from nemo_advrm.report.collect import collect
+from nemo_advrm.report.summary import judge, summarise
+
+
+def test_over_optimisation_of_each_reward(run_dir: Path) -> None:
+    rlhf = summarise(collect(run_dir))["rlhf"]
+    assert list(rlhf) == ["r1", "adv_rm"]
+    plain, hardened = rlhf["r1"], rlhf["adv_rm"]
+    assert plain["stable_steps"] == 4
+    assert plain["steps"] == 9
+    assert plain["gold_start"] == 1.0
+    assert plain["gold_peak"] == pytest.approx(5 / 3)
+    assert plain["gold_final"] == pytest.approx((-1 - 2 - 2 - 3 - 3) / 5)
+    assert plain["kl_final"] == pytest.approx(2.25)
+    assert (plain["proxy_start"], plain["proxy_final"]) == (0.0, 4.5)
+    assert hardened["stable_steps"] is None
+    assert hardened["gold_final"] == 3.0
+
+
+def test_a_reward_that_never_falls_bounds_the_ratio_from_below(run_dir: Path) -> None:
+    summary = summarise(collect(run_dir))
+    assert summary["verdict"]["ratio"] == pytest.approx(9 / 4)
+    assert summary["verdict"]["bound"] == "at_least"
+    assert summary["verdict"]["holds"] is True
+    assert ">= 2.2 times" in summary["headline"]
+
+
+def test_attack_rates_are_weighted_by_their_samples(run_dir: Path) -> None:
+    first, second = summarise(collect(run_dir))["rounds"]
+    attack = first["attack"]
+    assert attack["standard"] == pytest.approx((100 * 0.6 + 300 * 0.2) / 400)
+    assert attack["strict"] == pytest.approx(0.2)  # unknown for the second direction, so the first alone counts
+    assert attack["selected_success"] == pytest.approx((10 * 0.9 + 30 * 0.5) / 40)
+    assert attack["directions"]["2"]["strict"] is None
+    assert (attack["samples"], attack["selected"]) == (400, 40)
+    assert (first["pairs"], second["pairs"]) == (12, 0)
+
+
+def test_accuracy_is_that_of_the_last_validation(run_dir: Path) -> None:
+    rounds = summarise(collect(run_dir))["rounds"]
+    assert [[rm["accuracy"] for rm in one["rm"]] for one in rounds] == [[0.75, 0.7], [0.72, 0.71]]
+
+
+def test_cost_counts_only_the_stages_that_lead_to_each_policy(run_dir: Path) -> None:
+    summary = summarise(collect(run_dir))
+    # Round 1's second model, reference and attack measure only; LCB is a comparison.
+    assert summary["cost"]["plain"] == pytest.approx(10 + 5 + 10)
+    assert summary["cost"]["adv_rm"] == pytest.approx(10 + 5 + 5 + 1 + 20 + 0.5 + 6 + 12.5)
+    assert summary["cost_ratio"] == pytest.approx(60 / 25)
+    assert summary["seconds_total"] == pytest.approx(108)
+
+
+def test_cost_is_unknown_without_the_rlhf_stages(run_dir: Path) -> None:
+    write_state(run_dir, {"sft": 10.0, "round_0/rm_1": 5.0})
+    summary = summarise(collect(run_dir))
+    assert summary["cost"]["plain"] is None
+    assert summary["cost_ratio"] is None
+
+
+def test_a_repeated_step_counts_once_and_the_later_row_wins(run_dir: Path) -> None:
+    path = run_dir / "rlhf" / "r1" / "metrics.jsonl"
+    with path.open("a") as file:
+        file.write(json.dumps({"step": 0, "proxy": 0.0, "gold": 1.25, "kl": 0.0}) + "\n")
+    plain = summarise(collect(run_dir))["rlhf"]["r1"]
+    assert (plain["gold_start"], plain["steps"]) == (1.25, 9)
+
+
+def test_the_gao_law_is_given_where_it_fits(run_dir: Path) -> None:
+    path = run_dir / "rlhf" / "r1" / "metrics.jsonl"
+    distances = [0.25 * step for step in range(20)]
+    gold = [2.0 + (d * (1.5 - 0.5 * math.log(d)) if d else 0.0) for d in distances]
+    rows = [{"step": i, "gold": g, "kl": d * d} for i, (d, g) in enumerate(zip(distances, gold, strict=True))]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rlhf = summarise(collect(run_dir))["rlhf"]
+    assert rlhf["r1"]["gao_fit"] == pytest.approx({"alpha": 1.5, "beta": 0.5, "r2": 1.0}, abs=1e-6)
+
+
+def test_no_fit_is_given_where_the_law_does_not_hold(run_dir: Path) -> None:
+    write_rlhf(run_dir, "lcb", [1.0, 3.0] * 10)
+    assert summarise(collect(run_dir))["rlhf"]["lcb"]["gao_fit"] is None
+
+
+def entry(stable: int | None, steps: int = 100) -> dict[str, float | int | None]:
+    return {"stable_steps": stable, "steps": steps, "gold_start": 1.0, "gold_peak": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("plain", "hardened", "ratio", "bound", "holds"),
+    [
+        (30, 60, 2.0, "exact", True),
+        (30, 59, 59 / 30, "exact", False),
+        (30, None, 100 / 30, "at_least", True),
+        (60, None, 100 / 60, "at_least", None),  # the run was too short to tell
+        (None, 40, 0.4, "at_most", False),
+        (None, None, None, None, None),
+        (0, 50, None, None, None),
+    ],
+)
+def test_verdict(
+    plain: int | None, hardened: int | None, ratio: float | None, bound: str | None, holds: bool | None
+) -> None:
+    verdict = judge({"r1": entry(plain), "adv_rm": entry(hardened)})
+    assert verdict["ratio"] == (None if ratio is None else pytest.approx(ratio))
+    assert (verdict["bound"], verdict["holds"]) == (bound, holds)
+
+
+def test_a_hardened_reward_that_falls_short_is_said_in_plain_words(run_dir: Path) -> None:
+    # Smoothed: 1, 1.5, 5/3, 1.75, 1.4, 1.0, 0.4, ...: below 0.9 from step 6 on, 1.5 times the 4 steps of the plain one.
+    write_rlhf(run_dir, "adv_rm", (1.0, 2.0, 2.0, 2.0, 0.0, -1.0, -1.0, -1.0, -1.0, -1.0))
+    summary = summarise(collect(run_dir))
+    assert summary["verdict"]["holds"] is False
+    assert summary["verdict"]["ratio"] == pytest.approx(1.5)
+    assert "did NOT hold" in summary["headline"]
+    assert "6 steps with the hardened" in summary["headline"]
+
+
+def test_gold_that_never_rises_is_not_praised(run_dir: Path) -> None:
+    write_rlhf(run_dir, "adv_rm", [1.0] * 10)
+    assert "gold never rose above its start" in summarise(collect(run_dir))["headline"]
