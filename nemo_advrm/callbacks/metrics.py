@@ -36,8 +36,8 @@ class MetricsWriter(Callback):
             self._writer.write({"step": step, **pl_module.step_metrics})  # type: ignore[arg-type]
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        metrics = getattr(pl_module, "validation_metrics", None)
-        if self._writer is not None and metrics:
+        if self._writer is not None:
+            metrics: dict[str, float] = pl_module.validation_metrics  # type: ignore[assignment]
             self._writer.write({"step": trainer.global_step - 1 + self.first_step, **metrics})
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

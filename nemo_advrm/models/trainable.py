@@ -57,6 +57,7 @@ class TrainableModel(ModelPT):
         self.max_steps = max_steps
         self.automatic_optimization = False
         self.step_metrics: dict[str, float] = {}
+        self.validation_metrics: dict[str, float] = {}
 
     # to be provided by subclasses
 
