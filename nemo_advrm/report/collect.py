@@ -5,24 +5,20 @@ Nothing is written and nothing is raised for absent or damaged parts: each one b
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from nemo_advrm.errors import DataError
+from nemo_advrm.report.files import Row, Scores, as_object, count, number, numbers, read_json, read_jsonl
 from nemo_advrm.report.records import Direction, FloatArray, Member, Pair, Rlhf, Round, Run
 
 PLAIN, HARDENED = "r1", "adv_rm"
 RLHF_ORDER = (PLAIN, "ensemble_mean", "lcb", HARDENED)
 DEFAULT_THRESHOLD_Z = 1.96
-
-Row = dict[str, Any]
-Scores = tuple[float | None, ...]
 
 
 def collect(run_dir: Path) -> Run:
@@ -32,81 +28,15 @@ def collect(run_dir: Path) -> Run:
         raise DataError(f"{run_dir}: no such run directory")
     notes: list[str] = []
     state = read_json(run_dir / "state.json", run_dir, notes)
-    rounds = tuple(_read_round(path, run_dir, notes) for path in _numbered(run_dir, "round"))
+    stages = as_object(state.get("stages"))
+    rounds = tuple(
+        _read_round(path, run_dir, notes, f"{path.name}/select" in stages) for path in _numbered(run_dir, "round")
+    )
     if not rounds:
         notes.append("No adversarial rounds: attack success, scatter, examples and pair accuracy are absent.")
     rlhf = _read_rlhf(run_dir, notes)
     seed = number(state.get("seed"))
     return Run(run_dir, None if seed is None else int(seed), rounds, rlhf, _read_seconds(state, notes), notes)
-
-
-# ---- files
-
-
-def read_json(path: Path, run_dir: Path, notes: list[str]) -> Row:
-    """A JSON object, or {} with a note when the file is absent or broken."""
-    name = path.relative_to(run_dir)
-    try:
-        value = json.loads(path.read_text(encoding="utf-8", errors="replace"))
-    except FileNotFoundError:
-        notes.append(f"{name} is absent.")
-        return {}
-    except (json.JSONDecodeError, OSError) as error:
-        notes.append(f"{name} cannot be read ({error}).")
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
-def read_jsonl(path: Path, run_dir: Path, notes: list[str]) -> list[Row]:
-    """Rows of a JSON-lines file; [] when it is absent. Broken lines are left out with a note.
-
-    A stage killed while it writes leaves half a last line: that is expected, and noted as such.
-    """
-    if not path.is_file():
-        return []
-    name = path.relative_to(run_dir)
-    rows: list[Row] = []
-    broken: list[int] = []
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    last = max((number for number, line in enumerate(lines, 1) if line.strip()), default=0)
-    for line_number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            row = None
-        if isinstance(row, dict):
-            rows.append(row)
-        else:
-            broken.append(line_number)
-    if broken and broken[-1] == last:
-        broken.pop()
-        notes.append(f"{name}: the last line is truncated and was ignored.")
-    if broken:
-        notes.append(f"{name}: {len(broken)} unreadable line(s) left out, the first is line {broken[0]}.")
-    return rows
-
-
-def number(value: object) -> float | None:
-    """A finite float, or None for anything else (null, NaN, infinity, text, booleans)."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    return float(value) if math.isfinite(value) else None
-
-
-def numbers(value: object) -> Scores:
-    """Each entry of a JSON list as a finite float or None; () when it is not a list."""
-    return tuple(number(entry) for entry in value) if isinstance(value, list) else ()
-
-
-def _count(value: object) -> int | None:
-    found = number(value)
-    return None if found is None else int(found)
-
-
-def _object(value: object) -> Row:
-    return value if isinstance(value, dict) else {}
 
 
 def _numbered(directory: Path, prefix: str) -> list[Path]:
@@ -142,11 +72,11 @@ def _matrix(lists: Sequence[Scores]) -> FloatArray:
 
 def _read_seconds(state: Row, notes: list[str]) -> dict[str, float]:
     seconds: dict[str, float] = {}
-    for stage, entry in _object(state.get("stages")).items():
-        status = _object(entry).get("status")
+    for stage, entry in as_object(state.get("stages")).items():
+        status = as_object(entry).get("status")
         if status != "complete":
             notes.append(f"Stage {stage} is not complete (status: {status}).")
-        spent = number(_object(entry).get("seconds"))
+        spent = number(as_object(entry).get("seconds"))
         if spent is not None:
             seconds[stage] = spent
     if not seconds:
@@ -154,7 +84,7 @@ def _read_seconds(state: Row, notes: list[str]) -> dict[str, float]:
     return seconds
 
 
-def _read_round(path: Path, run_dir: Path, notes: list[str]) -> Round:
+def _read_round(path: Path, run_dir: Path, notes: list[str], selection: bool) -> Round:
     round_number = _trailing_number(path)
     members = tuple(_read_member(member, run_dir, notes) for member in _numbered(path, "rm"))
     if not members:
@@ -162,7 +92,8 @@ def _read_round(path: Path, run_dir: Path, notes: list[str]) -> Round:
     reference = read_jsonl(path / "reference.jsonl", run_dir, notes)
     if not reference:
         notes.append(f"Round {round_number} has no reference samples: its scatter lacks the SFT cloud.")
-    directions, threshold_z = _read_attack(path, run_dir, notes)
+    selection = selection or (path / "pairs.jsonl").is_file()
+    directions, threshold_z = _read_attack(path, run_dir, notes, _gold_means(reference), selection)
     pair_rows = read_jsonl(path / "pairs.jsonl", run_dir, notes)
     known = {(str(row.get("prompt_id")), str(row.get("response"))): row for row in reference}
     pairs = tuple(_read_pair(row, known) for row in pair_rows)
@@ -172,6 +103,8 @@ def _read_round(path: Path, run_dir: Path, notes: list[str]) -> Round:
 
 def _read_member(path: Path, run_dir: Path, notes: list[str]) -> Member:
     rows = read_jsonl(path / "metrics.jsonl", run_dir, notes)
+    if (path / "result.json").is_file():
+        rows.append(read_json(path / "result.json", run_dir, notes))
     validated = [row for row in rows if number(row.get("val/accuracy")) is not None]
     if not validated:
         notes.append(f"{path.relative_to(run_dir)} has no validation accuracy.")
@@ -180,7 +113,18 @@ def _read_member(path: Path, run_dir: Path, notes: list[str]) -> Member:
     return Member(_trailing_number(path), number(last["val/accuracy"]), number(last.get("val/loss")))
 
 
-def _read_attack(path: Path, run_dir: Path, notes: list[str]) -> tuple[tuple[Direction, ...], float]:
+def _gold_means(reference: list[Row]) -> dict[str, float]:
+    """Mean gold of the SFT responses to each prompt."""
+    by_prompt: dict[str, list[float]] = {}
+    for row in reference:
+        if (gold := number(row.get("gold"))) is not None:
+            by_prompt.setdefault(str(row.get("prompt_id")), []).append(gold)
+    return {prompt: sum(golds) / len(golds) for prompt, golds in by_prompt.items()}
+
+
+def _read_attack(
+    path: Path, run_dir: Path, notes: list[str], gold_means: dict[str, float], selection: bool
+) -> tuple[tuple[Direction, ...], float]:
     attack, round_number = path / "attack", _trailing_number(path)
     if not attack.is_dir():
         notes.append(f"Round {round_number} was not attacked.")
@@ -189,13 +133,17 @@ def _read_attack(path: Path, run_dir: Path, notes: list[str]) -> tuple[tuple[Dir
     rows = read_jsonl(attack / "samples.jsonl", run_dir, notes)
     if not rows:
         notes.append(f"Round {round_number} has no adversarial samples.")
-    rates = {int(key): _object(value) for key, value in _object(summary.get("directions")).items() if key.isdigit()}
+    rates = {int(key): as_object(value) for key, value in as_object(summary.get("directions")).items() if key.isdigit()}
     by_target: dict[int, list[Row]] = {target: [] for target in rates}
     for row in rows:
-        if (target := _count(row.get("direction"))) is not None:
+        if (target := count(row.get("direction"))) is not None:
             by_target.setdefault(target, []).append(row)
+    # The last attack only measures: nothing is selected there, which differs from a selection that found nothing.
+    if not selection:
+        notes.append(f"Round {round_number} only measures its attack: no pairs were selected from it.")
     directions = tuple(
-        _read_direction(target, rates.get(target, {}), by_target[target]) for target in sorted(by_target)
+        _read_direction(target, rates.get(target, {}), by_target[target], gold_means, selection)
+        for target in sorted(by_target)
     )
     if directions and all(one.success_standard is None and one.success_strict is None for one in directions):
         notes.append(f"Round {round_number} has no gold reward, so attack success is not measured.")
@@ -203,17 +151,25 @@ def _read_attack(path: Path, run_dir: Path, notes: list[str]) -> tuple[tuple[Dir
     return directions, DEFAULT_THRESHOLD_Z if threshold_z is None else threshold_z
 
 
-def _read_direction(target: int, rates: Row, rows: list[Row]) -> Direction:
+def _read_direction(
+    target: int, rates: Row, rows: list[Row], gold_means: dict[str, float], selection: bool
+) -> Direction:
+    """The attack's own summary first; what selection adds later is counted from the marked samples."""
     selected_N = np.array([row.get("selected") is True for row in rows], dtype=np.bool_)
-    samples, selected = _count(rates.get("samples")), _count(rates.get("selected"))
+    samples, selected = count(rates.get("samples")), count(rates.get("selected"))
+    success = number(rates.get("selected_success"))
+    if selected is None and selection and rows:
+        selected = int(selected_N.sum())
+    if success is None:
+        success = _selected_success([row for row in rows if row.get("selected") is True], gold_means)
     return Direction(
         target=target,
         samples=samples if samples is not None else (len(rows) or None),
         success_standard=number(rates.get("success_standard")),
         success_strict=number(rates.get("success_strict")),
-        selected=selected if selected is not None else (int(selected_N.sum()) if rows else None),
-        selected_success=number(rates.get("selected_success")),
-        steps=_count(rates.get("steps")),
+        selected=selected,
+        selected_success=success,
+        steps=count(rates.get("steps")),
         seconds=number(rates.get("seconds")),
         z_NK=_matrix([numbers(row.get("z")) for row in rows]),
         disagreement_z_N=_column(rows, "disagreement_z"),
@@ -221,9 +177,19 @@ def _read_direction(target: int, rates: Row, rows: list[Row]) -> Direction:
     )
 
 
+def _selected_success(selected: list[Row], gold_means: dict[str, float]) -> float | None:
+    """Share of the selected samples whose gold is below the mean of the SFT responses to their prompt."""
+    below = [
+        gold < gold_means[prompt]
+        for row in selected
+        if (gold := number(row.get("gold"))) is not None and (prompt := str(row.get("prompt_id"))) in gold_means
+    ]
+    return sum(below) / len(below) if below else None
+
+
 def _read_pair(row: Row, reference: dict[tuple[str, str], Row]) -> Pair:
     """Provenance first; z and gold of the chosen response are looked up among the SFT samples it was taken from."""
-    source = _object(row.get("provenance"))
+    source = as_object(row.get("provenance"))
     chosen = str(row.get("chosen", ""))
     known = reference.get((str(source.get("prompt_id")), chosen), {})
     chosen_gold = number(source.get("chosen_gold"))
@@ -231,8 +197,8 @@ def _read_pair(row: Row, reference: dict[tuple[str, str], Row]) -> Pair:
         prompt=_prompt_text(row.get("prompt")),
         chosen=chosen,
         rejected=str(row.get("rejected", "")),
-        direction=_count(source.get("direction")),
-        step=_count(source.get("step")),
+        direction=count(source.get("direction")),
+        step=count(source.get("step")),
         z=numbers(source.get("z")),
         scores=numbers(source.get("scores")),
         disagreement_z=number(source.get("disagreement_z")),
@@ -247,7 +213,7 @@ def _prompt_text(prompt: object) -> str:
     """Messages joined by blank lines, each led by its role when there is more than one."""
     if not isinstance(prompt, list):
         return str(prompt or "")
-    messages = [_object(message) for message in prompt]
+    messages = [as_object(message) for message in prompt]
     if len(messages) == 1:
         return str(messages[0].get("content", ""))
     return "\n\n".join(f"{message.get('role', '?')}: {message.get('content', '')}" for message in messages)
@@ -261,7 +227,7 @@ def _read_rlhf(run_dir: Path, notes: list[str]) -> tuple[Rlhf, ...]:
     for name in names:
         rows = read_jsonl(root / name / "metrics.jsonl", run_dir, notes)
         # A resumed run logs the steps after its checkpoint again: the later row is the one that counted.
-        by_step = {step: row for row in rows if (step := _count(row.get("step"))) is not None}
+        by_step = {step: row for row in rows if (step := count(row.get("step"))) is not None}
         if not by_step:
             notes.append(f"rlhf/{name} has no metrics.")
             continue

@@ -22,6 +22,8 @@ def stage_name(stage: str) -> str:
     """`round_1/rm_2` -> `Round 1: reward model 2`; anything unknown keeps its own name."""
     if stage == "sft":
         return "Supervised fine-tuning (SFT)"
+    if stage == "preferences":
+        return "Labelled preference pairs"
     if stage.startswith("rlhf/"):
         return f"RLHF: {reward_name(stage.removeprefix('rlhf/'))}"
     if match := re.fullmatch(r"round_(\d+)/rm_(\d+)", stage):

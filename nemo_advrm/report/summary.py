@@ -42,6 +42,8 @@ TARGET_RATIO = 2.0
 GOOD_FIT_R2 = 0.9
 # Below this many points two parameters describe almost anything.
 FIT_MIN_POINTS = 8
+# Stages that every pipeline begins with: the first policy, and the labelled comparisons.
+SHARED_STAGES = ("sft", "preferences")
 
 Summary = dict[str, Any]
 
@@ -234,11 +236,11 @@ def hardening_round(run: Run) -> int | None:
 
 
 def _cost(run: Run) -> Summary:
-    """What a user pays for plain RLHF (SFT, one reward model, RLHF) and for Adv-RM (every stage that leads to the
-    hardened reward model, and RLHF with it). The last round's other members and its attack only measure: no cost.
+    """What a user pays for plain RLHF (SFT, labels, one reward model, RLHF) and for Adv-RM (every stage that leads to
+    the hardened reward model, and RLHF with it). The last round's other members and its attack only measure: no cost.
     """
     last = hardening_round(run)
-    plain = [name for name in run.seconds if name in ("sft", "round_0/rm_1", f"rlhf/{PLAIN}")]
+    plain = [name for name in run.seconds if name in (*SHARED_STAGES, "round_0/rm_1", f"rlhf/{PLAIN}")]
     adv_rm = [name for name in run.seconds if last is not None and _leads_to_hardened(name, last)]
     complete = f"rlhf/{PLAIN}" in plain and "round_0/rm_1" in plain
     hardened = f"rlhf/{HARDENED}" in adv_rm and f"round_{last}/rm_1" in adv_rm
@@ -251,7 +253,7 @@ def _cost(run: Run) -> Summary:
 
 
 def _leads_to_hardened(stage: str, last: int) -> bool:
-    if stage in ("sft", f"rlhf/{HARDENED}", f"round_{last}/rm_1"):
+    if stage in (*SHARED_STAGES, f"rlhf/{HARDENED}", f"round_{last}/rm_1"):
         return True
     match = re.match(r"round_(\d+)/", stage)
     return match is not None and int(match[1]) < last

@@ -127,8 +127,8 @@ def _cost(summary: dict[str, Any]) -> Table | None:
         "Cost of the Adv-RM pipeline",
         ("Pipeline", "Wall-clock", "Ratio"),
         rows,
-        "Plain: SFT, one reward model, RLHF. Adv-RM: every stage that leads to the hardened reward model, and RLHF "
-        "with it; the last round's other models and its attack only measure and are not counted.",
+        "Plain: SFT, labelled pairs, one reward model, RLHF. Adv-RM: every stage that leads to the hardened reward "
+        "model, and RLHF with it; the last round's other models and its attack only measure and are not counted.",
     )
 
 

@@ -90,6 +90,8 @@ def test_real_data_has_no_gold(run_dir: Path) -> None:
     for number in (0, 1):
         path = run_dir / f"round_{number}" / "attack" / "summary.json"
         path.write_text(json.dumps({"directions": {"1": rates}, "threshold_z": 1.96}))
+        samples = path.with_name("samples.jsonl")
+        write_lines(samples, [json.loads(line) | {"gold": None} for line in samples.read_text().splitlines()])
     page = write_report(run_dir).read_text(encoding="utf-8")
     summary = summary_of(run_dir)
     assert "no gold reward" in summary["headline"]

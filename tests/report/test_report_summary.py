@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 
 import pytest
-from fake_run import write_rlhf, write_state
+from fake_run import SECONDS, write_lines, write_rlhf, write_state
 
 from nemo_advrm.report.collect import collect
 from nemo_advrm.report.summary import judge, summarise
@@ -52,6 +52,37 @@ def test_accuracy_is_that_of_the_last_validation(run_dir: Path) -> None:
     assert [[rm["accuracy"] for rm in one["rm"]] for one in rounds] == [[0.75, 0.7], [0.72, 0.71]]
 
 
+def test_accuracy_is_also_found_in_the_result_of_the_stage(run_dir: Path) -> None:
+    (run_dir / "round_0" / "rm_1" / "result.json").write_text(json.dumps({"val/accuracy": 0.8, "val/loss": 0.4}))
+    assert summarise(collect(run_dir))["rounds"][0]["rm"][0] == {"member": 1, "accuracy": 0.8, "loss": 0.4}
+
+
+def test_success_of_the_selected_is_counted_where_the_attack_could_not_know_it(run_dir: Path) -> None:
+    root = run_dir / "round_0"
+    (root / "attack" / "summary.json").write_text(json.dumps({"directions": {"1": {"samples": 4}}}))
+    # The prompts' SFT responses have mean gold 2 and -1.
+    golds = {0: (1.0, 3.0), 1: (-1.0, -1.0)}
+    write_lines(root / "reference.jsonl", [{"prompt_id": i, "gold": g} for i, both in golds.items() for g in both])
+    samples = [(0, 1.9, True), (0, 2.0, True), (1, -2.0, True), (1, -3.0, False)]
+    write_lines(
+        root / "attack" / "samples.jsonl",
+        [{"direction": 1, "prompt_id": i, "gold": gold, "selected": selected} for i, gold, selected in samples],
+    )
+    attack = summarise(collect(run_dir))["rounds"][0]["attack"]
+    assert attack["selected"] == 3
+    assert attack["selected_success"] == pytest.approx(2 / 3)  # 2.0 is not below 2
+
+
+def test_a_round_that_only_measures_has_nothing_selected(run_dir: Path) -> None:
+    root = run_dir / "round_1"
+    (root / "pairs.jsonl").unlink()
+    (root / "attack" / "summary.json").write_text(json.dumps({"directions": {"1": {"samples": 5}}}))
+    write_lines(root / "attack" / "samples.jsonl", [{"direction": 1, "prompt_id": 0, "selected": False}] * 5)
+    summary = summarise(collect(run_dir))
+    assert summary["rounds"][1]["attack"]["directions"]["1"]["selected"] is None
+    assert "Round 1 only measures its attack: no pairs were selected from it." in summary["notes"]
+
+
 def test_cost_counts_only_the_stages_that_lead_to_each_policy(run_dir: Path) -> None:
     summary = summarise(collect(run_dir))
     # Round 1's second model, reference and attack measure only; LCB is a comparison.
@@ -59,6 +90,11 @@ def test_cost_counts_only_the_stages_that_lead_to_each_policy(run_dir: Path) -> 
     assert summary["cost"]["adv_rm"] == pytest.approx(10 + 5 + 5 + 1 + 20 + 0.5 + 6 + 12.5)
     assert summary["cost_ratio"] == pytest.approx(60 / 25)
     assert summary["seconds_total"] == pytest.approx(108)
+
+
+def test_labelling_pairs_counts_for_both(run_dir: Path) -> None:
+    write_state(run_dir, {"preferences": 5.0, **SECONDS})
+    assert summarise(collect(run_dir))["cost_ratio"] == pytest.approx(65 / 30)
 
 
 def test_cost_is_unknown_without_the_rlhf_stages(run_dir: Path) -> None:
