@@ -13,8 +13,17 @@ from fake_run import HOSTILE, pair, write_lines, write_rlhf, write_round
 
 from nemo_advrm.errors import DataError
 from nemo_advrm.report import render_summary, write_report
+from nemo_advrm.report.collect import collect
+from nemo_advrm.report.palette import STYLE
+from nemo_advrm.report.summary import summarise
 
 FIGURES = {"overoptimization_steps", "overoptimization_kl", "scatter", "attack_success", "accuracy", "cost"}
+
+
+@pytest.fixture(autouse=True)
+def small_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer pixels, for speed: nothing here looks at them."""
+    monkeypatch.setitem(STYLE, "savefig.dpi", 30)
 
 
 def summary_of(run_dir: Path) -> dict:
@@ -140,8 +149,7 @@ def test_a_truncated_last_line_is_ignored_with_a_note(run_dir: Path) -> None:
     for name in ("round_0/pairs.jsonl", "rlhf/r1/metrics.jsonl", "round_0/attack/samples.jsonl"):
         with (run_dir / name).open("a") as file:
             file.write('{"step": 10, "gol')
-    write_report(run_dir)
-    summary = summary_of(run_dir)
+    summary = summarise(collect(run_dir))
     assert summary["rounds"][0]["pairs"] == 12
     assert summary["rlhf"]["r1"]["steps"] == 9
     assert "rlhf/r1/metrics.jsonl: the last line is truncated and was ignored." in summary["notes"]
@@ -150,8 +158,7 @@ def test_a_truncated_last_line_is_ignored_with_a_note(run_dir: Path) -> None:
 def test_a_broken_line_in_the_middle_is_named(run_dir: Path) -> None:
     path = run_dir / "rlhf" / "r1" / "metrics.jsonl"
     path.write_text("{oops\n" + path.read_text())
-    write_report(run_dir)
-    notes = summary_of(run_dir)["notes"]
+    notes = summarise(collect(run_dir))["notes"]
     assert "rlhf/r1/metrics.jsonl: 1 unreadable line(s) left out, the first is line 1." in notes
 
 
@@ -160,8 +167,7 @@ def test_a_stage_that_did_not_finish_is_named(run_dir: Path) -> None:
     state = json.loads(path.read_text())
     state["stages"]["rlhf/lcb"] = {"status": "running"}
     path.write_text(json.dumps(state))
-    write_report(run_dir)
-    assert "Stage rlhf/lcb is not complete (status: running)." in summary_of(run_dir)["notes"]
+    assert "Stage rlhf/lcb is not complete (status: running)." in summarise(collect(run_dir))["notes"]
 
 
 # ---- the console
