@@ -158,11 +158,6 @@ _stand_in: types.ModuleType | None = None
 def redirect_megatron_to_cpu() -> None:
     """Point Megatron-Core's modules at the CPU. Safe to call again."""
     global _stand_in
-    from megatron.core import jit
-
-    # compiling Megatron's small fused functions costs minutes on a CPU and gains nothing; this must
-    # stand before the modules that use the decorator are loaded
-    jit.disable_jit_fuser()
     for name in _USED_MODULES:
         importlib.import_module(name)
     if _stand_in is None:

@@ -20,7 +20,7 @@ from nemo_advrm.data.jsonl import write_jsonl_atomic
 from nemo_advrm.data.preferences import PreferencePair, load_preferences
 from nemo_advrm.data.tokenizers import build_tokenizer
 from nemo_advrm.errors import ConfigError
-from nemo_advrm.megatron import checkpoint, runtime
+from nemo_advrm.megatron import runtime
 from nemo_advrm.models.language_model import build_policy
 from nemo_advrm.models.policy import Prompt, encode_prompts
 from nemo_advrm.models.trainable import derive_seed
@@ -253,8 +253,6 @@ class Pipeline:
         cfg = self.cfg
         if not cfg.pipeline.sft and not cfg.pretrained_checkpoint.restore_from_path:
             raise ConfigError("pretrained_checkpoint.restore_from_path is not set: name a policy, or set pipeline.sft=true")
-        if cfg.pretrained_checkpoint.restore_from_path:
-            checkpoint.read_meta(Path(cfg.pretrained_checkpoint.restore_from_path))
         if cfg.ensemble.size < 2:
             raise ConfigError(f"ensemble.size={cfg.ensemble.size}: an attack needs at least 2 reward models")
         check_directions(cfg, cfg.ensemble.size)

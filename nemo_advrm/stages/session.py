@@ -11,7 +11,7 @@ import yaml
 from nemo_advrm.config import save_resolved, versions
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.layout import validate_layout
-from nemo_advrm.megatron import runtime
+from nemo_advrm.megatron import checkpoint, runtime
 from nemo_advrm.quiet import quiet_libraries
 from nemo_advrm.schema import Config
 
@@ -22,7 +22,8 @@ _FREE_KEYS = ("run_dir", "exp_manager", "trainer")
 def start(cfg: Config) -> runtime.Runtime:
     """Join the job at the layout of ``cfg``.
 
-    Raises LayoutError or ConfigError when the layout does not fit the model or the processes.
+    Raises LayoutError or ConfigError when the layout does not fit the model or the processes, CheckpointError
+    when a checkpoint that the stage starts from is missing.
     """
     quiet_libraries()  # again: libraries set their own levels when they are imported
     model = cfg.model
@@ -33,7 +34,10 @@ def start(cfg: Config) -> runtime.Runtime:
         model.virtual_pipeline_model_parallel_size,
         model.context_parallel_size,
     )
-    return runtime.start(layout, cfg.trainer.accelerator, cfg.trainer.timeout_minutes)
+    started = runtime.start(layout, cfg.trainer.accelerator, cfg.trainer.timeout_minutes)
+    for path in filter(None, (cfg.pretrained_checkpoint.restore_from_path, *cfg.ensemble.members)):
+        checkpoint.read_meta(Path(path))  # a missing or incomplete one is told before anything is written
+    return started
 
 
 def claim(cfg: Config, directory: Path) -> None:

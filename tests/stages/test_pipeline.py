@@ -1,0 +1,125 @@
+"""The whole pipeline in small: it is killed, goes on where it stood, and is not redone when finished."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+SMALL = [
+    "experiment=synthetic",
+    "stage.sft.trainer.max_steps=30",
+    "stage.train_rm.trainer.max_steps=8",
+    "rl.max_steps=3",
+    "synthetic.sft_rows=1000",
+    "synthetic.preference_pairs=100",
+    "synthetic.validation_pairs=40",
+    "reference.num_prompts=32",
+    "reference.samples_per_prompt=3",
+    "selection.threshold_z=0.5",
+    "pipeline.rounds=1",
+]
+
+
+def start(run_dir: Path, *extra: str) -> subprocess.Popen:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "nemo_advrm.cli", "pipeline", *SMALL, f"run_dir={run_dir}", *extra]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def stages(run_dir: Path) -> dict[str, dict]:
+    try:
+        return json.loads((run_dir / "state.json").read_text())["stages"]
+    except (OSError, ValueError):
+        return {}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, dict], str]:
+    """A run directory, the stages as they stood at the kill, and what the restarted run printed."""
+    run_dir = tmp_path_factory.mktemp("pipeline") / "run"
+    process = start(run_dir)
+    deadline = time.monotonic() + 150
+    while stages(run_dir).get("round_0/attack", {}).get("status") != "running":
+        assert process.poll() is None, process.communicate()[1][-3000:]
+        assert time.monotonic() < deadline, "the attack did not start in time"
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    at_kill = stages(run_dir)
+    out, err = start(run_dir).communicate(timeout=200)
+    assert stages(run_dir).get("rlhf/adv_rm", {}).get("status") == "complete", err[-3000:]
+    return run_dir, at_kill, out
+
+
+def test_the_restart_begins_at_the_first_incomplete_stage(finished) -> None:
+    run_dir, at_kill, out = finished
+    assert out.startswith("== round_0/attack")
+    now = stages(run_dir)
+    complete = {name for name, stage in at_kill.items() if stage["status"] == "complete"}
+    assert {"sft", "preferences", "round_0/rm_1", "round_0/rm_2", "round_0/reference"} == complete
+    assert all(now[name] == at_kill[name] for name in complete)
+    assert all(stage["status"] == "complete" for stage in now.values())
+
+
+def test_every_stage_left_its_files(finished) -> None:
+    run_dir, _, _ = finished
+    for number in (0, 1):
+        home = run_dir / f"round_{number}"
+        for path in ("rm_1/model/meta.json", "rm_2/metrics.jsonl", "reference.jsonl", "attack/samples.jsonl"):
+            assert (home / path).exists(), f"{home.name}/{path}"
+        assert set(json.loads((home / "attack" / "summary.json").read_text())["directions"]) == {"1", "2"}
+    pairs = [json.loads(line) for line in (run_dir / "round_0" / "pairs.jsonl").read_text().splitlines()]
+    assert pairs and {"round", "step", "scores", "z", "policy_checkpoint"} <= set(pairs[0]["provenance"])
+    for name in ("r1", "ensemble_mean", "lcb", "adv_rm"):
+        rows = [json.loads(line) for line in (run_dir / "rlhf" / name / "metrics.jsonl").read_text().splitlines()]
+        assert [row["step"] for row in rows] == [0, 1, 2]
+        needed = {"proxy", "gold", "kl", "entropy", "approx_kl", "clipfrac", "samples_per_second", "grad_norm"}
+        assert all(needed <= set(row) for row in rows)
+
+
+def test_every_rlhf_run_starts_from_the_same_policy_and_prompts(finished) -> None:
+    run_dir, _, _ = finished
+    first = [json.loads((run_dir / "rlhf" / n / "metrics.jsonl").read_text().splitlines()[0]) for n in ("r1", "adv_rm")]
+    assert first[0]["gold"] == first[1]["gold"]
+    assert first[0]["kl"] == first[1]["kl"] == 0
+
+
+def test_the_report_is_written_and_its_table_printed(finished) -> None:
+    run_dir, _, out = finished
+    summary = json.loads((run_dir / "report" / "summary.json").read_text())
+    assert set(summary["rlhf"]) == {"r1", "ensemble_mean", "lcb", "adv_rm"}
+    assert (run_dir / "report" / "index.html").stat().st_size > 10_000
+    assert list((run_dir / "report").glob("*.png"))
+    assert "Stable steps" in out and "Wall-clock" in out
+
+
+def test_selected_samples_are_those_of_the_pair_store(finished) -> None:
+    run_dir, _, _ = finished
+    samples = [json.loads(line) for line in (run_dir / "round_0" / "attack" / "samples.jsonl").read_text().splitlines()]
+    pairs = [json.loads(line) for line in (run_dir / "round_0" / "pairs.jsonl").read_text().splitlines()]
+    selected = {(row["prompt_id"], row["response"]) for row in samples if row["selected"]}
+    assert {(pair["provenance"]["prompt_id"], pair["rejected"]) for pair in pairs} == selected
+
+
+def test_a_finished_run_is_not_redone(finished) -> None:
+    run_dir, _, _ = finished
+    models = {p: p.stat().st_mtime_ns for p in run_dir.rglob("*.distcp")}
+    out, _ = start(run_dir).communicate(timeout=120)
+    assert not [line for line in out.splitlines() if line.startswith("== ")]
+    assert "Stable steps" in out
+    assert {p: p.stat().st_mtime_ns for p in run_dir.rglob("*.distcp")} == models
+
+
+def test_another_configuration_is_refused(finished) -> None:
+    run_dir, _, _ = finished
+    process = start(run_dir, "selection.max_pairs=7")
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "selection.max_pairs" in err
