@@ -88,6 +88,8 @@ def transformer_config(model: ModelConfig, precision: PrecisionConfig, on_gpu: b
         sequence_parallel=model.sequence_parallel,
         use_cpu_initialization=not on_gpu,
         variable_seq_lengths=model.pipeline_model_parallel_size > 1,
+        # has no effect without experts, but the default refuses variable lengths even then
+        moe_token_dispatcher_type="alltoall",
         calculate_per_token_loss=True,
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
