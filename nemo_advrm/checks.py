@@ -115,6 +115,8 @@ RANGES: dict[str, Range] = {
     "reference.samples_per_prompt": COUNT,
     "adversarial.coefficient": NOT_NEGATIVE,
     "adversarial.penalty": FINITE,
+    "adversarial.policies": COUNT,
+    "adversarial.raw_penalty": FINITE,
     "adversarial.lam1": FINITE,
     "adversarial.lam2": FINITE,
     "adversarial.anchor": FINITE,

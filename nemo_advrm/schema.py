@@ -153,11 +153,13 @@ class AdversarialConfig:
 
     preset: str = "paper"  # paper (z-scored, per prompt) | raw (constants on raw scores)
     coefficient: float = 1.5  # lambda of the paper preset
-    penalty: float = -4.0  # paper: reward where R_1 <= T_1(x); raw: added where R_1 < anchor
+    penalty: float = -4.0  # reward of the paper preset where R_1 <= T_1(x)
+    raw_penalty: float = -25.0  # added by the raw preset where R_1 < anchor
     lam1: float = 1.0
     lam2: float = 1.0
     anchor: float = -3.0
     directions: list[int] = field(default_factory=lambda: [1])  # members attacked in turn, 1 is R_1
+    policies: int = 1  # adversaries per direction, which differ by seed and so in what they find
 
 
 @dataclass

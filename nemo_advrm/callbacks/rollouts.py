@@ -71,6 +71,7 @@ class TrajectoryRecorder(_RolloutWriter):
         rows = [
             {
                 "direction": self.direction,
+                "policy": self.path.parent.name,
                 "step": trainer.global_step - 1,
                 "prompt_id": index[i],
                 "prompt": prompt_text(rollouts.prompts[i]),

@@ -113,7 +113,7 @@ class AdversarialReward:
             )
         else:
             rewards_N = raw_reward(
-                scores_NK, options.lam1, options.lam2, options.anchor, options.penalty, self.target
+                scores_NK, options.lam1, options.lam2, options.anchor, options.raw_penalty, self.target
             )
         details = {
             "z": own.z_NK,

@@ -13,7 +13,7 @@ from nemo_advrm.data.messages import Message
 from nemo_advrm.data.prompts import load_prompts
 from nemo_advrm.data.tokenizers import Tokenizer, build_tokenizer
 from nemo_advrm.errors import ConfigError
-from nemo_advrm.megatron import runtime
+from nemo_advrm.megatron import checkpoint, runtime
 from nemo_advrm.models.language_model import build_policy
 from nemo_advrm.models.policy import AdversarialPolicy, Prompt, encode_prompts
 from nemo_advrm.models.trainable import derive_seed
@@ -97,16 +97,19 @@ def run_attack(
     if summary.exists():
         return json.loads(summary.read_text())  # type: ignore[no-any-return]
     found: dict[str, Any] = {}
+    homes = []
     for direction in cfg.adversarial.directions:
-        own = directory / f"direction_{direction}"
-        done = own / "summary.json"
-        if not done.exists():
-            _attack_member(cfg, tokenizer, own, prompts, members, reference, gold, direction, seed)
-        found[str(direction)] = json.loads(done.read_text())
+        own = [directory / policy_name(direction, i) for i in range(cfg.adversarial.policies)]
+        for i, home in enumerate(own):
+            if not (home / "summary.json").exists():
+                policy_seed = derive_seed(seed, "attack", direction, i)
+                _attack_member(cfg, tokenizer, home, prompts, members, reference, gold, direction, policy_seed)
+        found[str(direction)] = _combined([json.loads((home / "summary.json").read_text()) for home in own])
+        homes += own
     result = {"directions": found, "threshold_z": cfg.selection.threshold_z}
     if runtime.current().is_writer:
         for name in ("samples.jsonl", "metrics.jsonl"):
-            files = [directory / f"direction_{d}" / name for d in cfg.adversarial.directions]
+            files = [home / name for home in homes]
             write_jsonl_atomic(directory / name, (row for file in files for _, row in read_jsonl(file)))
         summary.write_text(json.dumps(result, indent=1))
     runtime.current().barrier()
@@ -131,12 +134,13 @@ def _attack_member(
         prompts,
         AdversarialReward(members, cfg.adversarial, reference, direction - 1),
         cfg.pretrained_checkpoint.restore_from_path,
-        derive_seed(seed, "attack", direction),
+        seed,
     )
     samples = directory / "samples.jsonl"
     fit(
         module, cfg, directory, f"attack on R_{direction}", [TrajectoryRecorder(samples, direction, reference, gold)], 0
     )
+    checkpoint.save(directory / "model", module.model, meta={"tokenizer": tokenizer.fingerprint})
     drop_training_checkpoints(directory)
     if runtime.current().is_writer:
         rows = [row for _, row in read_jsonl(directory / "metrics.jsonl")]
@@ -154,6 +158,19 @@ def _attack_member(
         )
         partial.rename(directory / "summary.json")
     runtime.current().barrier()
+
+
+def policy_name(direction: int, number: int) -> str:
+    """Directory of one adversary."""
+    return f"direction_{direction}_policy_{number + 1}"
+
+
+def _combined(summaries: list[dict[str, Any]]) -> dict[str, Any]:
+    """One direction's adversaries together: counts and seconds add up, rates are averaged."""
+    result = {key: sum(s[key] for s in summaries) for key in ("samples", "steps", "seconds")}
+    for key in ("success_standard", "success_strict"):
+        result[key] = _mean(summaries, key)
+    return result
 
 
 def _mean(rows: list[dict[str, Any]], key: str) -> float | None:

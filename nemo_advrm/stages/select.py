@@ -122,7 +122,7 @@ def _pair(
             scores=tuple(row["scores"]),
             z=tuple(row["z"]),
             disagreement_z=row["disagreement_z"],
-            policy_checkpoint=f"attack/direction_{row['direction']}/policy",
+            policy_checkpoint=f"attack/{row['policy']}/model",
             chosen_scores=tuple(scores_NK[best].tolist()),
             chosen_gold=None if gold is None else gold[prompt_id, best].item(),
             rejected_gold=row["gold"],
