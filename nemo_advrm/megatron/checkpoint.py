@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 import shutil
 import warnings
 from dataclasses import asdict
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.validation import StrictHandling
 
 from nemo_advrm.errors import CheckpointError
@@ -53,6 +55,10 @@ def save(
     state: dict[str, Any] = {"model": model_state}
     if optimizer is not None:
         state["optimizer"] = optimizer.sharded_state_dict(model_state)
+    # Megatron collects the writers' results through a manager process, which a synchronous save does not
+    # need and which would outlive a killed run
+    if filesystem_async._results_queue is None:
+        filesystem_async._results_queue = queue.Queue()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
