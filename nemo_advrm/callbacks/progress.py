@@ -12,9 +12,19 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from nemo_advrm.megatron import runtime
 
 # shown when present, in this order
-_SHOWN = (
-    "train/loss train/accuracy val/accuracy proxy gold scores/1 scores/2 kl ended response_length grad_norm"
-).split()
+_SHOWN = [
+    "train/loss",
+    "train/accuracy",
+    "val/accuracy",
+    "proxy",
+    "gold",
+    "scores/1",
+    "scores/2",
+    "kl",
+    "ended",
+    "response_length",
+    "grad_norm",
+]
 
 
 def _line(metrics: dict[str, Any]) -> str:

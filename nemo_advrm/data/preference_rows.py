@@ -83,7 +83,11 @@ def parse_row(row: Any, source: str, format: str = "auto") -> PreferencePair:
         # in a transcript an assistant turn without text is an answer that people could and did prefer
         may_be_silent=form == "transcript",
     )
-    return replace(checked, **{key: _labels(row, key, source) for key in ("chosen_labels", "rejected_labels")})
+    return replace(
+        checked,
+        chosen_labels=_labels(row, "chosen_labels", source),
+        rejected_labels=_labels(row, "rejected_labels", source),
+    )
 
 
 def parse_text_rows(chosen_row: Any, rejected_row: Any, chosen_source: str, rejected_source: str) -> PreferencePair:

@@ -62,7 +62,7 @@ class ByteTokenizer:
     _END_OF_TURN = 6
     _OFFSET = len(SPECIALS)
     vocab_size = _OFFSET + 256
-    control_ids = (0, 2, 3, 4, 5, 6)
+    control_ids: tuple[int, ...] = (0, 2, 3, 4, 5, 6)
 
     @property
     def fingerprint(self) -> str:

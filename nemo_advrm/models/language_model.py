@@ -72,9 +72,7 @@ class SupervisedModel(TrainableModel):
 
     def train_on(self, batch: list[EncodedResponse], step: int) -> dict[str, float]:
         settings = self.config.model
-        groups = split_by_tokens(
-            [len(r.tokens) for r in batch], settings.micro_batch_tokens, settings.micro_batch_size
-        )
+        groups = split_by_tokens([len(r.tokens) for r in batch], settings.micro_batch_tokens, settings.micro_batch_size)
         microbatches = [
             response_microbatch(self.model, [batch[i] for i in group], self.tokenizer.pad_id) for group in groups
         ]
@@ -82,7 +80,12 @@ class SupervisedModel(TrainableModel):
         metrics = forward_backward(self.model, microbatches, _next_token_loss)
         lr = self.learning_rate(step)
         norm = self.optimizer.step(lr, step)
-        return {"train/loss": metrics["loss"], "train/entropy": metrics["entropy"], "grad_norm": norm, "learning_rate": lr}
+        return {
+            "train/loss": metrics["loss"],
+            "train/entropy": metrics["entropy"],
+            "grad_norm": norm,
+            "learning_rate": lr,
+        }
 
 
 def _next_token_loss(logits_NV: Tensor, microbatch: Microbatch) -> tuple[Tensor, int, Sums]:
@@ -91,9 +94,7 @@ def _next_token_loss(logits_NV: Tensor, microbatch: Microbatch) -> tuple[Tensor,
     return -log_probs_N.sum(), count, {"entropy": (entropy_N.detach().sum(), count)}
 
 
-def build_policy(
-    cfg: Config, tokenizer: Tokenizer, restore_from: str, seed: int, trainable: bool
-) -> MegatronModel:
+def build_policy(cfg: Config, tokenizer: Tokenizer, restore_from: str, seed: int, trainable: bool) -> MegatronModel:
     """A language model with the weights of ``restore_from``, or random ones from ``seed``."""
     model = build_model(
         cfg.model,

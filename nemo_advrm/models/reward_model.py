@@ -75,7 +75,9 @@ class RewardModel(TrainableModel):
 
     def steps(self, start: int) -> Iterator[list[EncodedPair]]:
         rt = runtime.current()
-        order = BatchSchedule(len(self.train_rows), self.config.model.global_batch_size, derive_seed(self.seed, "order"))
+        order = BatchSchedule(
+            len(self.train_rows), self.config.model.global_batch_size, derive_seed(self.seed, "order")
+        )
         for step in range(start, self.max_steps):
             rows = [self.train_rows[i] for i in order.rows_for_step(step)]
             if self.mix is not None:

@@ -50,7 +50,7 @@ class TrainableModel(ModelPT):
 
     def __init__(self, cfg: Config, tokenizer: Tokenizer, max_steps: int) -> None:
         # NeMo keeps the configuration of a model under this name; "model" as a key is reserved by it
-        settings = {k: v for k, v in asdict(cfg.model).items()}
+        settings = dict(asdict(cfg.model).items())
         super().__init__(cfg=OmegaConf.create({"architecture": settings, "seed": cfg.seed}))
         self.config = cfg
         self.tokenizer = tokenizer

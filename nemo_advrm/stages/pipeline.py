@@ -139,7 +139,14 @@ class Pipeline:
             train = [train[i] for i in torch.randint(len(train), (len(train),), generator=draw).tolist()]
         directory = self._round(number) / f"rm_{k}"
         train_reward_model(
-            cfg, self.tokenizer, directory, train, validation, seed, f"{directory.parent.name}/rm_{k}", self._policy_path
+            cfg,
+            self.tokenizer,
+            directory,
+            train,
+            validation,
+            seed,
+            f"{directory.parent.name}/rm_{k}",
+            self._policy_path,
         )
 
     def _reference(self, number: int) -> None:
@@ -199,7 +206,14 @@ class Pipeline:
         prompts = encode_prompts(rlhf_prompts(cfg), self.tokenizer, cfg)
         # every reward meets the same prompts and random numbers
         run_rlhf(
-            cfg, self.tokenizer, self.directory / "rlhf" / name, prompts, reward, self.gold, self.cfg.seed, f"rlhf/{name}"
+            cfg,
+            self.tokenizer,
+            self.directory / "rlhf" / name,
+            prompts,
+            reward,
+            self.gold,
+            self.cfg.seed,
+            f"rlhf/{name}",
         )
 
     def _report(self) -> None:
@@ -252,7 +266,9 @@ class Pipeline:
         """What can be known to fail is told before anything starts."""
         cfg = self.cfg
         if not cfg.pipeline.sft and not cfg.pretrained_checkpoint.restore_from_path:
-            raise ConfigError("pretrained_checkpoint.restore_from_path is not set: name a policy, or set pipeline.sft=true")
+            raise ConfigError(
+                "pretrained_checkpoint.restore_from_path is not set: name a policy, or set pipeline.sft=true"
+            )
         if cfg.ensemble.size < 2:
             raise ConfigError(f"ensemble.size={cfg.ensemble.size}: an attack needs at least 2 reward models")
         check_directions(cfg, cfg.ensemble.size)

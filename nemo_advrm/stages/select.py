@@ -105,7 +105,9 @@ def _pair(
     prompt_id = row["prompt_id"]
     scores_NK = reference.scores_PNK[prompt_id]
     if options.chosen == "random":
-        draw = torch.Generator().manual_seed(derive_seed(seed, "chosen", row["direction"], row["step"], row["response"]))
+        draw = torch.Generator().manual_seed(
+            derive_seed(seed, "chosen", row["direction"], row["step"], row["response"])
+        )
         best = int(torch.randint(scores_NK.size(0), (1,), generator=draw))
     else:
         best = int(scores_NK.mean(-1).argmax())

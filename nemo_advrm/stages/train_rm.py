@@ -31,7 +31,13 @@ def main(cfg: Config) -> int:
     train_encoded, validation_encoded = encode_rows(cfg, tokenizer, train, validation)
     session.claim(cfg, directory)
     metrics = train_reward_model(
-        cfg, tokenizer, directory, train_encoded, validation_encoded, cfg.seed, "train_rm",
+        cfg,
+        tokenizer,
+        directory,
+        train_encoded,
+        validation_encoded,
+        cfg.seed,
+        "train_rm",
         restore_from=cfg.pretrained_checkpoint.restore_from_path,
     )
     if runtime.current().is_writer:
@@ -111,7 +117,9 @@ def train_reward_model(
     fit(module, cfg, directory, title, callbacks, validate=True)
     metrics = module.validation_metrics
     checkpoint.save(
-        directory / "model", module.model, meta={"tokenizer": tokenizer.fingerprint, "steps": module.max_steps, **metrics}
+        directory / "model",
+        module.model,
+        meta={"tokenizer": tokenizer.fingerprint, "steps": module.max_steps, **metrics},
     )
     if runtime.current().is_writer:
         partial = result.with_suffix(".partial")

@@ -21,7 +21,7 @@ class SyntheticTokenizer:
     vocab_size = VOCAB_SIZE
     pad_id = PAD
     eos_id = EOS
-    control_ids = (PAD, SEP)
+    control_ids: tuple[int, ...] = (PAD, SEP)
 
     @property
     def fingerprint(self) -> str:

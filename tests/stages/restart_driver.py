@@ -101,7 +101,7 @@ def steps_of(path: Path) -> list[int]:
 
 def compare(name: str, run: Callable[[Path], int], home: Path, sabotages: list[Callable[[], None]]) -> None:
     """Unbroken against killed at each sabotage and restarted; prints what came of it."""
-    assert attempt(lambda: run(home / "unbroken")) == 0, f"{name}: the unbroken run failed, see {os.environ['DRIVER_LOG']}"
+    assert attempt(lambda: run(home / "unbroken")) == 0, f"{name}: unbroken run failed, see {os.environ['DRIVER_LOG']}"
     statuses = [attempt(lambda: run(home / "killed"), s) for s in sabotages]
     statuses.append(attempt(lambda: run(home / "killed")))
     result = {

@@ -58,9 +58,8 @@ def test_bad_rows_are_counted_and_left_out_when_asked(tmp_path: Path, capsys) ->
 
 def test_a_sequence_longer_than_the_context_is_named(tmp_path: Path, capsys) -> None:
     data = write(tmp_path / "pairs.jsonl", [*rows(20), {**GOOD, "chosen": "long " * 40}])
-    message = fails(
-        capsys, "train_rm", *SMALL, "model.encoder_seq_length=64", f"data.train_path={data}", f"run_dir={tmp_path / 'run'}"
-    )
+    short = [*SMALL, "model.encoder_seq_length=64"]
+    message = fails(capsys, "train_rm", *short, f"data.train_path={data}", f"run_dir={tmp_path / 'run'}")
     assert f"{data}:21" in message and "64" in message and "model.encoder_seq_length" in message
     assert not (tmp_path / "run").exists()
 
@@ -96,7 +95,8 @@ def test_a_missing_checkpoint_is_named_and_nothing_is_written(tmp_path: Path, ca
 
 def test_a_directory_that_holds_another_run_is_not_overwritten(tmp_path: Path, capsys) -> None:
     data = write(tmp_path / "pairs.jsonl", rows(20))
-    arguments = ["train_rm", *SMALL, f"data.train_path={data}", "data.validation_fraction=0.2", f"run_dir={tmp_path / 'run'}"]
+    arguments = ["train_rm", *SMALL, f"data.train_path={data}", "data.validation_fraction=0.2"]
+    arguments.append(f"run_dir={tmp_path / 'run'}")
     assert cli.main(arguments) == 0
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*") if p.is_file()}
     capsys.readouterr()
