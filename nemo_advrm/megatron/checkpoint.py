@@ -26,11 +26,23 @@ from nemo_advrm.megatron.optim import MegatronOptimizer
 
 FORMAT = 1
 # what must agree between a checkpoint and the model that loads it
-_ARCHITECTURE = (
-    "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels normalization "
-    "activation position_embedding_type rotary_base rotary_percent bias qkv_bias qk_layernorm "
-    "share_embeddings_and_output_weights"
-).split()
+_ARCHITECTURE = [
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "kv_channels",
+    "normalization",
+    "activation",
+    "position_embedding_type",
+    "rotary_base",
+    "rotary_percent",
+    "bias",
+    "qkv_bias",
+    "qk_layernorm",
+    "share_embeddings_and_output_weights",
+]
 
 
 def _meta(model: MegatronModel, extra: dict[str, Any]) -> dict[str, Any]:
@@ -64,7 +76,9 @@ def save(
             warnings.simplefilter("ignore")
             dist_checkpointing.save(state, str(partial / "weights"))
     except OSError as error:
-        raise CheckpointError(f"{path}: could not be written ({error}); the checkpoint before it is untouched") from error
+        raise CheckpointError(
+            f"{path}: could not be written ({error}); the checkpoint before it is untouched"
+        ) from error
     if rt.is_writer:
         described = _meta(model, {**(meta or {}), "has_optimizer": optimizer is not None})
         with open(partial / "meta.json", "w") as file:
@@ -142,9 +156,7 @@ def load(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            loaded = dist_checkpointing.load(
-                state, str(path / "weights"), strict=StrictHandling.RAISE_UNEXPECTED
-            )
+            loaded = dist_checkpointing.load(state, str(path / "weights"), strict=StrictHandling.RAISE_UNEXPECTED)
     except Exception as error:  # Megatron raises many types for a damaged directory; the user needs one sentence
         raise CheckpointError(f"{path}: could not be read ({type(error).__name__}: {error})") from error
     _load_model_state(model, loaded["model"], strict=not new_head)
@@ -166,5 +178,3 @@ def _load_model_state(model: MegatronModel, state: dict[str, Any], strict: bool)
         lost = [k for k in missing if "_extra_state" not in k and (strict or not _is_head(k))]
         if lost or unexpected:
             raise CheckpointError(f"tensors do not match: missing {lost}, unexpected {list(unexpected)}")
-
-

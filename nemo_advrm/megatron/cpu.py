@@ -19,10 +19,24 @@ from typing import Any
 import torch
 
 _CPU = torch.device("cpu")
-_FACTORIES = (
-    "tensor as_tensor zeros ones empty full rand randn randint arange eye linspace "
-    "zeros_like ones_like empty_like full_like"
-).split()
+_FACTORIES = [
+    "tensor",
+    "as_tensor",
+    "zeros",
+    "ones",
+    "empty",
+    "full",
+    "rand",
+    "randn",
+    "randint",
+    "arange",
+    "eye",
+    "linspace",
+    "zeros_like",
+    "ones_like",
+    "empty_like",
+    "full_like",
+]
 
 # what this package calls, so that nothing is loaded, unredirected, later
 _USED_MODULES = (

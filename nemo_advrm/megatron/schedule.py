@@ -65,7 +65,9 @@ def _run(model: MegatronModel, microbatches: list[Microbatch], step: Callable[..
     )
 
 
-def forward_backward(model: MegatronModel, microbatches: list[Microbatch], loss_function: LossFunction) -> dict[str, float]:
+def forward_backward(
+    model: MegatronModel, microbatches: list[Microbatch], loss_function: LossFunction
+) -> dict[str, float]:
     """Accumulate gradients of sum(losses) / count(terms), both over all data-parallel ranks.
 
     Returns the metrics of ``loss_function`` plus ``loss``, the same on every rank.

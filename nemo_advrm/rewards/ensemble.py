@@ -103,7 +103,7 @@ class AdversarialReward:
         self._statistics = reference.statistics(target)
 
     def judge(self, rollouts: Rollouts) -> Judgement:
-        """Details: ``z`` [N, K], ``disagreement`` [N] (U), ``disagreement_z`` [N] (Z(U)), ``prompt_mean`` [N, K] (T_k)."""
+        """Details: ``z`` [N, K], ``disagreement`` [N] (U), ``disagreement_z`` [N] (Z(U)), ``prompt_mean`` [N, K]."""
         scores_NK = self.ensemble.member_scores(rollouts)
         own = standardise(self.reference, self._statistics, scores_NK, rollouts.prompt_index, self.target)
         options = self.options

@@ -43,7 +43,8 @@ def main(cfg: Config) -> int:
     if runtime.current().is_writer:
         print(
             f"validation: accuracy {metrics['val/accuracy']:.3f}  loss {metrics['val/loss']:.4f}  "
-            f"margin {metrics['val/margin']:.3f}  ({len(validation_encoded)} pairs)\nreward model: {directory / 'model'}"
+            f"margin {metrics['val/margin']:.3f}  ({len(validation_encoded)} pairs)\n"
+            f"reward model: {directory / 'model'}"
         )
     return 0
 
