@@ -1,15 +1,14 @@
 # make run    set up .venv and run the main job: the Adv-RM rounds on the embedded synthetic language
 # make test   set up .venv and run the tests
-# make setup | lint | test-aligner | clean
+# make setup | lint | clean
 PYTHON ?= python3.11
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-ALIGNER_VENV ?= .venv-aligner
 
-.PHONY: setup run test test-aligner lint clean
+.PHONY: setup run test lint clean
 
 setup: $(STAMP)
 
@@ -29,11 +28,6 @@ run: setup
 
 test: setup
 	$(BIN)/python -m pytest $(ARGS)
-
-# NeMo-Aligner needs versions that fit nothing else, hence an environment of its own.
-test-aligner: setup
-	@test -x $(ALIGNER_VENV)/bin/python || { echo "error: no $(ALIGNER_VENV); make it as docs/aligner.md says" >&2; exit 1; }
-	ALIGNER_PYTHON=$(abspath $(ALIGNER_VENV))/bin/python $(BIN)/python -m pytest -m aligner $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .
