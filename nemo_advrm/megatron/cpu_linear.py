@@ -1,0 +1,77 @@
+"""Linear layers on CPU in fp32 through oneDNN, forward and backward.
+
+PyTorch gives fp32 matrix products to MKL, which takes AVX-512 on Intel's processors only; oneDNN takes it wherever it
+is. On an AMD EPYC (Zen 5) that is 230 against 105 GFLOP/s on one core, in the same precision.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+from torch import Tensor, nn
+
+# with fewer rows setting up oneDNN's kernel costs more than it saves
+_FEWEST_ROWS = 16
+
+
+def use_onednn(part: nn.Module) -> None:
+    """Let the tensor-parallel linear layers of a model chunk on CPU compute through oneDNN, where PyTorch has it."""
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return
+    for module in part.modules():
+        if isinstance(module, ColumnParallelLinear | RowParallelLinear):
+            module._forward_impl = _linear
+
+
+def _linear(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    allreduce_dgrad: bool,
+    sequence_parallel: bool,
+    tp_group: Any,
+    **_: Any,
+) -> Tensor:
+    """Stands for Megatron's two linear functions, with the same communication."""
+    if sequence_parallel:
+        input = gather_from_sequence_parallel_region(input, tensor_parallel_output_grad=True, group=tp_group)
+    elif allreduce_dgrad:
+        input = copy_to_tensor_model_parallel_region(input, group=tp_group)
+    if torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad):
+        return _Linear.apply(input, weight, bias)
+    return _product(input, weight, bias)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(input, weight)
+        ctx.has_bias = bias is not None
+        return _product(input, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        (grad_output,) = grads
+        input, weight = ctx.saved_tensors
+        grad_input = _product(grad_output, weight.t(), None) if ctx.needs_input_grad[0] else None
+        grad_ND = grad_output.reshape(-1, grad_output.size(-1))
+        grad_weight = grad_bias = None
+        if ctx.needs_input_grad[1]:
+            grad_weight = _product(grad_ND.t(), input.reshape(-1, input.size(-1)).t(), None)
+        if ctx.has_bias and ctx.needs_input_grad[2]:
+            grad_bias = grad_ND.sum(0)
+        return grad_input, grad_weight, grad_bias
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x W' + bias; both may be transposed views."""
+    if x.dtype != torch.float32 or x.numel() < _FEWEST_ROWS * x.size(-1):
+        return nn.functional.linear(x, weight, bias)
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
