@@ -1,0 +1,271 @@
+"""What the benchmarks share: one random Llama for both sides, ragged data, and interleaved timing in two processes.
+
+Each side of a comparison lives in a process of its own, so that its peak memory is its own. The parent lets them work
+in turn (ours, peer, ours, peer, ...): only one computes at a time, and drifts of the machine hit both.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import platform
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from multiprocessing.connection import Connection
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+
+    from nemo_advrm.megatron.model import MegatronModel
+    from nemo_advrm.schema import Config
+
+TOLERANCE = 1e-3
+PAD_ID, EOS_ID, FIRST_ID = 0, 1, 8
+
+
+@dataclass(frozen=True)
+class Llama:
+    """Shape of the benchmark's model."""
+
+    layers: int = 6
+    hidden: int = 256
+    ffn: int = 768
+    heads: int = 8
+    groups: int = 4
+    vocab: int = 512
+    context: int = 1024
+    eps: float = 1e-5
+
+
+@dataclass(frozen=True)
+class Side:
+    """One contestant: ``check`` returns numbers that must agree, ``work`` does one repeat and returns its units."""
+
+    check: Callable[[], np.ndarray]
+    work: Callable[[], float]
+
+
+def random_weights(shape: Llama, head: str, seed: int = 0, std: float = 0.02) -> dict[str, torch.Tensor]:
+    """Hugging Face's names -> tensors of a Llama with the head "lm" (untied) or "reward", the same in every process."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*size: int) -> torch.Tensor:
+        return torch.randn(*size, generator=generator) * std
+
+    key_size = shape.hidden // shape.heads * shape.groups
+    weights = {"model.embed_tokens.weight": draw(shape.vocab, shape.hidden)}
+    for i in range(shape.layers):
+        layer = f"model.layers.{i}"
+        weights |= {
+            f"{layer}.self_attn.q_proj.weight": draw(shape.hidden, shape.hidden),
+            f"{layer}.self_attn.k_proj.weight": draw(key_size, shape.hidden),
+            f"{layer}.self_attn.v_proj.weight": draw(key_size, shape.hidden),
+            f"{layer}.self_attn.o_proj.weight": draw(shape.hidden, shape.hidden),
+            f"{layer}.mlp.gate_proj.weight": draw(shape.ffn, shape.hidden),
+            f"{layer}.mlp.up_proj.weight": draw(shape.ffn, shape.hidden),
+            f"{layer}.mlp.down_proj.weight": draw(shape.hidden, shape.ffn),
+            f"{layer}.input_layernorm.weight": 1 + draw(shape.hidden),
+            f"{layer}.post_attention_layernorm.weight": 1 + draw(shape.hidden),
+        }
+    weights["model.norm.weight"] = 1 + draw(shape.hidden)
+    if head == "lm":
+        weights["lm_head.weight"] = draw(shape.vocab, shape.hidden)
+    else:
+        weights["score.weight"] = draw(1, shape.hidden)
+    return weights
+
+
+def peer_model(shape: Llama, head: str, weights: dict[str, torch.Tensor]) -> Any:
+    """The transformers model of these weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    config = LlamaConfig(
+        hidden_size=shape.hidden,
+        intermediate_size=shape.ffn,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.groups,
+        vocab_size=shape.vocab,
+        max_position_embeddings=shape.context,
+        rms_norm_eps=shape.eps,
+        pad_token_id=PAD_ID,
+        eos_token_id=EOS_ID,
+        bos_token_id=None,
+        tie_word_embeddings=False,
+        num_labels=1,
+        attn_implementation="sdpa",
+    )
+    model = (LlamaForCausalLM if head == "lm" else LlamaForSequenceClassification)(config)
+    model.load_state_dict(weights)
+    return model.eval()
+
+
+def our_config(shape: Llama) -> Config:
+    """Our configuration of the same shape; everything else is at its default."""
+    from nemo_advrm.schema import Config
+
+    cfg = Config()
+    cfg.trainer.accelerator = "cpu"
+    model = cfg.model
+    model.num_layers, model.hidden_size, model.ffn_hidden_size = shape.layers, shape.hidden, shape.ffn
+    model.num_attention_heads, model.num_query_groups = shape.heads, shape.groups
+    model.layernorm_epsilon, model.encoder_seq_length = shape.eps, shape.context
+    model.vocab_size, model.share_embeddings_and_output_weights = shape.vocab, False
+    return cfg
+
+
+def start_runtime() -> None:
+    """Start our engine in this process, on one thread."""
+    from nemo_advrm.megatron import runtime
+    from nemo_advrm.quiet import quiet_libraries
+
+    quiet_libraries()
+    runtime.start(accelerator="cpu")
+
+
+def our_model(shape: Llama, head: str, weights: dict[str, torch.Tensor]) -> MegatronModel:
+    """Our model of these weights, not trainable."""
+    from nemo_advrm.megatron.model import build_model
+
+    start_runtime()
+    cfg = our_config(shape)
+    model = build_model(cfg.model, cfg.precision, head, shape.vocab, seed=0, trainable=False)
+    copy_weights(model, shape, weights)
+    return model
+
+
+def copy_weights(model: MegatronModel, shape: Llama, weights: dict[str, torch.Tensor]) -> None:
+    """Copy Hugging Face's tensors into one unsplit Megatron model.
+
+    ``linear_qkv`` holds, for each query group, its query heads, then its key, then its value; ``linear_fc1`` holds the
+    gate above the up projection.
+    """
+    import torch
+
+    channels = shape.hidden // shape.heads
+    names = {"embedding.word_embeddings.weight": "model.embed_tokens.weight", "output_layer.weight": "lm_head.weight"}
+    names |= {"head.weight": "score.weight", "decoder.final_layernorm.weight": "model.norm.weight"}
+    tensors = {ours: weights[theirs] for ours, theirs in names.items() if theirs in weights}
+    for i in range(shape.layers):
+        ours, theirs = f"decoder.layers.{i}", f"model.layers.{i}"
+        q, k, v = (
+            weights[f"{theirs}.self_attn.{x}_proj.weight"].view(shape.groups, -1, channels, shape.hidden) for x in "qkv"
+        )
+        gate, up = (weights[f"{theirs}.mlp.{x}_proj.weight"] for x in ("gate", "up"))
+        tensors |= {
+            f"{ours}.self_attention.linear_qkv.weight": torch.cat([q, k, v], dim=1).reshape(-1, shape.hidden),
+            f"{ours}.self_attention.linear_proj.weight": weights[f"{theirs}.self_attn.o_proj.weight"],
+            f"{ours}.mlp.linear_fc1.weight": torch.cat([gate, up]),
+            f"{ours}.mlp.linear_fc2.weight": weights[f"{theirs}.mlp.down_proj.weight"],
+            f"{ours}.input_layernorm.weight": weights[f"{theirs}.input_layernorm.weight"],
+            f"{ours}.pre_mlp_layernorm.weight": weights[f"{theirs}.post_attention_layernorm.weight"],
+        }
+    parameters = dict(model.parts[0].named_parameters())
+    if parameters.keys() != tensors.keys():
+        raise RuntimeError(f"tensors do not match: {sorted(parameters.keys() ^ tensors.keys())}")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[name])
+
+
+def ragged_lengths(rows: int, rng: np.random.Generator, longest: int) -> np.ndarray:
+    """[rows, 2] token lengths of chosen and rejected, like HH-RLHF's: mean 180, 95th percentile 460, log-correlation 0.85."""
+    noise = rng.multivariate_normal([0.0, 0.0], [[1.0, 0.85], [0.85, 1.0]], size=rows)
+    return np.exp(4.924 + 0.734 * noise).astype(int).clip(8, longest)
+
+
+def ragged_sequences(lengths: np.ndarray, rng: np.random.Generator, vocab: int) -> list[list[int]]:
+    """Random tokens of these lengths, each sequence ending in EOS_ID."""
+    return [[*rng.integers(FIRST_ID, vocab, size=n - 1).tolist(), EOS_ID] for n in lengths]
+
+
+def peak_mib() -> float:
+    """Most memory this process ever held, in MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def _serve(connection: Connection, make: Callable[..., Side], options: Any) -> None:
+    """A side's process: set up, answer the check, then do one repeat for every word from the parent."""
+    import torch
+
+    torch.set_num_threads(1)
+    side = make(options)
+    connection.send((side.check(), peak_mib()))
+    while connection.recv() == "go":
+        started = time.perf_counter()
+        units = side.work()
+        connection.send((units, time.perf_counter() - started))
+    connection.send(peak_mib())
+
+
+def compare(title: str, unit: str, sides: dict[str, Callable[..., Side]], options: Any, repeats: int) -> dict[str, float]:
+    """Time the sides in turn; the first is ours. Returns the median units per second of each.
+
+    Prints median and range of units per second and peak memory, and ours over each peer. Raises AssertionError when
+    the sides do not compute the same within TOLERANCE. The first repeat of each side is a warm-up and is not counted.
+    """
+    os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1")
+    context = multiprocessing.get_context("spawn")
+    connections, processes, ready = {}, [], {}
+    for name, make in sides.items():
+        connections[name], theirs = context.Pipe()
+        process = context.Process(target=_serve, args=(theirs, make, options), daemon=True)
+        process.start()
+        theirs.close()
+        processes.append(process)
+        ready[name] = connections[name].recv()  # one after the other: set-up is work too
+    ours = next(iter(sides))
+    for name, (numbers, _) in ready.items():
+        expected = ready[ours][0]
+        assert numbers.shape == expected.shape, f"{name}: {numbers.shape} numbers, {ours}: {expected.shape}"
+        worst = float(np.abs(numbers - expected).max())
+        assert worst <= TOLERANCE, f"{name} and {ours} differ by {worst:.2e}"
+        if name != ours:
+            print(f"{title}: {ours} and {name} agree in {numbers.size} numbers (largest difference {worst:.1e})")
+    rates: dict[str, list[float]] = {name: [] for name in sides}
+    for repeat in range(repeats + 1):
+        for name, connection in connections.items():
+            connection.send("go")
+            units, seconds = connection.recv()
+            if repeat:
+                rates[name].append(units / seconds)
+    medians = {name: statistics.median(values) for name, values in rates.items()}
+    width = max(map(len, sides))
+    for name, connection in connections.items():
+        connection.send("stop")
+        peak = connection.recv()
+        low, high = min(rates[name]), max(rates[name])
+        print(
+            f"  {name:{width}}  {medians[name]:10.1f} {unit}/s  ({low:.1f} to {high:.1f}, {repeats} repeats)  "
+            f"peak {peak:6.0f} MiB, of which {ready[name][1]:.0f} before timing"
+        )
+    for name in sides:
+        if name != ours:
+            ratios = [a / b for a, b in zip(rates[ours], rates[name], strict=True)]
+            print(
+                f"  {ours} / {name}: {medians[ours] / medians[name]:.2f} of medians, "
+                f"{min(ratios):.2f} to {max(ratios):.2f} by repeat"
+            )
+    for process in processes:
+        process.join(timeout=20)
+    return medians
+
+
+def describe_machine() -> None:
+    """Print what the figures depend on."""
+    with open("/proc/cpuinfo") as file:
+        cpu = next((line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), platform.machine())
+    libraries = ("torch", "megatron-core", "transformers", "trl", "lightning")
+    print(f"{cpu}, {os.cpu_count()} cores, 1 thread a side, fp32; load {os.getloadavg()[0]:.1f}")
+    print(", ".join(f"{name} {version(name)}" for name in libraries))
