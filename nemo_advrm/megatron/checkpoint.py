@@ -18,6 +18,7 @@ from typing import Any
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.validation import StrictHandling
+from torch.distributed.checkpoint.api import CheckpointException  # not an Exception, but a BaseException
 
 from nemo_advrm.errors import CheckpointError
 from nemo_advrm.megatron import runtime
@@ -49,6 +50,12 @@ def _meta(model: MegatronModel, extra: dict[str, Any]) -> dict[str, Any]:
     return {"format": FORMAT, "head": model.head, "vocab_size": model.vocab_size, "model": asdict(model.model), **extra}
 
 
+def _optimizer_meta(optimizer: MegatronOptimizer | None) -> dict[str, bool]:
+    if optimizer is None:
+        return {"has_optimizer": False}
+    return {"has_optimizer": True, "optimizer_started": optimizer.started}
+
+
 def save(
     path: Path, model: MegatronModel, optimizer: MegatronOptimizer | None = None, meta: dict[str, Any] | None = None
 ) -> None:
@@ -65,7 +72,7 @@ def save(
     rt.barrier()
     model_state = model.sharded_state_dict()
     state: dict[str, Any] = {"model": model_state}
-    if optimizer is not None:
+    if optimizer is not None and optimizer.started:
         state["optimizer"] = optimizer.sharded_state_dict(model_state)
     # Megatron collects the writers' results through a manager process, which a synchronous save does not
     # need and which would outlive a killed run
@@ -75,12 +82,14 @@ def save(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             dist_checkpointing.save(state, str(partial / "weights"))
-    except OSError as error:
+    except (OSError, CheckpointException) as error:
+        if rt.is_writer:
+            shutil.rmtree(partial, ignore_errors=True)  # a full disk is not left fuller
         raise CheckpointError(
             f"{path}: could not be written ({error}); the checkpoint before it is untouched"
         ) from error
     if rt.is_writer:
-        described = _meta(model, {**(meta or {}), "has_optimizer": optimizer is not None})
+        described = _meta(model, {**(meta or {}), **_optimizer_meta(optimizer)})
         with open(partial / "meta.json", "w") as file:
             json.dump(described, file, indent=1)
             file.flush()
@@ -151,17 +160,20 @@ def load(
     if new_head:
         model_state = {k: v for k, v in model_state.items() if not _is_head(k)}
     state: dict[str, Any] = {"model": model_state}
-    if optimizer is not None:
+    started = bool(meta.get("optimizer_started", True))
+    if optimizer is not None and started:
         state["optimizer"] = optimizer.sharded_state_dict(model_state, is_loading=True)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             loaded = dist_checkpointing.load(state, str(path / "weights"), strict=StrictHandling.RAISE_UNEXPECTED)
-    except Exception as error:  # Megatron raises many types for a damaged directory; the user needs one sentence
+    except (Exception, CheckpointException) as error:  # many types for a damaged directory; the user needs one sentence
         raise CheckpointError(f"{path}: could not be read ({type(error).__name__}: {error})") from error
     _load_model_state(model, loaded["model"], strict=not new_head)
-    if optimizer is not None:
+    if optimizer is not None and started:
         optimizer.load_state_dict(loaded["optimizer"])
+    elif optimizer is not None:
+        optimizer.reset()
     return meta
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
-from nemo_advrm.errors import TrainingDiverged
+from nemo_advrm.errors import ConfigError, TrainingDiverged
 from nemo_advrm.megatron import runtime
 from nemo_advrm.megatron.model import MegatronModel
 from nemo_advrm.schema import OptimConfig
@@ -33,6 +33,8 @@ class MegatronOptimizer:
     """Megatron-Core's optimizer over all chunks of a model, with clipping by the global norm."""
 
     def __init__(self, model: MegatronModel, optim: OptimConfig, clip: float) -> None:
+        if model.model.use_distributed_optimizer and not runtime.current().on_gpu:
+            raise ConfigError("model.use_distributed_optimizer=true needs a GPU: Megatron-Core's takes CUDA tensors only")
         self.model = model
         self.optim = optim
         config = OptimizerConfig(
@@ -76,6 +78,23 @@ class MegatronOptimizer:
             raise TrainingDiverged(f"the gradient norm is {norm} at step {step}; the last checkpoint is untouched")
         return norm
 
+    @property
+    def _inner(self) -> list[torch.optim.Optimizer]:
+        """PyTorch's optimizers below Megatron's: several when parameters are split into groups."""
+        parts = getattr(self.core, "chained_optimizers", [self.core])
+        return [part.optimizer for part in parts if part.optimizer is not None]
+
+    @property
+    def started(self) -> bool:
+        """False before the first step, when there is no state yet (a policy while its critic warms up)."""
+        return any(optimizer.state for optimizer in self._inner)
+
+    def reset(self) -> None:
+        """Forget all state, as before the first step; to be called after the weights have changed."""
+        for optimizer in self._inner:
+            optimizer.state.clear()
+        self.core.reload_model_params()
+
     def sharded_state_dict(self, model_state: dict[str, Any], is_loading: bool = False) -> dict[str, Any]:
         return self.core.sharded_state_dict(model_state, is_loading=is_loading)
 
@@ -83,5 +102,6 @@ class MegatronOptimizer:
         self.core.load_state_dict(state)
 
     def state_tensors(self) -> list[torch.Tensor]:
-        """All tensors of the optimizer state, for memory accounting and tests."""
-        return [t for s in self.core.state.values() for t in s.values() if isinstance(t, torch.Tensor)]
+        """All tensors of the optimizer state by parameter and name, for memory accounting and tests."""
+        states = (state for optimizer in self._inner for state in optimizer.state.values())
+        return [t for state in states for _, t in sorted(state.items()) if isinstance(t, torch.Tensor)]
