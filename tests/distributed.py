@@ -59,8 +59,9 @@ class World:
             }
             for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
                 environment.pop(name, None)
+            torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}"]
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}", str(_WORKER)],
+                [*torchrun, str(_WORKER)],
                 env=environment,
                 stdout=self._log,
                 stderr=subprocess.STDOUT,
@@ -118,12 +119,15 @@ class World:
         if failures:
             if len(results) + len(failures) < self.size:
                 self.close()
-            raise WorkerError("\n".join(f"rank {rank} of {self.size}:\n{text}" for rank, text in sorted(failures.items())))
+            texts = (f"rank {rank} of {self.size}:\n{text}" for rank, text in sorted(failures.items()))
+            raise WorkerError("\n".join(texts))
         if len(results) < self.size:
             silent = sorted(set(range(self.size)) - set(results))
             output = self._output()
             self.close()
-            raise WorldLost(f"ranks {silent} gave no answer to {module}.{function} in {self.limit_seconds:g} s\n{output}")
+            raise WorldLost(
+                f"ranks {silent} gave no answer to {module}.{function} in {self.limit_seconds:g} s\n{output}"
+            )
         return [results[rank] for rank in range(self.size)]
 
     def close(self) -> None:

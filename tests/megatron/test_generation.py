@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 import torch
@@ -40,9 +41,8 @@ def _without_cache(model: MegatronModel, prompt: list[int], stops: tuple[int, ..
     return tokens[len(prompt) :]
 
 
-def _greedy(model: MegatronModel, prompts: list[list[int]], stops: tuple[int, ...], max_rows: int = 0) -> list[list[int]]:
-    sampling = Sampling(NEW, stops, temperature=0)
-    return generate(model, prompts, sampling, torch.zeros(len(prompts), NEW), max_rows).responses
+def _greedy(model: MegatronModel, prompts: list[list[int]], stops: tuple[int, ...]) -> list[list[int]]:
+    return generate(model, prompts, Sampling(NEW, stops, temperature=0), torch.zeros(len(prompts), NEW)).responses
 
 
 def test_cached_greedy_generation_of_ragged_prompts_equals_the_argmax_without_a_cache(model: MegatronModel) -> None:
@@ -82,7 +82,7 @@ def test_finished_rows_leave_the_batch_without_changing_the_others(
     original: Callable[[KVCache, torch.Tensor], None] = KVCache.keep_rows
     monkeypatch.setattr(KVCache, "keep_rows", lambda self, rows: (kept.append(rows.numel()), original(self, rows)))
     responses = _greedy(model, prompts, stops)
-    assert kept and kept[0] <= 9 and all(later < before for before, later in zip(kept, kept[1:], strict=False))
+    assert kept and kept[0] <= 9 and all(later < before for before, later in pairwise(kept))
     assert responses == [_without_cache(model, prompt, stops) for prompt in prompts]
 
 

@@ -36,7 +36,6 @@ PLACES = {
     "tp2": Place(Layout(tensor=2)),
     "tp2_sequence_parallel": Place(Layout(tensor=2), model={"sequence_parallel": True}),
     "pp2": Place(Layout(pipeline=2)),
-    "pp2_interleaved": Place(Layout(pipeline=2, virtual_pipeline=2)),
     "dp2": Place(Layout()),
     "tp2_pp2": Place(Layout(tensor=2, pipeline=2), processes=4),
     "tp2_pp2_sequence_parallel": Place(Layout(tensor=2, pipeline=2), 4, {"sequence_parallel": True}),
@@ -135,7 +134,12 @@ def test_reward_model_training_is_that_of_one_process(
 
 
 def test_supervised_training_is_that_of_one_process(
-    worlds: Worlds, place: Place, architecture: str, initial: Callable[[str], str], alone: Callable[..., Any], tmp_path: Path
+    worlds: Worlds,
+    place: Place,
+    architecture: str,
+    initial: Callable[[str], str],
+    alone: Callable[..., Any],
+    tmp_path: Path,
 ) -> None:
     kwargs: dict[str, Any] = {"architecture": architecture, "path": initial(architecture)}
     reference = Path(initial(architecture)) / "trained_lm"

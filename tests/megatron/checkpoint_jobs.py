@@ -1,0 +1,60 @@
+"""Trains a tiny reward model and saves or continues it; runs on all ranks of a layout."""
+
+from __future__ import annotations
+
+import resource
+import signal
+from pathlib import Path
+from typing import Any
+
+import torch
+from tiny import TOKENIZER, pairs, tiny_config
+
+from nemo_advrm.errors import CheckpointError
+from nemo_advrm.megatron import checkpoint, runtime
+from nemo_advrm.models.reward_model import RewardModel
+
+
+def reward_model(seed: int = 0, **model: Any) -> RewardModel:
+    cfg = tiny_config("gpt", runtime.current().layout, **model)
+    return RewardModel(cfg, TOKENIZER, pairs(16), [], seed=seed)
+
+
+def train(module: RewardModel, first: int, last: int) -> list[dict[str, float]]:
+    """Steps ``first`` to ``last`` - 1."""
+    steps = module.steps(first)
+    return [module.train_on(next(steps), step) for step in range(first, last)]
+
+
+def train_and_save(path: str, steps: int) -> None:
+    module = reward_model()
+    train(module, 0, steps)
+    checkpoint.save(Path(path), module.model, module.optimizer)
+
+
+def load_and_continue(path: str, first: int, last: int, out: str) -> list[dict[str, float]]:
+    module = reward_model(seed=5)
+    module.seed = 0  # other weights, the same order of rows
+    checkpoint.load(Path(path), module.model, module.optimizer)
+    metrics = train(module, first, last)
+    checkpoint.save(Path(out), module.model, module.optimizer)
+    return metrics
+
+
+def save_with_files_limited_to(path: str, size: int) -> str:
+    """The message of the error that a full disk gives; ``size`` in bytes."""
+    module = reward_model(seed=3)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # writes beyond the limit then fail instead of killing
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        checkpoint.save(Path(path), module.model, module.optimizer)
+    except CheckpointError as error:
+        return str(error)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    return ""
+
+
+def weights(module: RewardModel) -> dict[str, torch.Tensor]:
+    return {k: v.clone() for k, v in module.model.state_dict().items() if torch.is_tensor(v)}
