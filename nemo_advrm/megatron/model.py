@@ -9,7 +9,6 @@ import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from nemo_advrm.errors import ConfigError
 from nemo_advrm.megatron import runtime
 from nemo_advrm.megatron.cpu_linear import use_onednn
 from nemo_advrm.megatron.gpt import Head, HeadedGPT
@@ -93,8 +92,6 @@ def build_model(
     from megatron.core import parallel_state
 
     rt = runtime.current()
-    if model.use_distributed_optimizer and not rt.on_gpu:
-        raise ConfigError("model.use_distributed_optimizer=true needs a GPU: Megatron-Core's takes CUDA tensors only")
     config = transformer_config(model, precision, rt.on_gpu)
     config.finalize_model_grads_func = finalize_model_grads
     vocab_size = padded_vocab_size(model, tokenizer_size)

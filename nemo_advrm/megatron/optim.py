@@ -34,7 +34,7 @@ class MegatronOptimizer:
 
     def __init__(self, model: MegatronModel, optim: OptimConfig, clip: float) -> None:
         if model.model.use_distributed_optimizer and not runtime.current().on_gpu:
-            raise ConfigError("model.use_distributed_optimizer=true needs a GPU: Megatron-Core's takes CUDA tensors only")
+            raise ConfigError("model.use_distributed_optimizer=true needs a GPU: Megatron-Core's asks for CUDA tensors")
         self.model = model
         self.optim = optim
         config = OptimizerConfig(
