@@ -13,7 +13,7 @@ from torch import Tensor
 from nemo_advrm.data.batching import BatchSchedule, split_by_tokens
 from nemo_advrm.data.messages import Message
 from nemo_advrm.data.tokenizers import Tokenizer
-from nemo_advrm.errors import DataError
+from nemo_advrm.errors import ConfigError, DataError
 from nemo_advrm.megatron import runtime
 from nemo_advrm.megatron.generation import generate, uniforms
 from nemo_advrm.megatron.log_probs import log_probs_and_entropy
@@ -103,6 +103,11 @@ class PolicyModel(TrainableModel):
         seed: int = 0,
     ) -> None:
         super().__init__(cfg, tokenizer, cfg.rl.max_steps)
+        replicas = runtime.current().dp_size
+        if cfg.rl.prompts_per_step % replicas:
+            raise ConfigError(
+                f"rl.prompts_per_step={cfg.rl.prompts_per_step} cannot be divided by {replicas} data-parallel replicas"
+            )
         self.prompts = prompts
         self.reward = reward
         self.seed = seed
@@ -213,7 +218,8 @@ class PolicyModel(TrainableModel):
         rl, settings = self.config.rl, self.config.model
         lr = self.learning_rate(step)
         if self.critic is not None and step < rl.critic_warmup_steps:
-            return {"loss": 0.0, "grad_norm": 0.0, "learning_rate": lr, "approx_kl": 0.0, "clipfrac": 0.0}
+            idle = ("loss", "policy_loss", "grad_norm", "approx_kl", "clipfrac")
+            return {**dict.fromkeys(idle, 0.0), "learning_rate": lr}
         groups = split_by_tokens(data.lengths(), settings.micro_batch_tokens, settings.micro_batch_size)
         microbatches = [data.microbatch(self.model, group, self.tokenizer.pad_id) for group in groups]
         metrics: dict[str, float] = {}
