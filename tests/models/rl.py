@@ -1,0 +1,86 @@
+"""A tiny policy, prompts and a reward by a function of the response, for tests of policy training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tiny import TOKENIZER, tiny_config
+
+from nemo_advrm.megatron import checkpoint, runtime
+from nemo_advrm.megatron.model import build_model
+from nemo_advrm.models.policy import PolicyModel, Prompt
+from nemo_advrm.rewards.ensemble import UncertaintyReward
+from nemo_advrm.rewards.local import FunctionReward
+from nemo_advrm.schema import Config
+
+WORD = "river"
+Score = Callable[[str], float]
+
+
+def count_of_word(text: str) -> float:
+    return float(text.split().count(WORD))
+
+
+def policy_config(algorithm: str, **rl: Any) -> Config:
+    """``rl`` overrides keys of ``cfg.rl``."""
+    cfg = tiny_config("llama", runtime.current().layout, micro_batch_size=16, micro_batch_tokens=512)
+    cfg.rl.algorithm = algorithm
+    settings = {
+        "max_steps": 50,
+        "prompts_per_step": 8,
+        "group_size": 4,
+        "max_new_tokens": 8,
+        "apply_unended_penalty": False,
+        "critic_lr": 1e-2,
+        **rl,
+    }
+    for key, value in settings.items():
+        assert hasattr(cfg.rl, key)
+        setattr(cfg.rl, key, value)
+    cfg.rl.kl.coefficient = 0.0
+    return cfg
+
+
+def save_policy(path: Path) -> str:
+    cfg = tiny_config()
+    model = build_model(
+        cfg.model, cfg.precision, "lm", TOKENIZER.vocab_size, seed=1, trainable=False, hidden_tokens=TOKENIZER.control_ids
+    )
+    checkpoint.save(path, model)
+    return str(path)
+
+
+def policy(cfg: Config, path: str, score: Score = count_of_word, seed: int = 0) -> PolicyModel:
+    prompts = [Prompt(i, ({"role": "user", "content": "this river"},), [8, 10 + i, 2]) for i in range(20)]
+    source = FunctionReward("score", lambda prompts, responses, ended: [score(r) for r in responses])
+    return PolicyModel(cfg, TOKENIZER, prompts, UncertaintyReward([source]), path, seed)
+
+
+def train(module: PolicyModel, steps: int) -> list[dict[str, float]]:
+    batches = module.steps(0)
+    return [module.train_on(next(batches), step) for step in range(steps)]
+
+
+def advantages_and_metrics(
+    path: str, algorithm: str, steps: int, **rl: Any
+) -> tuple[list[list[tuple[list[int], list[float]]]], list[dict[str, float]]]:
+    """(tokens and advantages of this rank's responses, metrics) of each step."""
+    module = policy(policy_config(algorithm, **rl), path)
+    recorded: list[list[tuple[list[int], list[float]]]] = []
+    prepare = module._prepare
+
+    def recording(*args: Any) -> Any:
+        data = prepare(*args)
+        rows = zip(data.rows, data.advantages_BT, data.mask_BT, strict=True)
+        recorded.append([(row.tokens, advantages[mask].tolist()) for row, advantages, mask in rows])
+        return data
+
+    module._prepare = recording  # type: ignore[method-assign]
+    return recorded, train(module, steps)
+
+
+def weights(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
