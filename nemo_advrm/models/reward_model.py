@@ -152,7 +152,10 @@ class RewardModel(TrainableModel):
 def build_reward_model(
     cfg: Config, tokenizer: Tokenizer, restore_from: str, seed: int, trainable: bool
 ) -> MegatronModel:
-    """A reward model with the weights of ``restore_from`` (see :class:`RewardModel`)."""
+    """A reward model with the weights of ``restore_from`` (see :class:`RewardModel`).
+
+    A model that is not trained must find its head in the checkpoint: CheckpointError for a language model's.
+    """
     options = cfg.reward_model
     model = build_model(
         cfg.model,
@@ -166,7 +169,7 @@ def build_reward_model(
     )
     if restore_from:
         path = Path(restore_from)
-        checkpoint.load(path, model, new_head=checkpoint.read_meta(path)["head"] != "reward")
+        checkpoint.load(path, model, new_head=trainable and checkpoint.read_meta(path)["head"] != "reward")
     return model
 
 
