@@ -11,10 +11,13 @@ from torch import Tensor
 
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.objectives.adversarial import paper_reward, raw_reward
+from nemo_advrm.objectives.names import unknown_name
 from nemo_advrm.objectives.uncertainty import combine, disagreement
 from nemo_advrm.rewards.base import RewardSource, Rollouts, checked_scores
 from nemo_advrm.rewards.reference import Reference, standardise
 from nemo_advrm.schema import AdversarialConfig
+
+PRESETS = ("paper", "raw")
 
 
 @dataclass
@@ -97,6 +100,8 @@ class AdversarialReward:
         self.ensemble = UncertaintyReward(sources)
         if not 0 <= target < len(sources):
             raise ConfigError(f"adversarial.directions: member {target + 1} does not exist, there are {len(sources)}")
+        if options.preset not in PRESETS:
+            raise unknown_name("adversarial.preset", options.preset, PRESETS)
         self.options = options
         self.reference = reference
         self.target = target

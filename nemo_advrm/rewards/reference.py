@@ -60,8 +60,8 @@ class Reference:
         return cls(
             [tuple(group[0]["messages"]) for group in rows],
             [[r["response"] for r in group] for group in rows],
-            torch.tensor([[r["scores"] for r in group] for group in rows]),
-            None if any(g is None for group in gold for g in group) else torch.tensor(gold),
+            torch.tensor([[r["scores"] for r in group] for group in rows], dtype=torch.float32),
+            None if any(g is None for group in gold for g in group) else torch.tensor(gold, dtype=torch.float32),
         )
 
 
