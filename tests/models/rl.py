@@ -46,9 +46,8 @@ def policy_config(algorithm: str, **rl: Any) -> Config:
 
 def save_policy(path: Path) -> str:
     cfg = tiny_config()
-    model = build_model(
-        cfg.model, cfg.precision, "lm", TOKENIZER.vocab_size, seed=1, trainable=False, hidden_tokens=TOKENIZER.control_ids
-    )
+    hidden = TOKENIZER.control_ids
+    model = build_model(cfg.model, cfg.precision, "lm", 64, seed=1, trainable=False, hidden_tokens=hidden)
     checkpoint.save(path, model)
     return str(path)
 

@@ -1,0 +1,208 @@
+"""Ensemble and adversarial rewards of hand-made sources against values computed by hand."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from nemo_advrm.errors import CheckpointError, ConfigError, RewardSourceError
+from nemo_advrm.objectives.success import strict_success
+from nemo_advrm.rewards.base import Rollouts, checked_scores
+from nemo_advrm.rewards.ensemble import AdversarialReward, UncertaintyReward
+from nemo_advrm.rewards.local import FunctionReward, build_gold
+from nemo_advrm.rewards.reference import Reference, standardise
+from nemo_advrm.schema import AdversarialConfig
+
+# scores of members A, B, C for the responses "a" and "b"
+SCORES = {"A": {"a": 3.0, "b": -2.0}, "B": {"a": 1.0, "b": 0.0}, "C": {"a": 2.0, "b": 5.0}}
+
+
+def _source(name: str) -> FunctionReward:
+    return FunctionReward(name, lambda prompts, responses, ended: [SCORES[name][r] for r in responses])
+
+
+def _rollouts(prompt_index: tuple[int, ...] = (0, 1)) -> Rollouts:
+    texts = ["a", "b"]
+    return Rollouts([()] * 2, texts, [True, True], [[5]] * 2, [[1]] * 2, list(prompt_index), "words")
+
+
+def _reference(members: int = 3) -> Reference:
+    """Two prompts, two responses each. T: (0, 1, 2) and (10, 3, 2); s: (1, 2, 1) with all deviations of +-s."""
+    scores_PNK = torch.tensor([[[1.0, 3.0, 3.0], [-1.0, -1.0, 1.0]], [[9.0, 5.0, 1.0], [11.0, 1.0, 3.0]]])
+    gold_PN = torch.tensor([[1.0, 3.0], [7.0, 5.0]])  # means 2 and 6, std of the deviations 1
+    return Reference([(), ()], [["", ""], ["", ""]], scores_PNK[..., :members], gold_PN)
+
+
+@pytest.mark.parametrize(
+    ("aggregate", "coefficient", "expected"),
+    [
+        ("mean", 9.0, [2.0, 1.0]),
+        ("min", 9.0, [1.0, -2.0]),
+        # population variances: (1 + 1 + 0) / 3 and (9 + 1 + 16) / 3
+        ("lcb", 0.5, [2 - 0.5 * math.sqrt(2 / 3), 1 - 0.5 * math.sqrt(26 / 3)]),
+        ("uwo", 0.5, [2 - 0.5 * 2 / 3, 1 - 0.5 * 26 / 3]),
+        ("gap", 9.0, [3 - 1.5, -2 - 2.5]),
+    ],
+)
+def test_an_ensemble_of_three_is_combined_as_computed_by_hand(
+    aggregate: str, coefficient: float, expected: list[float]
+) -> None:
+    reward = UncertaintyReward([_source(name) for name in "ABC"], aggregate, coefficient)
+    judgement = reward.judge(_rollouts())
+    assert judgement.rewards_N.tolist() == pytest.approx(expected)
+    assert judgement.scores_NK.tolist() == [[3, 1, 2], [-2, 0, 5]]
+    assert reward.score(_rollouts()).tolist() == pytest.approx(expected)
+    assert reward.name == f"{aggregate}(A, B, C)"
+
+
+def test_with_a_reference_members_of_different_scales_are_standardised_first() -> None:
+    reward = UncertaintyReward([_source(name) for name in "ABC"], "mean", reference=_reference())
+    # z of "a" at prompt 0: 3, 0, 0; of "b" at prompt 1: -12, -1.5, 3
+    assert reward.judge(_rollouts()).rewards_N.tolist() == pytest.approx([1.0, -3.5])
+
+
+def test_an_ensemble_is_itself_a_source_of_an_ensemble() -> None:
+    outer = UncertaintyReward([UncertaintyReward([_source("A"), _source("B")], "mean"), _source("C")], "min")
+    assert outer.score(_rollouts()).tolist() == [2.0, -1.0]
+
+
+@pytest.mark.parametrize(
+    ("members", "target", "prompts", "expected"),
+    [
+        # z(a) at prompt 0 = (3, 0, 0): R_1 = 3 > T_1 = 0;  z(b) at prompt 1 = (-12, -1.5, 3): R_1 = -2 < 10
+        (3, 0, (0, 1), [3 - 2 * 0.0, -4.0]),
+        (2, 0, (0, 1), [3 - 2 * 0.0, -4.0]),
+        # member 2 attacked: R_2(a) = 1 is not above T_2 = 1; R_2(b) = 0 is below 3
+        (3, 1, (0, 1), [-4.0, -4.0]),
+        # z(a) at prompt 1 = (-7, -1, 0); z(b) at prompt 0 = (-2, -.5, 3): member 3 likes only b
+        (3, 2, (1, 0), [-4.0, 3 - 2 * (-2 - 0.5) / 2]),
+    ],
+)
+def test_the_paper_preset_is_the_one_computed_by_hand(
+    members: int, target: int, prompts: tuple[int, int], expected: list[float]
+) -> None:
+    options = AdversarialConfig(preset="paper", coefficient=2.0, penalty=-4.0)
+    sources = [_source(name) for name in "ABC"[:members]]
+    judgement = AdversarialReward(sources, options, _reference(members), target).judge(_rollouts(prompts))
+    assert judgement.rewards_N.tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("members", "target", "expected"),
+    [
+        # a: 1 * 3 - .5 * R_2;  b: below the anchor of -1: -2 and the penalty
+        (2, 0, [3 - 0.5 * 1, -2 - 25]),
+        (3, 0, [3 - 0.5 * 1.5, -2 - 25]),
+        (2, 1, [1 - 0.5 * 3, 0 - 0.5 * -2]),
+        (3, 1, [1 - 0.5 * 2.5, 0 - 0.5 * 1.5]),
+    ],
+)
+def test_the_raw_preset_is_the_one_computed_by_hand(members: int, target: int, expected: list[float]) -> None:
+    options = AdversarialConfig(preset="raw", lam1=1.0, lam2=0.5, anchor=-1.0, penalty=-25.0)
+    sources = [_source(name) for name in "ABC"[:members]]
+    judgement = AdversarialReward(sources, options, _reference(members), target).judge(_rollouts())
+    assert judgement.rewards_N.tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("target", "u", "reference_u"),
+    [
+        (0, [3 - 1.5, -2 - 2.5], [1 - 3.0, -1 - 0.0, 9 - 3.0, 11 - 2.0]),
+        (1, [1 - 2.5, 0 - 1.5], [3 - 2.0, -1 - 0.0, 5 - 5.0, 1 - 7.0]),
+    ],
+)
+def test_the_details_hold_z_disagreement_and_its_z(target: int, u: list[float], reference_u: list[float]) -> None:
+    sources = [_source(name) for name in "ABC"]
+    details = AdversarialReward(sources, AdversarialConfig(), _reference(), target).judge(_rollouts()).details
+    assert details["z"].tolist() == [pytest.approx([3, 0, 0]), pytest.approx([-12, -1.5, 3])]
+    assert details["prompt_mean"].tolist() == [[0, 1, 2], [10, 3, 2]]
+    assert details["disagreement"].tolist() == pytest.approx(u)
+    mean = sum(reference_u) / 4
+    std = math.sqrt(sum((x - mean) ** 2 for x in reference_u) / 4)
+    assert details["disagreement_z"].tolist() == pytest.approx([(x - mean) / std for x in u], rel=1e-5)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_source_that_returns_a_number_that_is_none_is_an_error_by_its_name(bad: float) -> None:
+    broken = FunctionReward("third judge", lambda prompts, responses, ended: [1.0, bad])
+    with pytest.raises(RewardSourceError, match="third judge returned 1 scores that are NaN or infinite"):
+        UncertaintyReward([_source("A"), broken]).judge(_rollouts())
+    with pytest.raises(RewardSourceError, match="third judge"):
+        AdversarialReward([_source("A"), broken], AdversarialConfig(), _reference(2)).judge(_rollouts())
+
+
+def test_a_source_that_returns_too_few_scores_is_an_error_by_its_name() -> None:
+    short = FunctionReward("short", lambda prompts, responses, ended: [1.0])
+    with pytest.raises(RewardSourceError, match=r"short returned scores of shape \(1,\) for 2 responses"):
+        checked_scores(short, _rollouts())
+
+
+def test_impossible_ensembles_are_refused() -> None:
+    with pytest.raises(ConfigError, match="at least one reward source"):
+        UncertaintyReward([])
+    with pytest.raises(ConfigError, match="average"):
+        UncertaintyReward([_source("A")], "average").judge(_rollouts())
+    with pytest.raises(ConfigError, match="member 4 does not exist, there are 3"):
+        AdversarialReward([_source(name) for name in "ABC"], AdversarialConfig(), _reference(), target=3)
+    with pytest.raises(ConfigError, match="preset"):
+        AdversarialReward([_source("A"), _source("B")], AdversarialConfig(preset="papre"), _reference(2)).judge(
+            _rollouts()
+        )
+
+
+def test_members_that_are_copies_of_each_other_are_refused() -> None:
+    scores_PN1 = _reference().scores_PNK[..., :1]
+    copies = Reference([(), ()], [["", ""]] * 2, scores_PN1.expand(-1, -1, 2), None)
+    with pytest.raises(RewardSourceError, match="copies of each other"):
+        AdversarialReward([_source("A"), _source("A")], AdversarialConfig(), copies)
+
+
+def test_gold_is_standardised_like_the_members(single: object) -> None:
+    reference = _reference()
+    z = reference.gold_z(torch.tensor([4.0, 5.0]), [0, 1])
+    assert z is not None and z.tolist() == pytest.approx([2.0, -1.0])
+    assert Reference([], [], reference.scores_PNK, None).gold_z(torch.zeros(1), [0]) is None
+    assert strict_success(torch.tensor([1.0]), torch.tensor([-2.0])).tolist() == [True]
+
+
+def test_standardising_with_the_statistics_of_a_target() -> None:
+    reference = _reference()
+    own = standardise(reference, reference.statistics(1), torch.tensor([[3.0, 1.0, 2.0]]), [0], 1)
+    assert own.z_NK.tolist() == [pytest.approx([3, 0, 0])]
+
+
+def _row(prompt: int, response: str, scores: str, gold: str = "null") -> str:
+    messages = f'[{{"role": "user", "content": "p{prompt}"}}]'
+    head = f'{{"prompt_id": {prompt}, "prompt": "p{prompt}", "messages": {messages}, "response": "{response}"'
+    return f'{head}, "scores": {scores}, "gold": {gold}}}\n'
+
+
+def test_a_reference_is_read_from_its_file_whatever_the_order_of_prompts(tmp_path: Path) -> None:
+    path = tmp_path / "reference.jsonl"
+    second = [_row(1, "c", "[5, 6]", "3"), _row(1, "d", "[7, 8]", "4")]
+    first = [_row(0, "a", "[1, 2]", "1"), _row(0, "b", "[3, 4]", "2")]
+    path.write_text("".join([second[0], *first, second[1]]))
+    reference = Reference.read(path)
+    assert reference.scores_PNK.tolist() == [[[1, 2], [3, 4]], [[5, 6], [7, 8]]]
+    assert reference.responses_PN == [["a", "b"], ["c", "d"]]
+    assert reference.gold_PN is not None and reference.gold_PN.tolist() == [[1, 2], [3, 4]]
+    assert reference.prompt_mean([1, 0]).tolist() == [[6, 7], [2, 3]]
+
+
+@pytest.mark.parametrize("prompts", [(0, 0, 1), (0, 2), (1, 2)])
+def test_a_reference_with_missing_samples_or_prompts_is_refused(tmp_path: Path, prompts: tuple[int, ...]) -> None:
+    path = tmp_path / "reference.jsonl"
+    path.write_text("".join(_row(p, "x", "[1, 2]") for p in prompts))
+    with pytest.raises(CheckpointError, match=r"reference\.jsonl: not a complete reference"):
+        Reference.read(path)
+
+
+def test_only_known_gold_rewards_exist() -> None:
+    assert build_gold("") is None
+    gold = build_gold("synthetic")
+    assert gold is not None and gold.name == "gold"
+    with pytest.raises(ConfigError, match=r"pipeline\.gold='other'"):
+        build_gold("other")
