@@ -13,6 +13,10 @@ from torch import Tensor
 
 from nemo_advrm.errors import ConfigError
 
+# what a microbatch costs besides its tokens, in padded tokens: measured on CPU, and little enough on GPU to keep
+# microbatches that fill it
+_MICROBATCH_COST = 128
+
 
 @dataclass(frozen=True)
 class BatchSchedule:
@@ -83,21 +87,29 @@ def split_by_tokens(lengths: Sequence[int], max_tokens: int, max_rows: int | Non
     """Indices into `lengths`, grouped into microbatches of at most `max_rows` rows and `max_tokens` PADDED tokens.
 
     Rows are sorted by length (longest first, so that a run which does not fit into memory fails at once) and a
-    microbatch costs rows x its longest row. A row that alone exceeds `max_tokens` is a microbatch of its own. Every
-    index occurs once; no lengths give no microbatches.
+    microbatch costs rows x its longest row, plus a fixed cost; the cuts are those of the least total cost. A row that
+    alone exceeds `max_tokens` is a microbatch of its own. Every index occurs once; no lengths give no microbatches.
     """
     for key, value in (("max_tokens", max_tokens), ("max_rows", 1 if max_rows is None else max_rows)):
         if value < 1:
             raise ConfigError(f"{key}={value}: must be at least 1")
+    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    cost = [0] + [0] * len(order)  # of the first n rows, cut at best
+    first = [0] * (len(order) + 1)  # where the last microbatch of that cut begins
+    for end in range(1, len(order) + 1):
+        candidates = []
+        for start in range(end - 1, -1, -1):
+            rows, longest = end - start, lengths[order[start]]
+            if rows > 1 and (rows * longest > max_tokens or (max_rows is not None and rows > max_rows)):
+                break
+            candidates.append((cost[start] + rows * longest + _MICROBATCH_COST, start))
+        cost[end], first[end] = min(candidates)
     groups: list[list[int]] = []
-    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
-        if groups:
-            rows, longest = len(groups[-1]) + 1, lengths[groups[-1][0]]
-            if rows * longest <= max_tokens and (max_rows is None or rows <= max_rows):
-                groups[-1].append(index)
-                continue
-        groups.append([index])
-    return groups
+    end = len(order)
+    while end:
+        groups.append(order[first[end] : end])
+        end = first[end]
+    return groups[::-1]
 
 
 def pad_rows(rows: Sequence[Sequence[int]], pad_id: int, multiple_of: int = 1) -> tuple[Tensor, Tensor]:
