@@ -214,8 +214,9 @@ def _initialize_groups(layout: Layout, on_gpu: bool, timeout_minutes: float) -> 
     from megatron.core import parallel_state
 
     if not on_gpu:
-        from nemo_advrm.megatron.cpu import redirect_megatron_to_cpu
+        from nemo_advrm.megatron.cpu import keep_freed_memory, redirect_megatron_to_cpu
 
+        keep_freed_memory()
         redirect_megatron_to_cpu()
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
