@@ -18,6 +18,9 @@ from nemo_advrm.megatron.sampling import Sampling, pick
 
 # finished rows are dropped once they are this share of the batch: copying the cache costs about one step
 _DROP_SHARE = 0.25
+# prompts are read together while the longest is at most this times the shortest, or there are few tokens
+_LIKE = 1.25
+_FEWEST_TOKENS = 512
 
 
 @dataclass(frozen=True)
@@ -88,8 +91,7 @@ def _generate_batch(
     stops = torch.tensor(sampling.stop_tokens, device=device)
     cache = KVCache(lengths_B, int(lengths_B.max()) + sampling.max_new_tokens)
 
-    positions = torch.arange(tokens_BS.size(1), device=device).expand_as(tokens_BS)
-    logits = _call_pipeline(model, tokens_BS, positions, lengths_B - 1, None, cache)
+    logits = _prefill(model, tokens_BS, lengths_B, cache)
     cache.start_decoding()
     alive = torch.arange(len(prompts), device=device)  # rows of the cache -> rows of the batch
     running = torch.ones_like(alive, dtype=torch.bool)
@@ -117,8 +119,41 @@ def _generate_batch(
     return rows, ended.tolist()
 
 
+def _prefill(model: MegatronModel, tokens_BS: Tensor, lengths_B: Tensor, cache: KVCache) -> Tensor | None:
+    """Read the prompts, those of similar length together; gives logits as :func:`_call_pipeline` does."""
+    parts = []
+    start = 0
+    for stop in _similar_lengths(lengths_B.tolist(), model.model.micro_batch_tokens):
+        width = int(lengths_B[start:stop].max())
+        cache.prefill_rows(start, stop)
+        positions = torch.arange(width, device=tokens_BS.device).expand(stop - start, width)
+        read_at_B = lengths_B[start:stop] - 1
+        parts.append(_call_pipeline(model, tokens_BS[start:stop, :width], positions, read_at_B, None, cache))
+        start = stop
+    logits = [part for part in parts if part is not None]
+    return torch.cat(logits) if logits else None
+
+
+def _similar_lengths(lengths: list[int], max_tokens: int) -> list[int]:
+    """Ends of the groups of rows (in order of rising length) that are read together: little padding, enough work."""
+    cuts = []
+    start = 0
+    for row in range(1, len(lengths)):
+        padded = (row - start) * lengths[row - 1]
+        padding_grows = lengths[row] > _LIKE * lengths[start] and padded >= _FEWEST_TOKENS
+        if padding_grows or (row + 1 - start) * lengths[row] > max_tokens:
+            cuts.append(row)
+            start = row
+    return [*cuts, len(lengths)]
+
+
 def _call_pipeline(
-    model: MegatronModel, tokens_BS: Tensor, positions_BS: Tensor, read_at_B: Tensor, mask: Tensor | None, cache: KVCache
+    model: MegatronModel,
+    tokens_BS: Tensor,
+    positions_BS: Tensor,
+    read_at_B: Tensor,
+    mask: Tensor | None,
+    cache: KVCache,
 ) -> Tensor | None:
     """One pass through all stages; [B, V] logits on the last stage, None before it."""
     rt = runtime.current()

@@ -28,6 +28,11 @@ class KVCache(StaticInferenceContext):
         self.lengths_B = lengths_B.clone()
         self.prefilling = True
         self.attended = int(lengths_B.max())
+        self._prefill = slice(0, lengths_B.numel())
+
+    def prefill_rows(self, start: int, stop: int) -> None:
+        """The next pass over prompts holds the rows ``start`` to ``stop``; without this call it holds all."""
+        self._prefill = slice(start, stop)
 
     def rotary_angles(self, angles: Tensor, query_length: int) -> Tensor:
         """Rotary angles [max, 1, 1, d] -> those of the tokens of this call, [s, 1 or b, 1, d]."""
@@ -37,12 +42,12 @@ class KVCache(StaticInferenceContext):
 
     def update(self, layer_number: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Store this call's keys and values [s, b, groups, d]; return all that are to be attended to."""
-        if self.prefilling:
+        if layer_number not in self.key_value_memory_dict:
             self.key_value_memory_dict[layer_number] = (self._allocate(key), self._allocate(value))
         keys, values = self.key_value_memory_dict[layer_number]
         if self.prefilling:
-            keys[:, :, : key.size(0)] = key.permute(1, 2, 0, 3)
-            values[:, :, : value.size(0)] = value.permute(1, 2, 0, 3)
+            keys[self._prefill, :, : key.size(0)] = key.permute(1, 2, 0, 3)
+            values[self._prefill, :, : value.size(0)] = value.permute(1, 2, 0, 3)
             return key, value
         rows = torch.arange(key.size(1), device=key.device)
         keys[rows, :, self.lengths_B] = key[0]
@@ -51,8 +56,8 @@ class KVCache(StaticInferenceContext):
         return keys[:, :, :end].permute(2, 0, 1, 3), values[:, :, :end].permute(2, 0, 1, 3)
 
     def _allocate(self, like: Tensor) -> Tensor:
-        _, rows, groups, channels = like.shape
-        return like.new_zeros(rows, groups, self.max_sequence_length, channels)
+        _, _, groups, channels = like.shape
+        return like.new_zeros(self.lengths_B.numel(), groups, self.max_sequence_length, channels)
 
     def start_decoding(self) -> None:
         """End the pass over the prompts; from here each call holds one new token a row."""

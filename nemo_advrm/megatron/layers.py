@@ -85,6 +85,9 @@ class FusedCoreAttention(MegatronModule):
         masked = attn_mask_type == AttnMaskType.arbitrary
         dropout = self.dropout if self.training else 0.0
         q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
+        if q.size(2) == 1:
+            # one token a row: the heads of a group stand as its queries, so that its keys are read once
+            q = q.reshape(q.size(0), k.size(1), -1, q.size(3))
 
         def attend() -> Tensor:
             return F.scaled_dot_product_attention(
@@ -92,7 +95,7 @@ class FusedCoreAttention(MegatronModule):
                 k,
                 v,
                 attn_mask=~attention_mask if masked and attention_mask is not None else None,
-                is_causal=not masked and q.size(2) > 1,
+                is_causal=not masked and query.size(0) > 1,
                 dropout_p=dropout,
                 scale=self.softmax_scale,
                 enable_gqa=q.size(1) != k.size(1),
@@ -103,13 +106,15 @@ class FusedCoreAttention(MegatronModule):
                 context = attend()
         else:
             context = attend()
+        if query.size(0) == 1:
+            return context.reshape(1, query.size(1), -1)
         return context.permute(2, 0, 1, 3).reshape(query.size(0), query.size(1), -1)
 
 
 class CachedSelfAttention(SelfAttention):
     """Self-attention whose cache holds rotated keys and whose rows may be at different positions."""
 
-    def _adjust_key_value_for_inference(  # noqa: PLR0913 (Megatron's signature)
+    def _adjust_key_value_for_inference(
         self,
         inference_context: KVCache | None,
         query: Tensor,
