@@ -11,6 +11,7 @@ import os
 import platform
 import resource
 import statistics
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -50,6 +51,7 @@ class Side:
 
     check: Callable[[], np.ndarray]
     work: Callable[[], float]
+    loop: Callable[[], None] | None = None  # a training loop that ``work`` steers; it gets the process's main thread
 
 
 def random_weights(shape: Llama, head: str, seed: int = 0, std: float = 0.02) -> dict[str, torch.Tensor]:
@@ -180,7 +182,7 @@ def copy_weights(model: MegatronModel, shape: Llama, weights: dict[str, torch.Te
 
 
 def ragged_lengths(rows: int, rng: np.random.Generator, longest: int) -> np.ndarray:
-    """[rows, 2] token lengths of chosen and rejected, like HH-RLHF's: mean 180, 95th percentile 460, log-correlation 0.85."""
+    """[rows, 2] tokens of chosen and rejected, like HH-RLHF: mean 180, 95th percentile 460, log-correlation 0.85."""
     noise = rng.multivariate_normal([0.0, 0.0], [[1.0, 0.85], [0.85, 1.0]], size=rows)
     return np.exp(4.924 + 0.734 * noise).astype(int).clip(8, longest)
 
@@ -195,24 +197,36 @@ def peak_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def _serve(connection: Connection, make: Callable[..., Side], options: Any) -> None:
+def _process(connection: Connection, make: Callable[..., Side], options: Any) -> None:
     """A side's process: set up, answer the check, then do one repeat for every word from the parent."""
     import torch
 
     torch.set_num_threads(1)
     side = make(options)
+    if side.loop is None:
+        _serve(connection, side)
+    else:
+        threading.Thread(target=_serve, args=(connection, side), daemon=True).start()
+        side.loop()
+
+
+def _serve(connection: Connection, side: Side) -> None:
     connection.send((side.check(), peak_mib()))
     while connection.recv() == "go":
-        started = time.perf_counter()
+        started, cpu_started = time.perf_counter(), time.process_time()
         units = side.work()
-        connection.send((units, time.perf_counter() - started))
+        connection.send((units, time.perf_counter() - started, time.process_time() - cpu_started))
     connection.send(peak_mib())
+    os._exit(0)  # without ending a training loop that waits for its next step
 
 
-def compare(title: str, unit: str, sides: dict[str, Callable[..., Side]], options: Any, repeats: int) -> dict[str, float]:
+def compare(
+    title: str, unit: str, sides: dict[str, Callable[..., Side]], options: Any, repeats: int
+) -> dict[str, float]:
     """Time the sides in turn; the first is ours. Returns the median units per second of each.
 
-    Prints median and range of units per second and peak memory, and ours over each peer. Raises AssertionError when
+    Prints median and range of units per second of wall clock, the median per second of CPU time (other people's work on
+    the machine does not enter it) and peak memory, and ours over each peer. Raises AssertionError when
     the sides do not compute the same within TOLERANCE. The first repeat of each side is a warm-up and is not counted.
     """
     os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1")
@@ -220,7 +234,7 @@ def compare(title: str, unit: str, sides: dict[str, Callable[..., Side]], option
     connections, processes, ready = {}, [], {}
     for name, make in sides.items():
         connections[name], theirs = context.Pipe()
-        process = context.Process(target=_serve, args=(theirs, make, options), daemon=True)
+        process = context.Process(target=_process, args=(theirs, make, options), daemon=True)
         process.start()
         theirs.close()
         processes.append(process)
@@ -234,13 +248,16 @@ def compare(title: str, unit: str, sides: dict[str, Callable[..., Side]], option
         if name != ours:
             print(f"{title}: {ours} and {name} agree in {numbers.size} numbers (largest difference {worst:.1e})")
     rates: dict[str, list[float]] = {name: [] for name in sides}
+    cpu_rates: dict[str, list[float]] = {name: [] for name in sides}
     for repeat in range(repeats + 1):
         for name, connection in connections.items():
             connection.send("go")
-            units, seconds = connection.recv()
+            units, seconds, cpu_seconds = connection.recv()
             if repeat:
                 rates[name].append(units / seconds)
+                cpu_rates[name].append(units / cpu_seconds)
     medians = {name: statistics.median(values) for name, values in rates.items()}
+    cpu_medians = {name: statistics.median(values) for name, values in cpu_rates.items()}
     width = max(map(len, sides))
     for name, connection in connections.items():
         connection.send("stop")
@@ -248,14 +265,15 @@ def compare(title: str, unit: str, sides: dict[str, Callable[..., Side]], option
         low, high = min(rates[name]), max(rates[name])
         print(
             f"  {name:{width}}  {medians[name]:10.1f} {unit}/s  ({low:.1f} to {high:.1f}, {repeats} repeats)  "
+            f"{cpu_medians[name]:10.1f} per CPU second  "
             f"peak {peak:6.0f} MiB, of which {ready[name][1]:.0f} before timing"
         )
     for name in sides:
         if name != ours:
             ratios = [a / b for a, b in zip(rates[ours], rates[name], strict=True)]
             print(
-                f"  {ours} / {name}: {medians[ours] / medians[name]:.2f} of medians, "
-                f"{min(ratios):.2f} to {max(ratios):.2f} by repeat"
+                f"  {ours} / {name}: {medians[ours] / medians[name]:.2f} of medians, {min(ratios):.2f} to "
+                f"{max(ratios):.2f} by repeat, {cpu_medians[ours] / cpu_medians[name]:.2f} by CPU time"
             )
     for process in processes:
         process.join(timeout=20)
@@ -265,7 +283,9 @@ def compare(title: str, unit: str, sides: dict[str, Callable[..., Side]], option
 def describe_machine() -> None:
     """Print what the figures depend on."""
     with open("/proc/cpuinfo") as file:
-        cpu = next((line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), platform.machine())
+        names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
+    cpu = names[0] if names else platform.machine()
     libraries = ("torch", "megatron-core", "transformers", "trl", "lightning")
-    print(f"{cpu}, {os.cpu_count()} cores, 1 thread a side, fp32; load {os.getloadavg()[0]:.1f}")
+    print(f"{time.strftime('%Y-%m-%d')}: {cpu}, {os.cpu_count()} cores (load {os.getloadavg()[0]:.1f})", end="")
+    print(", 1 thread a side, fp32")
     print(", ".join(f"{name} {version(name)}" for name in libraries))

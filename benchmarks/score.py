@@ -1,4 +1,4 @@
-"""Reward-model scoring: sequences per second of score_sequences against transformers' LlamaForSequenceClassification."""
+"""Reward-model scoring: sequences per second against transformers' LlamaForSequenceClassification."""
 
 from __future__ import annotations
 
