@@ -33,7 +33,8 @@ def select_round(cfg: Config, directory: Path, round_number: int, seed: int) -> 
     """Select from every direction of an attack; marks the samples, writes ``pairs.jsonl``; returns counts."""
     reference = Reference.read(directory / "reference.jsonl")
     path = directory / "attack" / "samples.jsonl"
-    rows: list[dict[str, Any]] = [row for _, row in read_jsonl(path)]
+    # a selection that is repeated starts anew
+    rows: list[dict[str, Any]] = [{**row, "selected": False} for _, row in read_jsonl(path)]
     totals: Counter[str] = Counter()
     pairs: list[AdversarialPair] = []
     for direction in sorted({row["direction"] for row in rows}):
@@ -45,7 +46,7 @@ def select_round(cfg: Config, directory: Path, round_number: int, seed: int) -> 
             rows[own[i]]["selected"] = True
         pairs += [_pair(cfg.selection, rows[own[i]], reference, round_number, seed) for i in chosen]
     store = directory / "pairs.jsonl"
-    store.unlink(missing_ok=True)  # a selection that is repeated starts anew
+    store.unlink(missing_ok=True)
     PairStore(store).append(pairs)
     write_jsonl_atomic(path, rows)
     return dict(totals)
