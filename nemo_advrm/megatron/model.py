@@ -9,6 +9,7 @@ import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from nemo_advrm.errors import ConfigError
 from nemo_advrm.megatron import runtime
 from nemo_advrm.megatron.cpu_linear import use_onednn
 from nemo_advrm.megatron.gpt import Head, HeadedGPT
@@ -92,6 +93,13 @@ def build_model(
     from megatron.core import parallel_state
 
     rt = runtime.current()
+    if model.virtual_pipeline_model_parallel_size:
+        # Megatron's interleaved schedule wants microbatches in multiples of the pipeline size, and between two stages
+        # it confuses the shapes (and, batched, the contents) of what travels in the two directions
+        raise ConfigError(
+            "model.virtual_pipeline_model_parallel_size: the interleaved schedule needs microbatches of equal shape, "
+            "and ours follow the lengths of the rows; set it to 0"
+        )
     config = transformer_config(model, precision, rt.on_gpu)
     config.finalize_model_grads_func = finalize_model_grads
     vocab_size = padded_vocab_size(model, tokenizer_size)
