@@ -134,9 +134,11 @@ def reduce_metrics(parts: list[Sums]) -> dict[str, float]:
             parallel_state.get_pipeline_model_parallel_last_rank(),
             group=parallel_state.get_pipeline_model_parallel_group(),
         )
-        order = names[0]
+        known = names[0]
     else:
-        order = sorted(totals)
+        known = sorted(totals)
+    # a rank without rows (few validation rows) knows no names, but takes part in the sum
+    order = sorted({name for ranks_names in rt.gather_data_parallel(known) for name in ranks_names})
     table = torch.tensor([totals.get(n, [0.0, 0.0]) for n in order], dtype=torch.float64, device=rt.device)
     if rt.dp_size > 1 and (rt.is_last_stage or rt.layout.pipeline == 1):
         dist.all_reduce(table, group=parallel_state.get_data_parallel_group())
