@@ -23,6 +23,7 @@ class MetricsWriter(Callback):
         self.path = path
         self.first_step = first_step
         self._writer: JsonlWriter | None = None
+        self._validated: int | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if runtime.current().is_writer:
@@ -36,9 +37,14 @@ class MetricsWriter(Callback):
             self._writer.write({"step": step, **pl_module.step_metrics})  # type: ignore[arg-type]
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._writer is not None:
-            metrics: dict[str, float] = pl_module.validation_metrics  # type: ignore[assignment]
-            self._writer.write({"step": trainer.global_step - 1 + self.first_step, **metrics})
+        step = trainer.global_step - 1 + self.first_step
+        if not runtime.current().is_writer or step == self._validated:
+            return
+        if self._writer is None:  # the validation after training
+            self._writer = JsonlWriter(self.path)
+        metrics: dict[str, float] = pl_module.validation_metrics  # type: ignore[assignment]
+        self._writer.write({"step": step, **metrics})
+        self._validated = step
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self._writer is not None:
