@@ -58,13 +58,18 @@ def test_a_training_from_the_start_begins_its_file_anew(single: Runtime, tmp_pat
     assert [row["loss"] for row in _rows(path)] == [101, 102]
 
 
-def test_validation_rows_bear_the_step_they_were_made_at(single: Runtime, tmp_path: Path) -> None:
+def test_validation_rows_bear_their_step_and_are_written_after_training_too(single: Runtime, tmp_path: Path) -> None:
     writer: Any = MetricsWriter(tmp_path / "metrics.jsonl")
-    writer.on_train_start(SimpleNamespace(global_step=0), None)
-    writer.on_validation_end(SimpleNamespace(global_step=5), SimpleNamespace(validation_metrics={"val/loss": 0.5}))
-    writer.on_validation_end(SimpleNamespace(global_step=6), SimpleNamespace(validation_metrics={}))
+    module = SimpleNamespace(step_metrics={"loss": 1.0}, validation_metrics={"val/loss": 0.5})
+    writer.on_train_start(SimpleNamespace(global_step=0), module)
+    writer.on_validation_end(SimpleNamespace(global_step=5), module)
+    writer.on_train_batch_end(SimpleNamespace(global_step=6), module, None, None, 0)
     writer.teardown(None, None, "fit")
-    assert _rows(tmp_path / "metrics.jsonl") == [{"step": 5, "val/loss": 0.5}]
+    for _ in range(2):  # the last one is not repeated
+        writer.on_validation_end(SimpleNamespace(global_step=6), module)
+        writer.teardown(None, None, "validate")
+    rows = _rows(tmp_path / "metrics.jsonl")
+    assert rows == [{"step": 5, "val/loss": 0.5}, {"step": 6, "loss": 1.0}, {"step": 6, "val/loss": 0.5}]
 
 
 class _Saving:

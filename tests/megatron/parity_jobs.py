@@ -55,6 +55,16 @@ def train_reward_model(architecture: str, path: str, model: dict[str, Any], loss
     return metrics
 
 
+def validate(architecture: str, path: str, model: dict[str, Any], rows: int) -> Metrics:
+    """Validation metrics over ``rows`` pairs, of which a data-parallel rank may get none."""
+    module = RewardModel(_config(architecture, model), TOKENIZER, pairs(8), pairs(rows, seed=2), f"{path}/reward")
+    module.log_dict = lambda *args, **kwargs: None  # type: ignore[method-assign]
+    for i, batch in enumerate(module.val_dataloader()):
+        module.validation_step(batch, i)
+    module.on_validation_epoch_end()
+    return module.validation_metrics
+
+
 def train_supervised(architecture: str, path: str, model: dict[str, Any], out: str) -> list[Metrics]:
     """Like :func:`train_reward_model`, for next-token loss."""
     module = SupervisedModel(_config(architecture, model), TOKENIZER, responses(16), f"{path}/lm")

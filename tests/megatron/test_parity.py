@@ -206,13 +206,21 @@ def test_generation_gives_the_tokens_of_one_process(
     here = alone("responses_of", **kwargs)
     assert len({len(r) for r in here[0]}) > 1 or sampling.temperature == 0
 
-    def there() -> list[Any]:
-        return worlds.run(
-            place.layout, "parity_jobs", "responses_of", place.processes, model=place.model, max_rows=5, **kwargs
-        )
+    kwargs |= {"model": place.model, "max_rows": 5}
+    there = worlds.run(place.layout, "parity_jobs", "responses_of", place.processes, **kwargs)
+    assert there == [here] * place.processes
 
-    if place.layout.virtual_pipeline:
-        with pytest.raises(AssertionError, match=f"{ConfigError.__name__}: generation does not run with"):
-            there()
-    else:
-        assert there() == [here] * place.processes
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_validation_of_fewer_rows_than_ranks_is_that_of_one_process(
+    worlds: Worlds, initial: Callable[[str], str], alone: Callable[..., Any], processes: int
+) -> None:
+    kwargs = {"architecture": "llama", "path": initial("llama"), "rows": 1}
+    here = alone("validate", **kwargs)
+    for there in worlds.run(Layout(pipeline=processes // 2), "parity_jobs", "validate", processes, model={}, **kwargs):
+        _same_metrics(there, here)
+
+
+def test_the_interleaved_pipeline_is_refused_by_key(single: Runtime) -> None:
+    with pytest.raises(ConfigError, match=r"model\.virtual_pipeline_model_parallel_size.*set it to 0"):
+        parity_jobs.scores("llama", "", {"virtual_pipeline_model_parallel_size": 2})
