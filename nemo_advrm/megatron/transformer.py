@@ -52,6 +52,11 @@ def transformer_config(model: ModelConfig, precision: PrecisionConfig, on_gpu: b
     """
     activation, gated = ACTIVATIONS[model.activation]
     dtype = _DTYPES.get(precision.name, torch.bfloat16)
+    if dtype == torch.bfloat16 and not on_gpu:
+        raise ConfigError(f"precision={precision.name} trains on a GPU; on a CPU use precision=fp32")
+    if dtype == torch.bfloat16 and not model.use_distributed_optimizer:
+        # Megatron's plain mixed-precision optimizer cannot save a model whose head is fp32
+        raise ConfigError(f"precision={precision.name} needs model.use_distributed_optimizer=true")
     fp8: dict[str, Any] = {}
     if precision.name in _FP8_RECIPES:
         if not has_transformer_engine():

@@ -110,7 +110,7 @@ def _gpus(torch) -> list[Finding]:  # type: ignore[no-untyped-def]
 def fp8_finding(capabilities: list[tuple[int, int]], transformer_engine: bool) -> Finding:
     """FP8 support from the GPUs' compute capabilities: the weakest one decides."""
     if not capabilities:
-        return Finding("FP8", "no", "needs a GPU; use precision=fp32 or precision=bf16", False)
+        return Finding("FP8", "no", "needs a GPU; use precision=fp32", False)
     weakest = min(capabilities)
     if weakest < FP8_CAPABILITY:
         return Finding("FP8", "no", "needs compute capability 8.9 or more; use precision=bf16", False)
@@ -149,6 +149,4 @@ def _cpu(flags: set[str]) -> Finding:
         f"{name} {'yes' if flag in flags else 'no'}"
         for name, flag in (("AVX-512", "avx512f"), ("AVX-512 bf16", "avx512_bf16"), ("AMX bf16", "amx_bf16"))
     )
-    if {"amx_bf16", "avx512_bf16"} & flags:
-        return Finding("CPU", found, "it has bfloat16 instructions: precision=bf16 may be faster than fp32")
-    return Finding("CPU", found, "no bfloat16 instructions: precision=bf16 works but gains no speed")
+    return Finding("CPU", found, "training on a CPU is in fp32")
