@@ -211,13 +211,15 @@ def _process(connection: Connection, make: Callable[..., Side], options: Any) ->
 
 
 def _serve(connection: Connection, side: Side) -> None:
-    connection.send((side.check(), peak_mib()))
-    while connection.recv() == "go":
-        started, cpu_started = time.perf_counter(), time.process_time()
-        units = side.work()
-        connection.send((units, time.perf_counter() - started, time.process_time() - cpu_started))
-    connection.send(peak_mib())
-    os._exit(0)  # without ending a training loop that waits for its next step
+    try:
+        connection.send((side.check(), peak_mib()))
+        while connection.recv() == "go":
+            started, cpu_started = time.perf_counter(), time.process_time()
+            units = side.work()
+            connection.send((units, time.perf_counter() - started, time.process_time() - cpu_started))
+        connection.send(peak_mib())
+    finally:
+        os._exit(0)  # a training loop in the main thread would wait for its next step for ever
 
 
 def compare(
