@@ -20,6 +20,9 @@ from torch import Tensor, nn
 
 from nemo_advrm.megatron.kv_cache import KVCache
 
+# rows of one attention call when decoding on CPU; generation orders rows by length
+_DECODED_TOGETHER = 16
+
 
 class Norm(nn.Module):
     """RMSNorm or LayerNorm over the last dimension, by ``config.normalization``.
@@ -89,12 +92,14 @@ class FusedCoreAttention(MegatronModule):
             # one token a row: the heads of a group stand as its queries, so that its keys are read once
             q = q.reshape(q.size(0), k.size(1), -1, q.size(3))
 
-        def attend() -> Tensor:
+        visible = ~attention_mask if masked and attention_mask is not None else None
+
+        def attend(rows: slice = slice(None), keys: int | None = None) -> Tensor:
             return F.scaled_dot_product_attention(
-                q,
-                k,
-                v,
-                attn_mask=~attention_mask if masked and attention_mask is not None else None,
+                q[rows],
+                k[rows, :, :keys],
+                v[rows, :, :keys],
+                attn_mask=visible[rows, ..., :keys] if visible is not None else None,
                 is_causal=not masked and query.size(0) > 1,
                 dropout_p=dropout,
                 scale=self.softmax_scale,
@@ -104,11 +109,23 @@ class FusedCoreAttention(MegatronModule):
         if dropout and not self.config.sequence_parallel:
             with get_cuda_rng_tracker().fork():
                 context = attend()
+        elif visible is not None and query.size(0) == 1 and query.device.type == "cpu":
+            context = torch.cat([attend(rows, keys) for rows, keys in _row_groups(visible)])
         else:
             context = attend()
         if query.size(0) == 1:
             return context.reshape(1, query.size(1), -1)
         return context.permute(2, 0, 1, 3).reshape(query.size(0), query.size(1), -1)
+
+
+def _row_groups(visible: Tensor) -> list[tuple[slice, int]]:
+    """(rows, keys to read) of a step of decoding: on CPU the step waits for the cache to come from memory.
+
+    ``visible`` is [b, 1, 1, keys], True in front.
+    """
+    lengths = visible.sum(-1).flatten().tolist()
+    starts = range(0, len(lengths), _DECODED_TOGETHER)
+    return [(slice(i, i + _DECODED_TOGETHER), max(lengths[i : i + _DECODED_TOGETHER])) for i in starts]
 
 
 class CachedSelfAttention(SelfAttention):
