@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib
 import operator
 import os
+import socket
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -15,6 +17,8 @@ from nemo_advrm.errors import UserError
 _SINGLE_PROCESS = ("report", "doctor", "select")
 USAGE = "usage: nemo-advrm STAGE [key=value ...] | STAGE --help | --version"
 EXIT_USER_ERROR, EXIT_INTERRUPTED = 2, 130
+# seconds that other processes wait before they report: torchrun has ended them by then if the first one failed too
+OTHERS_WAIT = 2.0
 
 
 @dataclass(frozen=True)
@@ -49,13 +53,9 @@ _TRAINING = (
     "trainer.gradient_clip_val",
     "trainer.checkpoint_every_n_steps",
 )
-_DATA = (
-    "data.train_path",
-    "data.validation_path",
-    "data.validation_fraction",
-    "data.on_bad_row",
-    "data.on_overlong",
-)
+_ROWS = ("data.train_path", "data.limit_train_rows", "data.on_bad_row", "data.on_overlong")
+_DATA = (*_ROWS, "data.validation_path", "data.validation_fraction")
+_START = ("pretrained_checkpoint.restore_from_path", "data.on_bad_row", "data.on_overlong")
 _RL = (
     "rl.algorithm",
     "rl.max_steps",
@@ -72,7 +72,7 @@ STAGES: dict[str, Stage] = {
     "sft": Stage(
         "nemo_advrm.stages.sft:main",
         "train the policy on text",
-        (*_COMMON, *_DATA, *_TRAINING, *_PARALLEL),
+        (*_COMMON, *_ROWS, *_TRAINING, *_PARALLEL),
         "nemo-advrm sft model=tiny data.train_path=text.jsonl",
     ),
     "train_rm": Stage(
@@ -84,9 +84,9 @@ STAGES: dict[str, Stage] = {
     "attack": Stage(
         "nemo_advrm.stages.attack:main",
         "train an adversarial policy against the first reward model of an ensemble",
-        (*_COMMON, "data.prompts_path", "ensemble.members", "reference.", "adversarial.", *_RL, *_PARALLEL),
-        "nemo-advrm attack run_dir=runs/a 'ensemble.members=[runs/rm_1,runs/rm_2]' "
-        "pretrained_checkpoint.restore_from_path=runs/sft",
+        (*_COMMON, *_START, "data.prompts_path", "ensemble.members", "reference.", "adversarial.", *_RL, *_PARALLEL),
+        "nemo-advrm attack run_dir=runs/a 'ensemble.members=[runs/rm_1/model,runs/rm_2/model]' "
+        "pretrained_checkpoint.restore_from_path=runs/sft/model data.prompts_path=prompts.jsonl",
     ),
     "select": Stage(
         "nemo_advrm.stages.select:main",
@@ -97,14 +97,25 @@ STAGES: dict[str, Stage] = {
     "rlhf": Stage(
         "nemo_advrm.stages.rlhf:main",
         "train a policy on a reward: one model or an ensemble",
-        (*_COMMON, "data.prompts_path", "ensemble.", *_RL, *_PARALLEL),
-        "nemo-advrm rlhf 'ensemble.members=[runs/rm_1,runs/rm_2]' ensemble.aggregate=lcb rl=ppo",
+        (
+            *_COMMON,
+            *_START,
+            "data.prompts_path",
+            "ensemble.members",
+            "ensemble.aggregate",
+            "ensemble.coefficient",
+            *_RL,
+            *_PARALLEL,
+        ),
+        "nemo-advrm rlhf 'ensemble.members=[runs/rm_1/model,runs/rm_2/model]' ensemble.aggregate=lcb rl=ppo "
+        "pretrained_checkpoint.restore_from_path=runs/sft/model data.prompts_path=prompts.jsonl",
     ),
     "evaluate": Stage(
         "nemo_advrm.stages.evaluate:main",
-        "measure reward models on held-out preference pairs",
-        (*_COMMON, "ensemble.members", "data.validation_path", "data.on_bad_row", "data.on_overlong"),
-        "nemo-advrm evaluate 'ensemble.members=[runs/rm_1]' data.validation_path=held_out.jsonl",
+        "measure a reward model on held-out preference pairs",
+        (*_COMMON, *_START, "data.validation_path"),
+        "nemo-advrm evaluate pretrained_checkpoint.restore_from_path=runs/rm_1/model "
+        "data.validation_path=held_out.jsonl",
     ),
     "report": Stage(
         "nemo_advrm.stages.report:main",
@@ -137,15 +148,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def guarded(call: Callable[[], int | None]) -> int:
-    """Exit status of a call; a user's error is printed as one line, once in a job of several processes."""
+    """Exit status of a call; a user's error is printed as one line, by other processes than the first with their place.
+
+    An error that every process meets is so told once; one that only a later process meets is not lost.
+    """
     try:
         return call() or 0
     except UserError as error:
-        if _is_first_process():
+        rank = _rank()
+        if rank == "0":
             print(f"error: {error}", file=sys.stderr)
+        else:
+            time.sleep(OTHERS_WAIT)
+            print(f"error (rank {rank} on {socket.gethostname()}): {error}", file=sys.stderr)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
-        if _is_first_process():
+        if _rank() == "0":
             print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
 
@@ -185,9 +203,9 @@ def _dispatch(words: list[str]) -> int | None:
     return run_stage(name, overrides)
 
 
-def _is_first_process() -> bool:
-    """Whether this is the process of a job that speaks: torchrun's or SLURM's rank 0."""
-    return (os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0") == "0"
+def _rank() -> str:
+    """This process's number in the job: torchrun's, else SLURM's, else 0."""
+    return os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
 
 
 def _help() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 import time
@@ -14,6 +15,8 @@ from nemo_advrm.errors import DataError
 from nemo_advrm.keys import all_keys
 from nemo_advrm.schema import Config
 from nemo_advrm.stages import doctor
+
+HOST = socket.gethostname()
 
 
 @pytest.fixture
@@ -84,10 +87,10 @@ def test_stage_gets_its_configuration_and_its_status_is_returned(stage: ModuleTy
     assert cli.main(["train_rm"]) == 7
 
 
-@pytest.mark.parametrize(("rank", "lines"), [(None, 1), ("0", 1), ("1", 0)])
-def test_user_error_is_one_line_printed_by_the_first_process(
+@pytest.mark.parametrize(("rank", "start"), [(None, "error: "), ("0", "error: "), ("3", f"error (rank 3 on {HOST}): ")])
+def test_user_error_is_one_line_that_names_the_process_unless_it_is_the_first(
     rank: str | None,
-    lines: int,
+    start: str,
     stage: ModuleType,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -96,13 +99,14 @@ def test_user_error_is_one_line_printed_by_the_first_process(
     monkeypatch.delenv("SLURM_PROCID", raising=False)
     if rank is not None:
         monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr(cli, "OTHERS_WAIT", 0.0)
 
     def fail(cfg: Config) -> None:
         raise DataError("rows.jsonl:3: no key rejected")
 
     stage.main = fail
     assert cli.main(["train_rm"]) == 2
-    assert capsys.readouterr().err == "error: rows.jsonl:3: no key rejected\n" * lines
+    assert capsys.readouterr().err == f"{start}rows.jsonl:3: no key rejected\n"
 
 
 def test_configuration_error_ends_before_the_stage_is_imported(capsys: pytest.CaptureFixture[str]) -> None:
