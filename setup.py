@@ -43,7 +43,7 @@ EXTRAS = {
         "tenacity>=9.2.1,<10",
         "prometheus-client>=0.26.0,<1",
     ],
-    # Transformer Engine (FP8, context parallelism, fused kernels) builds only where CUDA is installed. Apex is the
+    # Transformer Engine (FP8, fused kernels) builds only where CUDA is installed. Apex is the
     # other optional accelerator; it is not on the package index and is installed from NVIDIA's repository.
     # These bounds are the ones megatron-core 0.16 names for it; unlike all others here they have not been tried.
     "gpu": ["transformer-engine[pytorch]>=2.9,<2.12"],

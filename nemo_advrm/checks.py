@@ -21,6 +21,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "model.optim.name": ("adam", "sgd"),
     "model.optim.sched.name": ("CosineAnnealing", "constant"),
     "precision.name": ("fp32", "bf16", "fp8_delayed", "fp8_current", "fp8_blockwise", "mxfp8"),
+    "data.format": ("auto", "transcript", "messages", "prompt", "text", "nemo_aligner"),
     "data.on_bad_row": ("error", "skip"),
     "data.on_overlong": ("error", "skip", "truncate_prompt"),
     "reward_model.loss": ("bt", "margin_bt", "scaled_bt", "regression"),
@@ -73,6 +74,7 @@ RANGES: dict[str, Range] = {
     "trainer.log_every_n_steps": COUNT,
     "trainer.gradient_clip_val": NOT_NEGATIVE,
     "trainer.checkpoint_every_n_steps": COUNT_OR_ZERO,
+    "trainer.cpu_threads": COUNT_OR_ZERO,
     "trainer.keep_checkpoints": COUNT,
     "trainer.timeout_minutes": POSITIVE,
     "model.num_layers": COUNT,
@@ -92,8 +94,6 @@ RANGES: dict[str, Range] = {
     "model.make_vocab_size_divisible_by": COUNT,
     "model.tensor_model_parallel_size": COUNT,
     "model.pipeline_model_parallel_size": COUNT,
-    "model.virtual_pipeline_model_parallel_size": COUNT_OR_ZERO,
-    "model.context_parallel_size": COUNT,
     "model.micro_batch_size": COUNT,
     "model.micro_batch_tokens": COUNT,
     "model.global_batch_size": COUNT,
@@ -103,7 +103,7 @@ RANGES: dict[str, Range] = {
     "model.optim.eps": POSITIVE,
     "model.optim.sched.warmup_steps": COUNT_OR_ZERO,
     "model.optim.sched.min_lr": NOT_NEGATIVE,
-    "data.validation_fraction": BELOW_ONE,
+    "data.validation_fraction": Range(above=0, below=1),
     "data.limit_train_rows": COUNT_OR_ZERO,
     "reward_model.centering_coefficient": NOT_NEGATIVE,
     "reward_model.score_l2_coefficient": NOT_NEGATIVE,
@@ -121,11 +121,11 @@ RANGES: dict[str, Range] = {
     "adversarial.lam2": FINITE,
     "adversarial.anchor": FINITE,
     "adversarial.directions": COUNT,
-    "rl.max_steps": COUNT_OR_ZERO,
+    "rl.max_steps": COUNT,
     "rl.prompts_per_step": COUNT,
     "rl.group_size": COUNT,
     "rl.max_new_tokens": COUNT,
-    "rl.temperature": NOT_NEGATIVE,
+    "rl.temperature": POSITIVE,
     "rl.top_k": COUNT_OR_ZERO,
     "rl.top_p": Range(above=0, at_most=1),
     "rl.kl.coefficient": NOT_NEGATIVE,
@@ -188,6 +188,8 @@ def check_values(cfg: Config) -> None:
                 raise ConfigError(f"{key}={value}: must be {allowed}")
     if len(cfg.model.optim.betas) != 2:
         raise ConfigError(f"model.optim.betas={cfg.model.optim.betas}: must be two numbers")
+    if cfg.rl.algorithm in ("rloo", "grpo") and cfg.rl.group_size < 2:
+        raise ConfigError(f"rl.group_size={cfg.rl.group_size}: rl.algorithm={cfg.rl.algorithm} needs at least 2")
     tokenizer = cfg.model.tokenizer
     if tokenizer not in ("byte", "synthetic") and not tokenizer.startswith("hf:"):
         raise ConfigError(f"model.tokenizer={tokenizer}: must be byte, synthetic or hf:DIR")

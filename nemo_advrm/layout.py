@@ -7,17 +7,14 @@ from nemo_advrm.schema import Config
 
 
 def data_parallel_size(cfg: Config, world_size: int) -> int:
-    """Model replicas that ``world_size`` processes hold: world_size / (TP * PP * CP)."""
+    """Model replicas that ``world_size`` processes hold: world_size / (TP * PP)."""
     model = cfg.model
-    replica = (
-        model.tensor_model_parallel_size * model.pipeline_model_parallel_size * model.context_parallel_size
-    )
+    replica = model.tensor_model_parallel_size * model.pipeline_model_parallel_size
     if world_size % replica:
         raise LayoutError(
             f"{world_size} processes (trainer.devices * trainer.num_nodes) cannot be divided by {replica} = "
             f"model.tensor_model_parallel_size={model.tensor_model_parallel_size} * "
-            f"model.pipeline_model_parallel_size={model.pipeline_model_parallel_size} * "
-            f"model.context_parallel_size={model.context_parallel_size}"
+            f"model.pipeline_model_parallel_size={model.pipeline_model_parallel_size}"
         )
     return world_size // replica
 
@@ -30,12 +27,10 @@ def _must_divide(size_key: str, size: int, value_key: str, value: int) -> None:
 def validate_layout(cfg: Config, world_size: int, transformer_engine: bool = False) -> None:
     """Raise :class:`LayoutError` that names the keys when the layout cannot be built.
 
-    ``world_size``: processes of the job. ``transformer_engine``: whether it is installed; context parallelism
-    and FP8 need it.
+    ``world_size``: processes of the job. ``transformer_engine``: whether it is installed; FP8 needs it.
     """
     model = cfg.model
     tensor, pipeline = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
-    virtual, context = model.virtual_pipeline_model_parallel_size, model.context_parallel_size
     heads, groups = model.num_attention_heads, model.num_query_groups or model.num_attention_heads
 
     if not model.kv_channels:
@@ -51,31 +46,11 @@ def validate_layout(cfg: Config, world_size: int, transformer_engine: bool = Fal
         raise LayoutError(f"model.sequence_parallel=true needs {tensor_key} above 1")
 
     _must_divide("model.pipeline_model_parallel_size", pipeline, "model.num_layers", model.num_layers)
-    if virtual:
-        if pipeline == 1:
-            raise LayoutError(
-                f"model.virtual_pipeline_model_parallel_size={virtual} needs model.pipeline_model_parallel_size above 1"
-            )
-        _must_divide(
-            "model.pipeline_model_parallel_size * model.virtual_pipeline_model_parallel_size",
-            pipeline * virtual,
-            "model.num_layers",
-            model.num_layers,
-        )
-    if context > 1:
-        if not transformer_engine:
-            raise LayoutError(f"model.context_parallel_size={context} needs Transformer Engine, which is not installed")
-        # Each rank holds one part from the front and one from the back, so that causal attention costs the same on all.
-        if model.encoder_seq_length % (2 * context):
-            raise LayoutError(
-                f"model.encoder_seq_length={model.encoder_seq_length} cannot be divided by {2 * context} = "
-                f"2 * model.context_parallel_size={context}"
-            )
     if cfg.precision.name not in ("fp32", "bf16") and not transformer_engine:
         raise LayoutError(f"precision.name={cfg.precision.name} needs Transformer Engine, which is not installed")
     if model.global_batch_size % replicas:
         raise LayoutError(
             f"model.global_batch_size={model.global_batch_size} cannot be divided by {replicas} data-parallel replicas "
             f"({world_size} processes / (model.tensor_model_parallel_size={tensor} * "
-            f"model.pipeline_model_parallel_size={pipeline} * model.context_parallel_size={context}))"
+            f"model.pipeline_model_parallel_size={pipeline}))"
         )

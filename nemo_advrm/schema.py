@@ -16,8 +16,9 @@ class TrainerConfig:
     """How long to train and on what; the NeMo / Lightning names."""
 
     devices: int = 1  # processes per node
-    num_nodes: int = 1
+    num_nodes: int = 1  # above 1 the command is started on every node, with torchrun or srun
     accelerator: str = "auto"  # auto | cpu | gpu
+    cpu_threads: int = 0  # threads of a process on a CPU; 0 leaves it to PyTorch (all cores)
     max_steps: int = -1  # optimizer steps; -1 leaves it to max_epochs
     max_epochs: int = 1  # passes over the training rows (ignored by RL stages)
     val_check_interval: int = 0  # steps between validations; 0 validates at the end only
@@ -81,8 +82,6 @@ class ModelConfig:
     # parallel layout
     tensor_model_parallel_size: int = 1
     pipeline_model_parallel_size: int = 1
-    virtual_pipeline_model_parallel_size: int = 0  # 0 turns the interleaved schedule off
-    context_parallel_size: int = 1
     sequence_parallel: bool = False
     use_distributed_optimizer: bool = False
     # batches
@@ -110,11 +109,10 @@ class DataConfig:
     validation_path: str = ""  # empty: a held-out part of train_path
     validation_fraction: float = 0.05
     prompts_path: str = ""  # prompts of attack and rlhf; empty: those of train_path
-    format: str = "auto"
+    format: str = "auto"  # auto | transcript | messages | prompt | text | nemo_aligner
     on_bad_row: str = "error"  # error | skip (skips are counted and reported)
-    on_overlong: str = "error"  # error | skip | truncate_prompt
+    on_overlong: str = "error"  # error | skip | truncate_prompt (of pairs, SFT rows and prompts)
     limit_train_rows: int = 0  # 0 takes all
-    bootstrap: bool = False  # draw the training rows with replacement (ensemble members)
 
 
 @dataclass
@@ -184,7 +182,7 @@ class RLConfig:
     entropy_coefficient: float = 0.0
     unended_penalty: float = -50.0  # reward of a response that does not end within max_new_tokens
     apply_unended_penalty: bool = True
-    scale_advantages: bool = True  # divide advantages by their batch standard deviation
+    scale_advantages: bool = True  # divide advantages by their batch standard deviation (ppo: whiten; not grpo)
     baseline: str = "batch_mean"  # of reinforce: none | batch_mean
     updates_per_rollout: int = 1  # optimizer steps on one batch of rollouts (passes, for ppo and grpo)
     clip_low: float = 0.2

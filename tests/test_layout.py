@@ -9,7 +9,7 @@ from nemo_advrm.errors import LayoutError
 from nemo_advrm.layout import data_parallel_size, validate_layout
 from nemo_advrm.schema import Config
 
-TP, PP, CP = (f"model.{name}_parallel_size" for name in ("tensor_model", "pipeline_model", "context"))
+TP, PP = (f"model.{name}_model_parallel_size" for name in ("tensor", "pipeline"))
 
 
 def config(**model: object) -> Config:
@@ -23,7 +23,6 @@ def config(**model: object) -> Config:
 def test_data_parallel_size_is_what_is_left() -> None:
     assert data_parallel_size(config(), 8) == 8
     assert data_parallel_size(config(tensor_model_parallel_size=2, pipeline_model_parallel_size=2), 8) == 2
-    assert data_parallel_size(config(tensor_model_parallel_size=2, context_parallel_size=2), 4) == 1
 
 
 @pytest.mark.parametrize(
@@ -37,27 +36,14 @@ def test_data_parallel_size_is_what_is_left() -> None:
         ({"num_query_groups": 3}, 1, ("model.num_attention_heads=4", "model.num_query_groups=3")),
         ({"hidden_size": 66}, 1, ("model.hidden_size=66", "model.num_attention_heads=4")),
         ({"pipeline_model_parallel_size": 3}, 3, ("model.num_layers=2", f"{PP}=3")),
-        (
-            {"num_layers": 4, "pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 4},
-            2,
-            ("model.num_layers=4", "virtual_pipeline_model_parallel_size=8"),
-        ),
-        ({"virtual_pipeline_model_parallel_size": 2}, 1, ("virtual_pipeline_model_parallel_size=2", PP)),
         ({"sequence_parallel": True}, 1, ("model.sequence_parallel", TP)),
         ({"global_batch_size": 6}, 4, ("model.global_batch_size=6", "4 data-parallel")),
-        ({"context_parallel_size": 2}, 2, (f"{CP}=2", "Transformer Engine")),
     ],
 )
 def test_impossible_layout_names_the_keys(model: dict[str, object], world: int, named: tuple[str, ...]) -> None:
     with pytest.raises(LayoutError) as error:
         validate_layout(config(**model), world)
     assert all(part in str(error.value) for part in named), str(error.value)
-
-
-def test_context_parallelism_splits_the_sequence_in_pairs_of_parts() -> None:
-    validate_layout(config(context_parallel_size=2, encoder_seq_length=64), 2, transformer_engine=True)
-    with pytest.raises(LayoutError, match="encoder_seq_length=66"):
-        validate_layout(config(context_parallel_size=2, encoder_seq_length=66), 2, transformer_engine=True)
 
 
 def test_fp8_needs_transformer_engine() -> None:

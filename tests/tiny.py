@@ -42,7 +42,6 @@ def tiny_config(architecture: str = "llama", layout: Layout | None = None, **mod
         "global_batch_size": 8,
         "tensor_model_parallel_size": layout.tensor,
         "pipeline_model_parallel_size": layout.pipeline,
-        "virtual_pipeline_model_parallel_size": layout.virtual_pipeline,
         **ARCHITECTURES[architecture],
         **model,
     }

@@ -182,11 +182,8 @@ def _is_head(key: str) -> bool:
 
 
 def _load_model_state(model: MegatronModel, state: dict[str, Any], strict: bool) -> None:
-    many = len(model.parts) > 1
-    for i, part in enumerate(model.parts):
-        prefix = f"{i}.model." if many else "model."
-        own = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-        missing, unexpected = part.load_state_dict(own, strict=False)
-        lost = [k for k in missing if "_extra_state" not in k and (strict or not _is_head(k))]
-        if lost or unexpected:
-            raise CheckpointError(f"tensors do not match: missing {lost}, unexpected {list(unexpected)}")
+    own = {k.removeprefix("model."): v for k, v in state.items()}
+    missing, unexpected = model.parts[0].load_state_dict(own, strict=False)
+    lost = [k for k in missing if "_extra_state" not in k and (strict or not _is_head(k))]
+    if lost or unexpected:
+        raise CheckpointError(f"tensors do not match: missing {lost}, unexpected {list(unexpected)}")

@@ -56,14 +56,13 @@ class HeadedGPT(GPTModel):
         on_gpu: bool,
         pre_process: bool,
         post_process: bool,
-        vp_stage: int | None = None,
         hidden_tokens: tuple[int, ...] = (),
         head_outputs: int = 1,
         head_init_std: float = 0.02,
     ) -> None:
         spec = layer_spec(model, on_gpu)
         local = spec.submodules.input_layernorm is Norm
-        layers = get_num_layers_to_build(config, vp_stage=vp_stage)
+        layers = get_num_layers_to_build(config)
         block = TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=Norm) if local else spec
         super().__init__(
             config=config,
@@ -76,7 +75,6 @@ class HeadedGPT(GPTModel):
             position_embedding_type=model.position_embedding_type,
             rotary_percent=model.rotary_percent,
             rotary_base=model.rotary_base,
-            vp_stage=vp_stage,
         )
         self.head_kind = head
         if not post_process:

@@ -53,11 +53,10 @@ def _call(chunk: Any, microbatch: Microbatch) -> Tensor:
 def _run(model: MegatronModel, microbatches: list[Microbatch], step: Callable[..., Any], **options: Any) -> list[Any]:
     widest = max(m.tokens_BS.numel() for m in microbatches)
     shape = next(m.tokens_BS.shape for m in microbatches if m.tokens_BS.numel() == widest)
-    iterators: Any = [iter(microbatches) for _ in model.chunks]
     return get_forward_backward_func()(
         forward_step_func=step,
-        data_iterator=iterators if len(iterators) > 1 else iterators[0],
-        model=model.chunks if len(model.chunks) > 1 else model.chunks[0],
+        data_iterator=iter(microbatches),
+        model=model.chunks[0],
         num_microbatches=len(microbatches),
         seq_length=shape[1],
         micro_batch_size=shape[0],

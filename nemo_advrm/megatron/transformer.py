@@ -31,7 +31,6 @@ ACTIVATIONS: dict[str, tuple[Any, bool]] = {
     "relu": (F.relu, False),
     "squared_relu": (squared_relu, False),
 }
-_DTYPES = {"fp32": torch.float32}
 _FP8_RECIPES = {"fp8_delayed": "delayed", "fp8_current": "tensorwise", "fp8_blockwise": "blockwise", "mxfp8": "mxfp8"}
 
 
@@ -51,7 +50,7 @@ def transformer_config(model: ModelConfig, precision: PrecisionConfig, on_gpu: b
     depend on how rows are spread over microbatches and ranks.
     """
     activation, gated = ACTIVATIONS[model.activation]
-    dtype = _DTYPES.get(precision.name, torch.bfloat16)
+    dtype = torch.float32 if precision.name == "fp32" else torch.bfloat16
     if dtype == torch.bfloat16 and not on_gpu:
         raise ConfigError(f"precision={precision.name} trains on a GPU; on a CPU use precision=fp32")
     if dtype == torch.bfloat16 and not model.use_distributed_optimizer:
@@ -88,8 +87,6 @@ def transformer_config(model: ModelConfig, precision: PrecisionConfig, on_gpu: b
         bf16=dtype == torch.bfloat16,
         tensor_model_parallel_size=model.tensor_model_parallel_size,
         pipeline_model_parallel_size=model.pipeline_model_parallel_size,
-        virtual_pipeline_model_parallel_size=model.virtual_pipeline_model_parallel_size or None,
-        context_parallel_size=model.context_parallel_size,
         sequence_parallel=model.sequence_parallel,
         use_cpu_initialization=not on_gpu,
         variable_seq_lengths=model.pipeline_model_parallel_size > 1,

@@ -33,8 +33,7 @@ def score_sequences(model: MegatronModel, sequences: list[list[int]], pad_id: in
         microbatch = rows_to_microbatch(model, [sequences[i] for i in group], pad_id)
         microbatch.forward = {"read_at_B": microbatch.lengths_B - 1}
         microbatches.append(microbatch)
-    outputs = getattr(model.parts[-1], "head", None)
-    width = outputs.weight.size(0) if outputs is not None else 1
+    width = model.head_outputs  # known before the last pipeline stage too, which has no head
     scores = torch.zeros(len(sequences), width)
     if microbatches:
         results = forward(model, microbatches, lambda output, _: output)

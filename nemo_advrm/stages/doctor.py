@@ -75,13 +75,13 @@ def _required(package: str) -> Finding:
 def _transformer_engine() -> Finding:
     name, version = "Transformer Engine", _version("transformer-engine")
     if version is None:
-        lost = "no FP8, no context parallelism, no fused layers; Megatron-Core's own layers are used (same results)"
+        lost = "no FP8, no fused layers; Megatron-Core's own layers are used (same results)"
         return Finding(name, "absent", f"{lost}. On a GPU: pip install 'nemo_advrm[gpu]'", False)
     try:
         importlib.import_module("transformer_engine.pytorch")
     except Exception as error:  # a build against other CUDA or torch versions fails in many ways
         return Finding(name, f"{version}, cannot be imported", f"treated as absent: {error}", False)
-    return Finding(name, version, "FP8, context parallelism and fused layers can be used")
+    return Finding(name, version, "FP8 and fused layers can be used")
 
 
 def _apex() -> Finding:

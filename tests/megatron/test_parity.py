@@ -14,7 +14,6 @@ import torch
 from distributed import Worlds
 from tiny import ARCHITECTURES, TOKENIZER, tiny_config
 
-from nemo_advrm.errors import ConfigError
 from nemo_advrm.megatron import checkpoint
 from nemo_advrm.megatron.model import build_model
 from nemo_advrm.megatron.runtime import Layout, Runtime
@@ -219,8 +218,3 @@ def test_validation_of_fewer_rows_than_ranks_is_that_of_one_process(
     here = alone("validate", **kwargs)
     for there in worlds.run(Layout(pipeline=processes // 2), "parity_jobs", "validate", processes, model={}, **kwargs):
         _same_metrics(there, here)
-
-
-def test_the_interleaved_pipeline_is_refused_by_key(single: Runtime) -> None:
-    with pytest.raises(ConfigError, match=r"model\.virtual_pipeline_model_parallel_size.*set it to 0"):
-        parity_jobs.scores("llama", "", {"virtual_pipeline_model_parallel_size": 2})
