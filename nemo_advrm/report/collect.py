@@ -11,10 +11,21 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
+import yaml
 
 from nemo_advrm.errors import DataError
 from nemo_advrm.report.files import Row, Scores, as_object, count, number, numbers, read_json, read_jsonl
-from nemo_advrm.report.records import Direction, FloatArray, Member, Pair, Rlhf, Round, Run
+from nemo_advrm.report.records import (
+    SMOOTHING_WINDOW,
+    TOLERANCE,
+    Direction,
+    FloatArray,
+    Member,
+    Pair,
+    Rlhf,
+    Round,
+    Run,
+)
 
 PLAIN, HARDENED = "r1", "adv_rm"
 RLHF_ORDER = (PLAIN, "ensemble_mean", "lcb", HARDENED)
@@ -36,7 +47,24 @@ def collect(run_dir: Path) -> Run:
         notes.append("No adversarial rounds: attack success, scatter, examples and pair accuracy are absent.")
     rlhf = _read_rlhf(run_dir, notes)
     seed = number(state.get("seed"))
-    return Run(run_dir, None if seed is None else int(seed), rounds, rlhf, _read_seconds(state, notes), notes)
+    seconds = _read_seconds(state, notes)
+    return Run(
+        run_dir, None if seed is None else int(seed), rounds, rlhf, seconds, notes, *_read_stability(run_dir, notes)
+    )
+
+
+def _read_stability(run_dir: Path, notes: list[str]) -> tuple[int, float]:
+    """The run's `pipeline.stable_window` and `pipeline.stable_tolerance`; the defaults where it has no config.yaml."""
+    path = run_dir / "config.yaml"
+    if not path.is_file():
+        return SMOOTHING_WINDOW, TOLERANCE
+    try:
+        options = as_object(as_object(yaml.safe_load(path.read_text(encoding="utf-8"))).get("pipeline"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        notes.append(f"config.yaml cannot be read ({error}).")
+        options = {}
+    window, tolerance = count(options.get("stable_window")), number(options.get("stable_tolerance"))
+    return window or SMOOTHING_WINDOW, TOLERANCE if tolerance is None else tolerance
 
 
 def _numbered(directory: Path, prefix: str) -> list[Path]:

@@ -17,7 +17,7 @@ from nemo_advrm.report.names import reward_name, stage_name
 from nemo_advrm.report.palette import BLUE, GREEN, GREY, INK, ORANGE, PALETTE, PURPLE, STYLE, VERMILLION
 from nemo_advrm.report.records import Rlhf, Run
 from nemo_advrm.report.scatter import draw_scatter
-from nemo_advrm.report.summary import SMOOTHING_WINDOW, Summary, distance
+from nemo_advrm.report.summary import Summary, distance
 
 Draw = Callable[[Run, Summary], Figure | None]
 
@@ -95,15 +95,25 @@ def _curves(
         for other in run.rlhf:
             if other is not one:
                 _smooth_line(
-                    axes, x_of(other), other.gold_S, handles, "gold of the other rewards", color=GREY, linewidth=1.0
+                    axes,
+                    x_of(other),
+                    other.gold_S,
+                    run.window,
+                    handles,
+                    "gold of the other rewards",
+                    color=GREY,
+                    linewidth=1.0,
                 )
         axes.plot(x_S, one.gold_S, color=ORANGE, linewidth=0.8, alpha=0.45)
-        _smooth_line(axes, x_S, one.gold_S, handles, "gold reward (left axis)", color=ORANGE, linewidth=2.4)
+        _smooth_line(
+            axes, x_S, one.gold_S, run.window, handles, "gold reward (left axis)", color=ORANGE, linewidth=2.4
+        )
         twin = axes.twinx()
         _smooth_line(
             twin,
             x_S,
             one.proxy_S,
+            run.window,
             handles,
             "proxy: the reward optimised (right axis, own scale)",
             color=BLUE,
@@ -133,11 +143,11 @@ def _curves(
 
 
 def _smooth_line(
-    axes: Axes, x_S: np.ndarray, y_S: np.ndarray, handles: dict[str, Any], label: str, **style: Any
+    axes: Axes, x_S: np.ndarray, y_S: np.ndarray, window: int, handles: dict[str, Any], label: str, **style: Any
 ) -> None:
     known_S = np.isfinite(x_S) & np.isfinite(y_S)
     if known_S.any():
-        (line,) = axes.plot(x_S[known_S], smooth(y_S[known_S].tolist(), SMOOTHING_WINDOW), **style)
+        (line,) = axes.plot(x_S[known_S], smooth(y_S[known_S].tolist(), window), **style)
         handles.setdefault(label, line)
 
 

@@ -11,6 +11,10 @@ from numpy.typing import NDArray
 FloatArray = NDArray[np.float64]
 BoolArray = NDArray[np.bool_]
 
+# the defaults of pipeline.stable_window and pipeline.stable_tolerance
+SMOOTHING_WINDOW = 5
+TOLERANCE = 0.1
+
 
 @dataclass(frozen=True)
 class Member:
@@ -100,6 +104,8 @@ class Run:
     rlhf: tuple[Rlhf, ...]
     seconds: dict[str, float]
     notes: list[str] = field(default_factory=list)
+    window: int = SMOOTHING_WINDOW  # evaluations in the smoothing window of gold
+    tolerance: float = TOLERANCE  # gold units below the start that count as a fall
 
     @property
     def ensemble_size(self) -> int | None:

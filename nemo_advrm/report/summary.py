@@ -36,8 +36,6 @@ from nemo_advrm.objectives.overoptimization import fit_rl, predict_rl, r_squared
 from nemo_advrm.report.collect import HARDENED, PLAIN
 from nemo_advrm.report.records import Direction, Rlhf, Round, Run
 
-SMOOTHING_WINDOW = 5
-TOLERANCE = 0.1
 TARGET_RATIO = 2.0
 GOOD_FIT_R2 = 0.9
 # Below this many points two parameters describe almost anything.
@@ -50,7 +48,7 @@ Summary = dict[str, Any]
 
 def summarise(run: Run) -> Summary:
     """The dictionary described in the module docstring; holds only finite numbers, strings, lists and null."""
-    rlhf = {one.name: _rlhf(one) for one in run.rlhf}
+    rlhf = {one.name: _rlhf(one, run.window, run.tolerance) for one in run.rlhf}
     verdict = judge(rlhf)
     cost = _cost(run)
     plain, hardened = cost["plain"], cost["adv_rm"]
@@ -59,7 +57,7 @@ def summarise(run: Run) -> Summary:
         "run": run.directory.resolve().name,
         "seed": run.seed,
         "ensemble_size": run.ensemble_size,
-        "settings": {"smoothing_window": SMOOTHING_WINDOW, "tolerance": TOLERANCE, "target_ratio": TARGET_RATIO},
+        "settings": {"smoothing_window": run.window, "tolerance": run.tolerance, "target_ratio": TARGET_RATIO},
         "rounds": [_round(one) for one in run.rounds],
         "rlhf": rlhf,
         "seconds": run.seconds,
@@ -67,7 +65,7 @@ def summarise(run: Run) -> Summary:
         "cost": cost,
         "cost_ratio": hardened / plain if plain and hardened else None,
         "verdict": verdict,
-        "headline": headline(rlhf, verdict),
+        "headline": headline(rlhf, verdict, run.tolerance),
         "notes": list(run.notes),
     }
 
@@ -118,12 +116,12 @@ def _weighted(rates: Iterable[tuple[float | None, int | None]]) -> float | None:
 # ---- RLHF
 
 
-def _rlhf(one: Rlhf) -> Summary:
+def _rlhf(one: Rlhf, window: int, tolerance: float) -> Summary:
     steps, gold = one.known_gold()
-    smoothed = smooth(gold, SMOOTHING_WINDOW)
+    smoothed = smooth(gold, window)
     return {
         "steps": steps[-1] if steps else int(one.steps_S[-1]),
-        "stable_steps": stable_steps(steps, gold, SMOOTHING_WINDOW, TOLERANCE) if gold else None,
+        "stable_steps": stable_steps(steps, gold, window, tolerance) if gold else None,
         "gold_start": gold[0] if gold else None,
         "gold_peak": max(smoothed) if gold else None,
         "gold_final": smoothed[-1] if gold else None,
@@ -186,7 +184,7 @@ def judge(rlhf: dict[str, Summary]) -> Summary:
     return verdict | {"ratio": ratio, "bound": bound, "holds": holds}
 
 
-def headline(rlhf: dict[str, Summary], verdict: Summary) -> str:
+def headline(rlhf: dict[str, Summary], verdict: Summary, tolerance: float) -> str:
     """The result in one or two plain sentences."""
     plain, hardened = rlhf.get(PLAIN), rlhf.get(HARDENED)
     if not plain or not hardened:
@@ -210,7 +208,7 @@ def headline(rlhf: dict[str, Summary], verdict: Summary) -> str:
             f"Undecided, the runs were too short: {facts} ({times} times as long; the aim is {TARGET_RATIO:g} times)."
         )
     if verdict["holds"]:
-        weak = hardened["gold_peak"] <= hardened["gold_start"] + TOLERANCE
+        weak = hardened["gold_peak"] <= hardened["gold_start"] + tolerance
         but = " But gold never rose above its start either, so this is no improvement." if weak else ""
         return (
             f"The hardened reward model held: {facts} ({times} times as long; the aim is {TARGET_RATIO:g} times).{but}"
