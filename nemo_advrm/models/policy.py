@@ -45,17 +45,28 @@ class Prompt:
 
 
 def encode_prompts(prompts: list[tuple[Message, ...]], tokenizer: Tokenizer, cfg: Config) -> list[Prompt]:
-    """Encode prompts; raises DataError for one that leaves no room for the response."""
+    """Encode prompts; one that leaves no room for the response is treated as ``data.on_overlong`` says.
+
+    Raises DataError for such a prompt (the default), and when none is left.
+    """
     room = cfg.model.encoder_seq_length - cfg.rl.max_new_tokens
-    encoded = []
+    choice = cfg.data.on_overlong
+    encoded: list[Prompt] = []
     for i, messages in enumerate(prompts):
         tokens = tokenizer.encode_prompt(messages)
+        if len(tokens) > room and choice == "truncate_prompt" and room > 0:
+            tokens = tokens[-room:]
         if len(tokens) > room:
+            if choice == "skip":
+                continue
             raise DataError(
-                f"prompt {i} has {len(tokens)} tokens; model.encoder_seq_length={cfg.model.encoder_seq_length} less "
-                f"rl.max_new_tokens={cfg.rl.max_new_tokens} leaves {room}"
+                f"prompt {i + 1} has {len(tokens)} tokens; model.encoder_seq_length={cfg.model.encoder_seq_length} "
+                f"less rl.max_new_tokens={cfg.rl.max_new_tokens} leaves {room} (or set data.on_overlong=skip or "
+                "truncate_prompt)"
             )
-        encoded.append(Prompt(i, messages, tokens))
+        encoded.append(Prompt(len(encoded), messages, tokens))
+    if not encoded:
+        raise DataError(f"no prompt leaves room for rl.max_new_tokens={cfg.rl.max_new_tokens}")
     return encoded
 
 

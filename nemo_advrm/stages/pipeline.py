@@ -21,7 +21,7 @@ from nemo_advrm.data.preferences import PreferencePair, load_preferences
 from nemo_advrm.data.tokenizers import build_tokenizer
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.megatron import runtime
-from nemo_advrm.models.language_model import build_policy
+from nemo_advrm.models.language_model import EncodedResponse, build_policy
 from nemo_advrm.models.policy import Prompt, encode_prompts
 from nemo_advrm.models.trainable import derive_seed
 from nemo_advrm.rewards.base import RewardSource
@@ -99,8 +99,7 @@ class Pipeline:
     # what the stages do
 
     def _sft(self) -> None:
-        cfg = for_stage(self.cfg, "sft")
-        train_sft(cfg, self.tokenizer, self.directory / "sft", encode_responses(cfg, self.tokenizer, sft_rows(cfg)))
+        train_sft(for_stage(self.cfg, "sft"), self.tokenizer, self.directory / "sft", self._sft_rows)
 
     def _label_preferences(self) -> None:
         """Pairs of SFT responses labelled by gold: the human annotators of the embedded experiment."""
@@ -131,7 +130,7 @@ class Pipeline:
     def _train_member(self, number: int, k: int) -> None:
         cfg = for_stage(self.cfg, "train_rm")
         stores = [str(self._round(i) / "pairs.jsonl") for i in range(number)]
-        cfg.augmentation.pairs_path = ",".join(stores)
+        cfg.augmentation.pairs_path = ",".join(filter(None, [cfg.augmentation.pairs_path, *stores]))
         seed = derive_seed(self.cfg.seed, "rm", number, k)
         train, validation = self._encoded_preferences
         if self.cfg.ensemble.bootstrap:
@@ -249,6 +248,11 @@ class Pipeline:
         return encode_prompts(attack_prompts(cfg), self.tokenizer, cfg)
 
     @cached_property
+    def _sft_rows(self) -> list[EncodedResponse]:
+        cfg = for_stage(self.cfg, "sft")
+        return encode_responses(cfg, self.tokenizer, sft_rows(cfg))
+
+    @cached_property
     def _encoded_preferences(self) -> tuple[list[EncodedPair], list[EncodedPair]]:
         return encode_rows(for_stage(self.cfg, "train_rm"), self.tokenizer, *self._preferences())
 
@@ -272,11 +276,9 @@ class Pipeline:
         if cfg.ensemble.size < 2:
             raise ConfigError(f"ensemble.size={cfg.ensemble.size}: an attack needs at least 2 reward models")
         check_directions(cfg, cfg.ensemble.size)
-        for name, options in cfg.pipeline.rlhf.items():
-            if options.reward not in ("r1", "ensemble", "hardened"):
-                raise ConfigError(f"pipeline.rlhf.{name}.reward={options.reward}: it can be r1, ensemble or hardened")
         if not self._labels_by_gold:
             self._encoded_preferences  # noqa: B018 (reads and checks the data)
-        if self.cfg.pipeline.gold == "" or self.cfg.data.prompts_path:
-            self._prompts  # noqa: B018
-            encode_prompts(rlhf_prompts(for_stage(cfg, "rlhf")), self.tokenizer, for_stage(cfg, "rlhf"))
+        self._prompts  # noqa: B018
+        encode_prompts(rlhf_prompts(for_stage(cfg, "rlhf")), self.tokenizer, for_stage(cfg, "rlhf"))
+        if cfg.pipeline.sft:
+            self._sft_rows  # noqa: B018

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
+from nemo_advrm.data.jsonl import BadRow
 from nemo_advrm.data.messages import Message
 from nemo_advrm.data.preference_files import read_rows
 from nemo_advrm.data.preference_rows import parse_row
+from nemo_advrm.data.preferences import raise_or_count
 from nemo_advrm.data.tokenizers import Tokenizer, build_tokenizer
 from nemo_advrm.errors import ConfigError, DataError
 from nemo_advrm.megatron import checkpoint, runtime
@@ -41,34 +44,51 @@ def sft_rows(cfg: Config) -> list[SftRow]:
         return sft_corpus(cfg.synthetic.sft_rows, derive_seed(cfg.seed, "corpus"))
     if not cfg.data.train_path:
         raise ConfigError("data.train_path is not set: name a file of prompts and responses, or of preference pairs")
-    rows = []
+    rows: list[SftRow] = []
+    bad: list[BadRow] = []
     for source, row in read_rows(cfg.data.train_path):
-        if isinstance(row, Exception):
-            raise row
-        if isinstance(row, dict) and "response" in row:
-            # the same checks as for pairs, with the response standing on both sides
-            row = {"prompt": row.get("prompt"), "chosen": row["response"], "rejected": f"{row['response']} "}
-        pair = parse_row(row, source, cfg.data.format)
-        rows.append((pair.prompt, pair.chosen))
-    if not rows:
-        raise DataError(f"{cfg.data.train_path}: holds no rows")
-    return rows
+        try:
+            rows.append(_parse(row, source, cfg.data.format))
+        except BadRow as error:
+            bad.append(error)
+    options = cfg.data
+    skipped, _ = raise_or_count(bad, usable=len(rows), on_bad_row=options.on_bad_row, path=options.train_path)
+    if skipped and runtime.current().is_writer:
+        left_out = ", ".join(f"{count} {reason}" for reason, count in sorted(skipped.items()))
+        print(f"{options.train_path}: {len(rows)} rows, skipped {left_out}", flush=True)
+    return rows[: options.limit_train_rows or None]
+
+
+def _parse(row: Any, source: str, format: str) -> SftRow:
+    if isinstance(row, BadRow):
+        raise row
+    if isinstance(row, dict) and "response" in row:
+        # the same checks as for pairs, with the response standing on both sides
+        row = {"prompt": row.get("prompt"), "chosen": row["response"], "rejected": f"{row['response']} "}
+    pair = parse_row(row, source, format)
+    return pair.prompt, pair.chosen
 
 
 def encode_responses(cfg: Config, tokenizer: Tokenizer, rows: list[SftRow]) -> list[EncodedResponse]:
-    """Encode; raises DataError for a sequence longer than the context."""
+    """Encode; a sequence longer than the context is treated as ``data.on_overlong`` says (DataError by default)."""
     encoded = []
+    limit, choice = cfg.model.encoder_seq_length, cfg.data.on_overlong
     for i, (prompt, response) in enumerate(rows):
         head = tokenizer.encode_prompt(prompt)
-        tokens = head + tokenizer.encode_response(response)
-        if len(tokens) > cfg.model.encoder_seq_length:
-            if cfg.data.on_overlong == "skip":
+        answer = tokenizer.encode_response(response)
+        if len(head) + len(answer) > limit:
+            room = limit - len(answer)
+            if choice == "error":
+                raise DataError(
+                    f"{cfg.data.train_path or 'corpus'}: row {i + 1} has {len(head) + len(answer)} tokens, the limit "
+                    f"is model.encoder_seq_length={limit} (data.on_overlong=skip leaves such rows out)"
+                )
+            if choice == "skip" or room < 1:
                 continue
-            raise DataError(
-                f"{cfg.data.train_path or 'corpus'}: row {i + 1} has {len(tokens)} tokens, the limit is "
-                f"model.encoder_seq_length={cfg.model.encoder_seq_length} (data.on_overlong=skip leaves such rows out)"
-            )
-        encoded.append(EncodedResponse(tokens, len(head)))
+            head = head[len(head) - room :]
+        encoded.append(EncodedResponse(head + answer, len(head)))
+    if not encoded:
+        raise DataError(f"{cfg.data.train_path or 'corpus'}: all rows are longer than model.encoder_seq_length={limit}")
     return encoded
 
 
@@ -83,7 +103,9 @@ def train_sft(cfg: Config, tokenizer: Tokenizer, directory: Path, rows: list[Enc
     fit(module, cfg, directory, "sft")
     checkpoint.save(directory / "model", module.model, meta={"tokenizer": tokenizer.fingerprint})
     if runtime.current().is_writer:
-        result.write_text(json.dumps(module.step_metrics))
+        partial = result.with_suffix(".partial")
+        partial.write_text(json.dumps(module.step_metrics))
+        partial.rename(result)
     runtime.current().barrier()
     drop_training_checkpoints(directory)
     return module.step_metrics
