@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from nemo_advrm.data.encoding import EncodedPair, encode_pairs
 from nemo_advrm.data.pair_store import PairStore
 from nemo_advrm.data.tokenizers import Tokenizer
 from nemo_advrm.errors import ConfigError
+from nemo_advrm.megatron import runtime
 from nemo_advrm.models.reward_model import RewardModel
 from nemo_advrm.models.trainable import derive_seed
 
@@ -103,5 +105,10 @@ class AdversarialAugmentation(Callback):
 
     def _refresh(self, first_step: int) -> None:
         counts = [len(pairs) for pairs in self._pairs]
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            # another process may have read a growing store a moment earlier: what all of them know counts
+            known = torch.tensor(counts, device=runtime.current().device)
+            dist.all_reduce(known, op=dist.ReduceOp.MIN)
+            counts = known.tolist()
         if not self._known or counts != self._known[-1][1]:
             self._known.append((first_step, counts))

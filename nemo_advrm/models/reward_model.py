@@ -58,8 +58,10 @@ class RewardModel(TrainableModel):
         self.validation_rows = validation_rows
         self.seed = seed
         self.mix: MixRows | None = None
+        if cfg.reward_model.loss in ("margin_bt", "scaled_bt") and all(row.margin is None for row in train_rows):
+            raise ConfigError(f"reward_model.loss={cfg.reward_model.loss} needs rows with the key margin: none has it")
         if cfg.reward_model.loss == "regression":
-            for row in train_rows:
+            for row in (*train_rows, *validation_rows):
                 labels = (row.chosen_labels, row.rejected_labels)
                 if any(x is None or len(x) != cfg.reward_model.num_attributes for x in labels):
                     raise ConfigError(
@@ -121,7 +123,8 @@ class RewardModel(TrainableModel):
         settings = self.config.model
         # a pair is two padded rows, so half the budget holds the longer of each
         groups = split_by_tokens([r.length for r in rows], settings.micro_batch_tokens // 2, settings.micro_batch_size)
-        return [pair_microbatch(self.model, [rows[i] for i in group], self.tokenizer.pad_id) for group in groups]
+        loss, pad_id = self.config.reward_model.loss, self.tokenizer.pad_id
+        return [pair_microbatch(self.model, [rows[i] for i in group], pad_id, loss) for group in groups]
 
     def _loss(self, output: Tensor, microbatch: Microbatch) -> tuple[Tensor, int, Sums]:
         options = self.config.reward_model
@@ -173,16 +176,20 @@ def build_reward_model(
     return model
 
 
-def pair_microbatch(model: MegatronModel, rows: list[EncodedPair], pad_id: int) -> Microbatch:
-    """All chosen rows, then all rejected ones, padded together on the right."""
+def pair_microbatch(model: MegatronModel, rows: list[EncodedPair], pad_id: int, loss: str) -> Microbatch:
+    """All chosen rows, then all rejected ones, padded together on the right, with what ``loss`` reads.
+
+    A row without a margin, as adversarial pairs are, counts once (scaled_bt) or has the margin 0.
+    """
     device = runtime.current().device
     sequences = [r.chosen for r in rows] + [r.rejected for r in rows]
     tokens_BS, lengths_B = (t.to(device) for t in pad_rows(sequences, pad_id, sequence_multiple(model)))
+    neutral = 1.0 if loss == "scaled_bt" else 0.0
     extra: dict[str, Any] = {
-        "margin": torch.tensor([0.0 if r.margin is None else r.margin for r in rows], device=device),
+        "margin": torch.tensor([neutral if r.margin is None else r.margin for r in rows], device=device),
         "weight": torch.tensor([r.weight for r in rows], device=device),
     }
-    if rows[0].chosen_labels is not None:
+    if loss == "regression":
         extra["chosen_labels"] = torch.tensor([r.chosen_labels for r in rows], device=device)
         extra["rejected_labels"] = torch.tensor([r.rejected_labels for r in rows], device=device)
     return Microbatch(tokens_BS, lengths_B, {"read_at_B": lengths_B - 1}, extra)

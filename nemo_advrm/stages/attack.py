@@ -141,7 +141,6 @@ def _attack_member(
         module, cfg, directory, f"attack on R_{direction}", [TrajectoryRecorder(samples, direction, reference, gold)], 0
     )
     checkpoint.save(directory / "model", module.model, meta={"tokenizer": tokenizer.fingerprint})
-    drop_training_checkpoints(directory)
     if runtime.current().is_writer:
         rows = [row for _, row in read_jsonl(directory / "metrics.jsonl")]
         partial = directory / "summary.partial"
@@ -158,6 +157,7 @@ def _attack_member(
         )
         partial.rename(directory / "summary.json")
     runtime.current().barrier()
+    drop_training_checkpoints(directory)
 
 
 def policy_name(direction: int, number: int) -> str:

@@ -29,7 +29,7 @@ def main(cfg: Config) -> int:
     pairs, _ = encode_pairs(report.rows, tokenizer, cfg.model.encoder_seq_length, cfg.data.on_overlong)
     model = build_reward_model(cfg, tokenizer, str(Path(cfg.pretrained_checkpoint.restore_from_path)), 0, False)
     scores = score_sequences(model, [p.chosen for p in pairs] + [p.rejected for p in pairs], tokenizer.pad_id)
-    chosen, rejected = scores.chunk(2)
+    chosen, rejected = (scores.mean(-1) if scores.ndim > 1 else scores).chunk(2)
     right = (chosen > rejected).float() + 0.5 * (chosen == rejected).float()
     if runtime.current().is_writer:
         print(report.summary())

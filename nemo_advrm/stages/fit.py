@@ -14,7 +14,6 @@ from nemo.utils.exp_manager import exp_manager
 from nemo_advrm.callbacks.checkpoints import PeriodicCheckpoint, saved_steps
 from nemo_advrm.callbacks.metrics import MetricsWriter
 from nemo_advrm.callbacks.progress import StepProgress
-from nemo_advrm.data.jsonl import JsonlWriter
 from nemo_advrm.megatron import runtime
 from nemo_advrm.megatron.strategy import MegatronStrategy
 from nemo_advrm.models.trainable import TrainableModel
@@ -66,9 +65,6 @@ def fit(
     trainer.fit(module, ckpt_path=str(found[-1]) if found else None)
     if validate:
         trainer.validate(module, verbose=False)
-        if runtime.current().is_writer:
-            with JsonlWriter(directory / "metrics.jsonl") as writer:
-                writer.write({"step": module.max_steps - 1 + first_step, **module.validation_metrics})
 
 
 def drop_training_checkpoints(directory: Path) -> None:

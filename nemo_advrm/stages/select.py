@@ -68,7 +68,7 @@ def _select_direction(
         target,
         options.require_others_negative,
     )
-    # a response that was cut off, or that is one of the SFT responses, teaches nothing about ordinary text
+    # an empty response, or one that is among the SFT responses, teaches nothing about ordinary text
     usable = [
         bool(row["response"].strip()) and row["response"] not in reference.responses_PN[row["prompt_id"]]
         for row in rows

@@ -102,8 +102,12 @@ def train_reward_model(
     callbacks: list[Callback] = []
     if stores and cfg.augmentation.mode == "append":
         pairs = [p for store in stores for p in PairStore(store).to_preferences(cfg.augmentation.weight)]
-        train_rows = train_rows + encode_pairs(pairs, tokenizer, cfg.model.encoder_seq_length, "truncate_prompt")[0]
+        if pairs:
+            limit = cfg.model.encoder_seq_length
+            train_rows = train_rows + encode_pairs(pairs, tokenizer, limit, "truncate_prompt")[0]
     elif stores:
+        if cfg.reward_model.loss == "regression":
+            raise ConfigError("reward_model.loss=regression: adversarial pairs have no labels to learn")
         callbacks.append(
             AdversarialAugmentation(
                 stores,
