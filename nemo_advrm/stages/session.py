@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 import torch
+import torch.distributed as dist
 import yaml
 
 from nemo_advrm.config import save_resolved, versions
