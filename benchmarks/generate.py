@@ -23,7 +23,7 @@ from common import (
 class Options:
     batch: int
     new_tokens: int
-    eos: int
+    eos: tuple[int, ...]
     shape: Llama
 
 
@@ -50,7 +50,7 @@ def ours(options: Options) -> Side:
 
     prompts = data(options)
     model = our_model(options.shape, "lm", random_weights(options.shape, "lm"))
-    sampling = Sampling(options.new_tokens, (options.eos,), temperature=0.0)
+    sampling = Sampling(options.new_tokens, options.eos, temperature=0.0)
     unused = torch.zeros(options.batch, options.new_tokens)
 
     def responses() -> list[list[int]]:
@@ -64,7 +64,7 @@ def peer(options: Options) -> Side:
 
     prompts = data(options)
     model = peer_model(options.shape, "lm", random_weights(options.shape, "lm"))
-    model.generation_config.eos_token_id = options.eos
+    model.generation_config.eos_token_id = list(options.eos)
     longest = max(map(len, prompts))
     tokens = torch.full((options.batch, longest), PAD_ID)
     mask = torch.zeros_like(tokens)
@@ -77,10 +77,9 @@ def peer(options: Options) -> Side:
         output = model.generate(
             tokens, attention_mask=mask, max_new_tokens=options.new_tokens, do_sample=False, pad_token_id=PAD_ID
         )
-        rows = []
-        for row in output[:, longest:].tolist():
-            rows.append(row[: row.index(options.eos) + 1] if options.eos in row else row)
-        return rows
+        rows = output[:, longest:].tolist()
+        ends = [next((i + 1 for i, token in enumerate(row) if token in options.eos), len(row)) for row in rows]
+        return [row[:end] for row, end in zip(rows, ends, strict=True)]
 
     return Side(lambda: _table(responses(), options), lambda: sum(map(len, responses())))
 
@@ -89,11 +88,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--new-tokens", type=int, default=128)
-    parser.add_argument("--eos", type=int, default=1, help="id that ends a response")
+    parser.add_argument("--eos", type=int, nargs="+", default=[1], help="ids that end a response")
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
     describe_machine()
-    options = Options(args.batch, args.new_tokens, args.eos, Llama())
+    options = Options(args.batch, args.new_tokens, tuple(args.eos), Llama())
     compare("generation", "tokens", {"ours": ours, "transformers": peer}, options, args.repeats)
 
 
