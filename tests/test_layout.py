@@ -63,7 +63,6 @@ def test_explicit_head_size_frees_the_hidden_size() -> None:
     [
         ("synthetic", "single", 2),
         ("synthetic", "tp2", 2),
-        ("synthetic", "tp2_pp2", 4),
         ("tiny", "tp2", 4),
         ("tiny", "tp2_pp2", 4),
         ("tiny_gpt", "pp2", 2),

@@ -63,8 +63,6 @@ def generate(
                 f"prompt {i} has {len(prompt)} tokens; with rl.max_new_tokens={sampling.max_new_tokens} that exceeds "
                 f"model.encoder_seq_length={limit}"
             )
-    if len(model.parts) > 1:
-        raise ConfigError("generation does not run with model.virtual_pipeline_model_parallel_size: set it to 0")
     model.eval()
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     step = max_rows or len(prompts) or 1

@@ -20,12 +20,10 @@ class Layout:
 
     tensor: int = 1
     pipeline: int = 1
-    virtual_pipeline: int = 0
-    context: int = 1
 
     @property
     def model_parallel(self) -> int:
-        return self.tensor * self.pipeline * self.context
+        return self.tensor * self.pipeline
 
 
 @dataclass(frozen=True)
@@ -179,7 +177,7 @@ def start(layout: Layout | None = None, accelerator: str = "auto", timeout_minut
     if place.world_size % layout.model_parallel:
         raise LayoutError(
             f"{place.world_size} processes cannot be split into model replicas of tensor {layout.tensor} x pipeline "
-            f"{layout.pipeline} x context {layout.context} = {layout.model_parallel} processes"
+            f"{layout.pipeline} = {layout.model_parallel} processes"
         )
     device = torch.device("cuda", place.local_rank) if on_gpu else torch.device("cpu")
     if on_gpu:
@@ -223,8 +221,6 @@ def _initialize_groups(layout: Layout, on_gpu: bool, timeout_minutes: float) -> 
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
-        virtual_pipeline_model_parallel_size=layout.virtual_pipeline or None,
-        context_parallel_size=layout.context,
         distributed_timeout_minutes=max(1, round(timeout_minutes)),
         create_gloo_process_groups=on_gpu,
     )

@@ -78,7 +78,9 @@ def roll_out(
     model: MegatronModel, tokenizer: Tokenizer, prompts: list[Prompt], sampling: Sampling, uniforms_NT: Tensor
 ) -> Rollouts:
     """One response to every prompt in the list (repeat a prompt to get several)."""
-    made = generate(model, [p.tokens for p in prompts], sampling, uniforms_NT)
+    # as many rows at once as scoring takes; how rows are grouped does not change what is sampled
+    rows = 4 * model.model.micro_batch_size
+    made = generate(model, [p.tokens for p in prompts], sampling, uniforms_NT, max_rows=rows)
     return Rollouts(
         prompts=[p.messages for p in prompts],
         responses=[tokenizer.decode_response(r) for r in made.responses],
