@@ -61,11 +61,10 @@ class AdversarialAugmentation(Callback):
         if not isinstance(pl_module, RewardModel):
             raise ConfigError(f"AdversarialAugmentation works on a RewardModel, not on {type(pl_module).__name__}")
         pl_module.mix = self.mix
+        self._prepare(0)  # the loop draws its first batch before training starts
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._read()
-        if not self._known:
-            self._refresh(trainer.global_step)
+        self._prepare(trainer.global_step)
         for store, pairs, used in zip(self.stores, self._pairs, self._known[-1][1], strict=True):
             if len(pairs) < used:
                 raise ConfigError(f"{store} holds {len(pairs)} pairs, but this training had already used {used} of it")
@@ -96,6 +95,11 @@ class AdversarialAugmentation(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._known = [(first, list(counts)) for first, counts in state_dict["known"]]
+
+    def _prepare(self, first_step: int) -> None:
+        self._read()
+        if not self._known:
+            self._refresh(first_step)
 
     def _read(self) -> None:
         for i, store in enumerate(self.stores):
