@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -14,7 +15,8 @@ from nemo.utils.exp_manager import exp_manager
 from nemo_advrm.callbacks.checkpoints import PeriodicCheckpoint, saved_steps
 from nemo_advrm.callbacks.metrics import MetricsWriter
 from nemo_advrm.callbacks.progress import StepProgress
-from nemo_advrm.megatron import runtime
+from nemo_advrm.megatron import checkpoint, runtime
+from nemo_advrm.megatron.model import MegatronModel
 from nemo_advrm.megatron.strategy import MegatronStrategy
 from nemo_advrm.models.trainable import TrainableModel
 from nemo_advrm.schema import Config
@@ -72,6 +74,25 @@ def drop_training_checkpoints(directory: Path) -> None:
     if runtime.current().is_writer:
         shutil.rmtree(directory / "checkpoints", ignore_errors=True)
     runtime.current().barrier()
+
+
+def read_result(directory: Path) -> dict[str, float] | None:
+    """The metrics of a finished training, None while it is not."""
+    result = directory / "result.json"
+    return json.loads(result.read_text()) if result.exists() else None
+
+
+def write_result(
+    directory: Path, module: TrainableModel, model: MegatronModel, metrics: dict[str, float], **meta: float
+) -> None:
+    """Save the trained weights in ``directory/model`` and mark the training finished; it is then not redone."""
+    checkpoint.save(directory / "model", model, meta={"tokenizer": module.tokenizer.fingerprint, **meta})
+    if runtime.current().is_writer:
+        partial = directory / "result.partial"
+        partial.write_text(json.dumps(metrics))
+        partial.rename(directory / "result.json")
+    runtime.current().barrier()
+    drop_training_checkpoints(directory)
 
 
 def _exp_manager_options(cfg: Config, directory: Path) -> dict[str, object]:

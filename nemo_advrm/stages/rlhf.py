@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from nemo_advrm.callbacks.rollouts import OveroptimizationTracker
@@ -10,7 +9,7 @@ from nemo_advrm.data.messages import Message
 from nemo_advrm.data.prompts import load_prompts
 from nemo_advrm.data.tokenizers import Tokenizer, build_tokenizer
 from nemo_advrm.errors import ConfigError
-from nemo_advrm.megatron import checkpoint, runtime
+from nemo_advrm.megatron import runtime
 from nemo_advrm.models.policy import PolicyModel, Prompt, encode_prompts
 from nemo_advrm.models.trainable import derive_seed
 from nemo_advrm.rewards.base import RewardSource
@@ -19,7 +18,7 @@ from nemo_advrm.rewards.local import build_gold
 from nemo_advrm.schema import Config
 from nemo_advrm.stages import session
 from nemo_advrm.stages.attack import load_members
-from nemo_advrm.stages.fit import drop_training_checkpoints, fit
+from nemo_advrm.stages.fit import fit, read_result, write_result
 
 
 def main(cfg: Config) -> int:
@@ -64,19 +63,13 @@ def run_rlhf(
     title: str,
 ) -> dict[str, float]:
     """Train into ``directory/model``; returns the last step's metrics. A finished training is not redone."""
-    result = directory / "result.json"
-    if result.exists():
-        return json.loads(result.read_text())  # type: ignore[no-any-return]
+    finished = read_result(directory)
+    if finished is not None:
+        return finished
     module = PolicyModel(
         cfg, tokenizer, prompts, reward, cfg.pretrained_checkpoint.restore_from_path, derive_seed(seed, "rlhf")
     )
     tracker = OveroptimizationTracker(directory / "samples.jsonl", gold, cfg.rl.evaluation_every, cfg.rl.log_samples)
     fit(module, cfg, directory, title, [tracker], first_step=0)
-    checkpoint.save(directory / "model", module.model, meta={"tokenizer": tokenizer.fingerprint})
-    if runtime.current().is_writer:
-        partial = result.with_suffix(".partial")
-        partial.write_text(json.dumps(module.step_metrics))
-        partial.rename(result)
-    runtime.current().barrier()
-    drop_training_checkpoints(directory)
+    write_result(directory, module, module.model, module.step_metrics)
     return module.step_metrics

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,12 @@ from nemo_advrm.data.preference_rows import parse_row
 from nemo_advrm.data.preferences import raise_or_count
 from nemo_advrm.data.tokenizers import Tokenizer, build_tokenizer
 from nemo_advrm.errors import ConfigError, DataError
-from nemo_advrm.megatron import checkpoint, runtime
+from nemo_advrm.megatron import runtime
 from nemo_advrm.models.language_model import EncodedResponse, SupervisedModel
 from nemo_advrm.models.trainable import derive_seed
 from nemo_advrm.schema import Config
 from nemo_advrm.stages import session
-from nemo_advrm.stages.fit import drop_training_checkpoints, fit
+from nemo_advrm.stages.fit import fit, read_result, write_result
 
 SftRow = tuple[tuple[Message, ...], str]
 
@@ -94,18 +93,12 @@ def encode_responses(cfg: Config, tokenizer: Tokenizer, rows: list[SftRow]) -> l
 
 def train_sft(cfg: Config, tokenizer: Tokenizer, directory: Path, rows: list[EncodedResponse]) -> dict[str, float]:
     """Train into ``directory/model``; returns the last step's metrics. A finished training is not redone."""
-    result = directory / "result.json"
-    if result.exists():
-        return json.loads(result.read_text())  # type: ignore[no-any-return]
+    finished = read_result(directory)
+    if finished is not None:
+        return finished
     module = SupervisedModel(
         cfg, tokenizer, rows, cfg.pretrained_checkpoint.restore_from_path, derive_seed(cfg.seed, "sft")
     )
     fit(module, cfg, directory, "sft")
-    checkpoint.save(directory / "model", module.model, meta={"tokenizer": tokenizer.fingerprint})
-    if runtime.current().is_writer:
-        partial = result.with_suffix(".partial")
-        partial.write_text(json.dumps(module.step_metrics))
-        partial.rename(result)
-    runtime.current().barrier()
-    drop_training_checkpoints(directory)
+    write_result(directory, module, module.model, module.step_metrics)
     return module.step_metrics

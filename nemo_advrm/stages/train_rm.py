@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from lightning.pytorch import Callback
@@ -14,12 +13,12 @@ from nemo_advrm.data.preferences import PreferencePair, load_preferences
 from nemo_advrm.data.prompts import split_train_validation
 from nemo_advrm.data.tokenizers import Tokenizer, build_tokenizer
 from nemo_advrm.errors import ConfigError
-from nemo_advrm.megatron import checkpoint, runtime
+from nemo_advrm.megatron import runtime
 from nemo_advrm.models.reward_model import RewardModel
 from nemo_advrm.models.trainable import derive_seed
 from nemo_advrm.schema import Config
 from nemo_advrm.stages import session
-from nemo_advrm.stages.fit import drop_training_checkpoints, fit
+from nemo_advrm.stages.fit import fit, read_result, write_result
 
 
 def main(cfg: Config) -> int:
@@ -95,9 +94,9 @@ def train_reward_model(
     restore_from: str,
 ) -> dict[str, float]:
     """Train into ``directory/model``; returns the validation metrics. A finished training is not redone."""
-    result = directory / "result.json"
-    if result.exists():
-        return json.loads(result.read_text())  # type: ignore[no-any-return]
+    finished = read_result(directory)
+    if finished is not None:
+        return finished
     stores = [Path(p) for p in cfg.augmentation.pairs_path.split(",") if p]
     callbacks: list[Callback] = []
     if stores and cfg.augmentation.mode == "append":
@@ -121,15 +120,5 @@ def train_reward_model(
     module = RewardModel(cfg, tokenizer, train_rows, validation_rows, restore_from, seed)
     fit(module, cfg, directory, title, callbacks, validate=True)
     metrics = module.validation_metrics
-    checkpoint.save(
-        directory / "model",
-        module.model,
-        meta={"tokenizer": tokenizer.fingerprint, "steps": module.max_steps, **metrics},
-    )
-    if runtime.current().is_writer:
-        partial = result.with_suffix(".partial")
-        partial.write_text(json.dumps(metrics))
-        partial.rename(result)
-    runtime.current().barrier()
-    drop_training_checkpoints(directory)
+    write_result(directory, module, module.model, metrics, steps=module.max_steps, **metrics)
     return metrics
