@@ -1,0 +1,1 @@
+"""Checkpoint conversion: Hugging Face <-> Megatron <-> .nemo, tensor by tensor."""
