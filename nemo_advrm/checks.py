@@ -9,15 +9,17 @@ from typing import Any
 
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.keys import ANY_NAME, nearest
-from nemo_advrm.schema import Config
+from nemo_advrm.schema import Config, ModelConfig
 
 AGGREGATES = ("mean", "min", "lcb", "uwo", "gap")
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "trainer.accelerator": ("auto", "cpu", "gpu"),
-    "model.normalization": ("RMSNorm", "LayerNorm", "layernorm1p"),
-    "model.activation": ("swiglu", "geglu", "gelu", "relu", "squared_relu"),
+    "model.normalization": ("RMSNorm", "LayerNorm", "rmsnorm1p", "layernorm1p"),
+    "model.activation": ("swiglu", "geglu", "geglu_tanh", "gelu", "relu", "squared_relu"),
+    "model.rope_scaling": ("", "llama3"),
     "model.position_embedding_type": ("rope", "learned_absolute"),
+    "model.recompute": ("none", "selective", "full", "block"),
     "model.optim.name": ("adam", "sgd"),
     "model.optim.sched.name": ("CosineAnnealing", "constant"),
     "precision.name": ("fp32", "bf16", "fp8_delayed", "fp8_current", "fp8_blockwise", "mxfp8"),
@@ -33,6 +35,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "selection.chosen": ("best", "random"),
     "augmentation.mode": ("append", "mix"),
     "pipeline.gold": ("", "synthetic"),
+    "plan.stage": ("sft", "train_rm", "attack", "rlhf"),
+    "plan.gpu": ("a100_40", "a100_80", "h100", "h200", "b200", "rtx4090"),
     "pipeline.rlhf.*.reward": ("r1", "ensemble", "hardened"),
     "pipeline.rlhf.*.aggregate": AGGREGATES,
 }
@@ -86,6 +90,16 @@ RANGES: dict[str, Range] = {
     "model.layernorm_epsilon": POSITIVE,
     "model.rotary_base": POSITIVE,
     "model.rotary_percent": Range(above=0, at_most=1),
+    "model.rope_scaling_factor": Range(at_least=1),
+    "model.rope_scaling_low_freq_factor": POSITIVE,
+    "model.rope_scaling_high_freq_factor": POSITIVE,
+    "model.rope_scaling_original_context": COUNT,
+    "model.sliding_window": COUNT_OR_ZERO,
+    "model.sliding_window_every": COUNT,
+    "model.attention_softcap": NOT_NEGATIVE,
+    "model.logit_softcap": NOT_NEGATIVE,
+    "model.query_scale": NOT_NEGATIVE,
+    "model.embedding_scale": POSITIVE,
     "model.init_method_std": NOT_NEGATIVE,
     "model.hidden_dropout": BELOW_ONE,
     "model.attention_dropout": BELOW_ONE,
@@ -94,6 +108,11 @@ RANGES: dict[str, Range] = {
     "model.make_vocab_size_divisible_by": COUNT,
     "model.tensor_model_parallel_size": COUNT,
     "model.pipeline_model_parallel_size": COUNT,
+    "model.virtual_pipeline_model_parallel_size": COUNT,
+    "model.num_layers_in_first_pipeline_stage": COUNT_OR_ZERO,
+    "model.num_layers_in_last_pipeline_stage": COUNT_OR_ZERO,
+    "model.context_parallel_size": COUNT,
+    "model.recompute_num_layers": COUNT,
     "model.micro_batch_size": COUNT,
     "model.micro_batch_tokens": COUNT,
     "model.global_batch_size": COUNT,
@@ -103,6 +122,7 @@ RANGES: dict[str, Range] = {
     "model.optim.eps": POSITIVE,
     "model.optim.sched.warmup_steps": COUNT_OR_ZERO,
     "model.optim.sched.min_lr": NOT_NEGATIVE,
+    "precision.bf16_first_last_layers": COUNT_OR_ZERO,
     "data.validation_fraction": Range(above=0, below=1),
     "data.limit_train_rows": COUNT_OR_ZERO,
     "reward_model.centering_coefficient": NOT_NEGATIVE,
@@ -159,6 +179,9 @@ RANGES: dict[str, Range] = {
     "synthetic.validation_pairs": COUNT,
     "synthetic.flip_probability": FRACTION,
     "synthetic.prompts": COUNT,
+    "plan.gpus": COUNT_OR_ZERO,
+    "plan.efficiency": Range(above=0, at_most=1),
+    "plan.reserve_gib": NOT_NEGATIVE,
 }
 
 
@@ -174,6 +197,28 @@ def _values(node: Any, parts: list[str], prefix: str = "") -> Iterator[tuple[str
         yield from _values(child, parts[1:], f"{prefix}.{name}".lstrip("."))
 
 
+def _check_architecture(model: ModelConfig) -> None:
+    """Keys that are each allowed but do not make a model together."""
+    rope = model.position_embedding_type == "rope"
+    if not rope and model.rope_scaling:
+        raise ConfigError(f"model.rope_scaling={model.rope_scaling}: needs model.position_embedding_type=rope")
+    if not rope and model.embedding_scale != 1:
+        raise ConfigError(f"model.embedding_scale={model.embedding_scale}: needs model.position_embedding_type=rope")
+    rotated = int((model.kv_channels or model.hidden_size // model.num_attention_heads) * model.rotary_percent)
+    if rope and (rotated % 2 or not rotated):
+        raise ConfigError(
+            f"model.rotary_percent={model.rotary_percent}: rotates {rotated} channels of a head, which must be even "
+            "and above 0 (model.kv_channels, or model.hidden_size / model.num_attention_heads)"
+        )
+    low, high = model.rope_scaling_low_freq_factor, model.rope_scaling_high_freq_factor
+    if model.rope_scaling and high <= low:
+        raise ConfigError(
+            f"model.rope_scaling_high_freq_factor={high}: must be above model.rope_scaling_low_freq_factor={low}"
+        )
+    if model.sliding_window_every > 1 and not model.sliding_window:
+        raise ConfigError(f"model.sliding_window_every={model.sliding_window_every}: needs model.sliding_window")
+
+
 def check_values(cfg: Config) -> None:
     """Raise :class:`ConfigError` that names the key when a value is not one of its choices or out of its range."""
     for pattern, options in CHOICES.items():
@@ -186,6 +231,7 @@ def check_values(cfg: Config) -> None:
         for key, value in _values(cfg, pattern.split(".")):
             if value not in allowed:
                 raise ConfigError(f"{key}={value}: must be {allowed}")
+    _check_architecture(cfg.model)
     if len(cfg.model.optim.betas) != 2:
         raise ConfigError(f"model.optim.betas={cfg.model.optim.betas}: must be two numbers")
     if cfg.rl.algorithm in ("rloo", "grpo") and cfg.rl.group_size < 2:

@@ -2,21 +2,61 @@
 
 from __future__ import annotations
 
-from nemo_advrm.errors import LayoutError
-from nemo_advrm.schema import Config
+import operator
+
+from nemo_advrm.errors import ConfigError, LayoutError
+from nemo_advrm.schema import Config, ModelConfig
 
 
 def data_parallel_size(cfg: Config, world_size: int) -> int:
-    """Model replicas that ``world_size`` processes hold: world_size / (TP * PP)."""
+    """Model replicas that ``world_size`` processes hold: world_size / (TP * PP * CP)."""
     model = cfg.model
-    replica = model.tensor_model_parallel_size * model.pipeline_model_parallel_size
+    replica = model.tensor_model_parallel_size * model.pipeline_model_parallel_size * model.context_parallel_size
     if world_size % replica:
+        context = f" * model.context_parallel_size={model.context_parallel_size}"
         raise LayoutError(
             f"{world_size} processes (trainer.devices * trainer.num_nodes) cannot be divided by {replica} = "
             f"model.tensor_model_parallel_size={model.tensor_model_parallel_size} * "
             f"model.pipeline_model_parallel_size={model.pipeline_model_parallel_size}"
+            + (context if model.context_parallel_size > 1 else "")
         )
     return world_size // replica
+
+
+def layers_per_stage(model: ModelConfig) -> list[int]:
+    """Transformer layers of each pipeline stage, first to last; raises LayoutError when they cannot be split so."""
+    stages = model.pipeline_model_parallel_size
+    first, last = model.num_layers_in_first_pipeline_stage, model.num_layers_in_last_pipeline_stage
+    if (first or last) and stages < 2:
+        raise LayoutError(
+            "model.num_layers_in_first_pipeline_stage and model.num_layers_in_last_pipeline_stage need "
+            "model.pipeline_model_parallel_size above 1"
+        )
+    free = stages - bool(first) - bool(last)
+    left = model.num_layers - first - last
+    if first or last:
+        if left < free or (left if free == 0 else left % free):
+            raise LayoutError(
+                f"model.num_layers={model.num_layers} less model.num_layers_in_first_pipeline_stage={first} and "
+                f"model.num_layers_in_last_pipeline_stage={last} leaves {left} layers, which {free} stages between "
+                "cannot share equally"
+            )
+    else:
+        _must_divide("model.pipeline_model_parallel_size", stages, "model.num_layers", model.num_layers)
+    each = left // free if free else 0
+    counts = [first or each, *[each] * (stages - 2), last or each] if stages > 1 else [each]
+    chunks = model.virtual_pipeline_model_parallel_size
+    if chunks > 1 and stages == 1:
+        raise LayoutError(
+            f"model.virtual_pipeline_model_parallel_size={chunks} needs model.pipeline_model_parallel_size above 1"
+        )
+    for count in counts:
+        if count % chunks:
+            raise LayoutError(
+                f"{count} layers of a pipeline stage cannot be divided by "
+                f"model.virtual_pipeline_model_parallel_size={chunks}"
+            )
+    return counts
 
 
 def _must_divide(size_key: str, size: int, value_key: str, value: int) -> None:
@@ -24,12 +64,35 @@ def _must_divide(size_key: str, size: int, value_key: str, value: int) -> None:
         raise LayoutError(f"{value_key}={value} cannot be divided by {size_key}={size}")
 
 
-def validate_layout(cfg: Config, world_size: int, transformer_engine: bool = False) -> None:
+# key -> the only value that training knows yet; the planner takes the others too
+_NOT_YET: dict[str, object] = {
+    "model.virtual_pipeline_model_parallel_size": 1,
+    "model.num_layers_in_first_pipeline_stage": 0,
+    "model.num_layers_in_last_pipeline_stage": 0,
+    "model.context_parallel_size": 1,
+    "model.overlap_grad_reduce": False,
+    "model.overlap_param_gather": False,
+    "model.recompute": "none",
+    "model.offload_reference": False,
+    "model.offload_optimizer_while_generating": False,
+    "precision.fp8_params": False,
+    "precision.bf16_first_last_layers": 0,
+}
+
+
+def validate_layout(cfg: Config, world_size: int, transformer_engine: bool = False, planning: bool = False) -> None:
     """Raise :class:`LayoutError` that names the keys when the layout cannot be built.
 
     ``world_size``: processes of the job. ``transformer_engine``: whether it is installed; FP8 needs it.
+    ``planning`` checks the arithmetic alone, without asking what this installation can run: else a value that
+    training does not know yet raises ConfigError.
     """
     model = cfg.model
+    if not planning:
+        for key, known in _NOT_YET.items():
+            value = operator.attrgetter(key)(cfg)
+            if value != known:
+                raise ConfigError(f"{key}={value}: training knows {known} only so far; nemo-advrm plan takes it")
     tensor, pipeline = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
     heads, groups = model.num_attention_heads, model.num_query_groups or model.num_attention_heads
 
@@ -45,8 +108,8 @@ def validate_layout(cfg: Config, world_size: int, transformer_engine: bool = Fal
     if model.sequence_parallel and tensor == 1:
         raise LayoutError(f"model.sequence_parallel=true needs {tensor_key} above 1")
 
-    _must_divide("model.pipeline_model_parallel_size", pipeline, "model.num_layers", model.num_layers)
-    if cfg.precision.name not in ("fp32", "bf16") and not transformer_engine:
+    layers_per_stage(model)
+    if cfg.precision.name not in ("fp32", "bf16") and not (transformer_engine or planning):
         raise LayoutError(f"precision.name={cfg.precision.name} needs Transformer Engine, which is not installed")
     if model.global_batch_size % replicas:
         raise LayoutError(

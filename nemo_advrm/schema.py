@@ -62,16 +62,29 @@ class ModelConfig:
     num_attention_heads: int = 4
     num_query_groups: int = 0  # 0 means num_attention_heads (no grouped-query attention)
     kv_channels: int = 0  # 0 means hidden_size / num_attention_heads
-    normalization: str = "RMSNorm"  # RMSNorm | LayerNorm | layernorm1p
+    normalization: str = "RMSNorm"  # RMSNorm | LayerNorm | rmsnorm1p | layernorm1p (1p: weights are stored minus one)
     layernorm_epsilon: float = 1.0e-5
-    activation: str = "swiglu"  # swiglu | geglu | gelu | relu | squared_relu
+    activation: str = "swiglu"  # swiglu | geglu | geglu_tanh | gelu | relu | squared_relu
     position_embedding_type: str = "rope"  # rope | learned_absolute
     rotary_base: float = 10000.0
     rotary_percent: float = 1.0
+    rope_scaling: str = ""  # "" | llama3 (Llama 3.1: low frequencies are slowed down for longer contexts)
+    rope_scaling_factor: float = 8.0  # how much the lowest frequencies are slowed down
+    rope_scaling_low_freq_factor: float = 1.0  # wavelengths above original_context / this are fully slowed down
+    rope_scaling_high_freq_factor: float = 4.0  # wavelengths below original_context / this stay
+    rope_scaling_original_context: int = 8192  # tokens of context before the scaling
+    sliding_window: int = 0  # keys that a query sees, itself included; 0 means all
+    sliding_window_every: int = 1  # 1: the window is in every layer; 2: in layers 0, 2, 4, ... (Gemma 2)
+    attention_softcap: float = 0.0  # bounds attention scores by c * tanh(score / c); 0 does not
+    logit_softcap: float = 0.0  # bounds next-token logits in the same way
+    query_scale: float = 0.0  # attention scores are multiplied by this ** -0.5; 0 means the size of a head
+    embedding_scale: float = 1.0  # token embeddings are multiplied by it (Gemma: the root of hidden_size)
+    post_norms: bool = False  # norms after attention and after the MLP too (Gemma 2)
     bias: bool = False  # biases in all linear layers
     qkv_bias: bool = False  # biases in the query/key/value projection only (Qwen2)
     qk_layernorm: bool = False  # normalise queries and keys (Qwen3)
     share_embeddings_and_output_weights: bool = True
+    head_bias: bool = False  # the reward head has a bias (NeMo-Aligner's reward models have one)
     init_method_std: float = 0.02
     hidden_dropout: float = 0.0
     attention_dropout: float = 0.0
@@ -82,8 +95,19 @@ class ModelConfig:
     # parallel layout
     tensor_model_parallel_size: int = 1
     pipeline_model_parallel_size: int = 1
+    virtual_pipeline_model_parallel_size: int = 1  # model chunks per pipeline stage (interleaved schedule)
+    num_layers_in_first_pipeline_stage: int = 0  # 0: as many as the others
+    num_layers_in_last_pipeline_stage: int = 0  # 0: as many as the others
+    context_parallel_size: int = 1  # ranks that share one sequence
     sequence_parallel: bool = False
-    use_distributed_optimizer: bool = False
+    use_distributed_optimizer: bool = False  # optimizer state split over data-parallel ranks
+    overlap_grad_reduce: bool = False  # reduce gradients while the backward pass runs
+    overlap_param_gather: bool = False  # gather updated weights while the forward pass runs
+    # memory
+    recompute: str = "none"  # none | selective | full | block
+    recompute_num_layers: int = 1  # full: layers per recomputed unit; block: layers per stage that are recomputed
+    offload_reference: bool = False  # frozen models wait in CPU memory between uses
+    offload_optimizer_while_generating: bool = False  # optimizer state waits in CPU memory while responses are made
     # batches
     micro_batch_size: int = 8  # most rows (pairs, responses) per microbatch
     micro_batch_tokens: int = 8192  # most padded tokens per microbatch; one longer row is its own microbatch
@@ -96,6 +120,8 @@ class PrecisionConfig:
     """Number formats; FP8 recipes need Transformer Engine."""
 
     name: str = "fp32"  # fp32 | bf16 | fp8_delayed | fp8_current | fp8_blockwise | mxfp8
+    fp8_params: bool = False  # keep the weights of linear layers in FP8 instead of casting them at each use
+    bf16_first_last_layers: int = 0  # layers at each end of an FP8 model that stay in bf16
 
 
 @dataclass
@@ -263,6 +289,18 @@ class StageConfig:
 
 
 @dataclass
+class PlanConfig:
+    """What ``nemo-advrm plan`` assumes of the machine and the job."""
+
+    stage: str = "train_rm"  # sft | train_rm | attack | rlhf
+    gpu: str = "h100"  # a100_40 | a100_80 | h100 | h200 | b200 | rtx4090
+    gpus: int = 0  # GPUs of the job; 0 takes trainer.devices * trainer.num_nodes
+    efficiency: float = 0.5  # share of the GPU's peak that its matrix products reach
+    reserve_gib: float = 4.0  # memory per GPU kept for CUDA, NCCL and fragmentation
+    search: bool = False  # look for the fastest layout that fits
+
+
+@dataclass
 class ExpManagerConfig:
     """Loggers of NeMo's exp_manager; files go to the stage's directory."""
 
@@ -294,5 +332,6 @@ class Config:
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)
     synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
     stage: StageConfig = field(default_factory=StageConfig)
     exp_manager: ExpManagerConfig = field(default_factory=ExpManagerConfig)
