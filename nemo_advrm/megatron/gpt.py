@@ -23,20 +23,21 @@ Head = Literal["lm", "reward", "value"]
 
 
 class ScalarHead(nn.Module):
-    """Linear map without bias from the last hidden state to ``outputs`` numbers, in fp32 on every rank.
+    """Linear map from the last hidden state to ``outputs`` numbers, in fp32 on every rank.
 
     It is replicated over tensor-parallel ranks, which all see the same hidden state and so the same
     gradient, and lives on the last pipeline stage.
     """
 
-    def __init__(self, hidden_size: int, outputs: int, init_std: float) -> None:
+    def __init__(self, hidden_size: int, outputs: int, init_std: float, bias: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(outputs, hidden_size, dtype=torch.float32))
+        self.bias = nn.Parameter(torch.zeros(outputs, dtype=torch.float32)) if bias else None
         nn.init.normal_(self.weight, std=init_std)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[..., hidden] in any dtype -> [..., outputs] in fp32."""
-        return nn.functional.linear(hidden.float(), self.weight)
+        return nn.functional.linear(hidden.float(), self.weight, self.bias)
 
 
 class HeadedGPT(GPTModel):
@@ -76,6 +77,11 @@ class HeadedGPT(GPTModel):
             rotary_percent=model.rotary_percent,
             rotary_base=model.rotary_base,
         )
+        if model.rope_scaling:
+            self._scale_rotation(model)
+        # rounded to the embeddings' format first, as in transformers
+        self.embedding_scale = torch.tensor(model.embedding_scale, dtype=config.params_dtype, device="cpu").item()
+        self.logit_softcap = model.logit_softcap
         self.head_kind = head
         if not post_process:
             return
@@ -90,7 +96,19 @@ class HeadedGPT(GPTModel):
             self.own_hidden_V = self.hidden_V[rank * part : (rank + 1) * part]
         else:
             del self.output_layer
-            self.head = ScalarHead(config.hidden_size, head_outputs, head_init_std)
+            bias = model.head_bias and head == "reward"
+            self.head = ScalarHead(config.hidden_size, head_outputs, head_init_std, bias)
+
+    def _scale_rotation(self, model: ModelConfig) -> None:
+        """Llama 3.1's frequencies; the constructor would take the first of the four numbers only."""
+        rotary = self.rotary_pos_emb
+        rotary.inv_freq = rotary._apply_scaling(
+            rotary.inv_freq,
+            factor=model.rope_scaling_factor,
+            low_freq_factor=model.rope_scaling_low_freq_factor,
+            high_freq_factor=model.rope_scaling_high_freq_factor,
+            original_max_position_embeddings=model.rope_scaling_original_context,
+        )
 
     def forward(
         self,
@@ -116,8 +134,14 @@ class HeadedGPT(GPTModel):
             Before the last stage: hidden states [S, B, H]. On it, reward: [B, outputs] at ``read_at_B``;
             value: [B, S]; lm: [N, V / tp] at ``predict_BS`` in row order or [B, V] at ``read_at_B``.
         """
+        embedded = None  # Megatron embeds
+        if self.pre_process and self.embedding_scale != 1:
+            embedded = self.embedding(input_ids=input_ids, position_ids=position_ids) * self.embedding_scale
         decoder_input, rotary, rotary_cos, rotary_sin, offset, _ = self._preprocess(
-            input_ids=input_ids, position_ids=position_ids, inference_context=inference_context
+            input_ids=input_ids,
+            position_ids=position_ids,
+            decoder_input=embedded,
+            inference_context=inference_context,
         )[:6]
         hidden_SBH = self.decoder(
             hidden_states=decoder_input,
@@ -146,6 +170,8 @@ class HeadedGPT(GPTModel):
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         logits, _ = self.output_layer(picked.unsqueeze(1), weight=weight, runtime_gather_output=gather_logits)
         logits = logits.squeeze(1)
+        if self.logit_softcap:
+            logits = self.logit_softcap * torch.tanh(logits / self.logit_softcap)
         hidden_V = self.hidden_V if gather_logits else self.own_hidden_V
         return logits.masked_fill(hidden_V.to(logits.device), -1e9)
 

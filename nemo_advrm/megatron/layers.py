@@ -1,35 +1,25 @@
-"""Transformer parts for Megatron-Core's layer spec where Transformer Engine is absent.
-
-They replace three local modules: the norm (Megatron's refuses sequence parallelism), the attention
-product (PyTorch's fused one instead of explicit score matrices) and the use of the key/value cache
-(rows of one batch may be at different positions, and cached keys are already rotated).
-"""
+"""Norms, and the layer that has norms after its parts too, for Megatron-Core's layer spec."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
-from megatron.core.transformer.attention import SelfAttention
-from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor, nn
-
-from nemo_advrm.megatron.kv_cache import KVCache
-
-# rows of one attention call when decoding on CPU; generation orders rows by length
-_DECODED_TOGETHER = 16
 
 
 class Norm(nn.Module):
     """RMSNorm or LayerNorm over the last dimension, by ``config.normalization``.
 
+    It stands where Transformer Engine's is absent, because Megatron's own refuses sequence parallelism.
     With ``layernorm_zero_centered_gamma`` the stored weight is the scale minus one (Nemotron's
-    layernorm1p). Under sequence parallelism the gradients of the weights are summed over tensor
-    parallel ranks, which Megatron does for parameters that carry ``sequence_parallel``.
+    layernorm1p, Gemma's RMSNorm). Under sequence parallelism the gradients of the weights are summed over
+    tensor parallel ranks, which Megatron does for parameters that carry ``sequence_parallel``.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
@@ -44,113 +34,44 @@ class Norm(nn.Module):
             parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.rms and self.zero_centered:
+            # Gemma multiplies before it rounds: in bf16 the sum with one would lose most of the weight
+            return F.rms_norm(x.float(), self.weight.shape, self.weight.float() + 1, self.eps).type_as(x)
         weight = self.weight + 1 if self.zero_centered else self.weight
         if self.rms:
             return F.rms_norm(x, weight.shape, weight, self.eps)
         return F.layer_norm(x, weight.shape, weight, self.bias, self.eps)
 
 
-class FusedCoreAttention(MegatronModule):
-    """softmax(QK'/sqrt(d))V through ``scaled_dot_product_attention``, with grouped queries.
+class PostNormLayer(TransformerLayer):
+    """A layer whose attention and MLP outputs are normalised before they join the residual stream (Gemma 2).
 
-    Rows are padded on the right, so the causal mask alone keeps real tokens from seeing padding;
-    decoding from a cache passes an explicit mask (True = hidden) with ``AttnMaskType.arbitrary``.
+    Args:
+        norm: class of the two norms, ``post_self_attn_layernorm`` and ``post_mlp_layernorm``.
     """
 
     def __init__(
-        self,
-        config: TransformerConfig,
-        layer_number: int,
-        attn_mask_type: AttnMaskType,
-        attention_type: str,
-        attention_dropout: float | None = None,
-        softmax_scale: float | None = None,
-        cp_comm_type: str | None = None,
-        pg_collection: Any = None,
+        self, config: TransformerConfig, submodules: TransformerLayerSubmodules, *, norm: type[nn.Module], **kwargs: Any
     ) -> None:
-        super().__init__(config=config)
-        self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
-        self.softmax_scale = softmax_scale
-
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        attn_mask_type: AttnMaskType | None = None,
-        attention_bias: Tensor | None = None,
-        packed_seq_params: Any = None,
-    ) -> Tensor:
-        """query [sq, b, heads, d], key and value [sk, b, groups, d] -> context [sq, b, heads * d]."""
-        from megatron.core.tensor_parallel import get_cuda_rng_tracker
-
-        masked = attn_mask_type == AttnMaskType.arbitrary
-        dropout = self.dropout if self.training else 0.0
-        q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
-        if q.size(2) == 1:
-            # one token a row: the heads of a group stand as its queries, so that its keys are read once
-            q = q.reshape(q.size(0), k.size(1), -1, q.size(3))
-
-        visible = ~attention_mask if masked and attention_mask is not None else None
-
-        def attend(rows: slice = slice(None), keys: int | None = None) -> Tensor:
-            return F.scaled_dot_product_attention(
-                q[rows],
-                k[rows, :, :keys],
-                v[rows, :, :keys],
-                attn_mask=visible[rows, ..., :keys] if visible is not None else None,
-                is_causal=not masked and query.size(0) > 1,
-                dropout_p=dropout,
-                scale=self.softmax_scale,
-                enable_gqa=q.size(1) != k.size(1),
-            )
-
-        if dropout and not self.config.sequence_parallel:
-            with get_cuda_rng_tracker().fork():
-                context = attend()
-        elif visible is not None and query.size(0) == 1 and query.device.type == "cpu":
-            context = torch.cat([attend(rows, keys) for rows, keys in _row_groups(visible)])
-        else:
-            context = attend()
-        if query.size(0) == 1:
-            return context.reshape(1, query.size(1), -1)
-        return context.permute(2, 0, 1, 3).reshape(query.size(0), query.size(1), -1)
+        super().__init__(config=config, submodules=submodules, **kwargs)
+        for part in ("self_attn", "mlp"):
+            after = build_module(norm, config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon)
+            setattr(self, f"post_{part}_layernorm", after)
+            setattr(self, f"{part}_bda", _after_norm(after, getattr(self, f"{part}_bda")))
 
 
-def _row_groups(visible: Tensor) -> list[tuple[slice, int]]:
-    """(rows, keys to read) of a step of decoding: on CPU the step waits for the cache to come from memory.
-
-    ``visible`` is [b, 1, 1, keys], True in front.
-    """
-    lengths = visible.sum(-1).flatten().tolist()
-    starts = range(0, len(lengths), _DECODED_TOGETHER)
-    return [(slice(i, i + _DECODED_TOGETHER), max(lengths[i : i + _DECODED_TOGETHER])) for i in starts]
+AddToResidual = Callable[[tuple[Tensor, Tensor | None], Tensor, float], Tensor]
+"""((output, bias or None), residual, dropout probability) -> the sum; Megatron's "bias dropout add"."""
 
 
-class CachedSelfAttention(SelfAttention):
-    """Self-attention whose cache holds rotated keys and whose rows may be at different positions."""
+def _after_norm(norm: nn.Module, bias_dropout_add: Callable[..., AddToResidual]) -> Callable[..., AddToResidual]:
+    def build(training: bool, fused: bool) -> AddToResidual:
+        add = bias_dropout_add(training, fused)
 
-    def _adjust_key_value_for_inference(
-        self,
-        inference_context: KVCache | None,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        rotary_pos_emb: Any,
-        *args: Any,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor, Tensor, Any, AttnMaskType, None]:
-        if inference_context is None:
-            return super()._adjust_key_value_for_inference(
-                inference_context, query, key, value, rotary_pos_emb, *args, **kwargs
-            )
-        cache = inference_context
-        if rotary_pos_emb is not None:
-            angles_q, angles_k = (cache.rotary_angles(angles, query.size(0)) for angles in rotary_pos_emb)
-            group = self.pg_collection.cp
-            query = apply_rotary_pos_emb(query, angles_q, config=self.config, cp_group=group)
-            key = apply_rotary_pos_emb(key, angles_k, config=self.config, cp_group=group)
-        key, value = cache.update(self.layer_number, key, value)
-        mask_type = AttnMaskType.causal if cache.prefilling else AttnMaskType.arbitrary
-        return query, key, value, None, mask_type, None
+        def normalise_and_add(output: tuple[Tensor, Tensor | None], residual: Tensor, dropout: float) -> Tensor:
+            x, bias = output
+            return add((norm(x if bias is None else x + bias), None), residual, dropout)
+
+        return normalise_and_add
+
+    return build

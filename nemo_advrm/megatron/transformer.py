@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from nemo_advrm.errors import ConfigError
-from nemo_advrm.megatron.layers import CachedSelfAttention, FusedCoreAttention, Norm
+from nemo_advrm.megatron.attention import CachedSelfAttention, FusedCoreAttention
+from nemo_advrm.megatron.layers import Norm, PostNormLayer
 from nemo_advrm.schema import ModelConfig, PrecisionConfig
 
 
@@ -23,13 +25,25 @@ def squared_relu(x: torch.Tensor) -> torch.Tensor:
     return F.relu(x).square()
 
 
+def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
 # name -> (function, gated linear unit)
 ACTIVATIONS: dict[str, tuple[Any, bool]] = {
     "swiglu": (F.silu, True),
     "geglu": (F.gelu, True),
+    "geglu_tanh": (gelu_tanh, True),
     "gelu": (F.gelu, False),
     "relu": (F.relu, False),
     "squared_relu": (squared_relu, False),
+}
+# name -> (Megatron's normalization, whether the stored weight is the scale minus one)
+NORMALIZATIONS: dict[str, tuple[str, bool]] = {
+    "RMSNorm": ("RMSNorm", False),
+    "rmsnorm1p": ("RMSNorm", True),
+    "LayerNorm": ("LayerNorm", False),
+    "layernorm1p": ("LayerNorm", True),
 }
 _FP8_RECIPES = {"fp8_delayed": "delayed", "fp8_current": "tensorwise", "fp8_blockwise": "blockwise", "mxfp8": "mxfp8"}
 
@@ -42,6 +56,22 @@ def ffn_size(model: ModelConfig) -> int:
     return model.ffn_hidden_size or 4 * model.hidden_size
 
 
+def head_size(model: ModelConfig) -> int:
+    return model.kv_channels or model.hidden_size // model.num_attention_heads
+
+
+def query_groups(model: ModelConfig) -> int:
+    return model.num_query_groups or model.num_attention_heads
+
+
+def _sliding_window(model: ModelConfig) -> dict[str, Any]:
+    """Megatron counts the keys before the query and takes a switch per layer."""
+    if not model.sliding_window:
+        return {}
+    switches = [int(layer % model.sliding_window_every == 0) for layer in range(model.num_layers)]
+    return {"window_size": (model.sliding_window - 1, 0), "window_attn_skip_freq": switches}
+
+
 def transformer_config(model: ModelConfig, precision: PrecisionConfig, on_gpu: bool) -> TransformerConfig:
     """Megatron-Core's configuration of ``model``.
 
@@ -50,6 +80,7 @@ def transformer_config(model: ModelConfig, precision: PrecisionConfig, on_gpu: b
     depend on how rows are spread over microbatches and ranks.
     """
     activation, gated = ACTIVATIONS[model.activation]
+    normalization, zero_centered = NORMALIZATIONS[model.normalization]
     dtype = torch.float32 if precision.name == "fp32" else torch.bfloat16
     if dtype == torch.bfloat16 and not on_gpu:
         raise ConfigError(f"precision={precision.name} trains on a GPU; on a CPU use precision=fp32")
@@ -69,10 +100,11 @@ def transformer_config(model: ModelConfig, precision: PrecisionConfig, on_gpu: b
         hidden_size=model.hidden_size,
         ffn_hidden_size=ffn_size(model),
         num_attention_heads=model.num_attention_heads,
-        num_query_groups=model.num_query_groups or model.num_attention_heads,
-        kv_channels=model.kv_channels or model.hidden_size // model.num_attention_heads,
-        normalization="LayerNorm" if model.normalization == "layernorm1p" else model.normalization,
-        layernorm_zero_centered_gamma=model.normalization == "layernorm1p",
+        num_query_groups=query_groups(model),
+        kv_channels=head_size(model),
+        softmax_scale=model.query_scale**-0.5 if model.query_scale else None,
+        normalization=normalization,
+        layernorm_zero_centered_gamma=zero_centered,
         layernorm_epsilon=model.layernorm_epsilon,
         activation_func=activation,
         gated_linear_unit=gated,
@@ -100,6 +132,7 @@ def transformer_config(model: ModelConfig, precision: PrecisionConfig, on_gpu: b
         apply_rope_fusion=False,
         persist_layer_norm=False,
         deallocate_pipeline_outputs=True,
+        **_sliding_window(model),
         **fp8,
     )
 
@@ -107,16 +140,39 @@ def transformer_config(model: ModelConfig, precision: PrecisionConfig, on_gpu: b
 def layer_spec(model: ModelConfig, on_gpu: bool) -> ModuleSpec:
     """Transformer Engine's layer on a GPU that has it, else Megatron's local one with our parts."""
     if on_gpu and has_transformer_engine():
-        spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=model.qk_layernorm)
-        spec.submodules.self_attention.module = CachedSelfAttention
-        return spec
+        return _transformer_engine_spec(model)
     spec = get_gpt_layer_local_spec(qk_layernorm=model.qk_layernorm, normalization="RMSNorm")
     spec.submodules.input_layernorm = Norm
     spec.submodules.pre_mlp_layernorm = Norm
     attention = spec.submodules.self_attention
     attention.module = CachedSelfAttention
-    attention.submodules.core_attention = FusedCoreAttention
+    attention.submodules.core_attention = partial(FusedCoreAttention, softcap=model.attention_softcap)
     if model.qk_layernorm:
         attention.submodules.q_layernorm = Norm
         attention.submodules.k_layernorm = Norm
+    return _with_post_norms(spec, model, Norm)
+
+
+def _transformer_engine_spec(model: ModelConfig) -> ModuleSpec:
+    """Not yet run: no machine with Transformer Engine was at hand.
+
+    Its attention takes no soft-cap and no window for each row of a cache, so models with a soft-cap or a sliding
+    window have our attention between its linear layers.
+    """
+    spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=model.qk_layernorm)
+    attention = spec.submodules.self_attention
+    attention.module = CachedSelfAttention
+    if model.attention_softcap or model.sliding_window:
+        attention.submodules.core_attention = partial(FusedCoreAttention, softcap=model.attention_softcap)
+    if not model.post_norms:
+        return spec
+    from megatron.core.extensions.transformer_engine import TENorm
+
+    return _with_post_norms(spec, model, TENorm)
+
+
+def _with_post_norms(spec: ModuleSpec, model: ModelConfig, norm: type) -> ModuleSpec:
+    if model.post_norms:
+        spec.module = PostNormLayer
+        spec.params = {**spec.params, "norm": norm}
     return spec
