@@ -1,5 +1,6 @@
 # make run    set up .venv and run the main job: the Adv-RM rounds on the embedded synthetic language
 # make test   set up .venv and run the tests
+# make test-aligner  run the tests against NeMo-Aligner 0.7.0, in an environment of its own (.venv-aligner, 2.6 GB)
 # make setup | lint | clean
 PYTHON ?= python3.11
 VENV ?= .venv
@@ -7,8 +8,12 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+ALIGNER_VENV ?= .venv-aligner
+ALIGNER_PINS := tests/aligner/requirements.txt tests/aligner/requirements-no-deps.txt
+ALIGNER_STAMP := $(ALIGNER_VENV)/.installed-$(shell cat $(ALIGNER_PINS) | sha256sum | cut -c1-16)
+ALIGNER_PIP := $(ALIGNER_VENV)/bin/python -m pip --disable-pip-version-check
 
-.PHONY: setup run test lint clean
+.PHONY: setup run test test-aligner lint clean
 
 setup: $(STAMP)
 
@@ -28,6 +33,18 @@ run: setup
 
 test: setup
 	$(BIN)/python -m pytest $(ARGS)
+
+# The name of the stamp holds the hash of the pins: an environment is built once for each set of them.
+$(ALIGNER_STAMP):
+	rm -rf $(ALIGNER_VENV)
+	$(PYTHON) -m venv $(ALIGNER_VENV)
+	$(ALIGNER_PIP) install -q $(TORCH)
+	$(ALIGNER_PIP) install -q -r tests/aligner/requirements.txt
+	$(ALIGNER_PIP) install -q --no-deps -r tests/aligner/requirements-no-deps.txt
+	@touch $@
+
+test-aligner: setup $(ALIGNER_STAMP)
+	ALIGNER_PYTHON=$(ALIGNER_VENV)/bin/python $(BIN)/python -m pytest tests/aligner $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .
