@@ -22,32 +22,16 @@ from torch.distributed.checkpoint.api import CheckpointException  # not an Excep
 
 from nemo_advrm.errors import CheckpointError
 from nemo_advrm.megatron import runtime
+from nemo_advrm.megatron.architecture import first_difference
 from nemo_advrm.megatron.model import MegatronModel
 from nemo_advrm.megatron.optim import MegatronOptimizer
 
 FORMAT = 1
-# what must agree between a checkpoint and the model that loads it
-_ARCHITECTURE = [
-    "num_layers",
-    "hidden_size",
-    "ffn_hidden_size",
-    "num_attention_heads",
-    "num_query_groups",
-    "kv_channels",
-    "normalization",
-    "activation",
-    "position_embedding_type",
-    "rotary_base",
-    "rotary_percent",
-    "bias",
-    "qkv_bias",
-    "qk_layernorm",
-    "share_embeddings_and_output_weights",
-]
 
 
 def _meta(model: MegatronModel, extra: dict[str, Any]) -> dict[str, Any]:
-    return {"format": FORMAT, "head": model.head, "vocab_size": model.vocab_size, "model": asdict(model.model), **extra}
+    own = {"head": model.head, "head_outputs": model.head_outputs, "vocab_size": model.vocab_size}
+    return {"format": FORMAT, **own, "model": asdict(model.model), **extra}
 
 
 def _optimizer_meta(optimizer: MegatronOptimizer | None) -> dict[str, bool]:
@@ -121,13 +105,10 @@ def read_meta(path: Path) -> dict[str, Any]:
 
 
 def _check_architecture(path: Path, meta: dict[str, Any], model: MegatronModel) -> None:
-    mine = asdict(model.model)
-    for key in _ARCHITECTURE:
-        if meta["model"].get(key) != mine[key]:
-            raise CheckpointError(
-                f"{path}: model.{key} is {meta['model'].get(key)!r} in the checkpoint and {mine[key]!r} in the "
-                "configuration"
-            )
+    difference = first_difference(meta["model"], asdict(model.model), meta["head"], model.head)
+    if difference:
+        key, theirs, mine = difference
+        raise CheckpointError(f"{path}: model.{key} is {theirs!r} in the checkpoint and {mine!r} in the configuration")
     if meta["vocab_size"] != model.vocab_size:
         raise CheckpointError(
             f"{path}: the vocabulary has {meta['vocab_size']} entries in the checkpoint and {model.vocab_size} in the "

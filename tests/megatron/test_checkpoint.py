@@ -136,11 +136,51 @@ def test_a_damaged_weight_file_is_refused_by_the_name_of_the_checkpoint(copy: Pa
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("num_layers", 2), ("ffn_hidden_size", 64), ("num_query_groups", 2), ("normalization", "RMSNorm")],
+    [
+        ("num_layers", 2),
+        ("ffn_hidden_size", 64),
+        ("num_query_groups", 2),
+        ("normalization", "RMSNorm"),
+        ("query_scale", 20.0),
+    ],
 )
 def test_another_architecture_is_refused_by_key_and_both_values(saved: Path, key: str, value: Any) -> None:
     with pytest.raises(CheckpointError, match=rf"model\.{key} is .* in the checkpoint and {value!r} in the conf"):
         checkpoint.load(saved, _build(**{key: value}))
+
+
+@pytest.mark.parametrize(
+    "same",
+    [
+        {"ffn_hidden_size": 128, "num_query_groups": 4, "kv_channels": 8, "query_scale": 8.0, "qkv_bias": True},
+        {"rotary_base": 5e5, "rope_scaling_factor": 2.0, "sliding_window_every": 2},  # without effect here
+        {"share_embeddings_and_output_weights": True, "logit_softcap": 5.0},  # of a head it has not
+    ],
+)
+def test_the_same_architecture_in_other_words_is_the_same(saved: Path, same: dict[str, Any]) -> None:
+    checkpoint.load(saved, _build(**same))
+
+
+def test_keys_that_an_older_checkpoint_lacks_count_as_their_defaults(copy: Path) -> None:
+    meta = json.loads((copy / "meta.json").read_text())
+    for key in ("post_norms", "attention_softcap", "sliding_window", "embedding_scale", "head_bias"):
+        del meta["model"][key]
+    (copy / "meta.json").write_text(json.dumps(meta))
+    checkpoint.load(copy, _build())
+    for key, value in (("post_norms", True), ("attention_softcap", 50.0), ("sliding_window", 8), ("head_bias", True)):
+        with pytest.raises(CheckpointError, match=rf"model\.{key} is (False|0\.0|0) .* and {value!r} in the conf"):
+            checkpoint.load(copy, _build(**{key: value}))
+
+
+def test_a_new_head_may_have_a_bias_that_the_language_model_had_no_use_for(single: Runtime, tmp_path: Path) -> None:
+    checkpoint.save(tmp_path / "lm", _build("lm"))
+    reward = _build(head_bias=True)
+    checkpoint.load(tmp_path / "lm", reward, new_head=True)
+    checkpoint.save(tmp_path / "reward", reward)
+    with torch.no_grad():
+        reward.parts[0].head.bias.fill_(3)
+    checkpoint.load(tmp_path / "reward", reward)
+    assert reward.parts[0].head.bias.tolist() == [0]
 
 
 def test_another_vocabulary_is_refused(saved: Path) -> None:
