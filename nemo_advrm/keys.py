@@ -62,6 +62,11 @@ def _walk(cls: type, prefix: str, default: Any) -> typing.Iterator[Key]:
             yield from _walk(typing.cast(type, inner), f"{dotted}.{ANY_NAME}.", typing.cast(type, inner)())
 
 
+def keys_of(cls: type) -> list[Key]:
+    """The leaf keys of one class of the schema, in its order."""
+    return list(_walk(cls, "", cls()))
+
+
 @functools.cache
 def all_keys() -> dict[str, Key]:
     """Every leaf key of the schema by dotted name, in the schema's order."""

@@ -1,0 +1,175 @@
+"""One conversion: opens both sides by their format, checks everything, then moves tensor by tensor."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nemo_advrm import __version__
+from nemo_advrm.convert.safetensors_files import parse_size
+from nemo_advrm.convert.tensors import TensorSink, TensorSource, TensorSpec
+from nemo_advrm.errors import CheckpointError, ConfigError
+from nemo_advrm.keys import nearest
+from nemo_advrm.layout import validate_layout
+from nemo_advrm.schema import Config, ConvertConfig
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+FORMATS = ("hf", "megatron", "nemo")
+
+
+def check_settings(settings: ConvertConfig) -> None:
+    """Raise ConfigError for a missing or impossible value, before anything is opened."""
+    for key, value in (("from", settings.from_), ("to", settings.to)):
+        if not value:
+            raise ConfigError(f"{key} is not set: {key}={' | '.join(FORMATS)}")
+        if value not in FORMATS:
+            raise ConfigError(f"{key}={value}: did you mean {nearest(value, FORMATS)}?")
+    for key, value in (("path", settings.path), ("out", settings.out)):
+        if not value and not (key == "out" and settings.dry_run):
+            raise ConfigError(f"{key} is not set")
+    if settings.dtype and settings.dtype not in DTYPES:
+        raise ConfigError(f"dtype={settings.dtype}: did you mean {nearest(settings.dtype, list(DTYPES))}?")
+    try:
+        parse_size(settings.max_shard_size)
+    except ValueError:
+        raise ConfigError(f"max_shard_size={settings.max_shard_size}: not a size as 5GB or 500MB") from None
+    for key in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
+        if getattr(settings, key) < 1:
+            raise ConfigError(f"{key}={getattr(settings, key)}: must be at least 1")
+    if settings.tokenizer and not Path(settings.tokenizer).exists():
+        raise ConfigError(f"tokenizer={settings.tokenizer}: there is no such file or directory")
+
+
+def open_source(settings: ConvertConfig) -> TensorSource:
+    """The checkpoint ``path`` in the format ``from``; raises CheckpointError when it cannot be converted."""
+    path, tokenizer = Path(settings.path), Path(settings.tokenizer) if settings.tokenizer else None
+    source: TensorSource
+    if settings.from_ == "hf":
+        from nemo_advrm.convert.hf_source import HFSource
+
+        source = HFSource(path, tokenizer)
+    elif settings.from_ == "megatron":
+        from nemo_advrm.convert.megatron import MegatronSource
+
+        source = MegatronSource(path, tokenizer)
+    else:
+        source = importlib.import_module("nemo_advrm.convert.nemo_file").open_source(settings)
+    return source
+
+
+def open_sink(settings: ConvertConfig, source: TensorSource) -> TensorSink:
+    """What will be written at ``out`` in the format ``to``; checks all and writes nothing yet."""
+    specs = target_specs(settings, source)
+    out = Path(settings.out or f"{settings.path}.{settings.to}")
+    if out.absolute() == source.path.absolute():
+        raise CheckpointError(f"{out}: is also what is converted")
+    sink: TensorSink
+    if settings.to == "hf":
+        from nemo_advrm.convert.hf_sink import HEAD_BIAS, HFSink
+
+        sink = HFSink(
+            out,
+            source.description,
+            specs,
+            head_bias=source.read(HEAD_BIAS) if HEAD_BIAS in specs else None,
+            drop_head_bias=settings.drop_head_bias,
+            architecture=settings.architecture,
+            max_shard_bytes=parse_size(settings.max_shard_size),
+        )
+    elif settings.to == "megatron":
+        from nemo_advrm.convert.megatron import MegatronSink
+
+        sink = MegatronSink(out, source.description, specs)
+    else:
+        sink = importlib.import_module("nemo_advrm.convert.nemo_file").open_sink(settings, source, specs)
+    return sink
+
+
+def target_specs(settings: ConvertConfig, source: TensorSource) -> dict[str, TensorSpec]:
+    """The source's tensors in the number format ``dtype``."""
+    dtype = DTYPES.get(settings.dtype)
+    specs = source.tensors()
+    return {name: replace(spec, dtype=dtype or spec.dtype) for name, spec in specs.items()}
+
+
+def convert(settings: ConvertConfig, report: Any = print) -> None:
+    """Convert one checkpoint; with ``dry_run`` only show what would be done.
+
+    At any time at most the parts of one canonical tensor are in memory. An error leaves nothing at ``out``.
+
+    Raises:
+        ConfigError, CheckpointError, LayoutError: one sentence on what does not fit, before anything is written.
+    """
+    check_settings(settings)
+    with open_source(settings) as source:
+        source.description.provenance |= {"converted_by": f"nemo_advrm {__version__}", **_card_facts(settings)}
+        _lay_out(settings, source)
+        sink = open_sink(settings, source)
+        for line in _summary(settings, source, sink):
+            report(line)
+        if settings.dry_run:
+            return
+        specs = target_specs(settings, source)
+        with sink:
+            for name, spec in specs.items():
+                sink.write(name, source.read(name).to(spec.dtype))
+        report(f"written: {sink.path}")
+
+
+def _lay_out(settings: ConvertConfig, source: TensorSource) -> None:
+    """Give the model the wanted layout, which pads the vocabulary; LayoutError where it cannot be divided."""
+    model = source.description.model
+    model.tensor_model_parallel_size = settings.tensor_model_parallel_size
+    model.pipeline_model_parallel_size = settings.pipeline_model_parallel_size
+    model.sequence_parallel = False
+    world = settings.tensor_model_parallel_size * settings.pipeline_model_parallel_size
+    validate_layout(Config(model=model), world)
+    if settings.to == "megatron":
+        # a checkpoint opens at any layout: the model itself names none
+        unit = model.make_vocab_size_divisible_by
+        if unit % settings.tensor_model_parallel_size:
+            model.make_vocab_size_divisible_by = unit * settings.tensor_model_parallel_size
+        model.tensor_model_parallel_size = model.pipeline_model_parallel_size = 1
+
+
+def _card_facts(settings: ConvertConfig) -> dict[str, Any]:
+    """Facts on training for the model card: of the file ``card``, else of the run that trained the checkpoint."""
+    if settings.card:
+        try:
+            facts = json.loads(Path(settings.card).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"card={settings.card}: not a JSON file ({error})") from None
+        if not isinstance(facts, dict):
+            raise ConfigError(f"card={settings.card}: not a JSON object")
+        return facts
+    run = Path(settings.path).absolute().parent / "config.yaml"
+    if settings.from_ != "megatron" or not run.exists():
+        return {}
+    from omegaconf import OmegaConf
+
+    select = OmegaConf.load(run)
+    keys = {
+        "base_model": "pretrained_checkpoint.restore_from_path",
+        "data": "data.train_path",
+        "adversarial_pairs": "augmentation.pairs_path",
+    }
+    return {fact: value for fact, key in keys.items() if (value := OmegaConf.select(select, key))}
+
+
+def _summary(settings: ConvertConfig, source: TensorSource, sink: TensorSink) -> Iterator[str]:
+    specs = source.tensors()
+    if settings.dry_run:
+        for name, spec in specs.items():
+            yield f"{source.native(name)} -> {sink.native(name)} {list(spec.shape)}"
+    total = sum(spec.nbytes for spec in specs.values())
+    kind = {"lm": "language model", "reward": "reward model", "value": "critic"}[source.description.head]
+    yield (
+        f"{kind}, {len(specs)} tensors: {total / 1e9:.3f} GB at {source.path} -> {sink.nbytes / 1e9:.3f} GB"
+        f"{f' at {sink.path}' if settings.out else ''}{' (dry run: nothing is written)' if settings.dry_run else ''}"
+    )

@@ -1,0 +1,170 @@
+"""The ``torch_dist`` weights of Megatron-Core, layer by layer, where Megatron itself reads and writes whole models.
+
+Megatron stacks the layers of one name on dimension 0. Reading takes one layer out of a stacked tensor, whatever the
+chunks it was saved in; writing stores each layer as one chunk in a file of its own. Both go through
+``torch.distributed.checkpoint``'s file reader and writer, without process groups.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter, Metadata
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import _StoragePrefix
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import LoadPlan, ReadItem, SavePlan, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.checkpoint.storage import WriteResult
+
+from nemo_advrm.convert.names import LAYERS_WITH_EXTRA_STATE, layer_of, stacked_name
+from nemo_advrm.convert.tensors import TensorSpec
+
+PREFIX = "model."  # what a model is called in a checkpoint
+_LAYERS = "decoder.layers."
+
+
+class StackedReader:
+    """Canonical tensors of a ``weights`` directory.
+
+    Args:
+        directory: holds ``.metadata`` and the data files.
+        metadata: its description, already read; None reads it with torch (which unpickles it).
+    """
+
+    def __init__(self, directory: Path, metadata: Metadata | None = None) -> None:
+        self._reader = FileSystemReader(directory)
+        self._metadata = metadata or self._reader.read_metadata()
+        self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
+        self.specs: dict[str, TensorSpec] = {}
+        for key, stored in self._metadata.state_dict_metadata.items():
+            if not key.startswith(PREFIX) or not isinstance(stored, TensorStorageMetadata):
+                continue
+            name, shape = key.removeprefix(PREFIX), tuple(stored.size)
+            if not name.startswith(_LAYERS):
+                self.specs[name] = TensorSpec(shape, stored.properties.dtype)
+                continue
+            for layer in range(shape[0]):
+                one = name.replace(_LAYERS, f"{_LAYERS}{layer}.", 1)
+                self.specs[one] = TensorSpec(shape[1:], stored.properties.dtype)
+
+    def read(self, name: str) -> Tensor:
+        spec, layer = self.specs[name], layer_of(name)
+        key = PREFIX + stacked_name(name)
+        stored = self._metadata.state_dict_metadata[key]
+        assert isinstance(stored, TensorStorageMetadata)
+        offsets, sizes = [0] * len(stored.size), list(stored.size)
+        if layer is not None:
+            offsets[0], sizes[0] = layer, 1
+        target = torch.empty(sizes, dtype=spec.dtype)
+        wanted = ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
+        items = create_read_items_for_chunk_list(key, stored, [wanted])
+        if sum(torch.Size(item.lengths).numel() for item in items) != target.numel():
+            raise ValueError(f"{name} is not stored completely")
+        self._reader.read_data(LoadPlan(items), _Into(target)).wait()
+        return target.reshape(spec.shape)
+
+
+class _Into(DefaultLoadPlanner):
+    """Takes what is read into parts of one tensor."""
+
+    def __init__(self, target: Tensor) -> None:
+        super().__init__()
+        self._target = target
+
+    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
+        part = self._target
+        for dim, (start, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
+            part = part.narrow(dim, start, length)
+        return part
+
+    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
+        """Nothing is left to do: the target itself was filled."""
+
+
+class _One(DefaultSavePlanner):
+    """Gives the writer one tensor, or bytes."""
+
+    def __init__(self, data: Tensor | io.BytesIO) -> None:
+        super().__init__()
+        self._data = data
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
+        return self._data
+
+
+class StackedWriter:
+    """Writes canonical tensors into an empty ``weights`` directory that Megatron loads at any layout.
+
+    Args:
+        num_layers: of the whole model.
+        specs: every tensor that will come, with the padded shapes.
+        sync: wait for the disk after each file.
+    """
+
+    def __init__(self, directory: Path, num_layers: int, specs: dict[str, TensorSpec], sync: bool = True) -> None:
+        self._directory = directory
+        self._layers = num_layers
+        self._specs = specs
+        self._writer = FileSystemWriter(directory, sync_files=sync)
+        self._writer.set_up_storage_writer(is_coordinator=True)
+        self._results: list[WriteResult] = []
+        self._numbers = itertools.count()
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        layer = layer_of(name)
+        if layer is not None:
+            tensor = tensor.unsqueeze(0)
+        chunk = _chunk(layer, tensor.shape)
+        data = TensorWriteData(chunk, TensorProperties(dtype=tensor.dtype), _whole(layer, self._layers, tensor.shape))
+        index = MetadataIndex(PREFIX + stacked_name(name), chunk.offsets, layer or 0)
+        self._put([WriteItem(index, WriteItemType.SHARD, tensor_data=data)], tensor.contiguous())
+
+    def close(self) -> None:
+        """Write the states that Megatron keeps of its linear layers (empty), and what describes the files."""
+        empty = io.BytesIO()
+        torch.save([None], empty)
+        states = list(_extra_states(self._layers))
+        self._put([WriteItem(MetadataIndex(key), WriteItemType.BYTE_IO) for key in states], empty)
+        stored: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {k: BytesStorageMetadata() for k in states}
+        for name, spec in self._specs.items():
+            layer, key = layer_of(name), PREFIX + stacked_name(name)
+            shape = torch.Size(spec.shape if layer is None else (1, *spec.shape))
+            if key not in stored:
+                size = _whole(layer, self._layers, shape)
+                stored[key] = TensorStorageMetadata(TensorProperties(dtype=spec.dtype), size, [])
+            whole = stored[key]
+            assert isinstance(whole, TensorStorageMetadata)
+            whole.chunks.append(_chunk(layer, shape))
+        self._writer.finish(Metadata(stored), [self._results])
+        torch.save({}, self._directory / "common.pt")
+        save_config(CheckpointingConfig("torch_dist"), str(self._directory))
+
+    def _put(self, items: list[WriteItem], data: Tensor | io.BytesIO) -> None:
+        plan = SavePlan(items, storage_data=_StoragePrefix(f"__{next(self._numbers)}_"))
+        self._results += self._writer.write_data(plan, _One(data)).wait()
+
+
+def _chunk(layer: int | None, shape: torch.Size) -> ChunkStorageMetadata:
+    return ChunkStorageMetadata(torch.Size((layer or 0, *([0] * (len(shape) - 1)))), torch.Size(shape))
+
+
+def _whole(layer: int | None, layers: int, shape: torch.Size) -> torch.Size:
+    return torch.Size(shape if layer is None else (layers, *shape[1:]))
+
+
+def _extra_states(layers: int) -> Iterable[str]:
+    for module, layer in itertools.product(LAYERS_WITH_EXTRA_STATE, range(layers)):
+        yield f"{PREFIX}{_LAYERS}{module}._extra_state/shard_{layer}_{layers}"

@@ -1,0 +1,226 @@
+"""config.json <-> ModelConfig, by the tables of :mod:`nemo_advrm.convert.tables`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from nemo_advrm.convert.tables import ARCHITECTURES, Architecture
+from nemo_advrm.errors import CheckpointError
+from nemo_advrm.keys import nearest
+from nemo_advrm.megatron.architecture import first_difference
+from nemo_advrm.megatron.gpt import Head
+from nemo_advrm.megatron.transformer import ffn_size, head_size, query_groups
+from nemo_advrm.schema import ModelConfig
+
+CLASSES: dict[str, Head] = {"ForCausalLM": "lm", "ForSequenceClassification": "reward"}
+
+# (config.json, ModelConfig) of every architecture
+_SHARED = (
+    ("num_hidden_layers", "num_layers"),
+    ("hidden_size", "hidden_size"),
+    ("intermediate_size", "ffn_hidden_size"),
+    ("num_attention_heads", "num_attention_heads"),
+    ("num_key_value_heads", "num_query_groups"),
+    ("head_dim", "kv_channels"),
+    ("vocab_size", "vocab_size"),
+    ("max_position_embeddings", "encoder_seq_length"),
+    ("initializer_range", "init_method_std"),
+    ("tie_word_embeddings", "share_embeddings_and_output_weights"),
+)
+_LLAMA3_ROPE = (
+    ("factor", "rope_scaling_factor"),
+    ("low_freq_factor", "rope_scaling_low_freq_factor"),
+    ("high_freq_factor", "rope_scaling_high_freq_factor"),
+    ("original_max_position_embeddings", "rope_scaling_original_context"),
+)
+# what every architecture computes unless its table says otherwise
+_USUAL = {
+    "normalization": "RMSNorm",
+    "activation": "swiglu",
+    "position_embedding_type": "rope",
+    "bias": False,
+    "qkv_bias": False,
+    "qk_layernorm": False,
+    "post_norms": False,
+    "attention_softcap": 0.0,
+    "logit_softcap": 0.0,
+    "embedding_scale": 1.0,
+    "query_scale": 0.0,
+}
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """config.json of a Hugging Face directory with the defaults of its architecture filled in by transformers."""
+    path = directory / "config.json"
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except OSError:
+        raise CheckpointError(f"{path}: there is no such file, so this is no Hugging Face checkpoint") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not JSON ({error})") from None
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{path}: not a JSON object")
+    find_architecture(raw, str(path))
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(str(directory), local_files_only=True).to_dict()
+    except Exception as error:  # transformers raises many types for a wrong value
+        raise CheckpointError(f"{path}: {' '.join(str(error).split())[:300]}") from None
+    return config | {"architectures": raw.get("architectures")}
+
+
+def find_architecture(config: dict[str, Any], where: str) -> tuple[Architecture, Head]:
+    """The table and the head that ``config["architectures"]`` names."""
+    names = config.get("architectures") or []
+    if len(names) != 1:
+        raise CheckpointError(f"{where}: the key architectures must name one class, not {names!r}")
+    for table in ARCHITECTURES:
+        for suffix, head in CLASSES.items():
+            if names[0] == table.family + suffix:
+                return table, head
+    known = [table.family + suffix for table in ARCHITECTURES for suffix in CLASSES]
+    raise CheckpointError(
+        f"{where}: {names[0]} cannot be converted; the nearest that can is {nearest(names[0], known)} "
+        f"(families: {', '.join(table.family for table in ARCHITECTURES)}; classes: {', '.join(CLASSES)})"
+    )
+
+
+def model_config(table: Architecture, config: dict[str, Any], where: str) -> ModelConfig:
+    """The ModelConfig that computes what ``config`` describes; CheckpointError names a value that cannot be."""
+    for key, wanted in table.required.items():
+        if (config.get(key) or False) != wanted:
+            raise CheckpointError(f"{where}: {key}={config.get(key)!r} is not supported (only {wanted!r})")
+    heads = config["num_attention_heads"]
+    config = {"num_key_value_heads": heads, "head_dim": config["hidden_size"] // heads} | {
+        key: value for key, value in config.items() if value is not None
+    }
+    settings: dict[str, Any] = _USUAL | table.fixed
+    types = {f.name: f.type for f in fields(ModelConfig)}
+    for theirs, ours in (*_SHARED, *table.keys):
+        value = config.get(theirs, 0)
+        settings[ours] = float(value) if types[ours] == "float" else value
+    settings |= table.derived(config) | _rope(config, where) | _windows(table, config, where)
+    unknown = settings.keys() - types.keys()
+    assert not unknown, unknown
+    return ModelConfig(**settings)
+
+
+def hf_config(table: Architecture, model: ModelConfig, head: Head, base: dict[str, Any]) -> dict[str, Any]:
+    """The config.json of ``model``: ``base`` with what the model says laid over it.
+
+    Raises CheckpointError where the architecture cannot compute what the model does, naming the key.
+    """
+    suffix = next(suffix for suffix, of in CLASSES.items() if of == head)
+    config: dict[str, Any] = dict(base) if base.get("model_type") == table.model_type else {}
+    config |= {"model_type": table.model_type, "architectures": [table.family + suffix]}
+    config |= {key: wanted for key, wanted in table.required.items() if wanted is not False}
+    explicit = {
+        "ffn_hidden_size": ffn_size(model),
+        "num_query_groups": query_groups(model),
+        "kv_channels": head_size(model),
+    }
+    for theirs, ours in (*_SHARED, *table.keys):
+        config[theirs] = explicit.get(ours, getattr(model, ours))
+    for cap in ("attn_logit_softcapping", "final_logit_softcapping"):
+        if cap in config:
+            config[cap] = config[cap] or None
+    if "query_pre_attn_scalar" in config:
+        config["query_pre_attn_scalar"] = model.query_scale or head_size(model)
+    config["rope_parameters"] = _rope_parameters(model)
+    if table.model_type == "nemotron":
+        config["partial_rotary_factor"] = model.rotary_percent
+    config |= _window_keys(table, model)
+    again = model_config(table, config, f"as {table.family}")
+    difference = first_difference(asdict(model), asdict(again), head, head)
+    if difference is not None and difference[0] != "head_bias":
+        key, mine, theirs = difference
+        raise CheckpointError(f"model.{key}={mine!r} cannot be written as {table.family} (it has {theirs!r})")
+    # read by older releases of transformers, which do not know rope_parameters
+    config["rope_theta"] = model.rotary_base
+    if model.rope_scaling:
+        config["rope_scaling"] = {k: v for k, v in config["rope_parameters"].items() if k != "rope_theta"}
+    return config
+
+
+def choose_architecture(model: ModelConfig, head: Head, base: dict[str, Any], wanted: str = "") -> Architecture:
+    """The architecture to write: ``wanted`` (a family), else that of ``base``, else the first that fits."""
+    if wanted:
+        by_name = {table.family.lower(): table for table in ARCHITECTURES}
+        if wanted.lower() not in by_name:
+            known = [table.family for table in ARCHITECTURES]
+            raise CheckpointError(f"architecture={wanted}: did you mean {nearest(wanted, known)}?")
+        return by_name[wanted.lower()]
+    for table in ARCHITECTURES:
+        if base.get("model_type") == table.model_type:
+            return table
+    reasons = []
+    for table in ARCHITECTURES:
+        try:
+            hf_config(table, model, head, {})
+            return table
+        except CheckpointError as error:
+            reasons.append(str(error))
+    raise CheckpointError(f"no Hugging Face architecture computes this model: {'; '.join(reasons)}")
+
+
+
+def _rope(config: dict[str, Any], where: str) -> dict[str, Any]:
+    rope = config.get("rope_parameters") or {}
+    kind = rope.get("rope_type", "default")
+    if kind not in ("default", "llama3"):
+        raise CheckpointError(f"{where}: rope_type {kind!r} is not supported (only 'default' and 'llama3')")
+    settings: dict[str, Any] = {
+        "rotary_base": float(rope.get("rope_theta") or 10000.0),
+        "rotary_percent": float(rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0),
+    }
+    if kind == "llama3":
+        try:
+            settings |= {ours: float(rope[theirs]) for theirs, ours in _LLAMA3_ROPE}
+        except KeyError as error:
+            raise CheckpointError(f"{where}: rope_parameters lacks {error.args[0]}") from None
+        settings["rope_scaling"] = "llama3"
+        settings["rope_scaling_original_context"] = int(settings["rope_scaling_original_context"])
+    return settings
+
+
+def _rope_parameters(model: ModelConfig) -> dict[str, Any]:
+    rope: dict[str, Any] = {"rope_type": model.rope_scaling or "default", "rope_theta": model.rotary_base}
+    if model.rotary_percent != 1.0:
+        rope["partial_rotary_factor"] = model.rotary_percent
+    if model.rope_scaling:
+        rope |= {theirs: getattr(model, ours) for theirs, ours in _LLAMA3_ROPE}
+    return rope
+
+
+def _windows(table: Architecture, config: dict[str, Any], where: str) -> dict[str, Any]:
+    window, layers = config.get("sliding_window"), config["num_hidden_layers"]
+    if not table.windows or not window or config.get("use_sliding_window") is False:
+        return {"sliding_window": 0, "sliding_window_every": 1}
+    kinds = (table.windows == "pattern" and config.get("layer_types")) or ["sliding_attention"] * layers
+    sliding = [kind == "sliding_attention" for kind in kinds]
+    if not any(sliding):
+        return {"sliding_window": 0, "sliding_window_every": 1}
+    for every in range(1, layers + 1):
+        if sliding == [i % every == 0 for i in range(layers)]:
+            return {"sliding_window": window, "sliding_window_every": every}
+    raise CheckpointError(f"{where}: this order of layer_types is not supported: {kinds}")
+
+
+def _window_keys(table: Architecture, model: ModelConfig) -> dict[str, Any]:
+    window = model.sliding_window
+    if not table.windows:
+        return {}
+    if table.windows == "all":
+        return {"sliding_window": window or None}
+    every = model.sliding_window_every
+    kinds = [
+        "sliding_attention" if window and i % every == 0 else "full_attention" for i in range(model.num_layers)
+    ]
+    keys: dict[str, Any] = {"sliding_window": window or None, "layer_types": kinds}
+    if table.model_type != "gemma2":
+        keys |= {"use_sliding_window": bool(window), "max_window_layers": 0 if window else model.num_layers}
+    return keys

@@ -1,0 +1,226 @@
+"""Our own checkpoint directories ``{meta.json, weights/}`` as source and sink, without building a model."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import yaml
+from torch import Tensor
+
+from nemo_advrm.convert.dist_weights import StackedReader, StackedWriter
+from nemo_advrm.convert.names import VOCABULARY_ROWS, canonical_shapes, layer_of, stacked_name
+from nemo_advrm.convert.partial import PartialDirectory
+from nemo_advrm.convert.safetensors_files import listed
+from nemo_advrm.convert.tensors import Description, TensorSpec
+from nemo_advrm.convert.tokenizer_files import copy_tokenizer
+from nemo_advrm.convert.transforms import pad_vocabulary, unpad_vocabulary
+from nemo_advrm.data.tokenizers import build_tokenizer
+from nemo_advrm.errors import CheckpointError, ConfigError, DataError
+from nemo_advrm.megatron.checkpoint import FORMAT, read_meta
+from nemo_advrm.megatron.model import padded_vocab_size
+from nemo_advrm.schema import ModelConfig, OptimConfig, ScheduleConfig
+
+TOKENIZER, HF_CONFIG = "tokenizer", "hf_config.json"
+MODEL_FILE = Path("conf", "model", "imported.yaml")  # selected by hydra.searchpath=[DIR/conf] model=imported
+# keys of meta.json that describe the checkpoint itself and not where it came from
+_STRUCTURE = ("format", "head", "vocab_size", "model", "tokenizer", "has_optimizer", "optimizer_started", "conversion")
+
+
+class MegatronSource:
+    """A checkpoint that training or conversion wrote, at any layout. Optimizer state is left out.
+
+    Raises CheckpointError when it is incomplete, or its tensors are not those of its own description.
+    """
+
+    def __init__(self, path: Path, tokenizer: Path | None = None) -> None:
+        self.path = path
+        meta = read_meta(path)
+        model = read_model(meta, path)
+        try:
+            self._reader = StackedReader(path / "weights")
+        except Exception as error:  # torch raises many types for a damaged description
+            raise CheckpointError(f"{path}: weights could not be read ({type(error).__name__}: {error})") from None
+        self.tokenizer = tokenizer or _tokenizer_of(path, model)
+        self._vocabulary = model.vocab_size or _vocabulary_of(model, self.tokenizer) or meta["vocab_size"]
+        # what a padded row holds is never looked at, so that it is left behind
+        self._specs = self._check(meta, model)
+        self.description = Description(
+            model=replace(model, vocab_size=self._vocabulary),
+            head=meta["head"],
+            tokenizer=self.tokenizer,
+            hf_config=_hf_config_of(path, self.tokenizer),
+            provenance={
+                **meta.get("conversion", {}),
+                **{k: v for k, v in meta.items() if k not in _STRUCTURE},
+                "converted_from": f"megatron:{path}",
+            },
+        )
+
+    def _check(self, meta: dict[str, Any], model: ModelConfig) -> dict[str, TensorSpec]:
+        stored = self._reader.specs
+        outputs = stored["head.weight"].shape[0] if "head.weight" in stored else 1
+        padded = canonical_shapes(model, meta["head"], meta["vocab_size"], outputs)
+        wrong = [
+            f"{name} is {list(stored[name].shape)} but should be {list(shape)}"
+            for name, shape in padded.items()
+            if name in stored and stored[name].shape != shape
+        ]
+        problems = [
+            listed("missing tensors:", [name for name in padded if name not in stored]),
+            listed("tensors that the described model does not have:", sorted(stored.keys() - padded.keys())),
+            listed("wrong tensors:", wrong),
+        ]
+        if any(problems):
+            raise CheckpointError(f"{self.path}: {'; '.join(filter(None, problems))}")
+        unpadded = canonical_shapes(model, meta["head"], self._vocabulary, outputs)
+        return {name: TensorSpec(shape, stored[name].dtype) for name, shape in unpadded.items()}
+
+    def tensors(self) -> dict[str, TensorSpec]:
+        return self._specs
+
+    def read(self, name: str) -> Tensor:
+        try:
+            tensor = self._reader.read(name)
+        except Exception as error:  # torch raises many types for a damaged file
+            raise CheckpointError(f"{self.path}: {name} could not be read ({type(error).__name__}: {error})") from None
+        return unpad_vocabulary(tensor, self._vocabulary) if name in VOCABULARY_ROWS else tensor
+
+    def native(self, name: str) -> str:
+        return _native(name)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Files are open only while a tensor is read."""
+
+
+class MegatronSink:
+    """A checkpoint that :mod:`nemo_advrm.megatron.checkpoint` opens at any layout.
+
+    Beside the weights it holds what it needs to be used and exported later: ``tokenizer/`` and ``hf_config.json``.
+    """
+
+    def __init__(self, path: Path, description: Description, specs: dict[str, TensorSpec]) -> None:
+        self.path = path
+        self._description = description
+        self._model = replace(description.model)
+        self._rows = padded_vocab_size(self._model, 0)
+        outputs = specs["head.weight"].shape[0] if "head.weight" in specs else 1
+        shapes = canonical_shapes(self._model, description.head, self._rows, outputs)
+        assert shapes.keys() == specs.keys(), shapes.keys() ^ specs.keys()
+        self._specs = {name: TensorSpec(shape, specs[name].dtype) for name, shape in shapes.items()}
+        self._left = set(self._specs)
+        self.nbytes = sum(spec.nbytes for spec in self._specs.values())
+        self._directory = PartialDirectory(path, self.nbytes)
+        self._writer: StackedWriter | None = None
+
+    def native(self, name: str) -> str:
+        return _native(name)
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        assert self._writer is not None
+        if name not in self._left:
+            raise CheckpointError(f"{self.path}: {name} is not expected, or came twice")
+        self._left.remove(name)
+        self._writer.write(name, pad_vocabulary(tensor, self._rows) if name in VOCABULARY_ROWS else tensor)
+
+    def close(self) -> None:
+        if self._left:
+            raise CheckpointError(f"{self.path}: {listed('tensors that did not come:', sorted(self._left))}")
+        assert self._writer is not None
+        self._writer.close()
+        self._writer = None
+        partial, about = self._directory.partial, self._description
+        fingerprint = None
+        if about.tokenizer is not None:
+            copy_tokenizer(about.tokenizer, partial / TOKENIZER)
+            fingerprint = build_tokenizer(f"hf:{partial / TOKENIZER}").fingerprint
+            self._model.tokenizer = f"hf:{self.path.absolute() / TOKENIZER}"
+        _write_model_file(self._model, partial / MODEL_FILE)
+        if about.hf_config:
+            (partial / HF_CONFIG).write_text(json.dumps(about.hf_config, indent=2) + "\n", encoding="utf-8")
+        meta = {
+            "format": FORMAT,
+            "head": about.head,
+            "vocab_size": self._rows,
+            "model": asdict(self._model),
+            "has_optimizer": False,
+            **({"tokenizer": fingerprint} if fingerprint else {}),
+            "conversion": about.provenance,
+        }
+        (partial / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
+        self._directory.complete()
+
+    def __enter__(self) -> Self:
+        weights = self._directory.make() / "weights"
+        weights.mkdir()
+        self._writer = StackedWriter(weights, self._model.num_layers, self._specs)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None and self._writer is not None:
+                self.close()
+        finally:
+            self._directory.remove()  # nothing is left of it once it was renamed
+
+
+def _write_model_file(model: ModelConfig, path: Path) -> None:
+    """The architecture as a file of the configuration group ``model``, so that stages can name it."""
+    default = ModelConfig()
+    settings = {k: v for k, v in asdict(model).items() if k != "optim" and v != getattr(default, k)}
+    path.parent.mkdir(parents=True)
+    path.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
+
+
+def read_model(meta: dict[str, Any], path: Path) -> ModelConfig:
+    """The ModelConfig of a checkpoint's description; a key it lacks has its default."""
+    settings = dict(meta["model"])
+    optim = dict(settings.pop("optim", {}))
+    try:
+        schedule = ScheduleConfig(**optim.pop("sched", {}))
+        return ModelConfig(**settings, optim=OptimConfig(**optim, sched=schedule))
+    except TypeError as error:
+        raise CheckpointError(f"{path}: meta.json describes a model unknown to this version ({error})") from None
+
+
+def _native(name: str) -> str:
+    layer = layer_of(name)
+    return f"model.{stacked_name(name)}" + (f"[{layer}]" if layer is not None else "")
+
+
+def _tokenizer_of(path: Path, model: ModelConfig) -> Path | None:
+    """The tokenizer beside the weights, else the one that training named."""
+    if (path / TOKENIZER).is_dir():
+        return path / TOKENIZER
+    named = Path(model.tokenizer.removeprefix("hf:"))
+    return named if model.tokenizer.startswith("hf:") and model.tokenizer != "hf:" and named.exists() else None
+
+
+def _vocabulary_of(model: ModelConfig, tokenizer: Path | None) -> int:
+    """Entries of the tokenizer, 0 when it cannot be opened."""
+    try:
+        return build_tokenizer(f"hf:{tokenizer}" if tokenizer else model.tokenizer).vocab_size
+    except (ConfigError, DataError):
+        return 0
+
+
+def _hf_config_of(path: Path, tokenizer: Path | None) -> dict[str, Any]:
+    """hf_config.json of the checkpoint, or of the imported one whose tokenizer it was trained with."""
+    for directory in (path, *([tokenizer.parent] if tokenizer else [])):
+        file = directory / HF_CONFIG
+        if file.exists():
+            try:
+                return json.loads(file.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise CheckpointError(f"{file}: not JSON ({error})") from None
+    return {}

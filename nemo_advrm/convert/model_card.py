@@ -1,0 +1,68 @@
+"""The README.md of an exported model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nemo_advrm import __version__
+from nemo_advrm.convert.tensors import Description
+
+_KNOWN = (
+    ("base_model", "Base model"),
+    ("data", "Preference data"),
+    ("adversarial_pairs", "Adversarial pairs"),
+    ("rounds", "Rounds of adversarial training"),
+    ("steps", "Optimizer steps"),
+    ("reference_mean", "Mean score of reference responses"),
+    ("reference_std", "Standard deviation of reference scores around each prompt's mean"),
+    ("converted_from", "Converted from"),
+)
+
+_USE_REWARD = """\
+```python
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+model = AutoModelForSequenceClassification.from_pretrained("DIR")
+tokenizer = AutoTokenizer.from_pretrained("DIR")
+batch = tokenizer(texts, return_tensors="pt", padding=True)
+with torch.no_grad():
+    scores = model(**batch).logits[:, 0]
+```
+
+The score is that of the last token before the padding, which must be the token that ends the answer, as in training:
+`texts` are rendered by the chat template and end right after the answer's end token."""
+
+_USE_LM = """\
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("DIR")
+tokenizer = AutoTokenizer.from_pretrained("DIR")
+```"""
+
+
+def model_card(description: Description, class_name: str, notes: list[str]) -> str:
+    """Markdown with the metadata block of the Hugging Face hub; ``notes`` are sentences on this export."""
+    reward = description.head == "reward"
+    kind = "Reward model" if reward else "Language model"
+    facts = [f"- {label}: {_shown(description.provenance[key])}" for key, label in _KNOWN if _known(description, key)]
+    front = ["---", "library_name: transformers", "tags:", "- nemo_advrm", *(["- reward-model"] if reward else [])]
+    front += [f"pipeline_tag: {'text-classification' if reward else 'text-generation'}", "---"]
+    sections = [
+        "\n".join(front),
+        f"# {kind}",
+        f"`{class_name}`, written by nemo_advrm {__version__}.",
+        "\n".join(facts),
+        "\n\n".join(notes),
+        f"## Use\n\n{_USE_REWARD if reward else _USE_LM}",
+    ]
+    return "\n\n".join(filter(None, sections)) + "\n"
+
+
+def _known(description: Description, key: str) -> bool:
+    return description.provenance.get(key) not in (None, "")
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)

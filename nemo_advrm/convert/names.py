@@ -1,0 +1,81 @@
+"""Canonical tensors of a model: their names (see :mod:`nemo_advrm.convert.tensors`) and unpadded shapes."""
+
+from __future__ import annotations
+
+from nemo_advrm.megatron.gpt import Head
+from nemo_advrm.megatron.transformer import ACTIVATIONS, ffn_size, head_size, query_groups
+from nemo_advrm.schema import ModelConfig
+
+Shape = tuple[int, ...]
+
+# what a checkpoint names after the layer norm's place in the fused layers of Transformer Engine
+ATTENTION_NORM = "self_attention.linear_qkv.layer_norm_"
+MLP_NORM = "mlp.linear_fc1.layer_norm_"
+# tensors with one row per vocabulary entry
+VOCABULARY_ROWS = ("embedding.word_embeddings.weight", "output_layer.weight")
+# modules of a layer for which Megatron also stores an (empty) state of its number format
+LAYERS_WITH_EXTRA_STATE = (
+    "self_attention.linear_proj",
+    "self_attention.linear_qkv",
+    "mlp.linear_fc1",
+    "mlp.linear_fc2",
+)
+
+
+def canonical_shapes(model: ModelConfig, head: Head, vocabulary: int, head_outputs: int = 1) -> dict[str, Shape]:
+    """Every tensor of the model in the order of the forward pass; ``vocabulary`` is the number of embedding rows."""
+    hidden = model.hidden_size
+    shapes: dict[str, Shape] = {"embedding.word_embeddings.weight": (vocabulary, hidden)}
+    if model.position_embedding_type == "learned_absolute":
+        shapes["embedding.position_embeddings.weight"] = (model.encoder_seq_length, hidden)
+    layer = _layer_shapes(model)
+    for i in range(model.num_layers):
+        shapes |= {f"decoder.layers.{i}.{name}": shape for name, shape in layer.items()}
+    shapes |= _norm(model, "decoder.final_layernorm.", hidden)
+    if head != "lm":
+        shapes["head.weight"] = (head_outputs, hidden)
+        if model.head_bias:
+            shapes["head.bias"] = (head_outputs,)
+    elif not model.share_embeddings_and_output_weights:
+        shapes["output_layer.weight"] = (vocabulary, hidden)
+    return shapes
+
+
+def layer_of(name: str) -> int | None:
+    """Number of the layer that a canonical name belongs to."""
+    parts = name.split(".")
+    return int(parts[2]) if parts[:2] == ["decoder", "layers"] else None
+
+
+def stacked_name(name: str) -> str:
+    """The name without its layer number: Megatron stores the layers of one name as one tensor."""
+    parts = name.split(".")
+    return ".".join(parts[:2] + parts[3:]) if layer_of(name) is not None else name
+
+
+def _norm(model: ModelConfig, prefix: str, size: int) -> dict[str, Shape]:
+    has_bias = model.normalization in ("LayerNorm", "layernorm1p")
+    return {f"{prefix}{part}": (size,) for part in (("weight", "bias") if has_bias else ("weight",))}
+
+
+def _linear(name: str, rows: int, columns: int, bias: bool) -> dict[str, Shape]:
+    return {f"{name}.weight": (rows, columns), **({f"{name}.bias": (rows,)} if bias else {})}
+
+
+def _layer_shapes(model: ModelConfig) -> dict[str, Shape]:
+    hidden, ffn, size = model.hidden_size, ffn_size(model), head_size(model)
+    heads, groups = model.num_attention_heads, query_groups(model)
+    gated = ACTIVATIONS[model.activation][1]
+    shapes = _norm(model, ATTENTION_NORM, hidden)
+    shapes |= _linear("self_attention.linear_qkv", (heads + 2 * groups) * size, hidden, model.bias or model.qkv_bias)
+    if model.qk_layernorm:
+        shapes |= _norm(model, "self_attention.q_layernorm.", size) | _norm(model, "self_attention.k_layernorm.", size)
+    shapes |= _linear("self_attention.linear_proj", hidden, heads * size, model.bias)
+    if model.post_norms:
+        shapes |= _norm(model, "post_self_attn_layernorm.", hidden)
+    shapes |= _norm(model, MLP_NORM, hidden)
+    shapes |= _linear("mlp.linear_fc1", (2 if gated else 1) * ffn, hidden, model.bias)
+    shapes |= _linear("mlp.linear_fc2", hidden, ffn, model.bias)
+    if model.post_norms:
+        shapes |= _norm(model, "post_mlp_layernorm.", hidden)
+    return shapes

@@ -1,0 +1,49 @@
+"""A directory that appears under its own name only when it is complete."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from nemo_advrm.errors import CheckpointError
+
+SUFFIX = ".partial"
+_SPARE_BYTES = 16 * 2**20  # configuration, tokenizer, descriptions
+
+
+class PartialDirectory:
+    """``DIR.partial`` while it is written, ``DIR`` once :meth:`complete` renamed it.
+
+    Raises CheckpointError on construction when DIR exists, cannot be made, or the disk has no room for ``nbytes``.
+    """
+
+    def __init__(self, path: Path, nbytes: int) -> None:
+        self.path = path
+        self.partial = path.with_name(path.name + SUFFIX)
+        if path.exists() or path.is_symlink():
+            raise CheckpointError(f"{path}: exists already; choose another out, or remove it")
+        parent = next(p for p in path.absolute().parents if p.exists())
+        if not parent.is_dir() or not os.access(parent, os.W_OK):
+            raise CheckpointError(f"{path}: {parent} is not a directory that can be written")
+        free = shutil.disk_usage(parent).free
+        if free < nbytes + _SPARE_BYTES:
+            raise CheckpointError(
+                f"{path}: {nbytes / 1e9:.2f} GB are to be written, but the disk has only {free / 1e9:.2f} GB free"
+            )
+
+    def make(self) -> Path:
+        """An empty partial; what an interrupted conversion left is removed."""
+        shutil.rmtree(self.partial, ignore_errors=True)
+        self.partial.mkdir(parents=True)
+        return self.partial
+
+    def complete(self) -> None:
+        for file in self.partial.rglob("*"):
+            if file.is_file():
+                with open(file, "rb") as stream:
+                    os.fsync(stream.fileno())
+        self.partial.rename(self.path)
+
+    def remove(self) -> None:
+        shutil.rmtree(self.partial, ignore_errors=True)

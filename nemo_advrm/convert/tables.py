@@ -1,0 +1,159 @@
+"""One table per Hugging Face architecture: its tensors, its configuration keys and what it refuses.
+
+To add an architecture, add an :class:`Architecture` to ``ARCHITECTURES``. A ``*`` in a name stands for the layer.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from nemo_advrm.convert.names import ATTENTION_NORM, MLP_NORM
+from nemo_advrm.convert.transforms import COPY, GATE_UP, QKV, Transform
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A canonical tensor, the Hugging Face tensors it is made of, and how."""
+
+    ours: str
+    theirs: tuple[str, ...]
+    transform: Transform = COPY
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """How one Hugging Face architecture stands in Megatron.
+
+    Attributes:
+        family: what its class names begin with (``LlamaForCausalLM``).
+        entries: its tensors; those that a model lacks (a tied output layer, the other head) are left out.
+        fixed: ModelConfig keys that every model of the architecture has.
+        keys: (key of config.json, key of ModelConfig) beside those that all architectures share; an absent or null
+            number is 0.
+        required: keys of config.json with the only values that can be computed; others are refused.
+        windows: which layers may have a sliding window: "" none, "all", or "pattern" (``layer_types``).
+        derived: ModelConfig keys that follow from config.json.
+    """
+
+    family: str
+    model_type: str
+    entries: tuple[Entry, ...]
+    fixed: dict[str, Any] = field(default_factory=dict)
+    keys: tuple[tuple[str, str], ...] = ()
+    required: dict[str, Any] = field(default_factory=dict)
+    windows: str = ""
+    derived: Callable[[dict[str, Any]], dict[str, Any]] = lambda _: {}
+
+    def entry(self, name: str) -> tuple[Transform, tuple[str, ...]] | None:
+        """The transform and the Hugging Face names of a canonical tensor; None for one the architecture lacks."""
+        layer = re.search(r"\.layers\.(\d+)\.", name)
+        pattern = name.replace(layer[0], ".layers.*.") if layer else name
+        for entry in self.entries:
+            if entry.ours == pattern:
+                return entry.transform, tuple(n.replace("*", layer[1]) if layer else n for n in entry.theirs)
+        return None
+
+
+# buffers that old files hold and that are computed anew
+IGNORED = re.compile(r"\.rotary_emb\.inv_freq$")
+LM_HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+_LAYER = "decoder.layers.*."
+_THEIRS = "model.layers.*."
+_QKV_NAMES = tuple(f"{_THEIRS}self_attn.{x}_proj." for x in "qkv")
+
+_ENDS = (
+    Entry("embedding.word_embeddings.weight", (EMBEDDING,)),
+    Entry("decoder.final_layernorm.weight", ("model.norm.weight",)),
+    Entry("output_layer.weight", (LM_HEAD,)),
+    Entry("head.weight", ("score.weight",)),
+)
+_ATTENTION = (
+    Entry(f"{_LAYER}self_attention.linear_qkv.weight", tuple(f"{name}weight" for name in _QKV_NAMES), QKV),
+    Entry(f"{_LAYER}self_attention.linear_proj.weight", (f"{_THEIRS}self_attn.o_proj.weight",)),
+    Entry(f"{_LAYER}{ATTENTION_NORM}weight", (f"{_THEIRS}input_layernorm.weight",)),
+)
+_GATE_UP_NAMES = tuple(f"{_THEIRS}mlp.{x}_proj.weight" for x in ("gate", "up"))
+_GATED_MLP = (
+    Entry(f"{_LAYER}mlp.linear_fc1.weight", _GATE_UP_NAMES, GATE_UP),
+    Entry(f"{_LAYER}mlp.linear_fc2.weight", (f"{_THEIRS}mlp.down_proj.weight",)),
+)
+_PLAIN_MLP = (
+    Entry(f"{_LAYER}mlp.linear_fc1.weight", (f"{_THEIRS}mlp.up_proj.weight",)),
+    Entry(f"{_LAYER}mlp.linear_fc2.weight", (f"{_THEIRS}mlp.down_proj.weight",)),
+)
+_MLP_NORM = (Entry(f"{_LAYER}{MLP_NORM}weight", (f"{_THEIRS}post_attention_layernorm.weight",)),)
+_QKV_BIAS = (Entry(f"{_LAYER}self_attention.linear_qkv.bias", tuple(f"{name}bias" for name in _QKV_NAMES), QKV),)
+_QK_NORM = (
+    Entry(f"{_LAYER}self_attention.q_layernorm.weight", (f"{_THEIRS}self_attn.q_norm.weight",)),
+    Entry(f"{_LAYER}self_attention.k_layernorm.weight", (f"{_THEIRS}self_attn.k_norm.weight",)),
+)
+_POST_NORMS = (  # four norms a layer, of which one has the name that stands before the MLP elsewhere
+    Entry(f"{_LAYER}post_self_attn_layernorm.weight", (f"{_THEIRS}post_attention_layernorm.weight",)),
+    Entry(f"{_LAYER}{MLP_NORM}weight", (f"{_THEIRS}pre_feedforward_layernorm.weight",)),
+    Entry(f"{_LAYER}post_mlp_layernorm.weight", (f"{_THEIRS}post_feedforward_layernorm.weight",)),
+)
+_NORM_BIASES = (
+    Entry(f"{_LAYER}{ATTENTION_NORM}bias", (f"{_THEIRS}input_layernorm.bias",)),
+    Entry(f"{_LAYER}{MLP_NORM}bias", (f"{_THEIRS}post_attention_layernorm.bias",)),
+    Entry("decoder.final_layernorm.bias", ("model.norm.bias",)),
+)
+_DECODER = (*_ENDS, *_ATTENTION, *_MLP_NORM, *_GATED_MLP)
+_RMS_EPSILON = (("rms_norm_eps", "layernorm_epsilon"),)
+_UNBIASED = {"attention_bias": False, "mlp_bias": False}
+
+ARCHITECTURES = (
+    Architecture(
+        "Llama", "llama", _DECODER, keys=_RMS_EPSILON, required={"hidden_act": "silu", **_UNBIASED}
+    ),
+    Architecture("Mistral", "mistral", _DECODER, keys=_RMS_EPSILON, required={"hidden_act": "silu"}, windows="all"),
+    Architecture(
+        "Qwen2",
+        "qwen2",
+        (*_DECODER, *_QKV_BIAS),
+        fixed={"qkv_bias": True},
+        keys=_RMS_EPSILON,
+        required={"hidden_act": "silu"},
+        windows="pattern",
+    ),
+    Architecture(
+        "Qwen3",
+        "qwen3",
+        (*_DECODER, *_QK_NORM),
+        fixed={"qk_layernorm": True},
+        keys=_RMS_EPSILON,
+        required={"hidden_act": "silu", "attention_bias": False},
+        windows="pattern",
+    ),
+    Architecture(
+        "Gemma2",
+        "gemma2",
+        (*_ENDS, *_ATTENTION, *_POST_NORMS, *_GATED_MLP),
+        # both sides store a norm's scale minus one
+        fixed={"normalization": "rmsnorm1p", "activation": "geglu_tanh", "post_norms": True},
+        keys=(
+            *_RMS_EPSILON,
+            ("attn_logit_softcapping", "attention_softcap"),
+            ("final_logit_softcapping", "logit_softcap"),
+            ("query_pre_attn_scalar", "query_scale"),
+        ),
+        required={
+            "hidden_activation": "gelu_pytorch_tanh",
+            "attention_bias": False,
+            "use_bidirectional_attention": False,
+        },
+        windows="pattern",
+        derived=lambda config: {"embedding_scale": config["hidden_size"] ** 0.5},
+    ),
+    Architecture(
+        "Nemotron",
+        "nemotron",
+        (*_ENDS, *_ATTENTION, *_MLP_NORM, *_NORM_BIASES, *_PLAIN_MLP),
+        fixed={"normalization": "layernorm1p", "activation": "squared_relu"},
+        keys=(("norm_eps", "layernorm_epsilon"),),
+        required={"hidden_act": "relu2", **_UNBIASED},
+    ),
+)

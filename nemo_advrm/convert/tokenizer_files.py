@@ -1,0 +1,39 @@
+"""Copies a tokenizer beside converted weights, so that they can be used without what they came from."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from nemo_advrm.data.tokenizers import load_hf_tokenizer
+
+# every file that a tokenizer of transformers consists of, and what configures generation
+_PATTERNS = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+    "chat_template*",
+    "additional_chat_templates/*",
+    "generation_config.json",
+)
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy the files as they are; from a GGUF file write them. The target may exist.
+
+    Raises DataError when no tokenizer can be read from ``source``.
+    """
+    target.mkdir(parents=True, exist_ok=True)
+    files = sorted({file for pattern in _PATTERNS if source.is_dir() for file in source.glob(pattern)})
+    if any(file.name.startswith(("tokenizer", "vocab")) for file in files):
+        for file in files:
+            if file.is_file():
+                place = target / file.relative_to(source)
+                place.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, place)
+        return
+    load_hf_tokenizer(source).save_pretrained(str(target))

@@ -1,0 +1,54 @@
+"""Invertible rearrangements between the tensors of Hugging Face and the fused ones of Megatron.
+
+``merge`` makes one canonical tensor of the parts, ``split`` undoes it bit by bit. They also run on meta tensors, which
+is how shapes are checked without data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nemo_advrm.megatron.transformer import head_size, query_groups
+from nemo_advrm.schema import ModelConfig
+
+
+@dataclass(frozen=True)
+class Transform:
+    """``merge(parts, model) -> canonical`` and ``split(canonical, model) -> parts``."""
+
+    name: str
+    merge: Callable[[Sequence[Tensor], ModelConfig], Tensor]
+    split: Callable[[Tensor, ModelConfig], list[Tensor]]
+
+
+def _interleave(parts: Sequence[Tensor], model: ModelConfig) -> Tensor:
+    """Queries [heads * d, ...], keys and values [groups * d, ...] -> group by group: its queries, key, value."""
+    groups, trailing = query_groups(model), parts[0].shape[1:]
+    by_group = [part.reshape(groups, -1, *trailing) for part in parts]
+    return torch.cat(by_group, dim=1).reshape(-1, *trailing)
+
+
+def _deinterleave(fused: Tensor, model: ModelConfig) -> list[Tensor]:
+    groups, size, trailing = query_groups(model), head_size(model), fused.shape[1:]
+    queries = model.num_attention_heads // groups * size
+    by_group = fused.reshape(groups, queries + 2 * size, *trailing)
+    return [part.reshape(-1, *trailing) for part in by_group.split([queries, size, size], dim=1)]
+
+
+COPY = Transform("copy", lambda parts, _: parts[0], lambda tensor, _: [tensor])
+QKV = Transform("qkv", _interleave, _deinterleave)  # of weights and of biases
+GATE_UP = Transform("gate_up", lambda parts, _: torch.cat(list(parts)), lambda fused, _: list(fused.chunk(2)))
+
+
+def pad_vocabulary(tensor: Tensor, rows: int) -> Tensor:
+    """[vocabulary, ...] -> [rows, ...] with zeros below; those entries have no probability and are never looked up."""
+    missing = rows - tensor.size(0)
+    return torch.cat([tensor, tensor.new_zeros(missing, *tensor.shape[1:])]) if missing else tensor
+
+
+def unpad_vocabulary(tensor: Tensor, vocabulary: int) -> Tensor:
+    return tensor[:vocabulary]

@@ -1,0 +1,17 @@
+"""Stage ``convert``: Hugging Face <-> Megatron <-> .nemo."""
+
+from __future__ import annotations
+
+from nemo_advrm.convert.conversion import convert
+from nemo_advrm.schema import ConvertConfig
+
+
+def main(settings: ConvertConfig) -> int:
+    """Convert one checkpoint in this process; prints its size and where it was written."""
+    convert(settings)
+    if settings.to == "megatron" and not settings.dry_run:
+        print(
+            f"train with: hydra.searchpath=[{settings.out}/conf] model=imported "
+            f"pretrained_checkpoint.restore_from_path={settings.out}"
+        )
+    return 0
