@@ -335,3 +335,22 @@ class Config:
     plan: PlanConfig = field(default_factory=PlanConfig)
     stage: StageConfig = field(default_factory=StageConfig)
     exp_manager: ExpManagerConfig = field(default_factory=ExpManagerConfig)
+
+
+@dataclass
+class ConvertConfig:
+    """Settings of ``nemo-advrm convert``, which reads no configuration files; the last underscore is not typed."""
+
+    from_: str = ""  # format of the source: hf | megatron | nemo
+    path: str = ""  # checkpoint directory, .gguf file or .nemo file to convert
+    to: str = ""  # format to write: megatron | hf | nemo
+    out: str = ""  # where to write; must not exist
+    dtype: str = ""  # fp32 | bf16 | fp16; empty keeps the source's
+    tokenizer: str = ""  # directory of the tokenizer, where the source has none or another one counts
+    architecture: str = ""  # to=hf: Llama, Mistral, ...; empty takes the one it came from, or the first that fits
+    max_shard_size: str = "5GB"  # to=hf: largest file of weights
+    drop_head_bias: bool = False  # to=hf: leave out a reward head's bias (scores shift by a constant)
+    card: str = ""  # to=hf: JSON file for the model card: base_model, data, rounds, reference_mean, reference_std
+    tensor_model_parallel_size: int = 1  # to=megatron: pads the vocabulary; checked to divide the model
+    pipeline_model_parallel_size: int = 1  # checked to divide the layers; a checkpoint opens at any layout
+    dry_run: bool = False  # print the mapping and the sizes, write nothing (also --dry-run)

@@ -113,7 +113,7 @@ class HFTokenizer:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self._tokenizer = _load(self.path)
+        self._tokenizer = load_hf_tokenizer(self.path)
         self.name = f"hf:{self.path.name}"
         self.vocab_size = len(self._tokenizer)
         eos = self._end_of_turn()
@@ -204,7 +204,7 @@ def build_tokenizer(spec: str) -> Tokenizer:
     raise ConfigError(f"tokenizer {spec!r} is unknown; {hint}")
 
 
-def _load(path: Path) -> Any:
+def load_hf_tokenizer(path: Path) -> Any:
     if not path.exists():
         raise DataError(
             f"hf:{path}: no such tokenizer directory (nothing is downloaded: save the tokenizer there first)"
