@@ -28,6 +28,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "data.on_overlong": ("error", "skip", "truncate_prompt"),
     "reward_model.loss": ("bt", "margin_bt", "scaled_bt", "regression"),
     "ensemble.aggregate": AGGREGATES,
+    "serve.reward": ("ensemble", "adversarial"),
     "adversarial.preset": ("paper", "raw"),
     "rl.algorithm": ("rloo", "reinforce", "grpo", "ppo"),
     "rl.kl.estimator": ("abs", "k1", "k2", "k3"),
@@ -66,6 +67,7 @@ NOT_NEGATIVE = Range(at_least=0)
 FRACTION = Range(at_least=0, at_most=1)
 BELOW_ONE = Range(at_least=0, below=1)
 FINITE = Range()
+PORT = Range(at_least=0, at_most=65535)
 
 RANGES: dict[str, Range] = {
     "seed": COUNT_OR_ZERO,
@@ -131,6 +133,21 @@ RANGES: dict[str, Range] = {
     "reward_model.num_attributes": COUNT,
     "ensemble.size": COUNT,
     "ensemble.coefficient": NOT_NEGATIVE,
+    "remote.timeout_seconds": POSITIVE,
+    "remote.deadline_seconds": POSITIVE,
+    "remote.connect_seconds": POSITIVE,
+    "remote.connections": COUNT,
+    "remote.rows_per_request": COUNT,
+    "serve.port": PORT,
+    "serve.triton_port": PORT,
+    "serve.batch_tokens": COUNT,
+    "serve.batch_wait_ms": NOT_NEGATIVE,
+    "serve.queue_tokens": COUNT,
+    "serve.max_samples": COUNT,
+    "serve.max_sample_tokens": COUNT_OR_ZERO,
+    "serve.max_body_mib": POSITIVE,
+    "serve.timeout_seconds": POSITIVE,
+    "serve.drain_seconds": NOT_NEGATIVE,
     "reference.num_prompts": COUNT,
     "reference.samples_per_prompt": COUNT,
     "adversarial.coefficient": NOT_NEGATIVE,

@@ -158,9 +158,22 @@ class EnsembleConfig:
 
     size: int = 2
     bootstrap: bool = False  # each member trains on its own bootstrap sample
-    members: list[str] = field(default_factory=list)  # checkpoints of trained members (attack, rlhf); R_1 first
+    # reward sources (attack, rlhf, evaluate, serve), R_1 first: DIR, hf:DIR, http://HOST:PORT, triton+http://HOST:PORT/MODEL
+    members: list[str] = field(default_factory=list)
     aggregate: str = "mean"  # mean | min | lcb | uwo | gap
     coefficient: float = 1.0  # of lcb (std) and uwo (variance)
+
+
+@dataclass
+class RemoteConfig:
+    """Requests to reward servers."""
+
+    timeout_seconds: float = 60.0  # of one request
+    deadline_seconds: float = 300.0  # of one scoring with all its retries; keep it below trainer.timeout_minutes
+    connect_seconds: float = 30.0  # that a server may take to become ready when a stage starts
+    connections: int = 8  # requests under way at once
+    rows_per_request: int = 64
+    token_file: str = ""  # file of the bearer token; empty: the environment variable NEMO_ADVRM_TOKEN
 
 
 @dataclass
@@ -260,11 +273,33 @@ class RLHFRunConfig:
 class PipelineConfig:
     rounds: int = 2
     sft: bool = False  # train the SFT policy first
+    only: str = ""  # run this one stage (a name that nemo-advrm stages prints) when those before it are complete
     stop_success_rate: float = 0.0  # stop when attack success falls below this
     gold: str = ""  # gold reward used to label and evaluate: synthetic
     stable_window: int = 5  # evaluations in the smoothing window of gold
     stable_tolerance: float = 0.1
     rlhf: dict[str, RLHFRunConfig] = field(default_factory=dict)
+
+
+@dataclass
+class ServeConfig:
+    """The reward server."""
+
+    reward: str = "ensemble"  # ensemble (ensemble.aggregate of the members) | adversarial (needs a reference)
+    reference_path: str = ""  # reference.jsonl of an attack: prompts and statistics of the adversarial reward
+    host: str = "127.0.0.1"  # a public address needs a token
+    port: int = 8000  # 0 takes a free one; the address is written to run_dir/server.json
+    name: str = "reward_model"  # of the model, in KServe's addresses
+    token_file: str = ""  # file of the bearer token; empty: the environment variable NEMO_ADVRM_TOKEN, if set
+    triton_port: int = 0  # also serve through PyTriton at this port
+    batch_tokens: int = 16384  # most tokens scored at once, over all requests
+    batch_wait_ms: float = 2.0  # that a request waits for others to join its batch
+    queue_tokens: int = 1048576  # waiting tokens above which requests are answered 429
+    max_samples: int = 1024  # per request
+    max_sample_tokens: int = 0  # longest sample; 0 takes what the models allow (model.encoder_seq_length)
+    max_body_mib: float = 8.0  # of one request
+    timeout_seconds: float = 120.0  # that a request may wait for its scores
+    drain_seconds: float = 30.0  # that running requests get to finish after TERM
 
 
 @dataclass
@@ -325,6 +360,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     reward_model: RewardModelConfig = field(default_factory=RewardModelConfig)
     ensemble: EnsembleConfig = field(default_factory=EnsembleConfig)
+    remote: RemoteConfig = field(default_factory=RemoteConfig)
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
     adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
     rl: RLConfig = field(default_factory=RLConfig)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
@@ -84,6 +85,13 @@ class ByteTokenizer:
                 text += self.SPECIALS[token].encode()
         return text.decode("utf-8", errors="replace")
 
+    def parse_rendered(self, text: str) -> list[int]:
+        """Ids of text in which special tokens are written out, the inverse of `decode(ids, skip_special=False)`."""
+        ids: list[int] = []
+        for part in re.split(f"({'|'.join(self.SPECIALS)})", text):
+            ids += [self.SPECIALS.index(part)] if part in self.SPECIALS else self.encode(part)
+        return ids
+
     def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
         if not messages:
             return [self.bos_id]
@@ -145,6 +153,11 @@ class HFTokenizer:
     def encode(self, text: str) -> list[int]:
         # split_special_tokens: a special token written out in an answer is text, not the end of the answer.
         return self._tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+
+    def parse_rendered(self, text: str) -> list[int]:
+        """Ids of a conversation that the template has written out: its special tokens are special, bos is put first."""
+        ids = self._tokenizer(text, add_special_tokens=False).input_ids
+        return ids if ids[: len(self._start)] == self._start else [*self._start, *ids]
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         known = [int(token) for token in ids if 0 <= int(token) < self.vocab_size]

@@ -23,6 +23,7 @@ class Rollouts:
         prompt_tokens, response_tokens: the policy's token ids; a response that ended holds its end token.
         prompt_index: place of the prompt in the run's prompt list (reference statistics are looked up by it).
         fingerprint: of the policy's tokenizer; a source with the same one scores the tokens as they are.
+        rendered: the responses are whole conversations that a chat template has written out, and the prompts are empty.
     """
 
     prompts: list[tuple[Message, ...]]
@@ -32,6 +33,7 @@ class Rollouts:
     response_tokens: list[list[int]]
     prompt_index: list[int]
     fingerprint: str
+    rendered: bool = False
 
     def __len__(self) -> int:
         return len(self.responses)

@@ -3,47 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from nemo_advrm.data.messages import Message
 from nemo_advrm.data.tokenizers import Tokenizer
-from nemo_advrm.errors import ConfigError
+from nemo_advrm.errors import ConfigError, RewardSourceError
 from nemo_advrm.megatron.model import MegatronModel
-from nemo_advrm.models.reward_model import build_reward_model
 from nemo_advrm.models.scoring import score_sequences
 from nemo_advrm.rewards.base import Rollouts
-from nemo_advrm.schema import Config
+from nemo_advrm.rewards.encoding import token_sequences
 
 
 class MegatronReward:
-    """A Megatron reward model on the running layout."""
+    """A Megatron reward model on the running layout, with the tokenizer it was trained with."""
 
     def __init__(self, name: str, model: MegatronModel, tokenizer: Tokenizer) -> None:
         self.name = name
         self.model = model
         self.tokenizer = tokenizer
 
-    @classmethod
-    def load(cls, name: str, path: str | Path, cfg: Config, tokenizer: Tokenizer) -> MegatronReward:
-        """Open the checkpoint of a trained reward model, frozen."""
-        model = build_reward_model(cfg, tokenizer, str(path), seed=0, trainable=False)
-        return cls(name, model, tokenizer)
-
     def score(self, rollouts: Rollouts) -> Tensor:
-        return score_sequences(self.model, self._sequences(rollouts), self.tokenizer.pad_id)
-
-    def _sequences(self, rollouts: Rollouts) -> list[list[int]]:
-        if rollouts.fingerprint == self.tokenizer.fingerprint:
-            return [p + r for p, r in zip(rollouts.prompt_tokens, rollouts.response_tokens, strict=True)]
-        sequences = []
-        for prompt, response, ended in zip(rollouts.prompts, rollouts.responses, rollouts.ended, strict=True):
-            tokens = self.tokenizer.encode_prompt(prompt)
-            tokens += self.tokenizer.encode_response(response) if ended else self.tokenizer.encode(response)
-            sequences.append(tokens)
-        return sequences
+        """Raises RewardSourceError for a row beyond the last position that the model has learned."""
+        rows = token_sequences(rollouts, self.tokenizer)
+        longest, settings = max(map(len, rows), default=0), self.model.model
+        if settings.position_embedding_type == "learned_absolute" and longest > settings.encoder_seq_length:
+            raise RewardSourceError(
+                f"reward source {self.name}: a response has {longest} tokens with its prompt, the model takes "
+                f"{settings.encoder_seq_length}"
+            )
+        return score_sequences(self.model, rows, self.tokenizer.pad_id)
 
 
 ScoreFunction = Callable[[list[tuple[Message, ...]], list[str], list[bool]], list[float]]

@@ -15,9 +15,9 @@ from nemo_advrm.models.trainable import derive_seed
 from nemo_advrm.rewards.base import RewardSource
 from nemo_advrm.rewards.ensemble import PolicyReward, UncertaintyReward
 from nemo_advrm.rewards.local import build_gold
+from nemo_advrm.rewards.sources import load_members
 from nemo_advrm.schema import Config
 from nemo_advrm.stages import session
-from nemo_advrm.stages.attack import load_members
 from nemo_advrm.stages.fit import fit, read_result, write_result
 
 
@@ -31,7 +31,7 @@ def main(cfg: Config) -> int:
     directory = Path(cfg.run_dir)
     tokenizer = build_tokenizer(cfg.model.tokenizer)
     prompts = encode_prompts(rlhf_prompts(cfg), tokenizer, cfg)
-    members = load_members(cfg, tokenizer, cfg.ensemble.members)
+    members = load_members(cfg, cfg.ensemble.members, tokenizer)
     reward = UncertaintyReward(members, cfg.ensemble.aggregate, cfg.ensemble.coefficient)
     session.claim(cfg, directory)
     metrics = run_rlhf(cfg, tokenizer, directory, prompts, reward, build_gold(cfg.pipeline.gold), cfg.seed, "rlhf")

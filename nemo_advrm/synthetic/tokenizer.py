@@ -9,6 +9,7 @@ from nemo_advrm.errors import DataError
 from nemo_advrm.synthetic.language import EOS, ID_OF_WORD, PAD, SEP, VOCAB_SIZE, WORDS
 
 _SPECIAL = frozenset({PAD, EOS, SEP})
+_SPECIAL_WORDS = frozenset(WORDS[token] for token in _SPECIAL)
 
 
 class SyntheticTokenizer:
@@ -41,6 +42,10 @@ class SyntheticTokenizer:
                 raise DataError(f"word {position} of {_shortened(text)!r}: {word!r} {fault}")
             ids.append(token)
         return ids
+
+    def parse_rendered(self, text: str) -> list[int]:
+        """Ids of words among which special tokens are written out. Raises DataError for an unknown word."""
+        return [ID_OF_WORD[word] if word in _SPECIAL_WORDS else self.encode(word)[0] for word in text.split()]
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """The words of `ids`, joined by single spaces. Raises DataError for an id outside the vocabulary."""

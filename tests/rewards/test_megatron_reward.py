@@ -17,6 +17,7 @@ from nemo_advrm.megatron.runtime import Runtime
 from nemo_advrm.models.scoring import score_sequences
 from nemo_advrm.rewards.base import Rollouts
 from nemo_advrm.rewards.local import MegatronReward
+from nemo_advrm.rewards.sources import build, parse
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +26,9 @@ def source(single: Runtime, tmp_path_factory: pytest.TempPathFactory) -> Megatro
     path = tmp_path_factory.mktemp("rm") / "model"
     model = build_model(cfg.model, cfg.precision, "reward", 64, seed=3, trainable=False, head_init_std=0.3)
     checkpoint.save(path, model)
-    return MegatronReward.load("first", path, cfg, TOKENIZER)
+    source = build(parse(str(path), "member"), "first", cfg, TOKENIZER)
+    assert isinstance(source, MegatronReward)
+    return source
 
 
 def _rollouts() -> Rollouts:
@@ -62,7 +65,7 @@ def test_a_language_model_is_not_taken_for_a_reward_model(
     cfg = tiny_config()
     checkpoint.save(tmp_path / "lm", build_model(cfg.model, cfg.precision, "lm", 64, seed=3, trainable=False))
     with pytest.raises(CheckpointError, match="lm"):
-        MegatronReward.load("first", tmp_path / "lm", cfg, TOKENIZER)
+        build(parse(str(tmp_path / "lm"), "member"), "first", cfg, TOKENIZER)
 
 
 def test_scores_are_finite(source: MegatronReward) -> None:

@@ -1,0 +1,161 @@
+"""HTTP to reward servers: pooled connections, deadlines, retries of what can pass, fail-over between addresses."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import tenacity
+
+from nemo_advrm.errors import ConfigError, RewardSourceError
+from nemo_advrm.schema import RemoteConfig
+
+TOKEN_VARIABLE = "NEMO_ADVRM_TOKEN"
+_LARGEST_ANSWER = 256 * 2**20
+
+
+class Transient(Exception):
+    """A failure that may pass: no connection, no answer in time, 429 or 5xx."""
+
+    def __init__(self, reason: str, retry_after: float = 0.0) -> None:
+        super().__init__(reason)
+        self.retry_after = retry_after
+
+
+@dataclass
+class ReplicatedServer:
+    """Servers of one model behind several addresses; requests go to one of them until it fails, then to the next.
+
+    Attributes:
+        name: of the reward source, for messages.
+        addresses: base URLs, at least one.
+        options: timeouts and limits.
+    """
+
+    name: str
+    addresses: Sequence[str]
+    options: RemoteConfig
+    _preferred: int = 0
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def __post_init__(self) -> None:
+        limits = httpx.Limits(max_connections=self.options.connections)
+        token = bearer_token(self.options.token_file)
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        timeout = httpx.Timeout(self.options.timeout_seconds, connect=min(10.0, self.options.timeout_seconds))
+        self._client = httpx.Client(limits=limits, timeout=timeout, headers=headers)
+
+    def close(self) -> None:
+        self._client.close()
+
+    def call(self, method: str, path: str, body: Any = None, deadline: float | None = None) -> Any:
+        """The JSON of a successful answer; ``deadline`` is a time of ``time.monotonic``.
+
+        429, 5xx, broken connections and timeouts are tried again, at the next address, with growing pauses (or those
+        the server asks for) until the deadline.
+
+        Raises RewardSourceError that names source and address: any other status, no JSON, or the deadline passed.
+        """
+        end = deadline if deadline is not None else time.monotonic() + self.options.deadline_seconds
+        backoff = tenacity.wait_random_exponential(multiplier=0.2, max=10)
+
+        def wait(state: tenacity.RetryCallState) -> float:
+            failure = state.outcome.exception() if state.outcome is not None else None
+            asked = failure.retry_after if isinstance(failure, Transient) else 0.0
+            # all of the pause would pass the deadline: one last try just before it
+            return min(max(asked, backoff(state)), max(0.0, end - time.monotonic() - 0.05))
+
+        retrying = tenacity.Retrying(
+            retry=tenacity.retry_if_exception_type(Transient),
+            wait=wait,
+            stop=lambda state: time.monotonic() + 0.1 >= end,
+            reraise=True,
+        )
+        try:
+            return retrying(self._once, method, path, body, end)
+        except Transient as failure:
+            waited = f"{self.options.deadline_seconds:g} s (remote.deadline_seconds)"
+            raise RewardSourceError(
+                f"reward source {self.name} did not answer within {waited}; last failure: {failure}"
+            ) from None
+
+    def _once(self, method: str, path: str, body: Any, end: float) -> Any:
+        with self._lock:
+            number = self._preferred
+        url = self.addresses[number].rstrip("/") + path
+        try:
+            return self._request(method, url, body, end)
+        except Transient:
+            with self._lock:
+                if self._preferred == number:
+                    self._preferred = (number + 1) % len(self.addresses)
+            raise
+
+    def _request(self, method: str, url: str, body: Any, end: float) -> Any:
+        left = end - time.monotonic()
+        if left <= 0:
+            raise Transient(f"{url}: no time left")
+        limit = min(self.options.timeout_seconds, left)
+        stop = time.monotonic() + limit
+        content = bytearray()
+        try:
+            with self._client.stream(method, url, json=body, timeout=limit) as response:
+                # a server that sends a byte now and then keeps every single read in time
+                for part in response.iter_bytes():
+                    content += part
+                    if time.monotonic() > stop:
+                        raise Transient(f"{url}: the answer took longer than {limit:.1f} s")
+                    if len(content) > _LARGEST_ANSWER:
+                        raise RewardSourceError(f"reward source {self.name}: {url} sent more than 256 MiB")
+        except httpx.TransportError as error:
+            raise Transient(f"{url}: {type(error).__name__} {error}".rstrip()) from error
+        except httpx.HTTPError as error:
+            raise RewardSourceError(f"reward source {self.name}: {url}: {error}") from error
+        if response.status_code == 429 or response.status_code >= 500:
+            reason = f"{url}: status {response.status_code} {_shortened(content)}"
+            raise Transient(reason, _seconds(response.headers.get("retry-after")))
+        if response.status_code != 200:
+            raise RewardSourceError(
+                f"reward source {self.name}: {url} refused the request: status {response.status_code} "
+                f"{_shortened(content)}"
+            )
+        return self._json(url, response.headers.get("content-type", ""), bytes(content))
+
+    def _json(self, url: str, content_type: str, content: bytes) -> Any:
+        try:
+            return json.loads(content) if content else None
+        except ValueError as error:
+            kind = content_type or "no content type"
+            raise RewardSourceError(f"reward source {self.name}: {url} sent no JSON ({kind}): {error}") from error
+
+
+def bearer_token(token_file: str) -> str:
+    """The token in a file, else in the environment variable NEMO_ADVRM_TOKEN, else ""."""
+    if not token_file:
+        return os.environ.get(TOKEN_VARIABLE, "").strip()
+    try:
+        token = Path(token_file).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the token file {token_file} cannot be read: {error}") from error
+    if not token:
+        raise ConfigError(f"the token file {token_file} is empty")
+    return token
+
+
+def _seconds(header: str | None) -> float:
+    """Retry-After in seconds; its other form, a date, counts as none."""
+    try:
+        return min(max(0.0, float(header or 0)), 60.0)
+    except ValueError:
+        return 0.0
+
+
+def _shortened(content: bytes | bytearray) -> str:
+    return " ".join(bytes(content[:400]).decode("utf-8", errors="replace").split())

@@ -1,0 +1,184 @@
+"""Reward sources on other machines: this package's server, and KServe v2 servers such as NeMo-Aligner's."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+from urllib.parse import parse_qs, quote, urlsplit
+
+import torch
+from torch import Tensor
+
+from nemo_advrm.data.messages import Message
+from nemo_advrm.data.tokenizers import Tokenizer, build_tokenizer
+from nemo_advrm.errors import RewardSourceError
+from nemo_advrm.rewards.base import RewardSource, Rollouts
+from nemo_advrm.rewards.encoding import token_sequences
+from nemo_advrm.rewards.http_client import ReplicatedServer
+from nemo_advrm.rewards.replica import once_per_replica
+from nemo_advrm.schema import RemoteConfig
+
+
+def connect(name: str, kind: str, addresses: Sequence[str], options: RemoteConfig) -> RewardSource:
+    """The source for addresses of the kind ``http`` or ``triton``; all ranks call, one per replica asks the server.
+
+    Raises RewardSourceError that names it when none of the addresses has a ready server.
+    """
+    source = ServerReward(name, addresses, options) if kind == "http" else TritonReward(name, addresses, options)
+    once_per_replica(name, source.wait_until_ready)
+    return source
+
+
+class _Remote:
+    """What remote sources share: rows in requests of bounded size, several at a time, all before one deadline."""
+
+    def __init__(self, name: str, addresses: Sequence[str], options: RemoteConfig) -> None:
+        self.name = name
+        self.options = options
+        self.server = ReplicatedServer(name, addresses, options)
+
+    def score(self, rollouts: Rollouts) -> Tensor:
+        return once_per_replica(self.name, lambda: self._ask(self._rows(rollouts), self._request))
+
+    def _rows(self, rollouts: Rollouts) -> list[Any]:
+        raise NotImplementedError
+
+    def _request(self, rows: list[Any], deadline: float) -> Any:
+        raise NotImplementedError
+
+    def _ask(self, rows: list[Any], request: Callable[[list[Any], float], Any]) -> Tensor:
+        deadline = time.monotonic() + self.options.deadline_seconds
+        size = self.options.rows_per_request
+        parts = [rows[i : i + size] for i in range(0, len(rows), size)]
+        with ThreadPoolExecutor(max(1, min(len(parts), self.options.connections))) as pool:
+            answers = list(pool.map(lambda part: self._checked(part, request(part, deadline)), parts))
+        return torch.tensor([score for answer in answers for score in answer], dtype=torch.float32)
+
+    def _checked(self, rows: list[Any], scores: Any) -> list[float]:
+        numbers = isinstance(scores, list) and all(isinstance(s, int | float) for s in scores)
+        if not numbers or len(scores) != len(rows):
+            shape = f"{len(scores)} scores" if numbers else "no list of scores"
+            raise RewardSourceError(f"reward source {self.name}: the server sent {shape} for {len(rows)} responses")
+        return scores
+
+    def _ready(self, path: str) -> None:
+        # a server that is not there is told at once; one that is still loading its model gets its time
+        self.server.call("GET", path, deadline=time.monotonic() + self.options.connect_seconds)
+
+
+class ServerReward(_Remote):
+    """The server of ``nemo-advrm serve``: tokens where its tokenizer is the policy's, else messages."""
+
+    def __init__(self, name: str, addresses: Sequence[str], options: RemoteConfig) -> None:
+        super().__init__(name, addresses, options)
+        self.fingerprint = ""
+
+    def wait_until_ready(self) -> Tensor:
+        self._ready("/health/ready")
+        info = self.server.call("GET", "/v1/info")
+        if not isinstance(info, dict) or "tokenizer" not in info:
+            raise RewardSourceError(f"reward source {self.name}: the server is not one of nemo-advrm serve")
+        self.fingerprint = str(info["tokenizer"] or "")
+        return torch.zeros(0)
+
+    def _rows(self, rollouts: Rollouts) -> list[dict[str, Any]]:
+        if rollouts.rendered:
+            return [{"text": text} for text in rollouts.responses]
+        if self.fingerprint and rollouts.fingerprint == self.fingerprint:
+            return [
+                {"tokens": p + r} for p, r in zip(rollouts.prompt_tokens, rollouts.response_tokens, strict=True)
+            ]
+        return [
+            {"messages": list(prompt), "response": response, "ended": ended}
+            for prompt, response, ended in zip(rollouts.prompts, rollouts.responses, rollouts.ended, strict=True)
+        ]
+
+    def _request(self, rows: list[Any], deadline: float) -> Any:
+        answer = self.server.call("POST", "/v1/score", {"samples": rows}, deadline)
+        return answer["scores"] if isinstance(answer, dict) and "scores" in answer else answer
+
+
+class TritonReward(_Remote):
+    """A reward model behind KServe v2, as NeMo-Aligner serves it: ``sentences`` or ``tokens`` in, ``rewards`` out.
+
+    Without a tokenizer in the address the text of a conversation is sent: its messages and the response, one after the
+    other, which is how NeMo-Aligner's data files write them.
+    """
+
+    def __init__(self, name: str, addresses: Sequence[str], options: RemoteConfig) -> None:
+        urls = [urlsplit(address.removeprefix("triton+")) for address in addresses]
+        super().__init__(name, [f"{url.scheme}://{url.netloc}" for url in urls], options)
+        models, queries = {url.path.strip("/") for url in urls}, {url.query for url in urls}
+        if len(models) > 1 or len(queries) > 1:
+            raise RewardSourceError(f"reward source {name}: its addresses name different models")
+        self.model = quote(models.pop(), safe="")
+        named = parse_qs(queries.pop()).get("tokenizer")
+        self.tokenizer: Tokenizer | None = build_tokenizer(named[0]) if named else None
+
+    def wait_until_ready(self) -> Tensor:
+        self._ready(f"/v2/models/{self.model}/ready")
+        return torch.zeros(0)
+
+    def _rows(self, rollouts: Rollouts) -> list[Any]:
+        if self.tokenizer is not None:
+            return token_sequences(rollouts, self.tokenizer)
+        return [plain_text(prompt) + text for prompt, text in zip(rollouts.prompts, rollouts.responses, strict=True)]
+
+    def _request(self, rows: list[Any], deadline: float) -> Any:
+        body = {"inputs": _text_inputs(rows) if self.tokenizer is None else _token_inputs(rows, self.tokenizer.pad_id)}
+        answer = self.server.call("POST", f"/v2/models/{self.model}/infer", body, deadline)
+        outputs = answer.get("outputs") if isinstance(answer, dict) else None
+        for output in outputs if isinstance(outputs, list) else []:
+            if isinstance(output, dict) and output.get("name") == "rewards":
+                return torch.tensor(output["data"]).flatten().tolist()
+        raise RewardSourceError(f"reward source {self.name}: the answer has no output rewards")
+
+
+def plain_text(prompt: tuple[Message, ...]) -> str:
+    """The messages of a prompt, one after the other."""
+    return "".join(message["content"] for message in prompt)
+
+
+def _text_inputs(texts: list[str]) -> list[dict[str, Any]]:
+    return [{"name": "sentences", "shape": [len(texts), 1], "datatype": "BYTES", "data": texts}]
+
+
+def _token_inputs(rows: list[list[int]], pad_id: int) -> list[dict[str, Any]]:
+    width = max(map(len, rows))
+    padded = [row + [pad_id] * (width - len(row)) for row in rows]
+    lengths = [len(row) for row in rows]
+    return [
+        {"name": "tokens", "shape": [len(rows), width], "datatype": "INT64", "data": padded},
+        {"name": "sequence_lengths", "shape": [len(rows), 1], "datatype": "INT64", "data": lengths},
+    ]
+
+
+def trl_reward(url: str, options: RemoteConfig | None = None) -> Callable[..., list[float]]:
+    """A reward function for TRL's trainers (``reward_funcs=``) that asks a server of ``nemo-advrm serve``.
+
+    It takes TRL's ``prompts`` and ``completions``, plain texts or lists of chat messages, and returns one float each.
+    """
+    addresses = url.split("|")
+    source = ServerReward(url, addresses, options or RemoteConfig())
+
+    def reward(prompts: list[Any], completions: list[Any], **_: Any) -> list[float]:
+        rows = [
+            {"messages": _as_messages(prompt), "response": _as_response(completion)}
+            for prompt, completion in zip(prompts, completions, strict=True)
+        ]
+        return source._ask(rows, source._request).tolist()
+
+    reward.__name__ = "nemo_advrm_reward"
+    return reward
+
+
+def _as_messages(prompt: Any) -> list[Message]:
+    if isinstance(prompt, str):
+        return [Message(role="user", content=prompt)]
+    return [Message(role=m["role"], content=m["content"]) for m in prompt]
+
+
+def _as_response(completion: Any) -> str:
+    return completion if isinstance(completion, str) else "".join(m["content"] for m in completion)

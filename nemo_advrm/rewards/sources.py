@@ -1,0 +1,217 @@
+"""The members of an ensemble as they are named in ``ensemble.members``: parsed, checked before work, and built.
+
+    DIR, megatron:DIR                   a checkpoint of this package
+    hf:DIR                              a Hugging Face reward model, scored in this process
+    nemo:FILE                           a .nemo file of NeMo-Aligner
+    http://HOST:PORT                    the server of ``nemo-advrm serve``
+    triton+http://HOST:PORT/MODEL       a KServe v2 server: NeMo-Aligner's reward model server, Triton
+                                        (with ?tokenizer=SPEC tokens are sent, else text)
+    ADDRESS|ADDRESS                     servers of the same model; another one is asked when one fails
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from nemo_advrm.data.tokenizers import Tokenizer, build_tokenizer
+from nemo_advrm.errors import CheckpointError, ConfigError, LayoutError
+from nemo_advrm.extras import require_extra
+from nemo_advrm.keys import nearest
+from nemo_advrm.layout import validate_layout
+from nemo_advrm.megatron import checkpoint
+from nemo_advrm.megatron.transformer import has_transformer_engine
+from nemo_advrm.models.reward_model import build_reward_model
+from nemo_advrm.rewards import hf
+from nemo_advrm.rewards.base import RewardSource
+from nemo_advrm.rewards.local import MegatronReward
+from nemo_advrm.schema import Config, ModelConfig, PretrainedConfig, RewardModelConfig
+
+LOCAL_KINDS = ("megatron", "hf", "nemo")
+_SCHEMES = {"http": "http", "https": "http", "triton+http": "triton", "triton+https": "triton"}
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
+# of a member's configuration, what belongs to the running job and not to its weights
+_OF_THE_JOB = (
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "sequence_parallel",
+    "micro_batch_size",
+    "micro_batch_tokens",
+    "global_batch_size",
+)
+
+
+@dataclass(frozen=True)
+class SourceSpec:
+    """One member: ``kind`` is megatron, hf, nemo, http or triton; ``location`` a path, or addresses joined by ``|``."""
+
+    kind: str
+    location: str
+    text: str  # as the user wrote it
+    place: str  # the key it came from
+
+    @property
+    def is_remote(self) -> bool:
+        return self.kind not in LOCAL_KINDS
+
+    @property
+    def path(self) -> Path:
+        return Path(self.location)
+
+
+def parse(text: str, place: str) -> SourceSpec:
+    """The member that ``text`` names; raises ConfigError that names ``place`` and the nearest kind."""
+    if not text.strip():
+        raise ConfigError(f"{place} is empty: name a checkpoint, hf:DIR or a server")
+    scheme = _SCHEME.match(text)
+    if scheme is None:
+        return SourceSpec("megatron", text, text, place)
+    kind, rest = scheme[1], text[scheme.end() :]
+    if kind in LOCAL_KINDS:
+        if not rest:
+            raise ConfigError(f"{place}={text}: a path is missing after {kind}:")
+        return SourceSpec(kind, rest, text, place)
+    if kind in _SCHEMES:
+        return _parse_addresses(text, place)
+    if Path(text).exists():  # a directory with a colon in its name
+        return SourceSpec("megatron", text, text, place)
+    near = nearest(kind, [*LOCAL_KINDS, *_SCHEMES])
+    raise ConfigError(f"{place}={text}: did you mean {near}:? kinds: {', '.join((*LOCAL_KINDS, *_SCHEMES))}")
+
+
+def _parse_addresses(text: str, place: str) -> SourceSpec:
+    kinds = set()
+    for address in text.split("|"):
+        scheme = _SCHEME.match(address)
+        if scheme is None or scheme[1] not in _SCHEMES:
+            raise ConfigError(f"{place}={text}: {address!r} is not the address of a server (http://HOST:PORT)")
+        kinds.add(_SCHEMES[scheme[1]])
+        fault = _address_fault(address, _SCHEMES[scheme[1]])
+        if fault:
+            raise ConfigError(f"{place}={text}: {fault}")
+    if len(kinds) > 1:
+        raise ConfigError(f"{place}={text}: the addresses of one member must speak the same protocol")
+    return SourceSpec(kinds.pop(), text, text, place)
+
+
+def _address_fault(address: str, kind: str) -> str:
+    """What is wrong with a server's address; empty when nothing is."""
+    url = urlsplit(address.removeprefix("triton+"))
+    try:
+        named = bool(url.hostname) and (url.port is None or url.port > 0)
+    except ValueError:  # a port that is no number or too large
+        named = False
+    if not named:
+        return f"{address!r} names no host and port (http://HOST:PORT)"
+    if kind == "triton" and not url.path.strip("/"):
+        return f"{address!r} names no model (triton+http://HOST:PORT/MODEL)"
+    return ""
+
+
+def parse_members(members: Sequence[str]) -> list[SourceSpec]:
+    """``ensemble.members``, R_1 first."""
+    return [parse(text, f"ensemble.members[{k}]") for k, text in enumerate(members)]
+
+
+def check(spec: SourceSpec, cfg: Config, world_size: int) -> None:
+    """What can be known to fail before work starts: CheckpointError, ConfigError or LayoutError that names the member.
+
+    Servers are asked when they are built, not here.
+    """
+    try:
+        if spec.kind == "megatron":
+            meta = _reward_meta(spec)
+            member = dataclasses.replace(cfg, model=member_config(meta, cfg.model))
+            validate_layout(member, world_size, has_transformer_engine())
+        elif spec.kind == "hf":
+            hf.check_directory(spec.path)
+        elif spec.kind == "nemo":
+            raise CheckpointError(
+                f"{spec.text}: .nemo files are not opened directly; first run nemo-advrm convert from=nemo "
+                f"path={spec.location} to=megatron out=DIR"
+            )
+    except (CheckpointError, LayoutError) as error:
+        raise type(error)(f"{spec.place}: {error}") from error
+
+
+def build(spec: SourceSpec, name: str, cfg: Config, running: Tokenizer | None = None) -> RewardSource:
+    """Open a member; all ranks call.
+
+    Args:
+        running: the policy's tokenizer, taken for checkpoints that do not say which one they were trained with.
+    """
+    if spec.kind == "megatron":
+        meta = _reward_meta(spec)
+        outputs = meta.get("head_outputs", 1)
+        head = RewardModelConfig(loss="bt" if outputs == 1 else "regression", num_attributes=outputs)
+        own = dataclasses.replace(cfg, model=member_config(meta, cfg.model), reward_model=head)
+        tokenizer = member_tokenizer(spec, meta, running)
+        model = build_reward_model(own, tokenizer, spec.location, seed=0, trainable=False)
+        return MegatronReward(name, model, tokenizer)
+    if spec.kind == "hf":
+        return hf.HFReward.load(name, spec.path, cfg)
+    if spec.is_remote:
+        require_extra("serve", "httpx", "tenacity")
+        from nemo_advrm.rewards import remote
+
+        return remote.connect(name, spec.kind, spec.location.split("|"), cfg.remote)
+    check(spec, cfg, 1)
+    raise AssertionError(f"kind {spec.kind} cannot be built")
+
+
+def for_scoring(cfg: Config, members: Sequence[str]) -> Config:
+    """The configuration of a stage that scores with ``members`` and has no model of its own.
+
+    Its ``model`` is the first member's that is a checkpoint, so that the parallel layout is checked against that.
+    """
+    specs = parse_members(members)
+    own = [_reward_meta(spec) for spec in specs if spec.kind == "megatron"]
+    ensemble = dataclasses.replace(cfg.ensemble, members=list(members))
+    model = cfg.model
+    if own:
+        model = dataclasses.replace(member_config(own[0], cfg.model), tokenizer=cfg.model.tokenizer)
+    return dataclasses.replace(cfg, ensemble=ensemble, model=model, pretrained_checkpoint=PretrainedConfig())
+
+
+def load_members(cfg: Config, members: Sequence[str], running: Tokenizer | None = None) -> list[RewardSource]:
+    """The ensemble, R_1 first."""
+    return [build(spec, f"R_{k + 1} ({spec.text})", cfg, running) for k, spec in enumerate(parse_members(members))]
+
+
+def member_config(meta: dict[str, Any], job: ModelConfig) -> ModelConfig:
+    """The architecture of a checkpoint at the parallel layout and batch shape of the running job."""
+    known = {field.name for field in dataclasses.fields(ModelConfig)} - {"optim", *_OF_THE_JOB}
+    own = {key: value for key, value in meta["model"].items() if key in known}
+    if "vocab_size" in meta:
+        own["vocab_size"] = meta["vocab_size"]  # as it was padded when it was trained
+    return dataclasses.replace(ModelConfig(**own), **{key: getattr(job, key) for key in _OF_THE_JOB})
+
+
+def member_tokenizer(spec: SourceSpec, meta: dict[str, Any], running: Tokenizer | None) -> Tokenizer:
+    """The tokenizer a checkpoint was trained with; raises CheckpointError when it cannot be known or has changed."""
+    fingerprint = meta.get("tokenizer")
+    if running is not None and fingerprint in (None, running.fingerprint):
+        return running
+    files = spec.path / "tokenizer"
+    named = f"hf:{files}" if files.is_dir() else meta.get("tokenizer_spec")
+    if named is None:
+        raise CheckpointError(
+            f"{spec.place}={spec.text}: the checkpoint does not say which tokenizer it was trained with, and it is not "
+            "the one of this run (model.tokenizer)"
+        )
+    tokenizer = build_tokenizer(named)
+    if fingerprint is not None and tokenizer.fingerprint != fingerprint:
+        raise CheckpointError(f"{spec.place}={spec.text}: the tokenizer {named} is not what it was in training")
+    return tokenizer
+
+
+def _reward_meta(spec: SourceSpec) -> dict[str, Any]:
+    meta = checkpoint.read_meta(spec.path)
+    if meta["head"] != "reward":
+        raise CheckpointError(f"{spec.text}: holds a model with the head {meta['head']!r}, not a reward model")
+    return meta

@@ -1,0 +1,51 @@
+"""Reward models of each kind on disk, tiny, for tests of ensembles and servers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from hf_models import tiny_hf
+from hf_tokenizers import CHATML, save_hf
+from tiny import TOKENIZER, tiny_config
+
+from nemo_advrm.data.messages import Message
+from nemo_advrm.data.tokenizers import Tokenizer
+from nemo_advrm.megatron import checkpoint
+from nemo_advrm.megatron.model import build_model
+from nemo_advrm.rewards.base import Rollouts
+
+PROMPTS = ("this river", "these clouds", "this garden")
+RESPONSES = ("birds sing .", "birds sing", "this river sleeps .", "these old clouds")
+
+
+def save_hf_reward(directory: Path, seed: int = 0, template: str | None = CHATML, **model: Any) -> Path:
+    """A Hugging Face reward model with a byte-level tokenizer whose padding is its end token."""
+    save_hf(directory, template=template, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
+    settings = {"vocab_size": 280, "bos_token_id": 1, "eos_token_id": 0, "pad_token_id": 0} | model
+    tiny_hf("llama3", seed, reward=settings.pop("reward", True), **settings).save_pretrained(directory)
+    return directory
+
+
+def save_megatron(directory: Path, seed: int = 3, head: str = "reward", meta: Any = None, **model: Any) -> Path:
+    """A checkpoint of this package over the synthetic language; Megatron-Core must be running."""
+    cfg = tiny_config(**model)
+    built = build_model(cfg.model, cfg.precision, head, 64, seed=seed, trainable=False, head_init_std=0.3)  # type: ignore[arg-type]
+    known = {"tokenizer": TOKENIZER.fingerprint, "tokenizer_spec": "synthetic"}
+    checkpoint.save(directory, built, meta=known if meta is None else meta)
+    return directory
+
+
+def rollouts(tokenizer: Tokenizer = TOKENIZER) -> Rollouts:
+    """Two prompts with responses of unequal lengths, one of them cut off."""
+    prompts = [(Message(role="user", content=PROMPTS[i % 2]),) for i in range(4)]
+    ended = [text.endswith(".") for text in RESPONSES]
+    return Rollouts(
+        prompts=prompts,
+        responses=list(RESPONSES),
+        ended=ended,
+        prompt_tokens=[tokenizer.encode_prompt(p) for p in prompts],
+        response_tokens=[tokenizer.encode_response(r) if r.endswith(".") else tokenizer.encode(r) for r in RESPONSES],
+        prompt_index=[0, 1, 0, 1],
+        fingerprint=tokenizer.fingerprint,
+    )
