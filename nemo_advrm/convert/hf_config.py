@@ -36,6 +36,19 @@ _LLAMA3_ROPE = (
     ("high_freq_factor", "rope_scaling_high_freq_factor"),
     ("original_max_position_embeddings", "rope_scaling_original_context"),
 )
+# keys that transformers writes for every model
+_SAYS_NOTHING = (
+    "_name_or_path",
+    "chunk_size_feed_forward",
+    "id2label",
+    "is_encoder_decoder",
+    "label2id",
+    "output_attentions",
+    "output_hidden_states",
+    "problem_type",
+    "return_dict",
+    "transformers_version",
+)
 # what every architecture computes unless its table says otherwise
 _USUAL = {
     "normalization": "RMSNorm",
@@ -70,7 +83,26 @@ def read_config(directory: Path) -> dict[str, Any]:
         config = AutoConfig.from_pretrained(str(directory), local_files_only=True).to_dict()
     except Exception as error:  # transformers raises many types for a wrong value
         raise CheckpointError(f"{path}: {' '.join(str(error).split())[:300]}") from None
-    return config | {"architectures": raw.get("architectures")}
+    labels = len(config.get("id2label") or {})
+    if raw["architectures"][0].endswith("ForSequenceClassification") and labels != 1:
+        raise CheckpointError(f"{path}: a reward model has one label, this classifier has {labels}")
+    return described(config, raw["architectures"])
+
+
+def described(config: dict[str, Any], architectures: list[str]) -> dict[str, Any]:
+    """A configuration of transformers as it is kept beside weights: without what says nothing of the model."""
+    kept = {key: value for key, value in config.items() if key not in _SAYS_NOTHING}
+    return kept | {"architectures": architectures}
+
+
+def check_config(config: dict[str, Any]) -> None:
+    """Raise CheckpointError unless transformers accepts ``config`` as a config.json."""
+    from transformers import AutoConfig
+
+    try:
+        AutoConfig.for_model(**config)
+    except Exception as error:  # transformers raises many types for a wrong value
+        raise CheckpointError(f"transformers refuses the configuration: {' '.join(str(error).split())[:300]}") from None
 
 
 def find_architecture(config: dict[str, Any], where: str) -> tuple[Architecture, Head]:
@@ -128,8 +160,8 @@ def hf_config(table: Architecture, model: ModelConfig, head: Head, base: dict[st
     for cap in ("attn_logit_softcapping", "final_logit_softcapping"):
         if cap in config:
             config[cap] = config[cap] or None
-    if "query_pre_attn_scalar" in config:
-        config["query_pre_attn_scalar"] = model.query_scale or head_size(model)
+    if "query_pre_attn_scalar" in config:  # transformers takes whole numbers only
+        config["query_pre_attn_scalar"] = int(model.query_scale or head_size(model))
     config["rope_parameters"] = _rope_parameters(model)
     if table.model_type == "nemotron":
         config["partial_rotary_factor"] = model.rotary_percent

@@ -11,7 +11,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from nemo_advrm.convert.hf_config import choose_architecture, hf_config
+from nemo_advrm.convert.hf_config import check_config, choose_architecture, hf_config
 from nemo_advrm.convert.model_card import model_card
 from nemo_advrm.convert.names import VOCABULARY_ROWS
 from nemo_advrm.convert.padding_token import choose_padding_token, write_tokenizer
@@ -66,6 +66,7 @@ class HFSink:
         self._left = set(specs)
         common = Counter(spec.dtype for spec in theirs.values()).most_common(1)[0][0]
         self.config["dtype"] = str(common).removeprefix("torch.")
+        check_config(self.config)
         self.nbytes = sum(spec.nbytes for spec in theirs.values())
         self._directory = PartialDirectory(path, self.nbytes)
         self._open = False

@@ -9,7 +9,7 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor
 
-from nemo_advrm.convert.hf_config import find_architecture, model_config, read_config
+from nemo_advrm.convert.hf_config import described, find_architecture, model_config, read_config
 from nemo_advrm.convert.names import canonical_shapes
 from nemo_advrm.convert.safetensors_files import SafetensorsDirectory, listed
 from nemo_advrm.convert.tables import EMBEDDING, IGNORED, LM_HEAD, Architecture
@@ -52,8 +52,6 @@ class HFSource:
         config, weights = _open(path)
         where = str(path / "config.json") if path.is_dir() else str(path)
         self._table, head = find_architecture(config, where)
-        if head == "reward" and (labels := len(config.get("id2label") or {0: ""})) != 1:
-            raise CheckpointError(f"{where}: a reward model has one label, this classifier has {labels}")
         self._model = model_config(self._table, config, where)
         self._weights = weights
         self._parts, self._specs = _map(self._table, self._model, head, weights, path)
@@ -113,7 +111,7 @@ def _open_gguf(file: Path) -> tuple[dict[str, Any], Weights]:
     tensors: dict[str, Tensor] = model.state_dict()
     if model.config.tie_word_embeddings:
         tensors.pop(LM_HEAD, None)
-    return model.config.to_dict() | {"architectures": [type(model).__name__]}, LoadedWeights(tensors)
+    return described(model.config.to_dict(), [type(model).__name__]), LoadedWeights(tensors)
 
 
 def _map(

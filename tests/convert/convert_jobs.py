@@ -1,0 +1,55 @@
+"""Opens a converted checkpoint at the running layout and computes with it, on all ranks."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from nemo_advrm.convert.megatron import read_model
+from nemo_advrm.megatron import checkpoint, runtime
+from nemo_advrm.megatron.generation import generate
+from nemo_advrm.megatron.model import MegatronModel, build_model
+from nemo_advrm.megatron.sampling import Sampling
+from nemo_advrm.megatron.schedule import Microbatch, forward
+from nemo_advrm.models.scoring import score_sequences
+from nemo_advrm.schema import PrecisionConfig
+
+
+def build(path: str) -> MegatronModel:
+    """The model that the checkpoint itself describes, with its weights."""
+    meta = checkpoint.read_meta(Path(path))
+    layout = runtime.current().layout
+    model = replace(
+        read_model(meta, Path(path)),
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+    )
+    built = build_model(model, PrecisionConfig(), meta["head"], model.vocab_size, seed=3, trainable=False)
+    checkpoint.load(Path(path), built)
+    return built
+
+
+def logits(path: str, tokens_BS: torch.Tensor) -> torch.Tensor:
+    """[B, S, vocabulary] on all ranks."""
+    model = build(path)
+    rows, length = tokens_BS.shape
+    everywhere = torch.ones(rows, length, dtype=torch.bool)
+    microbatch = Microbatch(
+        tokens_BS, torch.full((rows,), length), {"predict_BS": everywhere, "gather_logits": True}
+    )
+    found = forward(model, [microbatch], lambda output, _: output)
+    shape = (tokens_BS.numel(), model.vocab_size)
+    whole = runtime.current().broadcast_from_last_stage(found[0] if found else None, (shape, torch.float32))
+    return whole.view(rows, length, -1)[..., : model.model.vocab_size]
+
+
+def scores(path: str, sequences: list[list[int]]) -> torch.Tensor:
+    """[N]: every sequence scored alone at its last token, whatever the padding."""
+    return score_sequences(build(path), sequences, pad_id=0)
+
+
+def greedy(path: str, prompts: list[list[int]], new: int) -> list[list[int]]:
+    uniforms = torch.zeros(len(prompts), new)
+    return generate(build(path), prompts, Sampling(new, (), temperature=0), uniforms).responses

@@ -1,0 +1,160 @@
+"""Hugging Face -> Megatron -> Hugging Face: equal logits and scores at every step, equal bits at the end."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import convert_jobs
+import pytest
+import torch
+from conftest import run
+from distributed import Worlds
+from hf_models import ARCHITECTURES
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from nemo_advrm.megatron.runtime import Layout, Runtime
+
+TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
+LAYOUTS = {"tp2": Layout(tensor=2), "pp2": Layout(pipeline=2)}
+TOKENS_BS = torch.randint(3, 67, (3, 17), generator=torch.Generator().manual_seed(0))
+# rows of unequal length that end in eos (2)
+SEQUENCES = [[*TOKENS_BS[i % 3, : 3 + 2 * i].tolist(), 2] for i in range(7)]
+
+
+def weights(directory: Path) -> dict[str, torch.Tensor]:
+    return {k: v for file in sorted(directory.glob("*.safetensors")) for k, v in load_file(file).items()}
+
+
+def assert_same_bits(there: dict[str, torch.Tensor], here: dict[str, torch.Tensor]) -> None:
+    assert there.keys() == here.keys() and len(here) > 20
+    for name, tensor in here.items():
+        assert there[name].dtype == tensor.dtype and torch.equal(there[name], tensor), name
+
+
+@torch.no_grad()
+def hf_logits(directory: Path) -> torch.Tensor:
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager")
+    return model.eval()(TOKENS_BS).logits
+
+
+@torch.no_grad()
+def hf_scores(directory: Path, side: str, sequences: list[list[int]] = SEQUENCES) -> torch.Tensor:
+    """Scores of one padded batch by the classifier's own forward."""
+    model = AutoModelForSequenceClassification.from_pretrained(
+        directory, dtype=torch.float32, attn_implementation="eager"
+    )
+    length = max(map(len, sequences))
+    pad = model.config.pad_token_id
+    rows, masks = [], []
+    for row in sequences:
+        filler, hidden = [pad] * (length - len(row)), [0] * (length - len(row))
+        rows.append([*row, *filler] if side == "right" else [*filler, *row])
+        masks.append([*[1] * len(row), *hidden] if side == "right" else [*hidden, *[1] * len(row)])
+    return model.eval()(torch.tensor(rows), attention_mask=torch.tensor(masks)).logits[:, 0]
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_language_model_keeps_its_logits_and_bits(
+    single: Runtime, worlds: Worlds, saved: Callable[..., Path], name: str, tmp_path: Path
+) -> None:
+    source = saved(name)
+    wanted = hf_logits(source)
+    assert wanted.std() > 0.05
+
+    run("hf", source, "megatron", tmp_path / "megatron")
+    torch.testing.assert_close(convert_jobs.logits(str(tmp_path / "megatron"), TOKENS_BS), wanted, **TOLERANCE)
+    for layout in LAYOUTS.values():
+        for there in worlds.run(
+            layout, "convert_jobs", "logits", path=str(tmp_path / "megatron"), tokens_BS=TOKENS_BS
+        ):
+            torch.testing.assert_close(there, wanted, **TOLERANCE)
+
+    run("megatron", tmp_path / "megatron", "hf", tmp_path / "hf")
+    torch.testing.assert_close(hf_logits(tmp_path / "hf"), wanted, **TOLERANCE)
+    assert_same_bits(weights(tmp_path / "hf"), weights(source))
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_reward_model_keeps_its_scores_and_bits_in_padded_batches(
+    single: Runtime, worlds: Worlds, saved: Callable[..., Path], name: str, tmp_path: Path
+) -> None:
+    source = saved(name, reward=True)
+    wanted = hf_scores(source, "right")
+    assert wanted.std() > 0.05
+
+    run("hf", source, "megatron", tmp_path / "megatron")
+    torch.testing.assert_close(convert_jobs.scores(str(tmp_path / "megatron"), SEQUENCES), wanted, **TOLERANCE)
+    for layout in LAYOUTS.values():
+        for there in worlds.run(layout, "convert_jobs", "scores", path=str(tmp_path / "megatron"), sequences=SEQUENCES):
+            torch.testing.assert_close(there, wanted, **TOLERANCE)
+
+    run("megatron", tmp_path / "megatron", "hf", tmp_path / "hf")
+    for side in ("right", "left"):
+        torch.testing.assert_close(hf_scores(tmp_path / "hf", side), wanted, **TOLERANCE)
+    assert_same_bits(weights(tmp_path / "hf"), weights(source))
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert config["id2label"] == {"0": "reward"} and config["problem_type"] == "regression"
+    assert config["pad_token_id"] != config["eos_token_id"]
+
+
+def test_padding_that_is_the_end_token_is_replaced(
+    single: Runtime, saved: Callable[..., Path], tmp_path: Path
+) -> None:
+    source = saved("llama3", reward=True, pad_token_id=2)
+    run("hf", source, "megatron", tmp_path / "megatron")
+    wanted = convert_jobs.scores(str(tmp_path / "megatron"), SEQUENCES)
+    # as it is, the classifier reads the score before the end token
+    assert (hf_scores(source, "right") - wanted).abs().min() > 1e-3
+
+    run("megatron", tmp_path / "megatron", "hf", tmp_path / "hf")
+    for side in ("right", "left"):
+        torch.testing.assert_close(hf_scores(tmp_path / "hf", side), wanted, **TOLERANCE)
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert config["pad_token_id"] == 67 and config["vocab_size"] == 68
+    ours, theirs = weights(tmp_path / "hf"), weights(source)
+    name = "model.embed_tokens.weight"
+    assert torch.equal(ours[name][:67], theirs[name]) and ours[name].shape[0] == 68
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_sharded_half_precision_files_keep_their_bits(
+    single: Runtime, saved: Callable[..., Path], dtype: torch.dtype, tmp_path: Path
+) -> None:
+    source = saved("qwen2", dtype=dtype, max_shard_size="40KB")
+    assert len(list(source.glob("*.safetensors"))) > 2
+    wanted = hf_logits(source)
+
+    run("hf", source, "megatron", tmp_path / "megatron")
+    # the fp32 engine opens half-precision weights by casting them
+    torch.testing.assert_close(convert_jobs.logits(str(tmp_path / "megatron"), TOKENS_BS), wanted, **TOLERANCE)
+
+    run("megatron", tmp_path / "megatron", "hf", tmp_path / "hf", max_shard_size="30KB")
+    assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 3
+    assert max(file.stat().st_size for file in (tmp_path / "hf").glob("*.safetensors")) < 34_000
+    assert_same_bits(weights(tmp_path / "hf"), weights(source))
+    torch.testing.assert_close(hf_logits(tmp_path / "hf"), wanted, **TOLERANCE)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "hf").dtype == dtype
+
+
+def test_dtype_converts(saved: Callable[..., Path], tmp_path: Path) -> None:
+    run("hf", saved("llama2"), "hf", tmp_path / "hf", dtype="bf16")
+    before, after = weights(saved("llama2")), weights(tmp_path / "hf")
+    assert all(torch.equal(after[name], tensor.bfloat16()) for name, tensor in before.items())
+
+
+def test_a_checkpoint_for_many_ranks_is_padded_to_them(
+    worlds: Worlds, saved: Callable[..., Path], tmp_path: Path
+) -> None:
+    source = saved("llama2", num_attention_heads=12, num_key_value_heads=12, intermediate_size=96, hidden_size=96)
+    run("hf", source, "megatron", tmp_path / "megatron", tensor_model_parallel_size=12)
+    meta = json.loads((tmp_path / "megatron" / "meta.json").read_text())
+    assert meta["vocab_size"] == 96 and meta["model"]["vocab_size"] == 67
+    for there in worlds.run(
+        Layout(tensor=2), "convert_jobs", "logits", path=str(tmp_path / "megatron"), tokens_BS=TOKENS_BS
+    ):
+        torch.testing.assert_close(there, hf_logits(source), **TOLERANCE)
+    run("megatron", tmp_path / "megatron", "hf", tmp_path / "hf")
+    assert_same_bits(weights(tmp_path / "hf"), weights(source))
