@@ -368,6 +368,7 @@ class Config:
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)
     synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
+    serve: ServeConfig = field(default_factory=ServeConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
     stage: StageConfig = field(default_factory=StageConfig)
     exp_manager: ExpManagerConfig = field(default_factory=ExpManagerConfig)
