@@ -60,10 +60,11 @@ class HeadedGPT(GPTModel):
         hidden_tokens: tuple[int, ...] = (),
         head_outputs: int = 1,
         head_init_std: float = 0.02,
+        vp_stage: int | None = None,
     ) -> None:
         spec = layer_spec(model, on_gpu)
         local = spec.submodules.input_layernorm is Norm
-        layers = get_num_layers_to_build(config)
+        layers = get_num_layers_to_build(config, vp_stage)
         block = TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=Norm) if local else spec
         super().__init__(
             config=config,
@@ -76,6 +77,7 @@ class HeadedGPT(GPTModel):
             position_embedding_type=model.position_embedding_type,
             rotary_percent=model.rotary_percent,
             rotary_base=model.rotary_base,
+            vp_stage=vp_stage,
         )
         if model.rope_scaling:
             self._scale_rotation(model)

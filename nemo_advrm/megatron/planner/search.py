@@ -1,0 +1,146 @@
+"""Looks for layouts: the single changes that make a job fit, and the fastest layout of a number of GPUs."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from nemo_advrm.errors import LayoutError
+from nemo_advrm.layout import validate_layout
+from nemo_advrm.megatron.planner.flops import Clock, StepTime
+from nemo_advrm.megatron.planner.gpus import GPUS, GPUS_PER_NODE
+from nemo_advrm.megatron.planner.jobs import Job, job_of
+from nemo_advrm.megatron.planner.memory import GIB, rank_memory
+from nemo_advrm.schema import Config
+
+_MICRO_BATCHES = (1, 2, 4, 8)
+_CHUNKS = (1, 2, 3, 4, 5, 6, 8, 10, 12)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A layout: the keys of ``cfg.model`` that make it, and what comes of them."""
+
+    settings: dict[str, Any]
+    job: Job
+    memory: float
+    time: StepTime
+
+    @property
+    def fits(self) -> bool:
+        return self.memory <= budget(self.job.cfg)
+
+    def overrides(self) -> list[str]:
+        """The settings as they are written on the command line."""
+        return [f"model.{key}={str(value).lower()}" for key, value in self.settings.items()]
+
+
+def budget(cfg: Config) -> float:
+    """Bytes of one GPU that a job may use."""
+    return (GPUS[cfg.plan.gpu].memory - cfg.plan.reserve_gib) * GIB
+
+
+def greatest_memory(job: Job) -> float:
+    """Bytes of the fullest rank. Stages between the second and the last have no more than the second."""
+    last = job.cfg.model.pipeline_model_parallel_size - 1
+    return max(rank_memory(job, stage).total for stage in {0, min(1, last), last})
+
+
+def candidate(cfg: Config, gpus: int, tokenizer_size: int, settings: dict[str, Any]) -> Candidate | None:
+    """``cfg`` with other settings of its model; None where they cannot be built."""
+    changed = copy.copy(cfg)
+    changed.model = dataclasses.replace(cfg.model, **settings)
+    try:
+        validate_layout(changed, gpus, planning=True)
+    except LayoutError:
+        return None
+    job = job_of(changed, gpus, tokenizer_size)
+    model = changed.model
+    chunks = model.virtual_pipeline_model_parallel_size
+    if chunks > 1 and job.microbatches % model.pipeline_model_parallel_size:
+        return None  # Megatron's interleaved schedule passes microbatches in groups of the pipeline's size
+    return Candidate(settings, job, greatest_memory(job), Clock(job).step())
+
+
+def _rows(cfg: Config, rows: int) -> dict[str, Any]:
+    """Settings that make a microbatch of ``rows`` rows of the greatest length."""
+    sequences = 2 if cfg.plan.stage == "train_rm" else 1
+    return {"micro_batch_size": rows, "micro_batch_tokens": rows * sequences * cfg.model.encoder_seq_length}
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def _tensor_sizes(most: int) -> Iterator[int]:
+    return itertools.takewhile(lambda n: n <= most, (2**i for i in itertools.count()))
+
+
+def single_changes(cfg: Config, gpus: int, tokenizer_size: int) -> list[Candidate]:
+    """Layouts that fit and differ from ``cfg`` in one respect, least memory saved first within the order of trying."""
+    model = cfg.model
+    tries: list[dict[str, Any]] = []
+    if not model.use_distributed_optimizer:
+        tries.append({"use_distributed_optimizer": True})
+    if not model.sequence_parallel and model.tensor_model_parallel_size > 1:
+        tries.append({"sequence_parallel": True})
+    if cfg.plan.stage in ("attack", "rlhf"):
+        tries += [{key: True} for key in ("offload_reference", "offload_optimizer_while_generating")]
+    if job_of(cfg, gpus, tokenizer_size).training.rows > (2 if cfg.plan.stage == "train_rm" else 1):
+        tries.append(_rows(cfg, 1))
+    if model.recompute != "full":
+        tries += [{"recompute": how} for how in ("selective", "full") if how != model.recompute]
+    for stages in _divisors(model.num_layers):
+        if stages > model.pipeline_model_parallel_size:
+            uneven = {"num_layers_in_first_pipeline_stage": 0, "num_layers_in_last_pipeline_stage": 0}
+            tries.append({"pipeline_model_parallel_size": stages, **uneven})
+    for tensor in _tensor_sizes(GPUS_PER_NODE):
+        if tensor > model.tensor_model_parallel_size:
+            tries.append({"tensor_model_parallel_size": tensor, "sequence_parallel": True})
+    if model.pipeline_model_parallel_size > 1 and model.virtual_pipeline_model_parallel_size > 1:
+        tries.append({"virtual_pipeline_model_parallel_size": 1})
+    found = (candidate(cfg, gpus, tokenizer_size, settings) for settings in tries)
+    fitting = [c for c in found if c is not None and c.fits]
+    # one of a kind is enough: the least of the pipeline and tensor sizes
+    kinds: dict[str, Candidate] = {}
+    for option in fitting:
+        kinds.setdefault(next(iter(option.settings)), option)
+    return list(kinds.values())
+
+
+def _candidates(cfg: Config, gpus: int) -> Iterator[dict[str, Any]]:
+    model = cfg.model
+    node = min(GPUS_PER_NODE, gpus)
+    for tensor, stages in itertools.product(_tensor_sizes(node), _divisors(model.num_layers)):
+        if gpus % (tensor * stages):
+            continue
+        layers = model.num_layers // stages
+        for chunks, rows in itertools.product(_CHUNKS if stages > 1 else (1,), _MICRO_BATCHES):
+            if layers % chunks or rows * tensor * stages > cfg.model.global_batch_size * gpus:
+                continue
+            parts = layers // chunks
+            again = sorted({parts // 4, parts // 2, 3 * parts // 4} - {0, parts})
+            for recompute, count in [("none", 1), ("full", 1), *(("block", n) for n in again)]:
+                yield {
+                    "tensor_model_parallel_size": tensor,
+                    "pipeline_model_parallel_size": stages,
+                    "virtual_pipeline_model_parallel_size": chunks,
+                    "num_layers_in_first_pipeline_stage": 0,
+                    "num_layers_in_last_pipeline_stage": 0,
+                    "sequence_parallel": tensor > 1,
+                    "use_distributed_optimizer": True,
+                    **_rows(cfg, rows),
+                    "recompute": recompute,
+                    "recompute_num_layers": count,
+                }
+
+
+def search(cfg: Config, gpus: int, tokenizer_size: int, best: int = 5) -> list[Candidate]:
+    """The ``best`` fastest layouts of ``gpus`` GPUs that fit, fastest first; empty where none fits."""
+    found = (candidate(cfg, gpus, tokenizer_size, settings) for settings in _candidates(cfg, gpus))
+    fitting = [c for c in found if c is not None and c.fits]
+    return sorted(fitting, key=lambda c: (c.time.seconds, c.memory))[:best]
