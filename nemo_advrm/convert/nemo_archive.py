@@ -49,18 +49,17 @@ class NemoArchive:
         member = self._member(name)
         length = member.size - offset if length is None else length
         if offset < 0 or length < 0 or offset + length > member.size:
-            raise CheckpointError(f"{self.path}: {name} has {member.size} bytes, bytes {offset} to {offset + length} "
-                                  "of it were to be read")
+            raise CheckpointError(
+                f"{self.path}: {name} has {member.size} bytes, bytes {offset} to {offset + length} "
+                "of it were to be read"
+            )
         return cast(IO[bytes], _create_file_view(cast(io.IOBase, self._file), member.offset_data + offset, length))
 
-    def size(self, name: str) -> int:
-        return self._member(name).size
-
-    def read(self, name: str) -> bytes:
-        """All bytes of a small file."""
-        size = self.size(name)
-        if size > MAX_WHOLE_BYTES:
-            raise CheckpointError(f"{self.path}: {name} has {size} bytes, more than {MAX_WHOLE_BYTES} for such a file")
+    def read(self, name: str, limit: int = MAX_WHOLE_BYTES) -> bytes:
+        """All bytes of a file that is small; CheckpointError when it has more than ``limit``."""
+        size = self._member(name).size
+        if size > limit:
+            raise CheckpointError(f"{self.path}: {name} has {size} bytes, more than such a file has ({limit})")
         return self.open(name).read(size)
 
     def close(self) -> None:
@@ -96,7 +95,9 @@ class NemoArchive:
                 end = tar.offset
         except (tarfile.TarError, OSError, ValueError, EOFError) as error:
             hint = " (a compressed one: gunzip it first)" if self._bytes(0, 2) == b"\x1f\x8b" else ""
-            raise CheckpointError(f"{self.path}: not a whole .nemo file, which is a tar archive{hint}: {error}") from None
+            raise CheckpointError(
+                f"{self.path}: not a whole .nemo file, which is a tar archive{hint}: {error}"
+            ) from None
         # the reader also stops, without a word, at a header that is damaged or cut
         if self._bytes(end, _BLOCK) != bytes(_BLOCK):
             raise CheckpointError(f"{self.path}: the file is truncated or damaged after {end} bytes")

@@ -7,6 +7,7 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -139,7 +140,7 @@ class HFTokenizer:
         start = self._tokenizer("").input_ids[:1]
         self._start = start if start and start[0] == self._tokenizer.bos_token_id else []
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         backend = getattr(self._tokenizer, "backend_tokenizer", None)
         state = json.loads(backend.to_str()) if backend is not None else sorted(self._tokenizer.get_vocab().items())
@@ -201,7 +202,10 @@ class HFTokenizer:
 
 
 def build_tokenizer(spec: str) -> Tokenizer:
-    """The tokenizer named by `spec`: "byte", "synthetic" or "hf:DIR". Raises ConfigError, for a bad DIR DataError."""
+    """The tokenizer named by `spec`: "byte", "synthetic" or "hf:DIR" (of Hugging Face, or taken out of a .nemo).
+
+    Raises ConfigError, for a bad DIR DataError.
+    """
     if spec == "byte":
         return ByteTokenizer()
     if spec == "synthetic":
@@ -209,7 +213,12 @@ def build_tokenizer(spec: str) -> Tokenizer:
 
         return SyntheticTokenizer()
     if spec.startswith("hf:") and spec != "hf:":
-        return HFTokenizer(spec.removeprefix("hf:"))
+        directory = Path(spec.removeprefix("hf:"))
+        if (directory / "tokenizer_nemo.json").exists():
+            from nemo_advrm.data.nemo_tokenizer import NemoTokenizer
+
+            return NemoTokenizer(directory)
+        return HFTokenizer(directory)
     near = difflib.get_close_matches(spec, ("byte", "synthetic"), n=1)
     hint = f"did you mean {near[0]!r}?" if near else "known: 'byte', 'synthetic', 'hf:DIR'"
     if Path(spec).is_dir():

@@ -40,6 +40,7 @@ ON_CPU = {
     "apply_rope_fusion": False,
     "persist_layer_norm": False,
     "gradient_as_bucket_view": True,
+    "optim": {"name": "sgd", "lr": 0.1},
     "hidden_dropout": 0.0,
     "attention_dropout": 0.0,
     "force_head_dtype": "float32",
@@ -86,7 +87,7 @@ def create(model: dict[str, Any], out: str, seed: int = 0) -> None:
 
     trainer = _trainer("sft")
     torch.manual_seed(seed)
-    settings = {**ON_CPU, **model, "optim": {"name": "sgd", "lr": 0.1}}
+    settings = {**ON_CPU, **model}
     actor = GPTSFTModel(OmegaConf.create(settings), trainer)
     init_distributed(trainer, actor, False)
     with torch.no_grad():
@@ -114,7 +115,6 @@ def train_rm(base: str, data: str, out: str, steps: int, texts: list[str], **mod
     extra = {
         **RM,
         "data": {"data_impl": "jsonl", "splits_string": None, "data_prefix": files, "num_workers": 0},
-        "optim": {"name": "sgd", "lr": 0.1},
         "seed": 1234,
         **model,
     }

@@ -1,0 +1,234 @@
+"""``model_config.yaml`` of a NeMo GPT <-> ModelConfig; every setting that changes the result is mapped or refused."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from nemo_advrm.errors import CheckpointError
+from nemo_advrm.megatron.gpt import Head
+from nemo_advrm.schema import ModelConfig
+
+REWARD_TARGET = "nemo_aligner.models.nlp.gpt.megatron_gpt_reward_model.MegatronGPTRewardModel"
+REGRESSION_TARGET = "nemo_aligner.models.nlp.gpt.megatron_gpt_regression_reward_model.MegatronGPTRegressionRewardModel"
+ACTOR_TARGET = "nemo.collections.nlp.models.language_modeling.megatron_gpt_model.MegatronGPTModel"
+CRITIC_CLASS = "MegatronGPTCriticModel"
+NEMO_VERSION = "2.2.1"
+
+# NeMo's name -> ours
+_ACTIVATIONS = {
+    "gelu": "gelu",
+    "geglu": "geglu",
+    "fast-geglu": "geglu",
+    "swiglu": "swiglu",
+    "fast-swiglu": "swiglu",
+    "squared-relu": "squared_relu",
+}
+_ACTIVATIONS_BACK = {"gelu": "gelu", "geglu": "geglu", "swiglu": "fast-swiglu", "squared_relu": "squared-relu"}
+# (name in lower case, stored weights are the scale minus one) -> ours
+_NORMS = {
+    ("layernorm", False): "LayerNorm",
+    ("layernorm", True): "layernorm1p",
+    ("rmsnorm", False): "RMSNorm",
+    ("rmsnorm", True): "rmsnorm1p",
+}
+# settings with the values that leave the model what it is here; any other value is refused
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "mcore_gpt": (True,),  # NeMo's older GPT has other weights
+    "name": (None, "", "te_gpt", "megatron_gpt_full_te_layer_autocast"),
+    "num_moe_experts": (None,),
+    "rotary_interleaved": (None, False),
+    "seq_len_interpolation_factor": (None, 1, 1.0),
+    "window_size": (None,),
+    "openai_gelu": (None, False),
+    "qk_layernorm": (None, False),  # NeMo 2.2.1 has no layer for it
+    "multi_latent_attention": (None, False),
+    "reset_position_ids": (None, False),
+    "reset_attention_mask": (None, False),
+    "drop_layers": (None,),
+    "hyena": (None,),
+    "fsdp": (None, False),
+    "mcore_customization_config": (None, {}),
+}
+_NEUTRAL_IN_REWARD_MODELS: dict[str, tuple[Any, ...]] = {
+    "output_sequence": (None, False),
+    "use_avg_pool": (None, False),
+}
+
+
+def is_reward_model(config: Mapping[str, Any]) -> bool:
+    """By the class that wrote the file, else by a key that only reward models have."""
+    target = str(config.get("target", "")).rpartition(".")[2]
+    return "RewardModel" in target or (not target and "reward_model_type" in config)
+
+
+def read_model(config: Mapping[str, Any], source: str) -> tuple[ModelConfig, Head]:
+    """Architecture and head; CheckpointError names the first setting that this engine cannot compute."""
+    target = str(config.get("target", "")).rpartition(".")[2]
+    if target == CRITIC_CLASS:
+        raise CheckpointError(f"{source}: target={target}: critics are not supported, only reward models and actors")
+    reward = is_reward_model(config)
+    for key, allowed in {**_NEUTRAL, **(_NEUTRAL_IN_REWARD_MODELS if reward else {})}.items():
+        if config.get(key) not in allowed:
+            raise CheckpointError(f"{source}: {key}={config.get(key)} is not supported")
+    try:
+        model = _read(config, reward)
+    except KeyError as error:
+        raise CheckpointError(f"{source}: model_config.yaml lacks {error.args[0]}") from None
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{source}: {error}") from None
+    return model, "reward" if reward else "lm"
+
+
+def _read(config: Mapping[str, Any], reward: bool) -> ModelConfig:
+    hidden = _count(config, "hidden_size")
+    tied = not reward and bool(config.get("share_embeddings_and_output_weights", True))
+    activation = str(config.get("activation", "gelu"))
+    if activation not in _ACTIVATIONS:
+        raise ValueError(f"activation={activation} is not supported")
+    norm = str(config.get("normalization", "layernorm")).lower()
+    minus_one = norm == "layernorm1p" or bool(config.get("layernorm_zero_centered_gamma"))
+    norm = norm.removesuffix("1p")
+    if (norm, minus_one) not in _NORMS:
+        raise ValueError(f"normalization={config['normalization']} is not supported")
+    positions = str(config.get("position_embedding_type", "learned_absolute"))
+    if positions not in ("rope", "learned_absolute"):
+        raise ValueError(f"position_embedding_type={positions} is not supported")
+    settings: dict[str, Any] = {}
+    # NeMo-Aligner builds its reward models without these two, also where the configuration names them
+    if not reward and config.get("scale_positional_embedding"):
+        settings |= {
+            "rope_scaling": "llama3",
+            "rope_scaling_factor": float(config.get("scale_factor") or 8),
+            "rope_scaling_low_freq_factor": float(config.get("low_freq_factor") or 1),
+            "rope_scaling_high_freq_factor": float(config.get("high_freq_factor") or 4),
+            "rope_scaling_original_context": int(config.get("old_context_len") or 8192),
+        }
+    if not reward and config.get("apply_embedding_scaling"):
+        settings["embedding_scale"] = math.sqrt(hidden)
+    return ModelConfig(
+        num_layers=_count(config, "num_layers"),
+        hidden_size=hidden,
+        ffn_hidden_size=_count(config, "ffn_hidden_size", 4 * hidden),
+        num_attention_heads=_count(config, "num_attention_heads"),
+        num_query_groups=_count(config, "num_query_groups", 0),
+        kv_channels=_count(config, "kv_channels", 0),
+        normalization=_NORMS[norm, minus_one],
+        layernorm_epsilon=float(config.get("layernorm_epsilon", 1e-5)),
+        activation=_ACTIVATIONS[activation],
+        position_embedding_type=positions,
+        rotary_base=float(config.get("rotary_base", 10000)),
+        rotary_percent=float(config.get("rotary_percentage", 1.0)),
+        bias=bool(config.get("bias", True)),
+        qkv_bias=bool(config.get("qkv_bias", False)),
+        share_embeddings_and_output_weights=tied,
+        head_bias=reward,
+        init_method_std=float(config.get("init_method_std", 0.02)),
+        hidden_dropout=float(config.get("hidden_dropout", 0.1)),
+        attention_dropout=float(config.get("attention_dropout", 0.1)),
+        encoder_seq_length=_count(config, "encoder_seq_length", 512),
+        make_vocab_size_divisible_by=_count(config, "make_vocab_size_divisible_by", 128),
+        **settings,
+    )
+
+
+def _count(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    value = config.get(key)
+    if value is None and default is not None:
+        return default
+    if value is None:
+        raise KeyError(key)
+    # NeMo writes some sizes as text
+    if isinstance(value, bool) or not str(value).isdigit() or int(value) == 0:
+        raise ValueError(f"{key}={value!r} is not a number above 0")
+    return int(value)
+
+
+def write_config(model: ModelConfig, head: Head, head_outputs: int, tokenizer: Mapping[str, Any]) -> dict[str, Any]:
+    """``model_config.yaml`` of a model; raises CheckpointError naming the key that NeMo 2.2.1 cannot compute."""
+    if head == "value":
+        raise CheckpointError("a critic cannot be written as a .nemo, only reward models and language models")
+    reward = head == "reward"
+    minus_one = model.normalization.endswith("1p")
+    norm = {"RMSNorm": "rmsnorm", "rmsnorm1p": "rmsnorm", "LayerNorm": "layernorm", "layernorm1p": "layernorm1p"}
+    unknown = {
+        "activation": model.activation not in _ACTIVATIONS_BACK,
+        "rope_scaling": model.rope_scaling not in ("", "llama3") or (reward and bool(model.rope_scaling)),
+        "embedding_scale": model.embedding_scale != 1.0
+        and (reward or not math.isclose(model.embedding_scale, math.sqrt(model.hidden_size), rel_tol=1e-6)),
+        "sliding_window": model.sliding_window != 0,
+        "attention_softcap": model.attention_softcap != 0,
+        "logit_softcap": model.logit_softcap != 0 and not reward,
+        "query_scale": model.query_scale != 0,
+        "post_norms": model.post_norms,
+        "qk_layernorm": model.qk_layernorm,
+    }
+    for key, refused in unknown.items():
+        if refused:
+            raise CheckpointError(f"{key}={getattr(model, key)} cannot be written as a .nemo: NeMo-Aligner lacks it")
+    config: dict[str, Any] = {
+        "mcore_gpt": True,
+        "transformer_engine": True,
+        "megatron_amp_O2": False,
+        "precision": "bf16",
+        "tensor_model_parallel_size": 1,
+        "pipeline_model_parallel_size": 1,
+        "micro_batch_size": 2,
+        "global_batch_size": 64,
+        "num_layers": model.num_layers,
+        "hidden_size": model.hidden_size,
+        "ffn_hidden_size": model.ffn_hidden_size or 4 * model.hidden_size,
+        "num_attention_heads": model.num_attention_heads,
+        "num_query_groups": model.num_query_groups or model.num_attention_heads,
+        "kv_channels": model.kv_channels or model.hidden_size // model.num_attention_heads,
+        "normalization": norm[model.normalization],
+        "layernorm_zero_centered_gamma": minus_one,
+        "layernorm_epsilon": model.layernorm_epsilon,
+        "activation": _ACTIVATIONS_BACK[model.activation],
+        "position_embedding_type": model.position_embedding_type,
+        "rotary_base": model.rotary_base,
+        "rotary_percentage": model.rotary_percent,
+        "bias": model.bias,
+        "qkv_bias": model.qkv_bias,
+        "share_embeddings_and_output_weights": model.share_embeddings_and_output_weights and not reward,
+        "init_method_std": model.init_method_std,
+        "hidden_dropout": model.hidden_dropout,
+        "attention_dropout": model.attention_dropout,
+        "encoder_seq_length": model.encoder_seq_length,
+        "max_position_embeddings": model.encoder_seq_length,
+        "make_vocab_size_divisible_by": model.make_vocab_size_divisible_by,
+        "seq_len_interpolation_factor": None,
+        "gradient_as_bucket_view": True,
+        "sequence_parallel": False,
+        "activations_checkpoint_granularity": None,
+        "activations_checkpoint_method": None,
+        "activations_checkpoint_num_layers": None,
+        "activations_checkpoint_layers_per_pipeline": None,
+        # NeMo needs one to restore a model; a training script sets its own
+        "optim": {"name": "distributed_fused_adam", "lr": 9.0e-6, "weight_decay": 0.1, "betas": [0.9, 0.98]},
+        "tokenizer": dict(tokenizer),
+    }
+    if model.rope_scaling:
+        config |= {
+            "scale_positional_embedding": True,
+            "scale_factor": model.rope_scaling_factor,
+            "low_freq_factor": model.rope_scaling_low_freq_factor,
+            "high_freq_factor": model.rope_scaling_high_freq_factor,
+            "old_context_len": model.rope_scaling_original_context,
+        }
+    if model.embedding_scale != 1.0:
+        config["apply_embedding_scaling"] = True
+    if reward:
+        regression = head_outputs > 1
+        config |= {
+            "reward_model_type": "regression" if regression else "binary_ranking",
+            "regression": {"num_attributes": head_outputs, "merge_attributes": False, "attribute_weights": None},
+            "output_sequence": False,
+            "use_avg_pool": False,
+            "force_head_dtype": "float32",
+        }
+        config["target"] = REGRESSION_TARGET if regression else REWARD_TARGET
+    else:
+        config["target"] = ACTOR_TARGET
+    return {**config, "nemo_version": NEMO_VERSION}

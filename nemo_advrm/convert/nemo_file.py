@@ -1,0 +1,337 @@
+"""``.nemo`` files of NeMo-Aligner as source and sink: reward models and actors of megatron-core GPTs."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tarfile
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Self
+
+import torch
+import yaml
+from torch import Tensor
+
+from nemo_advrm.convert.dist_weights import PREFIX, StackedReader, StackedWriter
+from nemo_advrm.convert.names import VOCABULARY_ROWS, canonical_shapes, layer_of, stacked_name
+from nemo_advrm.convert.nemo_archive import NemoArchive
+from nemo_advrm.convert.nemo_config import read_model, write_config
+from nemo_advrm.convert.nemo_metadata import read_metadata
+from nemo_advrm.convert.nemo_tokenizer_files import pack_tokenizer, unpack_tokenizer
+from nemo_advrm.convert.partial import PartialDirectory
+from nemo_advrm.convert.safetensors_files import listed
+from nemo_advrm.convert.tensors import Description, TensorSource, TensorSpec
+from nemo_advrm.convert.transforms import pad_vocabulary, unpad_vocabulary
+from nemo_advrm.data.tokenizers import build_tokenizer
+from nemo_advrm.errors import CheckpointError, DataError
+from nemo_advrm.megatron.model import padded_vocab_size
+from nemo_advrm.schema import ConvertConfig
+
+CONFIG, WEIGHTS = "model_config.yaml", "model_weights"
+# canonical name -> NeMo-Aligner's
+_RENAMED = {"head.weight": "rm_head.weight", "head.bias": "rm_head.bias"}
+# a reward model of NeMo-Aligner carries the output layer of a language model, which it never calls
+_UNUSED = "output_layer.weight"
+_EMBEDDINGS = "embedding.word_embeddings.weight"
+_ARCHIVE = "archive"
+_MAX_CONFIG_BYTES = 16 << 20
+
+
+def open_source(settings: ConvertConfig) -> NemoSource:
+    return NemoSource(Path(settings.path), Path(settings.tokenizer) if settings.tokenizer else None)
+
+
+def open_sink(settings: ConvertConfig, source: TensorSource, specs: dict[str, TensorSpec]) -> NemoSink:
+    return NemoSink(Path(settings.out or f"{settings.path}.nemo"), source.description, specs)
+
+
+class NemoSource:
+    """A reward model or actor that NeMo-Aligner wrote; weights are read inside the archive, tensor by tensor.
+
+    No pickled code runs: the table of contents is read without its classes, tensors with ``weights_only``, and
+    ``common.pt`` not at all. A standardisation of the reward, and the merging of several attributes into one reward,
+    become part of the head.
+
+    Args:
+        tokenizer: directory or SentencePiece file to take in place of the archive's tokenizer.
+
+    Raises:
+        CheckpointError: not a whole .nemo, an older or unsupported kind of one, or tensors that its configuration
+            does not describe.
+    """
+
+    def __init__(self, path: Path, tokenizer: Path | None = None) -> None:
+        self.path = path
+        with contextlib.ExitStack() as opened:
+            self._archive = opened.enter_context(NemoArchive(path))
+            config = _config(self._archive)
+            model, head = read_model(config, str(path))
+            self._head = _head_transform(config, str(path)) if head == "reward" else None
+            self._reader = _reader(self._archive)
+            self._tokenizer = opened.enter_context(tempfile.TemporaryDirectory(prefix="nemo_advrm_"))
+            directory = Path(self._tokenizer)
+            unpack_tokenizer(self._archive, config, directory, tokenizer)
+            try:
+                vocabulary = build_tokenizer(f"hf:{directory}").vocab_size
+            except DataError as error:
+                raise CheckpointError(f"{path}: its tokenizer cannot be opened: {error}") from None
+            self._specs = self._check(replace(model, vocab_size=vocabulary), head, vocabulary)
+            self._opened = opened.pop_all()
+        self.description = Description(
+            model=replace(model, vocab_size=vocabulary),
+            head=head,
+            tokenizer=directory,
+            provenance={
+                "converted_from": f"nemo:{path}",
+                "nemo_version": str(config.get("nemo_version")),
+                "target": str(config.get("target")),
+            },
+        )
+
+    def _check(self, model: Any, head: Any, vocabulary: int) -> dict[str, TensorSpec]:
+        stored = dict(self._reader.specs)
+        if head == "reward":
+            stored.pop(_UNUSED, None)
+        rows = (
+            stored["embedding.word_embeddings.weight"].shape[0] if "embedding.word_embeddings.weight" in stored else 0
+        )
+        outputs = stored["head.weight"].shape[0] if "head.weight" in stored else 1
+        expected = canonical_shapes(model, head, rows, outputs)
+        wrong = [
+            f"{name} is {list(stored[name].shape)} but should be {list(shape)}"
+            for name, shape in expected.items()
+            if name in stored and stored[name].shape != shape
+        ]
+        problems = [
+            listed("missing tensors:", [name for name in expected if name not in stored]),
+            listed("tensors that its configuration does not describe:", sorted(stored.keys() - expected.keys())),
+            listed("wrong tensors:", wrong),
+        ]
+        if any(problems):
+            raise CheckpointError(f"{self.path}: {'; '.join(filter(None, problems))}")
+        if rows < vocabulary:
+            raise CheckpointError(f"{self.path}: {rows} embeddings for a tokenizer of {vocabulary} entries")
+        if sum(spec.nbytes for spec in stored.values()) > self.path.stat().st_size:
+            raise CheckpointError(f"{self.path}: the file is smaller than the tensors it describes")
+        final = 1 if self._head is not None and self._head.merges else outputs
+        shapes = canonical_shapes(model, head, vocabulary, final)
+        return {name: TensorSpec(shape, stored[name].dtype) for name, shape in shapes.items()}
+
+    def tensors(self) -> dict[str, TensorSpec]:
+        return self._specs
+
+    def read(self, name: str) -> Tensor:
+        try:
+            tensor = self._reader.read(name)
+        except CheckpointError:
+            raise
+        except Exception as error:  # torch raises many types for a damaged file
+            raise CheckpointError(f"{self.path}: {name} could not be read ({type(error).__name__}: {error})") from None
+        if name in _RENAMED and self._head is not None:
+            return self._head.apply(name, tensor)
+        return unpad_vocabulary(tensor, self._specs[name].shape[0]) if name in VOCABULARY_ROWS else tensor
+
+    def native(self, name: str) -> str:
+        return _native(name)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._opened.close()
+
+
+class _HeadTransform:
+    """What NeMo-Aligner does to the head's output, done to the head: ``r @ weights`` and ``(r - mean) / std``."""
+
+    def __init__(self, merge: list[float] | None, mean: float, std: float) -> None:
+        self.merges = merge is not None
+        self._merge, self._mean, self._std = merge, mean, std
+
+    def apply(self, name: str, tensor: Tensor) -> Tensor:
+        dtype, tensor = tensor.dtype, tensor.double()
+        if self._merge is not None:
+            tensor = torch.tensor(self._merge, dtype=torch.float64)[None] @ tensor.reshape(len(self._merge), -1)
+            tensor = tensor.reshape(-1) if name == "head.bias" else tensor
+        if name == "head.bias":
+            tensor = tensor - self._mean
+        return (tensor / self._std).to(dtype)
+
+
+def _head_transform(config: Mapping[str, Any], source: str) -> _HeadTransform | None:
+    regression = config.get("regression") or {}
+    standard = config.get("reward_standardization") or {}
+    try:
+        outputs = int(regression.get("num_attributes", 1))
+        merge = None
+        if regression.get("merge_attributes"):
+            merge = [float(w) for w in regression.get("attribute_weights") or [1 / outputs] * outputs]
+            if len(merge) != outputs:
+                raise ValueError("as many attribute_weights as num_attributes")
+        enabled = bool(standard.get("enable"))
+        mean, std = (float(standard["mean"]), float(standard["std"])) if enabled else (0.0, 1.0)
+        if std == 0:
+            raise ValueError("a standard deviation above 0")
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{source}: regression or reward_standardization is damaged: {error}") from None
+    return _HeadTransform(merge, mean, std) if merge is not None or enabled else None
+
+
+def _config(archive: NemoArchive) -> dict[str, Any]:
+    if CONFIG not in archive.names:
+        raise CheckpointError(f"{archive.path}: not a .nemo file: the archive has no {CONFIG}")
+    try:
+        # a plain mapping without OmegaConf's ${...}: NeMo resolves them before it writes
+        config = yaml.safe_load(archive.read(CONFIG, _MAX_CONFIG_BYTES).decode("utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise CheckpointError(f"{archive.path}: {CONFIG} is damaged: {error}") from None
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{archive.path}: {CONFIG} is not a mapping")
+    return config
+
+
+class _Members:
+    """The file system that torch's reader sees: the archive."""
+
+    def __init__(self, archive: NemoArchive) -> None:
+        self._archive = archive
+
+    def concat_path(self, path: Any, suffix: str) -> str:
+        return f"{WEIGHTS}/{suffix}"
+
+    @contextlib.contextmanager
+    def create_stream(self, path: str, mode: str) -> Iterator[IO[bytes]]:
+        yield self._archive.open(path)
+
+
+class _ArchivedReader(StackedReader):
+    def __init__(self, archive: NemoArchive) -> None:
+        names = {PREFIX + theirs: PREFIX + ours for ours, theirs in _RENAMED.items()}
+        data = archive.read(f"{WEIGHTS}/.metadata")
+        super().__init__(Path(WEIGHTS), read_metadata(data, str(archive.path), names))
+        self._reader.fs = _Members(archive)  # type: ignore[assignment]
+
+
+def _reader(archive: NemoArchive) -> StackedReader:
+    path = archive.path
+    if f"{WEIGHTS}/.metadata" not in archive.names:
+        if any(name.endswith(".zarray") for name in archive.names):
+            raise CheckpointError(f"{path}: its weights are in the zarr format: load and save it with NeMo 2.x first")
+        if any(name.endswith("model_weights.ckpt") for name in archive.names):
+            raise CheckpointError(f"{path}: its weights are a pickle (model_weights.ckpt), which is not loaded")
+        raise CheckpointError(f"{path}: not a whole .nemo file: the archive has no {WEIGHTS}/.metadata")
+    try:
+        backend = json.loads(archive.read(f"{WEIGHTS}/metadata.json"))["sharded_backend"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: {WEIGHTS}/metadata.json is damaged: {error}") from None
+    if backend != "torch_dist":
+        raise CheckpointError(f"{path}: its weights are in the format {backend}: save it as torch_dist first")
+    reader = _ArchivedReader(archive)
+    bad = [name for name, spec in reader.specs.items() if not spec.dtype.is_floating_point]
+    if bad:
+        raise CheckpointError(f"{path}: {listed('tensors that hold no floating-point numbers:', bad)}")
+    return reader
+
+
+class NemoSink:
+    """A ``.nemo`` that NeMo-Aligner 0.7.0 restores, at any layout; each tensor goes into the archive as it comes."""
+
+    def __init__(self, path: Path, description: Description, specs: dict[str, TensorSpec]) -> None:
+        self.path = path
+        if path.suffix != ".nemo":
+            raise CheckpointError(f"{path}: the name of a .nemo file must end in .nemo")
+        if description.tokenizer is None:
+            raise CheckpointError(f"{path}: a .nemo needs a tokenizer that NeMo has: set tokenizer=DIR")
+        model, head = description.model, description.head
+        outputs = specs["head.weight"].shape[0] if "head.weight" in specs else 1
+        tokenizer, self._files, append_eod = pack_tokenizer(description.tokenizer)
+        self._config = write_config(model, head, outputs, tokenizer)
+        self._config["data"] = {"data_impl": "jsonl", "append_eod": append_eod and head == "reward"}
+        self._rows = padded_vocab_size(model, 0)
+        self._layers = model.num_layers
+        self._left = set(specs)
+        # NeMo-Aligner's heads have a bias, and the output layer of a language model
+        shapes = canonical_shapes(replace(model, head_bias=head == "reward"), head, self._rows, outputs)
+        dtype = next(iter(specs.values())).dtype
+        dtypes = {name: spec.dtype for name, spec in specs.items()}
+        self._specs = {name: TensorSpec(shape, dtypes.get(name, dtype)) for name, shape in shapes.items()}
+        if head == "reward":
+            self._specs[_UNUSED] = TensorSpec((self._rows, model.hidden_size), dtype)
+        self.nbytes = sum(spec.nbytes for spec in self._specs.values())
+        self._directory = PartialDirectory(path, self.nbytes)
+        self._came: set[str] = set()
+        self._writer: StackedWriter | None = None
+        self._tar: tarfile.TarFile | None = None
+
+    def native(self, name: str) -> str:
+        return _native(name)
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        if name not in self._left:
+            raise CheckpointError(f"{self.path}: {name} is not expected, or came twice")
+        self._left.remove(name)
+        self._put(name, pad_vocabulary(tensor, self._rows) if name in VOCABULARY_ROWS else tensor)
+
+    def _put(self, name: str, tensor: Tensor) -> None:
+        assert self._writer is not None
+        self._writer.write(_RENAMED.get(name, name), tensor)
+        self._came.add(name)
+        self._pack()
+
+    def _pack(self) -> None:
+        """Move what the writer has finished into the archive."""
+        assert self._tar is not None
+        for file in sorted(self._weights.iterdir()):
+            self._tar.add(file, arcname=f"./{WEIGHTS}/{file.name}")
+            file.unlink()
+
+    def close(self) -> None:
+        if self._left:
+            raise CheckpointError(f"{self.path}: {listed('tensors that did not come:', sorted(self._left))}")
+        assert self._writer is not None and self._tar is not None
+        for name in [name for name in self._specs if name not in self._came]:
+            self._put(name, torch.zeros(self._specs[name].shape, dtype=self._specs[name].dtype))
+        self._writer.close()
+        self._writer = None
+        self._pack()
+        config = self._directory.partial / CONFIG
+        config.write_text(yaml.safe_dump(self._config, sort_keys=False, allow_unicode=True), encoding="utf-8")
+        for member, file in {CONFIG: config, **self._files}.items():
+            self._tar.add(file, arcname=f"./{member}")
+        self._tar.close()
+        archive = self._directory.partial / _ARCHIVE
+        with open(archive, "rb") as stream:
+            os.fsync(stream.fileno())
+        os.replace(archive, self.path)
+
+    def __enter__(self) -> Self:
+        partial = self._directory.make()
+        self._weights = partial / WEIGHTS
+        self._weights.mkdir()
+        stored = {_RENAMED.get(name, name): spec for name, spec in self._specs.items()}
+        self._writer = StackedWriter(self._weights, self._layers, stored, sync=False)
+        self._tar = tarfile.open(partial / _ARCHIVE, "w:")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None and self._writer is not None:
+                self.close()
+        finally:
+            if self._tar is not None:
+                self._tar.close()
+            self._directory.remove()
+
+
+def _native(name: str) -> str:
+    layer = layer_of(name)
+    return PREFIX + stacked_name(_RENAMED.get(name, name)) + (f"[{layer}]" if layer is not None else "")

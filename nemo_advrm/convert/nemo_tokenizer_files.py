@@ -1,0 +1,102 @@
+"""The tokenizer of a ``.nemo``: taken out into a directory of its own, and packed in again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from nemo_advrm.convert.nemo_archive import NemoArchive
+from nemo_advrm.convert.tokenizer_files import copy_tokenizer
+from nemo_advrm.data.nemo_tokenizer import SENTENCEPIECE, SETTINGS
+from nemo_advrm.errors import CheckpointError
+
+_GPT2_NAMES = ("GPT2BPETokenizer", "gpt2")
+_SENTENCEPIECE_NAMES = ("GPTSentencePieceTokenizer", "sentencepiece")
+_VOCABULARY, _MERGES = "vocab.json", "merges.txt"
+
+
+def unpack_tokenizer(archive: NemoArchive, config: Mapping[str, Any], target: Path, given: Path | None) -> None:
+    """Write the tokenizer that ``config`` names into the empty directory ``target``.
+
+    Args:
+        given: a tokenizer directory or SentencePiece file to take in place of what the archive holds.
+
+    Raises:
+        CheckpointError: the archive holds no tokenizer, or one of a library that is not supported.
+    """
+    wanted = dict(config.get("tokenizer") or {})
+    library, kind = str(wanted.get("library", "")), str(wanted.get("type") or "")
+    data = config.get("data") or {}
+    settings: dict[str, Any] = {"append_eod": bool(isinstance(data, Mapping) and data.get("append_eod", False))}
+    special = wanted.get("special_tokens")
+    if special:
+        settings["special_tokens"] = special
+    if wanted.get("additional_special_tokens"):
+        raise CheckpointError(f"{archive.path}: tokenizer.additional_special_tokens is not supported")
+    if given is not None and (given / SETTINGS).exists():
+        shutil.copytree(given, target, dirs_exist_ok=True)
+        return
+    if given is not None and given.is_dir():
+        copy_tokenizer(given, target)
+        settings["library"] = "huggingface"
+    elif given is not None or library == "sentencepiece" or (library == "megatron" and kind in _SENTENCEPIECE_NAMES):
+        file = given.read_bytes() if given is not None else _artifact(archive, wanted, "model")
+        (target / SENTENCEPIECE).write_bytes(file)
+        legacy = wanted.get("sentencepiece_legacy", library == "sentencepiece")
+        settings |= {"library": "sentencepiece", "legacy": bool(legacy)}
+    elif library == "megatron" and kind in _GPT2_NAMES:
+        (target / _VOCABULARY).write_bytes(_artifact(archive, wanted, "vocab_file"))
+        (target / _MERGES).write_bytes(_artifact(archive, wanted, "merge_file"))
+        (target / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPT2Tokenizer"}))
+        settings["library"] = "gpt2"
+    elif library == "huggingface":
+        raise CheckpointError(
+            f"{archive.path}: its tokenizer is {kind!r} of Hugging Face, which a .nemo does not hold: download it and "
+            "set tokenizer=DIR"
+        )
+    else:
+        raise CheckpointError(f"{archive.path}: tokenizer library {library} {kind} is not supported: set tokenizer=DIR")
+    (target / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+
+
+def _artifact(archive: NemoArchive, wanted: Mapping[str, Any], key: str) -> bytes:
+    value = str(wanted.get(key) or "")
+    name = value.removeprefix("nemo:")
+    if not value.startswith("nemo:") or name not in archive.names:
+        raise CheckpointError(f"{archive.path}: tokenizer.{key}={value!r} is not in the archive: set tokenizer=DIR")
+    return archive.read(name)
+
+
+def pack_tokenizer(directory: Path) -> tuple[dict[str, Any], dict[str, Path], bool]:
+    """What a ``.nemo`` says of and holds of a tokenizer: (its ``tokenizer`` section, {member: file}, append_eod).
+
+    A Hugging Face tokenizer is named by its path, as NeMo does: NeMo has no place in the archive for its files.
+    """
+    settings: dict[str, Any] = {"library": "huggingface", "append_eod": True}
+    if (directory / SETTINGS).exists():
+        settings = json.loads((directory / SETTINGS).read_text(encoding="utf-8"))
+    section: dict[str, Any] = {"library": settings["library"], "type": None, "model": None}
+    section |= {"vocab_file": None, "merge_file": None}
+    if settings.get("special_tokens"):
+        section["special_tokens"] = settings["special_tokens"]
+    files: dict[str, Path] = {}
+
+    def add(key: str, file: Path) -> None:
+        member = f"{hashlib.sha256(file.read_bytes()).hexdigest()[:32]}_{file.name}"
+        files[member] = file
+        section[key] = f"nemo:{member}"
+
+    if settings["library"] == "sentencepiece":
+        add("model", directory / SENTENCEPIECE)
+        section["sentencepiece_legacy"] = bool(settings.get("legacy"))
+    elif settings["library"] == "gpt2":
+        section |= {"library": "megatron", "type": "GPT2BPETokenizer"}
+        add("vocab_file", directory / _VOCABULARY)
+        add("merge_file", directory / _MERGES)
+    else:
+        section |= {"type": str(directory.absolute()), "use_fast": True}
+    return section, files, bool(settings.get("append_eod"))
