@@ -135,7 +135,7 @@ def model_config(table: Architecture, config: dict[str, Any], where: str) -> Mod
     for theirs, ours in (*_SHARED, *table.keys):
         value = config.get(theirs, 0)
         settings[ours] = float(value) if types[ours] == "float" else value
-    settings |= table.derived(config) | _rope(config, where) | _windows(table, config, where)
+    settings |= table.derived(config) | _rope(table, config, where) | _windows(table, config, where)
     unknown = settings.keys() - types.keys()
     assert not unknown, unknown
     return ModelConfig(**settings)
@@ -162,11 +162,11 @@ def hf_config(table: Architecture, model: ModelConfig, head: Head, base: dict[st
             config[cap] = config[cap] or None
     if "query_pre_attn_scalar" in config:  # transformers takes whole numbers only
         config["query_pre_attn_scalar"] = int(model.query_scale or head_size(model))
-    config["rope_parameters"] = _rope_parameters(model)
-    if table.model_type == "nemotron":
+    config["rope_parameters"] = _rope_parameters(table, model)
+    if table.partial_rotary:
         config["partial_rotary_factor"] = model.rotary_percent
     config |= _window_keys(table, model)
-    again = model_config(table, config, f"as {table.family}")
+    again = model_config(table, config, f"this model as {table.family}")
     difference = first_difference(asdict(model), asdict(again), head, head)
     if difference is not None and difference[0] != "head_bias":
         key, mine, theirs = difference
@@ -200,15 +200,15 @@ def choose_architecture(model: ModelConfig, head: Head, base: dict[str, Any], wa
 
 
 
-def _rope(config: dict[str, Any], where: str) -> dict[str, Any]:
+def _rope(table: Architecture, config: dict[str, Any], where: str) -> dict[str, Any]:
     rope = config.get("rope_parameters") or {}
     kind = rope.get("rope_type", "default")
     if kind not in ("default", "llama3"):
         raise CheckpointError(f"{where}: rope_type {kind!r} is not supported (only 'default' and 'llama3')")
-    settings: dict[str, Any] = {
-        "rotary_base": float(rope.get("rope_theta") or 10000.0),
-        "rotary_percent": float(rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0),
-    }
+    part = float(rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0)
+    if part != 1.0 and not table.partial_rotary:
+        raise CheckpointError(f"{where}: partial_rotary_factor={part:g} is not supported for {table.family} (only 1)")
+    settings: dict[str, Any] = {"rotary_base": float(rope.get("rope_theta") or 10000.0), "rotary_percent": part}
     if kind == "llama3":
         try:
             settings |= {ours: float(rope[theirs]) for theirs, ours in _LLAMA3_ROPE}
@@ -219,9 +219,9 @@ def _rope(config: dict[str, Any], where: str) -> dict[str, Any]:
     return settings
 
 
-def _rope_parameters(model: ModelConfig) -> dict[str, Any]:
+def _rope_parameters(table: Architecture, model: ModelConfig) -> dict[str, Any]:
     rope: dict[str, Any] = {"rope_type": model.rope_scaling or "default", "rope_theta": model.rotary_base}
-    if model.rotary_percent != 1.0:
+    if table.partial_rotary:
         rope["partial_rotary_factor"] = model.rotary_percent
     if model.rope_scaling:
         rope |= {theirs: getattr(model, ours) for theirs, ours in _LLAMA3_ROPE}

@@ -34,6 +34,7 @@ class Architecture:
         keys: (key of config.json, key of ModelConfig) beside those that all architectures share; an absent or null
             number is 0.
         required: keys of config.json with the only values that can be computed; others are refused.
+        partial_rotary: whether only a part of each head may be rotated.
         windows: which layers may have a sliding window: "" none, "all", or "pattern" (``layer_types``).
         derived: ModelConfig keys that follow from config.json.
     """
@@ -44,6 +45,7 @@ class Architecture:
     fixed: dict[str, Any] = field(default_factory=dict)
     keys: tuple[tuple[str, str], ...] = ()
     required: dict[str, Any] = field(default_factory=dict)
+    partial_rotary: bool = False
     windows: str = ""
     derived: Callable[[dict[str, Any]], dict[str, Any]] = lambda _: {}
 
@@ -155,5 +157,6 @@ ARCHITECTURES = (
         fixed={"normalization": "layernorm1p", "activation": "squared_relu"},
         keys=(("norm_eps", "layernorm_epsilon"),),
         required={"hidden_act": "relu2", **_UNBIASED},
+        partial_rotary=True,
     ),
 )
