@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import importlib
 import operator
-import os
-import socket
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from nemo_advrm import __version__
-from nemo_advrm.errors import UserError
+from nemo_advrm.errors import FailedElsewhere, Preempted, ProcessLost, UserError
+from nemo_advrm.place import host_name, place
 
-_SINGLE_PROCESS = ("report", "doctor", "select")
+_SINGLE_PROCESS = ("report", "doctor", "select", "stages", "plan")
 USAGE = "usage: nemo-advrm STAGE [key=value ...] | STAGE --help | --version"
-EXIT_USER_ERROR, EXIT_INTERRUPTED = 2, 130
+EXIT_BUG, EXIT_USER_ERROR, EXIT_PROCESS_LOST, EXIT_PREEMPTED, EXIT_INTERRUPTED = 1, 2, 3, 75, 130
 # seconds that other processes wait before they report: torchrun has ended them by then if the first one failed too
 OTHERS_WAIT = 2.0
 
@@ -29,6 +29,7 @@ class Stage:
     summary: str
     keys: tuple[str, ...]  # the keys shown by STAGE --help: a name, or a prefix that ends with a full stop
     example: str
+    settings: str = ""  # class of the schema that holds all its keys, for a stage that reads no configuration files
 
 
 _COMMON = ("name", "run_dir", "seed", "trainer.devices", "trainer.num_nodes", "trainer.accelerator")
@@ -113,9 +114,15 @@ STAGES: dict[str, Stage] = {
     "evaluate": Stage(
         "nemo_advrm.stages.evaluate:main",
         "measure a reward model on held-out preference pairs",
-        (*_COMMON, *_START, "data.validation_path"),
+        (*_COMMON, *_START, "data.validation_path", "ensemble.members"),
         "nemo-advrm evaluate pretrained_checkpoint.restore_from_path=runs/rm_1/model "
         "data.validation_path=held_out.jsonl",
+    ),
+    "serve": Stage(
+        "nemo_advrm.stages.serve:main",
+        "serve a reward model, an ensemble or the adversarial reward over HTTP",
+        ("run_dir", "ensemble.members", "ensemble.aggregate", "ensemble.coefficient", "serve.", "remote.", *_PARALLEL),
+        "nemo-advrm serve run_dir=runs/server 'ensemble.members=[runs/rm_1/model,hf:models/rm]' serve.port=8000",
     ),
     "report": Stage(
         "nemo_advrm.stages.report:main",
@@ -129,6 +136,38 @@ STAGES: dict[str, Stage] = {
         (*_COMMON, "pipeline.", *_DATA, "ensemble.size", "adversarial.", "selection.", "augmentation.", "rl.algorithm"),
         "nemo-advrm pipeline experiment=synthetic",
     ),
+    "stages": Stage(
+        "nemo_advrm.stages.order:main",
+        "list the pipeline's stages, what each waits for and which are complete (for job schedulers)",
+        ("run_dir", "pipeline."),
+        "nemo-advrm stages experiment=synthetic run_dir=runs/synthetic",
+    ),
+    "convert": Stage(
+        "nemo_advrm.stages.convert:main",
+        "convert a checkpoint between Hugging Face, Megatron and .nemo",
+        (),
+        "nemo-advrm convert from=hf path=DIR to=megatron out=checkpoints/base",
+        settings="ConvertConfig",
+    ),
+    "plan": Stage(
+        "nemo_advrm.stages.plan:main",
+        "say whether a stage fits its GPUs, how long a step takes, and which layout is faster; starts nothing",
+        (
+            "plan.",
+            "trainer.devices",
+            "trainer.num_nodes",
+            *_PARALLEL,
+            "model.virtual_pipeline_model_parallel_size",
+            "model.use_distributed_optimizer",
+            "model.recompute",
+            "model.recompute_num_layers",
+            "model.micro_batch_size",
+            "model.micro_batch_tokens",
+            "model.encoder_seq_length",
+            "model.global_batch_size",
+        ),
+        "nemo-advrm plan model=nemotron4_340b parallel=nemotron4_340b_96xh100_tp8_pp12",
+    ),
     "doctor": Stage(
         "nemo_advrm.stages.doctor:main",
         "print what this machine has and what each absence means",
@@ -139,7 +178,8 @@ STAGES: dict[str, Stage] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one stage; returns the exit status: 0, 2 (a user's error) or 130 (interrupted).
+    """Run one stage; returns the exit status: 0, 2 (a user's error), 3 (another process of the job was lost), 75
+    (stopped by a signal, saved: the same command goes on) or 130 (interrupted).
 
     Any other exception is a bug: it leaves with its traceback, and Python exits with 1.
     """
@@ -150,34 +190,66 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def guarded(call: Callable[[], int | None]) -> int:
     """Exit status of a call; a user's error is printed as one line, by other processes than the first with their place.
 
-    An error that every process meets is so told once; one that only a later process meets is not lost.
+    An error that every process meets is so told once; one that only a later process meets is not lost. A bug leaves
+    with its traceback, after a line that names the process.
     """
+    here = place()
     try:
         return call() or 0
     except UserError as error:
-        rank = _rank()
-        if rank == "0":
+        if here.rank == 0:
             print(f"error: {error}", file=sys.stderr)
-        else:
+        elif not error.everywhere:
             time.sleep(OTHERS_WAIT)
-            print(f"error (rank {rank} on {socket.gethostname()}): {error}", file=sys.stderr)
+            print(f"error (rank {here.rank} on {host_name()}): {error}", file=sys.stderr)
         return EXIT_USER_ERROR
+    except Preempted as stop:
+        if here.rank == 0:
+            print(stop, file=sys.stderr)
+        return EXIT_PREEMPTED
+    except ProcessLost as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_PROCESS_LOST
+    except FailedElsewhere:
+        return EXIT_BUG
     except KeyboardInterrupt:
-        if _rank() == "0":
+        if here.rank == 0:
             print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
+    except Exception as error:
+        told = _lost_process(error)
+        if told is not None:
+            print(f"error: {told}", file=sys.stderr)
+            return EXIT_PROCESS_LOST
+        if here.world_size > 1:
+            print(f"rank {here.rank} on {host_name()} failed:", file=sys.stderr)
+        raise
+
+
+def _lost_process(error: Exception) -> str | None:
+    """What to tell when a collective failed because another process is gone; None for any other error."""
+    peers = sys.modules.get("nemo_advrm.megatron.peers")
+    return peers.lost(error) if peers is not None else None
 
 
 def run_stage(name: str, overrides: Sequence[str]) -> int | None:
     """Load the configuration of a stage and call its main, in as many processes as it asks for."""
-    from nemo_advrm.config import load_config
-    from nemo_advrm.launch import relaunch
     from nemo_advrm.quiet import quiet_libraries
 
-    cfg = load_config(overrides, name)
-    status = relaunch(cfg, [name, *overrides]) if name not in _SINGLE_PROCESS else None
-    if status is not None:
-        return status
+    cfg: Any
+    if STAGES[name].settings:
+        from nemo_advrm import schema
+        from nemo_advrm.settings import parse_settings
+
+        cfg = parse_settings(getattr(schema, STAGES[name].settings), overrides)
+    else:
+        from nemo_advrm.config import load_config
+        from nemo_advrm.launch import relaunch
+
+        cfg = load_config(overrides, name)
+        status = relaunch(cfg, [name, *overrides]) if name not in _SINGLE_PROCESS else None
+        if status is not None:
+            return status
     quiet_libraries()
     module, _, function = STAGES[name].entry.partition(":")
     stage: Callable[..., int | None] = getattr(importlib.import_module(module), function)
@@ -203,11 +275,6 @@ def _dispatch(words: list[str]) -> int | None:
     return run_stage(name, overrides)
 
 
-def _rank() -> str:
-    """This process's number in the job: torchrun's, else SLURM's, else 0."""
-    return os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
-
-
 def _help() -> str:
     width = max(map(len, STAGES))
     lines = [f"  {name:<{width}}  {stage.summary}" for name, stage in STAGES.items()]
@@ -230,22 +297,37 @@ def _help() -> str:
 
 def _stage_help(name: str) -> str:
     """The stage's most useful keys: the value each has when nothing is set, and the schema's own comment."""
-    from nemo_advrm.config import load_config
-    from nemo_advrm.keys import ANY_NAME, all_keys
-
-    stage, defaults = STAGES[name], load_config((), name)
-    rows = []
-    for wanted in dict.fromkeys(stage.keys):
-        for key in all_keys().values():
-            if key.name == wanted or (wanted.endswith(".") and key.name.startswith(wanted)):
-                value = key.default if ANY_NAME in key.name else operator.attrgetter(key.name)(defaults)
-                rows.append((f"{key.name.replace(ANY_NAME, 'NAME')}={_shown(value)}", key.comment))
+    stage = STAGES[name]
+    rows = list(_own_key_rows(stage.settings) if stage.settings else _key_rows(name, stage.keys))
     width = max((len(setting) for setting, _ in rows), default=0)
     lines = [f"  {setting:<{width}}  {comment}".rstrip() for setting, comment in rows]
     keys = ["", "keys and their defaults (all of them: nemo_advrm/schema.py):", *lines] if lines else []
     return "\n".join(
         [f"usage: nemo-advrm {name} [key=value ...]", "", f"{stage.summary}.", *keys, "", f"example: {stage.example}"]
     )
+
+
+def _key_rows(name: str, wanted_keys: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """(key=value, comment) of the keys of the configuration that a stage shows."""
+    from nemo_advrm.config import load_config
+    from nemo_advrm.keys import ANY_NAME, all_keys
+
+    defaults = load_config((), name)
+    for wanted in dict.fromkeys(wanted_keys):
+        for key in all_keys().values():
+            if key.name == wanted or (wanted.endswith(".") and key.name.startswith(wanted)):
+                value = key.default if ANY_NAME in key.name else operator.attrgetter(key.name)(defaults)
+                yield f"{key.name.replace(ANY_NAME, 'NAME')}={_shown(value)}", key.comment
+
+
+def _own_key_rows(settings: str) -> Iterator[tuple[str, str]]:
+    """The same of a stage with settings of its own."""
+    from nemo_advrm import schema
+    from nemo_advrm.keys import keys_of
+    from nemo_advrm.settings import key_name
+
+    for key in keys_of(getattr(schema, settings)):
+        yield f"{key_name(key.name)}={_shown(key.default)}", key.comment
 
 
 def _shown(value: object) -> str:

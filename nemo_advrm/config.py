@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import functools
 import importlib.metadata
+import os
 import platform
 import subprocess
 import typing
@@ -106,9 +107,16 @@ def for_stage(cfg: Config, stage: str) -> Config:
 
 
 def save_resolved(cfg: Config, path: Path) -> None:
-    """Write the whole configuration, every key with its value, as YAML."""
+    """Write the whole configuration, every key with its value, as YAML; complete once it bears its name."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(cfg)), encoding="utf-8")
+    partial = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}")  # jobs of one run may start together
+    partial.write_text(resolved(cfg), encoding="utf-8")
+    partial.rename(path)
+
+
+def resolved(cfg: Config) -> str:
+    """The whole configuration, every key with its value, as YAML."""
+    return OmegaConf.to_yaml(OmegaConf.structured(cfg))
 
 
 def versions() -> dict[str, str]:

@@ -4,6 +4,9 @@
 class UserError(Exception):
     """Base of every error caused by input or environment; the command line prints it and exits with 2."""
 
+    # True where every process raises it by agreement: the first one's message is then enough
+    everywhere = False
+
 
 class ConfigError(UserError):
     """A configuration key is unknown, misspelt, missing or holds an impossible value."""
@@ -27,3 +30,15 @@ class TrainingDiverged(UserError):
 
 class RewardSourceError(UserError):
     """A reward source failed or returned unusable scores; the message names the source."""
+
+
+class Preempted(Exception):
+    """A signal asked the job to stop and its state is saved: the same command goes on from there (exit status 75)."""
+
+
+class ProcessLost(Exception):
+    """Another process of the job died or does not answer; the message names its rank and host (exit status 3)."""
+
+
+class FailedElsewhere(Exception):
+    """The first process failed and shows why; raised by the others, which stop with it (exit status 1)."""

@@ -99,6 +99,7 @@ def test_user_error_is_one_line_that_names_the_process_unless_it_is_the_first(
     monkeypatch.delenv("SLURM_PROCID", raising=False)
     if rank is not None:
         monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setattr(cli, "OTHERS_WAIT", 0.0)
 
     def fail(cfg: Config) -> None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import datetime
-import os
-import socket
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from nemo_advrm.errors import ConfigError, LayoutError
+from nemo_advrm.errors import ConfigError, FailedElsewhere, LayoutError, UserError
+from nemo_advrm.megatron import peers
+from nemo_advrm.place import one_line, place
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -24,29 +26,6 @@ class Layout:
     @property
     def model_parallel(self) -> int:
         return self.tensor * self.pipeline
-
-
-@dataclass(frozen=True)
-class _Rendezvous:
-    rank: int
-    world_size: int
-    local_rank: int
-
-
-def _rendezvous() -> _Rendezvous:
-    """Rank and world size from torchrun's variables, else SLURM's, else a single process."""
-    env = os.environ
-    if "RANK" in env and "WORLD_SIZE" in env:
-        return _Rendezvous(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0)))
-    if int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in env:
-        if "MASTER_ADDR" not in env:
-            raise ConfigError(
-                "MASTER_ADDR is not set: inside a SLURM job export it to the first host, "
-                "MASTER_ADDR=$(scontrol show hostnames $SLURM_JOB_NODELIST | head -n 1)"
-            )
-        env.setdefault("MASTER_PORT", str(15000 + int(env.get("SLURM_JOB_ID", "0")) % 20000))
-        return _Rendezvous(int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"]), int(env.get("SLURM_LOCALID", 0)))
-    return _Rendezvous(0, 1, 0)
 
 
 class Runtime:
@@ -94,6 +73,24 @@ class Runtime:
     def is_writer(self) -> bool:
         """True on the one rank that writes text files and prints."""
         return self.rank == 0
+
+    @property
+    def is_replica_source(self) -> bool:
+        """True on the first rank of each model replica."""
+        from megatron.core import parallel_state
+
+        return self.layout.model_parallel == 1 or self.rank == parallel_state.get_model_parallel_src_rank()
+
+    def broadcast_in_replica(self, value: Any) -> Any:
+        """The picklable ``value`` of the replica's first rank, on all its ranks."""
+        from megatron.core import parallel_state
+
+        if self.layout.model_parallel == 1:
+            return value
+        values = [value]
+        source = parallel_state.get_model_parallel_src_rank()
+        dist.broadcast_object_list(values, source, group=parallel_state.get_model_parallel_group())
+        return values[0]
 
     def broadcast_from_last_stage(self, value: torch.Tensor | None, like: tuple[tuple[int, ...], torch.dtype]):
         """Give every pipeline stage the tensor that the last one holds; ``like`` is its shape and dtype."""
@@ -143,9 +140,12 @@ class Runtime:
         tensor_parallel.model_parallel_cuda_manual_seed(seed)
 
 
-
-
 _current: Runtime | None = None
+
+
+def is_running() -> bool:
+    """Whether :func:`start` has been called."""
+    return _current is not None
 
 
 def current() -> Runtime:
@@ -161,7 +161,7 @@ def start(layout: Layout | None = None, accelerator: str = "auto", timeout_minut
     Starting again with the same layout returns the running one; another layout rebuilds the groups.
 
     Raises LayoutError when the layout does not divide the number of processes, ConfigError when a
-    GPU is asked for and none is there or the other processes cannot be reached in time.
+    GPU is asked for and none is there, ProcessLost when other processes do not join in time.
     """
     global _current
     layout = layout or Layout()
@@ -173,39 +173,20 @@ def start(layout: Layout | None = None, accelerator: str = "auto", timeout_minut
     if accelerator == "gpu" and not has_gpu:
         raise ConfigError("trainer.accelerator=gpu: PyTorch sees no GPU; use accelerator=cpu or check the driver")
     on_gpu = has_gpu and accelerator != "cpu"
-    place = _rendezvous()
-    if place.world_size % layout.model_parallel:
+    here = place()
+    if here.world_size % layout.model_parallel:
         raise LayoutError(
-            f"{place.world_size} processes cannot be split into model replicas of tensor {layout.tensor} x pipeline "
+            f"{here.world_size} processes cannot be split into model replicas of tensor {layout.tensor} x pipeline "
             f"{layout.pipeline} = {layout.model_parallel} processes"
         )
-    device = torch.device("cuda", place.local_rank) if on_gpu else torch.device("cpu")
+    device = torch.device("cuda", here.local_rank) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
-    _join(place, on_gpu, timeout_minutes)
+    if not dist.is_initialized():
+        peers.join(here, "nccl" if on_gpu else "gloo", timeout_minutes)
     _initialize_groups(layout, on_gpu, timeout_minutes)
-    _current = Runtime(layout, device, place.rank, place.world_size)
+    _current = Runtime(layout, device, here.rank, here.world_size)
     return _current
-
-
-def _join(place: _Rendezvous, on_gpu: bool, timeout_minutes: float) -> None:
-    if dist.is_initialized():
-        return
-    timeout = datetime.timedelta(minutes=timeout_minutes)
-    backend = "nccl" if on_gpu else "gloo"
-    if place.world_size == 1:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-        return
-    address = f"{os.environ.get('MASTER_ADDR', '127.0.0.1')}:{os.environ.get('MASTER_PORT', '29500')}"
-    try:
-        dist.init_process_group(
-            backend, init_method=f"tcp://{address}", rank=place.rank, world_size=place.world_size, timeout=timeout
-        )
-    except (dist.DistError, RuntimeError, OSError) as error:
-        raise ConfigError(
-            f"rank {place.rank} on {socket.gethostname()} could not join {place.world_size} processes at {address} "
-            f"within {timeout_minutes:g} minutes: {error}"
-        ) from error
 
 
 def _initialize_groups(layout: Layout, on_gpu: bool, timeout_minutes: float) -> None:
@@ -226,6 +207,33 @@ def _initialize_groups(layout: Layout, on_gpu: bool, timeout_minutes: float) -> 
     )
 
 
+def on_writer(work: Callable[[], T]) -> T:
+    """Result of ``work``, done by the writing rank alone, on every rank; all ranks call.
+
+    What it raises is raised on every rank, so that none is left waiting for the writer: a UserError as itself,
+    anything else on the other ranks as FailedElsewhere. The result must be picklable.
+    """
+    rt = current()
+    if rt.world_size == 1:
+        return work()
+    outcome: list[Any] = [None, None]
+    failure: Exception | None = None
+    if rt.is_writer:
+        try:
+            outcome[0] = work()
+        except Exception as error:
+            failure = error
+            shown = FailedElsewhere(f"rank 0 failed: {type(error).__name__}: {one_line(error)}")
+            outcome[1] = error if isinstance(error, UserError) else shown
+    dist.broadcast_object_list(outcome, 0)
+    if failure is not None:
+        raise failure
+    if outcome[1] is not None:
+        outcome[1].everywhere = True
+        raise outcome[1]
+    return outcome[0]  # type: ignore[no-any-return]
+
+
 def stop() -> None:
     """Leave the job; every group is destroyed."""
     global _current
@@ -236,4 +244,5 @@ def stop() -> None:
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
+    peers.leave()
     _current = None

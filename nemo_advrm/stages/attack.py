@@ -19,11 +19,12 @@ from nemo_advrm.models.policy import AdversarialPolicy, Prompt, encode_prompts
 from nemo_advrm.models.trainable import derive_seed
 from nemo_advrm.rewards.base import RewardSource
 from nemo_advrm.rewards.ensemble import AdversarialReward
-from nemo_advrm.rewards.local import MegatronReward, build_gold
+from nemo_advrm.rewards.local import build_gold
 from nemo_advrm.rewards.reference import Reference
+from nemo_advrm.rewards.sources import load_members
 from nemo_advrm.schema import Config
 from nemo_advrm.stages import session
-from nemo_advrm.stages.fit import drop_training_checkpoints, fit
+from nemo_advrm.stages.fit import drop_training_checkpoints, fit, tokenizer_meta, write_json
 from nemo_advrm.stages.reference import sample, write_reference
 
 
@@ -38,7 +39,7 @@ def main(cfg: Config) -> int:
     directory = Path(cfg.run_dir)
     tokenizer = build_tokenizer(cfg.model.tokenizer)
     prompts = encode_prompts(attack_prompts(cfg), tokenizer, cfg)
-    members = load_members(cfg, tokenizer, cfg.ensemble.members)
+    members = load_members(cfg, cfg.ensemble.members, tokenizer)
     session.claim(cfg, directory)
     gold = build_gold(cfg.pipeline.gold)
     if not (directory / "reference.jsonl").exists():
@@ -77,11 +78,6 @@ def attack_prompts(cfg: Config) -> list[tuple[Message, ...]]:
     raise ConfigError("data.prompts_path is not set: name a file of prompts")
 
 
-def load_members(cfg: Config, tokenizer: Tokenizer, paths: list[str]) -> list[RewardSource]:
-    """The reward models of an ensemble, R_1 first."""
-    return [MegatronReward.load(f"R_{k + 1} ({path})", path, cfg, tokenizer) for k, path in enumerate(paths)]
-
-
 def run_attack(
     cfg: Config,
     tokenizer: Tokenizer,
@@ -107,13 +103,15 @@ def run_attack(
         found[str(direction)] = _combined([json.loads((home / "summary.json").read_text()) for home in own])
         homes += own
     result = {"directions": found, "threshold_z": cfg.selection.threshold_z}
-    if runtime.current().is_writer:
-        for name in ("samples.jsonl", "metrics.jsonl"):
-            files = [home / name for home in homes]
-            write_jsonl_atomic(directory / name, (row for file in files for _, row in read_jsonl(file)))
-        summary.write_text(json.dumps(result, indent=1))
-    runtime.current().barrier()
+    runtime.on_writer(lambda: _join_records(directory, homes))
+    write_json(summary, result)
     return result
+
+
+def _join_records(directory: Path, homes: list[Path]) -> None:
+    for name in ("samples.jsonl", "metrics.jsonl"):
+        files = [home / name for home in homes]
+        write_jsonl_atomic(directory / name, (row for file in files for _, row in read_jsonl(file)))
 
 
 def _attack_member(
@@ -140,24 +138,21 @@ def _attack_member(
     fit(
         module, cfg, directory, f"attack on R_{direction}", [TrajectoryRecorder(samples, direction, reference, gold)], 0
     )
-    checkpoint.save(directory / "model", module.model, meta={"tokenizer": tokenizer.fingerprint})
-    if runtime.current().is_writer:
-        rows = [row for _, row in read_jsonl(directory / "metrics.jsonl")]
-        partial = directory / "summary.partial"
-        partial.write_text(
-            json.dumps(
-                {
-                    "samples": sum(1 for _ in read_jsonl(samples)),
-                    "success_standard": _mean(rows, "success"),
-                    "success_strict": _mean(rows, "success_strict"),
-                    "steps": len(rows),
-                    "seconds": time.monotonic() - started,
-                }
-            )
-        )
-        partial.rename(directory / "summary.json")
-    runtime.current().barrier()
+    checkpoint.save(directory / "model", module.model, meta=tokenizer_meta(module))
+    seconds = time.monotonic() - started
+    write_json(directory / "summary.json", runtime.on_writer(lambda: _summary(directory, samples, seconds)))
     drop_training_checkpoints(directory)
+
+
+def _summary(directory: Path, samples: Path, seconds: float) -> dict[str, Any]:
+    rows = [row for _, row in read_jsonl(directory / "metrics.jsonl")]
+    return {
+        "samples": sum(1 for _ in read_jsonl(samples)),
+        "success_standard": _mean(rows, "success"),
+        "success_strict": _mean(rows, "success_strict"),
+        "steps": len(rows),
+        "seconds": seconds,
+    }
 
 
 def policy_name(direction: int, number: int) -> str:

@@ -14,6 +14,7 @@ from nemo.utils.exp_manager import exp_manager
 
 from nemo_advrm.callbacks.checkpoints import PeriodicCheckpoint, saved_steps
 from nemo_advrm.callbacks.metrics import MetricsWriter
+from nemo_advrm.callbacks.preemption import PreemptionCheckpoint
 from nemo_advrm.callbacks.progress import StepProgress
 from nemo_advrm.megatron import checkpoint, runtime
 from nemo_advrm.megatron.model import MegatronModel
@@ -33,9 +34,11 @@ def fit(
 ) -> None:
     """Train ``module`` to the end, from the newest checkpoint in ``directory`` if there is one.
 
+    Raises Preempted on every rank when SIGUSR1 or SIGTERM came to any of them; the next call goes on from there.
     Writes ``metrics.jsonl``, ``checkpoints/`` and the loggers' files below ``directory``.
     """
     checkpoints = directory / "checkpoints"
+    preemption = PreemptionCheckpoint(checkpoints)
     trainer = Trainer(
         accelerator="gpu" if runtime.current().on_gpu else "cpu",
         devices=1,  # processes are Megatron's, see MegatronStrategy
@@ -48,6 +51,7 @@ def fit(
             MetricsWriter(directory / "metrics.jsonl", first_step),
             StepProgress(title, cfg.trainer.log_every_n_steps),
             PeriodicCheckpoint(checkpoints, cfg.trainer.checkpoint_every_n_steps, cfg.trainer.keep_checkpoints),
+            preemption,
         ],
         enable_checkpointing=True,
         enable_progress_bar=False,
@@ -64,16 +68,15 @@ def fit(
     with contextlib.redirect_stdout(io.StringIO()):
         exp_manager(trainer, _exp_manager_options(cfg, directory / "logs"))
     found = saved_steps(checkpoints)
-    trainer.fit(module, ckpt_path=str(found[-1]) if found else None)
+    with preemption.watching():
+        trainer.fit(module, ckpt_path=str(found[-1]) if found else None)
     if validate:
         trainer.validate(module, verbose=False)
 
 
 def drop_training_checkpoints(directory: Path) -> None:
     """Remove the checkpoints of a training whose result is written."""
-    if runtime.current().is_writer:
-        shutil.rmtree(directory / "checkpoints", ignore_errors=True)
-    runtime.current().barrier()
+    runtime.on_writer(lambda: shutil.rmtree(directory / "checkpoints", ignore_errors=True))
 
 
 def read_result(directory: Path) -> dict[str, float] | None:
@@ -86,13 +89,28 @@ def write_result(
     directory: Path, module: TrainableModel, model: MegatronModel, metrics: dict[str, float], **meta: float
 ) -> None:
     """Save the trained weights in ``directory/model`` and mark the training finished; it is then not redone."""
-    checkpoint.save(directory / "model", model, meta={"tokenizer": module.tokenizer.fingerprint, **meta})
-    if runtime.current().is_writer:
-        partial = directory / "result.partial"
-        partial.write_text(json.dumps(metrics))
-        partial.rename(directory / "result.json")
-    runtime.current().barrier()
+    checkpoint.save(directory / "model", model, meta={**tokenizer_meta(module), **meta})
+    write_json(directory / "result.json", metrics)
     drop_training_checkpoints(directory)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write a file that is complete once it bears its name; all ranks call, and all raise when it fails."""
+
+    def write() -> None:
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(value, indent=1))
+        partial.rename(path)
+
+    runtime.on_writer(write)
+
+
+def tokenizer_meta(module: TrainableModel) -> dict[str, str]:
+    """What a checkpoint says of its tokenizer: its fingerprint, and the specification that opens it from anywhere."""
+    spec = module.config.model.tokenizer
+    if spec.startswith("hf:"):
+        spec = f"hf:{Path(spec.removeprefix('hf:')).resolve()}"
+    return {"tokenizer": module.tokenizer.fingerprint, "tokenizer_spec": spec}
 
 
 def _exp_manager_options(cfg: Config, directory: Path) -> dict[str, object]:

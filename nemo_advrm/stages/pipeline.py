@@ -6,6 +6,7 @@ that was stopped goes on at the first stage that is not.
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from functools import cached_property
@@ -28,9 +29,11 @@ from nemo_advrm.rewards.base import RewardSource
 from nemo_advrm.rewards.ensemble import UncertaintyReward
 from nemo_advrm.rewards.local import build_gold
 from nemo_advrm.rewards.reference import Reference
+from nemo_advrm.rewards.sources import load_members
 from nemo_advrm.schema import Config, RLHFRunConfig
 from nemo_advrm.stages import session
-from nemo_advrm.stages.attack import attack_prompts, check_directions, load_members, run_attack
+from nemo_advrm.stages.attack import attack_prompts, check_directions, run_attack
+from nemo_advrm.stages.order import LIGHT, Step, find, labels_by_gold, last_round, order
 from nemo_advrm.stages.reference import read_rollouts, sample, write_reference
 from nemo_advrm.stages.rlhf import rlhf_prompts, run_rlhf
 from nemo_advrm.stages.select import select_round
@@ -40,10 +43,19 @@ from nemo_advrm.stages.train_rm import encode_rows, preference_rows, train_rewar
 
 
 def main(cfg: Config) -> int:
-    """Run all that is not complete in ``run_dir`` and print the report's table."""
-    session.start(cfg)
-    Pipeline(cfg).run()
+    """Run all that is not complete in ``run_dir`` and print the report's table; or the one stage ``pipeline.only``."""
+    only = find(cfg, cfg.pipeline.only) if cfg.pipeline.only else None
+    session.start(_one_process(cfg) if only and only.kind in LIGHT else cfg)
+    Pipeline(cfg).run(only)
     return 0
+
+
+def _one_process(cfg: Config) -> Config:
+    """The layout of a stage that uses no model."""
+    cfg = copy.deepcopy(cfg)
+    cfg.model.tensor_model_parallel_size = cfg.model.pipeline_model_parallel_size = 1
+    cfg.model.sequence_parallel = False
+    return cfg
 
 
 class Pipeline:
@@ -58,43 +70,51 @@ class Pipeline:
         session.claim(cfg, self.directory)
         self.state = RunState(self.directory / "state.json", cfg.seed)
 
-    def run(self) -> None:
-        if self.cfg.pipeline.sft:
-            self._stage("sft", self._sft)
-        if self._labels_by_gold:
-            self._stage("preferences", self._label_preferences)
-        last = self._rounds()
-        for name, options in self.cfg.pipeline.rlhf.items():
-            self._stage(f"rlhf/{name}", lambda n=name, o=options: self._rlhf(n, o, last))  # type: ignore[misc]
-        self._report()
+    def run(self, only: Step | None = None) -> None:
+        """Run every stage that is not complete, or just ``only``, whose forerunners must be complete."""
+        if only is not None:
+            self._check_forerunners(only)
+        steps = order(self.cfg)
+        ended = False
+        for step in steps if only is None else [only]:
+            if step.round > self._last_round:
+                if not ended:
+                    self._say_that_rounds_ended()
+                ended = True
+            elif step.kind == "report":
+                self._report()
+            elif not self.state.is_complete(step.name):
+                self._run(step)
 
-    def _stage(self, name: str, work: Callable[[], Any]) -> None:
-        """Run ``work`` unless the stage is complete."""
-        if self.state.is_complete(name):
-            return
+    def _run(self, step: Step) -> None:
+        work: dict[str, Callable[[], None]] = {
+            "sft": self._sft,
+            "preferences": self._label_preferences,
+            "train_rm": lambda: self._train_member(step.round, step.member),
+            "reference": lambda: self._reference(step.round),
+            "attack": lambda: self._attack(step.round),
+            "select": lambda: self._select(step.round),
+            "rlhf": lambda: self._rlhf(step.run, self.cfg.pipeline.rlhf[step.run], self._last_round),
+        }
         if runtime.current().is_writer:
-            print(f"== {name}", flush=True)
-        with self.state.running(name):
-            work()
+            print(f"== {step.name}", flush=True)
+        with self.state.running(step.name):
+            work[step.kind]()
 
-    def _rounds(self) -> int:
-        """Train, attack, select and retrain; returns the last round whose reward models are trained."""
-        options = self.cfg.pipeline
-        for number in range(options.rounds + 1):
-            home = self._round(number)
-            for k in range(1, self.cfg.ensemble.size + 1):
-                self._stage(f"{home.name}/rm_{k}", lambda n=number, k=k: self._train_member(n, k))  # type: ignore[misc]
-            self._stage(f"{home.name}/reference", lambda n=number: self._reference(n))  # type: ignore[misc]
-            self._stage(f"{home.name}/attack", lambda n=number: self._attack(n))  # type: ignore[misc]
-            if number == options.rounds:
-                break
-            self._stage(f"{home.name}/select", lambda n=number: self._select(n))  # type: ignore[misc]
-            reason = self.state.detail(f"{home.name}/select", "stop")
-            if reason:
-                if runtime.current().is_writer:
-                    print(f"the rounds end after round {number}: {reason}", flush=True)
-                return number
-        return options.rounds
+    @property
+    def _last_round(self) -> int:
+        return last_round(self.cfg, self.state.detail)
+
+    def _check_forerunners(self, only: Step) -> None:
+        for step in order(self.cfg):
+            if step.name in only.after and step.round <= self._last_round and not self.state.is_complete(step.name):
+                raise ConfigError(f"pipeline.only={only.name}: {step.name}, which it needs, is not complete")
+
+    def _say_that_rounds_ended(self) -> None:
+        number = self._last_round
+        if runtime.current().is_writer:
+            reason = self.state.detail(f"round_{number}/select", "stop")
+            print(f"the rounds end after round {number}: {reason}", flush=True)
 
     # what the stages do
 
@@ -123,9 +143,8 @@ class Pipeline:
                 flips,
                 seed,
             )
-            if runtime.current().is_writer:
-                write_jsonl_atomic(self.directory / "preferences" / f"{part}.jsonl", rows[:wanted])
-        runtime.current().barrier()
+            path = self.directory / "preferences" / f"{part}.jsonl"
+            runtime.on_writer(lambda path=path, kept=rows[:wanted]: write_jsonl_atomic(path, kept))  # type: ignore[misc]
 
     def _train_member(self, number: int, k: int) -> None:
         cfg = for_stage(self.cfg, "train_rm")
@@ -175,15 +194,12 @@ class Pipeline:
 
     def _select(self, number: int) -> None:
         home = self._round(number)
-        counts: dict[str, int] = {}
+        seed = derive_seed(self.cfg.seed, "select", number)
+        counts = runtime.on_writer(lambda: select_round(for_stage(self.cfg, "attack"), home, number, seed))
         if runtime.current().is_writer:
-            seed = derive_seed(self.cfg.seed, "select", number)
-            counts = select_round(for_stage(self.cfg, "attack"), home, number, seed)
             print(f"{home.name}: {counts['selected']} adversarial pairs", flush=True)
-            stop = self._reason_to_stop(home, counts["selected"])
-            self.state.set_detail(f"{home.name}/select", stop=stop, **counts)
-        runtime.current().barrier()
-        self.state.reload()
+        stop = runtime.on_writer(lambda: self._reason_to_stop(home, counts["selected"]))
+        self.state.set_detail(f"{home.name}/select", stop=stop, **counts)
 
     def _reason_to_stop(self, home: Path, pairs: int) -> str:
         options = self.cfg
@@ -216,22 +232,19 @@ class Pipeline:
         )
 
     def _report(self) -> None:
-        if runtime.current().is_writer:
-            from nemo_advrm.report import render_summary, write_report
+        from nemo_advrm.report import render_summary, write_report
 
+        def write() -> None:
             write_report(self.directory)
             print(render_summary(self.directory))
             print(f"report: {self.directory / 'report' / 'index.html'}")
-        runtime.current().barrier()
+
+        runtime.on_writer(write)
 
     # what the stages share
 
     def _round(self, number: int) -> Path:
         return self.directory / f"round_{number}"
-
-    @property
-    def _labels_by_gold(self) -> bool:
-        return self.cfg.pipeline.gold == "synthetic" and not self.cfg.data.train_path
 
     @property
     def _policy_path(self) -> str:
@@ -257,14 +270,14 @@ class Pipeline:
         return encode_rows(for_stage(self.cfg, "train_rm"), self.tokenizer, *self._preferences())
 
     def _preferences(self) -> tuple[list[PreferencePair], list[PreferencePair]]:
-        if not self._labels_by_gold:
+        if not labels_by_gold(self.cfg):
             return preference_rows(for_stage(self.cfg, "train_rm"))
         home = self.directory / "preferences"
         return load_preferences(home / "train.jsonl").rows, load_preferences(home / "validation.jsonl").rows
 
     def _members(self, number: int) -> list[RewardSource]:
         paths = [str(self._round(number) / f"rm_{k}" / "model") for k in range(1, self.cfg.ensemble.size + 1)]
-        return load_members(for_stage(self.cfg, "train_rm"), self.tokenizer, paths)
+        return load_members(for_stage(self.cfg, "train_rm"), paths, self.tokenizer)
 
     def _check(self) -> None:
         """What can be known to fail is told before anything starts."""
@@ -276,7 +289,7 @@ class Pipeline:
         if cfg.ensemble.size < 2:
             raise ConfigError(f"ensemble.size={cfg.ensemble.size}: an attack needs at least 2 reward models")
         check_directions(cfg, cfg.ensemble.size)
-        if not self._labels_by_gold:
+        if not labels_by_gold(self.cfg):
             self._encoded_preferences  # noqa: B018 (reads and checks the data)
         self._prompts  # noqa: B018
         encode_prompts(rlhf_prompts(for_stage(cfg, "rlhf")), self.tokenizer, for_stage(cfg, "rlhf"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -33,7 +34,7 @@ def sample(
     part = roll_out(model, tokenizer, repeated[own], sampling_of(cfg.rl, tokenizer), numbers[own])
     parts: list[Rollouts] = rt.gather_data_parallel(part)
     names = ("prompts", "responses", "ended", "prompt_tokens", "response_tokens", "prompt_index")
-    joined = {name: [x for p in parts for x in getattr(p, name)] for name in names}
+    joined: dict[str, Any] = {name: [x for p in parts for x in getattr(p, name)] for name in names}
     return Rollouts(**joined, fingerprint=tokenizer.fingerprint)
 
 
@@ -56,23 +57,21 @@ def write_reference(
         z_NK = standardise(reference, reference.statistics(), scores_NK, index, 0).z_NK
     else:
         z_NK = torch.full_like(scores_NK, float("nan"))
-    if runtime.current().is_writer:
-        rows = (
-            {
-                "prompt_id": index[i],
-                "prompt": prompt_text(rollouts.prompts[i]),
-                "messages": rollouts.prompts[i],
-                "response": rollouts.responses[i],
-                "ended": rollouts.ended[i],
-                "tokens": rollouts.response_tokens[i],
-                "scores": scores_NK[i],
-                "z": z_NK[i],
-                "gold": None if gold_N is None else gold_N[i],
-            }
-            for i in range(len(rollouts))
-        )
-        write_jsonl_atomic(path, rows)
-    runtime.current().barrier()
+    rows = (
+        {
+            "prompt_id": index[i],
+            "prompt": prompt_text(rollouts.prompts[i]),
+            "messages": rollouts.prompts[i],
+            "response": rollouts.responses[i],
+            "ended": rollouts.ended[i],
+            "tokens": rollouts.response_tokens[i],
+            "scores": scores_NK[i],
+            "z": z_NK[i],
+            "gold": None if gold_N is None else gold_N[i],
+        }
+        for i in range(len(rollouts))
+    )
+    runtime.on_writer(lambda: write_jsonl_atomic(path, rows))
     return reference
 
 

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import yaml
 
-from nemo_advrm.config import save_resolved, versions
+from nemo_advrm.config import resolved, save_resolved, versions
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.layout import validate_layout
 from nemo_advrm.megatron import checkpoint, runtime
 from nemo_advrm.megatron.transformer import has_transformer_engine
+from nemo_advrm.place import place
 from nemo_advrm.quiet import quiet_libraries
+from nemo_advrm.rewards import sources
 from nemo_advrm.schema import Config
 
 # keys that may differ between the runs of one directory: they do not change what is computed
@@ -30,9 +30,10 @@ _FREE_KEYS = (
     "trainer.checkpoint_every_n_steps",
     "trainer.keep_checkpoints",
     "trainer.timeout_minutes",
+    "pipeline.only",
 )
 # what a run writes before it produces anything
-_IDENTITY = ("config.yaml", "versions.yaml", "state.json")
+_IDENTITY = ("config.yaml", "versions.yaml", "state.json", "state.lock")
 
 
 def start(cfg: Config) -> runtime.Runtime:
@@ -43,14 +44,17 @@ def start(cfg: Config) -> runtime.Runtime:
     """
     quiet_libraries()  # again: libraries set their own levels when they are imported
     model = cfg.model
-    tasks = os.environ.get("SLURM_NTASKS", "1") if "SLURM_PROCID" in os.environ else "1"
-    validate_layout(cfg, int(os.environ.get("WORLD_SIZE", tasks)), has_transformer_engine())
+    world_size = place().world_size
+    validate_layout(cfg, world_size, has_transformer_engine())
     layout = runtime.Layout(model.tensor_model_parallel_size, model.pipeline_model_parallel_size)
     if cfg.trainer.cpu_threads:
         torch.set_num_threads(cfg.trainer.cpu_threads)
     started = runtime.start(layout, cfg.trainer.accelerator, cfg.trainer.timeout_minutes)
-    for path in filter(None, (cfg.pretrained_checkpoint.restore_from_path, *cfg.ensemble.members)):
-        checkpoint.read_meta(Path(path))  # a missing or incomplete one is told before anything is written
+    # what is missing or incomplete is told before anything is written
+    if cfg.pretrained_checkpoint.restore_from_path:
+        checkpoint.read_meta(Path(cfg.pretrained_checkpoint.restore_from_path))
+    for member in sources.parse_members(cfg.ensemble.members):
+        sources.check(member, cfg, world_size)
     return started
 
 
@@ -60,39 +64,28 @@ def claim(cfg: Config, directory: Path) -> None:
     Raises ConfigError, on every rank, when it holds a run of another configuration: results are never mixed or
     overwritten. A run that failed before it produced anything leaves no claim.
     """
-    refusal: list[str] = [""]
-    if runtime.current().is_writer:
-        refusal = [_claim(cfg, directory)]
-    if runtime.current().world_size > 1:
-        dist.broadcast_object_list(refusal, 0)
-    if refusal[0]:
-        raise ConfigError(refusal[0])
+    runtime.on_writer(lambda: _claim(cfg, directory))
 
 
-def _claim(cfg: Config, directory: Path) -> str:
-    """Why the directory cannot be this run's; empty when it can, and then it is."""
+def _claim(cfg: Config, directory: Path) -> None:
     path = directory / "config.yaml"
     if path.exists() and all(entry.name in _IDENTITY for entry in directory.iterdir()):
         for name in _IDENTITY:
             (directory / name).unlink(missing_ok=True)
     if path.exists():
         before = yaml.safe_load(path.read_text())
-        probe = directory / ".config.new.yaml"
-        save_resolved(cfg, probe)
-        now = yaml.safe_load(probe.read_text())
-        probe.unlink()
+        now = yaml.safe_load(resolved(cfg))
         difference = _first_difference(before, now)
         if difference is not None:
             key, old, new = difference
-            return (
+            raise ConfigError(
                 f"{directory} holds a run with {key}={old!r}, but now {key}={new!r}: choose another run_dir, or remove "
                 "the directory"
             )
-        return ""
+        return
     directory.mkdir(parents=True, exist_ok=True)
     save_resolved(cfg, path)
     (directory / "versions.yaml").write_text(yaml.safe_dump({**versions(), "seed": cfg.seed}))
-    return ""
 
 
 def _first_difference(before: Any, now: Any, prefix: str = "") -> tuple[str, Any, Any] | None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import errno
+import fcntl
 import json
 import os
 import time
@@ -15,27 +17,26 @@ from nemo_advrm.config import versions
 from nemo_advrm.errors import DataError
 from nemo_advrm.megatron import runtime
 
+LOCK_SECONDS = 60.0
+
 
 class RunState:
     """``state.json``: ``{"stages": {NAME: {status, seconds, started, finished}}, "versions", "seed"}``.
 
-    Every rank reads it; the writing rank replaces it atomically.
+    Every rank reads it; the writing rank replaces it atomically. Jobs that run different stages of one directory at
+    the same time change their own entries only. All ranks call every method, and all raise when the file fails.
     """
 
     def __init__(self, path: Path, seed: int) -> None:
         self.path = path
-        if runtime.current().is_writer and not path.exists():
-            self.data: dict[str, Any] = {"stages": {}, "versions": versions(), "seed": seed}
-            self._write()
-        runtime.current().barrier()
+        self.data: dict[str, Any] = {"stages": {}, "versions": versions(), "seed": seed}
+        if runtime.on_writer(lambda: not path.exists()):
+            self._update({})
         self.reload()
 
     def reload(self) -> None:
         """Read the file again."""
-        try:
-            self.data = json.loads(self.path.read_text())
-        except (OSError, ValueError) as error:
-            raise DataError(f"{self.path}: cannot be read ({error})") from error
+        self.data = runtime.on_writer(self._read)
 
     def is_complete(self, name: str) -> bool:
         return self.data["stages"].get(name, {}).get("status") == "complete"
@@ -45,8 +46,7 @@ class RunState:
 
     def set_detail(self, name: str, **details: Any) -> None:
         """Keep further facts of a stage."""
-        self.data["stages"].setdefault(name, {}).update(details)
-        self._write()
+        self._update({name: details})
 
     @contextlib.contextmanager
     def running(self, name: str) -> Iterator[None]:
@@ -56,21 +56,57 @@ class RunState:
         self.set_detail(name, status="running", started=_now())
         try:
             yield
-        finally:
-            self.set_detail(name, seconds=round(before + time.monotonic() - started, 3))
-        self.set_detail(name, status="complete", finished=_now())
-        runtime.current().barrier()
+        except BaseException:
+            # the other ranks may be gone: only what this rank can do alone
+            if runtime.current().is_writer:
+                self._write({name: {"seconds": round(before + time.monotonic() - started, 3)}})
+            raise
+        seconds = round(before + time.monotonic() - started, 3)
+        self.set_detail(name, seconds=seconds, status="complete", finished=_now())
 
-    def _write(self) -> None:
-        if not runtime.current().is_writer:
-            return
+    def _update(self, changes: dict[str, dict[str, Any]]) -> None:
+        self.data = runtime.on_writer(lambda: self._write(changes))
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            return json.loads(self.path.read_text())  # type: ignore[no-any-return]
+        except (OSError, ValueError) as error:
+            raise DataError(f"{self.path}: cannot be read ({error})") from error
+
+    def _write(self, changes: dict[str, dict[str, Any]]) -> dict[str, Any]:
+        """The new content: what the file holds, with ``changes`` laid over its stages."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_suffix(".partial")
-        with open(partial, "w") as file:
-            json.dump(self.data, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.rename(self.path)
+        with _locked(self.path.with_suffix(".lock")):
+            data = self._read() if self.path.exists() else self.data
+            for name, details in changes.items():
+                data["stages"].setdefault(name, {}).update(details)
+            partial = self.path.with_suffix(".partial")
+            with open(partial, "w") as file:
+                json.dump(data, file, indent=1)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.rename(self.path)
+        return data
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Keep other jobs out for a moment; raises DataError when one stays in for ``LOCK_SECONDS``."""
+    deadline = time.monotonic() + LOCK_SECONDS
+    with open(path, "w") as file:
+        while True:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise DataError(f"{path}: another job has held it for {LOCK_SECONDS:g} seconds") from None
+                time.sleep(0.05)
+            except OSError as error:
+                if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
+                    raise
+                break  # a file system without locks
+        yield
 
 
 def _now() -> str:

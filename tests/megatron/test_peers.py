@@ -1,0 +1,55 @@
+"""A process that dies, hangs or never comes is named with its host, within the time limit."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+MINUTES = 0.1
+
+
+@pytest.mark.parametrize(
+    ("fate", "size", "expected"),
+    [
+        ("fine", 2, "sum"),
+        ("killed", 3, "lost rank 1 on node1: "),
+        ("stopped", 2, "lost rank 1 on node1: "),
+        ("absent", 3, "waited 0.1 minutes in vain for rank 1"),
+    ],
+)
+def test_the_survivors_name_the_lost_process(fate: str, size: int, expected: str) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    started = time.monotonic()
+    processes = []
+    for rank in range(size):
+        environment = {
+            **{k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "TORCHELASTIC"))},
+            "RANK": str(rank),
+            "WORLD_SIZE": str(size),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "SLURMD_NODENAME": f"node{rank}",
+            "OMP_NUM_THREADS": "1",
+        }
+        command = [sys.executable, str(Path(__file__).with_name("peer_process.py")), fate, str(MINUTES)]
+        processes.append(
+            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        )
+    try:
+        for rank in (0, *range(2, size)):
+            out, errors = processes[rank].communicate(timeout=90)
+            assert expected in out, f"rank {rank}: {out}{errors}"
+            assert expected == "sum" or f"rank {rank} on node{rank}" in out
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+    assert time.monotonic() - started < 90

@@ -1,0 +1,83 @@
+"""Starting processes: the exit status is that of the first process that failed, and signals reach them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from nemo_advrm.place import Place, place
+
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+VARIABLES = (*TORCHRUN, "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS")
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({}, Place(0, 1, 0)),
+        ({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}, Place(5, 8, 1)),
+        # a step that srun started
+        ({"SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "4"}, Place(3, 4, 1)),
+        # torchrun inside a step of one task a node
+        (
+            {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"},
+            Place(5, 8, 1),
+        ),
+        # a batch script without srun is one process, however many tasks were allocated
+        ({"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "4"}, Place(0, 1, 0)),
+    ],
+)
+def test_place_of_a_process(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], expected: Place) -> None:
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert place() == expected
+
+
+def launch(script: str, **options: object) -> subprocess.Popen[str]:
+    """A process that starts two processes of ``script`` as the command line does and exits with their status."""
+    code = f"import sys; from nemo_advrm.launch import _run; sys.exit(_run([sys.executable, '-c', {script!r}], 2))"
+    environment = {k: v for k, v in os.environ.items() if k not in VARIABLES}
+    return subprocess.Popen(
+        [sys.executable, "-c", code], env=environment, stderr=subprocess.PIPE, text=True, **options
+    )  # type: ignore[call-overload,no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("script", "status", "told"),
+    [
+        ("pass", 0, ""),
+        # a user's error of all processes, and of the second only
+        ("raise SystemExit(2)", 2, ""),
+        ("import os, time; time.sleep(60 * (os.environ['RANK'] == '0')); raise SystemExit(2)", 2, ""),
+        ("raise SystemExit(75)", 75, ""),
+        ("import os, time; os.environ['RANK'] == '1' and os.kill(os.getpid(), 9); time.sleep(60)", 137, "rank 1 on "),
+    ],
+)
+def test_the_exit_status_is_that_of_the_first_process_that_failed(script: str, status: int, told: str) -> None:
+    process = launch(script)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == status, errors
+    assert told in errors
+
+
+def test_usr1_is_handed_to_the_processes(tmp_path: Path) -> None:
+    script = (
+        "import os, signal, sys, time; from pathlib import Path; "
+        "signal.signal(signal.SIGUSR1, lambda *_: sys.exit(75)); "
+        f"Path({str(tmp_path)!r}, os.environ['RANK']).touch(); time.sleep(60)"
+    )
+    process = launch(script)
+    deadline = time.monotonic() + 60
+    while len(list(tmp_path.iterdir())) < 2:
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(10)
+    process.communicate(timeout=60)
+    assert process.returncode == 75
