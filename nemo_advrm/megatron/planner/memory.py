@@ -58,7 +58,7 @@ def element_bytes(cfg: Config) -> int:
 def weight_bytes(cfg: Config, counts: Parameters) -> float:
     """Weights of one model. FP8 matrices: a copy and its transpose, and the bf16 original unless kept in FP8 alone."""
     element = element_bytes(cfg)
-    inner = element * (counts.linear + counts.other)
+    inner = float(element * (counts.linear + counts.other))
     if cfg.precision.name.startswith(("fp8", "mxfp8")):
         layers = cfg.model.num_layers
         share = max(0, layers - 2 * cfg.precision.bf16_first_last_layers) / layers

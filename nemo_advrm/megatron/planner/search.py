@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nemo_advrm.errors import LayoutError
-from nemo_advrm.layout import validate_layout
+from nemo_advrm.layout import layers_per_stage, validate_layout
 from nemo_advrm.megatron.planner.flops import Clock, StepTime
 from nemo_advrm.megatron.planner.gpus import GPUS, GPUS_PER_NODE
 from nemo_advrm.megatron.planner.jobs import Job, job_of
@@ -19,13 +19,14 @@ from nemo_advrm.schema import Config
 
 _MICRO_BATCHES = (1, 2, 4, 8)
 _CHUNKS = (1, 2, 3, 4, 5, 6, 8, 10, 12)
+_EVEN = {"num_layers_in_first_pipeline_stage": 0, "num_layers_in_last_pipeline_stage": 0}
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A layout: the keys of ``cfg.model`` that make it, and what comes of them."""
+    """A layout: the keys that make it, dotted, where they differ from the configuration's, and what comes of them."""
 
-    settings: dict[str, Any]
+    changes: dict[str, Any]
     job: Job
     memory: float
     time: StepTime
@@ -35,8 +36,8 @@ class Candidate:
         return self.memory <= budget(self.job.cfg)
 
     def overrides(self) -> list[str]:
-        """The settings as they are written on the command line."""
-        return [f"model.{key}={str(value).lower()}" for key, value in self.settings.items()]
+        """The changes as they are written on the command line."""
+        return [f"{key}={str(value).lower()}" for key, value in self.changes.items()]
 
 
 def budget(cfg: Config) -> float:
@@ -63,7 +64,8 @@ def candidate(cfg: Config, gpus: int, tokenizer_size: int, settings: dict[str, A
     chunks = model.virtual_pipeline_model_parallel_size
     if chunks > 1 and job.microbatches % model.pipeline_model_parallel_size:
         return None  # Megatron's interleaved schedule passes microbatches in groups of the pipeline's size
-    return Candidate(settings, job, greatest_memory(job), Clock(job).step())
+    changes = {f"model.{key}": value for key, value in settings.items() if getattr(cfg.model, key) != value}
+    return Candidate(changes, job, greatest_memory(job), Clock(job).step())
 
 
 def _rows(cfg: Config, rows: int) -> dict[str, Any]:
@@ -80,36 +82,43 @@ def _tensor_sizes(most: int) -> Iterator[int]:
     return itertools.takewhile(lambda n: n <= most, (2**i for i in itertools.count()))
 
 
-def single_changes(cfg: Config, gpus: int, tokenizer_size: int) -> list[Candidate]:
-    """Layouts that fit and differ from ``cfg`` in one respect, least memory saved first within the order of trying."""
+def _single_settings(cfg: Config, rows_at_once: int) -> Iterator[list[dict[str, Any]]]:
+    """Kinds of single changes, each with its settings from the mildest on."""
     model = cfg.model
-    tries: list[dict[str, Any]] = []
-    if not model.use_distributed_optimizer:
-        tries.append({"use_distributed_optimizer": True})
-    if not model.sequence_parallel and model.tensor_model_parallel_size > 1:
-        tries.append({"sequence_parallel": True})
+    yield [{"use_distributed_optimizer": True}]
+    if model.tensor_model_parallel_size > 1:
+        yield [{"sequence_parallel": True}]
     if cfg.plan.stage in ("attack", "rlhf"):
-        tries += [{key: True} for key in ("offload_reference", "offload_optimizer_while_generating")]
-    if job_of(cfg, gpus, tokenizer_size).training.rows > (2 if cfg.plan.stage == "train_rm" else 1):
-        tries.append(_rows(cfg, 1))
-    if model.recompute != "full":
-        tries += [{"recompute": how} for how in ("selective", "full") if how != model.recompute]
-    for stages in _divisors(model.num_layers):
-        if stages > model.pipeline_model_parallel_size:
-            uneven = {"num_layers_in_first_pipeline_stage": 0, "num_layers_in_last_pipeline_stage": 0}
-            tries.append({"pipeline_model_parallel_size": stages, **uneven})
-    for tensor in _tensor_sizes(GPUS_PER_NODE):
-        if tensor > model.tensor_model_parallel_size:
-            tries.append({"tensor_model_parallel_size": tensor, "sequence_parallel": True})
-    if model.pipeline_model_parallel_size > 1 and model.virtual_pipeline_model_parallel_size > 1:
-        tries.append({"virtual_pipeline_model_parallel_size": 1})
-    found = (candidate(cfg, gpus, tokenizer_size, settings) for settings in tries)
-    fitting = [c for c in found if c is not None and c.fits]
-    # one of a kind is enough: the least of the pipeline and tensor sizes
-    kinds: dict[str, Candidate] = {}
-    for option in fitting:
-        kinds.setdefault(next(iter(option.settings)), option)
-    return list(kinds.values())
+        yield [{"offload_reference": True}]
+        yield [{"offload_optimizer_while_generating": True}]
+    yield [_rows(cfg, rows) for rows in reversed(_MICRO_BATCHES) if rows < rows_at_once]
+    if model.recompute in ("none", "selective"):
+        yield [{"recompute": "selective"}]
+        chunk = max(layers_per_stage(model)) // model.virtual_pipeline_model_parallel_size
+        yield [{"recompute": "block", "recompute_num_layers": layers} for layers in range(1, chunk)]
+    yield [{"recompute": "full", "recompute_num_layers": 1}]
+    yield [{"virtual_pipeline_model_parallel_size": 1}]
+    more_stages = [n for n in _divisors(model.num_layers) if n > model.pipeline_model_parallel_size]
+    yield [{"pipeline_model_parallel_size": stages, **_EVEN} for stages in more_stages]
+    sizes = [n for n in _tensor_sizes(GPUS_PER_NODE) if n > model.tensor_model_parallel_size]
+    yield [{"tensor_model_parallel_size": tensor, "sequence_parallel": True} for tensor in sizes]
+
+
+def single_changes(cfg: Config, gpus: int, tokenizer_size: int) -> list[Candidate]:
+    """Layouts that fit and differ from ``cfg`` in one respect: of each kind of change the mildest."""
+    sequences = 2 if cfg.plan.stage == "train_rm" else 1
+    rows_at_once = job_of(cfg, gpus, tokenizer_size).training.rows // sequences
+    found = []
+    for kind in _single_settings(cfg, rows_at_once):
+        options = (candidate(cfg, gpus, tokenizer_size, settings) for settings in kind)
+        fitting = next((c for c in options if c is not None and c.changes and c.fits), None)
+        if fitting is not None:
+            found.append(fitting)
+    for factor in (2, 4, 8, 16):  # more replicas, which split the optimizer's state further
+        option = candidate(cfg, factor * gpus, tokenizer_size, {})
+        if option is not None and option.fits:
+            return [*found, dataclasses.replace(option, changes={"plan.gpus": factor * gpus})]
+    return found
 
 
 def _candidates(cfg: Config, gpus: int) -> Iterator[dict[str, Any]]:
@@ -129,8 +138,7 @@ def _candidates(cfg: Config, gpus: int) -> Iterator[dict[str, Any]]:
                     "tensor_model_parallel_size": tensor,
                     "pipeline_model_parallel_size": stages,
                     "virtual_pipeline_model_parallel_size": chunks,
-                    "num_layers_in_first_pipeline_stage": 0,
-                    "num_layers_in_last_pipeline_stage": 0,
+                    **_EVEN,
                     "sequence_parallel": tensor > 1,
                     "use_distributed_optimizer": True,
                     **_rows(cfg, rows),
