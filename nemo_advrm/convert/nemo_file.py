@@ -131,7 +131,8 @@ class NemoSource:
         except CheckpointError:
             raise
         except Exception as error:  # torch raises many types for a damaged file
-            raise CheckpointError(f"{self.path}: {name} could not be read ({type(error).__name__}: {error})") from None
+            reason = " ".join(str(error).split())[:200]
+            raise CheckpointError(f"{self.path}: {name} could not be read ({type(error).__name__}: {reason})") from None
         if name in _RENAMED and self._head is not None:
             return self._head.apply(name, tensor)
         return unpad_vocabulary(tensor, self._specs[name].shape[0]) if name in VOCABULARY_ROWS else tensor

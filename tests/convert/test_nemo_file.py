@@ -1,0 +1,243 @@
+"""A reward model that NeMo-Aligner 0.7.0 wrote scores here as there; conversion to .nemo and back keeps every bit."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import tarfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import convert_jobs
+import pytest
+import torch
+import yaml
+from conftest import run
+from distributed import Worlds
+from test_nemo_archive import REAL, repacked
+from tokenizers import Tokenizer as FastTokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+
+from nemo_advrm.convert.megatron import MegatronSource
+from nemo_advrm.convert.nemo_config import read_model, write_config
+from nemo_advrm.convert.nemo_file import NemoSource
+from nemo_advrm.data.tokenizers import build_tokenizer
+from nemo_advrm.errors import CheckpointError
+from nemo_advrm.megatron.runtime import Layout, Runtime
+
+KNOWN = json.loads(REAL.with_suffix(".json").read_text())
+TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
+LAYOUTS = {"tp2": Layout(tensor=2), "pp2": Layout(pipeline=2)}
+
+
+def ids(checkpoint: Path) -> list[list[int]]:
+    tokenizer = build_tokenizer(f"hf:{checkpoint / 'tokenizer'}")
+    return [tokenizer.encode_prompt(()) + tokenizer.encode_response(text) for text in KNOWN["texts"]]
+
+
+def tensors(source: Any) -> dict[str, torch.Tensor]:
+    with source:
+        return {name: source.read(name) for name in source.tensors()}
+
+
+def same_bits(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
+    assert left.keys() == right.keys() and left
+    for name, tensor in left.items():
+        assert tensor.dtype == right[name].dtype and torch.equal(tensor, right[name]), name
+
+
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("nemo") / "megatron"
+    run("nemo", REAL, "megatron", out)
+    return out
+
+
+def test_the_scores_are_those_of_nemo_aligner_at_every_layout(single: Runtime, worlds: Worlds, imported: Path) -> None:
+    wanted = torch.tensor(KNOWN["scores"])
+    assert wanted.std() > 0.1
+    torch.testing.assert_close(convert_jobs.scores(str(imported), ids(imported)), wanted, **TOLERANCE)
+    for layout in LAYOUTS.values():
+        for there in worlds.run(layout, "convert_jobs", "scores", path=str(imported), sequences=ids(imported)):
+            torch.testing.assert_close(there, wanted, **TOLERANCE)
+
+
+def test_nemo_to_megatron_to_nemo_keeps_every_bit_and_the_tokenizer(imported: Path, tmp_path: Path) -> None:
+    run("megatron", imported, "nemo", tmp_path / "again.nemo")
+    run("nemo", tmp_path / "again.nemo", "megatron", tmp_path / "megatron")
+    first, again = tensors(NemoSource(REAL)), tensors(NemoSource(tmp_path / "again.nemo"))
+    same_bits(first, again)
+    same_bits(first, tensors(MegatronSource(tmp_path / "megatron")))
+    assert ids(imported) == ids(tmp_path / "megatron")
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["again.nemo", "megatron"]
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Hugging Face tokenizer with the 67 entries of the tiny models."""
+    from transformers import PreTrainedTokenizerFast
+
+    entries = {"<unk>": 0, "<s>": 1, "</s>": 2, **{f"w{i}": i for i in range(3, 67)}}
+    fast = FastTokenizer(WordLevel(entries, unk_token="<unk>"))
+    fast.pre_tokenizer = Whitespace()
+    out = tmp_path_factory.mktemp("words")
+    special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    PreTrainedTokenizerFast(tokenizer_object=fast, **special).save_pretrained(out)
+    return out
+
+
+@pytest.mark.parametrize(
+    ("name", "reward", "options"),
+    [
+        ("llama2", True, {}),
+        ("llama3", False, {}),
+        ("llama31", False, {}),
+        ("llama_tied", False, {"dtype": torch.bfloat16}),
+        ("qwen2", True, {}),
+        ("nemotron", False, {}),
+    ],
+)
+def test_megatron_to_nemo_to_megatron_keeps_every_bit(
+    saved: Callable[..., Path], words: Path, name: str, reward: bool, options: dict[str, Any], tmp_path: Path
+) -> None:
+    run("hf", saved(name, reward=reward, **options), "megatron", tmp_path / "there")
+    run("megatron", tmp_path / "there", "nemo", tmp_path / "file.nemo", tokenizer=str(words))
+    run("nemo", tmp_path / "file.nemo", "megatron", tmp_path / "back", tokenizer=str(words))
+    there, back = MegatronSource(tmp_path / "there"), MegatronSource(tmp_path / "back")
+    mine, theirs = tensors(back), tensors(there)
+    if reward:
+        assert not mine.pop("head.bias").any()  # NeMo-Aligner's heads have one
+    same_bits(theirs, mine)
+    wanted, found = there.description.model, back.description.model
+    for key in ("rotary_base", "rotary_percent", "rope_scaling", "activation", "normalization", "qkv_bias", "bias"):
+        assert getattr(found, key) == getattr(wanted, key), key
+    assert found.head_bias == reward and back.description.head == there.description.head
+
+
+@pytest.mark.parametrize("name", ["gemma2", "mistral", "qwen3"])
+def test_what_nemo_cannot_compute_is_not_written(
+    saved: Callable[..., Path], words: Path, name: str, tmp_path: Path
+) -> None:
+    run("hf", saved(name), "megatron", tmp_path / "there")
+    with pytest.raises(CheckpointError, match=r"cannot be written as a \.nemo"):
+        run("megatron", tmp_path / "there", "nemo", tmp_path / "file.nemo", tokenizer=str(words))
+    assert [path.name for path in tmp_path.iterdir()] == ["there"]
+
+
+def test_a_nemo_needs_a_tokenizer_and_its_name(saved: Callable[..., Path], words: Path, tmp_path: Path) -> None:
+    run("hf", saved("llama2"), "megatron", tmp_path / "there")
+    with pytest.raises(CheckpointError, match="set tokenizer=DIR"):
+        run("megatron", tmp_path / "there", "nemo", tmp_path / "file.nemo")
+    with pytest.raises(CheckpointError, match=r"must end in \.nemo"):
+        run("megatron", tmp_path / "there", "nemo", tmp_path / "file", tokenizer=str(words))
+    run("megatron", tmp_path / "there", "nemo", tmp_path / "file.nemo", tokenizer=str(words))
+    with pytest.raises(CheckpointError, match=r"which a \.nemo does not hold"):
+        run("nemo", tmp_path / "file.nemo", "megatron", tmp_path / "out")
+
+
+def config(**changes: Any) -> dict[str, Any]:
+    with tarfile.open(REAL) as archive:
+        stream = archive.extractfile("./model_config.yaml")
+        assert stream is not None
+        return {**yaml.safe_load(stream.read()), **changes}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("mcore_gpt", False),
+        ("num_moe_experts", 8),
+        ("rotary_interleaved", True),
+        ("seq_len_interpolation_factor", 4),
+        ("window_size", [128, 0]),
+        ("activation", "reglu"),
+        ("normalization", "batchnorm"),
+        ("position_embedding_type", "alibi"),
+        ("openai_gelu", True),
+        ("qk_layernorm", True),
+        ("name", "megatron_falcon_gpt"),
+        ("mcore_customization_config", {"final_logit_softcapping": 30.0}),
+        ("reset_position_ids", True),
+        ("output_sequence", True),
+        ("use_avg_pool", True),
+        ("hidden_size", "many"),
+        ("num_layers", None),
+    ],
+)
+def test_settings_that_change_the_result_are_refused_by_name(key: str, value: Any) -> None:
+    with pytest.raises(CheckpointError, match=key):
+        read_model(config(**{key: value}), "file.nemo")
+
+
+def test_the_architecture_is_read_and_written_back() -> None:
+    model, head = read_model(config(), "file.nemo")
+    assert head == "reward" and model.head_bias and not model.share_embeddings_and_output_weights
+    assert (model.activation, model.normalization, model.rotary_percent) == ("swiglu", "RMSNorm", 0.5)
+    assert (model.num_layers, model.ffn_hidden_size, model.num_query_groups) == (2, 24, 2)
+    for change in (
+        {"normalization": "layernorm1p", "activation": "squared-relu"},
+        {
+            "normalization": "LayerNorm",
+            "activation": "gelu",
+            "bias": True,
+            "position_embedding_type": "learned_absolute",
+        },
+        {"layernorm_zero_centered_gamma": True, "qkv_bias": True, "rotary_base": 500000},
+    ):
+        model, head = read_model(config(**change), "file.nemo")
+        assert read_model(write_config(model, head, 1, {}), "again") == (replace(model, kv_channels=4), head)
+    model, head = read_model(config(target="x.GPTSFTModel", scale_positional_embedding=True), "file.nemo")
+    assert (head, model.rope_scaling, model.rope_scaling_factor) == ("lm", "llama3", 8.0)
+    assert read_model(write_config(model, head, 1, {}), "again") == (replace(model, kv_channels=4), head)
+
+
+def rewritten(target: Path, **changes: Any) -> Path:
+    text = yaml.safe_dump(config(**changes)).encode()
+    return repacked(target, lambda name, data: text if name == "model_config.yaml" else data)
+
+
+def test_a_standardised_reward_becomes_part_of_the_head(single: Runtime, imported: Path, tmp_path: Path) -> None:
+    path = rewritten(tmp_path / "s.nemo", reward_standardization={"enable": True, "mean": 0.5, "std": 2.0})
+    run("nemo", path, "megatron", tmp_path / "out")
+    wanted = (torch.tensor(KNOWN["scores"]) - 0.5) / 2
+    torch.testing.assert_close(convert_jobs.scores(str(tmp_path / "out"), ids(imported)), wanted, **TOLERANCE)
+
+
+def test_merged_attributes_become_one_reward() -> None:
+    from nemo_advrm.convert.nemo_file import _head_transform
+
+    settings = {"num_attributes": 3, "merge_attributes": True, "attribute_weights": [1.0, 0.0, -2.0]}
+    head = _head_transform({"regression": settings}, "file")
+    assert head is not None
+    weight, bias = torch.randn(3, 8), torch.randn(3)
+    x = torch.randn(5, 8)
+    wanted = (x @ weight.T + bias) @ torch.tensor([1.0, 0.0, -2.0])
+    found = x @ head.apply("head.weight", weight).T + head.apply("head.bias", bias)
+    torch.testing.assert_close(found[:, 0], wanted)
+    with pytest.raises(CheckpointError, match="attribute_weights"):
+        _head_transform({"regression": {**settings, "attribute_weights": [1.0]}}, "file")
+
+
+def test_a_configuration_that_does_not_fit_the_tensors_names_them(tmp_path: Path) -> None:
+    path = rewritten(tmp_path / "wrong.nemo", bias=True, ffn_hidden_size=32)
+    with pytest.raises(CheckpointError, match=r"linear_qkv\.bias.*linear_fc2\.weight is \[16, 24\] but should be"):
+        NemoSource(path)
+
+
+def test_append_eod_decides_whether_a_text_ends_in_eos(imported: Path, tmp_path: Path) -> None:
+    plain = build_tokenizer(f"hf:{imported / 'tokenizer'}")
+    run("nemo", rewritten(tmp_path / "e.nemo", data={"append_eod": True}), "megatron", tmp_path / "out")
+    ending = build_tokenizer(f"hf:{tmp_path / 'out' / 'tokenizer'}")
+    assert plain.encode_prompt(()) == []
+    assert ending.encode_response("the cat") == [*plain.encode_response("the cat"), plain.eos_id]
+    assert plain.fingerprint != ending.fingerprint
+    assert plain.decode_response([*plain.encode("the cat"), plain.eos_id, 5]) == "the cat"
+
+
+def test_tokenizers_pickle_for_worker_processes(imported: Path) -> None:
+    tokenizer = build_tokenizer(f"hf:{imported / 'tokenizer'}")
+    assert pickle.loads(pickle.dumps(tokenizer)).encode("why is") == tokenizer.encode("why is")
