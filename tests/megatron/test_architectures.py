@@ -16,7 +16,9 @@ from transformers import PreTrainedModel
 from nemo_advrm.config import load_config
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.megatron import checkpoint
+from nemo_advrm.megatron.generation import generate
 from nemo_advrm.megatron.runtime import Layout, Runtime
+from nemo_advrm.megatron.sampling import Sampling
 from nemo_advrm.schema import ModelConfig
 
 TOLERANCE = {"rtol": 0.0, "atol": 1e-4}
@@ -88,15 +90,30 @@ def test_logits_are_those_of_transformers(case: Case, computed: list[Any]) -> No
         torch.testing.assert_close(logits, expected, **TOLERANCE)
 
 
-def test_greedy_generation_from_the_cache_is_that_of_transformers(case: Case, computed: list[Any]) -> None:
-    expected = [
-        case.hf.generate(torch.tensor([prompt]), max_new_tokens=NEW, do_sample=False, eos_token_id=None)
-        for prompt in PROMPTS
-    ]
-    rows = [row[0, len(prompt) :].tolist() for row, prompt in zip(expected, PROMPTS, strict=True)]
-    assert len({tuple(row) for row in rows}) > 3 and all(len(row) == NEW for row in rows)
+@pytest.fixture(scope="module")
+def continuations(case: Case) -> list[list[int]]:
+    """What transformers generates after each of PROMPTS, greedily and one prompt at a time."""
+    settings = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None}
+    made = [case.hf.generate(torch.tensor([prompt]), **settings)[0, len(prompt) :].tolist() for prompt in PROMPTS]
+    assert len({tuple(row) for row in made}) > 3 and all(len(row) == NEW for row in made)
+    return made
+
+
+def test_greedy_generation_from_the_cache_is_that_of_transformers(
+    continuations: list[list[int]], computed: list[Any]
+) -> None:
     for _, responses in computed:
-        assert responses == rows
+        assert responses == continuations
+
+
+def test_rows_of_the_cache_that_end_leave_the_others_as_they_were(case: Case, continuations: list[list[int]]) -> None:
+    stops = {continuations[0][3], continuations[1][6]}
+    ends = [next((i + 1 for i, token in enumerate(row) if token in stops), NEW) for row in continuations]
+    assert min(ends) < NEW
+    model = architecture_jobs.build(case.config, path=case.path)
+    # more rows than are decoded together
+    made = generate(model, PROMPTS * 4, Sampling(NEW, tuple(stops), temperature=0), torch.zeros(len(PROMPTS) * 4, NEW))
+    assert made.responses == [row[:end] for row, end in zip(continuations, ends, strict=True)] * 4
 
 
 def test_a_step_of_gradient_descent_is_that_of_transformers(case: Case, run: Any, tmp_path: Path) -> None:
