@@ -1,6 +1,7 @@
 # make run    set up .venv and run the main job: the Adv-RM rounds on the embedded synthetic language
 # make test   set up .venv and run the tests
 # make test-aligner  run the tests against NeMo-Aligner 0.7.0, in an environment of its own (.venv-aligner, 2.6 GB)
+# make test-slurm    run the SLURM scripts on a real SLURM of this machine; as root, installs slurm-wlm and munge by apt
 # make setup | lint | clean
 PYTHON ?= python3.11
 VENV ?= .venv
@@ -13,7 +14,7 @@ ALIGNER_PINS := tests/aligner/requirements.txt tests/aligner/requirements-no-dep
 ALIGNER_STAMP := $(ALIGNER_VENV)/.installed-$(shell cat $(ALIGNER_PINS) | sha256sum | cut -c1-16)
 ALIGNER_PIP := $(ALIGNER_VENV)/bin/python -m pip --disable-pip-version-check
 
-.PHONY: setup run test test-aligner lint clean
+.PHONY: setup run test test-aligner test-slurm lint clean
 
 setup: $(STAMP)
 
@@ -45,6 +46,11 @@ $(ALIGNER_STAMP):
 
 test-aligner: setup $(ALIGNER_STAMP)
 	ALIGNER_PYTHON=$(ALIGNER_VENV)/bin/python $(BIN)/python -m pytest tests/aligner $(ARGS)
+
+# The installation is part of this target only: nothing is installed by make test, where these tests are skipped.
+test-slurm: setup
+	tests/slurm/setup.sh
+	ADVRM_TEST_SLURM=1 $(BIN)/python -m pytest tests/slurm $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

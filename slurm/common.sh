@@ -92,7 +92,7 @@ stop_step() {
 requeue() {
     local state limit=${ADVRM_MAX_RESTARTS:-100}
     state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T | head -n 1)
-    if [[ $state != RUNNING ]]; then
+    if [[ $state != RUNNING && $state != SIGNALING ]]; then
         echo "job $SLURM_JOB_ID is $state: not requeued" >&2
     elif ((${SLURM_RESTART_COUNT:-0} >= limit)); then
         echo "job $SLURM_JOB_ID was restarted $limit times (ADVRM_MAX_RESTARTS): not requeued" >&2
@@ -144,7 +144,8 @@ run_with_servers() {
     for ((k = 1; k < SLURM_HET_SIZE; k++)); do
         nodelist=SLURM_JOB_NODELIST_HET_GROUP_$k
         port=$((20000 + (SLURM_JOB_ID * 16 + k) % 20000))
-        start "${!nodelist}" --het-group="$k" -- serve "${settings[@]}" run_dir="$run_dir/servers/$k" \
+        ADVRM_TASKS_PER_NODE=${ADVRM_TASKS_SERVE:-${ADVRM_TASKS_PER_NODE:-}} \
+            start "${!nodelist}" --het-group="$k" -- serve "${settings[@]}" run_dir="$run_dir/servers/$k" \
             "ensemble.members=[${members[k - 1]}]" serve.host=0.0.0.0 serve.port="$port"
         servers+=("$step")
         urls+=("http://$(address_of "$(scontrol show hostnames "${!nodelist}" | head -n 1)"):$port")
@@ -162,7 +163,7 @@ run_with_servers() {
 # wait_for_server URL PROCESS MEMBER: returns when the server is ready; ends the job when it dies or takes too long.
 wait_for_server() {
     local limit=$((SECONDS + 60 * ${ADVRM_SERVER_MINUTES:-30}))
-    until curl --silent --fail --max-time 5 --output /dev/null "$1/ready"; do
+    until curl --silent --fail --max-time 5 --output /dev/null "$1/health/ready"; do
         kill -0 "$2" 2>/dev/null || fail "the server of $3 at $1 ended before it was ready; its reason is above"
         ((SECONDS < limit)) || fail "the server of $3 at $1 was not ready within ${ADVRM_SERVER_MINUTES:-30} minutes"
         sleep 2
