@@ -143,42 +143,29 @@ def our_model(shape: Llama, head: str, weights: dict[str, torch.Tensor]) -> Mega
     start_runtime()
     cfg = our_config(shape)
     model = build_model(cfg.model, cfg.precision, head, shape.vocab, seed=0, trainable=False)
-    copy_weights(model, shape, weights)
+    copy_weights(model, weights)
     return model
 
 
-def copy_weights(model: MegatronModel, shape: Llama, weights: dict[str, torch.Tensor]) -> None:
-    """Copy Hugging Face's tensors into one unsplit Megatron model.
-
-    ``linear_qkv`` holds, for each query group, its query heads, then its key, then its value; ``linear_fc1`` holds the
-    gate above the up projection.
-    """
+def copy_weights(model: MegatronModel, weights: dict[str, torch.Tensor]) -> None:
+    """Copy Hugging Face's tensors into one unsplit Megatron model."""
     import torch
 
-    channels = shape.hidden // shape.heads
-    names = {"embedding.word_embeddings.weight": "model.embed_tokens.weight", "output_layer.weight": "lm_head.weight"}
-    names |= {"head.weight": "score.weight", "decoder.final_layernorm.weight": "model.norm.weight"}
-    tensors = {ours: weights[theirs] for ours, theirs in names.items() if theirs in weights}
-    for i in range(shape.layers):
-        ours, theirs = f"decoder.layers.{i}", f"model.layers.{i}"
-        q, k, v = (
-            weights[f"{theirs}.self_attn.{x}_proj.weight"].view(shape.groups, -1, channels, shape.hidden) for x in "qkv"
-        )
-        gate, up = (weights[f"{theirs}.mlp.{x}_proj.weight"] for x in ("gate", "up"))
-        tensors |= {
-            f"{ours}.self_attention.linear_qkv.weight": torch.cat([q, k, v], dim=1).reshape(-1, shape.hidden),
-            f"{ours}.self_attention.linear_proj.weight": weights[f"{theirs}.self_attn.o_proj.weight"],
-            f"{ours}.mlp.linear_fc1.weight": torch.cat([gate, up]),
-            f"{ours}.mlp.linear_fc2.weight": weights[f"{theirs}.mlp.down_proj.weight"],
-            f"{ours}.input_layernorm.weight": weights[f"{theirs}.input_layernorm.weight"],
-            f"{ours}.pre_mlp_layernorm.weight": weights[f"{theirs}.post_attention_layernorm.weight"],
-        }
+    from nemo_advrm.convert.names import canonical_shapes, parameter_name
+    from nemo_advrm.convert.tables import ARCHITECTURES
+
+    llama = next(table for table in ARCHITECTURES if table.family == "Llama")
     parameters = dict(model.parts[0].named_parameters())
-    if parameters.keys() != tensors.keys():
-        raise RuntimeError(f"tensors do not match: {sorted(parameters.keys() ^ tensors.keys())}")
     with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(tensors[name])
+        for name in canonical_shapes(model.model, model.head, model.vocab_size):
+            entry = llama.entry(name)
+            assert entry is not None, name
+            transform, theirs = entry
+            parameters.pop(parameter_name(name)).copy_(
+                transform.merge([weights[part] for part in theirs], model.model)
+            )
+    if parameters:
+        raise RuntimeError(f"tensors do not match: {sorted(parameters)}")
 
 
 def ragged_lengths(rows: int, rng: np.random.Generator, longest: int) -> np.ndarray:

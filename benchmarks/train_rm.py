@@ -109,7 +109,7 @@ def ours(options: Options) -> Side:
     tokenizer = SimpleNamespace(vocab_size=options.shape.vocab, pad_id=PAD_ID, eos_id=EOS_ID)
     module = RewardModel(cfg, tokenizer, [pair for batch in steps for pair in batch], [])
     module.mix = lambda step, _: steps[step]  # the order of the peer
-    copy_weights(module.model, options.shape, random_weights(options.shape, "reward"))
+    copy_weights(module.model, random_weights(options.shape, "reward"))
     pacer = Pacer()
 
     class Pause(Callback):

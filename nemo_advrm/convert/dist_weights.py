@@ -41,12 +41,12 @@ class StackedReader:
 
     Args:
         directory: holds ``.metadata`` and the data files.
-        metadata: its description, already read; None reads it with torch (which unpickles it).
+        metadata: what ``.metadata`` says (:func:`nemo_advrm.convert.nemo_metadata.read_metadata`).
     """
 
-    def __init__(self, directory: Path, metadata: Metadata | None = None) -> None:
+    def __init__(self, directory: Path, metadata: Metadata) -> None:
         self._reader = FileSystemReader(directory)
-        self._metadata = metadata or self._reader.read_metadata()
+        self._metadata = metadata
         self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
         self.specs: dict[str, TensorSpec] = {}
         for key, stored in self._metadata.state_dict_metadata.items():

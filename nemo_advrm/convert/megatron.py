@@ -13,6 +13,7 @@ from torch import Tensor
 
 from nemo_advrm.convert.dist_weights import StackedReader, StackedWriter
 from nemo_advrm.convert.names import VOCABULARY_ROWS, canonical_shapes, layer_of, stacked_name
+from nemo_advrm.convert.nemo_metadata import read_metadata
 from nemo_advrm.convert.partial import PartialDirectory
 from nemo_advrm.convert.safetensors_files import listed
 from nemo_advrm.convert.tensors import Description, TensorSpec
@@ -41,9 +42,10 @@ class MegatronSource:
         meta = read_meta(path)
         model = read_model(meta, path)
         try:
-            self._reader = StackedReader(path / "weights")
-        except Exception as error:  # torch raises many types for a damaged description
-            raise CheckpointError(f"{path}: weights could not be read ({type(error).__name__}: {error})") from None
+            contents = (path / "weights" / ".metadata").read_bytes()
+        except OSError as error:
+            raise CheckpointError(f"{path}: weights could not be read ({error})") from None
+        self._reader = StackedReader(path / "weights", read_metadata(contents, str(path)))
         self.tokenizer = tokenizer or _tokenizer_of(path, model)
         self._vocabulary = model.vocab_size or _vocabulary_of(model, self.tokenizer) or meta["vocab_size"]
         # what a padded row holds is never looked at, so that it is left behind

@@ -53,6 +53,11 @@ def stacked_name(name: str) -> str:
     return ".".join(parts[:2] + parts[3:]) if layer_of(name) is not None else name
 
 
+def parameter_name(name: str) -> str:
+    """The parameter of an unsplit model without Transformer Engine that holds a canonical tensor."""
+    return name.replace(ATTENTION_NORM, "input_layernorm.").replace(MLP_NORM, "pre_mlp_layernorm.")
+
+
 def _norm(model: ModelConfig, prefix: str, size: int) -> dict[str, Shape]:
     has_bias = model.normalization in ("LayerNorm", "layernorm1p")
     return {f"{prefix}{part}": (size,) for part in (("weight", "bias") if has_bias else ("weight",))}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 import signal
 import subprocess
@@ -242,9 +243,20 @@ def test_a_damaged_megatron_checkpoint_is_refused(ours: Path) -> None:
     data.unlink()
     refused_ours(ours, "could not be read")
     (ours / "weights" / ".metadata").write_bytes(b"\x80")
+    refused_ours(ours, "damaged", ".metadata")
+    (ours / "weights" / ".metadata").unlink()
     refused_ours(ours, "weights could not be read")
     (ours / "meta.json").unlink()
     refused_ours(ours, "not a complete checkpoint")
+
+
+def test_a_description_that_would_run_code_is_not_run(ours: Path, tmp_path: Path) -> None:
+    class Hostile:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return Path.touch, (tmp_path / "ran",)
+
+    (ours / "weights" / ".metadata").write_bytes(pickle.dumps(Hostile()))
+    refused_ours(ours, "cannot be trusted")
 
 
 def test_weights_that_are_not_those_described_are_refused(ours: Path) -> None:

@@ -1,0 +1,121 @@
+"""Peak memory of converting a generated sharded checkpoint of about 2 GB, both ways, each in a fresh process.
+
+The source is a random Llama in bf16 in shards of 500 MB. Each direction runs as ``nemo-advrm convert`` does, in a
+process that first imports everything it needs; what counts is the highest resident memory above that, which
+includes the pages of mapped files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import resource
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nemo_advrm.quiet import quiet_libraries
+
+quiet_libraries()  # before Megatron is imported
+
+from nemo_advrm.convert.hf_config import hf_config
+from nemo_advrm.convert.names import canonical_shapes
+from nemo_advrm.convert.safetensors_files import ShardWriter
+from nemo_advrm.convert.tables import ARCHITECTURES
+from nemo_advrm.convert.tensors import TensorSpec
+from nemo_advrm.schema import ConvertConfig, ModelConfig
+
+LIMIT_BYTES = 10**9
+
+
+def llama(layers: int) -> ModelConfig:
+    """The shape of Llama 3.2 1B, but for its number of layers and vocabulary."""
+    return ModelConfig(
+        num_layers=layers,
+        hidden_size=2048,
+        ffn_hidden_size=8192,
+        num_attention_heads=32,
+        num_query_groups=8,
+        kv_channels=64,
+        vocab_size=32000,
+        rotary_base=500000.0,
+        share_embeddings_and_output_weights=False,
+    )
+
+
+def generate(directory: Path, model: ModelConfig, shard_bytes: int) -> int:
+    """Write a random checkpoint with an index, tensor by tensor; returns its bytes."""
+    table = ARCHITECTURES[0]
+    specs: dict[str, TensorSpec] = {}
+    for name, shape in canonical_shapes(model, "lm", model.vocab_size).items():
+        entry = table.entry(name)
+        assert entry is not None
+        parts = entry[0].split(torch.empty(shape, device="meta"), model)
+        specs |= {n: TensorSpec(tuple(t.shape), torch.bfloat16) for n, t in zip(entry[1], parts, strict=True)}
+    writer = ShardWriter(specs, shard_bytes)
+    directory.mkdir()
+    writer.open(directory)
+    draw = torch.Generator().manual_seed(0)
+    for name, spec in specs.items():
+        writer.write(name, torch.empty(spec.shape, dtype=spec.dtype).normal_(generator=draw))
+    writer.close()
+    (directory / "config.json").write_text(json.dumps(hf_config(table, model, "lm", {})))
+    return sum(spec.nbytes for spec in specs.values())
+
+
+def measure(settings: ConvertConfig, results: Any) -> None:
+    """Convert; puts (bytes before, bytes at the peak, seconds) into the queue."""
+    from transformers import AutoConfig
+
+    from nemo_advrm.convert import hf_sink, hf_source, megatron  # noqa: F401
+    from nemo_advrm.convert.conversion import convert
+
+    torch.zeros(1).sum()
+    AutoConfig.for_model("llama")
+    before = _peak_bytes()
+    start = time.perf_counter()
+    convert(settings)
+    results.put((before, _peak_bytes(), time.perf_counter() - start))
+
+
+def _peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--layers", type=int, default=14, help="14 make 2.0 GB")
+    parser.add_argument("--directory", default=None, help="where the temporary checkpoints go (three times the size)")
+    arguments = parser.parse_args()
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory(dir=arguments.directory) as temporary:
+        hf, ours, back = (Path(temporary) / name for name in ("hf", "megatron", "back"))
+        size = generate(hf, llama(arguments.layers), 500 * 10**6)
+        print(f"checkpoint: {size / 1e9:.2f} GB in {len(list(hf.glob('*.safetensors')))} files")
+        for settings in (
+            ConvertConfig(from_="hf", path=str(hf), to="megatron", out=str(ours)),
+            ConvertConfig(from_="megatron", path=str(ours), to="hf", out=str(back)),
+        ):
+            results = context.Queue()
+            process = context.Process(target=measure, args=(settings, results))
+            process.start()
+            process.join(timeout=1800)
+            if process.exitcode != 0:
+                process.kill()
+                raise SystemExit(f"the conversion {settings.from_} -> {settings.to} failed ({process.exitcode})")
+            before, peak, seconds = results.get(timeout=10)
+            verdict = "under" if peak - before < LIMIT_BYTES else "OVER"
+            print(
+                f"{settings.from_} -> {settings.to}: peak {(peak - before) / 1e6:.0f} MB over the baseline of "
+                f"{before / 1e6:.0f} MB ({verdict} {LIMIT_BYTES / 1e6:.0f} MB), {seconds:.1f} s"
+            )
+        same = [(back / file.name).read_bytes() == file.read_bytes() for file in sorted(hf.glob("*.safetensors"))]
+        print(f"files that are bit-equal after the round trip: {sum(same)} of {len(same)}")
+
+
+if __name__ == "__main__":
+    main()
