@@ -16,11 +16,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
-
-from nemo_advrm.quiet import quiet_libraries
-
-quiet_libraries()  # before Megatron is imported
 
 from nemo_advrm.convert.hf_config import hf_config
 from nemo_advrm.convert.names import canonical_shapes
@@ -76,14 +73,11 @@ def measure(settings: ConvertConfig, results: Any) -> None:
 
     torch.zeros(1).sum()
     AutoConfig.for_model("llama")
-    before = _peak_bytes()
+    before = psutil.Process().memory_info().rss  # now, not the peak of the imports
     start = time.perf_counter()
     convert(settings)
-    results.put((before, _peak_bytes(), time.perf_counter() - start))
-
-
-def _peak_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    results.put((before, peak, time.perf_counter() - start))
 
 
 def main() -> None:
