@@ -5,7 +5,8 @@
 #
 # Run it again at any time: complete stages are not submitted again, waiting and running ones are not doubled, failed ones
 # are submitted anew. Nodes of each kind of stage: ADVRM_NODES_SFT, _TRAIN_RM, _ATTACK, _RLHF, _REFERENCE, _PREFERENCES
-# (ADVRM_NODES for all of them; select and report take one process). Further options of sbatch: ADVRM_SBATCH.
+# (ADVRM_NODES for all of them; select and report take one process). Further options of sbatch: ADVRM_SBATCH. Where jobs
+# run in a container, ADVRM_LOGIN_COMMAND names a nemo-advrm that runs here; it only lists the stages.
 set -euo pipefail
 
 scripts=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -27,7 +28,7 @@ prefix=advrm.$(printf %s "$run_dir" | cksum | cut -d ' ' -f 1)
 exec 9>"$run_dir/slurm/lock"
 flock --wait 60 9 || fail "another submit_pipeline.sh has been at work on $run_dir for a minute"
 
-stages=$("$command" stages "$@" run_dir="$run_dir") # a wrong setting ends here, before anything is submitted
+stages=$("${ADVRM_LOGIN_COMMAND:-$command}" stages "$@" run_dir="$run_dir") # a wrong setting ends here, before anything is submitted
 alive=$(squeue --noheader --me --format='%j %A' --states=PENDING,RUNNING,SUSPENDED,CONFIGURING,COMPLETING,REQUEUED)
 read -r -a more <<<"${ADVRM_SBATCH:-}"
 
