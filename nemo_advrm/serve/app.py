@@ -1,0 +1,282 @@
+"""The HTTP interface: routes, the one shape of errors, health and metrics."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import time
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.exceptions import HTTPException
+
+from nemo_advrm import __version__
+from nemo_advrm.schema import ServeConfig
+from nemo_advrm.serve import kserve
+from nemo_advrm.serve.batcher import Batcher, Busy, TooLarge, Unavailable
+from nemo_advrm.serve.guard import Guard
+from nemo_advrm.serve.metrics import Metrics
+from nemo_advrm.serve.samples import Preparer, Refused, Sample
+from nemo_advrm.serve.schemas import (
+    Classification,
+    ClassifyAnswer,
+    Embedding,
+    EmbeddingAnswer,
+    ErrorAnswer,
+    Info,
+    OpenRLHFAnswer,
+    OpenRLHFRequest,
+    PoolingRequest,
+    ScoreAnswer,
+    ScoreRequest,
+    Status,
+    Usage,
+)
+from nemo_advrm.serve.scorer import Scored
+
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    400: {"model": ErrorAnswer, "description": "the body cannot be read"},
+    401: {"model": ErrorAnswer, "description": "the bearer token is missing or wrong"},
+    408: {"model": ErrorAnswer, "description": "the body did not arrive in time"},
+    413: {"model": ErrorAnswer, "description": "the request is too large"},
+    415: {"model": ErrorAnswer, "description": "the content type is not application/json"},
+    422: {"model": ErrorAnswer, "description": "the request cannot be scored"},
+    429: {"model": ErrorAnswer, "description": "the queue is full; Retry-After says for how long to wait"},
+    503: {"model": ErrorAnswer, "description": "no scores can be given now"},
+}
+_GUARDED: dict[int | str, dict[str, Any]] = {status: _ERRORS[status] for status in (401, 503)}
+
+
+@dataclass
+class Service:
+    """What the routes work with.
+
+    Attributes:
+        preparer: checks samples.
+        batcher: scores them; it must be made in the event loop's process, and is started by the application.
+        members: names of the reward's members.
+        reward: how they become the reward.
+        draining: set when the server is about to stop.
+    """
+
+    options: ServeConfig
+    preparer: Preparer
+    batcher: Batcher
+    members: Sequence[str]
+    reward: str
+    draining: bool = False
+    started: float = field(default_factory=time.time)
+
+    @property
+    def ready(self) -> bool:
+        return self.batcher.alive and not self.draining
+
+    async def score(self, samples: Sequence[Sample]) -> list[Scored]:
+        """Raises the exceptions that become 413, 422, 429 and 503."""
+        if len(samples) > self.options.max_samples:
+            raise TooLarge(f"the request has {len(samples)} samples, at most {self.options.max_samples} are taken")
+        prepared = await asyncio.to_thread(self.preparer.prepare, samples)
+        return await self.batcher.submit(prepared)
+
+    def usage(self, samples: Sequence[Sample]) -> Usage:
+        tokens = sum(len(sample.tokens) or 1 + len(sample.response) // 4 for sample in samples)
+        return Usage(prompt_tokens=tokens, total_tokens=tokens)
+
+
+def create_app(service: Service, metrics: Metrics, token: str) -> FastAPI:
+    """The application; its documentation is at ``/docs``, the OpenAPI document at ``/openapi.json``."""
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        service.batcher.start()
+        yield
+        await service.batcher.stop()
+
+    app = FastAPI(
+        title="nemo_advrm reward server",
+        version=__version__,
+        description="Scores responses with a reward model or an ensemble; higher is better.",
+        lifespan=lifespan,
+    )
+    app.state.service = service
+    app.add_middleware(
+        Guard,  # type: ignore[arg-type]
+        metrics=metrics,
+        token=token,
+        max_body=int(service.options.max_body_mib * 2**20),
+        draining=lambda: service.draining,
+    )
+    _add_errors(app)
+    _add_health(app, service, metrics)
+    _add_json(app, service)
+    _add_kserve(app, service)
+    return app
+
+
+def _error(status: int, message: str, **headers: str) -> Response:
+    # ASCII: a message may quote text that UTF-8 cannot carry
+    content = json.dumps({"error": message})
+    return Response(content, status, {name.replace("_", "-"): v for name, v in headers.items()}, "application/json")
+
+
+def _add_errors(app: FastAPI) -> None:
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        return _error(422, f"{place}: {first['msg']}")
+
+    @app.exception_handler(HTTPException)
+    async def known(_: Request, error: HTTPException) -> Response:
+        return _error(error.status_code, str(error.detail), **(error.headers or {}))
+
+    @app.exception_handler(Refused)
+    async def refused(_: Request, error: Refused) -> Response:
+        return _error(422, str(error))
+
+    @app.exception_handler(kserve.BadTensors)
+    async def bad_tensors(_: Request, error: kserve.BadTensors) -> Response:
+        return _error(400, str(error))
+
+    @app.exception_handler(TooLarge)
+    async def too_large(_: Request, error: TooLarge) -> Response:
+        return _error(413, str(error))
+
+    @app.exception_handler(Busy)
+    async def busy(_: Request, error: Busy) -> Response:
+        return _error(429, str(error), Retry_After=str(error.retry_after))
+
+    @app.exception_handler(Unavailable)
+    async def unavailable(_: Request, error: Unavailable) -> Response:
+        return _error(503, str(error), Retry_After="1")
+
+
+def _add_health(app: FastAPI, service: Service, metrics: Metrics) -> None:
+    @app.get("/health/live", tags=["health"])
+    async def live() -> Status:
+        """The process answers."""
+        return Status(status="live")
+
+    @app.get("/health/ready", tags=["health"], responses={503: _ERRORS[503]}, response_model=Status)
+    async def ready() -> Status | Response:
+        """Requests are scored; 503 while the server drains."""
+        return Status(status="ready") if service.ready else _error(503, "the server is stopping", Retry_After="5")
+
+    @app.get("/metrics", tags=["health"], include_in_schema=False)
+    async def prometheus() -> Response:
+        return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/v1/info", tags=["scores"], responses=_GUARDED)
+    async def info() -> Info:
+        preparer = service.preparer
+        return Info(
+            model=service.options.name,
+            reward=service.reward,
+            members=list(service.members),
+            tokenizer=preparer.fingerprint if preparer.takes_tokens else None,
+            max_samples=service.options.max_samples,
+            version=__version__,
+        )
+
+
+def _add_json(app: FastAPI, service: Service) -> None:
+    @app.post("/v1/score", tags=["scores"], responses=_ERRORS)
+    async def score(request: ScoreRequest) -> ScoreAnswer:
+        """Score conversations given as messages, as text or as tokens."""
+        scored = await service.score([sample.sample() for sample in request.samples])
+        return ScoreAnswer(
+            model=service.options.name,
+            scores=[s.reward for s in scored],
+            members=[s.members for s in scored] if request.members else None,
+        )
+
+    @app.post("/get_reward", tags=["other frameworks"], responses=_ERRORS)
+    async def openrlhf(request: OpenRLHFRequest) -> OpenRLHFAnswer:
+        """OpenRLHF's `--remote_rm_url`."""
+        scored = await service.score([Sample("text", response=text) for text in request.query])
+        rewards = [s.reward for s in scored]
+        return OpenRLHFAnswer(rewards=rewards, scores=rewards)
+
+    @app.post("/classify", tags=["other frameworks"], responses=_ERRORS)
+    async def classify(request: PoolingRequest) -> ClassifyAnswer:
+        """vLLM's classification interface, as verl asks it."""
+        samples = request.samples()
+        scored = await service.score(samples)
+        return ClassifyAnswer(
+            id=f"classify-{uuid.uuid4().hex}",
+            created=int(time.time()),
+            model=service.options.name,
+            data=[Classification(index=i, probs=[s.reward]) for i, s in enumerate(scored)],
+            usage=service.usage(samples),
+        )
+
+    @app.post("/v1/embeddings", tags=["other frameworks"], responses=_ERRORS)
+    async def embeddings(request: PoolingRequest) -> EmbeddingAnswer:
+        """SGLang's way to ask a reward model, as verl does: the embedding has one number, the reward."""
+        samples = request.samples()
+        scored = await service.score(samples)
+        data = [Embedding(index=i, embedding=[s.reward]) for i, s in enumerate(scored)]
+        return EmbeddingAnswer(model=service.options.name, data=data, usage=service.usage(samples))
+
+
+def _add_kserve(app: FastAPI, service: Service) -> None:
+    name, limit = service.options.name, service.options.max_samples
+    missing = {**_GUARDED, 404: {"model": ErrorAnswer, "description": "there is no such model"}}
+
+    def check(model: str, version: str = "1") -> None:
+        if model != name or version != "1":
+            raise HTTPException(404, f"there is no model {model} of version {version}; it is {name}, version 1")
+
+    @app.get("/v2", tags=["KServe v2"], responses=_GUARDED)
+    async def server() -> dict[str, Any]:
+        return {"name": "nemo_advrm", "version": __version__, "extensions": ["binary_tensor_data"]}
+
+    @app.get("/v2/health/live", tags=["KServe v2"])
+    async def live() -> dict[str, bool]:
+        return {"live": True}
+
+    @app.get("/v2/health/ready", tags=["KServe v2"], responses={503: _ERRORS[503]}, response_model=None)
+    async def ready() -> Response:
+        return _ready(service)
+
+    for prefix in ("/v2/models/{model}", "/v2/models/{model}/versions/{version}"):
+        shown = prefix.endswith("{model}")
+
+        @app.get(prefix, tags=["KServe v2"], responses=missing, include_in_schema=shown)
+        async def metadata(model: str, version: str = "1") -> dict[str, Any]:
+            check(model, version)
+            return kserve.metadata(name)
+
+        @app.get(f"{prefix}/ready", tags=["KServe v2"], responses=missing, include_in_schema=shown, response_model=None)
+        async def model_ready(model: str, version: str = "1") -> Response:
+            check(model, version)
+            return _ready(service)
+
+        @app.get(f"{prefix}/config", tags=["KServe v2"], responses=missing, include_in_schema=shown)
+        async def config(model: str, version: str = "1") -> dict[str, Any]:
+            check(model, version)
+            return kserve.configuration(name, limit)
+
+        @app.post(f"{prefix}/infer", tags=["KServe v2"], include_in_schema=False)
+        async def infer(request: Request, model: str, version: str = "1") -> Response:
+            check(model, version)
+            length = request.headers.get(kserve.HEADER_LENGTH)
+            if length is not None and not length.isdecimal():
+                raise kserve.BadTensors(f"{kserve.HEADER_LENGTH}={length!r} is not a number")
+            body = await request.body()
+            wanted = await asyncio.to_thread(kserve.read_request, body, None if length is None else int(length))
+            scored = await service.score(wanted.samples)
+            content, headers = kserve.write_answer(name, wanted, [s.reward for s in scored])
+            return Response(content, headers=headers)
+
+
+def _ready(service: Service) -> Response:
+    if service.ready:
+        return Response("{}", media_type="application/json")
+    return _error(503, "the server is stopping", Retry_After="5")

@@ -1,0 +1,148 @@
+"""Requests and answers of the JSON interfaces: our own, OpenRLHF's, and those of vLLM and SGLang that verl asks."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from nemo_advrm.data.messages import Message
+from nemo_advrm.serve.samples import Sample
+
+Text = Annotated[str, Field(min_length=1)]
+Tokens = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1)]
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class ChatMessage(Strict):
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+class ChatSample(Strict):
+    """A response to chat messages; each member renders them with its own chat template."""
+
+    messages: list[ChatMessage]
+    response: str
+    ended: bool = Field(True, description="false where a length limit cut the response off: it gets no end token")
+
+    def sample(self) -> Sample:
+        messages = tuple(Message(role=m.role, content=m.content) for m in self.messages)
+        return Sample("chat", messages, self.response, self.ended)
+
+
+class TextSample(Strict):
+    """A whole conversation as text, special tokens written out; it is scored with one end token after it."""
+
+    text: Text
+
+    def sample(self) -> Sample:
+        return Sample("text", response=self.text)
+
+
+class TokenSample(Strict):
+    """Token ids of the server's tokenizer (see `/v1/info`), scored as they are."""
+
+    tokens: Tokens
+
+    def sample(self) -> Sample:
+        return Sample("tokens", tokens=tuple(self.tokens))
+
+
+class ScoreRequest(Strict):
+    samples: list[ChatSample | TextSample | TokenSample] = Field(min_length=1)
+    members: bool = Field(False, description="also answer the raw scores of the ensemble's members")
+
+
+class ScoreAnswer(BaseModel):
+    model: str
+    scores: list[float] = Field(description="one reward per sample, higher is better")
+    members: list[list[float]] | None = Field(None, description="[samples][members] raw scores, when asked for")
+
+
+class Info(BaseModel):
+    model: str
+    reward: str = Field(description="how members become the reward")
+    members: list[str]
+    tokenizer: str | None = Field(description="fingerprint of the tokenizer whose tokens are taken, if any are")
+    max_samples: int
+    version: str
+
+
+class Status(BaseModel):
+    status: str
+
+
+class ErrorAnswer(BaseModel):
+    error: str
+
+
+class OpenRLHFRequest(BaseModel):
+    """What OpenRLHF posts to `--remote_rm_url`: prompt and response together, special tokens written out."""
+
+    query: list[Text] = Field(min_length=1)
+    prompts: list[Any] | None = None
+    labels: list[Any] | None = None
+
+
+class OpenRLHFAnswer(BaseModel):
+    rewards: list[float]
+    scores: list[float]
+    extra_logs: dict[str, list[float]] = {}
+
+
+class PoolingRequest(BaseModel):
+    """What verl posts to vLLM's `/classify` and SGLang's `/v1/embeddings`. Scores are raw: no activation is applied."""
+
+    input: Text | Annotated[list[Text], Field(min_length=1)] | Tokens | Annotated[list[Tokens], Field(min_length=1)]
+    model: str | None = None
+    activation: Literal[False] | None = None
+    use_activation: Literal[False] | None = None
+
+    def samples(self) -> list[Sample]:
+        if isinstance(self.input, str):
+            return [Sample("text", response=self.input)]
+        if isinstance(self.input[0], int):
+            return [Sample("tokens", tokens=tuple(self.input))]  # type: ignore[arg-type]
+        return [
+            Sample("text", response=item) if isinstance(item, str) else Sample("tokens", tokens=tuple(item))  # type: ignore[arg-type]
+            for item in self.input
+        ]
+
+
+class Usage(BaseModel):
+    prompt_tokens: int
+    total_tokens: int
+    completion_tokens: int = 0
+
+
+class Classification(BaseModel):
+    index: int
+    label: str = "LABEL_0"
+    probs: list[float]
+    num_classes: int = 1
+
+
+class ClassifyAnswer(BaseModel):
+    id: str
+    object: Literal["list"] = "list"
+    created: int
+    model: str
+    data: list[Classification]
+    usage: Usage
+
+
+class Embedding(BaseModel):
+    object: Literal["embedding"] = "embedding"
+    index: int
+    embedding: list[float]
+
+
+class EmbeddingAnswer(BaseModel):
+    object: Literal["list"] = "list"
+    model: str
+    data: list[Embedding]
+    usage: Usage

@@ -1,0 +1,107 @@
+"""Stage ``serve``: a reward model, an ensemble or the adversarial reward as a server for any RLHF framework."""
+
+from __future__ import annotations
+
+import signal
+import socket
+from pathlib import Path
+
+from nemo_advrm.data.tokenizers import build_tokenizer
+from nemo_advrm.errors import ConfigError, RewardSourceError
+from nemo_advrm.extras import require_extra
+from nemo_advrm.megatron import runtime
+from nemo_advrm.rewards import sources
+from nemo_advrm.rewards.base import RewardSource
+from nemo_advrm.rewards.ensemble import AdversarialReward, PolicyReward, UncertaintyReward
+from nemo_advrm.rewards.reference import Reference
+from nemo_advrm.schema import Config
+from nemo_advrm.stages import session
+
+
+def main(cfg: Config) -> int:
+    """Serve the reward of ``ensemble.members`` until TERM. Rank 0 speaks HTTP, other ranks compute along."""
+    require_extra("serve", "fastapi", "uvicorn", "httpx", "tenacity", "prometheus_client")
+    if not cfg.ensemble.members:
+        raise ConfigError("ensemble.members must name at least one reward model")
+    reference = _reference(cfg)
+    cfg = sources.for_scoring(cfg, cfg.ensemble.members)
+    rt = session.start(cfg)
+    if rt.dp_size > 1:
+        raise ConfigError(
+            f"trainer.devices={rt.world_size} holds {rt.dp_size} replicas of the model; a server has one: set "
+            "model.tensor_model_parallel_size or model.pipeline_model_parallel_size, or start more servers"
+        )
+    listening: list[tuple[socket.socket, str]] = []
+    runtime.on_writer(lambda: listening.append(_listen(cfg)))  # what is wrong with the address is told before loading
+    members = sources.load_members(cfg, cfg.ensemble.members, build_tokenizer(cfg.model.tokenizer))
+    reward = _reward(cfg, members, reference)
+    if rt.is_writer:
+        return _serve(cfg, members, reward, reference, *listening[0])
+    # the launcher passes TERM to every process; the first one lets the others go when its requests are done
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    from nemo_advrm.serve.scorer import follow
+
+    follow(reward)
+    return 0
+
+
+def _listen(cfg: Config) -> tuple[socket.socket, str]:
+    from nemo_advrm.rewards.http_client import bearer_token
+    from nemo_advrm.serve.server import bind
+
+    token = bearer_token(cfg.serve.token_file)
+    return bind(cfg.serve, token), token
+
+
+def _serve(
+    cfg: Config,
+    members: list[RewardSource],
+    reward: PolicyReward,
+    reference: Reference | None,
+    sock: socket.socket,
+    token: str,
+) -> int:
+    from nemo_advrm.serve import server
+    from nemo_advrm.serve.app import Service
+    from nemo_advrm.serve.batcher import Batcher
+    from nemo_advrm.serve.metrics import Metrics
+    from nemo_advrm.serve.samples import Preparer
+    from nemo_advrm.serve.scorer import Scorer
+
+    options, metrics = cfg.serve, Metrics()
+    preparer = Preparer(members, options.max_sample_tokens, reference)
+    batcher = Batcher(
+        Scorer(reward, preparer.fingerprint),
+        metrics,
+        options.batch_tokens,
+        options.batch_wait_ms / 1000,
+        options.queue_tokens,
+        options.timeout_seconds,
+        idle_seconds=min(60.0, 15 * cfg.trainer.timeout_minutes),
+    )
+    named = cfg.ensemble.aggregate if options.reward == "ensemble" else f"adversarial ({cfg.adversarial.preset})"
+    service = Service(options, preparer, batcher, [member.name for member in members], named)
+    if not server.run(service, metrics, token, sock, Path(cfg.run_dir)):
+        raise RewardSourceError("the server stopped because scoring failed; its log says why")
+    return 0
+
+
+def _reference(cfg: Config) -> Reference | None:
+    if cfg.serve.reward == "ensemble":
+        return None
+    if not cfg.serve.reference_path:
+        raise ConfigError("serve.reward=adversarial needs serve.reference_path: the reference.jsonl of an attack")
+    reference = Reference.read(Path(cfg.serve.reference_path))
+    if reference.scores_PNK.size(-1) != len(cfg.ensemble.members):
+        raise ConfigError(
+            f"serve.reference_path={cfg.serve.reference_path} has scores of {reference.scores_PNK.size(-1)} members, "
+            f"ensemble.members names {len(cfg.ensemble.members)}"
+        )
+    return reference
+
+
+def _reward(cfg: Config, members: list[RewardSource], reference: Reference | None) -> PolicyReward:
+    if reference is not None:
+        return AdversarialReward(members, cfg.adversarial, reference, cfg.adversarial.directions[0] - 1)
+    return UncertaintyReward(members, cfg.ensemble.aggregate, cfg.ensemble.coefficient)
