@@ -1,0 +1,32 @@
+"""Builds models on fake process groups and prints, as JSON, their parameters per stage: a child process of the tests.
+
+Argument: a JSON list of [model keys, head, padded vocabulary, world size].
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+from nemo_advrm.megatron.planner.shards import build_stages, whole_model
+from nemo_advrm.quiet import quiet_libraries
+from nemo_advrm.schema import ModelConfig, OptimConfig
+
+
+def main() -> None:
+    quiet_libraries()
+    answers = []
+    for keys, head, vocabulary, world in json.loads(sys.argv[1]):
+        model = ModelConfig(**{**keys, "optim": OptimConfig()})
+        stages = build_stages(model, head, vocabulary, world)
+        answers.append(
+            {
+                "stages": [stage.total for stage in stages],
+                "whole": whole_model(stages, model.tensor_model_parallel_size),
+            }
+        )
+    print(json.dumps(answers))
+
+
+if __name__ == "__main__":
+    main()

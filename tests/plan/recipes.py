@@ -1,0 +1,40 @@
+"""The layout recipes under test, each with the model it is for."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from nemo_advrm.config import conf_dir, load_config
+from nemo_advrm.schema import Config
+
+_NAME = re.compile(r"(?P<model>.+)_(?P<gpus>\d+)x(?P<gpu>[a-z0-9]+?)(?:_tp(?P<tp>\d+))?(?:_pp(?P<pp>\d+))?$")
+_TITLES = {"h100": "h100", "a100": "a100_80", "rtx4090": "rtx4090"}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a recipe's name says."""
+
+    name: str
+    model: str
+    gpus: int
+    gpu: str
+    tensor: int
+    pipeline: int
+
+    def config(self, *overrides: str) -> Config:
+        return load_config([f"model={self.model}", f"parallel={self.name}", *overrides])
+
+
+def _recipe(name: str) -> Recipe | None:
+    found = _NAME.match(name)
+    if found is None:
+        return None
+    gpu = _TITLES[found["gpu"]]
+    return Recipe(name, found["model"], int(found["gpus"]), gpu, int(found["tp"] or 1), int(found["pp"] or 1))
+
+
+RECIPES = [
+    recipe for file in sorted((conf_dir() / "parallel").glob("*.yaml")) if (recipe := _recipe(file.stem)) is not None
+]
