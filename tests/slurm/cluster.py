@@ -165,7 +165,8 @@ class Cluster:
 
     def job(self, identifier: str) -> dict[str, str]:
         """What ``scontrol show job`` says."""
-        shown = self.run("scontrol", "-o", "show", "job", identifier)
+        # one line a job, and a heterogeneous job has one for each component, the batch script's first
+        shown = self.run("scontrol", "-o", "show", "job", identifier).splitlines()[0]
         return dict(field.split("=", 1) for field in shown.split() if "=" in field)
 
     def wait_for(self, identifier: str, *states: str, timeout: float = 240) -> dict[str, str]:

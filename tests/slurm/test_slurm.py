@@ -207,6 +207,31 @@ def test_a_cancelled_job_is_not_requeued(site: Site) -> None:
     assert site.cluster.job(job)["JobState"] == shown["JobState"] == "CANCELLED"
 
 
+def submit_attack(site: Site, *arguments: str, **variables: str) -> str:
+    command = (str(SCRIPTS / "submit_attack.sh"), *arguments)
+    variables = {"ADVRM_SBATCH": f"--partition=all --chdir={site.home}", **variables}
+    shown = site.cluster.run(*command, **variables)
+    assert shown.startswith("Submitted batch job "), shown
+    return shown.split()[-1]
+
+
+def test_an_attack_has_a_component_for_the_policy_and_one_for_each_reward_model(site: Site) -> None:
+    stand_in = str(Path(__file__).with_name("stand_in.py"))
+    job = submit_attack(site, "rm_a", "rm_b", "--", "run_dir=out", ADVRM_COMMAND=stand_in)
+    output = site.cluster.output(shown := site.cluster.wait_for(job))
+    assert shown["JobState"] == "COMPLETED", output
+    found = re.findall(r"^(attack on n\d out 1|\[rm_.\] on n\d known)$", output, re.M)
+    assert [line.split(" on ")[0] for line in found] == ["attack", "[rm_a]", "[rm_b]"]
+    assert len({re.search(r"n\d", line)[0] for line in found}) == 3  # type: ignore[index]
+
+
+def test_a_server_that_does_not_start_ends_the_attack(site: Site) -> None:
+    job = submit_attack(site, "rm_a", "rm_b", "--", "run_dir=out", ADVRM_COMMAND="false")
+    shown = site.cluster.wait_for(job)
+    assert (shown["JobState"], shown["ExitCode"]) == ("FAILED", "2:0")
+    assert "the server of rm_a at http://127.0.0.1:" in site.cluster.output(shown)
+
+
 SMALL_PIPELINE = [
     "experiment=synthetic",
     "trainer.accelerator=cpu",
