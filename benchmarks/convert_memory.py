@@ -92,7 +92,7 @@ def main() -> None:
         print(f"checkpoint: {size / 1e9:.2f} GB in {len(list(hf.glob('*.safetensors')))} files")
         for settings in (
             ConvertConfig(from_="hf", path=str(hf), to="megatron", out=str(ours)),
-            ConvertConfig(from_="megatron", path=str(ours), to="hf", out=str(back)),
+            ConvertConfig(from_="megatron", path=str(ours), to="hf", out=str(back), max_shard_size="500MB"),
         ):
             results = context.Queue()
             process = context.Process(target=measure, args=(settings, results))

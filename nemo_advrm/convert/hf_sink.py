@@ -20,10 +20,11 @@ from nemo_advrm.convert.safetensors_files import ShardWriter, listed
 from nemo_advrm.convert.tensors import Description, TensorSpec
 from nemo_advrm.convert.tokenizer_files import copy_tokenizer
 from nemo_advrm.convert.transforms import Transform, pad_vocabulary
-from nemo_advrm.data.tokenizers import load_hf_tokenizer
+from nemo_advrm.data.tokenizers import build_tokenizer, load_hf_tokenizer
 from nemo_advrm.errors import CheckpointError
 
 HEAD_BIAS = "head.bias"
+OWN_TOKENIZERS = ("byte", "synthetic")
 
 
 class HFSink:
@@ -56,6 +57,7 @@ class HFSink:
         base = description.hf_config
         self._table = choose_architecture(model, description.head, base, architecture)
         self.config = hf_config(self._table, model, description.head, base)
+        self._take_own_tokenizer()
         self._rows = model.vocab_size
         self._padding = None
         if description.head == "reward":
@@ -88,6 +90,15 @@ class HFSink:
             self.notes.append(
                 f"The head's bias {bias.tolist()[0]:g} was left out: scores here are lower by that constant."
             )
+
+    def _take_own_tokenizer(self) -> None:
+        """Special tokens of the tokenizers that transformers does not have."""
+        name = self._model.tokenizer
+        if self._description.tokenizer is not None or name not in OWN_TOKENIZERS:
+            return
+        own = build_tokenizer(name)
+        self.config |= {"eos_token_id": own.eos_id, "pad_token_id": own.pad_id, "bos_token_id": None}
+        self.notes.append(f"Text is encoded by nemo_advrm's tokenizer `{name}`, which transformers does not have.")
 
     def _choose_padding(self) -> Any:
         padding = choose_padding_token(self._description.tokenizer, self.config, self._rows)

@@ -28,7 +28,17 @@ from nemo_advrm.schema import ModelConfig, OptimConfig, ScheduleConfig
 TOKENIZER, HF_CONFIG = "tokenizer", "hf_config.json"
 MODEL_FILE = Path("conf", "model", "imported.yaml")  # selected by hydra.searchpath=[DIR/conf] model=imported
 # keys of meta.json that describe the checkpoint itself and not where it came from
-_STRUCTURE = ("format", "head", "vocab_size", "model", "tokenizer", "has_optimizer", "optimizer_started", "conversion")
+_STRUCTURE = (
+    "format",
+    "head",
+    "vocab_size",
+    "model",
+    "tokenizer",
+    "tokenizer_spec",
+    "has_optimizer",
+    "optimizer_started",
+    "conversion",
+)
 
 
 class MegatronSource:
@@ -46,7 +56,7 @@ class MegatronSource:
         except OSError as error:
             raise CheckpointError(f"{path}: weights could not be read ({error})") from None
         self._reader = StackedReader(path / "weights", read_metadata(contents, str(path)))
-        self.tokenizer = tokenizer or _tokenizer_of(path, model)
+        self.tokenizer = tokenizer or _tokenizer_of(path, meta)
         self._vocabulary = model.vocab_size or _vocabulary_of(model, self.tokenizer) or meta["vocab_size"]
         # what a padded row holds is never looked at, so that it is left behind
         self._specs = self._check(meta, model)
@@ -140,11 +150,15 @@ class MegatronSink:
         self._writer.close()
         self._writer = None
         partial, about = self._directory.partial, self._description
-        fingerprint = None
+        tokenizer = {}
         if about.tokenizer is not None:
             copy_tokenizer(about.tokenizer, partial / TOKENIZER)
+            self._model.tokenizer = f"hf:{self.path.resolve() / TOKENIZER}"
             fingerprint = build_tokenizer(f"hf:{partial / TOKENIZER}").fingerprint
-            self._model.tokenizer = f"hf:{self.path.absolute() / TOKENIZER}"
+            tokenizer = {"tokenizer": fingerprint, "tokenizer_spec": self._model.tokenizer}
+        elif self._model.tokenizer and not self._model.tokenizer.startswith("hf:") and not about.hf_config:
+            own = build_tokenizer(self._model.tokenizer)
+            tokenizer = {"tokenizer": own.fingerprint, "tokenizer_spec": self._model.tokenizer}
         _write_model_file(self._model, partial / MODEL_FILE)
         if about.hf_config:
             (partial / HF_CONFIG).write_text(json.dumps(about.hf_config, indent=2) + "\n", encoding="utf-8")
@@ -154,7 +168,7 @@ class MegatronSink:
             "vocab_size": self._rows,
             "model": asdict(self._model),
             "has_optimizer": False,
-            **({"tokenizer": fingerprint} if fingerprint else {}),
+            **tokenizer,
             "conversion": about.provenance,
         }
         (partial / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
@@ -200,12 +214,13 @@ def _native(name: str) -> str:
     return f"model.{stacked_name(name)}" + (f"[{layer}]" if layer is not None else "")
 
 
-def _tokenizer_of(path: Path, model: ModelConfig) -> Path | None:
+def _tokenizer_of(path: Path, meta: dict[str, Any]) -> Path | None:
     """The tokenizer beside the weights, else the one that training named."""
     if (path / TOKENIZER).is_dir():
         return path / TOKENIZER
-    named = Path(model.tokenizer.removeprefix("hf:"))
-    return named if model.tokenizer.startswith("hf:") and model.tokenizer != "hf:" and named.exists() else None
+    spec = str(meta.get("tokenizer_spec") or meta["model"].get("tokenizer", ""))
+    named = Path(spec.removeprefix("hf:"))
+    return named if spec.startswith("hf:") and spec != "hf:" and named.exists() else None
 
 
 def _vocabulary_of(model: ModelConfig, tokenizer: Path | None) -> int:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from tiny import TOKENIZER, tiny_config
 
 from nemo_advrm.convert.megatron import read_model
 from nemo_advrm.megatron import checkpoint, runtime
@@ -26,9 +27,19 @@ def build(path: str) -> MegatronModel:
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
     )
-    built = build_model(model, PrecisionConfig(), meta["head"], model.vocab_size, seed=3, trainable=False)
+    vocabulary = model.vocab_size or meta["vocab_size"]
+    built = build_model(model, PrecisionConfig(), meta["head"], vocabulary, seed=3, trainable=False)
     checkpoint.load(Path(path), built)
     return built
+
+
+def save_reward_model(path: str) -> None:
+    """A random reward model of this package's own, over its embedded language, saved at the running layout."""
+    cfg = tiny_config("llama", runtime.current().layout)
+    model = build_model(
+        cfg.model, cfg.precision, "reward", TOKENIZER.vocab_size, seed=4, trainable=False, head_init_std=0.2
+    )
+    checkpoint.save(Path(path), model, meta={"tokenizer": TOKENIZER.fingerprint, "steps": 12})
 
 
 def logits(path: str, tokens_BS: torch.Tensor) -> torch.Tensor:
@@ -53,3 +64,14 @@ def scores(path: str, sequences: list[list[int]]) -> torch.Tensor:
 def greedy(path: str, prompts: list[list[int]], new: int) -> list[list[int]]:
     uniforms = torch.zeros(len(prompts), new)
     return generate(build(path), prompts, Sampling(new, (), temperature=0), uniforms).responses
+
+
+def add_head_bias(path: str, out: str, bias: float) -> None:
+    """The reward model of ``path`` with a bias of its head."""
+    plain = build(path)
+    biased = build_model(
+        replace(plain.model, head_bias=True), PrecisionConfig(), "reward", plain.vocab_size, seed=3, trainable=False
+    )
+    tensors = {k: v for k, v in plain.state_dict().items() if torch.is_tensor(v)}
+    biased.parts[0].load_state_dict(tensors | {"head.bias": torch.tensor([bias])}, strict=False)
+    checkpoint.save(Path(out), biased)

@@ -13,8 +13,12 @@ from conftest import run
 from distributed import Worlds
 from hf_models import ARCHITECTURES
 from safetensors.torch import load_file
+from tiny import TOKENIZER, sequences, tiny_config
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from nemo_advrm.errors import CheckpointError
+from nemo_advrm.megatron import checkpoint
+from nemo_advrm.megatron.model import build_model
 from nemo_advrm.megatron.runtime import Layout, Runtime
 
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
@@ -158,3 +162,44 @@ def test_a_checkpoint_for_many_ranks_is_padded_to_them(
         torch.testing.assert_close(there, hf_logits(source), **TOLERANCE)
     run("megatron", tmp_path / "megatron", "hf", tmp_path / "hf")
     assert_same_bits(weights(tmp_path / "hf"), weights(source))
+
+
+@pytest.mark.parametrize("layout", [Layout(tensor=2), Layout(pipeline=2)], ids=["tp2", "pp2"])
+def test_a_reward_model_saved_at_any_layout_is_exported(
+    single: Runtime, worlds: Worlds, layout: Layout, tmp_path: Path
+) -> None:
+    ours = str(tmp_path / "ours")
+    worlds.run(layout, "convert_jobs", "save_reward_model", path=ours)
+    run("megatron", tmp_path / "ours", "hf", tmp_path / "hf")
+    rows = [[*row, TOKENIZER.eos_id] for row in sequences(6, longest=12)]
+    wanted = convert_jobs.scores(ours, rows)
+    assert wanted.std() > 0.05
+    for side in ("right", "left"):
+        torch.testing.assert_close(hf_scores(tmp_path / "hf", side, rows), wanted, **TOLERANCE)
+    card = (tmp_path / "hf" / "README.md").read_text()
+    assert "Optimizer steps: 12" in card and "tokenizer `synthetic`" in card
+
+    run("hf", tmp_path / "hf", "megatron", tmp_path / "again")
+    torch.testing.assert_close(convert_jobs.scores(str(tmp_path / "again"), rows), wanted)
+
+
+def test_a_head_bias_is_dropped_only_when_asked(single: Runtime, saved: Callable[..., Path], tmp_path: Path) -> None:
+    run("hf", saved("llama3", reward=True), "megatron", tmp_path / "plain")
+    convert_jobs.add_head_bias(str(tmp_path / "plain"), str(tmp_path / "biased"), 0.75)
+    with pytest.raises(CheckpointError, match=r"bias 0\.75.*drop_head_bias=true"):
+        run("megatron", tmp_path / "biased", "hf", tmp_path / "hf")
+    assert not (tmp_path / "hf").exists()
+    run("megatron", tmp_path / "biased", "hf", tmp_path / "hf", drop_head_bias=True)
+    wanted = convert_jobs.scores(str(tmp_path / "biased"), SEQUENCES)
+    torch.testing.assert_close(hf_scores(tmp_path / "hf", "right") + 0.75, wanted, **TOLERANCE)
+    assert "bias 0.75 was left out" in (tmp_path / "hf" / "README.md").read_text()
+
+
+def test_what_hugging_face_has_no_class_for_is_refused(single: Runtime, tmp_path: Path) -> None:
+    cfg = tiny_config("llama")
+    for head, outputs, word in (("value", 1, "critic"), ("reward", 3, "3 outputs")):
+        model = build_model(cfg.model, cfg.precision, head, 64, seed=0, trainable=False, head_outputs=outputs)  # type: ignore[arg-type]
+        checkpoint.save(tmp_path / head, model)
+        with pytest.raises(CheckpointError, match=word):
+            run("megatron", tmp_path / head, "hf", tmp_path / "hf")
+        assert not (tmp_path / "hf").exists()
