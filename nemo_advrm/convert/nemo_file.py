@@ -18,7 +18,7 @@ import yaml
 from torch import Tensor
 
 from nemo_advrm.convert.dist_weights import PREFIX, StackedReader, StackedWriter
-from nemo_advrm.convert.names import VOCABULARY_ROWS, canonical_shapes, layer_of, stacked_name
+from nemo_advrm.convert.names import VOCABULARY_ROWS, Shape, canonical_shapes, layer_of, stacked_name
 from nemo_advrm.convert.nemo_archive import NemoArchive
 from nemo_advrm.convert.nemo_config import read_model, write_config
 from nemo_advrm.convert.nemo_metadata import read_metadata
@@ -69,10 +69,10 @@ class NemoSource:
         self.path = path
         with contextlib.ExitStack() as opened:
             self._archive = opened.enter_context(NemoArchive(path))
-            config = _config(self._archive)
+            config = read_config(self._archive)
             model, head = read_model(config, str(path))
             self._head = _head_transform(config, str(path)) if head == "reward" else None
-            self._reader = _reader(self._archive)
+            self._reader = archived_weights(self._archive)
             self._tokenizer = opened.enter_context(tempfile.TemporaryDirectory(prefix="nemo_advrm_"))
             directory = Path(self._tokenizer)
             unpack_tokenizer(self._archive, config, directory, tokenizer)
@@ -102,22 +102,9 @@ class NemoSource:
         )
         outputs = stored["head.weight"].shape[0] if "head.weight" in stored else 1
         expected = canonical_shapes(model, head, rows, outputs)
-        wrong = [
-            f"{name} is {list(stored[name].shape)} but should be {list(shape)}"
-            for name, shape in expected.items()
-            if name in stored and stored[name].shape != shape
-        ]
-        problems = [
-            listed("missing tensors:", [name for name in expected if name not in stored]),
-            listed("tensors that its configuration does not describe:", sorted(stored.keys() - expected.keys())),
-            listed("wrong tensors:", wrong),
-        ]
-        if any(problems):
-            raise CheckpointError(f"{self.path}: {'; '.join(filter(None, problems))}")
+        check_tensors(self.path, stored, expected)
         if rows < vocabulary:
             raise CheckpointError(f"{self.path}: {rows} embeddings for a tokenizer of {vocabulary} entries")
-        if sum(spec.nbytes for spec in stored.values()) > self.path.stat().st_size:
-            raise CheckpointError(f"{self.path}: the file is smaller than the tensors it describes")
         final = 1 if self._head is not None and self._head.merges else outputs
         shapes = canonical_shapes(model, head, vocabulary, final)
         return {name: TensorSpec(shape, stored[name].dtype) for name, shape in shapes.items()}
@@ -147,6 +134,24 @@ class NemoSource:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._opened.close()
+
+
+def check_tensors(path: Path, stored: dict[str, TensorSpec], expected: dict[str, Shape]) -> None:
+    """Raise CheckpointError that lists what is missing, unknown, misshapen, or larger than the file."""
+    wrong = [
+        f"{name} is {list(stored[name].shape)} but should be {list(shape)}"
+        for name, shape in expected.items()
+        if name in stored and stored[name].shape != shape
+    ]
+    problems = [
+        listed("missing tensors:", [name for name in expected if name not in stored]),
+        listed("tensors that its configuration does not describe:", sorted(stored.keys() - expected.keys())),
+        listed("wrong tensors:", wrong),
+    ]
+    if any(problems):
+        raise CheckpointError(f"{path}: {'; '.join(filter(None, problems))}")
+    if sum(spec.nbytes for spec in stored.values()) > path.stat().st_size:
+        raise CheckpointError(f"{path}: the file is smaller than the tensors it describes")
 
 
 class _HeadTransform:
@@ -185,7 +190,8 @@ def _head_transform(config: Mapping[str, Any], source: str) -> _HeadTransform | 
     return _HeadTransform(merge, mean, std) if merge is not None or enabled else None
 
 
-def _config(archive: NemoArchive) -> dict[str, Any]:
+def read_config(archive: NemoArchive) -> dict[str, Any]:
+    """``model_config.yaml``; raises CheckpointError when it is absent or no mapping."""
     if CONFIG not in archive.names:
         raise CheckpointError(f"{archive.path}: not a .nemo file: the archive has no {CONFIG}")
     try:
@@ -220,7 +226,8 @@ class _ArchivedReader(StackedReader):
         self._reader.fs = _Members(archive)  # type: ignore[assignment]
 
 
-def _reader(archive: NemoArchive) -> StackedReader:
+def archived_weights(archive: NemoArchive) -> StackedReader:
+    """Canonical tensors of ``model_weights/``, nothing of which is unpickled."""
     path = archive.path
     if f"{WEIGHTS}/.metadata" not in archive.names:
         if any(name.endswith(".zarray") for name in archive.names):

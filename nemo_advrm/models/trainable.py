@@ -6,6 +6,7 @@ import hashlib
 import math
 from collections.abc import Iterator
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, TypeVar
 
 from nemo.core.classes import ModelPT
@@ -56,6 +57,7 @@ class TrainableModel(ModelPT):
         self.tokenizer = tokenizer
         self.max_steps = max_steps
         self.automatic_optimization = False
+        self.restored_files: Any = None  # temporary files that a restored model reads
         self.step_metrics: dict[str, float] = {}
         self.validation_metrics: dict[str, float] = {}
 
@@ -106,6 +108,28 @@ class TrainableModel(ModelPT):
 
     def setup_validation_data(self, val_data_config: Any) -> None:
         """Data comes from the subclass's ``val_dataloader``."""
+
+    def save_to(self, save_path: str) -> None:
+        """Write the trained network with its tokenizer as a ``.nemo``; all ranks call (see :meth:`restore_from`)."""
+        # models stand below conversion: only this door of NeMo's own interface leads up
+        from nemo_advrm.convert.nemo_models import save_model
+
+        save_model(self, Path(save_path))
+
+    @classmethod
+    def restore_from(cls, restore_path: str, override_config: Config | None = None, **arguments: Any) -> Any:
+        """The model of a ``.nemo`` that :meth:`save_to` wrote, at the running layout; all ranks call.
+
+        Args:
+            override_config: configuration to use instead of the saved architecture and loss.
+            arguments: of the class's constructor; without rows or prompts the model can be used but not trained.
+
+        Raises:
+            CheckpointError: no whole file of ours, another class than this one or one below it, another architecture.
+        """
+        from nemo_advrm.convert.nemo_models import restore_model
+
+        return restore_model(cls, Path(restore_path), override_config, arguments)
 
     @classmethod
     def list_available_models(cls) -> list[Any]:

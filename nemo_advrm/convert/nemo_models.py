@@ -1,0 +1,211 @@
+"""``save_to`` and ``restore_from`` of our own models: ``.nemo`` files of any architecture, opened at any layout.
+
+NeMo restores only classes of its own packages, by importing what a file names. Here a file can name one of the few
+classes of a table, and its weights are read without unpickling anything (see :mod:`nemo_advrm.convert.nemo_metadata`).
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import shutil
+import tarfile
+import tempfile
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from nemo_advrm import __version__
+from nemo_advrm.convert.dist_weights import StackedWriter
+from nemo_advrm.convert.megatron import TOKENIZER, read_model
+from nemo_advrm.convert.names import canonical_shapes
+from nemo_advrm.convert.nemo_archive import NemoArchive
+from nemo_advrm.convert.nemo_file import CONFIG, WEIGHTS, archived_weights, check_tensors, read_config
+from nemo_advrm.convert.tokenizer_files import copy_tokenizer
+from nemo_advrm.data.tokenizers import build_tokenizer
+from nemo_advrm.errors import CheckpointError
+from nemo_advrm.megatron import checkpoint, runtime
+from nemo_advrm.megatron.gpt import Head
+from nemo_advrm.schema import Config, RewardModelConfig
+
+if TYPE_CHECKING:
+    from nemo_advrm.models.trainable import TrainableModel
+
+FORMAT = 1
+# the classes that a file may name: their head, and what stands for data that only training needs
+_CLASSES: dict[str, tuple[Head, dict[str, Any]]] = {
+    "nemo_advrm.models.reward_model.RewardModel": ("reward", {"train_rows": [], "validation_rows": []}),
+    "nemo_advrm.models.policy.PolicyModel": ("lm", {"prompts": [], "reward": None}),
+    "nemo_advrm.models.language_model.SupervisedModel": ("lm", {"rows": []}),
+}
+
+
+def _name(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def save_model(model: TrainableModel, path: Path) -> None:
+    """Write a trained model's main network and tokenizer to ``path``; all ranks call. An existing file is replaced.
+
+    Raises CheckpointError when it cannot be written; ``path`` is then as it was.
+    """
+    if _name(type(model)) not in _CLASSES:
+        raise CheckpointError(f"{path}: {_name(type(model))} cannot be saved as a .nemo")
+    rt = runtime.current()
+    partial = path.with_name(path.name + ".partial")
+    if rt.is_writer:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    rt.barrier()
+    network, _ = next(iter(model.trained().values()))
+    try:
+        checkpoint.save(partial / "checkpoint", network)
+        if rt.is_writer:
+            _pack(model, partial, path)
+    except OSError as error:
+        raise CheckpointError(f"{path}: could not be written ({error})") from error
+    finally:
+        if rt.is_writer:
+            shutil.rmtree(partial, ignore_errors=True)
+    rt.barrier()
+
+
+def _pack(model: TrainableModel, partial: Path, path: Path) -> None:
+    cfg = model.config
+    spec = cfg.model.tokenizer
+    if spec.startswith("hf:"):
+        copy_tokenizer(Path(spec.removeprefix("hf:")), partial / TOKENIZER)
+    meta = checkpoint.read_meta(partial / "checkpoint")
+    settings = {
+        "target": _name(type(model)),
+        "nemo_advrm_version": __version__,
+        "format": FORMAT,
+        "head": meta["head"],
+        "vocab_size": meta["vocab_size"],
+        "tokenizer": "hf" if spec.startswith("hf:") else spec,
+        "reward_model": asdict(cfg.reward_model),
+        "architecture": asdict(cfg.model),
+    }
+    (partial / CONFIG).write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
+    with tarfile.open(partial / "archive", "w:") as tar:
+        tar.add(partial / CONFIG, arcname=f"./{CONFIG}")
+        if (partial / TOKENIZER).is_dir():
+            tar.add(partial / TOKENIZER, arcname=f"./{TOKENIZER}")
+        tar.add(partial / "checkpoint" / "weights", arcname=f"./{WEIGHTS}")
+    with open(partial / "archive", "rb") as stream:
+        os.fsync(stream.fileno())
+    os.replace(partial / "archive", path)
+
+
+def restore_model(
+    cls: type[TrainableModel], path: Path, override_config: Config | None, arguments: dict[str, Any]
+) -> TrainableModel:
+    """The model that :func:`save_model` wrote, at the running layout; all ranks call.
+
+    Args:
+        cls: the class, or a base of the class, that the file must name.
+        override_config: configuration in place of the saved one, for instance to train on; the architecture must be
+            the saved one.
+        arguments: of the class's constructor, beside configuration, tokenizer and weights.
+
+    Raises:
+        CheckpointError: damaged, not written by ``save_to``, or of another class or architecture.
+    """
+    rt = runtime.current()
+    with NemoArchive(path) as archive:
+        settings = read_config(archive)
+        found, defaults = _class_of(cls, settings, path)
+        # lives as long as the model: a tokenizer is read from its files, and saved again with the model
+        files = tempfile.TemporaryDirectory(prefix="nemo_advrm_")
+        spec = _tokenizer(archive, settings, Path(files.name))
+        weights = path.with_name(path.name + ".restoring")
+        try:
+            if rt.is_writer:
+                _unpack_weights(archive, settings, weights)
+            rt.barrier()
+            cfg = override_config or _config(settings, path)
+            cfg = replace(cfg, model=replace(cfg.model, tokenizer=spec))
+            tokenizer = build_tokenizer(spec)
+            model = found(cfg, tokenizer, **{**defaults, **arguments}, restore_from=str(weights))
+            rt.barrier()
+        finally:
+            if rt.is_writer:
+                shutil.rmtree(weights, ignore_errors=True)
+    model.restored_files = files
+    return model
+
+
+def _class_of(cls: type, settings: dict[str, Any], path: Path) -> tuple[Any, dict[str, Any]]:
+    target = str(settings.get("target", ""))
+    if target not in _CLASSES:
+        hint = ": use nemo-advrm convert from=nemo" if target.startswith(("nemo.", "nemo_aligner.")) else ""
+        raise CheckpointError(f"{path}: names the class {target!r}, which is none of ours{hint}")
+    if not isinstance(settings.get("format"), int) or settings["format"] > FORMAT:
+        raise CheckpointError(f"{path}: written by a newer version (format {settings.get('format')})")
+    module, _, name = target.rpartition(".")
+    found = getattr(importlib.import_module(module), name)
+    if not issubclass(found, cls):
+        raise CheckpointError(f"{path}: holds a {name}, but a {cls.__name__} is wanted")
+    head, defaults = _CLASSES[target]
+    if settings.get("head") != head:
+        raise CheckpointError(f"{path}: a {name} with the head {settings.get('head')!r} does not exist")
+    return found, defaults
+
+
+def _config(settings: dict[str, Any], path: Path) -> Config:
+    rt = runtime.current()
+    try:
+        model = read_model({"model": settings["architecture"]}, path)
+        reward = RewardModelConfig(**settings["reward_model"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: {CONFIG} is damaged ({error})") from None
+    layout = rt.layout
+    cfg = Config(
+        model=replace(model, tensor_model_parallel_size=layout.tensor, pipeline_model_parallel_size=layout.pipeline),
+        reward_model=reward,
+    )
+    # no data is given, so that there is no number of steps to be found
+    cfg.trainer.max_steps = 1
+    return cfg
+
+
+def _tokenizer(archive: NemoArchive, settings: dict[str, Any], directory: Path) -> str:
+    spec = str(settings.get("tokenizer"))
+    if spec != "hf":
+        return spec
+    for name in archive.names:
+        if name.startswith(f"{TOKENIZER}/"):
+            file = directory / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(archive.read(name))
+    return f"hf:{directory / TOKENIZER}"
+
+
+def _unpack_weights(archive: NemoArchive, settings: dict[str, Any], target: Path) -> None:
+    """A checkpoint directory made of the archive's tensors, with a description of our own making."""
+    path = archive.path
+    try:
+        model = read_model({"model": settings["architecture"]}, path)
+        meta: dict[str, Any] = {"format": checkpoint.FORMAT, "model": asdict(model)}
+        meta |= {"head": settings["head"], "vocab_size": int(settings["vocab_size"]), "has_optimizer": False}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path}: {CONFIG} is damaged ({error})") from None
+    reader = archived_weights(archive)
+    outputs = reader.specs["head.weight"].shape[0] if "head.weight" in reader.specs else 1
+    check_tensors(path, reader.specs, canonical_shapes(model, settings["head"], meta["vocab_size"], outputs))
+    shutil.rmtree(target, ignore_errors=True)
+    try:
+        (target / "weights").mkdir(parents=True)
+        writer = StackedWriter(target / "weights", model.num_layers, reader.specs, sync=False)
+        for name in reader.specs:
+            writer.write(name, reader.read(name))
+        writer.close()
+        (target / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+    except CheckpointError:
+        raise
+    except Exception as error:  # torch raises many types for damaged data
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{path}: the weights could not be read ({type(error).__name__}: {reason})") from None

@@ -1,0 +1,43 @@
+"""Pairs written for NeMo-Aligner are lines of text, chosen first, and are read back as they were."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from nemo_advrm.data.nemo_aligner_rows import write_nemo_aligner
+from nemo_advrm.data.preference_rows import PreferencePair
+from nemo_advrm.data.preferences import load_preferences
+from nemo_advrm.errors import DataError
+
+ASKED = (
+    {"role": "user", "content": "Why?"},
+    {"role": "assistant", "content": "So."},
+    {"role": "user", "content": "Oh"},
+)
+
+
+def test_raw_and_chat_pairs_are_read_back(tmp_path: Path) -> None:
+    for name, prompt in (("raw", ()), ("chat", ASKED)):
+        pairs = [PreferencePair(prompt, f"good {i}", f"bad {i}") for i in range(3)]  # type: ignore[arg-type]
+        assert write_nemo_aligner(tmp_path / name, pairs) == 3
+        (tmp_path / name).rename(tmp_path / f"{name}.jsonl")
+        again = load_preferences(tmp_path / f"{name}.jsonl").rows
+        assert [(p.prompt, p.chosen, p.rejected) for p in again] == [(prompt, p.chosen, p.rejected) for p in pairs]
+
+
+def test_a_line_holds_prompt_and_answer(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    write_nemo_aligner(path, [PreferencePair(ASKED, "a", "b")], render=lambda messages: f"{len(messages)}|")  # type: ignore[arg-type]
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [{"text": "3|a"}, {"text": "3|b"}]
+
+
+def test_what_cannot_be_written_leaves_no_file(tmp_path: Path) -> None:
+    system = ({"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"})
+    with pytest.raises(DataError, match="file:3: a system message"):
+        write_nemo_aligner(tmp_path / "a.jsonl", [PreferencePair(system, "a", "b", source="file:3")])  # type: ignore[arg-type]
+    with pytest.raises(DataError, match="no pairs"):
+        write_nemo_aligner(tmp_path / "b.jsonl", [])
+    assert not list(tmp_path.iterdir())
