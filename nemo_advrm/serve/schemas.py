@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
 from nemo_advrm.data.messages import Message
 from nemo_advrm.serve.samples import Sample
@@ -52,8 +52,19 @@ class TokenSample(Strict):
         return Sample("tokens", tokens=tuple(self.tokens))
 
 
+def _form(sample: Any) -> str:
+    """Which of the forms a sample is meant to have, so that an error is told of that one alone."""
+    return next((form for form in ("text", "tokens") if isinstance(sample, dict) and form in sample), "messages")
+
+
+AnySample = Annotated[
+    Annotated[ChatSample, Tag("messages")] | Annotated[TextSample, Tag("text")] | Annotated[TokenSample, Tag("tokens")],
+    Discriminator(_form),
+]
+
+
 class ScoreRequest(Strict):
-    samples: list[ChatSample | TextSample | TokenSample] = Field(min_length=1)
+    samples: list[AnySample] = Field(min_length=1)
     members: bool = Field(False, description="also answer the raw scores of the ensemble's members")
 
 
