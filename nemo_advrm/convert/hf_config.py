@@ -38,6 +38,7 @@ _LLAMA3_ROPE = (
 )
 # keys that transformers writes for every model
 _SAYS_NOTHING = (
+    "_model_name_or_path",
     "_name_or_path",
     "chunk_size_feed_forward",
     "id2label",
@@ -46,6 +47,7 @@ _SAYS_NOTHING = (
     "output_attentions",
     "output_hidden_states",
     "problem_type",
+    "quantization_config",
     "return_dict",
     "transformers_version",
 )
@@ -77,6 +79,8 @@ def read_config(directory: Path) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise CheckpointError(f"{path}: not a JSON object")
     find_architecture(raw, str(path))
+    if raw.get("quantization_config"):
+        raise CheckpointError(f"{path}: the weights are quantised (quantization_config); convert the full ones")
     from transformers import AutoConfig
 
     try:

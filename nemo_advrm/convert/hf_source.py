@@ -6,6 +6,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -111,7 +112,10 @@ def _open_gguf(file: Path) -> tuple[dict[str, Any], Weights]:
     tensors: dict[str, Tensor] = model.state_dict()
     if model.config.tie_word_embeddings:
         tensors.pop(LM_HEAD, None)
-    return described(model.config.to_dict(), [type(model).__name__]), LoadedWeights(tensors)
+    config = described(model.config.to_dict(), [type(model).__name__])
+    # GGUF holds numbers in fp32, in which 1e-5 is 9.99999974737875e-06: take the shortest number that means the same
+    config |= {key: float(str(np.float32(v))) for key, v in config.items() if isinstance(v, float)}
+    return config, LoadedWeights(tensors)
 
 
 def _map(

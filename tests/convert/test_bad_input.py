@@ -151,6 +151,8 @@ def test_pickled_weights_are_not_loaded(source: Path) -> None:
         ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, ["rope_type 'yarn' is not supported"]),
         ({"attention_bias": True}, ["attention_bias=True is not supported"]),
         ({"mlp_bias": True}, ["mlp_bias=True"]),
+        ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor=0.5 is not supported for Llama"]),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, ["quantised"]),
         ({"hidden_act": "gelu"}, ["hidden_act='gelu'"]),
         ({"num_hidden_layers": 5}, ["missing tensors: model.layers.4."]),
         ({"num_hidden_layers": 3}, ["does not have: model.layers.3."]),

