@@ -30,6 +30,7 @@ _SHARED = (
     ("initializer_range", "init_method_std"),
     ("tie_word_embeddings", "share_embeddings_and_output_weights"),
 )
+_SIZES = [theirs for theirs, _ in _SHARED if theirs not in ("initializer_range", "tie_word_embeddings")]
 _LLAMA3_ROPE = (
     ("factor", "rope_scaling_factor"),
     ("low_freq_factor", "rope_scaling_low_freq_factor"),
@@ -111,8 +112,8 @@ def check_config(config: dict[str, Any]) -> None:
 
 def find_architecture(config: dict[str, Any], where: str) -> tuple[Architecture, Head]:
     """The table and the head that ``config["architectures"]`` names."""
-    names = config.get("architectures") or []
-    if len(names) != 1:
+    names = config.get("architectures")
+    if not isinstance(names, list) or len(names) != 1:
         raise CheckpointError(f"{where}: the key architectures must name one class, not {names!r}")
     for table in ARCHITECTURES:
         for suffix, head in CLASSES.items():
@@ -130,6 +131,7 @@ def model_config(table: Architecture, config: dict[str, Any], where: str) -> Mod
     for key, wanted in table.required.items():
         if (config.get(key) or False) != wanted:
             raise CheckpointError(f"{where}: {key}={config.get(key)!r} is not supported (only {wanted!r})")
+    _check_sizes(config, where)
     heads = config["num_attention_heads"]
     config = {"num_key_value_heads": heads, "head_dim": config["hidden_size"] // heads} | {
         key: value for key, value in config.items() if value is not None
@@ -143,6 +145,17 @@ def model_config(table: Architecture, config: dict[str, Any], where: str) -> Mod
     unknown = settings.keys() - types.keys()
     assert not unknown, unknown
     return ModelConfig(**settings)
+
+
+def _check_sizes(config: dict[str, Any], where: str) -> None:
+    for key, ours in _SHARED:
+        value = config.get(key)
+        absent = value is None and key in ("num_key_value_heads", "head_dim")
+        if key in _SIZES and not absent and not (type(value) is int and value > 0):
+            raise CheckpointError(f"{where}: {key}={value!r} must be a whole number above 0 (model.{ours})")
+    heads, groups = config["num_attention_heads"], config.get("num_key_value_heads") or 1
+    if heads % groups:
+        raise CheckpointError(f"{where}: num_attention_heads={heads} cannot be divided by num_key_value_heads={groups}")
 
 
 def hf_config(table: Architecture, model: ModelConfig, head: Head, base: dict[str, Any]) -> dict[str, Any]:

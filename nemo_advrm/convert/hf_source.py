@@ -122,6 +122,8 @@ def _map(
     table: Architecture, model: ModelConfig, head: Any, weights: Weights, path: Path
 ) -> tuple[dict[str, tuple[Transform, tuple[str, ...]]], dict[str, TensorSpec]]:
     """Where every canonical tensor comes from, and its spec; CheckpointError lists whatever does not fit."""
+    if model.num_layers > len(weights.specs):
+        raise CheckpointError(f"{path}: {len(weights.specs)} tensors are too few for {model.num_layers} layers")
     parts, specs, missing, wrong = {}, {}, [], []
     left = {name for name in weights.specs if not IGNORED.search(name)}
     for name, shape in canonical_shapes(model, head, model.vocab_size).items():
