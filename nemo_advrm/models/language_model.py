@@ -54,9 +54,8 @@ class SupervisedModel(TrainableModel):
     def __init__(
         self, cfg: Config, tokenizer: Tokenizer, rows: list[EncodedResponse], restore_from: str = "", seed: int = 0
     ) -> None:
-        super().__init__(cfg, tokenizer, total_steps(cfg, len(rows)))
+        super().__init__(cfg, tokenizer, total_steps(cfg, len(rows)), seed)
         self.rows = rows
-        self.seed = seed
         self.model = build_policy(cfg, tokenizer, restore_from, derive_seed(seed, "weights"), trainable=True)
         self.optimizer = MegatronOptimizer(self.model, cfg.model.optim, cfg.trainer.gradient_clip_val)
 

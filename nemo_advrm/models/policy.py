@@ -115,7 +115,7 @@ class PolicyModel(TrainableModel):
         restore_from: str,
         seed: int = 0,
     ) -> None:
-        super().__init__(cfg, tokenizer, cfg.rl.max_steps)
+        super().__init__(cfg, tokenizer, cfg.rl.max_steps, seed)
         replicas = runtime.current().dp_size
         if cfg.rl.prompts_per_step % replicas:
             raise ConfigError(
@@ -123,7 +123,6 @@ class PolicyModel(TrainableModel):
             )
         self.prompts = prompts
         self.reward = reward
-        self.seed = seed
         self.model = build_policy(cfg, tokenizer, restore_from, derive_seed(seed, "weights"), trainable=True)
         self.reference = build_policy(cfg, tokenizer, restore_from, derive_seed(seed, "weights"), trainable=False)
         self.optimizer = MegatronOptimizer(self.model, cfg.model.optim, cfg.trainer.gradient_clip_val)

@@ -53,10 +53,9 @@ class RewardModel(TrainableModel):
         restore_from: str = "",
         seed: int = 0,
     ) -> None:
-        super().__init__(cfg, tokenizer, total_steps(cfg, len(train_rows)))
+        super().__init__(cfg, tokenizer, total_steps(cfg, len(train_rows)), seed)
         self.train_rows = train_rows
         self.validation_rows = validation_rows
-        self.seed = seed
         self.mix: MixRows | None = None
         if cfg.reward_model.loss in ("margin_bt", "scaled_bt") and all(row.margin is None for row in train_rows):
             raise ConfigError(f"reward_model.loss={cfg.reward_model.loss} needs rows with the key margin: none has it")

@@ -49,13 +49,14 @@ class TrainableModel(ModelPT):
     the step number, which makes a restarted run exact) and implements :meth:`train_on`.
     """
 
-    def __init__(self, cfg: Config, tokenizer: Tokenizer, max_steps: int) -> None:
+    def __init__(self, cfg: Config, tokenizer: Tokenizer, max_steps: int, seed: int) -> None:
         # NeMo keeps the configuration of a model under this name; "model" as a key is reserved by it
         settings = dict(asdict(cfg.model).items())
-        super().__init__(cfg=OmegaConf.create({"architecture": settings, "seed": cfg.seed}))
+        super().__init__(cfg=OmegaConf.create({"architecture": settings, "seed": seed}))
         self.config = cfg
         self.tokenizer = tokenizer
         self.max_steps = max_steps
+        self.seed = seed
         self.automatic_optimization = False
         self.restored_files: Any = None  # temporary files that a restored model reads
         self.step_metrics: dict[str, float] = {}
@@ -79,7 +80,7 @@ class TrainableModel(ModelPT):
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
         step = self.global_step
-        runtime.current().seed(derive_seed(self.config.seed, "step", step))
+        runtime.current().seed(derive_seed(self.seed, "step", step))
         metrics = self.train_on(batch, step)
         for name in ("train/loss", "loss"):
             if name in metrics and not math.isfinite(metrics[name]):

@@ -13,6 +13,7 @@ from nemo_advrm.data.encoding import EncodedPair
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.megatron.model import MegatronModel, build_model
 from nemo_advrm.megatron.runtime import Runtime
+from nemo_advrm.megatron.strategy import StepCounter
 from nemo_advrm.models.reward_model import RewardModel
 from nemo_advrm.models.scoring import rows_to_microbatch, score_sequences
 from nemo_advrm.models.trainable import derive_seed, total_steps
@@ -155,6 +156,20 @@ def test_members_of_an_ensemble_differ_by_seed_in_weights_and_order(single: Runt
     assert torch.equal(heads[0], heads[2]) and not torch.equal(heads[0], heads[1])
     orders = [[row.source for row in next(m.steps(0))] for m in (first, second, again)]
     assert orders[0] == orders[2] != orders[1]
+
+
+def test_members_of_an_ensemble_drop_out_different_units(single: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = _config()
+    cfg.model.hidden_dropout = 0.5
+    monkeypatch.setattr(RewardModel, "optimizers", lambda self: StepCounter())
+    monkeypatch.setattr(RewardModel, "log_dict", lambda self, *args, **kwargs: None)
+    losses = []
+    for seed in (1, 1, 2):
+        member, weights = _module(cfg, seed=seed), _module(cfg, seed=0).model.state_dict()
+        member.model.parts[0].load_state_dict(weights)
+        member.training_step(pairs(16), 0)
+        losses.append(member.step_metrics["train/loss"])
+    assert losses[0] == losses[1] != losses[2]
 
 
 def test_steps_from_the_middle_are_those_of_the_whole_run(single: Runtime) -> None:
