@@ -104,17 +104,11 @@ def _search(cfg: Config, gpus: int, size: int) -> int:
 
 
 def _submit_line(cfg: Config, gpus: int, added: list[str]) -> str:
-    """How the job is submitted: the settings of this command without the plan's own, then ``added``."""
-    nodes = nodes_of(gpus)
-    per_node = min(gpus, GPUS_PER_NODE)
-    given = [word for word in sys.argv[2:] if not word.startswith("plan.")] if sys.argv[1:2] == ["plan"] else []
-    wanted = {"trainer.num_nodes": (nodes, cfg.trainer.num_nodes), "trainer.devices": (per_node, cfg.trainer.devices)}
-    return " ".join(
-        [
-            f"sbatch --nodes={nodes} --ntasks-per-node={per_node} --gpus-per-node={per_node}",
-            f"slurm/{cfg.plan.stage}.sbatch",
-            *given,
-            *(f"{key}={value}" for key, (value, present) in wanted.items() if value != present),
-            *added,
-        ]
-    )
+    """How the job is submitted: the settings of this command without the plan's own, then ``added``.
+
+    The scripts set trainer.devices and trainer.num_nodes from what SLURM gives them.
+    """
+    own = ("plan.", "trainer.devices=", "trainer.num_nodes=")
+    given = [word for word in sys.argv[2:] if not word.startswith(own)] if sys.argv[1:2] == ["plan"] else []
+    place = f"--nodes={nodes_of(gpus)} --gpus-per-node={min(gpus, GPUS_PER_NODE)}"
+    return " ".join([f"sbatch {place} slurm/{cfg.plan.stage}.sbatch", *given, *added])

@@ -123,6 +123,7 @@ def test_stages_hold_their_models() -> None:
     assert held("plan.stage=sft") == [("lm", True, 1)]
     attack = [("lm", True, 1), ("lm", False, 1), ("reward", False, 3)]
     assert held("plan.stage=attack", "ensemble.size=3") == attack
+    assert held("plan.stage=attack", 'ensemble.members=["http://n1:8000","http://n2:8000"]') == attack[:2]
     assert held("plan.stage=rlhf", "ensemble.members=[a,b,c]", "rl=ppo") == [
         ("lm", True, 1),
         ("value", True, 1),
@@ -223,6 +224,16 @@ def test_search_finds_layouts_that_fit_and_none_slower_than_the_recipe() -> None
         validate_layout(there.cfg, 32, planning=True)
         assert max(stage.total for stage in all_stages(there)) == option.memory <= budget(there.cfg)
         assert Clock(there).step().seconds == pytest.approx(option.time.seconds)
+
+
+def test_search_offloads_what_need_not_stay() -> None:
+    overrides = ("model=nemotron4_340b", "parallel=nemotron4_340b_96xh100_tp8_pp12", "plan.stage=attack")
+    cfg = load_config(overrides)
+    best = search(cfg, 96, 0)[0]
+    assert best.changes["model.offload_reference"] and best.changes["model.offload_optimizer_while_generating"]
+    memory = rank_memory(best.job, 0)
+    # frozen weights once, optimizer state there and back, at 50 GB/s
+    assert best.time.offload == pytest.approx((memory.frozen + 2 * memory.optimizer) / 50e9)
 
 
 def test_search_of_too_few_gpus_finds_nothing() -> None:

@@ -8,7 +8,7 @@ from nemo_advrm.layout import layers_per_stage
 from nemo_advrm.megatron.planner.activations import Microbatch, boundary_bytes
 from nemo_advrm.megatron.planner.gpus import GPU, GPUS, GPUS_PER_NODE
 from nemo_advrm.megatron.planner.jobs import Held, Job
-from nemo_advrm.megatron.planner.memory import cache_bytes, element_bytes, weight_bytes
+from nemo_advrm.megatron.planner.memory import cache_bytes, element_bytes, rank_memory, weight_bytes
 from nemo_advrm.megatron.planner.parameters import Sizes, stage_parameters
 from nemo_advrm.schema import ModelConfig
 
@@ -57,6 +57,7 @@ class StepTime:
         tensor, pipeline, data: communication of tensor-parallel ranks, between stages, of data-parallel ranks.
         bubble: idle time of the pipeline.
         generate, score: making and scoring the responses (RL).
+        offload: moving what waits in CPU memory there and back.
     """
 
     flops: float
@@ -67,10 +68,12 @@ class StepTime:
     bubble: float
     generate: float = 0.0
     score: float = 0.0
+    offload: float = 0.0
 
     @property
     def seconds(self) -> float:
-        return self.compute + self.tensor + self.pipeline + self.data + self.bubble + self.generate + self.score
+        training = self.compute + self.tensor + self.pipeline + self.data + self.bubble
+        return training + self.generate + self.score + self.offload
 
     def utilization(self, job: Job) -> float:
         """Model FLOPs utilization: FLOPs that the step needs over what the GPUs could do in its time."""
@@ -208,7 +211,17 @@ class Clock:
             sum(p.bubble for p in parts),
             generate,
             score,
+            self._offload_seconds(),
         )
+
+    def _offload_seconds(self) -> float:
+        """Frozen weights come once a step (they need not be written back), optimizer state goes and comes."""
+        if not self.job.rollouts:
+            return 0.0
+        memory = rank_memory(self.job, 0)
+        moved = memory.frozen if self.model.offload_reference else 0.0
+        moved += 2 * memory.optimizer if self.model.offload_optimizer_while_generating else 0.0
+        return moved / (self.gpu.host * 1e9)
 
 
 def step_tokens(job: Job) -> int:

@@ -16,6 +16,7 @@ class GPU:
         bandwidth: of its memory, TB/s.
         link: to the other GPUs of its node (NVLink, or PCIe where there is none), GB/s in one direction.
         network: its share of the node's network, GB/s in one direction.
+        host: to the CPU's memory (PCIe), GB/s in one direction.
     """
 
     title: str
@@ -26,6 +27,7 @@ class GPU:
     bandwidth: float
     link: float
     network: float
+    host: float
 
     def peak(self, precision: str) -> float:
         """FLOP/s of matrix products in a ``precision.name``; 0 where the GPU has no such unit."""
@@ -35,12 +37,12 @@ class GPU:
 
 # FP8 on Blackwell includes MXFP8; no other GPU here has that (see supports)
 GPUS: dict[str, GPU] = {
-    "a100_40": GPU("A100 40 GB", 39.4, 312, 0, 19.5, 1.555, 300, 25),
-    "a100_80": GPU("A100 80 GB", 79.2, 312, 0, 19.5, 2.039, 300, 25),
-    "h100": GPU("H100 SXM 80 GB", 79.2, 989, 1979, 67, 3.35, 450, 50),
-    "h200": GPU("H200 141 GB", 139.8, 989, 1979, 67, 4.8, 450, 50),
-    "b200": GPU("B200 180 GB", 178.3, 2250, 4500, 75, 7.7, 900, 50),
-    "rtx4090": GPU("RTX 4090 24 GB", 23.5, 165, 330, 82.6, 1.008, 25, 3),
+    "a100_40": GPU("A100 40 GB", 39.4, 312, 0, 19.5, 1.555, 300, 25, 25),
+    "a100_80": GPU("A100 80 GB", 79.2, 312, 0, 19.5, 2.039, 300, 25, 25),
+    "h100": GPU("H100 SXM 80 GB", 79.2, 989, 1979, 67, 3.35, 450, 50, 50),
+    "h200": GPU("H200 141 GB", 139.8, 989, 1979, 67, 4.8, 450, 50, 50),
+    "b200": GPU("B200 180 GB", 178.3, 2250, 4500, 75, 7.7, 900, 50, 50),
+    "rtx4090": GPU("RTX 4090 24 GB", 23.5, 165, 330, 82.6, 1.008, 25, 3, 25),
 }
 
 GPUS_PER_NODE = 8

@@ -56,17 +56,20 @@ class Job:
 
 
 def models_of(cfg: Config) -> tuple[Held, ...]:
-    """The models of the stage ``cfg.plan.stage``; the first one decides the length of a step's training."""
+    """The models that the stage ``cfg.plan.stage`` holds; members of an ensemble behind an address are elsewhere."""
     stage = cfg.plan.stage
     if stage == "sft":
         return (Held("policy", "lm", True),)
     if stage == "train_rm":
         return (Held("reward model", "reward", True),)
-    members = len(cfg.ensemble.members) or cfg.ensemble.size
+    members = cfg.ensemble.size
+    if cfg.ensemble.members:
+        members = sum("://" not in member for member in cfg.ensemble.members)
     held = [Held("policy", "lm", True)]
     if cfg.rl.algorithm == "ppo":
         held.append(Held("critic", "value", True))
-    return (*held, Held("reference policy", "lm", False), Held("reward model", "reward", False, members))
+    held.append(Held("reference policy", "lm", False))
+    return (*held, Held("reward model", "reward", False, members)) if members else tuple(held)
 
 
 def _rows_at_once(cfg: Config, most: int, sequences: int = 1) -> int:

@@ -121,6 +121,13 @@ def single_changes(cfg: Config, gpus: int, tokenizer_size: int) -> list[Candidat
     return found
 
 
+def _offloads(cfg: Config) -> list[dict[str, Any]]:
+    """What may wait in CPU memory: nothing in training alone."""
+    names = ("offload_reference", "offload_optimizer_while_generating")
+    choices = (False, True) if cfg.plan.stage in ("attack", "rlhf") else (False,)
+    return [dict(zip(names, values, strict=True)) for values in itertools.product(choices, repeat=2)]
+
+
 def _candidates(cfg: Config, gpus: int) -> Iterator[dict[str, Any]]:
     model = cfg.model
     node = min(GPUS_PER_NODE, gpus)
@@ -133,8 +140,10 @@ def _candidates(cfg: Config, gpus: int) -> Iterator[dict[str, Any]]:
                 continue
             parts = layers // chunks
             again = sorted({parts // 4, parts // 2, 3 * parts // 4} - {0, parts})
-            for recompute, count in [("none", 1), ("full", 1), *(("block", n) for n in again)]:
+            recomputes = [("none", 1), ("full", 1), *(("block", n) for n in again)]
+            for (recompute, count), offload in itertools.product(recomputes, _offloads(cfg)):
                 yield {
+                    **offload,
                     "tensor_model_parallel_size": tensor,
                     "pipeline_model_parallel_size": stages,
                     "virtual_pipeline_model_parallel_size": chunks,

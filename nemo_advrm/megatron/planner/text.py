@@ -94,6 +94,7 @@ def time_lines(job: Job, time: StepTime) -> list[str]:
         ("pipeline", time.pipeline),
         ("bubble", time.bubble),
         ("data parallel", time.data),
+        ("offload", time.offload),
     ]
     shown = ", ".join(f"{name} {seconds:.2f}" for name, seconds in parts if seconds >= 0.005)
     tokens = step_tokens(job)
@@ -119,5 +120,11 @@ def change_line(option: Candidate) -> str:
 def layout_line(option: Candidate) -> str:
     """Memory, time and the whole layout."""
     job, model = option.job, option.job.cfg.model
-    words = f"{layout_words(model)} x DP {job.replicas}, {_count(job.training.rows, 'sequence')} a microbatch"
-    return f"{_outcome(option)}  {words}, {recompute_words(model)}"
+    words = [
+        f"{layout_words(model)} x DP {job.replicas}",
+        f"{_count(job.training.rows, 'sequence')} a microbatch",
+        recompute_words(model),
+        "offloaded reference" if model.offload_reference else "",
+        "offloaded optimizer" if model.offload_optimizer_while_generating else "",
+    ]
+    return f"{_outcome(option)}  {', '.join(filter(None, words))}"
