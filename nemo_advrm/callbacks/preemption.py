@@ -54,8 +54,8 @@ class PreemptionCheckpoint(Checkpoint):
         step = trainer.global_step
         if not stop or step >= pl_module.max_steps:  # type: ignore[operator]
             return
+        reason = self.received or "a signal to another rank"
         path = self.directory / f"step_{step:08d}"
         if path not in saved_steps(self.directory)[-1:]:
             trainer.save_checkpoint(path)
-        reason = self.received or "a signal to another rank"
         raise Preempted(f"stopped by {reason} after step {step}, saved in {path}; the same command goes on from there")

@@ -11,19 +11,17 @@ from pathlib import Path
 
 import pytest
 
-MINUTES = 0.1
-
 
 @pytest.mark.parametrize(
-    ("fate", "size", "expected"),
+    ("fate", "size", "minutes", "expected"),
     [
-        ("fine", 2, "sum"),
-        ("killed", 3, "lost rank 1 on node1: "),
-        ("stopped", 2, "lost rank 1 on node1: "),
-        ("absent", 3, "waited 0.1 minutes in vain for rank 1"),
+        ("fine", 2, 2, "sum"),
+        ("killed", 3, 2, "lost rank 1 on node1: "),
+        ("stopped", 2, 0.3, "lost rank 1 on node1: "),
+        ("absent", 2, 0.1, "waited 0.1 minutes in vain for rank 1"),
     ],
 )
-def test_the_survivors_name_the_lost_process(fate: str, size: int, expected: str) -> None:
+def test_the_survivors_name_the_lost_process(fate: str, size: int, minutes: float, expected: str) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -39,7 +37,7 @@ def test_the_survivors_name_the_lost_process(fate: str, size: int, expected: str
             "SLURMD_NODENAME": f"node{rank}",
             "OMP_NUM_THREADS": "1",
         }
-        command = [sys.executable, str(Path(__file__).with_name("peer_process.py")), fate, str(MINUTES)]
+        command = [sys.executable, str(Path(__file__).with_name("peer_process.py")), fate, str(minutes)]
         processes.append(
             subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         )
