@@ -1,0 +1,215 @@
+"""Clients of reward servers: what is tried again, what is not, fail-over, deadlines, and one call per replica."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from distributed import Worlds
+from reward_members import rollouts
+from tiny import TOKENIZER
+
+from nemo_advrm.errors import RewardSourceError
+from nemo_advrm.megatron.runtime import Layout
+from nemo_advrm.rewards.remote import ServerReward, TritonReward, connect
+from nemo_advrm.schema import RemoteConfig
+
+FAST = RemoteConfig(timeout_seconds=1.0, deadline_seconds=4.0, connect_seconds=1.0, rows_per_request=3)
+Answer = tuple[int, dict[str, str], bytes]
+
+
+class FakeServer:
+    """Answers ``/v1/score`` as ``answer(number of the request, body)`` says; every other path is healthy."""
+
+    def __init__(self) -> None:
+        self.requests: list[dict] = []
+        self.answer: Callable[[int, dict], Answer] = lambda number, body: self.scores(body)
+        fake = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self) -> None:
+                self.reply(200, {}, json.dumps({"tokenizer": TOKENIZER.fingerprint}).encode())
+
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+                fake.requests.append(body)
+                self.reply(*fake.answer(len(fake.requests), body))
+
+            def reply(self, status: int, headers: dict[str, str], content: bytes) -> None:
+                if status == 0:  # dies in the middle of the answer
+                    self.connection.shutdown(socket.SHUT_RDWR)
+                    self.close_connection = True
+                    return
+                self.send_response(status)
+                for name, value in {"Content-Length": str(len(content)), **headers}.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(content)
+
+            def log_message(self, format: str, *args: object) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.address = f"http://127.0.0.1:{self.server.server_address[1]}"
+        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+
+    @staticmethod
+    def scores(body: dict) -> Answer:
+        return 200, {}, json.dumps({"scores": [float(len(s["tokens"])) for s in body["samples"]]}).encode()
+
+    def close(self) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+
+@pytest.fixture
+def fake() -> Iterator[FakeServer]:
+    server = FakeServer()
+    yield server
+    server.close()
+
+
+def _source(*addresses: str, options: RemoteConfig = FAST) -> ServerReward:
+    source = connect("judge", "http", addresses, options)
+    assert isinstance(source, ServerReward)
+    return source
+
+
+def _lengths() -> list[float]:
+    data = rollouts()
+    return [float(len(p) + len(r)) for p, r in zip(data.prompt_tokens, data.response_tokens, strict=True)]
+
+
+def _dead_address() -> str:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        return f"http://127.0.0.1:{taken.getsockname()[1]}"
+
+
+def test_rows_are_sent_in_bounded_requests_and_come_back_in_order(fake: FakeServer) -> None:
+    assert _source(fake.address).score(rollouts()).tolist() == _lengths()
+    assert sorted(len(body["samples"]) for body in fake.requests) == [1, 3]
+
+
+def test_messages_are_sent_where_the_tokenizers_differ(fake: FakeServer) -> None:
+    fake.answer = lambda number, body: (200, {}, json.dumps({"scores": [1] * len(body["samples"])}).encode())
+    data = rollouts()
+    data.fingerprint = "another"
+    _source(fake.address).score(data)
+    sample = next(s for body in fake.requests for s in body["samples"] if s["response"] == data.responses[1])
+    assert sample == {"messages": list(data.prompts[1]), "response": data.responses[1], "ended": False}
+
+
+PASSING = [(503, {}, b"{}"), (500, {}, b"x"), (429, {"Retry-After": "0.3"}, b"{}"), (0, {}, b"")]
+
+
+@pytest.mark.parametrize("fault", PASSING)
+def test_what_may_pass_is_tried_again(fake: FakeServer, fault: Answer) -> None:
+    source, started = _source(fake.address), time.monotonic()
+    fake.answer = lambda number, body: fault if number <= 2 else fake.scores(body)
+    assert source.score(rollouts()).tolist() == _lengths()
+    if fault[0] == 429:
+        assert time.monotonic() - started >= 0.3
+
+
+@pytest.mark.parametrize("status", [400, 401, 404, 413, 422])
+def test_what_is_refused_is_not_tried_again(fake: FakeServer, status: int) -> None:
+    source = _source(fake.address, options=RemoteConfig(rows_per_request=64))
+    fake.answer = lambda number, body: (status, {}, b'{"error": "no such word"}')
+    with pytest.raises(RewardSourceError, match=rf"judge: {fake.address}.*status {status}.*no such word"):
+        source.score(rollouts())
+    assert len(fake.requests) == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"<html>", "no JSON"),
+        (b"{}", "no list of scores for 4"),
+        (b'{"scores": [1, 2, 3]}', "3 scores for 4"),
+        (b'{"scores": ["a", 1, 2, 3]}', "no list of scores"),
+    ],
+)
+def test_answers_that_are_no_scores_are_errors_by_name(fake: FakeServer, content: bytes, words: str) -> None:
+    source = _source(fake.address, options=RemoteConfig(rows_per_request=64))
+    fake.answer = lambda number, body: (200, {}, content)
+    with pytest.raises(RewardSourceError, match="judge") as caught:
+        source.score(rollouts())
+    assert words in str(caught.value)
+
+
+def test_another_address_is_asked_when_one_is_dead(fake: FakeServer) -> None:
+    other = FakeServer()
+    source = _source(other.address, fake.address)
+    assert source.score(rollouts()).tolist() == _lengths() and len(other.requests) == 2
+    other.close()
+    other.answer = lambda number, body: (0, {}, b"")  # connections that are still open
+    assert source.score(rollouts()).tolist() == _lengths() and len(fake.requests) >= 2
+    assert _source(_dead_address(), fake.address).score(rollouts()).tolist() == _lengths()
+
+
+def test_a_server_that_is_not_there_is_told_at_once() -> None:
+    address, started = _dead_address(), time.monotonic()
+    with pytest.raises(RewardSourceError, match=f"judge.*{address}.*ConnectError"):
+        _source(address)
+    assert time.monotonic() - started < 5
+
+
+def _slow(number: int, body: dict) -> Answer:
+    time.sleep(2)
+    return FakeServer.scores(body)
+
+
+@pytest.mark.parametrize("how", ["silent", "trickling", "dies"])
+def test_a_server_that_does_not_answer_ends_the_step_at_the_deadline(fake: FakeServer, how: str) -> None:
+    source = _source(fake.address, options=RemoteConfig(timeout_seconds=0.6, deadline_seconds=1.5, rows_per_request=64))
+    listener = socket.create_server(("127.0.0.1", 0))
+    if how == "trickling":  # every single read is in time, the answer never is
+        source.server.addresses = [f"http://127.0.0.1:{listener.getsockname()[1]}"]
+        threading.Thread(target=_trickle, args=(listener,), daemon=True).start()
+    fake.answer = _slow if how == "silent" else lambda number, body: (0, {}, b"")
+    started = time.monotonic()
+    with pytest.raises(RewardSourceError, match=r"judge did not answer within 1\.5 s.*http://127"):
+        source.score(rollouts())
+    assert time.monotonic() - started < 4
+    listener.close()
+
+
+def _trickle(listener: socket.socket) -> None:
+    while True:
+        try:
+            connection, _ = listener.accept()
+            threading.Thread(target=_drip, args=(connection,), daemon=True).start()
+        except OSError:
+            return
+
+
+def _drip(connection: socket.socket) -> None:
+    try:
+        connection.recv(65536)
+        connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")
+        for _ in range(100):
+            connection.sendall(b" ")
+            time.sleep(0.1)
+    except OSError:
+        connection.close()
+
+
+def test_text_for_nemo_aligner_is_prompt_and_response() -> None:
+    source = TritonReward("judge", ["triton+http://a:1/reward_model"], FAST)
+    assert source._rows(rollouts())[:2] == ["this riverbirds sing .", "these cloudsbirds sing"]
+
+
+@pytest.mark.parametrize("layout", [Layout(2, 1), Layout(1, 2), Layout()], ids=["TP2", "PP2", "DP2"])
+def test_one_rank_of_each_replica_asks_and_a_failure_reaches_all(worlds: Worlds, layout: Layout) -> None:
+    results = worlds.run(layout, "remote_jobs", "ask", world_size=2)
+    assert [r[0] for r in results] == ([[0.0, 7.0]] * 2 if layout.model_parallel == 2 else [[0.0, 7.0], [1.0, 7.0]])
+    assert all(calls == int(source) for _, calls, source in results)
+    failed = worlds.run(layout, "remote_jobs", "ask", world_size=2, fail_on_rank=0)
+    assert all("judge failed (OSError: the line is dead)" in error for error, _, _ in failed)

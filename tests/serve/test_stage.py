@@ -1,0 +1,170 @@
+"""The stage ``serve`` and the stages that use its servers: parallel models, the adversarial reward, mixed ensembles."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+from conftest import Served, ServerProcess
+from reward_members import rollouts, save_hf_reward, save_megatron
+from tiny import TOKENIZER, tiny_config
+
+from nemo_advrm import cli
+from nemo_advrm.data.jsonl import read_jsonl, write_jsonl_atomic
+from nemo_advrm.megatron.runtime import Runtime
+from nemo_advrm.rewards.ensemble import AdversarialReward
+from nemo_advrm.rewards.reference import Reference
+from nemo_advrm.rewards.sources import load_members
+from nemo_advrm.schema import AdversarialConfig
+
+
+def _fails(capsys: pytest.CaptureFixture[str], *settings: str) -> str:
+    assert cli.main(["serve", "trainer.accelerator=cpu", *settings]) == 2
+    message = capsys.readouterr().err.strip()
+    assert message.startswith("error: ") and "\n" not in message
+    return message
+
+
+def test_what_cannot_be_served_is_refused(
+    checkpoints: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("NEMO_ADVRM_TOKEN", raising=False)
+    member, run = f"ensemble.members=[{checkpoints[0]}]", f"run_dir={tmp_path / 'run'}"
+    assert "at least one reward model" in _fails(capsys, run)
+    assert "bearer token" in _fails(capsys, run, member, "serve.host=0.0.0.0")
+    assert "the token file" in _fails(capsys, run, member, f"serve.token_file={tmp_path / 'none'}")
+    assert "serve.reference_path" in _fails(capsys, run, member, "serve.reward=adversarial")
+    assert "no such checkpoint" in _fails(capsys, run, "ensemble.members=[nowhere/model]")
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_address_that_is_taken_is_refused(served: Served, capsys: pytest.CaptureFixture[str]) -> None:
+    port = httpx.URL(served.server.address).port
+    assert "in use" in _fails(capsys, f"ensemble.members=[{served.members[0]}]", f"serve.port={port}")
+
+
+@pytest.mark.parametrize("layout", ["tp2", "pp2"])
+def test_a_model_on_two_processes_gives_the_same_scores_and_stops_without_a_hang(
+    served: Served, tmp_path: Path, layout: str
+) -> None:
+    members = f"ensemble.members=[{','.join(map(str, served.members))}]"
+    # so short a limit of waits that an idle server lives by its orders to wait on
+    short = "trainer.timeout_minutes=0.1"
+    server = ServerProcess(tmp_path / "server", members, f"parallel={layout}", "trainer.devices=2", short)
+    try:
+        samples = [{"text": text} for text in served.texts()]
+        for pause in (0.0, 7.5):
+            time.sleep(pause)
+            answer = httpx.post(f"{server.address}/v1/score", json={"samples": samples}, timeout=30)
+            assert answer.status_code == 200, server.log.read_text()[-2000:]
+            assert answer.json()["scores"] == pytest.approx(served.expected, abs=1e-4)
+        server.terminate()
+        assert "Traceback" not in server.log.read_text()
+    finally:
+        server.kill()
+
+
+def _write_reference(path: Path, members: list[Path]) -> Reference:
+    """Two prompts with two responses each, scored by the members."""
+    data = rollouts()
+    scores = [m.score(data) for m in load_members(tiny_config(), [str(p) for p in members], TOKENIZER)]
+    rows = [
+        {
+            "prompt_id": data.prompt_index[i],
+            "messages": list(data.prompts[i]),
+            "response": data.responses[i],
+            "scores": [float(s[i]) for s in scores],
+        }
+        for i in range(4)
+    ]
+    write_jsonl_atomic(path, rows)
+    return Reference.read(path)
+
+
+def test_the_adversarial_reward_is_served_to_prompts_of_its_reference(
+    checkpoints: list[Path], tmp_path: Path
+) -> None:
+    reference = _write_reference(tmp_path / "reference.jsonl", checkpoints)
+    members = f"ensemble.members=[{','.join(map(str, checkpoints))}]"
+    adversarial = ["serve.reward=adversarial", f"serve.reference_path={tmp_path / 'reference.jsonl'}"]
+    server = ServerProcess(tmp_path / "server", members, *adversarial)
+    try:
+        own = load_members(tiny_config(), [str(p) for p in checkpoints], TOKENIZER)
+        data = rollouts()
+        expected = AdversarialReward(own, AdversarialConfig(), reference).judge(data).rewards_N.tolist()
+        tokens = [p + r for p, r in zip(data.prompt_tokens, data.response_tokens, strict=True)]
+        for samples in (
+            [{"tokens": row} for row in tokens],  # the prompt is found as the beginning of the row
+            [
+                {"messages": list(p), "response": r, "ended": e}
+                for p, r, e in zip(data.prompts, data.responses, data.ended, strict=True)
+            ],
+        ):
+            answer = httpx.post(f"{server.address}/v1/score", json={"samples": samples}, timeout=30)
+            assert answer.json()["scores"] == pytest.approx(expected, abs=1e-4)
+        foreign = {"messages": [{"role": "user", "content": "this garden"}], "response": "birds sing ."}
+        answer = httpx.post(f"{server.address}/v1/score", json={"samples": [foreign]})
+        assert answer.status_code == 422 and "not one of the reference" in answer.json()["error"]
+        assert server.terminate() == 0
+    finally:
+        server.kill()
+
+
+def test_an_attack_on_a_mixed_ensemble(served: Served, single: Runtime, tmp_path: Path) -> None:
+    hf = save_hf_reward(tmp_path / "hf")
+    policy = save_megatron(tmp_path / "policy", head="lm")
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in ("this river", "these clouds")))
+    members = [f"hf:{hf}", str(served.members[0]), served.server.address, str(served.members[1])]
+    cfg = tiny_config()
+    keys = ("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "ffn_hidden_size")
+    model = [f"model.{key}={getattr(cfg.model, key)}" for key in keys]
+    run = tmp_path / "run"
+    status = cli.main(
+        [
+            "attack",
+            f"run_dir={run}",
+            f"ensemble.members=[{','.join(members)}]",
+            f"pretrained_checkpoint.restore_from_path={policy}",
+            f"data.prompts_path={prompts}",
+            *model,
+            "model.tokenizer=synthetic",
+            "model.encoder_seq_length=64",
+            "rl.max_steps=1",
+            "rl.prompts_per_step=2",
+            "rl.max_new_tokens=6",
+            "reference.samples_per_prompt=3",
+            "adversarial.directions=[1,3]",
+            "trainer.accelerator=cpu",
+            "exp_manager.create_tensorboard_logger=false",
+        ]
+    )
+    assert status == 0
+    rows = [row for _, row in read_jsonl(run / "reference.jsonl")] + [
+        row for _, row in read_jsonl(run / "attack" / "samples.jsonl")
+    ]
+    assert len(rows) >= 6 + 2 * 2 and all(len(row["scores"]) == 4 for row in rows)
+    for row in rows:  # the server's reward is the mean of the two checkpoints that are members themselves
+        _, first, remote, second = row["scores"]
+        assert remote == pytest.approx((first + second) / 2, abs=1e-4)
+    assert len({row["scores"][0] for row in rows}) > 3
+
+
+def test_evaluate_takes_members_of_any_kind(
+    served: Served, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pairs = tmp_path / "pairs.jsonl"
+    texts = (("this river", "birds sing .", "birds rest ."), ("these clouds", "this river sleeps .", "birds dance ."))
+    pairs.write_text(
+        "".join(json.dumps({"prompt": p, "chosen": c, "rejected": r}) + "\n" for p, c, r in texts)
+    )
+    member, data = str(served.members[0]), f"data.validation_path={pairs}"
+    hf = f"hf:{save_hf_reward(tmp_path / 'hf')}"
+    assert cli.main(["evaluate", f"ensemble.members=[{member},{hf},{served.server.address}]", data]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "accuracy" in line]
+    assert [line.split(":")[0] for line in lines] == [f"R_1 ({member})", "R_2 (hf", "R_3 (http"]
+    assert cli.main(["evaluate", f"pretrained_checkpoint.restore_from_path={member}", data]) == 0
+    assert lines[0].endswith(capsys.readouterr().out.splitlines()[-1])
