@@ -72,7 +72,9 @@ def open_sink(settings: ConvertConfig, source: TensorSource) -> TensorSink:
     sink: TensorSink
     if settings.to == "hf":
         from nemo_advrm.convert.hf_sink import HEAD_BIAS, HFSink
+        from nemo_advrm.convert.nemo_tokenizer_files import check_exportable
 
+        check_exportable(source.description.tokenizer)
         sink = HFSink(
             out,
             source.description,

@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from nemo_advrm.convert.nemo_archive import NemoArchive
@@ -16,7 +17,16 @@ from nemo_advrm.errors import CheckpointError
 
 _GPT2_NAMES = ("GPT2BPETokenizer", "gpt2")
 _SENTENCEPIECE_NAMES = ("GPTSentencePieceTokenizer", "sentencepiece")
-_VOCABULARY, _MERGES = "vocab.json", "merges.txt"
+_VOCABULARY, _MERGES, _FAST = "vocab.json", "merges.txt", "tokenizer.json"
+_PROBES = (
+    "Hello, World!  Two  spaces",
+    " lead",
+    "trail ",
+    "line\nbreak\ttab",
+    "naïve 中文 🙂",
+    "a,b.c (d) 1234567",
+    "",
+)
 
 
 def unpack_tokenizer(archive: NemoArchive, config: Mapping[str, Any], target: Path, given: Path | None) -> None:
@@ -61,6 +71,47 @@ def unpack_tokenizer(archive: NemoArchive, config: Mapping[str, Any], target: Pa
     else:
         raise CheckpointError(f"{archive.path}: tokenizer library {library} {kind} is not supported: set tokenizer=DIR")
     (target / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+    if settings["library"] == "sentencepiece" and not (settings["legacy"] and special):
+        _write_fast_tokenizer(target)
+
+
+def check_exportable(tokenizer: Path | None) -> None:
+    """Raise CheckpointError for a SentencePiece tokenizer that transformers would read as another one."""
+    if tokenizer is None or not (tokenizer / SENTENCEPIECE).exists() or not (tokenizer / SETTINGS).exists():
+        return
+    if not (tokenizer / _FAST).exists():
+        raise CheckpointError(
+            f"{tokenizer}: transformers makes other ids of this SentencePiece tokenizer: set tokenizer=DIR to a "
+            "Hugging Face tokenizer of equal ids"
+        )
+
+
+def _write_fast_tokenizer(directory: Path) -> None:
+    """The same tokenizer for transformers, where it gives equal ids to every entry and to texts made of them."""
+    import sentencepiece
+    from transformers import PreTrainedTokenizerFast
+    from transformers.convert_slow_tokenizer import SpmConverter
+
+    model = sentencepiece.SentencePieceProcessor(model_file=str(directory / SENTENCEPIECE))
+    plain = [i for i in range(model.get_piece_size()) if not (model.is_control(i) or model.is_unknown(i))]
+    pieces = [model.id_to_piece(i).replace("▁", " ") for i in plain if not model.is_byte(i)]
+    texts = [*pieces, *("".join(pieces[i : i + 7]) for i in range(0, len(pieces), 3)), *_PROBES]
+    for byte_fallback in (False, True):
+        try:
+            converter = SpmConverter(
+                SimpleNamespace(vocab_file=str(directory / SENTENCEPIECE), add_prefix_space=True, legacy=False)
+            )
+            converter.handle_byte_fallback = byte_fallback
+            fast = PreTrainedTokenizerFast(tokenizer_object=converter.converted())
+            equal = all(fast(text, add_special_tokens=False).input_ids == model.encode_as_ids(text) for text in texts)
+        except Exception:  # a kind of model that transformers does not convert
+            continue
+        if equal:
+            named = {"bos": model.bos_id(), "eos": model.eos_id(), "pad": model.pad_id(), "unk": model.unk_id()}
+            fast.add_special_tokens({f"{k}_token": model.id_to_piece(i) for k, i in named.items() if i >= 0})
+            if len(fast) == model.get_piece_size():
+                fast.save_pretrained(str(directory))
+                return
 
 
 def _artifact(archive: NemoArchive, wanted: Mapping[str, Any], key: str) -> bytes:

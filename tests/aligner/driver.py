@@ -223,6 +223,21 @@ def token_ids(path: str, texts: list[str]) -> list[list[int]]:
     return [actor.tokenizer.text_to_ids(text) for text in texts]
 
 
+def tokenizer_ids(settings: dict[str, Any], texts: list[str]) -> dict[str, Any]:
+    """Ids, end token and size of a tokenizer that NeMo builds from the ``tokenizer`` section of a configuration."""
+    from nemo.collections.nlp.modules.common.tokenizer_utils import get_nmt_tokenizer
+
+    built = get_nmt_tokenizer(
+        library=settings["library"],
+        model_name=settings.get("type"),
+        tokenizer_model=settings.get("model"),
+        special_tokens=settings.get("special_tokens"),
+        legacy=settings["sentencepiece_legacy"],
+        use_fast=True,
+    )
+    return {"ids": [built.text_to_ids(t) for t in texts], "eos": built.eos_id, "size": built.vocab_size}
+
+
 def main() -> None:
     jobs = json.loads(Path(sys.argv[1]).read_text())
     answers = [globals()[name](**arguments) for name, arguments in jobs]

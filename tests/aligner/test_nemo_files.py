@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +31,9 @@ WORDS = TEXT.split()
 TEXTS = ["the cat", "why is the sky blue", "a good answer because yes", "no no no", "x"]
 ROWS = [[5, 6, 7, 8, 9, 20, 30, 12], [4, 5, 39, 38]]
 STEPS = 4
+# tokens that NeMo puts behind a SentencePiece vocabulary (its legacy mode), as its chat templates have them
+SPECIAL = {"eos_token": "<end>", "pad_token": "<pad>", "bos_token": "<begin>", "sep_token": "<turn>"}
+SPECIAL_TEXTS = ["<begin>the cat<turn> why<turn><end>", "no <turn>", "<turn>", "the cat", " <turn>  good<turn>", ""]
 # 40 entries: a vocabulary that needs no padding, whose entries NeMo gives probability
 VOCABULARY = 40
 SHAPE = {
@@ -77,6 +82,7 @@ class Written:
     scores: dict[str, list[float]]
     log_probs: dict[str, list[list[float]]]
     ids: list[list[int]]
+    special: dict[str, Any]
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +142,8 @@ def written(
     jobs += [
         ("train_rm", {"base": str(actors[name]), "out": str(path), **training}) for name, path in reward_models.items()
     ]
+    legacy = {**section, "sentencepiece_legacy": True, "special_tokens": SPECIAL}
+    jobs.append(("tokenizer_ids", {"settings": legacy, "texts": SPECIAL_TEXTS}))
     jobs.append(("token_ids", {"path": str(actors["llama"]), "texts": TEXTS}))
     answers = aligner(*jobs)
     trained = dict(zip(REWARD_MODELS, answers[2 * len(actors) :], strict=False))
@@ -146,6 +154,7 @@ def written(
         {name: answer["scores"] for name, answer in trained.items()},
         dict(zip(ARCHITECTURES, answers[len(actors) :], strict=False)),
         answers[-1],
+        answers[-2],
     )
 
 
@@ -157,6 +166,15 @@ def run(from_: str, path: Path, to: str, out: Path) -> Path:
 def log_probs(checkpoint: Path, row: list[int]) -> torch.Tensor:
     logits_SV = convert_jobs.logits(str(checkpoint), torch.tensor([row]))[0]
     return logits_SV.log_softmax(-1)[:-1].gather(1, torch.tensor(row)[1:, None])[:, 0]
+
+
+def test_special_tokens_have_its_ids(written: Written, tokenizer: Path, tmp_path: Path) -> None:
+    settings = {"library": "sentencepiece", "legacy": True, "special_tokens": SPECIAL}
+    (tmp_path / "tokenizer_nemo.json").write_text(json.dumps(settings))
+    shutil.copy(tokenizer, tmp_path / "tokenizer.model")
+    ours = build_tokenizer(f"hf:{tmp_path}")
+    assert [ours.encode(text) for text in SPECIAL_TEXTS] == written.special["ids"]
+    assert (ours.eos_id, ours.vocab_size) == (written.special["eos"], written.special["size"])
 
 
 @pytest.mark.parametrize("name", REWARD_MODELS)

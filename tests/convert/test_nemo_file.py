@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
 import tarfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,8 +23,10 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
 from nemo_advrm.convert.megatron import MegatronSource
+from nemo_advrm.convert.nemo_archive import NemoArchive
 from nemo_advrm.convert.nemo_config import read_model, write_config
 from nemo_advrm.convert.nemo_file import NemoSource
+from nemo_advrm.convert.nemo_tokenizer_files import pack_tokenizer, unpack_tokenizer
 from nemo_advrm.data.tokenizers import build_tokenizer
 from nemo_advrm.errors import CheckpointError
 from nemo_advrm.megatron.runtime import Layout, Runtime
@@ -241,3 +244,56 @@ def test_append_eod_decides_whether_a_text_ends_in_eos(imported: Path, tmp_path:
 def test_tokenizers_pickle_for_worker_processes(imported: Path) -> None:
     tokenizer = build_tokenizer(f"hf:{imported / 'tokenizer'}")
     assert pickle.loads(pickle.dumps(tokenizer)).encode("why is") == tokenizer.encode("why is")
+
+
+def test_a_hugging_face_export_has_the_ids_and_scores_of_nemo_aligner(single: Runtime, tmp_path: Path) -> None:
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    # Hugging Face has no partial rotary embeddings for Llama
+    path = rewritten(tmp_path / "full.nemo", rotary_percentage=1.0)
+    run("nemo", path, "megatron", tmp_path / "megatron")
+    run("nemo", path, "hf", tmp_path / "hf", drop_head_bias=True)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    rows = ids(tmp_path / "megatron")
+    assert [tokenizer(text).input_ids for text in KNOWN["texts"]] == rows
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "hf", dtype=torch.float32)
+    batch = tokenizer(KNOWN["texts"], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        found = model.eval()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, 0]
+    torch.testing.assert_close(found, convert_jobs.scores(str(tmp_path / "megatron"), rows), **TOLERANCE)
+
+
+def test_a_tokenizer_that_transformers_would_change_is_not_exported(imported: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(imported, copy)
+    (copy / "tokenizer" / "tokenizer.json").unlink()
+    with pytest.raises(CheckpointError, match="makes other ids"):
+        run("megatron", copy, "hf", tmp_path / "hf", drop_head_bias=True)
+
+
+def test_the_tokenizer_of_gpt2_comes_out_of_the_archive(tmp_path: Path) -> None:
+    from transformers import GPT2Tokenizer
+
+    alphabet = [chr(c) for c in range(33, 127)] + ["Ġ"]
+    vocabulary = {token: i for i, token in enumerate([*alphabet, "Ġt", "he", "Ġthe", "<|endoftext|>"])}
+    (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\nĠ t\nh e\nĠt he\n")
+    section = {"library": "megatron", "type": "GPT2BPETokenizer", "model": None}
+    section |= {"vocab_file": "nemo:v_vocab.json", "merge_file": "nemo:m_merges.txt"}
+    path = tmp_path / "gpt2.nemo"
+    with tarfile.open(path, "w") as archive:
+        for name, member in (("vocab.json", "v_vocab.json"), ("merges.txt", "m_merges.txt")):
+            archive.add(tmp_path / name, arcname=f"./{member}")
+    out = tmp_path / "out"
+    out.mkdir()
+    with NemoArchive(path) as opened:
+        unpack_tokenizer(opened, {"tokenizer": section, "data": {"append_eod": True}}, out, None)
+    tokenizer = build_tokenizer(f"hf:{out}")
+    reference = GPT2Tokenizer.from_pretrained(str(out))
+    text = "to the end the"
+    assert tokenizer.encode_response(text) == [*reference(text).input_ids, vocabulary["<|endoftext|>"]]
+    assert vocabulary["Ġthe"] in tokenizer.encode(text) and tokenizer.decode(tokenizer.encode(text)) == text
+    assert (tokenizer.vocab_size, tokenizer.eos_id) == (len(vocabulary), vocabulary["<|endoftext|>"])
+    again, files, append_eod = pack_tokenizer(out)
+    assert (again["library"], again["type"], append_eod) == ("megatron", "GPT2BPETokenizer", True)
+    assert {file.name for file in files.values()} == {"vocab.json", "merges.txt"}
