@@ -180,6 +180,13 @@ def test_recompute_costs_a_forward_pass_and_no_utilization_is_claimed_for_it() -
     assert again.compute == pytest.approx(once.compute * 4 / 3)
 
 
+def test_fp8_is_for_the_matrices_of_layers_alone() -> None:
+    half, eighth = (Clock(job(*LLAMA_70B, "model.recompute=none", f"precision={p}")).step() for p in ("bf16", "mxfp8"))
+    layer = layer_flops(load_config(LLAMA_70B).model, Microbatch(2, 8192))
+    saved = 128 * 20 * 3 * layer.matrices / 8 * (1 / 989e12 - 1 / 1979e12) / 0.5
+    assert half.compute - eighth.compute == pytest.approx(saved)
+
+
 def test_alone_on_a_gpu_the_utilization_is_the_efficiency() -> None:
     planned = job("model=smollm2_135m", "parallel=smollm2_135m_1xrtx4090", "plan.efficiency=0.3")
     assert Clock(planned).step().utilization(planned) == pytest.approx(0.3)

@@ -89,7 +89,10 @@ class Clock:
         self.model = job.cfg.model
         self.gpu: GPU = GPUS[job.cfg.plan.gpu]
         self.efficiency = job.cfg.plan.efficiency
-        self.rate = self.gpu.peak(job.cfg.precision.name) * self.efficiency
+        precision = job.cfg.precision.name
+        self.rate = self.gpu.peak(precision) * self.efficiency
+        # FP8 is for the matrices of the layers alone
+        self.other_rate = self.gpu.peak(precision if precision == "fp32" else "bf16") * self.efficiency
         self.layers = layers_per_stage(self.model)
         self.ranks = self.model.tensor_model_parallel_size * self.model.context_parallel_size
 
@@ -98,6 +101,15 @@ class Clock:
         if stage == len(self.layers) - 1:
             flops += head_flops(self.model, head, batch.tokens, self.job.vocab_size)
         return flops
+
+    def _compute_seconds(self, stage: int, batch: Microbatch, head: str, matrices: float, attention: float) -> float:
+        """Of one rank; ``matrices`` and ``attention`` say how often each is computed in units of a forward pass."""
+        layer, layers = layer_flops(self.model, batch), self.layers[stage]
+        flops = self._stage_flops(stage, batch, head) - layers * layer.total  # the head
+        passes = 3 if matrices >= 3 else 1
+        seconds = layers * matrices * layer.matrices / self.rate
+        seconds += (layers * attention * layer.attention + passes * flops) / self.other_rate
+        return seconds / self.ranks
 
     def _tensor_seconds(self, stage: int, batch: Microbatch, passes: float) -> float:
         """All-gathers and reduce-scatters (or all-reduces) of a layer: four per pass over it."""
@@ -119,14 +131,12 @@ class Clock:
         """A step of one trained model: forward, twice that backward, and what is recomputed."""
         model, batch, replicas = self.model, self.job.training, self.job.replicas
         stages, chunks = len(self.layers), model.virtual_pipeline_model_parallel_size
-        layer = layer_flops(model, batch)
         slowest = tensor = model_flops = 0.0
         for stage in range(stages):
             forward = self._stage_flops(stage, batch, held.head)
             model_flops += 3 * forward
             again_m, again_a = _recomputed_share(model, self.layers[stage])
-            again = self.layers[stage] * (again_m * layer.matrices + again_a * layer.attention)
-            seconds = (3 * forward + again) / self.ranks / self.rate
+            seconds = self._compute_seconds(stage, batch, held.head, 3 + again_m, 3 + again_a)
             # the backward pass gathers the inputs of its matrices again: 1 + 1.5 passes
             wire = self._tensor_seconds(stage, batch, 2.5 + again_m)
             if seconds + wire > slowest + tensor:
@@ -161,7 +171,10 @@ class Clock:
         microbatches = -(-rows // batch.rows)
         stages = range(len(self.layers))
         flops = [self._stage_flops(stage, batch, head) for stage in stages]
-        times = [flops[stage] / self.ranks / self.rate + self._tensor_seconds(stage, batch, 1.0) for stage in stages]
+        times = [
+            self._compute_seconds(stage, batch, head, 1, 1) + self._tensor_seconds(stage, batch, 1.0)
+            for stage in stages
+        ]
         slowest = max(times) + self._exchange_seconds(batch)
         return (microbatches + len(self.layers) - 1) * slowest, microbatches * sum(flops)
 
@@ -179,7 +192,7 @@ class Clock:
         for stage in range(len(self.layers)):
             counts = stage_parameters(model, "lm", job.vocab_size, stage)
             read = weight_bytes(cfg, counts) + cache_bytes(job, stage)
-            token = self._stage_flops(stage, Microbatch(job.generated, 1), "lm") / self.ranks / self.rate
+            token = self._compute_seconds(stage, Microbatch(job.generated, 1), "lm", 1, 1)
             per_token += max(read / bandwidth, token)
         prompt = Microbatch(1, max(1, model.encoder_seq_length - new))
         reading, flops = self._forward("reward", job.rollouts, prompt)
