@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import sys
@@ -44,6 +45,7 @@ def _run(command: list[str], processes: int) -> int:
     from nemo_advrm.quiet import quiet_libraries
 
     quiet_libraries()
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # failures are told below
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,

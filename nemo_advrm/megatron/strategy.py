@@ -139,19 +139,21 @@ class MegatronStrategy(Strategy):
 
 def save_training_state(path: Path, module: TrainableModel, trainer_state: dict[str, Any]) -> None:
     """Write weights, optimizers and loop state of every trained model; complete once it bears its name."""
-    rt = runtime.current()
     partial = path.with_name(path.name + ".partial")
-    if rt.is_writer:
+
+    def begin() -> None:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-    rt.barrier()
-    for name, (model, optimizer) in module.trained().items():
-        checkpoint.save(partial / name, model, optimizer, {"tokenizer": module.tokenizer.fingerprint})
-    if rt.is_writer:
+
+    def complete() -> None:
         (partial / _TRAINER_STATE).write_text(json.dumps(trainer_state))
         shutil.rmtree(path, ignore_errors=True)
         partial.rename(path)
-    rt.barrier()
+
+    runtime.on_writer(begin)
+    for name, (model, optimizer) in module.trained().items():
+        checkpoint.save(partial / name, model, optimizer, {"tokenizer": module.tokenizer.fingerprint})
+    runtime.on_writer(complete)
 
 
 def load_training_state(path: Path, module: TrainableModel) -> None:
