@@ -26,6 +26,7 @@ INSTALL = [
     "tokenizers>=0.23.3,<0.24",
     "einops>=0.8.2,<0.9",
     "sentencepiece>=0.2.3,<0.3",
+    "pyyaml>=6.0.3,<7",
     "numpy>=2.4.6,<2.5",
     "psutil>=7.2.2,<8",  # without it Megatron-Core's checkpoint writer dies and save() hangs
     "rich>=15.0.0,<16",
