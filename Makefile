@@ -26,7 +26,7 @@ $(STAMP): setup.py pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) \
 	  || { echo "error: $(PYTHON) -m venv failed; on Debian and Ubuntu install python3.11-venv" >&2; exit 1; }
 	$(PIP) install -q $(TORCH)
-	$(PIP) install -q -e '.[dev]'
+	$(PIP) install -q -e '.[dev,serve]'
 	@touch $@
 
 run: setup

@@ -291,7 +291,6 @@ class ServeConfig:
     port: int = 8000  # 0 takes a free one; the address is written to run_dir/server.json
     name: str = "reward_model"  # of the model, in KServe's addresses
     token_file: str = ""  # file of the bearer token; empty: the environment variable NEMO_ADVRM_TOKEN, if set
-    triton_port: int = 0  # also serve through PyTriton at this port
     batch_tokens: int = 16384  # most tokens scored at once, over all requests
     batch_wait_ms: float = 2.0  # that a request waits for others to join its batch
     queue_tokens: int = 1048576  # waiting tokens above which requests are answered 429

@@ -48,7 +48,7 @@ def read_request(body: bytes, header_length: int | None) -> InferRequest:
     if not isinstance(request, dict):
         raise BadTensors("the request is not a JSON object")
     tensors = _read_inputs(request.get("inputs"), rest)
-    return InferRequest(_samples(tensors), _identifier(request), _wants_binary(request))
+    return InferRequest(samples_of(tensors), _identifier(request), _wants_binary(request))
 
 
 def _identifier(request: dict[str, Any]) -> str:
@@ -151,7 +151,8 @@ def _check_count(name: str, shape: tuple[int, ...], count: int) -> None:
         raise BadTensors(f"input {name}: the shape {list(shape)} does not hold {count} elements")
 
 
-def _samples(tensors: dict[str, np.ndarray]) -> list[Sample]:
+def samples_of(tensors: dict[str, np.ndarray]) -> list[Sample]:
+    """The samples in arrays by input name, strings as Python's. Raises BadTensors."""
     sentences, tokens, lengths = (tensors.get(name) for name in ("sentences", "tokens", "sequence_lengths"))
     if (sentences is None) == (tokens is None):
         raise BadTensors("either sentences or tokens must be given")
