@@ -94,7 +94,8 @@ class HFSink:
     def _take_own_tokenizer(self) -> None:
         """Special tokens of the tokenizers that transformers does not have."""
         name = self._model.tokenizer
-        if self._description.tokenizer is not None or name not in OWN_TOKENIZERS:
+        about = self._description
+        if about.tokenizer is not None or about.hf_config or name not in OWN_TOKENIZERS:
             return
         own = build_tokenizer(name)
         self.config |= {"eos_token_id": own.eos_id, "pad_token_id": own.pad_id, "bos_token_id": None}
