@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -20,14 +19,9 @@ from nemo_advrm.megatron.model import MegatronModel
 from nemo_advrm.megatron.optim import MegatronOptimizer, learning_rate
 from nemo_advrm.megatron.strategy import StepCounter
 from nemo_advrm.schema import Config
+from nemo_advrm.seeds import derive_seed
 
 Row = TypeVar("Row")
-
-
-def derive_seed(*parts: Any) -> int:
-    """A seed in [0, 2^31) from any values; different purposes and steps get unrelated seeds."""
-    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
-    return int.from_bytes(digest[:4], "big") >> 1
 
 
 def total_steps(cfg: Config, rows: int) -> int:
