@@ -64,15 +64,17 @@ def _must_divide(size_key: str, size: int, value_key: str, value: int) -> None:
         raise LayoutError(f"{value_key}={value} cannot be divided by {size_key}={size}")
 
 
+def _check_optimizer(model: ModelConfig) -> None:
+    distributed = "model.use_distributed_optimizer=true"
+    if model.overlap_param_gather and not (model.use_distributed_optimizer and model.overlap_grad_reduce):
+        raise LayoutError(f"model.overlap_param_gather=true needs {distributed} and model.overlap_grad_reduce=true")
+    if model.use_distributed_optimizer and model.optim.name != "adam":
+        raise LayoutError(f"{distributed} needs model.optim.name=adam, not {model.optim.name}")
+
+
 # key -> the only value that training knows yet; the planner takes the others too
 _NOT_YET: dict[str, object] = {
-    "model.virtual_pipeline_model_parallel_size": 1,
-    "model.num_layers_in_first_pipeline_stage": 0,
-    "model.num_layers_in_last_pipeline_stage": 0,
     "model.context_parallel_size": 1,
-    "model.overlap_grad_reduce": False,
-    "model.overlap_param_gather": False,
-    "model.recompute": "none",
     "model.offload_reference": False,
     "model.offload_optimizer_while_generating": False,
     "precision.fp8_params": False,
@@ -109,6 +111,7 @@ def validate_layout(cfg: Config, world_size: int, transformer_engine: bool = Fal
         raise LayoutError(f"model.sequence_parallel=true needs {tensor_key} above 1")
 
     layers_per_stage(model)
+    _check_optimizer(model)
     if cfg.precision.name not in ("fp32", "bf16") and not (transformer_engine or planning):
         raise LayoutError(f"precision.name={cfg.precision.name} needs Transformer Engine, which is not installed")
     if model.global_batch_size % replicas:

@@ -7,7 +7,7 @@ import pytest
 from nemo_advrm.config import load_config
 from nemo_advrm.errors import LayoutError
 from nemo_advrm.layout import data_parallel_size, validate_layout
-from nemo_advrm.schema import Config
+from nemo_advrm.schema import Config, OptimConfig
 
 TP, PP = (f"model.{name}_model_parallel_size" for name in ("tensor", "pipeline"))
 
@@ -37,6 +37,24 @@ def test_data_parallel_size_is_what_is_left() -> None:
         ({"hidden_size": 66}, 1, ("model.hidden_size=66", "model.num_attention_heads=4")),
         ({"pipeline_model_parallel_size": 3}, 3, ("model.num_layers=2", f"{PP}=3")),
         ({"sequence_parallel": True}, 1, ("model.sequence_parallel", TP)),
+        (
+            {"num_layers": 6, "pipeline_model_parallel_size": 3, "num_layers_in_first_pipeline_stage": 1},
+            3,
+            ("model.num_layers_in_first_pipeline_stage=1", "leaves 5 layers"),
+        ),
+        ({"num_layers_in_last_pipeline_stage": 1}, 1, ("model.num_layers_in_last_pipeline_stage", PP)),
+        ({"virtual_pipeline_model_parallel_size": 2}, 1, ("model.virtual_pipeline_model_parallel_size=2", PP)),
+        (
+            {"num_layers": 6, "pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
+            2,
+            ("3 layers", "model.virtual_pipeline_model_parallel_size=2"),
+        ),
+        ({"overlap_param_gather": True}, 2, ("overlap_param_gather", "use_distributed_optimizer=true")),
+        (
+            {"use_distributed_optimizer": True, "optim": OptimConfig("sgd")},
+            2,
+            ("model.use_distributed_optimizer=true", "model.optim.name=adam"),
+        ),
         ({"global_batch_size": 6}, 4, ("model.global_batch_size=6", "4 data-parallel")),
     ],
 )

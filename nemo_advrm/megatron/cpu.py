@@ -173,6 +173,25 @@ def _clip_grad_by_total_norm(
         torch._foreach_mul_([g.detach() for g in grads], coefficient)
 
 
+@contextlib.contextmanager
+def types_of_cuda_tensors() -> Iterator[None]:
+    """Inside, a tensor on the CPU names its type as one on a GPU would.
+
+    Megatron's distributed optimizer sorts parameters by the names of their types when it is built.
+    """
+    own = torch.Tensor.type
+
+    def type_of(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        answer = own(self, *args, **kwargs)
+        return answer.replace("torch.", "torch.cuda.", 1) if isinstance(answer, str) and not self.is_cuda else answer
+
+    torch.Tensor.type = type_of  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        del torch.Tensor.type  # what PyTorch's base class has shows again
+
+
 def keep_freed_memory() -> None:
     """Let glibc keep freed blocks below 1 GiB for the next tensors instead of giving them back to the kernel.
 

@@ -63,12 +63,13 @@ def generate(
                 f"prompt {i} has {len(prompt)} tokens; with rl.max_new_tokens={sampling.max_new_tokens} that exceeds "
                 f"model.encoder_seq_length={limit}"
             )
+    model.gather_parameters()
     model.eval()
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     step = max_rows or len(prompts) or 1
     responses: list[list[int]] = [[] for _ in prompts]
     ended = [False] * len(prompts)
-    with without_sequence_parallel(model.parts[0]):
+    with without_sequence_parallel(model.parts):
         for start in range(0, len(order), step):
             rows = order[start : start + step]
             tokens, done = _generate_batch(model, [prompts[i] for i in rows], sampling, uniforms_BT[rows])
@@ -153,21 +154,22 @@ def _call_pipeline(
     mask: Tensor | None,
     cache: KVCache,
 ) -> Tensor | None:
-    """One pass through all stages; [B, V] logits on the last stage, None before it."""
+    """One pass through all stages, chunk after chunk; [B, V] logits on the last stage, None before it."""
     rt = runtime.current()
-    part = model.parts[0]
     rows, length = tokens_BS.shape
     group = parallel_state.get_pipeline_model_parallel_group() if rt.layout.pipeline > 1 else None
-    if not rt.is_first_stage:
-        hidden = torch.empty(length, rows, model.config.hidden_size, dtype=model.config.params_dtype, device=rt.device)
-        dist.recv(hidden, parallel_state.get_pipeline_model_parallel_prev_rank(), group=group)
-        part.set_input_tensor(hidden)
-    output = part(
-        tokens_BS, positions_BS, mask, read_at_B=read_at_B, inference_context=cache, gather_logits=True
-    )
-    if not rt.is_first_stage:
-        part.set_input_tensor(None)
-    if rt.is_last_stage:
-        return output
-    dist.send(output.contiguous(), parallel_state.get_pipeline_model_parallel_next_rank(), group=group)
-    return None
+    output = None
+    for part in model.parts:
+        if not part.pre_process:
+            hidden = torch.empty(
+                length, rows, model.config.hidden_size, dtype=model.config.params_dtype, device=rt.device
+            )
+            dist.recv(hidden, parallel_state.get_pipeline_model_parallel_prev_rank(), group=group)
+            part.set_input_tensor(hidden)
+        output = part(tokens_BS, positions_BS, mask, read_at_B=read_at_B, inference_context=cache, gather_logits=True)
+        if not part.pre_process:
+            part.set_input_tensor(None)
+        if not part.post_process:
+            dist.send(output.contiguous(), parallel_state.get_pipeline_model_parallel_next_rank(), group=group)
+            output = None
+    return output

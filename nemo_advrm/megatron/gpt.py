@@ -190,23 +190,25 @@ _SEQUENCE_PARALLEL_SWITCHES = ("sequence_parallel", "scatter_to_sequence_paralle
 
 
 @contextlib.contextmanager
-def without_sequence_parallel(chunk: HeadedGPT) -> Iterator[None]:
+def without_sequence_parallel(parts: list[HeadedGPT]) -> Iterator[None]:
     """Turn sequence parallelism off for decoding, where one token cannot be split over ranks."""
-    if not chunk.config.sequence_parallel:
+    config = parts[0].config  # all chunks of a model share it
+    if not config.sequence_parallel:
         yield
         return
     switched = [
         (module, name)
-        for module in chunk.modules()
+        for part in parts
+        for module in part.modules()
         for name in _SEQUENCE_PARALLEL_SWITCHES
         if getattr(module, name, False) is True
     ]
     for module, name in switched:
         setattr(module, name, False)
-    chunk.config.sequence_parallel = False
+    config.sequence_parallel = False
     try:
         yield
     finally:
         for module, name in switched:
             setattr(module, name, True)
-        chunk.config.sequence_parallel = True
+        config.sequence_parallel = True

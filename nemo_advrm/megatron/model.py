@@ -18,11 +18,12 @@ from nemo_advrm.schema import ModelConfig, PrecisionConfig
 
 @dataclass
 class MegatronModel:
-    """This rank's part of one model. Megatron takes models as lists of chunks; ours have one.
+    """This rank's part of one model: one chunk, or several under an interleaved pipeline.
 
     Attributes:
         chunks: what schedules call: wrapped by Megatron's DDP if the model is trained.
         parts: the bare :class:`HeadedGPT` of each chunk.
+        gathered: False while weights that the optimizer has updated are still spread over data-parallel ranks.
     """
 
     chunks: list[Any]
@@ -32,6 +33,7 @@ class MegatronModel:
     head: Head
     vocab_size: int
     head_outputs: int = 1
+    gathered: bool = True
 
     @property
     def trainable(self) -> bool:
@@ -45,13 +47,46 @@ class MegatronModel:
         for chunk in self.chunks:
             chunk.eval()
 
+    def gather_parameters(self) -> None:
+        """Complete the weights of every rank; training does so by itself, layer by layer (overlap_param_gather)."""
+        if not self.gathered:
+            for chunk in self.chunks:
+                chunk.start_param_sync(force_sync=True)
+            self.gathered = True
+
     def state_dict(self) -> dict[str, torch.Tensor]:
         """This rank's tensors."""
-        return self.parts[0].state_dict()
+        self.gather_parameters()
+        return self._merge([part.state_dict() for part in self.parts])
 
     def sharded_state_dict(self) -> dict[str, Any]:
         """Megatron's sharded tensors, valid for loading at any other layout."""
-        return self.parts[0].sharded_state_dict(prefix="model.")
+        self.gather_parameters()
+        return self._merge([part.sharded_state_dict(prefix="model.") for part in self.parts])
+
+    def load_state_dict(self, state: dict[str, Any]) -> tuple[list[str], list[str]]:
+        """Copy tensors under the names of :meth:`sharded_state_dict`; returns the missing and the unexpected names."""
+        missing: list[str] = []
+        unexpected: list[str] = []
+        for prefix, part in zip(self._prefixes, self.parts, strict=True):
+            start = f"{prefix}model."
+            own = {name.removeprefix(start): tensor for name, tensor in state.items() if name.startswith(start)}
+            result = part.load_state_dict(own, strict=False)
+            missing += [prefix + name for name in result.missing_keys]
+            unexpected += [prefix + name for name in result.unexpected_keys]
+        return missing, unexpected
+
+    @property
+    def _prefixes(self) -> list[str]:
+        """Every chunk counts its layers from 0: names of several chunks are told apart by the chunk's number."""
+        return [""] if len(self.parts) == 1 else [f"{i}." for i in range(len(self.parts))]
+
+    def _merge(self, states: list[dict[str, Any]]) -> dict[str, Any]:
+        return {
+            prefix + name: value
+            for prefix, state in zip(self._prefixes, states, strict=True)
+            for name, value in state.items()
+        }
 
 
 def padded_vocab_size(model: ModelConfig, tokenizer_size: int) -> int:
@@ -88,18 +123,40 @@ def build_model(
     config.finalize_model_grads_func = finalize_model_grads
     vocab_size = padded_vocab_size(model, tokenizer_size)
     rt.seed(seed)
-    part = HeadedGPT(
-        config,
-        model,
-        head,
-        vocab_size,
-        on_gpu=rt.on_gpu,
-        pre_process=rt.is_first_stage,
-        post_process=rt.is_last_stage,
-        hidden_tokens=(*hidden_tokens, *range(min(tokenizer_size, vocab_size), vocab_size)),
-        head_outputs=head_outputs,
-        head_init_std=head_init_std,
-    )
+    chunks = model.virtual_pipeline_model_parallel_size
+    parts = [
+        HeadedGPT(
+            config,
+            model,
+            head,
+            vocab_size,
+            on_gpu=rt.on_gpu,
+            pre_process=rt.is_first_stage and chunk == 0,
+            post_process=rt.is_last_stage and chunk == chunks - 1,
+            hidden_tokens=(*hidden_tokens, *range(min(tokenizer_size, vocab_size), vocab_size)),
+            head_outputs=head_outputs,
+            head_init_std=head_init_std,
+            vp_stage=chunk if chunks > 1 else None,
+        )
+        for chunk in range(chunks)
+    ]
+    for part in parts:
+        _place(part, config, rt)
+    wrapped: list[Any] = list(parts)
+    if trainable:
+        wrapped = [_wrap(part, config, model, bucketing=i == 0) for i, part in enumerate(parts)]
+        if model.overlap_grad_reduce:
+            held = [chunk.no_sync for chunk in wrapped]  # no reduction before the last microbatch
+            config.no_sync_func = held if len(held) > 1 else held[0]
+    else:
+        for part in parts:
+            part.requires_grad_(False)
+            part.eval()
+    return MegatronModel(wrapped, parts, config, model, head, vocab_size, head_outputs)
+
+
+def _place(part: HeadedGPT, config: TransformerConfig, rt: runtime.Runtime) -> None:
+    """Move a chunk to its device and number format; the scalar head stays in fp32."""
     if rt.on_gpu:
         part.to(rt.device)
     else:
@@ -109,16 +166,17 @@ def build_model(
         part.bfloat16()
         for parameter in keep_heads_in_fp32:
             parameter.data = parameter.data.float()
-    if not trainable:
-        part.requires_grad_(False)
-        part.eval()
-        return MegatronModel([part], [part], config, model, head, vocab_size, head_outputs)
+
+
+def _wrap(part: HeadedGPT, config: TransformerConfig, model: ModelConfig, bucketing: bool) -> DistributedDataParallel:
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
-        overlap_grad_reduce=False,
+        overlap_grad_reduce=model.overlap_grad_reduce,
+        overlap_param_gather=model.overlap_param_gather,
         use_distributed_optimizer=model.use_distributed_optimizer,
         check_for_nan_in_grad=False,  # the step itself checks loss and gradient norm and names the step
     )
-    chunk = DistributedDataParallel(config, ddp, part)
+    # the later chunks' communication hides behind the first one's computation: one bucket each
+    chunk = DistributedDataParallel(config, ddp, part, disable_bucketing=not bucketing)
     chunk.broadcast_params()
-    return MegatronModel([chunk], [part], config, model, head, vocab_size, head_outputs)
+    return chunk

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-from nemo_advrm.errors import ConfigError, TrainingDiverged
+from nemo_advrm.errors import TrainingDiverged
 from nemo_advrm.megatron import runtime
+from nemo_advrm.megatron.cpu import types_of_cuda_tensors
 from nemo_advrm.megatron.model import MegatronModel
 from nemo_advrm.schema import OptimConfig
+
+# the form of the distributed optimizer's state that any other layout can read
+_ANY_LAYOUT = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
 
 def learning_rate(step: int, optim: OptimConfig, max_steps: int) -> float:
@@ -33,8 +40,6 @@ class MegatronOptimizer:
     """Megatron-Core's optimizer over all chunks of a model, with clipping by the global norm."""
 
     def __init__(self, model: MegatronModel, optim: OptimConfig, clip: float) -> None:
-        if model.model.use_distributed_optimizer and not runtime.current().on_gpu:
-            raise ConfigError("model.use_distributed_optimizer=true needs a GPU: Megatron-Core's asks for CUDA tensors")
         self.model = model
         self.optim = optim
         config = OptimizerConfig(
@@ -49,10 +54,11 @@ class MegatronOptimizer:
             bf16=model.config.bf16,
             params_dtype=model.config.params_dtype,
             use_distributed_optimizer=model.model.use_distributed_optimizer,
+            overlap_param_gather=model.model.overlap_param_gather,
         )
-        self.core = get_megatron_optimizer(
-            config, model.chunks, use_gloo_process_groups=runtime.current().on_gpu
-        )
+        on_gpu = runtime.current().on_gpu
+        with contextlib.nullcontext() if on_gpu else types_of_cuda_tensors():
+            self.core = get_megatron_optimizer(config, model.chunks, use_gloo_process_groups=on_gpu)
 
     def zero_grad(self) -> None:
         """Clear gradients; to be called before every accumulation.
@@ -73,6 +79,7 @@ class MegatronOptimizer:
             group["lr"] = learning_rate * group.get("lr_mult", 1.0)
             group["weight_decay"] = self.optim.weight_decay * group.get("wd_mult", 1.0)
         _, norm, _ = self.core.step()
+        self.model.gathered = not self.model.model.overlap_param_gather
         norm = float(norm)
         if not math.isfinite(norm):
             raise TrainingDiverged(f"the gradient norm is {norm} at step {step}; the last checkpoint is untouched")
@@ -96,12 +103,61 @@ class MegatronOptimizer:
         self.core.reload_model_params()
 
     def sharded_state_dict(self, model_state: dict[str, Any], is_loading: bool = False) -> dict[str, Any]:
-        return self.core.sharded_state_dict(model_state, is_loading=is_loading)
+        if is_loading:
+            for part in self._split_adams:
+                _start_adam(part.optimizer)
+        return self.core.sharded_state_dict(model_state, is_loading=is_loading, metadata=_ANY_LAYOUT)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.core.load_state_dict(state)
+        with contextlib.ExitStack() as stack:
+            for part in self._split_adams:
+                stack.enter_context(_keeping_steps(part))
+            self.core.load_state_dict(state)
+
+    @property
+    def _split_adams(self) -> list[Any]:
+        """Megatron's distributed optimizers over PyTorch's Adam, which stands where no fused one is installed."""
+        return [
+            part
+            for part in getattr(self.core, "chained_optimizers", [self.core])
+            if isinstance(part, DistributedOptimizer) and isinstance(part.optimizer, torch.optim.Adam)
+        ]
 
     def state_tensors(self) -> list[torch.Tensor]:
         """All tensors of the optimizer state by parameter and name, for memory accounting and tests."""
         states = (state for optimizer in self._inner for state in optimizer.state.values())
         return [t for state in states for _, t in sorted(state.items()) if isinstance(t, torch.Tensor)]
+
+
+def _start_adam(adam: torch.optim.Optimizer) -> None:
+    """State as before the first step: Megatron's distributed optimizer asks for a step count before it loads one."""
+    for group in adam.param_groups:
+        for parameter in group["params"]:
+            if not adam.state[parameter]:
+                adam.state[parameter] = {
+                    "step": torch.tensor(0.0),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
+
+
+@contextlib.contextmanager
+def _keeping_steps(part: Any) -> Iterator[None]:
+    """Let a distributed optimizer load the state of PyTorch's Adam, whose step count is a tensor per parameter.
+
+    Megatron gives all parameters one tensor, which every one of them would then count up, and looks for a step among
+    the tensors that a checkpoint holds for a parameter.
+    """
+    fill = part._set_main_param_and_optimizer_states
+
+    def fill_all_but_step(model_param: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
+        group, place = part.model_param_group_index_map[model_param]
+        state = part.optimizer.state[part.optimizer.param_groups[group]["params"][place]]
+        state["step"] = state["step"].clone()
+        fill(model_param, {**tensors, "step": state["step"]})
+
+    part._set_main_param_and_optimizer_states = fill_all_but_step
+    try:
+        yield
+    finally:
+        del part._set_main_param_and_optimizer_states

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from nemo_advrm.megatron import runtime
+from nemo_advrm.megatron.gpt import Head
 from nemo_advrm.megatron.model import MegatronModel
 
 Sums = dict[str, tuple[Tensor, Tensor | float]]
@@ -39,6 +41,14 @@ class Microbatch:
     extra: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass
+class _Turn:
+    """One microbatch of a schedule: what the model reads, and what of it is real (None: it only fills a step up)."""
+
+    read: Microbatch
+    real: Microbatch | None
+
+
 def sequence_multiple(model: MegatronModel) -> int:
     """Padded lengths must be a multiple of this (sequence parallelism splits sequences over ranks)."""
     return model.config.tensor_model_parallel_size if model.config.sequence_parallel else 1
@@ -50,18 +60,54 @@ def _call(chunk: Any, microbatch: Microbatch) -> Tensor:
     return chunk(tokens, positions, **microbatch.forward)
 
 
-def _run(model: MegatronModel, microbatches: list[Microbatch], step: Callable[..., Any], **options: Any) -> list[Any]:
-    widest = max(m.tokens_BS.numel() for m in microbatches)
-    shape = next(m.tokens_BS.shape for m in microbatches if m.tokens_BS.numel() == widest)
-    return get_forward_backward_func()(
+def _run(
+    model: MegatronModel, turns: list[_Turn], step: Callable[..., Any], forward_only: bool, **options: Any
+) -> list[Any]:
+    shape = max((turn.read.tokens_BS.shape for turn in turns), key=lambda shape: shape.numel())
+    interleaved = len(model.chunks) > 1
+    return get_forward_backward_func(
+        pp_size=parallel_state.get_pipeline_model_parallel_world_size(),
+        vp_size=len(model.chunks) if interleaved else None,
+    )(
         forward_step_func=step,
-        data_iterator=iter(microbatches),
-        model=model.chunks[0],
-        num_microbatches=len(microbatches),
+        data_iterator=[iter(turns) for _ in model.chunks] if interleaved else iter(turns),
+        model=model.chunks if interleaved else model.chunks[0],
+        num_microbatches=len(turns),
         seq_length=shape[1],
         micro_batch_size=shape[0],
+        forward_only=forward_only,
         **options,
     )
+
+
+def _turns(model: MegatronModel, microbatches: list[Microbatch]) -> list[_Turn]:
+    """Microbatches as the schedule takes them: the interleaved one needs one shape, and full rounds of the stages."""
+    if len(model.chunks) == 1:
+        return [_Turn(microbatch, microbatch) for microbatch in microbatches]
+    rows, length = (max(m.tokens_BS.size(dim) for m in microbatches) for dim in (0, 1))
+    turns = [_Turn(_padded(m, rows, length), m) for m in microbatches]
+    missing = -len(turns) % parallel_state.get_pipeline_model_parallel_world_size()
+    return turns + [_Turn(turns[0].read, None)] * missing
+
+
+def _padded(microbatch: Microbatch, rows: int, length: int) -> Microbatch:
+    """The microbatch with rows and columns of zeros behind its own."""
+    own_rows, own_length = microbatch.tokens_BS.shape
+
+    def grown(tensor: Tensor) -> Tensor:
+        columns = (0, length - own_length) if tensor.dim() == 2 else ()
+        return F.pad(tensor, (*columns, 0, rows - own_rows))
+
+    forward = {name: grown(tensor) for name, tensor in microbatch.forward.items()}
+    return replace(microbatch, tokens_BS=grown(microbatch.tokens_BS), forward=forward)
+
+
+def _real_part(output: Tensor, turn: _Turn, head: Head) -> Tensor:
+    """What the last stage computed of the real microbatch."""
+    if turn.real is None or turn.real is turn.read or head == "lm":  # logits are made where predict_BS asks for them
+        return output
+    rows, length = turn.real.tokens_BS.shape
+    return output[:rows, :length] if head == "value" else output[:rows]
 
 
 def forward_backward(
@@ -72,18 +118,22 @@ def forward_backward(
     Returns the metrics of ``loss_function`` plus ``loss``, the same on every rank.
     """
 
-    def step(data: Iterator[Microbatch], chunk: Any) -> tuple[Tensor, Callable[..., Any]]:
-        microbatch = next(data)
+    def step(data: Iterator[_Turn], chunk: Any) -> tuple[Tensor, Callable[..., Any]]:
+        turn = next(data)
 
         def loss(output: Tensor) -> tuple[Tensor, Tensor, Sums]:
-            total, count, sums = loss_function(output, microbatch)
+            if turn.real is None:
+                return output.sum() * 0, torch.tensor(0, dtype=torch.int, device=output.device), {}
+            total, count, sums = loss_function(_real_part(output, turn, model.head), turn.real)
             sums["loss"] = (total.detach(), float(count))
             return total, torch.tensor(count, dtype=torch.int, device=total.device), sums
 
-        return _call(chunk, microbatch), loss
+        return _call(chunk, turn.read), loss
 
     model.train()
-    return reduce_metrics(_run(model, microbatches, step, forward_only=False))
+    parts = _run(model, _turns(model, microbatches), step, forward_only=False)
+    model.gathered = True  # every layer has waited for its weights
+    return reduce_metrics(parts)
 
 
 @torch.no_grad()
@@ -104,14 +154,20 @@ def forward(
 ) -> list[Any]:
     """``collect(output, microbatch)`` of every microbatch in order; an empty list before the last stage."""
 
-    def step(data: Iterator[Microbatch], chunk: Any) -> tuple[Tensor, Callable[..., Any]]:
-        microbatch = next(data)
-        return _call(chunk, microbatch), lambda output, non_loss_data=True: collect(output, microbatch)
+    def step(data: Iterator[_Turn], chunk: Any) -> tuple[Tensor, Callable[..., Any]]:
+        turn = next(data)
 
+        def collected(output: Tensor, non_loss_data: bool = True) -> Any:
+            return None if turn.real is None else collect(_real_part(output, turn, model.head), turn.real)
+
+        return _call(chunk, turn.read), collected
+
+    turns = _turns(model, microbatches)
+    model.gather_parameters()
     was_training = model.parts[0].training
     model.eval()
     try:
-        return _run(model, microbatches, step, forward_only=True, collect_non_loss_data=True)
+        return _run(model, turns, step, forward_only=True, collect_non_loss_data=True)[: len(microbatches)]
     finally:
         if was_training:
             model.train()

@@ -72,6 +72,41 @@ def _sliding_window(model: ModelConfig) -> dict[str, Any]:
     return {"window_size": (model.sliding_window - 1, 0), "window_attn_skip_freq": switches}
 
 
+def _recompute(model: ModelConfig) -> dict[str, Any]:
+    """Which activations are computed again in the backward pass instead of being kept."""
+    if model.recompute == "none":
+        return {}
+    if model.recompute == "selective":
+        return {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
+    return {
+        "recompute_granularity": "full",
+        "recompute_method": "uniform" if model.recompute == "full" else "block",
+        "recompute_num_layers": model.recompute_num_layers,
+    }
+
+
+def _stages(model: ModelConfig, on_gpu: bool) -> dict[str, Any]:
+    """How the layers are spread over pipeline stages and how stages exchange hidden states."""
+    chunks = model.virtual_pipeline_model_parallel_size
+    if chunks == 1:
+        exchange: dict[str, Any] = {"variable_seq_lengths": model.pipeline_model_parallel_size > 1}
+    else:
+        exchange = {
+            "virtual_pipeline_model_parallel_size": chunks,
+            # two stages are each other's neighbours on both sides: in one batch of sends and receives Megatron
+            # would take an activation for a gradient
+            "overlap_p2p_comm": True,
+            "batch_p2p_comm": False,
+        }
+    return {
+        **exchange,
+        "num_layers_in_first_pipeline_stage": model.num_layers_in_first_pipeline_stage or None,
+        "num_layers_in_last_pipeline_stage": model.num_layers_in_last_pipeline_stage or None,
+        # gloo may still read a tensor that was sent when the schedule frees it
+        "deallocate_pipeline_outputs": on_gpu or chunks == 1,
+    }
+
+
 def transformer_config(model: ModelConfig, precision: PrecisionConfig, on_gpu: bool) -> TransformerConfig:
     """Megatron-Core's configuration of ``model``.
 
@@ -121,7 +156,6 @@ def transformer_config(model: ModelConfig, precision: PrecisionConfig, on_gpu: b
         pipeline_model_parallel_size=model.pipeline_model_parallel_size,
         sequence_parallel=model.sequence_parallel,
         use_cpu_initialization=not on_gpu,
-        variable_seq_lengths=model.pipeline_model_parallel_size > 1,
         # has no effect without experts, but the default refuses variable lengths even then
         moe_token_dispatcher_type="alltoall",
         calculate_per_token_loss=True,
@@ -131,7 +165,8 @@ def transformer_config(model: ModelConfig, precision: PrecisionConfig, on_gpu: b
         bias_dropout_fusion=False,
         apply_rope_fusion=False,
         persist_layer_norm=False,
-        deallocate_pipeline_outputs=True,
+        **_stages(model, on_gpu),
+        **_recompute(model),
         **_sliding_window(model),
         **fp8,
     )

@@ -13,7 +13,7 @@ import torch
 from distributed import Worlds
 from tiny import tiny_config
 
-from nemo_advrm.errors import CheckpointError, ConfigError
+from nemo_advrm.errors import CheckpointError
 from nemo_advrm.megatron import checkpoint
 from nemo_advrm.megatron.model import MegatronModel, build_model
 from nemo_advrm.megatron.runtime import Layout, Runtime
@@ -80,11 +80,6 @@ def test_an_optimizer_that_made_no_step_is_saved_and_starts_afresh(saved: Path, 
     checkpoint.load(tmp_path / "fresh", used.model, used.optimizer)
     assert not used.optimizer.started
     assert checkpoint_jobs.train(used, 0, 2) == expected
-
-
-def test_the_distributed_optimizer_is_refused_without_a_gpu(single: Runtime) -> None:
-    with pytest.raises(ConfigError, match=r"model\.use_distributed_optimizer=true needs a GPU"):
-        checkpoint_jobs.reward_model(use_distributed_optimizer=True)
 
 
 def test_an_older_checkpoint_is_replaced_and_leftovers_of_a_killed_save_do_no_harm(saved: Path, copy: Path) -> None:

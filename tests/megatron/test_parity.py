@@ -31,6 +31,7 @@ class Place:
     model: dict[str, Any] = field(default_factory=dict)
 
 
+OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
 PLACES = {
     "tp2": Place(Layout(tensor=2)),
     "tp2_sequence_parallel": Place(Layout(tensor=2), model={"sequence_parallel": True}),
@@ -40,6 +41,10 @@ PLACES = {
     "tp2_pp2_sequence_parallel": Place(Layout(tensor=2, pipeline=2), 4, {"sequence_parallel": True}),
     "tp2_dp2": Place(Layout(tensor=2), processes=4),
     "pp2_dp2": Place(Layout(pipeline=2), processes=4),
+    "pp2_uneven": Place(Layout(pipeline=2), model={"num_layers_in_first_pipeline_stage": 1}),
+    "pp2_interleaved": Place(Layout(pipeline=2), model={"virtual_pipeline_model_parallel_size": 2}),
+    "dp2_distributed_optimizer": Place(Layout(), model={"use_distributed_optimizer": True, **OVERLAP}),
+    "tp2_selective_recompute": Place(Layout(tensor=2), model={"sequence_parallel": True, "recompute": "selective"}),
 }
 
 
