@@ -1,7 +1,8 @@
-"""Saves training checkpoints at a set interval and finds the newest complete one."""
+"""Saves training checkpoints at a set interval and finds the newest one that is whole."""
 
 from __future__ import annotations
 
+import logging
 import re
 import shutil
 from pathlib import Path
@@ -10,8 +11,10 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
-from nemo_advrm.megatron import runtime
+from nemo_advrm.errors import CheckpointError
+from nemo_advrm.megatron import checkpoint, manifest, runtime
 
+_log = logging.getLogger(__name__)
 _NAME = re.compile(r"step_(\d+)")
 
 
@@ -21,6 +24,47 @@ def saved_steps(directory: Path) -> list[Path]:
         return []
     found = [(int(match[1]), p) for p in directory.iterdir() if (match := _NAME.fullmatch(p.name))]
     return [path for _, path in sorted(found)]
+
+
+def newest_usable(directory: Path, verify: bool) -> Path | None:
+    """The newest whole checkpoint in ``directory``, None when there is none at all; all ranks call.
+
+    Damaged ones that are newer are renamed to ``step_NNNNNNNN.damaged``, with a warning that says what is wrong.
+    ``verify`` compares the contents of every file with the checkpoint's hashes, and not the sizes alone.
+
+    Raises CheckpointError when there are checkpoints, but none is whole: a training must not start again unnoticed.
+    """
+    damaged: list[tuple[Path, str]] = []
+    for path in reversed(runtime.on_writer(lambda: _tidy(directory))):
+        problem = manifest.damage(path, verify)
+        if problem is None:
+            runtime.on_writer(lambda: _set_aside(damaged, path))  # noqa: B023 (called at once)
+            return path
+        damaged.append((path, problem))
+    if damaged:
+        told = "; ".join(f"{path.name}: {problem}" for path, problem in damaged)
+        raise CheckpointError(
+            f"{directory}: every checkpoint is damaged ({told}); remove the directory to train from the start"
+        )
+    return None
+
+
+def _tidy(directory: Path) -> list[Path]:
+    """Remove what killed saves left half-written; returns the complete checkpoints, oldest first."""
+    for left in [*directory.glob("step_*.new"), *directory.glob("step_*.old")]:
+        checkpoint.recover(left.with_suffix(""))
+    for suffix in ("partial", "new", "old"):
+        for left in directory.glob(f"step_*.{suffix}"):
+            shutil.rmtree(left, ignore_errors=True)
+    return saved_steps(directory)
+
+
+def _set_aside(damaged: list[tuple[Path, str]], used: Path) -> None:
+    for path, problem in damaged:
+        aside = path.with_name(path.name + ".damaged")
+        shutil.rmtree(aside, ignore_errors=True)
+        path.rename(aside)
+        _log.warning("%s is damaged (%s): going on from %s; it was renamed to %s", path, problem, used.name, aside.name)
 
 
 class PeriodicCheckpoint(Checkpoint):
@@ -38,6 +82,11 @@ class PeriodicCheckpoint(Checkpoint):
         if not self.every or step % self.every or step >= pl_module.max_steps:  # type: ignore[operator]
             return
         trainer.save_checkpoint(self.directory / f"step_{step:08d}")
-        if runtime.current().is_writer:
-            for old in saved_steps(self.directory)[: -self.keep]:
-                shutil.rmtree(old, ignore_errors=True)
+        runtime.on_writer(self._remove_oldest)
+
+    def _remove_oldest(self) -> None:
+        for old in saved_steps(self.directory)[: -self.keep]:
+            # renamed first: what a kill leaves half-removed must not look like a checkpoint
+            leaving = old.with_name(old.name + ".partial")
+            old.rename(leaving)
+            shutil.rmtree(leaving, ignore_errors=True)

@@ -1,14 +1,15 @@
 """Megatron distributed checkpoints of model and optimizer: atomic, checked, loadable at any layout.
 
-A checkpoint is a directory ``{meta.json, weights/}``. It is written under another name and renamed
-when every rank is done, so a directory of the right name is complete.
+A checkpoint is a directory ``{meta.json, manifest.json, weights/}``. It is written under another name and renamed
+when every rank is done, so a directory of the right name is complete; the manifest tells if it was damaged since.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
 import queue
+import re
 import shutil
 import warnings
 from dataclasses import asdict
@@ -21,12 +22,15 @@ from megatron.core.dist_checkpointing.validation import StrictHandling
 from torch.distributed.checkpoint.api import CheckpointException  # not an Exception, but a BaseException
 
 from nemo_advrm.errors import CheckpointError
-from nemo_advrm.megatron import runtime
+from nemo_advrm.megatron import manifest, runtime
 from nemo_advrm.megatron.architecture import first_difference
 from nemo_advrm.megatron.model import MegatronModel
 from nemo_advrm.megatron.optim import MegatronOptimizer
+from nemo_advrm.place import one_line
 
 FORMAT = 1
+# how torch.save tells of a full disk
+_WRITE_FAILED = re.compile("inline_container|iostream error")
 
 
 def _meta(model: MegatronModel, extra: dict[str, Any]) -> dict[str, Any]:
@@ -47,13 +51,33 @@ def save(
 
     An existing checkpoint at ``path`` is replaced only once the new one is complete.
     """
-    rt = runtime.current()
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
-    if rt.is_writer:
-        shutil.rmtree(partial, ignore_errors=True)
-        (partial / "weights").mkdir(parents=True)
-    rt.barrier()
+    try:
+        runtime.on_writer(lambda: make_empty(partial / "weights", partial))
+        _write_weights(partial / "weights", model, optimizer)
+        described = _meta(model, {**(meta or {}), **_optimizer_meta(optimizer)})
+        runtime.on_writer(lambda: manifest.write_json(partial / "meta.json", described))
+        files = manifest.measure(partial)
+        runtime.on_writer(lambda: manifest.write(partial, files))
+        runtime.on_writer(lambda: put_in_place(partial, path))
+    except (OSError, RuntimeError, CheckpointException) as error:
+        if isinstance(error, RuntimeError) and not _WRITE_FAILED.search(str(error)):
+            raise
+        if runtime.current().is_writer:
+            shutil.rmtree(partial, ignore_errors=True)  # a full disk is not left fuller
+        raise CheckpointError(
+            f"{path}: could not be written ({_reason(error)}); the checkpoint before it is untouched"
+        ) from error
+
+
+def make_empty(directory: Path, top: Path) -> None:
+    """Make ``directory`` below ``top``, of which nothing is left."""
+    shutil.rmtree(top, ignore_errors=True)
+    directory.mkdir(parents=True)
+
+
+def _write_weights(directory: Path, model: MegatronModel, optimizer: MegatronOptimizer | None) -> None:
     model_state = model.sharded_state_dict()
     state: dict[str, Any] = {"model": model_state}
     if optimizer is not None and optimizer.started:
@@ -62,34 +86,53 @@ def save(
     # need and which would outlive a killed run
     if filesystem_async._results_queue is None:
         filesystem_async._results_queue = queue.Queue()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            dist_checkpointing.save(state, str(partial / "weights"))
-    except (OSError, CheckpointException) as error:
-        if rt.is_writer:
-            shutil.rmtree(partial, ignore_errors=True)  # a full disk is not left fuller
-        raise CheckpointError(
-            f"{path}: could not be written ({error}); the checkpoint before it is untouched"
-        ) from error
-    if rt.is_writer:
-        described = _meta(model, {**(meta or {}), **_optimizer_meta(optimizer)})
-        with open(partial / "meta.json", "w") as file:
-            json.dump(described, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        old = path.with_name(path.name + ".old")
-        shutil.rmtree(old, ignore_errors=True)
-        if path.exists():
-            path.rename(old)
-        partial.rename(path)
-        shutil.rmtree(old, ignore_errors=True)
-    rt.barrier()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dist_checkpointing.save(state, str(directory))
+
+
+def _reason(error: BaseException) -> str:
+    """One line: of a failure on several ranks, the first one's."""
+    failures = getattr(error, "failures", {})
+    for rank, (failure, _) in sorted(failures.items()):
+        return f"rank {rank}: {one_line(failure)}"
+    return one_line(error)
+
+
+def put_in_place(partial: Path, path: Path) -> None:
+    """Give a complete directory its name; one of that name is replaced.
+
+    A kill at any moment leaves the old one or the new one, under its name or where :func:`recover` finds it.
+    """
+    recover(path)
+    new, old = _aside(path)
+    shutil.rmtree(new, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+    partial.rename(new)
+    if path.exists():
+        path.rename(old)
+    with contextlib.suppress(FileNotFoundError):  # a reader recovered it
+        new.rename(path)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def recover(path: Path) -> None:
+    """Finish a replacement that was killed when nothing bore the name; any rank may call, also several at once."""
+    for left in _aside(path):
+        if not path.exists():
+            with contextlib.suppress(OSError):
+                left.rename(path)
+
+
+def _aside(path: Path) -> tuple[Path, Path]:
+    """Names of a complete checkpoint that is to replace ``path``, and of the one that it replaces."""
+    return path.with_name(path.name + ".new"), path.with_name(path.name + ".old")
 
 
 def read_meta(path: Path) -> dict[str, Any]:
     """The description of a checkpoint; raises CheckpointError when it is missing or incomplete."""
     path = Path(path)
+    recover(path)
     if not path.exists():
         raise CheckpointError(f"{path}: there is no such checkpoint")
     try:
@@ -137,6 +180,10 @@ def load(
         )
     if optimizer is not None and not meta.get("has_optimizer"):
         raise CheckpointError(f"{path}: has no optimizer state, so training cannot continue from it")
+    if runtime.on_writer((path / manifest.NAME).exists):  # converted checkpoints have none
+        problem = manifest.damage(path, full=False, except_for="meta.json")  # which was just read
+        if problem is not None:
+            raise CheckpointError(f"{path}: could not be read ({problem})")
     model_state = model.sharded_state_dict()
     if new_head:
         model_state = {k: v for k, v in model_state.items() if not _is_head(k)}
@@ -163,8 +210,7 @@ def _is_head(key: str) -> bool:
 
 
 def _load_model_state(model: MegatronModel, state: dict[str, Any], strict: bool) -> None:
-    own = {k.removeprefix("model."): v for k, v in state.items()}
-    missing, unexpected = model.parts[0].load_state_dict(own, strict=False)
+    missing, unexpected = model.load_state_dict(state)
     lost = [k for k in missing if "_extra_state" not in k and (strict or not _is_head(k))]
     if lost or unexpected:
         raise CheckpointError(f"tensors do not match: missing {lost}, unexpected {list(unexpected)}")

@@ -19,7 +19,7 @@ from lightning.pytorch.strategies import Strategy
 from torch import Tensor
 
 from nemo_advrm.errors import CheckpointError
-from nemo_advrm.megatron import checkpoint, runtime
+from nemo_advrm.megatron import checkpoint, manifest, runtime
 
 if TYPE_CHECKING:
     from nemo_advrm.models.trainable import TrainableModel
@@ -138,22 +138,31 @@ class MegatronStrategy(Strategy):
 
 
 def save_training_state(path: Path, module: TrainableModel, trainer_state: dict[str, Any]) -> None:
-    """Write weights, optimizers and loop state of every trained model; complete once it bears its name."""
+    """Write weights, optimizers and loop state of every trained model; complete once it bears its name.
+
+    Raises CheckpointError when it cannot be written; nothing is left of it then.
+    """
     partial = path.with_name(path.name + ".partial")
 
-    def begin() -> None:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-
     def complete() -> None:
-        (partial / _TRAINER_STATE).write_text(json.dumps(trainer_state))
-        shutil.rmtree(path, ignore_errors=True)
-        partial.rename(path)
+        manifest.write_json(partial / _TRAINER_STATE, trainer_state)
+        files = [_TRAINER_STATE, *(f"{name}/{manifest.NAME}" for name in module.trained())]
+        manifest.write(partial, manifest.describe(partial, files))
+        checkpoint.put_in_place(partial, path)
 
-    runtime.on_writer(begin)
-    for name, (model, optimizer) in module.trained().items():
-        checkpoint.save(partial / name, model, optimizer, {"tokenizer": module.tokenizer.fingerprint})
-    runtime.on_writer(complete)
+    try:
+        runtime.on_writer(lambda: checkpoint.make_empty(partial, partial))
+        for name, (model, optimizer) in module.trained().items():
+            checkpoint.save(partial / name, model, optimizer, {"tokenizer": module.tokenizer.fingerprint})
+        runtime.on_writer(complete)
+    except (OSError, CheckpointError) as error:
+        if runtime.current().is_writer:
+            shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(
+            f"{path}: could not be written ({error}); the checkpoint before it is untouched"
+        ) from error
 
 
 def load_training_state(path: Path, module: TrainableModel) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from lightning.pytorch import Callback, Trainer
 from nemo.utils.exp_manager import exp_manager
 
-from nemo_advrm.callbacks.checkpoints import PeriodicCheckpoint, saved_steps
+from nemo_advrm.callbacks.checkpoints import PeriodicCheckpoint, newest_usable
 from nemo_advrm.callbacks.metrics import MetricsWriter
 from nemo_advrm.callbacks.preemption import PreemptionCheckpoint
 from nemo_advrm.callbacks.progress import StepProgress
@@ -32,7 +32,7 @@ def fit(
     first_step: int = 1,
     validate: bool = False,
 ) -> None:
-    """Train ``module`` to the end, from the newest checkpoint in ``directory`` if there is one.
+    """Train ``module`` to the end, from the newest whole checkpoint in ``directory`` if there is one.
 
     Raises Preempted on every rank when SIGUSR1 or SIGTERM came to any of them; the next call goes on from there.
     Writes ``metrics.jsonl``, ``checkpoints/`` and the loggers' files below ``directory``.
@@ -67,9 +67,9 @@ def fit(
     )
     with contextlib.redirect_stdout(io.StringIO()):
         exp_manager(trainer, _exp_manager_options(cfg, directory / "logs"))
-    found = saved_steps(checkpoints)
+    newest = newest_usable(checkpoints, cfg.trainer.verify_checkpoints)
     with preemption.watching():
-        trainer.fit(module, ckpt_path=str(found[-1]) if found else None)
+        trainer.fit(module, ckpt_path=str(newest) if newest else None)
     if validate:
         trainer.validate(module, verbose=False)
 

@@ -1,0 +1,148 @@
+"""Lists the files of a checkpoint with sizes and SHA-256, so that damage is found before the checkpoint is used."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from nemo_advrm.megatron import runtime
+
+NAME = "manifest.json"
+_WRITTEN_BY = re.compile(r"__(\d+)_\d+\.distcp$")
+
+Entry = dict[str, Any]  # size in bytes, sha256 in hexadecimal digits
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write a file and wait until it is on the disk."""
+    with open(path, "w") as file:
+        json.dump(value, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def measure(directory: Path) -> dict[str, Entry]:
+    """Every file of ``directory`` by its relative name; all ranks call, and each reads the files it wrote.
+
+    Raises OSError on every rank when a file cannot be read on any.
+    """
+    rt = runtime.current()
+    names = [n for n in _files(directory) if _writer(n, rt.world_size) == rt.rank]
+
+    def work() -> dict[str, Entry]:
+        return {name: _entry(directory / name) for name in names}
+
+    found: dict[str, Entry] = {}
+    for measured in _on_all(work):
+        if isinstance(measured, Exception):
+            raise measured
+        found.update(measured)
+    return dict(sorted(found.items()))
+
+
+def describe(directory: Path, names: list[str]) -> dict[str, Entry]:
+    """The named files, read by this rank alone."""
+    return {name: _entry(directory / name) for name in names}
+
+
+def write(directory: Path, files: dict[str, Entry]) -> None:
+    write_json(directory / NAME, {"files": files})
+
+
+def damage(directory: Path, full: bool, except_for: str = "") -> str | None:
+    """What is wrong with the listed files, in a few words, or None; all ranks call and get the same answer.
+
+    A listed manifest stands for the files that it lists in turn. The sizes are looked at by one rank; with ``full``
+    the contents are read too, a share of the files by every rank. ``except_for`` names a file that may be changed.
+    """
+    found: str | dict[str, Entry] = runtime.on_writer(lambda: _sizes_wrong(directory, except_for))
+    if isinstance(found, str) or not full:
+        return found if isinstance(found, str) else None
+    rt = runtime.current()
+    mine = sorted(found)[rt.rank :: rt.world_size]
+    entries = found
+    for problem in _on_all(lambda: _contents_wrong(directory, {name: entries[name] for name in mine})):
+        if problem is not None:
+            return str(problem)
+    return None
+
+
+def _files(directory: Path) -> list[str]:
+    return sorted(p.relative_to(directory).as_posix() for p in directory.rglob("*") if p.is_file())
+
+
+def _writer(name: str, world_size: int) -> int:
+    """The rank that wrote a file: it sees it at once on a network file system, and has it in its memory still."""
+    match = _WRITTEN_BY.search(name)
+    return int(match[1]) % world_size if match else 0
+
+
+def _entry(path: Path) -> Entry:
+    with open(path, "rb") as file:
+        return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _listed(directory: Path) -> dict[str, Entry]:
+    """All entries of the manifest and of those it lists; raises OSError or ValueError when one cannot be read."""
+    try:
+        files: dict[str, Entry] = json.loads((directory / NAME).read_text())["files"]
+        entries = {name: {"size": int(e["size"]), "sha256": str(e["sha256"])} for name, e in files.items()}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{NAME} is no manifest") from error
+    for name in list(entries):
+        if name.endswith(f"/{NAME}"):
+            inner = Path(name).parent
+            entries.update({f"{inner}/{key}": entry for key, entry in _listed(directory / inner).items()})
+    return entries
+
+
+def _sizes_wrong(directory: Path, except_for: str) -> str | dict[str, Entry]:
+    """The first file that is missing or has another size, in words; else all that are listed."""
+    try:
+        entries = _listed(directory)
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).relative_to(directory)} is missing"
+    except (OSError, ValueError) as error:
+        return f"{NAME} cannot be read: {error}"
+    entries.pop(except_for, None)
+    for name, entry in entries.items():
+        try:
+            size = (directory / name).stat().st_size
+        except FileNotFoundError:
+            return f"{name} is missing"
+        except OSError as error:
+            return f"{name} cannot be read: {error.strerror}"
+        if size != entry["size"]:
+            return f"{name} has {size} bytes instead of {entry['size']}"
+    return entries
+
+
+def _contents_wrong(directory: Path, entries: dict[str, Entry]) -> str | None:
+    for name, entry in entries.items():
+        try:
+            if _entry(directory / name)["sha256"] != entry["sha256"]:
+                return f"the contents of {name} are not those that were written"
+        except OSError as error:
+            return f"{name} cannot be read: {error.strerror}"
+    return None
+
+
+def _on_all(work: Callable[[], Any]) -> list[Any]:
+    """The result of ``work`` on every rank, or the OSError that it raised there."""
+    try:
+        outcome = work()
+    except OSError as error:
+        outcome = error
+    world_size = runtime.current().world_size
+    if world_size == 1:
+        return [outcome]
+    outcomes: list[Any] = [None] * world_size
+    dist.all_gather_object(outcomes, outcome)
+    return outcomes
