@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import datetime
+import os
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +33,30 @@ _FREE_KEYS = (
     "trainer.log_every_n_steps",
     "trainer.checkpoint_every_n_steps",
     "trainer.keep_checkpoints",
+    "trainer.verify_checkpoints",
     "trainer.timeout_minutes",
     "pipeline.only",
 )
+# keys that change results by rounding alone (and which units drop out): a run that does not fit into memory goes on
+# with others. Each change is recorded in versions.yaml.
+_LAYOUT_KEYS = (
+    "model.tensor_model_parallel_size",
+    "model.pipeline_model_parallel_size",
+    "model.virtual_pipeline_model_parallel_size",
+    "model.num_layers_in_first_pipeline_stage",
+    "model.num_layers_in_last_pipeline_stage",
+    "model.context_parallel_size",
+    "model.sequence_parallel",
+    "model.overlap_grad_reduce",
+    "model.overlap_param_gather",
+    "model.recompute",
+    "model.recompute_num_layers",
+    "model.offload_reference",
+    "model.offload_optimizer_while_generating",
+    "model.micro_batch_size",
+    "model.micro_batch_tokens",
+)
+_STAGE_PREFIX = re.compile(r"stage\.[^.]+\.")
 # what a run writes before it produces anything
 _IDENTITY = ("config.yaml", "versions.yaml", "state.json", "state.lock")
 
@@ -62,7 +87,8 @@ def claim(cfg: Config, directory: Path) -> None:
     """Make ``directory`` this run's; writes the resolved configuration and the versions.
 
     Raises ConfigError, on every rank, when it holds a run of another configuration: results are never mixed or
-    overwritten. A run that failed before it produced anything leaves no claim.
+    overwritten. Another layout and other microbatches are the same run: the change is printed and recorded. A run that
+    failed before it produced anything leaves no claim.
     """
     runtime.on_writer(lambda: _claim(cfg, directory))
 
@@ -73,28 +99,61 @@ def _claim(cfg: Config, directory: Path) -> None:
         for name in _IDENTITY:
             (directory / name).unlink(missing_ok=True)
     if path.exists():
-        before = yaml.safe_load(path.read_text())
-        now = yaml.safe_load(resolved(cfg))
-        difference = _first_difference(before, now)
-        if difference is not None:
-            key, old, new = difference
+        _compare(directory, yaml.safe_load(path.read_text()), yaml.safe_load(resolved(cfg)))
+        return
+    directory.mkdir(parents=True, exist_ok=True)
+    save_resolved(cfg, path)
+    _write_versions(directory, {**versions(), "seed": cfg.seed})
+
+
+def _compare(directory: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raise ConfigError for another run's configuration; record a change of layout or microbatches."""
+    about = directory / "versions.yaml"
+    known = yaml.safe_load(about.read_text()) if about.exists() else {}
+    changes = known.setdefault("changes", [])
+    last = {change["key"]: change["to"] for change in changes}
+    found = {key: (old, new) for key, old, new in _differences(before, now)}
+    for key, (old, new) in found.items():
+        if _STAGE_PREFIX.sub("", key) not in _LAYOUT_KEYS:
             raise ConfigError(
                 f"{directory} holds a run with {key}={old!r}, but now {key}={new!r}: choose another run_dir, or remove "
                 "the directory"
             )
-        return
-    directory.mkdir(parents=True, exist_ok=True)
-    save_resolved(cfg, path)
-    (directory / "versions.yaml").write_text(yaml.safe_dump({**versions(), "seed": cfg.seed}))
+    present = {key: new for key, (_, new) in found.items()}
+    for key in last.keys() - found.keys():  # changed back to what config.yaml says
+        present[key] = _value(before, key)
+    time = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    new_changes = [
+        {"time": time, "key": key, "from": last.get(key, _value(before, key)), "to": value}
+        for key, value in sorted(present.items())
+        if last.get(key, _value(before, key)) != value
+    ]
+    for change in new_changes:
+        print(f"{directory} goes on with {change['key']}={change['to']!r} (before: {change['from']!r})", flush=True)
+    if new_changes:
+        _write_versions(directory, {**known, "changes": changes + new_changes})
 
 
-def _first_difference(before: Any, now: Any, prefix: str = "") -> tuple[str, Any, Any] | None:
+def _write_versions(directory: Path, content: dict[str, Any]) -> None:
+    partial = directory / f"versions.yaml.{os.getpid()}.partial"
+    partial.write_text(yaml.safe_dump(content))
+    partial.rename(directory / "versions.yaml")
+
+
+def _value(config: dict[str, Any], key: str) -> Any:
+    node: Any = config
+    for name in key.split("."):
+        node = node.get(name) if isinstance(node, dict) else None
+    return node
+
+
+def _differences(before: Any, now: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(key, value before, value now) of every difference that counts; an absent part of a stage's settings is empty."""
+    if prefix.startswith("stage."):
+        before, now = ({} if x is None and isinstance(y, dict) else x for x, y in ((before, now), (now, before)))
     if isinstance(before, dict) and isinstance(now, dict):
         for key in sorted(before.keys() | now.keys()):
-            if f"{prefix}{key}" in _FREE_KEYS:
-                continue
-            found = _first_difference(before.get(key), now.get(key), f"{prefix}{key}.")
-            if found:
-                return found
-        return None
-    return None if before == now else (prefix.rstrip("."), before, now)
+            if _STAGE_PREFIX.sub("", f"{prefix}{key}") not in _FREE_KEYS:
+                yield from _differences(before.get(key), now.get(key), f"{prefix}{key}.")
+    elif before != now:
+        yield prefix.rstrip("."), before, now
