@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ class AdversarialAugmentation(Callback):
     Which rows give way and which pairs take their place is a function of (seed, step, pairs known at that
     step), the same on every rank. A store may grow during training: it is read again every
     ``refresh_every_n_steps``, and the number of pairs in force from each step on is part of the
-    checkpoint, so a restarted run mixes exactly as the unbroken one did.
+    checkpoint, so a restarted run mixes exactly as the unbroken one did. A hash of those pairs is part of it too: a
+    store that was changed other than at its end is refused.
 
     Args:
         stores: pair store files, read in order.
@@ -56,6 +58,7 @@ class AdversarialAugmentation(Callback):
         self._pairs: list[list[EncodedPair]] = [[] for _ in stores]
         # (first step, pairs of each store in force from it on): stores only ever grow at their ends
         self._known: list[tuple[int, list[int]]] = []
+        self._saved_hashes: list[str] = []  # of a checkpoint: the pairs of each store in force then
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if not isinstance(pl_module, RewardModel):
@@ -68,6 +71,13 @@ class AdversarialAugmentation(Callback):
         for store, pairs, used in zip(self.stores, self._pairs, self._known[-1][1], strict=True):
             if len(pairs) < used:
                 raise ConfigError(f"{store} holds {len(pairs)} pairs, but this training had already used {used} of it")
+        for store, now, saved in zip(self.stores, self._hashes(), self._saved_hashes, strict=False):
+            if now != saved:
+                raise ConfigError(
+                    f"{store}: the pairs that this training had already used were changed since; remove the run's "
+                    "checkpoints to train from the start"
+                )
+        self._saved_hashes = []
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         step = trainer.global_step
@@ -91,10 +101,19 @@ class AdversarialAugmentation(Callback):
         return mixed
 
     def state_dict(self) -> dict[str, Any]:
-        return {"known": [[first, counts] for first, counts in self._known]}
+        return {"known": [[first, counts] for first, counts in self._known], "sha256": self._hashes()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._known = [(first, list(counts)) for first, counts in state_dict["known"]]
+        self._saved_hashes = list(state_dict.get("sha256", []))
+
+    def _hashes(self) -> list[str]:
+        """Hash of the tokens of the pairs in force, of each store."""
+        counts = self._known[-1][1] if self._known else []
+        return [
+            hashlib.sha256(repr([(p.chosen, p.rejected) for p in pairs[:count]]).encode()).hexdigest()
+            for pairs, count in zip(self._pairs, counts, strict=False)
+        ]
 
     def _prepare(self, first_step: int) -> None:
         self._read()
