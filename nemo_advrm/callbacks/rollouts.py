@@ -9,19 +9,12 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from nemo_advrm.data.jsonl import JsonlWriter
-from nemo_advrm.data.messages import Message
 from nemo_advrm.megatron import runtime
 from nemo_advrm.models.policy import PolicyModel
 from nemo_advrm.objectives.success import standard_success, strict_success
 from nemo_advrm.rewards.base import RewardSource, checked_scores
+from nemo_advrm.rewards.records import prompt_text, trajectory_rows
 from nemo_advrm.rewards.reference import Reference
-
-
-def prompt_text(messages: tuple[Message, ...]) -> str:
-    """A prompt as one line of text, for records and reports."""
-    if len(messages) == 1:
-        return messages[0]["content"]
-    return "\n\n".join(f"{m['role']}: {m['content']}" for m in messages)
 
 
 class _RolloutWriter(Callback):
@@ -48,10 +41,7 @@ class _RolloutWriter(Callback):
 
 
 class TrajectoryRecorder(_RolloutWriter):
-    """Every response of the adversary with its scores, z and Z(U); gold is computed for evaluation only.
-
-    Rows with ``selected`` = False; selection marks them later.
-    """
+    """Every response of the adversary with its scores, z and Z(U); gold is computed for evaluation only."""
 
     def __init__(self, path: Path, direction: int, reference: Reference, gold: RewardSource | None) -> None:
         super().__init__(path)
@@ -68,27 +58,8 @@ class TrajectoryRecorder(_RolloutWriter):
         details, index = judgement.details, rollouts.prompt_index
         gold = checked_scores(self.gold, rollouts) if self.gold is not None else None
         gold_z = self.reference.gold_z(gold, index) if gold is not None else None
-        rows = [
-            {
-                "direction": self.direction,
-                "policy": self.path.parent.name,
-                "step": trainer.global_step - 1,
-                "prompt_id": index[i],
-                "prompt": prompt_text(rollouts.prompts[i]),
-                "response": rollouts.responses[i],
-                "length": len(rollouts.response_tokens[i]),
-                "ended": rollouts.ended[i],
-                "scores": judgement.scores_NK[i],
-                "z": details["z"][i],
-                "disagreement": details["disagreement"][i],
-                "disagreement_z": details["disagreement_z"][i],
-                "reward": judgement.rewards_N[i],
-                "gold": None if gold is None else gold[i],
-                "gold_z": None if gold_z is None else gold_z[i],
-                "selected": False,
-            }
-            for i in range(len(rollouts))
-        ]
+        policy = self.path.parent.name
+        rows = trajectory_rows(rollouts, judgement, self.direction, policy, trainer.global_step - 1, gold, gold_z)
         self._write(rows)
         metrics = pl_module.step_metrics
         metrics["direction"] = self.direction

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -10,10 +11,11 @@ from torch import Tensor
 from nemo_advrm.data.messages import Message
 from nemo_advrm.data.tokenizers import Tokenizer
 from nemo_advrm.errors import ConfigError, RewardSourceError
-from nemo_advrm.megatron.model import MegatronModel
-from nemo_advrm.models.scoring import score_sequences
 from nemo_advrm.rewards.base import Rollouts
 from nemo_advrm.rewards.encoding import token_sequences
+
+if TYPE_CHECKING:
+    from nemo_advrm.megatron.model import MegatronModel
 
 
 class MegatronReward:
@@ -26,6 +28,8 @@ class MegatronReward:
 
     def score(self, rollouts: Rollouts) -> Tensor:
         """Raises RewardSourceError for a row beyond the last position that the model has learned."""
+        from nemo_advrm.models.scoring import score_sequences  # a function alone needs no Megatron-Core
+
         rows = token_sequences(rollouts, self.tokenizer)
         longest, settings = max(map(len, rows), default=0), self.model.model
         if settings.position_embedding_type == "learned_absolute" and longest > settings.encoder_seq_length:

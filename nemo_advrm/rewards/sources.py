@@ -24,12 +24,8 @@ from nemo_advrm.errors import CheckpointError, ConfigError, LayoutError
 from nemo_advrm.extras import require_extra
 from nemo_advrm.keys import nearest
 from nemo_advrm.layout import validate_layout
-from nemo_advrm.megatron import checkpoint
-from nemo_advrm.megatron.transformer import has_transformer_engine
-from nemo_advrm.models.reward_model import build_reward_model
 from nemo_advrm.rewards import hf
 from nemo_advrm.rewards.base import RewardSource
-from nemo_advrm.rewards.local import MegatronReward
 from nemo_advrm.schema import Config, ModelConfig, PretrainedConfig, RewardModelConfig
 
 LOCAL_KINDS = ("megatron", "hf", "nemo")
@@ -125,6 +121,8 @@ def check(spec: SourceSpec, cfg: Config, world_size: int) -> None:
     """
     try:
         if spec.kind == "megatron":
+            from nemo_advrm.megatron.transformer import has_transformer_engine
+
             meta = _reward_meta(spec)
             member = dataclasses.replace(cfg, model=member_config(meta, cfg.model))
             validate_layout(member, world_size, has_transformer_engine())
@@ -146,6 +144,10 @@ def build(spec: SourceSpec, name: str, cfg: Config, running: Tokenizer | None = 
         running: the policy's tokenizer, taken for checkpoints that do not say which one they were trained with.
     """
     if spec.kind == "megatron":
+        # servers alone are asked without Megatron-Core, by NeMo-Aligner's processes too, whose version is another
+        from nemo_advrm.models.reward_model import build_reward_model
+        from nemo_advrm.rewards.local import MegatronReward
+
         meta = _reward_meta(spec)
         outputs = meta.get("head_outputs", 1)
         head = RewardModelConfig(loss="bt" if outputs == 1 else "regression", num_attributes=outputs)
@@ -211,6 +213,8 @@ def member_tokenizer(spec: SourceSpec, meta: dict[str, Any], running: Tokenizer 
 
 
 def _reward_meta(spec: SourceSpec) -> dict[str, Any]:
+    from nemo_advrm.megatron import checkpoint
+
     meta = checkpoint.read_meta(spec.path)
     if meta["head"] != "reward":
         raise CheckpointError(f"{spec.text}: holds a model with the head {meta['head']!r}, not a reward model")

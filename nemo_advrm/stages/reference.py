@@ -5,17 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from nemo_advrm.callbacks.rollouts import prompt_text
 from nemo_advrm.data.jsonl import read_jsonl, write_jsonl_atomic
 from nemo_advrm.data.tokenizers import Tokenizer
 from nemo_advrm.megatron import runtime
 from nemo_advrm.megatron.generation import uniforms
 from nemo_advrm.megatron.model import MegatronModel
 from nemo_advrm.models.policy import Prompt, roll_out, sampling_of
-from nemo_advrm.rewards.base import RewardSource, Rollouts, checked_scores
-from nemo_advrm.rewards.reference import Reference, standardise
+from nemo_advrm.rewards.base import RewardSource, Rollouts
+from nemo_advrm.rewards.records import score_reference
+from nemo_advrm.rewards.reference import Reference
 from nemo_advrm.schema import Config
 
 
@@ -42,35 +40,7 @@ def write_reference(
     path: Path, rollouts: Rollouts, per_prompt: int, sources: list[RewardSource], gold: RewardSource | None
 ) -> Reference:
     """Score SFT responses with every member (and gold, for evaluation) and write ``reference.jsonl``."""
-    scores_NK = torch.stack([checked_scores(source, rollouts) for source in sources], -1)
-    gold_N = checked_scores(gold, rollouts) if gold is not None else None
-    count = len(rollouts) // per_prompt
-    responses = [rollouts.responses[i * per_prompt : (i + 1) * per_prompt] for i in range(count)]
-    reference = Reference(
-        rollouts.prompts[::per_prompt],
-        responses,
-        scores_NK.reshape(count, per_prompt, -1),
-        None if gold_N is None else gold_N.reshape(count, per_prompt),
-    )
-    index = [i for i in range(count) for _ in range(per_prompt)]
-    if len(sources) > 1:
-        z_NK = standardise(reference, reference.statistics(), scores_NK, index, 0).z_NK
-    else:
-        z_NK = torch.full_like(scores_NK, float("nan"))
-    rows = (
-        {
-            "prompt_id": index[i],
-            "prompt": prompt_text(rollouts.prompts[i]),
-            "messages": rollouts.prompts[i],
-            "response": rollouts.responses[i],
-            "ended": rollouts.ended[i],
-            "tokens": rollouts.response_tokens[i],
-            "scores": scores_NK[i],
-            "z": z_NK[i],
-            "gold": None if gold_N is None else gold_N[i],
-        }
-        for i in range(len(rollouts))
-    )
+    reference, rows = score_reference(rollouts, per_prompt, sources, gold)
     runtime.on_writer(lambda: write_jsonl_atomic(path, rows))
     return reference
 
