@@ -77,8 +77,6 @@ _NOT_YET: dict[str, object] = {
     "model.context_parallel_size": 1,
     "model.offload_reference": False,
     "model.offload_optimizer_while_generating": False,
-    "precision.fp8_params": False,
-    "precision.bf16_first_last_layers": 0,
 }
 
 

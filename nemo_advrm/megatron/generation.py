@@ -14,6 +14,7 @@ from nemo_advrm.megatron import runtime
 from nemo_advrm.megatron.gpt import without_sequence_parallel
 from nemo_advrm.megatron.kv_cache import KVCache
 from nemo_advrm.megatron.model import MegatronModel
+from nemo_advrm.megatron.precision import without_fp8
 from nemo_advrm.megatron.sampling import Sampling, pick
 
 # finished rows are dropped once they are this share of the batch: copying the cache costs about one step
@@ -69,7 +70,7 @@ def generate(
     step = max_rows or len(prompts) or 1
     responses: list[list[int]] = [[] for _ in prompts]
     ended = [False] * len(prompts)
-    with without_sequence_parallel(model.parts):
+    with without_sequence_parallel(model.parts), without_fp8(model.config):
         for start in range(0, len(order), step):
             rows = order[start : start + step]
             tokens, done = _generate_batch(model, [prompts[i] for i in rows], sampling, uniforms_BT[rows])

@@ -174,6 +174,7 @@ def _wrap(part: HeadedGPT, config: TransformerConfig, model: ModelConfig, bucket
         overlap_grad_reduce=model.overlap_grad_reduce,
         overlap_param_gather=model.overlap_param_gather,
         use_distributed_optimizer=model.use_distributed_optimizer,
+        fp8_param_gather=config.fp8_param,
         check_for_nan_in_grad=False,  # the step itself checks loss and gradient norm and names the step
     )
     # the later chunks' communication hides behind the first one's computation: one bucket each

@@ -53,6 +53,7 @@ class MegatronOptimizer:
             clip_grad=clip if clip > 0 else math.inf,  # the norm is wanted even when nothing is clipped
             bf16=model.config.bf16,
             params_dtype=model.config.params_dtype,
+            fp8_recipe=model.config.fp8_recipe if model.config.fp8 else None,
             use_distributed_optimizer=model.model.use_distributed_optimizer,
             overlap_param_gather=model.model.overlap_param_gather,
         )

@@ -16,6 +16,7 @@ from torch import Tensor
 from nemo_advrm.megatron import runtime
 from nemo_advrm.megatron.gpt import Head
 from nemo_advrm.megatron.model import MegatronModel
+from nemo_advrm.megatron.precision import alignment
 
 Sums = dict[str, tuple[Tensor, Tensor | float]]
 """Metric name -> (sum, count); the mean is taken over all microbatches and data-parallel ranks."""
@@ -50,8 +51,8 @@ class _Turn:
 
 
 def sequence_multiple(model: MegatronModel) -> int:
-    """Padded lengths must be a multiple of this (sequence parallelism splits sequences over ranks)."""
-    return model.config.tensor_model_parallel_size if model.config.sequence_parallel else 1
+    """Padded lengths must be a multiple of this: sequence parallelism splits sequences, FP8 wants them aligned."""
+    return alignment(model.config)
 
 
 def _call(chunk: Any, microbatch: Microbatch) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from functools import partial
 from typing import Any
 
@@ -18,6 +17,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.megatron.attention import CachedSelfAttention, FusedCoreAttention
 from nemo_advrm.megatron.layers import Norm, PostNormLayer
+from nemo_advrm.megatron.precision import check_machine, check_model, has_transformer_engine, options
 from nemo_advrm.schema import ModelConfig, PrecisionConfig
 
 
@@ -45,11 +45,6 @@ NORMALIZATIONS: dict[str, tuple[str, bool]] = {
     "LayerNorm": ("LayerNorm", False),
     "layernorm1p": ("LayerNorm", True),
 }
-_FP8_RECIPES = {"fp8_delayed": "delayed", "fp8_current": "tensorwise", "fp8_blockwise": "blockwise", "mxfp8": "mxfp8"}
-
-
-def has_transformer_engine() -> bool:
-    return importlib.util.find_spec("transformer_engine") is not None
 
 
 def ffn_size(model: ModelConfig) -> int:
@@ -116,20 +111,17 @@ def transformer_config(model: ModelConfig, precision: PrecisionConfig, on_gpu: b
     """
     activation, gated = ACTIVATIONS[model.activation]
     normalization, zero_centered = NORMALIZATIONS[model.normalization]
-    dtype = torch.float32 if precision.name == "fp32" else torch.bfloat16
-    if dtype == torch.bfloat16 and not on_gpu:
-        raise ConfigError(f"precision={precision.name} trains on a GPU; on a CPU use precision=fp32")
-    if dtype == torch.bfloat16 and not model.use_distributed_optimizer:
+    check_machine(precision, on_gpu)
+    check_model(
+        precision,
+        model,
+        ffn_size(model),
+        head_size(model) * model.num_attention_heads,
+        head_size(model) * query_groups(model),
+    )
+    if precision.name != "fp32" and not model.use_distributed_optimizer:
         # Megatron's plain mixed-precision optimizer cannot save a model whose head is fp32
         raise ConfigError(f"precision={precision.name} needs model.use_distributed_optimizer=true")
-    fp8: dict[str, Any] = {}
-    if precision.name in _FP8_RECIPES:
-        if not has_transformer_engine():
-            raise ConfigError(
-                f"precision={precision.name} needs Transformer Engine, which is not installed "
-                "(pip install 'nemo_advrm[gpu]' on a machine with an NVIDIA GPU)"
-            )
-        fp8 = {"fp8": "hybrid", "fp8_recipe": _FP8_RECIPES[precision.name]}
     return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -149,9 +141,6 @@ def transformer_config(model: ModelConfig, precision: PrecisionConfig, on_gpu: b
         init_method_std=model.init_method_std,
         hidden_dropout=model.hidden_dropout,
         attention_dropout=model.attention_dropout,
-        params_dtype=dtype,
-        pipeline_dtype=dtype,
-        bf16=dtype == torch.bfloat16,
         tensor_model_parallel_size=model.tensor_model_parallel_size,
         pipeline_model_parallel_size=model.pipeline_model_parallel_size,
         sequence_parallel=model.sequence_parallel,
@@ -168,7 +157,7 @@ def transformer_config(model: ModelConfig, precision: PrecisionConfig, on_gpu: b
         **_stages(model, on_gpu),
         **_recompute(model),
         **_sliding_window(model),
-        **fp8,
+        **options(precision),
     )
 
 
