@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from nemo_advrm.keys import nearest
 from nemo_advrm.layout import validate_layout
 from nemo_advrm.rewards import hf
 from nemo_advrm.rewards.base import RewardSource
-from nemo_advrm.schema import Config, ModelConfig, PretrainedConfig, RewardModelConfig
+from nemo_advrm.schema import Config, ConvertConfig, ModelConfig, PretrainedConfig, RewardModelConfig
 
 LOCAL_KINDS = ("megatron", "hf", "nemo")
 _SCHEMES = {"http": "http", "https": "http", "triton+http": "triton", "triton+https": "triton"}
@@ -129,10 +130,7 @@ def check(spec: SourceSpec, cfg: Config, world_size: int) -> None:
         elif spec.kind == "hf":
             hf.check_directory(spec.path)
         elif spec.kind == "nemo":
-            raise CheckpointError(
-                f"{spec.text}: .nemo files are not opened directly; first run nemo-advrm convert from=nemo "
-                f"path={spec.location} to=megatron out=DIR"
-            )
+            _check_nemo(spec, cfg, world_size)
     except (CheckpointError, LayoutError) as error:
         raise type(error)(f"{spec.place}: {error}") from error
 
@@ -155,15 +153,15 @@ def build(spec: SourceSpec, name: str, cfg: Config, running: Tokenizer | None = 
         tokenizer = member_tokenizer(spec, meta, running)
         model = build_reward_model(own, tokenizer, spec.location, seed=0, trainable=False)
         return MegatronReward(name, model, tokenizer)
+    if spec.kind == "nemo":
+        made = dataclasses.replace(spec, kind="megatron", location=str(_converted(spec, cfg)))
+        return build(made, name, cfg, running)
     if spec.kind == "hf":
         return hf.HFReward.load(name, spec.path, cfg)
-    if spec.is_remote:
-        require_extra("serve", "httpx", "tenacity")
-        from nemo_advrm.rewards import remote
+    require_extra("serve", "httpx", "tenacity")
+    from nemo_advrm.rewards import remote
 
-        return remote.connect(name, spec.kind, spec.location.split("|"), cfg.remote)
-    check(spec, cfg, 1)
-    raise AssertionError(f"kind {spec.kind} cannot be built")
+    return remote.connect(name, spec.kind, spec.location.split("|"), cfg.remote)
 
 
 def for_scoring(cfg: Config, members: Sequence[str]) -> Config:
@@ -210,6 +208,39 @@ def member_tokenizer(spec: SourceSpec, meta: dict[str, Any], running: Tokenizer 
     if fingerprint is not None and tokenizer.fingerprint != fingerprint:
         raise CheckpointError(f"{spec.place}={spec.text}: the tokenizer {named} is not what it was in training")
     return tokenizer
+
+
+def _check_nemo(spec: SourceSpec, cfg: Config, world_size: int) -> None:
+    from nemo_advrm.convert.conversion import open_source  # conversion stands above rewards: only when it is asked for
+
+    with open_source(ConvertConfig(from_="nemo", path=spec.location)) as source:
+        described = source.description
+        if described.head != "reward":
+            raise CheckpointError(f"{spec.text}: holds a model with the head {described.head!r}, not a reward model")
+        own = dataclasses.replace(described.model, **{key: getattr(cfg.model, key) for key in _OF_THE_JOB})
+        validate_layout(dataclasses.replace(cfg, model=own), world_size)
+
+
+def _converted(spec: SourceSpec, cfg: Config) -> Path:
+    """The .nemo file as a checkpoint below ``run_dir``, made when it is first used; another file is converted anew."""
+    from nemo_advrm.convert.conversion import convert
+    from nemo_advrm.megatron import runtime
+
+    try:
+        stat = spec.path.stat()
+    except OSError as error:
+        raise CheckpointError(f"{spec.place}={spec.text}: cannot be read ({error.strerror})") from None
+    version = hashlib.sha256(f"{spec.path.absolute()} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:8]
+    out = Path(cfg.run_dir) / "members" / f"{spec.path.stem}-{version}"
+    settings = ConvertConfig(from_="nemo", path=spec.location, to="megatron", out=str(out))
+
+    def make() -> None:
+        if not out.exists():
+            out.parent.mkdir(parents=True, exist_ok=True)
+            convert(settings, report=lambda _: None)
+
+    runtime.on_writer(make)
+    return out
 
 
 def _reward_meta(spec: SourceSpec) -> dict[str, Any]:

@@ -27,9 +27,12 @@ from nemo_advrm.convert.nemo_archive import NemoArchive
 from nemo_advrm.convert.nemo_config import read_model, write_config
 from nemo_advrm.convert.nemo_file import NemoSource
 from nemo_advrm.convert.nemo_tokenizer_files import pack_tokenizer, unpack_tokenizer
-from nemo_advrm.data.tokenizers import build_tokenizer
-from nemo_advrm.errors import CheckpointError
+from nemo_advrm.data.tokenizers import ByteTokenizer, build_tokenizer
+from nemo_advrm.errors import CheckpointError, LayoutError
 from nemo_advrm.megatron.runtime import Layout, Runtime
+from nemo_advrm.rewards.base import Rollouts
+from nemo_advrm.rewards.sources import check, load_members, parse
+from nemo_advrm.schema import Config, ModelConfig
 
 KNOWN = json.loads(REAL.with_suffix(".json").read_text())
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
@@ -66,6 +69,23 @@ def test_the_scores_are_those_of_nemo_aligner_at_every_layout(single: Runtime, w
     for layout in LAYOUTS.values():
         for there in worlds.run(layout, "convert_jobs", "scores", path=str(imported), sequences=ids(imported)):
             torch.testing.assert_close(there, wanted, **TOLERANCE)
+
+
+def test_a_nemo_file_is_a_member_of_an_ensemble_with_its_own_tokenizer(single: Runtime, tmp_path: Path) -> None:
+    cfg, texts = Config(run_dir=str(tmp_path / "run")), KNOWN["texts"]
+    empty: list[list[int]] = [[] for _ in texts]
+    rollouts = Rollouts([() for _ in texts], texts, [True for _ in texts], empty, empty, [0 for _ in texts], "another")
+    spec = parse(f"nemo:{REAL}", "ensemble.members[0]")
+    check(spec, cfg, 1)
+    (member,) = load_members(cfg, [spec.text], ByteTokenizer())
+    torch.testing.assert_close(member.score(rollouts), torch.tensor(KNOWN["scores"]), **TOLERANCE)
+    (made,) = (tmp_path / "run" / "members").iterdir()
+    before = (made / "meta.json").stat().st_mtime_ns
+    (again,) = load_members(cfg, [spec.text], ByteTokenizer())
+    assert torch.equal(again.score(rollouts), member.score(rollouts))
+    assert (made / "meta.json").stat().st_mtime_ns == before
+    with pytest.raises(LayoutError, match=r"ensemble\.members\[0\]"):
+        check(spec, Config(model=ModelConfig(tensor_model_parallel_size=64)), 64)
 
 
 def test_nemo_to_megatron_to_nemo_keeps_every_bit_and_the_tokenizer(imported: Path, tmp_path: Path) -> None:

@@ -108,7 +108,7 @@ def test_what_is_no_reward_model_is_refused_before_work(checkpoints: dict[str, P
         (f"hf:{_spoil(hf, tmp_path / 'causal', architectures=['LlamaForCausalLM'])}", "not a reward model"),
         (f"hf:{_spoil(hf, tmp_path / 'two', id2label={'0': 'a', '1': 'b'})}", "2 labels"),
         (f"hf:{_spoil(hf, tmp_path / 'default', id2label=None)}", "2 labels"),
-        (f"nemo:{tmp_path / 'x.nemo'}", "nemo-advrm convert"),
+        (f"nemo:{tmp_path / 'x.nemo'}", "x.nemo"),
     ]
     pickled = _spoil(hf, tmp_path / "pickled")
     (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
