@@ -11,12 +11,12 @@ import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from nemo_advrm.data.encoding import EncodedPair, encode_pairs
+from nemo_advrm.data.mixing import draw_replacements
 from nemo_advrm.data.pair_store import PairStore
 from nemo_advrm.data.tokenizers import Tokenizer
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.megatron import runtime
 from nemo_advrm.models.reward_model import RewardModel
-from nemo_advrm.models.trainable import derive_seed
 
 
 class AdversarialAugmentation(Callback):
@@ -89,14 +89,8 @@ class AdversarialAugmentation(Callback):
         """The global batch of ``step`` with its share of adversarial pairs."""
         counts = next((counts for first, counts in reversed(self._known) if step >= first), [])
         pool = [pair for pairs, count in zip(self._pairs, counts, strict=False) for pair in pairs[:count]]
-        share = min(round(self.ratio * len(rows)), len(rows) - 1)
-        if not pool or share == 0:
-            return rows
-        generator = torch.Generator().manual_seed(derive_seed(self.seed, "augmentation", step))
-        places = torch.randperm(len(rows), generator=generator)[:share].tolist()
-        drawn = torch.randint(len(pool), (share,), generator=generator).tolist()
         mixed = list(rows)
-        for place, pair in zip(places, drawn, strict=True):
+        for place, pair in draw_replacements(len(rows), len(pool), self.ratio, self.seed, step):
             mixed[place] = pool[pair]
         return mixed
 
