@@ -118,9 +118,12 @@ def convert(settings: ConvertConfig, report: Any = print) -> None:
         if settings.dry_run:
             return
         specs = target_specs(settings, source)
-        with sink:
-            for name, spec in specs.items():
-                sink.write(name, source.read(name).to(spec.dtype))
+        try:
+            with sink:
+                for name, spec in specs.items():
+                    sink.write(name, source.read(name).to(spec.dtype))
+        except OSError as error:
+            raise CheckpointError(f"{sink.path}: could not be written ({error}); nothing is left there") from error
         report(f"written: {sink.path}")
 
 

@@ -154,7 +154,13 @@ class StackedWriter:
 
     def _put(self, items: list[WriteItem], data: Tensor | io.BytesIO) -> None:
         plan = SavePlan(items, storage_data=_StoragePrefix(f"__{next(self._numbers)}_"))
-        self._results += self._writer.write_data(plan, _One(data)).wait()
+        try:
+            self._results += self._writer.write_data(plan, _One(data)).wait()
+        except RuntimeError as error:
+            # where the file system fails, torch's archive writer fails a second time while it closes the file
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from error
+            raise
 
 
 def _chunk(layer: int | None, shape: torch.Size) -> ChunkStorageMetadata:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections import Counter
 from pathlib import Path
@@ -178,7 +179,11 @@ class HFSink:
                 self.config[key] = getattr(theirs, key)
 
     def __enter__(self) -> Self:
-        self._writer.open(self._directory.make())
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._directory.remove)
+            undo.callback(self._writer.abandon)
+            self._writer.open(self._directory.make())  # makes every file at its full size, which a full disk refuses
+            undo.pop_all()
         self._open = True
         return self
 

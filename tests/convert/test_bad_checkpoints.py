@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import resource
 import shutil
 import signal
 import subprocess
@@ -280,6 +281,20 @@ def test_models_that_hugging_face_does_not_have_are_refused(ours: Path) -> None:
 
 
 # interruption
+
+
+@pytest.mark.parametrize(("from_", "to"), [("hf", "megatron"), ("megatron", "hf")])
+def test_a_disk_that_fills_up_in_the_middle_is_one_error_and_leaves_nothing(
+    source: Path, ours: Path, tmp_path: Path, from_: str, to: str
+) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))  # a file ends there with an OSError, as on a full disk
+    try:
+        with pytest.raises(CheckpointError, match="could not be written"):
+            run(from_, source if from_ == "hf" else ours, to, tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(tmp_path.glob("out*")) == []
 
 
 @pytest.mark.parametrize("to", ["megatron", "hf"])
