@@ -79,6 +79,13 @@ _NOT_YET: dict[str, object] = {
     "model.offload_optimizer_while_generating": False,
 }
 
+_REASONS = {
+    "model.context_parallel_size": (
+        "sharing a sequence between ranks needs Transformer Engine's attention, which the reward heads and the loss "
+        "do not split for yet: use model.sequence_parallel and model.recompute"
+    )
+}
+
 
 def validate_layout(cfg: Config, world_size: int, transformer_engine: bool = False, planning: bool = False) -> None:
     """Raise :class:`LayoutError` that names the keys when the layout cannot be built.
@@ -92,7 +99,8 @@ def validate_layout(cfg: Config, world_size: int, transformer_engine: bool = Fal
         for key, known in _NOT_YET.items():
             value = operator.attrgetter(key)(cfg)
             if value != known:
-                raise ConfigError(f"{key}={value}: training knows {known} only so far; nemo-advrm plan takes it")
+                why = _REASONS.get(key, f"training knows {known} only so far")
+                raise ConfigError(f"{key}={value}: {why}; nemo-advrm plan takes it")
     tensor, pipeline = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
     heads, groups = model.num_attention_heads, model.num_query_groups or model.num_attention_heads
 

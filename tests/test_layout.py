@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from nemo_advrm.config import load_config
-from nemo_advrm.errors import LayoutError
+from nemo_advrm.errors import ConfigError, LayoutError
 from nemo_advrm.layout import data_parallel_size, validate_layout
 from nemo_advrm.schema import Config, OptimConfig
 
@@ -92,3 +92,8 @@ def test_explicit_head_size_frees_the_hidden_size() -> None:
 )
 def test_shipped_models_fit_shipped_layouts(model: str, parallel: str, world: int) -> None:
     validate_layout(load_config([f"model={model}", f"parallel={parallel}"]), world)
+
+
+def test_context_parallelism_is_refused_with_its_reason() -> None:
+    with pytest.raises(ConfigError, match=r"model\.context_parallel_size=2: .*needs Transformer Engine's attention"):
+        validate_layout(config(context_parallel_size=2), 2)

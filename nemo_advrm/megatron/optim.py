@@ -60,6 +60,8 @@ class MegatronOptimizer:
         on_gpu = runtime.current().on_gpu
         with contextlib.nullcontext() if on_gpu else types_of_cuda_tensors():
             self.core = get_megatron_optimizer(config, model.chunks, use_gloo_process_groups=on_gpu)
+        for part in self._distributed:
+            _number_parameters(part)
 
     def zero_grad(self) -> None:
         """Clear gradients; to be called before every accumulation.
@@ -116,18 +118,29 @@ class MegatronOptimizer:
             self.core.load_state_dict(state)
 
     @property
+    def _distributed(self) -> list[DistributedOptimizer]:
+        parts = getattr(self.core, "chained_optimizers", [self.core])
+        return [part for part in parts if isinstance(part, DistributedOptimizer)]
+
+    @property
     def _split_adams(self) -> list[Any]:
-        """Megatron's distributed optimizers over PyTorch's Adam, which stands where no fused one is installed."""
-        return [
-            part
-            for part in getattr(self.core, "chained_optimizers", [self.core])
-            if isinstance(part, DistributedOptimizer) and isinstance(part.optimizer, torch.optim.Adam)
-        ]
+        """Those over PyTorch's Adam, which stands where no fused one is installed."""
+        return [part for part in self._distributed if isinstance(part.optimizer, torch.optim.Adam)]
 
     def state_tensors(self) -> list[torch.Tensor]:
         """All tensors of the optimizer state by parameter and name, for memory accounting and tests."""
         states = (state for optimizer in self._inner for state in optimizer.state.values())
         return [t for state in states for _, t in sorted(state.items()) if isinstance(t, torch.Tensor)]
+
+
+def _number_parameters(part: DistributedOptimizer) -> None:
+    """Correct the optimizer's table of where each parameter's part stands in its group.
+
+    Megatron puts fp32 parameters (our scalar heads) before those of 16 bits, but numbers them as they come.
+    """
+    for index, group in enumerate(part.opt_group_ranges):
+        order = sorted(group["params"], key=lambda parameter: parameter.dtype != torch.float32)
+        part.model_param_group_index_map.update({parameter: (index, i) for i, parameter in enumerate(order)})
 
 
 def _start_adam(adam: torch.optim.Optimizer) -> None:

@@ -55,11 +55,19 @@ def capability() -> tuple[int, int] | None:
     return torch.cuda.get_device_capability() if torch.cuda.is_available() else None
 
 
+def cpu_has_bf16() -> bool:
+    """Whether the processor multiplies bf16 matrices itself."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
 def check_machine(precision: PrecisionConfig, on_gpu: bool) -> None:
     """Raise ConfigError that names everything the format needs and this machine lacks."""
     name = precision.name
-    if name == "bf16" and not on_gpu:
-        raise ConfigError(f"precision={name} trains on a GPU; on a CPU use precision=fp32")
+    if name == "bf16" and not on_gpu and not cpu_has_bf16():
+        raise ConfigError(
+            "precision=bf16 on a CPU needs one with AVX-512 BF16 or AMX, without which it is slower than "
+            "precision=fp32; use that"
+        )
     if name not in FP8:
         return
     needed, found = FP8[name].capability, capability() if on_gpu else None

@@ -55,6 +55,7 @@ def findings() -> list[Finding]:
     rows += _gpus(torch)
     rows.append(fp8_finding(capabilities, _version("transformer-engine") is not None))
     rows += _backends(torch.distributed)
+    rows.append(_kernels(bool(capabilities)))
     return [*rows, _cpu(_cpu_flags())]
 
 
@@ -133,6 +134,26 @@ def _backends(distributed) -> list[Finding]:  # type: ignore[no-untyped-def]
     return [nccl, Finding("gloo", "no", "no CPU job, of one process or several, can run", False)]
 
 
+def _kernels(on_gpu: bool) -> Finding:
+    """The fused kernels that training takes: the rest of Megatron-Core's are not used."""
+    engine = _loads("transformer_engine.pytorch")
+    if on_gpu and engine:
+        adam, layers = "Adam (Transformer Engine)", "linear layers with norms and attention (Transformer Engine)"
+    else:
+        adam = "Adam (Apex)" if on_gpu and _loads("apex.optimizers") else ""
+        layers = "attention (PyTorch)" + ("" if on_gpu else ", linear layers (oneDNN)")
+    missing = "" if adam else "Adam is PyTorch's, which keeps a temporary copy of what it updates"
+    return Finding("Fused kernels", ", ".join(filter(None, (layers, adam))), missing)
+
+
+def _loads(module: str) -> bool:
+    try:
+        importlib.import_module(module)
+    except Exception:  # as above
+        return False
+    return True
+
+
 def _cpu_flags() -> set[str]:
     """Instruction sets of the first processor, empty where the system does not say."""
     try:
@@ -149,4 +170,6 @@ def _cpu(flags: set[str]) -> Finding:
         f"{name} {'yes' if flag in flags else 'no'}"
         for name, flag in (("AVX-512", "avx512f"), ("AVX-512 bf16", "avx512_bf16"), ("AMX bf16", "amx_bf16"))
     )
+    if flags & {"avx512_bf16", "amx_bf16"}:
+        return Finding("CPU", found, "precision=bf16 is faster than fp32 for models whose layers are wide")
     return Finding("CPU", found, "training on a CPU is in fp32")

@@ -13,8 +13,10 @@ from nemo_advrm.models.reward_model import RewardModel
 Metrics = dict[str, float]
 
 
-def reward_model(seed: int = 0, **model: Any) -> RewardModel:
-    return RewardModel(tiny_config("llama", runtime.current().layout, **model), TOKENIZER, pairs(16), [], seed=seed)
+def reward_model(seed: int = 0, precision: str = "fp32", **model: Any) -> RewardModel:
+    cfg = tiny_config("llama", runtime.current().layout, **model)
+    cfg.precision.name = precision
+    return RewardModel(cfg, TOKENIZER, pairs(16), [], seed=seed)
 
 
 def train(module: RewardModel, first: int, last: int) -> list[Metrics]:
@@ -23,18 +25,18 @@ def train(module: RewardModel, first: int, last: int) -> list[Metrics]:
     return [module.train_on(next(steps), step) for step in range(first, last)]
 
 
-def start_and_save(model: dict[str, Any], weights: str, path: str) -> list[Metrics]:
+def start_and_save(model: dict[str, Any], weights: str, path: str, precision: str = "fp32") -> list[Metrics]:
     """The first two steps from ``weights``."""
-    module = reward_model(**model)
+    module = reward_model(0, precision, **model)
     checkpoint.load(Path(weights), module.model)
     metrics = train(module, 0, 2)
     checkpoint.save(Path(path), module.model, module.optimizer)
     return metrics
 
 
-def load_and_continue(model: dict[str, Any], path: str) -> list[Metrics]:
+def load_and_continue(model: dict[str, Any], path: str, precision: str = "fp32") -> list[Metrics]:
     """Steps 3 and 4."""
-    module = reward_model(seed=5, **model)
+    module = reward_model(5, precision, **model)
     module.seed = 0  # other weights, the same order of rows
     checkpoint.load(Path(path), module.model, module.optimizer)
     return train(module, 2, 4)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+import scale_jobs
 import torch
+from distributed import Worlds
 from tiny import TOKENIZER, sequences, tiny_config
 
 from nemo_advrm.errors import ConfigError
-from nemo_advrm.megatron import precision
+from nemo_advrm.megatron import checkpoint, precision
 from nemo_advrm.megatron.generation import generate, uniforms
 from nemo_advrm.megatron.model import MegatronModel, build_model
-from nemo_advrm.megatron.runtime import Runtime
+from nemo_advrm.megatron.runtime import Layout, Runtime
 from nemo_advrm.megatron.sampling import Sampling
 from nemo_advrm.megatron.schedule import sequence_multiple
 from nemo_advrm.megatron.transformer import transformer_config
@@ -141,3 +144,28 @@ def test_responses_are_generated_in_bf16(single: Runtime, monkeypatch: pytest.Mo
     model.parts[0].register_forward_hook(lambda *_: seen.append(model.config.fp8))
     generate(model, [[3, 4]], Sampling(3, (1,), temperature=0), uniforms(0, 1, 3))
     assert seen and set(seen) == {None} and model.config.fp8 == "hybrid"
+
+
+def test_bf16_on_a_cpu_needs_its_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "cpu_has_bf16", lambda: False)
+    with pytest.raises(ConfigError, match=r"precision=bf16 on a CPU needs one with AVX-512 BF16 or AMX"):
+        transformer_config(_model(), PrecisionConfig("bf16"), on_gpu=False)
+
+
+@pytest.mark.skipif(not precision.cpu_has_bf16(), reason="the processor has neither AVX-512 BF16 nor AMX")
+def test_bf16_training_on_cpus_stays_near_fp32_and_continues_from_its_checkpoint(
+    single: Runtime, worlds: Worlds, tmp_path: Path
+) -> None:
+    initial = scale_jobs.reward_model()
+    checkpoint.save(tmp_path / "initial", initial.model)
+    exact = scale_jobs.train(initial, 0, 4)
+    model = {"use_distributed_optimizer": True}
+    start = {"weights": str(tmp_path / "initial"), "path": str(tmp_path / "saved"), "precision": "bf16"}
+    first = worlds.run(Layout(tensor=2), "scale_jobs", "start_and_save", 2, model=model, **start)
+    later = worlds.run(
+        Layout(pipeline=2), "scale_jobs", "load_and_continue", 2, model=model, path=start["path"], precision="bf16"
+    )
+    for metrics, expected in zip([*first[0], *later[0]], exact, strict=True):
+        # bf16 has 8 bits of mantissa: 2^-8 of scores of size 1
+        assert metrics["train/loss"] == pytest.approx(expected["train/loss"], abs=0.02)
+        assert metrics["grad_norm"] == pytest.approx(expected["grad_norm"], rel=0.03)
