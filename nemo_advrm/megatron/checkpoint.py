@@ -64,10 +64,11 @@ def save(
     except (OSError, RuntimeError, CheckpointException) as error:
         if isinstance(error, RuntimeError) and not _WRITE_FAILED.search(str(error)):
             raise
+        reason = _reason(error, path.parent)
         if runtime.current().is_writer:
             shutil.rmtree(partial, ignore_errors=True)  # a full disk is not left fuller
         raise CheckpointError(
-            f"{path}: could not be written ({_reason(error)}); the checkpoint before it is untouched"
+            f"{path}: could not be written ({reason}); the checkpoint before it is untouched"
         ) from error
 
 
@@ -91,12 +92,15 @@ def _write_weights(directory: Path, model: MegatronModel, optimizer: MegatronOpt
         dist_checkpointing.save(state, str(directory))
 
 
-def _reason(error: BaseException) -> str:
+def _reason(error: BaseException, directory: Path) -> str:
     """One line: of a failure on several ranks, the first one's."""
-    failures = getattr(error, "failures", {})
-    for rank, (failure, _) in sorted(failures.items()):
-        return f"rank {rank}: {one_line(failure)}"
-    return one_line(error)
+    failures: dict[int, Any] = getattr(error, "failures", {})
+    said = next((f"rank {rank}: {one_line(failure)}" for rank, (failure, _) in sorted(failures.items())), None)
+    reason = said or one_line(error)
+    if _WRITE_FAILED.search(reason):
+        usage = shutil.disk_usage(directory)
+        return f"is the disk full? {usage.free / 1e6:.1f} of {usage.total / 1e6:.1f} MB are free; {reason}"
+    return reason
 
 
 def put_in_place(partial: Path, path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from tiny import TOKENIZER, pairs, tiny_config
 
+from nemo_advrm.callbacks.checkpoints import newest_usable
 from nemo_advrm.errors import CheckpointError
 from nemo_advrm.megatron import checkpoint, runtime
 from nemo_advrm.models.reward_model import RewardModel
@@ -32,8 +33,8 @@ def train_and_save(path: str, steps: int) -> None:
     checkpoint.save(Path(path), module.model, module.optimizer)
 
 
-def load_and_continue(path: str, first: int, last: int, out: str) -> list[dict[str, float]]:
-    module = reward_model(seed=5)
+def load_and_continue(path: str, first: int, last: int, out: str, **model: Any) -> list[dict[str, float]]:
+    module = reward_model(seed=5, **model)
     module.seed = 0  # other weights, the same order of rows
     checkpoint.load(Path(path), module.model, module.optimizer)
     metrics = train(module, first, last)
@@ -54,6 +55,12 @@ def save_with_files_limited_to(path: str, size: int) -> str:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     return ""
+
+
+def newest_in(directory: str) -> str:
+    """Name of the training checkpoint that would be gone on from."""
+    found = newest_usable(Path(directory), verify=True)
+    return found.name if found else ""
 
 
 def weights(module: RewardModel) -> dict[str, torch.Tensor]:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +73,22 @@ def test_training_continues_at_another_layout_as_it_would_have_on_one_process(
             assert metrics[step][key] == pytest.approx(expected[key], rel=1e-4), (step, key)
 
 
+def test_training_goes_over_three_layouts_and_other_microbatches_with_the_losses_of_the_unbroken_run(
+    worlds: Worlds, saved: Path, tmp_path: Path
+) -> None:
+    unbroken = checkpoint_jobs.load_and_continue(str(saved), 2, 8, str(tmp_path / "unbroken"))
+    metrics: list[dict[str, float]] = []
+    path, at = saved, 2
+    for layout, rows in ((Layout(tensor=2), 3), (Layout(pipeline=2), 1), (Layout(), 2)):  # the last is DP 2
+        out = tmp_path / f"from_{at}"
+        job = {"path": str(path), "first": at, "last": at + 2, "out": str(out), "micro_batch_size": rows}
+        metrics += worlds.run(layout, "checkpoint_jobs", "load_and_continue", world_size=2, **job)[0]
+        path, at = out, at + 2
+    for step, (mine, expected) in enumerate(zip(metrics, unbroken, strict=True)):
+        for key in ("train/loss", "grad_norm"):
+            assert mine[key] == pytest.approx(expected[key], rel=1e-4), (step, key)
+
+
 def test_an_optimizer_that_made_no_step_is_saved_and_starts_afresh(saved: Path, tmp_path: Path) -> None:
     module = checkpoint_jobs.reward_model()
     checkpoint.save(tmp_path / "fresh", module.model, module.optimizer)
@@ -91,6 +110,53 @@ def test_an_older_checkpoint_is_replaced_and_leftovers_of_a_killed_save_do_no_ha
     checkpoint.save(copy, model)  # and cleared away when writing
     assert not checkpoint.read_meta(copy)["has_optimizer"]
     assert sorted(p.name for p in copy.parent.iterdir()) == ["copy"]
+
+
+def _kill_in_child(work: Callable[[], None], before: int) -> bool:
+    """Do ``work`` in a child that dies by SIGKILL before its ``before``-th renaming or removal; whether it did."""
+    child = os.fork()
+    if child == 0:
+        left = [before]
+
+        def deadly(call: Callable[..., Any]) -> Callable[..., Any]:
+            def wrapped(*args: Any, **kwargs: Any) -> Any:
+                if left[0] == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                left[0] -= 1
+                return call(*args, **kwargs)
+
+            return wrapped
+
+        Path.rename = deadly(Path.rename)  # type: ignore[method-assign]
+        shutil.rmtree = deadly(shutil.rmtree)  # type: ignore[assignment]
+        try:
+            work()
+        finally:
+            os._exit(0)
+    return os.waitpid(child, 0)[1] == signal.SIGKILL
+
+
+def test_a_kill_at_any_moment_of_a_replacement_leaves_the_old_or_the_new_checkpoint(
+    single: Runtime, tmp_path: Path
+) -> None:
+    checkpoint.save(tmp_path / "old", _build(), meta={"which": "old"})
+    checkpoint.save(tmp_path / "new", _build(), meta={"which": "new"})
+    found = []
+    for moment in range(20):
+        home = tmp_path / f"killed_{moment}"
+        path, partial = home / "model", home / "model.partial"
+        shutil.copytree(tmp_path / "old", path)
+        shutil.copytree(tmp_path / "new", partial)
+        killed = _kill_in_child(lambda path=path, partial=partial: checkpoint.put_in_place(partial, path), moment)
+        found.append(checkpoint.load(path, _build())["which"])
+        checkpoint.save(path, _build(), meta={"which": "next"})  # and what was left is in nobody's way
+        assert checkpoint.load(path, _build())["which"] == "next"
+        assert [p.name for p in home.iterdir()] == ["model"]
+        if not killed:
+            break
+    changed = found.index("new")
+    assert changed >= 2 and len(found) > changed + 2
+    assert found == ["old"] * changed + ["new"] * (len(found) - changed)
 
 
 def test_a_missing_checkpoint_is_named(single: Runtime, tmp_path: Path) -> None:
