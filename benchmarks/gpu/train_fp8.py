@@ -1,0 +1,232 @@
+"""One GPU: do reward models learn the same in BF16 and FP8, and how fast are training, scoring and generation?
+
+    python benchmarks/gpu/train_fp8.py --size 1b --precision bf16 fp8_current --out fp8.json
+
+Every precision starts from the same random weights and sees the same pairs, whose chosen response holds one token more
+often. The curves agree when the mean losses of every ten steps differ by at most ``--bound``. The script writes JSON
+and exits with 1 when they do not agree. ``--device cpu --size tiny --precision fp32`` runs all of it on a CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import platform
+import random
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nemo_advrm.data.encoding import EncodedPair
+from nemo_advrm.megatron import runtime
+from nemo_advrm.megatron.generation import generate, uniforms
+from nemo_advrm.megatron.model import build_model
+from nemo_advrm.megatron.planner.activations import Microbatch
+from nemo_advrm.megatron.planner.flops import layer_flops
+from nemo_advrm.megatron.planner.gpus import GPUS
+from nemo_advrm.megatron.precision import has_transformer_engine
+from nemo_advrm.megatron.sampling import Sampling
+from nemo_advrm.models.reward_model import RewardModel
+from nemo_advrm.models.scoring import score_sequences
+from nemo_advrm.quiet import quiet_libraries
+from nemo_advrm.schema import Config
+from nemo_advrm.synthetic.tokenizer import SyntheticTokenizer
+
+TOKENIZER = SyntheticTokenizer()
+LIKED, FIRST, WINDOW = 5, 8, 10
+NEVER = (2,)  # no token that is drawn: every response has its full length
+
+# layers, hidden, ffn, heads, groups, vocabulary; Llama 3.2 1B and 3B and Llama 3.1 8B, untied
+SIZES = {
+    "tiny": (2, 64, 128, 4, 2, 256),
+    "1b": (16, 2048, 8192, 32, 8, 128256),
+    "3b": (28, 3072, 8192, 24, 8, 128256),
+    "8b": (32, 4096, 14336, 32, 8, 128256),  # its training state (18 bytes a parameter) fits no single GPU
+}
+TRAINED = ("tiny", "1b", "3b")
+
+
+def configuration(options: argparse.Namespace, precision: str) -> Config:
+    layers, hidden, ffn, heads, groups, vocabulary = SIZES[options.size]
+    cfg = Config()
+    cfg.precision.name = precision
+    model = cfg.model
+    model.num_layers, model.hidden_size, model.ffn_hidden_size = layers, hidden, ffn
+    model.num_attention_heads, model.num_query_groups, model.vocab_size = heads, groups, vocabulary
+    model.tokenizer, model.encoder_seq_length = "synthetic", options.length
+    model.share_embeddings_and_output_weights = False
+    model.use_distributed_optimizer = True
+    model.recompute = options.recompute
+    model.global_batch_size = options.batch
+    model.micro_batch_size, model.micro_batch_tokens = options.micro_batch, 2 * options.micro_batch * options.length
+    model.optim.lr, model.optim.sched.name = options.lr, "constant"
+    cfg.trainer.max_steps = options.steps
+    return cfg
+
+
+def pairs(options: argparse.Namespace, vocabulary: int) -> list[EncodedPair]:
+    """Random tokens; a chosen response holds ``LIKED`` in a tenth of its places."""
+    draw = random.Random(0)
+
+    def row(liked: bool) -> list[int]:
+        tokens = [draw.randrange(FIRST, vocabulary) for _ in range(options.length)]
+        for place in draw.sample(range(options.length), options.length // 10 if liked else 0):
+            tokens[place] = LIKED
+        return tokens
+
+    return [EncodedPair(row(True), row(False), 1, None, 1.0, "", None, None) for _ in range(4 * options.batch)]
+
+
+def forward_flops(cfg: Config, rows: int, length: int) -> float:
+    return cfg.model.num_layers * layer_flops(cfg.model, Microbatch(rows, length)).total
+
+
+def clock() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def peak_of(precision: str, device: str) -> float | None:
+    """FLOP/s of the GPU's matrix products, of its data sheet; None where the device is not known."""
+    if device == "cpu":
+        return None
+    name = torch.cuda.get_device_name().lower()
+    return next((gpu.peak(precision) for key, gpu in GPUS.items() if key.split("_")[0] in name), None)
+
+
+def utilization(flops: float, seconds: float, peak: float | None) -> float | None:
+    return flops / seconds / peak if peak else None
+
+
+def train(options: argparse.Namespace, precision: str) -> dict[str, Any]:
+    cfg = configuration(options, precision)
+    module = RewardModel(cfg, TOKENIZER, pairs(options, cfg.model.vocab_size), [])
+    losses, seconds, norms = [], [], []
+    if options.device == "gpu":
+        torch.cuda.reset_peak_memory_stats()
+    for step, batch in enumerate(module.steps(0)):
+        started = clock()
+        metrics = module.train_on(batch, step)
+        seconds.append(clock() - started)
+        losses.append(metrics["train/loss"])
+        norms.append(metrics["grad_norm"])
+    each = sorted(seconds)[len(seconds) // 2]  # the first steps choose kernels
+    tokens = 2 * options.batch * options.length
+    flops = 3 * forward_flops(cfg, 2 * options.batch, options.length)
+    return {
+        "losses": losses,
+        "grad_norms": norms,
+        "seconds_per_step": each,
+        "tokens_per_second": tokens / each,
+        "model_flops_per_step": flops,
+        "mfu": utilization(flops, each, peak_of(precision, options.device)),
+        "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if options.device == "gpu" else None,
+    }
+
+
+def score(options: argparse.Namespace, precision: str) -> dict[str, Any]:
+    cfg = configuration(options, precision)
+    model = build_model(cfg.model, cfg.precision, "reward", TOKENIZER.vocab_size, seed=0, trainable=False)
+    rows = [tokens for pair in pairs(options, cfg.model.vocab_size)[: options.batch] for tokens in (pair.chosen,)]
+    score_sequences(model, rows, TOKENIZER.pad_id)
+    started = clock()
+    scores = score_sequences(model, rows, TOKENIZER.pad_id)
+    seconds = clock() - started
+    flops = forward_flops(cfg, len(rows), options.length)
+    return {
+        "scores": scores.tolist(),
+        "tokens_per_second": len(rows) * options.length / seconds,
+        "mfu": utilization(flops, seconds, peak_of(precision, options.device)),
+    }
+
+
+def write_responses(options: argparse.Namespace, precision: str) -> dict[str, Any]:
+    cfg = configuration(options, precision)
+    model = build_model(cfg.model, cfg.precision, "lm", TOKENIZER.vocab_size, seed=0, trainable=False)
+    prompt = max(1, options.length // 4)
+    sampling = Sampling(options.length - prompt, NEVER, temperature=1.0)
+    draw = random.Random(1)
+    prompts = [[draw.randrange(FIRST, 60) for _ in range(prompt)] for _ in range(options.batch)]
+    numbers = uniforms(0, len(prompts), sampling.max_new_tokens)
+    generate(model, prompts[:1], Sampling(2, NEVER), numbers[:1, :2])
+    started = clock()
+    made = generate(model, prompts, sampling, numbers)
+    seconds = clock() - started
+    return {"tokens_per_second": sum(map(len, made.responses)) / seconds, "rows": len(prompts)}
+
+
+def windows(losses: list[float]) -> list[float]:
+    cuts = [losses[i : i + WINDOW] for i in range(0, len(losses), WINDOW)]
+    return [sum(cut) / len(cut) for cut in cuts]
+
+
+def agreement(results: dict[str, Any], bound: float) -> dict[str, Any] | None:
+    """Largest difference of the mean losses of ten steps from those of the first precision."""
+    names = [name for name, result in results.items() if "train" in result]
+    if len(names) < 2:
+        return None
+    base = windows(results[names[0]]["train"]["losses"])
+    gaps = {
+        name: max(abs(a - b) for a, b in zip(windows(results[name]["train"]["losses"]), base, strict=True))
+        for name in names[1:]
+    }
+    return {"against": names[0], "bound": bound, "largest_gap": gaps, "agrees": max(gaps.values()) <= bound}
+
+
+def machine(device: str) -> dict[str, Any]:
+    packages = ("torch", "megatron-core", *(("transformer-engine",) if has_transformer_engine() else ()))
+    name = torch.cuda.get_device_name() if device == "gpu" else platform.processor() or platform.machine()
+    return {"device": name, "python": platform.python_version(), **{p: version(p) for p in packages}}
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("gpu", "cpu"), default="gpu")
+    parser.add_argument("--size", choices=tuple(SIZES), default="1b")
+    parser.add_argument("--precision", nargs="+", default=["bf16", "fp8_current"], help="the first is the reference")
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--batch", type=int, default=16, help="pairs per step")
+    parser.add_argument("--micro-batch", type=int, default=4)
+    parser.add_argument("--length", type=int, default=1024, help="tokens of a sequence")
+    parser.add_argument("--lr", type=float, default=1e-5)
+    parser.add_argument("--recompute", default="none", choices=("none", "selective", "full", "block"))
+    parser.add_argument("--bound", type=float, default=0.02, help="of the mean losses of ten steps")
+    parser.add_argument("--out", type=Path, default=Path("train_fp8.json"))
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    quiet_libraries()
+    runtime.start(runtime.Layout(), options.device)
+    results: dict[str, Any] = {}
+    for precision in options.precision:
+        work = {"score": score, "generate": write_responses}
+        if options.size in TRAINED:
+            work = {"train": train, **work}
+        results[precision] = {}
+        for name, measure in work.items():
+            results[precision][name] = measure(options, precision)
+            gc.collect()
+            torch.cuda.empty_cache()
+            print(precision, name, f"{results[precision][name]['tokens_per_second']:,.0f} tokens/s", flush=True)
+    agreed = agreement(results, options.bound)
+    report = {
+        "machine": machine(options.device),
+        "options": {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()},
+        "results": results,
+        "agreement": agreed,
+    }
+    options.out.write_text(json.dumps(report, indent=1) + "\n")
+    print("agreement:", agreed)
+    return 0 if agreed is None or agreed["agrees"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,49 @@
+"""The GPU benchmark runs end to end on a CPU, and judges loss curves by the mean of every ten steps."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from nemo_advrm.megatron.runtime import Runtime
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu" / "train_fp8.py"
+
+
+@pytest.fixture(scope="module")
+def benchmark() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("train_fp8", SCRIPT)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_it_measures_training_scoring_and_generation(single: Runtime, benchmark: ModuleType, tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    options = "--device cpu --size tiny --precision fp32 --steps 12 --batch 2 --micro-batch 1 --length 16 --lr 1e-3"
+    assert benchmark.main([*options.split(), "--out", str(out)]) == 0
+    report = json.loads(out.read_text())
+    found = report["results"]["fp32"]
+    training = found["train"]
+    assert len(training["losses"]) == 12 and all(norm > 0 for norm in training["grad_norms"])
+    # 2 layers; a token takes 2 * 64 * (64 + 64 for queries and output, 2 * 32 for keys and values, 3 * 128), and
+    # 2 * 16 * 64 for the attention to half of 16 tokens; 2 pairs of two rows of 16 tokens; backward counts twice
+    assert training["model_flops_per_step"] == 3 * 2 * (2 * 64 * (128 + 64 + 384) + 2 * 16 * 64) * 64
+    assert training["mfu"] is None and report["agreement"] is None
+    assert len(found["score"]["scores"]) == 2 and found["score"]["tokens_per_second"] > 0
+    assert found["generate"]["tokens_per_second"] > 0
+
+
+def test_curves_agree_within_the_bound_on_every_window(benchmark: ModuleType) -> None:
+    base = [1.0] * 20
+    noisy = [1.0] * 10 + [1.1, 0.9] * 5  # the noise of single steps is not a difference
+    off = [1.0] * 10 + [1.03] * 10
+    results = {name: {"train": {"losses": losses}} for name, losses in (("bf16", base), ("a", noisy), ("b", off))}
+    found = benchmark.agreement(results, 0.02)
+    assert found["largest_gap"] == pytest.approx({"a": 0.0, "b": 0.03}) and not found["agrees"]
+    assert benchmark.agreement({k: results[k] for k in ("bf16", "a")}, 0.02)["agrees"]
