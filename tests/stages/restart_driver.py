@@ -58,6 +58,22 @@ def kill_while_saving(number: int) -> None:
     strategy.checkpoint.save = save_and_die  # type: ignore[attr-defined]
 
 
+def kill_between_renames(number: int) -> None:
+    """Die when the ``number``-th checkpoint is complete but does not bear its name yet."""
+    rename = Path.rename
+    count = [0]
+
+    def rename_and_die(self, target):  # type: ignore[no-untyped-def]
+        renamed = rename(self, target)
+        if Path(target).name.startswith("step_") and Path(target).suffix == ".new":
+            count[0] += 1
+            if count[0] == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return renamed
+
+    Path.rename = rename_and_die  # type: ignore[method-assign]
+
+
 def attempt(work: Callable[[], int], sabotage: Callable[[], None] | None = None) -> int:
     """Exit status of ``work`` in a child; negative is the signal that ended it."""
     child = os.fork()
@@ -158,7 +174,7 @@ def main(home: Path) -> None:
         ]
         return rlhf.main(load_config(overrides, "rlhf"))
 
-    compare("sft", train, home / "sft", [lambda: kill_after(5)])
+    compare("sft", train, home / "sft", [lambda: kill_between_renames(1), lambda: kill_after(5)])
     compare(
         "reward_model",
         lambda out: reward(out, "augmentation.mode=mix", f"augmentation.pairs_path={home / 'store.jsonl'}"),
