@@ -75,8 +75,6 @@ def _check_optimizer(model: ModelConfig) -> None:
 # key -> the only value that training knows yet; the planner takes the others too
 _NOT_YET: dict[str, object] = {
     "model.context_parallel_size": 1,
-    "model.offload_reference": False,
-    "model.offload_optimizer_while_generating": False,
 }
 
 _REASONS = {

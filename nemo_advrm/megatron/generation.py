@@ -70,7 +70,7 @@ def generate(
     step = max_rows or len(prompts) or 1
     responses: list[list[int]] = [[] for _ in prompts]
     ended = [False] * len(prompts)
-    with without_sequence_parallel(model.parts), without_fp8(model.config):
+    with model.resident(), without_sequence_parallel(model.parts), without_fp8(model.config):
         for start in range(0, len(order), step):
             rows = order[start : start + step]
             tokens, done = _generate_batch(model, [prompts[i] for i in rows], sampling, uniforms_BT[rows])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +48,22 @@ class MegatronModel:
     def eval(self) -> None:
         for chunk in self.chunks:
             chunk.eval()
+
+    @contextlib.contextmanager
+    def resident(self) -> Iterator[None]:
+        """The weights on the device: those of a frozen model may wait in CPU memory between uses."""
+        if self.trainable or not self.model.offload_reference:
+            yield
+            return
+        waiting = [(p, p.data) for part in self.parts for p in part.parameters()]
+        device = runtime.current().device
+        for parameter, data in waiting:
+            parameter.data = data.to(device, non_blocking=True)
+        try:
+            yield
+        finally:
+            for parameter, data in waiting:  # they do not change: nothing is copied back
+                parameter.data = data
 
     def gather_parameters(self) -> None:
         """Complete the weights of every rank; training does so by itself, layer by layer (overlap_param_gather)."""
@@ -152,6 +170,9 @@ def build_model(
         for part in parts:
             part.requires_grad_(False)
             part.eval()
+            if model.offload_reference:
+                for parameter in part.parameters():
+                    parameter.data = parameter.data.cpu()
     return MegatronModel(wrapped, parts, config, model, head, vocab_size, head_outputs)
 
 

@@ -127,10 +127,43 @@ class MegatronOptimizer:
         """Those over PyTorch's Adam, which stands where no fused one is installed."""
         return [part for part in self._distributed if isinstance(part.optimizer, torch.optim.Adam)]
 
+    @contextlib.contextmanager
+    def offloaded(self) -> Iterator[None]:
+        """Let the state, and the fp32 weights behind those of 16 bits, wait in CPU memory inside."""
+        if not self.model.model.offload_optimizer_while_generating:
+            yield
+            return
+        device = runtime.current().device
+        main = [
+            shard
+            for part in self._distributed
+            for group in part.shard_fp32_from_float16_groups
+            for shard in group
+            if shard is not None
+        ]
+        states = [state for optimizer in self._inner for state in optimizer.state.values()]
+        away = {id(state): [k for k, v in state.items() if _is_on(v, device)] for state in states}
+
+        def move(target: torch.device) -> None:
+            for shard in main:
+                shard.data = shard.data.to(target)
+            for state in states:
+                state.update({key: state[key].to(target) for key in away[id(state)]})
+
+        move(torch.device("cpu"))
+        try:
+            yield
+        finally:
+            move(device)
+
     def state_tensors(self) -> list[torch.Tensor]:
         """All tensors of the optimizer state by parameter and name, for memory accounting and tests."""
         states = (state for optimizer in self._inner for state in optimizer.state.values())
         return [t for state in states for _, t in sorted(state.items()) if isinstance(t, torch.Tensor)]
+
+
+def _is_on(value: Any, device: torch.device) -> bool:
+    return isinstance(value, torch.Tensor) and value.device.type == device.type
 
 
 def _number_parameters(part: DistributedOptimizer) -> None:

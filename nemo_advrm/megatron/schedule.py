@@ -168,7 +168,8 @@ def forward(
     was_training = model.parts[0].training
     model.eval()
     try:
-        return _run(model, turns, step, forward_only=True, collect_non_loss_data=True)[: len(microbatches)]
+        with model.resident():
+            return _run(model, turns, step, forward_only=True, collect_non_loss_data=True)[: len(microbatches)]
     finally:
         if was_training:
             model.train()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -149,10 +150,13 @@ class PolicyModel(TrainableModel):
 
     def train_on(self, batch: list[Prompt], step: int) -> dict[str, float]:
         started = time.perf_counter()
-        rollouts = self._roll_out(batch, step)
-        judgement = self.reward.judge(rollouts)
+        with contextlib.ExitStack() as stack:
+            for _, optimizer in self.trained().values():
+                stack.enter_context(optimizer.offloaded())
+            rollouts = self._roll_out(batch, step)
+            judgement = self.reward.judge(rollouts)
+            data = self._prepare(rollouts, judgement)
         self.last_rollouts, self.last_judgement = rollouts, judgement
-        data = self._prepare(rollouts, judgement)
         metrics = self._update(data, step)
         if self.critic is not None:
             metrics |= self.critic.update(data, self.config.rl.updates_per_rollout, step)

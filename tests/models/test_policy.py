@@ -121,6 +121,32 @@ def test_a_step_is_reproducible_and_seeds_differ(initial: str) -> None:
     assert plain[0] == plain[1] != plain[2]
 
 
+def test_waiting_in_cpu_memory_changes_nothing_that_is_computed(initial: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU nothing moves, but every move is asked for: the optimizer's there and back, the reference's there."""
+    runs = []
+    for away in (False, True):
+        cfg = rl.policy_config("ppo")
+        cfg.model.offload_reference = cfg.model.offload_optimizer_while_generating = away
+        model = rl.policy(cfg, initial)
+        moved: list[int] = []
+        own = torch.Tensor.to
+
+        def to(tensor: torch.Tensor, *args: Any, own: Any = own, moved: list[int] = moved, **kwargs: Any) -> Any:
+            moved.append(id(tensor))
+            return own(tensor, *args, **kwargs)
+
+        runs.append(rl.train(model, 2))
+        monkeypatch.setattr(torch.Tensor, "to", to)
+        with model.optimizer.offloaded(), model.reference.resident():
+            pass
+        monkeypatch.undo()
+        states = {id(tensor) for tensor in model.optimizer.state_tensors()}
+        weights = len(list(model.reference.parts[0].parameters()))
+        assert states and len(moved) == (2 * len(states) + weights if away else 0)
+    for kept, moved_run in zip(*runs, strict=True):
+        assert {**kept, "samples_per_second": 0} == {**moved_run, "samples_per_second": 0}
+
+
 def test_the_critic_can_be_trained_alone_first(initial: str) -> None:
     module = _learner("ppo", initial, critic_warmup_steps=2)
     before = rl.weights(module.model.parts[0])
