@@ -1,0 +1,149 @@
+"""What the two actor scripts share: the order of calls of NeMo-Aligner's train_gpt_{reinforce,ppo}_actor.py.
+
+Lines that are not NeMo-Aligner's own come from nemo_advrm.aligner.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from nemo.utils.exp_manager import exp_manager
+from nemo_aligner.data.nlp.builders import (
+    build_dataloader,
+    build_train_valid_test_rlhf_datasets,
+    collate_with_pad_to_max_batch,
+)
+from nemo_aligner.utils import parallel_state
+from nemo_aligner.utils.batch_iterators import get_batch_iterator_cls
+from nemo_aligner.utils.distributed import Timer
+from nemo_aligner.utils.train_script_utils import (
+    CustomLoggerWrapper,
+    add_custom_checkpoint_callback,
+    extract_optimizer_scheduler_from_ptl_model,
+    init_distributed,
+    init_peft,
+    init_using_ptl,
+    resolve_and_create_trainer,
+    retrieve_custom_trainer_state_dict,
+)
+from nemo_aligner.utils.utils import load_and_override_model_config, load_from_nemo, retrieve_model_state_dict_in_cpu
+from omegaconf import DictConfig, OmegaConf
+
+from nemo_advrm.aligner import EnsembleRewardClient, MegatronGPTAdversarialActorModel
+from nemo_advrm.aligner.members import build_reward, open_members, read_reference
+from nemo_advrm.aligner.reference import prompt_texts, write_reference
+from nemo_advrm.aligner.rollouts import RolloutReader
+
+
+@dataclass
+class Setup:
+    """An actor that is ready to train; ``arguments`` are those that both of NeMo-Aligner's RL trainers take."""
+
+    actor: Any
+    arguments: dict[str, Any]
+    datasets: list[Any]
+    state: dict[str, Any] | None
+
+    @property
+    def step(self) -> int:
+        """Steps that an earlier job of this run has done."""
+        return int(self.state["step"]) if self.state else 0
+
+
+def prepare(cfg: DictConfig, kind: str) -> Setup:
+    """Load the actor, its data and its optimizer; ``kind`` is reinforce or ppo."""
+    cfg.model = load_and_override_model_config(cfg.pretrained_checkpoint.restore_from_path, cfg.model)
+    trainer = resolve_and_create_trainer(cfg, kind)
+    exp_manager(trainer, cfg.exp_manager)
+    logger = CustomLoggerWrapper(trainer.loggers)
+    own = cfg.model[kind]
+    actor = load_from_nemo(
+        MegatronGPTAdversarialActorModel,
+        cfg.model,
+        trainer,
+        strict=True,
+        restore_path=cfg.pretrained_checkpoint.restore_from_path,
+    )
+    init_peft(actor, cfg.model)
+    actor.init_policy_state_dict = None
+    if cfg.trainer[kind].initial_policy_kl_penalty > 0 and cfg.model.peft.peft_scheme == "none":
+        actor.init_policy_state_dict = retrieve_model_state_dict_in_cpu(
+            actor, megatron_amp_O2=cfg.model.get("megatron_amp_O2", False)
+        )
+    state = None if trainer.ckpt_path is None else retrieve_custom_trainer_state_dict(trainer)
+    init_distributed(trainer, actor, cfg.model.get("transformer_engine", False))
+
+    data = cfg.model.data
+    train, validation, _ = build_train_valid_test_rlhf_datasets(
+        cfg=cfg.model,
+        data_prefix=data.data_prefix,
+        data_impl=data.data_impl,
+        splits_string=data.splits_string,
+        train_valid_test_num_samples=[-1, -1, -1],
+        seq_length=data.seq_length,
+        seed=cfg.model.seed,
+        tokenizer=actor.tokenizer,
+    )
+    collate = collate_with_pad_to_max_batch(
+        own.length_params.max_length, actor.tokenizer.eos_id, cfg, generate_masks_and_position_ids=False
+    )
+    builder = partial(build_dataloader, cfg=cfg, collate_fn=collate, load_gbs=False)
+    # Lightning counts optimizer steps by a loader; prompts come from the builders instead
+    size = cfg.model.global_batch_size // parallel_state.get_data_parallel_world_size()
+    init_using_ptl(trainer, actor, torch.utils.data.DataLoader(train, batch_size=size), train)
+    del actor._train_dl
+    optimizer, scheduler = extract_optimizer_scheduler_from_ptl_model(actor)
+    logger.log_hyperparams(OmegaConf.to_container(cfg))
+    arguments = {
+        "cfg": cfg.trainer[kind],
+        "model": actor,
+        "optimizer": optimizer,
+        "scheduler": scheduler,
+        "train_dataloader_builder": partial(
+            builder, dataset=train, mbs=own.rollout_micro_batch_size, gbs=own.num_rollout_samples
+        ),
+        "val_dataloader_builder": partial(
+            builder,
+            dataset=validation,
+            mbs=own.val_rollout_micro_batch_size,
+            gbs=own.num_val_samples,
+            use_random_sampler=False,
+        ),
+        "collate_fn": collate,
+        "batch_iterator_cls": get_batch_iterator_cls(cfg.trainer[kind].get("batch_iterator", {})),
+        "logger": logger,
+        "ckpt_callback": add_custom_checkpoint_callback(trainer, actor),
+        "run_timer": Timer(cfg.exp_manager.get("max_time_per_run")),
+    }
+    return Setup(actor, arguments, [train, validation], state)
+
+
+def ensemble_client(cfg: DictConfig, setup: Setup, kind: str, critic: Any = None) -> EnsembleRewardClient:
+    """The client of the ensemble; the adversarial reward's reference is sampled if it is not there."""
+    actor = setup.actor
+    members = open_members(cfg.ensemble, actor.tokenizer.eos_id)
+    reference = None
+    if cfg.ensemble.reward == "adversarial":
+        path = Path(cfg.ensemble.reference_path)
+        exists = [path.exists()]
+        torch.distributed.broadcast_object_list(exists, 0)
+        if not exists[0]:
+            rows = cfg.model[kind].rollout_micro_batch_size
+            texts = prompt_texts(*setup.datasets)
+            write_reference(path, actor, texts, members, cfg.reference.samples_per_prompt, rows)
+        reference = read_reference(cfg.ensemble, members)
+    client = EnsembleRewardClient(
+        build_reward(cfg.ensemble, members, reference),
+        RolloutReader(actor.tokenizer, reference.prompts_P if reference is not None else None),
+        unended_penalty=cfg.unended_penalty,
+        critic=critic,
+        threads=4,
+    )
+    if reference is not None:
+        # beside reference.jsonl: `nemo-advrm select run_dir=...` then finds both
+        actor.record(client, Path(cfg.ensemble.reference_path).parent, cfg.exp_manager.name, setup.step)
+    return client

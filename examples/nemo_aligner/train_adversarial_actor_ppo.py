@@ -1,0 +1,30 @@
+"""Attacks an ensemble of reward models by NeMo-Aligner's PPO.
+
+This is its train_gpt_ppo_actor.py with our actor and client. Values come from its serve_ppo_critic.py, started with
+trainer.ppo.combine_rm_and_critic_server=False.
+"""
+
+import torch.multiprocessing as mp
+from actor import ensemble_client, prepare
+from nemo.core.config import hydra_runner
+from nemo_aligner.algorithms.ppo import PPOTrainer
+from omegaconf import DictConfig
+
+from nemo_advrm.aligner.client import CriticClient
+
+mp.set_start_method("spawn", force=True)
+
+
+@hydra_runner(config_path="conf", config_name="adversarial_actor_ppo")
+def main(cfg: DictConfig) -> None:
+    setup = prepare(cfg, "ppo")
+    rm_critic = ensemble_client(cfg, setup, "ppo", CriticClient(cfg.remote_critic_rm))
+    trainer = PPOTrainer(rm_critic=rm_critic, **setup.arguments)
+    if setup.state is not None:
+        trainer.load_state_dict(setup.state)
+    trainer.fit()
+    rm_critic.communicator.close()
+
+
+if __name__ == "__main__":
+    main()
