@@ -28,9 +28,9 @@ from nemo_advrm.megatron.generation import generate, uniforms
 from nemo_advrm.megatron.model import build_model
 from nemo_advrm.megatron.planner.activations import Microbatch
 from nemo_advrm.megatron.planner.flops import layer_flops
-from nemo_advrm.megatron.planner.gpus import GPUS
 from nemo_advrm.megatron.precision import has_transformer_engine
 from nemo_advrm.megatron.sampling import Sampling
+from nemo_advrm.megatron.throughput import gpu_peak
 from nemo_advrm.models.reward_model import RewardModel
 from nemo_advrm.models.scoring import score_sequences
 from nemo_advrm.quiet import quiet_libraries
@@ -92,14 +92,6 @@ def clock() -> float:
     return time.perf_counter()
 
 
-def peak_of(precision: str, device: str) -> float | None:
-    """FLOP/s of the GPU's matrix products, of its data sheet; None where the device is not known."""
-    if device == "cpu":
-        return None
-    name = torch.cuda.get_device_name().lower()
-    return next((gpu.peak(precision) for key, gpu in GPUS.items() if key.split("_")[0] in name), None)
-
-
 def utilization(flops: float, seconds: float, peak: float | None) -> float | None:
     return flops / seconds / peak if peak else None
 
@@ -125,7 +117,7 @@ def train(options: argparse.Namespace, precision: str) -> dict[str, Any]:
         "seconds_per_step": each,
         "tokens_per_second": tokens / each,
         "model_flops_per_step": flops,
-        "mfu": utilization(flops, each, peak_of(precision, options.device)),
+        "mfu": utilization(flops, each, gpu_peak(precision)),
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if options.device == "gpu" else None,
     }
 
@@ -142,7 +134,7 @@ def score(options: argparse.Namespace, precision: str) -> dict[str, Any]:
     return {
         "scores": scores.tolist(),
         "tokens_per_second": len(rows) * options.length / seconds,
-        "mfu": utilization(flops, seconds, peak_of(precision, options.device)),
+        "mfu": utilization(flops, seconds, gpu_peak(precision)),
     }
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -14,7 +16,7 @@ from omegaconf import OmegaConf
 from nemo_advrm.data.batching import BatchSchedule, shard
 from nemo_advrm.data.tokenizers import Tokenizer
 from nemo_advrm.errors import TrainingDiverged
-from nemo_advrm.megatron import runtime
+from nemo_advrm.megatron import runtime, throughput
 from nemo_advrm.megatron.model import MegatronModel
 from nemo_advrm.megatron.optim import MegatronOptimizer, learning_rate
 from nemo_advrm.megatron.strategy import StepCounter
@@ -42,6 +44,9 @@ class TrainableModel(ModelPT):
     A subclass builds its models, yields the data of each step from :meth:`steps` (a pure function of
     the step number, which makes a restarted run exact) and implements :meth:`train_on`.
     """
+
+    model: MegatronModel
+    """What is trained and saved; a subclass makes it."""
 
     def __init__(self, cfg: Config, tokenizer: Tokenizer, max_steps: int, seed: int) -> None:
         # NeMo keeps the configuration of a model under this name; "model" as a key is reserved by it
@@ -75,7 +80,10 @@ class TrainableModel(ModelPT):
     def training_step(self, batch: Any, batch_idx: int) -> None:
         step = self.global_step
         runtime.current().seed(derive_seed(self.seed, "step", step))
+        started = time.perf_counter()
         metrics = self.train_on(batch, step)
+        seconds = time.perf_counter() - started
+        metrics |= throughput.of_step(self.config.model, self.config.precision.name, metrics.get("tokens"), seconds)
         for name in ("train/loss", "loss"):
             if name in metrics and not math.isfinite(metrics[name]):
                 raise TrainingDiverged(f"the loss is {metrics[name]} at step {step}; the last checkpoint is untouched")
@@ -95,6 +103,16 @@ class TrainableModel(ModelPT):
     def transfer_batch_to_device(self, batch: Any, device: Any, dataloader_idx: int) -> Any:
         """Batches are rows; their tensors are made on the device, microbatch by microbatch."""
         return batch
+
+    def release(self) -> None:
+        """Let go of models and optimizer states once they are saved; the module is of no use afterwards.
+
+        NeMo's process-wide callbacks keep the last module they saw, and DDP's hooks hold their model in cycles.
+        """
+        for name in ("model", "optimizer", "reference", "critic"):
+            if hasattr(self, name):
+                setattr(self, name, None)
+        gc.collect()
 
     # NeMo's side
 

@@ -16,8 +16,7 @@ from nemo_advrm.callbacks.checkpoints import PeriodicCheckpoint, newest_usable
 from nemo_advrm.callbacks.metrics import MetricsWriter
 from nemo_advrm.callbacks.preemption import PreemptionCheckpoint
 from nemo_advrm.callbacks.progress import StepProgress
-from nemo_advrm.megatron import checkpoint, runtime
-from nemo_advrm.megatron.model import MegatronModel
+from nemo_advrm.megatron import checkpoint, memory, runtime
 from nemo_advrm.megatron.strategy import MegatronStrategy
 from nemo_advrm.models.trainable import TrainableModel
 from nemo_advrm.schema import Config
@@ -68,7 +67,7 @@ def fit(
     with contextlib.redirect_stdout(io.StringIO()):
         exp_manager(trainer, _exp_manager_options(cfg, directory / "logs"))
     newest = newest_usable(checkpoints, cfg.trainer.verify_checkpoints)
-    with preemption.watching():
+    with preemption.watching(), memory.explained(directory):
         trainer.fit(module, ckpt_path=str(newest) if newest else None)
     if validate:
         trainer.validate(module, verbose=False)
@@ -85,13 +84,15 @@ def read_result(directory: Path) -> dict[str, float] | None:
     return json.loads(result.read_text()) if result.exists() else None
 
 
-def write_result(
-    directory: Path, module: TrainableModel, model: MegatronModel, metrics: dict[str, float], **meta: float
-) -> None:
-    """Save the trained weights in ``directory/model`` and mark the training finished; it is then not redone."""
-    checkpoint.save(directory / "model", model, meta={**tokenizer_meta(module), **meta})
+def write_result(directory: Path, module: TrainableModel, metrics: dict[str, float], **meta: float) -> None:
+    """Save the trained weights in ``directory/model`` and mark the training finished; it is then not redone.
+
+    The module's models are released.
+    """
+    checkpoint.save(directory / "model", module.model, meta={**tokenizer_meta(module), **meta})
     write_json(directory / "result.json", metrics)
     drop_training_checkpoints(directory)
+    module.release()
 
 
 def write_json(path: Path, value: object) -> None:

@@ -1,0 +1,48 @@
+"""Speed of training steps: seconds, tokens per second, and the share of the GPU's peak that the model makes use of."""
+
+from __future__ import annotations
+
+import torch
+
+from nemo_advrm.megatron import runtime
+from nemo_advrm.megatron.planner.activations import Microbatch
+from nemo_advrm.megatron.planner.flops import layer_flops
+from nemo_advrm.megatron.planner.gpus import GPUS
+from nemo_advrm.schema import ModelConfig
+
+
+def training_flops_per_token(model: ModelConfig) -> float:
+    """FLOPs that the matrices of the layers take for a token: 2 per weight forward, twice that backward.
+
+    Products of queries and keys, whose number depends on lengths, and what is recomputed are left out.
+    """
+    return 3 * model.num_layers * layer_flops(model, Microbatch(1, 1)).matrices
+
+
+def gpu_peak(precision: str) -> float | None:
+    """FLOP/s of this process's GPU by its data sheet; None on a CPU and where the GPU is not known."""
+    if not torch.cuda.is_available():
+        return None
+    name = torch.cuda.get_device_name().lower()
+    return next((gpu.peak(precision) for key, gpu in GPUS.items() if key.split("_")[0] in name), None)
+
+
+def of_step(model: ModelConfig, precision: str, tokens: float | None, seconds: float) -> dict[str, float]:
+    """Metrics of a step of one model replica.
+
+    Args:
+        tokens: that it trained on, over all pipeline stages once; None where a step is more than training (RL).
+
+    Returns:
+        step_seconds; with ``tokens`` also tokens_per_second; mfu where the peak is known and positive.
+    """
+    metrics = {"step_seconds": seconds}
+    if tokens is None:
+        return metrics
+    metrics["tokens_per_second"] = tokens / seconds
+    rt = runtime.current()
+    peak = gpu_peak(precision) if rt.on_gpu else None
+    if peak:
+        flops = tokens * training_flops_per_token(model)
+        metrics["mfu"] = flops / (seconds * peak * rt.layout.model_parallel)
+    return metrics
