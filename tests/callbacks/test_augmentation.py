@@ -125,6 +125,21 @@ def test_a_store_that_lost_pairs_between_runs_is_refused(tmp_path: Path) -> None
         after.on_train_start(_at(3), None)  # type: ignore[arg-type]
 
 
+def test_a_store_whose_pairs_changed_between_runs_is_refused_and_one_that_grew_is_not(tmp_path: Path) -> None:
+    path = store_of(tmp_path / "pairs.jsonl", 3)
+    state = json.loads(json.dumps(_started(path).state_dict()))
+    store_of(path, 5)
+    grown = callback([path])
+    grown.load_state_dict(state)
+    grown.on_train_start(_at(3), None)  # type: ignore[arg-type]
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([lines[1], lines[0], *lines[2:]]))
+    changed = callback([path])
+    changed.load_state_dict(state)
+    with pytest.raises(ConfigError, match=r"pairs\.jsonl: the pairs that this training had already used were changed"):
+        changed.on_train_start(_at(3), None)  # type: ignore[arg-type]
+
+
 def test_a_missing_store_is_an_error_before_training(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"nowhere\.jsonl: no such file"):
         _started(tmp_path / "nowhere.jsonl")

@@ -65,3 +65,8 @@ def newest_in(directory: str) -> str:
 
 def weights(module: RewardModel) -> dict[str, torch.Tensor]:
     return {k: v.clone() for k, v in module.model.state_dict().items() if torch.is_tensor(v)}
+
+
+def save_with_one_rank_limited_to(path: str, size: int, rank: int) -> str:
+    """The message of every rank when the files of ``rank`` alone cannot grow beyond ``size`` bytes."""
+    return save_with_files_limited_to(path, size if runtime.current().rank == rank else resource.RLIM_INFINITY)

@@ -291,3 +291,12 @@ def test_a_full_disk_is_an_error_and_leaves_the_older_checkpoint_usable(
     checkpoint.load(saved, second)
     state = second.state_dict()
     assert all(torch.equal(v, state[k]) for k, v in first.state_dict().items() if torch.is_tensor(v))
+
+
+def test_a_rank_that_cannot_write_is_named_and_all_ranks_end(worlds: Worlds, copy: Path) -> None:
+    before = checkpoint.read_meta(copy)
+    kwargs = {"path": str(copy), "size": 10_000, "rank": 1}
+    told = worlds.run(Layout(tensor=2), "checkpoint_jobs", "save_with_one_rank_limited_to", **kwargs)
+    assert "rank 1" in told[0] and all(f"{copy}: could not be written" in message for message in told)
+    assert checkpoint.load(copy, _build()) == before
+    assert not copy.with_name("copy.partial").exists()
