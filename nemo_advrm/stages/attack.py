@@ -142,6 +142,7 @@ def _attack_member(
     seconds = time.monotonic() - started
     write_json(directory / "summary.json", runtime.on_writer(lambda: _summary(directory, samples, seconds)))
     drop_training_checkpoints(directory)
+    module.release()
 
 
 def _summary(directory: Path, samples: Path, seconds: float) -> dict[str, Any]:

@@ -71,5 +71,5 @@ def run_rlhf(
     )
     tracker = OveroptimizationTracker(directory / "samples.jsonl", gold, cfg.rl.evaluation_every, cfg.rl.log_samples)
     fit(module, cfg, directory, title, [tracker], first_step=0)
-    write_result(directory, module, module.model, module.step_metrics)
+    write_result(directory, module, module.step_metrics)
     return module.step_metrics

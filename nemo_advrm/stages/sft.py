@@ -100,5 +100,5 @@ def train_sft(cfg: Config, tokenizer: Tokenizer, directory: Path, rows: list[Enc
         cfg, tokenizer, rows, cfg.pretrained_checkpoint.restore_from_path, derive_seed(cfg.seed, "sft")
     )
     fit(module, cfg, directory, "sft")
-    write_result(directory, module, module.model, module.step_metrics)
+    write_result(directory, module, module.step_metrics)
     return module.step_metrics

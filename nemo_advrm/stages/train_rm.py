@@ -120,5 +120,5 @@ def train_reward_model(
     module = RewardModel(cfg, tokenizer, train_rows, validation_rows, restore_from, seed)
     fit(module, cfg, directory, title, callbacks, validate=True)
     metrics = module.validation_metrics
-    write_result(directory, module, module.model, metrics, steps=module.max_steps, **metrics)
+    write_result(directory, module, metrics, steps=module.max_steps, **metrics)
     return metrics
