@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import operator
 import sys
@@ -217,6 +218,9 @@ def guarded(call: Callable[[], int | None]) -> int:
             print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            print(f"error: {error}; make room, and the same command goes on", file=sys.stderr)
+            return EXIT_USER_ERROR
         told = _lost_process(error)
         if told is not None:
             print(f"error: {told}", file=sys.stderr)

@@ -169,3 +169,13 @@ def test_doctor_says_what_every_absence_means(monkeypatch: pytest.MonkeyPatch) -
 def test_fp8_by_the_weakest_gpu(capabilities: list, engine: bool, found: str, meaning: str) -> None:
     finding = doctor.fp8_finding(capabilities, engine)
     assert finding.found == found and meaning in finding.meaning
+
+
+def test_a_full_disk_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    def write() -> None:
+        with open("/dev/full", "w") as file:
+            file.write("x")
+
+    assert cli.guarded(write) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: ") and "No space left on device" in told and told.count("\n") == 1
