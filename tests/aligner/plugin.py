@@ -67,7 +67,7 @@ class Files:
     log_probs: list[list[float]]
 
 
-def write_files(aligner: Callable[..., list[Any]], home: Path) -> Files:
+def write_files(aligner: Callable[..., list[Any]], home: Path, reward_models: int = 2) -> Files:
     import sentencepiece
 
     from nemo_advrm.convert.conversion import convert
@@ -99,7 +99,7 @@ def write_files(aligner: Callable[..., list[Any]], home: Path) -> Files:
     model = {**MODEL, "tokenizer": {**section, "vocab_file": None, "merge_file": None}}
     write_pairs(home / "pairs.jsonl", [(f"good {text(4)}", f"bad {text(4)}") for _ in range(12)])
     (home / "prompts.jsonl").write_text("".join(json.dumps({"text": prompt}) + "\n" for prompt in PROMPTS))
-    actor, members = home / "actor.nemo", [home / "rm_1.nemo", home / "rm_2.nemo"]
+    actor, members = home / "actor.nemo", [home / f"rm_{k + 1}.nemo" for k in range(reward_models)]
     jobs: list[tuple[str, dict[str, Any]]] = [("create", {"model": model, "out": str(actor)})]
     for seed, path in enumerate(members, start=1):
         training = {"data": str(home / "pairs.jsonl"), "steps": 3, "texts": [], "seed": seed}

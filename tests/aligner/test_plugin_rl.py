@@ -47,6 +47,7 @@ def settings(files: plugin.Files, members: list[str], kind: str, tensor: int = 1
         f"model.data.data_prefix={data}",
         "model.encoder_seq_length=64",
         f"++model.tensor_model_parallel_size={tensor}",
+        f"++model.make_vocab_size_divisible_by={8 // tensor}",  # the vocabulary is padded alike at every size
         f"++model.pipeline_model_parallel_size={pipeline}",
         f"exp_manager.checkpoint_callback_params.model_parallel_size={tensor * pipeline}",
         "model.micro_batch_size=1",
