@@ -23,7 +23,7 @@ from typing import Any
 
 from nemo_advrm.megatron.runtime import Layout
 
-LIMIT_SECONDS = 90.0
+LIMIT_SECONDS = 240.0
 # once one rank has failed the others stand in a collective for ever: they get this long to fail by themselves
 _GRACE_SECONDS = 2.0
 _WORKER = Path(__file__).with_name("distributed_worker.py")

@@ -198,7 +198,12 @@ def _initialize_groups(layout: Layout, on_gpu: bool, timeout_minutes: float) -> 
         keep_freed_memory()
         redirect_megatron_to_cpu()
     if parallel_state.model_parallel_is_initialized():
+        # Megatron forgets its groups without ending them: each would keep its threads and sockets
+        groups = [group for group in parallel_state._global_process_group_list or [] if group is not None]
         parallel_state.destroy_model_parallel()
+        for group in groups:
+            if group is not dist.GroupMember.NON_GROUP_MEMBER:
+                dist.destroy_process_group(group)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 
+import psutil
 import torch
 import torch.distributed as dist
 
@@ -20,6 +21,10 @@ def sum_of_ranks() -> float:
     total = torch.tensor(float(runtime.current().rank))
     dist.all_reduce(total)
     return total.item()
+
+
+def threads() -> int:
+    return psutil.Process().num_threads()
 
 
 # these run without Megatron-Core

@@ -19,6 +19,12 @@ def test_processes_are_reused_at_several_layouts(worlds: Worlds) -> None:
     assert worlds.of(2) is worlds.of(2)
 
 
+def test_another_layout_ends_the_groups_of_the_one_before(worlds: Worlds) -> None:
+    layouts = [Layout(tensor=2), Layout(pipeline=2)] * 4
+    counts = [worlds.run(layout, "harness_jobs", "threads")[0] for layout in layouts]
+    assert max(counts[-2:]) <= max(counts[2:4]) + 2
+
+
 def test_ranks_talk_to_each_other(worlds: Worlds) -> None:
     assert worlds.run(Layout(tensor=2), "harness_jobs", "sum_of_ranks") == [1.0, 1.0]
 
