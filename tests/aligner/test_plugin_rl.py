@@ -55,12 +55,12 @@ def settings(files: plugin.Files, members: list[str], kind: str, tensor: int = 1
         f"model.{kind}.rollout_micro_batch_size=2",
         f"model.{kind}.num_rollout_samples={2 if kind == 'reinforce' else 4}",
         f"model.{kind}.num_val_samples=2",
-        f"model.{kind}.length_params.max_length=6",
+        f"model.{kind}.length_params.max_length=24",
         f"model.{kind}.offload_adam_states=False",
         f"model.{kind}.sampling_params.end_strings=[]",
         f"trainer.{kind}.max_steps={STEPS}",
         f"trainer.{kind}.val_check_interval={STEPS}",
-        *(["trainer.reinforce.num_rollouts_per_prompt=2"] if kind == "reinforce" else []),
+        *(["trainer.reinforce.num_rollouts_per_prompt=4"] if kind == "reinforce" else []),
     ]
 
 
