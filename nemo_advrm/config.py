@@ -240,8 +240,10 @@ def _drop_overridden(stages: dict[str, Any], overrides: Sequence[Override]) -> N
     """Remove from every stage's settings what the command line sets at the root, so that the command line counts."""
     given: set[str] = set()
     for override in overrides:
-        if not override.is_delete() and expected_type(override.key_or_group) is not None:
-            given.update(_leaves(override.value(), override.key_or_group))
+        key, value = override.key_or_group, override.value()
+        chooses_group = is_section(key) and not isinstance(value, dict)  # model=tiny says nothing of single keys
+        if not override.is_delete() and expected_type(key) is not None and not chooses_group:
+            given.update(_leaves(value, key))
     for stage, settings in stages.items():
         for key in given:
             if f"stage.{stage}.{key}" in given:

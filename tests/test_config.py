@@ -139,6 +139,12 @@ def test_stage_key_on_the_command_line_beats_the_plain_key() -> None:
     assert load_config(overrides, "attack").rl.max_steps == 7
 
 
+def test_a_group_on_the_command_line_leaves_the_stage_settings_beside_it() -> None:
+    cfg = load_config(["model=tiny", "stage.rlhf.model.micro_batch_size=3"])
+    assert for_stage(cfg, "rlhf").model.micro_batch_size == 3
+    assert for_stage(cfg, "rlhf").model.hidden_size == cfg.model.hidden_size == 128
+
+
 def test_other_stage_settings_stay_when_one_is_given_on_the_command_line() -> None:
     cfg = load_config(["experiment=synthetic", "rl.max_steps=7"], "attack")
     assert (cfg.rl.max_steps, cfg.rl.kl.coefficient, cfg.model.optim.lr) == (7, 0.005, 6.0e-4)
