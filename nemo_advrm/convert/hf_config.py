@@ -165,6 +165,7 @@ def hf_config(table: Architecture, model: ModelConfig, head: Head, base: dict[st
     """
     suffix = next(suffix for suffix, of in CLASSES.items() if of == head)
     config: dict[str, Any] = dict(base) if base.get("model_type") == table.model_type else {}
+    longest = config.get("max_position_embeddings") or 0
     config |= {"model_type": table.model_type, "architectures": [table.family + suffix]}
     config |= {key: wanted for key, wanted in table.required.items() if wanted is not False}
     explicit = {
@@ -174,6 +175,8 @@ def hf_config(table: Architecture, model: ModelConfig, head: Head, base: dict[st
     }
     for theirs, ours in (*_SHARED, *table.keys):
         config[theirs] = explicit.get(ours, getattr(model, ours))
+    # rotary positions have no table: a run with shorter sequences leaves what the model was made for as it is
+    config["max_position_embeddings"] = max(longest, model.encoder_seq_length)
     for cap in ("attn_logit_softcapping", "final_logit_softcapping"):
         if cap in config:
             config[cap] = config[cap] or None

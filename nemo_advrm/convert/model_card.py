@@ -25,13 +25,14 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 model = AutoModelForSequenceClassification.from_pretrained("DIR")
 tokenizer = AutoTokenizer.from_pretrained("DIR")
-batch = tokenizer(texts, return_tensors="pt", padding=True)
+batch = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
 with torch.no_grad():
     scores = model(**batch).logits[:, 0]
 ```
 
 The score is that of the last token before the padding, which must be the token that ends the answer, as in training:
-`texts` are rendered by the chat template and end right after the answer's end token."""
+`texts` are rendered by the chat template, which writes all special tokens itself, and end right after the answer's end
+token."""
 
 _USE_LM = """\
 ```python

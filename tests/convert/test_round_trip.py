@@ -203,3 +203,21 @@ def test_what_hugging_face_has_no_class_for_is_refused(single: Runtime, tmp_path
         with pytest.raises(CheckpointError, match=word):
             run("megatron", tmp_path / head, "hf", tmp_path / "hf")
         assert not (tmp_path / "hf").exists()
+
+
+def test_a_run_with_short_sequences_does_not_shorten_the_exported_model(
+    saved: Callable[..., Path], tmp_path: Path
+) -> None:
+    source = saved("llama3", reward=True)
+    longest = json.loads((source / "config.json").read_text())["max_position_embeddings"]
+    run("hf", source, "megatron", tmp_path / "megatron")
+    path = tmp_path / "megatron" / "meta.json"
+    meta = json.loads(path.read_text())
+    for run_length, wanted in ((longest // 2, longest), (2 * longest, 2 * longest)):
+        meta["model"]["encoder_seq_length"] = run_length
+        path.write_text(json.dumps(meta))
+        out = tmp_path / f"hf{run_length}"
+        run("megatron", tmp_path / "megatron", "hf", out)
+        assert json.loads((out / "config.json").read_text())["max_position_embeddings"] == wanted
+    # the template has written the special tokens, bos too
+    assert "padding=True, add_special_tokens=False)" in (out / "README.md").read_text()
