@@ -55,9 +55,8 @@ start() {
     nodes=$(scontrol show hostnames "$nodelist" | wc -l)
     tasks=${ADVRM_TASKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
     cpus=$((${SLURM_CPUS_ON_NODE:-1} / tasks))
-    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cpus > 0 ? cpus : 1))}
     # --wait: when a process has died, the others get half a minute to say which one they miss, and are then ended
-    MASTER_ADDR=$(address_of "$first") srun --nodes="$nodes" --ntasks-per-node="$tasks" \
+    OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cpus > 0 ? cpus : 1))} MASTER_ADDR=$(address_of "$first") srun --nodes="$nodes" --ntasks-per-node="$tasks" \
         --cpus-per-task=$((cpus > 0 ? cpus : 1)) --wait="${ADVRM_WAIT:-30}" --kill-on-bad-exit=0 "${options[@]}" \
         "${container[@]}" "$command" "$@" trainer.num_nodes="$nodes" trainer.devices="$tasks" &
     step=$!

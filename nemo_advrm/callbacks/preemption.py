@@ -56,6 +56,7 @@ class PreemptionCheckpoint(Checkpoint):
             return
         reason = self.received or "a signal to another rank"
         path = self.directory / f"step_{step:08d}"
-        if path not in saved_steps(self.directory)[-1:]:
+        missing = path not in saved_steps(self.directory)[-1:]
+        if trainer.strategy.reduce_boolean_decision(missing, all=True):  # a node may see a shared directory late
             trainer.save_checkpoint(path)
         raise Preempted(f"stopped by {reason} after step {step}, saved in {path}; the same command goes on from there")

@@ -84,6 +84,7 @@ class SupervisedModel(TrainableModel):
             "train/entropy": metrics["entropy"],
             "grad_norm": norm,
             "learning_rate": lr,
+            "tokens": float(sum(len(row.tokens) for row in batch)),
         }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from nemo_advrm.rewards.reference import Reference
 from nemo_advrm.rewards.sources import load_members
 from nemo_advrm.schema import Config
 from nemo_advrm.stages import session
-from nemo_advrm.stages.fit import drop_training_checkpoints, fit, tokenizer_meta, write_json
+from nemo_advrm.stages.fit import drop_training_checkpoints, fit, read_json, tokenizer_meta, write_json
 from nemo_advrm.stages.reference import sample, write_reference
 
 
@@ -42,12 +41,12 @@ def main(cfg: Config) -> int:
     members = load_members(cfg, cfg.ensemble.members, tokenizer)
     session.claim(cfg, directory)
     gold = build_gold(cfg.pipeline.gold)
-    if not (directory / "reference.jsonl").exists():
+    if not runtime.on_writer((directory / "reference.jsonl").exists):
         policy = build_policy(cfg, tokenizer, cfg.pretrained_checkpoint.restore_from_path, 0, trainable=False)
         count = cfg.reference.samples_per_prompt
         rollouts = sample(cfg, tokenizer, policy, prompts, count, derive_seed(cfg.seed, "reference"))
         write_reference(directory / "reference.jsonl", rollouts, count, members, gold)
-    reference = Reference.read(directory / "reference.jsonl")
+    reference = runtime.on_writer(lambda: Reference.read(directory / "reference.jsonl"))
     summary = run_attack(cfg, tokenizer, directory / "attack", prompts, members, reference, gold, cfg.seed)
     if runtime.current().is_writer:
         for direction, found in summary["directions"].items():
@@ -90,17 +89,18 @@ def run_attack(
 ) -> dict[str, Any]:
     """Attack in every direction; writes ``samples.jsonl``, ``metrics.jsonl`` and ``summary.json``."""
     summary = directory / "summary.json"
-    if summary.exists():
-        return json.loads(summary.read_text())  # type: ignore[no-any-return]
+    finished = read_json(summary)
+    if finished is not None:
+        return finished
     found: dict[str, Any] = {}
     homes = []
     for direction in cfg.adversarial.directions:
         own = [directory / policy_name(direction, i) for i in range(cfg.adversarial.policies)]
         for i, home in enumerate(own):
-            if not (home / "summary.json").exists():
+            if read_json(home / "summary.json") is None:
                 policy_seed = derive_seed(seed, "attack", direction, i)
                 _attack_member(cfg, tokenizer, home, prompts, members, reference, gold, direction, policy_seed)
-        found[str(direction)] = _combined([json.loads((home / "summary.json").read_text()) for home in own])
+        found[str(direction)] = _combined([read_json(home / "summary.json") for home in own])
         homes += own
     result = {"directions": found, "threshold_z": cfg.selection.threshold_z}
     runtime.on_writer(lambda: _join_records(directory, homes))

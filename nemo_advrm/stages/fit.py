@@ -8,6 +8,7 @@ import json
 import shutil
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 from nemo.utils.exp_manager import exp_manager
@@ -80,8 +81,7 @@ def drop_training_checkpoints(directory: Path) -> None:
 
 def read_result(directory: Path) -> dict[str, float] | None:
     """The metrics of a finished training, None while it is not."""
-    result = directory / "result.json"
-    return json.loads(result.read_text()) if result.exists() else None
+    return read_json(directory / "result.json")
 
 
 def write_result(directory: Path, module: TrainableModel, metrics: dict[str, float], **meta: float) -> None:
@@ -93,6 +93,11 @@ def write_result(directory: Path, module: TrainableModel, metrics: dict[str, flo
     write_json(directory / "result.json", metrics)
     drop_training_checkpoints(directory)
     module.release()
+
+
+def read_json(path: Path) -> Any:
+    """What the file holds, None where there is none; one rank looks: a shared file system may show the others less."""
+    return runtime.on_writer(lambda: json.loads(path.read_text()) if path.exists() else None)
 
 
 def write_json(path: Path, value: object) -> None:

@@ -54,6 +54,8 @@ def _one_process(cfg: Config) -> Config:
     """The layout of a stage that uses no model."""
     cfg = copy.deepcopy(cfg)
     cfg.model.tensor_model_parallel_size = cfg.model.pipeline_model_parallel_size = 1
+    cfg.model.virtual_pipeline_model_parallel_size = cfg.model.context_parallel_size = 1
+    cfg.model.num_layers_in_first_pipeline_stage = cfg.model.num_layers_in_last_pipeline_stage = 0
     cfg.model.sequence_parallel = False
     return cfg
 

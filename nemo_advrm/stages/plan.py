@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Sequence
 
@@ -111,4 +112,4 @@ def _submit_line(cfg: Config, gpus: int, added: list[str]) -> str:
     own = ("plan.", "trainer.devices=", "trainer.num_nodes=")
     given = [word for word in sys.argv[2:] if not word.startswith(own)] if sys.argv[1:2] == ["plan"] else []
     place = f"--nodes={nodes_of(gpus)} --gpus-per-node={min(gpus, GPUS_PER_NODE)}"
-    return " ".join([f"sbatch {place} slurm/{cfg.plan.stage}.sbatch", *given, *added])
+    return f"sbatch {place} slurm/{cfg.plan.stage}.sbatch {shlex.join([*given, *added])}".rstrip()

@@ -59,7 +59,8 @@ class RunState:
         except BaseException:
             # the other ranks may be gone: only what this rank can do alone
             if runtime.current().is_writer:
-                self._write({name: {"seconds": round(before + time.monotonic() - started, 3)}})
+                with contextlib.suppress(OSError, DataError):  # what ended the stage counts
+                    self._write({name: {"seconds": round(before + time.monotonic() - started, 3)}})
             raise
         seconds = round(before + time.monotonic() - started, 3)
         self.set_detail(name, seconds=seconds, status="complete", finished=_now())

@@ -21,7 +21,7 @@ class FakeTrainer:
         self.global_step = step
         self.fails = fails
         self.saved: list[Path] = []
-        self.strategy = SimpleNamespace(reduce_boolean_decision=lambda own, all: own or elsewhere)
+        self.strategy = SimpleNamespace(reduce_boolean_decision=lambda own, all: own if all else own or elsewhere)
 
     def save_checkpoint(self, path: Path) -> None:
         os.kill(os.getpid(), signal.SIGTERM)  # a second signal while saving

@@ -85,14 +85,15 @@ def job_of(cfg: Config, gpus: int, tokenizer_size: int) -> Job:
     length = model.encoder_seq_length
     single = _rows_at_once(cfg, model.micro_batch_size)
     scoring = Microbatch(_rows_at_once(cfg, 4 * model.micro_batch_size), length)
+    share = max(1, model.global_batch_size // replicas)
     rollouts = 0
     if cfg.plan.stage == "train_rm":  # a row is a pair
-        pairs = _rows_at_once(cfg, model.micro_batch_size, 2)
+        pairs = min(share, _rows_at_once(cfg, model.micro_batch_size, 2))
         training = Microbatch(2 * pairs, length)
-        steps = -(-model.global_batch_size // replicas // pairs) or 1
+        steps = -(-share // pairs)
     elif cfg.plan.stage == "sft":
-        training = Microbatch(single, length)
-        steps = -(-model.global_batch_size // replicas // single) or 1
+        training = Microbatch(min(share, single), length)
+        steps = -(-share // training.rows)
     else:
         rollouts = max(1, cfg.rl.prompts_per_step * cfg.rl.group_size // replicas)
         training = Microbatch(min(single, rollouts), length)

@@ -135,8 +135,12 @@ def _candidates(cfg: Config, gpus: int) -> Iterator[dict[str, Any]]:
         if gpus % (tensor * stages):
             continue
         layers = model.num_layers // stages
+        replicas = gpus // (tensor * stages)
+        supervised = cfg.plan.stage in ("sft", "train_rm")
+        batch = model.global_batch_size if supervised else cfg.rl.prompts_per_step * cfg.rl.group_size
+        most = max(1, batch // replicas)  # rows of a replica in a step: a larger microbatch is the same job
         for chunks, rows in itertools.product(_CHUNKS if stages > 1 else (1,), _MICRO_BATCHES):
-            if layers % chunks or rows * tensor * stages > cfg.model.global_batch_size * gpus:
+            if layers % chunks or rows > most:
                 continue
             parts = layers // chunks
             again = sorted({parts // 4, parts // 2, 3 * parts // 4} - {0, parts})
