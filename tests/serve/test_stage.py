@@ -52,11 +52,11 @@ def test_a_model_on_two_processes_gives_the_same_scores_and_stops_without_a_hang
 ) -> None:
     members = f"ensemble.members=[{','.join(map(str, served.members))}]"
     # so short a limit of waits that an idle server lives by its orders to wait on
-    short = "trainer.timeout_minutes=0.1"
+    short = "trainer.timeout_minutes=0.4"  # 24 s, which the start of both processes must fit in too
     server = ServerProcess(tmp_path / "server", members, f"parallel={layout}", "trainer.devices=2", short)
     try:
         samples = [{"text": text} for text in served.texts()]
-        for pause in (0.0, 7.5):
+        for pause in (0.0, 26.0):
             time.sleep(pause)
             answer = httpx.post(f"{server.address}/v1/score", json={"samples": samples}, timeout=30)
             assert answer.status_code == 200, server.log.read_text()[-2000:]
