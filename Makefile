@@ -6,6 +6,7 @@
 PYTHON ?= python3.11
 VENV ?= .venv
 TORCH ?= torch==2.13.0
+WORKERS ?= 2
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -32,8 +33,9 @@ $(STAMP): setup.py pyproject.toml
 run: setup
 	$(BIN)/nemo-advrm pipeline experiment=synthetic $(ARGS)
 
+# One thread a process: the tests start many processes, whose threads would only wait for each other.
 test: setup
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 # The name of the stamp holds the hash of the pins: an environment is built once for each set of them.
 $(ALIGNER_STAMP):

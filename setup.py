@@ -51,6 +51,7 @@ EXTRAS = {
     "dev": [
         "pytest>=9.2.0,<10",
         "pytest-timeout>=2.4.0,<3",
+        "pytest-xdist>=3.8.0,<4",
         "hypothesis>=6.170,<7",
         "ruff>=0.17.5,<0.18",
         "mypy>=2.4.1,<3",
