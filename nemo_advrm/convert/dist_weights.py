@@ -31,9 +31,12 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from nemo_advrm.convert.names import LAYERS_WITH_EXTRA_STATE, layer_of, stacked_name
 from nemo_advrm.convert.tensors import TensorSpec
+from nemo_advrm.errors import CheckpointError
+from nemo_advrm.schema import ModelConfig
 
 PREFIX = "model."  # what a model is called in a checkpoint
 _LAYERS = "decoder.layers."
+_MOST_LAYERS = 10_000  # a damaged or hostile file can claim any number
 
 
 class StackedReader:
@@ -42,9 +45,12 @@ class StackedReader:
     Args:
         directory: holds ``.metadata`` and the data files.
         metadata: what ``.metadata`` says (:func:`nemo_advrm.convert.nemo_metadata.read_metadata`).
+        source: named in errors, in place of ``directory``.
+
+    Raises CheckpointError for a tensor without dimensions, or with more layers than any model.
     """
 
-    def __init__(self, directory: Path, metadata: Metadata) -> None:
+    def __init__(self, directory: Path, metadata: Metadata, source: str = "") -> None:
         self._reader = FileSystemReader(directory)
         self._metadata = metadata
         self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
@@ -53,9 +59,13 @@ class StackedReader:
             if not key.startswith(PREFIX) or not isinstance(stored, TensorStorageMetadata):
                 continue
             name, shape = key.removeprefix(PREFIX), tuple(stored.size)
+            if not shape:
+                raise CheckpointError(f"{source or directory}: {key} has no dimensions")
             if not name.startswith(_LAYERS):
                 self.specs[name] = TensorSpec(shape, stored.properties.dtype)
                 continue
+            if not 0 < shape[0] <= _MOST_LAYERS:
+                raise CheckpointError(f"{source or directory}: {key} is {list(shape)}, which is no stack of layers")
             for layer in range(shape[0]):
                 one = name.replace(_LAYERS, f"{_LAYERS}{layer}.", 1)
                 self.specs[one] = TensorSpec(shape[1:], stored.properties.dtype)
@@ -75,6 +85,12 @@ class StackedReader:
             raise ValueError(f"{name} is not stored completely")
         self._reader.read_data(LoadPlan(items), _Into(target)).wait()
         return target.reshape(spec.shape)
+
+
+def check_layers(path: Path, model: ModelConfig, stored: dict[str, TensorSpec]) -> None:
+    """Raise CheckpointError when there are fewer tensors than described layers: before all their names are made."""
+    if model.num_layers > len(stored):
+        raise CheckpointError(f"{path}: {len(stored)} tensors are too few for {model.num_layers} layers")
 
 
 class _Into(DefaultLoadPlanner):
@@ -124,6 +140,9 @@ class StackedWriter:
         self._numbers = itertools.count()
 
     def write(self, name: str, tensor: Tensor) -> None:
+        """Store one tensor; ValueError when its shape is not the one that was said to come."""
+        if tuple(tensor.shape) != self._specs[name].shape:
+            raise ValueError(f"{name} is {list(tensor.shape)} but should be {list(self._specs[name].shape)}")
         layer = layer_of(name)
         if layer is not None:
             tensor = tensor.unsqueeze(0)

@@ -19,7 +19,7 @@ from nemo_advrm.convert.padding_token import choose_padding_token, write_tokeniz
 from nemo_advrm.convert.partial import PartialDirectory
 from nemo_advrm.convert.safetensors_files import ShardWriter, listed
 from nemo_advrm.convert.tensors import Description, TensorSpec
-from nemo_advrm.convert.tokenizer_files import copy_tokenizer
+from nemo_advrm.convert.tokenizer_files import check_tokenizer, copy_tokenizer
 from nemo_advrm.convert.transforms import Transform, pad_vocabulary
 from nemo_advrm.data.tokenizers import build_tokenizer, load_hf_tokenizer
 from nemo_advrm.errors import CheckpointError
@@ -59,6 +59,7 @@ class HFSink:
         self._table = choose_architecture(model, description.head, base, architecture)
         self.config = hf_config(self._table, model, description.head, base)
         self._take_own_tokenizer()
+        self._take_end_tokens()
         self._rows = model.vocab_size
         self._padding = None
         if description.head == "reward":
@@ -101,6 +102,16 @@ class HFSink:
         own = build_tokenizer(name)
         self.config |= {"eos_token_id": own.eos_id, "pad_token_id": own.pad_id, "bos_token_id": None}
         self.notes.append(f"Text is encoded by nemo_advrm's tokenizer `{name}`, which transformers does not have.")
+
+    def _take_end_tokens(self) -> None:
+        """Ids that config.json lacks, from the tokenizer, which is opened here: before anything is written."""
+        if self._description.tokenizer is None:
+            return
+        check_tokenizer(self._description.tokenizer)
+        theirs = load_hf_tokenizer(self._description.tokenizer)
+        for key in ("bos_token_id", "eos_token_id"):
+            if self.config.get(key) is None and getattr(theirs, key) is not None:
+                self.config[key] = getattr(theirs, key)
 
     def _choose_padding(self) -> Any:
         padding = choose_padding_token(self._description.tokenizer, self.config, self._rows)
@@ -173,16 +184,13 @@ class HFSink:
             (partial / "generation_config.json").unlink(missing_ok=True)
             if self._padding.token is not None:
                 write_tokenizer(tokenizer, self._padding, partial)
-        theirs = load_hf_tokenizer(tokenizer)
-        for key in ("bos_token_id", "eos_token_id"):
-            if self.config.get(key) is None and getattr(theirs, key) is not None:
-                self.config[key] = getattr(theirs, key)
 
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as undo:
             undo.callback(self._directory.remove)
             undo.callback(self._writer.abandon)
-            self._writer.open(self._directory.make())  # makes every file at its full size, which a full disk refuses
+            # makes every file at its full size, which reserves nothing: only a limit on file sizes refuses it here
+            self._writer.open(self._directory.make())
             undo.pop_all()
         self._open = True
         return self

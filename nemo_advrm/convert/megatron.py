@@ -11,15 +11,15 @@ from typing import Any, Self
 import yaml
 from torch import Tensor
 
-from nemo_advrm.convert.dist_weights import StackedReader, StackedWriter
+from nemo_advrm.convert.dist_weights import StackedReader, StackedWriter, check_layers
 from nemo_advrm.convert.names import VOCABULARY_ROWS, canonical_shapes, layer_of, stacked_name
 from nemo_advrm.convert.nemo_metadata import read_metadata
 from nemo_advrm.convert.partial import PartialDirectory
 from nemo_advrm.convert.safetensors_files import listed
 from nemo_advrm.convert.tensors import Description, TensorSpec
-from nemo_advrm.convert.tokenizer_files import copy_tokenizer
+from nemo_advrm.convert.tokenizer_files import check_tokenizer, copy_tokenizer
 from nemo_advrm.convert.transforms import pad_vocabulary, unpad_vocabulary
-from nemo_advrm.data.tokenizers import build_tokenizer
+from nemo_advrm.data.tokenizers import Tokenizer, build_tokenizer
 from nemo_advrm.errors import CheckpointError, ConfigError, DataError
 from nemo_advrm.megatron.checkpoint import FORMAT, read_meta
 from nemo_advrm.megatron.model import padded_vocab_size
@@ -31,6 +31,7 @@ MODEL_FILE = Path("conf", "model", "imported.yaml")  # selected by hydra.searchp
 _STRUCTURE = (
     "format",
     "head",
+    "head_outputs",
     "vocab_size",
     "model",
     "tokenizer",
@@ -57,7 +58,10 @@ class MegatronSource:
             raise CheckpointError(f"{path}: weights could not be read ({error})") from None
         self._reader = StackedReader(path / "weights", read_metadata(contents, str(path)))
         self.tokenizer = tokenizer or _tokenizer_of(path, meta)
-        self._vocabulary = model.vocab_size or _vocabulary_of(model, self.tokenizer) or meta["vocab_size"]
+        own = _open_tokenizer(model, self.tokenizer)
+        if own is not None and tokenizer is None and meta.get("tokenizer") not in (None, own.fingerprint):
+            raise CheckpointError(f"{path}: the tokenizer {own.name} is not what it was in training: set tokenizer=DIR")
+        self._vocabulary = model.vocab_size or _vocabulary_of(path, meta, model, own)
         # what a padded row holds is never looked at, so that it is left behind
         self._specs = self._check(meta, model)
         self.description = Description(
@@ -74,6 +78,7 @@ class MegatronSource:
 
     def _check(self, meta: dict[str, Any], model: ModelConfig) -> dict[str, TensorSpec]:
         stored = self._reader.specs
+        check_layers(self.path, model, stored)
         outputs = stored["head.weight"].shape[0] if "head.weight" in stored else 1
         padded = canonical_shapes(model, meta["head"], meta["vocab_size"], outputs)
         wrong = [
@@ -130,6 +135,9 @@ class MegatronSink:
         self._specs = {name: TensorSpec(shape, specs[name].dtype) for name, shape in shapes.items()}
         self._left = set(self._specs)
         self.nbytes = sum(spec.nbytes for spec in self._specs.values())
+        self._outputs = outputs
+        if description.tokenizer is not None:
+            check_tokenizer(description.tokenizer)
         self._directory = PartialDirectory(path, self.nbytes)
         self._writer: StackedWriter | None = None
 
@@ -165,6 +173,7 @@ class MegatronSink:
         meta = {
             "format": FORMAT,
             "head": about.head,
+            "head_outputs": self._outputs,
             "vocab_size": self._rows,
             "model": asdict(self._model),
             "has_optimizer": False,
@@ -223,12 +232,26 @@ def _tokenizer_of(path: Path, meta: dict[str, Any]) -> Path | None:
     return named if spec.startswith("hf:") and spec != "hf:" and named.exists() else None
 
 
-def _vocabulary_of(model: ModelConfig, tokenizer: Path | None) -> int:
-    """Entries of the tokenizer, 0 when it cannot be opened."""
+def _open_tokenizer(model: ModelConfig, tokenizer: Path | None) -> Tokenizer | None:
+    """The tokenizer that goes with the weights, None when it cannot be opened."""
     try:
-        return build_tokenizer(f"hf:{tokenizer}" if tokenizer else model.tokenizer).vocab_size
+        return build_tokenizer(f"hf:{tokenizer}" if tokenizer else model.tokenizer)
     except (ConfigError, DataError):
-        return 0
+        return None
+
+
+def _vocabulary_of(path: Path, meta: dict[str, Any], model: ModelConfig, tokenizer: Tokenizer | None) -> int:
+    """Entries of the tokenizer, all stored rows without one; CheckpointError unless the rows are its entries padded."""
+    stored = int(meta["vocab_size"])
+    if tokenizer is None:
+        return stored
+    padded = padded_vocab_size(model, tokenizer.vocab_size)
+    if stored not in (padded, tokenizer.vocab_size):
+        raise CheckpointError(
+            f"{path}: the tokenizer {tokenizer.name} has {tokenizer.vocab_size} entries, padded {padded}, but the "
+            f"weights have {stored} rows: set tokenizer=DIR to the one it was trained with"
+        )
+    return tokenizer.vocab_size
 
 
 def _hf_config_of(path: Path, tokenizer: Path | None) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from nemo_advrm.convert.dist_weights import PREFIX, StackedReader, StackedWriter
+from nemo_advrm.convert.dist_weights import PREFIX, StackedReader, StackedWriter, check_layers
 from nemo_advrm.convert.names import VOCABULARY_ROWS, Shape, canonical_shapes, layer_of, stacked_name
 from nemo_advrm.convert.nemo_archive import NemoArchive
 from nemo_advrm.convert.nemo_config import read_model, write_config
@@ -37,7 +37,6 @@ CONFIG, WEIGHTS = "model_config.yaml", "model_weights"
 _RENAMED = {"head.weight": "rm_head.weight", "head.bias": "rm_head.bias"}
 # a reward model of NeMo-Aligner carries the output layer of a language model, which it never calls
 _UNUSED = "output_layer.weight"
-_EMBEDDINGS = "embedding.word_embeddings.weight"
 _ARCHIVE = "archive"
 _MAX_CONFIG_BYTES = 16 << 20
 
@@ -72,6 +71,7 @@ class NemoSource:
             config = read_config(self._archive)
             model, head = read_model(config, str(path))
             self._head = _head_transform(config, str(path)) if head == "reward" else None
+            self._attributes = _attributes(config) if head == "reward" else None
             self._reader = archived_weights(self._archive)
             self._tokenizer = opened.enter_context(tempfile.TemporaryDirectory(prefix="nemo_advrm_"))
             directory = Path(self._tokenizer)
@@ -101,6 +101,11 @@ class NemoSource:
             stored["embedding.word_embeddings.weight"].shape[0] if "embedding.word_embeddings.weight" in stored else 0
         )
         outputs = stored["head.weight"].shape[0] if "head.weight" in stored else 1
+        check_layers(self.path, model, stored)
+        if self._attributes not in (None, outputs):
+            raise CheckpointError(
+                f"{self.path}: regression.num_attributes={self._attributes}, but the head has {outputs} outputs"
+            )
         expected = canonical_shapes(model, head, rows, outputs)
         check_tensors(self.path, stored, expected)
         if rows < vocabulary:
@@ -171,11 +176,20 @@ class _HeadTransform:
         return (tensor / self._std).to(dtype)
 
 
+def _attributes(config: Mapping[str, Any]) -> int | None:
+    """Outputs of the head by the configuration; None where it does not say."""
+    value = (config.get("regression") or {}).get("num_attributes")
+    return None if value is None else int(value)
+
+
 def _head_transform(config: Mapping[str, Any], source: str) -> _HeadTransform | None:
     regression = config.get("regression") or {}
     standard = config.get("reward_standardization") or {}
     try:
-        outputs = int(regression.get("num_attributes", 1))
+        named = _attributes(config)
+        outputs = 1 if named is None else named
+        if outputs < 1:
+            raise ValueError("num_attributes must be at least 1")
         merge = None
         if regression.get("merge_attributes"):
             merge = [float(w) for w in regression.get("attribute_weights") or [1 / outputs] * outputs]
@@ -222,7 +236,7 @@ class _ArchivedReader(StackedReader):
     def __init__(self, archive: NemoArchive) -> None:
         names = {PREFIX + theirs: PREFIX + ours for ours, theirs in _RENAMED.items()}
         data = archive.read(f"{WEIGHTS}/.metadata")
-        super().__init__(Path(WEIGHTS), read_metadata(data, str(archive.path), names))
+        super().__init__(Path(WEIGHTS), read_metadata(data, str(archive.path), names), str(archive.path))
         self._reader.fs = _Members(archive)  # type: ignore[assignment]
 
 

@@ -195,6 +195,7 @@ def _unpack_weights(archive: NemoArchive, settings: dict[str, Any], target: Path
         raise CheckpointError(f"{path}: {CONFIG} is damaged ({error})") from None
     reader = archived_weights(archive)
     outputs = reader.specs["head.weight"].shape[0] if "head.weight" in reader.specs else 1
+    meta["head_outputs"] = outputs
     check_tensors(path, reader.specs, canonical_shapes(model, settings["head"], meta["vocab_size"], outputs))
     shutil.rmtree(target, ignore_errors=True)
     try:

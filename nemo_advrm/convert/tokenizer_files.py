@@ -5,7 +5,8 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from nemo_advrm.data.tokenizers import load_hf_tokenizer
+from nemo_advrm.data.tokenizers import build_tokenizer, load_hf_tokenizer
+from nemo_advrm.errors import CheckpointError, DataError
 
 # every file that a tokenizer of transformers consists of, and what configures generation
 _PATTERNS = (
@@ -20,6 +21,14 @@ _PATTERNS = (
     "additional_chat_templates/*",
     "generation_config.json",
 )
+
+
+def check_tokenizer(source: Path) -> None:
+    """Raise CheckpointError for a tokenizer that could not be opened beside the weights."""
+    try:
+        build_tokenizer(f"hf:{source}")
+    except DataError as error:
+        raise CheckpointError(f"the tokenizer cannot be written beside the weights: {error}") from error
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:

@@ -18,8 +18,11 @@ import pytest
 import torch
 from conftest import run
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.metadata import Metadata, TensorProperties, TensorStorageMetadata
 
 from nemo_advrm.convert import hf_sink, megatron
+from nemo_advrm.convert.dist_weights import StackedReader, StackedWriter
+from nemo_advrm.convert.tensors import TensorSpec
 from nemo_advrm.errors import CheckpointError, ConfigError, LayoutError, UserError
 from nemo_advrm.megatron import checkpoint
 
@@ -268,6 +271,43 @@ def test_weights_that_are_not_those_described_are_refused(ours: Path) -> None:
     refused_ours(ours, "missing tensors:", "linear_qkv.bias")
     (ours / "meta.json").write_text(json.dumps(meta | {"model": meta["model"] | {"ffn_hidden_size": 84}}))
     refused_ours(ours, "linear_fc1.weight is [160, 48] but should be [168, 48]")
+
+
+def test_a_description_of_absurdly_many_layers_is_refused_at_once(ours: Path) -> None:
+    meta = json.loads((ours / "meta.json").read_text())
+    (ours / "meta.json").write_text(json.dumps(meta | {"model": meta["model"] | {"num_layers": 10**9}}))
+    refused_ours(ours, "too few for 1000000000 layers")
+
+
+def test_the_tokenizer_must_be_the_one_of_training(ours: Path) -> None:
+    meta = json.loads((ours / "meta.json").read_text())
+    assert meta["head_outputs"] == 1
+    byte = meta | {"model": meta["model"] | {"tokenizer": "byte"}}
+    (ours / "meta.json").write_text(json.dumps(byte | {"tokenizer": "another"}))
+    refused_ours(ours, "the tokenizer byte is not what it was in training")
+    byte["model"]["vocab_size"] = 0
+    (ours / "meta.json").write_text(json.dumps(byte))
+    refused_ours(ours, "byte has 263 entries", f"the weights have {meta['vocab_size']} rows")
+
+
+@pytest.mark.parametrize("shape", [(), (10**12, 48), (0, 48)])
+def test_stacks_that_are_none_are_refused_before_their_names_are_made(shape: tuple[int, ...], tmp_path: Path) -> None:
+    stored = TensorStorageMetadata(TensorProperties(dtype=torch.float32), torch.Size(shape), [])
+    with pytest.raises(CheckpointError, match=r"no dimensions|no stack of layers"):
+        StackedReader(tmp_path, Metadata({"model.decoder.layers.mlp.linear_fc1.weight": stored}, storage_data={}))
+
+
+def test_a_tensor_of_another_shape_is_not_written(tmp_path: Path) -> None:
+    writer = StackedWriter(tmp_path, 2, {"head.weight": TensorSpec((1, 8), torch.float32)})
+    with pytest.raises(ValueError, match=r"head\.weight is \[2, 8\] but should be \[1, 8\]"):
+        writer.write("head.weight", torch.zeros(2, 8))
+
+
+@pytest.mark.parametrize("to", ["megatron", "hf"])
+def test_a_broken_tokenizer_is_found_before_anything_is_written(source: Path, tmp_path: Path, to: str) -> None:
+    (source / "tokenizer.json").write_text("{")
+    with pytest.raises(CheckpointError, match="the tokenizer cannot be written"):
+        run("hf", source, to, tmp_path / "out", dry_run=True)
 
 
 def test_models_that_hugging_face_does_not_have_are_refused(ours: Path) -> None:

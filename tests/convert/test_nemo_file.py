@@ -251,6 +251,12 @@ def test_a_configuration_that_does_not_fit_the_tensors_names_them(tmp_path: Path
         NemoSource(path)
 
 
+def test_the_attributes_must_be_those_of_the_head(tmp_path: Path) -> None:
+    for number, message in ((4, r"num_attributes=4, but the head has 1"), (0, "must be at least 1")):
+        with pytest.raises(CheckpointError, match=message):
+            NemoSource(rewritten(tmp_path / "a.nemo", regression={"num_attributes": number}))
+
+
 def test_append_eod_decides_whether_a_text_ends_in_eos(imported: Path, tmp_path: Path) -> None:
     plain = build_tokenizer(f"hf:{imported / 'tokenizer'}")
     run("nemo", rewritten(tmp_path / "e.nemo", data={"append_eod": True}), "megatron", tmp_path / "out")
@@ -288,7 +294,7 @@ def test_a_tokenizer_that_transformers_would_change_is_not_exported(imported: Pa
     shutil.copytree(imported, copy)
     (copy / "tokenizer" / "tokenizer.json").unlink()
     with pytest.raises(CheckpointError, match="makes other ids"):
-        run("megatron", copy, "hf", tmp_path / "hf", drop_head_bias=True)
+        run("megatron", copy, "hf", tmp_path / "hf", drop_head_bias=True, tokenizer=str(copy / "tokenizer"))
 
 
 def test_the_tokenizer_of_gpt2_comes_out_of_the_archive(tmp_path: Path) -> None:
