@@ -25,7 +25,13 @@ _ACTIVATIONS = {
     "fast-swiglu": "swiglu",
     "squared-relu": "squared_relu",
 }
-_ACTIVATIONS_BACK = {"gelu": "gelu", "geglu": "geglu", "swiglu": "fast-swiglu", "squared_relu": "squared-relu"}
+_ACTIVATIONS_BACK = {
+    "gelu": "gelu",
+    "geglu": "geglu",
+    "geglu_tanh": "geglu",
+    "swiglu": "fast-swiglu",
+    "squared_relu": "squared-relu",
+}
 # (name in lower case, stored weights are the scale minus one) -> ours
 _NORMS = {
     ("layernorm", False): "LayerNorm",
@@ -87,6 +93,7 @@ def _read(config: Mapping[str, Any], reward: bool) -> ModelConfig:
     activation = str(config.get("activation", "gelu"))
     if activation not in _ACTIVATIONS:
         raise ValueError(f"activation={activation} is not supported")
+    activation = _fused(config, _ACTIVATIONS[activation])
     norm = str(config.get("normalization", "layernorm")).lower()
     minus_one = norm == "layernorm1p" or bool(config.get("layernorm_zero_centered_gamma"))
     norm = norm.removesuffix("1p")
@@ -116,7 +123,7 @@ def _read(config: Mapping[str, Any], reward: bool) -> ModelConfig:
         kv_channels=_count(config, "kv_channels", 0),
         normalization=_NORMS[norm, minus_one],
         layernorm_epsilon=float(config.get("layernorm_epsilon", 1e-5)),
-        activation=_ACTIVATIONS[activation],
+        activation=activation,
         position_embedding_type=positions,
         rotary_base=float(config.get("rotary_base", 10000)),
         rotary_percent=float(config.get("rotary_percentage", 1.0)),
@@ -131,6 +138,16 @@ def _read(config: Mapping[str, Any], reward: bool) -> ModelConfig:
         make_vocab_size_divisible_by=_count(config, "make_vocab_size_divisible_by", 128),
         **settings,
     )
+
+
+def _fused(config: Mapping[str, Any], activation: str) -> str:
+    """What the activation is with NeMo's fused kernels, which compute GELU by its tanh approximation."""
+    if not config.get("bias_activation_fusion", True):
+        return activation
+    # without a bias Megatron-Core fuses no plain GELU
+    if activation == "gelu" and config.get("bias", True):
+        raise ValueError("activation=gelu with bias_activation_fusion, a GELU by tanh, is not supported")
+    return "geglu_tanh" if activation == "geglu" else activation
 
 
 def _count(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
@@ -186,6 +203,7 @@ def write_config(model: ModelConfig, head: Head, head_outputs: int, tokenizer: M
         "layernorm_zero_centered_gamma": minus_one,
         "layernorm_epsilon": model.layernorm_epsilon,
         "activation": _ACTIVATIONS_BACK[model.activation],
+        "bias_activation_fusion": model.activation == "geglu_tanh",  # the fused kernel alone computes that
         "position_embedding_type": model.position_embedding_type,
         "rotary_base": model.rotary_base,
         "rotary_percentage": model.rotary_percent,

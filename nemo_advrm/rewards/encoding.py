@@ -28,7 +28,8 @@ def encode_rendered(tokenizer: Tokenizer, text: str) -> list[int]:
     """Ids of a whole conversation that some chat template has already written out as text.
 
     Special tokens that are written out are read as what they are (a tokenizer that cannot takes them as text), what
-    the template wrote after the last end token is dropped, and the ids end in one ``eos_id``, where the reward is read.
+    the template wrote after the last end token is dropped, and the ids end in one ``eos_id``, where the reward is read
+    (not for a tokenizer of a .nemo whose model was trained without).
     """
     parse = getattr(tokenizer, "parse_rendered", tokenizer.encode)
     after_end = {tokenizer.pad_id, tokenizer.eos_id}
@@ -37,4 +38,6 @@ def encode_rendered(tokenizer: Tokenizer, text: str) -> list[int]:
         ids = parse(text)  # the white space at its end is the answer's own
     while ids and ids[-1] in after_end:
         ids = ids[:-1]
+    if ids and not getattr(tokenizer, "append_eod", True):
+        return ids
     return [*ids, tokenizer.eos_id]

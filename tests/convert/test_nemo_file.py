@@ -31,6 +31,7 @@ from nemo_advrm.data.tokenizers import ByteTokenizer, build_tokenizer
 from nemo_advrm.errors import CheckpointError, LayoutError
 from nemo_advrm.megatron.runtime import Layout, Runtime
 from nemo_advrm.rewards.base import Rollouts
+from nemo_advrm.rewards.encoding import encode_rendered
 from nemo_advrm.rewards.sources import check, load_members, parse
 from nemo_advrm.schema import Config, ModelConfig
 
@@ -210,12 +211,24 @@ def test_the_architecture_is_read_and_written_back() -> None:
             "position_embedding_type": "learned_absolute",
         },
         {"layernorm_zero_centered_gamma": True, "qkv_bias": True, "rotary_base": 500000},
+        {"activation": "geglu"},
+        {"activation": "geglu", "bias_activation_fusion": True},
     ):
         model, head = read_model(config(**change), "file.nemo")
         assert read_model(write_config(model, head, 1, {}), "again") == (replace(model, kv_channels=4), head)
     model, head = read_model(config(target="x.GPTSFTModel", scale_positional_embedding=True), "file.nemo")
     assert (head, model.rope_scaling, model.rope_scaling_factor) == ("lm", "llama3", 8.0)
     assert read_model(write_config(model, head, 1, {}), "again") == (replace(model, kv_channels=4), head)
+
+
+def test_fused_kernels_make_another_gelu() -> None:
+    unset = {key: value for key, value in config().items() if key != "bias_activation_fusion"}
+    assert read_model({**unset, "activation": "fast-geglu"}, "file.nemo")[0].activation == "geglu_tanh"
+    assert read_model(config(activation="geglu"), "file.nemo")[0].activation == "geglu"
+    assert read_model(config(activation="gelu", bias=True), "file.nemo")[0].activation == "gelu"
+    with pytest.raises(CheckpointError, match="bias_activation_fusion"):
+        read_model({**unset, "activation": "gelu", "bias": True}, "file.nemo")
+    assert write_config(ModelConfig(activation="swiglu"), "reward", 1, {})["bias_activation_fusion"] is False
 
 
 def rewritten(target: Path, **changes: Any) -> Path:
@@ -264,6 +277,9 @@ def test_append_eod_decides_whether_a_text_ends_in_eos(imported: Path, tmp_path:
     assert plain.encode_prompt(()) == []
     assert ending.encode_response("the cat") == [*plain.encode_response("the cat"), plain.eos_id]
     assert plain.fingerprint != ending.fingerprint
+    assert encode_rendered(plain, "the cat") == plain.encode("the cat")
+    assert encode_rendered(ending, "the cat") == [*plain.encode("the cat"), plain.eos_id]
+    assert encode_rendered(plain, "") == [plain.eos_id]  # nothing could be scored
     assert plain.decode_response([*plain.encode("the cat"), plain.eos_id, 5]) == "the cat"
 
 
