@@ -12,6 +12,8 @@ import os
 import shutil
 import tarfile
 import tempfile
+import uuid
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,21 +58,22 @@ def save_model(model: TrainableModel, path: Path) -> None:
         raise CheckpointError(f"{path}: {_name(type(model))} cannot be saved as a .nemo")
     rt = runtime.current()
     partial = path.with_name(path.name + ".partial")
-    if rt.is_writer:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    rt.barrier()
     network, _ = next(iter(model.trained().values()))
     try:
+        runtime.on_writer(lambda: _written(path, lambda: checkpoint.make_empty(partial, partial)))
         checkpoint.save(partial / "checkpoint", network)
-        if rt.is_writer:
-            _pack(model, partial, path)
-    except OSError as error:
-        raise CheckpointError(f"{path}: could not be written ({error})") from error
+        runtime.on_writer(lambda: _written(path, lambda: _pack(model, partial, path)))
     finally:
         if rt.is_writer:
             shutil.rmtree(partial, ignore_errors=True)
-    rt.barrier()
+
+
+def _written(path: Path, work: Callable[[], None]) -> None:
+    """Do ``work``; what the file system refuses becomes the CheckpointError that all ranks raise."""
+    try:
+        work()
+    except OSError as error:
+        raise CheckpointError(f"{path}: could not be written ({error})") from error
 
 
 def _pack(model: TrainableModel, partial: Path, path: Path) -> None:
@@ -121,11 +124,11 @@ def restore_model(
         # lives as long as the model: a tokenizer is read from its files, and saved again with the model
         files = tempfile.TemporaryDirectory(prefix="nemo_advrm_")
         spec = _tokenizer(archive, settings, Path(files.name))
-        weights = path.with_name(path.name + ".restoring")
+        # of this job alone: another one may restore the same file
+        job = runtime.on_writer(lambda: uuid.uuid4().hex[:8])
+        weights = path.with_name(f"{path.name}.restoring-{job}")
         try:
-            if rt.is_writer:
-                _unpack_weights(archive, settings, weights)
-            rt.barrier()
+            runtime.on_writer(lambda: _unpack_weights(archive, settings, weights))
             cfg = override_config or _config(settings, path)
             cfg = replace(cfg, model=replace(cfg.model, tokenizer=spec))
             tokenizer = build_tokenizer(spec)

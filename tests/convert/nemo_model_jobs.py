@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from tiny import TOKENIZER, pairs, sequences, tiny_config
 
+from nemo_advrm.errors import CheckpointError
 from nemo_advrm.megatron import runtime
 from nemo_advrm.models.policy import PolicyModel
 from nemo_advrm.models.reward_model import RewardModel
@@ -39,3 +40,12 @@ def restored_policy(path: str) -> dict[str, torch.Tensor]:
 
 def _tensors(policy: Any) -> dict[str, torch.Tensor]:
     return {k: v.clone() for k, v in policy.model.state_dict().items() if isinstance(v, torch.Tensor)}
+
+
+def refused_save(path: str) -> str:
+    """The message of a save that must fail."""
+    try:
+        save(path)
+    except CheckpointError as error:
+        return str(error)
+    return ""

@@ -114,3 +114,12 @@ def test_damage_is_one_clear_error(single: Runtime, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"rm\.nemo"):
         RewardModel.restore_from(str(path))
     assert not list(tmp_path.glob("*restoring*"))
+
+
+def test_a_file_that_cannot_be_written_is_one_error_on_every_rank(
+    single: Runtime, worlds: Worlds, tmp_path: Path
+) -> None:
+    (tmp_path / "rm.nemo").mkdir()  # a directory stands where the file shall be
+    for message in worlds.run(Layout(tensor=2), "nemo_model_jobs", "refused_save", path=str(tmp_path / "rm.nemo")):
+        assert "rm.nemo: could not be written" in message
+    assert [file.name for file in tmp_path.iterdir()] == ["rm.nemo"]
