@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from nemo_advrm import __version__
 from nemo_advrm.convert.safetensors_files import parse_size
@@ -21,6 +22,7 @@ from nemo_advrm.schema import Config, ConvertConfig
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FORMATS = ("hf", "megatron", "nemo")
+_MEMBER = re.compile(r"/round_(\d+)/rm_(\d+)/model$")  # where a pipeline keeps the reward models of a round
 
 
 def check_settings(settings: ConvertConfig) -> None:
@@ -59,7 +61,9 @@ def open_source(settings: ConvertConfig) -> TensorSource:
 
         source = MegatronSource(path, tokenizer)
     else:
-        source = importlib.import_module("nemo_advrm.convert.nemo_file").open_source(settings)
+        from nemo_advrm.convert.nemo_file import NemoSource
+
+        source = NemoSource(path, tokenizer)
     return source
 
 
@@ -89,7 +93,9 @@ def open_sink(settings: ConvertConfig, source: TensorSource) -> TensorSink:
 
         sink = MegatronSink(out, source.description, specs)
     else:
-        sink = importlib.import_module("nemo_advrm.convert.nemo_file").open_sink(settings, source, specs)
+        from nemo_advrm.convert.nemo_file import NemoSink
+
+        sink = NemoSink(out, source.description, specs)
     return sink
 
 
@@ -121,10 +127,20 @@ def convert(settings: ConvertConfig, report: Any = print) -> None:
         try:
             with sink:
                 for name, spec in specs.items():
-                    sink.write(name, source.read(name).to(spec.dtype))
+                    sink.write(name, _cast(name, source.read(name), spec.dtype))
         except OSError as error:
             raise CheckpointError(f"{sink.path}: could not be written ({error}); nothing is left there") from error
         report(f"written: {sink.path}")
+
+
+def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in another number format; CheckpointError where a finite number becomes none."""
+    cast = tensor.to(dtype)
+    if dtype != tensor.dtype and not torch.equal(cast.isfinite(), tensor.isfinite()):
+        raise CheckpointError(
+            f"{name} holds {tensor.abs().max():.3g}, which is too large for dtype={str(dtype).removeprefix('torch.')}"
+        )
+    return cast
 
 
 def _lay_out(settings: ConvertConfig, source: TensorSource) -> None:
@@ -153,8 +169,35 @@ def _card_facts(settings: ConvertConfig) -> dict[str, Any]:
         if not isinstance(facts, dict):
             raise ConfigError(f"card={settings.card}: not a JSON object")
         return facts
-    run = Path(settings.path).absolute().parent / "config.yaml"
-    if settings.from_ != "megatron" or not run.exists():
+    if settings.from_ != "megatron":
+        return {}
+    path = Path(settings.path).absolute()
+    return _config_facts(path.parent / "config.yaml") | _round_facts(path)
+
+
+def _round_facts(path: Path) -> dict[str, Any]:
+    """Of ``RUN/round_N/rm_K/model``: the configuration of RUN, N, and how member K scored the reference responses."""
+    found = _MEMBER.search(path.as_posix())
+    if found is None:
+        return {}
+    directory, member = path.parent.parent, int(found[2]) - 1
+    facts: dict[str, Any] = {**_config_facts(directory.parent / "config.yaml"), "rounds": int(found[1])}
+    file = directory / "reference.jsonl"
+    if not file.exists():
+        return facts
+    from nemo_advrm.rewards.reference import Reference
+
+    scores_PNK = Reference.read(file).scores_PNK.double()
+    if not 0 <= member < scores_PNK.size(2):
+        raise CheckpointError(f"{file}: holds scores of {scores_PNK.size(2)} members, not of rm_{member + 1}")
+    scores_PN = scores_PNK[:, :, member]
+    spread = (scores_PN - scores_PN.mean(1, keepdim=True)).square().mean().sqrt()
+    return facts | {"reference_mean": scores_PN.mean().item(), "reference_std": spread.item()}
+
+
+def _config_facts(run: Path) -> dict[str, Any]:
+    """What the configuration beside a checkpoint says of its training."""
+    if not run.exists():
         return {}
     from omegaconf import OmegaConf
 

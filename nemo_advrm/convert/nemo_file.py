@@ -22,15 +22,14 @@ from nemo_advrm.convert.names import VOCABULARY_ROWS, Shape, canonical_shapes, l
 from nemo_advrm.convert.nemo_archive import NemoArchive
 from nemo_advrm.convert.nemo_config import read_model, write_config
 from nemo_advrm.convert.nemo_metadata import read_metadata
-from nemo_advrm.convert.nemo_tokenizer_files import pack_tokenizer, unpack_tokenizer
+from nemo_advrm.convert.nemo_tokenizer_files import TEMPORARY, pack_tokenizer, unpack_tokenizer
 from nemo_advrm.convert.partial import PartialDirectory
 from nemo_advrm.convert.safetensors_files import listed
-from nemo_advrm.convert.tensors import Description, TensorSource, TensorSpec
+from nemo_advrm.convert.tensors import Description, TensorSpec
 from nemo_advrm.convert.transforms import pad_vocabulary, unpad_vocabulary
 from nemo_advrm.data.tokenizers import build_tokenizer
 from nemo_advrm.errors import CheckpointError, DataError
 from nemo_advrm.megatron.model import padded_vocab_size
-from nemo_advrm.schema import ConvertConfig
 
 CONFIG, WEIGHTS = "model_config.yaml", "model_weights"
 # canonical name -> NeMo-Aligner's
@@ -39,14 +38,6 @@ _RENAMED = {"head.weight": "rm_head.weight", "head.bias": "rm_head.bias"}
 _UNUSED = "output_layer.weight"
 _ARCHIVE = "archive"
 _MAX_CONFIG_BYTES = 16 << 20
-
-
-def open_source(settings: ConvertConfig) -> NemoSource:
-    return NemoSource(Path(settings.path), Path(settings.tokenizer) if settings.tokenizer else None)
-
-
-def open_sink(settings: ConvertConfig, source: TensorSource, specs: dict[str, TensorSpec]) -> NemoSink:
-    return NemoSink(Path(settings.out or f"{settings.path}.nemo"), source.description, specs)
 
 
 class NemoSource:
@@ -73,7 +64,7 @@ class NemoSource:
             self._head = _head_transform(config, str(path)) if head == "reward" else None
             self._attributes = _attributes(config) if head == "reward" else None
             self._reader = archived_weights(self._archive)
-            self._tokenizer = opened.enter_context(tempfile.TemporaryDirectory(prefix="nemo_advrm_"))
+            self._tokenizer = opened.enter_context(tempfile.TemporaryDirectory(prefix=TEMPORARY))
             directory = Path(self._tokenizer)
             unpack_tokenizer(self._archive, config, directory, tokenizer)
             try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from nemo_advrm.convert.tokenizer_files import copy_tokenizer
 from nemo_advrm.data.nemo_tokenizer import SENTENCEPIECE, SETTINGS
 from nemo_advrm.errors import CheckpointError
 
+TEMPORARY = "nemo_advrm_"  # how directories begin that live as long as an opened .nemo
 _GPT2_NAMES = ("GPT2BPETokenizer", "gpt2")
 _SENTENCEPIECE_NAMES = ("GPTSentencePieceTokenizer", "sentencepiece")
 _VOCABULARY, _MERGES, _FAST = "vocab.json", "merges.txt", "tokenizer.json"
@@ -64,10 +66,13 @@ def unpack_tokenizer(archive: NemoArchive, config: Mapping[str, Any], target: Pa
         (target / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPT2Tokenizer"}))
         settings["library"] = "gpt2"
     elif library == "huggingface":
-        raise CheckpointError(
-            f"{archive.path}: its tokenizer is {kind!r} of Hugging Face, which a .nemo does not hold: download it and "
-            "set tokenizer=DIR"
-        )
+        if not Path(kind).is_absolute() or not Path(kind).is_dir():
+            raise CheckpointError(
+                f"{archive.path}: its tokenizer is {kind!r} of Hugging Face, which a .nemo does not hold: download it "
+                "to a directory and convert first (nemo-advrm convert from=nemo to=megatron) with tokenizer=DIR"
+            )
+        copy_tokenizer(Path(kind), target)
+        settings["library"] = "huggingface"
     else:
         raise CheckpointError(f"{archive.path}: tokenizer library {library} {kind} is not supported: set tokenizer=DIR")
     (target / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
@@ -122,10 +127,18 @@ def _artifact(archive: NemoArchive, wanted: Mapping[str, Any], key: str) -> byte
     return archive.read(name)
 
 
+def _is_temporary(directory: Path) -> bool:
+    """Whether a directory is removed once a .nemo has been read."""
+    place = directory.absolute()
+    inside = place.is_relative_to(tempfile.gettempdir())
+    return inside and any(part.startswith(TEMPORARY) for part in place.parts)
+
+
 def pack_tokenizer(directory: Path) -> tuple[dict[str, Any], dict[str, Path], bool]:
     """What a ``.nemo`` says of and holds of a tokenizer: (its ``tokenizer`` section, {member: file}, append_eod).
 
     A Hugging Face tokenizer is named by its path, as NeMo does: NeMo has no place in the archive for its files.
+    Raises CheckpointError where that path is a file or does not outlive this process.
     """
     settings: dict[str, Any] = {"library": "huggingface", "append_eod": True}
     if (directory / SETTINGS).exists():
@@ -149,5 +162,10 @@ def pack_tokenizer(directory: Path) -> tuple[dict[str, Any], dict[str, Path], bo
         add("vocab_file", directory / _VOCABULARY)
         add("merge_file", directory / _MERGES)
     else:
+        if not directory.is_dir() or _is_temporary(directory):
+            raise CheckpointError(
+                f"{directory}: a .nemo names a Hugging Face tokenizer by its directory, and this is none that lasts: "
+                "convert to=megatron first, then from=megatron to=nemo with tokenizer=DIR"
+            )
         section |= {"type": str(directory.absolute()), "use_fast": True}
     return section, files, bool(settings.get("append_eod"))

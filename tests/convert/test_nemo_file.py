@@ -158,9 +158,16 @@ def test_a_nemo_needs_a_tokenizer_and_its_name(saved: Callable[..., Path], words
         run("megatron", tmp_path / "there", "nemo", tmp_path / "file.nemo")
     with pytest.raises(CheckpointError, match=r"must end in \.nemo"):
         run("megatron", tmp_path / "there", "nemo", tmp_path / "file", tokenizer=str(words))
-    run("megatron", tmp_path / "there", "nemo", tmp_path / "file.nemo", tokenizer=str(words))
-    with pytest.raises(CheckpointError, match=r"which a \.nemo does not hold"):
-        run("nemo", tmp_path / "file.nemo", "megatron", tmp_path / "out")
+    local = shutil.copytree(words, tmp_path / "words")
+    run("megatron", tmp_path / "there", "nemo", tmp_path / "file.nemo", tokenizer=str(local))
+    # named by its directory: read while that is there
+    run("nemo", tmp_path / "file.nemo", "megatron", tmp_path / "out")
+    assert build_tokenizer(f"hf:{tmp_path / 'out' / 'tokenizer'}").encode("w5 w66") == [5, 66]
+    with pytest.raises(CheckpointError, match="none that lasts"):
+        run("nemo", tmp_path / "file.nemo", "nemo", tmp_path / "again.nemo")
+    shutil.rmtree(local)
+    with pytest.raises(CheckpointError, match=r"which a \.nemo does not hold.*tokenizer=DIR"):
+        run("nemo", tmp_path / "file.nemo", "megatron", tmp_path / "gone")
 
 
 def config(**changes: Any) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import torch
 from conftest import run
 from distributed import Worlds
 from hf_models import ARCHITECTURES
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import TOKENIZER, sequences, tiny_config
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -147,6 +147,33 @@ def test_dtype_converts(saved: Callable[..., Path], tmp_path: Path) -> None:
     run("hf", saved("llama2"), "hf", tmp_path / "hf", dtype="bf16")
     before, after = weights(saved("llama2")), weights(tmp_path / "hf")
     assert all(torch.equal(after[name], tensor.bfloat16()) for name, tensor in before.items())
+
+
+def test_a_number_too_large_for_the_format_is_refused_by_name(saved: Callable[..., Path], tmp_path: Path) -> None:
+    run("hf", saved("llama2"), "hf", tmp_path / "large")
+    tensors = weights(tmp_path / "large")
+    tensors["model.norm.weight"][3] = 1e5
+    save_file(tensors, tmp_path / "large" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"decoder\.final_layernorm\.weight holds 1e\+05.*dtype=float16"):
+        run("hf", tmp_path / "large", "hf", tmp_path / "hf", dtype="fp16")
+    assert [path.name for path in tmp_path.iterdir()] == ["large"]
+    run("hf", tmp_path / "large", "hf", tmp_path / "hf", dtype="bf16")
+
+
+def test_the_card_of_a_round_has_its_reference_scores(saved: Callable[..., Path], tmp_path: Path) -> None:
+    home = tmp_path / "run" / "round_2"
+    run("hf", saved("llama3", reward=True), "megatron", home / "rm_2" / "model")
+    scores = {0: [[9, 1], [9, 3]], 1: [[9, 5], [9, 11]]}  # member 2: mean 5, around 2 and 8 by 1, 1, 3, 3
+    rows = [
+        {"prompt_id": p, "messages": [{"role": "user", "content": "?"}], "response": "!", "scores": pair}
+        for p, pairs in scores.items()
+        for pair in pairs
+    ]
+    (home / "reference.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run("megatron", home / "rm_2" / "model", "hf", tmp_path / "hf")
+    card = (tmp_path / "hf" / "README.md").read_text()
+    assert "Rounds of adversarial training: 2\n" in card and "Mean score of reference responses: 5\n" in card
+    assert f"around each prompt's mean: {5**0.5:.6g}\n" in card
 
 
 def test_a_checkpoint_for_many_ranks_is_padded_to_them(
