@@ -55,15 +55,18 @@ class ReplicatedServer:
     def close(self) -> None:
         self._client.close()
 
-    def call(self, method: str, path: str, body: Any = None, deadline: float | None = None) -> Any:
-        """The JSON of a successful answer; ``deadline`` is a time of ``time.monotonic``.
+    def call(
+        self, method: str, path: str, body: Any = None, deadline: float | None = None, key: str = "deadline_seconds"
+    ) -> Any:
+        """The JSON of a successful answer; ``deadline`` is a time of ``time.monotonic``, which ``key`` of remote set.
 
         429, 5xx, broken connections and timeouts are tried again, at the next address, with growing pauses (or those
         the server asks for) until the deadline.
 
         Raises RewardSourceError that names source and address: any other status, no JSON, or the deadline passed.
         """
-        end = deadline if deadline is not None else time.monotonic() + self.options.deadline_seconds
+        start = time.monotonic()
+        end = deadline if deadline is not None else start + self.options.deadline_seconds
         backoff = tenacity.wait_random_exponential(multiplier=0.2, max=10)
 
         def wait(state: tenacity.RetryCallState) -> float:
@@ -81,9 +84,9 @@ class ReplicatedServer:
         try:
             return retrying(self._once, method, path, body, end)
         except Transient as failure:
-            waited = f"{self.options.deadline_seconds:g} s (remote.deadline_seconds)"
+            limit = f"{getattr(self.options, key):g} s (remote.{key}; waited {time.monotonic() - start:.1f} s)"
             raise RewardSourceError(
-                f"reward source {self.name} did not answer within {waited}; last failure: {failure}"
+                f"reward source {self.name} did not answer within {limit}; last failure: {failure}"
             ) from None
 
     def _once(self, method: str, path: str, body: Any, end: float) -> Any:

@@ -65,7 +65,8 @@ class _Remote:
 
     def _ready(self, path: str) -> None:
         # a server that is not there is told at once; one that is still loading its model gets its time
-        self.server.call("GET", path, deadline=time.monotonic() + self.options.connect_seconds)
+        deadline = time.monotonic() + self.options.connect_seconds
+        self.server.call("GET", path, deadline=deadline, key="connect_seconds")
 
 
 class ServerReward(_Remote):

@@ -175,7 +175,7 @@ def test_a_server_that_does_not_answer_ends_the_step_at_the_deadline(fake: FakeS
         threading.Thread(target=_trickle, args=(listener,), daemon=True).start()
     fake.answer = _slow if how == "silent" else lambda number, body: (0, {}, b"")
     started = time.monotonic()
-    with pytest.raises(RewardSourceError, match=r"judge did not answer within 1\.5 s.*http://127"):
+    with pytest.raises(RewardSourceError, match=r"judge did not answer within 1\.5 s \(remote\.deadline_seconds; waited .*http://127"):
         source.score(rollouts())
     assert time.monotonic() - started < 4
     listener.close()
