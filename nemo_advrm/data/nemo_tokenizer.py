@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -57,7 +58,7 @@ class NemoTokenizer:
         self.pad_id = self._backend.pad
         self.control_ids = tuple(sorted(set(self._backend.special.values()) - {self.eos_id}))
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         digest = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode())
         for file in sorted(self.path.iterdir()):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+
 from nemo_advrm.convert.conversion import convert
 from nemo_advrm.schema import ConvertConfig
 
@@ -10,8 +12,10 @@ def main(settings: ConvertConfig) -> int:
     """Convert one checkpoint in this process; prints its size and where it was written."""
     convert(settings)
     if settings.to == "megatron" and not settings.dry_run:
-        print(
-            f"train with: hydra.searchpath=[{settings.out}/conf] model=imported "
-            f"pretrained_checkpoint.restore_from_path={settings.out}"
+        words = (
+            f"hydra.searchpath=[{settings.out}/conf]",
+            "model=imported",
+            f"pretrained_checkpoint.restore_from_path={settings.out}",
         )
+        print(f"train with: {shlex.join(words)}")
     return 0
