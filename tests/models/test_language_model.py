@@ -25,7 +25,7 @@ def test_every_weight_moves_in_one_step_and_the_loss_falls(single: Runtime, arch
     assert [n for n, p in module.model.parts[0].named_parameters() if torch.equal(p, before[n])] == []
     metrics += [module.train_on(responses(16), step) for step in range(1, 25)]
     assert metrics[-1]["train/loss"] < 0.7 * metrics[0]["train/loss"]
-    assert {"train/loss", "train/entropy", "grad_norm", "learning_rate"} == metrics[0].keys()
+    assert {"train/loss", "train/entropy", "grad_norm", "learning_rate", "tokens"} == metrics[0].keys()
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

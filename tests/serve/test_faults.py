@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import struct
 import time
@@ -212,7 +213,11 @@ def test_term_lets_running_requests_finish(guarded: ServerProcess) -> None:
     headers = {"authorization": "Bearer secret"}
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(httpx.post, f"{guarded.address}/v1/score", json=GOOD, headers=headers, timeout=20)
-        time.sleep(0.1)  # it now waits for its batch (serve.batch_wait_ms)
+        deadline = time.monotonic() + 20
+        while not running.done() and time.monotonic() < deadline:  # until it waits for its batch (serve.batch_wait_ms)
+            metrics = httpx.get(f"{guarded.address}/metrics", headers=headers, timeout=20).text
+            if float(re.search(r"^advrm_queue_tokens (\S+)", metrics, re.M)[1]) > 0:  # type: ignore[index]
+                break
         assert guarded.terminate() == 0
         assert running.result().status_code == 200
     with pytest.raises(httpx.ConnectError):
