@@ -11,11 +11,11 @@ from typing import Any, Self
 import yaml
 from torch import Tensor
 
+from nemo_advrm.convert.differences import check_tensors, listed
 from nemo_advrm.convert.dist_weights import StackedReader, StackedWriter, check_layers
 from nemo_advrm.convert.names import VOCABULARY_ROWS, canonical_shapes, layer_of, stacked_name
 from nemo_advrm.convert.nemo_metadata import read_metadata
 from nemo_advrm.convert.partial import PartialDirectory
-from nemo_advrm.convert.safetensors_files import listed
 from nemo_advrm.convert.tensors import Description, TensorSpec
 from nemo_advrm.convert.tokenizer_files import check_tokenizer, copy_tokenizer
 from nemo_advrm.convert.transforms import pad_vocabulary, unpad_vocabulary
@@ -81,18 +81,7 @@ class MegatronSource:
         check_layers(self.path, model, stored)
         outputs = stored["head.weight"].shape[0] if "head.weight" in stored else 1
         padded = canonical_shapes(model, meta["head"], meta["vocab_size"], outputs)
-        wrong = [
-            f"{name} is {list(stored[name].shape)} but should be {list(shape)}"
-            for name, shape in padded.items()
-            if name in stored and stored[name].shape != shape
-        ]
-        problems = [
-            listed("missing tensors:", [name for name in padded if name not in stored]),
-            listed("tensors that the described model does not have:", sorted(stored.keys() - padded.keys())),
-            listed("wrong tensors:", wrong),
-        ]
-        if any(problems):
-            raise CheckpointError(f"{self.path}: {'; '.join(filter(None, problems))}")
+        check_tensors(self.path, stored, padded)
         unpadded = canonical_shapes(model, meta["head"], self._vocabulary, outputs)
         return {name: TensorSpec(shape, stored[name].dtype) for name, shape in unpadded.items()}
 

@@ -17,6 +17,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from nemo_advrm.convert.differences import check_tensors, listed
 from nemo_advrm.convert.dist_weights import PREFIX, StackedReader, StackedWriter, check_layers
 from nemo_advrm.convert.names import VOCABULARY_ROWS, Shape, canonical_shapes, layer_of, stacked_name
 from nemo_advrm.convert.nemo_archive import NemoArchive
@@ -24,7 +25,6 @@ from nemo_advrm.convert.nemo_config import read_model, write_config
 from nemo_advrm.convert.nemo_metadata import read_metadata
 from nemo_advrm.convert.nemo_tokenizer_files import TEMPORARY, pack_tokenizer, unpack_tokenizer
 from nemo_advrm.convert.partial import PartialDirectory
-from nemo_advrm.convert.safetensors_files import listed
 from nemo_advrm.convert.tensors import Description, TensorSpec
 from nemo_advrm.convert.transforms import pad_vocabulary, unpad_vocabulary
 from nemo_advrm.data.tokenizers import build_tokenizer
@@ -98,7 +98,7 @@ class NemoSource:
                 f"{self.path}: regression.num_attributes={self._attributes}, but the head has {outputs} outputs"
             )
         expected = canonical_shapes(model, head, rows, outputs)
-        check_tensors(self.path, stored, expected)
+        check_complete(self.path, stored, expected)
         if rows < vocabulary:
             raise CheckpointError(f"{self.path}: {rows} embeddings for a tokenizer of {vocabulary} entries")
         final = 1 if self._head is not None and self._head.merges else outputs
@@ -132,20 +132,9 @@ class NemoSource:
         self._opened.close()
 
 
-def check_tensors(path: Path, stored: dict[str, TensorSpec], expected: dict[str, Shape]) -> None:
-    """Raise CheckpointError that lists what is missing, unknown, misshapen, or larger than the file."""
-    wrong = [
-        f"{name} is {list(stored[name].shape)} but should be {list(shape)}"
-        for name, shape in expected.items()
-        if name in stored and stored[name].shape != shape
-    ]
-    problems = [
-        listed("missing tensors:", [name for name in expected if name not in stored]),
-        listed("tensors that its configuration does not describe:", sorted(stored.keys() - expected.keys())),
-        listed("wrong tensors:", wrong),
-    ]
-    if any(problems):
-        raise CheckpointError(f"{path}: {'; '.join(filter(None, problems))}")
+def check_complete(path: Path, stored: dict[str, TensorSpec], expected: dict[str, Shape]) -> None:
+    """Raise CheckpointError when the tensors are not those expected, or the file is too small to hold them."""
+    check_tensors(path, stored, expected)
     if sum(spec.nbytes for spec in stored.values()) > path.stat().st_size:
         raise CheckpointError(f"{path}: the file is smaller than the tensors it describes")
 

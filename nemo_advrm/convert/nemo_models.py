@@ -25,7 +25,7 @@ from nemo_advrm.convert.dist_weights import StackedWriter
 from nemo_advrm.convert.megatron import TOKENIZER, read_model
 from nemo_advrm.convert.names import canonical_shapes
 from nemo_advrm.convert.nemo_archive import NemoArchive
-from nemo_advrm.convert.nemo_file import CONFIG, WEIGHTS, archived_weights, check_tensors, read_config
+from nemo_advrm.convert.nemo_file import CONFIG, WEIGHTS, archived_weights, check_complete, read_config
 from nemo_advrm.convert.tokenizer_files import copy_tokenizer
 from nemo_advrm.data.tokenizers import build_tokenizer
 from nemo_advrm.errors import CheckpointError
@@ -199,7 +199,7 @@ def _unpack_weights(archive: NemoArchive, settings: dict[str, Any], target: Path
     reader = archived_weights(archive)
     outputs = reader.specs["head.weight"].shape[0] if "head.weight" in reader.specs else 1
     meta["head_outputs"] = outputs
-    check_tensors(path, reader.specs, canonical_shapes(model, settings["head"], meta["vocab_size"], outputs))
+    check_complete(path, reader.specs, canonical_shapes(model, settings["head"], meta["vocab_size"], outputs))
     shutil.rmtree(target, ignore_errors=True)
     try:
         (target / "weights").mkdir(parents=True)

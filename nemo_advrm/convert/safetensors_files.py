@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from nemo_advrm.convert.differences import listed
 from nemo_advrm.convert.tensors import TensorSpec
 from nemo_advrm.errors import CheckpointError
 
@@ -104,12 +105,6 @@ def _compare_with_index(directory: Path, file: str, there: set[str], indexed: se
             f"{directory / INDEX}: does not agree with {file}: {listed('it lacks', missing)}"
             f"{'; ' if missing and extra else ''}{listed('it has, but the index does not name,', extra)}"
         )
-
-
-def listed(what: str, names: list[str], most: int = 8) -> str:
-    """``what a, b, c and 12 more``; empty without names."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return f"{what} {', '.join(names[:most])}{more}" if names else ""
 
 
 class ShardWriter:

@@ -88,7 +88,7 @@ def main(cfg: Config) -> int:
 
     last = last_round(cfg, detail)
     report = directory / "report" / "index.html"
-    reported = bool(state) and report.exists() and _age(report) <= _age(directory / "state.json")
+    reported = bool(state) and report.exists() and _written_at(report) >= _written_at(directory / "state.json")
     for step in order(cfg):
         if step.round > last:
             status = "skipped"
@@ -100,8 +100,8 @@ def main(cfg: Config) -> int:
     return 0
 
 
-def _age(path: Path) -> float:
-    return -path.stat().st_mtime
+def _written_at(path: Path) -> float:
+    return path.stat().st_mtime
 
 
 def _read_state(path: Path) -> dict[str, dict[str, Any]]:
