@@ -150,6 +150,13 @@ STAGES: dict[str, Stage] = {
         "nemo-advrm convert from=hf path=DIR to=megatron out=checkpoints/base",
         settings="ConvertConfig",
     ),
+    "export_pairs": Stage(
+        "nemo_advrm.stages.export_pairs:main",
+        "write adversarial pairs as the jsonl that NeMo-Aligner trains reward models on",
+        (),
+        "nemo-advrm export_pairs pairs=runs/a/pairs.jsonl with=train.jsonl template=transcript out=augmented.jsonl",
+        settings="ExportPairsConfig",
+    ),
     "plan": Stage(
         "nemo_advrm.stages.plan:main",
         "say whether a stage fits its GPUs, how long a step takes, and which layout is faster; starts nothing",

@@ -391,3 +391,19 @@ class ConvertConfig:
     tensor_model_parallel_size: int = 1  # to=megatron: pads the vocabulary; checked to divide the model
     pipeline_model_parallel_size: int = 1  # checked to divide the layers; a checkpoint opens at any layout
     dry_run: bool = False  # print the mapping and the sizes, write nothing (also --dry-run)
+
+
+@dataclass
+class ExportPairsConfig:
+    """Settings of ``nemo-advrm export_pairs``, which reads no configuration files; the last underscore is not typed."""
+
+    pairs: str = ""  # pairs.jsonl of `nemo-advrm select`; several separated by commas
+    out: str = ""  # file to write; must not exist
+    template: str = ""  # transcript | extra_id | hf:DIR (a tokenizer's) | plain (the prompts are text already)
+    end: str = ""  # text behind every answer; empty takes the template's own, which only extra_id has
+    with_: str = ""  # NeMo-Aligner jsonl whose lines come first, as they are
+    shuffle: bool = False  # mix the pairs of both; chosen and rejected lines stay together
+    seed: int = 0  # of shuffle
+    reward_model_type: str = "binary_ranking"  # of NeMo-Aligner: binary_ranking | regression (lines with a label)
+    chosen_label: str = ""  # regression: a number for each attribute, as in 4,4,-100
+    rejected_label: str = ""  # regression: the same of the adversarial answers

@@ -87,10 +87,12 @@ class NemoTokenizer:
         return text + self._backend.text(plain)
 
     def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
-        if not messages:
-            return []
+        return self.encode(self.render_prompt(messages)) if messages else []
+
+    def render_prompt(self, messages: Sequence[Message]) -> str:
+        """The text before an answer; "" for ()."""
         turns = [_TURN.format(role=m["role"].capitalize(), content=m["content"]) for m in messages]
-        return self.encode("".join(turns) + _ANSWER)
+        return "".join(turns) + _ANSWER if messages else ""
 
     def encode_response(self, text: str) -> list[int]:
         ids = self.encode(text)

@@ -85,8 +85,8 @@ def parse_row(row: Any, source: str, format: str = "auto") -> PreferencePair:
     )
     return replace(
         checked,
-        chosen_labels=_labels(row, "chosen_labels", source),
-        rejected_labels=_labels(row, "rejected_labels", source),
+        chosen_labels=read_labels(row, "chosen_labels", source),
+        rejected_labels=read_labels(row, "rejected_labels", source),
     )
 
 
@@ -96,21 +96,24 @@ def parse_text_rows(chosen_row: Any, rejected_row: Any, chosen_source: str, reje
     `Human:` / `Assistant:` transcripts are split into messages; every other text stays raw (prompt ()), because it
     already carries the template of the model it was written for. Raises BadRow as `parse_row` does.
     """
-    texts = []
-    for row, source in ((chosen_row, chosen_source), (rejected_row, rejected_source)):
-        if not isinstance(row, dict):
-            raise BadRow(source, "wrong_type", f"the row is {type_name(row)}, an object with `text` was expected")
-        text = row.get("text")
-        if text is None:
-            raise BadRow(source, "missing_key", f"`text` is missing ({_keys(row)})")
-        if not isinstance(text, str):
-            raise BadRow(source, "wrong_type", f"`text` is {type_name(text)}, a string was expected")
-        if not text.strip():
-            raise BadRow(source, "empty", "`text` is empty")
-        texts.append(text)
+    texts = [read_text(chosen_row, chosen_source), read_text(rejected_row, rejected_source)]
     if all(starts_as_transcript(text) for text in texts):
         return _checked(_split(parse_transcript(texts[0]), parse_transcript(texts[1]), chosen_source), chosen_source)
     return _checked(((), texts[0], texts[1]), chosen_source)
+
+
+def read_text(row: Any, source: str) -> str:
+    """`text` of one NeMo-Aligner row; BadRow names `source` when there is none."""
+    if not isinstance(row, dict):
+        raise BadRow(source, "wrong_type", f"the row is {type_name(row)}, an object with `text` was expected")
+    text = row.get("text")
+    if text is None:
+        raise BadRow(source, "missing_key", f"`text` is missing ({_keys(row)})")
+    if not isinstance(text, str):
+        raise BadRow(source, "wrong_type", f"`text` is {type_name(text)}, a string was expected")
+    if not text.strip():
+        raise BadRow(source, "empty", "`text` is empty")
+    return text
 
 
 def _detect(row: dict[str, Any]) -> str:
@@ -180,7 +183,8 @@ def _number(row: dict[str, Any], key: str, source: str) -> float | None:
     return float(value)
 
 
-def _labels(row: dict[str, Any], key: str, source: str) -> tuple[float, ...] | None:
+def read_labels(row: dict[str, Any], key: str, source: str) -> tuple[float, ...] | None:
+    """The finite numbers of one key, None where the row lacks it; BadRow names `source`."""
     value = row.get(key)
     if value is None:
         return None

@@ -168,14 +168,22 @@ class HFTokenizer:
         """Raises DataError when the template refuses the conversation (for instance a system message)."""
         if not messages:
             return list(self._start)
+        text = self.render_prompt(messages)
+        if self._tokenizer.chat_template is None:
+            return [*self._start, *self.encode(text)]
+        return self._tokenizer(text, add_special_tokens=False).input_ids
+
+    def render_prompt(self, messages: Sequence[Message]) -> str:
+        """The text before an answer, special tokens written out; "" for (). DataError as in :meth:`encode_prompt`."""
+        if not messages:
+            return ""
         if self._tokenizer.chat_template is None:
             turns = [f"{message['role'].capitalize()}:\n{message['content']}\n\n" for message in messages]
-            return [*self._start, *self.encode("".join(turns) + "Assistant:\n")]
+            return "".join(turns) + "Assistant:\n"
         try:
-            text = self._render(list(messages), add_generation_prompt=True)
+            return self._render(list(messages), add_generation_prompt=True)
         except Exception as error:  # templates raise jinja errors of their own choice
             raise DataError(f"the chat template of {self.name} refuses this conversation: {error}") from error
-        return self._tokenizer(text, add_special_tokens=False).input_ids
 
     def encode_response(self, text: str) -> list[int]:
         return [*self.encode(text), self.eos_id]

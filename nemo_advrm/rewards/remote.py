@@ -137,7 +137,7 @@ class TritonReward(_Remote):
         raise RewardSourceError(f"reward source {self.name}: the answer has no output rewards")
 
 
-def plain_text(prompt: tuple[Message, ...]) -> str:
+def plain_text(prompt: Sequence[Message]) -> str:
     """The messages of a prompt, one after the other."""
     return "".join(message["content"] for message in prompt)
 

@@ -1,0 +1,171 @@
+"""Stage ``export_pairs``: adversarial pairs as the jsonl that NeMo-Aligner trains reward models on."""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from nemo_advrm.data.jsonl import write_jsonl_atomic
+from nemo_advrm.data.messages import prompt_key, starts_as_transcript
+from nemo_advrm.data.nemo_aligner_rows import (
+    EXTRA_ID_END,
+    Render,
+    Row,
+    as_extra_id,
+    as_transcript,
+    read_nemo_aligner,
+    rows_of,
+)
+from nemo_advrm.data.pair_store import PairStore
+from nemo_advrm.data.preference_rows import PreferencePair
+from nemo_advrm.data.tokenizers import HFTokenizer, build_tokenizer
+from nemo_advrm.errors import ConfigError, DataError
+from nemo_advrm.rewards.remote import plain_text
+from nemo_advrm.schema import ExportPairsConfig
+
+_TEMPLATES: dict[str, tuple[Render, str]] = {
+    "transcript": (as_transcript, ""),
+    "plain": (plain_text, ""),
+    "extra_id": (as_extra_id, EXTRA_ID_END),
+}
+_Labels = tuple[tuple[float, ...], tuple[float, ...]]
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written: pairs of an attack, pairs that ``with`` held already, and its rows."""
+
+    pairs: int
+    known: int
+    rows: int
+
+
+def main(settings: ExportPairsConfig) -> int:
+    """Write one file in this process; prints what it holds."""
+    done = export_pairs(settings)
+    known = f", without {done.known} that it held already" if done.known else ""
+    beside = f" and {done.rows} lines of {settings.with_}{known}" if settings.with_ else ""
+    print(f"{done.pairs} adversarial pairs{beside}: {settings.out}")
+    return 0
+
+
+def export_pairs(settings: ExportPairsConfig) -> Exported:
+    """Write ``out``, whole or not at all.
+
+    Raises:
+        ConfigError: a setting that is absent or impossible.
+        DataError: a file that cannot be read, rendered or trained on; names the line.
+    """
+    labels = _check(settings)
+    render, end = _template(settings.template)
+    if settings.end:
+        end = settings.end
+    pairs = _pairs(settings.pairs.split(","))
+    kept = read_nemo_aligner(settings.with_, len(labels[0]) if labels else 0) if settings.with_ else []
+    known = {_texts(group) for group in kept}
+    new: list[tuple[Row, ...]] = []
+    for pair in pairs:
+        labelled = replace(pair, chosen_labels=labels[0], rejected_labels=labels[1]) if labels else pair
+        both = rows_of(labelled, render, end)
+        own: list[tuple[Row, ...]] = [(row,) for row in both] if labels else [both]
+        if not all(_texts(group) in known for group in own):
+            new += own
+    if kept and new:
+        _check_template(settings, kept[0][0], new[0][0])
+    count = len(new) // 2 if labels else len(new)
+    groups = kept + new
+    if settings.shuffle:
+        random.Random(settings.seed).shuffle(groups)
+    try:
+        write_jsonl_atomic(settings.out, (row for group in groups for row in group))
+    except OSError as error:
+        raise ConfigError(f"out={settings.out} cannot be written: {error.strerror or error}") from error
+    return Exported(count, len(pairs) - count, sum(map(len, kept)))
+
+
+def _check(settings: ExportPairsConfig) -> _Labels | None:
+    """Labels of the chosen and the rejected answers, for regression."""
+    for key, value in (("pairs", settings.pairs), ("out", settings.out)):
+        if not value:
+            raise ConfigError(f"{key} is not set: nemo-advrm export_pairs pairs=RUN/pairs.jsonl out=FILE.jsonl")
+    if Path(settings.out).exists():
+        raise ConfigError(f"out={settings.out} exists already: choose another file, or remove it")
+    kinds = ("binary_ranking", "regression")
+    if settings.reward_model_type not in kinds:
+        raise ConfigError(f"reward_model_type={settings.reward_model_type}: it is {' or '.join(kinds)}")
+    given = {key: getattr(settings, key) for key in ("chosen_label", "rejected_label")}
+    if settings.reward_model_type == "binary_ranking":
+        for key, value in given.items():
+            if value:
+                raise ConfigError(f"{key}={value}: labels belong to reward_model_type=regression")
+        return None
+    chosen, rejected = (_numbers(key, value) for key, value in given.items())
+    if len(chosen) != len(rejected):
+        raise ConfigError(f"chosen_label has {len(chosen)} numbers, rejected_label {len(rejected)}: one an attribute")
+    return chosen, rejected
+
+
+def _numbers(key: str, text: str) -> tuple[float, ...]:
+    try:
+        numbers = tuple(map(float, text.split(",")))
+    except ValueError:
+        numbers = ()
+    if not numbers or not all(map(math.isfinite, numbers)):
+        raise ConfigError(
+            f"{key}={text}: regression needs a number for each attribute, as in {key}=4,4,-100 "
+            "(-100, model.loss_mask_val, leaves an attribute out)"
+        )
+    return numbers
+
+
+def _template(name: str) -> tuple[Render, str]:
+    """How a prompt is written, and what stands behind an answer."""
+    if name in _TEMPLATES:
+        return _TEMPLATES[name]
+    if not name.startswith("hf:"):
+        said = f"template={name}: it is" if name else "template is not set:"
+        raise ConfigError(
+            f"{said} transcript, extra_id, hf:DIR (of a tokenizer), or plain for prompts that are text already, "
+            "as those of an attack in NeMo-Aligner are"
+        )
+    from nemo_advrm.data.nemo_tokenizer import NemoTokenizer
+
+    tokenizer = build_tokenizer(name)
+    assert isinstance(tokenizer, HFTokenizer | NemoTokenizer)
+    return tokenizer.render_prompt, ""
+
+
+def _pairs(paths: list[str]) -> list[PreferencePair]:
+    """The pairs of all stores in their order, each once."""
+    first: dict[tuple[str, str], PreferencePair] = {}
+    for path in paths:
+        try:
+            pairs = PairStore(path).to_preferences()
+        except OSError as error:
+            raise DataError(f"pairs={path} cannot be read: {error.strerror or error}") from error
+        for pair in pairs:
+            first.setdefault((prompt_key(pair.prompt), pair.rejected), pair)
+    if not first:
+        raise DataError(f"pairs={','.join(paths)}: there are no pairs")
+    return list(first.values())
+
+
+def _texts(group: tuple[Row, ...]) -> tuple[str, ...]:
+    return tuple(row["text"] for row in group)
+
+
+def _check_template(settings: ExportPairsConfig, theirs: Row, ours: Row) -> None:
+    """Raise ConfigError when the two files do not begin alike: a reward model would learn to tell them apart by it."""
+    for name, starts in (("transcript", starts_as_transcript), ("extra_id", _starts_as_extra_id)):
+        if starts(theirs["text"]) != starts(ours["text"]):
+            which = "are not" if starts(ours["text"]) else "are"
+            raise ConfigError(
+                f"template={settings.template}: the texts of {settings.with_} {which} of the template {name}; "
+                "both must be written alike"
+            )
+
+
+def _starts_as_extra_id(text: str) -> bool:
+    return text.startswith("<extra_id_0>")
