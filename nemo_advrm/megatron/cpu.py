@@ -206,6 +206,32 @@ def keep_freed_memory() -> None:
         libc.mallopt(_M_TRIM_THRESHOLD, 1 << 30)
 
 
+@contextlib.contextmanager
+def one_group_per_set_of_ranks() -> Iterator[None]:
+    """Inside, Megatron's process groups of the same ranks are one group.
+
+    Megatron makes some thirty groups, most of them of the same few sets of ranks. Every gloo group keeps three threads,
+    one of which wakes a hundred times a second: the groups of four processes kept half a core busy with waiting.
+    All ranks issue their collectives in the same order, whatever they call the group, so that sharing is safe.
+    """
+    from megatron.core import parallel_state
+
+    create = parallel_state.create_group
+    made: dict[tuple[int, ...], Any] = {}
+
+    def create_once(ranks: Any = None, **options: Any) -> Any:
+        key = tuple(ranks)
+        if key not in made:
+            made[key] = create(ranks, **options)
+        return made[key]
+
+    parallel_state.create_group = create_once
+    try:
+        yield
+    finally:
+        parallel_state.create_group = create
+
+
 _stand_in: types.ModuleType | None = None
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -22,10 +24,12 @@ class Layout:
 
     tensor: int = 1
     pipeline: int = 1
+    context: int = 1
 
     @property
     def model_parallel(self) -> int:
-        return self.tensor * self.pipeline
+        """Processes of one model replica, which all work on the same rows."""
+        return self.tensor * self.pipeline * self.context
 
 
 class Runtime:
@@ -35,8 +39,16 @@ class Runtime:
     decided on one rank and sent with :meth:`broadcast_from_last_stage`.
     """
 
-    def __init__(self, layout: Layout, device: torch.device, rank: int, world_size: int) -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        device: torch.device,
+        rank: int,
+        world_size: int,
+        replica: dist.ProcessGroup | None = None,
+    ) -> None:
         self.layout = layout
+        self.replica = replica
         self.device = device
         self.rank = rank
         self.world_size = world_size
@@ -77,19 +89,14 @@ class Runtime:
     @property
     def is_replica_source(self) -> bool:
         """True on the first rank of each model replica."""
-        from megatron.core import parallel_state
-
-        return self.layout.model_parallel == 1 or self.rank == parallel_state.get_model_parallel_src_rank()
+        return self.layout.model_parallel == 1 or dist.get_rank(self.replica) == 0
 
     def broadcast_in_replica(self, value: Any) -> Any:
         """The picklable ``value`` of the replica's first rank, on all its ranks."""
-        from megatron.core import parallel_state
-
         if self.layout.model_parallel == 1:
             return value
         values = [value]
-        source = parallel_state.get_model_parallel_src_rank()
-        dist.broadcast_object_list(values, source, group=parallel_state.get_model_parallel_group())
+        dist.broadcast_object_list(values, group=self.replica, group_src=0)
         return values[0]
 
     def broadcast_from_last_stage(self, value: torch.Tensor | None, like: tuple[tuple[int, ...], torch.dtype]):
@@ -177,26 +184,29 @@ def start(layout: Layout | None = None, accelerator: str = "auto", timeout_minut
     if here.world_size % layout.model_parallel:
         raise LayoutError(
             f"{here.world_size} processes cannot be split into model replicas of tensor {layout.tensor} x pipeline "
-            f"{layout.pipeline} = {layout.model_parallel} processes"
+            f"{layout.pipeline} x context {layout.context} = {layout.model_parallel} processes"
         )
     device = torch.device("cuda", here.local_rank) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         peers.join(here, "nccl" if on_gpu else "gloo", timeout_minutes)
-    _initialize_groups(layout, on_gpu, timeout_minutes)
-    _current = Runtime(layout, device, here.rank, here.world_size)
+    replica = _initialize_groups(layout, on_gpu, timeout_minutes)
+    _current = Runtime(layout, device, here.rank, here.world_size, replica)
     return _current
 
 
-def _initialize_groups(layout: Layout, on_gpu: bool, timeout_minutes: float) -> None:
+def _initialize_groups(layout: Layout, on_gpu: bool, timeout_minutes: float) -> dist.ProcessGroup:
+    """Make Megatron's groups; returns that of this process's model replica."""
     from megatron.core import parallel_state
 
+    groups_made: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if not on_gpu:
-        from nemo_advrm.megatron.cpu import keep_freed_memory, redirect_megatron_to_cpu
+        from nemo_advrm.megatron import cpu
 
-        keep_freed_memory()
-        redirect_megatron_to_cpu()
+        cpu.keep_freed_memory()
+        cpu.redirect_megatron_to_cpu()
+        groups_made = cpu.one_group_per_set_of_ranks()
     if parallel_state.model_parallel_is_initialized():
         # Megatron forgets its groups without ending them: each would keep its threads and sockets
         groups = [group for group in parallel_state._global_process_group_list or [] if group is not None]
@@ -204,12 +214,33 @@ def _initialize_groups(layout: Layout, on_gpu: bool, timeout_minutes: float) -> 
         for group in groups:
             if group is not dist.GroupMember.NON_GROUP_MEMBER:
                 dist.destroy_process_group(group)
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=layout.tensor,
-        pipeline_model_parallel_size=layout.pipeline,
-        distributed_timeout_minutes=max(1, round(timeout_minutes)),
-        create_gloo_process_groups=on_gpu,
-    )
+    with groups_made:
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=layout.tensor,
+            pipeline_model_parallel_size=layout.pipeline,
+            context_parallel_size=layout.context,
+            distributed_timeout_minutes=max(1, round(timeout_minutes)),
+            create_gloo_process_groups=on_gpu,
+        )
+        return _replica_group(layout, timeout_minutes)
+
+
+def _replica_group(layout: Layout, timeout_minutes: float) -> dist.ProcessGroup:
+    """The ranks that share rows. Megatron's model-parallel group leaves context-parallel ranks out."""
+    from megatron.core import parallel_state
+
+    if layout.context == 1:
+        return parallel_state.get_model_parallel_group()
+    replicas = dist.get_world_size() // layout.model_parallel
+    # the order of ranks in which Megatron makes its own groups
+    ranks = parallel_state.RankGenerator(
+        layout.tensor, 1, replicas, layout.pipeline, layout.context, "tp-cp-ep-dp-pp"
+    ).get_ranks("tp-cp-pp")
+    groups = [
+        parallel_state.create_group(own, timeout=timedelta(minutes=timeout_minutes), group_desc="REPLICA_GROUP")
+        for own in ranks
+    ]
+    return next(group for own, group in zip(ranks, groups, strict=True) if dist.get_rank() in own)
 
 
 def on_writer(work: Callable[[], T]) -> T:
