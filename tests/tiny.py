@@ -42,6 +42,7 @@ def tiny_config(architecture: str = "llama", layout: Layout | None = None, **mod
         "global_batch_size": 8,
         "tensor_model_parallel_size": layout.tensor,
         "pipeline_model_parallel_size": layout.pipeline,
+        "context_parallel_size": layout.context,
         **ARCHITECTURES[architecture],
         **model,
     }

@@ -1,12 +1,13 @@
 """The attention of a layer: its product of queries and keys, and its use of the key/value cache.
 
-They replace two of Megatron-Core's modules: the product (PyTorch's fused one instead of explicit score
-matrices, with sliding windows and soft-caps) and self-attention (rows of one batch may be at different
-positions of the cache, and cached keys are already rotated).
+They replace two of Megatron-Core's modules: the product (PyTorch's fused one instead of explicit score matrices, with
+sliding windows, soft-caps and sequences that several ranks share) and self-attention (rows of one batch may be at
+different positions of the cache, and cached keys are already rotated).
 """
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -18,7 +19,9 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 
+from nemo_advrm.megatron import context
 from nemo_advrm.megatron.kv_cache import KVCache
 
 # rows of one attention call when decoding on CPU; generation orders rows by length
@@ -71,10 +74,9 @@ class FusedCoreAttention(MegatronModule):
         packed_seq_params: Any = None,
     ) -> Tensor:
         """query [sq, b, heads, d], key and value [sk, b, groups, d] -> context [sq, b, heads * d]."""
-        from megatron.core.tensor_parallel import get_cuda_rng_tracker
-
+        if self.config.context_parallel_size > 1:
+            return self._attend_over_ranks(query, key, value)
         length = query.size(0)
-        dropout = self.dropout if self.training else 0.0
         q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
         if length == 1:
             # one token a row: the heads of a group stand as its queries, so that its keys are read once
@@ -83,42 +85,70 @@ class FusedCoreAttention(MegatronModule):
             visible = None if attention_mask is None else self._seen_from_the_end(~attention_mask)
             is_causal = False
         else:
-            visible = self._causal(length, query.device)
+            visible = self._causal(length, length, query.device)
             is_causal = visible is None and length > 1
+        if visible is not None and length == 1 and query.device.type == "cpu":
+            parts = (
+                self._product(q[rows], k[rows, :, keys], v[rows, :, keys], visible[rows, ..., keys], False)
+                for rows, keys in _row_groups(visible, bool(self.window))
+            )
+            result = torch.cat(list(parts))
+        else:
+            result = self._product(q, k, v, visible, is_causal)
+        if length == 1:
+            return result.reshape(1, query.size(1), -1)
+        return result.permute(2, 0, 1, 3).reshape(length, query.size(1), -1)
 
-        def attend(rows: slice = slice(None), keys: slice = slice(None)) -> Tensor:
-            mask = None if visible is None else visible[..., keys] if visible.dim() == 2 else visible[rows, ..., keys]
-            parts = q[rows], k[rows, :, keys], v[rows, :, keys]
+    def _attend_over_ranks(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Like :meth:`forward` for this rank's part of sequences, whose keys and values all ranks hold together.
+
+        They are gathered before attention, as in Llama 3 (arXiv 2407.21783, section 3.3.2): with grouped queries they
+        are small beside the rest, and windows and soft-caps are those of whole sequences. Each of the rank's two chunks
+        of queries then attends to the keys up to its own end.
+        """
+        width = key.size(-1)
+        both = context.gather_sequence(torch.cat([key, value], -1), used_whole=False).permute(1, 2, 0, 3)
+        length = query.size(0) // 2
+        results = []
+        for chunk, part in zip(context.own_chunks(), query.permute(1, 2, 0, 3).chunk(2, 2), strict=True):
+            end = (chunk + 1) * length
+            first = max(0, end - length - self.window + 1) if self.window else 0
+            k, v = both[:, :, first:end, :width], both[:, :, first:end, width:]
+            visible = self._causal(length, end - first, query.device)
+            if visible is None and not self.softcap:
+                visible = causal_lower_right(length, end - first)
+            results.append(self._product(part, k, v, visible, False))
+        return torch.cat(results, 2).permute(2, 0, 1, 3).reshape(query.size(0), query.size(1), -1)
+
+    def _product(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, is_causal: bool) -> Tensor:
+        """q [b, heads, sq, d], k and v [b, groups, sk, d], ``visible`` broadcast to [b, heads, sq, sk] -> as q."""
+        from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+        dropout = self.dropout if self.training else 0.0
+        own_stream = dropout and not self.config.sequence_parallel
+        with get_cuda_rng_tracker().fork() if own_stream else contextlib.nullcontext():
             if self.softcap:
-                return capped_attention(*parts, mask, self.softcap, self.softmax_scale, dropout)
+                return capped_attention(q, k, v, visible, self.softcap, self.softmax_scale, dropout)
             return F.scaled_dot_product_attention(
-                *parts,
-                attn_mask=mask,
+                q,
+                k,
+                v,
+                attn_mask=visible,
                 is_causal=is_causal,
                 dropout_p=dropout,
                 scale=self.softmax_scale,
                 enable_gqa=q.size(1) != k.size(1),
             )
 
-        if dropout and not self.config.sequence_parallel:
-            with get_cuda_rng_tracker().fork():
-                context = attend()
-        elif visible is not None and length == 1 and query.device.type == "cpu":
-            context = torch.cat([attend(rows, keys) for rows, keys in _row_groups(visible, bool(self.window))])
-        else:
-            context = attend()
-        if length == 1:
-            return context.reshape(1, query.size(1), -1)
-        return context.permute(2, 0, 1, 3).reshape(length, query.size(1), -1)
-
-    def _causal(self, length: int, device: torch.device) -> Tensor | None:
-        """[length, length], True = visible; None where the fused causal mask says the same."""
-        windowed = 0 < self.window < length
-        if length == 1 or not (windowed or self.softcap):
+    def _causal(self, queries: int, keys: int, device: torch.device) -> Tensor | None:
+        """[queries, keys], True = visible; queries are those of the last keys. None where a fused mask does it."""
+        windowed = 0 < self.window < keys
+        if keys == 1 or not (windowed or self.softcap):
             return None
-        positions = torch.arange(length, device=device)
-        visible = positions[:, None] >= positions
-        return visible & (positions[:, None] < positions + self.window) if windowed else visible
+        at_keys = torch.arange(keys, device=device)
+        at_queries = at_keys[keys - queries :, None]
+        visible = at_queries >= at_keys
+        return visible & (at_queries < at_keys + self.window) if windowed else visible
 
     def _seen_from_the_end(self, visible: Tensor) -> Tensor:
         """[b, 1, 1, sk], True in front up to each row's new token -> True on the last ``window`` of those."""

@@ -1,4 +1,5 @@
-"""Generates responses with a key/value cache, over tensor and pipeline parallel ranks."""
+"""Generates responses with a key/value cache, over tensor and pipeline parallel ranks; context parallel ranks share the
+prompts."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.megatron import runtime
+from nemo_advrm.megatron.context import without_context_parallel
 from nemo_advrm.megatron.gpt import without_sequence_parallel
 from nemo_advrm.megatron.kv_cache import KVCache
 from nemo_advrm.megatron.model import MegatronModel
@@ -67,16 +69,27 @@ def generate(
     model.gather_parameters()
     model.eval()
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    step = max_rows or len(prompts) or 1
-    responses: list[list[int]] = [[] for _ in prompts]
-    ended = [False] * len(prompts)
-    with model.resident(), without_sequence_parallel(model.parts), without_fp8(model.config):
-        for start in range(0, len(order), step):
-            rows = order[start : start + step]
-            tokens, done = _generate_batch(model, [prompts[i] for i in rows], sampling, uniforms_BT[rows])
-            for i, row, finished in zip(rows, tokens, done, strict=True):
-                responses[i], ended[i] = row, finished
-    return Generation(responses, ended)
+    # a row in decoding has one token, which ranks cannot share: they share the rows, each with its part of all lengths
+    ranks = parallel_state.get_context_parallel_world_size()
+    own = order[parallel_state.get_context_parallel_rank() :: ranks]
+    step = max_rows or len(own) or 1
+    made: dict[int, tuple[list[int], bool]] = {}
+    with (
+        model.resident(),
+        without_context_parallel(model.parts),
+        without_sequence_parallel(model.parts),
+        without_fp8(model.config),
+    ):
+        for start in range(0, len(own), step):
+            rows = own[start : start + step]
+            tokens, ended = _generate_batch(model, [prompts[i] for i in rows], sampling, uniforms_BT[rows])
+            made.update(zip(rows, zip(tokens, ended, strict=True), strict=True))
+    if ranks > 1:
+        parts: list[dict[int, tuple[list[int], bool]]] = [{} for _ in range(ranks)]
+        dist.all_gather_object(parts, made, group=parallel_state.get_context_parallel_group())
+        made = {row: answer for part in parts for row, answer in part.items()}
+    answers = [made[i] for i in range(len(prompts))]
+    return Generation([tokens for tokens, _ in answers], [ended for _, ended in answers])
 
 
 def _generate_batch(

@@ -14,6 +14,8 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from nemo_advrm.megatron import context
+from nemo_advrm.megatron.context import SplitLogits
 from nemo_advrm.megatron.kv_cache import KVCache
 from nemo_advrm.megatron.layers import Norm
 from nemo_advrm.megatron.transformer import layer_spec
@@ -44,7 +46,9 @@ class HeadedGPT(GPTModel):
     """A GPT model chunk whose last stage ends in ``head``.
 
     Under sequence parallelism the last hidden state is gathered first and the head then works on the
-    tokens that are asked for, so every head sees whole sequences and no logits are made for prompts.
+    tokens that are asked for, so every head sees whole sequences and no logits are made for prompts. Context
+    parallelism stays inside: inputs are whole sequences, and outputs are those of whole sequences on every rank, but
+    for the logits of a language model's training, of which each rank makes its share.
     ``hidden_tokens`` have no probability: padding of the vocabulary, and control tokens in answers.
     """
 
@@ -79,6 +83,8 @@ class HeadedGPT(GPTModel):
             rotary_base=model.rotary_base,
             vp_stage=vp_stage,
         )
+        if model.position_embedding_type == "rope":
+            self.rotary_pos_emb.cp_group = None  # it keeps the whole sequence's angles; forward takes its part
         if model.rope_scaling:
             self._scale_rotation(model)
         # rounded to the embeddings' format first, as in transformers
@@ -122,7 +128,7 @@ class HeadedGPT(GPTModel):
         predict_BS: Tensor | None = None,
         inference_context: KVCache | None = None,
         gather_logits: bool = False,
-    ) -> Tensor:
+    ) -> Tensor | SplitLogits:
         """One pipeline stage.
 
         Args:
@@ -134,8 +140,13 @@ class HeadedGPT(GPTModel):
 
         Returns:
             Before the last stage: hidden states [S, B, H]. On it, reward: [B, outputs] at ``read_at_B``;
-            value: [B, S]; lm: [N, V / tp] at ``predict_BS`` in row order or [B, V] at ``read_at_B``.
+            value: [B, S]; lm: [N, V / tp] at ``predict_BS`` in row order (:class:`SplitLogits` where ranks share
+            sequences) or [B, V] at ``read_at_B``.
         """
+        length = input_ids.size(1)
+        shared = self.config.context_parallel_size > 1
+        if shared:
+            input_ids, position_ids = context.own_part(input_ids, 1), context.own_part(position_ids, 1)
         embedded = None  # Megatron embeds
         if self.pre_process and self.embedding_scale != 1:
             embedded = self.embedding(input_ids=input_ids, position_ids=position_ids) * self.embedding_scale
@@ -145,6 +156,8 @@ class HeadedGPT(GPTModel):
             decoder_input=embedded,
             inference_context=inference_context,
         )[:6]
+        if shared and rotary is not None:
+            rotary = context.own_part(rotary, 0)
         hidden_SBH = self.decoder(
             hidden_states=decoder_input,
             attention_mask=attention_mask,
@@ -161,16 +174,26 @@ class HeadedGPT(GPTModel):
                 hidden_SBH, tensor_parallel_output_grad=False, group=self.pg_collection.tp
             )
         if self.head_kind == "value":
-            return self.head(hidden_SBH).squeeze(-1).transpose(0, 1)
-        if read_at_B is not None:
-            picked = hidden_SBH[read_at_B, torch.arange(hidden_SBH.size(1), device=hidden_SBH.device)]
-        else:
+            values_SB = self.head(hidden_SBH).squeeze(-1)
+            return (context.gather_sequence(values_SB, used_whole=True) if shared else values_SB).transpose(0, 1)
+        if read_at_B is None:
             assert predict_BS is not None
-            picked = hidden_SBH.transpose(0, 1)[predict_BS]
+            own_BS = context.own_part(predict_BS, 1) if shared else predict_BS
+            logits_NV = self._apply_head(hidden_SBH.transpose(0, 1)[own_BS], gather_logits)
+            return SplitLogits.of(logits_NV, predict_BS) if shared else logits_NV
+        rows_B = torch.arange(hidden_SBH.size(1), device=hidden_SBH.device)
+        if not shared:
+            return self._apply_head(hidden_SBH[read_at_B, rows_B], gather_logits)
+        index_B, held_B = context.own_index(read_at_B, length)
+        own = self._apply_head(hidden_SBH[index_B, rows_B], gather_logits)
+        return context.add_up(own.masked_fill(~held_B[:, None], 0.0))
+
+    def _apply_head(self, picked_NH: Tensor, gather_logits: bool) -> Tensor:
+        """Rewards [N, outputs] or logits [N, V / tp] ([N, V] gathered) of hidden states."""
         if self.head_kind == "reward":
-            return self.head(picked)
+            return self.head(picked_NH)  # type: ignore[no-any-return]
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
-        logits, _ = self.output_layer(picked.unsqueeze(1), weight=weight, runtime_gather_output=gather_logits)
+        logits, _ = self.output_layer(picked_NH.unsqueeze(1), weight=weight, runtime_gather_output=gather_logits)
         logits = logits.squeeze(1)
         if self.logit_softcap:
             logits = self.logit_softcap * torch.tanh(logits / self.logit_softcap)

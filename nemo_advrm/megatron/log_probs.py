@@ -9,6 +9,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
+from nemo_advrm.megatron.context import SplitLogits
+
 
 def _sum_over_vocabulary(value: Tensor, op: Any = None) -> Tensor:
     if parallel_state.get_tensor_model_parallel_world_size() > 1:
@@ -46,16 +48,23 @@ class _LogProbsAndEntropy(torch.autograd.Function):
         return grad_NV, None
 
 
-def log_probs_and_entropy(logits_NV: Tensor, targets_N: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+def log_probs_and_entropy(
+    logits_NV: Tensor | SplitLogits, targets_N: Tensor, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
     """log softmax(logits / temperature) at the targets, and the entropy of that distribution.
 
     Args:
-        logits_NV: [N, V / tp], this rank's part of the (padded) vocabulary.
+        logits_NV: [N, V / tp], this rank's part of the (padded) vocabulary; of some of the N tokens, where ranks
+            share sequences.
         targets_N: [N] int64 token ids.
 
     Returns:
-        log_probs_N in nats and entropy_N in nats, fp32, the same on all tensor-parallel ranks.
+        log_probs_N in nats and entropy_N in nats, fp32, the same on all tensor- and context-parallel ranks.
     """
+    if isinstance(logits_NV, SplitLogits):
+        own = log_probs_and_entropy(logits_NV.own_NV, targets_N[logits_NV.own_N], temperature)
+        log_probs_N, entropy_N = logits_NV.whole(torch.stack(own))
+        return log_probs_N, entropy_N
     if temperature != 1.0:
         logits_NV = logits_NV / temperature
     return _LogProbsAndEntropy.apply(logits_NV, targets_N)  # type: ignore[no-any-return]

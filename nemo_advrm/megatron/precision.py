@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -130,10 +131,13 @@ def options(precision: PrecisionConfig) -> dict[str, Any]:
 def alignment(config: Any) -> int:
     """Tokens of a row must be a multiple of this; ``config`` is a TransformerConfig.
 
-    Sequence parallelism gives every tensor-parallel rank an equal part, each of which FP8 wants aligned.
+    Context parallelism gives every rank two chunks of equal length, sequence parallelism every tensor-parallel rank an
+    equal part of those; FP8 wants each part aligned.
     """
     unit = next((fp8.alignment for fp8 in FP8.values() if config.fp8 and fp8.recipe == config.fp8_recipe), 1)
-    return int(unit * (config.tensor_model_parallel_size if config.sequence_parallel else 1))
+    part = int(unit * (config.tensor_model_parallel_size if config.sequence_parallel else 1))
+    ranks = config.context_parallel_size
+    return math.lcm(2, part) * ranks if ranks > 1 else part
 
 
 @contextlib.contextmanager

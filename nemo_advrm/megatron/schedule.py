@@ -14,6 +14,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from nemo_advrm.megatron import runtime
+from nemo_advrm.megatron.context import SplitLogits
 from nemo_advrm.megatron.gpt import Head
 from nemo_advrm.megatron.model import MegatronModel
 from nemo_advrm.megatron.precision import alignment
@@ -21,8 +22,11 @@ from nemo_advrm.megatron.precision import alignment
 Sums = dict[str, tuple[Tensor, Tensor | float]]
 """Metric name -> (sum, count); the mean is taken over all microbatches and data-parallel ranks."""
 
-LossFunction = Callable[[Tensor, "Microbatch"], tuple[Tensor, int, Sums]]
-"""(output of the last stage, microbatch) -> (sum of losses, number of terms, metrics)."""
+LossFunction = Callable[[Any, "Microbatch"], tuple[Tensor, int, Sums]]
+"""(output of the last stage, microbatch) -> (sum of losses, number of terms, metrics).
+
+Every context-parallel rank computes the same of the whole microbatch.
+"""
 
 
 @dataclass
@@ -51,7 +55,7 @@ class _Turn:
 
 
 def sequence_multiple(model: MegatronModel) -> int:
-    """Padded lengths must be a multiple of this: sequence parallelism splits sequences, FP8 wants them aligned."""
+    """Padded lengths must be a multiple of this: ranks share sequences, and FP8 wants the parts aligned."""
     return alignment(model.config)
 
 
@@ -103,7 +107,7 @@ def _padded(microbatch: Microbatch, rows: int, length: int) -> Microbatch:
     return replace(microbatch, tokens_BS=grown(microbatch.tokens_BS), forward=forward)
 
 
-def _real_part(output: Tensor, turn: _Turn, head: Head) -> Tensor:
+def _real_part(output: Any, turn: _Turn, head: Head) -> Any:
     """What the last stage computed of the real microbatch."""
     if turn.real is None or turn.real is turn.read or head == "lm":  # logits are made where predict_BS asks for them
         return output
@@ -118,16 +122,19 @@ def forward_backward(
 
     Returns the metrics of ``loss_function`` plus ``loss``, the same on every rank.
     """
+    # context-parallel ranks compute one loss together, while Megatron adds up their counts
+    counts = parallel_state.get_context_parallel_rank() == 0
 
     def step(data: Iterator[_Turn], chunk: Any) -> tuple[Tensor, Callable[..., Any]]:
         turn = next(data)
 
-        def loss(output: Tensor) -> tuple[Tensor, Tensor, Sums]:
+        def loss(output: Tensor | SplitLogits) -> tuple[Tensor, Tensor, Sums]:
             if turn.real is None:
-                return output.sum() * 0, torch.tensor(0, dtype=torch.int, device=output.device), {}
+                own = output.own_NV if isinstance(output, SplitLogits) else output
+                return own.sum() * 0, torch.tensor(0, dtype=torch.int, device=own.device), {}
             total, count, sums = loss_function(_real_part(output, turn, model.head), turn.real)
             sums["loss"] = (total.detach(), float(count))
-            return total, torch.tensor(count, dtype=torch.int, device=total.device), sums
+            return total, torch.tensor(count if counts else 0, dtype=torch.int, device=total.device), sums
 
         return _call(chunk, turn.read), loss
 
@@ -141,7 +148,7 @@ def forward_backward(
 def evaluate(model: MegatronModel, microbatches: list[Microbatch], loss_function: LossFunction) -> list[Sums]:
     """Metrics of each microbatch without gradients; empty before the last stage. See :func:`reduce_metrics`."""
 
-    def collect(output: Tensor, microbatch: Microbatch) -> Sums:
+    def collect(output: Any, microbatch: Microbatch) -> Sums:
         total, count, sums = loss_function(output, microbatch)
         sums["loss"] = (total, float(count))
         return sums
@@ -151,14 +158,14 @@ def evaluate(model: MegatronModel, microbatches: list[Microbatch], loss_function
 
 @torch.no_grad()
 def forward(
-    model: MegatronModel, microbatches: list[Microbatch], collect: Callable[[Tensor, Microbatch], Any]
+    model: MegatronModel, microbatches: list[Microbatch], collect: Callable[[Any, Microbatch], Any]
 ) -> list[Any]:
     """``collect(output, microbatch)`` of every microbatch in order; an empty list before the last stage."""
 
     def step(data: Iterator[_Turn], chunk: Any) -> tuple[Tensor, Callable[..., Any]]:
         turn = next(data)
 
-        def collected(output: Tensor, non_loss_data: bool = True) -> Any:
+        def collected(output: Any, non_loss_data: bool = True) -> Any:
             return None if turn.real is None else collect(_real_part(output, turn, model.head), turn.real)
 
         return _call(chunk, turn.read), collected

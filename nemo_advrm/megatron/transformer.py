@@ -143,6 +143,7 @@ def transformer_config(model: ModelConfig, precision: PrecisionConfig, on_gpu: b
         attention_dropout=model.attention_dropout,
         tensor_model_parallel_size=model.tensor_model_parallel_size,
         pipeline_model_parallel_size=model.pipeline_model_parallel_size,
+        context_parallel_size=model.context_parallel_size,
         sequence_parallel=model.sequence_parallel,
         use_cpu_initialization=not on_gpu,
         # has no effect without experts, but the default refuses variable lengths even then

@@ -44,6 +44,9 @@ PLACES = {
     "pp2_uneven": Place(Layout(pipeline=2), model={"num_layers_in_first_pipeline_stage": 1}),
     "pp2_interleaved": Place(Layout(pipeline=2), model={"virtual_pipeline_model_parallel_size": 2}),
     "dp2_distributed_optimizer": Place(Layout(), model={"use_distributed_optimizer": True, **OVERLAP}),
+    "cp2": Place(Layout(context=2)),
+    "tp2_cp2_sequence_parallel": Place(Layout(tensor=2, context=2), 4, {"sequence_parallel": True}),
+    "pp2_cp2": Place(Layout(pipeline=2, context=2), 4),
     "tp2_selective_recompute": Place(Layout(tensor=2), model={"sequence_parallel": True, "recompute": "selective"}),
 }
 
