@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import operator
+import math
 
-from nemo_advrm.errors import ConfigError, LayoutError
+from nemo_advrm.errors import LayoutError
 from nemo_advrm.schema import Config, ModelConfig
 
 
@@ -13,14 +13,19 @@ def data_parallel_size(cfg: Config, world_size: int) -> int:
     model = cfg.model
     replica = model.tensor_model_parallel_size * model.pipeline_model_parallel_size * model.context_parallel_size
     if world_size % replica:
-        context = f" * model.context_parallel_size={model.context_parallel_size}"
         raise LayoutError(
             f"{world_size} processes (trainer.devices * trainer.num_nodes) cannot be divided by {replica} = "
-            f"model.tensor_model_parallel_size={model.tensor_model_parallel_size} * "
-            f"model.pipeline_model_parallel_size={model.pipeline_model_parallel_size}"
-            + (context if model.context_parallel_size > 1 else "")
+            + _factors(model)
         )
     return world_size // replica
+
+
+def _factors(model: ModelConfig) -> str:
+    """The sizes whose product is one model replica."""
+    keys = ["tensor_model_parallel_size", "pipeline_model_parallel_size"]
+    if model.context_parallel_size > 1:
+        keys.append("context_parallel_size")
+    return " * ".join(f"model.{key}={getattr(model, key)}" for key in keys)
 
 
 def layers_per_stage(model: ModelConfig) -> list[int]:
@@ -64,6 +69,19 @@ def _must_divide(size_key: str, size: int, value_key: str, value: int) -> None:
         raise LayoutError(f"{value_key}={value} cannot be divided by {size_key}={size}")
 
 
+def _check_context(model: ModelConfig) -> None:
+    """Rows are padded so that ranks get equal parts, also the longest: learned positions end there."""
+    ranks = model.context_parallel_size
+    if ranks == 1 or model.position_embedding_type != "learned_absolute":
+        return
+    unit = math.lcm(2, model.tensor_model_parallel_size if model.sequence_parallel else 1) * ranks
+    if model.encoder_seq_length % unit:
+        raise LayoutError(
+            f"model.encoder_seq_length={model.encoder_seq_length} must be a multiple of {unit} with "
+            f"model.context_parallel_size={ranks} and learned positions: every rank holds two equal parts of a sequence"
+        )
+
+
 def _check_optimizer(model: ModelConfig) -> None:
     distributed = "model.use_distributed_optimizer=true"
     if model.overlap_param_gather and not (model.use_distributed_optimizer and model.overlap_grad_reduce):
@@ -72,34 +90,14 @@ def _check_optimizer(model: ModelConfig) -> None:
         raise LayoutError(f"{distributed} needs model.optim.name=adam, not {model.optim.name}")
 
 
-# key -> the only value that training knows yet; the planner takes the others too
-_NOT_YET: dict[str, object] = {
-    "model.context_parallel_size": 1,
-}
-
-_REASONS = {
-    "model.context_parallel_size": (
-        "sharing a sequence between ranks needs Transformer Engine's attention, which the reward heads and the loss "
-        "do not split for yet: use model.sequence_parallel and model.recompute"
-    )
-}
-
-
 def validate_layout(cfg: Config, world_size: int, transformer_engine: bool = False, planning: bool = False) -> None:
     """Raise :class:`LayoutError` that names the keys when the layout cannot be built.
 
     ``world_size``: processes of the job. ``transformer_engine``: whether it is installed; FP8 needs it.
-    ``planning`` checks the arithmetic alone, without asking what this installation can run: else a value that
-    training does not know yet raises ConfigError.
+    ``planning`` checks the arithmetic alone, without asking what this installation can run.
     """
     model = cfg.model
-    if not planning:
-        for key, known in _NOT_YET.items():
-            value = operator.attrgetter(key)(cfg)
-            if value != known:
-                why = _REASONS.get(key, f"training knows {known} only so far")
-                raise ConfigError(f"{key}={value}: {why}; nemo-advrm plan takes it")
-    tensor, pipeline = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
+    tensor = model.tensor_model_parallel_size
     heads, groups = model.num_attention_heads, model.num_query_groups or model.num_attention_heads
 
     if not model.kv_channels:
@@ -114,6 +112,7 @@ def validate_layout(cfg: Config, world_size: int, transformer_engine: bool = Fal
     if model.sequence_parallel and tensor == 1:
         raise LayoutError(f"model.sequence_parallel=true needs {tensor_key} above 1")
 
+    _check_context(model)
     layers_per_stage(model)
     _check_optimizer(model)
     if cfg.precision.name not in ("fp32", "bf16") and not (transformer_engine or planning):
@@ -121,6 +120,5 @@ def validate_layout(cfg: Config, world_size: int, transformer_engine: bool = Fal
     if model.global_batch_size % replicas:
         raise LayoutError(
             f"model.global_batch_size={model.global_batch_size} cannot be divided by {replicas} data-parallel replicas "
-            f"({world_size} processes / (model.tensor_model_parallel_size={tensor} * "
-            f"model.pipeline_model_parallel_size={pipeline}))"
+            f"({world_size} processes / ({_factors(model)}))"
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from nemo_advrm.config import load_config
-from nemo_advrm.errors import ConfigError, LayoutError
+from nemo_advrm.errors import LayoutError
 from nemo_advrm.layout import data_parallel_size, validate_layout
 from nemo_advrm.schema import Config, OptimConfig
 
@@ -94,6 +94,21 @@ def test_shipped_models_fit_shipped_layouts(model: str, parallel: str, world: in
     validate_layout(load_config([f"model={model}", f"parallel={parallel}"]), world)
 
 
-def test_context_parallelism_is_refused_with_its_reason() -> None:
-    with pytest.raises(ConfigError, match=r"model\.context_parallel_size=2: .*needs Transformer Engine's attention"):
-        validate_layout(config(context_parallel_size=2), 2)
+def test_ranks_that_share_sequences_are_no_replicas() -> None:
+    cfg = config(context_parallel_size=4, tensor_model_parallel_size=2)
+    assert data_parallel_size(cfg, 16) == 2
+    validate_layout(cfg, 16)
+    with pytest.raises(LayoutError, match=r"8 = model\.tensor.*=2 \* .*=1 \* model\.context_parallel_size=4$"):
+        validate_layout(cfg, 12)
+
+
+def test_learned_positions_end_where_the_padding_of_shared_sequences_must() -> None:
+    learned = {"position_embedding_type": "learned_absolute", "context_parallel_size": 2}
+    with pytest.raises(LayoutError, match=r"encoder_seq_length=66 must be a multiple of 4 .*context_parallel_size=2"):
+        validate_layout(config(encoder_seq_length=66, **learned), 2)
+    validate_layout(config(encoder_seq_length=68, **learned), 2)
+    with pytest.raises(LayoutError, match="multiple of 8"):
+        validate_layout(
+            config(encoder_seq_length=68, tensor_model_parallel_size=4, sequence_parallel=True, **learned), 8
+        )
+    validate_layout(config(encoder_seq_length=66, context_parallel_size=2), 2)
