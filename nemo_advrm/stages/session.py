@@ -71,7 +71,9 @@ def start(cfg: Config) -> runtime.Runtime:
     model = cfg.model
     world_size = place().world_size
     validate_layout(cfg, world_size, has_transformer_engine())
-    layout = runtime.Layout(model.tensor_model_parallel_size, model.pipeline_model_parallel_size)
+    layout = runtime.Layout(
+        model.tensor_model_parallel_size, model.pipeline_model_parallel_size, model.context_parallel_size
+    )
     if cfg.trainer.cpu_threads:
         torch.set_num_threads(cfg.trainer.cpu_threads)
     started = runtime.start(layout, cfg.trainer.accelerator, cfg.trainer.timeout_minutes)
