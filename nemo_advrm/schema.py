@@ -27,6 +27,7 @@ class TrainerConfig:
     gradient_clip_val: float = 1.0  # global gradient norm; 0 turns clipping off
     checkpoint_every_n_steps: int = 0  # 0 saves at the end only
     keep_checkpoints: int = 2  # newest checkpoints kept while training
+    async_checkpoint: bool = False  # train on while a copy in host memory is written; docs/checkpoints.md
     verify_checkpoints: bool = True  # compare all files with their hashes before training goes on; false: sizes only
     timeout_minutes: float = 30.0  # limit of every collective wait
 

@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from nemo_advrm.errors import CheckpointError
 from nemo_advrm.megatron import checkpoint, manifest, runtime
+from nemo_advrm.megatron.strategy import IN_BACKGROUND, MegatronStrategy
 
 _log = logging.getLogger(__name__)
 _NAME = re.compile(r"step_(\d+)")
@@ -68,21 +69,50 @@ def _set_aside(damaged: list[tuple[Path, str]], used: Path) -> None:
 
 
 class PeriodicCheckpoint(Checkpoint):
-    """Saves ``step_NNNNNNNN`` every ``every`` steps and keeps the newest ``keep``."""
+    """Saves ``step_NNNNNNNN`` every ``every`` steps and keeps the newest ``keep``.
 
-    def __init__(self, directory: Path, every: int, keep: int) -> None:
+    With ``in_background`` training goes on while a copy is written. One save is under way at a time: the end of every
+    step asks whether it is written (an all-reduce of one number, while there is one), completes it if so, and waits for
+    it when the next is due.
+    """
+
+    def __init__(self, directory: Path, every: int, keep: int, in_background: bool = False) -> None:
         self.directory = directory
         self.every = every
         self.keep = max(1, keep)
+        self.in_background = in_background
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        strategy: MegatronStrategy = trainer.strategy  # type: ignore[assignment]
         step = trainer.global_step
+        self._end_saving(strategy, wait=False)
         if not self.every or step % self.every or step >= pl_module.max_steps:  # type: ignore[operator]
             return
-        trainer.save_checkpoint(self.directory / f"step_{step:08d}")
-        runtime.on_writer(self._remove_oldest)
+        if strategy.saving is not None:
+            if runtime.current().is_writer:
+                _log.warning(
+                    "%s is still being written at step %d, when the next save is due: training waits for it (a disk "
+                    "too slow for trainer.checkpoint_every_n_steps=%d)",
+                    strategy.saving.path,
+                    step,
+                    self.every,
+                )
+            self._end_saving(strategy, wait=True)
+        path = self.directory / f"step_{step:08d}"
+        if self.in_background:
+            trainer.save_checkpoint(path, storage_options=IN_BACKGROUND)
+        else:
+            trainer.save_checkpoint(path)
+            runtime.on_writer(self._remove_oldest)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._end_saving(trainer.strategy, wait=True)  # type: ignore[arg-type]
+
+    def _end_saving(self, strategy: MegatronStrategy, wait: bool) -> None:
+        if strategy.end_saving(wait):
+            runtime.on_writer(self._remove_oldest)
 
     def _remove_oldest(self) -> None:
         for old in saved_steps(self.directory)[: -self.keep]:

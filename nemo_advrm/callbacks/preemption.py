@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from nemo_advrm.callbacks.checkpoints import saved_steps
 from nemo_advrm.errors import Preempted
+from nemo_advrm.megatron.strategy import MegatronStrategy
 
 # SLURM sends the first before a time limit (--signal=USR1@SECONDS), schedulers and torchrun the second
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
@@ -21,6 +22,8 @@ SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 
 class PreemptionCheckpoint(Checkpoint):
     """Saves ``step_NNNNNNNN`` at the end of the step in which any rank got a signal, and raises Preempted on all.
+
+    This save is waited for. One that is under way in the background is completed if it is this step's, else given up.
 
     The last step of a training is not stopped: what follows it is short. Must come after PeriodicCheckpoint and
     whatever writes the step's records.
@@ -56,6 +59,11 @@ class PreemptionCheckpoint(Checkpoint):
             return
         reason = self.received or "a signal to another rank"
         path = self.directory / f"step_{step:08d}"
+        strategy: MegatronStrategy = trainer.strategy  # type: ignore[assignment]
+        if strategy.saving is not None and strategy.saving.path == path:
+            strategy.end_saving(wait=True)
+        else:  # an older one would take from the time that is left
+            strategy.drop_saving()
         missing = path not in saved_steps(self.directory)[-1:]
         if trainer.strategy.reduce_boolean_decision(missing, all=True):  # a node may see a shared directory late
             trainer.save_checkpoint(path)

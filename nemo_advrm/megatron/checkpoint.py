@@ -8,29 +8,41 @@ from __future__ import annotations
 
 import contextlib
 import json
-import queue
+import logging
 import re
 import shutil
+import time
 import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
+import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from torch.distributed.checkpoint.api import CheckpointException  # not an Exception, but a BaseException
 
 from nemo_advrm.errors import CheckpointError
 from nemo_advrm.megatron import manifest, runtime
 from nemo_advrm.megatron.architecture import first_difference
+from nemo_advrm.megatron.file_writers import FileWriters
 from nemo_advrm.megatron.model import MegatronModel
 from nemo_advrm.megatron.optim import MegatronOptimizer
 from nemo_advrm.place import one_line
 
 FORMAT = 1
+WEIGHTS = "weights"  # directory of Megatron's files
+# how often the ranks ask each other whether all are done while one waits for a save
+LOOK_SECONDS = 1.0
+# how long a save that is given up may take to write the tensors in work
+DROP_SECONDS = 60.0
 # how torch.save tells of a full disk
 _WRITE_FAILED = re.compile("inline_container|iostream error")
+
+_log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 def _meta(model: MegatronModel, extra: dict[str, Any]) -> dict[str, Any]:
@@ -44,32 +56,107 @@ def _optimizer_meta(optimizer: MegatronOptimizer | None) -> dict[str, bool]:
     return {"has_optimizer": True, "optimizer_started": optimizer.started}
 
 
-def save(
-    path: Path, model: MegatronModel, optimizer: MegatronOptimizer | None = None, meta: dict[str, Any] | None = None
-) -> None:
-    """Write a checkpoint; all ranks call. ``meta`` is anything JSON holds (step, tokenizer, history).
+class Saving:
+    """A checkpoint on its way to ``path``; all ranks make it, and end it with :meth:`finish` or :meth:`drop`.
 
-    An existing checkpoint at ``path`` is replaced only once the new one is complete.
+    Args:
+        model, optimizer: whose state is saved as it is now.
+        meta: anything JSON holds (step, tokenizer, history).
+        in_background: copy the state to host memory, so that training may go on while threads write the copy. Without
+            it nothing may change the state before :meth:`finish` has returned.
+
+    Raises:
+        CheckpointError: it cannot be written; nothing is left of it then.
     """
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        runtime.on_writer(lambda: make_empty(partial / "weights", partial))
-        _write_weights(partial / "weights", model, optimizer)
+
+    def __init__(
+        self,
+        path: Path,
+        model: MegatronModel,
+        optimizer: MegatronOptimizer | None = None,
+        meta: dict[str, Any] | None = None,
+        *,
+        in_background: bool,
+    ) -> None:
+        self.path = path
+        self._partial = path.with_name(path.name + ".partial")
+        self._writers: FileWriters | None = None
         described = _meta(model, {**(meta or {}), **_optimizer_meta(optimizer)})
-        runtime.on_writer(lambda: manifest.write_json(partial / "meta.json", described))
-        files = manifest.measure(partial)
-        runtime.on_writer(lambda: manifest.write(partial, files))
-        runtime.on_writer(lambda: put_in_place(partial, path))
-    except (OSError, RuntimeError, CheckpointException) as error:
-        if isinstance(error, RuntimeError) and not _WRITE_FAILED.search(str(error)):
-            raise
-        reason = _reason(error, path.parent)
+        with self._failing():
+            on_writer(path, lambda: self._begin(described))
+            # no name here may keep the state alive
+            self._writers = FileWriters(_state(model, optimizer), self._partial / WEIGHTS, copy=in_background)
+
+    @property
+    def written(self) -> bool:
+        """Whether the files of this rank are written, or could not be; :meth:`finish` need not wait for them then."""
+        return self._writers is not None and self._writers.ended
+
+    def finish(self, limit_minutes: float) -> None:
+        """Wait until all ranks have written their files, then give the checkpoint its name; all ranks call.
+
+        An existing checkpoint of that name is replaced only once the new one is complete.
+
+        Raises CheckpointError on every rank when any cannot write, or needs more than ``limit_minutes``.
+        """
+        assert self._writers is not None
+        with self._failing():
+            self._wait(self._writers, limit_minutes)
+            gathered = self._writers.gather()
+            on_writer(self.path, lambda: self._writers.write_metadata(gathered))  # type: ignore[union-attr]
+            files = manifest.measure(self._partial, {f"{WEIGHTS}/{k}": v for k, v in self._writers.entries.items()})
+            on_writer(self.path, lambda: manifest.write(self._partial, files))
+            on_writer(self.path, lambda: put_in_place(self._partial, self.path))
+
+    def drop(self) -> None:
+        """Stop writing and remove what was written; each rank for itself, whatever has become of the others."""
+        if self._writers is not None and not self._writers.stop(DROP_SECONDS):
+            _log.warning("%s: its files are given up, but the file system does not end the last write", self.path)
         if runtime.current().is_writer:
-            shutil.rmtree(partial, ignore_errors=True)  # a full disk is not left fuller
-        raise CheckpointError(
-            f"{path}: could not be written ({reason}); the checkpoint before it is untouched"
-        ) from error
+            shutil.rmtree(self._partial, ignore_errors=True)  # a full disk is not left fuller
+
+    def _begin(self, described: dict[str, Any]) -> None:
+        make_empty(self._partial / WEIGHTS, self._partial)
+        manifest.write_json(self._partial / "meta.json", described)
+
+    def _wait(self, writers: FileWriters, limit_minutes: float) -> None:
+        """The ranks ask each other every ``LOOK_SECONDS``, so that none is left in a collective for long."""
+        rank = runtime.current().rank
+        deadline = time.monotonic() + 60 * limit_minutes
+        while True:
+            ended = writers.wait(LOOK_SECONDS)
+            slowest = greatest(0 if ended else rank + 1)
+            if not slowest:
+                return
+            if greatest(int(time.monotonic() > deadline)):
+                raise could_not_write(
+                    self.path, TimeoutError(f"rank {slowest - 1} is still writing after {limit_minutes:g} minutes")
+                )
+
+    @contextlib.contextmanager
+    def _failing(self) -> Iterator[None]:
+        """Leave nothing behind when the block fails; what the disk or Megatron says becomes a CheckpointError."""
+        try:
+            yield
+        except (OSError, RuntimeError, CheckpointException) as error:
+            self.drop()
+            if isinstance(error, RuntimeError) and not _WRITE_FAILED.search(str(error)):
+                raise
+            raise could_not_write(self.path, error) from error
+        except BaseException:
+            self.drop()
+            raise
+
+
+def save(
+    path: Path,
+    model: MegatronModel,
+    optimizer: MegatronOptimizer | None = None,
+    meta: dict[str, Any] | None = None,
+    limit_minutes: float = 30.0,
+) -> None:
+    """Write a checkpoint and wait for it; see :class:`Saving`."""
+    Saving(Path(path), model, optimizer, meta, in_background=False).finish(limit_minutes)
 
 
 def make_empty(directory: Path, top: Path) -> None:
@@ -78,18 +165,38 @@ def make_empty(directory: Path, top: Path) -> None:
     directory.mkdir(parents=True)
 
 
-def _write_weights(directory: Path, model: MegatronModel, optimizer: MegatronOptimizer | None) -> None:
+def on_writer(path: Path, work: Callable[[], T]) -> T:
+    """``work`` on the writing rank; a failing disk is a CheckpointError that names ``path``, on every rank."""
+
+    def told() -> T:
+        try:
+            return work()
+        except OSError as error:
+            raise could_not_write(path, error) from error
+
+    return runtime.on_writer(told)
+
+
+def could_not_write(path: Path, error: BaseException) -> CheckpointError:
+    reason = _reason(error, path.parent)
+    return CheckpointError(f"{path}: could not be written ({reason}); the checkpoint before it is untouched")
+
+
+def _state(model: MegatronModel, optimizer: MegatronOptimizer | None) -> dict[str, Any]:
     model_state = model.sharded_state_dict()
-    state: dict[str, Any] = {"model": model_state}
-    if optimizer is not None and optimizer.started:
-        state["optimizer"] = optimizer.sharded_state_dict(model_state)
-    # Megatron collects the writers' results through a manager process, which a synchronous save does not
-    # need and which would outlive a killed run
-    if filesystem_async._results_queue is None:
-        filesystem_async._results_queue = queue.Queue()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        dist_checkpointing.save(state, str(directory))
+    if optimizer is None or not optimizer.started:
+        return {"model": model_state}
+    return {"model": model_state, "optimizer": optimizer.sharded_state_dict(model_state)}
+
+
+def greatest(value: int) -> int:
+    """The greatest of all ranks' values."""
+    rt = runtime.current()
+    if rt.world_size == 1:
+        return value
+    box = torch.tensor(value, device=rt.device)
+    dist.all_reduce(box, op=dist.ReduceOp.MAX)
+    return int(box)
 
 
 def _reason(error: BaseException, directory: Path) -> str:
@@ -198,7 +305,7 @@ def load(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            loaded = dist_checkpointing.load(state, str(path / "weights"), strict=StrictHandling.RAISE_UNEXPECTED)
+            loaded = dist_checkpointing.load(state, str(path / WEIGHTS), strict=StrictHandling.RAISE_UNEXPECTED)
     except (Exception, CheckpointException) as error:  # many types for a damaged directory; the user needs one sentence
         raise CheckpointError(f"{path}: could not be read ({type(error).__name__}: {error})") from error
     _load_model_state(model, loaded["model"], strict=not new_head)

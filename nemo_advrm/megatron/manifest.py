@@ -28,16 +28,17 @@ def write_json(path: Path, value: object) -> None:
         os.fsync(file.fileno())
 
 
-def measure(directory: Path) -> dict[str, Entry]:
+def measure(directory: Path, known: dict[str, Entry]) -> dict[str, Entry]:
     """Every file of ``directory`` by its relative name; all ranks call, and each reads the files it wrote.
 
-    Raises OSError on every rank when a file cannot be read on any.
+    ``known`` are those of this rank that need not be read again. Raises OSError on every rank when a file cannot be
+    read on any.
     """
     rt = runtime.current()
-    names = [n for n in _files(directory) if _writer(n, rt.world_size) == rt.rank]
 
     def work() -> dict[str, Entry]:
-        return {name: _entry(directory / name) for name in names}
+        names = (n for n in names_in(directory) if _writer(n, rt.world_size) == rt.rank)
+        return {name: known.get(name) or _entry(directory / name) for name in names}
 
     found: dict[str, Entry] = {}
     for measured in _on_all(work):
@@ -74,7 +75,8 @@ def damage(directory: Path, full: bool, except_for: str = "") -> str | None:
     return None
 
 
-def _files(directory: Path) -> list[str]:
+def names_in(directory: Path) -> list[str]:
+    """All files below ``directory``, by their relative names."""
     return sorted(p.relative_to(directory).as_posix() for p in directory.rglob("*") if p.is_file())
 
 

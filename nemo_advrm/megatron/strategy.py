@@ -1,8 +1,7 @@
 """Lightning strategy over Megatron-Core: lets ``lightning.pytorch.Trainer.fit`` drive the engine.
 
 Megatron owns devices, process groups, gradients, optimizers and checkpoints; Lightning owns the
-loop, the callbacks and the loggers. A checkpoint is a directory with one Megatron checkpoint per
-trained model and ``trainer.json`` with Lightning's own state.
+loop, the callbacks and the loggers.
 """
 
 from __future__ import annotations
@@ -19,12 +18,13 @@ from lightning.pytorch.strategies import Strategy
 from torch import Tensor
 
 from nemo_advrm.errors import CheckpointError
-from nemo_advrm.megatron import checkpoint, manifest, runtime
+from nemo_advrm.megatron import runtime
+from nemo_advrm.megatron.training_state import TRAINER_STATE, TrainingSave, load_training_state
 
 if TYPE_CHECKING:
     from nemo_advrm.models.trainable import TrainableModel
 
-_TRAINER_STATE = "trainer.json"
+IN_BACKGROUND = "in background"  # as storage_options of Trainer.save_checkpoint
 # what Lightning needs back to continue its loops; weights and optimizers are Megatron's
 _KEPT = ("epoch", "global_step", "pytorch-lightning_version", "loops", "callbacks")
 
@@ -44,11 +44,18 @@ class StepCounter(torch.optim.Optimizer):
 
 
 class MegatronStrategy(Strategy):
-    """Runs a :class:`~nemo_advrm.models.trainable.TrainableModel` on the running Megatron layout."""
+    """Runs a :class:`~nemo_advrm.models.trainable.TrainableModel` on the running Megatron layout.
 
-    def __init__(self) -> None:
+    Attributes:
+        limit_minutes: how long a checkpoint's files may take once they are waited for.
+        saving: the one save that is under way in the background.
+    """
+
+    def __init__(self, limit_minutes: float = 30.0) -> None:
         super().__init__()
         self.runtime = runtime.current()
+        self.limit_minutes = limit_minutes
+        self.saving: TrainingSave | None = None
 
     @property
     def global_rank(self) -> int:
@@ -114,13 +121,38 @@ class MegatronStrategy(Strategy):
         return {}
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
+        """Save now, or begin to with ``storage_options`` IN_BACKGROUND: see :meth:`end_saving`."""
+        assert self.saving is None
         module: TrainableModel = self.lightning_module  # type: ignore[assignment]
-        save_training_state(Path(filepath), module, {k: checkpoint[k] for k in _KEPT if k in checkpoint})
+        state = {k: checkpoint[k] for k in _KEPT if k in checkpoint}
+        background = storage_options == IN_BACKGROUND
+        saving = TrainingSave(Path(filepath), module, state, in_background=background, limit_minutes=self.limit_minutes)
+        if background:
+            self.saving = saving
+        else:
+            saving.finish()
+
+    def end_saving(self, wait: bool) -> bool:
+        """Complete the save under way once all ranks have written their files, or ``wait`` for them; all ranks call.
+
+        Returns whether a checkpoint was completed. Raises CheckpointError when it could not be written.
+        """
+        if self.saving is None or not (wait or self.saving.written_everywhere()):
+            return False
+        saving, self.saving = self.saving, None
+        saving.finish()
+        return True
+
+    def drop_saving(self) -> None:
+        """Give up a save under way: nothing is left of it, nor of its threads. Each rank for itself."""
+        saving, self.saving = self.saving, None
+        if saving is not None:
+            saving.drop()
 
     def load_checkpoint(self, checkpoint_path: str | Path) -> dict[str, Any]:
         path = Path(checkpoint_path)
         try:
-            state: dict[str, Any] = json.loads((path / _TRAINER_STATE).read_text())
+            state: dict[str, Any] = json.loads((path / TRAINER_STATE).read_text())
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{path}: not a complete training checkpoint ({error})") from error
         return {**state, "state_dict": {}, "optimizer_states": [], "lr_schedulers": [], "path": str(path)}
@@ -135,37 +167,3 @@ class MegatronStrategy(Strategy):
     def remove_checkpoint(self, filepath: str | Path) -> None:
         if self.is_global_zero:
             shutil.rmtree(filepath, ignore_errors=True)
-
-
-def save_training_state(path: Path, module: TrainableModel, trainer_state: dict[str, Any]) -> None:
-    """Write weights, optimizers and loop state of every trained model; complete once it bears its name.
-
-    Raises CheckpointError when it cannot be written; nothing is left of it then.
-    """
-    partial = path.with_name(path.name + ".partial")
-
-    def complete() -> None:
-        manifest.write_json(partial / _TRAINER_STATE, trainer_state)
-        files = [_TRAINER_STATE, *(f"{name}/{manifest.NAME}" for name in module.trained())]
-        manifest.write(partial, manifest.describe(partial, files))
-        checkpoint.put_in_place(partial, path)
-
-    try:
-        runtime.on_writer(lambda: checkpoint.make_empty(partial, partial))
-        for name, (model, optimizer) in module.trained().items():
-            checkpoint.save(partial / name, model, optimizer, {"tokenizer": module.tokenizer.fingerprint})
-        runtime.on_writer(complete)
-    except (OSError, CheckpointError) as error:
-        if runtime.current().is_writer:
-            shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(
-            f"{path}: could not be written ({error}); the checkpoint before it is untouched"
-        ) from error
-
-
-def load_training_state(path: Path, module: TrainableModel) -> None:
-    """Read what :func:`save_training_state` wrote, at the present layout."""
-    for name, (model, optimizer) in module.trained().items():
-        checkpoint.load(path / name, model, optimizer)

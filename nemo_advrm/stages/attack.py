@@ -138,7 +138,8 @@ def _attack_member(
     fit(
         module, cfg, directory, f"attack on R_{direction}", [TrajectoryRecorder(samples, direction, reference, gold)], 0
     )
-    checkpoint.save(directory / "model", module.model, meta=tokenizer_meta(module))
+    limit = cfg.trainer.timeout_minutes
+    checkpoint.save(directory / "model", module.model, meta=tokenizer_meta(module), limit_minutes=limit)
     seconds = time.monotonic() - started
     write_json(directory / "summary.json", runtime.on_writer(lambda: _summary(directory, samples, seconds)))
     drop_training_checkpoints(directory)

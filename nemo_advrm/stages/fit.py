@@ -39,10 +39,11 @@ def fit(
     """
     checkpoints = directory / "checkpoints"
     preemption = PreemptionCheckpoint(checkpoints)
+    strategy = MegatronStrategy(cfg.trainer.timeout_minutes)
     trainer = Trainer(
         accelerator="gpu" if runtime.current().on_gpu else "cpu",
         devices=1,  # processes are Megatron's, see MegatronStrategy
-        strategy=MegatronStrategy(),
+        strategy=strategy,
         max_steps=module.max_steps,
         max_epochs=-1,
         logger=False,
@@ -50,7 +51,12 @@ def fit(
             *(callbacks or []),
             MetricsWriter(directory / "metrics.jsonl", first_step),
             StepProgress(title, cfg.trainer.log_every_n_steps),
-            PeriodicCheckpoint(checkpoints, cfg.trainer.checkpoint_every_n_steps, cfg.trainer.keep_checkpoints),
+            PeriodicCheckpoint(
+                checkpoints,
+                cfg.trainer.checkpoint_every_n_steps,
+                cfg.trainer.keep_checkpoints,
+                cfg.trainer.async_checkpoint,
+            ),
             preemption,
         ],
         enable_checkpointing=True,
@@ -69,7 +75,10 @@ def fit(
         exp_manager(trainer, _exp_manager_options(cfg, directory / "logs"))
     newest = newest_usable(checkpoints, cfg.trainer.verify_checkpoints)
     with preemption.watching(), memory.explained(directory):
-        trainer.fit(module, ckpt_path=str(newest) if newest else None)
+        try:
+            trainer.fit(module, ckpt_path=str(newest) if newest else None)
+        finally:
+            strategy.drop_saving()  # whatever ends a training, no save goes on behind its back
     if validate:
         trainer.validate(module, verbose=False)
 
@@ -89,7 +98,8 @@ def write_result(directory: Path, module: TrainableModel, metrics: dict[str, flo
 
     The module's models are released.
     """
-    checkpoint.save(directory / "model", module.model, meta={**tokenizer_meta(module), **meta})
+    limit = module.config.trainer.timeout_minutes
+    checkpoint.save(directory / "model", module.model, meta={**tokenizer_meta(module), **meta}, limit_minutes=limit)
     write_json(directory / "result.json", metrics)
     drop_training_checkpoints(directory)
     module.release()

@@ -33,6 +33,7 @@ _FREE_KEYS = (
     "trainer.log_every_n_steps",
     "trainer.checkpoint_every_n_steps",
     "trainer.keep_checkpoints",
+    "trainer.async_checkpoint",
     "trainer.verify_checkpoints",
     "trainer.timeout_minutes",
     "pipeline.only",

@@ -14,14 +14,35 @@ from nemo_advrm.callbacks.preemption import SIGNALS, PreemptionCheckpoint
 from nemo_advrm.errors import CheckpointError, Preempted
 
 
+class FakeStrategy:
+    """What the callback uses of the strategy; ``under_way``: the path of a save in the background."""
+
+    def __init__(self, elsewhere: bool, under_way: Path | None) -> None:
+        self.elsewhere = elsewhere
+        self.saving = None if under_way is None else SimpleNamespace(path=under_way)
+        self.dropped = False
+
+    def reduce_boolean_decision(self, own: bool, all: bool) -> bool:
+        return own if all else own or self.elsewhere
+
+    def end_saving(self, wait: bool) -> bool:
+        assert wait and self.saving is not None
+        self.saving.path.mkdir()
+        self.saving = None
+        return True
+
+    def drop_saving(self) -> None:
+        self.dropped, self.saving = self.saving is not None, None
+
+
 class FakeTrainer:
     """What the callback uses of Lightning's Trainer; ``elsewhere``: another rank has got a signal."""
 
-    def __init__(self, step: int, elsewhere: bool = False, fails: bool = False) -> None:
+    def __init__(self, step: int, elsewhere: bool = False, fails: bool = False, under_way: Path | None = None) -> None:
         self.global_step = step
         self.fails = fails
         self.saved: list[Path] = []
-        self.strategy = SimpleNamespace(reduce_boolean_decision=lambda own, all: own if all else own or elsewhere)
+        self.strategy = FakeStrategy(elsewhere, under_way)
 
     def save_checkpoint(self, path: Path) -> None:
         os.kill(os.getpid(), signal.SIGTERM)  # a second signal while saving
@@ -61,6 +82,18 @@ def test_a_checkpoint_of_the_same_step_is_not_written_twice(tmp_path: Path) -> N
     with pytest.raises(Preempted):
         end_step(PreemptionCheckpoint(tmp_path), trainer)
     assert trainer.saved == []
+
+
+@pytest.mark.parametrize("step", [2, 3])
+def test_a_save_under_way_is_completed_if_it_is_of_this_step_and_given_up_else(tmp_path: Path, step: int) -> None:
+    trainer = FakeTrainer(3, elsewhere=True, under_way=tmp_path / f"step_{step:08d}")
+    callback = PreemptionCheckpoint(tmp_path)
+    with callback.watching(), pytest.raises(Preempted):
+        end_step(callback, trainer)
+    newest = tmp_path / "step_00000003"
+    assert trainer.strategy.saving is None and trainer.strategy.dropped == (step == 2)
+    assert ([newest] if newest.exists() else trainer.saved) == [newest]
+    assert list(tmp_path.iterdir()) == ([] if step == 2 else [newest])
 
 
 def test_the_last_step_is_not_stopped(tmp_path: Path) -> None:

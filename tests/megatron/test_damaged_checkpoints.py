@@ -16,7 +16,7 @@ from distributed import Worlds
 from nemo_advrm.callbacks.checkpoints import newest_usable
 from nemo_advrm.errors import CheckpointError
 from nemo_advrm.megatron.runtime import Layout, Runtime
-from nemo_advrm.megatron.strategy import load_training_state, save_training_state
+from nemo_advrm.megatron.training_state import load_training_state, save_training_state
 
 OLDER, NEWEST = "step_00000001", "step_00000002"
 LARGEST = "the largest file of the weights"
@@ -61,9 +61,7 @@ def test_the_newest_is_taken_when_it_is_whole(directory: Path, caplog: pytest.Lo
 
 
 @pytest.mark.parametrize("damage", [_truncate, _flip, Path.unlink], ids=["truncated", "flipped", "deleted"])
-@pytest.mark.parametrize(
-    "name", [LARGEST, "reward_model/weights/.metadata", "reward_model/meta.json", "trainer.json"]
-)
+@pytest.mark.parametrize("name", [LARGEST, "reward_model/weights/.metadata", "reward_model/meta.json", "trainer.json"])
 def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(
     directory: Path, caplog: pytest.LogCaptureFixture, name: str, damage: Callable[[Path], None]
 ) -> None:

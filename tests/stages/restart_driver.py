@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
@@ -21,7 +22,8 @@ from nemo_advrm.callbacks.metrics import MetricsWriter
 from nemo_advrm.config import load_config
 from nemo_advrm.data.jsonl import write_jsonl_atomic
 from nemo_advrm.data.pair_store import AdversarialPair, PairStore, Provenance
-from nemo_advrm.megatron import checkpoint, strategy
+from nemo_advrm.megatron import checkpoint
+from nemo_advrm.megatron.file_writers import FileWriters
 from nemo_advrm.quiet import quiet_libraries
 from nemo_advrm.stages import rlhf, sft, train_rm
 from nemo_advrm.synthetic.corpus import sample_prompts, sample_response
@@ -45,17 +47,35 @@ def kill_after(step: int) -> None:
 
 def kill_while_saving(number: int) -> None:
     """Die inside the ``number``-th checkpoint, when its weights are written but it is not complete."""
-    save = checkpoint.save
+    finish = checkpoint.Saving.finish
     count = [0]
 
-    def save_and_die(path, *args, **kwargs):  # type: ignore[no-untyped-def]
-        save(path, *args, **kwargs)
-        if ".partial" in str(path):
+    def finish_and_die(self, limit_minutes):  # type: ignore[no-untyped-def]
+        finish(self, limit_minutes)
+        if ".partial" in str(self.path):
             count[0] += 1
             if count[0] == number:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-    strategy.checkpoint.save = save_and_die  # type: ignore[attr-defined]
+    checkpoint.Saving.finish = finish_and_die  # type: ignore[method-assign]
+
+
+def kill_while_writing(number: int, step: int) -> None:
+    """Die at the end of ``step`` while threads write the files of the ``number``-th checkpoint, a tensor of each."""
+    each = FileWriters._each
+    seen: list[Path] = []
+
+    def stop_at_second(self, tensors):  # type: ignore[no-untyped-def]
+        if self.directory not in seen:
+            seen.append(self.directory)
+        items = each(self, tensors)
+        yield next(items)
+        if seen.index(self.directory) == number - 1:
+            time.sleep(600)
+        yield from items
+
+    FileWriters._each = stop_at_second  # type: ignore[method-assign]
+    kill_after(step)
 
 
 def kill_between_renames(number: int) -> None:
@@ -175,18 +195,28 @@ def main(home: Path) -> None:
         return rlhf.main(load_config(overrides, "rlhf"))
 
     compare("sft", train, home / "sft", [lambda: kill_between_renames(1), lambda: kill_after(5)])
+    mixed = ("augmentation.mode=mix", f"augmentation.pairs_path={home / 'store.jsonl'}")
     compare(
         "reward_model",
-        lambda out: reward(out, "augmentation.mode=mix", f"augmentation.pairs_path={home / 'store.jsonl'}"),
+        lambda out: reward(out, *mixed),
         home / "reward_model",
         [lambda: kill_after(1), lambda: kill_after(4), lambda: kill_while_saving(1), lambda: kill_after(7)],
     )
-    compare("rloo", policy, home / "rloo", [lambda: kill_after(2), lambda: kill_after(5)])
+    # the unbroken run writes while training waits, the others in the background
     compare(
-        "ppo",
-        lambda out: policy(out, "rl.algorithm=ppo", "rl.updates_per_rollout=2", "rl.kl.coefficient=0.05"),
-        home / "ppo",
-        [lambda: kill_after(4), lambda: kill_while_saving(2)],
+        "reward_model_async",
+        lambda out: reward(out, *mixed, f"trainer.async_checkpoint={str(out.name != 'unbroken').lower()}"),
+        home / "reward_model_async",
+        [lambda: kill_while_writing(1, 5), lambda: kill_while_saving(1), lambda: kill_while_writing(2, 7)],
+    )
+    compare("rloo", policy, home / "rloo", [lambda: kill_after(2), lambda: kill_after(5)])
+    ppo = ("rl.algorithm=ppo", "rl.updates_per_rollout=2", "rl.kl.coefficient=0.05")
+    compare("ppo", lambda out: policy(out, *ppo), home / "ppo", [lambda: kill_after(4), lambda: kill_while_saving(2)])
+    compare(
+        "ppo_async",
+        lambda out: policy(out, *ppo, f"trainer.async_checkpoint={str(out.name != 'unbroken').lower()}"),
+        home / "ppo_async",
+        [lambda: kill_while_saving(2), lambda: kill_while_writing(3, 7)],
     )
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-CASES = ("sft", "reward_model", "rloo", "ppo")
+CASES = ("sft", "reward_model", "reward_model_async", "rloo", "ppo", "ppo_async")
 
 
 @pytest.fixture(scope="module")
