@@ -126,6 +126,13 @@ def parse_members(members: Sequence[str]) -> list[SourceSpec]:
     return [parse(text, f"ensemble.members[{k}]") for k, text in enumerate(members)]
 
 
+def only_addresses_differ(before: Sequence[str], now: Sequence[str]) -> bool:
+    """Whether two lists of members are the same but for where their servers are: a job that goes on has other nodes."""
+    pairs = zip(parse_members(before), parse_members(now), strict=False)
+    moved = all(old.text == new.text or (old.is_remote and old.kind == new.kind) for old, new in pairs)
+    return len(before) == len(now) and moved
+
+
 def check(spec: SourceSpec, cfg: Config, world_size: int) -> None:
     """What can be known to fail before work starts: CheckpointError, ConfigError or LayoutError that names the member.
 

@@ -15,7 +15,7 @@ import yaml
 from nemo_advrm.config import resolved, save_resolved, versions
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.layout import validate_layout
-from nemo_advrm.megatron import checkpoint, runtime
+from nemo_advrm.megatron import checkpoint, heartbeat, runtime
 from nemo_advrm.megatron.transformer import has_transformer_engine
 from nemo_advrm.place import place
 from nemo_advrm.quiet import quiet_libraries
@@ -36,6 +36,9 @@ _FREE_KEYS = (
     "trainer.async_checkpoint",
     "trainer.verify_checkpoints",
     "trainer.timeout_minutes",
+    "trainer.hang_minutes",
+    "trainer.straggler_ratio",
+    "trainer.memory_snapshot",
     "pipeline.only",
 )
 # keys that change results by rounding alone (and which units drop out): a run that does not fit into memory goes on
@@ -78,6 +81,7 @@ def start(cfg: Config) -> runtime.Runtime:
     if cfg.trainer.cpu_threads:
         torch.set_num_threads(cfg.trainer.cpu_threads)
     started = runtime.start(layout, cfg.trainer.accelerator, cfg.trainer.timeout_minutes)
+    heartbeat.start(cfg.trainer.hang_minutes, Path(cfg.run_dir))
     # what is missing or incomplete is told before anything is written
     if cfg.pretrained_checkpoint.restore_from_path:
         checkpoint.read_meta(Path(cfg.pretrained_checkpoint.restore_from_path))
@@ -90,8 +94,8 @@ def claim(cfg: Config, directory: Path) -> None:
     """Make ``directory`` this run's; writes the resolved configuration and the versions.
 
     Raises ConfigError, on every rank, when it holds a run of another configuration: results are never mixed or
-    overwritten. Another layout and other microbatches are the same run: the change is printed and recorded. A run that
-    failed before it produced anything leaves no claim.
+    overwritten. Another layout, other microbatches and other addresses of reward servers are the same run: the change
+    is printed and recorded. A run that failed before it produced anything leaves no claim.
     """
     runtime.on_writer(lambda: _claim(cfg, directory))
 
@@ -117,7 +121,9 @@ def _compare(directory: Path, before: dict[str, Any], now: dict[str, Any]) -> No
     last = {change["key"]: change["to"] for change in changes}
     found = {key: (old, new) for key, old, new in _differences(before, now)}
     for key, (old, new) in found.items():
-        if _STAGE_PREFIX.sub("", key) not in _LAYOUT_KEYS:
+        plain = _STAGE_PREFIX.sub("", key)
+        moved = plain == "ensemble.members" and sources.only_addresses_differ(old or [], new or [])
+        if plain not in _LAYOUT_KEYS and not moved:
             raise ConfigError(
                 f"{directory} holds a run with {key}={old!r}, but now {key}={new!r}: choose another run_dir, or remove "
                 "the directory"

@@ -55,3 +55,19 @@ def test_what_changes_results_is_another_run(single: Runtime, tmp_path: Path, ch
     with pytest.raises(ConfigError, match=rf"holds a run with {key}=.*choose another run_dir"):
         _claim(tmp_path / "run", "seed=1", "model.micro_batch_size=2", change)
     assert _changes(tmp_path / "run") == []
+
+
+def test_reward_servers_may_move_but_members_may_not_change(single: Runtime, tmp_path: Path) -> None:
+    key = "ensemble.members"
+    first, moved = ["http://n1:1", "runs/rm_2/model"], ["http://n3:2", "runs/rm_2/model"]
+    _claim(tmp_path / "run", "seed=1", f"{key}=[{','.join(first)}]")
+    _claim(tmp_path / "run", "seed=1", f"{key}=[{','.join(moved)}]")
+    assert _changes(tmp_path / "run") == [(key, first, moved)]
+    for other in (
+        "http://n1:1",
+        "http://n1:1,runs/rm_3/model",
+        "runs/rm_1/model,runs/rm_2/model",
+        "triton+http://n1:1/m,runs/rm_2/model",
+    ):
+        with pytest.raises(ConfigError, match=r"holds a run with ensemble\.members="):
+            _claim(tmp_path / "run", "seed=1", f"{key}=[{other}]")
