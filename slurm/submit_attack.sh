@@ -14,11 +14,11 @@ load_site
 
 members=()
 while (($#)) && [[ $1 != -- ]]; do members+=("$1"); shift; done
-((${#members[@]} >= 2)) && (($# > 1)) || fail "usage: slurm/submit_attack.sh RM RM... -- run_dir=DIR SETTING..."
+((${#members[@]} >= 2 && $# > 1)) || fail "usage: slurm/submit_attack.sh RM RM... -- run_dir=DIR SETTING..."
 shift
 read -r -a more <<<"${ADVRM_SBATCH:-}"
 components=(--nodes="${ADVRM_NODES_ATTACK:-1}" "${more[@]}")
 for _ in "${members[@]}"; do
-    components+=(: --exclusive --nodes="${ADVRM_NODES_SERVE:-1}" "${more[@]}")
+    components+=(: --exclusive --requeue --nodes="${ADVRM_NODES_SERVE:-1}" "${more[@]}")
 done
 ADVRM_MEMBERS="${members[*]}" sbatch "${components[@]}" "$scripts/attack.sbatch" "$@"
