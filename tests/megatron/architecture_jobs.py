@@ -13,6 +13,7 @@ from nemo_advrm.convert.hf_config import find_architecture, model_config
 from nemo_advrm.convert.names import ATTENTION_NORM, MLP_NORM, VOCABULARY_ROWS, canonical_shapes
 from nemo_advrm.convert.transforms import pad_vocabulary
 from nemo_advrm.megatron import checkpoint, runtime
+from nemo_advrm.megatron.context import SplitLogits
 from nemo_advrm.megatron.generation import generate
 from nemo_advrm.megatron.log_probs import log_probs_and_entropy
 from nemo_advrm.megatron.model import MegatronModel, build_model, padded_vocab_size
@@ -55,6 +56,7 @@ def build(
         config,
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
+        context_parallel_size=layout.context,
         sequence_parallel=sequence_parallel,
     )
     model = build_model(config, PrecisionConfig(), head, config.vocab_size, seed=3, trainable=trainable)  # type: ignore[arg-type]
@@ -80,10 +82,14 @@ def _microbatch(tokens_BS: torch.Tensor, **forward: Any) -> Microbatch:
 
 def logits(model: MegatronModel, tokens_BS: torch.Tensor) -> torch.Tensor:
     """[B, S, vocabulary] on all ranks."""
-    found = forward(model, [_microbatch(tokens_BS, gather_logits=True)], lambda output, _: output)
+    found = forward(model, [_microbatch(tokens_BS, gather_logits=True)], lambda output, _: _whole(output))
     shape = (tokens_BS.numel(), model.vocab_size)
     whole = runtime.current().broadcast_from_last_stage(found[0] if found else None, (shape, torch.float32))
     return whole.view(*tokens_BS.shape, -1)[..., : model.model.vocab_size]
+
+
+def _whole(output: torch.Tensor | SplitLogits) -> torch.Tensor:
+    return output.whole(output.own_NV.T).T if isinstance(output, SplitLogits) else output
 
 
 def compute(

@@ -29,6 +29,7 @@ PLACES = {
     "tp2": (Layout(tensor=2), False),
     "tp2_sequence_parallel": (Layout(tensor=2), True),
     "pp2": (Layout(pipeline=2), False),
+    "cp2": (Layout(context=2), False),
 }
 
 

@@ -157,15 +157,18 @@ def test_the_critic_can_be_trained_alone_first(initial: str) -> None:
     assert not all(torch.equal(v, before[k]) for k, v in module.model.parts[0].named_parameters())
 
 
+@pytest.mark.parametrize("layout", [Layout(), Layout(context=2)], ids=["dp2", "cp2"])
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_advantages_and_metrics_do_not_depend_on_data_parallel_ranks(
-    worlds: Worlds, initial: str, algorithm: str
+def test_advantages_and_metrics_do_not_depend_on_how_ranks_share_the_work(
+    worlds: Worlds, initial: str, algorithm: str, layout: Layout
 ) -> None:
     kwargs: dict[str, Any] = {"path": initial, "algorithm": algorithm, "steps": 2}
     rows, metrics = rl.advantages_and_metrics(**kwargs)
-    ranks = worlds.run(Layout(), "rl", "advantages_and_metrics", 2, **kwargs)
+    ranks = worlds.run(layout, "rl", "advantages_and_metrics", 2, **kwargs)
+    if layout.context == 2:
+        assert [ranks[0][0]] == [rank[0] for rank in ranks[1:]]  # one replica: both work on all rows
     for step in range(2):
-        together = [row for rank in ranks for row in rank[0][step]]
+        together = [row for rank in ranks[: 2 // layout.model_parallel] for row in rank[0][step]]
         assert [tokens for tokens, _ in together] == [tokens for tokens, _ in rows[step]]
         for (_, there), (_, here) in zip(together, rows[step], strict=True):
             assert there == pytest.approx(here, abs=2e-3 if step else 1e-5)

@@ -206,7 +206,9 @@ def test_text_for_nemo_aligner_is_prompt_and_response() -> None:
     assert source._rows(rollouts())[:2] == ["this riverbirds sing .", "these cloudsbirds sing"]
 
 
-@pytest.mark.parametrize("layout", [Layout(2, 1), Layout(1, 2), Layout()], ids=["TP2", "PP2", "DP2"])
+@pytest.mark.parametrize(
+    "layout", [Layout(2), Layout(pipeline=2), Layout(context=2), Layout()], ids=["TP2", "PP2", "CP2", "DP2"]
+)
 def test_one_rank_of_each_replica_asks_and_a_failure_reaches_all(worlds: Worlds, layout: Layout) -> None:
     results = worlds.run(layout, "remote_jobs", "ask", world_size=2)
     assert [r[0] for r in results] == ([[0.0, 7.0]] * 2 if layout.model_parallel == 2 else [[0.0, 7.0], [1.0, 7.0]])
