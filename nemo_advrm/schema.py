@@ -291,6 +291,8 @@ class ServeConfig:
     reference_path: str = ""  # reference.jsonl of an attack: prompts and statistics of the adversarial reward
     host: str = "127.0.0.1"  # a public address needs a token
     port: int = 8000  # 0 takes a free one; the address is written to run_dir/server.json
+    triton_port: int = 0  # of NVIDIA's Triton beside it, by PyTriton (5555: where NeMo-Aligner looks); 0: none
+    triton_python: str = ""  # Python of the environment that has nvidia-pytriton; empty: this one
     name: str = "reward_model"  # of the model, in KServe's addresses
     token_file: str = ""  # file of the bearer token; empty: the environment variable NEMO_ADVRM_TOKEN, if set
     batch_tokens: int = 16384  # most tokens scored at once, over all requests

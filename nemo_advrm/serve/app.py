@@ -50,6 +50,14 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     429: {"model": ErrorAnswer, "description": "the queue is full; Retry-After says for how long to wait"},
     503: {"model": ErrorAnswer, "description": "no scores can be given now"},
 }
+# what scoring raises, and its status
+FAULTS: dict[type[Exception], int] = {
+    kserve.BadTensors: 400,
+    TooLarge: 413,
+    Refused: 422,
+    Busy: 429,
+    Unavailable: 503,
+}
 _GUARDED: dict[int | str, dict[str, Any]] = {status: _ERRORS[status] for status in (401, 503)}
 
 
@@ -62,6 +70,7 @@ class Service:
         batcher: scores them; it must be made in the event loop's process, and is started by the application.
         members: names of the reward's members.
         reward: how they become the reward.
+        starting: until all of its interfaces answer.
         draining: set when the server is about to stop.
     """
 
@@ -70,12 +79,17 @@ class Service:
     batcher: Batcher
     members: Sequence[str]
     reward: str
+    starting: bool = False
     draining: bool = False
     started: float = field(default_factory=time.time)
 
     @property
     def ready(self) -> bool:
-        return self.batcher.alive and not self.draining
+        return self.batcher.alive and not self.starting and not self.draining
+
+    @property
+    def unready_because(self) -> str:
+        return "the server is starting" if self.starting and not self.draining else "the server is stopping"
 
     async def score(self, samples: Sequence[Sample]) -> list[Scored]:
         """Raises the exceptions that become 413, 422, 429 and 503."""
@@ -136,25 +150,12 @@ def _add_errors(app: FastAPI) -> None:
     async def known(_: Request, error: HTTPException) -> Response:
         return _error(error.status_code, str(error.detail), **(error.headers or {}))
 
-    @app.exception_handler(Refused)
-    async def refused(_: Request, error: Refused) -> Response:
-        return _error(422, str(error))
+    async def fault(_: Request, error: Exception) -> Response:
+        wait = {Busy: getattr(error, "retry_after", 1), Unavailable: 1}.get(type(error))
+        return _error(FAULTS[type(error)], str(error), **({} if wait is None else {"Retry_After": str(wait)}))
 
-    @app.exception_handler(kserve.BadTensors)
-    async def bad_tensors(_: Request, error: kserve.BadTensors) -> Response:
-        return _error(400, str(error))
-
-    @app.exception_handler(TooLarge)
-    async def too_large(_: Request, error: TooLarge) -> Response:
-        return _error(413, str(error))
-
-    @app.exception_handler(Busy)
-    async def busy(_: Request, error: Busy) -> Response:
-        return _error(429, str(error), Retry_After=str(error.retry_after))
-
-    @app.exception_handler(Unavailable)
-    async def unavailable(_: Request, error: Unavailable) -> Response:
-        return _error(503, str(error), Retry_After="1")
+    for kind in FAULTS:
+        app.add_exception_handler(kind, fault)
 
 
 def _add_health(app: FastAPI, service: Service, metrics: Metrics) -> None:
@@ -166,7 +167,7 @@ def _add_health(app: FastAPI, service: Service, metrics: Metrics) -> None:
     @app.get("/health/ready", tags=["health"], responses={503: _ERRORS[503]}, response_model=Status)
     async def ready() -> Status | Response:
         """Requests are scored; 503 while the server drains."""
-        return Status(status="ready") if service.ready else _error(503, "the server is stopping", Retry_After="5")
+        return Status(status="ready") if service.ready else _error(503, service.unready_because, Retry_After="5")
 
     @app.get("/metrics", tags=["health"], include_in_schema=False)
     async def prometheus() -> Response:
@@ -279,4 +280,4 @@ def _add_kserve(app: FastAPI, service: Service) -> None:
 def _ready(service: Service) -> Response:
     if service.ready:
         return Response("{}", media_type="application/json")
-    return _error(503, "the server is stopping", Retry_After="5")
+    return _error(503, service.unready_because, Retry_After="5")

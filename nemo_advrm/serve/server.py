@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import ipaddress
 import json
 import os
 import signal
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import uvicorn
 
-from nemo_advrm.errors import ConfigError
+from nemo_advrm.errors import ConfigError, RewardSourceError, UserError
 from nemo_advrm.schema import ServeConfig
 from nemo_advrm.serve.app import Service, create_app
 from nemo_advrm.serve.metrics import Metrics
+from nemo_advrm.serve.triton import TritonBridge, check
 
 
 def is_loopback(host: str) -> bool:
@@ -32,12 +33,21 @@ def is_loopback(host: str) -> bool:
 
 
 def bind(options: ServeConfig, token: str) -> socket.socket:
-    """The listening socket; raises ConfigError for a public address without a token, and one that cannot be had."""
+    """The listening socket.
+
+    Raises ConfigError for a public address without a token, one that cannot be had, and a Triton that cannot start.
+    """
     if not is_loopback(options.host) and not token:
         raise ConfigError(
             f"serve.host={options.host} can be reached from other machines: set serve.token_file (or the variable "
             "NEMO_ADVRM_TOKEN) to a bearer token, or serve on 127.0.0.1"
         )
+    if options.triton_port:
+        if not is_loopback(options.host):
+            raise ConfigError(
+                f"serve.host={options.host}: Triton asks for no token, so serve.triton_port needs serve.host=127.0.0.1"
+            )
+        check(options, token)
     family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
     try:
         return socket.create_server((options.host, options.port), family=family, backlog=1024)
@@ -46,14 +56,59 @@ def bind(options: ServeConfig, token: str) -> socket.socket:
 
 
 class _Server(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config, service: Service, announce: Callable[[], None]) -> None:
+    def __init__(
+        self, config: uvicorn.Config, service: Service, metrics: Metrics, address: str, directory: Path
+    ) -> None:
         super().__init__(config)
         self.service = service
-        self.announce = announce
+        self.address = address
+        self.directory = directory
+        self.failure: UserError | None = None
+        self.triton: TritonBridge | None = None
+        self._starting: asyncio.Task[None] | None = None
+        if service.options.triton_port:
+            service.starting = True
+            log = directory / "triton.log"
+            self.triton = TritonBridge(service, metrics, log, lambda reason: self.fail(RewardSourceError(reason)))
+
+    def fail(self, reason: UserError) -> None:
+        """Stop serving, and let :func:`run` raise ``reason``."""
+        self.failure, self.should_exit = reason, True
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        self.announce()
+        # not waited for: TERM must be heard meanwhile
+        self._starting = asyncio.create_task(self._start())
+
+    async def _start(self) -> None:
+        if self.triton is not None:
+            try:
+                await self.triton.start()
+            except ConfigError as error:
+                self.fail(error)
+                return
+        self.service.starting = False
+        self._announce()
+
+    def _announce(self) -> None:
+        name, announced = self.service.options.name, self.directory / "server.json"
+        about = {"address": self.address, "pid": os.getpid(), "model": name}
+        triton = f", by Triton at {self.triton.address}" if self.triton is not None else ""
+        if self.triton is not None:
+            about["triton"] = self.triton.address
+        self.directory.mkdir(parents=True, exist_ok=True)
+        partial = announced.with_suffix(".partial")
+        partial.write_text(json.dumps(about))
+        partial.rename(announced)
+        print(f"serving {name} at {self.address}{triton}  (documentation: {self.address}/docs)", flush=True)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        if self._starting is not None:
+            self._starting.cancel()
+            await asyncio.gather(self._starting, return_exceptions=True)
+        if self.triton is not None:  # what it has taken is scored by the queue that ends below
+            await self.triton.stop()
+        await super().shutdown(sockets)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -70,23 +125,18 @@ class _Server(uvicorn.Server):
         super().handle_exit(sig, frame)
 
 
-def run(service: Service, metrics: Metrics, token: str, sock: socket.socket, directory: Path) -> bool:
-    """Serve until TERM or INT, then finish the running requests; whether it ended because it was asked to.
+def run(service: Service, metrics: Metrics, token: str, sock: socket.socket, directory: Path) -> None:
+    """Serve until TERM or INT, then finish the running requests.
 
-    ``directory/server.json`` holds address and process while the server is ready.
+    ``directory/server.json`` holds addresses and process while the server is ready.
+
+    Raises:
+        ConfigError: Triton did not start.
+        RewardSourceError: scoring failed for good, or Triton ended by itself.
     """
     options = service.options
     host, port = sock.getsockname()[:2]
     address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-    announced = directory / "server.json"
-
-    def announce() -> None:
-        directory.mkdir(parents=True, exist_ok=True)
-        partial = announced.with_suffix(".partial")
-        partial.write_text(json.dumps({"address": address, "pid": os.getpid(), "model": options.name}))
-        partial.rename(announced)
-        print(f"serving {options.name} at {address}  (documentation: {address}/docs)", flush=True)
-
     config = uvicorn.Config(
         create_app(service, metrics, token),
         log_level="warning",
@@ -95,16 +145,13 @@ def run(service: Service, metrics: Metrics, token: str, sock: socket.socket, dir
         timeout_graceful_shutdown=max(1, round(options.drain_seconds)),
         timeout_keep_alive=60,
     )
-    server = _Server(config, service, announce)
-    failed = False
-
-    def stop(*_: Any) -> None:
-        nonlocal failed
-        failed, server.should_exit = True, True
-
-    service.batcher.on_failure = stop
+    server = _Server(config, service, metrics, address, directory)
+    service.batcher.on_failure = lambda: server.fail(
+        RewardSourceError("the server stopped because scoring failed; its log says why")
+    )
     try:
         server.run(sockets=[sock])
     finally:
-        announced.unlink(missing_ok=True)
-    return not failed
+        (directory / "server.json").unlink(missing_ok=True)
+    if server.failure is not None:
+        raise server.failure

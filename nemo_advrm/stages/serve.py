@@ -7,7 +7,7 @@ import socket
 from pathlib import Path
 
 from nemo_advrm.data.tokenizers import build_tokenizer
-from nemo_advrm.errors import ConfigError, RewardSourceError
+from nemo_advrm.errors import ConfigError
 from nemo_advrm.extras import require_extra
 from nemo_advrm.megatron import runtime
 from nemo_advrm.rewards import sources
@@ -82,8 +82,7 @@ def _serve(
     )
     named = cfg.ensemble.aggregate if options.reward == "ensemble" else f"adversarial ({cfg.adversarial.preset})"
     service = Service(options, preparer, batcher, [member.name for member in members], named)
-    if not server.run(service, metrics, token, sock, Path(cfg.run_dir)):
-        raise RewardSourceError("the server stopped because scoring failed; its log says why")
+    server.run(service, metrics, token, sock, Path(cfg.run_dir))
     return 0
 
 
