@@ -1,4 +1,4 @@
-"""Worlds of real processes for tests: torchrun starts them under gloo once, jobs are sent to them, results come back.
+"""Worlds of real processes for tests: started once under gloo, jobs are sent to them, results come back.
 
 ``World(2).run("module", "function", layout, key=value)`` calls ``module.function(key=value)`` on both ranks with
 Megatron-Core running at ``layout`` and returns the results in rank order. An exception on any rank, a process that
@@ -7,7 +7,10 @@ dies and a wait beyond the limit all raise here; nothing hangs.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import functools
+import json
 import os
 import pickle
 import secrets
@@ -37,6 +40,21 @@ class WorldLost(AssertionError):
     """A process died or did not answer in time: the message holds the end of the processes' output."""
 
 
+@functools.cache
+def _forker() -> subprocess.Popen[str]:
+    """The process that has imported everything and forks the processes of worlds."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    process = subprocess.Popen([sys.executable, str(_WORKER)], env=environment, stdin=subprocess.PIPE, text=True)
+    atexit.register(process.kill)
+    return process
+
+
+def _free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
 class World:
     """``size`` processes that wait for jobs. After a failure of any of them the world is closed."""
 
@@ -44,28 +62,22 @@ class World:
         self.size = size
         self.limit_seconds = limit_seconds
         self.closed = False
-        self._log = tempfile.TemporaryFile(mode="w+")  # noqa: SIM115 (closed by close())
+        self._log = tempfile.NamedTemporaryFile(mode="r")  # noqa: SIM115 (closed by close())
         self._ranks: dict[int, Connection] = {}
         self._pids: list[int] = []
         key = secrets.token_bytes(16)
         with Listener(("127.0.0.1", 0), authkey=key) as listener:
-            host, port = listener.address
-            environment = {
-                **os.environ,
-                "OMP_NUM_THREADS": "1",
-                "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
-                "TEST_WORLD_ADDRESS": f"{host}:{port}",
-                "TEST_WORLD_KEY": key.hex(),
+            wanted = {
+                "size": size,
+                "address": listener.address,
+                "key": key.hex(),
+                "log": self._log.name,
+                "port": _free_port(),
             }
-            for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-                environment.pop(name, None)
-            torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}"]
-            self._process = subprocess.Popen(
-                [*torchrun, str(_WORKER)],
-                env=environment,
-                stdout=self._log,
-                stderr=subprocess.STDOUT,
-            )
+            forker = _forker()
+            assert forker.stdin is not None
+            forker.stdin.write(json.dumps(wanted) + "\n")
+            forker.stdin.flush()
             try:
                 self._accept(listener)
             except BaseException:
@@ -80,7 +92,7 @@ class World:
             try:
                 connection = listener.accept()
             except TimeoutError:
-                if self._process.poll() is not None or time.monotonic() > deadline:
+                if _forker().poll() is not None or time.monotonic() > deadline:
                     raise WorldLost(f"the {self.size} processes did not start\n{self._output()}") from None
                 continue
             rank, pid = connection.recv()
@@ -137,11 +149,9 @@ class World:
         self.closed = True
         for connection in self._ranks.values():
             connection.close()
-        # torchrun gives every worker a session of its own
-        for pid in (self._process.pid, *self._pids):
+        for pid in self._pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        self._process.wait(timeout=10)
         self._log.close()
 
     def _output(self) -> str:

@@ -1,25 +1,58 @@
-"""One process of a :class:`distributed.World`: waits for jobs on a connection and answers each with its result."""
+"""The processes of a :class:`distributed.World`: one that has imported everything, and its forks.
+
+Started once by the tests; every line on its input, a JSON object, asks for the processes of one world. Each of them
+waits for jobs on a connection and answers each with its result.
+"""
 
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import pickle
+import signal
 import sys
 import traceback
 from multiprocessing.connection import Client
+from typing import Any
 
 
 def main() -> None:
-    host, port = os.environ["TEST_WORLD_ADDRESS"].split(":")
-    connection = Client((host, int(port)), authkey=bytes.fromhex(os.environ["TEST_WORLD_KEY"]))
-    connection.send((int(os.environ["RANK"]), os.getpid()))
-
     import torch
 
+    from nemo_advrm.megatron import cpu, runtime  # noqa: F401 (imported once for all worlds)
+    from nemo_advrm.quiet import quiet_libraries
+
+    quiet_libraries()
+    torch.set_num_threads(1)
+    cpu.redirect_megatron_to_cpu()  # imports all of Megatron-Core that is used
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # ended processes leave nothing behind
+    for line in sys.stdin:
+        world = json.loads(line)
+        for rank in range(world["size"]):
+            if os.fork() == 0:
+                _become(rank, world)
+                _work(*world["address"], bytes.fromhex(world["key"]))
+
+
+def _become(rank: int, world: dict[str, Any]) -> None:
+    """Make this process the one that a launcher would have started for ``rank``."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    os.setsid()
+    log = os.open(world["log"], os.O_WRONLY | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(log, stream)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world["size"], "LOCAL_WORLD_SIZE": world["size"]}
+    rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": world["port"]}
+    os.environ.update({name: str(value) for name, value in (place | rendezvous).items()})
+
+
+def _work(host: str, port: int, key: bytes) -> None:
     from nemo_advrm.megatron import runtime
 
-    torch.set_num_threads(1)
+    connection = Client((host, port), authkey=key)
+    connection.send((int(os.environ["RANK"]), os.getpid()))
     while True:
         try:
             module, function, kwargs, layout = pickle.loads(connection.recv_bytes())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from pathlib import Path
@@ -46,25 +47,26 @@ def test_an_address_that_is_taken_is_refused(served: Served, capsys: pytest.Capt
     assert "in use" in _fails(capsys, f"ensemble.members=[{served.members[0]}]", f"serve.port={port}")
 
 
-@pytest.mark.parametrize("layout", ["tp2", "pp2"])
-def test_a_model_on_two_processes_gives_the_same_scores_and_stops_without_a_hang(
-    served: Served, tmp_path: Path, layout: str
-) -> None:
+def test_models_on_two_processes_give_the_same_scores_and_stop_without_a_hang(served: Served, tmp_path: Path) -> None:
     members = f"ensemble.members=[{','.join(map(str, served.members))}]"
     # so short a limit of waits that an idle server lives by its orders to wait on
     short = "trainer.timeout_minutes=0.4"  # 24 s, which the start of both processes must fit in too
-    server = ServerProcess(tmp_path / "server", members, f"parallel={layout}", "trainer.devices=2", short)
-    try:
-        samples = [{"text": text} for text in served.texts()]
+    samples = [{"text": text} for text in served.texts()]
+    with contextlib.ExitStack() as running:
+        servers = []
+        for layout in ("tp2", "pp2"):
+            directory = tmp_path / layout
+            servers.append(ServerProcess(directory, members, f"parallel={layout}", "trainer.devices=2", short))
+            running.callback(servers[-1].kill)
         for pause in (0.0, 26.0):
             time.sleep(pause)
-            answer = httpx.post(f"{server.address}/v1/score", json={"samples": samples}, timeout=30)
-            assert answer.status_code == 200, server.log.read_text()[-2000:]
-            assert answer.json()["scores"] == pytest.approx(served.expected, abs=1e-4)
-        server.terminate()
-        assert "Traceback" not in server.log.read_text()
-    finally:
-        server.kill()
+            for server in servers:
+                answer = httpx.post(f"{server.address}/v1/score", json={"samples": samples}, timeout=30)
+                assert answer.status_code == 200, server.log.read_text()[-2000:]
+                assert answer.json()["scores"] == pytest.approx(served.expected, abs=1e-4)
+        for server in servers:
+            server.terminate()
+            assert "Traceback" not in server.log.read_text()
 
 
 def _write_reference(path: Path, members: list[Path]) -> Reference:
