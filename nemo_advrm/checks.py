@@ -83,6 +83,8 @@ RANGES: dict[str, Range] = {
     "trainer.cpu_threads": COUNT_OR_ZERO,
     "trainer.keep_checkpoints": COUNT,
     "trainer.timeout_minutes": POSITIVE,
+    "trainer.hang_minutes": NOT_NEGATIVE,
+    "trainer.straggler_ratio": NOT_NEGATIVE,
     "model.num_layers": COUNT,
     "model.hidden_size": COUNT,
     "model.ffn_hidden_size": COUNT_OR_ZERO,

@@ -11,7 +11,7 @@ import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from nemo_advrm.megatron import runtime
+from nemo_advrm.megatron import phases, runtime
 from nemo_advrm.megatron.cpu_linear import use_onednn
 from nemo_advrm.megatron.gpt import Head, HeadedGPT
 from nemo_advrm.megatron.transformer import transformer_config
@@ -138,7 +138,7 @@ def build_model(
     """
     rt = runtime.current()
     config = transformer_config(model, precision, rt.on_gpu)
-    config.finalize_model_grads_func = finalize_model_grads
+    config.finalize_model_grads_func = _finish_gradients
     vocab_size = padded_vocab_size(model, tokenizer_size)
     rt.seed(seed)
     chunks = model.virtual_pipeline_model_parallel_size
@@ -160,6 +160,7 @@ def build_model(
     ]
     for part in parts:
         _place(part, config, rt)
+        part.register_forward_pre_hook(lambda *_: phases.tick())
     wrapped: list[Any] = list(parts)
     if trainable:
         wrapped = [_wrap(part, config, model, bucketing=i == 0) for i, part in enumerate(parts)]
@@ -174,6 +175,12 @@ def build_model(
                 for parameter in part.parameters():
                     parameter.data = parameter.data.cpu()
     return MegatronModel(wrapped, parts, config, model, head, vocab_size, head_outputs)
+
+
+def _finish_gradients(*args: Any, **kwargs: Any) -> None:
+    """Megatron's sums over ranks after the last microbatch: from here on model replicas wait for each other."""
+    phases.enter("update")
+    finalize_model_grads(*args, **kwargs)
 
 
 def _place(part: HeadedGPT, config: TransformerConfig, rt: runtime.Runtime) -> None:

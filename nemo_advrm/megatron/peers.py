@@ -12,6 +12,7 @@ import time
 import torch.distributed as dist
 
 from nemo_advrm.errors import ConfigError, ProcessLost
+from nemo_advrm.megatron.hangs import Beat
 from nemo_advrm.place import Place, host_name, one_line
 
 # how long a process whose collective failed waits for the others to say the same
@@ -63,6 +64,24 @@ def leave() -> None:
     _store = None
 
 
+def connection() -> dist.Store | None:
+    """A connection of its own to the processes' store, for another thread; None in a job of one process.
+
+    A thread that waits in the store keeps the others from using the same connection.
+    """
+    return None if _store is None else _store.clone()
+
+
+def host_of(rank: int) -> str:
+    """Host of a rank of this job."""
+    return host_name() if _store is None else _store.get(f"host/{rank}").decode()
+
+
+def first_host() -> str:
+    """Host of rank 0."""
+    return _first_host
+
+
 def lost(error: BaseException) -> str | None:
     """What to tell when ``error`` is a collective that another process did not take part in, else None.
 
@@ -82,19 +101,31 @@ def _silent(store: dist.Store) -> list[str]:
     try:
         store.set(f"failed/{_here.rank}", "1")
         if store.check(["verdict"]):
-            return store.get("verdict").decode().split(", ")
+            return store.get("verdict").decode().split("\n")
         deadline = time.monotonic() + ANSWER_SECONDS
         while others and time.monotonic() < deadline:
             others = {rank for rank in others if not store.check([f"failed/{rank}"])}
             time.sleep(0.2)
-        found = [f"rank {rank} on {store.get(f'host/{rank}').decode()}" for rank in sorted(others)]
+        found = [_last_seen(store, rank) for rank in sorted(others)]
         if found:  # for those that notice only when this process is gone
-            store.set("verdict", ", ".join(found))
+            store.set("verdict", "\n".join(found))
         if _here.rank == 0:
             time.sleep(2.0)  # the others may still be asking
     except (dist.DistError, RuntimeError):
         return [f"rank 0 on {_first_host}"]
     return found
+
+
+def _last_seen(store: dist.Store, rank: int) -> str:
+    """A rank with its host and, where it has published heartbeats, where it stood in the last one."""
+    name = f"rank {rank} on {store.get(f'host/{rank}').decode()}"
+    key = beat_key(rank)
+    return f"{name} (last seen in {Beat.from_json(store.get(key)).place()})" if store.check([key]) else name
+
+
+def beat_key(rank: int) -> str:
+    """Under which a rank keeps its newest heartbeat in the store."""
+    return f"beat/{rank}"
 
 
 def _address() -> tuple[str, int]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nemo_advrm.data.batching import split_by_tokens
 from nemo_advrm.data.tokenizers import Tokenizer
-from nemo_advrm.megatron import checkpoint
+from nemo_advrm.megatron import checkpoint, phases
 from nemo_advrm.megatron.model import build_model
 from nemo_advrm.megatron.optim import MegatronOptimizer
 from nemo_advrm.megatron.schedule import Microbatch, Sums, forward, forward_backward
@@ -51,6 +51,7 @@ class Critic:
         norm = 0.0
         for _ in range(passes):
             self.optimizer.zero_grad()
+            phases.enter("forward_backward")
             metrics = forward_backward(self.model, microbatches, self._loss)
             norm = self.optimizer.step(self.rl.critic_lr, step)
         mean_return = metrics["return_mean"]

@@ -15,7 +15,7 @@ from nemo_advrm.data.batching import BatchSchedule, split_by_tokens
 from nemo_advrm.data.messages import Message
 from nemo_advrm.data.tokenizers import Tokenizer
 from nemo_advrm.errors import ConfigError, DataError
-from nemo_advrm.megatron import runtime
+from nemo_advrm.megatron import phases, runtime
 from nemo_advrm.megatron.generation import generate, uniforms
 from nemo_advrm.megatron.log_probs import log_probs_and_entropy
 from nemo_advrm.megatron.model import MegatronModel
@@ -153,8 +153,11 @@ class PolicyModel(TrainableModel):
         with contextlib.ExitStack() as stack:
             for _, optimizer in self.trained().values():
                 stack.enter_context(optimizer.offloaded())
+            phases.enter("rollout")
             rollouts = self._roll_out(batch, step)
+            phases.enter("scoring")
             judgement = self.reward.judge(rollouts)
+            phases.enter("log_probs")
             data = self._prepare(rollouts, judgement)
         self.last_rollouts, self.last_judgement = rollouts, judgement
         metrics = self._update(data, step)
@@ -206,7 +209,8 @@ class PolicyModel(TrainableModel):
     def _advantages(self, rewards_B: Tensor) -> Tensor:
         """Advantages of this rank's rows, computed over all data-parallel ranks."""
         rl, rt = self.config.rl, runtime.current()
-        rewards_N = torch.cat(rt.gather_data_parallel(rewards_B))
+        with phases.exchange():
+            rewards_N = torch.cat(rt.gather_data_parallel(rewards_B))
         if rl.algorithm == "rloo":
             values_N = advantages.rloo(rewards_N, rl.group_size)
         elif rl.algorithm == "grpo":
@@ -222,7 +226,8 @@ class PolicyModel(TrainableModel):
         """Zero mean and unit variance over the tokens of all data-parallel ranks."""
         rt = runtime.current()
         own = advantages_BT[mask_BT]
-        parts = rt.gather_data_parallel(own)
+        with phases.exchange():
+            parts = rt.gather_data_parallel(own)
         everyone = torch.cat(parts)
         whitened = masked_whiten(everyone, torch.ones_like(everyone, dtype=torch.bool))
         start = sum(p.numel() for p in parts[: rt.dp_rank])
@@ -242,6 +247,7 @@ class PolicyModel(TrainableModel):
         norm = 0.0
         for _ in range(rl.updates_per_rollout):
             self.optimizer.zero_grad()
+            phases.enter("forward_backward")
             metrics = forward_backward(self.model, microbatches, self._loss)
             norm = self.optimizer.step(lr, step)
         return {**metrics, "grad_norm": norm, "learning_rate": lr}

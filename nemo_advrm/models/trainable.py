@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from nemo_advrm.data.batching import BatchSchedule, shard
 from nemo_advrm.data.tokenizers import Tokenizer
 from nemo_advrm.errors import TrainingDiverged
-from nemo_advrm.megatron import runtime, throughput
+from nemo_advrm.megatron import phases, runtime, throughput
 from nemo_advrm.megatron.model import MegatronModel
 from nemo_advrm.megatron.optim import MegatronOptimizer, learning_rate
 from nemo_advrm.megatron.strategy import StepCounter
@@ -79,6 +79,7 @@ class TrainableModel(ModelPT):
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
         step = self.global_step
+        phases.enter("forward_backward", step + 1)
         runtime.current().seed(derive_seed(self.seed, "step", step))
         started = time.perf_counter()
         metrics = self.train_on(batch, step)
@@ -160,7 +161,13 @@ class _Steps:
         self.model = model
 
     def __iter__(self) -> Iterator[Any]:
-        return self.model.steps(self.model.global_step)
+        steps = self.model.steps(self.model.global_step)
+        while True:
+            phases.enter("data")
+            batch = next(steps, None)
+            if batch is None:
+                return
+            yield batch
 
 
 class Batches:

@@ -12,7 +12,7 @@ from torch import Tensor
 from nemo_advrm.data.batching import pad_rows, split_by_tokens
 from nemo_advrm.data.tokenizers import HFTokenizer
 from nemo_advrm.errors import CheckpointError, RewardSourceError
-from nemo_advrm.megatron import runtime
+from nemo_advrm.megatron import phases, runtime
 from nemo_advrm.rewards.base import Rollouts
 from nemo_advrm.rewards.encoding import token_sequences
 from nemo_advrm.rewards.replica import once_per_replica
@@ -74,6 +74,7 @@ class HFReward:
 
     def _forward(self, tokens_BS: Tensor, mask_BS: Tensor, lengths_B: Tensor) -> Tensor:
         assert self.model is not None
+        phases.tick()
         trunk = getattr(self.model, self.model.base_model_prefix, None)
         if trunk is None or not hasattr(self.model, "score"):
             # encoders pool at their own first token and look for no padding

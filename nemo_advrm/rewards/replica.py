@@ -7,7 +7,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from nemo_advrm.errors import RewardSourceError, UserError
-from nemo_advrm.megatron import runtime
+from nemo_advrm.megatron import phases, runtime
 
 
 def once_per_replica(name: str, work: Callable[[], Tensor]) -> Tensor:
@@ -22,7 +22,8 @@ def once_per_replica(name: str, work: Callable[[], Tensor]) -> Tensor:
     outcome: tuple[Tensor | None, str] | None = _attempt(name, work) if rt.is_replica_source else None
     outcome = rt.broadcast_in_replica(outcome)
     assert outcome is not None
-    failures = [failure for failure in rt.gather_data_parallel(outcome[1]) if failure]
+    with phases.exchange():
+        failures = [failure for failure in rt.gather_data_parallel(outcome[1]) if failure]
     if failures:
         raise RewardSourceError(failures[0])
     assert outcome[0] is not None

@@ -16,7 +16,7 @@ from nemo.utils.exp_manager import exp_manager
 from nemo_advrm.callbacks.checkpoints import PeriodicCheckpoint, newest_usable
 from nemo_advrm.callbacks.metrics import MetricsWriter
 from nemo_advrm.callbacks.preemption import PreemptionCheckpoint
-from nemo_advrm.callbacks.progress import StepProgress
+from nemo_advrm.callbacks.progress import PhaseMarks, StepProgress
 from nemo_advrm.megatron import checkpoint, memory, runtime
 from nemo_advrm.megatron.strategy import MegatronStrategy
 from nemo_advrm.models.trainable import TrainableModel
@@ -51,6 +51,7 @@ def fit(
             *(callbacks or []),
             MetricsWriter(directory / "metrics.jsonl", first_step),
             StepProgress(title, cfg.trainer.log_every_n_steps),
+            PhaseMarks(cfg.trainer.log_every_n_steps, cfg.trainer.straggler_ratio),
             PeriodicCheckpoint(
                 checkpoints,
                 cfg.trainer.checkpoint_every_n_steps,

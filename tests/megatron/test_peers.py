@@ -17,7 +17,7 @@ import pytest
     [
         ("fine", 2, 2, "sum"),
         ("killed", 3, 2, "lost rank 1 on node1: "),
-        ("stopped", 2, 0.3, "lost rank 1 on node1: "),
+        ("stopped", 2, 0.3, "lost rank 1 on node1 (last seen in step 3, data): "),
         ("absent", 2, 0.1, "waited 0.1 minutes in vain for rank 1"),
     ],
 )

@@ -1,0 +1,237 @@
+"""Ends a job that hangs, naming the process it waits for: every process publishes heartbeats, rank 0 watches them.
+
+A thread of each process writes its heartbeat into the job's store. Rank 0's reads all of them; the others read rank
+0's, so that its own end is noticed too. The store may stop answering with the process that keeps it: a second thread
+measures that by its own clock. Neither needs the main thread, which may never come back from a collective on a GPU.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import faulthandler
+import os
+import sys
+import sysconfig
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import psutil
+import torch.distributed as dist
+
+from nemo_advrm.megatron import peers, phases
+from nemo_advrm.megatron.hangs import Beat, Watch
+from nemo_advrm.place import Place, host_name, place
+
+EXIT_HANG = 3  # the command line's status for a lost process
+# heartbeats in the time of the limit; so many missing ones are silence
+_BEATS_PER_LIMIT = 20
+_MOST_SECONDS_BETWEEN_BEATS = 10.0
+_SILENT_BEATS = 4
+# by which the others leave the first word to rank 0, and rank 0 gives them time to hear it
+_LATER_BEATS = 2
+_LIBRARIES = tuple({sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), sysconfig.get_path("stdlib")})
+_PACKAGE = f"{os.sep}nemo_advrm{os.sep}"
+_COLLECTIVES = ("distributed_c10d.py", "p2p_communication.py")
+
+
+class Heartbeat:
+    """The threads of one process; see the module's text.
+
+    Args:
+        store: a connection of its own to the job's store.
+        limit_seconds: time without progress of any process after which the job is ended.
+        directory: where every process writes the stacks of its threads before it ends.
+        on_progress: called now and then while this process gets on.
+    """
+
+    def __init__(
+        self,
+        store: dist.Store,
+        here: Place,
+        limit_seconds: float,
+        directory: Path,
+        on_progress: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.store = store
+        self.here = here
+        self.limit_seconds = limit_seconds
+        self.directory = directory
+        self.on_progress = on_progress
+        self.interval = min(_MOST_SECONDS_BETWEEN_BEATS, limit_seconds / _BEATS_PER_LIMIT)
+        self._main = threading.main_thread().ident
+        self._keys = [peers.beat_key(rank) for rank in range(here.world_size)]
+        patience = _SILENT_BEATS * self.interval
+        self._watch = Watch(limit_seconds, patience)
+        self._stopping = threading.Event()
+        self._ending = threading.Lock()
+        self._number = 0
+        self._told_progress = -1
+        self._first_silence = Watch(limit_seconds + _LATER_BEATS * self.interval, patience)
+        self._first = Beat(host=peers.first_host())
+        self._threads = [
+            threading.Thread(target=target, name=target.__name__, daemon=True)
+            for target in (self._publish, self._distrust)
+        ]
+
+    def start(self) -> None:
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self) -> None:
+        """Say that this process ends by itself; its threads end."""
+        self._stopping.set()
+        for thread in self._threads:
+            thread.join(timeout=5.0)
+        if not self._threads[0].is_alive():
+            with contextlib.suppress(dist.DistError, RuntimeError):
+                self.store.set(self._keys[self.here.rank], self.beat(left=True).to_json())
+
+    def beat(self, left: bool = False) -> Beat:
+        """This process's next heartbeat."""
+        self._number += 1
+        standing = phases.here()
+        frame = sys._current_frames().get(self._main or 0)
+        return Beat(
+            number=self._number,
+            ticks=standing.ticks,
+            step=standing.step,
+            phase=standing.phase,
+            at=_own_line(frame),
+            waits_in=_collective(frame),
+            issued=_issued(),
+            left=left,
+        )
+
+    def _publish(self) -> None:
+        while not self._stopping.wait(self.interval):
+            beat = self.beat()
+            if beat.ticks != self._told_progress:
+                self._told_progress = beat.ticks
+                self.on_progress()
+            with contextlib.suppress(dist.DistError, RuntimeError):  # its keeper is gone: see _distrust
+                self.store.set(self._keys[self.here.rank], beat.to_json())
+                self._exchange()
+
+    def _exchange(self) -> None:
+        """Rank 0 judges all; the others learn its judgement."""
+        if self.here.rank == 0:
+            if not self.store.check(self._keys):
+                return  # somebody has not begun yet
+            found = {rank: Beat.from_json(text) for rank, text in enumerate(self.store.multi_get(self._keys))}
+            hang = self._watch.see(found, time.monotonic())
+            if hang is not None:
+                self.store.set("hang", hang.text)
+                self._end(hang.text, tell=True, others=len(found) - len(hang.ranks))
+            return
+        if self.store.check(["hang"]):
+            verdict = self.store.get("hang").decode()
+            self.store.add("hang/read", 1)
+            self._end(verdict, tell=False)
+        if self.store.check(self._keys[:1]):
+            self._first = Beat.from_json(self.store.get(self._keys[0]))
+
+    def _distrust(self) -> None:
+        """End this process when it does not get on and rank 0, which would say so, is silent."""
+        while not self._stopping.wait(self.interval):
+            if self.here.rank == 0:
+                return
+            hang = self._first_silence.see({0: self._first, self.here.rank: self.beat()}, time.monotonic())
+            if hang is not None and hang.ranks == [0]:
+                self._end(hang.text, tell=True)
+
+    def _end(self, verdict: str, tell: bool, others: int = 0) -> None:
+        """End the process with its children. The main thread is not asked: it waits, perhaps for ever."""
+        if not self._ending.acquire(blocking=False):
+            return
+        if self._stopping.is_set():
+            return
+        path = self.directory / f"hang_rank_{self.here.rank}.txt"
+        with contextlib.suppress(OSError):
+            self.directory.mkdir(parents=True, exist_ok=True)
+            with path.open("w") as file:
+                file.write(f"rank {self.here.rank} on {host_name()}\n{verdict}\n\n")
+                file.flush()
+                faulthandler.dump_traceback(file, all_threads=True)
+        if tell:
+            stacks = self.directory / "hang_rank_*.txt"
+            print(f"error: {verdict}; the stacks of all threads are in {stacks}", file=sys.stderr, flush=True)
+        if others:
+            self._wait_for_readers(others)
+        with contextlib.suppress(psutil.Error):
+            for child in psutil.Process().children(recursive=True):
+                child.kill()
+        os._exit(EXIT_HANG)
+
+    def _wait_for_readers(self, others: int) -> None:
+        """Keep the store until the other processes have read the verdict, at most for some heartbeats."""
+        deadline = time.monotonic() + _LATER_BEATS * self.interval
+        with contextlib.suppress(dist.DistError, RuntimeError):
+            while self.store.add("hang/read", 0) < others and time.monotonic() < deadline:
+                time.sleep(self.interval / 4)
+
+
+_running: Heartbeat | None = None
+
+
+def start(limit_minutes: float, directory: Path, on_progress: Callable[[], None] = lambda: None) -> None:
+    """Watch the job until the process ends; nothing happens in a job of one process, or without a limit."""
+    global _running
+    store = peers.connection()
+    if _running is not None or store is None or limit_minutes <= 0:
+        return
+    _running = Heartbeat(store, place(), 60 * limit_minutes, directory, on_progress)
+    _running.start()
+    atexit.register(stop)
+
+
+def stop() -> None:
+    """End the heartbeats; safe to call again."""
+    global _running
+    if _running is not None:
+        _running.stop()
+        _running = None
+
+
+def _frames(frame: FrameType | None) -> list[FrameType]:
+    """Innermost first."""
+    found = []
+    while frame is not None:
+        found.append(frame)
+        frame = frame.f_back
+    return found
+
+
+def _own_line(frame: FrameType | None) -> str:
+    """Innermost line of the main thread that is in no library."""
+    for each in _frames(frame):
+        name = each.f_code.co_filename
+        if _PACKAGE in name or not name.startswith((*_LIBRARIES, "<")):
+            return f"{Path(name).name}:{each.f_lineno} in {each.f_code.co_name}"
+    return ""
+
+
+def _collective(frame: FrameType | None) -> str:
+    """The function of torch.distributed, or of Megatron's exchange between stages, that the main thread is in."""
+    inside = [f.f_code for f in _frames(frame) if Path(f.f_code.co_filename).name in _COLLECTIVES]
+    return inside[-1].co_name if inside else ""
+
+
+def _issued() -> dict[str, int]:
+    """Collectives begun, by group: all processes, and this one's tensor and data-parallel groups."""
+    from megatron.core import parallel_state
+
+    groups: dict[str, Any] = {"all": dist.group.WORLD}
+    if parallel_state.model_parallel_is_initialized():
+        groups["tensor"] = parallel_state.get_tensor_model_parallel_group(check_initialized=False)
+        groups["data"] = parallel_state.get_data_parallel_group()
+    counts = {}
+    for name, group in groups.items():
+        if group is not None and group.size() > 1:
+            with contextlib.suppress(RuntimeError):  # a backend that does not count
+                counts[f"{name}/{dist.get_process_group_ranks(group)[0]}"] = group._get_sequence_number_for_group()
+    return counts
