@@ -12,7 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
 from nemo_advrm.errors import CheckpointError
-from nemo_advrm.megatron import checkpoint, manifest, runtime
+from nemo_advrm.megatron import checkpoint, manifest, phases, runtime
 from nemo_advrm.megatron.strategy import IN_BACKGROUND, MegatronStrategy
 
 _log = logging.getLogger(__name__)
@@ -99,6 +99,7 @@ class PeriodicCheckpoint(Checkpoint):
                     step,
                     self.every,
                 )
+            phases.enter("checkpoint")
             self._end_saving(strategy, wait=True)
         path = self.directory / f"step_{step:08d}"
         if self.in_background:
@@ -108,6 +109,7 @@ class PeriodicCheckpoint(Checkpoint):
             runtime.on_writer(self._remove_oldest)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        phases.enter("checkpoint")
         self._end_saving(trainer.strategy, wait=True)  # type: ignore[arg-type]
 
     def _end_saving(self, strategy: MegatronStrategy, wait: bool) -> None:

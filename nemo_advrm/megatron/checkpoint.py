@@ -25,7 +25,7 @@ from megatron.core.dist_checkpointing.validation import StrictHandling
 from torch.distributed.checkpoint.api import CheckpointException  # not an Exception, but a BaseException
 
 from nemo_advrm.errors import CheckpointError
-from nemo_advrm.megatron import manifest, runtime
+from nemo_advrm.megatron import manifest, phases, runtime
 from nemo_advrm.megatron.architecture import first_difference
 from nemo_advrm.megatron.file_writers import FileWriters
 from nemo_advrm.megatron.model import MegatronModel
@@ -125,13 +125,15 @@ class Saving:
         deadline = time.monotonic() + 60 * limit_minutes
         while True:
             ended = writers.wait(LOOK_SECONDS)
+            phases.tick()  # this wait has a limit of its own
             slowest = greatest(0 if ended else rank + 1)
             if not slowest:
                 return
             if greatest(int(time.monotonic() > deadline)):
-                raise could_not_write(
-                    self.path, TimeoutError(f"rank {slowest - 1} is still writing after {limit_minutes:g} minutes")
-                )
+                overdue = TimeoutError(f"rank {slowest - 1} is still writing after {limit_minutes:g} minutes")
+                told = could_not_write(self.path, overdue)
+                told.everywhere = True
+                raise told
 
     @contextlib.contextmanager
     def _failing(self) -> Iterator[None]:

@@ -66,8 +66,9 @@ def _train(run_dir: Path, data: Path, *overrides: str) -> list[dict[str, float]]
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.parametrize("save", [[], ["trainer.async_checkpoint=true"]], ids=["waiting", "background"])
 def test_a_full_disk_ends_with_one_error_and_the_run_goes_on_with_smaller_microbatches(
-    single: Runtime, small_disk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    single: Runtime, small_disk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], save: list[str]
 ) -> None:
     rng = Random(1)
     prompts = sample_prompts(40, 1)
@@ -83,7 +84,7 @@ def test_a_full_disk_ends_with_one_error_and_the_run_goes_on_with_smaller_microb
     run_dir = small_disk / "run"
     told = r"step_00000004.*: could not be written \(.*(disk full\?|No space left).*\); the checkpoint before it is unt"
     with pytest.raises(CheckpointError, match=told):
-        _train(run_dir, data)
+        _train(run_dir, data, *save)
     assert [p.name for p in (run_dir / "checkpoints").iterdir()] == ["step_00000002"]
 
     filler.unlink()
@@ -91,7 +92,7 @@ def test_a_full_disk_ends_with_one_error_and_the_run_goes_on_with_smaller_microb
         _train(run_dir, data, "model.global_batch_size=4")
     capsys.readouterr()
     assert "micro_batch_size" not in (run_dir / "versions.yaml").read_text()
-    metrics = _train(run_dir, data, "model.micro_batch_size=1")
+    metrics = _train(run_dir, data, *save, "model.micro_batch_size=1")
     printed = capsys.readouterr().out
     (change,) = yaml.safe_load((run_dir / "versions.yaml").read_text())["changes"]
     assert (change["key"], change["to"]) == ("model.micro_batch_size", 1)
