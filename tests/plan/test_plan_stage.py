@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 from recipes import RECIPES, Recipe
 
-from nemo_advrm import layout
 from nemo_advrm.config import load_config
 from nemo_advrm.errors import ConfigError, LayoutError
 from nemo_advrm.layout import layers_per_stage, validate_layout
@@ -62,7 +61,7 @@ def test_precision_on_the_command_line_counts_over_the_recipes() -> None:
     assert load_config([*LLAMA_70B, "precision=fp8_current"]).precision.name == "fp8_current"
 
 
-# Layouts that training does not know yet
+# Layers of stages
 
 
 @pytest.mark.parametrize(
@@ -101,15 +100,6 @@ def test_layers_that_cannot_be_split_name_the_keys(keys: dict[str, int], named: 
 def _model(keys: dict[str, int]) -> ModelConfig:
     names = {"first": "num_layers_in_first_pipeline_stage", "last": "num_layers_in_last_pipeline_stage"}
     return ModelConfig(**{names.get(key, key): value for key, value in keys.items()})
-
-
-@pytest.mark.parametrize("key", layout._NOT_YET)
-def test_training_refuses_what_only_the_plan_knows(key: str) -> None:
-    known = layout._NOT_YET[key]
-    value = "full" if known == "none" else "true" if known is False else int(known) + 1  # type: ignore[call-overload]
-    cfg = load_config([f"{key}={value}"])
-    with pytest.raises(ConfigError, match=key):
-        validate_layout(cfg, 1)
 
 
 # What a stage holds
