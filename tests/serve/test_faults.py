@@ -15,6 +15,13 @@ from typing import Any
 import httpx
 import pytest
 from conftest import Served, ServerProcess
+from reward_members import rollouts, save_megatron
+from tiny import tiny_config
+
+from nemo_advrm import cli
+from nemo_advrm.megatron.runtime import Runtime
+from nemo_advrm.rewards.sources import build, parse
+from nemo_advrm.schema import Config
 
 JSON = {"content-type": "application/json"}
 GOOD = {"samples": [{"text": "this river sleeps ."}]}
@@ -223,3 +230,72 @@ def test_term_lets_running_requests_finish(guarded: ServerProcess) -> None:
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"{guarded.address}/health/live")
     assert not (guarded.log.parent / "server.json").exists()
+
+
+@pytest.fixture
+def doomed(checkpoints: list[Path], tmp_path: Path) -> Iterator[ServerProcess]:
+    """A server that keeps a request waiting for others, long enough to be killed meanwhile."""
+    members = ",".join(map(str, checkpoints))
+    server = ServerProcess(tmp_path / "doomed", f"ensemble.members=[{members}]", "serve.batch_wait_ms=10000")
+    yield server
+    server.kill()
+
+
+def _kill_when_asked(server: ServerProcess) -> float:
+    """Kill the server as soon as a request waits in it; the time of that."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        metrics = httpx.get(f"{server.address}/metrics", timeout=20).text
+        if float(re.search(r"^advrm_queue_tokens (\S+)", metrics, re.M)[1]) > 0:  # type: ignore[index]
+            break
+        time.sleep(0.05)
+    server.kill()
+    return time.monotonic()
+
+
+def test_another_server_answers_when_one_is_killed_with_a_request_under_way(
+    served: Served, doomed: ServerProcess
+) -> None:
+    member = f"{doomed.address}|{served.server.address}"
+    source = build(parse(member, "judge"), "judge", Config())
+    data = rollouts()
+    with ThreadPoolExecutor(1) as pool:
+        killed = pool.submit(_kill_when_asked, doomed)
+        scores = source.score(data).tolist()
+        assert time.monotonic() - killed.result() < 8  # it did not wait for the batch that never came
+    alone = build(parse(served.server.address, "judge"), "judge", Config())
+    assert scores == pytest.approx(alone.score(data).tolist(), abs=1e-4)
+
+
+def test_training_ends_by_name_when_its_only_server_is_killed_in_a_step(
+    doomed: ServerProcess, single: Runtime, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    policy = save_megatron(tmp_path / "policy", head="lm")
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(json.dumps({"prompt": "this river"}) + "\n")
+    cfg = tiny_config()
+    keys = ("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "ffn_hidden_size")
+    with ThreadPoolExecutor(1) as pool:
+        killed = pool.submit(_kill_when_asked, doomed)
+        status = cli.main(
+            [
+                "rlhf",
+                f"run_dir={tmp_path / 'run'}",
+                f"ensemble.members=[{doomed.address}]",
+                f"pretrained_checkpoint.restore_from_path={policy}",
+                f"data.prompts_path={prompts}",
+                *(f"model.{key}={getattr(cfg.model, key)}" for key in keys),
+                "model.tokenizer=synthetic",
+                "model.encoder_seq_length=64",
+                "rl.max_steps=3",
+                "rl.prompts_per_step=1",
+                "rl.max_new_tokens=6",
+                "remote.deadline_seconds=6",
+                "trainer.accelerator=cpu",
+                "exp_manager.create_tensorboard_logger=false",
+            ]
+        )
+        assert time.monotonic() - killed.result() < 6 + 5
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert status == 2 and error.startswith("error: reward source") and doomed.address in error
+    assert "did not answer within 6 s (remote.deadline_seconds" in error
