@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import faulthandler
+import math
 import os
 import sys
 import sysconfig
@@ -23,7 +24,7 @@ from typing import Any
 import psutil
 import torch.distributed as dist
 
-from nemo_advrm.megatron import peers, phases
+from nemo_advrm.megatron import peers, phases, resiliency
 from nemo_advrm.megatron.hangs import Beat, Watch
 from nemo_advrm.place import Place, host_name, place
 
@@ -46,7 +47,7 @@ class Heartbeat:
         store: a connection of its own to the job's store.
         limit_seconds: time without progress of any process after which the job is ended.
         directory: where every process writes the stacks of its threads before it ends.
-        on_progress: called now and then while this process gets on.
+        on_progress: called with a heartbeat while this process gets on or is outside training.
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class Heartbeat:
         here: Place,
         limit_seconds: float,
         directory: Path,
-        on_progress: Callable[[], None] = lambda: None,
+        on_progress: Callable[[], None] | None = None,
     ) -> None:
         self.store = store
         self.here = here
@@ -70,7 +71,7 @@ class Heartbeat:
         self._stopping = threading.Event()
         self._ending = threading.Lock()
         self._number = 0
-        self._told_progress = -1
+        self._told_ticks = -1
         self._first_silence = Watch(limit_seconds + _LATER_BEATS * self.interval, patience)
         self._first = Beat(host=peers.first_host())
         self._threads = [
@@ -110,8 +111,8 @@ class Heartbeat:
     def _publish(self) -> None:
         while not self._stopping.wait(self.interval):
             beat = self.beat()
-            if beat.ticks != self._told_progress:
-                self._told_progress = beat.ticks
+            if self.on_progress is not None and (beat.ticks != self._told_ticks or not beat.phase):
+                self._told_ticks = beat.ticks
                 self.on_progress()
             with contextlib.suppress(dist.DistError, RuntimeError):  # its keeper is gone: see _distrust
                 self.store.set(self._keys[self.here.rank], beat.to_json())
@@ -178,13 +179,19 @@ class Heartbeat:
 _running: Heartbeat | None = None
 
 
-def start(limit_minutes: float, directory: Path, on_progress: Callable[[], None] = lambda: None) -> None:
-    """Watch the job until the process ends; nothing happens in a job of one process, or without a limit."""
+def start(limit_minutes: float, directory: Path) -> None:
+    """Watch the job until the process ends; nothing is watched in a job of one process, or without a limit.
+
+    Heartbeats go to NVIDIA's resiliency extension as well, where its launcher started the process.
+    """
     global _running
     store = peers.connection()
-    if _running is not None or store is None or limit_minutes <= 0:
+    launcher = resiliency.monitor()
+    watched = store is not None and limit_minutes > 0
+    if _running is not None or not (watched or launcher):
         return
-    _running = Heartbeat(store, place(), 60 * limit_minutes, directory, on_progress)
+    limit_seconds = 60 * limit_minutes if watched else math.inf
+    _running = Heartbeat(store or dist.HashStore(), place(), limit_seconds, directory, launcher)
     _running.start()
     atexit.register(stop)
 
@@ -222,16 +229,23 @@ def _collective(frame: FrameType | None) -> str:
 
 
 def _issued() -> dict[str, int]:
-    """Collectives begun, by group: all processes, and this one's tensor and data-parallel groups."""
+    """Collectives begun, by group: all processes, and this one's tensor-, context- and data-parallel groups.
+
+    Without groups of a pipeline's ranks: stages exchange tensors by twos there, which gloo counts too.
+    """
     from megatron.core import parallel_state
 
     groups: dict[str, Any] = {"all": dist.group.WORLD}
+    stages: list[int] = []
     if parallel_state.model_parallel_is_initialized():
-        groups["tensor"] = parallel_state.get_tensor_model_parallel_group(check_initialized=False)
+        groups["tensor"] = parallel_state.get_tensor_model_parallel_group()
+        groups["context"] = parallel_state.get_context_parallel_group()
         groups["data"] = parallel_state.get_data_parallel_group()
+        stages = dist.get_process_group_ranks(parallel_state.get_pipeline_model_parallel_group())
     counts = {}
     for name, group in groups.items():
-        if group is not None and group.size() > 1:
+        ranks = dist.get_process_group_ranks(group) if group is not None else []
+        if len(ranks) > 1 and ranks != stages:
             with contextlib.suppress(RuntimeError):  # a backend that does not count
-                counts[f"{name}/{dist.get_process_group_ranks(group)[0]}"] = group._get_sequence_number_for_group()
+                counts[f"{name}/{ranks[0]}"] = group._get_sequence_number_for_group()
     return counts

@@ -17,7 +17,7 @@ from nemo_advrm.callbacks.checkpoints import PeriodicCheckpoint, newest_usable
 from nemo_advrm.callbacks.metrics import MetricsWriter
 from nemo_advrm.callbacks.preemption import PreemptionCheckpoint
 from nemo_advrm.callbacks.progress import PhaseMarks, StepProgress
-from nemo_advrm.megatron import checkpoint, memory, runtime
+from nemo_advrm.megatron import checkpoint, memory, resiliency, runtime
 from nemo_advrm.megatron.strategy import MegatronStrategy
 from nemo_advrm.models.trainable import TrainableModel
 from nemo_advrm.schema import Config
@@ -52,6 +52,7 @@ def fit(
             MetricsWriter(directory / "metrics.jsonl", first_step),
             StepProgress(title, cfg.trainer.log_every_n_steps),
             PhaseMarks(cfg.trainer.log_every_n_steps, cfg.trainer.straggler_ratio),
+            *_installed(cfg),
             PeriodicCheckpoint(
                 checkpoints,
                 cfg.trainer.checkpoint_every_n_steps,
@@ -82,6 +83,13 @@ def fit(
             strategy.drop_saving()  # whatever ends a training, no save goes on behind its back
     if validate:
         trainer.validate(module, verbose=False)
+
+
+def _installed(cfg: Config) -> list[Callback]:
+    """Callbacks of optional packages; NVIDIA's detector of slow GPUs alone."""
+    rt = runtime.current()
+    callback = resiliency.straggler_callback(cfg.trainer.straggler_ratio) if rt.on_gpu and rt.world_size > 1 else None
+    return [callback] if callback is not None else []
 
 
 def drop_training_checkpoints(directory: Path) -> None:
