@@ -79,6 +79,15 @@ def test_context_parallelism_divides_the_tokens() -> None:
     assert two == one / 2
 
 
+def test_our_own_attention_keeps_the_keys_and_values_of_all_ranks() -> None:
+    engine, windowed = (
+        layer_terms(gpt(context_parallel_size=4, sliding_window=window), Microbatch(2, 512), 2, ON_GPU)
+        for window in (0, 64)
+    )
+    assert windowed.total - engine.total == 2 * 1024 * 2 * 1024 == windowed.in_attention  # bytes, tokens, 2, width
+    assert layer_terms(gpt(sliding_window=64), Microbatch(2, 512), 2, ON_GPU).in_attention == 0
+
+
 # Pipelines
 
 

@@ -45,7 +45,9 @@ def test_a_recipe_is_what_its_name_says(recipe: Recipe) -> None:
     model = cfg.model
     assert cfg.trainer.devices * cfg.trainer.num_nodes == recipe.gpus
     assert cfg.plan.gpu == recipe.gpu and cfg.precision.name == "bf16"
-    assert (model.tensor_model_parallel_size, model.pipeline_model_parallel_size) == (recipe.tensor, recipe.pipeline)
+    sizes = (model.tensor_model_parallel_size, model.pipeline_model_parallel_size, model.context_parallel_size)
+    assert sizes == (recipe.tensor, recipe.pipeline, recipe.context)
+    assert recipe.length in (0, model.encoder_seq_length)
     validate_layout(cfg, recipe.gpus, planning=True)
 
 
@@ -164,6 +166,26 @@ def test_bubble_is_the_share_of_the_schedule() -> None:
     assert chunked.bubble == pytest.approx(busy * 3 / (128 * 5))
 
 
+def test_ranks_that_share_sequences_exchange_keys_and_values() -> None:
+    planned = job("model=llama3_1_8b", "parallel=llama3_1_8b_8xh100_tp2_cp4_128k", "model.recompute=none")
+    step = Clock(planned).step()
+    # 128 microbatches of 2 x 131072 tokens, 32 layers, keys and values of 4 heads of 128 in bf16 on a tensor-parallel
+    # rank, 3 of 4 parts from others, once forward and twice (with their gradients) backward, over NVLink
+    assert step.context == pytest.approx(128 * 2 * 131072 * 32 * 2 * 4 * 128 * 2 * 3 / 4 * 3 / 450e9)
+    assert step.seconds == pytest.approx(step.compute + step.tensor + step.context + step.data)
+    far = Clock(job("model=llama3_1_8b", "parallel=llama3_1_8b_8xh100_tp2_cp4_128k", "plan.gpus=16",
+                    "model.context_parallel_size=8", "model.recompute=none")).step()  # fmt: skip
+    assert far.context == pytest.approx(step.context * (7 / 8) / (3 / 4) * 450 / 50)
+
+
+def test_ranks_that_share_sequences_share_out_the_responses() -> None:
+    overrides = ("model=llama3_8b", "parallel=llama3_8b_8xh100_tp2", "plan.stage=rlhf", "rl.prompts_per_step=16")
+    whole, shared = (job(*overrides, f"model.context_parallel_size={n}") for n in (1, 2))
+    assert (whole.replicas, whole.rollouts, whole.generated) == (4, 16, 4)
+    assert (shared.replicas, shared.rollouts, shared.generated) == (2, 32, 4)
+    assert Clock(shared).step().generate == pytest.approx(Clock(whole).step().generate)
+
+
 def test_recompute_costs_a_forward_pass_and_no_utilization_is_claimed_for_it() -> None:
     once, again = (Clock(job(*LLAMA_70B, f"model.recompute={how}")).step() for how in ("none", "full"))
     assert again.flops == once.flops
@@ -221,6 +243,19 @@ def test_search_finds_layouts_that_fit_and_none_slower_than_the_recipe() -> None
         validate_layout(there.cfg, 32, planning=True)
         assert max(stage.total for stage in all_stages(there)) == option.memory <= budget(there.cfg)
         assert Clock(there).step().seconds == pytest.approx(option.time.seconds)
+
+
+def test_search_shares_long_sequences_and_splits_layers_unevenly() -> None:
+    recipe = ["model=llama3_1_8b", "parallel=llama3_1_8b_8xh100_tp2_cp4_128k"]
+    long = load_config(recipe)
+    best = search(long, 8, 0)[0]
+    assert best.job.cfg.model.context_parallel_size > 1
+    assert best.time.seconds <= Clock(job_of(long, 8, 0)).step().seconds
+    changes = [c.changes for c in single_changes(load_config([*recipe, "model.context_parallel_size=1"]), 8, 0)]
+    assert {"model.context_parallel_size": 2} in changes
+    uneven = load_config(["model=llama3_405b", "parallel=llama3_405b_128xh100_tp8_pp16"])  # 126 layers
+    stages = [layers_per_stage(c.job.cfg.model) for c in search(uneven, 128, 0, best=20)]
+    assert all(sum(counts) == 126 for counts in stages) and any(len(set(counts)) > 1 for counts in stages)
 
 
 def test_search_offloads_what_need_not_stay() -> None:

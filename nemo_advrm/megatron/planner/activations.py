@@ -11,7 +11,9 @@ the two norms. Here the same tensors are counted in elements, so that the formul
 q = heads * d and k = groups * d (grouped queries), f' = 2f (gelu), 5f (gated), and so on, see :func:`_mlp`. Attention
 is fused: it keeps one fp32 sum per token and head in place of the 5 a s^2 b bytes of its score matrix. The masks of
 dropout count only where dropout is used. Tensor parallelism divides what lies between a column-parallel and a
-row-parallel matrix; sequence parallelism divides the rest too; context parallelism divides the tokens.
+row-parallel matrix; sequence parallelism divides the rest too; context parallelism divides the tokens. Our own
+attention, which stands in for Transformer Engine's on a CPU and for windows and soft-caps, keeps the keys and values
+that it gathered from all context-parallel ranks.
 """
 
 from __future__ import annotations
@@ -45,16 +47,18 @@ class Kernels:
         fused_activation: Megatron's fused gated activation, which keeps its input alone.
         fused_rotation: rotary positions are applied without a copy of queries and keys.
         stepwise_rms_norm: PyTorch's RMSNorm on a CPU, which keeps the normalised input too.
+        own_attention: keys and values are gathered from context-parallel ranks before attention, and kept.
     """
 
     fused_activation: bool = False
     fused_rotation: bool = False
     stepwise_rms_norm: bool = False
+    own_attention: bool = False
 
 
 # what the engine runs on a GPU (megatron/transformer.py turns Megatron's fusions off) and on a CPU
 ON_GPU = Kernels()
-ON_CPU = Kernels(stepwise_rms_norm=True)
+ON_CPU = Kernels(stepwise_rms_norm=True, own_attention=True)
 
 
 def _is_rms(model: ModelConfig) -> bool:
@@ -81,10 +85,16 @@ class LayerTerms:
     scores: float  # explicit score matrices: soft-capped attention alone
     mlp: float
     dropout: float
+    gathered: float = 0.0  # keys and values of all context-parallel ranks
+
+    @property
+    def in_attention(self) -> float:
+        """What recomputing the product of queries and keys saves, but for the softmax sums."""
+        return self.scores + self.gathered
 
     @property
     def total(self) -> float:
-        return self.norms + self.attention + self.scores + self.mlp + self.dropout
+        return self.norms + self.attention + self.in_attention + self.mlp + self.dropout
 
 
 def layer_terms(model: ModelConfig, batch: Microbatch, element: int, kernels: Kernels) -> LayerTerms:
@@ -107,14 +117,18 @@ def layer_terms(model: ModelConfig, batch: Microbatch, element: int, kernels: Ke
     attention = kept * size.hidden / outside + kept * (projections + size.query) / tensor
     attention += _SUM_BYTES * tokens * size.heads / tensor
     if rotated:  # cos and sin, for queries and for keys
-        attention += 4 * element * batch.length * head_size(model) * model.rotary_percent
+        length = batch.length / model.context_parallel_size
+        attention += 4 * element * length * head_size(model) * model.rotary_percent
+    gathered = 0.0
+    if model.context_parallel_size > 1 and (kernels.own_attention or model.attention_softcap or model.sliding_window):
+        gathered = element * batch.tokens * 2 * size.key / tensor
     scores = 0.0
     if model.attention_softcap:
         # tanh, the softmax in fp32 and its copy in the elements' format, and the mask's bytes
         scores = tokens * batch.length * size.heads / tensor * _capped_bytes(element)
     mlp = kept * (size.hidden / outside + size.ffn * _mlp(model, kernels) / tensor)
     dropout = 2 * tokens * size.hidden / outside if model.hidden_dropout else 0.0
-    return LayerTerms(norms, attention, scores, mlp, dropout)
+    return LayerTerms(norms, attention, scores, mlp, dropout, gathered)
 
 
 def _capped_bytes(element: int) -> int:
@@ -138,7 +152,7 @@ def chunk_bytes(model: ModelConfig, layers: int, batch: Microbatch, element: int
         again = min(count, layers)
         return again * unit + (layers - again) * layer.total
     if model.recompute == "selective":
-        return layers * (layer.total - layer.scores - _fused_sums(model, batch))
+        return layers * (layer.total - layer.in_attention - _fused_sums(model, batch))
     return layers * layer.total
 
 
@@ -155,7 +169,7 @@ def recomputed_bytes(model: ModelConfig, layers: int, batch: Microbatch, element
         return min(model.recompute_num_layers, layers) * layer.total
     if model.recompute == "block":  # the layers that are not recomputed come first, and are let go by then
         return layer.total if layers <= model.recompute_num_layers else 0.0
-    return layer.scores if model.recompute == "selective" else 0.0
+    return layer.in_attention if model.recompute == "selective" else 0.0
 
 
 def backward_bytes(model: ModelConfig, batch: Microbatch, element: int, gradient: int) -> float:

@@ -58,6 +58,7 @@ class StepTime:
         bubble: idle time of the pipeline.
         generate, score: making and scoring the responses (RL).
         offload: moving what waits in CPU memory there and back.
+        context: communication of context-parallel ranks.
     """
 
     flops: float
@@ -69,10 +70,11 @@ class StepTime:
     generate: float = 0.0
     score: float = 0.0
     offload: float = 0.0
+    context: float = 0.0
 
     @property
     def seconds(self) -> float:
-        training = self.compute + self.tensor + self.pipeline + self.data + self.bubble
+        training = self.compute + self.tensor + self.context + self.pipeline + self.data + self.bubble
         return training + self.generate + self.score + self.offload
 
     def utilization(self, job: Job) -> float:
@@ -117,8 +119,18 @@ class Clock:
         if tensor == 1:
             return 0.0
         whole = element_bytes(self.job.cfg) * batch.tokens / self.model.context_parallel_size * self.model.hidden_size
-        link = self.gpu.link if self.ranks <= GPUS_PER_NODE else self.gpu.network
+        link = self.gpu.link if tensor <= GPUS_PER_NODE else self.gpu.network
         return passes * self.layers[stage] * 4 * whole * (tensor - 1) / tensor / (link * 1e9)
+
+    def _context_seconds(self, stage: int, batch: Microbatch, passes: float) -> float:
+        """Keys and values of the other ranks, for every layer and pass, behind no computation.
+
+        Tensor-parallel ranks stand next to each other, so that context-parallel ones leave the node first.
+        """
+        ranks, tensor = self.model.context_parallel_size, self.model.tensor_model_parallel_size
+        whole = element_bytes(self.job.cfg) * batch.tokens * 2 * Sizes.of(self.model).key / tensor
+        link = self.gpu.link if self.ranks <= GPUS_PER_NODE else self.gpu.network
+        return passes * self.layers[stage] * whole * (ranks - 1) / ranks / (link * 1e9)
 
     def _exchange_seconds(self, batch: Microbatch) -> float:
         """One hidden state from a stage to the next over the network; tensor ranks send their parts."""
@@ -131,7 +143,7 @@ class Clock:
         """A step of one trained model: forward, twice that backward, and what is recomputed."""
         model, batch, replicas = self.model, self.job.training, self.job.replicas
         stages, chunks = len(self.layers), model.virtual_pipeline_model_parallel_size
-        slowest = tensor = model_flops = 0.0
+        slowest = tensor = context = model_flops = 0.0
         for stage in range(stages):
             forward = self._stage_flops(stage, batch, held.head)
             model_flops += 3 * forward
@@ -139,15 +151,23 @@ class Clock:
             seconds = self._compute_seconds(stage, batch, held.head, 3 + again_m, 3 + again_a)
             # the backward pass gathers the inputs of its matrices again: 1 + 1.5 passes
             wire = self._tensor_seconds(stage, batch, 2.5 + again_m)
-            if seconds + wire > slowest + tensor:
-                slowest, tensor = seconds, wire
+            # forward, and backward once more with the gradients (Transformer Engine's ring)
+            shared = self._context_seconds(stage, batch, 3 + again_a)
+            if seconds + wire + shared > slowest + tensor + context:
+                slowest, tensor, context = seconds, wire, shared
         exchange = 2 * chunks * self._exchange_seconds(batch)
         bubble = (stages - 1) / (microbatches * chunks)
-        busy = microbatches * (slowest + tensor + exchange)
+        busy = microbatches * (slowest + tensor + context + exchange)
         flops = model_flops * microbatches * replicas
         data = self._data_seconds(held, busy)
         return StepTime(
-            flops, microbatches * slowest, microbatches * tensor, microbatches * exchange, data, busy * bubble
+            flops,
+            microbatches * slowest,
+            microbatches * tensor,
+            microbatches * exchange,
+            data,
+            busy * bubble,
+            context=microbatches * context,
         )
 
     def _data_seconds(self, held: Held, busy: float) -> float:
@@ -166,13 +186,18 @@ class Clock:
             gather = max(0.0, gather - busy / 4)
         return reduce + gather
 
-    def _forward(self, head: str, rows: int, batch: Microbatch) -> tuple[float, float]:
-        """(seconds, FLOPs of one replica) of forward passes over ``rows`` rows."""
+    def _forward(self, head: str, rows: int, batch: Microbatch, shared: bool = True) -> tuple[float, float]:
+        """(seconds, FLOPs of one replica) of forward passes over ``rows`` rows.
+
+        ``shared``: context-parallel ranks share every row; else they share out the rows.
+        """
         microbatches = -(-rows // batch.rows)
         stages = range(len(self.layers))
         flops = [self._stage_flops(stage, batch, head) for stage in stages]
         times = [
-            self._compute_seconds(stage, batch, head, 1, 1) + self._tensor_seconds(stage, batch, 1.0)
+            self._compute_seconds(stage, batch, head, 1, 1)
+            + self._tensor_seconds(stage, batch, 1.0)
+            + (self._context_seconds(stage, batch, 1.0) if shared else 0.0)
             for stage in stages
         ]
         slowest = max(times) + self._exchange_seconds(batch)
@@ -182,20 +207,21 @@ class Clock:
         """(seconds, FLOPs of one replica) of a step's responses, all of full length.
 
         A token of one batch passes the stages in turn; each reads its weights and cache, which takes longer than its
-        arithmetic. The prompts are read once.
+        arithmetic. The prompts are read once. Context-parallel ranks share out the rows.
         """
         job, model, cfg = self.job, self.model, self.job.cfg
         new = min(cfg.rl.max_new_tokens, model.encoder_seq_length)
-        batches = -(-job.rollouts // job.generated)
+        ranks = model.context_parallel_size
+        batches = -(-job.rollouts // (job.generated * ranks))
         bandwidth = self.gpu.bandwidth * 1e12 * self.efficiency
         per_token = 0.0
         for stage in range(len(self.layers)):
             counts = stage_parameters(model, "lm", job.vocab_size, stage)
             read = weight_bytes(cfg, counts) + cache_bytes(job, stage)
-            token = self._compute_seconds(stage, Microbatch(job.generated, 1), "lm", 1, 1)
+            token = self._compute_seconds(stage, Microbatch(job.generated * ranks, 1), "lm", 1, 1)
             per_token += max(read / bandwidth, token)
         prompt = Microbatch(1, max(1, model.encoder_seq_length - new))
-        reading, flops = self._forward("reward", job.rollouts, prompt)
+        reading, flops = self._forward("reward", job.rollouts, prompt, shared=False)
         flops += sum(self._stage_flops(s, Microbatch(1, 1), "lm") for s in range(len(self.layers))) * new * job.rollouts
         return reading + batches * new * per_token, flops
 
@@ -225,6 +251,7 @@ class Clock:
             generate,
             score,
             self._offload_seconds(),
+            sum(p.context for p in parts),
         )
 
     def _offload_seconds(self) -> float:

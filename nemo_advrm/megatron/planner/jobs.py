@@ -35,7 +35,7 @@ class Job:
         microbatches: of one step on one replica.
         scoring: a microbatch of forward passes alone (RL).
         rollouts: responses of one step on one replica; 0 where none are made.
-        generated: most responses that are made at once.
+        generated: most responses that a rank makes at once; context-parallel ranks share out the rollouts.
     """
 
     cfg: Config
@@ -108,5 +108,5 @@ def job_of(cfg: Config, gpus: int, tokenizer_size: int) -> Job:
         steps,
         scoring,
         rollouts,
-        min(rollouts, 4 * model.micro_batch_size),
+        min(-(-rollouts // model.context_parallel_size), 4 * model.micro_batch_size),
     )

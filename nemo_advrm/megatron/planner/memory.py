@@ -106,9 +106,9 @@ def cache_bytes(job: Job, stage: int) -> float:
 
 
 def _generation(job: Job, stage: int) -> float:
-    """Cache, one layer at work on the prompts (without sequence parallelism), and the gathered logits of a token."""
+    """Cache, one layer at work on the prompts (whole on every rank), and the gathered logits of a token."""
     model, element = job.cfg.model, element_bytes(job.cfg)
-    whole = replace(model, sequence_parallel=False)
+    whole = replace(model, sequence_parallel=False, context_parallel_size=1)
     length = model.encoder_seq_length
     prompts = Microbatch(max(1, min(job.generated, model.micro_batch_tokens // length)), length)
     working = layer_terms(whole, prompts, element, ON_GPU).total

@@ -15,11 +15,13 @@ from nemo_advrm.megatron.planner.flops import Clock, StepTime
 from nemo_advrm.megatron.planner.gpus import GPUS, GPUS_PER_NODE
 from nemo_advrm.megatron.planner.jobs import Job, job_of
 from nemo_advrm.megatron.planner.memory import GIB, rank_memory
-from nemo_advrm.schema import Config
+from nemo_advrm.schema import Config, ModelConfig
 
 _MICRO_BATCHES = (1, 2, 4, 8)
 _CHUNKS = (1, 2, 3, 4, 5, 6, 8, 10, 12)
 _EVEN = {"num_layers_in_first_pipeline_stage": 0, "num_layers_in_last_pipeline_stage": 0}
+# tokens of a sequence for every rank that shares it: below it a rank has too little to do between exchanges
+_LEAST_TOKENS = 4096
 
 
 @dataclass(frozen=True)
@@ -78,8 +80,24 @@ def _divisors(number: int) -> list[int]:
     return [n for n in range(1, number + 1) if number % n == 0]
 
 
-def _tensor_sizes(most: int) -> Iterator[int]:
+def _powers_of_2(most: int) -> Iterator[int]:
     return itertools.takewhile(lambda n: n <= most, (2**i for i in itertools.count()))
+
+
+def _context_sizes(model: ModelConfig) -> Iterator[int]:
+    return _powers_of_2(max(1, model.encoder_seq_length // _LEAST_TOKENS))
+
+
+def _splits(layers: int, stages: int) -> tuple[int, dict[str, int]] | None:
+    """(most layers of a stage, keys) of ``stages`` stages; the first and the last take what the others leave."""
+    if layers % stages == 0:
+        return layers // stages, _EVEN
+    each = -(-layers // stages)
+    left = layers - each * (stages - 2)
+    if left < 2:
+        return None
+    first, last = left // 2, left - left // 2  # embedding and head stand beside them
+    return each, {"num_layers_in_first_pipeline_stage": first, "num_layers_in_last_pipeline_stage": last}
 
 
 def _single_settings(cfg: Config, rows_at_once: int) -> Iterator[list[dict[str, Any]]]:
@@ -100,8 +118,9 @@ def _single_settings(cfg: Config, rows_at_once: int) -> Iterator[list[dict[str, 
     yield [{"virtual_pipeline_model_parallel_size": 1}]
     more_stages = [n for n in _divisors(model.num_layers) if n > model.pipeline_model_parallel_size]
     yield [{"pipeline_model_parallel_size": stages, **_EVEN} for stages in more_stages]
-    sizes = [n for n in _tensor_sizes(GPUS_PER_NODE) if n > model.tensor_model_parallel_size]
+    sizes = [n for n in _powers_of_2(GPUS_PER_NODE) if n > model.tensor_model_parallel_size]
     yield [{"tensor_model_parallel_size": tensor, "sequence_parallel": True} for tensor in sizes]
+    yield [{"context_parallel_size": ranks} for ranks in _context_sizes(model) if ranks > model.context_parallel_size]
 
 
 def single_changes(cfg: Config, gpus: int, tokenizer_size: int) -> list[Candidate]:
@@ -131,11 +150,13 @@ def _offloads(cfg: Config) -> list[dict[str, Any]]:
 def _candidates(cfg: Config, gpus: int) -> Iterator[dict[str, Any]]:
     model = cfg.model
     node = min(GPUS_PER_NODE, gpus)
-    for tensor, stages in itertools.product(_tensor_sizes(node), _divisors(model.num_layers)):
-        if gpus % (tensor * stages):
+    layouts = itertools.product(_powers_of_2(node), _divisors(gpus), _context_sizes(model))
+    for tensor, stages, ranks in layouts:
+        split = _splits(model.num_layers, stages) if stages <= model.num_layers else None
+        if split is None or gpus % (tensor * stages * ranks):
             continue
-        layers = model.num_layers // stages
-        replicas = gpus // (tensor * stages)
+        layers, ends = split
+        replicas = gpus // (tensor * stages * ranks)
         supervised = cfg.plan.stage in ("sft", "train_rm")
         batch = model.global_batch_size if supervised else cfg.rl.prompts_per_step * cfg.rl.group_size
         most = max(1, batch // replicas)  # rows of a replica in a step: a larger microbatch is the same job
@@ -151,7 +172,8 @@ def _candidates(cfg: Config, gpus: int) -> Iterator[dict[str, Any]]:
                     "tensor_model_parallel_size": tensor,
                     "pipeline_model_parallel_size": stages,
                     "virtual_pipeline_model_parallel_size": chunks,
-                    **_EVEN,
+                    "context_parallel_size": ranks,
+                    **ends,
                     "sequence_parallel": tensor > 1,
                     "use_distributed_optimizer": True,
                     **_rows(cfg, rows),

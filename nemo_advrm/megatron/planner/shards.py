@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from unittest import mock
 
 import torch
@@ -63,14 +63,8 @@ def _rank(model: ModelConfig, rank: int, world_size: int) -> Iterator[None]:
 
 def _build(model: ModelConfig, head: Head, vocab_size: int, head_outputs: int, stage: int) -> Built:
     """All chunks of the stage that this process stands for."""
-    # what training may not know yet is set here, so that any layout can be planned; number formats change no count
-    plain = replace(model, virtual_pipeline_model_parallel_size=1, context_parallel_size=1)
-    config = transformer_config(plain, PrecisionConfig(), on_gpu=False)
-    config.context_parallel_size = model.context_parallel_size
-    config.num_layers_in_first_pipeline_stage = model.num_layers_in_first_pipeline_stage or None
-    config.num_layers_in_last_pipeline_stage = model.num_layers_in_last_pipeline_stage or None
+    config = transformer_config(model, PrecisionConfig(), on_gpu=False)  # number formats change no count
     chunks = model.virtual_pipeline_model_parallel_size
-    config.virtual_pipeline_model_parallel_size = chunks if chunks > 1 else None
     last = model.pipeline_model_parallel_size - 1
     built = Built()
     for chunk in range(chunks):

@@ -91,6 +91,7 @@ def time_lines(job: Job, time: StepTime) -> list[str]:
         ("scoring", time.score),
         ("matrix products", time.compute),
         ("tensor parallel", time.tensor),
+        ("context parallel", time.context),
         ("pipeline", time.pipeline),
         ("bubble", time.bubble),
         ("data parallel", time.data),
