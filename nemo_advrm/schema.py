@@ -103,7 +103,7 @@ class ModelConfig:
     virtual_pipeline_model_parallel_size: int = 1  # model chunks per pipeline stage (interleaved schedule)
     num_layers_in_first_pipeline_stage: int = 0  # 0: as many as the others
     num_layers_in_last_pipeline_stage: int = 0  # 0: as many as the others
-    context_parallel_size: int = 1  # ranks that share one sequence
+    context_parallel_size: int = 1  # ranks that share one sequence (docs/scale.md)
     sequence_parallel: bool = False
     use_distributed_optimizer: bool = False  # optimizer state split over data-parallel ranks
     overlap_grad_reduce: bool = False  # reduce gradients while the backward pass runs
