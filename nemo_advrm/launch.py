@@ -79,6 +79,7 @@ def _status(failed: Any) -> int:
     """Exit status of the first failure; one that the process could not report itself is told here."""
     rank, failure = failed.get_first_failure()
     if failure.exitcode < 0:
-        print(f"error: rank {rank} on {host_name()} was ended by {failure.signal_name()}", file=sys.stderr)
+        hint = " (by the kernel, if the host ran out of memory)" if failure.exitcode == -signal.SIGKILL else ""
+        print(f"error: rank {rank} on {host_name()} was ended by {failure.signal_name()}{hint}", file=sys.stderr)
         return 128 - failure.exitcode
     return failure.exitcode  # type: ignore[no-any-return]

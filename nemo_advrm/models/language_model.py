@@ -51,6 +51,8 @@ def response_microbatch(model: MegatronModel, rows: list[EncodedResponse], pad_i
 class SupervisedModel(TrainableModel):
     """A Megatron language model trained on prompt/response rows."""
 
+    stage = "sft"
+
     def __init__(
         self, cfg: Config, tokenizer: Tokenizer, rows: list[EncodedResponse], restore_from: str = "", seed: int = 0
     ) -> None:

@@ -107,6 +107,8 @@ class PolicyModel(TrainableModel):
     After each step ``last_rollouts`` and ``last_judgement`` hold this data-parallel rank's rollouts.
     """
 
+    stage = "rlhf"
+
     def __init__(
         self,
         cfg: Config,
@@ -297,3 +299,5 @@ class PolicyModel(TrainableModel):
 class AdversarialPolicy(PolicyModel):
     """A policy whose reward is an :class:`~nemo_advrm.rewards.ensemble.AdversarialReward`: it learns to write
     responses that the target reward model likes and the other members do not."""
+
+    stage = "attack"

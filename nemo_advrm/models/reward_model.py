@@ -44,6 +44,8 @@ class RewardModel(TrainableModel):
         seed: of weights, head and data order; members of an ensemble differ by it.
     """
 
+    stage = "train_rm"
+
     def __init__(
         self,
         cfg: Config,

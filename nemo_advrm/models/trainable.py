@@ -47,6 +47,8 @@ class TrainableModel(ModelPT):
 
     model: MegatronModel
     """What is trained and saved; a subclass makes it."""
+    stage: str
+    """The stage's name for the planner."""
 
     def __init__(self, cfg: Config, tokenizer: Tokenizer, max_steps: int, seed: int) -> None:
         # NeMo keeps the configuration of a model under this name; "model" as a key is reserved by it

@@ -76,7 +76,7 @@ def fit(
     with contextlib.redirect_stdout(io.StringIO()):
         exp_manager(trainer, _exp_manager_options(cfg, directory / "logs"))
     newest = newest_usable(checkpoints, cfg.trainer.verify_checkpoints)
-    with preemption.watching(), memory.explained(directory):
+    with preemption.watching(), memory.explained(directory, cfg, module.stage, module.model.vocab_size):
         try:
             trainer.fit(module, ckpt_path=str(newest) if newest else None)
         finally:
