@@ -161,8 +161,7 @@ def trl_reward(url: str, options: RemoteConfig | None = None) -> Callable[..., l
 
     It takes TRL's ``prompts`` and ``completions``, plain texts or lists of chat messages, and returns one float each.
     """
-    addresses = url.split("|")
-    source = ServerReward(url, addresses, options or RemoteConfig())
+    source = ServerReward(url, url.split("|"), options or RemoteConfig())
 
     def reward(prompts: list[Any], completions: list[Any], **_: Any) -> list[float]:
         rows = [
@@ -172,6 +171,19 @@ def trl_reward(url: str, options: RemoteConfig | None = None) -> Callable[..., l
         return source._ask(rows, source._request).tolist()
 
     reward.__name__ = "nemo_advrm_reward"
+    return reward
+
+
+def text_reward(url: str, options: RemoteConfig | None = None) -> Callable[[list[str]], list[float]]:
+    """Rewards of whole conversations, each one text that a chat template has written out, by ``nemo-advrm serve``.
+
+    The template must be one that the reward model's tokenizer reads.
+    """
+    source = ServerReward(url, url.split("|"), options or RemoteConfig())
+
+    def reward(texts: list[str]) -> list[float]:
+        return source._ask([{"text": text} for text in texts], source._request).tolist()
+
     return reward
 
 

@@ -1,0 +1,33 @@
+"""NeMo-RL's own GRPO script with the environment ``advrm``; started in a clone of NeMo-RL.
+
+    uv run PATH/TO/nemo_advrm/examples/nemo_rl/run_grpo.py --config examples/configs/grpo_math_1B.yaml \\
+        data.default.env_name=advrm +env.advrm.server=http://127.0.0.1:8000
+"""
+
+from __future__ import annotations
+
+import os
+import runpy
+import sys
+from pathlib import Path
+
+from nemo_rl.distributed.ray_actor_environment_registry import ACTOR_ENVIRONMENT_REGISTRY
+from nemo_rl.distributed.virtual_cluster import PY_EXECUTABLES
+from nemo_rl.environments.utils import register_env
+
+HERE = Path(__file__).resolve().parent
+ENVIRONMENT = "advrm_environment.AdvRMEnvironment"
+
+
+def register() -> None:
+    """Make ``env_name: advrm`` known here and importable in the processes that Ray starts."""
+    paths = [str(HERE), str(HERE.parents[1])]
+    sys.path[:0] = paths
+    os.environ["PYTHONPATH"] = os.pathsep.join([*paths, os.environ.get("PYTHONPATH", "")])
+    ACTOR_ENVIRONMENT_REGISTRY[ENVIRONMENT] = PY_EXECUTABLES.SYSTEM
+    register_env("advrm", ENVIRONMENT)
+
+
+if __name__ == "__main__":
+    register()
+    runpy.run_path("examples/run_grpo.py", run_name="__main__")
