@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import datetime
+import errno
+import fcntl
 import os
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -63,6 +66,8 @@ _LAYOUT_KEYS = (
 _STAGE_PREFIX = re.compile(r"stage\.[^.]+\.")
 # what a run writes before it produces anything
 _IDENTITY = ("config.yaml", "versions.yaml", "state.json", "state.lock")
+_LOCK = "run.lock"
+LOCK_SECONDS = 60.0
 
 
 def start(cfg: Config) -> runtime.Runtime:
@@ -95,22 +100,70 @@ def claim(cfg: Config, directory: Path) -> None:
 
     Raises ConfigError, on every rank, when it holds a run of another configuration: results are never mixed or
     overwritten. Another layout, other microbatches and other addresses of reward servers are the same run: the change
-    is printed and recorded. A run that failed before it produced anything leaves no claim.
+    is printed and recorded. A run that failed before it produced anything leaves no claim, but one that is alive does.
     """
     runtime.on_writer(lambda: _claim(cfg, directory))
 
 
 def _claim(cfg: Config, directory: Path) -> None:
     path = directory / "config.yaml"
-    if path.exists() and all(entry.name in _IDENTITY for entry in directory.iterdir()):
-        for name in _IDENTITY:
-            (directory / name).unlink(missing_ok=True)
-    if path.exists():
-        _compare(directory, yaml.safe_load(path.read_text()), yaml.safe_load(resolved(cfg)))
-        return
     directory.mkdir(parents=True, exist_ok=True)
-    save_resolved(cfg, path)
-    _write_versions(directory, {**versions(), "seed": cfg.seed})
+    lock, alone = _enter(directory)
+    try:
+        if alone and path.exists() and all(entry.name in (*_IDENTITY, _LOCK) for entry in directory.iterdir()):
+            for name in _IDENTITY:
+                (directory / name).unlink(missing_ok=True)
+        if path.exists():
+            _compare(directory, yaml.safe_load(path.read_text()), yaml.safe_load(resolved(cfg)))
+        else:
+            save_resolved(cfg, path)
+            _write_versions(directory, {**versions(), "seed": cfg.seed})
+    except BaseException:
+        if lock is not None:
+            os.close(lock)
+        raise
+    if lock is not None and alone:  # let others in, but not as the only one
+        fcntl.lockf(lock, fcntl.LOCK_SH)
+
+
+def _enter(directory: Path) -> tuple[int | None, bool]:
+    """(open file whose lock says that a run is alive here, whether no other process holds one).
+
+    The lock is the process's, and ends with it: the file is never closed. Of jobs that start at the same moment one is
+    alone, and the others come in when it has written its configuration. None where nothing can be locked.
+    """
+    try:
+        lock = os.open(directory / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError:
+        if (directory / "config.yaml").exists():  # somebody else's, to be read
+            return None, False
+        raise
+    deadline = time.monotonic() + LOCK_SECONDS
+    while True:
+        try:
+            if _try_lock(lock, fcntl.LOCK_EX):
+                return lock, True
+            if _try_lock(lock, fcntl.LOCK_SH):
+                if (directory / "config.yaml").exists():
+                    return lock, False
+                fcntl.lockf(lock, fcntl.LOCK_UN)
+        except OSError as error:
+            os.close(lock)
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
+                raise
+            return None, True
+        if time.monotonic() > deadline:
+            os.close(lock)
+            raise ConfigError(f"{directory}: another job has been starting in it for {LOCK_SECONDS:g} seconds")
+        time.sleep(0.05)
+
+
+def _try_lock(file: int, kind: int) -> bool:
+    try:
+        fcntl.lockf(file, kind | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    return True
 
 
 def _compare(directory: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
@@ -131,9 +184,9 @@ def _compare(directory: Path, before: dict[str, Any], now: dict[str, Any]) -> No
     present = {key: new for key, (_, new) in found.items()}
     for key in last.keys() - found.keys():  # changed back to what config.yaml says
         present[key] = _value(before, key)
-    time = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    now_text = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     new_changes = [
-        {"time": time, "key": key, "from": last.get(key, _value(before, key)), "to": value}
+        {"time": now_text, "key": key, "from": last.get(key, _value(before, key)), "to": value}
         for key, value in sorted(present.items())
         if last.get(key, _value(before, key)) != value
     ]
