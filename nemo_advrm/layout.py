@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from nemo_advrm.errors import LayoutError
 from nemo_advrm.schema import Config, ModelConfig
@@ -18,6 +19,20 @@ def data_parallel_size(cfg: Config, world_size: int) -> int:
             + _factors(model)
         )
     return world_size // replica
+
+
+def at_layout(model: ModelConfig, tensor: int = 1, pipeline: int = 1, context: int = 1) -> ModelConfig:
+    """``model`` as it would be configured at another layout; what belonged to its own is undone."""
+    return replace(
+        model,
+        tensor_model_parallel_size=tensor,
+        pipeline_model_parallel_size=pipeline,
+        virtual_pipeline_model_parallel_size=1,
+        num_layers_in_first_pipeline_stage=0,
+        num_layers_in_last_pipeline_stage=0,
+        context_parallel_size=context,
+        sequence_parallel=False,
+    )
 
 
 def _factors(model: ModelConfig) -> str:

@@ -17,7 +17,7 @@ from nemo_advrm.convert.safetensors_files import parse_size
 from nemo_advrm.convert.tensors import TensorSink, TensorSource, TensorSpec
 from nemo_advrm.errors import CheckpointError, ConfigError
 from nemo_advrm.keys import nearest
-from nemo_advrm.layout import validate_layout
+from nemo_advrm.layout import at_layout, validate_layout
 from nemo_advrm.schema import Config, ConvertConfig
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -145,18 +145,15 @@ def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _lay_out(settings: ConvertConfig, source: TensorSource) -> None:
     """Give the model the wanted layout, which pads the vocabulary; LayoutError where it cannot be divided."""
-    model = source.description.model
-    model.tensor_model_parallel_size = settings.tensor_model_parallel_size
-    model.pipeline_model_parallel_size = settings.pipeline_model_parallel_size
-    model.sequence_parallel = False
-    world = settings.tensor_model_parallel_size * settings.pipeline_model_parallel_size
-    validate_layout(Config(model=model), world)
+    tensor, pipeline = settings.tensor_model_parallel_size, settings.pipeline_model_parallel_size
+    model = at_layout(source.description.model, tensor, pipeline)
+    validate_layout(Config(model=model), tensor * pipeline)
     if settings.to == "megatron":
         # a checkpoint opens at any layout: the model itself names none
-        unit = model.make_vocab_size_divisible_by
-        if unit % settings.tensor_model_parallel_size:
-            model.make_vocab_size_divisible_by = unit * settings.tensor_model_parallel_size
-        model.tensor_model_parallel_size = model.pipeline_model_parallel_size = 1
+        if model.make_vocab_size_divisible_by % tensor:
+            model.make_vocab_size_divisible_by *= tensor
+        model = at_layout(model)
+    source.description.model = model
 
 
 def _card_facts(settings: ConvertConfig) -> dict[str, Any]:

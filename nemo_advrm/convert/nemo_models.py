@@ -29,6 +29,7 @@ from nemo_advrm.convert.nemo_file import CONFIG, WEIGHTS, archived_weights, chec
 from nemo_advrm.convert.tokenizer_files import copy_tokenizer
 from nemo_advrm.data.tokenizers import build_tokenizer
 from nemo_advrm.errors import CheckpointError
+from nemo_advrm.layout import at_layout
 from nemo_advrm.megatron import checkpoint, runtime
 from nemo_advrm.megatron.gpt import Head
 from nemo_advrm.schema import Config, RewardModelConfig
@@ -167,7 +168,7 @@ def _config(settings: dict[str, Any], path: Path) -> Config:
         raise CheckpointError(f"{path}: {CONFIG} is damaged ({error})") from None
     layout = rt.layout
     cfg = Config(
-        model=replace(model, tensor_model_parallel_size=layout.tensor, pipeline_model_parallel_size=layout.pipeline),
+        model=at_layout(model, layout.tensor, layout.pipeline, layout.context),
         reward_model=reward,
     )
     # no data is given, so that there is no number of steps to be found

@@ -6,9 +6,9 @@ that was stopped goes on at the first stage that is not.
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from nemo_advrm.data.jsonl import write_jsonl_atomic
 from nemo_advrm.data.preferences import PreferencePair, load_preferences
 from nemo_advrm.data.tokenizers import build_tokenizer
 from nemo_advrm.errors import ConfigError
+from nemo_advrm.layout import at_layout
 from nemo_advrm.megatron import runtime
 from nemo_advrm.models.language_model import EncodedResponse, build_policy
 from nemo_advrm.models.policy import Prompt, encode_prompts
@@ -52,12 +53,7 @@ def main(cfg: Config) -> int:
 
 def _one_process(cfg: Config) -> Config:
     """The layout of a stage that uses no model."""
-    cfg = copy.deepcopy(cfg)
-    cfg.model.tensor_model_parallel_size = cfg.model.pipeline_model_parallel_size = 1
-    cfg.model.virtual_pipeline_model_parallel_size = cfg.model.context_parallel_size = 1
-    cfg.model.num_layers_in_first_pipeline_stage = cfg.model.num_layers_in_last_pipeline_stage = 0
-    cfg.model.sequence_parallel = False
-    return cfg
+    return replace(cfg, model=at_layout(cfg.model))
 
 
 class Pipeline:

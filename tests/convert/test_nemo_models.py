@@ -33,15 +33,18 @@ def test_a_reward_model_comes_back_with_its_scores(
     assert wanted.std() > 0.05
     assert [file.name for file in tmp_path.iterdir()] == ["rm.nemo"]
     assert torch.equal(jobs.restored_scores(str(path)), wanted)
-    for layout in (Layout(tensor=2), Layout(pipeline=2)):
+    for layout in (Layout(tensor=2), Layout(pipeline=2), Layout(context=2)):
         for there in worlds.run(layout, "nemo_model_jobs", "restored_scores", path=str(path)):
             torch.testing.assert_close(there, wanted, rtol=1e-5, atol=1e-5)
     assert [file.name for file in tmp_path.iterdir()] == ["rm.nemo"]
 
 
-def test_a_model_written_by_two_ranks_is_opened_by_one(single: Runtime, worlds: Worlds, tmp_path: Path) -> None:
+@pytest.mark.parametrize("layout", [Layout(tensor=2), Layout(context=2)], ids=["tp2", "cp2"])
+def test_a_model_written_by_two_ranks_is_opened_by_one(
+    single: Runtime, worlds: Worlds, tmp_path: Path, layout: Layout
+) -> None:
     path = tmp_path / "rm.nemo"
-    wanted = worlds.run(Layout(tensor=2), "nemo_model_jobs", "save", path=str(path))[0]
+    wanted = worlds.run(layout, "nemo_model_jobs", "save", path=str(path))[0]
     torch.testing.assert_close(jobs.restored_scores(str(path)), wanted, rtol=1e-5, atol=1e-5)
 
 

@@ -191,7 +191,7 @@ def test_a_checkpoint_for_many_ranks_is_padded_to_them(
     assert_same_bits(weights(tmp_path / "hf"), weights(source))
 
 
-@pytest.mark.parametrize("layout", [Layout(tensor=2), Layout(pipeline=2)], ids=["tp2", "pp2"])
+@pytest.mark.parametrize("layout", [*LAYOUTS.values(), Layout(context=2)], ids=[*LAYOUTS, "cp2"])
 def test_a_reward_model_saved_at_any_layout_is_exported(
     single: Runtime, worlds: Worlds, layout: Layout, tmp_path: Path
 ) -> None:
