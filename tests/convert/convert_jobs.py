@@ -9,6 +9,7 @@ import torch
 from tiny import TOKENIZER, tiny_config
 
 from nemo_advrm.convert.megatron import read_model
+from nemo_advrm.layout import at_layout
 from nemo_advrm.megatron import checkpoint, runtime
 from nemo_advrm.megatron.generation import generate
 from nemo_advrm.megatron.model import MegatronModel, build_model
@@ -22,11 +23,7 @@ def build(path: str) -> MegatronModel:
     """The model that the checkpoint itself describes, with its weights."""
     meta = checkpoint.read_meta(Path(path))
     layout = runtime.current().layout
-    model = replace(
-        read_model(meta, Path(path)),
-        tensor_model_parallel_size=layout.tensor,
-        pipeline_model_parallel_size=layout.pipeline,
-    )
+    model = at_layout(read_model(meta, Path(path)), layout.tensor, layout.pipeline, layout.context)
     vocabulary = model.vocab_size or meta["vocab_size"]
     built = build_model(model, PrecisionConfig(), meta["head"], vocabulary, seed=3, trainable=False)
     checkpoint.load(Path(path), built)
