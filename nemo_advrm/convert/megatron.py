@@ -21,7 +21,8 @@ from nemo_advrm.convert.tokenizer_files import check_tokenizer, copy_tokenizer
 from nemo_advrm.convert.transforms import pad_vocabulary, unpad_vocabulary
 from nemo_advrm.data.tokenizers import Tokenizer, build_tokenizer
 from nemo_advrm.errors import CheckpointError, ConfigError, DataError
-from nemo_advrm.megatron.checkpoint import FORMAT, read_meta
+from nemo_advrm.megatron import manifest
+from nemo_advrm.megatron.checkpoint import FORMAT, WEIGHTS, read_meta
 from nemo_advrm.megatron.model import padded_vocab_size
 from nemo_advrm.schema import ModelConfig, OptimConfig, ScheduleConfig
 
@@ -53,10 +54,10 @@ class MegatronSource:
         meta = read_meta(path)
         model = read_model(meta, path)
         try:
-            contents = (path / "weights" / ".metadata").read_bytes()
+            contents = (path / WEIGHTS / ".metadata").read_bytes()
         except OSError as error:
             raise CheckpointError(f"{path}: weights could not be read ({error})") from None
-        self._reader = StackedReader(path / "weights", read_metadata(contents, str(path)))
+        self._reader = StackedReader(path / WEIGHTS, read_metadata(contents, str(path)))
         self.tokenizer = tokenizer or _tokenizer_of(path, meta)
         own = _open_tokenizer(model, self.tokenizer)
         if own is not None and tokenizer is None and meta.get("tokenizer") not in (None, own.fingerprint):
@@ -170,10 +171,13 @@ class MegatronSink:
             "conversion": about.provenance,
         }
         (partial / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
+        # the tokenizer and the model file beside them may be edited
+        files = ["meta.json", *(f"{WEIGHTS}/{name}" for name in manifest.names_in(partial / WEIGHTS))]
+        manifest.write(partial, manifest.describe(partial, files))
         self._directory.complete()
 
     def __enter__(self) -> Self:
-        weights = self._directory.make() / "weights"
+        weights = self._directory.make() / WEIGHTS
         weights.mkdir()
         self._writer = StackedWriter(weights, self._model.num_layers, self._specs)
         return self
