@@ -1,9 +1,14 @@
+# shellcheck shell=bash
 # Functions of the batch scripts: where the scripts are, how processes are started, what happens at a signal.
 # Read by them, not run.
 
 # Exit statuses of nemo-advrm that mean "start the same command again": 75 stopped by a signal and saved;
 # 138 ended by SIGUSR1 (128 + 10) before there was a training to save.
 readonly PREEMPTED=75 ENDED_BY_USR1=138
+readonly ENDED_BY_TERM=143 SERVER_LOST=3
+# that servers have to answer what they were asked before (serve.drain_seconds is 30) and to end; before a requeue nobody
+# waits for their answers
+readonly DRAIN_SECONDS=40 DRAIN_BEFORE_REQUEUE=10
 
 advrm_home=${ADVRM_HOME:-$SLURM_SUBMIT_DIR}
 
@@ -101,12 +106,17 @@ requeue() {
     fi
 }
 
+# The step has ended by itself.
+stop_watchdog() {
+    [[ -z ${watchdog:-} ]] || kill "$watchdog" 2>/dev/null
+}
+
 # Ends the batch script with the step's status; a step that was stopped to be resumed is requeued.
 finish() {
     local status=$1
-    [[ -z ${watchdog:-} ]] || kill "$watchdog" 2>/dev/null
+    stop_watchdog
     trap '' USR1 TERM
-    if ((status == PREEMPTED || status == ENDED_BY_USR1 || (status > 128 && ${signalled:-0}))); then
+    if ((status == PREEMPTED || status == ENDED_BY_USR1 || (status > 128 && ${signalled:-0}) || (status && ${told_to_end:-0}))); then
         requeue
     elif ((status)); then
         echo "error: job $SLURM_JOB_ID ended with status $status on ${SLURM_JOB_NODELIST:-this node}" >&2
@@ -127,7 +137,7 @@ run_stage() {
 
 # run_with_servers STAGE SETTING...: a heterogeneous job; component k serves the k-th reward model of ADVRM_MEMBERS.
 run_with_servers() {
-    local members urls=() servers=() settings run_dir=. setting k nodelist port status
+    local members urls=() servers=() settings run_dir=. setting k nodelist host port guard status
     load_site
     find_command
     read -r -a members <<<"${ADVRM_MEMBERS:-}"
@@ -139,32 +149,97 @@ run_with_servers() {
     done
     # servers are open to the network, so they ask for a token that only this job knows
     export NEMO_ADVRM_TOKEN=${NEMO_ADVRM_TOKEN:-$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')}
-    trap 'exit 143' USR1 TERM # nothing is trained yet
+    trap 'requeue; exit $ENDED_BY_TERM' USR1 TERM # nothing is trained yet
     for ((k = 1; k < SLURM_HET_SIZE; k++)); do
         nodelist=SLURM_JOB_NODELIST_HET_GROUP_$k
-        port=$((20000 + (SLURM_JOB_ID * 16 + k) % 20000))
+        host=$(address_of "$(scontrol show hostnames "${!nodelist}" | head -n 1)")
+        port=$((30000 + (SLURM_JOB_ID * 16 + k) % 2700)) # neither MASTER_PORT's range nor one that systems lend out
         ADVRM_TASKS_PER_NODE=${ADVRM_TASKS_SERVE:-${ADVRM_TASKS_PER_NODE:-}} \
             start "${!nodelist}" --het-group="$k" -- serve "${settings[@]}" run_dir="$run_dir/servers/$k" \
             "ensemble.members=[${members[k - 1]}]" serve.host=0.0.0.0 serve.port="$port"
         servers+=("$step")
-        urls+=("http://$(address_of "$(scontrol show hostnames "${!nodelist}" | head -n 1)"):$port")
+        urls+=("http://$host:$port")
+        no_proxy=${no_proxy:+$no_proxy,}$host
     done
-    for ((k = 0; k < ${#urls[@]}; k++)); do wait_for_server "${urls[k]}" "${servers[k]}" "${members[k]}"; done
+    export no_proxy NO_PROXY=$no_proxy
+    for k in "${!servers[@]}"; do wait_for_server "$k"; done
     trap 'stop_step USR1' USR1
     trap 'stop_step TERM' TERM
+    trap lose_servers USR2
     start "$SLURM_JOB_NODELIST_HET_GROUP_0" --het-group=0 -- "$@" "ensemble.members=[$(IFS=,; echo "${urls[*]}")]"
+    watch_servers &
+    guard=$!
     wait_for_step "$step"
     status=$?
-    kill -TERM "${servers[@]}" 2>/dev/null
-    finish "$status"
+    trap '' USR2
+    kill "$guard" 2>/dev/null
+    stop_watchdog
+    end_servers
+    finish $((${server_lost:-0} ? SERVER_LOST : status))
 }
 
-# wait_for_server URL PROCESS MEMBER: returns when the server is ready; ends the job when it dies or takes too long.
+# wait_for_server K: returns when the server is ready; ends the job when it dies or takes too long.
 wait_for_server() {
-    local limit=$((SECONDS + 60 * ${ADVRM_SERVER_MINUTES:-30}))
-    until curl --silent --fail --max-time 5 --output /dev/null "$1/health/ready"; do
-        kill -0 "$2" 2>/dev/null || fail "the server of $3 at $1 ended before it was ready; its reason is above"
-        ((SECONDS < limit)) || fail "the server of $3 at $1 was not ready within ${ADVRM_SERVER_MINUTES:-30} minutes"
+    local limit=$((SECONDS + 60 * ${ADVRM_SERVER_MINUTES:-30})) name="the server of ${members[$1]} at ${urls[$1]}"
+    until curl --silent --fail --noproxy '*' --max-time 5 --output /dev/null "${urls[$1]}/health/ready"; do
+        if ! kill -0 "${servers[$1]}" 2>/dev/null; then
+            server_was_told_to_end "$1" || fail "$name ended before it was ready; its reason is above"
+            requeue
+            exit "$ENDED_BY_TERM"
+        fi
+        ((SECONDS < limit)) || fail "$name was not ready within ${ADVRM_SERVER_MINUTES:-30} minutes (ADVRM_SERVER_MINUTES)"
         sleep 2
+    done
+}
+
+# server_was_told_to_end K: whether a server that has ended did so at a signal, as all steps get one at a preemption.
+server_was_told_to_end() {
+    wait "${servers[$1]}"
+    server_status=$?
+    ((server_status == 0 || server_status == ENDED_BY_TERM || server_status == ENDED_BY_USR1))
+}
+
+# Beside the policy: tells the batch script when a server has ended, for it waits for the policy only.
+watch_servers() {
+    local server
+    while sleep 1; do
+        for server in "${servers[@]}"; do
+            kill -0 "$server" 2>/dev/null || { kill -USR2 $$; return; }
+        done
+    done
+}
+
+# A server has ended under the policy. If it was told to, so is the policy, and the job goes on later; else the job
+# ends in error. The policy saves if it can: one that waits for that server's scores cannot.
+lose_servers() {
+    local k
+    interrupted=1
+    for k in "${!servers[@]}"; do
+        ! kill -0 "${servers[k]}" 2>/dev/null || continue
+        if server_was_told_to_end "$k"; then
+            told_to_end=1
+            stop_step "to the servers"
+            return
+        fi
+        server_lost=1
+        echo "error: the server of ${members[k]} at ${urls[k]} ended with status $server_status under the attack" >&2
+    done
+    ((${server_lost:-0})) || return
+    kill -USR1 "$step" 2>/dev/null
+    # srun ends its tasks at TERM, and hands USR1 on
+    { sleep "${ADVRM_GRACE:-90}"; kill -TERM "$step"; } 2>/dev/null &
+    watchdog=$!
+}
+
+# Lets the servers answer what they were asked, and end. One that does not ends with the job.
+end_servers() {
+    local k seconds=$((${signalled:-0} ? DRAIN_BEFORE_REQUEUE : DRAIN_SECONDS)) limit
+    limit=$((SECONDS + seconds))
+    scancel --quiet --signal=TERM "$SLURM_JOB_ID" # to the steps, and those of the servers are left; srun would kill them
+    for k in "${!servers[@]}"; do
+        while kill -0 "${servers[k]}" 2>/dev/null; do
+            ((SECONDS < limit)) || { echo "the server of ${members[k]} did not end within $seconds s" >&2; return; }
+            sleep 0.2
+        done
     done
 }

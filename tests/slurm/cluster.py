@@ -6,20 +6,26 @@ Nothing of the machine's own SLURM or munge is read or changed: ports, sockets, 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import pwd
 import shutil
-import signal
 import socket
 import subprocess
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel")
+import psutil
+
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel", "curl")
 NODES = ("n1", "n2", "n3")
 START_SECONDS = 40.0
 FINAL_STATES = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE")
+_PREFIX = "advrm-slurm-"
+_OWNER = "owner.json"  # pid file of the tests that started a cluster
+_DAEMONS = "daemons.json"  # pid file of its daemons
 
 _CONFIGURATION = """\
 ClusterName=advrm
@@ -45,20 +51,23 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 SchedulerType=sched/backfill
 SchedulerParameters=bf_interval=1,sched_interval=1,sched_min_interval=0,batch_sched_delay=0,requeue_setup_env_fail
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 JobRequeue=1
 KillWait=5
 MinJobAge=3600
 InactiveLimit=0
 SlurmdTimeout=300
 {nodes}
-PartitionName=main Nodes=n1,n2 Default=YES MaxTime=60 State=UP
+PartitionName=main Nodes=n1,n2 Default=YES MaxTime=60 State=UP GraceTime=60
 PartitionName=spare Nodes=n3 MaxTime=60 State=UP
 PartitionName=all Nodes=n1,n2,n3 MaxTime=60 State=UP
+PartitionName=urgent Nodes=n1,n2 MaxTime=60 State=UP PriorityTier=10 PreemptMode=OFF
 """
 
 
 def missing_programs() -> list[str]:
-    """Programs of SLURM and munge that are not on the path (Debian keeps the daemons in /usr/sbin)."""
+    """Programs of SLURM and munge, and curl, that are not on the path (Debian keeps daemons in /usr/sbin)."""
     return [name for name in PROGRAMS if _find(name) is None]
 
 
@@ -76,20 +85,25 @@ def _free_ports(count: int) -> list[int]:
     return ports
 
 
-class Cluster:
-    """Starts on construction; :meth:`close` ends every daemon. Commands run with the cluster's environment."""
+def environment_of(home: Path) -> dict[str, str]:
+    """The variables of a user of the cluster."""
+    foreign = ("SLURM", "SBATCH", "ADVRM_", "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_")
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(foreign)}
+    return {**kept, "SLURM_CONF": str(home / "slurm.conf"), "OMP_NUM_THREADS": "1"}
 
-    def __init__(self, home: Path) -> None:
-        self.home = home
-        self.environment = {
-            k: v
-            for k, v in os.environ.items()
-            if not k.startswith(("SLURM", "SBATCH", "ADVRM_", "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_"))
-        }
-        self.environment.update(SLURM_CONF=str(home / "slurm.conf"), OMP_NUM_THREADS="1")
+
+class Cluster:
+    """Starts on construction; :meth:`close` ends all of it. Commands run with the cluster's environment."""
+
+    def __init__(self) -> None:
+        end_abandoned()
+        self.home = Path(tempfile.mkdtemp(prefix=_PREFIX))  # short: a socket's path may have 107 characters
+        _write_pids(self.home / _OWNER, {os.getpid(): psutil.Process().create_time()})
+        self.environment = environment_of(self.home)
         self._daemons: list[subprocess.Popen[bytes]] = []
-        self._configure()
+        self._started: dict[int, float] = {}  # process and time of its start
         try:
+            self._configure()
             self._start()
         except BaseException:
             self.close()
@@ -102,7 +116,7 @@ class Cluster:
         nodes = "\n".join(
             node.format(name, socket.gethostname(), port, cpus) for name, port in zip(NODES, ports, strict=True)
         )
-        (self.home / "state").mkdir(parents=True)
+        (self.home / "state").mkdir()
         for name in NODES:
             (self.home / f"spool_{name}").mkdir()
         (self.home / "slurm.conf").write_text(
@@ -135,18 +149,19 @@ class Cluster:
     def _spawn(self, program: str, *arguments: str) -> None:
         found = _find(program)
         assert found is not None
-        log = open(self.home / f"{program}_{len(self._daemons)}.out", "wb")  # noqa: SIM115 (lives as long as the daemon)
-        # a session of its own: a Ctrl-C meant for pytest leaves the daemons to close()
-        process = subprocess.Popen(
-            [found, *arguments], env=self.environment, stdout=log, stderr=log, start_new_session=True
-        )
-        log.close()
+        with (self.home / f"{program}_{len(self._daemons)}.out").open("wb") as log:
+            # a session of its own: a Ctrl-C meant for pytest leaves the daemons to close()
+            process = subprocess.Popen(
+                [found, *arguments], env=self.environment, stdout=log, stderr=log, start_new_session=True
+            )
         self._daemons.append(process)
+        self._started[process.pid] = psutil.Process(process.pid).create_time()
+        _write_pids(self.home / _DAEMONS, self._started)
 
     def _wait(self, ready: Callable[[], bool], failure: str) -> None:
         deadline = time.monotonic() + START_SECONDS
         while not ready():
-            dead = [p for p in self._daemons if p.poll() is not None]
+            dead = [process for process in self._daemons if process.poll() is not None]
             if dead or time.monotonic() > deadline:
                 raise RuntimeError(f"{failure}\n{self.logs()}")
             time.sleep(0.1)
@@ -178,6 +193,17 @@ class Cluster:
             time.sleep(0.2)
         return job
 
+    def running(self) -> list[str]:
+        """Jobs and components of jobs that hold a node."""
+        return self.run("squeue", "--noheader", "--states=RUNNING,COMPLETING", "--format=%i").split()
+
+    def wait_until_idle(self, timeout: float = 30) -> None:
+        """Until no job holds a node."""
+        deadline = time.monotonic() + timeout
+        while running := self.running():
+            assert time.monotonic() < deadline, f"jobs {running} do not end"
+            time.sleep(0.2)
+
     def output(self, job: dict[str, str]) -> str:
         """What the job printed so far."""
         path = Path(job.get("StdOut", ""))
@@ -189,20 +215,77 @@ class Cluster:
         return "\n".join(f"{file.name}:\n{file.read_text(errors='replace')[-1500:]}" for file in files)
 
     def close(self) -> None:
-        """Cancel all jobs, then TERM and at last KILL the daemons."""
-        with contextlib.suppress(Exception):
-            jobs = self.run("squeue", "--noheader", "--format=%i", timeout=10).split()
-            self.call("scancel", "--quiet", "--full", "--signal=KILL", *jobs, timeout=10)
-            self.call("scancel", "--quiet", *jobs, timeout=10)
-            deadline = time.monotonic() + 15
-            while self.run("squeue", "--noheader", timeout=10) and time.monotonic() < deadline:
-                time.sleep(0.2)
-        for sent in (signal.SIGTERM, signal.SIGKILL):
-            for process in reversed(self._daemons):
-                if process.poll() is None:
-                    process.send_signal(sent)
-            deadline = time.monotonic() + 8
-            for process in self._daemons:
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(max(0.1, deadline - time.monotonic()))
-        self._daemons.clear()
+        end(self.home)
+        for process in self._daemons:
+            process.wait(5)
+
+
+# the end of a cluster, by its directory alone: its tests may be gone
+
+
+def end(home: Path) -> None:
+    """Cancel all jobs, end the daemons, then whatever is left of the jobs; raises RuntimeError when something stays."""
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        _cancel_jobs(environment_of(home))
+    _end_processes(_read_pids(home / _DAEMONS))
+    _end_processes(list(_processes_of(home)))
+    left = list(_processes_of(home))
+    if left:
+        raise RuntimeError(f"processes of the cluster in {home} do not end: {left}")
+    shutil.rmtree(home, ignore_errors=True)
+
+
+def end_abandoned() -> None:
+    """End the clusters of tests that were killed before they could do it."""
+    for home in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
+        with contextlib.suppress(FileNotFoundError):  # another run of the tests has just ended
+            about = home.stat()
+            new = not (home / _OWNER).exists() and time.time() - about.st_mtime < 60
+            if about.st_uid == os.geteuid() and not new and not _read_pids(home / _OWNER):
+                end(home)
+
+
+def _cancel_jobs(environment: dict[str, str]) -> None:
+    def run(*command: str) -> str:
+        options = {"env": environment, "capture_output": True, "text": True, "timeout": 10, "check": True}
+        return subprocess.run(command, **options).stdout  # type: ignore[call-overload, no-any-return]
+
+    jobs = run("squeue", "--noheader", "--format=%i").split()
+    if jobs:
+        run("scancel", "--quiet", "--full", "--signal=KILL", *jobs)
+        run("scancel", "--quiet", *jobs)
+    deadline = time.monotonic() + 15
+    while run("squeue", "--noheader") and time.monotonic() < deadline:
+        time.sleep(0.2)
+
+
+def _end_processes(processes: list[psutil.Process]) -> None:
+    for stop in (psutil.Process.terminate, psutil.Process.kill):
+        for process in reversed(processes):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                stop(process)
+        _, processes = psutil.wait_procs(processes, timeout=8)
+
+
+def _processes_of(home: Path) -> Iterator[psutil.Process]:
+    """Whatever was started by a cluster: the variable SLURM_CONF is inherited by its daemons, steps and tasks."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get("SLURM_CONF") == str(home / "slurm.conf") and process.pid != os.getpid():
+                yield process
+
+
+def _write_pids(path: Path, started: dict[int, float]) -> None:
+    """The time of its start tells a process from a later one of the same number."""
+    path.write_text(json.dumps(started))
+
+
+def _read_pids(path: Path) -> list[psutil.Process]:
+    """Those of a pid file that live."""
+    living = []
+    for pid, started in json.loads(path.read_text()).items() if path.exists() else ():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process = psutil.Process(int(pid))
+            if process.create_time() == started and process.status() != psutil.STATUS_ZOMBIE:
+                living.append(process)
+    return living
