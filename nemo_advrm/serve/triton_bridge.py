@@ -116,7 +116,15 @@ def serve(settings: dict[str, Any], link: Link) -> int:
         asked = [link.ask(*encode(dict(request.items()), datatypes)) for request in requests]
         return [{output: np.frombuffer(future.result(), "<f4")[:, None]} for future in asked]
 
-    triton = Triton(
+    started = False
+
+    class Watched(Triton):  # type: ignore[misc]
+        def stop(self) -> bool:
+            if not started:  # Triton has ended, and PyTriton would still wait minutes for it to be ready
+                os._exit(1)
+            return bool(super().stop())
+
+    triton = Watched(
         config=TritonConfig(
             http_address=settings["host"],
             http_port=settings["port"],
@@ -137,6 +145,7 @@ def serve(settings: dict[str, Any], link: Link) -> int:
         config=ModelConfig(max_batch_size=settings["max_samples"], batcher=None),  # type: ignore[arg-type]
     )
     triton.run()
+    started = True
     link.ready()
     while not link.ended.wait(0.5):
         if not triton.is_alive():
