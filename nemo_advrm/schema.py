@@ -108,7 +108,8 @@ class ModelConfig:
     use_distributed_optimizer: bool = False  # optimizer state split over data-parallel ranks
     overlap_grad_reduce: bool = False  # reduce gradients while the backward pass runs
     overlap_param_gather: bool = False  # gather updated weights while the forward pass runs
-    # memory
+    # kernels and memory
+    fused_kernels: bool = True  # Megatron's fused operations where this machine has them; nemo-advrm doctor lists them
     recompute: str = "none"  # none | selective | full | block
     recompute_num_layers: int = 1  # full: layers per recomputed unit; block: layers per stage that are recomputed
     offload_reference: bool = False  # frozen models wait in CPU memory between uses

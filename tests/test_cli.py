@@ -13,7 +13,7 @@ import pytest
 from nemo_advrm import __version__, cli
 from nemo_advrm.errors import DataError
 from nemo_advrm.keys import all_keys
-from nemo_advrm.schema import Config
+from nemo_advrm.schema import Config, ModelConfig
 from nemo_advrm.stages import doctor
 
 HOST = socket.gethostname()
@@ -152,7 +152,7 @@ def test_doctor_names_everything_and_exits_with_0(capsys: pytest.CaptureFixture[
 
 def test_doctor_says_what_every_absence_means(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "_version", lambda package: None)
-    absent = {finding.what: finding.meaning for finding in doctor.findings() if not finding.present}
+    absent = {finding.what: finding.meaning for finding in doctor.findings(ModelConfig()) if not finding.present}
     assert {"torch", "megatron-core", "Transformer Engine", "Apex"} <= set(absent)
     assert all(absent.values())
 

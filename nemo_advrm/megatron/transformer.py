@@ -15,6 +15,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from nemo_advrm.errors import ConfigError
+from nemo_advrm.megatron import fusions
 from nemo_advrm.megatron.attention import CachedSelfAttention, FusedCoreAttention
 from nemo_advrm.megatron.layers import Norm, PostNormLayer
 from nemo_advrm.megatron.precision import check_machine, check_model, has_transformer_engine, options
@@ -111,6 +112,9 @@ def transformer_config(model: ModelConfig, precision: PrecisionConfig, on_gpu: b
     """
     activation, gated = ACTIVATIONS[model.activation]
     normalization, zero_centered = NORMALIZATIONS[model.normalization]
+    fused = fusions.settings(model, on_gpu)
+    if fused["bias_activation_fusion"]:
+        activation = fusions.FUSED_ACTIVATIONS[model.activation]
     check_machine(precision, on_gpu)
     check_model(
         precision,
@@ -149,12 +153,7 @@ def transformer_config(model: ModelConfig, precision: PrecisionConfig, on_gpu: b
         # has no effect without experts, but the default refuses variable lengths even then
         moe_token_dispatcher_type="alltoall",
         calculate_per_token_loss=True,
-        gradient_accumulation_fusion=False,
-        masked_softmax_fusion=False,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        apply_rope_fusion=False,
-        persist_layer_norm=False,
+        **fused,
         **_stages(model, on_gpu),
         **_recompute(model),
         **_sliding_window(model),

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from nemo_advrm.schema import Config
+from nemo_advrm.schema import Config, ModelConfig
 
 FP8_CAPABILITY, MXFP8_CAPABILITY = (8, 9), (10, 0)
 
@@ -36,14 +36,14 @@ def main(cfg: Config) -> int:
     table = Table(show_lines=False, expand=False)
     for title in ("", "what", "found", "what it means"):
         table.add_column(title, overflow="fold")
-    for finding in findings():
+    for finding in findings(cfg.model):
         table.add_row("+" if finding.present else "-", finding.what, escape(finding.found), escape(finding.meaning))
     Console(width=None if os.isatty(1) else 120).print(table)
     return 0
 
 
-def findings() -> list[Finding]:
-    """Everything found, the required parts first."""
+def findings(model: ModelConfig) -> list[Finding]:
+    """Everything found, the required parts first, and which fused kernels ``model`` takes here."""
     rows = [Finding("Python", platform.python_version(), "3.11 is the version that is tested")]
     rows += [_required(package) for package in REQUIRED]
     rows += [_transformer_engine(), _apex()]
@@ -55,7 +55,7 @@ def findings() -> list[Finding]:
     rows += _gpus(torch)
     rows.append(fp8_finding(capabilities, _version("transformer-engine") is not None))
     rows += _backends(torch.distributed)
-    rows.append(_kernels(bool(capabilities)))
+    rows += [_kernels(bool(capabilities)), _fusions(model, bool(capabilities)), _resiliency()]
     return [*rows, _cpu(_cpu_flags())]
 
 
@@ -135,23 +135,35 @@ def _backends(distributed) -> list[Finding]:  # type: ignore[no-untyped-def]
 
 
 def _kernels(on_gpu: bool) -> Finding:
-    """The fused kernels that training takes: the rest of Megatron-Core's are not used."""
-    engine = _loads("transformer_engine.pytorch")
+    """The layers' kernels and the optimizer's."""
+    from nemo_advrm.megatron.fusions import loads
+
+    engine = loads("transformer_engine.pytorch")
     if on_gpu and engine:
         adam, layers = "Adam (Transformer Engine)", "linear layers with norms and attention (Transformer Engine)"
     else:
-        adam = "Adam (Apex)" if on_gpu and _loads("apex.optimizers") else ""
+        adam = "Adam (Apex)" if on_gpu and loads("apex.optimizers") else ""
         layers = "attention (PyTorch)" + ("" if on_gpu else ", linear layers (oneDNN)")
     missing = "" if adam else "Adam is PyTorch's, which keeps a temporary copy of what it updates"
     return Finding("Fused kernels", ", ".join(filter(None, (layers, adam))), missing)
 
 
-def _loads(module: str) -> bool:
-    try:
-        importlib.import_module(module)
-    except Exception:  # as above
-        return False
-    return True
+def _fusions(model: ModelConfig, on_gpu: bool) -> Finding:
+    """Megatron-Core's fused operations for the configured model."""
+    from nemo_advrm.megatron.fusions import fusions
+
+    every = fusions(model, on_gpu)
+    active = ", ".join(fusion.title for fusion in every if fusion.active)
+    reasons = "; ".join(f"{fusion.title}: {fusion.reason}" for fusion in every if not fusion.active)
+    return Finding("Megatron's fusions", active or "none", f"not active: {reasons}", bool(active))
+
+
+def _resiliency() -> Finding:
+    version = _version("nvidia-resiliency-ext")
+    if version is None:
+        meaning = "hangs are found all the same; no restart by ft_launcher, no comparison of the GPUs' kernels"
+        return Finding("nvidia-resiliency-ext", "absent", meaning, False)
+    return Finding("nvidia-resiliency-ext", version, "heartbeats go to ft_launcher; slow GPUs are logged")
 
 
 def _cpu_flags() -> set[str]:

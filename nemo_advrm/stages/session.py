@@ -56,6 +56,7 @@ _LAYOUT_KEYS = (
     "model.sequence_parallel",
     "model.overlap_grad_reduce",
     "model.overlap_param_gather",
+    "model.fused_kernels",
     "model.recompute",
     "model.recompute_num_layers",
     "model.offload_reference",
