@@ -89,7 +89,7 @@ class ModelConfig:
     qkv_bias: bool = False  # biases in the query/key/value projection only (Qwen2)
     qk_layernorm: bool = False  # normalise queries and keys (Qwen3)
     share_embeddings_and_output_weights: bool = True
-    head_bias: bool = False  # the reward head has a bias (NeMo-Aligner's reward models have one)
+    head_bias: bool = False  # the reward or value head has a bias (NeMo-Aligner's reward models have one)
     init_method_std: float = 0.02
     hidden_dropout: float = 0.0
     attention_dropout: float = 0.0

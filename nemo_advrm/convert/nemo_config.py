@@ -57,39 +57,39 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "fsdp": (None, False),
     "mcore_customization_config": (None, {}),
 }
-_NEUTRAL_IN_REWARD_MODELS: dict[str, tuple[Any, ...]] = {
-    "output_sequence": (None, False),
-    "use_avg_pool": (None, False),
+_NEUTRAL_IN: dict[Head, dict[str, tuple[Any, ...]]] = {
+    "lm": {},
+    "reward": {"output_sequence": (None, False), "use_avg_pool": (None, False)},
+    "value": {"output_sequence": (True,)},
 }
 
 
-def is_reward_model(config: Mapping[str, Any]) -> bool:
+def head_of(config: Mapping[str, Any]) -> Head:
     """By the class that wrote the file, else by a key that only reward models have."""
     target = str(config.get("target", "")).rpartition(".")[2]
-    return "RewardModel" in target or (not target and "reward_model_type" in config)
+    if target == CRITIC_CLASS:
+        return "value"
+    return "reward" if "RewardModel" in target or (not target and "reward_model_type" in config) else "lm"
 
 
 def read_model(config: Mapping[str, Any], source: str) -> tuple[ModelConfig, Head]:
     """Architecture and head; CheckpointError names the first setting that this engine cannot compute."""
-    target = str(config.get("target", "")).rpartition(".")[2]
-    if target == CRITIC_CLASS:
-        raise CheckpointError(f"{source}: target={target}: critics are not supported, only reward models and actors")
-    reward = is_reward_model(config)
-    for key, allowed in {**_NEUTRAL, **(_NEUTRAL_IN_REWARD_MODELS if reward else {})}.items():
+    head = head_of(config)
+    for key, allowed in {**_NEUTRAL, **_NEUTRAL_IN[head]}.items():
         if config.get(key) not in allowed:
             raise CheckpointError(f"{source}: {key}={config.get(key)} is not supported")
     try:
-        model = _read(config, reward)
+        model = _read(config, head != "lm")
     except KeyError as error:
         raise CheckpointError(f"{source}: model_config.yaml lacks {error.args[0]}") from None
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{source}: {error}") from None
-    return model, "reward" if reward else "lm"
+    return model, head
 
 
-def _read(config: Mapping[str, Any], reward: bool) -> ModelConfig:
+def _read(config: Mapping[str, Any], scores: bool) -> ModelConfig:
     hidden = _count(config, "hidden_size")
-    tied = not reward and bool(config.get("share_embeddings_and_output_weights", True))
+    tied = not scores and bool(config.get("share_embeddings_and_output_weights", True))
     activation = str(config.get("activation", "gelu"))
     if activation not in _ACTIVATIONS:
         raise ValueError(f"activation={activation} is not supported")
@@ -103,8 +103,8 @@ def _read(config: Mapping[str, Any], reward: bool) -> ModelConfig:
     if positions not in ("rope", "learned_absolute"):
         raise ValueError(f"position_embedding_type={positions} is not supported")
     settings: dict[str, Any] = {}
-    # NeMo-Aligner builds its reward models without these two, also where the configuration names them
-    if not reward and config.get("scale_positional_embedding"):
+    # NeMo-Aligner builds reward models and critics without these two, also where the configuration names them
+    if not scores and config.get("scale_positional_embedding"):
         settings |= {
             "rope_scaling": "llama3",
             "rope_scaling_factor": float(config.get("scale_factor") or 8),
@@ -112,7 +112,7 @@ def _read(config: Mapping[str, Any], reward: bool) -> ModelConfig:
             "rope_scaling_high_freq_factor": float(config.get("high_freq_factor") or 4),
             "rope_scaling_original_context": int(config.get("old_context_len") or 8192),
         }
-    if not reward and config.get("apply_embedding_scaling"):
+    if not scores and config.get("apply_embedding_scaling"):
         settings["embedding_scale"] = math.sqrt(hidden)
     return ModelConfig(
         num_layers=_count(config, "num_layers"),
@@ -130,7 +130,7 @@ def _read(config: Mapping[str, Any], reward: bool) -> ModelConfig:
         bias=bool(config.get("bias", True)),
         qkv_bias=bool(config.get("qkv_bias", False)),
         share_embeddings_and_output_weights=tied,
-        head_bias=reward,
+        head_bias=scores,
         init_method_std=float(config.get("init_method_std", 0.02)),
         hidden_dropout=float(config.get("hidden_dropout", 0.1)),
         attention_dropout=float(config.get("attention_dropout", 0.1)),

@@ -1,4 +1,4 @@
-"""``.nemo`` files of NeMo-Aligner as source and sink: reward models and actors of megatron-core GPTs."""
+"""``.nemo`` files of NeMo-Aligner as source and sink: reward models, critics (read) and actors of megatron-core."""
 
 from __future__ import annotations
 
@@ -29,19 +29,20 @@ from nemo_advrm.convert.tensors import Description, TensorSpec
 from nemo_advrm.convert.transforms import pad_vocabulary, unpad_vocabulary
 from nemo_advrm.data.tokenizers import build_tokenizer
 from nemo_advrm.errors import CheckpointError, DataError
+from nemo_advrm.megatron.gpt import Head
 from nemo_advrm.megatron.model import padded_vocab_size
 
 CONFIG, WEIGHTS = "model_config.yaml", "model_weights"
 # canonical name -> NeMo-Aligner's
 _RENAMED = {"head.weight": "rm_head.weight", "head.bias": "rm_head.bias"}
-# a reward model of NeMo-Aligner carries the output layer of a language model, which it never calls
+# a reward model or critic of NeMo-Aligner carries the output layer of a language model, which it never calls
 _UNUSED = "output_layer.weight"
 _ARCHIVE = "archive"
 _MAX_CONFIG_BYTES = 16 << 20
 
 
 class NemoSource:
-    """A reward model or actor that NeMo-Aligner wrote; weights are read inside the archive, tensor by tensor.
+    """A reward model, critic or actor that NeMo-Aligner wrote; weights are read inside the archive, tensor by tensor.
 
     No pickled code runs: the table of contents is read without its classes, tensors with ``weights_only``, and
     ``common.pt`` not at all. A standardisation of the reward, and the merging of several attributes into one reward,
@@ -61,8 +62,8 @@ class NemoSource:
             self._archive = opened.enter_context(NemoArchive(path))
             config = read_config(self._archive)
             model, head = read_model(config, str(path))
-            self._head = _head_transform(config, str(path)) if head == "reward" else None
-            self._attributes = _attributes(config) if head == "reward" else None
+            self._head = _head_transform(config, head, str(path)) if head != "lm" else None
+            self._attributes = _attributes(config) if head != "lm" else None
             self._reader = archived_weights(self._archive)
             self._tokenizer = opened.enter_context(tempfile.TemporaryDirectory(prefix=TEMPORARY))
             directory = Path(self._tokenizer)
@@ -86,7 +87,7 @@ class NemoSource:
 
     def _check(self, model: Any, head: Any, vocabulary: int) -> dict[str, TensorSpec]:
         stored = dict(self._reader.specs)
-        if head == "reward":
+        if head != "lm":
             stored.pop(_UNUSED, None)
         rows = (
             stored["embedding.word_embeddings.weight"].shape[0] if "embedding.word_embeddings.weight" in stored else 0
@@ -162,7 +163,7 @@ def _attributes(config: Mapping[str, Any]) -> int | None:
     return None if value is None else int(value)
 
 
-def _head_transform(config: Mapping[str, Any], source: str) -> _HeadTransform | None:
+def _head_transform(config: Mapping[str, Any], head: Head, source: str) -> _HeadTransform | None:
     regression = config.get("regression") or {}
     standard = config.get("reward_standardization") or {}
     try:
@@ -171,7 +172,7 @@ def _head_transform(config: Mapping[str, Any], source: str) -> _HeadTransform | 
         if outputs < 1:
             raise ValueError("num_attributes must be at least 1")
         merge = None
-        if regression.get("merge_attributes"):
+        if regression.get("merge_attributes") or head == "value":  # a critic always merges them
             merge = [float(w) for w in regression.get("attribute_weights") or [1 / outputs] * outputs]
             if len(merge) != outputs:
                 raise ValueError("as many attribute_weights as num_attributes")

@@ -43,7 +43,11 @@ _KEYS = (
     "head_bias",
 )
 
-_OF_HEAD = {"share_embeddings_and_output_weights": "lm", "logit_softcap": "lm", "head_bias": "reward"}
+_OF_HEAD = {
+    "share_embeddings_and_output_weights": ("lm",),
+    "logit_softcap": ("lm",),
+    "head_bias": ("reward", "value"),
+}
 
 
 def meaning(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -78,11 +82,11 @@ def first_difference(
     """(key, their value, my value) of the first key of ModelConfig in which two architectures differ.
 
     Keys of a head count where both models have it: those of the output layer between language models, the
-    bias between reward models.
+    bias of the head between reward models, and between critics.
     """
     a, b = meaning(theirs), meaning(mine)
     for key in _KEYS:
-        counts = key not in _OF_HEAD or _OF_HEAD[key] == their_head == my_head
+        counts = key not in _OF_HEAD or (their_head == my_head and my_head in _OF_HEAD[key])
         if counts and not _equal(a.get(key), b.get(key)):
             return key, a.get(key), b.get(key)
     return None

@@ -104,8 +104,7 @@ class HeadedGPT(GPTModel):
             self.own_hidden_V = self.hidden_V[rank * part : (rank + 1) * part]
         else:
             del self.output_layer
-            bias = model.head_bias and head == "reward"
-            self.head = ScalarHead(config.hidden_size, head_outputs, head_init_std, bias)
+            self.head = ScalarHead(config.hidden_size, head_outputs, head_init_std, model.head_bias)
 
     def _scale_rotation(self, model: ModelConfig) -> None:
         """Llama 3.1's frequencies; the constructor would take the first of the four numbers only."""

@@ -58,6 +58,13 @@ def scores(path: str, sequences: list[list[int]]) -> torch.Tensor:
     return score_sequences(build(path), sequences, pad_id=0)
 
 
+def values(path: str, sequences: list[list[int]]) -> list[list[float]]:
+    """The value at every token of each sequence, by a critic; on the last pipeline stage."""
+    model = build(path)
+    microbatches = [Microbatch(torch.tensor([row]), torch.tensor([len(row)])) for row in sequences]
+    return [found[0].tolist() for found in forward(model, microbatches, lambda output, _: output)]
+
+
 def greedy(path: str, prompts: list[list[int]], new: int) -> list[list[int]]:
     uniforms = torch.zeros(len(prompts), new)
     return generate(build(path), prompts, Sampling(new, (), temperature=0), uniforms).responses

@@ -37,6 +37,7 @@ from nemo_advrm.schema import Config, ModelConfig
 
 KNOWN = json.loads(REAL.with_suffix(".json").read_text())
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
+CRITIC = "nemo_aligner.models.nlp.gpt.megatron_gpt_critic.MegatronGPTCriticModel"
 LAYOUTS = {"tp2": Layout(tensor=2), "pp2": Layout(pipeline=2)}
 
 
@@ -238,7 +239,7 @@ def test_fused_kernels_make_another_gelu() -> None:
     assert write_config(ModelConfig(activation="swiglu"), "reward", 1, {})["bias_activation_fusion"] is False
 
 
-def rewritten(target: Path, **changes: Any) -> Path:
+def rewritten(target: Path, /, **changes: Any) -> Path:
     text = yaml.safe_dump(config(**changes)).encode()
     return repacked(target, lambda name, data: text if name == "model_config.yaml" else data)
 
@@ -250,11 +251,27 @@ def test_a_standardised_reward_becomes_part_of_the_head(single: Runtime, importe
     torch.testing.assert_close(convert_jobs.scores(str(tmp_path / "out"), ids(imported)), wanted, **TOLERANCE)
 
 
+def test_a_critic_gives_every_token_the_reward_of_the_text_up_to_it(
+    single: Runtime, imported: Path, tmp_path: Path
+) -> None:
+    standard = {"enable": True, "mean": 0.5, "std": 2.0}
+    path = rewritten(tmp_path / "c.nemo", target=CRITIC, output_sequence=True, reward_standardization=standard)
+    run("nemo", path, "megatron", tmp_path / "critic")
+    rows = ids(imported)
+    for row, found in zip(rows, convert_jobs.values(str(tmp_path / "critic"), rows), strict=True):
+        rewards = convert_jobs.scores(str(imported), [row[:end] for end in range(1, len(row) + 1)])
+        torch.testing.assert_close(torch.tensor(found), (rewards - 0.5) / 2, **TOLERANCE)
+    with pytest.raises(CheckpointError, match="output_sequence=False"):
+        NemoSource(rewritten(tmp_path / "d.nemo", target=CRITIC, output_sequence=False))
+    with pytest.raises(CheckpointError, match="a critic cannot be written"):
+        run("megatron", tmp_path / "critic", "nemo", tmp_path / "again.nemo")
+
+
 def test_merged_attributes_become_one_reward() -> None:
     from nemo_advrm.convert.nemo_file import _head_transform
 
     settings = {"num_attributes": 3, "merge_attributes": True, "attribute_weights": [1.0, 0.0, -2.0]}
-    head = _head_transform({"regression": settings}, "file")
+    head = _head_transform({"regression": settings}, "reward", "file")
     assert head is not None
     weight, bias = torch.randn(3, 8), torch.randn(3)
     x = torch.randn(5, 8)
@@ -262,7 +279,7 @@ def test_merged_attributes_become_one_reward() -> None:
     found = x @ head.apply("head.weight", weight).T + head.apply("head.bias", bias)
     torch.testing.assert_close(found[:, 0], wanted)
     with pytest.raises(CheckpointError, match="attribute_weights"):
-        _head_transform({"regression": {**settings, "attribute_weights": [1.0]}}, "file")
+        _head_transform({"regression": {**settings, "attribute_weights": [1.0]}}, "reward", "file")
 
 
 def test_a_configuration_that_does_not_fit_the_tensors_names_them(tmp_path: Path) -> None:

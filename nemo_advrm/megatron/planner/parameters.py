@@ -101,7 +101,7 @@ def stage_parameters(model: ModelConfig, head: Head, vocab_size: int, stage: int
     if stage == len(layers) - 1:
         other += model.hidden_size * (1 if model.normalization.lower().startswith("rms") else 2)
         if head != "lm":
-            bias = head_outputs if model.head_bias and head == "reward" else 0
+            bias = head_outputs if model.head_bias else 0
             scalar = head_outputs * model.hidden_size + bias
         elif not tied:
             output = tokens
