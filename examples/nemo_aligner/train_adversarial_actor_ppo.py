@@ -1,7 +1,6 @@
 """Attacks an ensemble of reward models by NeMo-Aligner's PPO.
 
-This is its train_gpt_ppo_actor.py with our actor and client. Values come from its serve_ppo_critic.py, started with
-trainer.ppo.combine_rm_and_critic_server=False.
+This is its train_gpt_ppo_actor.py with our actor and client. Values come from its serve_ppo_critic.py, as it is.
 """
 
 import torch.multiprocessing as mp
@@ -10,7 +9,7 @@ from nemo.core.config import hydra_runner
 from nemo_aligner.algorithms.ppo import PPOTrainer
 from omegaconf import DictConfig
 
-from nemo_advrm.aligner.client import CriticClient
+from nemo_advrm.aligner import CriticClient
 
 mp.set_start_method("spawn", force=True)
 
@@ -22,8 +21,10 @@ def main(cfg: DictConfig) -> None:
     trainer = PPOTrainer(rm_critic=rm_critic, **setup.arguments)
     if setup.state is not None:
         trainer.load_state_dict(setup.state)
-    trainer.fit()
-    rm_critic.communicator.close()
+    try:
+        trainer.fit()
+    finally:  # its threads would keep a process that failed from ending
+        rm_critic.communicator.close()
 
 
 if __name__ == "__main__":

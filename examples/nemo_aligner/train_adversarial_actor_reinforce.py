@@ -19,8 +19,10 @@ def main(cfg: DictConfig) -> None:
     trainer = ReinforceTrainer(rm=rm, **setup.arguments)
     if setup.state is not None:
         trainer.load_state_dict(setup.state)
-    trainer.fit()
-    rm.communicator.close()
+    try:
+        trainer.fit()
+    finally:  # its threads would keep a process that failed from ending
+        rm.communicator.close()
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from typing import Any
 _HOMES = {
     "MegatronGPTAdversarialActorModel": "actor",
     "EnsembleRewardClient": "client",
+    "CriticClient": "critic",
     "AdversarialAugmentation": "augmentation",
     "MegatronGPTFP8RewardModel": "fp8",
 }

@@ -5,18 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
-from nemo_aligner.models.nlp.gpt.reward_critic_clients import RemoteGPTRMCriticClient, get_future_result
-from nemo_aligner.utils import parallel_state
 from nemo_aligner.utils.distributed import run_if_model_parallel_src
 from nemo_aligner.utils.server_utils import FutureResult
-from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
+from nemo_advrm.aligner.agreement import in_replica
+from nemo_advrm.aligner.critic import CriticClient
 from nemo_advrm.aligner.rollouts import RolloutReader
-from nemo_advrm.errors import RewardSourceError, UserError
+from nemo_advrm.errors import RewardSourceError
 from nemo_advrm.objectives.adversarial import apply_length_penalty
 from nemo_advrm.rewards.base import Rollouts
 from nemo_advrm.rewards.ensemble import Judgement, PolicyReward
@@ -137,7 +136,7 @@ class RewardFuture(FutureResult):
 
     def result(self) -> Tensor:
         work, wait = self._work, self._client.wait_seconds
-        judgement = _shared_in_replica(None if work is None else lambda: work.result(timeout=wait))
+        judgement = in_replica(None if work is None else lambda: work.result(timeout=wait), "the ensemble's reward")
         self._client.judged.append(Judged(self._rollouts, judgement))
         return judgement.rewards_N[:, None].to(torch.cuda.current_device())
 
@@ -151,58 +150,6 @@ class RewardValueFuture(FutureResult):
 
     def result(self) -> tuple[Tensor, Tensor]:
         return self._rewards.result().flatten(), self._values()
-
-
-def _shared_in_replica(work: Callable[[], Judgement] | None) -> Judgement:
-    """What ``work`` of the replica's first rank gives, on all its ranks; what it raises is raised on all of them."""
-    outcome: list[Any] = [None, None]
-    if work is not None:
-        try:
-            outcome[0] = work()
-        except UserError as error:
-            outcome[1] = str(error)
-        except TimeoutError:
-            outcome[1] = "the ensemble gave no rewards in time (wait_seconds of the reward client)"
-        except Exception as error:  # whatever it is, the other ranks must hear of it
-            outcome[1] = f"the ensemble's reward failed: {type(error).__name__}: {error}"
-    group = parallel_state.get_model_parallel_group()
-    if torch.distributed.get_world_size(group) > 1:
-        torch.distributed.broadcast_object_list(outcome, parallel_state.get_model_parallel_src_rank(), group)
-    if outcome[1] is not None:
-        raise RewardSourceError(outcome[1])
-    return outcome[0]
-
-
-class CriticClient(RemoteGPTRMCriticClient):
-    """NeMo-Aligner's client of its critic server, asked for values alone.
-
-    Args:
-        cfg: ``remote_critic_rm`` as in NeMo-Aligner's configuration; its ``reward_model`` is not used, and the
-            critic is served with ``trainer.ppo.combine_rm_and_critic_server=False``.
-    """
-
-    cfg: DictConfig
-
-    def __post_init__(self) -> None:
-        # taken as combined only so that no connection to a reward model server is made
-        self.cfg = cast(DictConfig, OmegaConf.merge(self.cfg, {"combine_rm_and_critic_server": True}))
-        super().__post_init__()
-
-    def infer_values(self, rollout_batch: Any) -> Callable[[], Tensor]:
-        """Asks for the values of a batch; what is returned waits for them, [B, S - 1], on all ranks."""
-        tokens = rollout_batch["response_tokens"].cpu()
-        length = tokens.size(-1)
-        if self.pad_to_length is not None:
-            if length > self.pad_to_length:
-                raise RewardSourceError(f"remote_critic_rm.pad_to_length={self.pad_to_length}: a batch has {length}")
-            tokens = torch.nn.functional.pad(tokens, (0, self.pad_to_length - length), value=0)
-        lengths = rollout_batch["response_lengths"].unsqueeze(1).cpu()
-        future = run_if_model_parallel_src(
-            self.communicator.send_data_to_server,
-            server_name=self.cfg.critic.name.infer,
-            data={"tokens": tokens.numpy(), "sequence_lengths": lengths.numpy()},
-        )
-        return lambda: get_future_result(future, "values")[:, : length - 1].contiguous()
 
 
 class _Communicator:

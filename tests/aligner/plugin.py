@@ -10,7 +10,9 @@ import signal
 import socket
 import subprocess
 import sys
+import sysconfig
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +28,7 @@ LIMIT_SECONDS = 400.0
 TEXT = "the cat sat on a mat and dog ran to red big house with small blue tree good bad answer yes no why"
 WORDS = TEXT.split()
 VOCABULARY = 40
+ROW = [5, 6, 7, 8, 9, 20]
 PROMPTS = ["the cat", "why the red house", "a good answer", "no dog ran to", "big tree", "small mat with"]
 MODEL: dict[str, Any] = {
     "num_layers": 2,
@@ -98,13 +101,14 @@ def write_files(aligner: Callable[..., list[Any]], home: Path, reward_models: in
     }
     model = {**MODEL, "tokenizer": {**section, "vocab_file": None, "merge_file": None}}
     write_pairs(home / "pairs.jsonl", [(f"good {text(4)}", f"bad {text(4)}") for _ in range(12)])
-    (home / "prompts.jsonl").write_text("".join(json.dumps({"text": prompt}) + "\n" for prompt in PROMPTS))
+    # each of them twice: one epoch is long enough for every trainer
+    (home / "prompts.jsonl").write_text("".join(json.dumps({"text": prompt}) + "\n" for prompt in PROMPTS * 2))
     actor, members = home / "actor.nemo", [home / f"rm_{k + 1}.nemo" for k in range(reward_models)]
     jobs: list[tuple[str, dict[str, Any]]] = [("create", {"model": model, "out": str(actor)})]
     for seed, path in enumerate(members, start=1):
         training = {"data": str(home / "pairs.jsonl"), "steps": 3, "texts": [], "seed": seed}
         jobs.append(("train_rm", {"base": str(actor), "out": str(path), **training}))
-    jobs.append(("log_probs", {"path": str(actor), "rows": [[5, 6, 7, 8, 9, 20]]}))
+    jobs.append(("log_probs", {"path": str(actor), "rows": [ROW]}))
     answers = aligner(*jobs)
     checkpoints = []
     for path in members:
@@ -132,14 +136,12 @@ def python() -> str:
     return str(Path(os.environ["ALIGNER_PYTHON"]).absolute())
 
 
-def run_script(script: Path, directory: Path, *overrides: str, processes: int = 1) -> list[dict[str, Any]]:
-    """Run a script to its end; the rollout batches that its trainer was given."""
+def run_script(
+    script: Path, directory: Path, *overrides: str, processes: int = 1, fails: bool = False
+) -> list[dict[str, Any]]:
+    """Run a script to its end, or to its failure; the rollout batches that its trainer was given."""
     directory.mkdir(parents=True, exist_ok=True)
-    launcher = (
-        [] if processes == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    )
-    place = (f"trainer.devices={processes}", f"exp_manager.explicit_log_dir={directory / 'run'}")
-    command = [python(), *launcher, str(HERE / "run_script.py"), str(script), *ON_CPU, *place, *overrides]
+    command = command_of(script, directory, *overrides, processes=processes)
     batches = directory / "batches.jsonl"
     with (directory / "log").open("w") as log:
         done = subprocess.run(
@@ -151,8 +153,60 @@ def run_script(script: Path, directory: Path, *overrides: str, processes: int = 
             timeout=LIMIT_SECONDS,
             check=False,
         )
-    assert done.returncode == 0, (directory / "log").read_text()[-6000:]
+    assert (done.returncode != 0) == fails, (directory / "log").read_text()[-6000:]
     return [json.loads(line) for line in batches.read_text().splitlines()] if batches.exists() else []
+
+
+def command_of(script: Path, directory: Path, *overrides: str, processes: int = 1) -> list[str]:
+    launcher = (
+        [] if processes == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    )
+    place = (f"trainer.devices={processes}", f"exp_manager.explicit_log_dir={directory / 'run'}")
+    return [python(), *launcher, str(HERE / "run_script.py"), str(script), *ON_CPU, *place, *overrides]
+
+
+@dataclass
+class Critic:
+    """A critic server of NeMo-Aligner; its checkpoints are in ``directory/run``."""
+
+    directory: Path
+    port: int
+    process: subprocess.Popen[bytes]
+
+    def values(self, tokens: list[list[int]]) -> list[list[float]]:
+        """What the server answers now for rows of equal length."""
+        width = len(tokens[0])
+        inputs = [
+            {"name": "tokens", "shape": [len(tokens), width], "datatype": "INT64", "data": tokens},
+            {"name": "sequence_lengths", "shape": [len(tokens), 1], "datatype": "INT64", "data": [width] * len(tokens)},
+        ]
+        url = f"http://127.0.0.1:{self.port}/v2/models/critic_infer/infer"
+        request = urllib.request.Request(url, json.dumps({"inputs": inputs}).encode())
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            outputs = json.loads(answer.read())["outputs"]
+        (flat,) = (output["data"] for output in outputs if output["name"] == "values")
+        return [flat[i : i + width] for i in range(0, len(flat), width)]
+
+
+@contextlib.contextmanager
+def critic(directory: Path, nemo: Path, *overrides: str, processes: int = 1) -> Iterator[Critic]:
+    """NeMo-Aligner's critic server over real PyTriton, on the weights of a reward model."""
+    directory.mkdir(parents=True)
+    port = free_port()
+    start = (f"pretrained_checkpoint.restore_from_path={nemo}", f"trainer.ppo.port={port}")
+    command = command_of(HERE / "serve_critic.py", directory, *start, *overrides, processes=processes)
+    models = [f"http://127.0.0.1:{port}/v2/models/critic_{name}/ready" for name in ("infer", "train", "save")]
+
+    def ready() -> bool:
+        try:
+            return all(urllib.request.urlopen(url, timeout=5).status == 200 for url in models)
+        except OSError:
+            return False
+
+    # PyTriton starts a Python of its own, which must find libpython where it is not a system's
+    library = sysconfig.get_config_var("LIBDIR")
+    with background(command, directory / "log", ready, LD_LIBRARY_PATH=library) as process:
+        yield Critic(directory, port, process)
 
 
 @contextlib.contextmanager
@@ -166,7 +220,9 @@ def serving(directory: Path, *settings: str) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def background(command: list[str], log: Path, ready: Callable[[], bool], **more: str) -> Iterator[None]:
+def background(
+    command: list[str], log: Path, ready: Callable[[], bool], **more: str
+) -> Iterator[subprocess.Popen[bytes]]:
     """A process that serves until the block ends."""
     with log.open("w") as file:
         process = subprocess.Popen(
@@ -178,7 +234,7 @@ def background(command: list[str], log: Path, ready: Callable[[], bool], **more:
             failed = process.poll() is not None or time.monotonic() > deadline
             assert not failed, f"{command[:3]} did not start:\n{log.read_text()[-4000:]}"
             time.sleep(0.2)
-        yield
+        yield process
     finally:
         # a server of NeMo-Aligner has Triton as its child: the whole session that was started here is ended
         for number in (signal.SIGTERM, signal.SIGKILL):

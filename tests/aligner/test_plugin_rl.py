@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,11 +17,13 @@ import pytest
 import torch
 
 from nemo_advrm.config import load_config
+from nemo_advrm.convert.conversion import convert
 from nemo_advrm.data.pair_store import PairStore
 from nemo_advrm.megatron.runtime import Runtime
 from nemo_advrm.objectives.adversarial import apply_length_penalty, paper_reward
 from nemo_advrm.objectives.reference import z_scores
 from nemo_advrm.rewards.reference import Reference
+from nemo_advrm.schema import ConvertConfig
 
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
 STEPS = 3
@@ -100,15 +106,24 @@ def saved(out: Path) -> Path:
     return path
 
 
-def check_trained(aligner: Callable[..., list[Any]], files: plugin.Files, out: Path) -> None:
-    """The file that was saved opens in NeMo-Aligner's own class, and its weights are others."""
-    (after,) = aligner(("log_probs", {"path": str(saved(out)), "rows": [[5, 6, 7, 8, 9, 20]]}))
-    before, now = torch.tensor(files.log_probs), torch.tensor(after)
-    assert torch.isfinite(now).all() and (now - before).abs().max() > 1e-4
+def check_trained(files: plugin.Files, out: Path) -> list[float]:
+    """The weights that were saved are others than before; the log-probabilities they give ``plugin.ROW``."""
+    path = converted(saved(out))
+    logits_SV = convert_jobs.logits(str(path), torch.tensor([plugin.ROW]))[0]
+    now = logits_SV.log_softmax(-1)[:-1].gather(1, torch.tensor(plugin.ROW)[1:, None])[:, 0]
+    assert torch.isfinite(now).all() and (now - torch.tensor(files.log_probs[0])).abs().max() > 1e-4
+    return now.tolist()
+
+
+def converted(nemo: Path) -> Path:
+    """A .nemo, read by this package."""
+    out = nemo.with_suffix("")
+    convert(ConvertConfig(from_="nemo", path=str(nemo), to="megatron", out=str(out)), report=lambda line: None)
+    return out
 
 
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize(("tensor", "pipeline", "penalty"), [(1, 1, UNENDED), (2, 1, None)])
+@pytest.mark.parametrize(("tensor", "pipeline", "penalty"), [(1, 1, UNENDED), (2, 1, None), (1, 2, None)])
 def test_reinforce_attacks_the_ensemble(
     aligner: Callable[..., list[Any]],
     single: Runtime,
@@ -124,8 +139,78 @@ def test_reinforce_attacks_the_ensemble(
     overrides.append(f"unended_penalty={'null' if penalty is None else penalty}")
     batches = plugin.run_script(script, tmp_path, *overrides, processes=tensor * pipeline)
     check_attack(files, tmp_path / "run", batches, penalty)
-    check_trained(aligner, files, tmp_path / "run")
-    select_pairs_of(tmp_path / "run")
+    here = check_trained(files, tmp_path / "run")
+    if (tensor, pipeline) == (1, 1):  # it opens in NeMo-Aligner's own class, and computes the same there
+        (there,) = aligner(("log_probs", {"path": str(saved(tmp_path / "run")), "rows": [plugin.ROW]}))
+        torch.testing.assert_close(torch.tensor(here), torch.tensor(there[0]), **TOLERANCE)
+        select_pairs_of(tmp_path / "run")
+
+
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize(("actor", "critic"), [((1, 1), (1, 1)), ((2, 1), (1, 2))], ids=["one", "tp2_and_pp2"])
+def test_ppo_attacks_the_ensemble(
+    single: Runtime,
+    files: plugin.Files,
+    members: list[str],
+    tmp_path: Path,
+    actor: tuple[int, int],
+    critic: tuple[int, int],
+) -> None:
+    layout = zip(("tensor", "pipeline"), critic, strict=True)
+    sizes = [f"++model.{name}_model_parallel_size={size}" for name, size in layout]
+    with plugin.critic(
+        tmp_path / "critic",
+        files.reward_models[0],
+        *sizes,
+        f"exp_manager.checkpoint_callback_params.model_parallel_size={critic[0] * critic[1]}",
+        processes=critic[0] * critic[1],
+    ) as server:
+        batches = plugin.run_script(
+            plugin.EXAMPLES / "train_adversarial_actor_ppo.py",
+            tmp_path,
+            *settings(files, members, "ppo", *actor),
+            f"remote_critic_rm.critic.port={server.port}",
+            processes=actor[0] * actor[1],
+        )
+        trained = server.values(batches[0]["response_tokens"])
+    check_attack(files, tmp_path / "run", batches)
+    check_trained(files, tmp_path / "run")
+    check_critic(files, converted(saved(tmp_path / "critic" / "run")), batches[0], trained)
+
+
+def check_critic(files: plugin.Files, now: Path, batch: dict[str, Any], served: list[list[float]]) -> None:
+    """The values of the first step are those of the reward model from which the critic started; the critic that was
+    saved gives the values that its server gave after the training, and they are others."""
+    sequences = plugin.trained_sequences([batch])
+    saved_values = convert_jobs.values(str(now), batch["response_tokens"])
+    for row, found, there, here in zip(sequences, batch["values"], served, saved_values, strict=True):
+        before = convert_jobs.scores(str(files.checkpoints[0]), [row[:end] for end in range(1, len(row))])
+        torch.testing.assert_close(torch.tensor(found[: len(row) - 1]), before, **TOLERANCE)
+        torch.testing.assert_close(torch.tensor(there), torch.tensor(here), **TOLERANCE)
+        assert (torch.tensor(there[: len(row) - 1]) - before).abs().max() > 1e-2
+
+
+@pytest.mark.timeout(1200)
+def test_a_critic_that_dies_ends_the_training_with_its_name(
+    files: plugin.Files, members: list[str], tmp_path: Path
+) -> None:
+    with plugin.critic(tmp_path / "critic", files.reward_models[0]) as server:
+        batches = tmp_path / "batches.jsonl"
+
+        def kill() -> None:
+            while not batches.exists():
+                time.sleep(0.1)
+            os.killpg(server.process.pid, signal.SIGKILL)
+
+        threading.Thread(target=kill, daemon=True).start()
+        plugin.run_script(
+            plugin.EXAMPLES / "train_adversarial_actor_ppo.py",
+            tmp_path,
+            *settings(files, members, "ppo"),
+            f"remote_critic_rm.critic.port={server.port}",
+            fails=True,
+        )
+    assert f"RewardSourceError: the critic at localhost:{server.port} failed" in (tmp_path / "log").read_text()
 
 
 def select_pairs_of(out: Path) -> None:
