@@ -72,6 +72,6 @@ class _Linear(torch.autograd.Function):
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x W' + bias; both may be transposed views."""
-    if x.dtype != torch.float32 or x.numel() < _FEWEST_ROWS * x.size(-1):
+    if x.dtype != torch.float32 or x.numel() < _FEWEST_ROWS * max(1, x.size(-1)):
         return nn.functional.linear(x, weight, bias)
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")

@@ -9,12 +9,14 @@ from typing import Any
 
 import torch
 from megatron.core.transformer.enums import AttnMaskType
+from tiny import TOKENIZER, sequences, tiny_config
 from torch import Tensor
 
 from nemo_advrm.config import load_config
 from nemo_advrm.megatron import context, runtime
 from nemo_advrm.megatron.attention import FusedCoreAttention
 from nemo_advrm.megatron.transformer import transformer_config
+from nemo_advrm.models.language_model import EncodedResponse, SupervisedModel
 from nemo_advrm.schema import ModelConfig, PrecisionConfig
 from nemo_advrm.stages import train_rm
 
@@ -91,6 +93,15 @@ def switched_off() -> tuple[EngineAttention, Any, list[Any]]:
     with context.without_context_parallel([module]):
         inside = [module.cp_group, module.cp_comm_type, config.context_parallel_size]
     return module, config, inside
+
+
+def train_on_ends() -> list[dict[str, float]]:
+    """Steps of fine-tuning on responses of three tokens at the ends of long rows: one rank holds them all."""
+    cfg = tiny_config("llama", runtime.current().layout)
+    rows = [EncodedResponse((8 * row)[:16], 13) for row in sequences(8)]
+    module = SupervisedModel(cfg, TOKENIZER, rows)
+    steps = module.steps(0)
+    return [module.train_on(next(steps), step) for step in range(2)]
 
 
 def train_rm_stage(overrides: list[str], run_dir: str) -> dict[str, Any]:

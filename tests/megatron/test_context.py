@@ -92,9 +92,13 @@ def test_a_chunk_may_be_one_token(single: Runtime, worlds: Worlds) -> None:
                 torch.testing.assert_close(there, here, rtol=1e-5, atol=1e-5)
 
 
-def _metrics_agree(found: list[dict[str, float]], expected: list[dict[str, float]]) -> None:
+def _metrics_agree(
+    found: list[dict[str, float]],
+    expected: list[dict[str, float]],
+    names: tuple[str, ...] = ("train/loss", "train/margin", "grad_norm"),
+) -> None:
     for there, here in zip(found, expected, strict=True):
-        for name in ("train/loss", "train/margin", "grad_norm"):
+        for name in names:
             assert there[name] == pytest.approx(here[name], rel=1e-4, abs=1e-4), name
 
 
@@ -121,6 +125,12 @@ def test_training_goes_from_one_process_to_shared_sequences_and_back(
     ):
         for metrics in worlds.run(layout, *job, 2 if model is selective else 4, model=model, path=path):
             _metrics_agree(metrics, unbroken[2:])
+
+
+def test_a_rank_may_hold_none_of_the_predicted_tokens(single: Runtime, worlds: Worlds) -> None:
+    expected = context_jobs.train_on_ends()
+    for found in worlds.run(Layout(context=2), "context_jobs", "train_on_ends"):
+        _metrics_agree(found, expected, ("train/loss", "train/entropy", "grad_norm"))
 
 
 @pytest.mark.parametrize(
