@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from nemo_advrm.layout import layers_per_stage
-from nemo_advrm.megatron.planner.activations import ON_GPU, Microbatch, head_bytes, layer_terms, peak_bytes
+from nemo_advrm.megatron.planner.activations import Microbatch, head_bytes, layer_terms, on_gpu, peak_bytes
 from nemo_advrm.megatron.planner.jobs import Held, Job
 from nemo_advrm.megatron.planner.parameters import Parameters, Sizes, stage_parameters
 from nemo_advrm.schema import Config, ModelConfig
@@ -92,10 +92,10 @@ def _training(job: Job, held: Held, stage: int) -> tuple[float, float]:
     model, element = job.cfg.model, element_bytes(job.cfg)
     layers = layers_per_stage(model)
     last = stage == len(layers) - 1
-    head = head_bytes(model, held.head, job.training, job.vocab_size, element, ON_GPU) if last else 0.0
+    head = head_bytes(model, held.head, job.training, job.vocab_size, element, on_gpu(model)) if last else 0.0
     chunk = layers[stage] // model.virtual_pipeline_model_parallel_size
     waiting = in_flight(model, stage, job.microbatches)
-    return peak_bytes(model, chunk, waiting, head, job.training, element, ON_GPU), head
+    return peak_bytes(model, chunk, waiting, head, job.training, element, on_gpu(model)), head
 
 
 def cache_bytes(job: Job, stage: int) -> float:
@@ -111,7 +111,7 @@ def _generation(job: Job, stage: int) -> float:
     whole = replace(model, sequence_parallel=False, context_parallel_size=1)
     length = model.encoder_seq_length
     prompts = Microbatch(max(1, min(job.generated, model.micro_batch_tokens // length)), length)
-    working = layer_terms(whole, prompts, element, ON_GPU).total
+    working = layer_terms(whole, prompts, element, on_gpu(whole)).total
     last = stage == model.pipeline_model_parallel_size - 1
     logits = job.generated * job.vocab_size * (element + 2 * _GRADIENT) if last else 0.0
     return cache_bytes(job, stage) + working + logits
@@ -120,10 +120,10 @@ def _generation(job: Job, stage: int) -> float:
 def _scoring(job: Job, stage: int) -> float:
     """One layer at work, without anything kept, and the logits of the policies' log-probabilities."""
     model, element = job.cfg.model, element_bytes(job.cfg)
-    working = layer_terms(model, job.scoring, element, ON_GPU).total
+    working = layer_terms(model, job.scoring, element, on_gpu(model)).total
     last = stage == model.pipeline_model_parallel_size - 1
     rows = Microbatch(min(job.scoring.rows, job.training.rows), job.scoring.length)
-    return working + (head_bytes(model, "lm", rows, job.vocab_size, element, ON_GPU) if last else 0.0)
+    return working + (head_bytes(model, "lm", rows, job.vocab_size, element, on_gpu(model)) if last else 0.0)
 
 
 def rank_memory(job: Job, stage: int) -> RankMemory:
@@ -167,3 +167,23 @@ def host_bytes(job: Job, memory: RankMemory) -> float:
     model = job.cfg.model
     frozen = memory.frozen if model.offload_reference else 0.0
     return frozen + (memory.optimizer if model.offload_optimizer_while_generating and job.rollouts else 0.0)
+
+
+def checkpoint_copy_bytes(job: Job, stage: int) -> float:
+    """CPU memory that one rank of the first replica needs to save in the background: all that it writes.
+
+    The distributed optimizer's parts are put together on that replica, with the weights in fp32 once more.
+    """
+    cfg = job.cfg
+    if not cfg.trainer.async_checkpoint:
+        return 0.0
+    total = 0.0
+    for held in job.models:
+        if held.trained:
+            counts = stage_parameters(cfg.model, held.head, job.vocab_size, stage, job.head_outputs)
+            total += element_bytes(cfg) * (counts.total - counts.head) + 4 * counts.head
+            if cfg.model.use_distributed_optimizer:
+                total += (12 if cfg.model.optim.name == "adam" else 8) * counts.total
+            else:
+                total += optimizer_bytes(cfg, counts, 1)
+    return total

@@ -8,7 +8,7 @@ from itertools import groupby
 from nemo_advrm.megatron.planner.flops import StepTime, step_tokens
 from nemo_advrm.megatron.planner.gpus import GPUS, GPUS_PER_NODE
 from nemo_advrm.megatron.planner.jobs import Job
-from nemo_advrm.megatron.planner.memory import GIB, RankMemory, host_bytes
+from nemo_advrm.megatron.planner.memory import GIB, RankMemory, checkpoint_copy_bytes, host_bytes
 from nemo_advrm.megatron.planner.search import Candidate, budget
 from nemo_advrm.schema import ModelConfig
 
@@ -82,6 +82,9 @@ def memory_table(job: Job, stages: Sequence[RankMemory]) -> list[str]:
     host = max(host_bytes(job, stage) for stage in stages)
     if host:
         lines.append(f"offloaded to CPU memory: {host / GIB:.1f} GiB per rank")
+    copy = max(checkpoint_copy_bytes(job, stage.stage) for stage in stages)
+    if copy:
+        lines.append(f"copied to CPU memory while a checkpoint is written: {copy / GIB:.1f} GiB per rank of a replica")
     return lines
 
 
