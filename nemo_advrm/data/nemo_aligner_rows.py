@@ -105,6 +105,8 @@ def read_nemo_aligner(path: str | Path, labels: int = 0) -> list[tuple[Row, ...]
         found = read_labels(row, "label", source) if labels else None
         if labels and (found is None or len(found) != labels):
             raise BadRow(source, "bad_value", f"`label` must hold {labels} numbers, not {len(found or ())}")
+        if not labels and "label" in row:
+            raise BadRow(source, "bad_value", "`label` is of a regression file, whose lines are no pairs")
         rows.append(row)
     if labels:
         return [(row,) for row in rows]

@@ -97,6 +97,8 @@ def parse_text_rows(chosen_row: Any, rejected_row: Any, chosen_source: str, reje
     already carries the template of the model it was written for. Raises BadRow as `parse_row` does.
     """
     texts = [read_text(chosen_row, chosen_source), read_text(rejected_row, rejected_source)]
+    if "label" in chosen_row or "label" in rejected_row:
+        raise BadRow(chosen_source, "bad_value", "`label` is of a regression file, whose lines are no pairs")
     if all(starts_as_transcript(text) for text in texts):
         return _checked(_split(parse_transcript(texts[0]), parse_transcript(texts[1]), chosen_source), chosen_source)
     return _checked(((), texts[0], texts[1]), chosen_source)

@@ -28,6 +28,12 @@ def test_raw_and_chat_pairs_are_read_back(tmp_path: Path) -> None:
         assert [(p.prompt, p.chosen, p.rejected) for p in again] == [(prompt, p.chosen, p.rejected) for p in pairs]
 
 
+def test_the_lines_of_a_regression_file_are_not_taken_for_pairs(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": t, "label": [1.0]}) + "\n" for t in "ab"))
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: `label` is of a regression file"):
+        load_preferences(tmp_path / "rows.jsonl")
+
+
 def test_a_line_holds_prompt_and_answer(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     write_nemo_aligner(path, [PreferencePair(ASKED, "a", "b")], render=lambda messages: f"{len(messages)}|")  # type: ignore[arg-type]

@@ -140,6 +140,7 @@ REGRESSION = "reward_model_type=regression"
         (["pairs={store}", RANKING, "with={home}/none.jsonl"], "none.jsonl: no such file"),
         (["pairs={store}", RANKING, "with={odd}"], "odd number of lines (3)"),
         (["pairs={store}", RANKING, "with={broken}"], "broken.jsonl:2: broken JSON"),
+        (["pairs={store}", RANKING, "with={labelled}"], "labelled.jsonl:1: `label` is of a regression file"),
         (["pairs={store}", RANKING, "with={textless}"], "textless.jsonl:2: `text` is missing"),
         (["pairs={store}", "template=plain", "with={train}"], "train.jsonl are of the template transcript"),
         (["pairs={store}", "template=extra_id", "with={train}"], "train.jsonl are of the template transcript"),
@@ -162,7 +163,12 @@ def test_bad_input_is_one_sentence_and_leaves_no_file(
     tmp_path: Path, store: Path, original: Path, words: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lines = [json.dumps(row) for row in ORIGINAL]
-    files = {"odd": lines[:3], "broken": [lines[0], "{"], "textless": [lines[0], '{"txt": "a"}']}
+    files = {
+        "labelled": ['{"text": "a", "label": [1]}'] * 2,
+        "odd": lines[:3],
+        "broken": [lines[0], "{"],
+        "textless": [lines[0], '{"txt": "a"}'],
+    }
     for name, content in files.items():
         (tmp_path / f"{name}.jsonl").write_text("\n".join(content) + "\n")
     names = {"store": store, "train": original, "home": tmp_path}
