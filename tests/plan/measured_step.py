@@ -2,7 +2,8 @@
 
 The profiler reports every allocation and release of CPU memory with the running total, so that memory inside operators
 counts too. Argument: a JSON list of objects with keys of ``cfg.model``, and under ``rows``, ``length``, ``head`` the
-microbatch. Recompute is switched on in Megatron's configuration after the model is built.
+microbatch, and ``fused`` for Megatron's fused activation. That and recompute are switched on in Megatron's configuration
+after the model is built.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ def _recompute(model: MegatronModel, granularity: str, layers: int) -> None:
 
 def steps(settings: dict[str, Any]) -> None:
     rows, length, head = settings.pop("rows"), settings.pop("length"), settings.pop("head", "reward")
+    fused = settings.pop("fused", False)
     recompute, layers = settings.pop("recompute", "none"), settings.pop("recompute_num_layers", 1)
     marker = torch.empty(1)  # an event before all others: the total counts what earlier measurements left
     with record_function("build"):
@@ -59,6 +61,7 @@ def steps(settings: dict[str, Any]) -> None:
         optimizer = MegatronOptimizer(model, OptimConfig(), 1.0)
     if recompute != "none":
         _recompute(model, recompute, layers)
+    model.config.bias_activation_fusion = fused  # as PyTorch's own operations: see main
     for step in range(2):
         with record_function(f"step {step}"):
             optimizer.zero_grad()
@@ -93,7 +96,8 @@ def measure(settings: dict[str, Any]) -> dict[str, int]:
 def main() -> None:
     quiet_libraries()
     runtime.start(runtime.Layout(), "cpu")
-    print(json.dumps([measure(settings) for settings in json.loads(sys.argv[1])]))
+    with torch.compiler.set_stance("force_eager"):
+        print(json.dumps([measure(settings) for settings in json.loads(sys.argv[1])]))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,12 +15,13 @@ from megatron.core.pipeline_parallel.schedules import get_pp_rank_microbatches
 
 from nemo_advrm.megatron.planner.activations import (
     ON_CPU,
-    ON_GPU,
+    PLAIN,
     Microbatch,
     boundary_bytes,
     chunk_bytes,
     head_bytes,
     layer_terms,
+    on_gpu,
     peak_bytes,
 )
 from nemo_advrm.megatron.planner.memory import in_flight, optimizer_bytes, weight_bytes
@@ -46,46 +48,56 @@ def gpt(**keys: Any) -> ModelConfig:
     )
 
 
+def test_a_fused_activation_keeps_neither_of_its_halves() -> None:
+    batch, f, tensor = Microbatch(3, 512), 4096, 4
+    for activation, saved in (("swiglu", 2), ("geglu_tanh", 2), ("geglu", 0), ("squared_relu", 0)):
+        model = ModelConfig(ffn_hidden_size=f, activation=activation, tensor_model_parallel_size=tensor)
+        plain, fused = (layer_terms(model, batch, 2, kernels).mlp for kernels in (PLAIN, on_gpu(model)))
+        assert plain - fused == 2 * 3 * 512 * saved * f / tensor
+        off = replace(model, fused_kernels=False)
+        assert layer_terms(off, batch, 2, on_gpu(off)).mlp == plain
+
+
 @pytest.mark.parametrize("tensor", [1, 4])
 def test_a_layer_keeps_what_the_paper_counts(tensor: int) -> None:
     s, b, h, a = 512, 3, 1024, 16
     # arXiv 2205.05198, equation 2, without the score matrices (5 a s^2 b), which fused attention does not make; one
     # fp32 sum per head and token stands in their place
     paper = s * b * h * (10 + 24 / tensor) + 4 * a * s * b / tensor
-    assert layer_terms(gpt(tensor_model_parallel_size=tensor), Microbatch(b, s), 2, ON_GPU).total == paper
+    assert layer_terms(gpt(tensor_model_parallel_size=tensor), Microbatch(b, s), 2, PLAIN).total == paper
 
 
 def test_sequence_parallelism_divides_all_of_it() -> None:
     s, b, h, a, t = 512, 3, 1024, 16, 4
     model = gpt(tensor_model_parallel_size=t, sequence_parallel=True)
-    assert layer_terms(model, Microbatch(b, s), 2, ON_GPU).total == (34 * s * b * h + 4 * a * s * b) / t
+    assert layer_terms(model, Microbatch(b, s), 2, PLAIN).total == (34 * s * b * h + 4 * a * s * b) / t
 
 
 def test_full_recompute_keeps_the_inputs_of_its_units() -> None:
     batch = Microbatch(3, 512)  # 2 s b h bytes a unit
-    assert chunk_bytes(gpt(recompute="full"), 4, batch, 2, ON_GPU) == 4 * 2 * 512 * 3 * 1024
-    assert chunk_bytes(gpt(recompute="full", recompute_num_layers=2), 4, batch, 2, ON_GPU) == 2 * 2 * 512 * 3 * 1024
+    assert chunk_bytes(gpt(recompute="full"), 4, batch, 2, PLAIN) == 4 * 2 * 512 * 3 * 1024
+    assert chunk_bytes(gpt(recompute="full", recompute_num_layers=2), 4, batch, 2, PLAIN) == 2 * 2 * 512 * 3 * 1024
 
 
 def test_block_recompute_keeps_the_other_layers_whole() -> None:
     batch = Microbatch(3, 512)
-    whole = layer_terms(gpt(), batch, 2, ON_GPU).total
+    whole = layer_terms(gpt(), batch, 2, PLAIN).total
     model = gpt(recompute="block", recompute_num_layers=3)
-    assert chunk_bytes(model, 4, batch, 2, ON_GPU) == 3 * boundary_bytes(model, batch, 2) + whole
+    assert chunk_bytes(model, 4, batch, 2, PLAIN) == 3 * boundary_bytes(model, batch, 2) + whole
 
 
 def test_context_parallelism_divides_the_tokens() -> None:
-    one, two = (layer_terms(gpt(context_parallel_size=n), Microbatch(2, 512), 2, ON_GPU).total for n in (1, 2))
+    one, two = (layer_terms(gpt(context_parallel_size=n), Microbatch(2, 512), 2, PLAIN).total for n in (1, 2))
     assert two == one / 2
 
 
 def test_our_own_attention_keeps_the_keys_and_values_of_all_ranks() -> None:
     engine, windowed = (
-        layer_terms(gpt(context_parallel_size=4, sliding_window=window), Microbatch(2, 512), 2, ON_GPU)
+        layer_terms(gpt(context_parallel_size=4, sliding_window=window), Microbatch(2, 512), 2, PLAIN)
         for window in (0, 64)
     )
     assert windowed.total - engine.total == 2 * 1024 * 2 * 1024 == windowed.in_attention  # bytes, tokens, 2, width
-    assert layer_terms(gpt(sliding_window=64), Microbatch(2, 512), 2, ON_GPU).in_attention == 0
+    assert layer_terms(gpt(sliding_window=64), Microbatch(2, 512), 2, PLAIN).in_attention == 0
 
 
 # Pipelines
@@ -145,6 +157,7 @@ BASE = {
 MEASURED: dict[str, dict[str, Any]] = {
     "gated": BASE,
     "deeper": {**BASE, "num_layers": 8},
+    "fused activation": {**BASE, "num_layers": 8, "fused": True},
     "wider": {
         **BASE,
         "hidden_size": 512,
@@ -201,12 +214,13 @@ def measured() -> dict[str, dict[str, int]]:
 def test_model_of_memory_is_within_a_tenth_of_measured_steps(name: str, measured: dict[str, dict[str, int]]) -> None:
     keys = dict(MEASURED[name])
     batch, head = Microbatch(keys.pop("rows"), keys.pop("length")), keys.pop("head", "reward")
+    kernels = replace(ON_CPU, fused_activation=keys.pop("fused", False))
     model, cfg = ModelConfig(**keys), config("fp32")
+    found = measured[name]
     counts = model_parameters(model, head, VOCABULARY)
     static = weight_bytes(cfg, counts) + 4 * counts.total + optimizer_bytes(cfg, counts, 1)
-    after = head_bytes(model, head, batch, VOCABULARY, 4, ON_CPU)
-    activations = peak_bytes(model, model.num_layers, 1, after, batch, 4, ON_CPU)
-    found = measured[name]
+    after = head_bytes(model, head, batch, VOCABULARY, 4, kernels)
+    activations = peak_bytes(model, model.num_layers, 1, after, batch, 4, kernels)
     assert static == pytest.approx(found["static"], rel=0.02)
     assert activations == pytest.approx(found["peak"] - found["static"], rel=0.1)
     assert static + activations == pytest.approx(found["peak"], rel=0.1)

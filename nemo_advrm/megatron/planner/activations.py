@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from nemo_advrm.megatron.fusions import fuses_activation
 from nemo_advrm.megatron.planner.parameters import Sizes
 from nemo_advrm.megatron.transformer import head_size
 from nemo_advrm.schema import ModelConfig
@@ -56,9 +57,14 @@ class Kernels:
     own_attention: bool = False
 
 
-# what the engine runs on a GPU (megatron/transformer.py turns Megatron's fusions off) and on a CPU
-ON_GPU = Kernels()
+# what the engine runs on a GPU without any fusion and on a CPU
+PLAIN = Kernels()
 ON_CPU = Kernels(stepwise_rms_norm=True, own_attention=True)
+
+
+def on_gpu(model: ModelConfig) -> Kernels:
+    """What the engine runs on a GPU; rotary positions as without Transformer Engine, whose kernel keeps less."""
+    return Kernels(fused_activation=fuses_activation(model))
 
 
 def _is_rms(model: ModelConfig) -> bool:
@@ -68,8 +74,9 @@ def _is_rms(model: ModelConfig) -> bool:
 def _mlp(model: ModelConfig, kernels: Kernels) -> float:
     """Elements kept between the MLP's matrices, in units of f.
 
-    Gated: both halves of the first product (2), the activation and the linear half, which Megatron adds an offset to
-    (2), their product (1). gelu: its input and its output. ReLU keeps its output alone, squared ReLU its square too.
+    Gated: both halves of the first product (2) and the product of the activation and the linear half (1); not fused
+    the activation and the linear half, which Megatron adds an offset to, as well (2). gelu: its input and its output.
+    ReLU keeps its output alone, squared ReLU its square too.
     """
     if Sizes.of(model).gated:
         return 3 if kernels.fused_activation else 5

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from nemo_advrm.layout import layers_per_stage
-from nemo_advrm.megatron.planner.activations import ON_GPU, Microbatch, head_bytes, layer_terms, peak_bytes
+from nemo_advrm.megatron.planner.activations import Microbatch, head_bytes, layer_terms, on_gpu, peak_bytes
 from nemo_advrm.megatron.planner.jobs import Held, Job
 from nemo_advrm.megatron.planner.parameters import Parameters, Sizes, stage_parameters
 from nemo_advrm.schema import Config, ModelConfig
@@ -92,10 +92,10 @@ def _training(job: Job, held: Held, stage: int) -> tuple[float, float]:
     model, element = job.cfg.model, element_bytes(job.cfg)
     layers = layers_per_stage(model)
     last = stage == len(layers) - 1
-    head = head_bytes(model, held.head, job.training, job.vocab_size, element, ON_GPU) if last else 0.0
+    head = head_bytes(model, held.head, job.training, job.vocab_size, element, on_gpu(model)) if last else 0.0
     chunk = layers[stage] // model.virtual_pipeline_model_parallel_size
     waiting = in_flight(model, stage, job.microbatches)
-    return peak_bytes(model, chunk, waiting, head, job.training, element, ON_GPU), head
+    return peak_bytes(model, chunk, waiting, head, job.training, element, on_gpu(model)), head
 
 
 def cache_bytes(job: Job, stage: int) -> float:
@@ -111,7 +111,7 @@ def _generation(job: Job, stage: int) -> float:
     whole = replace(model, sequence_parallel=False, context_parallel_size=1)
     length = model.encoder_seq_length
     prompts = Microbatch(max(1, min(job.generated, model.micro_batch_tokens // length)), length)
-    working = layer_terms(whole, prompts, element, ON_GPU).total
+    working = layer_terms(whole, prompts, element, on_gpu(whole)).total
     last = stage == model.pipeline_model_parallel_size - 1
     logits = job.generated * job.vocab_size * (element + 2 * _GRADIENT) if last else 0.0
     return cache_bytes(job, stage) + working + logits
@@ -120,10 +120,10 @@ def _generation(job: Job, stage: int) -> float:
 def _scoring(job: Job, stage: int) -> float:
     """One layer at work, without anything kept, and the logits of the policies' log-probabilities."""
     model, element = job.cfg.model, element_bytes(job.cfg)
-    working = layer_terms(model, job.scoring, element, ON_GPU).total
+    working = layer_terms(model, job.scoring, element, on_gpu(model)).total
     last = stage == model.pipeline_model_parallel_size - 1
     rows = Microbatch(min(job.scoring.rows, job.training.rows), job.scoring.length)
-    return working + (head_bytes(model, "lm", rows, job.vocab_size, element, ON_GPU) if last else 0.0)
+    return working + (head_bytes(model, "lm", rows, job.vocab_size, element, on_gpu(model)) if last else 0.0)
 
 
 def rank_memory(job: Job, stage: int) -> RankMemory:
