@@ -102,9 +102,11 @@ class Site:
 
     def start_requeued(self, job: str, restarts: int) -> None:
         """Wait for the requeue and take the two minutes off that SLURM lets pass before a requeued job starts."""
+        requeued = ("PENDING", "RUNNING", "COMPLETED")  # the last two where this comes late
         self.until(lambda: self.cluster.job(job)["Restarts"] == str(restarts), job)
-        self.until(lambda: self.cluster.job(job)["JobState"] == "PENDING", job)
-        self.cluster.run("scontrol", "update", f"JobId={job}", "StartTime=now")
+        self.until(lambda: self.cluster.job(job)["JobState"] in requeued, job)
+        # not at once: within one second of the requeue a node takes the job for the one that has just been ended
+        self.cluster.run("scontrol", "update", f"JobId={job}", "StartTime=now+2", check=False)
 
 
 def metrics(run_dir: Path) -> list[dict[str, float]]:
