@@ -107,17 +107,16 @@ class FusedCoreAttention(MegatronModule):
         are small beside the rest, and windows and soft-caps are those of whole sequences. Each of the rank's two chunks
         of queries then attends to the keys up to its own end.
         """
-        width = key.size(-1)
-        both = context.gather_sequence(torch.cat([key, value], -1), used_whole=False).permute(1, 2, 0, 3)
+        gathered = context.gather_chunks(torch.cat([key, value], -1), used_whole=False)
         length = query.size(0) // 2
         results = []
         for chunk, part in zip(context.own_chunks(), query.permute(1, 2, 0, 3).chunk(2, 2), strict=True):
-            end = (chunk + 1) * length
-            first = max(0, end - length - self.window + 1) if self.window else 0
-            k, v = both[:, :, first:end, :width], both[:, :, first:end, width:]
-            visible = self._causal(length, end - first, query.device)
+            first = max(0, chunk * length - self.window + 1) // length if self.window else 0
+            seen = torch.cat(gathered[first : chunk + 1]).permute(1, 2, 0, 3)
+            k, v = seen.split(key.size(-1), -1)
+            visible = self._causal(length, k.size(2), query.device)
             if visible is None and not self.softcap:
-                visible = causal_lower_right(length, end - first)
+                visible = causal_lower_right(length, k.size(2))
             results.append(self._product(part, k, v, visible, False))
         return torch.cat(results, 2).permute(2, 0, 1, 3).reshape(query.size(0), query.size(1), -1)
 

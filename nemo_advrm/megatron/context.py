@@ -32,14 +32,20 @@ def own_chunks() -> tuple[int, int]:
 
 
 def own_part(whole: Tensor, dim: int) -> Tensor:
-    """This rank's part of a tensor whose dimension ``dim`` is the sequence."""
-    chunks = whole.chunk(2 * parallel_state.get_context_parallel_world_size(), dim)
+    """This rank's part of a tensor whose dimension ``dim`` is the sequence.
+
+    Raises ValueError where chunks would not be equal (see ``schedule.sequence_multiple``).
+    """
+    number = 2 * parallel_state.get_context_parallel_world_size()
+    if whole.size(dim) % number:
+        raise ValueError(f"a sequence of {whole.size(dim)} tokens cannot be cut into {number} equal chunks")
+    chunks = whole.chunk(number, dim)
     first, second = own_chunks()
     return torch.cat([chunks[first], chunks[second]], dim)
 
 
-def gather_sequence(part: Tensor, *, used_whole: bool) -> Tensor:
-    """[S / size, ...] of every rank -> [S, ...] in the order of the sequence, on every rank.
+def gather_chunks(part: Tensor, *, used_whole: bool) -> list[Tensor]:
+    """[S / size, ...] of every rank -> its 2 * size chunks in the order of the sequence, on every rank.
 
     ``used_whole``: every rank computes the same from the result, so that its own part of the gradient is all of it.
     Else ranks compute different things from it (attention), and their gradients are added up.
@@ -47,7 +53,12 @@ def gather_sequence(part: Tensor, *, used_whole: bool) -> Tensor:
     group, size = parallel_state.get_context_parallel_group(), parallel_state.get_context_parallel_world_size()
     gathered = gather_from_sequence_parallel_region(part, tensor_parallel_output_grad=not used_whole, group=group)
     chunks = gathered.chunk(2 * size)  # rank after rank: 0, 2 size - 1, 1, 2 size - 2, ...
-    return torch.cat([*chunks[::2], *chunks[::-2]])
+    return [*chunks[::2], *chunks[::-2]]
+
+
+def gather_sequence(part: Tensor) -> Tensor:
+    """[S / size, ...] of every rank -> [S, ...] on every rank, each of which computes the same from it."""
+    return torch.cat(gather_chunks(part, used_whole=True))
 
 
 def add_up(own: Tensor) -> Tensor:

@@ -174,7 +174,7 @@ class HeadedGPT(GPTModel):
             )
         if self.head_kind == "value":
             values_SB = self.head(hidden_SBH).squeeze(-1)
-            return (context.gather_sequence(values_SB, used_whole=True) if shared else values_SB).transpose(0, 1)
+            return (context.gather_sequence(values_SB) if shared else values_SB).transpose(0, 1)
         if read_at_B is None:
             assert predict_BS is not None
             own_BS = context.own_part(predict_BS, 1) if shared else predict_BS

@@ -38,7 +38,7 @@ def parts(length: int) -> dict[str, Any]:
     own = context.own_part(torch.arange(length, dtype=torch.float32), 0).requires_grad_()
     gradients = {}
     for used_whole in (True, False):
-        whole = context.gather_sequence(own, used_whole=used_whole)
+        whole = torch.cat(context.gather_chunks(own, used_whole=used_whole))
         gradients[used_whole] = torch.autograd.grad(whole @ (torch.arange(length) + 100.0 * rank), own)[0].tolist()
     index_B, held_B = context.own_index(torch.arange(length), length)
     return {
@@ -72,7 +72,7 @@ def attention(settings: dict[str, Any], softcap: float, qkvg: list[Tensor]) -> l
     q, k, v = (t.requires_grad_() for t in parts[:3])
     result = product(q, k, v, None)
     found = [result, *torch.autograd.grad(result, (q, k, v), parts[3])]
-    return [context.gather_sequence(t.detach(), used_whole=True) if ranks > 1 else t.detach() for t in found]
+    return [context.gather_sequence(t.detach()) if ranks > 1 else t.detach() for t in found]
 
 
 class EngineAttention(torch.nn.Module):
