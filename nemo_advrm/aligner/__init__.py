@@ -14,6 +14,7 @@ _HOMES = {
     "CriticClient": "critic",
     "AdversarialAugmentation": "augmentation",
     "MegatronGPTFP8RewardModel": "fp8",
+    "MegatronGPTFP8RegressionRewardModel": "fp8",
 }
 __all__ = list(_HOMES)
 
