@@ -27,8 +27,9 @@ def files(aligner: Callable[..., list[Any]], tmp_path_factory: pytest.TempPathFa
 
 
 @pytest.mark.timeout(1200)
+@pytest.mark.parametrize(("tensor", "pipeline"), [(2, 1), (1, 2)])
 def test_a_share_of_every_batch_is_adversarial(
-    aligner: Callable[..., list[Any]], files: plugin.Files, tmp_path: Path
+    aligner: Callable[..., list[Any]], files: plugin.Files, tmp_path: Path, tensor: int, pipeline: int
 ) -> None:
     PairStore(tmp_path / "store.jsonl").append(ADVERSARIAL)
     pairs = files.prompts.with_name("pairs.jsonl")
@@ -44,9 +45,11 @@ def test_a_share_of_every_batch_is_adversarial(
         f"model.global_batch_size={BATCH}",
         f"trainer.rm.max_steps={STEPS}",
         f"trainer.rm.val_check_interval={STEPS}",
-        "++model.pipeline_model_parallel_size=2",
-        "exp_manager.checkpoint_callback_params.model_parallel_size=2",
-        processes=2,
+        f"++model.tensor_model_parallel_size={tensor}",
+        f"++model.make_vocab_size_divisible_by={8 // tensor}",  # the vocabulary is padded alike at every size
+        f"++model.pipeline_model_parallel_size={pipeline}",
+        f"exp_manager.checkpoint_callback_params.model_parallel_size={tensor * pipeline}",
+        processes=tensor * pipeline,
     )
     texts = [json.loads(line)["text"] for line in pairs.read_text().splitlines()]
     chosen, rejected = (
