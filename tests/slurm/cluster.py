@@ -22,6 +22,7 @@ import psutil
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel", "curl")
 NODES = ("n1", "n2", "n3")
 START_SECONDS = 40.0
+WAIT_SECONDS = 600.0  # for a job: many times what one needs on two cores without other work
 FINAL_STATES = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE")
 _PREFIX = "advrm-slurm-"
 _OWNER = "owner.json"  # pid file of the tests that started a cluster
@@ -184,7 +185,7 @@ class Cluster:
         shown = self.run("scontrol", "-o", "show", "job", identifier).splitlines()[0]
         return dict(field.split("=", 1) for field in shown.split() if "=" in field)
 
-    def wait_for(self, identifier: str, *states: str, timeout: float = 240) -> dict[str, str]:
+    def wait_for(self, identifier: str, *states: str, timeout: float = WAIT_SECONDS) -> dict[str, str]:
         """The job once it is in one of ``states`` (any final one by default)."""
         wanted = states or FINAL_STATES
         deadline = time.monotonic() + timeout

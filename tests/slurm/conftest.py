@@ -41,7 +41,7 @@ def pipeline(site: Site) -> PipelineRun:
     cluster.run("scancel", jobs.pop("rlhf/r1"))  # what waits for it goes too
     report = jobs.pop("report")
     for job in jobs.values():
-        site.completed(job, timeout=400)
+        site.completed(job)
     assert cluster.wait_for(report)["JobState"] == "CANCELLED"
     said.append(site.submit_pipeline(*settings))
     for job in job_numbers(said[-1]).values():

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
-from cluster import FINAL_STATES, Cluster
+from cluster import FINAL_STATES, WAIT_SECONDS, Cluster
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ROOT / "slurm"
@@ -60,7 +60,7 @@ class Site:
         lines = self.cluster.run(str(SCRIPTS / "submit_pipeline.sh"), *settings, timeout=120).splitlines()
         return dict(line.split(": ", 1) for line in lines)
 
-    def completed(self, job: str, timeout: float = 240) -> str:
+    def completed(self, job: str, timeout: float = WAIT_SECONDS) -> str:
         """Output of a job that must end well."""
         shown = self.cluster.wait_for(job, timeout=timeout)
         output = self.cluster.output(shown)
@@ -92,7 +92,7 @@ class Site:
         self.until(lambda: len(steps(run_dir)) >= count, job)
         assert len(steps(run_dir)) < last, "the training ended before it could be disturbed"
 
-    def until(self, ready: Callable[[], bool], job: str, seconds: float = 240) -> None:
+    def until(self, ready: Callable[[], bool], job: str, seconds: float = WAIT_SECONDS) -> None:
         deadline = time.monotonic() + seconds
         while not ready():
             shown = self.cluster.job(job)

@@ -19,7 +19,7 @@ from nemo_advrm.megatron.runtime import Runtime
 from nemo_advrm.rewards.base import Rollouts
 from nemo_advrm.rewards.sources import load_members
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(1800)
 STEPS = 60
 
 

@@ -12,7 +12,7 @@ from slurm_site import SCRIPTS, SMALL, PipelineRun, Site, job_numbers, metrics
 
 from nemo_advrm.synthetic.tokenizer import SyntheticTokenizer
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(1800)
 STAGES = ["sft", "preferences", "round_0/rm_1", "round_0/rm_2", "round_0/reference", "round_0/attack", "rlhf/r1"]
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from slurm_site import Site, steps
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(1800)
 
 STEPS = 40
 TRAINING = [
