@@ -73,13 +73,31 @@ def test_validation_rows_bear_their_step_and_are_written_after_training_too(sing
 
 
 class _Saving:
-    """A trainer of which only saving is used."""
+    """A trainer, and its strategy, of which only saving is used; in the background a save takes ``steps`` steps."""
 
-    def __init__(self) -> None:
+    def __init__(self, steps: int = 0) -> None:
         self.global_step = 0
+        self.steps = steps
+        self.strategy = self
+        self.saving: Any = None
+        self.looked: list[int] = []
+        self.waited: list[int] = []
 
-    def save_checkpoint(self, path: Path) -> None:
-        path.mkdir(parents=True)
+    def save_checkpoint(self, path: Path, storage_options: str = "") -> None:
+        if storage_options:
+            self.saving = SimpleNamespace(path=path, due=self.global_step + self.steps)
+        else:
+            path.mkdir(parents=True)
+
+    def end_saving(self, wait: bool) -> bool:
+        if self.saving is None:
+            return False
+        (self.waited if wait else self.looked).append(self.global_step)
+        if not wait and self.global_step < self.saving.due:
+            return False
+        self.saving.path.mkdir(parents=True)
+        self.saving = None
+        return True
 
 
 def test_the_newest_checkpoints_stay(single: Runtime, tmp_path: Path) -> None:
@@ -93,6 +111,25 @@ def test_the_newest_checkpoints_stay(single: Runtime, tmp_path: Path) -> None:
     assert [p.name for p in saved_steps(tmp_path)] == ["step_00000020", "step_00000025"]
     assert (tmp_path / "notes").is_dir()
     assert saved_steps(tmp_path / "nowhere") == []
+
+
+@pytest.mark.parametrize(
+    ("steps", "looked", "waited"), [(2, [4, 5, 7, 8, 10], []), (9, [4, 5, 6, 7, 8, 9, 10], [6, 9])]
+)
+def test_in_the_background_one_save_is_under_way_and_an_older_one_goes_when_it_is_complete(
+    single: Runtime, tmp_path: Path, steps: int, looked: list[int], waited: list[int]
+) -> None:
+    trainer: Any = _Saving(steps)
+    saver: Any = PeriodicCheckpoint(tmp_path, every=3, keep=1, in_background=True)
+    kept = []
+    for trainer.global_step in range(1, 11):
+        saver.on_train_batch_end(trainer, SimpleNamespace(max_steps=10), None, None, 0)
+        kept.append([p.name[-1] for p in saved_steps(tmp_path)])
+        assert len(kept[-1]) <= 1
+    saver.on_train_end(trainer, None)
+    assert (trainer.looked, trainer.waited) == (looked, [*waited, 10])
+    assert kept[3:9] == ([[], ["3"], ["3"], ["3"], ["6"], ["6"]] if steps == 2 else [[], [], *[["3"]] * 3, ["6"]])
+    assert [p.name for p in saved_steps(tmp_path)] == ["step_00000009"]
 
 
 def test_steps_are_ordered_as_numbers(tmp_path: Path) -> None:
@@ -158,10 +195,14 @@ def test_the_trajectory_holds_every_response_and_the_share_of_successes(single: 
     recorder.teardown(None, None, "fit")
     rows = _rows(tmp_path / "samples.jsonl")
     assert [(r["step"], r["prompt_id"], r["response"], r["length"], r["ended"]) for r in rows] == [
-        (3, 0, "x", 1, True), (3, 1, "y", 2, True), (3, 0, "z", 2, False),
+        (3, 0, "x", 1, True),
+        (3, 1, "y", 2, True),
+        (3, 0, "z", 2, False),
     ]
     assert [(r["gold"], r["gold_z"], r["reward"]) for r in rows] == [
-        (-3.0, -3.0, 0.5), (5.0, -1.0, pytest.approx(0.6)), (9.0, 9.0, -4.0),
+        (-3.0, -3.0, 0.5),
+        (5.0, -1.0, pytest.approx(0.6)),
+        (9.0, 9.0, -4.0),
     ]
     assert rows[1]["z"] == [2.0, 0.0] and rows[1]["prompt"] == "p" and rows[1]["selected"] is False
     # x: R_1 = 1 > 0 and gold below; y: R_1 = 2 is not above 2.5; z: neither
