@@ -84,6 +84,7 @@ def _totals(trace: Path) -> dict[str, int]:
 
 
 def measure(settings: dict[str, Any]) -> dict[str, int]:
+    gc.collect()  # what earlier work left would be let go in the middle
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         steps(settings)
     gc.collect()
