@@ -54,6 +54,7 @@ _TRAINING = (
     "trainer.max_steps",
     "trainer.gradient_clip_val",
     "trainer.checkpoint_every_n_steps",
+    "trainer.async_checkpoint",
 )
 _ROWS = ("data.train_path", "data.limit_train_rows", "data.on_bad_row", "data.on_overlong")
 _DATA = (*_ROWS, "data.validation_path", "data.validation_fraction")
