@@ -3,19 +3,35 @@
     python benchmarks/gpu/train_fp8.py --size 1b --precision bf16 fp8_current --out fp8.json
 
 Every precision starts from the same random weights and sees the same pairs, whose chosen response holds one token more
-often. The curves agree when the mean losses of every ten steps differ by at most ``--bound``. The script writes JSON
-and exits with 1 when they do not agree. ``--device cpu --size tiny --precision fp32`` runs all of it on a CPU.
+often. The curves agree when the mean losses of every ten steps differ by at most ``--bound``. In the same way
+``--fusion-steps`` steps with and without Megatron's fused operations must agree within ``--fusion-bound``. The script
+writes JSON, with the error of what could not be measured, and exits with 1 then and when curves do not agree. 8b is
+scored and generated from alone: no single GPU holds its training. ``--device cpu --size tiny --precision fp32`` runs
+all of it on a CPU.
+
+A machine for it has CUDA's toolkit (nvcc) and cuDNN 9.3 or later, as Transformer Engine's guide asks. These lines follow
+that guide and Apex's; they have not been tried (core_cu12 where torch.version.cuda begins with 12):
+
+    make setup
+    .venv/bin/pip install setuptools wheel ninja pybind11
+    .venv/bin/pip install --no-build-isolation 'transformer-engine[pytorch,core_cu13]>=2.9,<2.12'
+    git clone https://github.com/NVIDIA/apex /tmp/apex    # optional
+    APEX_CPP_EXT=1 APEX_CUDA_EXT=1 .venv/bin/pip install --no-build-isolation /tmp/apex
+    .venv/bin/nemo-advrm doctor
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import importlib.metadata
 import json
 import platform
 import random
 import sys
 import time
+import traceback
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,11 +40,11 @@ import torch
 
 from nemo_advrm.data.encoding import EncodedPair
 from nemo_advrm.megatron import runtime
+from nemo_advrm.megatron.fusions import settings
 from nemo_advrm.megatron.generation import generate, uniforms
 from nemo_advrm.megatron.model import build_model
 from nemo_advrm.megatron.planner.activations import Microbatch
 from nemo_advrm.megatron.planner.flops import layer_flops
-from nemo_advrm.megatron.precision import has_transformer_engine
 from nemo_advrm.megatron.sampling import Sampling
 from nemo_advrm.megatron.throughput import gpu_peak
 from nemo_advrm.models.reward_model import RewardModel
@@ -51,7 +67,7 @@ SIZES = {
 TRAINED = ("tiny", "1b", "3b")
 
 
-def configuration(options: argparse.Namespace, precision: str) -> Config:
+def configuration(options: argparse.Namespace, precision: str, fused: bool = True) -> Config:
     layers, hidden, ffn, heads, groups, vocabulary = SIZES[options.size]
     cfg = Config()
     cfg.precision.name = precision
@@ -61,7 +77,7 @@ def configuration(options: argparse.Namespace, precision: str) -> Config:
     model.tokenizer, model.encoder_seq_length = "synthetic", options.length
     model.share_embeddings_and_output_weights = False
     model.use_distributed_optimizer = True
-    model.recompute = options.recompute
+    model.recompute, model.fused_kernels = options.recompute, fused
     model.global_batch_size = options.batch
     model.micro_batch_size, model.micro_batch_tokens = options.micro_batch, 2 * options.micro_batch * options.length
     model.optim.lr, model.optim.sched.name = options.lr, "constant"
@@ -96,8 +112,8 @@ def utilization(flops: float, seconds: float, peak: float | None) -> float | Non
     return flops / seconds / peak if peak else None
 
 
-def train(options: argparse.Namespace, precision: str) -> dict[str, Any]:
-    cfg = configuration(options, precision)
+def train(options: argparse.Namespace, precision: str, fused: bool = True) -> dict[str, Any]:
+    cfg = configuration(options, precision, fused)
     module = RewardModel(cfg, TOKENIZER, pairs(options, cfg.model.vocab_size), [])
     losses, seconds, norms = [], [], []
     if options.device == "gpu":
@@ -108,6 +124,7 @@ def train(options: argparse.Namespace, precision: str) -> dict[str, Any]:
         seconds.append(clock() - started)
         losses.append(metrics["train/loss"])
         norms.append(metrics["grad_norm"])
+    module.release()  # NeMo keeps the last module it saw: two of them do not fit one GPU
     each = sorted(seconds)[len(seconds) // 2]  # the first steps choose kernels
     tokens = 2 * options.batch * options.length
     flops = 3 * forward_flops(cfg, 2 * options.batch, options.length)
@@ -153,6 +170,21 @@ def write_responses(options: argparse.Namespace, precision: str) -> dict[str, An
     return {"tokens_per_second": sum(map(len, made.responses)) / seconds, "rows": len(prompts)}
 
 
+def fusions_agree(options: argparse.Namespace, precision: str) -> dict[str, Any]:
+    """Losses of some steps with and without Megatron's fused operations."""
+    shorter = argparse.Namespace(**{**vars(options), "steps": options.fusion_steps})
+    losses = {fused: train(shorter, precision, fused)["losses"] for fused in (False, True)}
+    gap = max(abs(a - b) for a, b in zip(windows(losses[True]), windows(losses[False]), strict=True))
+    active = settings(configuration(options, precision).model, options.device == "gpu")
+    return {
+        "active": sorted(name for name, is_on in active.items() if is_on),
+        "losses": {"fused": losses[True], "plain": losses[False]},
+        "bound": options.fusion_bound,
+        "largest_gap": gap,
+        "agrees": gap <= options.fusion_bound,
+    }
+
+
 def windows(losses: list[float]) -> list[float]:
     cuts = [losses[i : i + WINDOW] for i in range(0, len(losses), WINDOW)]
     return [sum(cut) / len(cut) for cut in cuts]
@@ -160,7 +192,7 @@ def windows(losses: list[float]) -> list[float]:
 
 def agreement(results: dict[str, Any], bound: float) -> dict[str, Any] | None:
     """Largest difference of the mean losses of ten steps from those of the first precision."""
-    names = [name for name, result in results.items() if "train" in result]
+    names = [name for name, result in results.items() if "losses" in result.get("train", {})]
     if len(names) < 2:
         return None
     base = windows(results[names[0]]["train"]["losses"])
@@ -172,7 +204,8 @@ def agreement(results: dict[str, Any], bound: float) -> dict[str, Any] | None:
 
 
 def machine(device: str) -> dict[str, Any]:
-    packages = ("torch", "megatron-core", *(("transformer-engine",) if has_transformer_engine() else ()))
+    named = ("torch", "megatron-core", "triton", "transformer-engine", "apex")
+    packages = [name for name in named if any(importlib.metadata.distributions(name=name))]
     name = torch.cuda.get_device_name() if device == "gpu" else platform.processor() or platform.machine()
     return {"device": name, "python": platform.python_version(), **{p: version(p) for p in packages}}
 
@@ -189,35 +222,53 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=1e-5)
     parser.add_argument("--recompute", default="none", choices=("none", "selective", "full", "block"))
     parser.add_argument("--bound", type=float, default=0.02, help="of the mean losses of ten steps")
+    parser.add_argument("--fusion-steps", type=int, default=20, help="steps with and without fused operations")
+    parser.add_argument("--fusion-bound", type=float, default=0.01, help="of those steps' losses, in the same way")
     parser.add_argument("--out", type=Path, default=Path("train_fp8.json"))
     return parser.parse_args(arguments)
+
+
+def attempt(name: str, measure: Callable[..., dict[str, Any]], options: argparse.Namespace, precision: str) -> Any:
+    """What was measured, or the error: what the other measurements gave must not be lost with one of them."""
+    try:
+        found = measure(options, precision)
+    except Exception as error:
+        traceback.print_exc()
+        found = {"error": f"{type(error).__name__}: {error}"}
+    gc.collect()
+    torch.cuda.empty_cache()
+    speed = found.get("tokens_per_second")
+    print(precision, name, f"{speed:,.0f} tokens/s" if speed else found.get("error", "done"), flush=True)
+    return found
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     quiet_libraries()
     runtime.start(runtime.Layout(), options.device)
-    results: dict[str, Any] = {}
-    for precision in options.precision:
-        work = {"score": score, "generate": write_responses}
-        if options.size in TRAINED:
-            work = {"train": train, **work}
-        results[precision] = {}
-        for name, measure in work.items():
-            results[precision][name] = measure(options, precision)
-            gc.collect()
-            torch.cuda.empty_cache()
-            print(precision, name, f"{results[precision][name]['tokens_per_second']:,.0f} tokens/s", flush=True)
+    work: dict[str, Callable[..., dict[str, Any]]] = {"score": score, "generate": write_responses}
+    if options.size in TRAINED:
+        work = {"train": train, **work}
+    results = {
+        precision: {name: attempt(name, measure, options, precision) for name, measure in work.items()}
+        for precision in options.precision
+    }
+    fused = attempt("fusions", fusions_agree, options, options.precision[0]) if options.size in TRAINED else None
     agreed = agreement(results, options.bound)
     report = {
         "machine": machine(options.device),
         "options": {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()},
         "results": results,
         "agreement": agreed,
+        "fusions": fused,
     }
     options.out.write_text(json.dumps(report, indent=1) + "\n")
     print("agreement:", agreed)
-    return 0 if agreed is None or agreed["agrees"] else 1
+    if fused is not None:
+        print("fusions:", {k: v for k, v in fused.items() if k != "losses"})
+    failed = any("error" in found for result in results.values() for found in result.values())
+    judged = [verdict.get("agrees", False) for verdict in (agreed, fused) if verdict is not None]
+    return 1 if failed or not all(judged) else 0
 
 
 if __name__ == "__main__":

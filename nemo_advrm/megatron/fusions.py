@@ -95,7 +95,7 @@ def _weight_gradients(on_gpu: bool) -> str:
     if not on_gpu:
         return _NO_GPU
     # the embedding and the output layer are Megatron's own, which ask for it even where all else is TE's
-    return "" if loads("fused_weight_gradient_mlp_cuda") else "Apex is not installed with --cuda_ext"
+    return "" if loads("fused_weight_gradient_mlp_cuda") else "Apex is not installed with its CUDA extensions"
 
 
 @cache

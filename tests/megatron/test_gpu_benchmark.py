@@ -26,7 +26,7 @@ def benchmark() -> ModuleType:
 def test_it_measures_training_scoring_and_generation(single: Runtime, benchmark: ModuleType, tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     options = "--device cpu --size tiny --precision fp32 --steps 12 --batch 2 --micro-batch 1 --length 16 --lr 1e-3"
-    assert benchmark.main([*options.split(), "--out", str(out)]) == 0
+    assert benchmark.main([*options.split(), "--fusion-steps", "3", "--out", str(out)]) == 0
     report = json.loads(out.read_text())
     found = report["results"]["fp32"]
     training = found["train"]
@@ -37,6 +37,20 @@ def test_it_measures_training_scoring_and_generation(single: Runtime, benchmark:
     assert training["mfu"] is None and report["agreement"] is None
     assert len(found["score"]["scores"]) == 2 and found["score"]["tokens_per_second"] > 0
     assert found["generate"]["tokens_per_second"] > 0
+    fusions = report["fusions"]
+    assert fusions["active"] == [] and fusions["agrees"]  # nothing is fused on a CPU: the same steps twice
+    assert fusions["losses"]["fused"] == fusions["losses"]["plain"] and len(fusions["losses"]["plain"]) == 3
+
+
+def test_an_error_takes_nothing_away_from_the_other_measurements(
+    single: Runtime, benchmark: ModuleType, tmp_path: Path
+) -> None:
+    out = tmp_path / "out.json"
+    options = "--device cpu --size tiny --precision fp32 fp8_current --steps 2 --batch 1 --micro-batch 1 --length 16"
+    assert benchmark.main([*options.split(), "--fusion-steps", "1", "--out", str(out)]) == 1
+    results = json.loads(out.read_text())["results"]
+    assert results["fp8_current"]["train"]["error"].startswith("ConfigError: ")
+    assert len(results["fp32"]["train"]["losses"]) == 2 and results["fp32"]["generate"]["tokens_per_second"] > 0
 
 
 def test_curves_agree_within_the_bound_on_every_window(benchmark: ModuleType) -> None:
