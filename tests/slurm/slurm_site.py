@@ -105,8 +105,9 @@ class Site:
         requeued = ("PENDING", "RUNNING", "COMPLETED")  # the last two where this comes late
         self.until(lambda: self.cluster.job(job)["Restarts"] == str(restarts), job)
         self.until(lambda: self.cluster.job(job)["JobState"] in requeued, job)
-        # not at once: within one second of the requeue a node takes the job for the one that has just been ended
-        self.cluster.run("scontrol", "update", f"JobId={job}", "StartTime=now+2", check=False)
+        # within one second of the requeue a node takes the job for the one that has just been ended
+        time.sleep(2)
+        self.cluster.run("scontrol", "update", f"JobId={job}", "StartTime=now", check=False)
 
 
 def metrics(run_dir: Path) -> list[dict[str, float]]:
