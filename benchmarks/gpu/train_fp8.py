@@ -9,8 +9,8 @@ writes JSON, with the error of what could not be measured, and exits with 1 then
 scored and generated from alone: no single GPU holds its training. ``--device cpu --size tiny --precision fp32`` runs
 all of it on a CPU.
 
-A machine for it has CUDA's toolkit (nvcc) and cuDNN 9.3 or later, as Transformer Engine's guide asks. These lines follow
-that guide and Apex's; they have not been tried (core_cu12 where torch.version.cuda begins with 12):
+A machine for it has CUDA's toolkit (nvcc) and cuDNN 9.3 or later, as Transformer Engine's guide asks. These lines
+follow that guide and Apex's; they have not been tried (core_cu12 where torch.version.cuda begins with 12):
 
     make setup
     .venv/bin/pip install setuptools wheel ninja pybind11
