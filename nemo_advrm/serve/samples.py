@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from nemo_advrm.data.messages import Message, prompt_key
+from nemo_advrm.data.nemo_tokenizer import NemoTokenizer
 from nemo_advrm.data.tokenizers import Tokenizer
 from nemo_advrm.errors import DataError
 from nemo_advrm.rewards.base import RewardSource, Rollouts
 from nemo_advrm.rewards.encoding import encode_rendered
 from nemo_advrm.rewards.reference import Reference
+from nemo_advrm.rewards.remote import plain_text
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,8 @@ class Preparer:
             self._by_messages.setdefault(prompt_key(prompt), index)
             if self.tokenizer is not None:
                 self._by_tokens.setdefault(tuple(self.tokenizer.encode_prompt(prompt)), index)
+            if isinstance(self.tokenizer, NemoTokenizer):  # its trainers' prompts have their template already
+                self._by_tokens.setdefault(tuple(self.tokenizer.encode(plain_text(prompt))), index)
 
     def prepare(self, samples: Sequence[Sample]) -> list[Prepared]:
         """Raises Refused, naming the place of the sample in the request."""

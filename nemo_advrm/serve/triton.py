@@ -116,7 +116,10 @@ class TritonBridge:
         if not self._ready.is_set():
             ready.cancel()
             how = "ended" if self._reader.done() else f"was not ready within {_START_SECONDS:g} s"
-            raise ConfigError(f"serve.triton_port={options.triton_port}: Triton {how} at its start; see {self.log}")
+            lines = [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
+            last = f" ({lines[-1].strip()[:200]})" if lines else ""
+            key = f"serve.triton_port={options.triton_port}"
+            raise ConfigError(f"{key}: Triton {how} at its start; see {self.log}{last}")
 
     async def stop(self) -> None:
         """Let Triton finish what it has taken, within ``serve.drain_seconds``, and end it."""

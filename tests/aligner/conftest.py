@@ -41,3 +41,11 @@ def aligner(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[Any]
         return json.loads((directory / "answers.json").read_text())
 
     return run
+
+
+@pytest.fixture(scope="session")
+def files(aligner: Callable[..., list[Any]], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A tiny policy and two reward models (plugin.Files), made once for all tests."""
+    import plugin
+
+    return plugin.write_files(aligner, tmp_path_factory.mktemp("files"))

@@ -6,6 +6,7 @@ answers are written as a list of the same length. All jobs of one process run at
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -56,6 +57,37 @@ RM = {
     "output_sequence": False,
     "use_avg_pool": False,
     "forward_micro_batch_size": 1,
+}
+
+
+REINFORCE = {
+    "rollout_micro_batch_size": 2,
+    "num_rollout_samples": 2,
+    "forward_micro_batch_size": 2,
+    "val_rollout_micro_batch_size": 2,
+    "num_val_samples": 2,
+    "offload_adam_states": False,
+    "length_params": {"max_length": 24, "min_length": 1},
+    "sampling_params": {
+        "use_greedy": False,
+        "temperature": 1.0,
+        "top_k": 0,
+        "top_p": 1.0,
+        "repetition_penalty": 1.0,
+        "add_BOS": False,
+        "all_probs": False,
+        "compute_logprob": False,
+        "end_strings": [],
+    },
+}
+REINFORCE_TRAINER = {
+    "max_epochs": 1,
+    "gradient_clip_val": 1.0,
+    "initial_policy_kl_penalty": 0.01,
+    "use_absolute_kl": True,
+    "num_rollouts_per_prompt": 4,
+    "rollout_batch_seq_length": None,
+    "batch_iterator": {"use_flask": False, "port": 5557},
 }
 
 
@@ -163,17 +195,119 @@ def train_rm(base: str, data: str, out: str, steps: int, texts: list[str], **mod
 
 
 class _Losses:
-    """What the trainer takes for a logger; keeps the training losses."""
+    """What the trainers take for a logger; keeps the training losses and the mean rewards of steps."""
 
     def __init__(self) -> None:
         self.losses: list[float] = []
+        self.rewards: list[float] = []
 
     def log_metrics(self, metrics: dict[str, Any], step: Any = None, prefix: str = "") -> None:
         if prefix.startswith("train") and "loss" in metrics:
             self.losses.append(float(metrics["loss"]))
+        if prefix == "train_rollouts/":
+            self.rewards.append(float(metrics["rewards"]))
+
+    def log_table(self, *table: Any, **more: Any) -> None:
+        pass
 
     def finalize(self) -> None:
         pass
+
+
+def reinforce(base: str, prompts: str, out: str, steps: int, port: int, **settings: Any) -> dict[str, Any]:
+    """Train an actor as train_gpt_reinforce_actor.py does, rewarded by the server at ``port``, and save it.
+
+    Returns the rollout batches it trained on and the mean rewards it logged.
+    """
+    from functools import partial
+
+    import torch
+    from nemo_aligner.algorithms.reinforce import ReinforceTrainer
+    from nemo_aligner.data.nlp.builders import (
+        build_dataloader,
+        build_train_valid_test_rlhf_datasets,
+        collate_with_pad_to_max_batch,
+    )
+    from nemo_aligner.models.nlp.gpt.megatron_gpt_reinforce_actor import MegatronGPTReinforceActorModel
+    from nemo_aligner.models.nlp.gpt.reward_critic_clients import RemoteGPTRMClient
+    from nemo_aligner.utils.batch_iterators import get_batch_iterator_cls
+    from nemo_aligner.utils.distributed import Timer
+    from nemo_aligner.utils.train_script_utils import (
+        FakeCheckpointCallback,
+        extract_optimizer_scheduler_from_ptl_model,
+        init_distributed,
+        init_peft,
+        init_using_ptl,
+    )
+    from nemo_aligner.utils.utils import retrieve_model_state_dict_in_cpu
+    from omegaconf import OmegaConf
+
+    own = {**REINFORCE, **settings}
+    files = {"train": [prompts], "validation": [prompts], "test": [prompts]}
+    data = {"data_impl": "jsonl", "splits_string": None, "data_prefix": files, "seq_length": 64, "num_workers": 0}
+    peft = {"peft_scheme": "none", "restore_from_path": None}
+    extra = {"reinforce": own, "peft": peft, "data": data, "seed": 1234, "micro_batch_size": 1}
+    actor, trainer = _load(base, MegatronGPTReinforceActorModel, "reinforce", extra, steps)
+    init_peft(actor, actor.cfg)
+    actor.init_policy_state_dict = retrieve_model_state_dict_in_cpu(actor, megatron_amp_O2=False)
+    init_distributed(trainer, actor, False)
+    options = {
+        **REINFORCE_TRAINER,
+        "max_steps": steps,
+        "val_check_interval": steps,
+        "save_interval": steps,
+        "model_gbs": actor.cfg.global_batch_size,
+        "model_mbs": actor.cfg.micro_batch_size,
+    }
+    cfg = OmegaConf.create({"model": actor.cfg, "trainer": {"reinforce": options}})
+    train, validation, _ = build_train_valid_test_rlhf_datasets(
+        cfg=actor.cfg,
+        data_prefix=actor.cfg.data.data_prefix,
+        data_impl="jsonl",
+        splits_string=None,
+        train_valid_test_num_samples=[-1, -1, -1],
+        seq_length=data["seq_length"],
+        seed=1234,
+        tokenizer=actor.tokenizer,
+    )
+    collate = collate_with_pad_to_max_batch(
+        own["length_params"]["max_length"], actor.tokenizer.eos_id, cfg, generate_masks_and_position_ids=False
+    )
+    size = {"mbs": own["rollout_micro_batch_size"], "gbs": own["num_rollout_samples"]}
+    builder = partial(build_dataloader, cfg=cfg, collate_fn=collate, load_gbs=False, **size)
+    init_using_ptl(trainer, actor, torch.utils.data.DataLoader(train, batch_size=4), train)
+    del actor._train_dl
+    optimizer, scheduler = extract_optimizer_scheduler_from_ptl_model(actor)
+    server = {"name": "reward_model", "ip": "127.0.0.1", "port": port}
+    rm = RemoteGPTRMClient(OmegaConf.create({"pad_to_length": actor.cfg.encoder_seq_length, "reward_model": server}))
+    logger, batches = _Losses(), []
+
+    class Watched(ReinforceTrainer):
+        def generate_reinforce_data(self, batch: Any) -> Any:
+            keys = ("response_tokens", "response_lengths", "prompt_lengths", "is_end", "rewards")
+            batches.append({key: batch[key].tolist() for key in keys})
+            return super().generate_reinforce_data(batch)
+
+    training = Watched(
+        cfg=cfg.trainer.reinforce,
+        model=actor,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        train_dataloader_builder=partial(builder, dataset=train),
+        val_dataloader_builder=partial(builder, dataset=validation, use_random_sampler=False),
+        collate_fn=collate,
+        rm=rm,
+        batch_iterator_cls=get_batch_iterator_cls(cfg.trainer.reinforce.batch_iterator),
+        logger=logger,
+        ckpt_callback=FakeCheckpointCallback(),
+        run_timer=Timer(None),
+    )
+    try:
+        training.fit()
+    finally:
+        rm.communicator.close()  # its threads keep a process alive that has failed
+    actor.save_to(out)
+    return {"batches": batches, "rewards": logger.rewards}
 
 
 def score(path: str, texts: list[str], **model: Any) -> list[float]:
@@ -188,6 +322,36 @@ def score(path: str, texts: list[str], **model: Any) -> list[float]:
     init_distributed(trainer, rm, False)
     with torch.no_grad():
         return _infer(rm, texts)
+
+
+def serve(path: str, port: int) -> None:
+    """Serve a reward model of a .nemo by PyTriton as serve_reward_model.py does, until the process is ended."""
+    import torch
+    from nemo_aligner.algorithms.reward_server import RewardModelServer
+    from nemo_aligner.models.nlp.gpt.reward_model_classes import REWARD_MODEL_CLASS_DICT, RewardModelType
+    from nemo_aligner.utils.text_generation_utils import tokenize_batch
+    from nemo_aligner.utils.train_script_utils import init_distributed
+
+    cls = REWARD_MODEL_CLASS_DICT[RewardModelType(RM["reward_model_type"])]
+    rm, trainer = _load(path, cls, "rm", {"forward_micro_batch_size": 2})
+    rm.freeze()
+    init_distributed(trainer, rm, False)
+    rm.prepare_for_inference()
+
+    def tokenize(sentences: Any) -> Any:
+        length = rm.cfg.encoder_seq_length
+        return tokenize_batch(sentences=sentences, tokenizer=rm.tokenizer, max_len=length, add_BOS=False, add_EOS=False)
+
+    with torch.no_grad():
+        RewardModelServer(
+            infer_fn=rm.infer,
+            tokenize_func=tokenize,
+            model_name="reward_model",
+            port=port,
+            inference_micro_batch_size=2,
+            model_forward_micro_batch_size=2,
+            strip_sequence_length_to_multiple=None,
+        ).run_server()
 
 
 def _infer(rm: Any, texts: list[str]) -> list[float]:
@@ -238,9 +402,15 @@ def tokenizer_ids(settings: dict[str, Any], texts: list[str]) -> dict[str, Any]:
     return {"ids": [built.text_to_ids(t) for t in texts], "eos": built.eos_id, "size": built.vocab_size}
 
 
+def _job(name: str) -> Any:
+    """A function of this file, or MODULE.FUNCTION of one beside it."""
+    module, _, function = name.rpartition(".")
+    return getattr(importlib.import_module(module), function) if module else globals()[name]
+
+
 def main() -> None:
     jobs = json.loads(Path(sys.argv[1]).read_text())
-    answers = [globals()[name](**arguments) for name, arguments in jobs]
+    answers = [_job(name)(**arguments) for name, arguments in jobs]
     Path(sys.argv[2]).write_text(json.dumps(answers))
 
 

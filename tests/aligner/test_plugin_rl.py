@@ -31,11 +31,6 @@ UNENDED = -50.0
 
 
 @pytest.fixture(scope="module")
-def files(aligner: Callable[..., list[Any]], tmp_path_factory: pytest.TempPathFactory) -> plugin.Files:
-    return plugin.write_files(aligner, tmp_path_factory.mktemp("files"))
-
-
-@pytest.fixture(scope="module")
 def members(files: plugin.Files, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
     """Both reward models behind servers of this package, asked by its own protocol and by KServe's."""
     home = tmp_path_factory.mktemp("servers")
