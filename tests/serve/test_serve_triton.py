@@ -81,7 +81,8 @@ def test_a_triton_that_dies_at_its_start_ends_the_server(tmp_path: Path, checkpo
     broken = tmp_path / "python"
     broken.write_text('#!/bin/sh\n[ "$2" = --check ] && exit 0\necho no room >&2\nexit 3\n')
     broken.chmod(0o755)
-    with pytest.raises(AssertionError, match=r"error: serve.triton_port=18555: Triton ended at its start; see .*\.log \(no room\)"):
+    words = r"error: serve.triton_port=18555: Triton ended at its start; see .*\.log \(no room\)"
+    with pytest.raises(AssertionError, match=words):
         ServerProcess(
             tmp_path / "run",
             f"ensemble.members=[{checkpoints[0]}]",
