@@ -22,9 +22,6 @@ from typing import Any, BinaryIO
 
 REQUEST = struct.Struct("<QII")  # number (0: READY), bytes of the JSON head, bytes of all
 ANSWER = struct.Struct("<QII")  # number (0: stop), HTTP status, bytes of content: rewards FP32, else the error's text
-# requests at once. Each is alone in an instance of the model: Triton's own batcher would answer all requests of a batch
-# with the error of one, and the reward server joins them in its queue anyway.
-INSTANCES = 4
 _TYPES: dict[str, Any] = {"INT64": "<i8", "BOOL": "|b1"}
 
 
@@ -134,9 +131,11 @@ def serve(settings: dict[str, Any], link: Link) -> int:
         ),
         workspace=settings["workspace"],
     )
+    # One instance of the model: PyTriton gives those after the first too little time to start on a busy machine. And no
+    # batcher of Triton's, which would answer all requests of a batch with the error of one: each request comes alone.
     triton.bind(
         model_name=settings["name"],
-        infer_func=[infer] * INSTANCES,
+        infer_func=infer,
         inputs=[
             Tensor(name=name, shape=(1 if name == "add_EOS" else -1,), dtype=types[datatype], optional=True)
             for name, datatype in datatypes.items()

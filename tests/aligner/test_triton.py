@@ -158,7 +158,7 @@ def gone(process: psutil.Process | int, port: str) -> None:
 def test_triton_gives_the_scores_of_this_process_and_drains(
     start: Callable[..., Server], expected: list[float]
 ) -> None:
-    server = start("serve.batch_wait_ms=700")
+    server = start("serve.batch_wait_ms=400")
     assert set(server.before) <= {"503 the server is starting"} and server.before, server.before
     assert httpx.get(f"{server.address}/health/ready").status_code == 200
     assert httpx.get(f"{server.triton}/v2/health/ready").status_code == 200
