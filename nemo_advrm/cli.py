@@ -37,6 +37,7 @@ _COMMON = ("name", "run_dir", "seed", "trainer.devices", "trainer.num_nodes", "t
 _PARALLEL = (
     "model.tensor_model_parallel_size",
     "model.pipeline_model_parallel_size",
+    "model.context_parallel_size",
     "model.sequence_parallel",
     "precision.name",
 )
