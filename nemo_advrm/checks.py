@@ -141,6 +141,7 @@ RANGES: dict[str, Range] = {
     "remote.connections": COUNT,
     "remote.rows_per_request": COUNT,
     "serve.port": PORT,
+    "serve.triton_port": PORT,
     "serve.batch_tokens": COUNT,
     "serve.batch_wait_ms": NOT_NEGATIVE,
     "serve.queue_tokens": COUNT,
