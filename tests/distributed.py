@@ -13,6 +13,7 @@ import functools
 import json
 import os
 import pickle
+import random
 import secrets
 import signal
 import socket
@@ -50,9 +51,13 @@ def _forker() -> subprocess.Popen[str]:
 
 
 def _free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
+    """A port that no outgoing connection is given: rank 0 does not listen to it before the first job."""
+    first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    while True:
+        port = random.SystemRandom().randrange(first // 2, first)
+        with socket.socket() as sock, contextlib.suppress(OSError):
+            sock.bind(("127.0.0.1", port))
+            return port
 
 
 class World:
@@ -149,9 +154,9 @@ class World:
         self.closed = True
         for connection in self._ranks.values():
             connection.close()
-        for pid in self._pids:
+        for pid in self._pids:  # each leads a session of its own
             with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+                os.killpg(pid, signal.SIGKILL)
         self._log.close()
 
     def _output(self) -> str:

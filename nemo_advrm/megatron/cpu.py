@@ -217,10 +217,10 @@ def one_group_per_set_of_ranks() -> Iterator[None]:
     from megatron.core import parallel_state
 
     create = parallel_state.create_group
-    made: dict[tuple[int, ...], Any] = {}
+    made: dict[tuple[Any, ...], Any] = {}
 
     def create_once(ranks: Any = None, **options: Any) -> Any:
-        key = tuple(ranks)
+        key = (*ranks, options.get("backend"))
         if key not in made:
             made[key] = create(ranks, **options)
         return made[key]
