@@ -12,8 +12,9 @@ TEXTS = ["the cat", "why the red house good answer with big blue tree and dog", 
 
 
 @pytest.fixture(scope="module")
-def found(aligner: Callable[..., list[Any]], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    files = plugin.write_files(aligner, tmp_path_factory.mktemp("files"), reward_models=1)
+def found(
+    aligner: Callable[..., list[Any]], files: plugin.Files, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
     out = tmp_path_factory.mktemp("fp8") / "saved.nemo"
     job = {"path": str(files.reward_models[0]), "out": str(out), "texts": TEXTS}
     (answer,) = aligner(("fp8_jobs.compare", job))

@@ -21,11 +21,6 @@ FACTS = Provenance(0, 1, 1, 0, (1.0, 0.0), (2.0, -1.0), 3.0, "attack/policy/mode
 ADVERSARIAL = [AdversarialPair(as_prompt("the cat"), f" ran to {w}", f" sat {w} {w}", FACTS) for w in ("mat", "tree")]
 
 
-@pytest.fixture(scope="module")
-def files(aligner: Callable[..., list[Any]], tmp_path_factory: pytest.TempPathFactory) -> plugin.Files:
-    return plugin.write_files(aligner, tmp_path_factory.mktemp("files"), reward_models=0)
-
-
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize(("tensor", "pipeline"), [(2, 1), (1, 2)])
 def test_a_share_of_every_batch_is_adversarial(
