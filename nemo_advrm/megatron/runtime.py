@@ -208,11 +208,11 @@ def _initialize_groups(layout: Layout, on_gpu: bool, timeout_minutes: float) -> 
         cpu.redirect_megatron_to_cpu()
         groups_made = cpu.one_group_per_set_of_ranks()
     if parallel_state.model_parallel_is_initialized():
-        # Megatron forgets its groups without ending them: each would keep its threads and sockets
-        groups = [group for group in parallel_state._global_process_group_list or [] if group is not None]
+        # Megatron forgets its groups, and ends only the gloo twins of NCCL's: the rest would keep threads and sockets
+        groups = parallel_state._global_process_group_list or []
         parallel_state.destroy_model_parallel()
         for group in groups:
-            if group is not dist.GroupMember.NON_GROUP_MEMBER:
+            if group in dist.distributed_c10d._world.pg_map:
                 dist.destroy_process_group(group)
     with groups_made:
         parallel_state.initialize_model_parallel(

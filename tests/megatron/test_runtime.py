@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from distributed import Worlds
+from distributed import World, Worlds
 
 from nemo_advrm.megatron.runtime import Layout
 
@@ -21,3 +21,12 @@ def test_what_the_writer_returns_or_raises_reaches_every_rank(
     worlds: Worlds, layout: Layout, fate: str, first: tuple, second: tuple
 ) -> None:
     assert worlds.run(layout, "runtime_jobs", "on_writer", world_size=2, fate=fate) == [first, second]
+
+
+def test_groups_with_gloo_twins_are_ended_before_others_are_made() -> None:
+    world = World(2)
+    try:
+        # two replicas of one process
+        assert world.run("runtime_jobs", "build_groups_as_on_gpus", Layout()) == [([1.0, 2.0, 2.0, 1.0], 0)] * 2
+    finally:
+        world.close()
