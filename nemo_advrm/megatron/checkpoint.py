@@ -21,13 +21,14 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from torch.distributed.checkpoint.api import CheckpointException  # not an Exception, but a BaseException
 
 from nemo_advrm.errors import CheckpointError
 from nemo_advrm.megatron import manifest, phases, runtime
 from nemo_advrm.megatron.architecture import first_difference
-from nemo_advrm.megatron.file_writers import FileWriters
+from nemo_advrm.megatron.file_writers import FileWriters, write_common
 from nemo_advrm.megatron.model import MegatronModel
 from nemo_advrm.megatron.optim import MegatronOptimizer
 from nemo_advrm.place import one_line
@@ -83,9 +84,10 @@ class Saving:
         self._writers: FileWriters | None = None
         described = _meta(model, {**(meta or {}), **_optimizer_meta(optimizer)})
         with self._failing():
-            on_writer(path, lambda: self._begin(described))
-            # no name here may keep the state alive
-            self._writers = FileWriters(_state(model, optimizer), self._partial / WEIGHTS, copy=in_background)
+            # the state itself has no name here: it would outlive its copy
+            sharded, common = save_preprocess(_state(model, optimizer))
+            on_writer(path, lambda: self._begin(described, common))
+            self._writers = FileWriters(sharded, self._partial / WEIGHTS, copy=in_background)
 
     @property
     def written(self) -> bool:
@@ -104,7 +106,7 @@ class Saving:
             self._wait(self._writers, limit_minutes)
             gathered = self._writers.gather()
             on_writer(self.path, lambda: self._writers.write_metadata(gathered))  # type: ignore[union-attr]
-            files = manifest.measure(self._partial, {f"{WEIGHTS}/{k}": v for k, v in self._writers.entries.items()})
+            files = self._measured({f"{WEIGHTS}/{k}": v for k, v in self._writers.entries.items()})
             on_writer(self.path, lambda: manifest.write(self._partial, files))
             on_writer(self.path, lambda: put_in_place(self._partial, self.path))
 
@@ -115,9 +117,16 @@ class Saving:
         if runtime.current().is_writer:
             shutil.rmtree(self._partial, ignore_errors=True)  # a full disk is not left fuller
 
-    def _begin(self, described: dict[str, Any]) -> None:
+    def _begin(self, described: dict[str, Any], common: dict[str, Any]) -> None:
         make_empty(self._partial / WEIGHTS, self._partial)
         manifest.write_json(self._partial / "meta.json", described)
+        write_common(self._partial / WEIGHTS, common)
+
+    def _measured(self, known: dict[str, manifest.Entry]) -> dict[str, manifest.Entry]:
+        try:
+            return manifest.measure(self._partial, known)
+        except OSError as error:  # on every rank
+            raise could_not_write(self.path, error, everywhere=True) from error
 
     def _wait(self, writers: FileWriters, limit_minutes: float) -> None:
         """The ranks ask each other every ``LOOK_SECONDS``, so that none is left in a collective for long."""
@@ -131,9 +140,7 @@ class Saving:
                 return
             if greatest(int(time.monotonic() > deadline)):
                 overdue = TimeoutError(f"rank {slowest - 1} is still writing after {limit_minutes:g} minutes")
-                told = could_not_write(self.path, overdue)
-                told.everywhere = True
-                raise told
+                raise could_not_write(self.path, overdue, everywhere=True)
 
     @contextlib.contextmanager
     def _failing(self) -> Iterator[None]:
@@ -179,9 +186,12 @@ def on_writer(path: Path, work: Callable[[], T]) -> T:
     return runtime.on_writer(told)
 
 
-def could_not_write(path: Path, error: BaseException) -> CheckpointError:
+def could_not_write(path: Path, error: BaseException, everywhere: bool = False) -> CheckpointError:
+    """The error of a failed save; ``everywhere``: every rank raises it."""
     reason = _reason(error, path.parent)
-    return CheckpointError(f"{path}: could not be written ({reason}); the checkpoint before it is untouched")
+    told = CheckpointError(f"{path}: could not be written ({reason}); the checkpoint before it is untouched")
+    told.everywhere = everywhere
+    return told
 
 
 def _state(model: MegatronModel, optimizer: MegatronOptimizer | None) -> dict[str, Any]:

@@ -11,6 +11,8 @@ hashlib while it hashes, so that training goes on meanwhile.
 from __future__ import annotations
 
 import inspect
+import io
+import os
 import queue
 import threading
 import time
@@ -20,11 +22,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.storage import WriteResult
@@ -49,11 +52,26 @@ class _Plan(TorchDistSaveShardedStrategy):
         return AsyncRequest(None, (), [])
 
 
+def write_common(directory: Path, state: dict[str, Any]) -> None:
+    """Write what is not sharded; on the writing rank.
+
+    ``dist_checkpointing.save`` does it between its collectives, in which the other ranks would wait for a writer whose
+    disk is full.
+    """
+    contents = io.BytesIO()  # torch.save tells of a failing file by a RuntimeError
+    torch.save(state, contents)
+    with open(directory / COMMON_STATE_FNAME, "wb") as file:
+        file.write(contents.getbuffer())
+        file.flush()
+        os.fsync(file.fileno())
+
+
 class FileWriters:
     """The threads, one a file, that write what this rank holds of a sharded state; started at once.
 
     Args:
-        state: Megatron's sharded state dict; all ranks make their writers together.
+        state: the sharded part of Megatron's state dict (``save_preprocess``), emptied here; all ranks make their
+            writers together.
         directory: where the files go; it exists and is empty.
         copy: the state may change as soon as this returns. Without it, it must not before the writers have ended.
 
@@ -74,7 +92,7 @@ class FileWriters:
             filesystem_async._results_queue = queue.Queue()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            dist_checkpointing.save(state, str(directory), self._plan, async_sharded_save=True)
+            self._plan.async_save(state, directory)
         state.clear()  # what was gathered for saving lives no longer than it takes to copy it
         buckets, self._plan.writer.write_buckets = self._plan.writer.write_buckets or [], []
         self._threads: list[threading.Thread] = []

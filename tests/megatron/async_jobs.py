@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 import resource
 import signal
 import threading
@@ -16,7 +18,7 @@ import checkpoint_jobs
 import torch
 
 from nemo_advrm.errors import CheckpointError
-from nemo_advrm.megatron import checkpoint, runtime
+from nemo_advrm.megatron import checkpoint, manifest, runtime
 from nemo_advrm.megatron.file_writers import FileWriters
 from nemo_advrm.megatron.training_state import TrainingSave
 from nemo_advrm.models.reward_model import RewardModel
@@ -82,6 +84,32 @@ def fail_in_background(path: str, rank: int, while_writing: bool) -> tuple[str, 
     try:
         with _small_files(runtime.current().rank == rank):
             saving.finish(limit_minutes=1)
+    except CheckpointError as error:
+        return str(error), error.everywhere, writer_threads()
+    return "", False, writer_threads()
+
+
+def fail_on_first_rank(path: str, file: str) -> tuple[str, bool, int]:
+    """Save where the disk is full when ``common.pt`` is written, or ``meta.json`` cannot be read again; see above."""
+    module = checkpoint_jobs.reward_model()
+    make_empty, entry = checkpoint.make_empty, manifest._entry
+
+    def full(directory: Path, top: Path) -> None:
+        make_empty(directory, top)
+        (directory / file).symlink_to("/dev/full")
+
+    def unreadable(read: Path) -> manifest.Entry:
+        if read.name == file:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(read))
+        return entry(read)
+
+    failing = {
+        "common.pt": mock.patch.object(checkpoint, "make_empty", full),
+        "meta.json": mock.patch.object(manifest, "_entry", unreadable),
+    }
+    try:
+        with failing[file]:
+            checkpoint.save(Path(path), module.model, module.optimizer)
     except CheckpointError as error:
         return str(error), error.everywhere, writer_threads()
     return "", False, writer_threads()

@@ -74,6 +74,20 @@ def test_a_failed_background_write_is_the_error_of_all_ranks_and_leaves_the_chec
     assert {p: p.read_bytes() for p in before.parent.rglob("*") if p.is_file()} == files
 
 
+@pytest.mark.parametrize(
+    ("file", "reason"), [("common.pt", "No space left on device"), ("meta.json", "Input/output error")]
+)
+def test_a_file_that_only_the_first_rank_writes_or_reads_fails_on_all(
+    worlds: Worlds, before: Path, file: str, reason: str
+) -> None:
+    files = {p: p.read_bytes() for p in before.rglob("*") if p.is_file()}
+    told = worlds.run(Layout(tensor=2), "async_jobs", "fail_on_first_rank", path=str(before), file=file)
+    for message, _, threads in told:
+        assert message.startswith(f"{before}: could not be written (") and reason in message and threads == 0
+    assert told[0][0] == told[1][0] and told[1][1]  # so that it is told once
+    assert {p: p.read_bytes() for p in before.parent.rglob("*") if p.is_file()} == files
+
+
 def test_a_rank_whose_file_system_does_not_answer_is_named_within_the_limit(worlds: Worlds, tmp_path: Path) -> None:
     path = tmp_path / "checkpoint"
     told = worlds.run(Layout(tensor=2), "async_jobs", "one_rank_never_ends", path=str(path), rank=1)
