@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import importlib
 import operator
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +19,7 @@ from nemo_advrm.place import host_name, place
 _SINGLE_PROCESS = ("report", "doctor", "select", "stages", "plan")
 USAGE = "usage: nemo-advrm STAGE [key=value ...] | STAGE --help | --version"
 EXIT_BUG, EXIT_USER_ERROR, EXIT_PROCESS_LOST, EXIT_PREEMPTED, EXIT_INTERRUPTED = 1, 2, 3, 75, 130
+EXIT_PIPE = 141  # of a program that SIGPIPE ends
 # seconds that other processes wait before they report: torchrun has ended them by then if the first one failed too
 OTHERS_WAIT = 2.0
 
@@ -205,7 +207,12 @@ def guarded(call: Callable[[], int | None]) -> int:
     """
     here = place()
     try:
-        return call() or 0
+        status = call() or 0
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # nobody reads on, as in nemo-advrm stages | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_PIPE
     except UserError as error:
         if here.rank == 0:
             print(f"error: {error}", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import socket
 import subprocess
@@ -40,6 +41,15 @@ def test_help_is_quick_and_imports_nothing_heavy(arguments: list[str]) -> None:
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     # processor time: other processes of a busy machine do not count
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2
+
+
+def test_a_reader_that_leaves_is_no_error() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    code = "import sys; from nemo_advrm.cli import main; sys.exit(main(['--help']))"
+    run = subprocess.run([sys.executable, "-c", code], stdout=writing, stderr=subprocess.PIPE, text=True, timeout=60)
+    os.close(writing)
+    assert (run.returncode, run.stderr) == (141, "")
 
 
 def test_help_names_every_stage(capsys: pytest.CaptureFixture[str]) -> None:
