@@ -66,7 +66,7 @@ class HeadedGPT(GPTModel):
         head_init_std: float = 0.02,
         vp_stage: int | None = None,
     ) -> None:
-        spec = layer_spec(model, on_gpu)
+        spec = layer_spec(model, config.params_dtype, on_gpu)
         local = spec.submodules.input_layernorm is Norm
         layers = get_num_layers_to_build(config, vp_stage)
         block = TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=Norm) if local else spec

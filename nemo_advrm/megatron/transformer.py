@@ -161,10 +161,13 @@ def transformer_config(model: ModelConfig, precision: PrecisionConfig, on_gpu: b
     )
 
 
-def layer_spec(model: ModelConfig, on_gpu: bool) -> ModuleSpec:
-    """Transformer Engine's layer on a GPU that has it, else Megatron's local one with our parts."""
+def layer_spec(model: ModelConfig, dtype: torch.dtype, on_gpu: bool) -> ModuleSpec:
+    """Transformer Engine's layer on a GPU that has it, else Megatron's local one with our parts.
+
+    ``dtype``: in which attention computes.
+    """
     if on_gpu and has_transformer_engine():
-        return _transformer_engine_spec(model)
+        return _transformer_engine_spec(model, dtype)
     spec = get_gpt_layer_local_spec(qk_layernorm=model.qk_layernorm, normalization="RMSNorm")
     spec.submodules.input_layernorm = Norm
     spec.submodules.pre_mlp_layernorm = Norm
@@ -177,16 +180,18 @@ def layer_spec(model: ModelConfig, on_gpu: bool) -> ModuleSpec:
     return _with_post_norms(spec, model, Norm)
 
 
-def _transformer_engine_spec(model: ModelConfig) -> ModuleSpec:
+def _transformer_engine_spec(model: ModelConfig, dtype: torch.dtype) -> ModuleSpec:
     """Not yet run: no machine with Transformer Engine was at hand.
 
-    Its attention takes no soft-cap and no window for each row of a cache, so models with a soft-cap or a sliding
-    window have our attention between its linear layers.
+    Its attention takes no soft-cap and no window for each row of a cache, and shares no sequence between ranks in fp32
+    (its fused kernels take no fp32, the others no shared sequences). Such models have our attention between its linear
+    layers.
     """
     spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=model.qk_layernorm)
     attention = spec.submodules.self_attention
     attention.module = CachedSelfAttention
-    if model.attention_softcap or model.sliding_window:
+    shared_fp32 = model.context_parallel_size > 1 and dtype == torch.float32
+    if model.attention_softcap or model.sliding_window or shared_fp32:
         attention.submodules.core_attention = partial(FusedCoreAttention, softcap=model.attention_softcap)
     if not model.post_norms:
         return spec

@@ -12,12 +12,15 @@ import pytest
 import scale_jobs
 import torch
 from distributed import Worlds
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from tiny import tiny_config
 
-from nemo_advrm.megatron import checkpoint
+from nemo_advrm.megatron import checkpoint, transformer
+from nemo_advrm.megatron.attention import FusedCoreAttention
 from nemo_advrm.megatron.precision import alignment
 from nemo_advrm.megatron.runtime import Layout, Runtime
 from nemo_advrm.megatron.transformer import transformer_config
+from nemo_advrm.schema import ModelConfig
 
 SHARED = {"use_distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True}
 
@@ -161,6 +164,29 @@ def test_transformer_engine_sees_whole_sequences_while_decoding() -> None:
         "group", [0, 1], "stream", "p2p",
     )  # fmt: skip
     assert config.context_parallel_size == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "dtype", "ours"),
+    [
+        ({"context_parallel_size": 2}, torch.bfloat16, False),
+        ({"context_parallel_size": 2}, torch.float32, True),
+        ({}, torch.float32, False),
+        ({"sliding_window": 8}, torch.bfloat16, True),
+        ({"attention_softcap": 50.0}, torch.bfloat16, True),
+    ],
+)
+def test_transformer_engine_attends_where_it_can(
+    monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], dtype: torch.dtype, ours: bool
+) -> None:
+    """Its DotProductAttention has no backend for sequences that ranks share in fp32."""
+    spec = get_gpt_layer_local_spec(normalization="RMSNorm")
+    monkeypatch.setattr(transformer, "has_transformer_engine", lambda: True)
+    monkeypatch.setattr(transformer, "get_gpt_layer_with_transformer_engine_spec", lambda **_: spec)
+    its_own = spec.submodules.self_attention.submodules.core_attention
+    chosen = transformer.layer_spec(ModelConfig(**settings), dtype, on_gpu=True)
+    attention = chosen.submodules.self_attention.submodules.core_attention
+    assert getattr(attention, "func", attention) is (FusedCoreAttention if ours else its_own)
 
 
 def test_a_stage_with_shared_sequences_gives_the_metrics_of_one_process(

@@ -99,6 +99,8 @@ def test_our_own_attention_keeps_the_keys_and_values_of_all_ranks() -> None:
     # bytes, tokens, 2, width; rank 1 keeps 2 and 7 chunks of 8
     assert windowed.total - engine.total == 2 * 1024 * 2 * 1024 * 9 / 8 == windowed.in_attention
     assert layer_terms(gpt(sliding_window=64), Microbatch(2, 512), 2, PLAIN).in_attention == 0
+    fp32 = layer_terms(gpt(context_parallel_size=4), Microbatch(2, 512), 4, PLAIN)  # needs no window for that
+    assert fp32.in_attention == 2 * windowed.in_attention
 
 
 # Pipelines

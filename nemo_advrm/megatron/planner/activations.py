@@ -127,7 +127,9 @@ def layer_terms(model: ModelConfig, batch: Microbatch, element: int, kernels: Ke
         length = batch.length / model.context_parallel_size
         attention += 4 * element * length * head_size(model) * model.rotary_percent
     gathered = 0.0
-    if model.context_parallel_size > 1 and (kernels.own_attention or model.attention_softcap or model.sliding_window):
+    fp32 = element == 4  # in which Transformer Engine shares no sequences
+    own = kernels.own_attention or model.attention_softcap or model.sliding_window or fp32
+    if model.context_parallel_size > 1 and own:
         # the early chunk of queries on rank i keeps i + 1 of 2 cp chunks of keys, the late one 2 cp - i
         share = 1 + 1 / (2 * model.context_parallel_size)
         gathered = element * batch.tokens * 2 * size.key / tensor * share
