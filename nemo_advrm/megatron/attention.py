@@ -8,7 +8,6 @@ different positions of the cache, and cached keys are already rotated).
 from __future__ import annotations
 
 import contextlib
-import copy
 from typing import Any
 
 import torch
@@ -200,15 +199,6 @@ def _row_groups(visible: Tensor, windowed: bool) -> list[tuple[slice, slice]]:
     return [(rows, slice(min(first[rows]), max(last[rows]))) for rows in groups]
 
 
-def _without_fused_rotation(config: TransformerConfig) -> TransformerConfig:
-    """The fused kernel turns all rows by the same angles; those of a cache stand at different positions."""
-    if not config.apply_rope_fusion:
-        return config
-    config = copy.copy(config)
-    config.apply_rope_fusion = False
-    return config
-
-
 class CachedSelfAttention(SelfAttention):
     """Self-attention whose cache holds rotated keys and whose rows may be at different positions."""
 
@@ -230,9 +220,8 @@ class CachedSelfAttention(SelfAttention):
         if rotary_pos_emb is not None:
             angles_q, angles_k = (cache.rotary_angles(angles, query.size(0)) for angles in rotary_pos_emb)
             group = self.pg_collection.cp
-            config = _without_fused_rotation(self.config)
-            query = apply_rotary_pos_emb(query, angles_q, config=config, cp_group=group)
-            key = apply_rotary_pos_emb(key, angles_k, config=config, cp_group=group)
+            query = apply_rotary_pos_emb(query, angles_q, config=self.config, cp_group=group)
+            key = apply_rotary_pos_emb(key, angles_k, config=self.config, cp_group=group)
         key, value = cache.update(self.layer_number, key, value)
         mask_type = AttnMaskType.causal if cache.prefilling else AttnMaskType.arbitrary
         return query, key, value, None, mask_type, None

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -57,6 +59,19 @@ def fusions(model: ModelConfig, on_gpu: bool) -> list[Fusion]:
 def settings(model: ModelConfig, on_gpu: bool) -> dict[str, bool]:
     """The options as Megatron's configuration takes them."""
     return {fusion.option: fusion.active for fusion in fusions(model, on_gpu)}
+
+
+@contextlib.contextmanager
+def without_fused_rotation(config: Any) -> Iterator[None]:
+    """Rotate unfused inside: the kernel turns all rows by the same angles; those of a cache are at unlike positions.
+
+    ``config`` is the TransformerConfig that all layers share.
+    """
+    chosen, config.apply_rope_fusion = config.apply_rope_fusion, False
+    try:
+        yield
+    finally:
+        config.apply_rope_fusion = chosen
 
 
 def fuses_activation(model: ModelConfig) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.megatron import runtime
 from nemo_advrm.megatron.context import without_context_parallel
+from nemo_advrm.megatron.fusions import without_fused_rotation
 from nemo_advrm.megatron.gpt import without_sequence_parallel
 from nemo_advrm.megatron.kv_cache import KVCache
 from nemo_advrm.megatron.model import MegatronModel
@@ -79,6 +80,7 @@ def generate(
         without_context_parallel(model.parts),
         without_sequence_parallel(model.parts),
         without_fp8(model.config),
+        without_fused_rotation(model.config),
     ):
         for start in range(0, len(own), step):
             rows = own[start : start + step]
