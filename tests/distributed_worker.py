@@ -6,6 +6,7 @@ waits for jobs on a connection and answers each with its result.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -22,11 +23,13 @@ def main() -> None:
 
     from nemo_advrm.megatron import cpu, runtime  # noqa: F401 (imported once for all worlds)
     from nemo_advrm.quiet import quiet_libraries
+    from nemo_advrm.stages import train_rm  # noqa: F401 (with NeMo, which takes seconds)
 
     quiet_libraries()
     torch.set_num_threads(1)
     cpu.redirect_megatron_to_cpu()  # imports all of Megatron-Core that is used
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # ended processes leave nothing behind
+    gc.freeze()  # the forks need not look through all modules again and again
     for line in sys.stdin:
         world = json.loads(line)
         for rank in range(world["size"]):

@@ -27,7 +27,7 @@ def train(run_dir: str, data: str, *overrides: str) -> None:
         "trainer.max_steps=5",
         "trainer.checkpoint_every_n_steps=2",
         "trainer.async_checkpoint=true",
-        "model.num_layers=4",
+        "model.num_layers=2",
         "model.global_batch_size=4",
         f"run_dir={run_dir}",
     ]
