@@ -12,7 +12,6 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
-from nemo_advrm.callbacks.checkpoints import saved_steps
 from nemo_advrm.errors import Preempted
 from nemo_advrm.megatron.strategy import MegatronStrategy
 
@@ -23,10 +22,11 @@ SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 class PreemptionCheckpoint(Checkpoint):
     """Saves ``step_NNNNNNNN`` at the end of the step in which any rank got a signal, and raises Preempted on all.
 
-    This save is waited for. One that is under way in the background is completed if it is this step's, else given up.
+    This save is waited for. One that is under way in the background is completed if it is written, else given up: it
+    would take from the time that is left.
 
-    The last step of a training is not stopped: what follows it is short. Must come after PeriodicCheckpoint and
-    whatever writes the step's records.
+    The last step of a training is not stopped: what follows it is short. Must come after whatever writes the step's
+    records, and before PeriodicCheckpoint, which would wait for the save under way and begin one of its own.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -60,11 +60,7 @@ class PreemptionCheckpoint(Checkpoint):
         reason = self.received or "a signal to another rank"
         path = self.directory / f"step_{step:08d}"
         strategy: MegatronStrategy = trainer.strategy  # type: ignore[assignment]
-        if strategy.saving is not None and strategy.saving.path == path:
-            strategy.end_saving(wait=True)
-        else:  # an older one would take from the time that is left
-            strategy.drop_saving()
-        missing = path not in saved_steps(self.directory)[-1:]
-        if trainer.strategy.reduce_boolean_decision(missing, all=True):  # a node may see a shared directory late
-            trainer.save_checkpoint(path)
+        strategy.end_saving(wait=False)
+        strategy.drop_saving()
+        trainer.save_checkpoint(path)
         raise Preempted(f"stopped by {reason} after step {step}, saved in {path}; the same command goes on from there")
