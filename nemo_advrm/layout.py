@@ -8,6 +8,9 @@ from dataclasses import replace
 from nemo_advrm.errors import LayoutError
 from nemo_advrm.schema import Config, ModelConfig
 
+# precision.name -> tokens and channels of a matrix product must be multiples of it
+FP8_ALIGNMENT = {"fp8_delayed": 16, "fp8_current": 16, "fp8_blockwise": 16, "mxfp8": 32}
+
 
 def data_parallel_size(cfg: Config, world_size: int) -> int:
     """Model replicas that ``world_size`` processes hold: world_size / (TP * PP * CP)."""
@@ -84,16 +87,35 @@ def _must_divide(size_key: str, size: int, value_key: str, value: int) -> None:
         raise LayoutError(f"{value_key}={value} cannot be divided by {size_key}={size}")
 
 
-def _check_context(model: ModelConfig) -> None:
-    """Rows are padded so that ranks get equal parts, also the longest: learned positions end there."""
-    ranks = model.context_parallel_size
-    if ranks == 1 or model.position_embedding_type != "learned_absolute":
+def sequence_multiple(tensor: int, sequence_parallel: bool, context: int, unit: int = 1) -> int:
+    """Tokens of a padded row must be a multiple of this.
+
+    Context parallelism gives every rank two chunks of equal length, sequence parallelism every tensor-parallel rank an
+    equal part of those; FP8 wants each part to be a multiple of ``unit``.
+    """
+    part = unit * (tensor if sequence_parallel else 1)
+    return math.lcm(2, part) * context if context > 1 else part
+
+
+def _check_positions(cfg: Config) -> None:
+    """The longest rows are padded too, and learned positions end at the length of these."""
+    model, fp8 = cfg.model, cfg.precision.name if cfg.precision.name in FP8_ALIGNMENT else ""
+    if model.position_embedding_type != "learned_absolute":
         return
-    unit = math.lcm(2, model.tensor_model_parallel_size if model.sequence_parallel else 1) * ranks
-    if model.encoder_seq_length % unit:
+    ranks = model.context_parallel_size
+    unit = FP8_ALIGNMENT.get(fp8, 1)
+    multiple = sequence_multiple(model.tensor_model_parallel_size, model.sequence_parallel, ranks, unit)
+    if model.encoder_seq_length % multiple:
+        reasons = [
+            f"precision.name={fp8}" if fp8 else "",
+            f"model.tensor_model_parallel_size={model.tensor_model_parallel_size} with model.sequence_parallel=true"
+            if model.sequence_parallel
+            else "",
+            f"model.context_parallel_size={ranks}" if ranks > 1 else "",
+        ]
         raise LayoutError(
-            f"model.encoder_seq_length={model.encoder_seq_length} must be a multiple of {unit} with "
-            f"model.context_parallel_size={ranks} and learned positions: every rank holds two equal parts of a sequence"
+            f"model.encoder_seq_length={model.encoder_seq_length} must be a multiple of {multiple}, to which rows are "
+            f"padded for {' and '.join(filter(None, reasons))}: learned positions end there"
         )
 
 
@@ -127,7 +149,7 @@ def validate_layout(cfg: Config, world_size: int, transformer_engine: bool = Fal
     if model.sequence_parallel and tensor == 1:
         raise LayoutError(f"model.sequence_parallel=true needs {tensor_key} above 1")
 
-    _check_context(model)
+    _check_positions(cfg)
     layers_per_stage(model)
     _check_optimizer(model)
     if cfg.precision.name not in ("fp32", "bf16") and not (transformer_engine or planning):

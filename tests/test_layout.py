@@ -102,13 +102,34 @@ def test_ranks_that_share_sequences_are_no_replicas() -> None:
         validate_layout(cfg, 12)
 
 
-def test_learned_positions_end_where_the_padding_of_shared_sequences_must() -> None:
-    learned = {"position_embedding_type": "learned_absolute", "context_parallel_size": 2}
-    with pytest.raises(LayoutError, match=r"encoder_seq_length=66 must be a multiple of 4 .*context_parallel_size=2"):
-        validate_layout(config(encoder_seq_length=66, **learned), 2)
-    validate_layout(config(encoder_seq_length=68, **learned), 2)
-    with pytest.raises(LayoutError, match="multiple of 8"):
-        validate_layout(
-            config(encoder_seq_length=68, tensor_model_parallel_size=4, sequence_parallel=True, **learned), 8
-        )
-    validate_layout(config(encoder_seq_length=66, context_parallel_size=2), 2)
+@pytest.mark.parametrize(
+    ("model", "precision", "multiple", "named"),
+    [
+        ({"context_parallel_size": 2}, "fp32", 4, "context_parallel_size=2"),
+        ({"context_parallel_size": 2}, "fp8_current", 32, r"precision\.name=fp8_current and .*context_parallel_size=2"),
+        ({}, "mxfp8", 32, r"precision\.name=mxfp8"),
+        (
+            {"tensor_model_parallel_size": 2, "sequence_parallel": True},
+            "fp32",
+            2,
+            r"tensor_model_parallel_size=2 with model\.sequence_parallel=true",
+        ),
+        (
+            {"tensor_model_parallel_size": 4, "sequence_parallel": True, "context_parallel_size": 2},
+            "bf16",
+            8,
+            "sequence_parallel=true and .*context_parallel_size=2",
+        ),
+    ],
+)
+def test_rows_are_not_padded_beyond_learned_positions(
+    model: dict[str, int], precision: str, multiple: int, named: str
+) -> None:
+    cfg = config(**model, position_embedding_type="learned_absolute", encoder_seq_length=3 * multiple)
+    cfg.precision.name = precision
+    validate_layout(cfg, 8, planning=True)
+    cfg.model.encoder_seq_length += multiple // 2
+    with pytest.raises(LayoutError, match=rf"encoder_seq_length=\d+ must be a multiple of {multiple}, .*{named}"):
+        validate_layout(cfg, 8, planning=True)
+    cfg.model.position_embedding_type = "rope"
+    validate_layout(cfg, 8, planning=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 
 from nemo_advrm.errors import ConfigError
+from nemo_advrm.layout import FP8_ALIGNMENT, sequence_multiple
 from nemo_advrm.schema import ModelConfig, PrecisionConfig
 
 
@@ -27,21 +27,19 @@ class Fp8:
     Attributes:
         recipe: its name in Megatron-Core.
         format: hybrid (E4M3 forward, E5M2 gradients) or e4m3.
-        alignment: tokens and channels of a matrix product must be multiples of it.
         capability: least compute capability of the GPU.
     """
 
     recipe: str
     format: str
-    alignment: int
     capability: tuple[int, int]
 
 
 FP8 = {
-    "fp8_delayed": Fp8("delayed", "hybrid", 16, (8, 9)),
-    "fp8_current": Fp8("tensorwise", "hybrid", 16, (8, 9)),
-    "fp8_blockwise": Fp8("blockwise", "e4m3", 16, (9, 0)),
-    "mxfp8": Fp8("mxfp8", "e4m3", 32, (10, 0)),
+    "fp8_delayed": Fp8("delayed", "hybrid", (8, 9)),
+    "fp8_current": Fp8("tensorwise", "hybrid", (8, 9)),
+    "fp8_blockwise": Fp8("blockwise", "e4m3", (9, 0)),
+    "mxfp8": Fp8("mxfp8", "e4m3", (10, 0)),
 }
 # steps over which delayed scaling looks back for the largest value (Transformer Engine's default)
 _HISTORY = 1024
@@ -99,7 +97,7 @@ def check_model(precision: PrecisionConfig, model: ModelConfig, ffn: int, query:
         raise ConfigError("precision.bf16_first_last_layers: fp8_delayed has one format for all layers (fp8_current)")
     if precision.fp8_params and name == "mxfp8":
         raise ConfigError("precision.fp8_params=true: weights are not kept in MXFP8 yet; fp8_current can")
-    unit, tensor = FP8[name].alignment, model.tensor_model_parallel_size
+    unit, tensor = FP8_ALIGNMENT[name], model.tensor_model_parallel_size
     widths = {"hidden_size": model.hidden_size}
     split = {"ffn_hidden_size": ffn, "num_attention_heads * kv_channels": query, "num_query_groups * kv_channels": key}
     widths |= {f"{width} / {tensor}" if tensor > 1 else width: size // tensor for width, size in split.items()}
@@ -129,15 +127,14 @@ def options(precision: PrecisionConfig) -> dict[str, Any]:
 
 
 def alignment(config: Any) -> int:
-    """Tokens of a row must be a multiple of this; ``config`` is a TransformerConfig.
-
-    Context parallelism gives every rank two chunks of equal length, sequence parallelism every tensor-parallel rank an
-    equal part of those; FP8 wants each part aligned.
-    """
-    unit = next((fp8.alignment for fp8 in FP8.values() if config.fp8 and fp8.recipe == config.fp8_recipe), 1)
-    part = int(unit * (config.tensor_model_parallel_size if config.sequence_parallel else 1))
-    ranks = config.context_parallel_size
-    return math.lcm(2, part) * ranks if ranks > 1 else part
+    """Tokens of a row must be a multiple of this; ``config`` is a TransformerConfig."""
+    chosen = (name for name, fp8 in FP8.items() if config.fp8 and fp8.recipe == config.fp8_recipe)
+    return sequence_multiple(
+        config.tensor_model_parallel_size,
+        config.sequence_parallel,
+        config.context_parallel_size,
+        FP8_ALIGNMENT.get(next(chosen, ""), 1),
+    )
 
 
 @contextlib.contextmanager
