@@ -43,8 +43,9 @@ class WorldLost(AssertionError):
 
 @functools.cache
 def _forker() -> subprocess.Popen[str]:
-    """The process that has imported everything and forks the processes of worlds."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    """The process that has imported everything, as a launcher's rank 0 does, and forks the processes of worlds."""
+    path = os.pathsep.join(p for p in sys.path if p)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "RANK": "0"}
     process = subprocess.Popen([sys.executable, str(_WORKER)], env=environment, stdin=subprocess.PIPE, text=True)
     atexit.register(process.kill)
     return process

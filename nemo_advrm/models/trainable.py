@@ -6,6 +6,7 @@ import gc
 import math
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,6 +25,20 @@ from nemo_advrm.schema import Config
 from nemo_advrm.seeds import derive_seed
 
 Row = TypeVar("Row")
+
+
+def _switch_off_telemetry() -> None:
+    """NeMo starts OneLogger on rank 0: it writes into the working directory, and raises at a second training."""
+    with suppress(ImportError):  # other versions of NeMo have none
+        from nv_one_logger.api.one_logger_provider import OneLoggerProvider
+
+        provider = OneLoggerProvider.instance()
+        if provider.one_logger_ready:
+            provider.config.enable_for_current_rank = False
+            provider.config.logger_config.log_level = "CRITICAL"  # else every hook tells that it is skipped
+
+
+_switch_off_telemetry()
 
 
 def total_steps(cfg: Config, rows: int) -> int:
