@@ -51,10 +51,11 @@ class Beat:
 
 @dataclass(frozen=True)
 class Hang:
-    """The ranks that a job waits for, and what to tell of them."""
+    """The ranks that a job waits for, what to tell of them, and all ranks whose heartbeats stay away."""
 
     ranks: list[int]
     text: str
+    silent: frozenset[int] = frozenset()
 
 
 class Watch:
@@ -94,7 +95,7 @@ class Watch:
         seen = "last seen in " if silent else ""
         names = "; ".join(f"rank {rank} on {beats[rank].host} ({seen}{beats[rank].place()})" for rank in ranks)
         waited = f"no process got on for {self.limit_seconds / 60:g} minutes"
-        return Hang(ranks, f"{waited}: {names} {reason}")
+        return Hang(ranks, f"{waited}: {names} {reason}", frozenset(silent))
 
 
 def culprits(beats: dict[int, Beat], silent: set[int]) -> tuple[list[int], str]:

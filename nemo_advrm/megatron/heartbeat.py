@@ -2,14 +2,15 @@
 
 A thread of each process writes its heartbeat into the job's store. Rank 0's reads all of them; the others read rank
 0's, so that its own end is noticed too. The store may stop answering with the process that keeps it: a second thread
-measures that by its own clock. Neither needs the main thread, which may never come back from a collective on a GPU.
+measures that by its own clock. Neither needs the main thread, which may never come back from a collective on a GPU,
+and nothing that may block for ever (the store, the file system) keeps a process from its end.
 """
 
 from __future__ import annotations
 
 import atexit
 import contextlib
-import faulthandler
+import logging
 import math
 import os
 import sys
@@ -28,7 +29,11 @@ from nemo_advrm.megatron import peers, phases, resiliency
 from nemo_advrm.megatron.hangs import Beat, Watch
 from nemo_advrm.place import Place, host_name, place
 
+_log = logging.getLogger(__name__)
+
 EXIT_HANG = 3  # the command line's status for a lost process
+# what a process says before its end may meet a dead file system or store
+LAST_WORDS_SECONDS = 5.0
 # heartbeats in the time of the limit; so many missing ones are silence
 _BEATS_PER_LIMIT = 20
 _MOST_SECONDS_BETWEEN_BEATS = 10.0
@@ -72,11 +77,12 @@ class Heartbeat:
         self._ending = threading.Lock()
         self._number = 0
         self._told_ticks = -1
-        self._first_silence = Watch(limit_seconds + _LATER_BEATS * self.interval, patience)
+        self._alone = Watch(limit_seconds + _LATER_BEATS * self.interval, patience)
         self._first = Beat(host=peers.first_host())
+        self._store_answered = time.monotonic()
         self._threads = [
-            threading.Thread(target=target, name=target.__name__, daemon=True)
-            for target in (self._publish, self._distrust)
+            threading.Thread(target=self._repeat, args=(act,), name=act.__name__, daemon=True)
+            for act in (self._publish, self._distrust)
         ]
 
     def start(self) -> None:
@@ -108,15 +114,26 @@ class Heartbeat:
             left=left,
         )
 
-    def _publish(self) -> None:
+    def _repeat(self, act: Callable[[], None]) -> None:
+        """Of a bug the log tells once: without heartbeats this process would be taken for a stopped one."""
+        told = False
         while not self._stopping.wait(self.interval):
-            beat = self.beat()
-            if self.on_progress is not None and (beat.ticks != self._told_ticks or not beat.phase):
-                self._told_ticks = beat.ticks
-                self.on_progress()
-            with contextlib.suppress(dist.DistError, RuntimeError):  # its keeper is gone: see _distrust
-                self.store.set(self._keys[self.here.rank], beat.to_json())
-                self._exchange()
+            try:
+                act()
+            except Exception:
+                if not told:
+                    _log.exception("heartbeats go on after an error of their own:")
+                told = True
+
+    def _publish(self) -> None:
+        beat = self.beat()
+        if self.on_progress is not None and (beat.ticks != self._told_ticks or not beat.phase):
+            self._told_ticks = beat.ticks
+            self.on_progress()
+        with contextlib.suppress(dist.DistError, RuntimeError):  # its keeper is gone: see _distrust
+            self.store.set(self._keys[self.here.rank], beat.to_json())
+            self._exchange()
+            self._store_answered = time.monotonic()
 
     def _exchange(self) -> None:
         """Rank 0 judges all; the others learn its judgement."""
@@ -126,54 +143,70 @@ class Heartbeat:
             found = {rank: Beat.from_json(text) for rank, text in enumerate(self.store.multi_get(self._keys))}
             hang = self._watch.see(found, time.monotonic())
             if hang is not None:
-                self.store.set("hang", hang.text)
-                self._end(hang.text, tell=True, others=len(found) - len(hang.ranks))
+                gone = hang.silent | {rank for rank, beat in found.items() if beat.left}
+                self._end(hang.text, tell=True, readers=len(set(found) - {0} - gone))
             return
         if self.store.check(["hang"]):
             verdict = self.store.get("hang").decode()
-            self.store.add("hang/read", 1)
+            with contextlib.suppress(dist.DistError, RuntimeError):
+                self.store.add("hang/read", 1)
             self._end(verdict, tell=False)
         if self.store.check(self._keys[:1]):
             self._first = Beat.from_json(self.store.get(self._keys[0]))
 
     def _distrust(self) -> None:
-        """End this process when it does not get on and rank 0, which would say so, is silent."""
-        while not self._stopping.wait(self.interval):
-            if self.here.rank == 0:
-                return
-            hang = self._first_silence.see({0: self._first, self.here.rank: self.beat()}, time.monotonic())
-            if hang is not None and hang.ranks == [0]:
-                self._end(hang.text, tell=True)
+        """End this process when it does not get on and nobody would say so: rank 0, or for rank 0 the store, is silent.
 
-    def _end(self, verdict: str, tell: bool, others: int = 0) -> None:
-        """End the process with its children. The main thread is not asked: it waits, perhaps for ever."""
+        Rank 0 that sends heartbeats is left to judge by all of them, however long it stands still.
+        """
+        now, own = time.monotonic(), self.beat()
+        hang = self._alone.see({0: self._first, self.here.rank: own}, now)
+        if hang is None or hang.ranks != [0]:
+            return
+        if self.here.rank and (hang.silent or self._first.left):
+            self._end(hang.text, tell=True)
+        if not self.here.rank and now - self._store_answered > self.limit_seconds:
+            place = f"rank 0 on {own.host} ({own.place()})"
+            minutes = self.limit_seconds / 60
+            self._end(f"{place} did not get on for {minutes:g} minutes, and the job's store does not answer", tell=True)
+
+    def _end(self, verdict: str, tell: bool, readers: int = 0) -> None:
+        """End the process with its children. The main thread is not asked: it waits, perhaps for ever.
+
+        Args:
+            verdict: what the process says.
+            tell: say it to people; else another process does.
+            readers: other processes that will learn it from the store, which this one keeps for them.
+        """
         if not self._ending.acquire(blocking=False):
             return
         if self._stopping.is_set():
             return
-        path = self.directory / f"hang_rank_{self.here.rank}.txt"
-        with contextlib.suppress(OSError):
-            self.directory.mkdir(parents=True, exist_ok=True)
-            with path.open("w") as file:
-                file.write(f"rank {self.here.rank} on {host_name()}\n{verdict}\n\n")
-                file.flush()
-                faulthandler.dump_traceback(file, all_threads=True)
+        stacks = _stacks()
+        if readers:
+            _within(LAST_WORDS_SECONDS, lambda: self.store.set("hang", verdict))
         if tell:
-            stacks = self.directory / "hang_rank_*.txt"
-            print(f"error: {verdict}; the stacks of all threads are in {stacks}", file=sys.stderr, flush=True)
-        if others:
-            self._wait_for_readers(others)
+            files = self.directory / "hang_rank_*.txt"
+            line = f"error: {verdict}; the stacks of all threads are in {files}"
+            _within(LAST_WORDS_SECONDS, lambda: print(line, file=sys.stderr, flush=True))
+        _within(LAST_WORDS_SECONDS, lambda: self._write(f"{verdict}\n\n{stacks}"))
+        if readers:
+            _within(LAST_WORDS_SECONDS + _LATER_BEATS * self.interval, lambda: self._wait_for(readers))
         with contextlib.suppress(psutil.Error):
             for child in psutil.Process().children(recursive=True):
                 child.kill()
         os._exit(EXIT_HANG)
 
-    def _wait_for_readers(self, others: int) -> None:
+    def _write(self, text: str) -> None:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        path = self.directory / f"hang_rank_{self.here.rank}.txt"
+        path.write_text(f"rank {self.here.rank} on {host_name()}\n{text}")
+
+    def _wait_for(self, readers: int) -> None:
         """Keep the store until the other processes have read the verdict, at most for some heartbeats."""
         deadline = time.monotonic() + _LATER_BEATS * self.interval
-        with contextlib.suppress(dist.DistError, RuntimeError):
-            while self.store.add("hang/read", 0) < others and time.monotonic() < deadline:
-                time.sleep(self.interval / 4)
+        while self.store.add("hang/read", 0) < readers and time.monotonic() < deadline:
+            time.sleep(self.interval / 4)
 
 
 _running: Heartbeat | None = None
@@ -231,21 +264,47 @@ def _collective(frame: FrameType | None) -> str:
 def _issued() -> dict[str, int]:
     """Collectives begun, by group: all processes, and this one's tensor-, context- and data-parallel groups.
 
-    Without groups of a pipeline's ranks: stages exchange tensors by twos there, which gloo counts too.
+    Without groups of a pipeline's ranks: stages exchange tensors by twos there, which gloo counts too. Without one that
+    the main thread is making or ending, or whose backend does not count.
     """
     from megatron.core import parallel_state
 
-    groups: dict[str, Any] = {"all": dist.group.WORLD}
+    groups: dict[str, Callable[[], Any]] = {
+        "all": lambda: dist.group.WORLD,
+        "tensor": parallel_state.get_tensor_model_parallel_group,
+        "context": parallel_state.get_context_parallel_group,
+        "data": parallel_state.get_data_parallel_group,
+    }
     stages: list[int] = []
-    if parallel_state.model_parallel_is_initialized():
-        groups["tensor"] = parallel_state.get_tensor_model_parallel_group()
-        groups["context"] = parallel_state.get_context_parallel_group()
-        groups["data"] = parallel_state.get_data_parallel_group()
+    with contextlib.suppress(Exception):
         stages = dist.get_process_group_ranks(parallel_state.get_pipeline_model_parallel_group())
     counts = {}
-    for name, group in groups.items():
-        ranks = dist.get_process_group_ranks(group) if group is not None else []
-        if len(ranks) > 1 and ranks != stages:
-            with contextlib.suppress(RuntimeError):  # a backend that does not count
+    for name, find in groups.items():
+        with contextlib.suppress(Exception):
+            group = find()
+            ranks = dist.get_process_group_ranks(group)
+            if len(ranks) > 1 and ranks != stages:
                 counts[f"{name}/{ranks[0]}"] = group._get_sequence_number_for_group()
     return counts
+
+
+def _stacks() -> str:
+    """Of all threads, without a file: faulthandler writes to one and keeps all threads waiting meanwhile."""
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    lines = []
+    for ident, frame in sys._current_frames().items():
+        lines.append(f"thread {names.get(ident, ident)}, innermost first:")
+        lines += [f"  {f.f_code.co_filename}:{f.f_lineno} in {f.f_code.co_name}" for f in _frames(frame)]
+    return "\n".join(lines) + "\n"
+
+
+def _within(seconds: float, act: Callable[[], Any]) -> None:
+    """``act``, which may block or fail, for at most so long."""
+
+    def attempt() -> None:
+        with contextlib.suppress(dist.DistError, RuntimeError, OSError):
+            act()
+
+    thread = threading.Thread(target=attempt, name="last words", daemon=True)
+    thread.start()
+    thread.join(seconds)
