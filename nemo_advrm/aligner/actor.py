@@ -13,6 +13,7 @@ from nemo_aligner.models.nlp.gpt.megatron_gpt_reinforce_actor import MegatronGPT
 from omegaconf import DictConfig, open_dict
 
 from nemo_advrm.aligner.client import EnsembleRewardClient
+from nemo_advrm.aligner.layout import refuse_shared_sequences
 from nemo_advrm.aligner.recorder import AdversarialRecorder
 from nemo_advrm.errors import ConfigError
 
@@ -38,6 +39,7 @@ class MegatronGPTAdversarialActorModel(NLPAdapterModelMixin, MegatronGPTModel, A
         return super().__new__(cls)
 
     def __init__(self, cfg: DictConfig, trainer: Any) -> None:
+        refuse_shared_sequences(cfg.get("context_parallel_size", 1))
         assert self._file_class is not None
         with open_dict(cfg):
             cfg.target = f"{self._file_class.__module__}.{self._file_class.__name__}"

@@ -11,6 +11,7 @@ from nemo.utils import logging
 from nemo_aligner.data.nlp.datasets import RewardModelDataset
 from nemo_aligner.utils import parallel_state
 
+from nemo_advrm.aligner.layout import refuse_shared_sequences
 from nemo_advrm.data.mixing import draw_replacements
 from nemo_advrm.data.nemo_aligner_rows import Render, as_transcript
 from nemo_advrm.data.pair_store import AdversarialPair, PairStore, merge
@@ -43,6 +44,7 @@ class AdversarialAugmentation:
         render: Render = as_transcript,
         snapshot: Path | None = None,
     ) -> None:
+        refuse_shared_sequences(parallel_state.get_context_parallel_world_size())
         if not 0 < ratio < 1:
             raise ConfigError(f"augmentation.ratio must lie between 0 and 1, not {ratio}")
         if type(dataloader.dataset) is not RewardModelDataset:

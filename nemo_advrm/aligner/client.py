@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from nemo_aligner.utils import parallel_state
 from nemo_aligner.utils.distributed import run_if_model_parallel_src
 from nemo_aligner.utils.server_utils import FutureResult
 from torch import Tensor
 
 from nemo_advrm.aligner.agreement import in_replica
 from nemo_advrm.aligner.critic import CriticClient
+from nemo_advrm.aligner.layout import refuse_shared_sequences
 from nemo_advrm.aligner.rollouts import RolloutReader
 from nemo_advrm.errors import RewardSourceError
 from nemo_advrm.objectives.adversarial import apply_length_penalty
@@ -54,6 +56,7 @@ class EnsembleRewardClient:
         threads: int = 1,
         wait_seconds: float = 3600.0,
     ) -> None:
+        refuse_shared_sequences(parallel_state.get_context_parallel_world_size())
         self.reward = reward
         self.reader = reader
         self.unended_penalty = unended_penalty

@@ -1,7 +1,7 @@
 """Reward model training in FP8, which NeMo-Aligner's own classes refuse when it comes to writing a checkpoint.
 
 Only Transformer Engine's layers compute in FP8. The reward head is a layer of Megatron-Core's own, has no FP8 state to
-lose, and stays in fp32. With ``model.fp8`` off the classes are NeMo-Aligner's own in every respect.
+lose, and stays in fp32. With ``model.fp8`` off the classes are NeMo-Aligner's own, but for the layouts they refuse.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from nemo_aligner.models.nlp.gpt.megatron_gpt_reward_model import MegatronGPTRew
 from omegaconf import DictConfig, open_dict
 from torch import Tensor
 
+from nemo_advrm.aligner.layout import refuse_shared_sequences
 from nemo_advrm.errors import ConfigError
 
 # Transformer Engine multiplies FP8 matrices whose sizes are multiples of this (of tokens: of 8)
@@ -38,6 +39,7 @@ class _InFP8(MegatronGPTRewardModel):
     _file_class: type | None = None
 
     def __init__(self, cfg: DictConfig, trainer: Any) -> None:
+        refuse_shared_sequences(cfg.get("context_parallel_size", 1))
         if cfg.get("fp8", False):
             check(cfg)
         assert self._file_class is not None
@@ -88,7 +90,7 @@ def check(cfg: DictConfig) -> None:
     heads = cfg.num_attention_heads
     width = cfg.get("kv_channels") or cfg.hidden_size // heads
     sizes = {
-        "encoder_seq_length": cfg.encoder_seq_length / cfg.get("context_parallel_size", 1),
+        "encoder_seq_length": cfg.encoder_seq_length,
         "hidden_size": cfg.hidden_size,
         "ffn_hidden_size": (cfg.get("ffn_hidden_size") or 4 * cfg.hidden_size) / tensor,
         "num_attention_heads": heads * width / tensor,
