@@ -48,5 +48,4 @@ def test_model_of_memory_is_within_a_tenth_of_measured_steps(fresh: World, name:
     expected = peak_bytes(model, model.num_layers, 1, after, batch, 4, ON_CPU)
     settings |= {"rows": batch.rows, "length": batch.length, "head": head}
     for found in fresh.run("measured_step", "measure", Layout(context=2), settings=settings):
-        print(name, expected / 1e6, (found["peak"] - found["static"]) / 1e6)
         assert expected == pytest.approx(found["peak"] - found["static"], rel=0.1)
