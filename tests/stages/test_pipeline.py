@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from nemo_advrm import cli
+
 SMALL = [
     "experiment=synthetic",
     "stage.sft.trainer.max_steps=30",
@@ -108,18 +110,22 @@ def test_selected_samples_are_those_of_the_pair_store(finished) -> None:
     assert {(pair["provenance"]["prompt_id"], pair["rejected"]) for pair in pairs} == selected
 
 
-def test_a_finished_run_is_not_redone(finished) -> None:
+def again(run_dir: Path, *extra: str) -> int:
+    """The same command in this process, which has imported everything."""
+    return cli.main(["pipeline", *SMALL, f"run_dir={run_dir}", *extra])
+
+
+def test_a_finished_run_is_not_redone(finished, capsys: pytest.CaptureFixture[str]) -> None:
     run_dir, _, _ = finished
     models = {p: p.stat().st_mtime_ns for p in run_dir.rglob("*.distcp")}
-    out, _ = start(run_dir).communicate(timeout=120)
+    assert again(run_dir) == 0
+    out = capsys.readouterr().out
     assert not [line for line in out.splitlines() if line.startswith("== ")]
     assert "Stable steps" in out
     assert {p: p.stat().st_mtime_ns for p in run_dir.rglob("*.distcp")} == models
 
 
-def test_another_configuration_is_refused(finished) -> None:
+def test_another_configuration_is_refused(finished, capsys: pytest.CaptureFixture[str]) -> None:
     run_dir, _, _ = finished
-    process = start(run_dir, "selection.max_pairs=7")
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 2
-    assert "selection.max_pairs" in err
+    assert again(run_dir, "selection.max_pairs=7") == 2
+    assert "selection.max_pairs" in capsys.readouterr().err
