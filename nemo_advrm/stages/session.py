@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import errno
 import fcntl
+import logging
 import os
 import re
 import time
@@ -20,7 +21,7 @@ from nemo_advrm.errors import ConfigError
 from nemo_advrm.layout import validate_layout
 from nemo_advrm.megatron import checkpoint, heartbeat, runtime
 from nemo_advrm.megatron.transformer import has_transformer_engine
-from nemo_advrm.place import place
+from nemo_advrm.place import host_name, place
 from nemo_advrm.quiet import quiet_libraries
 from nemo_advrm.rewards import sources
 from nemo_advrm.schema import Config
@@ -70,6 +71,8 @@ _IDENTITY = ("config.yaml", "versions.yaml", "state.json", "state.lock")
 _LOCK = "run.lock"
 LOCK_SECONDS = 60.0
 
+_log = logging.getLogger(__name__)
+
 
 def start(cfg: Config) -> runtime.Runtime:
     """Join the job at the layout of ``cfg``.
@@ -101,7 +104,8 @@ def claim(cfg: Config, directory: Path) -> None:
 
     Raises ConfigError, on every rank, when it holds a run of another configuration: results are never mixed or
     overwritten. Another layout, other microbatches and other addresses of reward servers are the same run: the change
-    is printed and recorded. A run that failed before it produced anything leaves no claim, but one that is alive does.
+    is printed and recorded. A run that failed before it produced anything leaves no claim, but one that is alive does;
+    on a file system without locks both do.
     """
     runtime.on_writer(lambda: _claim(cfg, directory))
 
@@ -114,11 +118,10 @@ def _claim(cfg: Config, directory: Path) -> None:
         if alone and path.exists() and all(entry.name in (*_IDENTITY, _LOCK) for entry in directory.iterdir()):
             for name in _IDENTITY:
                 (directory / name).unlink(missing_ok=True)
-        if path.exists():
-            _compare(directory, yaml.safe_load(path.read_text()), yaml.safe_load(resolved(cfg)))
-        else:
-            save_resolved(cfg, path)
+        if not path.exists() and _create(cfg, path, locked=lock is not None):
             _write_versions(directory, {**versions(), "seed": cfg.seed})
+        else:
+            _compare(directory, yaml.safe_load(path.read_text()), yaml.safe_load(resolved(cfg)))
     except BaseException:
         if lock is not None:
             os.close(lock)
@@ -131,7 +134,8 @@ def _enter(directory: Path) -> tuple[int | None, bool]:
     """(open file whose lock says that a run is alive here, whether no other process holds one).
 
     The lock is the process's, and ends with it: the file is never closed. Of jobs that start at the same moment one is
-    alone, and the others come in when it has written its configuration. None where nothing can be locked.
+    alone, and the others come in when it has written its configuration. None where nothing can be locked: nobody
+    knows then whether he is alone.
     """
     try:
         lock = os.open(directory / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
@@ -152,11 +156,35 @@ def _enter(directory: Path) -> tuple[int | None, bool]:
             os.close(lock)
             if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
                 raise
-            return None, True
+            _log.warning("%s: its file system has no locks: what a failed run left there is never cleared", directory)
+            return None, False
         if time.monotonic() > deadline:
             os.close(lock)
             raise ConfigError(f"{directory}: another job has been starting in it for {LOCK_SECONDS:g} seconds")
         time.sleep(0.05)
+
+
+def _create(cfg: Config, path: Path, locked: bool) -> bool:
+    """Write the configuration; returns whether no other job was faster, which can be only where nothing is locked.
+
+    Raises ConfigError where nothing is locked and a file system has no hard links either.
+    """
+    if locked:
+        save_resolved(cfg, path)
+        return True
+    own = path.with_name(f".{path.name}.own.{host_name()}.{os.getpid()}")
+    save_resolved(cfg, own)
+    try:
+        os.link(own, path)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        raise ConfigError(
+            f"{path}: its file system has neither locks nor hard links ({error.strerror}): choose another run_dir"
+        ) from error
+    finally:
+        own.unlink()
+    return True
 
 
 def _try_lock(file: int, kind: int) -> bool:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import os
+import errno
 import time
-from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import claim_jobs
 import pytest
 import yaml
+from distributed import World
 
 from nemo_advrm.config import load_config
 from nemo_advrm.errors import ConfigError
@@ -82,69 +84,66 @@ def test_reward_servers_may_move_but_members_may_not_change(single: Runtime, tmp
             _claim(tmp_path / "run", "seed=1", f"{key}=[{other}]")
 
 
-class _Job:
-    """A process that claims a directory when ``start`` is over, and lives until it is told to end."""
-
-    def __init__(self, directory: Path, seed: int, start: float) -> None:
-        self._answer, answer = os.pipe()
-        end, self._end = os.pipe()
-        self._pid = os.fork()
-        if self._pid == 0:
-            os.close(self._end)
-            try:
-                time.sleep(max(0.0, start - time.monotonic()))
-                os.write(answer, _outcome(lambda: session.claim(_config(directory, seed), directory)).encode())
-                os.read(end, 1)
-            finally:
-                os._exit(0)
-        os.close(answer)
-        os.close(end)
-
-    def outcome(self) -> str:
-        return os.read(self._answer, 10_000).decode()
-
-    def end(self) -> None:
-        os.write(self._end, b".")
-        os.close(self._end)
-        os.close(self._answer)
-        os.waitpid(self._pid, 0)
-
-
 def _config(directory: Path, seed: int) -> Config:
     return load_config([f"run_dir={directory}", f"seed={seed}"], "pipeline")
 
 
-def _outcome(work: Callable[[], None]) -> str:
+def _claim_at_once(world: World, seeds: list[int], directories: list[Path], locks: bool) -> list[list[str]]:
+    """What jobs with these seeds are told that claim one directory after the other, each at the same moment."""
+    cfg = _config(directories[0].parent, seed=0)
+    configs = [replace(cfg, seed=seed) for seed in seeds]
+    start = time.monotonic() + 0.3
+    job = {"configs": configs, "directories": directories, "start": start, "locks": locks}
+    told = world.run("claim_jobs", "claim_at_once", None, **job)
+    return [list(outcomes) for outcomes in zip(*told, strict=True)]
+
+
+def _seed(directory: Path) -> int:
+    return yaml.safe_load((directory / "config.yaml").read_text())["seed"]
+
+
+@pytest.mark.parametrize("locks", [True, False], ids=["locks", "no_locks"])
+def test_of_jobs_that_start_at_once_one_has_the_directory_or_those_of_one_run_share_it(
+    single: Runtime, tmp_path: Path, locks: bool
+) -> None:
+    directories = [tmp_path / f"run_{i}" for i in range(20)]
+    shared = tmp_path / "shared"
+    world = World(3, limit_seconds=60)
     try:
-        work()
-    except ConfigError as error:
-        return str(error)
-    return "claimed"
+        told = _claim_at_once(world, [1, 2, 3], directories, locks)
+        assert _claim_at_once(world, [1, 1, 1], [shared], locks) == [["claimed"] * 3]
+    finally:
+        world.close()
+    for directory, outcomes in zip(directories, told, strict=True):
+        assert outcomes.count("claimed") == 1
+        first = outcomes.index("claimed") + 1
+        assert _seed(directory) == first
+        refused = [(seed, outcome) for seed, outcome in enumerate(outcomes, 1) if seed != first]
+        assert all(f"holds a run with seed={first}, but now seed={seed}" in outcome for seed, outcome in refused)
+        assert not list(directory.glob(".*"))
 
 
-def _jobs_at_once(directory: Path, seeds: tuple[int, ...]) -> tuple[list[_Job], list[str]]:
-    start = time.monotonic() + 0.2
-    jobs = [_Job(directory, seed, start) for seed in seeds]
-    return jobs, [job.outcome() for job in jobs]
+def test_a_run_that_failed_before_it_produced_anything_is_replaced_where_locks_tell_that_it_is_over(
+    single: Runtime, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for seed in (1, 2):
+        session.claim(_config(tmp_path, seed), tmp_path)
+        assert _seed(tmp_path) == seed and not caplog.records
+    with claim_jobs.no_locks(), pytest.raises(ConfigError, match="holds a run with seed=2, but now seed=3"):
+        session.claim(_config(tmp_path, 3), tmp_path)
+    assert _seed(tmp_path) == 2
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{tmp_path}: its file system has no locks: what a failed run left there is never cleared"
+    ]
 
 
-@pytest.mark.parametrize("attempt", range(5))
-def test_of_two_jobs_that_start_at_once_one_has_the_directory(single: Runtime, tmp_path: Path, attempt: int) -> None:
-    directory = tmp_path / "run"
-    jobs, outcomes = _jobs_at_once(directory, (1, 2))
-    first = outcomes.index("claimed")
-    assert f"holds a run with seed={first + 1}, but now seed={2 - first}" in outcomes[1 - first]
-    assert yaml.safe_load((directory / "config.yaml").read_text())["seed"] == first + 1
-    (later,), refused = _jobs_at_once(directory, (3,))  # it has produced nothing yet, but it is alive
-    assert "holds a run with seed" in refused[0]
-    for job in (*jobs, later):
-        job.end()
-    session.claim(_config(directory, 4), directory)  # nobody lives there any more, and nothing was produced
-    assert yaml.safe_load((directory / "config.yaml").read_text())["seed"] == 4
+def test_without_locks_and_hard_links_a_directory_is_refused(
+    single: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def link(*args: Any) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
 
-
-def test_jobs_of_one_run_share_its_directory(single: Runtime, tmp_path: Path) -> None:
-    jobs, outcomes = _jobs_at_once(tmp_path / "run", (1, 1, 1))
-    for job in jobs:
-        job.end()
-    assert outcomes == ["claimed"] * 3
+    monkeypatch.setattr("os.link", link)
+    with claim_jobs.no_locks(), pytest.raises(ConfigError, match="neither locks nor hard links"):
+        session.claim(_config(tmp_path, 1), tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["run.lock"]
