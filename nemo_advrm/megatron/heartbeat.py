@@ -262,7 +262,8 @@ def _collective(frame: FrameType | None) -> str:
 
 
 def _issued() -> dict[str, int]:
-    """Collectives begun, by group: all processes, and this one's tensor-, context- and data-parallel groups.
+    """Collectives begun, by group: all processes, and this one's tensor-, context- and data-parallel groups, the latter
+    with context-parallel ranks: gradients are summed over both.
 
     Without groups of a pipeline's ranks: stages exchange tensors by twos there, which gloo counts too. Without one that
     the main thread is making or ending, or whose backend does not count.
@@ -273,7 +274,7 @@ def _issued() -> dict[str, int]:
         "all": lambda: dist.group.WORLD,
         "tensor": parallel_state.get_tensor_model_parallel_group,
         "context": parallel_state.get_context_parallel_group,
-        "data": parallel_state.get_data_parallel_group,
+        "data": lambda: parallel_state.get_data_parallel_group(with_context_parallel=True),
     }
     stages: list[int] = []
     with contextlib.suppress(Exception):

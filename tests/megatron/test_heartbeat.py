@@ -155,7 +155,12 @@ def test_a_group_that_cannot_be_counted_does_not_hide_the_others(monkeypatch: py
         "pipeline": group([0, 4], lambda: 7),
     }
     monkeypatch.setattr(dist, "get_process_group_ranks", lambda each: each.ranks)
-    for name, getter in (("tensor", "tensor_model"), ("data", "data"), ("pipeline", "pipeline_model")):
-        monkeypatch.setattr(parallel_state, f"get_{getter}_parallel_group", lambda name=name: groups[name])
+    for name in ("tensor", "pipeline"):
+        monkeypatch.setattr(parallel_state, f"get_{name}_model_parallel_group", lambda name=name: groups[name])
+    # gradients are summed over context-parallel ranks too
+    gradients = {True: groups["data"]}
+    monkeypatch.setattr(
+        parallel_state, "get_data_parallel_group", lambda with_context_parallel=False: gradients[with_context_parallel]
+    )
     monkeypatch.setattr(parallel_state, "model_parallel_is_initialized", lambda: True)
     assert heartbeat._issued() == {"data/0": 5}
