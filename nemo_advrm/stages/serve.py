@@ -29,7 +29,8 @@ def main(cfg: Config) -> int:
     if rt.dp_size > 1:
         raise ConfigError(
             f"trainer.devices={rt.world_size} holds {rt.dp_size} replicas of the model; a server has one: set "
-            "model.tensor_model_parallel_size or model.pipeline_model_parallel_size, or start more servers"
+            "model.tensor_model_parallel_size, model.pipeline_model_parallel_size or model.context_parallel_size, or "
+            "start more servers"
         )
     listening: list[tuple[socket.socket, str]] = []
     runtime.on_writer(lambda: listening.append(_listen(cfg)))  # what is wrong with the address is told before loading

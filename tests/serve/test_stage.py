@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -20,6 +22,7 @@ from nemo_advrm.rewards.ensemble import AdversarialReward
 from nemo_advrm.rewards.reference import Reference
 from nemo_advrm.rewards.sources import load_members
 from nemo_advrm.schema import AdversarialConfig
+from nemo_advrm.stages import session
 
 
 def _fails(capsys: pytest.CaptureFixture[str], *settings: str) -> str:
@@ -39,6 +42,8 @@ def test_what_cannot_be_served_is_refused(
     assert "the token file" in _fails(capsys, run, member, f"serve.token_file={tmp_path / 'none'}")
     assert "serve.reference_path" in _fails(capsys, run, member, "serve.reward=adversarial")
     assert "no such checkpoint" in _fails(capsys, run, "ensemble.members=[nowhere/model]")
+    monkeypatch.setattr(session, "start", lambda cfg: SimpleNamespace(world_size=4, dp_size=2))
+    assert re.search("4 holds 2 replicas.*tensor.*pipeline.*context_parallel_size", _fails(capsys, run, member))
     assert not (tmp_path / "run").exists()
 
 
