@@ -32,6 +32,7 @@ class TrainerConfig:
     timeout_minutes: float = 30.0  # limit of every collective wait
     hang_minutes: float = 20.0  # without progress of any process a training of several is ended by name; 0 never
     straggler_ratio: float = 1.5  # a rank whose own work takes so many times the median rank's is logged; 0 none
+    compare_gpu_kernels: bool = False  # find slow GPUs by nvidia-resiliency-ext, which profiles every kernel
     memory_snapshot: bool = False  # record allocations on a GPU, for a snapshot of them when its memory runs out
 
 
@@ -175,7 +176,7 @@ class RemoteConfig:
     """Requests to reward servers."""
 
     timeout_seconds: float = 60.0  # of one request
-    deadline_seconds: float = 300.0  # of one scoring with all its retries; keep it below trainer.hang_minutes
+    deadline_seconds: float = 300.0  # of one scoring with all its retries; less than trainer.hang_minutes
     connect_seconds: float = 30.0  # that a server may take to become ready when a stage starts
     connections: int = 8  # requests under way at once
     rows_per_request: int = 64

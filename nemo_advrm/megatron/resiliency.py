@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import logging
 import os
+import threading
 from collections.abc import Callable
 from typing import Any
 
 _log = logging.getLogger(__name__)
-_PACKAGE = "nvidia_resiliency_ext"
 # set by ft_launcher in the processes that it starts
 _SOCKET = "FT_RANK_MONITOR_IPC_SOCKET"
 
@@ -17,44 +17,49 @@ _SOCKET = "FT_RANK_MONITOR_IPC_SOCKET"
 def monitor() -> Callable[[], None] | None:
     """What sends a heartbeat to ft_launcher's monitor of this process; None where there is no such launcher.
 
-    The launcher restarts the job when heartbeats stay away for the time that its own settings say. A monitor that is
+    It never blocks: a thread of its own speaks to the monitor, whose socket has no time limit. The launcher restarts
+    the job when heartbeats stay away for the time that its own settings say. A monitor that cannot be reached or is
     gone is told once and then left alone.
     """
-    if _SOCKET not in os.environ or importlib.util.find_spec(_PACKAGE) is None:
+    if _SOCKET not in os.environ:
         return None
-    from nvidia_resiliency_ext.fault_tolerance import RankMonitorClient
-
-    client = RankMonitorClient()
     try:
-        client.init_workload_monitoring()
-    except Exception as error:  # the package raises plain exceptions and those of sockets
-        _log.warning("ft_launcher's monitor cannot be reached, no heartbeats go there: %s", error)
+        client = importlib.import_module("nvidia_resiliency_ext.fault_tolerance").RankMonitorClient()
+    except Exception as error:
+        _log.warning("no heartbeats go to ft_launcher's monitor, nvidia-resiliency-ext cannot be used: %s", error)
         return None
-    lost = False
+    asked = threading.Event()
 
-    def send() -> None:
-        nonlocal lost
-        if lost:
-            return
+    def speak() -> None:
         try:
-            client.send_heartbeat()
-        except Exception as error:
-            lost = True
-            _log.warning("ft_launcher's monitor takes no more heartbeats: %s", error)
+            client.init_workload_monitoring()
+            while asked.wait():
+                asked.clear()
+                client.send_heartbeat()
+        except Exception as error:  # the package raises plain exceptions and those of sockets
+            _log.warning("ft_launcher's monitor takes no heartbeats: %s", error)
 
-    return send
+    threading.Thread(target=speak, name="ft_launcher", daemon=True).start()
+    return asked.set
+
+
+def detector() -> type:
+    """The extension's Lightning callback that compares the GPUs' kernels; raises whatever its import does."""
+    importlib.import_module("nvrx_cupti_module")  # the extension does it in the midst of a training's start
+    return importlib.import_module("nvidia_resiliency_ext.ptl_resiliency").StragglerDetectionCallback
 
 
 def straggler_callback(ratio: float) -> Any | None:
-    """The extension's Lightning callback that compares the GPUs' kernels every minute; None where it is not installed.
+    """The callback of :func:`detector`, with a report every minute; None, and a warning, where it cannot be used.
 
     A GPU whose kernels take ``ratio`` times as long as the fastest one's is logged. Not yet run: it needs a GPU.
     """
-    if not ratio or importlib.util.find_spec(_PACKAGE) is None:
+    try:
+        callback = detector()
+    except Exception as error:
+        _log.warning("the GPUs' kernels are not compared, nvidia-resiliency-ext cannot be used: %s", error)
         return None
-    from nvidia_resiliency_ext.ptl_resiliency import StragglerDetectionCallback
-
-    return StragglerDetectionCallback(
+    return callback(
         report_time_interval=60.0,
         calc_relative_gpu_perf=True,
         calc_individual_gpu_perf=False,

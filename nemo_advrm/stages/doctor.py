@@ -160,9 +160,18 @@ def _fusions(model: ModelConfig, on_gpu: bool) -> Finding:
 def _resiliency() -> Finding:
     version = _version("nvidia-resiliency-ext")
     if version is None:
-        meaning = "hangs are found all the same; no restart by ft_launcher, no comparison of the GPUs' kernels"
+        meaning = "hangs are found all the same; no restart by ft_launcher, no comparison of the GPUs' kernels. "
+        meaning += "pip install nvidia-resiliency-ext"
         return Finding("nvidia-resiliency-ext", "absent", meaning, False)
-    return Finding("nvidia-resiliency-ext", version, "heartbeats go to ft_launcher; slow GPUs are logged")
+    from nemo_advrm.megatron.resiliency import detector
+
+    try:
+        detector()
+    except Exception as error:
+        kernels = f"trainer.compare_gpu_kernels does nothing: {error}"
+    else:
+        kernels = "trainer.compare_gpu_kernels=true logs slow GPUs"
+    return Finding("nvidia-resiliency-ext", version, f"under ft_launcher heartbeats go to its monitor; {kernels}")
 
 
 def _cpu_flags() -> set[str]:

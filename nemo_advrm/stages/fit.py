@@ -88,7 +88,9 @@ def fit(
 def _installed(cfg: Config) -> list[Callback]:
     """Callbacks of optional packages; NVIDIA's detector of slow GPUs alone."""
     rt = runtime.current()
-    callback = resiliency.straggler_callback(cfg.trainer.straggler_ratio) if rt.on_gpu and rt.world_size > 1 else None
+    if not (cfg.trainer.compare_gpu_kernels and cfg.trainer.straggler_ratio and rt.on_gpu and rt.world_size > 1):
+        return []
+    callback = resiliency.straggler_callback(cfg.trainer.straggler_ratio)
     return [callback] if callback is not None else []
 
 

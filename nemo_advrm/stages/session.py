@@ -42,6 +42,7 @@ _FREE_KEYS = (
     "trainer.timeout_minutes",
     "trainer.hang_minutes",
     "trainer.straggler_ratio",
+    "trainer.compare_gpu_kernels",
     "trainer.memory_snapshot",
     "pipeline.only",
 )
