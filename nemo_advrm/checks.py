@@ -238,6 +238,16 @@ def _check_architecture(model: ModelConfig) -> None:
         raise ConfigError(f"model.sliding_window_every={model.sliding_window_every}: needs model.sliding_window")
 
 
+def _check_scoring_is_no_hang(cfg: Config) -> None:
+    """A scoring by servers may take its whole deadline, in which no process gets on."""
+    limit, deadline = 60 * cfg.trainer.hang_minutes, cfg.remote.deadline_seconds
+    if limit and deadline >= limit and any("://" in member for member in cfg.ensemble.members):
+        raise ConfigError(
+            f"remote.deadline_seconds={deadline:g}: must be less than trainer.hang_minutes={limit / 60:g} "
+            f"({limit:g} seconds), or a scoring that is waited for is ended as a hang"
+        )
+
+
 def check_values(cfg: Config) -> None:
     """Raise :class:`ConfigError` that names the key when a value is not one of its choices or out of its range."""
     for pattern, options in CHOICES.items():
@@ -251,6 +261,7 @@ def check_values(cfg: Config) -> None:
             if value not in allowed:
                 raise ConfigError(f"{key}={value}: must be {allowed}")
     _check_architecture(cfg.model)
+    _check_scoring_is_no_hang(cfg)
     if len(cfg.model.optim.betas) != 2:
         raise ConfigError(f"model.optim.betas={cfg.model.optim.betas}: must be two numbers")
     if cfg.rl.algorithm in ("rloo", "grpo") and cfg.rl.group_size < 2:
