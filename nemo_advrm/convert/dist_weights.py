@@ -139,8 +139,8 @@ class StackedWriter:
         self._results: list[WriteResult] = []
         self._numbers = itertools.count()
 
-    def write(self, name: str, tensor: Tensor) -> None:
-        """Store one tensor; ValueError when its shape is not the one that was said to come."""
+    def write(self, name: str, tensor: Tensor) -> str:
+        """Store one tensor; returns the name of its file. ValueError when its shape is not the one announced."""
         if tuple(tensor.shape) != self._specs[name].shape:
             raise ValueError(f"{name} is {list(tensor.shape)} but should be {list(self._specs[name].shape)}")
         layer = layer_of(name)
@@ -149,7 +149,7 @@ class StackedWriter:
         chunk = _chunk(layer, tensor.shape)
         data = TensorWriteData(chunk, TensorProperties(dtype=tensor.dtype), _whole(layer, self._layers, tensor.shape))
         index = MetadataIndex(PREFIX + stacked_name(name), chunk.offsets, layer or 0)
-        self._put([WriteItem(index, WriteItemType.SHARD, tensor_data=data)], tensor.contiguous())
+        return self._put([WriteItem(index, WriteItemType.SHARD, tensor_data=data)], tensor.contiguous())
 
     def close(self) -> None:
         """Write the states that Megatron keeps of its linear layers (empty), and what describes the files."""
@@ -171,7 +171,7 @@ class StackedWriter:
         torch.save({}, self._directory / "common.pt")
         save_config(CheckpointingConfig("torch_dist"), str(self._directory))
 
-    def _put(self, items: list[WriteItem], data: Tensor | io.BytesIO) -> None:
+    def _put(self, items: list[WriteItem], data: Tensor | io.BytesIO) -> str:
         plan = SavePlan(items, storage_data=_StoragePrefix(f"__{next(self._numbers)}_"))
         try:
             self._results += self._writer.write_data(plan, _One(data)).wait()
@@ -180,6 +180,7 @@ class StackedWriter:
             if isinstance(error.__context__, OSError):
                 raise error.__context__ from error
             raise
+        return str(self._results[-1].storage_data.relative_path)
 
 
 def _chunk(layer: int | None, shape: torch.Size) -> ChunkStorageMetadata:

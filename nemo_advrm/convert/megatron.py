@@ -46,12 +46,16 @@ _STRUCTURE = (
 class MegatronSource:
     """A checkpoint that training or conversion wrote, at any layout. Optimizer state is left out.
 
-    Raises CheckpointError when it is incomplete, or its tensors are not those of its own description.
+    Raises CheckpointError when it is incomplete, a file has not the size that its manifest says (if it has one), or its
+    tensors are not those of its own description.
     """
 
     def __init__(self, path: Path, tokenizer: Path | None = None) -> None:
         self.path = path
         meta = read_meta(path)
+        problem = manifest.wrong_size(path, except_for="meta.json") if (path / manifest.NAME).exists() else None
+        if problem is not None:
+            raise CheckpointError(f"{path}: could not be read ({problem})")
         model = read_model(meta, path)
         try:
             contents = (path / WEIGHTS / ".metadata").read_bytes()
@@ -124,6 +128,7 @@ class MegatronSink:
         assert shapes.keys() == specs.keys(), shapes.keys() ^ specs.keys()
         self._specs = {name: TensorSpec(shape, specs[name].dtype) for name, shape in shapes.items()}
         self._left = set(self._specs)
+        self._files: dict[str, manifest.Entry] = {}
         self.nbytes = sum(spec.nbytes for spec in self._specs.values())
         self._outputs = outputs
         if description.tokenizer is not None:
@@ -139,7 +144,9 @@ class MegatronSink:
         if name not in self._left:
             raise CheckpointError(f"{self.path}: {name} is not expected, or came twice")
         self._left.remove(name)
-        self._writer.write(name, pad_vocabulary(tensor, self._rows) if name in VOCABULARY_ROWS else tensor)
+        file = self._writer.write(name, pad_vocabulary(tensor, self._rows) if name in VOCABULARY_ROWS else tensor)
+        # now, while the system has it in memory
+        self._files |= manifest.describe(self._directory.partial, [f"{WEIGHTS}/{file}"])
 
     def close(self) -> None:
         if self._left:
@@ -172,8 +179,9 @@ class MegatronSink:
         }
         (partial / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
         # the tokenizer and the model file beside them may be edited
-        files = ["meta.json", *(f"{WEIGHTS}/{name}" for name in manifest.names_in(partial / WEIGHTS))]
-        manifest.write(partial, manifest.describe(partial, files))
+        files = {"meta.json", *(f"{WEIGHTS}/{name}" for name in manifest.names_in(partial / WEIGHTS))}
+        rest = manifest.describe(partial, sorted(files - self._files.keys()))
+        manifest.write(partial, dict(sorted({**self._files, **rest}.items())))
         self._directory.complete()
 
     def __enter__(self) -> Self:

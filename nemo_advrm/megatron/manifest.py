@@ -75,6 +75,12 @@ def damage(directory: Path, full: bool, except_for: str = "") -> str | None:
     return None
 
 
+def wrong_size(directory: Path, except_for: str = "") -> str | None:
+    """What :func:`damage` finds without ``full``, by this process alone."""
+    found = _sizes_wrong(directory, except_for)
+    return found if isinstance(found, str) else None
+
+
 def names_in(directory: Path) -> list[str]:
     """All files below ``directory``, by their relative names."""
     return sorted(p.relative_to(directory).as_posix() for p in directory.rglob("*") if p.is_file())

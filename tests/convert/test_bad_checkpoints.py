@@ -234,6 +234,13 @@ def ours(saved: Callable[..., Path], tmp_path: Path) -> Path:
     return tmp_path / "ours"
 
 
+@pytest.fixture
+def older(ours: Path) -> Path:
+    """Without a manifest, which would tell of the damage first."""
+    (ours / "manifest.json").unlink()
+    return ours
+
+
 def refused_ours(path: Path, *words: str, **settings: Any) -> None:
     with pytest.raises(CheckpointError) as caught:
         run("megatron", path, "hf", path.parent / "out", **settings)
@@ -241,28 +248,28 @@ def refused_ours(path: Path, *words: str, **settings: Any) -> None:
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
-def test_a_damaged_megatron_checkpoint_is_refused(ours: Path) -> None:
-    data = ours / "weights" / "__0_0.distcp"  # the embedding
+def test_a_damaged_megatron_checkpoint_is_refused(older: Path) -> None:
+    data = older / "weights" / "__0_0.distcp"  # the embedding
     whole = data.read_bytes()
     data.write_bytes(whole[: len(whole) // 2])
-    refused_ours(ours, "embedding.word_embeddings.weight could not be read")
+    refused_ours(older, "embedding.word_embeddings.weight could not be read")
     data.unlink()
-    refused_ours(ours, "could not be read")
-    (ours / "weights" / ".metadata").write_bytes(b"\x80")
-    refused_ours(ours, "damaged", ".metadata")
-    (ours / "weights" / ".metadata").unlink()
-    refused_ours(ours, "weights could not be read")
-    (ours / "meta.json").unlink()
-    refused_ours(ours, "not a complete checkpoint")
+    refused_ours(older, "could not be read")
+    (older / "weights" / ".metadata").write_bytes(b"\x80")
+    refused_ours(older, "damaged", ".metadata")
+    (older / "weights" / ".metadata").unlink()
+    refused_ours(older, "weights could not be read")
+    (older / "meta.json").unlink()
+    refused_ours(older, "not a complete checkpoint")
 
 
-def test_a_description_that_would_run_code_is_not_run(ours: Path, tmp_path: Path) -> None:
+def test_a_description_that_would_run_code_is_not_run(older: Path, tmp_path: Path) -> None:
     class Hostile:
         def __reduce__(self) -> tuple[Any, ...]:
             return Path.touch, (tmp_path / "ran",)
 
-    (ours / "weights" / ".metadata").write_bytes(pickle.dumps(Hostile()))
-    refused_ours(ours, "cannot be trusted")
+    (older / "weights" / ".metadata").write_bytes(pickle.dumps(Hostile()))
+    refused_ours(older, "cannot be trusted")
 
 
 def test_weights_that_are_not_those_described_are_refused(ours: Path) -> None:

@@ -43,14 +43,48 @@ def test_a_changed_byte_is_found_by_its_hash(converted: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["cut", "deleted"])
-def test_a_damaged_file_is_named_when_the_model_is_opened(converted: Path, damage: str) -> None:
+def test_a_damaged_file_is_named_when_the_model_is_opened_or_converted(converted: Path, damage: str) -> None:
     shard = _shards(converted)[-1]
     if damage == "cut":
         shard.write_bytes(shard.read_bytes()[:-1])
     else:
         shard.unlink()
-    with pytest.raises(CheckpointError, match=rf"could not be read \(weights/{shard.name} (has|is missing)"):
+    told = rf"{converted}: could not be read \(weights/{shard.name} (has|is missing)"
+    with pytest.raises(CheckpointError, match=told):
         convert_jobs.build(str(converted))
+    with pytest.raises(CheckpointError, match=told):
+        run("megatron", converted, "hf", converted.with_name("out"))
+    assert not converted.with_name("out").exists()
+
+
+def test_the_file_of_a_tensor_is_hashed_once_before_the_next_is_written(
+    saved: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entry = manifest._entry
+    hashed: list[str] = []
+    shards: list[int] = []  # that were there at each hash
+
+    def noted(path: Path) -> manifest.Entry:
+        hashed.append(path.name)
+        shards.append(len(list(path.parent.glob("*.distcp"))))
+        return entry(path)
+
+    monkeypatch.setattr(manifest, "_entry", noted)
+    converted = tmp_path / "converted"
+    run("hf", saved("llama3"), "megatron", converted)
+    tensors = len(_shards(converted)) - 1  # the last holds the states of Megatron's layers
+    assert tensors > 10 and shards[:tensors] == list(range(1, tensors + 1))
+    files = ["meta.json", *(p.name for p in (converted / "weights").iterdir())]
+    assert sorted(hashed) == sorted(files)
+    assert manifest.damage(converted, full=True) is None
+
+
+def test_a_checkpoint_of_a_training_is_checked_before_it_is_converted(single: Runtime, tmp_path: Path) -> None:
+    convert_jobs.save_reward_model(str(tmp_path / "model"))
+    file = tmp_path / "model" / "weights" / "common.pt"  # which a conversion does not read
+    file.unlink()
+    with pytest.raises(CheckpointError, match=r"could not be read \(weights/common\.pt is missing\)"):
+        run("megatron", tmp_path / "model", "hf", tmp_path / "out")
 
 
 def test_a_checkpoint_that_an_older_version_converted_opens_without_a_manifest(converted: Path) -> None:
