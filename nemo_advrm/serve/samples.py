@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from nemo_advrm.data.messages import Message, prompt_key
-from nemo_advrm.data.nemo_tokenizer import NemoTokenizer
 from nemo_advrm.data.tokenizers import Tokenizer
 from nemo_advrm.errors import DataError
 from nemo_advrm.rewards.base import RewardSource, Rollouts
@@ -76,10 +76,9 @@ class Preparer:
         self.reference = reference
         for index, prompt in enumerate(reference.prompts_P if reference is not None else ()):
             self._by_messages.setdefault(prompt_key(prompt), index)
-            if self.tokenizer is not None:
-                self._by_tokens.setdefault(tuple(self.tokenizer.encode_prompt(prompt)), index)
-            if isinstance(self.tokenizer, NemoTokenizer):  # its trainers' prompts have their template already
-                self._by_tokens.setdefault(tuple(self.tokenizer.encode(plain_text(prompt))), index)
+        if self.tokenizer is not None and reference is not None:
+            self._by_tokens = _by_tokens(self.tokenizer, reference)
+        self._prompt_lengths = sorted({len(tokens) for tokens in self._by_tokens}, reverse=True)
 
     def prepare(self, samples: Sequence[Sample]) -> list[Prepared]:
         """Raises Refused, naming the place of the sample in the request."""
@@ -144,11 +143,25 @@ class Preparer:
         if sample.kind == "chat":
             index = self._by_messages.get(prompt_key(sample.messages))
         else:
-            starts = (self._by_tokens.get(tuple(tokens[:end])) for end in range(len(tokens), 0, -1))
+            starts = (self._by_tokens.get(tuple(tokens[:end])) for end in self._prompt_lengths)
             index = next((found for found in starts if found is not None), None)
         if index is None:
             raise Refused("the prompt is not one of the reference, to which this reward is relative")
         return index
+
+
+def _by_tokens(tokenizer: Tokenizer, reference: Reference) -> dict[tuple[int, ...], int]:
+    """Index of every prompt by its ids: as the template writes it, else as a text that has its template already."""
+    found: dict[tuple[int, ...], int] = {}
+    for index, prompt in enumerate(reference.prompts_P):
+        found.setdefault(tuple(tokenizer.encode_prompt(prompt)), index)
+    # an actor's tokens, and a whole text, before which a tokenizer may put its first token
+    for encode in (tokenizer.encode, getattr(tokenizer, "parse_rendered", tokenizer.encode)):
+        for index, prompt in enumerate(reference.prompts_P):
+            with contextlib.suppress(DataError):  # a vocabulary of words may not know those at the seams
+                found.setdefault(tuple(encode(plain_text(prompt))), index)
+    found.pop((), None)  # every row begins with it
+    return found
 
 
 def to_rollouts(batch: Sequence[Prepared], fingerprint: str) -> list[tuple[list[int], Rollouts]]:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import ipaddress
 import json
+import logging
 import os
 import signal
 import socket
@@ -20,6 +21,8 @@ from nemo_advrm.schema import ServeConfig
 from nemo_advrm.serve.app import Service, create_app
 from nemo_advrm.serve.metrics import Metrics
 from nemo_advrm.serve.triton import TritonBridge, check
+
+_log = logging.getLogger(__name__)
 
 
 def is_loopback(host: str) -> bool:
@@ -81,14 +84,18 @@ class _Server(uvicorn.Server):
         self._starting = asyncio.create_task(self._start())
 
     async def _start(self) -> None:
-        if self.triton is not None:
-            try:
+        try:
+            if self.triton is not None:
                 await self.triton.start()
-            except ConfigError as error:
-                self.fail(error)
-                return
-        self.service.starting = False
-        self._announce()
+            self.service.starting = False
+            self._announce()
+        except UserError as error:
+            self.fail(error)
+        except OSError as error:
+            self.fail(ConfigError(f"run_dir={self.directory}: {error}"))
+        except Exception:
+            _log.exception("the start failed")
+            self.fail(RewardSourceError("the server stopped because its start failed; its log says why"))
 
     def _announce(self) -> None:
         name, announced = self.service.options.name, self.directory / "server.json"
@@ -131,7 +138,7 @@ def run(service: Service, metrics: Metrics, token: str, sock: socket.socket, dir
     ``directory/server.json`` holds addresses and process while the server is ready.
 
     Raises:
-        ConfigError: Triton did not start.
+        ConfigError: Triton did not start, or ``directory`` cannot be written.
         RewardSourceError: scoring failed for good, or Triton ended by itself.
     """
     options = service.options
@@ -152,6 +159,7 @@ def run(service: Service, metrics: Metrics, token: str, sock: socket.socket, dir
     try:
         server.run(sockets=[sock])
     finally:
-        (directory / "server.json").unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            (directory / "server.json").unlink()
     if server.failure is not None:
         raise server.failure

@@ -108,6 +108,7 @@ class TritonBridge:
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=log,
+                env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},  # the GPUs' memory is the models'
                 start_new_session=True,  # TERM for this process group is not meant for Triton: see stop()
             )
         self._reader = asyncio.create_task(self._read(self._process))

@@ -79,9 +79,11 @@ def test_a_python_without_pytriton_is_told(
 def test_a_triton_that_dies_at_its_start_ends_the_server(tmp_path: Path, checkpoints: list[Path]) -> None:
     """The program passes the check and then does nothing that is expected of it."""
     broken = tmp_path / "python"
-    broken.write_text('#!/bin/sh\n[ "$2" = --check ] && exit 0\necho no room >&2\nexit 3\n')
+    broken.write_text(
+        '#!/bin/sh\n[ "$2" = --check ] && exit 0\necho "no room, GPUs: ${CUDA_VISIBLE_DEVICES-all}" >&2\nexit 3\n'
+    )
     broken.chmod(0o755)
-    words = r"error: serve.triton_port=18555: Triton ended at its start; see .*\.log \(no room\)"
+    words = r"error: serve.triton_port=18555: Triton ended at its start; see .*\.log \(no room, GPUs:\)"
     with pytest.raises(AssertionError, match=words):
         ServerProcess(
             tmp_path / "run",
@@ -89,5 +91,16 @@ def test_a_triton_that_dies_at_its_start_ends_the_server(tmp_path: Path, checkpo
             "serve.triton_port=18555",
             f"serve.triton_python={broken}",
         )
-    assert (tmp_path / "run" / "triton.log").read_text() == "no room\n"
+    assert (tmp_path / "run" / "triton.log").read_text() == "no room, GPUs: \n"
     assert not (tmp_path / "run" / "server.json").exists()
+
+
+def test_a_directory_that_cannot_be_written_ends_the_server(
+    tmp_path: Path, checkpoints: list[Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("NEMO_ADVRM_TOKEN", raising=False)
+    (tmp_path / "file").touch()
+    run = ["serve", f"run_dir={tmp_path / 'file' / 'run'}", f"ensemble.members=[{checkpoints[0]}]", "serve.port=0"]
+    assert cli.main([*run, "trainer.accelerator=cpu"]) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith(f"error: run_dir={tmp_path}/file/run: ") and "\n" not in error
