@@ -236,7 +236,7 @@ def test_term_lets_running_requests_finish(guarded: ServerProcess) -> None:
 def doomed(checkpoints: list[Path], tmp_path: Path) -> Iterator[ServerProcess]:
     """A server that keeps a request waiting for others, long enough to be killed meanwhile."""
     members = ",".join(map(str, checkpoints))
-    server = ServerProcess(tmp_path / "doomed", f"ensemble.members=[{members}]", "serve.batch_wait_ms=10000")
+    server = ServerProcess(tmp_path / "doomed", f"ensemble.members=[{members}]", "serve.batch_wait_ms=60000")
     yield server
     server.kill()
 
@@ -262,7 +262,7 @@ def test_another_server_answers_when_one_is_killed_with_a_request_under_way(
     with ThreadPoolExecutor(1) as pool:
         killed = pool.submit(_kill_when_asked, doomed)
         scores = source.score(data).tolist()
-        assert time.monotonic() - killed.result() < 8  # it did not wait for the batch that never came
+        assert time.monotonic() - killed.result() < 48  # it did not wait for the batch that never came
     alone = build(parse(served.server.address, "judge"), "judge", Config())
     assert scores == pytest.approx(alone.score(data).tolist(), abs=1e-4)
 
@@ -295,7 +295,7 @@ def test_training_ends_by_name_when_its_only_server_is_killed_in_a_step(
                 "exp_manager.create_tensorboard_logger=false",
             ]
         )
-        assert time.monotonic() - killed.result() < 6 + 5
+        assert time.monotonic() - killed.result() < 6 + 30
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert status == 2 and error.startswith("error: reward source") and doomed.address in error
     assert "did not answer within 6 s (remote.deadline_seconds" in error
