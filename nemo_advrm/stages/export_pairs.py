@@ -66,15 +66,17 @@ def export_pairs(settings: ExportPairsConfig) -> Exported:
     kept = read_nemo_aligner(settings.with_, len(labels[0]) if labels else 0) if settings.with_ else []
     known = {_texts(group) for group in kept}
     new: list[tuple[Row, ...]] = []
+    count = 0
     for pair in pairs:
         labelled = replace(pair, chosen_labels=labels[0], rejected_labels=labels[1]) if labels else pair
         both = rows_of(labelled, render, end)
         own: list[tuple[Row, ...]] = [(row,) for row in both] if labels else [both]
-        if not all(_texts(group) in known for group in own):
-            new += own
+        own = [group for group in own if _texts(group) not in known]
+        known.update(map(_texts, own))
+        new += own
+        count += bool(own)
     if kept and new:
         _check_template(settings, kept[0][0], new[0][0])
-    count = len(new) // 2 if labels else len(new)
     groups = kept + new
     if settings.shuffle:
         random.Random(settings.seed).shuffle(groups)

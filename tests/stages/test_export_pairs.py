@@ -123,6 +123,26 @@ def test_regression_lines_have_labels(tmp_path: Path, store: Path) -> None:
     assert [row["label"] for row in rows] == [[1, 2], [4.0, 3.5], [0.0, -100.0], [4.0, 3.5], [0.0, -100.0]]
 
 
+def test_regression_lines_are_written_once_each(
+    tmp_path: Path, store: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Pairs of one prompt share their chosen answer, and a file may hold one line of a pair only."""
+    best = [AdversarialPair(ASKED, "best", f"worse {number}", FACTS) for number in range(3)]
+    PairStore(store).append(best)
+    words = ["reward_model_type=regression", "chosen_label=4", "rejected_label=0", "template=plain", f"pairs={store}"]
+    endings = ["good 0", "bad 0", "good 1", "bad 1", "best", "worse 0", "worse 1", "worse 2"]
+    rows = export(tmp_path, *words)
+    assert [row["text"].removeprefix("Why?So.Oh") for row in rows] == endings
+    assert capsys.readouterr().out.startswith("5 adversarial pairs: ")
+    held = tmp_path / "held.jsonl"
+    held.write_text("".join(json.dumps(rows[i]) + "\n" for i in (0, 2, 3, 4)))
+    (tmp_path / "out.jsonl").unlink()
+    again = export(tmp_path, *words, f"with={held}")
+    assert [row["text"] for row in again[4:]] == [rows[i]["text"] for i in (1, 5, 6, 7)]
+    told = f"4 adversarial pairs and 4 lines of {held}, without 1 that it held already: "
+    assert capsys.readouterr().out.startswith(told)
+
+
 RANKING = "template=transcript"
 REGRESSION = "reward_model_type=regression"
 
