@@ -149,6 +149,7 @@ run_with_servers() {
     done
     # servers are open to the network, so they ask for a token that only this job knows
     export NEMO_ADVRM_TOKEN=${NEMO_ADVRM_TOKEN:-$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')}
+    no_proxy=${no_proxy:-${NO_PROXY:-}}
     trap 'requeue; exit $ENDED_BY_TERM' USR1 TERM # nothing is trained yet
     for ((k = 1; k < SLURM_HET_SIZE; k++)); do
         nodelist=SLURM_JOB_NODELIST_HET_GROUP_$k
@@ -214,6 +215,10 @@ watch_servers() {
 lose_servers() {
     local k
     interrupted=1
+    if ((${signalled:-0})); then # the job goes on later in any case
+        told_to_end=1
+        return
+    fi
     for k in "${!servers[@]}"; do
         ! kill -0 "${servers[k]}" 2>/dev/null || continue
         if server_was_told_to_end "$k"; then

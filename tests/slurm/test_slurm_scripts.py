@@ -22,10 +22,17 @@ call = {"arguments": sys.argv[1:], **{name: os.environ.get(name) for name in nam
 open(os.path.join(os.environ["CALLS"], f"{uuid.uuid4()}.json"), "w").write(json.dumps(call))
 END
 if [[ " $* " == *" serve "* ]]; then
-    until [[ -e $CALLS/end || (-n ${SERVER_STATUS:-} && -e $CALLS/policy) ]]; do sleep 0.05; done
+    until [[ -e $CALLS/end || (-n ${SERVER_STATUS:-} && -e $CALLS/${SERVERS_END_AFTER:-policy}) ]]; do sleep 0.05; done
     exit "${SERVER_STATUS:-0}"
 fi
 touch "$CALLS/policy"
+if [[ -n ${SAVE_SECONDS:-} ]]; then # the time limit comes, and this needs a while to save
+    trap 'touch "$CALLS/stopped"' USR1
+    kill -USR1 "$PPID"
+    until [[ -e $CALLS/stopped ]]; do sleep 0.05; done
+    for ((i = 0; i < 10 * SAVE_SECONDS; i++)); do sleep 0.1; done
+    exit "${SRUN_STATUS:-0}"
+fi
 [[ -z ${SERVER_STATUS:-} ]] || while sleep 0.05; do :; done # until USR1
 exit "${SRUN_STATUS:-0}"
 """
@@ -54,6 +61,7 @@ def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (programs / name).chmod(0o755)
     for name in [name for name in os.environ if name.startswith(("SLURM", "SBATCH", "ADVRM_", "OMP", "NEMO_ADVRM"))]:
         monkeypatch.delenv(name)
+    monkeypatch.delenv("no_proxy", raising=False)
     monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
     monkeypatch.setenv("CALLS", str(tmp_path / "calls"))
     monkeypatch.setenv("ADVRM_SITE", str(tmp_path / "site.sh"))
@@ -129,7 +137,7 @@ HET = {
 
 
 def test_servers_start_on_their_components_and_end_with_the_attack(calls: Path) -> None:
-    done = run("attack.sbatch", "run_dir=out", **HET)
+    done = run("attack.sbatch", "run_dir=out", **HET, NO_PROXY="the.site")
     assert done.returncode == 0, done.stderr
     assert "scancel --quiet --signal=TERM 7" in done.stdout
     by_group = sorted(recorded(calls), key=lambda call: min(w for w in call["arguments"] if "--het-group=" in w))
@@ -146,7 +154,7 @@ def test_servers_start_on_their_components_and_end_with_the_attack(calls: Path) 
     words = policy["arguments"]
     assert {"--het-group=0", "--nodes=2", "--ntasks-per-node=4"} <= set(words)
     assert "ensemble.members=[http://c.cluster:30113,http://e.cluster:30114]" in words
-    assert policy["NO_PROXY"] == "c.cluster,e.cluster"
+    assert policy["NO_PROXY"] == "the.site,c.cluster,e.cluster"
     assert {call["NEMO_ADVRM_TOKEN"] for call in servers} == {policy["NEMO_ADVRM_TOKEN"]}
     assert re.fullmatch("[0-9a-f]{32}", policy["NEMO_ADVRM_TOKEN"])
 
@@ -165,6 +173,14 @@ def test_a_server_that_ends_under_the_attack_ends_the_job(
     either = r"(rm_1/model at http://c\.cluster:30113|rm_2/model at http://e\.cluster:30114)"
     lost = rf"error: the server of {either} ended with status {server} under the attack"
     assert bool(re.search(lost, done.stderr)) == (not requeued)
+
+
+def test_a_server_that_ends_after_the_time_limit_was_told_is_no_fault(calls: Path) -> None:
+    late = {"SERVER_STATUS": "137", "SERVERS_END_AFTER": "stopped", "SAVE_SECONDS": "3", "SRUN_STATUS": "2"}
+    done = run("attack.sbatch", "run_dir=out", **HET | {"ADVRM_GRACE": "5"}, **late)
+    assert done.returncode == 2, done.stderr
+    assert done.stdout.count("scontrol requeue 7") == 1
+    assert "under the attack" not in done.stderr and "no end within" not in done.stderr
 
 
 @pytest.mark.parametrize(
