@@ -11,6 +11,9 @@ from nemo_aligner.utils import parallel_state
 from nemo_advrm.errors import RewardSourceError, UserError
 
 Result = TypeVar("Result")
+# the longest wait of one rank unless its caller says otherwise: the other ranks wait for its word in a collective, and
+# NeMo-Aligner's process groups give that up after 30 minutes, without a reason
+WAIT_SECONDS = 1500.0
 _LONGEST = 600
 
 

@@ -13,7 +13,7 @@ from nemo_aligner.utils.distributed import run_if_model_parallel_src
 from nemo_aligner.utils.server_utils import FutureResult
 from torch import Tensor
 
-from nemo_advrm.aligner.agreement import in_replica
+from nemo_advrm.aligner.agreement import WAIT_SECONDS, in_replica
 from nemo_advrm.aligner.critic import CriticClient
 from nemo_advrm.aligner.layout import refuse_shared_sequences
 from nemo_advrm.aligner.rollouts import RolloutReader
@@ -54,7 +54,7 @@ class EnsembleRewardClient:
         unended_penalty: float | None = None,
         critic: CriticClient | None = None,
         threads: int = 1,
-        wait_seconds: float = 3600.0,
+        wait_seconds: float = WAIT_SECONDS,
     ) -> None:
         refuse_shared_sequences(parallel_state.get_context_parallel_world_size())
         self.reward = reward
@@ -62,6 +62,7 @@ class EnsembleRewardClient:
         self.unended_penalty = unended_penalty
         self.critic = critic
         self.wait_seconds = wait_seconds
+        self.keep_judged = False  # set by who calls take(): nobody else would ever empty the list
         self.judged: list[Judged] = []
         self.communicator = _Communicator(self)
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="reward")
@@ -84,7 +85,7 @@ class EnsembleRewardClient:
         return self._critic().save()
 
     def take(self) -> list[Judged]:
-        """What was judged since the last call, on every rank."""
+        """What was judged since the last call, on every rank, where ``keep_judged`` is set."""
         judged, self.judged = self.judged, []
         return judged
 
@@ -140,7 +141,8 @@ class RewardFuture(FutureResult):
     def result(self) -> Tensor:
         work, wait = self._work, self._client.wait_seconds
         judgement = in_replica(None if work is None else lambda: work.result(timeout=wait), "the ensemble's reward")
-        self._client.judged.append(Judged(self._rollouts, judgement))
+        if self._client.keep_judged:
+            self._client.judged.append(Judged(self._rollouts, judgement))
         return judgement.rewards_N[:, None].to(torch.cuda.current_device())
 
 

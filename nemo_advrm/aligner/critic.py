@@ -17,7 +17,7 @@ from pytriton.client import FuturesModelClient, ModelClient
 from pytriton.client.exceptions import PyTritonClientTimeoutError
 from torch import Tensor
 
-from nemo_advrm.aligner.agreement import everywhere, in_replica
+from nemo_advrm.aligner.agreement import WAIT_SECONDS, everywhere, in_replica
 from nemo_advrm.errors import RewardSourceError
 
 # seconds that a server which was ready may be away before a request to it fails
@@ -33,9 +33,9 @@ class CriticClient(RemoteGPTRMCriticClient):
     Args:
         cfg: ``remote_critic_rm`` as in NeMo-Aligner's configuration, and two keys of its own: ``connect_seconds``, in
             which the server has to become ready, and ``wait_seconds``, the longest wait for values, a training pass or
-            a checkpoint. Its ``reward_model`` is not used. The critic is served with
-            ``trainer.ppo.combine_rm_and_critic_server=True``, which is NeMo-Aligner's default (in 0.7.0 its server
-            fails at every request without it); the rewards that such a server adds are left alone.
+            a checkpoint (below the 30 minutes of the process groups). Its ``reward_model`` is not used. The critic is
+            served with ``trainer.ppo.combine_rm_and_critic_server=True``, which is NeMo-Aligner's default (in 0.7.0 its
+            server fails at every request without it); the rewards that such a server adds are left alone.
 
     Raises:
         RewardSourceError: no ready server at the address; on all ranks.
@@ -44,7 +44,7 @@ class CriticClient(RemoteGPTRMCriticClient):
     def __init__(self, cfg: DictConfig) -> None:
         self.cfg = cfg
         self.pad_to_length = cfg.pad_to_length
-        self.wait_seconds = float(cfg.get("wait_seconds", 3600.0))
+        self.wait_seconds = float(cfg.get("wait_seconds", WAIT_SECONDS))
         self.name = f"the critic at {cfg.critic.ip}:{cfg.critic.port}"
         self._training: Future[Any] | None = None
         models = [cfg.critic.name[key] for key in ("infer", "train", "save")]
@@ -70,8 +70,9 @@ class CriticClient(RemoteGPTRMCriticClient):
         )
 
         def values() -> Tensor:
+            end = time.monotonic() + self.wait_seconds
             self._await_training()
-            found = torch.tensor(future.result(timeout=self.wait_seconds)["values"])
+            found = torch.tensor(future.result(timeout=max(0.0, end - time.monotonic()))["values"])
             if found.dim() != 2 or len(found) != rows or found.size(1) < length - 1:
                 raise RewardSourceError(f"{self.name} sent values {tuple(found.shape)} for tokens {(rows, length)}")
             return found[:, : length - 1].contiguous()

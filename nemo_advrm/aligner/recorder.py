@@ -31,6 +31,7 @@ class AdversarialRecorder:
         if not isinstance(client.reward, AdversarialReward):
             raise ConfigError("samples are recorded of an adversarial reward: set ensemble.reward=adversarial")
         self.client = client
+        client.keep_judged = True
         self.policy = policy
         self.step = step
         self.target = client.reward.target
