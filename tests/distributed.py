@@ -51,7 +51,7 @@ def _forker() -> subprocess.Popen[str]:
     return process
 
 
-def _free_port() -> int:
+def free_port() -> int:
     """A port that no outgoing connection is given: rank 0 does not listen to it before the first job."""
     first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
     while True:
@@ -78,7 +78,7 @@ class World:
                 "address": listener.address,
                 "key": key.hex(),
                 "log": self._log.name,
-                "port": _free_port(),
+                "port": free_port(),
             }
             forker = _forker()
             assert forker.stdin is not None

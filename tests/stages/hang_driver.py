@@ -1,35 +1,40 @@
-"""Trains on two processes of which the second one misbehaves; prints one JSON line per case. See test_hang.py.
+"""Trains on two processes of which one misbehaves. See test_hang.py, which runs :func:`run` in a world of one process.
 
-The libraries are imported once: every process of a job is a fork of this one, and the jobs run at once.
+Every process of a job is a fork of that one, which has imported all. A job starts when the one before stands still, so
+that only two processes work at a time and the limit can be short; they wait for the end of the limit at once.
 """
 
 from __future__ import annotations
 
-import json
+import contextlib
 import os
 import signal
-import socket
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import torch
+from distributed import free_port
 
 from nemo_advrm.cli import guarded
 from nemo_advrm.config import load_config
 from nemo_advrm.data.jsonl import write_jsonl_atomic
+from nemo_advrm.megatron import heartbeat
 from nemo_advrm.models.reward_model import RewardModel
-from nemo_advrm.quiet import quiet_libraries
 from nemo_advrm.stages import train_rm
 from nemo_advrm.synthetic.corpus import sample_prompts, sample_response
 from nemo_advrm.synthetic.gold import GoldReward
 from nemo_advrm.synthetic.preferences import gold_labelled_pairs
 
 HANG_SECONDS = 6.0
-STEPS = 12
+STEPS = 8
+# for all that a busy machine takes longer
+PATIENCE_SECONDS = 150.0
+REACHED = "REACHED"  # environment variable: the file that says that the misbehaviour begins
 
 
 def at_step(step: int, act: Callable[[], None], every_later_one: bool = False, rank: int = 1) -> None:
@@ -39,6 +44,7 @@ def at_step(step: int, act: Callable[[], None], every_later_one: bool = False, r
     def act_at_step(self: RewardModel, start: int) -> Iterator[Any]:
         for number, batch in enumerate(steps(self, start), start=start + 1):
             if os.environ["RANK"] == str(rank) and (number == step or (every_later_one and number > step)):
+                Path(os.environ[REACHED]).touch()
                 act()
             yield batch
 
@@ -46,6 +52,7 @@ def at_step(step: int, act: Callable[[], None], every_later_one: bool = False, r
 
 
 def stop() -> None:
+    time.sleep(5 * HANG_SECONDS / 20)  # for a heartbeat that says where it stands
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
@@ -75,10 +82,10 @@ def slow() -> None:
 
 
 CASES: dict[str, Callable[[], None]] = {
-    "stopped": lambda: at_step(5, stop),
-    "first_stopped": lambda: at_step(5, stop, rank=0),
-    "stuck": lambda: at_step(5, stuck_data_loader),
     "slow": slow,
+    "first_stopped": lambda: at_step(5, stop, rank=0),
+    "stopped": lambda: at_step(5, stop),
+    "stuck": lambda: at_step(5, stuck_data_loader),
 }
 
 
@@ -94,6 +101,7 @@ def start(case: str, rank: int, port: int, home: Path) -> int:
         RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
     os.environ["SLURMD_NODENAME"] = f"node{rank}"
+    os.environ[REACHED] = str(home / f"{case}_reached")
     torch.set_num_threads(1)
     CASES[case]()
     overrides = [
@@ -103,42 +111,72 @@ def start(case: str, rank: int, port: int, home: Path) -> int:
         f"data.train_path={home / 'pairs.jsonl'}",
         "data.validation_fraction=0.3",
         f"trainer.max_steps={STEPS}",
-        "trainer.log_every_n_steps=5",
+        "trainer.log_every_n_steps=4",
         "model.global_batch_size=8",
         f"trainer.hang_minutes={HANG_SECONDS / 60}",
         "trainer.timeout_minutes=2",
     ]
-    sys.exit(guarded(lambda: train_rm.main(load_config(overrides, "train_rm"))))
+    status = 1
+    try:
+        status = guarded(lambda: train_rm.main(load_config(overrides, "train_rm")))
+        heartbeat.stop()  # as at the end of an interpreter, which a world's process does not come to
+    except Exception:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+def wait(condition: Callable[[], Any], deadline: float, what: str) -> None:
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError(what)
+        time.sleep(0.05)
 
 
-def main(home: Path) -> None:
-    quiet_libraries()
+class Job:
+    """The two processes of a case."""
+
+    def __init__(self, case: str, home: Path) -> None:
+        self.case = case
+        port = free_port()
+        self.pids = [start(case, rank, port, home) for rank in range(2)]
+        self.statuses: dict[int, int] = {}
+
+    def ended(self, ranks: list[int]) -> bool:
+        for rank in set(ranks) - set(self.statuses):
+            pid, status = os.waitpid(self.pids[rank], os.WNOHANG)
+            if pid:
+                self.statuses[rank] = os.waitstatus_to_exitcode(status)
+        return set(ranks) <= set(self.statuses)
+
+    def kill(self) -> None:
+        for rank, pid in enumerate(self.pids):
+            if rank not in self.statuses:
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+
+
+def run(home: Path) -> dict[str, dict[str, Any]]:
+    """What became of each case; no process outlives this call."""
     rng = Random(1)
     prompts = sample_prompts(80, 1)
     answers = [(sample_response(p, rng), sample_response(p, rng)) for p in prompts]
     write_jsonl_atomic(home / "pairs.jsonl", gold_labelled_pairs(prompts, answers, GoldReward(), 0.1, 1))
-    jobs = {}
-    for case in CASES:
-        port = free_port()
-        jobs[case] = [start(case, rank, port, home) for rank in range(2)]
-    stopped = {jobs["stopped"][1], jobs["first_stopped"][0]}
-    for case, pids in jobs.items():
-        statuses = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids if pid not in stopped]
-        logs = [(home / f"{case}_{rank}.log").read_text() for rank in range(2)]
-        stacks = sorted(path.name for path in (home / case).glob("hang_rank_*.txt"))
-        row = {"case": case, "statuses": statuses, "logs": logs, "stacks": stacks}
-        if case == "stuck":
-            row["stack_of_rank_1"] = (home / case / "hang_rank_1.txt").read_text()
-        print(json.dumps(row), flush=True)
-    for pid in stopped:
-        os.kill(pid, signal.SIGKILL)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    jobs: list[Job] = []
+    rows = {}
+    with contextlib.ExitStack() as stack:
+        for case in CASES:
+            jobs.append(Job(case, home))
+            stack.callback(jobs[-1].kill)
+            wait((home / f"{case}_reached").exists, deadline, f"{case} never came to its misbehaviour")
+        for job in jobs:
+            survivors = {"stopped": [0], "first_stopped": [1]}.get(job.case, [0, 1])
+            wait(lambda job=job, ranks=survivors: job.ended(ranks), deadline, f"{job.case} did not end")
+            rows[job.case] = {
+                "statuses": [job.statuses[rank] for rank in survivors],
+                "logs": [(home / f"{job.case}_{rank}.log").read_text() for rank in range(2)],
+                "stacks": {path.name: path.read_text() for path in (home / job.case).glob("hang_rank_*.txt")},
+            }
+    return rows
