@@ -122,7 +122,8 @@ def _claim(cfg: Config, directory: Path) -> None:
         if not path.exists() and _create(cfg, path, locked=lock is not None):
             _write_versions(directory, {**versions(), "seed": cfg.seed})
         else:
-            _compare(directory, yaml.safe_load(path.read_text()), yaml.safe_load(resolved(cfg)))
+            before = _completed(yaml.safe_load(path.read_text()), yaml.safe_load(resolved(Config())))
+            _compare(directory, before, yaml.safe_load(resolved(cfg)))
     except BaseException:
         if lock is not None:
             os.close(lock)
@@ -194,6 +195,13 @@ def _try_lock(file: int, kind: int) -> bool:
     except (BlockingIOError, PermissionError):
         return False
     return True
+
+
+def _completed(before: Any, defaults: Any) -> Any:
+    """What an older version wrote, with the keys that it did not know at their defaults, which change nothing."""
+    if not isinstance(before, dict) or not isinstance(defaults, dict):
+        return before
+    return {**defaults, **{key: _completed(value, defaults.get(key)) for key, value in before.items()}}
 
 
 def _compare(directory: Path, before: dict[str, Any], now: dict[str, Any]) -> None:

@@ -68,6 +68,19 @@ def test_what_changes_results_is_another_run(single: Runtime, tmp_path: Path, ch
     assert _changes(tmp_path / "run") == []
 
 
+def test_a_run_of_an_older_version_goes_on_while_keys_it_did_not_know_keep_their_defaults(
+    single: Runtime, tmp_path: Path
+) -> None:
+    directory = tmp_path / "run"
+    _claim(directory, "seed=1")
+    written = yaml.safe_load((directory / "config.yaml").read_text())
+    del written["rl"]["kl"]["estimator"], written["serve"]
+    (directory / "config.yaml").write_text(yaml.safe_dump(written))
+    _claim(directory, "seed=1")
+    with pytest.raises(ConfigError, match=r"rl.kl.estimator='abs', but now rl.kl.estimator='k3'"):
+        _claim(directory, "seed=1", "rl.kl.estimator=k3")
+
+
 def test_reward_servers_may_move_but_members_may_not_change(single: Runtime, tmp_path: Path) -> None:
     key = "ensemble.members"
     first, moved = ["http://n1:1", "runs/rm_2/model"], ["http://n3:2", "runs/rm_2/model"]
