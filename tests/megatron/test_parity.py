@@ -24,41 +24,51 @@ TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
 
 @dataclass(frozen=True)
 class Place:
-    """A layout, the number of processes, and the model keys that belong to it."""
+    """A layout, the number of processes, the model keys that belong to it, and what is compared there."""
 
     layout: Layout
     processes: int = 2
     model: dict[str, Any] = field(default_factory=dict)
+    architectures: tuple[str, ...] = tuple(ARCHITECTURES)
 
 
 OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
+SEQUENCE = {"sequence_parallel": True}
+# Every way to split meets both architectures by itself. Where ways meet each other one does: tied embeddings, which
+# first and last stages share, or, with sequence parallelism, biases, whose gradients tensor-parallel ranks add up.
 PLACES = {
     "tp2": Place(Layout(tensor=2)),
-    "tp2_sequence_parallel": Place(Layout(tensor=2), model={"sequence_parallel": True}),
+    "tp2_sequence_parallel": Place(Layout(tensor=2), model=SEQUENCE),
     "pp2": Place(Layout(pipeline=2)),
     "dp2": Place(Layout()),
-    "tp2_pp2": Place(Layout(tensor=2, pipeline=2), processes=4),
-    "tp2_pp2_sequence_parallel": Place(Layout(tensor=2, pipeline=2), 4, {"sequence_parallel": True}),
-    "tp2_dp2": Place(Layout(tensor=2), processes=4),
-    "pp2_dp2": Place(Layout(pipeline=2), processes=4),
+    "tp2_pp2": Place(Layout(tensor=2, pipeline=2), 4, architectures=("llama",)),
+    "tp2_pp2_sequence_parallel": Place(Layout(tensor=2, pipeline=2), 4, SEQUENCE, ("gpt",)),
+    "tp2_dp2": Place(Layout(tensor=2), 4, architectures=("llama",)),
+    "pp2_dp2": Place(Layout(pipeline=2), 4, architectures=("llama",)),
     "pp2_uneven": Place(Layout(pipeline=2), model={"num_layers_in_first_pipeline_stage": 1}),
     "pp2_interleaved": Place(Layout(pipeline=2), model={"virtual_pipeline_model_parallel_size": 2}),
     "dp2_distributed_optimizer": Place(Layout(), model={"use_distributed_optimizer": True, **OVERLAP}),
     "cp2": Place(Layout(context=2)),
-    "tp2_cp2_sequence_parallel": Place(Layout(tensor=2, context=2), 4, {"sequence_parallel": True}),
-    "pp2_cp2": Place(Layout(pipeline=2, context=2), 4),
-    "tp2_selective_recompute": Place(Layout(tensor=2), model={"sequence_parallel": True, "recompute": "selective"}),
+    "tp2_cp2_sequence_parallel": Place(Layout(tensor=2, context=2), 4, SEQUENCE, ("gpt",)),
+    "pp2_cp2": Place(Layout(pipeline=2, context=2), 4, architectures=("llama",)),
+    "tp2_selective_recompute": Place(Layout(tensor=2), model={**SEQUENCE, "recompute": "selective"}),
 }
+CASES = {f"{name}-{model}": (place, model) for name, place in PLACES.items() for model in place.architectures}
 
 
-@pytest.fixture(scope="session", params=PLACES)
-def place(request: pytest.FixtureRequest) -> Place:
-    return PLACES[request.param]
+@pytest.fixture(scope="session", params=CASES)
+def case(request: pytest.FixtureRequest) -> tuple[Place, str]:
+    return CASES[request.param]
 
 
-@pytest.fixture(scope="session", params=ARCHITECTURES)
-def architecture(request: pytest.FixtureRequest) -> str:
-    return request.param
+@pytest.fixture(scope="session")
+def place(case: tuple[Place, str]) -> Place:
+    return case[0]
+
+
+@pytest.fixture(scope="session")
+def architecture(case: tuple[Place, str]) -> str:
+    return case[1]
 
 
 @pytest.fixture(scope="session")
@@ -112,6 +122,7 @@ def _same_weights(architecture: str, head: str, there: str, here: str, start: st
     assert any((tensor - before[name]).abs().max() > 1e-3 for name, tensor in ours.items())
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_step_is_computed_in_several_microbatches(single: Runtime, architecture: str) -> None:
     assert parity_jobs.microbatches_of_a_step(architecture) > 2
 
