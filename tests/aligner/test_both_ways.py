@@ -32,7 +32,6 @@ from nemo_advrm.schema import Config, ConvertConfig
 
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
 STEPS = 3
-LIMIT = pytest.mark.timeout(1200)
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +160,6 @@ def trained(
     )
 
 
-@LIMIT
 @pytest.mark.parametrize("address", ["triton", "fastapi"])
 def test_its_reinforce_is_rewarded_by_our_server(
     files: plugin.Files, reference: Path, trained: Trained, address: str
@@ -184,7 +182,6 @@ def test_its_reinforce_is_rewarded_by_our_server(
     assert len(rewards) > STEPS  # not the penalty alone
 
 
-@LIMIT
 @pytest.mark.parametrize("address", ["triton", "fastapi"])
 def test_that_reinforce_moves_the_weights_it_saves(files: plugin.Files, trained: Trained, address: str) -> None:
     assert any(end for batch in trained.batches[address] for end in batch["is_end"])  # others are not trained on
@@ -192,12 +189,10 @@ def test_that_reinforce_moves_the_weights_it_saves(files: plugin.Files, trained:
     assert torch.isfinite(now).all() and (now - before).abs().max() > 1e-4
 
 
-@LIMIT
 def test_its_reward_model_learns_from_the_pairs_of_our_attack(trained: Trained) -> None:
     assert len(trained.losses) == STEPS and trained.losses[-1] < trained.losses[0] and trained.gap > 0
 
 
-@LIMIT
 def test_our_attack_asks_its_server_as_a_member(attack: Path) -> None:
     rows = [row for _, row in read_jsonl(attack / "attack" / "samples.jsonl")]
     assert {row["step"] for row in rows} == set(range(STEPS))
@@ -207,7 +202,6 @@ def test_our_attack_asks_its_server_as_a_member(attack: Path) -> None:
     assert scores_NK[:, 0].std() > 0.02 and (scores_NK[:, 0] - scores_NK[:, 1]).abs().max() > 0.01
 
 
-@LIMIT
 def test_its_server_takes_text_from_us(files: plugin.Files, single: Runtime, stock_server: str) -> None:
     prompts, answers = plugin.PROMPTS[:3], [" a big tree", " ran", " to the small house and no cat"]
     rollouts = Rollouts(

@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -117,7 +116,6 @@ def converted(nemo: Path) -> Path:
     return out
 
 
-@pytest.mark.timeout(1200)
 @pytest.mark.parametrize(("tensor", "pipeline", "penalty"), [(1, 1, UNENDED), (2, 1, None), (1, 2, None)])
 def test_reinforce_attacks_the_ensemble(
     aligner: Callable[..., list[Any]],
@@ -141,7 +139,6 @@ def test_reinforce_attacks_the_ensemble(
         select_pairs_of(tmp_path / "run")
 
 
-@pytest.mark.timeout(1200)
 @pytest.mark.parametrize(("actor", "critic"), [((1, 1), (1, 1)), ((2, 1), (1, 2))], ids=["one", "tp2_and_pp2"])
 def test_ppo_attacks_the_ensemble(
     single: Runtime,
@@ -185,26 +182,31 @@ def check_critic(files: plugin.Files, now: Path, batch: dict[str, Any], served: 
         assert (torch.tensor(there[: len(row) - 1]) - before).abs().max() > 1e-2
 
 
-@pytest.mark.timeout(1200)
 def test_a_critic_that_dies_ends_the_training_with_its_name(
     files: plugin.Files, members: list[str], tmp_path: Path
 ) -> None:
     with plugin.critic(tmp_path / "critic", files.reward_models[0]) as server:
-        batches = tmp_path / "batches.jsonl"
+        batches, over = tmp_path / "batches.jsonl", threading.Event()
 
         def kill() -> None:
-            while not batches.exists():
-                time.sleep(0.1)
-            os.killpg(server.process.pid, signal.SIGKILL)
+            while not over.wait(0.1):
+                if batches.exists():
+                    os.killpg(server.process.pid, signal.SIGKILL)
+                    return
 
-        threading.Thread(target=kill, daemon=True).start()
-        plugin.run_script(
-            plugin.EXAMPLES / "train_adversarial_actor_ppo.py",
-            tmp_path,
-            *settings(files, members, "ppo"),
-            f"remote_critic_rm.critic.port={server.port}",
-            fails=True,
-        )
+        killer = threading.Thread(target=kill)
+        killer.start()
+        try:
+            plugin.run_script(
+                plugin.EXAMPLES / "train_adversarial_actor_ppo.py",
+                tmp_path,
+                *settings(files, members, "ppo"),
+                f"remote_critic_rm.critic.port={server.port}",
+                fails=True,
+            )
+        finally:
+            over.set()
+            killer.join()
     assert f"RewardSourceError: the critic at localhost:{server.port} failed" in (tmp_path / "log").read_text()
 
 

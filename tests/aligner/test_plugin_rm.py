@@ -21,7 +21,6 @@ FACTS = Provenance(0, 1, 1, 0, (1.0, 0.0), (2.0, -1.0), 3.0, "attack/policy/mode
 ADVERSARIAL = [AdversarialPair(as_prompt("the cat"), f" ran to {w}", f" sat {w} {w}", FACTS) for w in ("mat", "tree")]
 
 
-@pytest.mark.timeout(1200)
 @pytest.mark.parametrize(("tensor", "pipeline"), [(2, 1), (1, 2)])
 def test_a_share_of_every_batch_is_adversarial(
     aligner: Callable[..., list[Any]], files: plugin.Files, tmp_path: Path, tensor: int, pipeline: int

@@ -32,7 +32,7 @@ from nemo_advrm.rewards.sources import build, load_members, parse
 from nemo_advrm.schema import Config
 
 CLOSE = {"abs": 1e-4}
-END_SECONDS = 60.0
+END_SECONDS = 120.0
 
 
 @dataclass
@@ -75,6 +75,7 @@ def expected(checkpoints: list[Path]) -> list[float]:
 def start(checkpoints: list[Path], tmp_path: Path) -> Iterator[Callable[..., Server]]:
     """Starts a server, and kills what is left of it at the end."""
     processes: list[subprocess.Popen[bytes]] = []
+    others: list[psutil.Process] = []  # the bridge leads a session of its own, and may outlive the server
 
     def started(*settings: str) -> Server:
         ports, log = [plugin.free_port(), plugin.free_port()], tmp_path / "log"
@@ -97,16 +98,19 @@ def start(checkpoints: list[Path], tmp_path: Path) -> Iterator[Callable[..., Ser
                 answer = httpx.get(f"http://127.0.0.1:{ports[0]}/health/ready")
                 before.append(f"{answer.status_code} {answer.json().get('error')}")
             time.sleep(0.1)
+        others.extend(psutil.Process(processes[-1].pid).children(recursive=True))
         about = json.loads((tmp_path / "server.json").read_text())
         return Server(processes[-1], about["address"], about["triton"], log, before)
 
     yield started
     for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
-            for child in psutil.Process(process.pid).children(recursive=True):
-                child.kill()
+            others.extend(psutil.Process(process.pid).children(recursive=True))
         process.kill()
         process.wait(10)
+    for other in others:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            other.kill()
 
 
 def ask(server: Server, **arrays: np.ndarray) -> list[float]:
@@ -154,12 +158,12 @@ def gone(process: psutil.Process | int, port: str) -> None:
     raise AssertionError(f"{process} or what listened at {port} is still there")
 
 
-@pytest.mark.timeout(400)
 def test_triton_gives_the_scores_of_this_process_and_drains(
     start: Callable[..., Server], expected: list[float]
 ) -> None:
     server = start("serve.batch_wait_ms=400")
-    assert set(server.before) <= {"503 the server is starting"} and server.before, server.before
+    starting = "503 the server is starting"  # what was asked last may have come after the start
+    assert server.before[0] == starting and set(server.before[:-1]) <= {starting}, server.before
     assert httpx.get(f"{server.address}/health/ready").status_code == 200
     assert httpx.get(f"{server.triton}/v2/health/ready").status_code == 200
     assert httpx.get(f"{server.triton}/v2").json()["name"] == "triton"  # NVIDIA's, not the same protocol of ours
@@ -190,7 +194,7 @@ def test_triton_gives_the_scores_of_this_process_and_drains(
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(ask, server, sentences=texts())
         while not running.done() and not server.waiting():
-            pass
+            time.sleep(0.05)
         server.process.send_signal(signal.SIGTERM)
         assert running.result(30) == pytest.approx(expected, **CLOSE)
     assert server.process.wait(END_SECONDS) == 0, server.log.read_text()[-2000:]
@@ -198,22 +202,20 @@ def test_triton_gives_the_scores_of_this_process_and_drains(
     assert not (server.log.parent / "server.json").exists() and "Traceback" not in server.log.read_text()
 
 
-@pytest.mark.timeout(300)
 def test_a_killed_server_takes_triton_with_it_and_its_clients_are_told(start: Callable[..., Server]) -> None:
-    server = start("serve.batch_wait_ms=20000")
+    server = start("serve.batch_wait_ms=60000", "serve.drain_seconds=5")
     bridge = server.bridge
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(ask, server, sentences=texts())
         while not running.done() and not server.waiting():
-            pass
+            time.sleep(0.05)
         os.kill(server.process.pid, signal.SIGKILL)
         with pytest.raises(triton.InferenceServerException, match="the reward server is gone"):
-            running.result(15)
+            running.result(45)
     server.process.wait(10)
     gone(bridge, server.triton)
 
 
-@pytest.mark.timeout(300)
 def test_a_triton_that_is_killed_ends_the_server_with_an_error(start: Callable[..., Server]) -> None:
     server = start()
     (binary,) = [c for c in server.bridge.children() if "tritonserver" in c.name()]
