@@ -212,6 +212,5 @@ def test_after_a_kill_of_one_process_during_a_write_training_goes_on_from_the_ch
 
 def test_a_signal_to_one_process_gives_up_the_save_under_way_on_all(worlds: Worlds, data: Path, tmp_path: Path) -> None:
     stopped = _in_parallel(worlds, "tp2", tmp_path / "run", data, "trainer.max_steps=6", signalled=5)
-    worlds.of(2).close()  # NeMo's telemetry does not begin a second training in a process after a stopped one
     for told, *left in stopped:
         assert "after step 5" in told and left == ["step_00000002", "step_00000005"]
