@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 import warnings
 
 _LOGGERS = (
@@ -23,5 +22,3 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore")
     for name in _LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
-    if "nemo.utils" in sys.modules:
-        sys.modules["nemo.utils"].logging.setLevel(logging.ERROR)

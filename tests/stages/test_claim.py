@@ -137,17 +137,17 @@ def test_of_jobs_that_start_at_once_one_has_the_directory_or_those_of_one_run_sh
 
 
 def test_a_run_that_failed_before_it_produced_anything_is_replaced_where_locks_tell_that_it_is_over(
-    single: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    single: Runtime, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    warned: list[str] = []
-    monkeypatch.setattr(session._log, "warning", lambda text, *args: warned.append(text % args))
     for seed in (1, 2):
         session.claim(_config(tmp_path, seed), tmp_path)
-        assert _seed(tmp_path) == seed and not warned
+        assert _seed(tmp_path) == seed and not caplog.records
     with claim_jobs.no_locks(), pytest.raises(ConfigError, match="holds a run with seed=2, but now seed=3"):
         session.claim(_config(tmp_path, 3), tmp_path)
     assert _seed(tmp_path) == 2
-    assert warned == [f"{tmp_path}: its file system has no locks: what a failed run left there is never cleared"]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{tmp_path}: its file system has no locks: what a failed run left there is never cleared"
+    ]
 
 
 def test_without_locks_and_hard_links_a_directory_is_refused(
