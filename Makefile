@@ -36,7 +36,7 @@ run: setup
 
 # One thread a process: the tests start many processes, whose threads would only wait for each other.
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # The name of the stamp holds the hash of the pins: an environment is built once for each set of them.
 $(ALIGNER_STAMP):

@@ -8,7 +8,6 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -19,17 +18,12 @@ if TYPE_CHECKING:
     from nemo_advrm.megatron.runtime import Runtime
 
 
-# what takes longest begins first: else one of pytest's processes ends long after the others
-_FIRST = ("test_pipeline", "test_restart", "serve", "test_parity", "test_checkpoint")
+# the files that take longest begin first: else one of pytest's processes ends long after the others
+_FIRST = ("test_pipeline", "test_restart", "test_stage", "test_parity", "test_faults", "test_checkpoint")
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep the tests of a file, and those that share the reward server, in one process (``--dist loadgroup``)."""
-    groups = {item: "serve" if item.path.parent.name == "serve" else Path(item.path).stem for item in items}
-    for item, group in groups.items():
-        item.add_marker(pytest.mark.xdist_group(group))
-    items.sort(key=lambda item: _FIRST.index(groups[item]) if groups[item] in _FIRST else len(_FIRST))
+    items.sort(key=lambda item: _FIRST.index(item.path.stem) if item.path.stem in _FIRST else len(_FIRST))
 
 
 @pytest.fixture(scope="session")
