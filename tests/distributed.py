@@ -13,7 +13,6 @@ import functools
 import json
 import os
 import pickle
-import random
 import secrets
 import signal
 import socket
@@ -24,6 +23,8 @@ import time
 from multiprocessing.connection import Connection, Listener, wait
 from pathlib import Path
 from typing import Any
+
+from ports import free_port
 
 from nemo_advrm.megatron.runtime import Layout
 
@@ -49,16 +50,6 @@ def _forker() -> subprocess.Popen[str]:
     process = subprocess.Popen([sys.executable, str(_WORKER)], env=environment, stdin=subprocess.PIPE, text=True)
     atexit.register(process.kill)
     return process
-
-
-def free_port() -> int:
-    """A port that no outgoing connection is given: rank 0 does not listen to it before the first job."""
-    first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
-    while True:
-        port = random.SystemRandom().randrange(first // 2, first)
-        with socket.socket() as sock, contextlib.suppress(OSError):
-            sock.bind(("127.0.0.1", port))
-            return port
 
 
 class World:

@@ -7,7 +7,6 @@ import json
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import sysconfig
@@ -20,6 +19,7 @@ from typing import Any
 
 import psutil
 import pytest
+from ports import free_port
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -259,14 +259,6 @@ def background(
         yield process
     finally:
         end(process)
-
-
-def free_port() -> int:
-    """A port below those that the system gives to outgoing connections: it is still free when a server gets to it."""
-    for port in random.sample(range(20_000, 30_000), 50):
-        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
-            return port
-    raise AssertionError("no port is free")
 
 
 def trained_sequences(batches: list[dict[str, Any]]) -> list[list[int]]:

@@ -15,6 +15,7 @@ import httpx
 import plugin
 import pytest
 import torch
+from ports import free_port
 
 from nemo_advrm import cli
 from nemo_advrm.aligner.rollouts import FINGERPRINT, as_prompt
@@ -53,7 +54,7 @@ def reference(files: plugin.Files, single: Runtime, tmp_path_factory: pytest.Tem
 @pytest.fixture(scope="module")
 def served(files: plugin.Files, reference: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, int]]:
     """The adversarial reward of both reward models: ports of Triton and of the same protocol without it."""
-    home, port = tmp_path_factory.mktemp("ours"), plugin.free_port()
+    home, port = tmp_path_factory.mktemp("ours"), free_port()
     with plugin.serving(
         home / "server",
         f"ensemble.members=[{','.join(map(str, files.checkpoints))}]",
@@ -68,7 +69,7 @@ def served(files: plugin.Files, reference: Path, tmp_path_factory: pytest.TempPa
 @pytest.fixture(scope="module")
 def stock_server(files: plugin.Files, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """NeMo-Aligner's own server of the first reward model; its address."""
-    home, port = tmp_path_factory.mktemp("stock"), plugin.free_port()
+    home, port = tmp_path_factory.mktemp("stock"), free_port()
     jobs = [["serve", {"path": str(files.reward_models[0]), "port": port}]]
     (home / "jobs.json").write_text(json.dumps(jobs))
     command = [plugin.python(), str(plugin.HERE / "driver.py"), "jobs.json", "answers.json"]

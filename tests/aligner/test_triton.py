@@ -23,6 +23,7 @@ import plugin
 import psutil
 import pytest
 import tritonclient.http as triton
+from ports import free_port
 from reward_members import rollouts, save_megatron
 from tiny import TOKENIZER, tiny_config
 
@@ -78,7 +79,7 @@ def start(checkpoints: list[Path], tmp_path: Path) -> Iterator[Callable[..., Ser
     others: list[psutil.Process] = []  # the bridge leads a session of its own, and may outlive the server
 
     def started(*settings: str) -> Server:
-        ports, log = [plugin.free_port(), plugin.free_port()], tmp_path / "log"
+        ports, log = [free_port(), free_port()], tmp_path / "log"
         members = ",".join(map(str, checkpoints))
         command = [sys.executable, "-m", "nemo_advrm.cli", "serve", f"run_dir={tmp_path}", f"serve.port={ports[0]}"]
         command += [f"serve.triton_port={ports[1]}", f"serve.triton_python={plugin.python()}"]

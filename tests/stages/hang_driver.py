@@ -18,7 +18,7 @@ from random import Random
 from typing import Any
 
 import torch
-from distributed import free_port
+from ports import free_port
 
 from nemo_advrm.cli import guarded
 from nemo_advrm.config import load_config
