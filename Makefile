@@ -1,5 +1,6 @@
 # make run    set up .venv and run the main job: the Adv-RM rounds on the embedded synthetic language
-# make test   set up .venv and run the tests
+# make test   set up .venv and run the fast tests
+# make test-slow     run the tests that start many real processes (signals at every moment of a run, ...)
 # make test-aligner  run the tests against NeMo-Aligner 0.7.0, in an environment of its own (.venv-aligner, 2.6 GB)
 # make test-slurm    run the SLURM scripts on a real SLURM of this machine; as root, installs slurm-wlm and munge by apt
 # make setup | lint | clean
@@ -16,7 +17,7 @@ ALIGNER_PINS := tests/aligner/requirements.txt tests/aligner/requirements-no-dep
 ALIGNER_STAMP := $(ALIGNER_VENV)/.installed-$(shell cat $(ALIGNER_PINS) | sha256sum | cut -c1-16)
 ALIGNER_PIP := $(ALIGNER_VENV)/bin/python -m pip --disable-pip-version-check
 
-.PHONY: setup run test test-aligner test-slurm lint clean
+.PHONY: setup run test test-slow test-aligner test-slurm lint clean
 
 setup: $(STAMP)
 
@@ -37,6 +38,11 @@ run: setup
 # One thread a process: the tests start many processes, whose threads would only wait for each other.
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
+
+# Pytest's exit 5: no test is marked.
+test-slow: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS) \
+	  || test $$? -eq 5
 
 # The name of the stamp holds the hash of the pins: an environment is built once for each set of them.
 $(ALIGNER_STAMP):
