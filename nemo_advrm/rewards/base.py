@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+import reprlib
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from numbers import Real
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -38,6 +41,12 @@ class Rollouts:
     def __len__(self) -> int:
         return len(self.responses)
 
+    def select(self, places: Sequence[int]) -> Rollouts:
+        """The rollouts at ``places``, in that order."""
+        rows = {f.name: getattr(self, f.name) for f in fields(self)}
+        chosen: dict[str, Any] = {k: [v[i] for i in places] for k, v in rows.items() if isinstance(v, list)}
+        return replace(self, **chosen)
+
 
 class RewardSource(Protocol):
     """Scores responses. Every rank of a model replica calls with the same rollouts and gets the same scores."""
@@ -50,13 +59,48 @@ class RewardSource(Protocol):
 
 
 def checked_scores(source: RewardSource, rollouts: Rollouts) -> Tensor:
-    """The scores of ``source``; raises RewardSourceError, naming it, for NaN, infinity or a wrong shape."""
-    scores = source.score(rollouts)
-    if scores.shape != (len(rollouts),):
+    """The scores of ``source``, [N] fp32 on the CPU; see :func:`as_scores` for what raises RewardSourceError."""
+    return as_scores(source.name, source.score(rollouts), len(rollouts))
+
+
+def as_scores(name: str, values: Any, count: int) -> Tensor:
+    """``values``, which the source ``name`` gave for ``count`` responses, as [count] fp32 on the CPU.
+
+    Every score enters here, whatever gave it: a model, a function or the JSON of a server. Raises RewardSourceError,
+    naming the source, for anything but ``count`` finite real numbers: another count or shape, text, booleans, null,
+    nested lists, NaN, infinity, and numbers that fp32 cannot hold.
+    """
+    scores = values if isinstance(values, Tensor) else _as_tensor(name, values)
+    if scores.dtype == torch.bool or scores.is_complex():
+        raise RewardSourceError(f"reward source {name} returned scores of the type {scores.dtype}, not real numbers")
+    if scores.shape != (count,):
         raise RewardSourceError(
-            f"reward source {source.name} returned scores of shape {tuple(scores.shape)} for {len(rollouts)} responses"
+            f"reward source {name} returned scores of shape {tuple(scores.shape)} for {count} responses"
         )
-    if not torch.isfinite(scores).all():
-        bad = int((~torch.isfinite(scores)).sum())
-        raise RewardSourceError(f"reward source {source.name} returned {bad} scores that are NaN or infinite")
-    return scores.float().cpu()
+    scores = scores.detach().float().cpu()
+    wrong = (~torch.isfinite(scores)).nonzero().flatten().tolist()
+    if wrong:
+        raise RewardSourceError(
+            f"reward source {name} returned {len(wrong)} scores that are NaN or infinite, the first for response "
+            f"{wrong[0] + 1} of {count}"
+        )
+    return scores
+
+
+def _as_tensor(name: str, values: Any) -> Tensor:
+    if not isinstance(values, Sequence) or isinstance(values, str | bytes):
+        raise RewardSourceError(f"reward source {name} returned no list of scores but {_shown(values)}")
+    for place, value in enumerate(values):
+        # numbers.Real holds numpy's numbers too; a boolean is a Real, and no score
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise RewardSourceError(
+                f"reward source {name} returned {_shown(value)} as the score of response {place + 1}, not a number"
+            )
+    try:
+        return torch.tensor([float(value) for value in values], dtype=torch.float64)
+    except OverflowError:  # a whole number of hundreds of digits
+        raise RewardSourceError(f"reward source {name} returned a score that no float can hold") from None
+
+
+def _shown(value: Any) -> str:
+    return f"{type(value).__name__} {reprlib.repr(value)}"

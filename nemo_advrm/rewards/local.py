@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from nemo_advrm.data.messages import Message
 from nemo_advrm.data.tokenizers import Tokenizer
 from nemo_advrm.errors import ConfigError, RewardSourceError
-from nemo_advrm.rewards.base import Rollouts
+from nemo_advrm.rewards.base import Rollouts, as_scores
 from nemo_advrm.rewards.encoding import token_sequences
 
 if TYPE_CHECKING:
@@ -51,7 +50,9 @@ class FunctionReward:
         self.function = function
 
     def score(self, rollouts: Rollouts) -> Tensor:
-        return torch.tensor(self.function(rollouts.prompts, rollouts.responses, rollouts.ended), dtype=torch.float32)
+        """Raises RewardSourceError unless the function gives one finite number per response."""
+        values = self.function(rollouts.prompts, rollouts.responses, rollouts.ended)
+        return as_scores(self.name, values, len(rollouts))
 
 
 def build_gold(name: str) -> FunctionReward | None:

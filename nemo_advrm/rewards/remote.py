@@ -14,7 +14,7 @@ from torch import Tensor
 from nemo_advrm.data.messages import Message
 from nemo_advrm.data.tokenizers import Tokenizer, build_tokenizer
 from nemo_advrm.errors import RewardSourceError
-from nemo_advrm.rewards.base import RewardSource, Rollouts
+from nemo_advrm.rewards.base import RewardSource, Rollouts, as_scores
 from nemo_advrm.rewards.encoding import token_sequences
 from nemo_advrm.rewards.http_client import ReplicatedServer
 from nemo_advrm.rewards.replica import once_per_replica
@@ -53,15 +53,8 @@ class _Remote:
         size = self.options.rows_per_request
         parts = [rows[i : i + size] for i in range(0, len(rows), size)]
         with ThreadPoolExecutor(max(1, min(len(parts), self.options.connections))) as pool:
-            answers = list(pool.map(lambda part: self._checked(part, request(part, deadline)), parts))
-        return torch.tensor([score for answer in answers for score in answer], dtype=torch.float32)
-
-    def _checked(self, rows: list[Any], scores: Any) -> list[float]:
-        numbers = isinstance(scores, list) and all(isinstance(s, int | float) for s in scores)
-        if not numbers or len(scores) != len(rows):
-            shape = f"{len(scores)} scores" if numbers else "no list of scores"
-            raise RewardSourceError(f"reward source {self.name}: the server sent {shape} for {len(rows)} responses")
-        return scores
+            answers = list(pool.map(lambda part: as_scores(self.name, request(part, deadline), len(part)), parts))
+        return torch.cat(answers) if answers else torch.zeros(0)
 
     def _ready(self, path: str) -> None:
         # a server that is not there is told at once; one that is still loading its model gets its time
@@ -133,8 +126,15 @@ class TritonReward(_Remote):
         outputs = answer.get("outputs") if isinstance(answer, dict) else None
         for output in outputs if isinstance(outputs, list) else []:
             if isinstance(output, dict) and output.get("name") == "rewards":
-                return torch.tensor(output["data"]).flatten().tolist()
+                return _column(output.get("data"))
         raise RewardSourceError(f"reward source {self.name}: the answer has no output rewards")
+
+
+def _column(data: Any) -> Any:
+    """The output [N, 1] as N values: KServe lets a server write it flat or nested."""
+    while isinstance(data, list) and data and all(isinstance(row, list) and len(row) == 1 for row in data):
+        data = [row[0] for row in data]
+    return data
 
 
 def plain_text(prompt: Sequence[Message]) -> str:

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import torch
+from torch import Tensor
+
 from nemo_advrm.data.encoding import encode_pairs
 from nemo_advrm.data.preferences import PreferencePair, load_preferences
 from nemo_advrm.data.tokenizers import build_tokenizer
-from nemo_advrm.errors import ConfigError
+from nemo_advrm.errors import ConfigError, RewardSourceError
 from nemo_advrm.megatron import runtime
 from nemo_advrm.rewards import sources
-from nemo_advrm.rewards.base import RewardSource, Rollouts
+from nemo_advrm.rewards.base import RewardSource, Rollouts, checked_scores
 from nemo_advrm.schema import Config
 from nemo_advrm.stages import session
+
+# pairs that are scored a second time, spread evenly over the file
+SWAPPED_PAIRS = 256
+# two batches of one bf16 model differ by less, scores that depend on the batch by more
+ROUNDING = 2.0**-5
 
 
 def main(cfg: Config) -> int:
@@ -53,7 +61,44 @@ def _texts(prompts: list, texts: list[str]) -> Rollouts:
 
 
 def _accuracy(source: RewardSource, rollouts: Rollouts) -> str:
-    scores = source.score(rollouts)
-    chosen, rejected = (scores.mean(-1) if scores.ndim > 1 else scores).chunk(2)
-    right = (chosen > rejected).float() + 0.5 * (chosen == rejected).float()
-    return f"accuracy {right.mean():.4f}  margin {(chosen - rejected).mean():.4f}  ({len(chosen)} pairs)"
+    scores = checked_scores(source, rollouts)
+    check_swapped(source, rollouts, scores)
+    chosen, rejected = scores.chunk(2)
+    return f"accuracy {accuracy(scores):.4f}  margin {(chosen - rejected).mean():.4f}  ({len(chosen)} pairs)"
+
+
+def accuracy(scores: Tensor) -> float:
+    """Share of pairs whose chosen response scores higher, a tie being half; [2 N]: all chosen, then all rejected."""
+    chosen_N, rejected_N = scores.chunk(2)
+    return ((chosen_N > rejected_N).float() + 0.5 * (chosen_N == rejected_N).float()).mean().item()
+
+
+def check_swapped(source: RewardSource, rollouts: Rollouts, scores: Tensor) -> None:
+    """Score up to SWAPPED_PAIRS pairs again with chosen and rejected exchanged, in the reverse order.
+
+    The accuracy must then be one minus what it was: a scorer that looks at the place of a response, or at what it is
+    batched with, has no accuracy. Raises RewardSourceError where a response's second score is another one. Scores may
+    differ by the rounding of another batch: by ROUNDING of the larger of their size and their spread.
+
+    Args:
+        rollouts: all chosen responses, then all rejected ones.
+        scores: [2 N], those of ``rollouts``.
+    """
+    pairs = len(rollouts) // 2
+    count = min(pairs, SWAPPED_PAIRS)
+    sample = [pairs * i // count for i in range(count)][::-1]
+    places = [*(pairs + i for i in sample), *sample]
+    before, again = scores[places], checked_scores(source, rollouts.select(places))
+    spread = before.std(correction=0) if len(places) > 1 else before.new_zeros(())
+    allowed = ROUNDING * torch.maximum(before.abs(), again.abs()).clamp(min=float(spread))
+    moved = (again - before).abs()
+    if (moved <= allowed).all():
+        return
+    worst = int((moved - allowed).argmax())
+    raise RewardSourceError(
+        f"reward source {source.name}: the accuracy of {count} pairs with chosen and rejected exchanged is "
+        f"{accuracy(again):.4f}, not one minus the {1 - accuracy(before):.4f} of before: in another order "
+        f"{int((moved > allowed).sum())} of {len(places)} responses have another score, one of them "
+        f"{again[worst]:.4g} after {before[worst]:.4g}. It has no accuracy while a score depends on the place or the "
+        "neighbours of a response"
+    )

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from random import Random
 from typing import Any, Protocol
 
+from nemo_advrm.rewards.base import as_scores
+
 
 class ScoresResponses(Protocol):
     """What the labelling needs of the gold reward."""
@@ -43,6 +45,7 @@ def gold_labelled_pairs(
         [response for pair in responses_per_prompt for response in pair],
         [ended for pair in ended_per_prompt for ended in pair],
     )
+    as_scores("gold", scores, 2 * len(prompts))  # a NaN is no tie, and would choose a side
 
     rows = []
     score_pairs = zip(scores[::2], scores[1::2], strict=True)

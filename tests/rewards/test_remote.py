@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import socket
 import threading
@@ -131,9 +132,17 @@ def test_what_is_refused_is_not_tried_again(fake: FakeServer, status: int) -> No
     ("content", "words"),
     [
         (b"<html>", "no JSON"),
-        (b"{}", "no list of scores for 4"),
-        (b'{"scores": [1, 2, 3]}', "3 scores for 4"),
-        (b'{"scores": ["a", 1, 2, 3]}', "no list of scores"),
+        (b"{}", "no list of scores but dict {}"),
+        (b'{"scores": [1, 2, 3]}', "scores of shape (3,) for 4 responses"),
+        (b'{"scores": ["a", 1, 2, 3]}', "str 'a' as the score of response 1"),
+        (b'{"scores": [1, "2.5", 2, 3]}', "str '2.5' as the score of response 2"),
+        (b'{"scores": [1, true, 2, 3]}', "bool True as the score of response 2"),
+        (b'{"scores": [1, 2, null, 3]}', "NoneType None as the score of response 3"),
+        (b'{"scores": [[1], [2], [3], [4]]}', "list [1] as the score of response 1"),
+        (b'{"scores": [1, 2, 3, NaN]}', "1 scores that are NaN or infinite, the first for response 4 of 4"),
+        (b'{"scores": [1, 1e39, 3, 4]}', "NaN or infinite"),  # finite, but not in fp32
+        (b'{"scores": [1, 1%s, 3, 4]}' % (b"0" * 400), "no float can hold"),
+        (b'{"scores": "1234"}', "no list of scores but str '1234'"),
     ],
 )
 def test_answers_that_are_no_scores_are_errors_by_name(fake: FakeServer, content: bytes, words: str) -> None:
@@ -142,6 +151,30 @@ def test_answers_that_are_no_scores_are_errors_by_name(fake: FakeServer, content
     with pytest.raises(RewardSourceError, match="judge") as caught:
         source.score(rollouts())
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        ([1, 2.5, 3, 4], [1, 2.5, 3, 4]),
+        ([[1], [2.5], [3], [4]], [1, 2.5, 3, 4]),
+        ([[1, 2], [3, 4]], "list [1, 2] as the score of response 1"),  # two numbers a response are no score
+        ([True, False, True, True], "bool True as the score"),
+        (["1", "2", "3", "4"], "str '1' as the score"),
+        ([None] * 4, "NoneType None as the score"),
+        (None, "no list of scores but NoneType"),
+    ],
+)
+def test_a_kserve_output_is_one_number_a_response(data: object, expected: list[float] | str) -> None:
+    source = TritonReward("judge", ["triton+http://a:1/m"], dataclasses.replace(FAST, rows_per_request=64))
+    answer = {"outputs": [{"name": "rewards", "data": data}]}
+    source.server.call = lambda *_, **__: answer  # type: ignore[method-assign]
+    if isinstance(expected, list):
+        assert source.score(rollouts()).tolist() == expected
+        return
+    with pytest.raises(RewardSourceError, match="judge") as caught:
+        source.score(rollouts())
+    assert expected in str(caught.value)
 
 
 def test_another_address_is_asked_when_one_is_dead(fake: FakeServer) -> None:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from nemo_advrm.errors import CheckpointError, ConfigError, RewardSourceError
 from nemo_advrm.objectives.success import strict_success
-from nemo_advrm.rewards.base import Rollouts, checked_scores
+from nemo_advrm.rewards.base import Rollouts, as_scores, checked_scores
 from nemo_advrm.rewards.ensemble import AdversarialReward, UncertaintyReward
 from nemo_advrm.rewards.local import FunctionReward, build_gold
 from nemo_advrm.rewards.reference import Reference, standardise
 from nemo_advrm.schema import AdversarialConfig
+from nemo_advrm.stages import evaluate
 
 # scores of members A, B, C for the responses "a" and "b"
 SCORES = {"A": {"a": 3.0, "b": -2.0}, "B": {"a": 1.0, "b": 0.0}, "C": {"a": 2.0, "b": 5.0}}
@@ -138,6 +141,72 @@ def test_a_source_that_returns_too_few_scores_is_an_error_by_its_name() -> None:
     short = FunctionReward("short", lambda prompts, responses, ended: [1.0])
     with pytest.raises(RewardSourceError, match=r"short returned scores of shape \(1,\) for 2 responses"):
         checked_scores(short, _rollouts())
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        (["1", 2.0], "str '1' as the score of response 1"),
+        ([1.0, None], "NoneType None as the score of response 2"),
+        ([True, 1.0], "bool True"),
+        ([[1.0], [2.0]], r"list \[1.0\] as the score"),
+        (torch.tensor([True, False]), "torch.bool"),
+        (torch.ones(2, dtype=torch.complex64), "complex"),
+        (torch.ones(2, 1), r"shape \(2, 1\)"),
+        (torch.ones(1), r"shape \(1,\) for 2 responses"),
+        (torch.tensor([1.0, 1e300], dtype=torch.float64), "NaN or infinite, the first for response 2"),
+        (7.0, "no list of scores"),
+    ],
+)
+def test_only_one_finite_number_a_response_is_a_score(values: object, words: str) -> None:
+    with pytest.raises(RewardSourceError, match=f"gold returned.*{words}"):
+        as_scores("gold", values, 2)
+    with pytest.raises(RewardSourceError, match=f"gold returned.*{words}"):
+        FunctionReward("gold", lambda *_: values).score(_rollouts())  # type: ignore[arg-type,return-value]
+
+
+def test_numbers_of_other_libraries_are_scores() -> None:
+    values = [np.float32(1.5), np.int64(2)]
+    assert as_scores("gold", values, 2).tolist() == [1.5, 2]
+    assert as_scores("gold", torch.tensor([3, 4]), 2).tolist() == [3, 4]
+    assert as_scores("gold", [], 0).shape == (0,)
+
+
+def _labelled(score: Callable[[int, str], float], name: str = "judge") -> tuple[FunctionReward, Rollouts]:
+    """Eight pairs "c0".."c7" and "r0".."r7"; ``score`` is given the place of a response and its text."""
+    texts = [f"{side}{i}" for side in "cr" for i in range(8)]
+    data = Rollouts([()] * 16, texts, [True] * 16, [[]] * 16, [[]] * 16, [0] * 16, "")
+    return FunctionReward(name, lambda p, responses, e: [score(i, r) for i, r in enumerate(responses)]), data
+
+
+def test_swapping_chosen_and_rejected_gives_one_minus_the_accuracy() -> None:
+    # c3 ties with r3, r4 beats c4: (6 + .5) / 8
+    values = {"c3": 1.0, "r3": 1.0, "r4": 9.0}
+    source, data = _labelled(lambda _, text: values.get(text, 2.0 if text[0] == "c" else 0.0))
+    scores = checked_scores(source, data)
+    evaluate.check_swapped(source, data, scores)
+    assert evaluate.accuracy(scores) == 6.5 / 8
+    assert evaluate.accuracy(scores.roll(8)) == 1 - 6.5 / 8
+
+
+@pytest.mark.parametrize(
+    "score",
+    [
+        lambda place, text: float(place),
+        lambda place, text: -float(place),
+        lambda place, text: 1.0 if place < 8 else 0.0,  # 1.0 both ways
+        lambda place, text: {"c": 1.0, "r": 0.0}[text[0]] + (0.5 if place == 3 else 0.0),
+    ],
+)
+def test_a_scorer_that_looks_at_the_place_of_a_response_has_no_accuracy(score: Callable[[int, str], float]) -> None:
+    source, data = _labelled(score)
+    with pytest.raises(RewardSourceError, match=r"judge.*one minus.*depends on the place"):
+        evaluate.check_swapped(source, data, checked_scores(source, data))
+
+
+def test_the_rounding_of_another_batch_is_no_difference() -> None:
+    source, data = _labelled(lambda place, text: {"c": 8.0, "r": 7.0}[text[0]] * (1 + place * 2.0**-11))
+    evaluate.check_swapped(source, data, checked_scores(source, data))
 
 
 def test_impossible_ensembles_are_refused() -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from random import Random
 
 import pytest
 
+from nemo_advrm.errors import RewardSourceError
 from nemo_advrm.synthetic.corpus import sample_prompts, sample_response
 from nemo_advrm.synthetic.gold import GoldReward
 from nemo_advrm.synthetic.preferences import gold_labelled_pairs
@@ -33,6 +35,16 @@ def test_a_flipped_row_says_so(pair: tuple[str, str]) -> None:
     (row,) = gold_labelled_pairs([PROMPT], [pair], GOLD, 1.0, seed=0)
     assert (row["chosen"], row["rejected"], row["flipped"]) == (BAD, GOOD, True)
     assert row["gold_chosen"] < row["gold_rejected"] == 6.0
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, "6", None, True])
+def test_gold_that_is_no_number_labels_nothing(bad: object) -> None:
+    class Gold:
+        def score(self, *_: object) -> list:
+            return [1.0, bad]
+
+    with pytest.raises(RewardSourceError, match="gold"):
+        gold_labelled_pairs([PROMPT], [(GOOD, BAD)], Gold(), 0.0, seed=0)
 
 
 def test_identical_tied_and_empty_responses_make_no_row() -> None:
