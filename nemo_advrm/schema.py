@@ -248,6 +248,7 @@ class SelectionConfig:
 
     threshold_z: float = 1.96
     require_others_negative: bool = False  # also z_k < 0 for the other members
+    require_ended: bool = True  # drop adversarial responses that rl.max_new_tokens cut off (SFT ones are never chosen)
     top_fraction: float = 1.0  # part with the largest Z(U) from which pairs are drawn
     random_within_top: bool = False  # draw at random within that part instead of by rank
     per_prompt: int = 4

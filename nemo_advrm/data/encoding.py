@@ -13,7 +13,10 @@ from nemo_advrm.errors import DataError
 
 @dataclass(frozen=True)
 class EncodedPair:
-    """Token ids of one pair: `chosen` and `rejected` both begin with the same `prompt_length` tokens and end in eos."""
+    """Token ids of one pair: `chosen` and `rejected` both begin with the same `prompt_length` tokens.
+
+    They end in eos, but for an answer that a length limit had cut off, which is scored where it breaks off.
+    """
 
     chosen: list[int]
     rejected: list[int]
@@ -50,7 +53,8 @@ def encode_pairs(
     for row in rows:
         try:
             prompt = tokenizer.encode_prompt(row.prompt)
-            chosen, rejected = tokenizer.encode_response(row.chosen), tokenizer.encode_response(row.rejected)
+            chosen = _encode_answer(tokenizer, row.chosen, row.chosen_ended)
+            rejected = _encode_answer(tokenizer, row.rejected, row.rejected_ended)
         except DataError as error:
             raise DataError(f"{row.source}: {error}") from error
         longest = max(len(chosen), len(rejected))
@@ -82,3 +86,8 @@ def encode_pairs(
     if not encoded:
         raise DataError(f"{overlong[0]}: all {len(rows)} rows are too long" if overlong else "no rows to encode")
     return encoded, {"encoded": len(encoded), "overlong": len(overlong), "truncated": truncated}
+
+
+def _encode_answer(tokenizer: Tokenizer, text: str, ended: bool) -> list[int]:
+    """Ids of an answer as rollouts are scored: the end token only where the answer ended."""
+    return tokenizer.encode_response(text) if ended else tokenizer.encode(text)

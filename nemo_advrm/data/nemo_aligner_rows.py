@@ -53,7 +53,8 @@ def rows_of(pair: PreferencePair, render: Render, end: str = "") -> tuple[Row, R
 
     Args:
         render: the text that stands before an answer, in the template of the model that will be trained.
-        end: text behind an answer; where ``model.data.append_eod`` is set NeMo-Aligner puts its end token there itself.
+        end: text behind an answer that ended; where ``model.data.append_eod`` is set NeMo-Aligner puts its end token
+            there itself, behind a cut-off answer too.
 
     Raises:
         DataError: a conversation that cannot be rendered; names the pair's source.
@@ -62,8 +63,11 @@ def rows_of(pair: PreferencePair, render: Render, end: str = "") -> tuple[Row, R
         prompt = render(pair.prompt)
     except DataError as error:
         raise DataError(f"{pair.source}: {error}") from error
-    answers = (pair.chosen, pair.chosen_labels), (pair.rejected, pair.rejected_labels)
-    chosen, rejected = (_row(prompt + answer + end, labels) for answer, labels in answers)
+    answers = (
+        (pair.chosen, pair.chosen_ended, pair.chosen_labels),
+        (pair.rejected, pair.rejected_ended, pair.rejected_labels),
+    )
+    chosen, rejected = (_row(prompt + text + (end if ended else ""), labels) for text, ended, labels in answers)
     return chosen, rejected
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from nemo_advrm.data.jsonl import plain, read_appended_jsonl, write_jsonl_atomic
 from nemo_advrm.data.messages import Message, check_messages, prompt_key, type_name
-from nemo_advrm.data.preference_rows import PreferencePair
+from nemo_advrm.data.preference_rows import PreferencePair, read_ended
 from nemo_advrm.errors import DataError
 
 _log = logging.getLogger(__name__)
@@ -43,12 +43,18 @@ class Provenance:
 
 @dataclass(frozen=True)
 class AdversarialPair:
-    """An answer that fools the ensemble (`rejected`) beside an ordinary one to the same prompt (`chosen`)."""
+    """An answer that fools the ensemble (`rejected`) beside an ordinary one to the same prompt (`chosen`).
+
+    An answer with `ended` = False was cut off by the length limit: it was scored without an end token, and training
+    encodes it so. Rows without these keys are older and hold finished answers.
+    """
 
     prompt: tuple[Message, ...]
     chosen: str
     rejected: str
     provenance: Provenance
+    chosen_ended: bool = True
+    rejected_ended: bool = True
 
     @property
     def key(self) -> tuple[str, str]:
@@ -62,6 +68,8 @@ class AdversarialPair:
             "prompt": list(self.prompt),
             "chosen": self.chosen,
             "rejected": self.rejected,
+            "chosen_ended": self.chosen_ended,
+            "rejected_ended": self.rejected_ended,
             "provenance": provenance,
         }
 
@@ -104,7 +112,17 @@ class PairStore:
             if pair.key not in seen:
                 seen.add(pair.key)
                 source = f"{self.path}:{number}"
-                rows.append(PreferencePair(pair.prompt, pair.chosen, pair.rejected, weight=weight, source=source))
+                rows.append(
+                    PreferencePair(
+                        pair.prompt,
+                        pair.chosen,
+                        pair.rejected,
+                        weight=weight,
+                        source=source,
+                        chosen_ended=pair.chosen_ended,
+                        rejected_ended=pair.rejected_ended,
+                    )
+                )
         return rows
 
     def _read(self) -> list[tuple[int, AdversarialPair]]:
@@ -134,7 +152,8 @@ def parse_pair(row: Any, source: str) -> AdversarialPair:
         raise DataError(f"{source}: `chosen` and `rejected` are identical")
     # Raw text has the prompt ().
     prompt = () if row["prompt"] == [] else check_messages(row["prompt"], "prompt", source)
-    return AdversarialPair(prompt, row["chosen"], row["rejected"], _parse_provenance(row["provenance"], source))
+    ended = [read_ended(row, key, source) for key in ("chosen_ended", "rejected_ended")]
+    return AdversarialPair(prompt, row["chosen"], row["rejected"], _parse_provenance(row["provenance"], source), *ended)
 
 
 def _parse_provenance(value: Any, source: str) -> Provenance:

@@ -25,7 +25,8 @@ class PreferencePair:
 
     `prompt` is () for raw text, then `chosen` and `rejected` hold prompt and answer in one. `margin` is the preference
     strength where the data has one (None otherwise), `weight` multiplies the row's loss, `source` is "file:line". The
-    labels are attribute scores of each answer (HelpSteer-like data), which a regression loss learns.
+    labels are attribute scores of each answer (HelpSteer-like data), which a regression loss learns. An answer with
+    `ended` = False was cut off by a length limit: it is encoded without an end token.
     """
 
     prompt: tuple[Message, ...]
@@ -36,6 +37,8 @@ class PreferencePair:
     source: str = ""
     chosen_labels: tuple[float, ...] | None = None
     rejected_labels: tuple[float, ...] | None = None
+    chosen_ended: bool = True
+    rejected_ended: bool = True
 
 
 def parse_row(row: Any, source: str, format: str = "auto") -> PreferencePair:
@@ -87,6 +90,8 @@ def parse_row(row: Any, source: str, format: str = "auto") -> PreferencePair:
         checked,
         chosen_labels=read_labels(row, "chosen_labels", source),
         rejected_labels=read_labels(row, "rejected_labels", source),
+        chosen_ended=read_ended(row, "chosen_ended", source),
+        rejected_ended=read_ended(row, "rejected_ended", source),
     )
 
 
@@ -183,6 +188,14 @@ def _number(row: dict[str, Any], key: str, source: str) -> float | None:
     if not math.isfinite(value) or value < 0:
         raise BadRow(source, "bad_value", f"`{key}` is {value}, a finite number of at least 0 was expected")
     return float(value)
+
+
+def read_ended(row: dict[str, Any], key: str, source: str) -> bool:
+    """Whether an answer ended by itself: True unless the row says otherwise; BadRow names `source`."""
+    value = row.get(key)
+    if value is not None and not isinstance(value, bool):
+        raise BadRow(source, "wrong_type", f"`{key}` is {type_name(value)}, true or false was expected")
+    return value is not False
 
 
 def read_labels(row: dict[str, Any], key: str, source: str) -> tuple[float, ...] | None:

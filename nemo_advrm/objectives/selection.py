@@ -13,7 +13,17 @@ from torch import Tensor
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.objectives.uncertainty import others
 
-DROP_REASONS = ("not_qualified", "exact_duplicate", "below_top_fraction", "near_duplicate", "prompt_cap", "total_cap")
+# Why a row that qualifies cannot be one side of a pair, in the order in which they are looked for.
+UNUSABLE = ("unended", "not_text", "no_usable_sft")
+DROP_REASONS = (
+    "not_qualified",
+    *UNUSABLE,
+    "exact_duplicate",
+    "below_top_fraction",
+    "near_duplicate",
+    "prompt_cap",
+    "total_cap",
+)
 
 
 def qualifies(
@@ -42,6 +52,7 @@ def select_pairs(
     responses: Sequence[Hashable],
     signature: Callable[[int], Hashable],
     *,
+    unusable: Sequence[str | None] | None = None,
     per_signature: int = 1,
     per_prompt: int | None = None,
     total: int | None = 1000,
@@ -50,7 +61,9 @@ def select_pairs(
 ) -> tuple[list[int], dict[str, int]]:
     """Indices of the rows to keep, in the order they were taken, and how many rows each of DROP_REASONS dropped.
 
-    Rows are taken by falling `ranking_B` (Z(U)), ties by index, and a repeated (prompt, response) counts once. With
+    `unusable` holds for each row one of UNUSABLE, or None for one that can stand in a pair; only rows that qualify are
+    counted under it. Rows are taken by falling `ranking_B` (Z(U)), ties by index, and a repeated (prompt, response)
+    counts once. With
     `top_fraction` < 1 only that part of the distinct qualified rows (rounded up) stays. With a CPU `generator` the rows
     that stay are taken in random order instead, for more variety than the extremes offer. Each is then dropped if
     `per_signature` rows with its `signature(index)` were taken already, or `per_prompt` of its prompt, or `total` in
@@ -66,6 +79,10 @@ def select_pairs(
     qualified = [i for i, ok in enumerate(qualified_B.tolist()) if ok and not math.isnan(ranking[i])]
     dropped = dict.fromkeys(DROP_REASONS, 0)
     dropped["not_qualified"] = len(ranking) - len(qualified)
+    for reason in (unusable[i] for i in qualified) if unusable is not None else ():
+        if reason is not None:
+            dropped[reason] += 1
+    qualified = [i for i in qualified if unusable is None or unusable[i] is None]
 
     distinct: dict[Hashable, int] = {}
     for i in sorted(qualified, key=lambda i: (-ranking[i], i)):

@@ -73,6 +73,7 @@ def score_reference(
         responses,
         scores_NK.reshape(count, per_prompt, -1),
         None if gold_N is None else gold_N.reshape(count, per_prompt),
+        [rollouts.ended[i * per_prompt : (i + 1) * per_prompt] for i in range(count)],
     )
     index = [i for i in range(count) for _ in range(per_prompt)]
     if len(sources) > 1:

@@ -24,12 +24,25 @@ class Reference:
         responses_PN: texts.
         scores_PNK: raw scores.
         gold_PN: gold rewards, or None where the run has none.
+        ended_PN: False where the length limit cut a response off; None stands for all ended, as in older files.
     """
 
     prompts_P: list[tuple[Message, ...]]
     responses_PN: list[list[str]]
     scores_PNK: Tensor
     gold_PN: Tensor | None
+    ended_PN: list[list[bool]] | None = None
+
+    def finished(self, prompt_id: int) -> list[int]:
+        """Places, among the responses to a prompt, of those that ended by themselves."""
+        count = len(self.responses_PN[prompt_id])
+        return [i for i in range(count) if self.ended_PN is None or self.ended_PN[prompt_id][i]]
+
+    @property
+    def finished_share(self) -> float:
+        """Share of all responses that ended by themselves."""
+        counts = [len(self.finished(i)) for i in range(len(self.responses_PN))]
+        return sum(counts) / max(1, sum(map(len, self.responses_PN)))
 
     def statistics(self, target: int = 0) -> ReferenceStatistics:
         return fit_reference(self.scores_PNK, target)
@@ -62,6 +75,7 @@ class Reference:
             [[r["response"] for r in group] for group in rows],
             torch.tensor([[r["scores"] for r in group] for group in rows], dtype=torch.float32),
             None if any(g is None for group in gold for g in group) else torch.tensor(gold, dtype=torch.float32),
+            [[r.get("ended") is not False for r in group] for group in rows],
         )
 
 

@@ -47,17 +47,18 @@ def _rollouts(source: RewardSource, rows: list[PreferencePair], cfg: Config) -> 
     tokenizer = getattr(source, "tokenizer", None)
     if tokenizer is None:
         texts = [row.chosen for row in rows] + [row.rejected for row in rows]
-        return _texts([row.prompt for row in rows] * 2, texts)
+        ended = [row.chosen_ended for row in rows] + [row.rejected_ended for row in rows]
+        return _texts([row.prompt for row in rows] * 2, texts, ended)
     pairs, _ = encode_pairs(rows, tokenizer, cfg.model.encoder_seq_length, cfg.data.on_overlong)
     tokens = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
-    rollouts = _texts([()] * len(tokens), [""] * len(tokens))
+    rollouts = _texts([()] * len(tokens), [""] * len(tokens), [True] * len(tokens))
     rollouts.response_tokens, rollouts.fingerprint = tokens, tokenizer.fingerprint
     return rollouts
 
 
-def _texts(prompts: list, texts: list[str]) -> Rollouts:
+def _texts(prompts: list, texts: list[str], ended: list[bool]) -> Rollouts:
     none: list[list[int]] = [[] for _ in texts]
-    return Rollouts(prompts, texts, [True] * len(texts), none, none, [0] * len(texts), fingerprint="")
+    return Rollouts(prompts, texts, ended, none, none, [0] * len(texts), fingerprint="")
 
 
 def _accuracy(source: RewardSource, rollouts: Rollouts) -> str:

@@ -11,6 +11,8 @@ import torch
 
 from nemo_advrm.data.jsonl import read_jsonl, write_jsonl_atomic
 from nemo_advrm.data.pair_store import AdversarialPair, PairStore, Provenance
+from nemo_advrm.data.plain_text import stands_as_text
+from nemo_advrm.data.tokenizers import Tokenizer, build_tokenizer
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.models.trainable import derive_seed
 from nemo_advrm.objectives.selection import qualifies, select_pairs, text_signature
@@ -31,20 +33,24 @@ def main(cfg: Config) -> int:
 
 def select_round(cfg: Config, directory: Path, round_number: int, seed: int) -> dict[str, int]:
     """Select from every direction of an attack; marks the samples, writes ``pairs.jsonl``; returns counts."""
+    tokenizer = build_tokenizer(cfg.model.tokenizer)  # the policy's, whose tokens the responses were
     reference = Reference.read(directory / "reference.jsonl")
     path = directory / "attack" / "samples.jsonl"
     # a selection that is repeated starts anew
     rows: list[dict[str, Any]] = [{**row, "selected": False} for _, row in read_jsonl(path)]
+    usable_PI = _usable_sft(reference, tokenizer)
     totals: Counter[str] = Counter()
     pairs: list[AdversarialPair] = []
     for direction in sorted({row["direction"] for row in rows}):
         own = [i for i, row in enumerate(rows) if row["direction"] == direction]
-        chosen, counts = _select_direction(cfg, [rows[i] for i in own], reference, direction, seed)
+        own_rows = [rows[i] for i in own]
+        unusable = [_unusable(cfg.selection, row, usable_PI, tokenizer) for row in own_rows]
+        chosen, counts = _select_direction(cfg, own_rows, reference, direction, seed, unusable)
         totals.update(counts)
         totals["selected"] += len(chosen)
         for i in chosen:
             rows[own[i]]["selected"] = True
-        pairs += [_pair(cfg.selection, rows[own[i]], reference, round_number, seed) for i in chosen]
+        pairs += [_pair(cfg.selection, rows[own[i]], reference, usable_PI, round_number, seed) for i in chosen]
     store = directory / "pairs.jsonl"
     store.unlink(missing_ok=True)
     PairStore(store).append(pairs)
@@ -52,8 +58,32 @@ def select_round(cfg: Config, directory: Path, round_number: int, seed: int) -> 
     return dict(totals)
 
 
+def _usable_sft(reference: Reference, tokenizer: Tokenizer) -> list[list[int]]:
+    """Places of each prompt's SFT responses that may be chosen: they ended, and they are text."""
+    return [
+        [i for i in reference.finished(p) if stands_as_text(responses[i], tokenizer)]
+        for p, responses in enumerate(reference.responses_PN)
+    ]
+
+
+def _unusable(
+    options: SelectionConfig, row: dict[str, Any], usable_PI: list[list[int]], tokenizer: Tokenizer
+) -> str | None:
+    """Why an adversarial response cannot be one side of a pair; None when it can."""
+    if options.require_ended and row.get("ended") is False:
+        return "unended"
+    if not stands_as_text(row["response"], tokenizer):
+        return "not_text"
+    return None if usable_PI[row["prompt_id"]] else "no_usable_sft"
+
+
 def _select_direction(
-    cfg: Config, rows: list[dict[str, Any]], reference: Reference, direction: int, seed: int
+    cfg: Config,
+    rows: list[dict[str, Any]],
+    reference: Reference,
+    direction: int,
+    seed: int,
+    unusable: list[str | None],
 ) -> tuple[list[int], dict[str, int]]:
     options, target = cfg.selection, direction - 1
     scores_BK = torch.tensor([row["scores"] for row in rows])
@@ -80,6 +110,7 @@ def _select_direction(
         prompts,
         [row["response"] for row in rows],
         lambda i: signature(rows[i]["response"]),
+        unusable=unusable,
         per_signature=options.per_signature,
         per_prompt=options.per_prompt,
         total=options.max_pairs,
@@ -101,17 +132,23 @@ def _signature(cfg: Config) -> Callable[[str], Hashable]:
 
 
 def _pair(
-    options: SelectionConfig, row: dict[str, Any], reference: Reference, round_number: int, seed: int
+    options: SelectionConfig,
+    row: dict[str, Any],
+    reference: Reference,
+    usable_PI: list[list[int]],
+    round_number: int,
+    seed: int,
 ) -> AdversarialPair:
     prompt_id = row["prompt_id"]
     scores_NK = reference.scores_PNK[prompt_id]
+    usable = usable_PI[prompt_id]
     if options.chosen == "random":
         draw = torch.Generator().manual_seed(
             derive_seed(seed, "chosen", row["direction"], row["step"], row["response"])
         )
-        best = int(torch.randint(scores_NK.size(0), (1,), generator=draw))
+        best = usable[int(torch.randint(len(usable), (1,), generator=draw))]
     else:
-        best = int(scores_NK.mean(-1).argmax())
+        best = max(usable, key=lambda i: scores_NK[i].mean().item())
     gold = reference.gold_PN
     return AdversarialPair(
         reference.prompts_P[prompt_id],
@@ -130,6 +167,7 @@ def _pair(
             chosen_gold=None if gold is None else gold[prompt_id, best].item(),
             rejected_gold=row["gold"],
         ),
+        rejected_ended=row.get("ended") is not False,
     )
 
 

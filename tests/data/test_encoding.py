@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,16 @@ def test_a_pair_is_prompt_answer_eos_on_both_sides() -> None:
     assert pair.rejected == [*prompt, *TOKENIZER.encode("n"), 1]
     assert (pair.margin, pair.weight, pair.source, pair.length) == (2.0, 0.5, "f.jsonl:3", 10)
     assert counts == {"encoded": 1, "overlong": 0, "truncated": 0}
+
+
+def test_a_cut_off_answer_is_encoded_as_it_was_scored_without_an_end(tmp_path: Path) -> None:
+    cut = replace(row("hi", "yes", "n"), rejected_ended=False)
+    (pair,), _ = encode_pairs([cut], TOKENIZER, 32)
+    assert pair.chosen[6:] == [*TOKENIZER.encode("yes"), 1] and pair.rejected[6:] == TOKENIZER.encode("n")
+    source = tmp_path / "rows.jsonl"
+    source.write_text('{"prompt": "hi", "chosen": "yes", "rejected": "n", "rejected_ended": false}\n')
+    (read,), _ = encode_pairs(load_preferences(source).rows, TOKENIZER, 32)
+    assert (read.chosen, read.rejected) == (pair.chosen, pair.rejected)
 
 
 def test_raw_text_pairs_have_only_the_start_token_as_prompt() -> None:

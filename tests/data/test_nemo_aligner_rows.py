@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_advrm.data.nemo_aligner_rows import write_nemo_aligner
+from nemo_advrm.data.nemo_aligner_rows import rows_of, write_nemo_aligner
 from nemo_advrm.data.preference_rows import PreferencePair
 from nemo_advrm.data.preferences import load_preferences
 from nemo_advrm.errors import DataError
@@ -47,3 +47,8 @@ def test_what_cannot_be_written_leaves_no_file(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no pairs"):
         write_nemo_aligner(tmp_path / "b.jsonl", [])
     assert not list(tmp_path.iterdir())
+
+
+def test_the_end_text_stands_behind_answers_that_ended() -> None:
+    pair = PreferencePair(ASKED, "a", "b", rejected_ended=False)  # type: ignore[arg-type]
+    assert [row["text"] for row in rows_of(pair, lambda _: "", end="|")] == ["a|", "b"]

@@ -41,6 +41,27 @@ def test_pairs_come_back_as_they_were(tmp_path: Path) -> None:
     assert store.append([pair("more")]) == 1 and store.load() == [*pairs, pair("more")]
 
 
+def test_a_cut_off_answer_stays_one_through_the_store_and_its_rows(tmp_path: Path) -> None:
+    store = PairStore(tmp_path / "pairs.jsonl")
+    cut = replace(pair("a"), rejected_ended=False)
+    store.append([cut, pair("b")])
+    assert store.load() == [cut, pair("b")]
+    for rows in (store.to_preferences(), load_preferences(store.path).rows):
+        assert [(row.chosen_ended, row.rejected_ended) for row in rows] == [(True, False), (True, True)]
+
+
+def test_files_from_before_ended_was_written_hold_finished_answers(tmp_path: Path) -> None:
+    store = PairStore(tmp_path / "pairs.jsonl")
+    store.append([pair("a")])
+    text = store.path.read_text()
+    assert '"rejected_ended": true' in text
+    store.path.write_text(text.replace('"chosen_ended": true, "rejected_ended": true, ', ""))
+    assert "ended" not in store.path.read_text() and store.load() == [pair("a")]
+    store.path.write_text(text.replace('"rejected_ended": true', '"rejected_ended": "no"'))
+    with pytest.raises(DataError, match=r"pairs\.jsonl:1: `rejected_ended` is a string"):
+        store.load()
+
+
 def test_duplicates_are_the_same_prompt_and_rejected_answer(tmp_path: Path) -> None:
     store = PairStore(tmp_path / "pairs.jsonl")
     assert store.append([pair("a"), pair("a", chosen="other"), pair("a", prompt="Yo"), pair("b")]) == 3
