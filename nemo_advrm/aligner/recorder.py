@@ -54,14 +54,18 @@ class AdversarialRecorder:
             assert judged.rollouts is not None
             rows += trajectory_rows(judged.rollouts, judged.judgement, self.target + 1, self.policy, self.step)
         # only the first rank of a replica has rows, and with TensorRT-LLM's resharding a replica has several of them
-        parts: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(parts, rows)
-        everyone = [row for part in parts for row in part]
-        if self._writer is not None:
+        writes = self._writer is not None
+        parts: list[Any] | None = [None] * torch.distributed.get_world_size() if writes else None
+        torch.distributed.gather_object(rows, parts, 0)
+        outcome: list[dict[str, float]] = [{}]
+        if self._writer is not None and parts is not None:
+            everyone = [row for part in parts for row in part]
             for row in everyone:
                 self._writer.write(row)
+            outcome[0] = self._metrics(everyone)
+        torch.distributed.broadcast_object_list(outcome, 0)
         self.step += 1
-        return self._metrics(everyone)
+        return outcome[0]
 
     def _metrics(self, rows: list[dict[str, Any]]) -> dict[str, float]:
         """Means over all responses of the step; ``qualified`` is the share that selection's rule would take."""
@@ -69,13 +73,14 @@ class AdversarialRecorder:
             return {}
         reward = self.client.reward
         assert isinstance(reward, AdversarialReward)
-        z_BK, scores_BK = (torch.stack([row[key] for row in rows]) for key in ("z", "scores"))
-        ranking_B = torch.stack([row["disagreement_z"] for row in rows])
+        z_BK, scores_BK, ranking_B, rewards_B = (
+            torch.tensor([row[key] for row in rows]) for key in ("z", "scores", "disagreement_z", "reward")
+        )
         mean_B = reward.reference.prompt_mean([row["prompt_id"] for row in rows])[:, self.target]
         threshold = SelectionConfig().threshold_z
         qualified_B = qualifies(scores_BK, z_BK, mean_B, ranking_B, threshold, self.target)
         return {
-            "adversarial_reward": torch.stack([row["reward"] for row in rows]).mean().item(),
+            "adversarial_reward": rewards_B.mean().item(),
             "target_z": z_BK[:, self.target].mean().item(),
             "others_z": others_mean(z_BK, self.target).mean().item(),
             "disagreement_z": ranking_B.mean().item(),

@@ -58,11 +58,9 @@ def write_reference(
         answers += _answer(actor, share[start : start + rows])
     actor.finish_inference()
     own = answers if torch.distributed.get_rank() == parallel_state.get_model_parallel_src_rank() else []
-    parts: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(parts, own)
-    outcome = [
-        _score(path, texts, actor.tokenizer, parts, members, per_prompt) if torch.distributed.get_rank() == 0 else ""
-    ]
+    parts: list[Any] | None = [None] * torch.distributed.get_world_size() if torch.distributed.get_rank() == 0 else None
+    torch.distributed.gather_object(own, parts, 0)
+    outcome = ["" if parts is None else _score(path, texts, actor.tokenizer, parts, members, per_prompt)]
     torch.distributed.broadcast_object_list(outcome, 0)
     if outcome[0]:
         raise RewardSourceError(outcome[0])

@@ -29,10 +29,10 @@ class _RolloutWriter(Callback):
             self._writer = JsonlWriter(self.path, resume_step=trainer.global_step - 1)
 
     def _write(self, rows: list[dict[str, Any]]) -> None:
-        for part in runtime.current().gather_data_parallel(rows):
-            if self._writer is not None:
-                for row in part:
-                    self._writer.write(row)
+        for part in runtime.current().gather_to_writer(rows):
+            for row in part:
+                assert self._writer is not None
+                self._writer.write(row)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self._writer is not None:
@@ -99,15 +99,17 @@ class OveroptimizationTracker(_RolloutWriter):
         if gold is not None:
             everyone = torch.cat(runtime.current().gather_data_parallel(gold))
             pl_module.step_metrics["gold"] = everyone.mean().item()
+        kept = min(self.samples, len(rollouts))
+        proxies, golds = judgement.rewards_N.tolist(), [None] * kept if gold is None else gold.tolist()
         rows = [
             {
                 "step": step,
                 "prompt": prompt_text(rollouts.prompts[i]),
                 "response": rollouts.responses[i],
                 "ended": rollouts.ended[i],
-                "proxy": judgement.rewards_N[i],
-                "gold": None if gold is None else gold[i],
+                "proxy": proxies[i],
+                "gold": golds[i],
             }
-            for i in range(min(self.samples, len(rollouts)))
+            for i in range(kept)
         ]
         self._write(rows)

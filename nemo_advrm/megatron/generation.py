@@ -10,6 +10,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
+from nemo_advrm.data.batching import microbatch_cost
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.megatron import runtime
 from nemo_advrm.megatron.context import without_context_parallel
@@ -22,9 +23,10 @@ from nemo_advrm.megatron.sampling import Sampling, pick
 
 # finished rows are dropped once they are this share of the batch: copying the cache costs about one step
 _DROP_SHARE = 0.25
-# prompts are read together while the longest is at most this times the shortest, or there are few tokens
+# prompts are read together while the longest is at most this times the shortest, or there are few tokens: those of so
+# many passes that cost nothing but their launches
 _LIKE = 1.25
-_FEWEST_TOKENS = 512
+_FEWEST_PASSES = 4
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,9 @@ def generate(
     model: MegatronModel, prompts: list[list[int]], sampling: Sampling, uniforms_BT: Tensor, max_rows: int = 0
 ) -> Generation:
     """Continue every prompt; all ranks of one model replica call with the same prompts and get the same result.
+
+    Every replica calls, one without prompts too: weights may have to be gathered. Otherwise replicas exchange nothing
+    here (no FP8), and each makes as many passes as its own responses need.
 
     Args:
         prompts: token ids, none empty; lengths may differ.
@@ -138,7 +143,8 @@ def _prefill(model: MegatronModel, tokens_BS: Tensor, lengths_B: Tensor, cache: 
     """Read the prompts, those of similar length together; gives logits as :func:`_call_pipeline` does."""
     parts = []
     start = 0
-    for stop in _similar_lengths(lengths_B.tolist(), model.model.micro_batch_tokens):
+    fewest = _FEWEST_PASSES * microbatch_cost(tokens_BS.device)
+    for stop in _similar_lengths(lengths_B.tolist(), model.model.micro_batch_tokens, fewest):
         width = int(lengths_B[start:stop].max())
         cache.prefill_rows(start, stop)
         positions = torch.arange(width, device=tokens_BS.device).expand(stop - start, width)
@@ -149,13 +155,13 @@ def _prefill(model: MegatronModel, tokens_BS: Tensor, lengths_B: Tensor, cache: 
     return torch.cat(logits) if logits else None
 
 
-def _similar_lengths(lengths: list[int], max_tokens: int) -> list[int]:
+def _similar_lengths(lengths: list[int], max_tokens: int, fewest_tokens: int) -> list[int]:
     """Ends of the groups of rows (in order of rising length) that are read together: little padding, enough work."""
     cuts = []
     start = 0
     for row in range(1, len(lengths)):
         padded = (row - start) * lengths[row - 1]
-        padding_grows = lengths[row] > _LIKE * lengths[start] and padded >= _FEWEST_TOKENS
+        padding_grows = lengths[row] > _LIKE * lengths[start] and padded >= fewest_tokens
         if padding_grows or (row + 1 - start) * lengths[row] > max_tokens:
             cuts.append(row)
             start = row

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from nemo_advrm.errors import ConfigError, FailedElsewhere, LayoutError, UserError
-from nemo_advrm.megatron import peers
+from nemo_advrm.megatron import peers, phases
 from nemo_advrm.place import one_line, place
 
 T = TypeVar("T")
@@ -95,7 +95,7 @@ class Runtime:
         """The picklable ``value`` of the replica's first rank, on all its ranks."""
         if self.layout.model_parallel == 1:
             return value
-        values = [value]
+        values = [detached(value)]
         dist.broadcast_object_list(values, group=self.replica, group_src=0)
         return values[0]
 
@@ -126,8 +126,37 @@ class Runtime:
         if self.dp_size == 1:
             return [value]
         values: list[Any] = [None] * self.dp_size
-        dist.all_gather_object(values, value, group=parallel_state.get_data_parallel_group())
+        dist.all_gather_object(values, detached(value), group=parallel_state.get_data_parallel_group())
         return values
+
+    def gather_to_writer(self, value: Any) -> list[Any]:
+        """Every data-parallel rank's picklable ``value``, in rank order, on the writer; an empty list elsewhere.
+
+        All ranks call. Ranks of one model replica hold the same: those that stand as the writer does send theirs.
+        """
+        from megatron.core import parallel_state
+
+        if self.dp_size == 1:
+            return [value] if self.is_writer else []
+        group = parallel_state.get_data_parallel_group()
+        if 0 not in dist.get_process_group_ranks(group):
+            return []
+        values: list[Any] | None = [None] * self.dp_size if self.is_writer else None
+        dist.gather_object(detached(value), values, dst=0, group=group)
+        return values or []
+
+    def most_over_replicas(self, count: int) -> int:
+        """The greatest ``count`` of all data-parallel ranks, on all of them; the wait is not this rank's own work."""
+        from megatron.core import parallel_state
+
+        if self.dp_size == 1:
+            return count
+        # gloo's groups on GPUs too: the wait then concerns the host alone, and the GPU goes on with what it has
+        groups = parallel_state.get_data_parallel_group_gloo if self.on_gpu else parallel_state.get_data_parallel_group
+        most = torch.tensor(count)
+        with phases.exchange():
+            dist.all_reduce(most, op=dist.ReduceOp.MAX, group=groups())
+        return int(most)
 
     def barrier(self) -> None:
         if self.world_size > 1:
@@ -241,6 +270,21 @@ def _replica_group(layout: Layout, timeout_minutes: float) -> dist.ProcessGroup:
         for own in ranks
     ]
     return next(group for own, group in zip(ranks, groups, strict=True) if dist.get_rank() in own)
+
+
+def detached(value: Any) -> Any:
+    """``value`` with every tensor that is a view copied: pickling a view takes its whole storage along.
+
+    Looks into lists, tuples and dictionaries.
+    """
+    if isinstance(value, torch.Tensor):
+        held = value.untyped_storage().nbytes()
+        return value.detach().clone() if held > value.numel() * value.element_size() else value
+    if isinstance(value, dict):
+        return {key: detached(item) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(detached(item) for item in value)
+    return value
 
 
 def on_writer(work: Callable[[], T]) -> T:

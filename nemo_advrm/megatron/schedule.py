@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,6 +13,7 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from nemo_advrm.data.batching import microbatch_cost, split_by_tokens
 from nemo_advrm.megatron import runtime
 from nemo_advrm.megatron.context import SplitLogits
 from nemo_advrm.megatron.gpt import Head
@@ -59,6 +60,23 @@ def sequence_multiple(model: MegatronModel) -> int:
     return alignment(model.config)
 
 
+def microbatch_rows(model: MegatronModel, lengths: Sequence[int], sequences: int = 1, rows: int = 1) -> list[list[int]]:
+    """Places in ``lengths``, grouped into microbatches within the model's limits, at the least cost on this device.
+
+    Args:
+        model: whose ``micro_batch_tokens`` and ``micro_batch_size`` hold.
+        sequences: of each row, padded to the longer one (a pair has two).
+        rows: times ``micro_batch_size`` is the most rows (forward passes alone keep less, and take more).
+    """
+    settings = model.model
+    return split_by_tokens(
+        lengths,
+        settings.micro_batch_tokens // sequences,
+        rows * settings.micro_batch_size,
+        cost_of_one=microbatch_cost(runtime.current().device),
+    )
+
+
 def _call(chunk: Any, microbatch: Microbatch) -> Tensor:
     tokens = microbatch.tokens_BS
     positions = torch.arange(tokens.size(1), device=tokens.device).expand_as(tokens)
@@ -86,13 +104,35 @@ def _run(
 
 
 def _turns(model: MegatronModel, microbatches: list[Microbatch]) -> list[_Turn]:
-    """Microbatches as the schedule takes them: the interleaved one needs one shape, and full rounds of the stages."""
-    if len(model.chunks) == 1:
-        return [_Turn(microbatch, microbatch) for microbatch in microbatches]
-    rows, length = (max(m.tokens_BS.size(dim) for m in microbatches) for dim in (0, 1))
-    turns = [_Turn(_padded(m, rows, length), m) for m in microbatches]
-    missing = -len(turns) % parallel_state.get_pipeline_model_parallel_world_size()
-    return turns + [_Turn(turns[0].read, None)] * missing
+    """Microbatches as the schedule takes them, as many on every data-parallel rank; all of these ranks call.
+
+    Layers may exchange something between replicas in each pass (FP8's largest values, experts), so no rank makes fewer
+    passes than another. The interleaved schedule needs one shape, and full rounds of the stages.
+    """
+    count = runtime.current().most_over_replicas(len(microbatches))
+    interleaved = len(model.chunks) > 1
+    if interleaved:
+        count += -count % parallel_state.get_pipeline_model_parallel_world_size()
+    if count == 0:
+        return []
+    turns = [_Turn(microbatch, microbatch) for microbatch in microbatches]
+    if len(turns) < count:
+        turns += [_Turn(_filler(model), None)] * (count - len(turns))
+    if interleaved:
+        rows, length = (max(turn.read.tokens_BS.size(dim) for turn in turns) for dim in (0, 1))
+        turns = [replace(turn, read=_padded(turn.read, rows, length)) for turn in turns]
+    return turns
+
+
+def _filler(model: MegatronModel) -> Microbatch:
+    """The shortest microbatch that the model takes: one row of a token, of which one output is read."""
+    device = runtime.current().device
+    tokens_BS = torch.zeros(1, sequence_multiple(model), dtype=torch.int64, device=device)
+    lengths_B = torch.ones(1, dtype=torch.int64, device=device)
+    first_BS = torch.zeros_like(tokens_BS, dtype=torch.bool)
+    first_BS[:, 0] = True
+    wanted = {"read_at_B": lengths_B - 1} if model.head == "reward" else {"predict_BS": first_BS}
+    return Microbatch(tokens_BS, lengths_B, wanted)
 
 
 def _padded(microbatch: Microbatch, rows: int, length: int) -> Microbatch:
@@ -118,7 +158,7 @@ def _real_part(output: Any, turn: _Turn, head: Head) -> Any:
 def forward_backward(
     model: MegatronModel, microbatches: list[Microbatch], loss_function: LossFunction
 ) -> dict[str, float]:
-    """Accumulate gradients of sum(losses) / count(terms), both over all data-parallel ranks.
+    """Accumulate gradients of sum(losses) / count(terms), both over all data-parallel ranks; all ranks call.
 
     Returns the metrics of ``loss_function`` plus ``loss``, the same on every rank.
     """
@@ -138,8 +178,11 @@ def forward_backward(
 
         return _call(chunk, turn.read), loss
 
+    turns = _turns(model, microbatches)
+    if not turns:
+        raise ValueError("no rank has rows to train on")
     model.train()
-    parts = _run(model, _turns(model, microbatches), step, forward_only=False)
+    parts = _run(model, turns, step, forward_only=False)
     model.gathered = True  # every layer has waited for its weights
     return reduce_metrics(parts)
 
@@ -160,7 +203,10 @@ def evaluate(model: MegatronModel, microbatches: list[Microbatch], loss_function
 def forward(
     model: MegatronModel, microbatches: list[Microbatch], collect: Callable[[Any, Microbatch], Any]
 ) -> list[Any]:
-    """``collect(output, microbatch)`` of every microbatch in order; an empty list before the last stage."""
+    """``collect(output, microbatch)`` of every microbatch in order; an empty list before the last stage.
+
+    All ranks call as often as each other, those without microbatches too.
+    """
 
     def step(data: Iterator[_Turn], chunk: Any) -> tuple[Tensor, Callable[..., Any]]:
         turn = next(data)
@@ -172,6 +218,8 @@ def forward(
 
     turns = _turns(model, microbatches)
     model.gather_parameters()
+    if not turns:
+        return []
     was_training = model.parts[0].training
     model.eval()
     try:

@@ -9,13 +9,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nemo_advrm.data.batching import BatchSchedule, split_by_tokens
+from nemo_advrm.data.batching import BatchSchedule
 from nemo_advrm.data.tokenizers import Tokenizer
 from nemo_advrm.megatron import checkpoint, runtime
 from nemo_advrm.megatron.log_probs import log_probs_and_entropy
 from nemo_advrm.megatron.model import MegatronModel, build_model
 from nemo_advrm.megatron.optim import MegatronOptimizer
-from nemo_advrm.megatron.schedule import Microbatch, Sums, forward_backward
+from nemo_advrm.megatron.schedule import Microbatch, Sums, forward_backward, microbatch_rows
 from nemo_advrm.models.scoring import rows_to_microbatch
 from nemo_advrm.models.trainable import TrainableModel, derive_seed, shard_rows, total_steps
 from nemo_advrm.schema import Config
@@ -72,8 +72,7 @@ class SupervisedModel(TrainableModel):
             yield shard_rows(rows, [len(r.tokens) for r in rows], rt.dp_rank, rt.dp_size)
 
     def train_on(self, batch: list[EncodedResponse], step: int) -> dict[str, float]:
-        settings = self.config.model
-        groups = split_by_tokens([len(r.tokens) for r in batch], settings.micro_batch_tokens, settings.micro_batch_size)
+        groups = microbatch_rows(self.model, [len(r.tokens) for r in batch])
         microbatches = [
             response_microbatch(self.model, [batch[i] for i in group], self.tokenizer.pad_id) for group in groups
         ]

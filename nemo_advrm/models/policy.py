@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_advrm.data.batching import BatchSchedule, split_by_tokens
+from nemo_advrm.data.batching import BatchSchedule
 from nemo_advrm.data.messages import Message
 from nemo_advrm.data.tokenizers import Tokenizer
 from nemo_advrm.errors import ConfigError, DataError
@@ -21,7 +21,7 @@ from nemo_advrm.megatron.log_probs import log_probs_and_entropy
 from nemo_advrm.megatron.model import MegatronModel
 from nemo_advrm.megatron.optim import MegatronOptimizer
 from nemo_advrm.megatron.sampling import Sampling
-from nemo_advrm.megatron.schedule import Sums, forward_backward
+from nemo_advrm.megatron.schedule import Sums, forward_backward, microbatch_rows
 from nemo_advrm.models.critic import Critic
 from nemo_advrm.models.language_model import build_policy
 from nemo_advrm.models.rollout_batch import RolloutBatch, response_log_probs
@@ -238,12 +238,12 @@ class PolicyModel(TrainableModel):
         return result
 
     def _update(self, data: RolloutBatch, step: int) -> dict[str, float]:
-        rl, settings = self.config.rl, self.config.model
+        rl = self.config.rl
         lr = self.learning_rate(step)
         if self.critic is not None and step < rl.critic_warmup_steps:
             idle = ("loss", "policy_loss", "grad_norm", "approx_kl", "clipfrac")
             return {**dict.fromkeys(idle, 0.0), "learning_rate": lr}
-        groups = split_by_tokens(data.lengths(), settings.micro_batch_tokens, settings.micro_batch_size)
+        groups = microbatch_rows(self.model, data.lengths())
         microbatches = [data.microbatch(self.model, group, self.tokenizer.pad_id) for group in groups]
         metrics: dict[str, float] = {}
         norm = 0.0

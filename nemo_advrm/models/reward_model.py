@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_advrm.data.batching import BatchSchedule, pad_rows, split_by_tokens
+from nemo_advrm.data.batching import BatchSchedule, pad_rows
 from nemo_advrm.data.encoding import EncodedPair
 from nemo_advrm.data.tokenizers import Tokenizer
 from nemo_advrm.errors import ConfigError
@@ -21,11 +21,13 @@ from nemo_advrm.megatron.schedule import (
     Sums,
     evaluate,
     forward_backward,
+    microbatch_rows,
     reduce_metrics,
     sequence_multiple,
 )
 from nemo_advrm.models.trainable import Batches, TrainableModel, derive_seed, shard_rows, total_steps
 from nemo_advrm.objectives.losses import preference_loss, regression
+from nemo_advrm.objectives.spread import variance_of
 from nemo_advrm.schema import Config
 
 MixRows = Callable[[int, list[EncodedPair]], list[EncodedPair]]
@@ -111,8 +113,8 @@ class RewardModel(TrainableModel):
         return Batches([shard_rows(batch, [r.length for r in batch], rt.dp_rank, rt.dp_size) for batch in batches])
 
     def validation_step(self, batch: list[EncodedPair], batch_idx: int) -> None:
-        if batch:
-            self._validation += evaluate(self.model, self._microbatches(batch), self._loss)
+        # ranks without rows take part: the others may wait for them, in a pass or for their part of the weights
+        self._validation += evaluate(self.model, self._microbatches(batch), self._loss)
 
     def on_validation_epoch_end(self) -> None:
         metrics = _describe(reduce_metrics(self._validation))
@@ -121,9 +123,7 @@ class RewardModel(TrainableModel):
         self.log_dict(self.validation_metrics, rank_zero_only=True)
 
     def _microbatches(self, rows: list[EncodedPair]) -> list[Microbatch]:
-        settings = self.config.model
-        # a pair is two padded rows, so half the budget holds the longer of each
-        groups = split_by_tokens([r.length for r in rows], settings.micro_batch_tokens // 2, settings.micro_batch_size)
+        groups = microbatch_rows(self.model, [r.length for r in rows], sequences=2)
         loss, pad_id = self.config.reward_model.loss, self.tokenizer.pad_id
         return [pair_microbatch(self.model, [rows[i] for i in group], pad_id, loss) for group in groups]
 
@@ -201,6 +201,5 @@ def _describe(metrics: dict[str, float]) -> dict[str, float]:
     described = {k: v for k, v in metrics.items() if not k.endswith("_square")}
     for name in ("chosen", "rejected"):
         if f"{name}_square" in metrics:
-            variance = metrics[f"{name}_square"] - metrics[f"{name}_mean"] ** 2
-            described[f"{name}_std"] = max(0.0, variance) ** 0.5
+            described[f"{name}_std"] = variance_of(metrics[f"{name}_mean"], metrics[f"{name}_square"]) ** 0.5
     return described

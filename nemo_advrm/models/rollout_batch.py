@@ -7,11 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nemo_advrm.data.batching import split_by_tokens
 from nemo_advrm.megatron import runtime
 from nemo_advrm.megatron.log_probs import log_probs_and_entropy
 from nemo_advrm.megatron.model import MegatronModel
-from nemo_advrm.megatron.schedule import Microbatch, forward
+from nemo_advrm.megatron.schedule import Microbatch, forward, microbatch_rows
 from nemo_advrm.models.language_model import EncodedResponse, response_microbatch
 from nemo_advrm.rewards.base import Rollouts
 
@@ -61,7 +60,7 @@ def response_log_probs(
     model: MegatronModel, data: RolloutBatch, pad_id: int, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     """log pi of every response token and the entropy of its distribution, both [B, T] in nats on the CPU."""
-    groups = split_by_tokens(data.lengths(), model.model.micro_batch_tokens, model.model.micro_batch_size)
+    groups = microbatch_rows(model, data.lengths())
     microbatches = [data.microbatch(model, group, pad_id) for group in groups]
 
     def collect(logits_NV: Tensor, microbatch: Microbatch) -> tuple[Tensor, Tensor]:

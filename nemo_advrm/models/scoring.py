@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nemo_advrm.data.batching import pad_rows, split_by_tokens
+from nemo_advrm.data.batching import pad_rows
 from nemo_advrm.megatron import runtime
 from nemo_advrm.megatron.model import MegatronModel
-from nemo_advrm.megatron.schedule import Microbatch, forward, sequence_multiple
+from nemo_advrm.megatron.schedule import Microbatch, forward, microbatch_rows, sequence_multiple
 
 
 def rows_to_microbatch(model: MegatronModel, rows: list[list[int]], pad_id: int) -> Microbatch:
@@ -21,13 +21,13 @@ def rows_to_microbatch(model: MegatronModel, rows: list[list[int]], pad_id: int)
 def score_sequences(model: MegatronModel, sequences: list[list[int]], pad_id: int) -> Tensor:
     """Reward of each whole sequence (prompt, response and its end token), read at its last token.
 
-    All ranks of a model replica call with the same sequences and get the same answer.
+    All ranks of a model replica call with the same sequences and get the same answer; every replica calls as often as
+    the others.
 
     Returns:
         [N] fp32 on the CPU, in the order given; [N, outputs] for heads with several outputs.
     """
-    settings = model.model
-    groups = split_by_tokens([len(s) for s in sequences], settings.micro_batch_tokens, 4 * settings.micro_batch_size)
+    groups = microbatch_rows(model, [len(s) for s in sequences], rows=4)
     microbatches = []
     for group in groups:
         microbatch = rows_to_microbatch(model, [sequences[i] for i in group], pad_id)
@@ -35,8 +35,9 @@ def score_sequences(model: MegatronModel, sequences: list[list[int]], pad_id: in
         microbatches.append(microbatch)
     width = model.head_outputs  # known before the last pipeline stage too, which has no head
     scores = torch.zeros(len(sequences), width)
+    # without sequences too: other data-parallel ranks may have some
+    results = forward(model, microbatches, lambda output, _: output)
     if microbatches:
-        results = forward(model, microbatches, lambda output, _: output)
         if results:
             for group, result in zip(groups, results, strict=True):
                 scores[group] = result.float().cpu()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_advrm.data.batching import pad_rows, split_by_tokens
+from nemo_advrm.data.batching import microbatch_cost, pad_rows, split_by_tokens
 from nemo_advrm.data.tokenizers import HFTokenizer
 from nemo_advrm.errors import CheckpointError, RewardSourceError
 from nemo_advrm.megatron import phases, runtime
@@ -66,7 +66,8 @@ class HFReward:
             )
         scores_N = torch.zeros(len(sequences))
         device = self.model.device
-        for group in split_by_tokens([len(s) for s in sequences], self.max_tokens, self.max_rows):
+        lengths = [len(s) for s in sequences]
+        for group in split_by_tokens(lengths, self.max_tokens, self.max_rows, cost_of_one=microbatch_cost(device)):
             tokens_BS, lengths_B = pad_rows([sequences[i] for i in group], self.tokenizer.pad_id)
             mask_BS = (torch.arange(tokens_BS.size(1)) < lengths_B[:, None]).long()
             scores_N[group] = self._forward(tokens_BS.to(device), mask_BS.to(device), lengths_B.to(device)).cpu()

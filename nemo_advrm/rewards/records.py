@@ -31,9 +31,12 @@ def trajectory_rows(
 ) -> list[dict[str, Any]]:
     """One row of ``samples.jsonl`` per response of an adversary, judged by an ``AdversarialReward``.
 
-    Rows have ``selected`` = False; selection marks them later.
+    Rows have ``selected`` = False; selection marks them later. They hold plain numbers: a row of a tensor is a view,
+    and pickling a view for other ranks takes all of its storage along.
     """
-    details, index = judgement.details, rollouts.prompt_index
+    index, lists = rollouts.prompt_index, {name: table.tolist() for name, table in judgement.details.items()}
+    scores, rewards = judgement.scores_NK.tolist(), judgement.rewards_N.tolist()
+    gold, gold_z = _column(gold_N, len(rollouts)), _column(gold_z_N, len(rollouts))
     return [
         {
             "direction": direction,
@@ -44,17 +47,21 @@ def trajectory_rows(
             "response": rollouts.responses[i],
             "length": len(rollouts.response_tokens[i]),
             "ended": rollouts.ended[i],
-            "scores": judgement.scores_NK[i],
-            "z": details["z"][i],
-            "disagreement": details["disagreement"][i],
-            "disagreement_z": details["disagreement_z"][i],
-            "reward": judgement.rewards_N[i],
-            "gold": None if gold_N is None else gold_N[i],
-            "gold_z": None if gold_z_N is None else gold_z_N[i],
+            "scores": scores[i],
+            "z": lists["z"][i],
+            "disagreement": lists["disagreement"][i],
+            "disagreement_z": lists["disagreement_z"][i],
+            "reward": rewards[i],
+            "gold": gold[i],
+            "gold_z": gold_z[i],
             "selected": False,
         }
         for i in range(len(rollouts))
     ]
+
+
+def _column(values_N: Tensor | None, count: int) -> list[float | None]:
+    return [None] * count if values_N is None else values_N.tolist()
 
 
 def score_reference(
@@ -80,6 +87,7 @@ def score_reference(
         z_NK = standardise(reference, reference.statistics(), scores_NK, index, 0).z_NK
     else:
         z_NK = torch.full_like(scores_NK, float("nan"))
+    scores, z, gold_column = scores_NK.tolist(), z_NK.tolist(), _column(gold_N, len(rollouts))
     rows = [
         {
             "prompt_id": index[i],
@@ -88,9 +96,9 @@ def score_reference(
             "response": rollouts.responses[i],
             "ended": rollouts.ended[i],
             "tokens": rollouts.response_tokens[i],
-            "scores": scores_NK[i],
-            "z": z_NK[i],
-            "gold": None if gold_N is None else gold_N[i],
+            "scores": scores[i],
+            "z": z[i],
+            "gold": gold_column[i],
         }
         for i in range(len(rollouts))
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +20,7 @@ from nemo_advrm.models.policy import PolicyModel
 from nemo_advrm.rewards.base import Rollouts
 from nemo_advrm.rewards.ensemble import Judgement
 from nemo_advrm.rewards.local import FunctionReward
+from nemo_advrm.rewards.records import score_reference, trajectory_rows
 from nemo_advrm.rewards.reference import Reference
 
 
@@ -231,3 +233,27 @@ def test_a_prompt_is_written_as_its_text_and_a_conversation_with_its_roles() -> 
     assert prompt_text(({"role": "user", "content": "hello"},)) == "hello"
     turns = tuple({"role": role, "content": role[0]} for role in ("user", "assistant", "user"))
     assert prompt_text(turns) == "user: u\n\nassistant: a\n\nuser: u"
+
+
+def test_rows_for_other_ranks_hold_plain_numbers_and_pickle_to_what_they_say() -> None:
+    count, words = 512, ["word"] * 40
+    rollouts = Rollouts(
+        prompts=[({"role": "user", "content": "p"},)] * count,
+        responses=[" ".join(words)] * count,
+        ended=[True] * count,
+        prompt_tokens=[[1]] * count,
+        response_tokens=[[1] * 40] * count,
+        prompt_index=[0] * count,
+        fingerprint="",
+    )
+    names = ("disagreement", "disagreement_z")
+    details = {"z": torch.randn(count, 2), **{name: torch.randn(count) for name in names}}
+    judgement = Judgement(torch.randn(count), torch.randn(count, 2), details)
+    rows = trajectory_rows(rollouts, judgement, 1, "policy", 0, torch.randn(count), torch.randn(count))
+    assert not any(torch.is_tensor(value) for row in rows for value in row.values())
+    assert len(pickle.dumps(rows)) < 400 * count  # 20 kB a row where it holds views
+    torch.testing.assert_close(torch.tensor([row["z"] for row in rows]), details["z"])
+    source = FunctionReward("score", lambda prompts, responses, ended: [float(i) for i in range(count)])
+    _, rows = score_reference(rollouts, count, [source], source)
+    assert not any(torch.is_tensor(value) for row in rows for value in row.values())
+    assert [(row["scores"], row["gold"]) for row in rows[:2]] == [([0.0], 0.0), ([1.0], 1.0)]

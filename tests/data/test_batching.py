@@ -8,9 +8,10 @@ from collections import Counter
 import pytest
 import torch
 
-from nemo_advrm.data.batching import BatchSchedule, pad_rows, shard, split_by_tokens
+from nemo_advrm.data.batching import BatchSchedule, microbatch_cost, pad_rows, shard, split_by_tokens
 from nemo_advrm.errors import ConfigError
 
+CPU = microbatch_cost(torch.device("cpu"))
 SIZES = [(1, 1), (1, 4), (7, 3), (8, 4), (10, 7), (5, 12), (100, 16)]
 
 
@@ -94,22 +95,34 @@ def test_shard_by_hand() -> None:
 def test_microbatches_keep_to_the_token_budget(seed: int, max_tokens: int, max_rows: int | None) -> None:
     generator = random.Random(seed)
     lengths = [generator.randint(1, 60) for _ in range(generator.randint(1, 50))]
-    groups = split_by_tokens(lengths, max_tokens, max_rows)
+    groups = split_by_tokens(lengths, max_tokens, max_rows, cost_of_one=CPU)
     assert Counter(index for group in groups for index in group) == Counter(range(len(lengths)))
     for group in groups:
         padded = len(group) * max(lengths[index] for index in group)
         assert padded <= max_tokens or len(group) == 1
         assert max_rows is None or len(group) <= max_rows
-    assert groups == split_by_tokens(lengths, max_tokens, max_rows)
+    assert groups == split_by_tokens(lengths, max_tokens, max_rows, cost_of_one=CPU)
 
 
 def test_microbatches_by_hand() -> None:
     # Sorted: 9 | 5 4 (2 x 5 <= 10) | 2 2 1 1: 4 x 2 <= 10.
-    assert split_by_tokens([2, 5, 1, 9, 4, 2, 1], max_tokens=10, max_rows=8) == [[3], [1, 4], [0, 5, 2, 6]]
-    assert split_by_tokens([50, 1], max_tokens=10, max_rows=8) == [[0], [1]]
-    assert split_by_tokens([], max_tokens=10, max_rows=8) == []
+    assert split_by_tokens([2, 5, 1, 9, 4, 2, 1], 10, 8, cost_of_one=CPU) == [[3], [1, 4], [0, 5, 2, 6]]
+    assert split_by_tokens([50, 1], 10, 8, cost_of_one=CPU) == [[0], [1]]
+    assert split_by_tokens([], 10, 8, cost_of_one=CPU) == []
     with pytest.raises(ConfigError, match="max_tokens=0"):
-        split_by_tokens([1], 0, 1)
+        split_by_tokens([1], 0, 1, cost_of_one=CPU)
+
+
+def test_a_gpu_fills_its_microbatches_where_a_cpu_saves_padding() -> None:
+    lengths = [600, 580, 40, 30, 20, 10]
+    # CPU: 2 x 600 + 4 x 40 + 2 x 128 = 1,616 padded tokens, against 6 x 600 + 128 = 3,728 in one
+    assert split_by_tokens(lengths, 4096, 8, cost_of_one=CPU) == [[0, 1], [2, 3, 4, 5]]
+    gpu = microbatch_cost(torch.device("cuda", 3))
+    assert gpu > 3600 and split_by_tokens(lengths, 4096, 8, cost_of_one=gpu) == [[0, 1, 2, 3, 4, 5]]
+    assert split_by_tokens(lengths, 3000, 8, cost_of_one=gpu) == [[0, 1], [2, 3, 4, 5]]  # two at least
+    # rows of one length, as the planner counts them: as few microbatches as fit, whatever one costs
+    for cost in (CPU, gpu):
+        assert [len(group) for group in split_by_tokens([512] * 10, 2048, 8, cost_of_one=cost)] == [2, 4, 4]
 
 
 def test_padding_is_on_the_right_and_lengths_are_explicit() -> None:

@@ -131,4 +131,4 @@ def microbatches_of_a_step(architecture: str) -> int:
     """Microbatches in which one process computes a step: above 1, or the comparison would miss accumulation."""
     cfg = _config(architecture, {})
     lengths = [r.length for r in pairs(16)][:8]
-    return len(split_by_tokens(lengths, cfg.model.micro_batch_tokens // 2, cfg.model.micro_batch_size))
+    return len(split_by_tokens(lengths, cfg.model.micro_batch_tokens // 2, cfg.model.micro_batch_size, cost_of_one=128))
