@@ -7,15 +7,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nemo_advrm.data.batching import split_by_tokens
 from nemo_advrm.data.tokenizers import Tokenizer
 from nemo_advrm.megatron import checkpoint, phases
 from nemo_advrm.megatron.model import build_model
 from nemo_advrm.megatron.optim import MegatronOptimizer
-from nemo_advrm.megatron.schedule import Microbatch, Sums, forward, forward_backward
+from nemo_advrm.megatron.schedule import Microbatch, Sums, forward, forward_backward, microbatch_rows
 from nemo_advrm.models.rollout_batch import RolloutBatch, per_token
 from nemo_advrm.models.trainable import derive_seed
 from nemo_advrm.objectives.losses import clipped_value
+from nemo_advrm.objectives.spread import variance_of
 from nemo_advrm.schema import Config
 
 
@@ -33,8 +33,7 @@ class Critic:
         self.optimizer = MegatronOptimizer(self.model, cfg.model.optim, cfg.trainer.gradient_clip_val)
 
     def _microbatches(self, data: RolloutBatch) -> tuple[list[list[int]], list[Microbatch]]:
-        settings = self.model.model
-        groups = split_by_tokens(data.lengths(), settings.micro_batch_tokens, settings.micro_batch_size)
+        groups = microbatch_rows(self.model, data.lengths())
         return groups, [data.microbatch(self.model, group, self.pad_id) for group in groups]
 
     @torch.no_grad()
@@ -55,13 +54,13 @@ class Critic:
             metrics = forward_backward(self.model, microbatches, self._loss)
             norm = self.optimizer.step(self.rl.critic_lr, step)
         mean_return = metrics["return_mean"]
-        variance = metrics["return_square"] - mean_return**2
-        error = metrics["error_square"] - metrics["error_mean"] ** 2
+        variance = variance_of(mean_return, metrics["return_square"])
+        error = variance_of(metrics["error_mean"], metrics["error_square"])
         return {
             "value_loss": metrics["loss"],
             "critic_grad_norm": norm,
             "return_mean": mean_return,
-            "explained_variance": 1.0 - error / variance if variance > 1e-12 else 0.0,
+            "explained_variance": 1.0 - error / variance if variance else 0.0,
         }
 
     def _loss(self, output_BS: Tensor, microbatch: Microbatch) -> tuple[Tensor, int, Sums]:

@@ -1,7 +1,8 @@
 """Advantages: how much better a response, or a token, did than was expected. All are constants (no gradient).
 
 Per-response rewards are [N], with the rollouts of one prompt in consecutive rows. Baselines are taken in float64, so
-that equal rewards give advantages of exactly 0 and not rounding noise that a later division would blow up.
+that equal rewards give advantages of exactly 0. So do rewards that differ by no more than their `noise`, [N]: how far
+each is off by rounding (see `objectives.spread`), by default that of their own size in fp32.
 """
 
 from __future__ import annotations
@@ -12,40 +13,43 @@ from torch import Tensor
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.objectives.masked import zero_masked
 from nemo_advrm.objectives.names import unknown_name
+from nemo_advrm.objectives.spread import divide_by_spread, rounding_of, without_rounding
 
 BASELINES = ("none", "batch_mean")
 
 
 @torch.no_grad()
-def rloo(rewards_N: Tensor, group_size: int) -> Tensor:
+def rloo(rewards_N: Tensor, group_size: int, noise_N: Tensor | None = None) -> Tensor:
     """Reward minus the mean reward of the other rollouts of the prompt, [N] (Ahmadian et al. 2024, "Back to Basics").
 
     Raises ConfigError if a group has fewer than two rollouts or N is not a multiple of `group_size`.
     """
-    rewards_PG = _grouped(rewards_N, group_size)
+    rewards_PG = _grouped(rewards_N, group_size, noise_N)
     others_PG = (rewards_PG.sum(1, keepdim=True) - rewards_PG) / (group_size - 1)
     return (rewards_PG - others_PG).reshape(-1).to(rewards_N.dtype)
 
 
 @torch.no_grad()
-def grpo(rewards_N: Tensor, group_size: int, eps: float = 1e-6) -> Tensor:
-    """(reward - group mean) / (group std + eps), [N] (Shao et al. 2024, DeepSeekMath, sec. 4.1.2; sample std, n - 1).
+def grpo(rewards_N: Tensor, group_size: int, noise_N: Tensor | None = None) -> Tensor:
+    """(reward - group mean) / group std, [N] (Shao et al. 2024, DeepSeekMath, sec. 4.1.2; sample std, n - 1).
 
     A group of equal rewards gets 0. Raises ConfigError like `rloo`.
     """
-    rewards_PG = _grouped(rewards_N, group_size)
+    rewards_PG = _grouped(rewards_N, group_size, noise_N)
     centred_PG = rewards_PG - rewards_PG.mean(1, keepdim=True)
-    return (centred_PG / (rewards_PG.std(1, keepdim=True) + eps)).reshape(-1).to(rewards_N.dtype)
+    return divide_by_spread(centred_PG, rewards_PG.std(1, keepdim=True)).reshape(-1).to(rewards_N.dtype)
 
 
 @torch.no_grad()
-def reinforce(rewards_N: Tensor, baseline: str = "none") -> Tensor:
+def reinforce(rewards_N: Tensor, baseline: str = "none", noise_N: Tensor | None = None) -> Tensor:
     """Reward itself ("none") or minus the batch mean ("batch_mean"), [N]. Raises ConfigError for another name."""
     if baseline not in BASELINES:
         raise unknown_name("baseline", baseline, BASELINES)
-    if baseline == "none" or rewards_N.numel() == 0:
+    if rewards_N.numel() == 0:
         return rewards_N.clone()
-    return (rewards_N.double() - rewards_N.double().mean()).to(rewards_N.dtype)
+    noise_N = rounding_of(rewards_N) if noise_N is None else noise_N
+    rewards64_N = without_rounding(rewards_N[None], noise_N[None])[0].double()
+    return (rewards64_N - rewards64_N.mean() if baseline == "batch_mean" else rewards64_N).to(rewards_N.dtype)
 
 
 @torch.no_grad()
@@ -76,17 +80,32 @@ def gae(
 def scale_by_std(advantages_N: Tensor) -> Tensor:
     """Advantages divided by their population std over the batch, [N]; the mean stays, so signs do.
 
-    Under data parallelism pass the advantages of all ranks. Advantages that are all equal come back unchanged.
+    Under data parallelism pass the advantages of all ranks. Advantages that are all equal but for the rounding of their
+    own size come back equal and not divided; what rounding the rewards had is gone by then (`rloo`, `reinforce`).
     """
     if advantages_N.numel() == 0:
         return advantages_N.clone()
-    std = advantages_N.double().std(correction=0)
-    return (advantages_N.double() / torch.where(std > 0, std, torch.ones_like(std))).to(advantages_N.dtype)
+    settled_N = without_rounding(advantages_N[None], rounding_of(advantages_N)[None])[0].double()
+    std = settled_N.std(correction=0)
+    return torch.where(std > 0, divide_by_spread(settled_N, std), settled_N).to(advantages_N.dtype)
 
 
-def _grouped(rewards_N: Tensor, group_size: int) -> Tensor:
+def token_rewards(kl_BT: Tensor, rewards_B: Tensor, mask_BT: Tensor, coefficient: float) -> Tensor:
+    """PPO's reward of each token, [B, T]: -coefficient * KL of the token, and the response's reward at its last token.
+
+    The last token is the last that the mask keeps; 0 where masked (Ouyang et al. 2022, eq. 2, token by token).
+    """
+    keep_BT = mask_BT.bool()
+    later_BT = keep_BT.flip(1).cumsum(1).flip(1)  # kept tokens from here on
+    last_BT = keep_BT & (later_BT == 1)
+    return zero_masked(-coefficient * kl_BT, keep_BT) + torch.where(last_BT, rewards_B[:, None], 0.0)
+
+
+def _grouped(rewards_N: Tensor, group_size: int, noise_N: Tensor | None) -> Tensor:
+    """[P, group_size] in float64; a group whose rewards differ by rounding alone is equal."""
     if group_size < 2:
         raise ConfigError(f"a group baseline needs at least 2 rollouts per prompt, not {group_size}")
     if rewards_N.numel() % group_size:
         raise ConfigError(f"{rewards_N.numel()} rewards cannot be split into groups of {group_size} rollouts")
-    return rewards_N.double().reshape(-1, group_size)
+    noise_N = rounding_of(rewards_N) if noise_N is None else noise_N
+    return without_rounding(rewards_N.reshape(-1, group_size), noise_N.reshape(-1, group_size)).double()

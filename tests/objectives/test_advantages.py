@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nemo_advrm.errors import ConfigError
-from nemo_advrm.objectives.advantages import gae, grpo, reinforce, rloo, scale_by_std
+from nemo_advrm.objectives.advantages import gae, grpo, reinforce, rloo, scale_by_std, token_rewards
 
 
 def test_rloo_subtracts_the_mean_of_the_other_rollouts() -> None:
@@ -21,8 +21,8 @@ def test_grpo_standardises_within_the_group() -> None:
     # group means 2 and 10, sample stds sqrt(2) and 1
     rewards = torch.tensor([1.0, 3.0, 10.0 - math.sqrt(0.5), 10.0 + math.sqrt(0.5)])
     half = math.sqrt(0.5)
-    torch.testing.assert_close(grpo(rewards, 2, eps=0.0), torch.tensor([-half, half, -half, half]))
-    torch.testing.assert_close(grpo(rewards, 2, eps=math.sqrt(2))[:2], torch.tensor([-half / 2, half / 2]))
+    torch.testing.assert_close(grpo(rewards, 2), torch.tensor([-half, half, -half, half]))
+    torch.testing.assert_close(grpo(rewards * 1e-9, 2), torch.tensor([-half, half, -half, half]))
 
 
 @pytest.mark.parametrize("value", [0.1, 1234.567, -1e6])
@@ -96,3 +96,59 @@ def test_scaling_divides_by_the_std_and_keeps_the_mean() -> None:
 @pytest.mark.parametrize("advantages", [[3.0], [2.0, 2.0], []])
 def test_advantages_without_spread_stay_as_they_are(advantages: list[float]) -> None:
     torch.testing.assert_close(scale_by_std(torch.tensor(advantages)), torch.tensor(advantages))
+
+
+def _noisy(size: float, noise: float, seed: int) -> torch.Tensor:
+    """16 rewards of ``size`` that differ by ``noise``, rounded to fp32."""
+    draw = torch.randn(16, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return (size + noise * draw).float()
+
+
+BASELINES = {
+    "rloo": lambda rewards, noise=None: rloo(rewards, 4, noise),
+    "grpo": lambda rewards, noise=None: grpo(rewards, 4, noise),
+    "reinforce": lambda rewards, noise=None: reinforce(rewards, "batch_mean", noise),
+}
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("size", [1e4, -3.0, 1e-5])
+@pytest.mark.parametrize("name", BASELINES)
+def test_rewards_that_differ_in_their_last_digits_are_equal(name: str, size: float, seed: int) -> None:
+    rewards = _noisy(size, abs(size) * torch.finfo(torch.float32).eps, seed)
+    assert len(rewards.unique()) > 2
+    assert (BASELINES[name](rewards) == 0).all() and (scale_by_std(BASELINES[name](rewards)) == 0).all()
+
+
+@pytest.mark.parametrize("size", [0.0, 1e4, -3.0])
+@pytest.mark.parametrize("name", BASELINES)
+def test_a_small_spread_above_the_rounding_is_scaled_to_full_size(name: str, size: float) -> None:
+    signal = max(1e-9, abs(size) * 1e-5)
+    advantages = scale_by_std(BASELINES[name](_noisy(size, signal, 0)))
+    assert advantages.std(correction=0).item() == pytest.approx(1, abs=1e-3)
+    truth = scale_by_std(BASELINES[name](_noisy(0.0, 1.0, 0)))
+    torch.testing.assert_close(advantages, truth, rtol=0.15, atol=0.15)
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_rewards_that_differ_by_less_than_the_noise_of_what_they_were_made_of_are_equal(name: str) -> None:
+    """Scores of 1e4 that were standardised to about 0: their own size says nothing of their rounding."""
+    rewards, noise = _noisy(0.0, 1e-3, 0), torch.full((16,), 5e-3)
+    assert BASELINES[name](rewards).abs().max() > 1e-3
+    assert (BASELINES[name](rewards, noise) == 0).all()
+    one_group = torch.cat([noise[:12], noise[12:] / 100])
+    apart = BASELINES[name](rewards, one_group)
+    assert name == "reinforce" or ((apart[:12] == 0).all() and (apart[12:] != 0).all())
+
+
+def test_rewards_without_a_baseline_that_differ_by_rounding_are_not_divided() -> None:
+    rewards = torch.tensor([2.0, 2.0, 2.0000002])
+    torch.testing.assert_close(scale_by_std(reinforce(rewards, "none")), rewards)
+
+
+def test_token_rewards_by_hand() -> None:
+    """-0.5 x KL at every token, and the reward on top at the last one; nothing under the mask."""
+    kl = torch.tensor([[0.2, 0.4, math.nan], [1.0, 2.0, 3.0], [0.6, math.inf, 9.0], [1.0, 1.0, 1.0]])
+    mask = torch.tensor([[1, 1, 0], [1, 1, 1], [1, 0, 0], [0, 0, 0]])
+    expected = torch.tensor([[-0.1, 9.8, 0.0], [-0.5, -1.0, -5.5], [2.7, 0.0, 0.0], [0.0, 0.0, 0.0]])
+    torch.testing.assert_close(token_rewards(kl, torch.tensor([10.0, -4.0, 3.0, 7.0]), mask, 0.5), expected)

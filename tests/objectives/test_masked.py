@@ -46,3 +46,15 @@ def test_all_masked_gives_zero_and_a_zero_gradient(function) -> None:
     result.sum().backward()
     assert (result == 0).all()
     assert values.grad is not None and (values.grad == 0).all()
+
+
+@pytest.mark.parametrize("size", [1e4, 2.0, 1e-6])
+def test_whitening_takes_no_rounding_for_a_spread(size: float) -> None:
+    draw = torch.randn(2, 40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    mask = torch.ones(2, 40)
+    equal = (size * (1 + torch.finfo(torch.float32).eps * draw)).float()
+    assert len(equal.unique()) > 2 and (masked_whiten(equal, mask) == 0).all()
+    assert (masked_whiten(equal, mask, shift_mean=False) - size).abs().max() <= 1e-6 * size
+    different = masked_whiten((size * (1 + 1e-4 * draw)).float(), mask)
+    assert different.std(correction=0).item() == pytest.approx(1, abs=1e-2)
+    assert (masked_whiten((size * (1 + 1e-4 * draw)).float(), mask, noise=2e-4 * size) == 0).all()
