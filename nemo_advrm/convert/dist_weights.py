@@ -44,7 +44,7 @@ class StackedReader:
 
     Args:
         directory: holds ``.metadata`` and the data files.
-        metadata: what ``.metadata`` says (:func:`nemo_advrm.convert.nemo_metadata.read_metadata`).
+        metadata: what ``.metadata`` says (:func:`nemo_advrm.megatron.weights_metadata.read_metadata`).
         source: named in errors, in place of ``directory``.
 
     Raises CheckpointError for a tensor without dimensions, or with more layers than any model.

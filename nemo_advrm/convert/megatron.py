@@ -14,7 +14,6 @@ from torch import Tensor
 from nemo_advrm.convert.differences import check_tensors, listed
 from nemo_advrm.convert.dist_weights import StackedReader, StackedWriter, check_layers
 from nemo_advrm.convert.names import VOCABULARY_ROWS, canonical_shapes, layer_of, stacked_name
-from nemo_advrm.convert.nemo_metadata import read_metadata
 from nemo_advrm.convert.partial import PartialDirectory
 from nemo_advrm.convert.tensors import Description, TensorSpec
 from nemo_advrm.convert.tokenizer_files import check_tokenizer, copy_tokenizer
@@ -24,6 +23,7 @@ from nemo_advrm.errors import CheckpointError, ConfigError, DataError
 from nemo_advrm.megatron import manifest
 from nemo_advrm.megatron.checkpoint import FORMAT, WEIGHTS, read_meta
 from nemo_advrm.megatron.model import padded_vocab_size
+from nemo_advrm.megatron.weights_metadata import open_metadata
 from nemo_advrm.schema import ModelConfig, OptimConfig, ScheduleConfig
 
 TOKENIZER, HF_CONFIG = "tokenizer", "hf_config.json"
@@ -57,11 +57,7 @@ class MegatronSource:
         if problem is not None:
             raise CheckpointError(f"{path}: could not be read ({problem})")
         model = read_model(meta, path)
-        try:
-            contents = (path / WEIGHTS / ".metadata").read_bytes()
-        except OSError as error:
-            raise CheckpointError(f"{path}: weights could not be read ({error})") from None
-        self._reader = StackedReader(path / WEIGHTS, read_metadata(contents, str(path)))
+        self._reader = StackedReader(path / WEIGHTS, open_metadata(path / WEIGHTS))
         self.tokenizer = tokenizer or _tokenizer_of(path, meta)
         own = _open_tokenizer(model, self.tokenizer)
         if own is not None and tokenizer is None and meta.get("tokenizer") not in (None, own.fingerprint):

@@ -44,6 +44,10 @@ class NemoArchive:
     def names(self) -> list[str]:
         return list(self._members)
 
+    def size(self, name: str) -> int | None:
+        """Bytes of a file, None when it is not there."""
+        return self._members[name].size if name in self._members else None
+
     def open(self, name: str, offset: int = 0, length: int | None = None) -> IO[bytes]:
         """A seekable view of one file or of a part of it, one used at a time; CheckpointError when it is not there."""
         member = self._member(name)

@@ -22,7 +22,6 @@ from nemo_advrm.convert.dist_weights import PREFIX, StackedReader, StackedWriter
 from nemo_advrm.convert.names import VOCABULARY_ROWS, Shape, canonical_shapes, layer_of, stacked_name
 from nemo_advrm.convert.nemo_archive import NemoArchive
 from nemo_advrm.convert.nemo_config import read_model, write_config
-from nemo_advrm.convert.nemo_metadata import read_metadata
 from nemo_advrm.convert.nemo_tokenizer_files import TEMPORARY, pack_tokenizer, unpack_tokenizer
 from nemo_advrm.convert.partial import PartialDirectory
 from nemo_advrm.convert.tensors import Description, TensorSpec
@@ -31,6 +30,7 @@ from nemo_advrm.data.tokenizers import build_tokenizer
 from nemo_advrm.errors import CheckpointError, DataError
 from nemo_advrm.megatron.gpt import Head
 from nemo_advrm.megatron.model import padded_vocab_size
+from nemo_advrm.megatron.weights_metadata import check_places, read_metadata
 
 CONFIG, WEIGHTS = "model_config.yaml", "model_weights"
 # canonical name -> NeMo-Aligner's
@@ -216,8 +216,9 @@ class _Members:
 class _ArchivedReader(StackedReader):
     def __init__(self, archive: NemoArchive) -> None:
         names = {PREFIX + theirs: PREFIX + ours for ours, theirs in _RENAMED.items()}
-        data = archive.read(f"{WEIGHTS}/.metadata")
-        super().__init__(Path(WEIGHTS), read_metadata(data, str(archive.path), names), str(archive.path))
+        metadata = read_metadata(archive.read(f"{WEIGHTS}/.metadata"), str(archive.path), names)
+        check_places(metadata, lambda name: archive.size(f"{WEIGHTS}/{name}"), str(archive.path))
+        super().__init__(Path(WEIGHTS), metadata, str(archive.path))
         self._reader.fs = _Members(archive)  # type: ignore[assignment]
 
 

@@ -1,7 +1,8 @@
 """``save_to`` and ``restore_from`` of our own models: ``.nemo`` files of any architecture, opened at any layout.
 
 NeMo restores only classes of its own packages, by importing what a file names. Here a file can name one of the few
-classes of a table, and its weights are read without unpickling anything (see :mod:`nemo_advrm.convert.nemo_metadata`).
+classes of a table, and its weights are read without unpickling anything
+(see :mod:`nemo_advrm.megatron.weights_metadata`).
 """
 
 from __future__ import annotations

@@ -12,7 +12,6 @@ import logging
 import re
 import shutil
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -20,15 +19,15 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
-from megatron.core.dist_checkpointing.validation import StrictHandling
 from torch.distributed.checkpoint.api import CheckpointException  # not an Exception, but a BaseException
 
 from nemo_advrm.errors import CheckpointError
 from nemo_advrm.megatron import manifest, phases, runtime
 from nemo_advrm.megatron.architecture import first_difference
+from nemo_advrm.megatron.file_readers import load_weights
 from nemo_advrm.megatron.file_writers import FileWriters, write_common
+from nemo_advrm.megatron.fp8_states import check_fp8_states
 from nemo_advrm.megatron.model import MegatronModel
 from nemo_advrm.megatron.optim import MegatronOptimizer
 from nemo_advrm.place import one_line
@@ -315,17 +314,24 @@ def load(
     if optimizer is not None and started:
         state["optimizer"] = optimizer.sharded_state_dict(model_state, is_loading=True)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            loaded = dist_checkpointing.load(state, str(path / WEIGHTS), strict=StrictHandling.RAISE_UNEXPECTED)
+        loaded = load_weights(state, path / WEIGHTS)
+        check_fp8_states(loaded["model"], str(path / WEIGHTS))
     except (Exception, CheckpointException) as error:  # many types for a damaged directory; the user needs one sentence
-        raise CheckpointError(f"{path}: could not be read ({type(error).__name__}: {error})") from error
+        raise _could_not_read(path, error) from error
     _load_model_state(model, loaded["model"], strict=not new_head)
     if optimizer is not None and started:
         optimizer.load_state_dict(loaded["optimizer"])
     elif optimizer is not None:
         optimizer.reset()
     return meta
+
+
+def _could_not_read(path: Path, error: BaseException) -> CheckpointError:
+    """One line: of a failure on several ranks, the first one's."""
+    failures: dict[int, Any] = getattr(error, "failures", {})
+    first = next((failure for _, (failure, _) in sorted(failures.items())), error)
+    kind = "" if isinstance(first, CheckpointError) else f"{type(first).__name__}: "
+    return CheckpointError(f"{path}: could not be read ({kind}{one_line(first, 400)})")
 
 
 def _is_head(key: str) -> bool:
