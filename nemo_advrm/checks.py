@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from nemo_advrm.data.preference_forms import FORMATS
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.keys import ANY_NAME, nearest
 from nemo_advrm.schema import Config, ModelConfig
@@ -23,7 +24,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "model.optim.name": ("adam", "sgd"),
     "model.optim.sched.name": ("CosineAnnealing", "constant"),
     "precision.name": ("fp32", "bf16", "fp8_delayed", "fp8_current", "fp8_blockwise", "mxfp8"),
-    "data.format": ("auto", "transcript", "messages", "prompt", "text", "nemo_aligner"),
+    "data.format": FORMATS,
     "data.on_bad_row": ("error", "skip"),
     "data.on_overlong": ("error", "skip", "truncate_prompt"),
     "reward_model.loss": ("bt", "margin_bt", "scaled_bt", "regression"),

@@ -142,8 +142,14 @@ class DataConfig:
     validation_path: str = ""  # empty: a held-out part of train_path
     validation_fraction: float = 0.05
     prompts_path: str = ""  # prompts of attack and rlhf; empty: those of train_path
-    format: str = "auto"  # auto | transcript | messages | prompt | text | nemo_aligner
-    on_bad_row: str = "error"  # error | skip (skips are counted and reported)
+    train_split: str = ""  # split of a train_path that has several; empty: train (docs/data.md)
+    validation_split: str = ""  # split of validation_path, or of train_path if that is empty; empty: validation or test
+    prompts_split: str = ""  # split of prompts_path; empty: train
+    # auto | messages | transcript | prompt | text | nemo_aligner | best_of_n | two_responses | ranked | rated_list |
+    # rated (docs/data.md)
+    format: str = "auto"
+    ignore_columns: list[str] = field(default_factory=list)  # content that is left out knowingly: columns, message keys
+    on_bad_row: str = "error"  # error | skip (skips are counted and reported); also rows that a chat template refuses
     on_overlong: str = "error"  # error | skip | truncate_prompt (of pairs, SFT rows and prompts)
     limit_train_rows: int = 0  # 0 takes all
 

@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from nemo_advrm.data.columns import Columns, has_text
 from nemo_advrm.data.jsonl import BadRow
 
 # One chat turn: {"role": one of ROLES, "content": text}.
@@ -14,15 +15,27 @@ Message = dict[str, str]
 ROLES = ("system", "user", "assistant")
 _TURN = re.compile(r"(?:^\s*|\n\n)(Human|Assistant):")
 _TRANSCRIPT_ROLE = {"Human": "user", "Assistant": "assistant"}
+# {"from", "value"} turns, as ShareGPT's export has them.
+_EXPORTED_ROLE = {"human": "user", "gpt": "assistant"}
 
 
 def prompt_key(prompt: Sequence[Message]) -> str:
     """A string that is equal for equal prompts only (messages are dicts and cannot be hashed)."""
-    return json.dumps([[message["role"], message["content"]] for message in prompt], ensure_ascii=False)
+    return json.dumps([_message_key(message) for message in prompt], ensure_ascii=False)
 
 
-def check_messages(value: Any, key: str, source: str) -> tuple[Message, ...]:
-    """`value` as messages without foreign keys; BadRow names `source` (file:line) and the path of the wrong value."""
+def _message_key(message: Message) -> list[Any]:
+    rest = sorted((key, value) for key, value in message.items() if key not in ("role", "content"))
+    return [message["role"], message["content"], *rest]
+
+
+def check_messages(value: Any, key: str, source: str, columns: Columns | None = None) -> tuple[Message, ...]:
+    """`value` as messages of role and content; BadRow names `source` (file:line) and the path of the wrong value.
+
+    Other keys of a message are let go, but for those that hold content (tool_calls, reasoning_content, name, ..): these
+    are a BadRow, unless they are empty or `columns` ignores them. {"from", "value"} stands for role and content.
+    """
+    columns = Columns() if columns is None else columns
     if not isinstance(value, list | tuple):
         raise BadRow(source, "wrong_type", f"`{key}` is {type_name(value)}, a list of chat messages was expected")
     if not value:
@@ -32,6 +45,13 @@ def check_messages(value: Any, key: str, source: str) -> tuple[Message, ...]:
         place = f"{key}[{index}]"
         if not isinstance(item, dict):
             raise BadRow(source, "wrong_type", f"`{place}` is {type_name(item)}, not an object with role and content")
+        item = columns.strip(item)
+        if "role" not in item and "from" in item and "value" in item:
+            role = _EXPORTED_ROLE.get(item["from"], item["from"])
+            item = {"role": role, "content": item["value"], **{k: item[k] for k in item if k not in ("from", "value")}}
+        for name in item:
+            if name not in ("role", "content"):
+                columns.leave(f"{place}.", name, item[name], source, message=True)
         for field in ("role", "content"):
             if field not in item:
                 raise BadRow(source, "missing_key", f"`{place}` has no `{field}` (it has: {', '.join(map(str, item))})")
@@ -70,10 +90,10 @@ def parse_transcript(text: str) -> tuple[Message, ...]:
     return tuple(messages)
 
 
-def prompt_messages(value: Any, key: str, source: str) -> tuple[Message, ...]:
+def prompt_messages(value: Any, key: str, source: str, columns: Columns | None = None) -> tuple[Message, ...]:
     """A prompt given as messages, as a transcript that stops at `Assistant:`, or as plain text (one user message)."""
     if not isinstance(value, str):
-        messages = check_messages(value, key, source)
+        messages = check_messages(value, key, source, columns)
     elif not value.strip():
         raise BadRow(source, "empty", f"`{key}` is empty")
     elif starts_as_transcript(value):
@@ -85,6 +105,57 @@ def prompt_messages(value: Any, key: str, source: str) -> tuple[Message, ...]:
     if not any(message["content"].strip() for message in messages):
         raise BadRow(source, "empty", f"`{key}` holds no text")
     return messages
+
+
+def system_messages(value: Any, key: str, source: str, columns: Columns | None = None) -> tuple[Message, ...]:
+    """The system turn that a column of its own gives: a text, or a list of system messages; () when it is empty."""
+    if not has_text(value):
+        return ()
+    if isinstance(value, str):
+        return (Message(role="system", content=value),)
+    messages = check_messages(value, key, source, columns)
+    wrong = next((message["role"] for message in messages if message["role"] != "system"), None)
+    if wrong is not None:
+        raise BadRow(source, "bad_value", f"`{key}` holds a {wrong} turn, system turns were expected")
+    return messages
+
+
+def occurs(part: Sequence[Message], whole: Sequence[Message]) -> bool:
+    """Whether the turns of `part` stand in `whole` one after another (spaces around a turn do not count)."""
+    size = len(part)
+    return any(_same(part, whole[start : start + size]) for start in range(len(whole) - size + 1))
+
+
+def join_turns(
+    before: tuple[Message, ...], own: tuple[Message, ...], source: str, names: tuple[str, str]
+) -> tuple[Message, ...]:
+    """One prompt from the two places where a row may keep its turns: a column (`before`) and the conversation (`own`).
+
+    What both say is there once; what only one says is kept: a system turn or earlier turns stand before a conversation
+    that starts with the user. Raises BadRow (`different_prompts`) when one contradicts the other; `names` are the keys.
+    """
+    if not own or not before:
+        return own or before
+    if occurs(before, own):
+        return own
+    for shared in range(min(len(before), len(own)), 0, -1):
+        if _same(before[-shared:], own[:shared]):
+            return before[:-shared] + own
+    if before[-1]["role"] != "user" and own[0]["role"] == "user":
+        return before + own
+    raise BadRow(
+        source,
+        "different_prompts",
+        f"`{names[0]}` says something else than the turns before the answer in `{names[1]}` "
+        f"(data.ignore_columns=[{names[0]}] leaves it out knowingly)",
+    )
+
+
+def _same(first: Sequence[Message], second: Sequence[Message]) -> bool:
+    def turns(messages: Sequence[Message]) -> list[tuple[str, str]]:
+        return [(message["role"], message["content"].strip()) for message in messages]
+
+    return turns(first) == turns(second)
 
 
 def type_name(value: Any) -> str:

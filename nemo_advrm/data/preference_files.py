@@ -3,41 +3,54 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nemo_advrm.data.jsonl import BadRow, parse_json, read_json_array, read_lines, require_path
+from nemo_advrm.data.splits import SUFFIXES, TABLE_SUFFIXES, choose_split, find_files, split_named
 from nemo_advrm.errors import DataError
 
-JSON_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz")
-TABLE_SUFFIXES = (".parquet", ".arrow")
+# (source, row) per row; a line of broken JSON is a BadRow in place of its row.
+Rows = Iterator[tuple[str, Any]]
 
 
-def read_rows(path: str | Path, *, split: str | None = None) -> Iterator[tuple[str, Any]]:
-    """Yield (source, row) per row; a line of broken JSON is yielded as a BadRow in place of its row.
+@dataclass(frozen=True)
+class Opened:
+    """A data set that was found: its name for messages (with the split, where it has several), its rows, and notes."""
 
-    `path` is a .jsonl[.gz], .json[.gz], .parquet or .arrow file, a directory written by `Dataset.save_to_disk`, a
-    directory of such files, or "hf:NAME" / "hf:NAME:SPLIT" for a data set of the HF hub: the only form that uses the
-    network. `split` chooses among several (default: train, or the only one). `source` is file:line, for tables
-    file:row, both 1-based. Raises DataError when the file as a whole cannot be read.
+    name: str
+    rows: Rows
+    notes: tuple[str, ...] = ()
+
+
+def open_rows(path: str | Path, *, split: str = "", role: str = "train") -> Opened:
+    """Find the rows of `path`; they are read, and can fail, while they are iterated over.
+
+    `path` is a .jsonl[.gz], .json[.gz], .parquet or .arrow file, a directory written by `save_to_disk`, a directory of
+    such files as a hub lays them out, or "hf:NAME" / "hf:NAME:SPLIT" for a data set of the HF hub: the only form that
+    uses the network. Of several splits `role` (train, prompts or validation) takes its own, see `choose_split`, or the
+    one called `split`. The source of a row is file:line, for tables file:row, both 1-based. Raises DataError when the
+    data set as a whole cannot be read.
     """
     name = str(path)
     if name.startswith("hf:"):
         hub_name, _, hub_split = name.removeprefix("hf:").partition(":")
-        yield from _read_hub(hub_name, hub_split or split or "train")
-        return
+        hub_split = hub_split or split or _hub_split(hub_name, role)
+        return Opened(f"hf:{hub_name}:{hub_split}", _read_hub(hub_name, hub_split))
     path = require_path(path)
     if path.is_dir():
-        yield from _read_directory(path, split)
-    elif name.endswith(TABLE_SUFFIXES):
-        yield from _read_table(path)
-    elif name.endswith(JSON_SUFFIXES):
-        yield from _read_json(path)
-    else:
-        raise DataError(f"{path}: unknown kind of data file; known: {', '.join(JSON_SUFFIXES + TABLE_SUFFIXES)}")
+        return _open_directory(path, split, role)
+    if not name.endswith(SUFFIXES):
+        raise DataError(f"{path}: unknown kind of data file; known: {', '.join(SUFFIXES)}")
+    return Opened(name, _read_file(path))
 
 
-def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
+def _read_file(path: Path) -> Rows:
+    return _read_table(path) if path.name.endswith(TABLE_SUFFIXES) else _read_json(path)
+
+
+def _read_json(path: Path) -> Rows:
     # Many files named .json hold JSON lines: the first character decides, not the name.
     if path.name.endswith((".json", ".json.gz")) and next(read_lines(path))[1].startswith("["):
         for number, row in read_json_array(path):
@@ -51,29 +64,26 @@ def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
             yield source, error
 
 
-def _read_directory(path: Path, split: str | None) -> Iterator[tuple[str, Any]]:
-    if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
-        import datasets  # seconds to import: only for those who use it
+def _open_directory(path: Path, split: str, role: str) -> Opened:
+    if not (path / "dataset_dict.json").exists() and not (path / "state.json").exists():
+        found = find_files(path, role, split)
+        name = f"{path} [{found.split}]" if found.split else str(path)
+        return Opened(name, (row for file in found.files for row in _read_file(file)), found.notes)
+    import datasets  # seconds to import: only for those who use it
 
-        try:
-            loaded = datasets.load_from_disk(str(path))
-        except Exception as error:  # the library raises many types for damaged directories
-            raise DataError(f"{path}: the dataset directory cannot be read: {error}") from error
-        if isinstance(loaded, datasets.DatasetDict):
-            chosen = split or ("train" if "train" in loaded or len(loaded) != 1 else next(iter(loaded)))
-            if chosen not in loaded:
-                raise DataError(f"{path}: has no split {chosen!r}; it has: {', '.join(loaded)}")
-            loaded = loaded[chosen]
-        yield from _rows_of(loaded, str(path))
-        return
-    files = sorted(file for file in path.iterdir() if file.name.endswith(JSON_SUFFIXES + TABLE_SUFFIXES))
-    if not files:
-        raise DataError(f"{path}: no data files in this directory ({', '.join(JSON_SUFFIXES + TABLE_SUFFIXES)})")
-    for file in files:
-        yield from read_rows(file)
+    try:
+        loaded = datasets.load_from_disk(str(path))
+    except Exception as error:  # the library raises many types for damaged directories
+        raise DataError(f"{path}: the dataset directory cannot be read: {error}") from error
+    if not isinstance(loaded, datasets.DatasetDict):
+        return Opened(str(path), _rows_of(loaded, str(path)))
+    chosen = choose_split(map(split_named, loaded), role, split, str(path)).name
+    rest = ", ".join(name for name in loaded if name != chosen)
+    notes = (f"other splits there: {rest}",) if rest else ()
+    return Opened(f"{path} [{chosen}]", _rows_of(loaded[chosen], f"{path}/{chosen}"), notes)
 
 
-def _read_table(path: Path) -> Iterator[tuple[str, Any]]:
+def _read_table(path: Path) -> Rows:
     import pyarrow
     from pyarrow import parquet
 
@@ -94,7 +104,19 @@ def _read_arrow(path: Path, pyarrow: Any) -> Any:
             return pyarrow.ipc.open_file(file).read_all()
 
 
-def _read_hub(name: str, split: str) -> Iterator[tuple[str, Any]]:
+def _hub_split(name: str, role: str) -> str:
+    if role != "validation":
+        return "train"
+    import datasets
+
+    try:
+        names = datasets.get_dataset_split_names(name)
+    except Exception as error:  # as in _read_hub
+        raise DataError(f"hf:{name}: cannot be asked for its splits: {error}") from error
+    return choose_split(map(split_named, names), role, "", f"hf:{name}").name
+
+
+def _read_hub(name: str, split: str) -> Rows:
     import datasets
 
     try:
@@ -104,7 +126,7 @@ def _read_hub(name: str, split: str) -> Iterator[tuple[str, Any]]:
     yield from _rows_of(loaded, f"hf:{name}:{split}")
 
 
-def _rows_of(rows: Any, name: str) -> Iterator[tuple[str, Any]]:
+def _rows_of(rows: Any, name: str) -> Rows:
     if not len(rows):
         raise DataError(f"{name}: holds no rows")
     for number, row in enumerate(rows, start=1):

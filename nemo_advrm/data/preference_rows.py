@@ -1,22 +1,16 @@
-"""One preference row in any supported form -> one `PreferencePair`."""
+"""What a preference row means: answers to one prompt, some better than others, and the pairs that follow from them."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
+from nemo_advrm.data.columns import Columns
 from nemo_advrm.data.jsonl import BadRow
-from nemo_advrm.data.messages import (
-    Message,
-    check_messages,
-    parse_transcript,
-    prompt_messages,
-    starts_as_transcript,
-    type_name,
-)
-
-FORMATS = ("auto", "transcript", "messages", "prompt", "text", "nemo_aligner")
+from nemo_advrm.data.messages import Message, starts_as_transcript, type_name
+from nemo_advrm.data.row_reader import RowReader
 
 
 @dataclass(frozen=True)
@@ -41,153 +35,151 @@ class PreferencePair:
     rejected_ended: bool = True
 
 
-def parse_row(row: Any, source: str, format: str = "auto") -> PreferencePair:
-    r"""The pair of one row that has `chosen` and `rejected`.
+@dataclass(frozen=True)
+class Answer:
+    """An answer and how good it is: the higher `score` is preferred, equal scores are a tie.
 
-    Forms, in the order in which `auto` looks for them:
-    messages    both are lists of chat messages; when they begin with the assistant, `prompt` stands before them
-    transcript  both are "\n\nHuman: ..\n\nAssistant: .." texts (a `prompt` beside them is ignored)
-    prompt      both are answers to `prompt` (text, transcript or messages)
-    text        both are raw texts without a prompt
-
-    In the first two the last assistant turn is the answer and the turns before it must be equal in both: answers to
-    different prompts cannot be compared, such a row is bad (`different_prompts`). Two assistant turns in a row are
-    first joined in transcripts, see `parse_transcript`. Raises BadRow with the reasons wrong_type, missing_key, empty,
-    identical, different_prompts, no_answer, bad_value.
+    `ended` is False where a length limit had cut the answer off.
     """
-    if not isinstance(row, dict):
-        raise BadRow(source, "wrong_type", f"the row is {type_name(row)}, not an object with `chosen` and `rejected`")
-    for key in ("chosen", "rejected"):
-        if row.get(key) is None:
-            raise BadRow(source, "missing_key", f"`{key}` is missing ({_keys(row)})")
-    chosen, rejected = row["chosen"], row["rejected"]
-    form = _detect(row) if format == "auto" else format
-    if form == "messages":
-        pair = _from_messages(row, source)
-    else:
-        for key in ("chosen", "rejected"):
-            if not isinstance(row[key], str):
-                raise BadRow(source, "wrong_type", f"`{key}` is {type_name(row[key])}, not a string")
-            if not row[key].strip():
-                raise BadRow(source, "empty", f"`{key}` is empty")
-        if form == "transcript":
-            pair = _split(parse_transcript(chosen), parse_transcript(rejected), source)
-        elif form == "prompt":
-            if row.get("prompt") is None:
-                raise BadRow(source, "missing_key", f"`prompt` is missing ({_keys(row)})")
-            pair = prompt_messages(row["prompt"], "prompt", source), chosen, rejected
-        else:
-            pair = (), chosen, rejected
-    checked = _checked(
-        pair,
-        source,
-        margin=_number(row, "margin", source),
-        weight=_number(row, "weight", source),
-        # in a transcript an assistant turn without text is an answer that people could and did prefer
-        may_be_silent=form == "transcript",
-    )
-    return replace(
-        checked,
-        chosen_labels=read_labels(row, "chosen_labels", source),
-        rejected_labels=read_labels(row, "rejected_labels", source),
-        chosen_ended=read_ended(row, "chosen_ended", source),
-        rejected_ended=read_ended(row, "rejected_ended", source),
-    )
+
+    text: str
+    score: float
+    labels: tuple[float, ...] | None = None
+    source: str = ""
+    ended: bool = True
 
 
-def parse_text_rows(chosen_row: Any, rejected_row: Any, chosen_source: str, rejected_source: str) -> PreferencePair:
+@dataclass(frozen=True)
+class Judged:
+    """A prompt and its answers, of one row or of all rows that share the prompt.
+
+    `margin` is the row's own; where it is None and the scores are `graded` (ratings, not ranks) the difference of two
+    scores is the margin of their pair. `merged`: the row holds one answer of several, the others stand in other rows.
+    """
+
+    prompt: tuple[Message, ...]
+    answers: tuple[Answer, ...]
+    margin: float | None = None
+    weight: float = 1.0
+    graded: bool = False
+    merged: bool = False
+    compares_all: bool = True  # False where good answers stand against bad ones: two good ones are no tie
+
+    @property
+    def best(self) -> Answer:
+        """The answer with the highest score, of equal ones the first."""
+        return max(self.answers, key=lambda answer: answer.score)
+
+
+@dataclass
+class Pairs:
+    """The pairs of judged prompts, and how many pairs of answers and single answers gave none."""
+
+    rows: list[PreferencePair] = field(default_factory=list)
+    ties: int = 0
+    single: int = 0
+
+    def add(self, judged: Judged) -> None:
+        """Every better answer with every worse one; equal scores, or equal texts, say nothing and are counted."""
+        if len(judged.answers) == 1:
+            self.single += 1
+        for better, worse in _ordered(judged.answers):
+            if better.score == worse.score or better.text == worse.text:
+                self.ties += judged.compares_all or better.score != worse.score
+                continue
+            margin = judged.margin
+            if margin is None and judged.graded:
+                margin = better.score - worse.score
+            self.rows.append(
+                PreferencePair(
+                    judged.prompt,
+                    better.text,
+                    worse.text,
+                    margin,
+                    judged.weight,
+                    better.source,
+                    better.labels,
+                    worse.labels,
+                    better.ended,
+                    worse.ended,
+                )
+            )
+
+    def notes(self) -> list[str]:
+        """For the summary of a load."""
+        counts = (self.ties, "ties made no pair"), (self.single, "prompts with one answer made no pair")
+        return [f"{count} {what}" for count, what in counts if count]
+
+
+def _ordered(answers: tuple[Answer, ...]) -> Iterator[tuple[Answer, Answer]]:
+    for index, first in enumerate(answers):
+        for second in answers[index + 1 :]:
+            yield (first, second) if first.score >= second.score else (second, first)
+
+
+def parse_text_rows(
+    chosen_row: Any, rejected_row: Any, chosen_source: str, rejected_source: str, columns: Columns | None = None
+) -> Judged:
     """The pair of two consecutive NeMo-Aligner rows {"text": prompt + answer}: first the chosen, then the rejected.
 
     `Human:` / `Assistant:` transcripts are split into messages; every other text stays raw (prompt ()), because it
-    already carries the template of the model it was written for. Raises BadRow as `parse_row` does.
+    already carries the template of the model it was written for. Raises BadRow as the readers of forms do.
     """
-    texts = [read_text(chosen_row, chosen_source), read_text(rejected_row, rejected_source)]
+    texts = [read_text(chosen_row, chosen_source, columns), read_text(rejected_row, rejected_source, columns)]
     if "label" in chosen_row or "label" in rejected_row:
         raise BadRow(chosen_source, "bad_value", "`label` is of a regression file, whose lines are no pairs")
     if all(starts_as_transcript(text) for text in texts):
-        return _checked(_split(parse_transcript(texts[0]), parse_transcript(texts[1]), chosen_source), chosen_source)
-    return _checked(((), texts[0], texts[1]), chosen_source)
+        reader = RowReader({}, chosen_source, columns)
+        return judge_pair([reader.answer(text, "text", transcript=True) for text in texts], chosen_source, silent=True)
+    return judge_pair([((), text) for text in texts], chosen_source)
 
 
-def read_text(row: Any, source: str) -> str:
-    """`text` of one NeMo-Aligner row; BadRow names `source` when there is none."""
+def read_text(row: Any, source: str, columns: Columns | None = None) -> str:
+    """`text` of one NeMo-Aligner row; BadRow names `source` when there is none, or other content beside it."""
     if not isinstance(row, dict):
         raise BadRow(source, "wrong_type", f"the row is {type_name(row)}, an object with `text` was expected")
-    text = row.get("text")
+    reader = RowReader(row, source, columns)
+    text = reader.get("text")
     if text is None:
-        raise BadRow(source, "missing_key", f"`text` is missing ({_keys(row)})")
+        raise BadRow(source, "missing_key", f"`text` is missing ({reader.keys()})")
     if not isinstance(text, str):
         raise BadRow(source, "wrong_type", f"`text` is {type_name(text)}, a string was expected")
-    if not text.strip():
-        raise BadRow(source, "empty", "`text` is empty")
+    reader.raw_text(text, "text")
+    reader.finish()
     return text
 
 
-def _detect(row: dict[str, Any]) -> str:
-    chosen, rejected = row["chosen"], row["rejected"]
-    if not isinstance(chosen, str) or not isinstance(rejected, str):
-        return "messages"
-    if starts_as_transcript(chosen) or starts_as_transcript(rejected):
-        return "transcript"
-    return "prompt" if row.get("prompt") is not None else "text"
-
-
-def _from_messages(row: dict[str, Any], source: str) -> tuple[tuple[Message, ...], str, str]:
-    both = []
-    for key in ("chosen", "rejected"):
-        messages = check_messages(row[key], key, source)
-        if row.get("prompt") is not None and messages[0]["role"] == "assistant":
-            messages = prompt_messages(row["prompt"], "prompt", source) + messages
-        both.append(messages)
-    return _split(both[0], both[1], source)
-
-
-def _split(
-    chosen: tuple[Message, ...], rejected: tuple[Message, ...], source: str
-) -> tuple[tuple[Message, ...], str, str]:
-    """(common prompt, chosen answer, rejected answer) of two whole conversations."""
-    for key, messages in (("chosen", chosen), ("rejected", rejected)):
-        if messages[-1]["role"] != "assistant":
-            raise BadRow(source, "no_answer", f"`{key}` ends with a {messages[-1]['role']} turn, not an answer")
-    if chosen[:-1] != rejected[:-1]:
-        same = zip(chosen[:-1], rejected[:-1], strict=False)
-        turn = next((i for i, (a, b) in enumerate(same) if a != b), min(len(chosen), len(rejected)) - 1)
-        raise BadRow(
-            source, "different_prompts", f"`chosen` and `rejected` differ in turn {turn + 1}, before the answer"
-        )
-    return chosen[:-1], chosen[-1]["content"], rejected[-1]["content"]
-
-
-def _checked(
-    pair: tuple[tuple[Message, ...], str, str],
+def judge_pair(
+    both: list[tuple[tuple[Message, ...], str]],
     source: str,
     *,
     margin: float | None = None,
     weight: float | None = None,
-    may_be_silent: bool = False,
-) -> PreferencePair:
-    prompt, chosen, rejected = pair
+    labels: tuple[tuple[float, ...] | None, tuple[float, ...] | None] = (None, None),
+    ended: tuple[bool, bool] = (True, True),
+    silent: bool = False,
+) -> Judged:
+    """The chosen and the rejected (prompt, answer) of one row as a judged prompt; `silent` answers may be empty.
+
+    Raises BadRow: `different_prompts` (such answers cannot be compared), `empty`, `identical`.
+    """
+    (prompt, chosen), (other, rejected) = both
+    require_same_prompt(prompt, other, source, "`chosen` and `rejected`")
     for key, text in (("chosen", chosen), ("rejected", rejected)):
-        if not text.strip() and not may_be_silent:
+        if not text.strip() and not silent:
             raise BadRow(source, "empty", f"the answer in `{key}` is empty")
     if chosen == rejected:
         raise BadRow(source, "identical", "`chosen` and `rejected` are identical")
-    return PreferencePair(prompt, chosen, rejected, margin, 1.0 if weight is None else weight, source)
+    answers = Answer(chosen, 1.0, labels[0], source, ended[0]), Answer(rejected, 0.0, labels[1], source, ended[1])
+    return Judged(prompt, answers, margin, 1.0 if weight is None else weight, compares_all=False)
 
 
-def _keys(row: dict[str, Any]) -> str:
-    return f"the row has: {', '.join(map(str, row)) or 'nothing'}"
-
-
-def _number(row: dict[str, Any], key: str, source: str) -> float | None:
-    value = row.get(key)
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise BadRow(source, "wrong_type", f"`{key}` is {type_name(value)}, a number was expected")
-    if not math.isfinite(value) or value < 0:
-        raise BadRow(source, "bad_value", f"`{key}` is {value}, a finite number of at least 0 was expected")
-    return float(value)
+def require_same_prompt(first: tuple[Message, ...], second: tuple[Message, ...], source: str, what: str) -> None:
+    """BadRow (`different_prompts`) names the first turn in which the prompts of two answers differ."""
+    if first != second:
+        same = zip(first, second, strict=False)
+        turn = next((i for i, (a, b) in enumerate(same) if a != b), min(len(first), len(second)))
+        raise BadRow(source, "different_prompts", f"{what} differ in turn {turn + 1}, before the answer")
 
 
 def read_ended(row: dict[str, Any], key: str, source: str) -> bool:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from nemo_advrm.data.columns import Columns
 from nemo_advrm.data.jsonl import BadRow
-from nemo_advrm.data.preference_files import read_rows
-from nemo_advrm.data.preference_rows import FORMATS, PreferencePair, parse_row, parse_text_rows
+from nemo_advrm.data.messages import prompt_key
+from nemo_advrm.data.preference_files import open_rows
+from nemo_advrm.data.preference_forms import FORMATS, find_form, read_judged
+from nemo_advrm.data.preference_rows import Judged, Pairs, PreferencePair, parse_text_rows
 from nemo_advrm.errors import ConfigError, DataError
 
 __all__ = ["FORMATS", "LoadReport", "PreferencePair", "check_choice", "load_preferences", "raise_or_count"]
@@ -18,47 +21,70 @@ __all__ = ["FORMATS", "LoadReport", "PreferencePair", "check_choice", "load_pref
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What a file gave: its usable rows, how many were left out per reason, and one message as an example of each."""
+    """What a file gave: its usable rows, how many were left out per reason, and one message as an example of each.
+
+    `notes` say what else its user should know: answers that made no pair, columns and files that were not read.
+    """
 
     rows: list[PreferencePair]
     skipped: dict[str, int]
     path: str
     examples: dict[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def summary(self) -> str:
         """One line for the log."""
-        left_out = ", ".join(f"{count} {reason}" for reason, count in sorted(self.skipped.items()))
-        note = f", skipped {sum(self.skipped.values())} ({left_out})" if left_out else ""
-        return f"{self.path}: {len(self.rows)} rows{note}"
+        return load_summary(self.path, len(self.rows), self.skipped, self.notes)
+
+
+def load_summary(path: str, rows: int, skipped: dict[str, int], notes: Iterable[str] = ()) -> str:
+    """One line: the rows of a file, what was left out and why, and notes."""
+    left_out = ", ".join(f"{count} {reason}" for reason, count in sorted(skipped.items()))
+    skips = [f"skipped {sum(skipped.values())} ({left_out})"] if left_out else []
+    return f"{path}: {', '.join([f'{rows} rows', *skips])}" + "".join(f"; {note}" for note in notes if note)
 
 
 def load_preferences(
-    path: str | Path, *, format: str = "auto", on_bad_row: str = "error", split: str | None = None
+    path: str | Path,
+    *,
+    format: str = "auto",
+    on_bad_row: str = "error",
+    split: str = "",
+    role: str = "train",
+    ignore_columns: Iterable[str] = (),
 ) -> LoadReport:
-    """All preference pairs of `path` (see `read_rows` for the containers, `parse_row` for the forms of a row).
+    """All preference pairs of `path` (see `open_rows` for the containers and splits, `FORMS` for the forms of a row).
 
     With `format="auto"` each row's form is seen from its keys; a file whose first readable row has `text` and no
     `chosen` is a NeMo-Aligner file: lines 1, 3, 5.. are chosen, each followed by its rejected one. With
     `on_bad_row="error"` the whole file is read, then DataError names the first bad row and counts the others; "skip"
     leaves them out and counts them by reason. A file that cannot be read, or in which no row can be used, is a
-    DataError in both.
+    DataError in both. `ignore_columns` are dropped knowingly, see `Columns`.
     """
     check_choice("data.format", format, FORMATS)
     check_choice("data.on_bad_row", on_bad_row, ("error", "skip"))
-    records = list(read_rows(path, split=split))
+    columns = Columns(ignore_columns)
+    opened = open_rows(path, split=split, role=role)
+    records = list(opened.rows)
     if format == "auto":
         first = next((row for _, row in records if isinstance(row, dict)), {})
-        format = "nemo_aligner" if "text" in first and "chosen" not in first else "auto"
-    parsed = _text_pairs(records) if format == "nemo_aligner" else _single_rows(records, format)
-    rows: list[PreferencePair] = []
+        format = "nemo_aligner" if find_form(first) is None and "text" in first else "auto"
+    parsed = _text_pairs(records, columns) if format == "nemo_aligner" else _single_rows(records, format, columns)
+    judged: list[Judged] = []
     bad: list[BadRow] = []
     for result in parsed:
         if isinstance(result, BadRow):
             bad.append(result)
         else:
-            rows.append(result)
-    skipped, examples = raise_or_count(bad, usable=len(rows), on_bad_row=on_bad_row, path=path)
-    return LoadReport(rows=rows, skipped=skipped, path=str(path), examples=examples)
+            judged.append(result)
+    pairs = Pairs()
+    for item in _merged(judged):
+        pairs.add(item)
+    skipped, examples = raise_or_count(bad, usable=len(judged), on_bad_row=on_bad_row, path=opened.name)
+    if not pairs.rows:
+        raise DataError(f"{opened.name}: none of the {len(records)} rows makes a pair ({', '.join(pairs.notes())})")
+    notes = (*pairs.notes(), columns.summary(), *opened.notes)
+    return LoadReport(pairs.rows, skipped, opened.name, examples, tuple(filter(None, notes)))
 
 
 def raise_or_count(
@@ -90,22 +116,35 @@ def check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
         raise ConfigError(f"{key}={value!r}: known values are {', '.join(choices)}")
 
 
-def _single_rows(records: list[tuple[str, Any]], format: str) -> Iterator[PreferencePair | BadRow]:
+def _single_rows(records: list[tuple[str, Any]], format: str, columns: Columns) -> Iterator[Judged | BadRow]:
     for source, row in records:
         try:
-            yield row if isinstance(row, BadRow) else parse_row(row, source, format)
+            yield row if isinstance(row, BadRow) else read_judged(row, source, format, columns)
         except BadRow as error:
             yield error
 
 
-def _text_pairs(records: list[tuple[str, Any]]) -> Iterator[PreferencePair | BadRow]:
+def _text_pairs(records: list[tuple[str, Any]], columns: Columns) -> Iterator[Judged | BadRow]:
     # Lines are paired by position before they are looked at: one broken line spoils its own pair and shifts no other.
     for (source, row), (rejected_source, rejected_row) in zip(records[::2], records[1::2], strict=False):
         broken = next((item for item in (row, rejected_row) if isinstance(item, BadRow)), None)
         try:
-            yield broken or parse_text_rows(row, rejected_row, source, rejected_source)
+            yield broken or parse_text_rows(row, rejected_row, source, rejected_source, columns)
         except BadRow as error:
             yield error
     if len(records) % 2:
         source = records[-1][0]
         yield BadRow(source, "unpaired_line", f"odd number of lines ({len(records)}): no rejected line after this one")
+
+
+def _merged(judged: list[Judged]) -> list[Judged]:
+    """Rows that hold one answer of several become one, at the place of the first, for each prompt."""
+    places: dict[str, int] = {}
+    merged: list[Judged] = []
+    for item in judged:
+        place = places.setdefault(prompt_key(item.prompt), len(merged)) if item.merged else len(merged)
+        if place == len(merged):
+            merged.append(item)
+        else:
+            merged[place] = replace(merged[place], answers=merged[place].answers + item.answers)
+    return merged

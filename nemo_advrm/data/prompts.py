@@ -3,51 +3,76 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from nemo_advrm.data.columns import CONVERSATION_COLUMNS, Columns
 from nemo_advrm.data.jsonl import BadRow
-from nemo_advrm.data.messages import Message, check_messages, prompt_key, prompt_messages, type_name
-from nemo_advrm.data.preference_files import read_rows
-from nemo_advrm.data.preference_rows import parse_row
-from nemo_advrm.data.preferences import check_choice, raise_or_count
+from nemo_advrm.data.messages import Message, prompt_key, prompt_messages
+from nemo_advrm.data.preference_files import open_rows
+from nemo_advrm.data.preference_forms import find_form
+from nemo_advrm.data.preferences import check_choice, load_summary, raise_or_count
+from nemo_advrm.data.row_reader import RowReader
 from nemo_advrm.errors import ConfigError, DataError
 
-_log = logging.getLogger(__name__)
 Row = TypeVar("Row")
 
 
+@dataclass(frozen=True)
+class PromptReport:
+    """The prompts of a file; `rows` of them before equal ones were taken as one, else as in `LoadReport`."""
+
+    prompts: list[tuple[Message, ...]]
+    rows: int
+    skipped: dict[str, int]
+    path: str
+    examples: dict[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def summary(self) -> str:
+        """One line for the log."""
+        same = f"{self.rows - len(self.prompts)} rows repeat a prompt" if self.rows > len(self.prompts) else ""
+        return load_summary(self.path, self.rows, self.skipped, (same, *self.notes))
+
+
 def load_prompts(
-    path: str | Path, *, on_bad_row: str = "error", unique: bool = True, split: str | None = None
-) -> list[tuple[Message, ...]]:
+    path: str | Path,
+    *,
+    on_bad_row: str = "error",
+    unique: bool = True,
+    split: str = "",
+    ignore_columns: Iterable[str] = (),
+) -> PromptReport:
     """Prompts in file order, each once when `unique`.
 
-    Rows: {"prompt"} (text, transcript or messages), {"text"} (text or transcript), {"messages"} (a last assistant turn
-    is cut off), or preference rows with `chosen` and `rejected`, of which the common prompt is taken (raw-text pairs
-    have none and are bad rows). Containers and bad rows as in `load_preferences`; what "skip" leaves out is logged as a
-    warning.
+    Rows: a prompt column and a system column (text, transcript or messages), {"text"} (text or transcript),
+    {"messages"} (a last assistant turn is cut off), or preference rows of any form, of which the common prompt is taken
+    (raw-text pairs have none and are bad rows). Rows that differ only in what `ignore_columns` drops are not the same
+    prompt. Containers, columns and bad rows as in `load_preferences`.
     """
     check_choice("data.on_bad_row", on_bad_row, ("error", "skip"))
-    prompts: dict[tuple[str, int], tuple[Message, ...]] = {}
+    columns = Columns(ignore_columns)
+    opened = open_rows(path, split=split, role="prompts")
+    prompts: dict[tuple[Any, ...], tuple[Message, ...]] = {}
     bad: list[BadRow] = []
     usable = 0
-    for source, row in read_rows(path, split=split):
+    for source, row in opened.rows:
         try:
             if isinstance(row, BadRow):
                 raise row
-            prompt = _prompt_of(row, source)
+            prompt = _prompt_of(row, source, columns)
         except BadRow as error:
             bad.append(error)
             continue
-        prompts.setdefault((prompt_key(prompt), 0 if unique else usable), prompt)
+        key = (prompt_key(prompt), *columns.dropped(row)) if unique else (usable,)
+        prompts.setdefault(key, prompt)
         usable += 1
-    skipped, examples = raise_or_count(bad, usable=usable, on_bad_row=on_bad_row, path=path)
-    for reason, count in skipped.items():
-        _log.warning("%s: skipped %d %s, first %s", path, count, reason, examples[reason])
-    return list(prompts.values())
+    skipped, examples = raise_or_count(bad, usable=usable, on_bad_row=on_bad_row, path=opened.name)
+    notes = tuple(filter(None, (columns.summary(), *opened.notes)))
+    return PromptReport(list(prompts.values()), usable, skipped, opened.name, examples, notes)
 
 
 def split_train_validation(rows: Sequence[Row], fraction: float, seed: int) -> tuple[list[Row], list[Row]]:
@@ -65,7 +90,7 @@ def split_train_validation(rows: Sequence[Row], fraction: float, seed: int) -> t
         return list(rows), []
     groups: dict[str, list[int]] = {}
     for index, row in enumerate(rows):
-        groups.setdefault(_group_key(row), []).append(index)
+        groups.setdefault(group_key(row), []).append(index)
     if len(groups) < 2:
         raise DataError(
             f"{len(groups)} different prompts in {len(rows)} rows: too few for a validation part of {fraction}"
@@ -81,31 +106,34 @@ def split_train_validation(rows: Sequence[Row], fraction: float, seed: int) -> t
     return train, [row for index, row in enumerate(rows) if index in held_out]
 
 
-def _prompt_of(row: Any, source: str) -> tuple[Message, ...]:
-    if not isinstance(row, dict):
-        raise BadRow(source, "wrong_type", f"the row is {type_name(row)}, not an object with a prompt")
-    if row.get("chosen") is not None and row.get("rejected") is not None:
-        prompt = parse_row(row, source).prompt
+def _prompt_of(row: Any, source: str, columns: Columns) -> tuple[Message, ...]:
+    reader = RowReader(row, source, columns)
+    prompt = _read_prompt(reader)
+    if not any(message["content"].strip() for message in prompt):
+        raise reader.bad("empty", "the row holds no prompt")
+    reader.finish(prompts_only=True)
+    return prompt
+
+
+def _read_prompt(reader: RowReader) -> tuple[Message, ...]:
+    form = find_form(reader.row)
+    if form is not None:
+        prompt = form.read(reader).prompt
         if not prompt:
-            raise BadRow(source, "missing_key", "`chosen` and `rejected` are raw texts without a `prompt`")
+            raise reader.bad("missing_key", "`chosen` and `rejected` are raw texts without a `prompt`")
         return prompt
-    if row.get("prompt") is not None:
-        return prompt_messages(row["prompt"], "prompt", source)
-    if row.get("text") is not None:
-        return prompt_messages(row["text"], "text", source)
-    if row.get("messages") is not None:
-        messages = check_messages(row["messages"], "messages", source)
-        prompt = messages[:-1] if messages[-1]["role"] == "assistant" else messages
-        if not any(message["content"].strip() for message in prompt):
-            raise BadRow(source, "empty", "`messages` holds no prompt")
-        return prompt
-    keys = ", ".join(map(str, row)) or "nothing"
-    raise BadRow(
-        source, "missing_key", f"none of `prompt`, `text`, `messages`, `chosen` + `rejected` (the row has: {keys})"
-    )
+    whole = reader.first(CONVERSATION_COLUMNS)
+    if whole is not None:
+        return reader.asked(whole[1], whole[0])
+    if reader.prompt_column() is not None:
+        return reader.prompt()
+    if reader.row.get("text") is not None:
+        return reader.with_system(prompt_messages(reader.get("text"), "text", reader.source, reader.columns), "text")
+    raise reader.bad("missing_key", f"none of `prompt`, `text`, `messages`, `chosen` + `rejected` ({reader.keys()})")
 
 
-def _group_key(row: Any) -> str:
+def group_key(row: Any) -> str:
+    """Equal for rows of one prompt, which belong to the same part; `row` as in `split_train_validation`."""
     if not hasattr(row, "prompt"):
         return prompt_key(row)
     if row.prompt:

@@ -9,7 +9,6 @@ from typing import Any
 from nemo_advrm.callbacks.rollouts import TrajectoryRecorder
 from nemo_advrm.data.jsonl import read_jsonl, write_jsonl_atomic
 from nemo_advrm.data.messages import Message
-from nemo_advrm.data.prompts import load_prompts
 from nemo_advrm.data.tokenizers import Tokenizer, build_tokenizer
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.megatron import checkpoint, runtime
@@ -22,7 +21,7 @@ from nemo_advrm.rewards.local import build_gold
 from nemo_advrm.rewards.reference import Reference
 from nemo_advrm.rewards.sources import load_members
 from nemo_advrm.schema import Config
-from nemo_advrm.stages import session
+from nemo_advrm.stages import inputs, session
 from nemo_advrm.stages.fit import drop_training_checkpoints, fit, read_json, tokenizer_meta, write_json
 from nemo_advrm.stages.reference import sample, write_reference
 
@@ -68,8 +67,7 @@ def check_directions(cfg: Config, members: int) -> None:
 def attack_prompts(cfg: Config) -> list[tuple[Message, ...]]:
     """The prompts of the reference and the attack, at most ``reference.num_prompts``."""
     if cfg.data.prompts_path or cfg.data.train_path:
-        path = cfg.data.prompts_path or cfg.data.train_path
-        return load_prompts(path, on_bad_row=cfg.data.on_bad_row)[: cfg.reference.num_prompts]
+        return inputs.prompts(cfg)[: cfg.reference.num_prompts]
     if cfg.pipeline.gold == "synthetic":
         from nemo_advrm.synthetic.corpus import sample_prompts
 

@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 from nemo_advrm.data.encoding import encode_pairs
-from nemo_advrm.data.preferences import PreferencePair, load_preferences
+from nemo_advrm.data.preferences import PreferencePair
 from nemo_advrm.data.tokenizers import build_tokenizer
 from nemo_advrm.errors import ConfigError, RewardSourceError
 from nemo_advrm.megatron import runtime
 from nemo_advrm.rewards import sources
 from nemo_advrm.rewards.base import RewardSource, Rollouts, checked_scores
 from nemo_advrm.schema import Config
-from nemo_advrm.stages import session
+from nemo_advrm.stages import inputs, session
 
 # pairs that are scored a second time, spread evenly over the file
 SWAPPED_PAIRS = 256
@@ -24,19 +24,16 @@ ROUNDING = 2.0**-5
 def main(cfg: Config) -> int:
     """Score ``data.validation_path`` (or ``data.train_path``) with each of ``ensemble.members``, else with the reward
     model ``pretrained_checkpoint.restore_from_path``, and print accuracy and margin."""
-    path = cfg.data.validation_path or cfg.data.train_path
-    if not path:
+    if not cfg.data.validation_path and not cfg.data.train_path:
         raise ConfigError("data.validation_path is not set: name a file of preference pairs")
     if not cfg.ensemble.members and not cfg.pretrained_checkpoint.restore_from_path:
         raise ConfigError("pretrained_checkpoint.restore_from_path is not set: name a reward model")
     cfg = sources.for_scoring(cfg, cfg.ensemble.members or [cfg.pretrained_checkpoint.restore_from_path])
     session.start(cfg)
-    report = load_preferences(path, format=cfg.data.format, on_bad_row=cfg.data.on_bad_row)
+    rows = inputs.evaluation_pairs(cfg)
     members = sources.load_members(cfg, cfg.ensemble.members, build_tokenizer(cfg.model.tokenizer))
-    if runtime.current().is_writer:
-        print(report.summary())
     for member in members:
-        line = _accuracy(member, _rollouts(member, report.rows, cfg))
+        line = _accuracy(member, _rollouts(member, rows, cfg))
         if runtime.current().is_writer:
             print(line if len(members) == 1 else f"{member.name}: {line}")
     return 0
@@ -49,7 +46,9 @@ def _rollouts(source: RewardSource, rows: list[PreferencePair], cfg: Config) -> 
         texts = [row.chosen for row in rows] + [row.rejected for row in rows]
         ended = [row.chosen_ended for row in rows] + [row.rejected_ended for row in rows]
         return _texts([row.prompt for row in rows] * 2, texts, ended)
-    pairs, _ = encode_pairs(rows, tokenizer, cfg.model.encoder_seq_length, cfg.data.on_overlong)
+    limit, data = cfg.model.encoder_seq_length, cfg.data
+    pairs, counts = encode_pairs(rows, tokenizer, limit, data.on_overlong, data.on_bad_row)
+    inputs.say_changed(f"pairs for {source.name}", counts)
     tokens = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
     rollouts = _texts([()] * len(tokens), [""] * len(tokens), [True] * len(tokens))
     rollouts.response_tokens, rollouts.fingerprint = tokens, tokenizer.fingerprint

@@ -32,7 +32,7 @@ from nemo_advrm.rewards.local import build_gold
 from nemo_advrm.rewards.reference import Reference
 from nemo_advrm.rewards.sources import load_members
 from nemo_advrm.schema import Config, RLHFRunConfig
-from nemo_advrm.stages import session
+from nemo_advrm.stages import inputs, session
 from nemo_advrm.stages.attack import attack_prompts, check_directions, run_attack
 from nemo_advrm.stages.order import LIGHT, Step, find, labels_by_gold, last_round, order
 from nemo_advrm.stages.reference import read_rollouts, sample, write_reference
@@ -40,7 +40,7 @@ from nemo_advrm.stages.rlhf import rlhf_prompts, run_rlhf
 from nemo_advrm.stages.select import select_round
 from nemo_advrm.stages.sft import encode_responses, sft_rows, train_sft
 from nemo_advrm.stages.state import RunState
-from nemo_advrm.stages.train_rm import encode_rows, preference_rows, train_reward_model
+from nemo_advrm.stages.train_rm import encode_rows, train_reward_model
 
 
 def main(cfg: Config) -> int:
@@ -269,7 +269,7 @@ class Pipeline:
 
     def _preferences(self) -> tuple[list[PreferencePair], list[PreferencePair]]:
         if not labels_by_gold(self.cfg):
-            return preference_rows(for_stage(self.cfg, "train_rm"))
+            return inputs.training_and_validation_pairs(for_stage(self.cfg, "train_rm"))
         home = self.directory / "preferences"
         return load_preferences(home / "train.jsonl").rows, load_preferences(home / "validation.jsonl").rows
 

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from nemo_advrm.callbacks.rollouts import OveroptimizationTracker
 from nemo_advrm.data.messages import Message
-from nemo_advrm.data.prompts import load_prompts
 from nemo_advrm.data.tokenizers import Tokenizer, build_tokenizer
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.megatron import runtime
@@ -17,7 +16,7 @@ from nemo_advrm.rewards.ensemble import PolicyReward, UncertaintyReward
 from nemo_advrm.rewards.local import build_gold
 from nemo_advrm.rewards.sources import load_members
 from nemo_advrm.schema import Config
-from nemo_advrm.stages import session
+from nemo_advrm.stages import inputs, session
 from nemo_advrm.stages.fit import fit, read_result, write_result
 
 
@@ -44,7 +43,7 @@ def main(cfg: Config) -> int:
 def rlhf_prompts(cfg: Config) -> list[tuple[Message, ...]]:
     """Prompts of RLHF."""
     if cfg.data.prompts_path or cfg.data.train_path:
-        return load_prompts(cfg.data.prompts_path or cfg.data.train_path, on_bad_row=cfg.data.on_bad_row)
+        return inputs.prompts(cfg)
     if cfg.pipeline.gold == "synthetic":
         from nemo_advrm.synthetic.corpus import sample_prompts
 

@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from nemo_advrm.data.jsonl import BadRow
-from nemo_advrm.data.messages import Message
-from nemo_advrm.data.preference_files import read_rows
-from nemo_advrm.data.preference_rows import parse_row
 from nemo_advrm.data.preferences import raise_or_count
+from nemo_advrm.data.sft_rows import SftRow
 from nemo_advrm.data.tokenizers import Tokenizer, build_tokenizer
 from nemo_advrm.errors import ConfigError, DataError
 from nemo_advrm.megatron import runtime
 from nemo_advrm.models.language_model import EncodedResponse, SupervisedModel
 from nemo_advrm.models.trainable import derive_seed
 from nemo_advrm.schema import Config
-from nemo_advrm.stages import session
+from nemo_advrm.stages import inputs, session
 from nemo_advrm.stages.fit import fit, read_result, write_result
-
-SftRow = tuple[tuple[Message, ...], str]
 
 
 def main(cfg: Config) -> int:
@@ -40,52 +35,40 @@ def sft_rows(cfg: Config) -> list[SftRow]:
     if cfg.pipeline.gold == "synthetic" and not cfg.data.train_path:
         from nemo_advrm.synthetic.corpus import sft_corpus
 
-        return sft_corpus(cfg.synthetic.sft_rows, derive_seed(cfg.seed, "corpus"))
+        corpus = sft_corpus(cfg.synthetic.sft_rows, derive_seed(cfg.seed, "corpus"))
+        return [SftRow(*row, f"corpus: row {i}") for i, row in enumerate(corpus, start=1)]
     if not cfg.data.train_path:
         raise ConfigError("data.train_path is not set: name a file of prompts and responses, or of preference pairs")
-    rows: list[SftRow] = []
-    bad: list[BadRow] = []
-    for source, row in read_rows(cfg.data.train_path):
-        try:
-            rows.append(_parse(row, source, cfg.data.format))
-        except BadRow as error:
-            bad.append(error)
-    options = cfg.data
-    skipped, _ = raise_or_count(bad, usable=len(rows), on_bad_row=options.on_bad_row, path=options.train_path)
-    if skipped and runtime.current().is_writer:
-        left_out = ", ".join(f"{count} {reason}" for reason, count in sorted(skipped.items()))
-        print(f"{options.train_path}: {len(rows)} rows, skipped {left_out}", flush=True)
-    return rows[: options.limit_train_rows or None]
-
-
-def _parse(row: Any, source: str, format: str) -> SftRow:
-    if isinstance(row, BadRow):
-        raise row
-    if isinstance(row, dict) and "response" in row:
-        # the same checks as for pairs, with the response standing on both sides
-        row = {"prompt": row.get("prompt"), "chosen": row["response"], "rejected": f"{row['response']} "}
-    pair = parse_row(row, source, format)
-    return pair.prompt, pair.chosen
+    return inputs.sft(cfg)
 
 
 def encode_responses(cfg: Config, tokenizer: Tokenizer, rows: list[SftRow]) -> list[EncodedResponse]:
-    """Encode; a sequence longer than the context is treated as ``data.on_overlong`` says (DataError by default)."""
+    """Encode; a sequence longer than the context is treated as ``data.on_overlong`` says, one that the chat template
+    refuses as ``data.on_bad_row`` says (DataError by default)."""
     encoded = []
+    refused: list[BadRow] = []
     limit, choice = cfg.model.encoder_seq_length, cfg.data.on_overlong
-    for i, (prompt, response) in enumerate(rows):
-        head = tokenizer.encode_prompt(prompt)
-        answer = tokenizer.encode_response(response)
+    for row in rows:
+        try:
+            head = tokenizer.encode_prompt(row.prompt)
+            answer = tokenizer.encode_response(row.response)
+        except DataError as error:
+            refused.append(BadRow(row.source, "refused", str(error)))
+            continue
         if len(head) + len(answer) > limit:
             room = limit - len(answer)
             if choice == "error":
                 raise DataError(
-                    f"{cfg.data.train_path or 'corpus'}: row {i + 1} has {len(head) + len(answer)} tokens, the limit "
-                    f"is model.encoder_seq_length={limit} (data.on_overlong=skip leaves such rows out)"
+                    f"{row.source}: the row has {len(head) + len(answer)} tokens, the limit is "
+                    f"model.encoder_seq_length={limit} (data.on_overlong=skip leaves such rows out)"
                 )
             if choice == "skip" or room < 1:
                 continue
             head = head[len(head) - room :]
         encoded.append(EncodedResponse(head + answer, len(head)))
+    if refused:
+        raise_or_count(refused, usable=len(rows) - len(refused), on_bad_row=cfg.data.on_bad_row, path="")
+        inputs.say_changed("rows", {"refused": len(refused)})
     if not encoded:
         raise DataError(f"{cfg.data.train_path or 'corpus'}: all rows are longer than model.encoder_seq_length={limit}")
     return encoded

@@ -9,15 +9,14 @@ from lightning.pytorch import Callback
 from nemo_advrm.callbacks.augmentation import AdversarialAugmentation
 from nemo_advrm.data.encoding import EncodedPair, encode_pairs
 from nemo_advrm.data.pair_store import PairStore
-from nemo_advrm.data.preferences import PreferencePair, load_preferences
-from nemo_advrm.data.prompts import split_train_validation
+from nemo_advrm.data.preferences import PreferencePair
 from nemo_advrm.data.tokenizers import Tokenizer, build_tokenizer
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.megatron import runtime
 from nemo_advrm.models.reward_model import RewardModel
 from nemo_advrm.models.trainable import derive_seed
 from nemo_advrm.schema import Config
-from nemo_advrm.stages import session
+from nemo_advrm.stages import inputs, session
 from nemo_advrm.stages.fit import fit, read_result, write_result
 
 
@@ -26,7 +25,7 @@ def main(cfg: Config) -> int:
     directory = Path(cfg.run_dir)
     session.start(cfg)
     tokenizer = build_tokenizer(cfg.model.tokenizer)
-    train, validation = preference_rows(cfg)
+    train, validation = inputs.training_and_validation_pairs(cfg)
     train_encoded, validation_encoded = encode_rows(cfg, tokenizer, train, validation)
     session.claim(cfg, directory)
     metrics = train_reward_model(
@@ -48,37 +47,15 @@ def main(cfg: Config) -> int:
     return 0
 
 
-def preference_rows(cfg: Config) -> tuple[list[PreferencePair], list[PreferencePair]]:
-    """(training, validation) pairs of ``data.*``; prints what was skipped."""
-    if not cfg.data.train_path:
-        raise ConfigError("data.train_path is not set: name a file of preference pairs")
-    rows = _load(cfg, cfg.data.train_path)
-    if cfg.data.validation_path:
-        validation = _load(cfg, cfg.data.validation_path)
-    else:
-        rows, validation = split_train_validation(rows, cfg.data.validation_fraction, cfg.seed)
-    if cfg.data.limit_train_rows:
-        rows = rows[: cfg.data.limit_train_rows]
-    return rows, validation
-
-
-def _load(cfg: Config, path: str) -> list[PreferencePair]:
-    report = load_preferences(path, format=cfg.data.format, on_bad_row=cfg.data.on_bad_row)
-    if runtime.current().is_writer:
-        print(report.summary(), flush=True)
-    return report.rows
-
-
 def encode_rows(
     cfg: Config, tokenizer: Tokenizer, train: list[PreferencePair], validation: list[PreferencePair]
 ) -> tuple[list[EncodedPair], list[EncodedPair]]:
-    """Encode both parts; prints how many rows were over-long."""
+    """Encode both parts; prints how many rows were over-long or refused."""
     encoded = []
     for name, rows in (("training", train), ("validation", validation)):
-        pairs, counts = encode_pairs(rows, tokenizer, cfg.model.encoder_seq_length, cfg.data.on_overlong)
-        changed = {k: v for k, v in counts.items() if k != "encoded" and v}
-        if changed and runtime.current().is_writer:
-            print(f"{name} pairs: {', '.join(f'{v} {k}' for k, v in changed.items())}", flush=True)
+        limit, data = cfg.model.encoder_seq_length, cfg.data
+        pairs, counts = encode_pairs(rows, tokenizer, limit, data.on_overlong, data.on_bad_row)
+        inputs.say_changed(f"{name} pairs", counts)
         encoded.append(pairs)
     return encoded[0], encoded[1]
 

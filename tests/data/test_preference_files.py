@@ -36,7 +36,7 @@ GOOD = {"prompt": "Hi", "chosen": "good", "rejected": "bad"}
         {"prompt": [USER], "chosen": "good", "rejected": "bad"},
         {"prompt": "\n\nHuman: Hi\n\nAssistant:", "chosen": "good", "rejected": "bad"},
         {"chosen": "\n\nHuman: Hi\n\nAssistant: good", "rejected": "\n\nHuman: Hi\n\nAssistant: bad"},
-        {"prompt": "ignored", "chosen": "Human: Hi\n\nAssistant: good", "rejected": "Human: Hi\n\nAssistant: bad"},
+        {"prompt": "Hi", "chosen": "Human: Hi\n\nAssistant: good", "rejected": "Human: Hi\n\nAssistant: bad"},
         {"chosen": [USER, says("good")], "rejected": [USER, says("bad")]},
         {"prompt": "Hi", "chosen": [says("good")], "rejected": [says("bad")]},
         {"prompt": [USER], "chosen": [USER, says("good")], "rejected": [USER, says("bad")]},

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from pathlib import Path
 
 import pytest
@@ -40,17 +39,18 @@ def test_every_row_form_gives_its_prompt_once(tmp_path: Path) -> None:
         {"chosen": "\n\nHuman: d\n\nAssistant: x", "rejected": "\n\nHuman: d\n\nAssistant: y"},
         {"prompt": [{"role": "user", "content": "a"}]},
     )
-    assert load_prompts(path) == [user("a"), user("b"), user("c"), user("d")]
-    assert load_prompts(path, unique=False) == [user(text) for text in "abccda"]
+    report = load_prompts(path)
+    assert report.prompts == [user("a"), user("b"), user("c"), user("d")]
+    assert report.summary() == f"{path}: 6 rows; 2 rows repeat a prompt"
+    assert load_prompts(path, unique=False).prompts == [user(text) for text in "abccda"]
 
 
-def test_bad_prompt_rows_are_named_or_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    path = write(tmp_path / "p.jsonl", {"prompt": "a"}, {"question": "b"}, {"chosen": "x", "rejected": "y"})
-    with pytest.raises(DataError, match=r"p\.jsonl:2: none of `prompt`.*the row has: question.*2 of 3 rows"):
+def test_bad_prompt_rows_are_named_or_counted(tmp_path: Path) -> None:
+    path = write(tmp_path / "p.jsonl", {"prompt": "a"}, {"subject": "b"}, {"chosen": "x", "rejected": "y"})
+    with pytest.raises(DataError, match=r"p\.jsonl:2: none of `prompt`.*the row has: subject.*2 of 3 rows"):
         load_prompts(path)
-    with caplog.at_level(logging.WARNING):
-        assert load_prompts(path, on_bad_row="skip") == [user("a")]
-    assert "skipped 2 missing_key" in caplog.text
+    report = load_prompts(path, on_bad_row="skip")
+    assert report.prompts == [user("a")] and "skipped 2 (2 missing_key)" in report.summary()
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -98,7 +98,7 @@ def test_impossible_splits_are_errors() -> None:
 def test_real_prompts_and_their_split() -> None:
     path = SHARED / "hh_rlhf_harmless_test.jsonl.gz"
     rows = load_preferences(path).rows
-    prompts = load_prompts(path)
+    prompts = load_prompts(path).prompts
     assert len(prompts) == len({prompt_key(row.prompt) for row in rows})
     train, validation = split_train_validation(rows, 0.1, 0)
     assert len(train) + len(validation) == 2312 and len(validation) in range(231, 235)

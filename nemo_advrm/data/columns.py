@@ -1,0 +1,139 @@
+"""Which columns of a row and which keys of a message hold content: read by a rule, refused by name, or let go."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from nemo_advrm.data.jsonl import BadRow
+
+# What the readers take: of several names for one thing the first that is filled.
+PROMPT_COLUMNS = ("prompt", "question", "instruction", "query", "input", "context", "history")
+SYSTEM_COLUMNS = ("system", "system_prompt", "system_message")
+ANSWER_COLUMNS = ("response", "completion", "output", "answer")
+CONVERSATION_COLUMNS = ("messages", "conversation", "conversations")
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+# A name holds content when one of its words (singular, lower case) is one of these.
+_ANSWER_WORDS = _words("answer chosen completion generation output rejected reply response")
+_CONTENT_WORDS = _ANSWER_WORDS | _words(
+    """abstract article assistant attachment audio background body character chat code content context conversation cot
+    demonstration dialog dialogue doc document evidence function history human image input instruct instruction
+    knowledge memory message msg observation paragraph passage persona post preamble premise preprompt prompt query
+    question reasoning request retrieval retrieved scenario schema scratchpad shot snippet story sys system table
+    text think thinking thought tool turn user utterance video"""
+)
+# Of a message also these, which templates write into the conversation.
+_MESSAGE_WORDS = _words("annotation argument call channel name parameter part recipient refusal")
+# A name that ends so (prompt_id, chosen_score), or begins so (num_turns), is about the content.
+_LAST_WORDS = _words(
+    """at category count date difficulty domain fingerprint format hash id idx index kind label lang language len length
+    level license link logp logprob logprobs meta metadata model name num number perplexity ppl preference
+    probability quality rank rating reward safe score sha size source split status subset tag timestamp token
+    topic type url uuid version"""
+)
+_FIRST_WORDS = _words("avg count has hash id is len length mean num number rank rating score total")
+# The right answer to a question (correct_answers) is kept for judges, it is no part of a conversation.
+_REFERENCE_WORDS = _words("best correct expected gold golden incorrect reference")
+_CONTAINERS = _words("all dict json list raw str")
+
+
+class Columns:
+    """What one load lets go or drops; collects the names for its summary.
+
+    ``ignored`` is ``data.ignore_columns``: columns and message keys of these names are treated as if they were absent.
+    """
+
+    def __init__(self, ignored: Iterable[str] = ()) -> None:
+        self.ignored = frozenset(ignored)
+        self.let_go: dict[str, None] = {}  # in the order in which they were met
+
+    def strip(self, item: Mapping[str, Any]) -> dict[str, Any]:
+        """`item` without the names that are to be ignored."""
+        for name in item:
+            if name in self.ignored:
+                self.let_go.setdefault(str(name))
+        return {name: value for name, value in item.items() if name not in self.ignored}
+
+    def leave(self, place: str, name: str, value: Any, source: str, *, message: bool = False) -> None:
+        """Let go of something that no reader reads; BadRow (`unread_content`) when it holds content.
+
+        `place` stands before the name in messages ("chosen[0]." or ""), `message` says that it is a message's key.
+        """
+        if holds_content(name, message=message) and has_text(value):
+            raise BadRow(
+                source,
+                "unread_content",
+                f"`{place}{name}` holds content that is not read: without it this is another conversation. "
+                f"Write it into the messages, or drop it knowingly with data.ignore_columns=[{name}]",
+            )
+        self.let_go.setdefault(f"{re.sub(r'[0-9]+', '', place)}{name}")
+
+    def dropped(self, item: Any) -> tuple[str, ...]:
+        """What `ignored` takes out of a row at any depth: rows that differ in it are not the same."""
+        if not self.ignored:
+            return ()
+        if isinstance(item, Mapping):
+            own = (f"{name}={value!r}" for name, value in item.items() if name in self.ignored and has_text(value))
+            return (*own, *(part for name in item if name not in self.ignored for part in self.dropped(item[name])))
+        if isinstance(item, list | tuple):
+            return tuple(part for value in item for part in self.dropped(value))
+        return ()
+
+    def summary(self) -> str:
+        """For the line that a load logs: "" when nothing was let go."""
+        return f"not read: {', '.join(self.let_go)}" if self.let_go else ""
+
+
+def holds_content(name: str, *, message: bool = False) -> bool:
+    """Whether a column (or the key of a message) of this name can hold a part of the conversation."""
+    words = name_words(name)
+    content = _CONTENT_WORDS | _MESSAGE_WORDS if message else _CONTENT_WORDS
+    if not words or not content.intersection(words):
+        return False
+    if message and words == ["name"]:
+        return True
+    if words[0] in _REFERENCE_WORDS and _ANSWER_WORDS.issuperset(words[1:]):
+        return False
+    return words[-1] not in _LAST_WORDS and words[0] not in _FIRST_WORDS
+
+
+def is_answer(name: str) -> bool:
+    """Whether a column holds an answer, not a part of the prompt."""
+    return bool(_ANSWER_WORDS.intersection(name_words(name)))
+
+
+def name_words(name: str) -> list[str]:
+    """The words of a name in singular: "toolCalls" and "tool_calls2" are ["tool", "call"]."""
+    parts = re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|[^\W\d_]+", str(name))
+    words = [_singular(part.lower()) for part in parts]
+    while len(words) > 1 and words[-1] in _CONTAINERS:
+        words.pop()
+    return words
+
+
+def _singular(word: str) -> str:
+    if len(word) < 3 or word.endswith(("ss", "sys")) or not word.endswith("s"):
+        return word
+    return f"{word[:-3]}y" if word.endswith("ies") else word[:-1]
+
+
+def has_text(value: Any) -> bool:
+    """Whether any text stands in `value`; null, numbers and empty containers hold none (tables fill gaps with them)."""
+    if isinstance(value, str):
+        return bool(value.strip())
+    if isinstance(value, Mapping):
+        return any(map(has_text, value.values()))
+    if isinstance(value, list | tuple):
+        return any(map(has_text, value))
+    return not (value is None or isinstance(value, bool | int | float))
+
+
+def first_filled(row: Mapping[str, Any], names: Sequence[str]) -> str | None:
+    """The first of `names` that holds text in `row`."""
+    return next((name for name in names if has_text(row.get(name))), None)

@@ -1,0 +1,324 @@
+"""The forms in which preference data is published: one small reader each, and the registry that finds a row's form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+from nemo_advrm.data.columns import ANSWER_COLUMNS, PROMPT_COLUMNS, Columns, first_filled, has_text
+from nemo_advrm.data.messages import starts_as_transcript, type_name
+from nemo_advrm.data.preference_rows import Answer, Judged, judge_pair, read_ended, read_labels, require_same_prompt
+from nemo_advrm.data.row_reader import RowReader, Turns, check_number
+
+Row = Mapping[str, Any]
+Value = TypeVar("Value")
+# One answer of a row: its place (for messages), its text or messages, its score, its labels.
+Given = tuple[str, Any, float, tuple[float, ...] | None]
+
+# Columns with all answers to a prompt, and, where those are plain texts, the columns with their ratings or ranks.
+_LISTS = ("completions", "responses", "answers", "generations", "candidates")
+_RATING_LISTS = ("ratings", "scores", "rewards")
+_RANK_LISTS = ("ranks", "ranking", "rank")
+# Of an answer that is an object: the keys of its text, of its rating (higher is better), of its rank (lower is better).
+_TEXTS = ("completion", "response", "answer", "text", "content")
+_RATINGS = ("overall_score", "overall", "score", "rating", "reward", "helpfulness", "fine-grained_score")
+_RANK = "rank"
+# HelpSteer's attributes: the labels of an answer for regression, in this order, of those that the data has.
+ATTRIBUTES = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
+# Two answers and one number: below 0 the first is better, above 0 the second (HelpSteer3, HelpSteer2-Preference).
+_TWO = (("response1", "response2"), ("response_1", "response_2"))
+_PREFERENCES = ("overall_preference", "preference_strength")
+
+
+@dataclass(frozen=True)
+class Form:
+    """`matches`: whether a row is of this form; `read`: its prompt and answers, BadRow when they cannot be used."""
+
+    name: str
+    matches: Callable[[Row], bool]
+    read: Callable[[RowReader], Judged]
+    keys: str  # for messages and the documentation
+
+
+def _both(row: Row) -> bool:
+    return row.get("chosen") is not None and row.get("rejected") is not None
+
+
+def _is_messages(value: Any) -> bool:
+    return not isinstance(value, str) and not (isinstance(value, list) and value and not isinstance(value[0], dict))
+
+
+def _is_transcript(value: Any) -> bool:
+    return isinstance(value, str) and starts_as_transcript(value)
+
+
+def _read_messages(reader: RowReader) -> Judged:
+    return _pair(reader, [reader.answer(reader.get(key), key) for key in _checked(reader, list)])
+
+
+def _read_transcript(reader: RowReader) -> Judged:
+    both = [reader.answer(reader.get(key), key, transcript=True) for key in _checked(reader, str)]
+    # an assistant turn without text is an answer that people could and did prefer
+    return _pair(reader, both, silent=True)
+
+
+def _read_prompt(reader: RowReader) -> Judged:
+    return _pair(reader, [reader.answer(reader.get(key), key) for key in _checked(reader, str)])
+
+
+def _read_text(reader: RowReader) -> Judged:
+    return _pair(reader, [reader.raw_text(reader.get(key), key) for key in _checked(reader, str)])
+
+
+def _checked(reader: RowReader, kind: type) -> tuple[str, str]:
+    for key in ("chosen", "rejected"):
+        value = reader.get(key)
+        if value is None:
+            raise reader.bad("missing_key", f"`{key}` is missing ({reader.keys()}); known forms: {_known()}")
+        if not isinstance(value, kind):
+            wanted = "a string" if kind is str else "a list of chat messages"
+            raise reader.bad("wrong_type", f"`{key}` is {type_name(value)}, {wanted} was expected")
+        if isinstance(value, str) and not value.strip():
+            raise reader.bad("empty", f"`{key}` is empty")
+    return "chosen", "rejected"
+
+
+def _pair(reader: RowReader, both: list[tuple[Turns, str]], *, silent: bool = False) -> Judged:
+    return judge_pair(
+        both,
+        reader.source,
+        margin=reader.number("margin", at_least=0),
+        weight=reader.number("weight", at_least=0),
+        labels=(_column(reader, "chosen_labels", read_labels), _column(reader, "rejected_labels", read_labels)),
+        ended=(_column(reader, "chosen_ended", read_ended), _column(reader, "rejected_ended", read_ended)),
+        silent=silent,
+    )
+
+
+def _column(reader: RowReader, key: str, read: Callable[[dict[str, Any], str, str], Value]) -> Value:
+    reader.get(key)
+    return read(reader.row, key, reader.source)
+
+
+def _read_best_of_n(reader: RowReader) -> Judged:
+    """RewardBench 2: every answer of `chosen` is better than every answer of `rejected`."""
+    answers: list[Given] = []
+    for key, score in (("chosen", 1.0), ("rejected", 0.0)):
+        value = reader.get(key)
+        if not value:
+            raise reader.bad("empty", f"`{key}` is empty")
+        whole = isinstance(value, str) or isinstance(value[0], dict)  # one answer, not a list of them
+        for index, item in enumerate([value] if whole else value):
+            answers.append((key if whole else f"{key}[{index}]", item, score, None))
+    return replace(_judge(reader, answers), compares_all=False)
+
+
+def _list_column(row: Row) -> str | None:
+    return next((name for name in _LISTS if isinstance(row.get(name), list) and row[name]), None)
+
+
+def _first_number(item: Any, names: tuple[str, ...]) -> str | None:
+    return next((name for name in names if isinstance(item, Mapping) and _is_number(item.get(name))), None)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_ranked(row: Row) -> bool:
+    name = _list_column(row)
+    if name is None:
+        return False
+    objects = any(_is_number(item.get(_RANK)) for item in row[name] if isinstance(item, dict))
+    return objects or any(isinstance(row.get(ranks), list) for ranks in _RANK_LISTS)
+
+
+def _is_rated_list(row: Row) -> bool:
+    name = _list_column(row)
+    if name is None or _is_ranked(row):
+        return False
+    return any(_first_number(item, _RATINGS) for item in row[name]) or any(
+        isinstance(row.get(ratings), list) for ratings in _RATING_LISTS
+    )
+
+
+def _read_ranked(reader: RowReader) -> Judged:
+    """NeMo-RL's `completions`, Nectar's `answers`: the answer with the lower `rank` is better."""
+    return _judge(reader, _listed(reader, (_RANK,), _RANK_LISTS, -1.0))
+
+
+def _read_rated_list(reader: RowReader) -> Judged:
+    """UltraFeedback: the `completions` of a prompt with ratings, of which the differences are the margins."""
+    return _judge(reader, _listed(reader, _RATINGS, _RATING_LISTS, 1.0), graded=True)
+
+
+def _listed(reader: RowReader, names: tuple[str, ...], lists: tuple[str, ...], sign: float) -> list[Given]:
+    """Every answer of the list column with its number."""
+    column = str(_list_column(reader.row))
+    items = reader.get(column) or []
+    beside = next((name for name in lists if isinstance(reader.row.get(name), list)), None)
+    scores = reader.get(beside) if beside else None
+    if scores is not None and len(scores) != len(items):
+        raise reader.bad("bad_value", f"`{beside}` has {len(scores)} numbers for {len(items)} answers in `{column}`")
+    answers: list[Given] = []
+    for index, item in enumerate(items):
+        place = f"{column}[{index}]"
+        if isinstance(item, dict):
+            item = reader.columns.strip(item)
+            name, key = _first_number(item, names), first_filled(item, _TEXTS)
+            if key is None:
+                raise reader.bad("empty", f"`{place}` holds no answer ({', '.join(_TEXTS)})")
+            score = scores[index] if scores is not None else item.get(name or names[0])
+            where = f"{beside}[{index}]" if beside else f"{place}.{name or names[0]}"
+            for other in item:
+                if other not in (key, *names) and not _steers(other, item, reader):
+                    reader.columns.leave(f"{place}.", other, item[other], reader.source)
+            place, item = f"{place}.{key}", item[key]
+        else:
+            where = f"{beside}[{index}]"
+            score = scores[index] if scores is not None else None
+        number = check_number(score, where, reader.source)
+        if number is None:
+            raise reader.bad("missing_key", f"`{where}` is missing: every answer needs its number")
+        answers.append((place, item, sign * number, None))
+    return answers
+
+
+def _steers(name: str, item: Row, reader: RowReader) -> bool:
+    """UltraFeedback's `principle` and the prompt that spells it: given to the writer of an answer, not to its judge."""
+    if name != "custom_system_prompt" or "principle" not in item:
+        return False
+    reader.columns.let_go.setdefault(name)
+    return True
+
+
+def _two_columns(row: Row) -> tuple[str, str] | None:
+    return next((pair for pair in _TWO if all(has_text(row.get(name)) for name in pair)), None)
+
+
+def _read_two_responses(reader: RowReader) -> Judged:
+    """HelpSteer3: from -3, the first answer is much better, to 3, the second is; the size is the margin."""
+    first, second = _two_columns(reader.row) or _TWO[0]
+    name = next(key for key in _PREFERENCES if reader.row.get(key) is not None)
+    preference = reader.number(name) or 0.0
+    answers: list[Given] = [(first, reader.get(first), -preference, None), (second, reader.get(second), 0.0, None)]
+    return _judge(reader, answers, graded=True)
+
+
+def _is_rated(row: Row) -> bool:
+    return first_filled(row, ANSWER_COLUMNS) is not None and _first_number(row, _RATINGS) is not None
+
+
+def _read_rated(reader: RowReader) -> Judged:
+    """HelpSteer: one answer and its ratings; the answers to a prompt are compared over all rows of the file."""
+    name, value = reader.first(ANSWER_COLUMNS) or ("response", None)
+    rating = str(_first_number(reader.row, _RATINGS))
+    score = reader.number(rating) or 0.0
+    labels = tuple(number for attribute in ATTRIBUTES if (number := reader.number(attribute)) is not None)
+    return _judge(reader, [(name, value, score, labels or None)], graded=True, merged=True)
+
+
+def _judge(
+    reader: RowReader,
+    answers: list[Given],
+    *,
+    graded: bool = False,
+    merged: bool = False,
+) -> Judged:
+    """One judged prompt; all answers must be to it."""
+    judged: list[Answer] = []
+    prompt: Turns = ()
+    for index, (place, value, score, labels) in enumerate(answers):
+        own, text = reader.answer(value, place, transcript=_is_transcript(value) and reader.prompt_column() is None)
+        if not text.strip():
+            raise reader.bad("empty", f"the answer in `{place}` is empty")
+        prompt = own if index == 0 else prompt
+        require_same_prompt(prompt, own, reader.source, f"`{answers[0][0]}` and `{place}`")
+        judged.append(Answer(text, score, labels, reader.source))
+    weight = reader.number("weight", at_least=0)
+    return Judged(prompt, tuple(judged), None, 1.0 if weight is None else weight, graded, merged)
+
+
+def _prompt_there(row: Row) -> bool:
+    return row.get("prompt") is not None or first_filled(row, PROMPT_COLUMNS) is not None
+
+
+# In the order in which `auto` looks for them.
+FORMS: tuple[Form, ...] = (
+    Form(
+        "best_of_n",
+        lambda row: (
+            _both(row) and not all(isinstance(row[k], str) or _is_messages(row[k]) for k in ("chosen", "rejected"))
+        ),
+        _read_best_of_n,
+        "`chosen` and `rejected` as lists of answers",
+    ),
+    Form(
+        "messages",
+        lambda row: _both(row) and any(_is_messages(row[key]) for key in ("chosen", "rejected")),
+        _read_messages,
+        "`chosen` and `rejected` as chat messages",
+    ),
+    Form(
+        "transcript",
+        lambda row: _both(row) and any(_is_transcript(row[key]) for key in ("chosen", "rejected")),
+        _read_transcript,
+        "`chosen` and `rejected` as Human:/Assistant: texts",
+    ),
+    Form("prompt", lambda row: _both(row) and _prompt_there(row), _read_prompt, "`prompt`, `chosen`, `rejected`"),
+    Form("text", _both, _read_text, "`chosen` and `rejected` as whole texts"),
+    Form(
+        "two_responses",
+        lambda row: _two_columns(row) is not None and any(row.get(key) is not None for key in _PREFERENCES),
+        _read_two_responses,
+        "`response1`, `response2`, `overall_preference`",
+    ),
+    Form("ranked", _is_ranked, _read_ranked, "`completions` with a `rank` each"),
+    Form("rated_list", _is_rated_list, _read_rated_list, "`completions` with a rating each"),
+    Form("rated", _is_rated, _read_rated, "`prompt`, `response` and a rating"),
+)
+FORMATS = ("auto", *(form.name for form in FORMS), "nemo_aligner")
+_BY_NAME = {form.name: form for form in FORMS}
+
+
+def find_form(row: Any, format: str = "auto") -> Form | None:
+    """The form of a row, None when it has none; a `format` other than auto is taken without looking."""
+    if format != "auto":
+        return _BY_NAME[format]
+    return next((form for form in FORMS if form.matches(row)), None) if isinstance(row, dict) else None
+
+
+def read_judged(row: Any, source: str, format: str = "auto", columns: Columns | None = None) -> Judged:
+    """The prompt of one row and its answers, in any of the forms of FORMS.
+
+    Where turns stand in more than one place (a prompt column, a system column, the conversations themselves) they are
+    joined, see `messages.join_turns`. The last assistant turn is the answer; the turns before it must be the same for
+    all answers. Raises BadRow with the reasons wrong_type, missing_key, empty, identical, different_prompts, no_answer,
+    bad_value, unread_content.
+    """
+    reader = RowReader(row, source, columns)
+    form = find_form(reader.row, format) or _BY_NAME["text"]
+    _refuse_repeated_prompt(reader, form, format)
+    judged = form.read(reader)
+    reader.finish()
+    return judged
+
+
+def _refuse_repeated_prompt(reader: RowReader, form: Form, format: str) -> None:
+    """Both answers begin with the whole prompt: whether they hold it or quote it cannot be seen."""
+    name = reader.prompt_column() or "prompt"
+    prompt = reader.row.get(name)
+    if format != "auto" or form.name != "prompt" or not isinstance(prompt, str) or len(prompt.split()) < 3:
+        return
+    texts = [reader.row[key] for key in ("chosen", "rejected")]
+    if all(isinstance(text, str) and text.lstrip().startswith(prompt.strip()) for text in texts):
+        raise reader.bad(
+            "different_prompts",
+            f"`chosen` and `rejected` both begin with the whole `{name}`: set data.format=text (they hold it) or "
+            "data.format=prompt (they quote it)",
+        )
+
+
+def _known() -> str:
+    return "; ".join(form.keys for form in FORMS)

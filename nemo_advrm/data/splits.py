@@ -1,0 +1,162 @@
+"""Which files of a directory are data, to which split each belongs, and which split a use of it means.
+
+The words are those of Hugging Face `datasets`. Its own search is not used: it counts files without such a word as
+training data and silently joins files that it cannot tell apart.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+
+from nemo_advrm.errors import DataError
+
+JSON_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz")
+TABLE_SUFFIXES = (".parquet", ".arrow")
+SUFFIXES = (*JSON_SUFFIXES, *TABLE_SUFFIXES)
+
+# What a use takes, in this order of preference, and the key that chooses otherwise.
+_WANTED = {"train": ("train",), "prompts": ("train",), "validation": ("validation", "test")}
+_KEY = {role: f"data.{role}_split" for role in _WANTED}
+_FAMILIES = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev", "development", "eval", "evaluation"), "validation"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
+_SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}")
+_NO_DATA = (
+    "config.json",
+    "dataset_dict.json",
+    "dataset_info.json",
+    "dataset_infos.json",
+    "metadata.json",
+    "package.json",
+    "state.json",
+)
+
+
+@dataclass(frozen=True)
+class Split:
+    """A named part of a data set; `family` is train, validation, test or "" for a name that says none of them."""
+
+    name: str
+    family: str = ""
+
+
+def split_named(name: str) -> Split:
+    """The split of this name: "train_prefs" is of the family train."""
+    found = {_FAMILIES[word] for word in re.split(r"[^a-z]+", name.lower()) if word in _FAMILIES}
+    return Split(name, found.pop() if len(found) == 1 else "")
+
+
+def choose_split(splits: Iterable[Split], role: str, wanted: str, place: str) -> Split:
+    """The split that `role` (train, prompts, validation) takes of those at `place`, or the one called `wanted`.
+
+    A training never takes a test or validation split by itself; a validation takes the validation split, else the test
+    split, else the only one. Raises DataError that lists the splits when none or more than one is meant.
+    """
+    known = list(dict.fromkeys(splits))
+    listing = ", ".join(split.name or "(files without a split's name)" for split in known)
+    key = _KEY[role]
+    if wanted:
+        exact = [split for split in known if split.name == wanted]
+        near = [split for split in known if wanted in (split.name.rpartition("/")[2], split.family)]
+        found = exact or near
+        if not found:
+            raise DataError(f"{place}: has no split {wanted!r}; it has: {listing} ({key})")
+    else:
+        by_family = ([split for split in known if split.family == family] for family in _WANTED[role])
+        found = next(filter(None, by_family), [])
+        # one split alone is meant, whatever its name, but for a test split to train on; loose files beside a split of
+        # another name could be anything
+        loose = any(not split.name for split in known)
+        if len(known) == 1 and (role == "validation" or known[0].family in ("", "train")):
+            found = known
+        elif loose:
+            raise DataError(f"{place}: which files are meant? There are: {listing}; choose with {key}, or name a file")
+        elif not found:
+            raise DataError(f"{place}: has no {_WANTED[role][0]} split; it has: {listing}; choose with {key}")
+    if len(found) > 1:
+        names = ", ".join(split.name for split in found)
+        raise DataError(f"{place}: more than one split can be meant: {names} (of: {listing}); choose with {key}")
+    return found[0]
+
+
+@dataclass(frozen=True)
+class Found:
+    """The data files that were chosen in a directory, the name of their split ("" for none) and notes on the others."""
+
+    files: tuple[Path, ...]
+    split: str
+    notes: tuple[str, ...] = ()
+
+
+def find_files(directory: Path, role: str, wanted: str = "") -> Found:
+    """The files of one split in `directory`: its own, those in `data/` and in other folders, as a hub lays them out.
+
+    Hidden files (`._x.jsonl`), descriptions (dataset_info.json, README.md) and other kinds of files are no data.
+    Raises DataError when there are none, or when it is not clear which are meant.
+    """
+    data: dict[Split, list[Path]] = {}
+    others = []
+    for file in sorted(directory.rglob("*")):
+        inside = file.relative_to(directory)
+        if any(part.startswith((".", "__")) for part in inside.parts) or not file.is_file():
+            continue
+        if file.name.endswith(SUFFIXES) and file.name not in _NO_DATA:
+            data.setdefault(_split_of(inside), []).append(file)
+        elif file.name not in _NO_DATA and file.suffix.lower() not in (
+            "",
+            ".md",
+            ".txt",
+            ".lock",
+            ".py",
+            ".gitattributes",
+        ):
+            others.append(str(inside))
+    if not data:
+        beside = f"; there are: {', '.join(others)}" if others else ""
+        raise DataError(f"{directory}: no data files in this directory ({', '.join(SUFFIXES)}){beside}")
+    split = choose_split(data, role, wanted, str(directory))
+    files = data[split]
+    _refuse_copies(directory, files)
+    rest = sorted(other.name for other in data if other != split)
+    notes = [f"other splits there: {', '.join(rest)}"] if rest else []
+    notes += [f"files not read: {', '.join(others)}"] if others else []
+    return Found(tuple(files), split.name, tuple(notes))
+
+
+def _split_of(inside: PurePath) -> Split:
+    """The split of a file by its own name, else by the folder it lies in; its name says the folders above that."""
+    stem = _stem(inside.name)
+    shard = _SHARD.fullmatch(stem)
+    own = shard[1] if shard else re.sub(r"[-_. ]?\d+$", "", stem)
+    folders = [part for part in inside.parts[:-1] if part != "data"]
+    if split_named(own).family:
+        return _within(folders, own)
+    for depth in range(len(folders) - 1, -1, -1):
+        if split_named(folders[depth]).family:
+            return _within(folders[:depth], folders[depth])
+    return _within(folders, shard[1] if shard else "")
+
+
+def _within(folders: Sequence[str], name: str) -> Split:
+    return Split("/".join((*folders, name)), split_named(name).family)
+
+
+def _stem(name: str) -> str:
+    suffix = max((suffix for suffix in SUFFIXES if name.endswith(suffix)), key=len)
+    return name.removesuffix(suffix)
+
+
+def _refuse_copies(directory: Path, files: Sequence[Path]) -> None:
+    """The same name with two suffixes is one set of rows in two formats: read both, and each row counts twice."""
+    seen: dict[Path, Path] = {}
+    for file in files:
+        first = seen.setdefault(file.parent / _stem(file.name), file)
+        if first != file:
+            raise DataError(
+                f"{directory}: {first.name} and {file.name} look like the same rows twice: name one of them"
+            )
