@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from nemo_advrm.data.jsonl import BadRow
 from nemo_advrm.data.preference_rows import PreferencePair
-from nemo_advrm.data.preferences import check_choice
+from nemo_advrm.data.preferences import check_choice, raise_or_count
 from nemo_advrm.data.tokenizers import Tokenizer
 from nemo_advrm.errors import DataError
 
@@ -34,9 +35,13 @@ class EncodedPair:
 
 
 def encode_pairs(
-    rows: Sequence[PreferencePair], tokenizer: Tokenizer, max_length: int, on_overlong: str = "error"
+    rows: Sequence[PreferencePair],
+    tokenizer: Tokenizer,
+    max_length: int,
+    on_overlong: str = "error",
+    on_bad_row: str = "error",
 ) -> tuple[list[EncodedPair], dict[str, int]]:
-    """(encoded pairs in the order of `rows`, counts {"encoded", "overlong", "truncated"}).
+    """(encoded pairs in the order of `rows`, counts {"encoded", "overlong", "truncated", "refused"}).
 
     A pair is over-long when prompt + answer + eos of either side exceeds `max_length` tokens. on_overlong:
     error            DataError names file:line, the length and the limit, and counts the others
@@ -44,19 +49,22 @@ def encode_pairs(
     truncate_prompt  the prompt is cut from the left, equally for both sides, and counted as `truncated`; answer and eos
     stay whole. Where the longer answer leaves no room for any prompt token, the pair is left out (`overlong`).
 
-    Raises DataError also for text the tokenizer refuses, and when no pair is left.
+    A conversation that the tokenizer or its chat template refuses is a DataError too, or left out and counted as
+    `refused` with `on_bad_row="skip"`. Raises DataError when no pair is left.
     """
     check_choice("data.on_overlong", on_overlong, ("error", "skip", "truncate_prompt"))
     encoded: list[EncodedPair] = []
     truncated = 0
     overlong: list[str] = []
+    refused: list[BadRow] = []
     for row in rows:
         try:
             prompt = tokenizer.encode_prompt(row.prompt)
             chosen = _encode_answer(tokenizer, row.chosen, row.chosen_ended)
             rejected = _encode_answer(tokenizer, row.rejected, row.rejected_ended)
         except DataError as error:
-            raise DataError(f"{row.source}: {error}") from error
+            refused.append(BadRow(row.source, "refused", str(error)))
+            continue
         longest = max(len(chosen), len(rejected))
         if len(prompt) + longest > max_length:
             room = max_length - longest
@@ -80,12 +88,15 @@ def encode_pairs(
                 row.rejected_labels,
             )
         )
+    if refused:
+        raise_or_count(refused, usable=len(rows) - len(refused), on_bad_row=on_bad_row, path="")
     advice = "raise model.encoder_seq_length, or set data.on_overlong=skip or data.on_overlong=truncate_prompt"
     if overlong and on_overlong == "error":
         raise DataError(f"{overlong[0]} ({len(overlong)} of {len(rows)} rows are too long); {advice}")
     if not encoded:
         raise DataError(f"{overlong[0]}: all {len(rows)} rows are too long" if overlong else "no rows to encode")
-    return encoded, {"encoded": len(encoded), "overlong": len(overlong), "truncated": truncated}
+    counts = {"overlong": len(overlong), "truncated": truncated, "refused": len(refused)}
+    return encoded, {"encoded": len(encoded), **counts}
 
 
 def _encode_answer(tokenizer: Tokenizer, text: str, ended: bool) -> list[int]:

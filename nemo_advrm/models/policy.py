@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from nemo_advrm.data.batching import BatchSchedule
+from nemo_advrm.data.jsonl import BadRow
 from nemo_advrm.data.messages import Message
+from nemo_advrm.data.preferences import raise_or_count
 from nemo_advrm.data.tokenizers import Tokenizer
 from nemo_advrm.errors import ConfigError, DataError
 from nemo_advrm.megatron import phases, runtime
@@ -46,15 +48,21 @@ class Prompt:
 
 
 def encode_prompts(prompts: list[tuple[Message, ...]], tokenizer: Tokenizer, cfg: Config) -> list[Prompt]:
-    """Encode prompts; one that leaves no room for the response is treated as ``data.on_overlong`` says.
+    """Encode prompts; one that leaves no room for the response is treated as ``data.on_overlong`` says, one that the
+    chat template refuses as ``data.on_bad_row`` says.
 
     Raises DataError for such a prompt (the default), and when none is left.
     """
     room = cfg.model.encoder_seq_length - cfg.rl.max_new_tokens
     choice = cfg.data.on_overlong
     encoded: list[Prompt] = []
+    refused: list[BadRow] = []
     for i, messages in enumerate(prompts):
-        tokens = tokenizer.encode_prompt(messages)
+        try:
+            tokens = tokenizer.encode_prompt(messages)
+        except DataError as error:
+            refused.append(BadRow(f"prompt {i + 1}", "refused", str(error)))
+            continue
         if len(tokens) > room and choice == "truncate_prompt" and room > 0:
             tokens = tokens[-room:]
         if len(tokens) > room:
@@ -66,6 +74,11 @@ def encode_prompts(prompts: list[tuple[Message, ...]], tokenizer: Tokenizer, cfg
                 "truncate_prompt)"
             )
         encoded.append(Prompt(len(encoded), messages, tokens))
+    if refused:
+        usable = len(prompts) - len(refused)
+        raise_or_count(refused, usable=usable, on_bad_row=cfg.data.on_bad_row, path="prompts")
+        if runtime.current().is_writer:
+            print(f"prompts: {len(refused)} of {len(prompts)} left out: {refused[0]}", flush=True)
     if not encoded:
         raise DataError(f"no prompt leaves room for rl.max_new_tokens={cfg.rl.max_new_tokens}")
     return encoded

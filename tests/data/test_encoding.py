@@ -28,7 +28,7 @@ def test_a_pair_is_prompt_answer_eos_on_both_sides() -> None:
     assert pair.chosen == [*prompt, *TOKENIZER.encode("yes"), 1]
     assert pair.rejected == [*prompt, *TOKENIZER.encode("n"), 1]
     assert (pair.margin, pair.weight, pair.source, pair.length) == (2.0, 0.5, "f.jsonl:3", 10)
-    assert counts == {"encoded": 1, "overlong": 0, "truncated": 0}
+    assert counts == {"encoded": 1, "overlong": 0, "truncated": 0, "refused": 0}
 
 
 def test_a_cut_off_answer_is_encoded_as_it_was_scored_without_an_end(tmp_path: Path) -> None:
@@ -57,7 +57,7 @@ def test_skip_leaves_out_and_counts() -> None:
     rows = [row("hi", "a", "b"), row("hi", "a", "b" * 50), row("hi", "c", "d")]
     pairs, counts = encode_pairs(rows, TOKENIZER, 16, on_overlong="skip")
     assert [pair.chosen[6] for pair in pairs] == TOKENIZER.encode("ac")
-    assert counts == {"encoded": 2, "overlong": 1, "truncated": 0}
+    assert counts == {"encoded": 2, "overlong": 1, "truncated": 0, "refused": 0}
 
 
 def test_truncation_cuts_the_prompt_from_the_left_and_keeps_answers_whole() -> None:
@@ -72,7 +72,7 @@ def test_truncation_leaves_out_answers_that_fill_the_context() -> None:
     rows = [row("hi", "a" * 9, "b"), row("hi", "a" * 8, "b")]
     (pair,), counts = encode_pairs(rows, TOKENIZER, 10, on_overlong="truncate_prompt")
     assert pair.chosen == [4, *TOKENIZER.encode("a" * 8), 1]
-    assert counts == {"encoded": 1, "overlong": 1, "truncated": 1}
+    assert counts == {"encoded": 1, "overlong": 1, "truncated": 1, "refused": 0}
 
 
 def test_nothing_left_is_an_error() -> None:
