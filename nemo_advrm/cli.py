@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import importlib
 import operator
@@ -12,13 +13,22 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nemo_advrm import __version__
-from nemo_advrm.errors import FailedElsewhere, Preempted, ProcessLost, UserError
+from nemo_advrm import __version__, signals
+from nemo_advrm.errors import (
+    EXIT_PREEMPTED,
+    FailedElsewhere,
+    Preempted,
+    ProcessLost,
+    RewardSourceError,
+    UserError,
+)
 from nemo_advrm.place import host_name, place
 
 _SINGLE_PROCESS = ("report", "doctor", "select", "stages", "plan")
+# stages that stop at a signal where they can go on; the others, of which a half is worth nothing, end at once
+_RESUMABLE = ("sft", "train_rm", "attack", "rlhf", "pipeline")
 USAGE = "usage: nemo-advrm STAGE [key=value ...] | STAGE --help | --version"
-EXIT_BUG, EXIT_USER_ERROR, EXIT_PROCESS_LOST, EXIT_PREEMPTED, EXIT_INTERRUPTED = 1, 2, 3, 75, 130
+EXIT_BUG, EXIT_USER_ERROR, EXIT_PROCESS_LOST, EXIT_INTERRUPTED = 1, 2, 3, 130
 EXIT_PIPE = 141  # of a program that SIGPIPE ends
 # seconds that other processes wait before they report: torchrun has ended them by then if the first one failed too
 OTHERS_WAIT = 2.0
@@ -193,10 +203,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one stage; returns the exit status: 0, 2 (a user's error), 3 (another process of the job was lost), 75
     (stopped by a signal, saved: the same command goes on) or 130 (interrupted).
 
-    Any other exception is a bug: it leaves with its traceback, and Python exits with 1.
+    Any other exception is a bug: it leaves with its traceback, and Python exits with 1. Without ``arguments`` this is
+    the process's command: once it has ended a signal changes its status no more.
     """
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    return guarded(lambda: _dispatch(words))
+    with signals.owned(to_the_end=arguments is None):
+        words = list(sys.argv[1:] if arguments is None else arguments)
+        return guarded(lambda: _dispatch(words))
 
 
 def guarded(call: Callable[[], int | None]) -> int:
@@ -214,6 +226,8 @@ def guarded(call: Callable[[], int | None]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_PIPE
     except UserError as error:
+        if isinstance(error, RewardSourceError) and signals.received():  # its server got the signal too
+            return _stopped_without_saving(error)
         if here.rank == 0:
             print(f"error: {error}", file=sys.stderr)
         elif not error.everywhere:
@@ -225,6 +239,8 @@ def guarded(call: Callable[[], int | None]) -> int:
             print(stop, file=sys.stderr)
         return EXIT_PREEMPTED
     except ProcessLost as error:
+        if signals.received():
+            return _stopped_without_saving(error)
         print(f"error: {error}", file=sys.stderr)
         return EXIT_PROCESS_LOST
     except FailedElsewhere:
@@ -237,13 +253,25 @@ def guarded(call: Callable[[], int | None]) -> int:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             print(f"error: {error}; make room, and the same command goes on", file=sys.stderr)
             return EXIT_USER_ERROR
+        stopped = (
+            signals.received()
+        )  # before the others are asked, which takes time: a launcher ends what is left of a job
         told = _lost_process(error)
+        if told is not None and stopped:
+            return _stopped_without_saving(told)
         if told is not None:
             print(f"error: {told}", file=sys.stderr)
             return EXIT_PROCESS_LOST
         if here.world_size > 1:
             print(f"rank {here.rank} on {host_name()} failed:", file=sys.stderr)
         raise
+
+
+def _stopped_without_saving(reason: object) -> int:
+    """The status after a signal when a step could not be ended for want of another process or of a reward server."""
+    goes_on = "the same command goes on from the newest checkpoint"
+    print(f"stopped by {signals.received()}, the step under way was given up ({reason}); {goes_on}", file=sys.stderr)
+    return EXIT_PREEMPTED
 
 
 def _lost_process(error: Exception) -> str | None:
@@ -272,8 +300,10 @@ def run_stage(name: str, overrides: Sequence[str]) -> int | None:
             return status
     quiet_libraries()
     module, _, function = STAGES[name].entry.partition(":")
-    stage: Callable[..., int | None] = getattr(importlib.import_module(module), function)
-    return stage(cfg)
+    signals.leave_if_received("before anything began: nothing is lost, the same command starts over")
+    with contextlib.nullcontext() if name in _RESUMABLE else signals.at_once():
+        stage: Callable[..., int | None] = getattr(importlib.import_module(module), function)
+        return stage(cfg)
 
 
 def _dispatch(words: list[str]) -> int | None:

@@ -1,5 +1,7 @@
 """Errors a user can act on: each carries one clear message that names the file, line or key."""
 
+EXIT_PREEMPTED = 75  # the command line's status for Preempted
+
 
 class UserError(Exception):
     """Base of every error caused by input or environment; the command line prints it and exits with 2."""
@@ -32,8 +34,11 @@ class RewardSourceError(UserError):
     """A reward source failed or returned unusable scores; the message names the source."""
 
 
-class Preempted(Exception):
-    """A signal asked the job to stop and its state is saved: the same command goes on from there (exit status 75)."""
+class Preempted(BaseException):
+    """A signal asked the job to stop and its state is saved: the same command goes on from there (exit status 75).
+
+    No Exception: a library that tries one way after another must not take it for the failure of the first.
+    """
 
 
 class ProcessLost(Exception):

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import signal
 import sys
+import threading
+import time
+from collections.abc import Iterator
 from typing import Any
 
-from nemo_advrm.errors import ConfigError
+from nemo_advrm import signals
+from nemo_advrm.errors import EXIT_PREEMPTED, ConfigError
 from nemo_advrm.place import host_name, place
 from nemo_advrm.schema import Config
 
 # seconds that the processes have after a TERM to save their state before they are killed
 SHUTDOWN_SECONDS = 90
+# between looks for a signal to hand on
+LOOK_SECONDS = 0.1
 
 
 def relaunch(cfg: Config, argv: list[str]) -> int | None:
@@ -55,29 +62,60 @@ def _run(command: list[str], processes: int) -> int:
         rdzv_endpoint="localhost:0",
         max_restarts=0,
         shutdown_timeout=SHUTDOWN_SECONDS,
+        signals_to_handle="SIGINT,SIGHUP,SIGQUIT",  # at TERM it would end with 143 whatever the processes have saved
     )
-    signal.signal(signal.SIGUSR1, _forward)
+    with signals.owned(), _handed_on():
+        try:
+            elastic_launch(config, command[0])(*command[1:])
+        except ChildFailedError as failed:
+            return _status(failed)
+        except SignalException as stopped:
+            return 128 + stopped.sigval
+        return 0
+
+
+@contextlib.contextmanager
+def _handed_on() -> Iterator[None]:
+    """Hand the signal that comes to this process on to the others, also to those that start later: they save and end.
+
+    What is left of them ``SHUTDOWN_SECONDS`` after a TERM is killed.
+    """
+    over = threading.Event()
+    thread = threading.Thread(target=_hand_on, args=(over,), name="signals", daemon=True)
+    thread.start()
     try:
-        elastic_launch(config, command[0])(*command[1:])
-    except ChildFailedError as failed:
-        return _status(failed)
-    except SignalException as stopped:
-        return 128 + stopped.sigval
-    return 0
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
-def _forward(signum: int, frame: Any) -> None:
-    """Hand a signal to the processes: they save their state and end, see stages/fit.py."""
+def _hand_on(over: threading.Event) -> None:
     import psutil
 
-    for child in psutil.Process().children():
-        with contextlib.suppress(psutil.Error):
-            child.send_signal(signum)
+    told: set[int] = set()
+    deadline = math.inf
+    while not over.wait(LOOK_SECONDS):
+        name = signals.received()
+        if not name:
+            continue
+        if deadline == math.inf and name == "SIGTERM":
+            deadline = time.monotonic() + SHUTDOWN_SECONDS
+        for child in psutil.Process().children():
+            with contextlib.suppress(psutil.Error):
+                if time.monotonic() > deadline:
+                    child.kill()
+                elif child.pid not in told:
+                    child.send_signal(signal.Signals[name])
+            told.add(child.pid)
 
 
 def _status(failed: Any) -> int:
     """Exit status of the first failure; one that the process could not report itself is told here."""
     rank, failure = failed.get_first_failure()
+    if failure.exitcode < 0 and signals.received() == signal.Signals(-failure.exitcode).name:
+        print(f"stopped by {signals.received()} before the first step: nothing is lost", file=sys.stderr)
+        return EXIT_PREEMPTED
     if failure.exitcode < 0:
         hint = " (by the kernel, if the host ran out of memory)" if failure.exitcode == -signal.SIGKILL else ""
         print(f"error: rank {rank} on {host_name()} was ended by {failure.signal_name()}{hint}", file=sys.stderr)

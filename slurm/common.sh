@@ -3,7 +3,7 @@
 # Read by them, not run.
 
 # Exit statuses of nemo-advrm that mean "start the same command again": 75 stopped by a signal and saved;
-# 138 ended by SIGUSR1 (128 + 10) before there was a training to save.
+# 138 ended by SIGUSR1 (128 + 10) before the command had begun.
 readonly PREEMPTED=75 ENDED_BY_USR1=138
 readonly ENDED_BY_TERM=143 SERVER_LOST=3
 # that servers have to answer what they were asked before (serve.drain_seconds is 30) and to end; before a requeue nobody
@@ -197,7 +197,7 @@ wait_for_server() {
 server_was_told_to_end() {
     wait "${servers[$1]}"
     server_status=$?
-    ((server_status == 0 || server_status == ENDED_BY_TERM || server_status == ENDED_BY_USR1))
+    ((server_status == 0 || server_status == PREEMPTED || server_status == ENDED_BY_TERM || server_status == ENDED_BY_USR1))
 }
 
 # Beside the policy: tells the batch script when a server has ended, for it waits for the policy only.

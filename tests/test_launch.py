@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -44,9 +45,7 @@ def launch(script: str, **options: object) -> subprocess.Popen[str]:
     """A process that starts two processes of ``script`` as the command line does and exits with their status."""
     code = f"import sys; from nemo_advrm.launch import _run; sys.exit(_run([sys.executable, '-c', {script!r}], 2))"
     environment = {k: v for k, v in os.environ.items() if k not in VARIABLES}
-    return subprocess.Popen(
-        [sys.executable, "-c", code], env=environment, stderr=subprocess.PIPE, text=True, **options
-    )  # type: ignore[call-overload,no-any-return]
+    return subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.PIPE, text=True, **options)  # type: ignore[call-overload,no-any-return]
 
 
 @pytest.mark.parametrize(
@@ -67,17 +66,35 @@ def test_the_exit_status_is_that_of_the_first_process_that_failed(script: str, s
     assert told in errors
 
 
-def test_usr1_is_handed_to_the_processes(tmp_path: Path) -> None:
-    script = (
-        "import os, signal, sys, time; from pathlib import Path; "
-        "signal.signal(signal.SIGUSR1, lambda *_: sys.exit(75)); "
-        f"Path({str(tmp_path)!r}, os.environ['RANK']).touch(); time.sleep(60)"
-    )
-    process = launch(script)
+_WAITING = (
+    "import os, signal, sys, time; from pathlib import Path; "
+    "signal.signal(signal.{name}, lambda *_: sys.exit({status})); "
+    "Path({home!r}, os.environ['RANK']).touch(); time.sleep(60)"
+)
+
+
+@pytest.mark.parametrize(("name", "status"), [("SIGUSR1", 75), ("SIGTERM", 75), ("SIGTERM", 0)])
+def test_a_signal_is_handed_to_the_processes_whose_status_counts(tmp_path: Path, name: str, status: int) -> None:
+    process = launch(_WAITING.format(name=name, status=status, home=str(tmp_path)))
     deadline = time.monotonic() + 60
     while len(list(tmp_path.iterdir())) < 2:
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.05)
-    process.send_signal(10)
+    process.send_signal(getattr(signal, name))
     process.communicate(timeout=60)
-    assert process.returncode == 75
+    assert process.returncode == status
+
+
+def test_a_signal_reaches_processes_that_start_later_and_one_that_cannot_hear_it_yet_loses_nothing() -> (
+    None
+):
+    code = (
+        "import os, signal, sys; from nemo_advrm import launch, signals\n"
+        "with signals.owned():\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    sys.exit(launch._run([sys.executable, '-c', 'import time; time.sleep(60)'], 2))"
+    )
+    environment = {k: v for k, v in os.environ.items() if k not in VARIABLES}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 75
+    assert done.stderr.splitlines()[-1] == "stopped by SIGTERM before the first step: nothing is lost"

@@ -11,8 +11,9 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
+from nemo_advrm.callbacks.preemption import stopped_and_saved
 from nemo_advrm.errors import CheckpointError
-from nemo_advrm.megatron import checkpoint, manifest, phases, runtime
+from nemo_advrm.megatron import checkpoint, manifest, phases, runtime, stopping
 from nemo_advrm.megatron.strategy import IN_BACKGROUND, MegatronStrategy
 
 _log = logging.getLogger(__name__)
@@ -74,6 +75,8 @@ class PeriodicCheckpoint(Checkpoint):
     With ``in_background`` training goes on while a copy is written. One save is under way at a time: the end of every
     step asks whether it is written (an all-reduce of one number, while there is one), completes it if so, and waits for
     it when the next is due.
+
+    A signal that came during a save stops the training (Preempted) at the step that was saved.
     """
 
     def __init__(self, directory: Path, every: int, keep: int, in_background: bool = False) -> None:
@@ -107,6 +110,10 @@ class PeriodicCheckpoint(Checkpoint):
         else:
             trainer.save_checkpoint(path)
             runtime.on_writer(self._remove_oldest)
+        reason = stopping.asked()
+        if reason:
+            self._end_saving(strategy, wait=True)
+            raise stopped_and_saved(reason, path, step)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         phases.enter("checkpoint")

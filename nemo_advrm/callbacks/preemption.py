@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import signal
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +9,13 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
 from nemo_advrm.errors import Preempted
+from nemo_advrm.megatron import stopping
 from nemo_advrm.megatron.strategy import MegatronStrategy
 
-# SLURM sends the first before a time limit (--signal=USR1@SECONDS), schedulers and torchrun the second
-SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
+
+def keep_signals(trainer: Trainer) -> None:
+    """Keep Lightning's handler of SIGTERM out: it would end the training wherever it stands, with status 0."""
+    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
 
 
 class PreemptionCheckpoint(Checkpoint):
@@ -31,36 +30,28 @@ class PreemptionCheckpoint(Checkpoint):
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self.received: str = ""
 
-    @contextlib.contextmanager
-    def watching(self) -> Iterator[None]:
-        """Note the signals inside the block instead of ending the process; more of them change nothing."""
-        if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
-            yield
-            return
-        before = {signum: signal.signal(signum, self._note) for signum in SIGNALS}
-        try:
-            yield
-        finally:
-            for signum, handler in before.items():
-                signal.signal(signum, handler)
-
-    def _note(self, signum: int, frame: Any) -> None:
-        self.received = signal.Signals(signum).name
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        step = trainer.global_step
+        start = f"goes on after step {step}" if step else "starts over"
+        stopping.leave_if_asked(f"before step {step + 1}: nothing is lost, the same command {start}")
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        # the signal may reach one rank only, or different ranks at different steps: the decision is everybody's
-        stop = trainer.strategy.reduce_boolean_decision(bool(self.received), all=False)
         step = trainer.global_step
-        if not stop or step >= pl_module.max_steps:  # type: ignore[operator]
+        # the signal may reach one rank only, or different ranks at different steps: the decision is everybody's
+        reason = stopping.asked()
+        if not reason or step >= pl_module.max_steps:  # type: ignore[operator]
             return
-        reason = self.received or "a signal to another rank"
         path = self.directory / f"step_{step:08d}"
         strategy: MegatronStrategy = trainer.strategy  # type: ignore[assignment]
         strategy.end_saving(wait=False)
         strategy.drop_saving()
         trainer.save_checkpoint(path)
-        raise Preempted(f"stopped by {reason} after step {step}, saved in {path}; the same command goes on from there")
+        raise stopped_and_saved(reason, path, step)
+
+
+def stopped_and_saved(reason: str, path: Path, step: int) -> Preempted:
+    """What ends a training at ``step``, which is saved in ``path``."""
+    return Preempted(f"stopped by {reason} after step {step}, saved in {path}; the same command goes on from there")

@@ -11,12 +11,15 @@ import time
 
 import torch.distributed as dist
 
+from nemo_advrm import signals
 from nemo_advrm.errors import ConfigError, ProcessLost
 from nemo_advrm.megatron.hangs import Beat
 from nemo_advrm.place import Place, host_name, one_line
 
 # how long a process whose collective failed waits for the others to say the same
 ANSWER_SECONDS = 8.0
+# between looks for a signal while a process waits for the others to start
+LOOK_SECONDS = 1.0
 _COLLECTIVE_FAILED = re.compile(r"gloo|nccl|connection (closed|reset|refused)|socket", re.IGNORECASE)
 # the processes' own key-value store; rank 0 (or torchrun's agent) keeps it
 _store: dist.Store | None = None
@@ -155,8 +158,14 @@ def _open_store(here: Place, host: str, port: int, timeout: datetime.timedelta) 
 def _roll_call(store: dist.Store, here: Place, timeout: datetime.timedelta, place: str) -> None:
     if store.add("joined", 1) == here.world_size:
         store.set("all joined", "1")
+    deadline = time.monotonic() + timeout.total_seconds()
     try:
-        store.wait(["all joined"], timeout)
+        # in short waits: a signal is heard between them
+        while not store.check(["all joined"]) and time.monotonic() < deadline:
+            signals.leave_if_received(f"while {place} waited for the others: nothing is lost")
+            with contextlib.suppress(dist.DistStoreError):
+                store.wait(["all joined"], datetime.timedelta(seconds=LOOK_SECONDS))
+        store.wait(["all joined"], datetime.timedelta(milliseconds=1))
     except (dist.DistError, RuntimeError) as error:
         with contextlib.suppress(dist.DistError, RuntimeError):
             missing = [rank for rank in range(here.world_size) if not store.check([f"host/{rank}"])]

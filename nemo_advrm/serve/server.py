@@ -16,6 +16,7 @@ from types import FrameType
 
 import uvicorn
 
+from nemo_advrm import signals
 from nemo_advrm.errors import ConfigError, RewardSourceError, UserError
 from nemo_advrm.schema import ServeConfig
 from nemo_advrm.serve.app import Service, create_app
@@ -120,8 +121,11 @@ class _Server(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         # uvicorn's own raises the signal once more at the end, and the process would end as if it had been killed
-        before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGTERM, signal.SIGINT)}
+        ours = (*signals.SIGNALS, signal.SIGINT)
+        before = {number: signal.signal(number, self.handle_exit) for number in ours}
         try:
+            if signals.received():  # while the models were loaded
+                self.handle_exit(signal.SIGTERM, None)
             yield
         finally:
             for number, handler in before.items():
@@ -133,7 +137,7 @@ class _Server(uvicorn.Server):
 
 
 def run(service: Service, metrics: Metrics, token: str, sock: socket.socket, directory: Path) -> None:
-    """Serve until TERM or INT, then finish the running requests.
+    """Serve until TERM, USR1 or INT, then finish the running requests.
 
     ``directory/server.json`` holds addresses and process while the server is ready.
 

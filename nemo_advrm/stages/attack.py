@@ -11,7 +11,7 @@ from nemo_advrm.data.jsonl import read_jsonl, write_jsonl_atomic
 from nemo_advrm.data.messages import Message
 from nemo_advrm.data.tokenizers import Tokenizer, build_tokenizer
 from nemo_advrm.errors import ConfigError
-from nemo_advrm.megatron import checkpoint, runtime
+from nemo_advrm.megatron import checkpoint, runtime, stopping
 from nemo_advrm.models.language_model import build_policy
 from nemo_advrm.models.policy import AdversarialPolicy, Prompt, encode_prompts
 from nemo_advrm.models.trainable import derive_seed
@@ -96,6 +96,7 @@ def run_attack(
         own = [directory / policy_name(direction, i) for i in range(cfg.adversarial.policies)]
         for i, home in enumerate(own):
             if read_json(home / "summary.json") is None:
+                stopping.leave_if_asked(f"before the attack of {home.name}: the same command goes on there")
                 policy_seed = derive_seed(seed, "attack", direction, i)
                 _attack_member(cfg, tokenizer, home, prompts, members, reference, gold, direction, policy_seed)
         found[str(direction)] = _combined([read_json(home / "summary.json") for home in own])

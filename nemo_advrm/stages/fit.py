@@ -13,9 +13,10 @@ from typing import Any
 from lightning.pytorch import Callback, Trainer
 from nemo.utils.exp_manager import exp_manager
 
+from nemo_advrm import signals
 from nemo_advrm.callbacks.checkpoints import PeriodicCheckpoint, newest_usable
 from nemo_advrm.callbacks.metrics import MetricsWriter
-from nemo_advrm.callbacks.preemption import PreemptionCheckpoint
+from nemo_advrm.callbacks.preemption import PreemptionCheckpoint, keep_signals
 from nemo_advrm.callbacks.progress import PhaseMarks, StepProgress
 from nemo_advrm.megatron import checkpoint, memory, resiliency, runtime
 from nemo_advrm.megatron.strategy import MegatronStrategy
@@ -38,7 +39,6 @@ def fit(
     Writes ``metrics.jsonl``, ``checkpoints/`` and the loggers' files below ``directory``.
     """
     checkpoints = directory / "checkpoints"
-    preemption = PreemptionCheckpoint(checkpoints)
     strategy = MegatronStrategy(cfg.trainer.timeout_minutes)
     trainer = Trainer(
         accelerator="gpu" if runtime.current().on_gpu else "cpu",
@@ -53,7 +53,7 @@ def fit(
             StepProgress(title, cfg.trainer.log_every_n_steps),
             PhaseMarks(cfg.trainer.log_every_n_steps, cfg.trainer.straggler_ratio),
             *_installed(cfg),
-            preemption,
+            PreemptionCheckpoint(checkpoints),
             PeriodicCheckpoint(
                 checkpoints,
                 cfg.trainer.checkpoint_every_n_steps,
@@ -76,7 +76,8 @@ def fit(
     with contextlib.redirect_stdout(io.StringIO()):
         exp_manager(trainer, _exp_manager_options(cfg, directory / "logs"))
     newest = newest_usable(checkpoints, cfg.trainer.verify_checkpoints)
-    with preemption.watching(), memory.explained(directory, cfg, module.stage, module.model.vocab_size):
+    keep_signals(trainer)
+    with signals.owned(), memory.explained(directory, cfg, module.stage, module.model.vocab_size):
         try:
             trainer.fit(module, ckpt_path=str(newest) if newest else None)
         finally:

@@ -22,7 +22,7 @@ from nemo_advrm.data.preferences import PreferencePair, load_preferences
 from nemo_advrm.data.tokenizers import build_tokenizer
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.layout import at_layout
-from nemo_advrm.megatron import runtime
+from nemo_advrm.megatron import runtime, stopping
 from nemo_advrm.models.language_model import EncodedResponse, build_policy
 from nemo_advrm.models.policy import Prompt, encode_prompts
 from nemo_advrm.models.trainable import derive_seed
@@ -82,6 +82,7 @@ class Pipeline:
             elif step.kind == "report":
                 self._report()
             elif not self.state.is_complete(step.name):
+                stopping.leave_if_asked(f"before {step.name}: the same command goes on there")
                 self._run(step)
 
     def _run(self, step: Step) -> None:

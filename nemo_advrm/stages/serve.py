@@ -6,6 +6,7 @@ import signal
 import socket
 from pathlib import Path
 
+from nemo_advrm import signals
 from nemo_advrm.data.tokenizers import build_tokenizer
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.extras import require_extra
@@ -37,9 +38,10 @@ def main(cfg: Config) -> int:
     members = sources.load_members(cfg, cfg.ensemble.members, build_tokenizer(cfg.model.tokenizer))
     reward = _reward(cfg, members, reference)
     if rt.is_writer:
-        return _serve(cfg, members, reward, reference, *listening[0])
+        with signals.recorded():  # from here on a signal lets the server answer what it was asked before
+            return _serve(cfg, members, reward, reference, *listening[0])
     # the launcher passes TERM to every process; the first one lets the others go when its requests are done
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (*signals.SIGNALS, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     from nemo_advrm.serve.scorer import follow
 

@@ -19,7 +19,7 @@ import yaml
 from nemo_advrm.config import resolved, save_resolved, versions
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.layout import validate_layout
-from nemo_advrm.megatron import checkpoint, heartbeat, runtime
+from nemo_advrm.megatron import checkpoint, heartbeat, runtime, stopping
 from nemo_advrm.megatron.transformer import has_transformer_engine
 from nemo_advrm.place import host_name, place
 from nemo_advrm.quiet import quiet_libraries
@@ -71,6 +71,7 @@ _STAGE_PREFIX = re.compile(r"stage\.[^.]+\.")
 _IDENTITY = ("config.yaml", "versions.yaml", "state.json", "state.lock")
 _LOCK = "run.lock"
 LOCK_SECONDS = 60.0
+NOT_BEGUN = "before the work began: nothing is lost, the same command goes on"
 
 _log = logging.getLogger(__name__)
 
@@ -79,7 +80,7 @@ def start(cfg: Config) -> runtime.Runtime:
     """Join the job at the layout of ``cfg``.
 
     Raises LayoutError or ConfigError when the layout does not fit the model or the processes, CheckpointError
-    when a checkpoint that the stage starts from is missing.
+    when a checkpoint that the stage starts from is missing, Preempted when a signal has come to any process.
     """
     quiet_libraries()  # again: libraries set their own levels when they are imported
     model = cfg.model
@@ -92,6 +93,7 @@ def start(cfg: Config) -> runtime.Runtime:
         torch.set_num_threads(cfg.trainer.cpu_threads)
     started = runtime.start(layout, cfg.trainer.accelerator, cfg.trainer.timeout_minutes)
     heartbeat.start(cfg.trainer.hang_minutes, Path(cfg.run_dir))
+    stopping.leave_if_asked(NOT_BEGUN)
     # what is missing or incomplete is told before anything is written
     if cfg.pretrained_checkpoint.restore_from_path:
         checkpoint.read_meta(Path(cfg.pretrained_checkpoint.restore_from_path))
@@ -108,6 +110,7 @@ def claim(cfg: Config, directory: Path) -> None:
     is printed and recorded. A run that failed before it produced anything leaves no claim, but one that is alive does;
     on a file system without locks both do.
     """
+    stopping.leave_if_asked(NOT_BEGUN)
     runtime.on_writer(lambda: _claim(cfg, directory))
 
 

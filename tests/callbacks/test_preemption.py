@@ -10,20 +10,27 @@ from typing import Any
 
 import pytest
 
-from nemo_advrm.callbacks.preemption import SIGNALS, PreemptionCheckpoint
+from nemo_advrm import signals
+from nemo_advrm.callbacks.preemption import PreemptionCheckpoint
 from nemo_advrm.errors import CheckpointError, Preempted
+from nemo_advrm.megatron import checkpoint
+from nemo_advrm.signals import SIGNALS
+
+pytestmark = pytest.mark.usefixtures("single")
+
+
+@pytest.fixture
+def elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another rank has got a signal."""
+    monkeypatch.setattr(checkpoint, "greatest", lambda value: 1)
 
 
 class FakeStrategy:
     """What the callback uses of the strategy; ``under_way``: a save in the background, "written" or "unwritten"."""
 
-    def __init__(self, elsewhere: bool, under_way: str) -> None:
-        self.elsewhere = elsewhere
+    def __init__(self, under_way: str) -> None:
         self.saving = under_way
         self.ended = ""
-
-    def reduce_boolean_decision(self, own: bool, all: bool) -> bool:
-        return own if all else own or self.elsewhere
 
     def end_saving(self, wait: bool) -> bool:
         assert not wait
@@ -37,13 +44,13 @@ class FakeStrategy:
 
 
 class FakeTrainer:
-    """What the callback uses of Lightning's Trainer; ``elsewhere``: another rank has got a signal."""
+    """What the callback uses of Lightning's Trainer."""
 
-    def __init__(self, step: int, elsewhere: bool = False, fails: bool = False, under_way: str = "") -> None:
+    def __init__(self, step: int, fails: bool = False, under_way: str = "") -> None:
         self.global_step = step
         self.fails = fails
         self.saved: list[Path] = []
-        self.strategy = FakeStrategy(elsewhere, under_way)
+        self.strategy = FakeStrategy(under_way)
 
     def save_checkpoint(self, path: Path) -> None:
         assert not self.strategy.saving
@@ -62,7 +69,7 @@ def end_step(callback: PreemptionCheckpoint, trainer: FakeTrainer, max_steps: in
 def test_a_signal_saves_and_stops_at_the_end_of_the_step_and_handlers_are_put_back(tmp_path: Path, signum: int) -> None:
     before = {s: signal.getsignal(s) for s in SIGNALS}
     callback, trainer = PreemptionCheckpoint(tmp_path), FakeTrainer(3)
-    with callback.watching():
+    with signals.owned():
         end_step(callback, FakeTrainer(2))
         os.kill(os.getpid(), signum)
         with pytest.raises(Preempted, match=f"{signal.Signals(signum).name} after step 3"):
@@ -71,32 +78,41 @@ def test_a_signal_saves_and_stops_at_the_end_of_the_step_and_handlers_are_put_ba
     assert {s: signal.getsignal(s) for s in SIGNALS} == before
 
 
-def test_a_signal_to_another_rank_stops_this_one_too(tmp_path: Path) -> None:
-    callback, trainer = PreemptionCheckpoint(tmp_path), FakeTrainer(5, elsewhere=True)
-    with callback.watching(), pytest.raises(Preempted, match="another rank"):
+def test_a_signal_to_another_rank_stops_this_one_too(elsewhere: None, tmp_path: Path) -> None:
+    callback, trainer = PreemptionCheckpoint(tmp_path), FakeTrainer(5)
+    with signals.owned(), pytest.raises(Preempted, match="another rank"):
         end_step(callback, trainer)
     assert len(trainer.saved) == 1
 
 
 @pytest.mark.parametrize(("under_way", "ended"), [("written", "completed"), ("unwritten", "given up")])
 def test_a_save_under_way_is_completed_if_it_is_written_and_given_up_else(
-    tmp_path: Path, under_way: str, ended: str
+    elsewhere: None, tmp_path: Path, under_way: str, ended: str
 ) -> None:
-    trainer = FakeTrainer(3, elsewhere=True, under_way=under_way)
+    trainer = FakeTrainer(3, under_way=under_way)
     callback = PreemptionCheckpoint(tmp_path)
-    with callback.watching(), pytest.raises(Preempted):
+    with signals.owned(), pytest.raises(Preempted):
         end_step(callback, trainer)
     assert trainer.strategy.ended == ended
     assert trainer.saved == [tmp_path / "step_00000003"]
 
 
-def test_the_last_step_is_not_stopped(tmp_path: Path) -> None:
-    trainer = FakeTrainer(10, elsewhere=True)
+def test_the_last_step_is_not_stopped(elsewhere: None, tmp_path: Path) -> None:
+    trainer = FakeTrainer(10)
     end_step(PreemptionCheckpoint(tmp_path), trainer)
     assert trainer.saved == []
 
 
-def test_a_save_that_fails_is_its_own_error(tmp_path: Path) -> None:
+def test_a_save_that_fails_is_its_own_error(elsewhere: None, tmp_path: Path) -> None:
     callback = PreemptionCheckpoint(tmp_path)
-    with callback.watching(), pytest.raises(CheckpointError, match="could not be written"):
-        end_step(callback, FakeTrainer(3, elsewhere=True, fails=True))
+    with signals.owned(), pytest.raises(CheckpointError, match="could not be written"):
+        end_step(callback, FakeTrainer(3, fails=True))
+
+
+def test_before_its_first_step_a_training_is_stopped_without_a_save(tmp_path: Path) -> None:
+    trainer = FakeTrainer(4)
+    with signals.owned():
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(Preempted, match="before step 5: nothing is lost, the same command goes on after step 4"):
+            PreemptionCheckpoint(tmp_path).on_train_start(trainer, None)  # type: ignore[arg-type]
+    assert trainer.saved == []
