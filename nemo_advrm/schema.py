@@ -236,8 +236,8 @@ class RLConfig:
     apply_unended_penalty: bool = True
     scale_advantages: bool = True  # divide advantages by their batch standard deviation (ppo: whiten; not grpo)
     baseline: str = "batch_mean"  # of reinforce: none | batch_mean
-    updates_per_rollout: int = 1  # optimizer steps on one batch of rollouts (passes, for ppo and grpo)
-    clip_low: float = 0.2
+    updates_per_rollout: int = 1  # optimizer steps on one batch of rollouts; the loss of more than one is clipped
+    clip_low: float = 0.2  # of ppo and grpo, and of all others with more than one update per rollout
     clip_high: float = 0.2
     gamma: float = 1.0
     gae_lambda: float = 0.95

@@ -30,9 +30,10 @@ from nemo_advrm.models.rollout_batch import RolloutBatch, response_log_probs
 from nemo_advrm.models.trainable import TrainableModel, derive_seed
 from nemo_advrm.objectives import advantages
 from nemo_advrm.objectives.adversarial import apply_length_penalty
-from nemo_advrm.objectives.kl import per_token_kl, response_kl
+from nemo_advrm.objectives.kl import kl_noise, per_token_kl, response_kl
 from nemo_advrm.objectives.losses import clipped_policy_gradient, policy_gradient
 from nemo_advrm.objectives.masked import masked_mean, masked_whiten
+from nemo_advrm.objectives.spread import rounding_of
 from nemo_advrm.rewards.base import Rollouts
 from nemo_advrm.rewards.ensemble import Judgement, PolicyReward
 from nemo_advrm.schema import Config, RLConfig
@@ -195,59 +196,69 @@ class PolicyModel(TrainableModel):
 
     @torch.no_grad()
     def _prepare(self, rollouts: Rollouts, judgement: Judgement) -> RolloutBatch:
-        """Log-probabilities, KL and advantages of the rollouts."""
+        """Log-probabilities, KL and advantages of the rollouts.
+
+        Beside the rewards goes their noise, so that what rounding makes of equal ones is not taken for a difference.
+        """
         rl = self.config.rl
         data = RolloutBatch.of(rollouts)
         pad_id = self.tokenizer.pad_id
         data.old_log_probs_BT, data.entropy_BT = response_log_probs(self.model, data, pad_id, rl.temperature)
         data.reference_log_probs_BT, _ = response_log_probs(self.reference, data, pad_id, rl.temperature)
         pair = (data.old_log_probs_BT, data.reference_log_probs_BT, data.mask_BT)
-        rewards_B = judgement.rewards_N
+        rewards_B, noise_B = judgement.rewards_N, judgement.noise_N
         if rl.apply_unended_penalty:
-            rewards_B = apply_length_penalty(rewards_B, torch.tensor(rollouts.ended), rl.unended_penalty)
+            ended_B = torch.tensor(rollouts.ended)
+            rewards_B = apply_length_penalty(rewards_B, ended_B, rl.unended_penalty)
+            noise_B = torch.where(ended_B, noise_B, rounding_of(rewards_B))
+        kl_noise_BT = kl_noise(*pair, rl.kl.estimator, self.model.config.params_dtype)
         if self.critic is not None:
-            token_rewards_BT = -rl.kl.coefficient * per_token_kl(*pair, rl.kl.estimator)
-            last_B = data.mask_BT.sum(-1) - 1
-            token_rewards_BT[torch.arange(len(last_B)), last_B] += rewards_B
+            kl_BT = per_token_kl(*pair, rl.kl.estimator)
+            token_rewards_BT = advantages.token_rewards(kl_BT, rewards_B, data.mask_BT, rl.kl.coefficient)
             data.old_values_BT = self.critic.values(data)
             data.advantages_BT, data.returns_BT = advantages.gae(
                 token_rewards_BT, data.old_values_BT, data.mask_BT, rl.gamma, rl.gae_lambda
             )
             if rl.scale_advantages:
-                data.advantages_BT = self._whiten(data.advantages_BT, data.mask_BT)
+                token_noise_BT = advantages.token_rewards(kl_noise_BT, noise_B, data.mask_BT, -rl.kl.coefficient)
+                values_noise_BT = rounding_of(data.old_values_BT, self.critic.model.config.params_dtype)
+                noise_BT = advantages.gae_noise(token_noise_BT, values_noise_BT, data.mask_BT, rl.gamma, rl.gae_lambda)
+                data.advantages_BT = self._whiten(data.advantages_BT, noise_BT, data.mask_BT)
             return data
         if rl.kl.coefficient:
             rewards_B = rewards_B - rl.kl.coefficient * response_kl(*pair, rl.kl.estimator, "mean")
-        data.advantages_BT = self._advantages(rewards_B)[:, None] * data.mask_BT
+            noise_B = noise_B + rl.kl.coefficient * masked_mean(kl_noise_BT, data.mask_BT, dim=-1)
+        data.advantages_BT = self._advantages(rewards_B, noise_B)[:, None] * data.mask_BT
         return data
 
-    def _advantages(self, rewards_B: Tensor) -> Tensor:
+    def _advantages(self, rewards_B: Tensor, noise_B: Tensor) -> Tensor:
         """Advantages of this rank's rows, computed over all data-parallel ranks."""
         rl, rt = self.config.rl, runtime.current()
         with phases.exchange():
-            rewards_N = torch.cat(rt.gather_data_parallel(rewards_B))
+            rewards_N, noise_N = torch.cat(rt.gather_data_parallel(torch.stack([rewards_B, noise_B])), 1)
         if rl.algorithm == "rloo":
-            values_N = advantages.rloo(rewards_N, rl.group_size)
+            values_N = advantages.rloo(rewards_N, rl.group_size, noise_N)
         elif rl.algorithm == "grpo":
-            values_N = advantages.grpo(rewards_N, rl.group_size)
+            values_N = advantages.grpo(rewards_N, rl.group_size, noise_N)
         else:
-            values_N = advantages.reinforce(rewards_N, rl.baseline)
+            values_N = advantages.reinforce(rewards_N, rl.baseline, noise_N)
         if rl.scale_advantages and rl.algorithm != "grpo":
             values_N = advantages.scale_by_std(values_N)
         rows = rewards_B.numel()
         return values_N[rt.dp_rank * rows : (rt.dp_rank + 1) * rows]
 
-    def _whiten(self, advantages_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    def _whiten(self, advantages_BT: Tensor, noise_BT: Tensor, mask_BT: Tensor) -> Tensor:
         """Zero mean and unit variance over the tokens of all data-parallel ranks."""
         rt = runtime.current()
-        own = advantages_BT[mask_BT]
+        own = torch.stack([advantages_BT[mask_BT], noise_BT[mask_BT]])
         with phases.exchange():
             parts = rt.gather_data_parallel(own)
-        everyone = torch.cat(parts)
-        whitened = masked_whiten(everyone, torch.ones_like(everyone, dtype=torch.bool))
-        start = sum(p.numel() for p in parts[: rt.dp_rank])
+        everyone, noise = torch.cat(parts, 1)
+        floor = noise.square().mean().sqrt().item()
+        whitened = masked_whiten(everyone, torch.ones_like(everyone, dtype=torch.bool), noise=floor)
+        start = sum(p.size(1) for p in parts[: rt.dp_rank])
         result = torch.zeros_like(advantages_BT)
-        result[mask_BT] = whitened[start : start + own.numel()]
+        result[mask_BT] = whitened[start : start + own.size(1)]
         return result
 
     def _update(self, data: RolloutBatch, step: int) -> dict[str, float]:
@@ -273,7 +284,8 @@ class PolicyModel(TrainableModel):
         count = log_probs_N.numel()
         everything_N = torch.ones_like(log_probs_N, dtype=torch.bool)
         log_ratio_N = (log_probs_N - extra["old_log_probs_N"]).detach()
-        if rl.algorithm in ("ppo", "grpo"):
+        # after a first update the rollouts are no longer the policy's own; until then both give the same gradient
+        if rl.algorithm in ("ppo", "grpo") or rl.updates_per_rollout > 1:
             loss_N, clipped_N = clipped_policy_gradient(
                 log_probs_N, extra["old_log_probs_N"], extra["advantages_N"], everything_N, rl.clip_low, rl.clip_high
             )

@@ -77,6 +77,20 @@ def gae(
 
 
 @torch.no_grad()
+def gae_noise(
+    token_noise_BT: Tensor, values_noise_BT: Tensor, mask_BT: Tensor, gamma: float, lam: float
+) -> Tensor:
+    """How far the advantages of `gae` may be off by rounding, [B, T], from the noise of token rewards and of values.
+
+    Errors of tokens are independent, so their squares add up, weighted like the rewards themselves. Of the values only
+    V_t counts: those of later tokens enter with 1 - lam at most.
+    """
+    squares_BT, none_BT = token_noise_BT.square(), torch.zeros_like(token_noise_BT)
+    later_BT, _ = gae(squares_BT, none_BT, mask_BT, gamma**2, lam**2)
+    return (later_BT + zero_masked(values_noise_BT.square(), mask_BT)).sqrt()
+
+
+@torch.no_grad()
 def scale_by_std(advantages_N: Tensor) -> Tensor:
     """Advantages divided by their population std over the batch, [N]; the mean stays, so signs do.
 

@@ -7,11 +7,13 @@ k3 = exp(-x) - 1 + x (unbiased, never negative).
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from nemo_advrm.objectives.losses import MAX_LOG_RATIO
 from nemo_advrm.objectives.masked import masked_mean, masked_sum, zero_masked
 from nemo_advrm.objectives.names import unknown_name
+from nemo_advrm.objectives.spread import rounding
 
 KL_ESTIMATORS = ("k1", "abs", "k2", "k3")
 KL_REDUCTIONS = ("mean", "sum")
@@ -23,9 +25,7 @@ def per_token_kl(log_probs_BT: Tensor, ref_log_probs_BT: Tensor, mask_BT: Tensor
     In k3 -x is held below 20 before the exponential, so that one token with pi near 0 does not make the sum infinite.
     Raises ConfigError for an unknown estimator.
     """
-    if estimator not in KL_ESTIMATORS:
-        raise unknown_name("KL estimator", estimator, KL_ESTIMATORS)
-    log_ratio_BT = zero_masked(log_probs_BT, mask_BT) - zero_masked(ref_log_probs_BT, mask_BT)
+    log_ratio_BT = _log_ratio(log_probs_BT, ref_log_probs_BT, mask_BT, estimator)
     if estimator == "k1":
         return log_ratio_BT
     if estimator == "abs":
@@ -33,6 +33,29 @@ def per_token_kl(log_probs_BT: Tensor, ref_log_probs_BT: Tensor, mask_BT: Tensor
     if estimator == "k2":
         return log_ratio_BT.square() / 2
     return (-log_ratio_BT).clamp(max=MAX_LOG_RATIO).expm1() + log_ratio_BT
+
+
+def kl_noise(
+    log_probs_BT: Tensor, ref_log_probs_BT: Tensor, mask_BT: Tensor, estimator: str, dtype: torch.dtype
+) -> Tensor:
+    """How far `per_token_kl` may be off by rounding, in nats, [B, T], 0 where masked.
+
+    A log-probability computed in `dtype` is off by the rounding of its own size, and of 1 nat at least, since it is a
+    logit less a normaliser. Two models with equal weights therefore have a KL of this size. Raises like `per_token_kl`.
+    """
+    log_ratio_BT = _log_ratio(log_probs_BT, ref_log_probs_BT, mask_BT, estimator)
+    sizes_BT = zero_masked(2 + log_probs_BT.abs() + ref_log_probs_BT.abs(), mask_BT)
+    noise_BT = rounding(dtype) * sizes_BT
+    if estimator in ("k1", "abs"):
+        return noise_BT
+    slope_BT = log_ratio_BT if estimator == "k2" else (-log_ratio_BT).clamp(max=MAX_LOG_RATIO).expm1()
+    return (slope_BT.abs() + noise_BT) * noise_BT
+
+
+def _log_ratio(log_probs_BT: Tensor, ref_log_probs_BT: Tensor, mask_BT: Tensor, estimator: str) -> Tensor:
+    if estimator not in KL_ESTIMATORS:
+        raise unknown_name("KL estimator", estimator, KL_ESTIMATORS)
+    return zero_masked(log_probs_BT, mask_BT) - zero_masked(ref_log_probs_BT, mask_BT)
 
 
 def response_kl(

@@ -58,6 +58,12 @@ class RewardSource(Protocol):
         ...
 
 
+def source_dtype(source: RewardSource) -> torch.dtype:
+    """The number format that a source computes in, its ``dtype``; fp32 for one that names none (a server, say)."""
+    dtype: torch.dtype = getattr(source, "dtype", torch.float32)
+    return dtype
+
+
 def checked_scores(source: RewardSource, rollouts: Rollouts) -> Tensor:
     """The scores of ``source``, [N] fp32 on the CPU; see :func:`as_scores` for what raises RewardSourceError."""
     return as_scores(source.name, source.score(rollouts), len(rollouts))

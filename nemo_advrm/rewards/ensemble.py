@@ -12,8 +12,9 @@ from torch import Tensor
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.objectives.adversarial import paper_reward, raw_reward
 from nemo_advrm.objectives.names import unknown_name
-from nemo_advrm.objectives.uncertainty import combine, disagreement
-from nemo_advrm.rewards.base import RewardSource, Rollouts, checked_scores
+from nemo_advrm.objectives.spread import rounding_of
+from nemo_advrm.objectives.uncertainty import combine, disagreement, others_mean
+from nemo_advrm.rewards.base import RewardSource, Rollouts, checked_scores, source_dtype
 from nemo_advrm.rewards.reference import Reference, standardise
 from nemo_advrm.schema import AdversarialConfig
 
@@ -28,11 +29,17 @@ class Judgement:
         rewards_N: [N] fp32, what a policy is trained on.
         scores_NK: [N, K] raw scores of the members.
         details: further [N] or [N, K] tensors that are recorded per response.
+        noise_N: [N] how far the rewards may be off by the rounding of what they were made of; by default their own.
     """
 
     rewards_N: Tensor
     scores_NK: Tensor
     details: dict[str, Tensor] = field(default_factory=dict)
+    noise_N: Tensor = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        if self.noise_N is None:
+            self.noise_N = rounding_of(self.rewards_N)
 
 
 class PolicyReward(Protocol):
@@ -72,12 +79,21 @@ class UncertaintyReward:
         """[N, K] raw scores."""
         return torch.stack([checked_scores(source, rollouts) for source in self.sources], dim=-1)
 
+    def member_noise(self, scores_NK: Tensor) -> Tensor:
+        """[N, K]: how far each score may be off by rounding in the number format that its member computes in."""
+        return torch.stack(
+            [rounding_of(scores_NK[:, k], source_dtype(source)) for k, source in enumerate(self.sources)], -1
+        )
+
     def judge(self, rollouts: Rollouts) -> Judgement:
         scores_NK = self.member_scores(rollouts)
-        values_NK = scores_NK
+        values_NK, noise_NK = scores_NK, self.member_noise(scores_NK)
         if self.reference is not None and self._statistics is not None:
             values_NK = standardise(self.reference, self._statistics, scores_NK, rollouts.prompt_index, 0).z_NK
-        return Judgement(combine(self.aggregate, values_NK, self.coefficient), scores_NK)
+            noise_NK = noise_NK / self._statistics.std_K
+        rewards_N = combine(self.aggregate, values_NK, self.coefficient)
+        noise_N = _combined_noise(self.aggregate, values_NK, noise_NK, self.coefficient)
+        return Judgement(rewards_N, scores_NK, noise_N=noise_N)
 
     def score(self, rollouts: Rollouts) -> Tensor:
         """An ensemble is itself a reward source."""
@@ -120,10 +136,27 @@ class AdversarialReward:
             rewards_N = raw_reward(
                 scores_NK, options.lam1, options.lam2, options.anchor, options.raw_penalty, self.target
             )
+        noise_NK = self.ensemble.member_noise(scores_NK)
+        weights = (options.lam1, options.lam2)
+        if options.preset == "paper":
+            noise_NK, weights = noise_NK / self._statistics.std_K, (1.0, options.coefficient)
+        noise_N = weights[0] * noise_NK[:, self.target] + weights[1] * others_mean(noise_NK, self.target)
         details = {
             "z": own.z_NK,
             "disagreement": disagreement(scores_NK, self.target),
             "disagreement_z": own.disagreement_z_N,
             "prompt_mean": own.prompt_mean_NK,
         }
-        return Judgement(rewards_N, scores_NK, details)
+        return Judgement(rewards_N, scores_NK, details, noise_N)
+
+
+def _combined_noise(aggregate: str, values_NK: Tensor, noise_NK: Tensor, coefficient: float) -> Tensor:
+    """[N]: how far the aggregate moves at most when every member moves by its noise."""
+    worst_N = noise_NK.amax(-1)
+    if aggregate == "gap":
+        return 2 * worst_N
+    if aggregate == "lcb":  # a std moves by no more than what it is taken of
+        return (1 + abs(coefficient)) * worst_N
+    if aggregate == "uwo":
+        return (1 + 2 * abs(coefficient) * values_NK.std(-1, correction=0)) * worst_N
+    return worst_N

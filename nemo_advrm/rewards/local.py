@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from nemo_advrm.data.messages import Message
@@ -24,6 +25,10 @@ class MegatronReward:
         self.name = name
         self.model = model
         self.tokenizer = tokenizer
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.config.params_dtype
 
     def score(self, rollouts: Rollouts) -> Tensor:
         """Raises RewardSourceError for a row beyond the last position that the model has learned."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import random
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,8 +14,13 @@ from distributed import WorkerError, Worlds
 from tiny import TOKENIZER
 
 from nemo_advrm.errors import ConfigError, DataError, TrainingDiverged
+from nemo_advrm.megatron.model import MegatronModel
+from nemo_advrm.megatron.precision import cpu_has_bf16
 from nemo_advrm.megatron.runtime import Layout, Runtime
+from nemo_advrm.megatron.schedule import forward_backward
+from nemo_advrm.models.language_model import EncodedResponse
 from nemo_advrm.models.policy import PolicyModel, encode_prompts
+from nemo_advrm.models.rollout_batch import RolloutBatch
 
 ALGORITHMS = ("rloo", "reinforce", "grpo", "ppo")
 ALWAYS = {"loss", "policy_loss", "grad_norm", "learning_rate", "approx_kl", "clipfrac", "entropy", "kl", "proxy"}
@@ -65,14 +72,134 @@ def test_the_diagnostics_are_there_and_finite_at_every_step(initial: str, algori
         assert metrics["samples"] == 32 and 1 <= metrics["response_length"] <= 8 and 0 <= metrics["ended"] <= 1
 
 
-def test_before_the_first_update_the_policy_is_its_reference(initial: str) -> None:
-    first = rl.train(_learner("ppo", initial), 1)[0]
-    assert first["kl"] == first["approx_kl"] == first["clipfrac"] == 0.0
+def _shaken(module: PolicyModel, share: float) -> PolicyModel:
+    """The module with every weight of its reference off by ``share`` of itself, up or down."""
+    draw = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in module.reference.parts[0].parameters():
+            weight.mul_(1 + share * (2 * torch.randint(2, weight.shape, generator=draw) - 1))
+    return module
 
 
-def test_a_second_pass_over_the_same_rollouts_is_off_policy_and_is_clipped(initial: str) -> None:
-    first = rl.train(_learner("ppo", initial, updates_per_rollout=4), 1)[0]
+@torch.no_grad()
+def _log_probs(model: MegatronModel, rows: list[EncodedResponse]) -> list[torch.Tensor]:
+    """Of the response tokens of each row, from a pass of its own without padding."""
+    found = []
+    for row in rows:
+        tokens = torch.tensor([row.tokens])
+        everywhere = torch.ones_like(tokens, dtype=torch.bool)
+        logits = model.parts[0](tokens, torch.arange(tokens.size(1))[None], predict_BS=everywhere)
+        picked = logits.float().log_softmax(-1)[:-1].gather(1, tokens[0, 1:, None]).squeeze(1)
+        found.append(picked[row.prompt_length - 1 :])
+    return found
+
+
+def test_kl_is_that_of_the_reference_and_the_ratio_that_of_the_rollouts_own_policy(initial: str) -> None:
+    module = _shaken(_learner("ppo", initial), 0.3)
+    batch = next(module.steps(0))
+    rollouts = module._roll_out(batch, 0)
+    rows = RolloutBatch.of(rollouts).rows
+    ours, theirs = (_log_probs(model, rows) for model in (module.model, module.reference))
+    kl = torch.stack([(a - b).sum() for a, b in zip(ours, theirs, strict=True)]).mean().item()
+    metrics = module.train_on(batch, 0)
+    assert abs(kl) > 0.1 and metrics["kl"] == pytest.approx(kl, rel=1e-3)
+    # another policy than the reference, and still the one that wrote the rollouts
+    assert metrics["approx_kl"] == pytest.approx(0, abs=1e-6) and metrics["clipfrac"] == 0
+    assert _learner("ppo", initial).train_on(batch, 0)["kl"] == pytest.approx(0, abs=1e-4)
+
+
+def test_ppo_pays_kl_by_the_token_and_the_reward_at_the_last_one(initial: str) -> None:
+    """With gamma 1, lambda 1 and a critic that says 0, A_t is the sum of the token rewards from t on."""
+    module = _shaken(_learner("ppo", initial, kl=0.5, gamma=1.0, gae_lambda=1.0, scale_advantages=False), 0.3)
+    assert module.critic is not None
+    with torch.no_grad():
+        module.critic.model.parts[0].head.weight.zero_()
+    rollouts = module._roll_out(next(module.steps(0)), 0)
+    judgement = module.reward.judge(rollouts)
+    data = module._prepare(rollouts, judgement)
+    ours, theirs = (_log_probs(model, data.rows) for model in (module.model, module.reference))
+    assert judgement.rewards_N.std() > 0.1 and len({len(row) for row in ours}) > 1
+    for i, (own, reference) in enumerate(zip(ours, theirs, strict=True)):
+        rewards = -0.5 * (own - reference).abs()
+        rewards[-1] += judgement.rewards_N[i]
+        expected = rewards.flip(0).cumsum(0).flip(0)
+        torch.testing.assert_close(data.advantages_BT[i, : len(own)], expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(data.returns_BT[i, : len(own)], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("value", [0.0, 0.1, 1e4])
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_a_constant_reward_trains_nothing_whatever_rounding_makes_of_it(
+    initial: str, algorithm: str, value: float, precision: str
+) -> None:
+    """Rewards differ in their last digit, and by the KL from a reference whose weights are the policy's but for one."""
+    if precision == "bf16" and not cpu_has_bf16():
+        pytest.skip("this processor has no bf16")
+    # a critic that says 0 and lambda 1: PPO's advantages are the constant itself
+    cfg = rl.policy_config(algorithm, gamma=1.0, gae_lambda=1.0)
+    cfg.rl.kl.coefficient = 0.01
+    cfg.precision.name, cfg.model.use_distributed_optimizer = precision, True
+    draw = random.Random(0)
+    module = rl.policy(cfg, initial, score=lambda text: value * (1 + draw.choice((-1, 0, 1)) * 2**-23))
+    _shaken(module, torch.finfo(getattr(torch, {"fp32": "float32", "bf16": "bfloat16"}[precision])).eps)
+    if module.critic is not None:
+        with torch.no_grad():
+            module.critic.model.parts[0].head.weight.zero_()
+    metrics = rl.train(module, 1)[0]
+    assert metrics["kl"] != 0 and (value == 0 or metrics["proxy_std"] > 0)
+    assert metrics["grad_norm"] == 0
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_a_small_difference_of_rewards_trains_as_a_large_one_does(initial: str, algorithm: str) -> None:
+    norms = []
+    for scale in (1.0, 1e-6):
+        module = _learner(algorithm, initial)
+        module.reward = rl.policy(module.config, initial, score=lambda text, s=scale: s * rl.count_of_word(text)).reward
+        if module.critic is not None:
+            with torch.no_grad():
+                module.critic.model.parts[0].head.weight.zero_()
+        norms.append(rl.train(module, 1)[0]["grad_norm"])
+    assert norms[0] > 0.1 and norms[1] == pytest.approx(norms[0], rel=1e-3)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_a_later_update_on_the_same_rollouts_is_off_policy_and_is_clipped(initial: str, algorithm: str) -> None:
+    first = rl.train(_learner(algorithm, initial, updates_per_rollout=4), 1)[0]
     assert first["approx_kl"] > 0 and first["clipfrac"] > 0
+
+
+@pytest.mark.parametrize("algorithm", ["rloo", "reinforce"])
+def test_the_first_of_several_updates_has_the_gradient_of_a_single_one(initial: str, algorithm: str) -> None:
+    gradients = []
+    for updates in (1, 2):
+        module = _learner(algorithm, initial, updates_per_rollout=updates)
+        rollouts = module._roll_out(next(module.steps(0)), 0)
+        data = module._prepare(rollouts, module.reward.judge(rollouts))
+        everything = [data.microbatch(module.model, list(range(len(rollouts))), TOKENIZER.pad_id)]
+        module.optimizer.zero_grad()
+        forward_backward(module.model, everything, module._loss)
+        gradients.append([p.main_grad.clone() for p in module.model.parts[0].parameters()])
+    assert max(g.abs().max() for g in gradients[0]) > 1e-2
+    for single, first in zip(*gradients, strict=True):
+        torch.testing.assert_close(first, single, rtol=1e-5, atol=1e-7)
+
+
+def test_a_token_that_has_left_the_bounds_in_the_direction_of_its_advantage_is_not_pushed_further(initial: str) -> None:
+    """Of rloo with two updates: by hand, q = 1.5 with A = 1 has no gradient, and with A = -1 that of -A q."""
+    module = _learner("rloo", initial, updates_per_rollout=2)
+    logits = torch.zeros(2, 64, requires_grad=True)
+    extra = {
+        "targets_N": torch.tensor([5, 5]),
+        "old_log_probs_N": torch.full((2,), -math.log(64 * 1.5)),
+        "advantages_N": torch.tensor([1.0, -1.0]),
+    }
+    loss, count, sums = module._loss(logits, SimpleNamespace(extra=extra))
+    loss.backward()
+    assert loss.item() == pytest.approx(-1.2 + 1.5) and count == 2 and sums["clipfrac"][0] == 2
+    assert logits.grad is not None and logits.grad[0].abs().max() == 0
+    assert logits.grad[1, 5].item() == pytest.approx(1.5 * (1 - 1 / 64))
 
 
 def test_a_kl_penalty_keeps_the_policy_nearer_to_its_start(initial: str) -> None:
