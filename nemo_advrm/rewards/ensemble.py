@@ -12,7 +12,7 @@ from torch import Tensor
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.objectives.adversarial import paper_reward, raw_reward
 from nemo_advrm.objectives.names import unknown_name
-from nemo_advrm.objectives.spread import rounding_of
+from nemo_advrm.objectives.spread import rounding, rounding_of
 from nemo_advrm.objectives.uncertainty import combine, disagreement, others_mean
 from nemo_advrm.rewards.base import RewardSource, Rollouts, checked_scores, source_dtype
 from nemo_advrm.rewards.reference import Reference, standardise
@@ -79,6 +79,11 @@ class UncertaintyReward:
         """[N, K] raw scores."""
         return torch.stack([checked_scores(source, rollouts) for source in self.sources], dim=-1)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The coarsest number format of a member."""
+        return max((source_dtype(source) for source in self.sources), key=rounding)
+
     def member_noise(self, scores_NK: Tensor) -> Tensor:
         """[N, K]: how far each score may be off by rounding in the number format that its member computes in."""
         return torch.stack(
@@ -141,6 +146,8 @@ class AdversarialReward:
         if options.preset == "paper":
             noise_NK, weights = noise_NK / self._statistics.std_K, (1.0, options.coefficient)
         noise_N = weights[0] * noise_NK[:, self.target] + weights[1] * others_mean(noise_NK, self.target)
+        if options.preset == "paper":  # the penalty is exact
+            noise_N = torch.where(scores_NK[:, self.target] > own.prompt_mean_NK[:, self.target], noise_N, 0.0)
         details = {
             "z": own.z_NK,
             "disagreement": disagreement(scores_NK, self.target),
@@ -152,11 +159,13 @@ class AdversarialReward:
 
 def _combined_noise(aggregate: str, values_NK: Tensor, noise_NK: Tensor, coefficient: float) -> Tensor:
     """[N]: how far the aggregate moves at most when every member moves by its noise."""
-    worst_N = noise_NK.amax(-1)
+    if aggregate == "min":
+        return noise_NK.amax(-1)
     if aggregate == "gap":
-        return 2 * worst_N
-    if aggregate == "lcb":  # a std moves by no more than what it is taken of
-        return (1 + abs(coefficient)) * worst_N
+        return noise_NK[:, 0] + others_mean(noise_NK, 0)
+    mean_N, std_N = noise_NK.mean(-1), noise_NK.square().mean(-1).sqrt()  # a std moves by no more than the noise's own
+    if aggregate == "lcb":
+        return mean_N + abs(coefficient) * std_N
     if aggregate == "uwo":
-        return (1 + 2 * abs(coefficient) * values_NK.std(-1, correction=0)) * worst_N
-    return worst_N
+        return mean_N + abs(coefficient) * (2 * values_NK.std(-1, correction=0) + std_N) * std_N
+    return mean_N

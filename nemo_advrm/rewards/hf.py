@@ -41,6 +41,7 @@ class HFReward:
         self.tokenizer = tokenizer
         self.max_tokens = max_tokens
         self.max_rows = max_rows
+        self.dtype = torch.float32  # what it computes in; known to ranks that do not hold the model too
 
     @classmethod
     def load(cls, name: str, path: Path, cfg: Config) -> HFReward:
@@ -49,7 +50,9 @@ class HFReward:
         tokenizer = HFTokenizer(path)
         rt = runtime.current()
         model = _load_model(path, cfg.precision.name, rt.device) if rt.is_replica_source else None
-        return cls(name, model, tokenizer, cfg.model.micro_batch_tokens, 4 * cfg.model.micro_batch_size)
+        reward = cls(name, model, tokenizer, cfg.model.micro_batch_tokens, 4 * cfg.model.micro_batch_size)
+        reward.dtype = _dtype(cfg.precision.name)
+        return reward
 
     def score(self, rollouts: Rollouts) -> Tensor:
         return once_per_replica(self.name, lambda: self.score_tokens(token_sequences(rollouts, self.tokenizer)))
@@ -110,10 +113,14 @@ def check_directory(path: Path) -> None:
         raise CheckpointError(f"hf:{path}: no .safetensors files (pickled weights are not opened: convert them first)")
 
 
+def _dtype(precision: str) -> torch.dtype:
+    return torch.float32 if precision == "fp32" else torch.bfloat16
+
+
 def _load_model(path: Path, precision: str, device: torch.device) -> Any:
     from transformers import AutoModelForSequenceClassification  # seconds to import: only for those who use it
 
-    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    dtype = _dtype(precision)
     try:
         model, found = AutoModelForSequenceClassification.from_pretrained(
             str(path), local_files_only=True, dtype=dtype, use_safetensors=True, output_loading_info=True

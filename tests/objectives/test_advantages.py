@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nemo_advrm.errors import ConfigError
-from nemo_advrm.objectives.advantages import gae, grpo, reinforce, rloo, scale_by_std, token_rewards
+from nemo_advrm.objectives.advantages import gae, gae_noise, grpo, reinforce, rloo, scale_by_std, token_rewards
 
 
 def test_rloo_subtracts_the_mean_of_the_other_rollouts() -> None:
@@ -152,3 +152,11 @@ def test_token_rewards_by_hand() -> None:
     mask = torch.tensor([[1, 1, 0], [1, 1, 1], [1, 0, 0], [0, 0, 0]])
     expected = torch.tensor([[-0.1, 9.8, 0.0], [-0.5, -1.0, -5.5], [2.7, 0.0, 0.0], [0.0, 0.0, 0.0]])
     torch.testing.assert_close(token_rewards(kl, torch.tensor([10.0, -4.0, 3.0, 7.0]), mask, 0.5), expected)
+
+
+def test_the_noise_of_advantages_is_that_of_the_rewards_to_come_and_of_the_value() -> None:
+    token, values = torch.tensor([[3.0, 0.0, 4.0, 9.0]]), torch.tensor([[0.0, 12.0, 3.0, 9.0]])
+    noise = gae_noise(token, values, torch.tensor([[1, 1, 1, 0]]), 1.0, 0.5)
+    # squares of the token rewards' noise: 9 + 0/4 + 16/16, 0 + 16/4, 16; of the values' 0, 144, 9
+    expected = torch.tensor([[10.0, 4 + 144.0, 16 + 9.0, 0.0]]).sqrt()
+    torch.testing.assert_close(noise, expected)

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from nemo_advrm.errors import ConfigError
-from nemo_advrm.objectives.kl import KL_ESTIMATORS, per_token_kl, response_kl
+from nemo_advrm.objectives.kl import KL_ESTIMATORS, kl_noise, per_token_kl, response_kl
+from nemo_advrm.objectives.spread import rounding
 
 LOG_PROBS = torch.tensor([[-1.0, -2.0, -3.0]])
 REF = torch.tensor([[-1.5, -1.0, math.nan]])
@@ -54,3 +55,28 @@ def test_unknown_names_are_errors() -> None:
         per_token_kl(LOG_PROBS, REF, MASK, "absolute")
     with pytest.raises(ConfigError, match="did you mean 'mean'"):
         response_kl(LOG_PROBS, REF, MASK, "k1", reduce="means")
+
+
+@pytest.mark.parametrize("estimator", KL_ESTIMATORS)
+def test_the_noise_of_a_kl_covers_what_noise_in_both_log_probs_makes_of_it(estimator: str) -> None:
+    draw = torch.Generator().manual_seed(0)
+    own = -5 * torch.rand(4, 50, generator=draw)
+    other = own + torch.linspace(-2, 2, 50) * torch.tensor([[0.0], [1e-3], [0.1], [1.0]])
+    mask = torch.ones(4, 50)
+    mask[:, 40:] = 0
+    noise = kl_noise(own, other, mask, estimator, torch.bfloat16)
+    assert (noise[:, 40:] == 0).all() and (noise[:, :40] > 0).all()
+    moved = []
+    for seed in range(20):
+        signs = [2 * torch.randint(2, own.shape, generator=draw.manual_seed(seed + part)) - 1 for part in (0, 100)]
+        shaken = [x + s * rounding(torch.bfloat16) * (1 + x.abs()) for x, s in zip((own, other), signs, strict=True)]
+        moved.append(per_token_kl(*shaken, mask, estimator) - per_token_kl(own, other, mask, estimator))
+    largest = torch.stack(moved).abs().amax(0)[:, :40]
+    assert (largest <= 1.1 * noise[:, :40] + 1e-6).all() and (largest >= 0.4 * noise[:, :40] - 1e-6).all()
+
+
+def test_the_noise_of_a_kl_by_hand() -> None:
+    noise = kl_noise(LOG_PROBS, REF, MASK, "abs", torch.float32)
+    torch.testing.assert_close(noise, 2**-20 * torch.tensor([[4.5, 5.0, 0.0]]))
+    with pytest.raises(ConfigError, match="KL estimator"):
+        kl_noise(LOG_PROBS, REF, MASK, "k9", torch.float32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -11,8 +12,10 @@ import pytest
 import torch
 
 from nemo_advrm.errors import CheckpointError, ConfigError, RewardSourceError
+from nemo_advrm.objectives.spread import rounding
 from nemo_advrm.objectives.success import strict_success
-from nemo_advrm.rewards.base import Rollouts, as_scores, checked_scores
+from nemo_advrm.objectives.uncertainty import COMBINATIONS
+from nemo_advrm.rewards.base import Rollouts, as_scores, checked_scores, source_dtype
 from nemo_advrm.rewards.ensemble import AdversarialReward, UncertaintyReward
 from nemo_advrm.rewards.local import FunctionReward, build_gold
 from nemo_advrm.rewards.reference import Reference, standardise
@@ -70,6 +73,46 @@ def test_with_a_reference_members_of_different_scales_are_standardised_first() -
 def test_an_ensemble_is_itself_a_source_of_an_ensemble() -> None:
     outer = UncertaintyReward([UncertaintyReward([_source("A"), _source("B")], "mean"), _source("C")], "min")
     assert outer.score(_rollouts()).tolist() == [2.0, -1.0]
+
+
+class _Rounded:
+    """A member of bf16 that is off by its rounding: ``signs`` say in which direction at which response."""
+
+    dtype = torch.bfloat16
+
+    def __init__(self, name: str, signs: tuple[int, int] = (0, 0)) -> None:
+        self.name = name
+        self.signs = torch.tensor(signs)
+
+    def score(self, rollouts: Rollouts) -> torch.Tensor:
+        exact = _source(self.name).score(rollouts)
+        return exact + self.signs * exact.abs() * rounding(self.dtype)
+
+
+REWARDS = {name: lambda sources, name=name: UncertaintyReward(sources, name, 0.7) for name in COMBINATIONS}
+REWARDS |= {
+    "standardised": lambda sources: UncertaintyReward(sources, "mean", reference=_reference()),
+    "paper": lambda sources: AdversarialReward(sources, AdversarialConfig(penalty=-4.0), _reference()),
+    "raw": lambda sources: AdversarialReward(sources, AdversarialConfig(preset="raw", anchor=-9.0), _reference()),
+}
+
+
+@pytest.mark.parametrize("name", REWARDS)
+def test_the_noise_of_a_reward_is_what_the_rounding_of_its_members_can_make_of_it(name: str) -> None:
+    exact = REWARDS[name]([_Rounded(member) for member in "ABC"]).judge(_rollouts())
+    moved = []
+    for signs in itertools.product((-1, 0, 1), repeat=3):
+        sources = [_Rounded(member, (sign, sign)) for member, sign in zip("ABC", signs, strict=True)]
+        moved.append(REWARDS[name](sources).judge(_rollouts()).rewards_N - exact.rewards_N)
+    largest_N = torch.stack(moved).abs().amax(0)
+    assert (largest_N <= 1.02 * exact.noise_N + 1e-6).all() and (exact.noise_N <= 4 * largest_N + 1e-6).all()
+
+
+def test_a_source_that_names_no_number_format_computes_in_fp32() -> None:
+    plain = UncertaintyReward([_source("A"), _source("B")], "mean")
+    torch.testing.assert_close(plain.judge(_rollouts()).noise_N, torch.tensor([2.0, 1.0]) * rounding(torch.float32))
+    assert source_dtype(plain) == torch.float32
+    assert source_dtype(UncertaintyReward([_source("A"), _Rounded("B")], "mean")) == torch.bfloat16
 
 
 @pytest.mark.parametrize(
