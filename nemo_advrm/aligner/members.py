@@ -44,7 +44,7 @@ class ServedMember:
     def score(self, rollouts: Rollouts) -> Tensor:
         if self.tokens:
             known = self.source.fingerprint if isinstance(self.source, ServerReward) else FINGERPRINT
-            return self.source.score(dataclasses.replace(rollouts, fingerprint=known))
+            return self.source.score(dataclasses.replace(rollouts, fingerprint=known, tokens_only=True))
         whole = [plain_text(p) + r for p, r in zip(rollouts.prompts, rollouts.responses, strict=True)]
         empty: list[Any] = [() for _ in whole]
         return self.source.score(dataclasses.replace(rollouts, prompts=empty, responses=whole, rendered=True))

@@ -22,6 +22,7 @@ from nemo_advrm.convert.safetensors_files import ShardWriter
 from nemo_advrm.convert.tensors import Description, TensorSpec
 from nemo_advrm.convert.tokenizer_files import check_tokenizer, copy_tokenizer
 from nemo_advrm.convert.transforms import Transform, pad_vocabulary
+from nemo_advrm.data.reading import HF_KEY
 from nemo_advrm.data.tokenizers import build_tokenizer, load_hf_tokenizer
 from nemo_advrm.errors import CheckpointError
 
@@ -59,6 +60,9 @@ class HFSink:
         base = description.hf_config
         self._table = choose_architecture(model, description.head, base, architecture)
         self.config = hf_config(self._table, model, description.head, base)
+        self.config.pop(HF_KEY, None)
+        if description.head == "reward":
+            self.config[HF_KEY] = description.rule.meta()
         self._take_own_tokenizer()
         self._take_end_tokens()
         self._rows = model.vocab_size

@@ -17,6 +17,7 @@ from nemo_advrm.convert.safetensors_files import SafetensorsDirectory
 from nemo_advrm.convert.tables import EMBEDDING, IGNORED, LM_HEAD, Architecture
 from nemo_advrm.convert.tensors import Description, TensorSpec
 from nemo_advrm.convert.transforms import Transform
+from nemo_advrm.data.reading import rule_in_config
 from nemo_advrm.errors import CheckpointError
 from nemo_advrm.schema import ModelConfig
 
@@ -63,6 +64,7 @@ class HFSource:
             head=head,
             tokenizer=tokenizer or own or (path if any(path.glob("*.gguf")) else None),
             hf_config=config,
+            rule=rule_in_config(path),
             provenance={"converted_from": f"hf:{path}", "class": config["architectures"][0]},
         )
 

@@ -18,6 +18,7 @@ from nemo_advrm.convert.partial import PartialDirectory
 from nemo_advrm.convert.tensors import Description, TensorSpec
 from nemo_advrm.convert.tokenizer_files import check_tokenizer, copy_tokenizer
 from nemo_advrm.convert.transforms import pad_vocabulary, unpad_vocabulary
+from nemo_advrm.data.reading import KEY, ReadingRule, rule_of
 from nemo_advrm.data.tokenizers import Tokenizer, build_tokenizer
 from nemo_advrm.errors import CheckpointError, ConfigError, DataError
 from nemo_advrm.megatron import manifest
@@ -37,6 +38,7 @@ _STRUCTURE = (
     "model",
     "tokenizer",
     "tokenizer_spec",
+    KEY,
     "has_optimizer",
     "optimizer_started",
     "conversion",
@@ -59,7 +61,8 @@ class MegatronSource:
         model = read_model(meta, path)
         self._reader = StackedReader(path / WEIGHTS, open_metadata(path / WEIGHTS))
         self.tokenizer = tokenizer or _tokenizer_of(path, meta)
-        own = _open_tokenizer(model, self.tokenizer)
+        rule = rule_of(meta, path)
+        own = _open_tokenizer(model, self.tokenizer, rule)
         if own is not None and tokenizer is None and meta.get("tokenizer") not in (None, own.fingerprint):
             raise CheckpointError(f"{path}: the tokenizer {own.name} is not what it was in training: set tokenizer=DIR")
         self._vocabulary = model.vocab_size or _vocabulary_of(path, meta, model, own)
@@ -70,6 +73,7 @@ class MegatronSource:
             head=meta["head"],
             tokenizer=self.tokenizer,
             hf_config=_hf_config_of(path, self.tokenizer),
+            rule=rule,
             provenance={
                 **meta.get("conversion", {}),
                 **{k: v for k, v in meta.items() if k not in _STRUCTURE},
@@ -155,7 +159,7 @@ class MegatronSink:
         if about.tokenizer is not None:
             copy_tokenizer(about.tokenizer, partial / TOKENIZER)
             self._model.tokenizer = f"hf:{self.path.resolve() / TOKENIZER}"
-            fingerprint = build_tokenizer(f"hf:{partial / TOKENIZER}").fingerprint
+            fingerprint = build_tokenizer(f"hf:{partial / TOKENIZER}", about.rule).fingerprint
             tokenizer = {"tokenizer": fingerprint, "tokenizer_spec": self._model.tokenizer}
         elif self._model.tokenizer and not self._model.tokenizer.startswith("hf:") and not about.hf_config:
             own = build_tokenizer(self._model.tokenizer)
@@ -171,6 +175,7 @@ class MegatronSink:
             "model": asdict(self._model),
             "has_optimizer": False,
             **tokenizer,
+            KEY: about.rule.meta(),
             "conversion": about.provenance,
         }
         (partial / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
@@ -229,10 +234,10 @@ def _tokenizer_of(path: Path, meta: dict[str, Any]) -> Path | None:
     return named if spec.startswith("hf:") and spec != "hf:" and named.exists() else None
 
 
-def _open_tokenizer(model: ModelConfig, tokenizer: Path | None) -> Tokenizer | None:
+def _open_tokenizer(model: ModelConfig, tokenizer: Path | None, rule: ReadingRule) -> Tokenizer | None:
     """The tokenizer that goes with the weights, None when it cannot be opened."""
     try:
-        return build_tokenizer(f"hf:{tokenizer}" if tokenizer else model.tokenizer)
+        return build_tokenizer(f"hf:{tokenizer}" if tokenizer else model.tokenizer, rule)
     except (ConfigError, DataError):
         return None
 

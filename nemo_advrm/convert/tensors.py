@@ -33,6 +33,7 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor
 
+from nemo_advrm.data.reading import ReadingRule
 from nemo_advrm.megatron.gpt import Head
 from nemo_advrm.schema import ModelConfig
 
@@ -58,6 +59,7 @@ class Description:
         head: "lm", "reward" or "value".
         tokenizer: directory or file of the tokenizer that travels with the weights, None when there is none.
         hf_config: the config.json the model came from, {} when it never was a Hugging Face model.
+        rule: how conversations are read, where the tokenizer has a chat template.
         provenance: anything JSON holds: what it was converted from, training data, rounds, reference statistics.
     """
 
@@ -66,6 +68,7 @@ class Description:
     tokenizer: Path | None = None
     hf_config: dict[str, Any] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
+    rule: ReadingRule = field(default_factory=ReadingRule)
 
 
 class TensorSource(Protocol):

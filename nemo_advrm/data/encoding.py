@@ -14,9 +14,9 @@ from nemo_advrm.errors import DataError
 
 @dataclass(frozen=True)
 class EncodedPair:
-    """Token ids of one pair: `chosen` and `rejected` both begin with the same `prompt_length` tokens.
+    """Token ids of one pair: two conversations, each read at its last token, whose first `prompt_length` are equal.
 
-    They end in eos, but for an answer that a length limit had cut off, which is scored where it breaks off.
+    An answer that a length limit had cut off is the last of its conversation, which is read where it breaks off.
     """
 
     chosen: list[int]
@@ -43,11 +43,11 @@ def encode_pairs(
 ) -> tuple[list[EncodedPair], dict[str, int]]:
     """(encoded pairs in the order of `rows`, counts {"encoded", "overlong", "truncated", "refused"}).
 
-    A pair is over-long when prompt + answer + eos of either side exceeds `max_length` tokens. on_overlong:
+    A pair is over-long when the conversation of either side exceeds `max_length` tokens. on_overlong:
     error            DataError names file:line, the length and the limit, and counts the others
     skip             the pair is left out and counted as `overlong`
-    truncate_prompt  the prompt is cut from the left, equally for both sides, and counted as `truncated`; answer and eos
-    stay whole. Where the longer answer leaves no room for any prompt token, the pair is left out (`overlong`).
+    truncate_prompt  the prompt is cut from the left, equally for both sides, and counted as `truncated`; the answer and
+    what follows it stay whole. Where that leaves no token of the prompt, the pair is left out (`overlong`).
 
     A conversation that the tokenizer or its chat template refuses is a DataError too, or left out and counted as
     `refused` with `on_bad_row="skip"`. Raises DataError when no pair is left.
@@ -59,28 +59,27 @@ def encode_pairs(
     refused: list[BadRow] = []
     for row in rows:
         try:
-            prompt = tokenizer.encode_prompt(row.prompt)
-            chosen = _encode_answer(tokenizer, row.chosen, row.chosen_ended)
-            rejected = _encode_answer(tokenizer, row.rejected, row.rejected_ended)
+            chosen = tokenizer.encode_conversation(row.prompt, row.chosen, row.chosen_ended)
+            rejected = tokenizer.encode_conversation(row.prompt, row.rejected, row.rejected_ended)
+            longest = max(len(chosen), len(rejected))
+            if longest > max_length:
+                cut = longest - max_length
+                if on_overlong != "truncate_prompt" or cut >= _shared_prompt(tokenizer, row, chosen, rejected):
+                    side = "chosen" if len(chosen) >= len(rejected) else "rejected"
+                    overlong.append(
+                        f"{row.source}: prompt + `{side}` is {longest} tokens long, the limit is {max_length}"
+                    )
+                    continue
+                chosen, rejected = chosen[cut:], rejected[cut:]
+                truncated += 1
         except DataError as error:
             refused.append(BadRow(row.source, "refused", str(error)))
             continue
-        longest = max(len(chosen), len(rejected))
-        if len(prompt) + longest > max_length:
-            room = max_length - longest
-            if on_overlong != "truncate_prompt" or room < min(1, len(prompt)):
-                side = "chosen" if len(chosen) >= len(rejected) else "rejected"
-                overlong.append(
-                    f"{row.source}: prompt + `{side}` is {len(prompt) + longest} tokens long, the limit is {max_length}"
-                )
-                continue
-            prompt = prompt[len(prompt) - room :]
-            truncated += 1
         encoded.append(
             EncodedPair(
-                prompt + chosen,
-                prompt + rejected,
-                len(prompt),
+                chosen,
+                rejected,
+                _shared(chosen, rejected),
                 row.margin,
                 row.weight,
                 row.source,
@@ -99,6 +98,13 @@ def encode_pairs(
     return encoded, {"encoded": len(encoded), **counts}
 
 
-def _encode_answer(tokenizer: Tokenizer, text: str, ended: bool) -> list[int]:
-    """Ids of an answer as rollouts are scored: the end token only where the answer ended."""
-    return tokenizer.encode_response(text) if ended else tokenizer.encode(text)
+def _shared_prompt(tokenizer: Tokenizer, row: PreferencePair, chosen: list[int], rejected: list[int]) -> int:
+    """Tokens before the answers that both sides begin with."""
+    opened = tokenizer.encode_conversation(row.prompt, "", ended=False)
+    return min(_shared(opened, chosen), _shared(opened, rejected))
+
+
+def _shared(first: list[int], second: list[int]) -> int:
+    """Tokens that both begin with."""
+    shortest = min(len(first), len(second))
+    return next((i for i in range(shortest) if first[i] != second[i]), shortest)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from nemo_advrm.data.messages import Message
+from nemo_advrm.data.reading import concatenate
 from nemo_advrm.errors import DataError
 
 SETTINGS = "tokenizer_nemo.json"
@@ -85,6 +86,8 @@ class NemoTokenizer:
             elif 0 <= token < self.vocab_size:
                 plain.append(token)
         return text + self._backend.text(plain)
+
+    encode_conversation = concatenate
 
     def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
         return self.encode(self.render_prompt(messages)) if messages else []

@@ -1,26 +1,28 @@
-"""Tokenizers: the protocol the engine relies on, bytes as the one that needs no files, and the Hugging Face wrapper."""
+"""Tokenizers: the protocol the engine relies on, bytes as the one that needs no files, and how one is named."""
 
 from __future__ import annotations
 
 import difflib
-import hashlib
-import json
 import re
 from collections.abc import Sequence
-from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
+from nemo_advrm.data.hf_tokenizer import HFTokenizer, before, digest, load_hf_tokenizer
 from nemo_advrm.data.messages import Message
-from nemo_advrm.errors import ConfigError, DataError
+from nemo_advrm.data.reading import ReadingRule, concatenate
+from nemo_advrm.errors import ConfigError
+
+__all__ = ["ByteTokenizer", "HFTokenizer", "Tokenizer", "build_tokenizer", "load_hf_tokenizer"]
 
 
 @runtime_checkable
 class Tokenizer(Protocol):
     """Text and chat messages to token ids and back.
 
-    A scored sequence is always `encode_prompt(prompt) + encode_response(response)`: the reward is read at its last
-    token, which is `eos_id`. Equal fingerprints give equal ids for every input.
+    A scored sequence is always `encode_conversation(prompt, response)`, and the reward is read at its last token. A
+    policy writes after `encode_prompt(prompt)` until `eos_id`; that is another sequence where a template writes the
+    finished conversation otherwise. Equal fingerprints give equal ids for every input.
     """
 
     name: str
@@ -37,6 +39,14 @@ class Tokenizer(Protocol):
         ...
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str: ...
+
+    def encode_conversation(self, messages: Sequence[Message], response: str, ended: bool = True) -> list[int]:
+        """Ids of `messages` and the answer `response`, as the model's own template writes them, to the last token.
+
+        An answer that a length limit cut off (`ended=False`) has nothing behind its text. `messages` is () for raw
+        text. Nothing that messages or answer spell is a special token. Raises DataError where the tokenizer refuses.
+        """
+        ...
 
     def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
         """Ids of the conversation, ending where the assistant's answer begins; () stands for raw text."""
@@ -68,7 +78,7 @@ class ByteTokenizer:
 
     @property
     def fingerprint(self) -> str:
-        return _digest("byte", *self.SPECIALS)
+        return digest("byte", *self.SPECIALS)
 
     def encode(self, text: str) -> list[int]:
         # "surrogatepass": JSON may carry lone surrogates ("\ud83d"), which are no valid UTF-8 and must not stop a run.
@@ -93,6 +103,8 @@ class ByteTokenizer:
             ids += [self.SPECIALS.index(part)] if part in self.SPECIALS else self.encode(part)
         return ids
 
+    encode_conversation = concatenate
+
     def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
         if not messages:
             return [self.bos_id]
@@ -105,113 +117,13 @@ class ByteTokenizer:
         return [*self.encode(text), self.eos_id]
 
     def decode_response(self, ids: Sequence[int]) -> str:
-        return self.decode(_before(ids, {self.eos_id}))
+        return self.decode(before(ids, {self.eos_id}))
 
 
-class HFTokenizer:
-    """A tokenizer directory of Hugging Face transformers, with its chat template or a plain one when it has none.
-
-    `eos_id` is the token with which the template ends an assistant turn (often not `tokenizer.eos_token`, as in Qwen's
-    base models), since that is where the reward is read. When the tokenizer has no padding token `pad_id` is `eos_id`,
-    and many tokenizers define pad = eos themselves: harmless, because lengths are carried explicitly and pads are never
-    looked for.
-
-    `path` is a directory, or a .gguf file (its directory does when it holds one .gguf and no tokenizer files). Raises
-    DataError when it is missing or no tokenizer can be read from it. Nothing is downloaded.
-    """
-
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        self._tokenizer = load_hf_tokenizer(self.path)
-        self.name = f"hf:{self.path.name}"
-        self.vocab_size = len(self._tokenizer)
-        eos = self._end_of_turn()
-        if eos is None:
-            eos = self._tokenizer.eos_token_id
-        if eos is None:
-            raise DataError(f"{self.path}: the tokenizer has no end token: the end of an answer could not be marked")
-        self.eos_id: int = eos
-        self._ends = {eos, self._tokenizer.eos_token_id}
-        special = {i for i, token in self._tokenizer.added_tokens_decoder.items() if token.special}
-        self.control_ids = tuple(sorted((special | set(self._tokenizer.all_special_ids)) - {eos}))
-        pad = self._tokenizer.pad_token_id
-        self.pad_id: int = eos if pad is None else pad
-        # Llama-like tokenizers begin every text with bos, GPT-like ones do not: ask instead of assuming.
-        start = self._tokenizer("").input_ids[:1]
-        self._start = start if start and start[0] == self._tokenizer.bos_token_id else []
-
-    @cached_property
-    def fingerprint(self) -> str:
-        backend = getattr(self._tokenizer, "backend_tokenizer", None)
-        state = json.loads(backend.to_str()) if backend is not None else sorted(self._tokenizer.get_vocab().items())
-        if isinstance(state, dict):
-            # Set by calls on the tokenizer, not part of what it is.
-            state.pop("padding", None)
-            state.pop("truncation", None)
-        template = self._tokenizer.chat_template
-        return _digest(json.dumps(state, sort_keys=True), json.dumps(template), str(self.eos_id), str(self.pad_id))
-
-    def encode(self, text: str) -> list[int]:
-        # split_special_tokens: a special token written out in an answer is text, not the end of the answer.
-        return self._tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
-
-    def parse_rendered(self, text: str) -> list[int]:
-        """Ids of a conversation that the template has written out: its special tokens are special, bos is put first."""
-        ids = self._tokenizer(text, add_special_tokens=False).input_ids
-        return ids if ids[: len(self._start)] == self._start else [*self._start, *ids]
-
-    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
-        known = [int(token) for token in ids if 0 <= int(token) < self.vocab_size]
-        return self._tokenizer.decode(known, skip_special_tokens=skip_special, clean_up_tokenization_spaces=False)
-
-    def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
-        """Raises DataError when the template refuses the conversation (for instance a system message)."""
-        if not messages:
-            return list(self._start)
-        text = self.render_prompt(messages)
-        if self._tokenizer.chat_template is None:
-            return [*self._start, *self.encode(text)]
-        return self._tokenizer(text, add_special_tokens=False).input_ids
-
-    def render_prompt(self, messages: Sequence[Message]) -> str:
-        """The text before an answer, special tokens written out; "" for (). DataError as in :meth:`encode_prompt`."""
-        if not messages:
-            return ""
-        if self._tokenizer.chat_template is None:
-            turns = [f"{message['role'].capitalize()}:\n{message['content']}\n\n" for message in messages]
-            return "".join(turns) + "Assistant:\n"
-        try:
-            return self._render(list(messages), add_generation_prompt=True)
-        except Exception as error:  # templates raise jinja errors of their own choice
-            raise DataError(f"the chat template of {self.name} refuses this conversation: {error}") from error
-
-    def encode_response(self, text: str) -> list[int]:
-        return [*self.encode(text), self.eos_id]
-
-    def decode_response(self, ids: Sequence[int]) -> str:
-        return self.decode(_before(ids, self._ends))
-
-    def _render(self, messages: list[Message], **options: Any) -> str:
-        return self._tokenizer.apply_chat_template(messages, tokenize=False, **options)
-
-    def _end_of_turn(self) -> int | None:
-        """The special token that the chat template writes after an assistant turn, if it writes one."""
-        if self._tokenizer.chat_template is None:
-            return None
-        marker = "ANSWER"
-        conversation = [Message(role="user", content="Hi"), Message(role="assistant", content=marker)]
-        try:
-            tail = self._render(conversation).rpartition(marker)[2].lstrip()
-        except Exception as error:
-            raise DataError(f"{self.path}: the chat template cannot be rendered: {error}") from error
-        ids = self._tokenizer(tail, add_special_tokens=False).input_ids if tail else []
-        special = {token for token, added in self._tokenizer.added_tokens_decoder.items() if added.special}
-        return ids[0] if ids and ids[0] in special | set(self._tokenizer.all_special_ids) else None
-
-
-def build_tokenizer(spec: str) -> Tokenizer:
+def build_tokenizer(spec: str, rule: ReadingRule | None = None) -> Tokenizer:
     """The tokenizer named by `spec`: "byte", "synthetic" or "hf:DIR" (of Hugging Face, or taken out of a .nemo).
 
+    `rule` says how a tokenizer with a chat template reads conversations; None is the rule of new models.
     Raises ConfigError, for a bad DIR DataError.
     """
     if spec == "byte":
@@ -226,37 +138,9 @@ def build_tokenizer(spec: str) -> Tokenizer:
             from nemo_advrm.data.nemo_tokenizer import NemoTokenizer
 
             return NemoTokenizer(directory)
-        return HFTokenizer(directory)
+        return HFTokenizer(directory, rule)
     near = difflib.get_close_matches(spec, ("byte", "synthetic"), n=1)
     hint = f"did you mean {near[0]!r}?" if near else "known: 'byte', 'synthetic', 'hf:DIR'"
     if Path(spec).is_dir():
         hint = f"did you mean 'hf:{spec}'?"
     raise ConfigError(f"tokenizer {spec!r} is unknown; {hint}")
-
-
-def load_hf_tokenizer(path: Path) -> Any:
-    if not path.exists():
-        raise DataError(
-            f"hf:{path}: no such tokenizer directory (nothing is downloaded: save the tokenizer there first)"
-        )
-    directory, options = path, {}
-    if path.suffix == ".gguf":
-        directory, options = path.parent, {"gguf_file": path.name}
-    elif not any(path.glob("tokenizer*")) and len(files := list(path.glob("*.gguf"))) == 1:
-        options = {"gguf_file": files[0].name}
-    from transformers import AutoTokenizer  # seconds to import: only for those who use it
-
-    try:
-        return AutoTokenizer.from_pretrained(str(directory), local_files_only=True, **options)
-    except Exception as error:  # transformers raises OSError, ValueError, KeyError, JSON errors for bad directories
-        raise DataError(f"hf:{path}: no tokenizer could be read: {' '.join(str(error).split())[:300]}") from error
-
-
-def _before(ids: Sequence[int], ends: set[int]) -> list[int]:
-    tokens = [int(token) for token in ids]
-    stop = next((index for index, token in enumerate(tokens) if token in ends), len(tokens))
-    return tokens[:stop]
-
-
-def _digest(*parts: str) -> str:
-    return hashlib.sha256("\0".join(parts).encode("utf-8", errors="surrogatepass")).hexdigest()[:16]

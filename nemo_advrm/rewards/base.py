@@ -25,8 +25,9 @@ class Rollouts:
         ended: False where the length limit cut the response off.
         prompt_tokens, response_tokens: the policy's token ids; a response that ended holds its end token.
         prompt_index: place of the prompt in the run's prompt list (reference statistics are looked up by it).
-        fingerprint: of the policy's tokenizer; a source with the same one scores the tokens as they are.
+        fingerprint: of the policy's tokenizer.
         rendered: the responses are whole conversations that a chat template has written out, and the prompts are empty.
+        tokens_only: the tokens are what is scored, by sources whose tokenizer has ``fingerprint``. Else it is the text.
     """
 
     prompts: list[tuple[Message, ...]]
@@ -37,6 +38,7 @@ class Rollouts:
     prompt_index: list[int]
     fingerprint: str
     rendered: bool = False
+    tokens_only: bool = False
 
     def __len__(self) -> int:
         return len(self.responses)

@@ -2,35 +2,50 @@
 
 from __future__ import annotations
 
-from nemo_advrm.data.tokenizers import Tokenizer
+from nemo_advrm.data.tokenizers import HFTokenizer, Tokenizer
+from nemo_advrm.errors import DataError
 from nemo_advrm.rewards.base import Rollouts
 
 
-def token_sequences(rollouts: Rollouts, tokenizer: Tokenizer) -> list[list[int]]:
-    """Prompt and response of every rollout as ids of ``tokenizer``.
+def token_sequences(rollouts: Rollouts, tokenizer: Tokenizer, limit: int | None = None) -> list[list[int]]:
+    """The conversation of every rollout as ids of ``tokenizer``, each to be read at its last token.
 
-    Where the policy has the same tokenizer its tokens are taken as they are; else messages are rendered by the
-    template of ``tokenizer`` and encoded anew. A response that the length limit cut off gets no end token.
+    The reward is that of the text: a policy can write tokens that no text encodes to (broken UTF-8, a word in unusual
+    pieces), which no user could send, so that its own tokens are not scored. Only rollouts that came as tokens are.
 
-    Raises DataError for text that the tokenizer refuses.
+    Args:
+        limit: longest sequence of the model. A row that exceeds it although the policy's own tokens do not (the policy
+            saw the end of a long prompt, or its text has more tokens than it wrote) loses tokens at its start. Others
+            are left whole, for the model to refuse.
+
+    Raises DataError for text that the tokenizer refuses, and for tokens of another tokenizer.
     """
-    if rollouts.fingerprint == tokenizer.fingerprint:
-        return [p + r for p, r in zip(rollouts.prompt_tokens, rollouts.response_tokens, strict=True)]
+    own = [p + r for p, r in zip(rollouts.prompt_tokens, rollouts.response_tokens, strict=True)]
+    if rollouts.tokens_only:
+        if rollouts.fingerprint != tokenizer.fingerprint:
+            raise DataError(f"the rows came as tokens of another tokenizer than {tokenizer.name}, without their text")
+        return own
     if rollouts.rendered:
         return [encode_rendered(tokenizer, text) for text in rollouts.responses]
-    return [
-        tokenizer.encode_prompt(prompt) + (tokenizer.encode_response(text) if ended else tokenizer.encode(text))
+    rows = [
+        tokenizer.encode_conversation(prompt, text, ended)
         for prompt, text, ended in zip(rollouts.prompts, rollouts.responses, rollouts.ended, strict=True)
     ]
+    if limit is None or rollouts.fingerprint != tokenizer.fingerprint:
+        return rows
+    return [row[-limit:] if 0 < len(raw) <= limit else row for row, raw in zip(rows, own, strict=True)]
 
 
 def encode_rendered(tokenizer: Tokenizer, text: str) -> list[int]:
     """Ids of a whole conversation that some chat template has already written out as text.
 
-    Special tokens that are written out are read as what they are (a tokenizer that cannot takes them as text), what
-    the template wrote after the last end token is dropped, and the ids end in one ``eos_id``, where the reward is read
-    (not for a tokenizer of a .nemo whose model was trained without).
+    Special tokens that are written out are read as what they are (a tokenizer that cannot takes them as text). Where
+    the template writes finished conversations, see :meth:`HFTokenizer.encode_finished_text`. Else what was written
+    after the last end token is dropped, and the ids end in one ``eos_id``, where the reward is read (not for a
+    tokenizer of a .nemo whose model was trained without).
     """
+    if isinstance(tokenizer, HFTokenizer) and tokenizer.reads_conversations:
+        return tokenizer.encode_finished_text(text)
     parse = getattr(tokenizer, "parse_rendered", tokenizer.encode)
     after_end = {tokenizer.pad_id, tokenizer.eos_id}
     ids = parse(text.rstrip())

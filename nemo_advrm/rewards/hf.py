@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nemo_advrm.data.batching import microbatch_cost, pad_rows, split_by_tokens
+from nemo_advrm.data.reading import rule_in_config
 from nemo_advrm.data.tokenizers import HFTokenizer
 from nemo_advrm.errors import CheckpointError, RewardSourceError
 from nemo_advrm.megatron import phases, runtime
@@ -47,7 +48,7 @@ class HFReward:
     def load(cls, name: str, path: Path, cfg: Config) -> HFReward:
         """Open a directory of ``save_pretrained``; see :func:`check_directory` for what raises CheckpointError."""
         check_directory(path)
-        tokenizer = HFTokenizer(path)
+        tokenizer = HFTokenizer(path, rule_in_config(path))
         rt = runtime.current()
         model = _load_model(path, cfg.precision.name, rt.device) if rt.is_replica_source else None
         reward = cls(name, model, tokenizer, cfg.model.micro_batch_tokens, 4 * cfg.model.micro_batch_size)
@@ -55,17 +56,25 @@ class HFReward:
         return reward
 
     def score(self, rollouts: Rollouts) -> Tensor:
-        return once_per_replica(self.name, lambda: self.score_tokens(token_sequences(rollouts, self.tokenizer)))
+        def rows() -> list[list[int]]:
+            return token_sequences(rollouts, self.tokenizer, self._limit)
+
+        return once_per_replica(self.name, lambda: self.score_tokens(rows()))
+
+    @property
+    def _limit(self) -> int | None:
+        """The model's longest sequence, None when it does not say."""
+        return getattr(self.model.config, "max_position_embeddings", None) if self.model is not None else None
 
     @torch.no_grad()
     def score_tokens(self, sequences: list[list[int]]) -> Tensor:
         """[N] fp32 on the CPU. Raises RewardSourceError for a row beyond the model's longest position."""
         assert self.model is not None
         longest = max(map(len, sequences), default=0)
-        limit = getattr(self.model.config, "max_position_embeddings", None)
-        if limit is not None and longest > limit:
+        if self._limit is not None and longest > self._limit:
             raise RewardSourceError(
-                f"reward source {self.name}: a response has {longest} tokens with its prompt, the model takes {limit}"
+                f"reward source {self.name}: a response has {longest} tokens with its prompt, the model takes "
+                f"{self._limit}"
             )
         scores_N = torch.zeros(len(sequences))
         device = self.model.device

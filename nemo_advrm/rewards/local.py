@@ -34,12 +34,13 @@ class MegatronReward:
         """Raises RewardSourceError for a row beyond the last position that the model has learned."""
         from nemo_advrm.models.scoring import score_sequences  # a function alone needs no Megatron-Core
 
-        rows = token_sequences(rollouts, self.tokenizer)
-        longest, settings = max(map(len, rows), default=0), self.model.model
-        if settings.position_embedding_type == "learned_absolute" and longest > settings.encoder_seq_length:
+        settings = self.model.model
+        limit = settings.encoder_seq_length if settings.position_embedding_type == "learned_absolute" else None
+        rows = token_sequences(rollouts, self.tokenizer, limit)
+        longest = max(map(len, rows), default=0)
+        if limit is not None and longest > limit:
             raise RewardSourceError(
-                f"reward source {self.name}: a response has {longest} tokens with its prompt, the model takes "
-                f"{settings.encoder_seq_length}"
+                f"reward source {self.name}: a response has {longest} tokens with its prompt, the model takes {limit}"
             )
         return score_sequences(self.model, rows, self.tokenizer.pad_id)
 

@@ -63,7 +63,7 @@ class _Remote:
 
 
 class ServerReward(_Remote):
-    """The server of ``nemo-advrm serve``: tokens where its tokenizer is the policy's, else messages."""
+    """The server of ``nemo-advrm serve``: it is sent messages; tokens only where the rows came as its tokens."""
 
     def __init__(self, name: str, addresses: Sequence[str], options: RemoteConfig) -> None:
         super().__init__(name, addresses, options)
@@ -80,12 +80,16 @@ class ServerReward(_Remote):
     def _rows(self, rollouts: Rollouts) -> list[dict[str, Any]]:
         if rollouts.rendered:
             return [{"text": text} for text in rollouts.responses]
-        if self.fingerprint and rollouts.fingerprint == self.fingerprint:
+        if rollouts.tokens_only:
+            if rollouts.fingerprint != self.fingerprint:
+                raise RewardSourceError(f"reward source {self.name}: the server takes no tokens of this tokenizer")
             return [
                 {"tokens": p + r} for p, r in zip(rollouts.prompt_tokens, rollouts.response_tokens, strict=True)
             ]
+        # a policy with the server's tokenizer keeps its conversations short; their text may have some tokens more
+        same = {"truncate_prompt": True} if self.fingerprint and rollouts.fingerprint == self.fingerprint else {}
         return [
-            {"messages": list(prompt), "response": response, "ended": ended}
+            {"messages": list(prompt), "response": response, "ended": ended, **same}
             for prompt, response, ended in zip(rollouts.prompts, rollouts.responses, rollouts.ended, strict=True)
         ]
 

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from nemo_advrm.data.tokenizers import Tokenizer, build_tokenizer
+from nemo_advrm.data.reading import KEY, rule_of, say_old_rule
+from nemo_advrm.data.tokenizers import HFTokenizer, Tokenizer, build_tokenizer
 from nemo_advrm.errors import CheckpointError, ConfigError, LayoutError
 from nemo_advrm.extras import require_extra
 from nemo_advrm.keys import nearest
@@ -211,10 +212,15 @@ def member_config(meta: dict[str, Any], job: ModelConfig) -> ModelConfig:
 
 
 def member_tokenizer(spec: SourceSpec, meta: dict[str, Any], running: Tokenizer | None) -> Tokenizer:
-    """The tokenizer a checkpoint was trained with; raises CheckpointError when it cannot be known or has changed."""
-    fingerprint = meta.get("tokenizer")
+    """The tokenizer a checkpoint was trained with, reading conversations by the checkpoint's rule.
+
+    Raises CheckpointError when it cannot be known or has changed.
+    """
+    fingerprint, rule = meta.get("tokenizer"), rule_of(meta, spec.text)
     if running is not None and fingerprint in (None, running.fingerprint):
-        return running
+        if isinstance(running, HFTokenizer) and running.rule != rule:
+            running = HFTokenizer(running.path, rule)
+        return _read_by(running, meta, spec)
     files = spec.path / "tokenizer"
     named = f"hf:{files}" if files.is_dir() else meta.get("tokenizer_spec")
     if named is None:
@@ -222,9 +228,16 @@ def member_tokenizer(spec: SourceSpec, meta: dict[str, Any], running: Tokenizer 
             f"{spec.place}={spec.text}: the checkpoint does not say which tokenizer it was trained with, and it is not "
             "the one of this run (model.tokenizer)"
         )
-    tokenizer = build_tokenizer(named)
+    tokenizer = build_tokenizer(named, rule)
     if fingerprint is not None and tokenizer.fingerprint != fingerprint:
         raise CheckpointError(f"{spec.place}={spec.text}: the tokenizer {named} is not what it was in training")
+    return _read_by(tokenizer, meta, spec)
+
+
+def _read_by(tokenizer: Tokenizer, meta: dict[str, Any], spec: SourceSpec) -> Tokenizer:
+    """``tokenizer``, after one line in the log where the checkpoint has no rule and its template makes one matter."""
+    if KEY not in meta and isinstance(tokenizer, HFTokenizer) and tokenizer.has_template:
+        say_old_rule(spec.text)
     return tokenizer
 
 

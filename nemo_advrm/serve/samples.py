@@ -24,6 +24,7 @@ class Sample:
         kind: ``chat`` (messages and response), ``text`` (a conversation that a template has written out, in
             ``response``) or ``tokens`` (ids of the first member's tokenizer, scored as they are).
         ended: False where a length limit cut the response off (chat).
+        truncate_prompt: leave tokens at the start out where the conversation is too long, instead of refusing (chat).
     """
 
     kind: Literal["chat", "text", "tokens"]
@@ -31,6 +32,7 @@ class Sample:
     response: str = ""
     ended: bool = True
     tokens: tuple[int, ...] = ()
+    truncate_prompt: bool = False
 
 
 @dataclass(frozen=True)
@@ -111,8 +113,9 @@ class Preparer:
         if sample.kind == "text":
             tokens = encode_rendered(tokenizer, sample.response)
         else:
-            end = tokenizer.encode_response if sample.ended else tokenizer.encode
-            tokens = tokenizer.encode_prompt(sample.messages) + end(sample.response)
+            tokens = tokenizer.encode_conversation(sample.messages, sample.response, sample.ended)
+            if limit and sample.truncate_prompt:
+                tokens = tokens[-limit:]
         if not tokens:
             raise Refused("the sample is empty")
         self._check_length(len(tokens), limit)
@@ -153,8 +156,11 @@ class Preparer:
 def _by_tokens(tokenizer: Tokenizer, reference: Reference) -> dict[tuple[int, ...], int]:
     """Index of every prompt by its ids: as the template writes it, else as a text that has its template already."""
     found: dict[tuple[int, ...], int] = {}
-    for index, prompt in enumerate(reference.prompts_P):
-        found.setdefault(tuple(tokenizer.encode_prompt(prompt)), index)
+    # a policy's tokens, and a conversation that the template has written out: they may begin the answer differently
+    for start in (tokenizer.encode_prompt, lambda prompt: tokenizer.encode_conversation(prompt, "", ended=False)):
+        for index, prompt in enumerate(reference.prompts_P):
+            with contextlib.suppress(DataError):  # a template may write finished conversations alone
+                found.setdefault(tuple(start(prompt)), index)
     # an actor's tokens, and a whole text, before which a tokenizer may put its first token
     for encode in (tokenizer.encode, getattr(tokenizer, "parse_rendered", tokenizer.encode)):
         for index, prompt in enumerate(reference.prompts_P):
@@ -170,11 +176,11 @@ def to_rollouts(batch: Sequence[Prepared], fingerprint: str) -> list[tuple[list[
     for kind in ("chat", "text", "tokens"):
         places = [i for i, prepared in enumerate(batch) if prepared.sample.kind == kind]
         if places:
-            groups.append((places, _rollouts([batch[i] for i in places], fingerprint, kind == "text")))
+            groups.append((places, _rollouts([batch[i] for i in places], fingerprint, kind)))
     return groups
 
 
-def _rollouts(batch: list[Prepared], fingerprint: str, rendered: bool) -> Rollouts:
+def _rollouts(batch: list[Prepared], fingerprint: str, kind: str) -> Rollouts:
     return Rollouts(
         prompts=[prepared.sample.messages for prepared in batch],
         responses=[prepared.sample.response for prepared in batch],
@@ -183,7 +189,8 @@ def _rollouts(batch: list[Prepared], fingerprint: str, rendered: bool) -> Rollou
         response_tokens=[prepared.tokens for prepared in batch],
         prompt_index=[prepared.prompt_index for prepared in batch],
         fingerprint=fingerprint,
-        rendered=rendered,
+        rendered=kind == "text",
+        tokens_only=kind == "tokens",
     )
 
 

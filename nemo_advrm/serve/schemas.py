@@ -23,19 +23,22 @@ class ChatMessage(Strict):
 
 
 class ChatSample(Strict):
-    """A response to chat messages; each member renders them with its own chat template."""
+    """A response to chat messages; each member writes the finished conversation with its own chat template."""
 
     messages: list[ChatMessage]
     response: str
     ended: bool = Field(True, description="false where a length limit cut the response off: it gets no end token")
+    truncate_prompt: bool = Field(
+        False, description="leave out the first tokens of a conversation that is too long; else it is refused"
+    )
 
     def sample(self) -> Sample:
         messages = tuple(Message(role=m.role, content=m.content) for m in self.messages)
-        return Sample("chat", messages, self.response, self.ended)
+        return Sample("chat", messages, self.response, self.ended, truncate_prompt=self.truncate_prompt)
 
 
 class TextSample(Strict):
-    """A whole conversation as text, special tokens written out; it is scored with one end token after it."""
+    """A finished conversation as text, special tokens written out; what is missing of its end is added."""
 
     text: Text
 

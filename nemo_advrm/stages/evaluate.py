@@ -51,7 +51,7 @@ def _rollouts(source: RewardSource, rows: list[PreferencePair], cfg: Config) -> 
     inputs.say_changed(f"pairs for {source.name}", counts)
     tokens = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
     rollouts = _texts([()] * len(tokens), [""] * len(tokens), [True] * len(tokens))
-    rollouts.response_tokens, rollouts.fingerprint = tokens, tokenizer.fingerprint
+    rollouts.response_tokens, rollouts.fingerprint, rollouts.tokens_only = tokens, tokenizer.fingerprint, True
     return rollouts
 
 

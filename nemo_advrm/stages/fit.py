@@ -18,6 +18,7 @@ from nemo_advrm.callbacks.checkpoints import PeriodicCheckpoint, newest_usable
 from nemo_advrm.callbacks.metrics import MetricsWriter
 from nemo_advrm.callbacks.preemption import PreemptionCheckpoint, keep_signals
 from nemo_advrm.callbacks.progress import PhaseMarks, StepProgress
+from nemo_advrm.data.reading import KEY, ReadingRule
 from nemo_advrm.megatron import checkpoint, memory, resiliency, runtime
 from nemo_advrm.megatron.strategy import MegatronStrategy
 from nemo_advrm.models.trainable import TrainableModel
@@ -133,12 +134,16 @@ def write_json(path: Path, value: object) -> None:
     runtime.on_writer(write)
 
 
-def tokenizer_meta(module: TrainableModel) -> dict[str, str]:
-    """What a checkpoint says of its tokenizer: its fingerprint, and the specification that opens it from anywhere."""
+def tokenizer_meta(module: TrainableModel) -> dict[str, Any]:
+    """What a checkpoint says of its tokenizer: its fingerprint, and the specification that opens it from anywhere.
+
+    Beside them stands the rule by which conversations were read in training.
+    """
     spec = module.config.model.tokenizer
     if spec.startswith("hf:"):
         spec = f"hf:{Path(spec.removeprefix('hf:')).resolve()}"
-    return {"tokenizer": module.tokenizer.fingerprint, "tokenizer_spec": spec}
+    rule = getattr(module.tokenizer, "rule", None) or ReadingRule()
+    return {"tokenizer": module.tokenizer.fingerprint, "tokenizer_spec": spec, KEY: rule.meta()}
 
 
 def _exp_manager_options(cfg: Config, directory: Path) -> dict[str, object]:

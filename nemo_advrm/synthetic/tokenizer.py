@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 
+from nemo_advrm.data.reading import concatenate
 from nemo_advrm.errors import DataError
 from nemo_advrm.synthetic.language import EOS, ID_OF_WORD, PAD, SEP, VOCAB_SIZE, WORDS
 
@@ -56,6 +57,8 @@ class SyntheticTokenizer:
             if not (skip_special and token in _SPECIAL):
                 words.append(WORDS[token])
         return " ".join(words)
+
+    encode_conversation = concatenate
 
     def encode_prompt(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Ids of the last user message followed by the separator; other messages are ignored.

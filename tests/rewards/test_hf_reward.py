@@ -27,15 +27,14 @@ def member(single: Runtime, directory: Path) -> HFReward:
 
 
 def _own_scores(directory: Path) -> torch.Tensor:
-    """transformers alone: one row at a time, rendered by its template, without any padding."""
+    """transformers alone: one finished conversation at a time, rendered by its template, without any padding."""
     model = AutoModelForSequenceClassification.from_pretrained(directory).eval()
     model.config.pad_token_id = None
     tokenizer = AutoTokenizer.from_pretrained(directory)
-    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     scores, data = [], rollouts()
     for prompt, response, ended in zip(data.prompts, data.responses, data.ended, strict=True):
-        text = tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, tokenize=False) + response
-        ids = tokenizer(text, add_special_tokens=False).input_ids + ([end] if ended else [])
+        conversation = [*prompt, {"role": "assistant", "content": response}]
+        ids = tokenizer.apply_chat_template(conversation, continue_final_message=not ended, return_dict=False)
         with torch.no_grad():
             scores.append(model(torch.tensor([ids])).logits.squeeze())
     return torch.stack(scores)

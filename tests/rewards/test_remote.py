@@ -63,7 +63,7 @@ class FakeServer:
 
     @staticmethod
     def scores(body: dict) -> Answer:
-        return 200, {}, json.dumps({"scores": [float(len(s["tokens"])) for s in body["samples"]]}).encode()
+        return 200, {}, json.dumps({"scores": [float(len(s["response"])) for s in body["samples"]]}).encode()
 
     def close(self) -> None:
         self.server.shutdown()
@@ -84,8 +84,7 @@ def _source(*addresses: str, options: RemoteConfig = FAST) -> ServerReward:
 
 
 def _lengths() -> list[float]:
-    data = rollouts()
-    return [float(len(p) + len(r)) for p, r in zip(data.prompt_tokens, data.response_tokens, strict=True)]
+    return [float(len(response)) for response in rollouts().responses]
 
 
 def _dead_address() -> str:
@@ -98,13 +97,26 @@ def test_rows_are_sent_in_bounded_requests_and_come_back_in_order(fake: FakeServ
     assert sorted(len(body["samples"]) for body in fake.requests) == [1, 3]
 
 
-def test_messages_are_sent_where_the_tokenizers_differ(fake: FakeServer) -> None:
-    fake.answer = lambda number, body: (200, {}, json.dumps({"scores": [1] * len(body["samples"])}).encode())
+@pytest.mark.parametrize("same", [False, True])
+def test_messages_are_sent_whatever_the_policys_tokenizer(fake: FakeServer, same: bool) -> None:
+    """A reward is that of the text: a policy's own tokens may be none that the text encodes to."""
     data = rollouts()
-    data.fingerprint = "another"
+    if not same:
+        data.fingerprint = "another"
     _source(fake.address).score(data)
     sample = next(s for body in fake.requests for s in body["samples"] if s["response"] == data.responses[1])
-    assert sample == {"messages": list(data.prompts[1]), "response": data.responses[1], "ended": False}
+    expected = {"messages": list(data.prompts[1]), "response": data.responses[1], "ended": False}
+    assert sample == expected | ({"truncate_prompt": True} if same else {})
+
+
+def test_rows_that_came_as_tokens_are_sent_as_tokens_of_the_servers_tokenizer_alone(fake: FakeServer) -> None:
+    fake.answer = lambda number, body: (200, {}, json.dumps({"scores": [1] * len(body["samples"])}).encode())
+    source, data = _source(fake.address), dataclasses.replace(rollouts(), tokens_only=True)
+    source.score(data)
+    sent = [sample["tokens"] for body in fake.requests for sample in body["samples"]]
+    assert sorted(sent) == sorted(p + r for p, r in zip(data.prompt_tokens, data.response_tokens, strict=True))
+    with pytest.raises(RewardSourceError, match="judge: the server takes no tokens of this tokenizer"):
+        source.score(dataclasses.replace(data, fingerprint="another"))
 
 
 PASSING = [(503, {}, b"{}"), (500, {}, b"x"), (429, {"Retry-After": "0.3"}, b"{}"), (0, {}, b"")]

@@ -1,0 +1,134 @@
+"""A chat template as a function of the conversation alone: the same text today and next year."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Sequence
+from datetime import timedelta
+from functools import cached_property
+from typing import Any
+
+from nemo_advrm.data.messages import Message
+from nemo_advrm.data.reading import ReadingRule
+from nemo_advrm.errors import DataError
+
+_log = logging.getLogger(__name__)
+_MARK = "\U000ffffd"  # a private character that stands where an answer ends
+_STRINGS = re.compile(r"'((?:[^'\\]|\\.)*)'|\"((?:[^\"\\]|\\.)*)\"", re.DOTALL)
+_RANDOM = re.compile(r"\|\s*random\b|\blipsum\b")
+# stands for the clock that transformers gives to templates, which cannot be replaced by an argument
+_CLOCK = (
+    "{%- macro strftime_now(format) %}{{ pinned_dates[format] if format in pinned_dates else "
+    "format if '%' not in format else raise_exception('the format of its date is not written out in the template') }}"
+    "{% endmacro %}{{ '' }}"
+)
+_PROBES: tuple[list[Message], ...] = (
+    [Message(role="user", content="Hi"), Message(role="assistant", content="Hello")],
+    [
+        Message(role="system", content="Be brief."),
+        Message(role="user", content="Hi"),
+        Message(role="assistant", content="Hello"),
+    ],
+    [Message(role="user", content="Hi")],
+)
+
+
+class ChatTemplate:
+    """The template of a tokenizer of transformers, told the date of ``rule``.
+
+    Raises DataError for one that draws at random, and when no conversation at all can be rendered.
+    """
+
+    def __init__(self, tokenizer: Any, name: str, rule: ReadingRule) -> None:
+        self._tokenizer = tokenizer
+        self._name = name
+        own: str = tokenizer.get_chat_template()
+        self.asks_date = "strftime_now" in own
+        self._text = _CLOCK + own if self.asks_date else own
+        self._dates = _dates(own, rule) if self.asks_date else {}
+        if _RANDOM.search(own) or self._probe() != self._probe():
+            raise DataError(
+                f"the chat template of {name} is no function of the conversation: it draws at random, so that one "
+                "conversation has many scores"
+            )
+        if self.asks_date:
+            another = ReadingRule(date=(rule.now + timedelta(days=403, hours=5, minutes=7, seconds=11)).isoformat())
+            if self._probe() != self._probe(_dates(own, another)):
+                _log.warning(
+                    "the chat template of %s writes the date: it is told %s, always (docs/templates.md)",
+                    name,
+                    rule.date,
+                )
+
+    def render(self, messages: Sequence[Message]) -> str:
+        """The finished conversation, of which the last message is the answer."""
+        return self._render(messages)
+
+    def render_open(self, messages: Sequence[Message]) -> str:
+        """The conversation up to the end of the last message's text, without what the template writes after it.
+
+        White space at the end of that text is left out where the template strips it, as in transformers
+        (``continue_final_message``). Raises DataError when the template does not write the text's end.
+        """
+        last = messages[-1]
+        marked = replace_content(last, f"{last['content']}{_MARK} ")
+        text = self._render([*messages[:-1], marked])
+        place = text.rfind(_MARK)
+        if place < 0:
+            raise DataError(f"the chat template of {self._name} does not write the end of the last message")
+        return text[:place] if text[place + 1 : place + 2] == " " else text[:place].rstrip()
+
+    def render_prompt(self, messages: Sequence[Message]) -> str:
+        """The conversation and the beginning of an answer, after which a policy writes."""
+        return self._render(messages, add_generation_prompt=True)
+
+    @cached_property
+    def tail(self) -> str:
+        """What the template writes after the answer of a finished conversation."""
+        return self._render([Message(role="user", content="Hi"), Message(role="assistant", content=_MARK)]).rpartition(
+            _MARK
+        )[2]
+
+    @cached_property
+    def head(self) -> str:
+        """What a finished conversation begins with, up to the first user's text."""
+        text = self._render([Message(role="user", content=_MARK), Message(role="assistant", content="Hello")])
+        return text.partition(_MARK)[0] if _MARK in text else ""
+
+    def _render(self, messages: Sequence[Message], dates: dict[str, str] | None = None, **options: Any) -> str:
+        if self.asks_date:
+            options["pinned_dates"] = dates or self._dates
+        try:
+            return self._tokenizer.apply_chat_template(
+                list(messages), chat_template=self._text, tokenize=False, **options
+            )
+        except Exception as error:  # templates raise jinja errors of their own choice
+            raise DataError(f"the chat template of {self._name} refuses this conversation: {error}") from error
+
+    def _probe(self, dates: dict[str, str] | None = None) -> list[str]:
+        """Some conversations as the template writes them; those that it refuses are left out."""
+        texts = []
+        refusal: DataError | None = None
+        for probe in _PROBES:
+            for prompt in (False, True):
+                try:
+                    texts.append(self._render(probe, dates, add_generation_prompt=prompt))
+                except DataError as error:
+                    refusal = refusal or error
+        if not texts and refusal is not None:
+            raise DataError(f"{self._name}: the chat template cannot be rendered: {refusal}") from refusal
+        return texts
+
+
+def replace_content(message: Message, content: str) -> Message:
+    changed = dict(message)
+    changed["content"] = content
+    return changed
+
+
+def _dates(template: str, rule: ReadingRule) -> dict[str, str]:
+    """Every string of the template that can be the format of a date, and that date."""
+    strings = [single or double for single, double in _STRINGS.findall(template)]
+    formats = {text.encode("ascii", "backslashreplace").decode("unicode-escape") for text in strings if "%" in text}
+    return {text: rule.now.strftime(text) for text in formats}

@@ -1,0 +1,188 @@
+"""Tokenizers of Hugging Face transformers, with their chat template or a plain one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from nemo_advrm.data.chat_template import ChatTemplate
+from nemo_advrm.data.messages import Message
+from nemo_advrm.data.reading import ANSWER, ReadingRule, concatenate
+from nemo_advrm.data.special_tokens import SpecialTokens
+from nemo_advrm.errors import DataError
+
+
+class HFTokenizer:
+    """A tokenizer directory of Hugging Face transformers, with its chat template or a plain one when it has none.
+
+    A conversation that is scored is written out whole by the template and encoded as transformers encodes it, so that
+    its last token is where a classifier of transformers reads. A policy writes after `encode_prompt` and ends with
+    `eos_id`, the token with which the template ends an assistant turn (often not `tokenizer.eos_token`, as in Qwen's
+    base models). When the tokenizer has no padding token `pad_id` is `eos_id`, and many tokenizers define pad = eos
+    themselves: harmless, because lengths are carried explicitly and pads are never looked for.
+
+    Args:
+        path: a directory, or a .gguf file (its directory does when it holds one .gguf and no tokenizer files).
+        rule: how conversations are read; only tokenizers with a chat template look at it.
+
+    Raises DataError when it is missing or no tokenizer can be read from it. Nothing is downloaded.
+    """
+
+    def __init__(self, path: str | Path, rule: ReadingRule | None = None) -> None:
+        self.path = Path(path)
+        self.rule = rule or ReadingRule()
+        self._tokenizer = load_hf_tokenizer(self.path)
+        self.name = f"hf:{self.path.name}"
+        self.vocab_size = len(self._tokenizer)
+        self._template: ChatTemplate | None = None
+        if self._tokenizer.chat_template is not None:
+            self._template = ChatTemplate(self._tokenizer, self.name, self.rule)
+        self._special = SpecialTokens(self._tokenizer)
+        eos = self._end_of_turn()
+        if eos is None:
+            eos = self._tokenizer.eos_token_id
+        if eos is None:
+            raise DataError(f"{self.path}: the tokenizer has no end token: the end of an answer could not be marked")
+        self.eos_id: int = eos
+        self._ends = {eos, self._tokenizer.eos_token_id}
+        special = {i for i, token in self._tokenizer.added_tokens_decoder.items() if token.special}
+        self.control_ids = tuple(sorted((special | set(self._tokenizer.all_special_ids)) - {eos}))
+        pad = self._tokenizer.pad_token_id
+        self.pad_id: int = eos if pad is None else pad
+        # Llama-like tokenizers begin every text with bos, GPT-like ones do not: ask instead of assuming.
+        start = self._tokenizer("").input_ids[:1]
+        self._start = start if start and start[0] == self._tokenizer.bos_token_id else []
+
+    @property
+    def has_template(self) -> bool:
+        return self._template is not None
+
+    @property
+    def reads_conversations(self) -> bool:
+        """Whether the template writes the finished conversation that is scored; else prompt and answer are joined."""
+        return self._template is not None and self.rule.at != ANSWER
+
+    @property
+    def template_asks_date(self) -> bool:
+        return self._template is not None and self._template.asks_date
+
+    @cached_property
+    def fingerprint(self) -> str:
+        backend = getattr(self._tokenizer, "backend_tokenizer", None)
+        state = json.loads(backend.to_str()) if backend is not None else sorted(self._tokenizer.get_vocab().items())
+        if isinstance(state, dict):
+            # Set by calls on the tokenizer, not part of what it is.
+            state.pop("padding", None)
+            state.pop("truncation", None)
+        template = self._tokenizer.chat_template
+        parts = [json.dumps(state, sort_keys=True), json.dumps(template), str(self.eos_id), str(self.pad_id)]
+        if self.reads_conversations:  # without: the fingerprint of checkpoints that have no rule
+            parts += [self.rule.at, self.rule.date if self.template_asks_date else ""]
+        return digest(*parts)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of plain text: a special token written out in it is text, not the end of the answer."""
+        return self._special.encode_text(text)
+
+    def parse_rendered(self, text: str) -> list[int]:
+        """Ids of a conversation that the template has written out: its special tokens are special, bos is put first."""
+        ids = self._tokenizer(text, add_special_tokens=False).input_ids
+        return ids if ids[: len(self._start)] == self._start else [*self._start, *ids]
+
+    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
+        known = [int(token) for token in ids if 0 <= int(token) < self.vocab_size]
+        return self._tokenizer.decode(known, skip_special_tokens=skip_special, clean_up_tokenization_spaces=False)
+
+    def encode_conversation(self, messages: Sequence[Message], response: str, ended: bool = True) -> list[int]:
+        """See :class:`~nemo_advrm.data.tokenizers.Tokenizer`; DataError when the template refuses the conversation."""
+        if self._template is None or not self.reads_conversations or not messages:
+            return concatenate(self, messages, response, ended)
+        render = self._template.render if ended else self._template.render_open
+        return self._special.encode_rendered([*messages, Message(role="assistant", content=response)], render)
+
+    def encode_finished_text(self, text: str) -> list[int]:
+        """Ids of a conversation that this tokenizer's template has written out as text; special tokens in it are real.
+
+        The text of `apply_chat_template` gets the ids of `encode_conversation`. Of the conversation's end, what a
+        policy did not write is added (the line break behind ``<|im_end|>``), and end and padding tokens that stand
+        behind it are dropped. The template's bos is put first where it is lacking.
+        """
+        assert self._template is not None
+        tail = self._template.tail
+        text = self._without_ends(text).removesuffix(self._without_ends(tail))
+        bos = self._tokenizer.bos_token
+        if bos and self._template.head.startswith(bos) and not text.startswith(bos):
+            text = bos + text
+        return self._tokenizer(text + tail, add_special_tokens=False).input_ids
+
+    def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
+        """Raises DataError when the template refuses the conversation (for instance a system message)."""
+        if not messages:
+            return list(self._start)
+        if self._template is None:
+            return [*self._start, *self.encode(self.render_prompt(messages))]
+        return self._special.encode_rendered(messages, self._template.render_prompt)
+
+    def render_prompt(self, messages: Sequence[Message]) -> str:
+        """The text before an answer, special tokens written out; "" for (). DataError as in :meth:`encode_prompt`."""
+        if not messages:
+            return ""
+        if self._template is None:
+            turns = [f"{message['role'].capitalize()}:\n{message['content']}\n\n" for message in messages]
+            return "".join(turns) + "Assistant:\n"
+        return self._template.render_prompt(messages)
+
+    def encode_response(self, text: str) -> list[int]:
+        return [*self.encode(text), self.eos_id]
+
+    def decode_response(self, ids: Sequence[int]) -> str:
+        return self.decode(before(ids, self._ends))
+
+    def _without_ends(self, text: str) -> str:
+        """The text before the end and padding tokens, and the white space among them, in which it ends."""
+        ends = self._tokenizer.convert_ids_to_tokens([*self._ends - {None}, self.pad_id])
+        while found := next((end for end in ends if text.rstrip().endswith(end)), None):
+            text = text.rstrip().removesuffix(found)
+        return text
+
+    def _end_of_turn(self) -> int | None:
+        """The special token that the chat template writes after an assistant turn, if it writes one."""
+        if self._template is None:
+            return None
+        tail = self._template.tail.lstrip()
+        ids = self._tokenizer(tail, add_special_tokens=False).input_ids if tail else []
+        special = {token for token, added in self._tokenizer.added_tokens_decoder.items() if added.special}
+        return ids[0] if ids and ids[0] in special | set(self._tokenizer.all_special_ids) else None
+
+
+def load_hf_tokenizer(path: Path) -> Any:
+    if not path.exists():
+        raise DataError(
+            f"hf:{path}: no such tokenizer directory (nothing is downloaded: save the tokenizer there first)"
+        )
+    directory, options = path, {}
+    if path.suffix == ".gguf":
+        directory, options = path.parent, {"gguf_file": path.name}
+    elif not any(path.glob("tokenizer*")) and len(files := list(path.glob("*.gguf"))) == 1:
+        options = {"gguf_file": files[0].name}
+    from transformers import AutoTokenizer  # seconds to import: only for those who use it
+
+    try:
+        return AutoTokenizer.from_pretrained(str(directory), local_files_only=True, **options)
+    except Exception as error:  # transformers raises OSError, ValueError, KeyError, JSON errors for bad directories
+        raise DataError(f"hf:{path}: no tokenizer could be read: {' '.join(str(error).split())[:300]}") from error
+
+
+def before(ids: Sequence[int], ends: set[int]) -> list[int]:
+    """The tokens before the first of ``ends``."""
+    tokens = [int(token) for token in ids]
+    stop = next((index for index, token in enumerate(tokens) if token in ends), len(tokens))
+    return tokens[:stop]
+
+
+def digest(*parts: str) -> str:
+    return hashlib.sha256("\0".join(parts).encode("utf-8", errors="surrogatepass")).hexdigest()[:16]

@@ -1,0 +1,208 @@
+"""Special tokens that a template wrote, told from the same characters written by a user.
+
+transformers reads ``<|im_end|>`` inside a message as the end of the turn. Here only the template's own special tokens
+are special: in the contents of messages the first character of every special token is exchanged for a private one, so
+that what still spells a special token after rendering is the template's. The text is then encoded by a copy of the
+tokenizer in which the special tokens have names that nobody can write, so that the user's are text to it. Ids of text
+that spells no special token are those of transformers.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any
+
+from nemo_advrm.data.messages import Message
+from nemo_advrm.errors import DataError
+
+_PRIVATE = range(0xF0000, 0xF1000)  # characters to which Unicode gives no meaning
+_CUT = "\N{NULL}"  # of parts, never of a text: stands between pieces that must not be read together
+Render = Callable[[list[Message]], str]
+
+
+class SpecialTokens:
+    """The special tokens of one tokenizer of transformers.
+
+    Attributes:
+        ids: of all special tokens, by their text.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        ids = {added.content: i for i, added in tokenizer.added_tokens_decoder.items() if added.special}
+        ids |= dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+        # a token of white space alone is text that templates write
+        self.ids = {text: i for text, i in ids.items() if text.strip()}
+        longest_first = sorted(self.ids, key=len, reverse=True)
+        self._any = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+        # also with other case or with white space between, which a template may change
+        spelled = (r"\s*".join(map(re.escape, text)) for text in longest_first)
+        self._spelled = re.compile("|".join(spelled) or "(?!)", re.IGNORECASE)
+        self._first = {form for text in self.ids for form in (text[0], text[0].lower(), text[0].upper())}
+        self._copy = _Copy(tokenizer, self.ids)
+
+    def encode_text(self, text: str) -> list[int]:
+        """Ids of text in which nothing is special. Raises DataError where the tokenizer has no other ids for it."""
+        ids = self._tokenizer(text, add_special_tokens=False).input_ids
+        return ids if self._known.isdisjoint(ids) else self._copy.encode([text])
+
+    def encode_rendered(self, messages: Sequence[Message], render: Render) -> list[int]:
+        """Ids of ``render(messages)`` in which only what the template wrote is special."""
+        text = render(list(messages))
+        ids = self._tokenizer(text, add_special_tokens=False).input_ids
+        contents = [value for message in messages for value in _strings(message)]
+        if not any(first in content for content in contents for first in self._first):
+            return ids
+        guards = self._guards(contents)
+        rendered = render([_changed(message, lambda value: _translate(value, guards)) for message in messages])
+        if _restore(rendered, guards) != text:
+            # the template looks at such characters itself (as for </think>): only what spells a special token is hidden
+            def hide(value: str) -> str:
+                return self._spelled.sub(lambda found: _translate(found[0], guards), value)
+
+            rendered = render([_changed(message, hide) for message in messages])
+        parts = self._split(rendered, guards)
+        written = [part for part in parts if isinstance(part, int)]
+        if _restore(rendered, guards) == text and [i for i in ids if i in self._known] == written:
+            return ids
+        return self._copy.encode(parts)
+
+    @cached_property
+    def _known(self) -> frozenset[int]:
+        return frozenset(self.ids.values())
+
+    def _guards(self, contents: list[str]) -> dict[str, str]:
+        """A private character, which no content holds, for every first character of a special token."""
+        used = {character for content in contents for character in content}
+        free = (chr(code) for code in _PRIVATE if chr(code) not in used)
+        try:
+            return {first: next(free) for first in sorted(self._first)}
+        except StopIteration:
+            raise DataError("the text holds every private character of Unicode") from None
+
+    def _split(self, text: str, guards: dict[str, str]) -> list[str | int]:
+        """The text between special tokens, and the tokens."""
+        parts: list[str | int] = []
+        place = 0
+        for found in self._any.finditer(text):
+            parts += [_restore(text[place : found.start()], guards), self.ids[found[0]]]
+            place = found.end()
+        return [part for part in [*parts, _restore(text[place:], guards)] if part != ""]
+
+
+class _Copy:
+    """The tokenizer with special tokens that no text can spell, made when it is first needed."""
+
+    def __init__(self, tokenizer: Any, ids: dict[str, int]) -> None:
+        self._tokenizer = tokenizer
+        self._ids = ids
+
+    def encode(self, parts: Sequence[str | int]) -> list[int]:
+        """Ids of text and special tokens. Raises DataError for text whose only ids are a special token's."""
+        ids = self._encode(parts)
+        special = [part for part in parts if isinstance(part, int)]
+        if [i for i in ids if i in self._special] == special:
+            return ids
+        # a vocabulary of words or pieces may hold the token itself: its text is read in two halves, else by letters
+        for halves in (True, False):
+            broken = [piece for part in parts for piece in self._broken(part, halves)]
+            ids = self._encode(broken)
+            if [i for i in ids if i in self._special] == special:
+                return ids
+        raise DataError("the text spells a special token, and the tokenizer has no other ids for it")
+
+    def _broken(self, part: str | int, halves: bool) -> list[str | int]:
+        """The part with cuts inside of all that spells a special token."""
+        if isinstance(part, int):
+            return [part]
+        longest_first = sorted(self._ids, key=len, reverse=True)
+        pieces: list[str | int] = []
+        for i, text in enumerate(re.split(f"({'|'.join(map(re.escape, longest_first))})", part)):
+            size = max(1, (len(text) + 1) // 2 if halves else 1) if i % 2 else max(1, len(text))
+            pieces += [text[start : start + size] for start in range(0, len(text), size)]
+        return [piece for pair in pieces for piece in (pair, _CUT)]
+
+    def _encode(self, parts: Sequence[str | int]) -> list[int]:
+        if self._backend is None:
+            return self._encode_pieces(parts)
+        backend, names, own = self._backend
+        text = "".join(names[part] if isinstance(part, int) or part == _CUT else part for part in parts)
+        ids = (own.get(i, i) for i in backend.encode(text, add_special_tokens=False).ids)
+        return [i for i in ids if i is not None]
+
+    def _encode_pieces(self, parts: Sequence[str | int]) -> list[int]:
+        """For tokenizers written in Python: each piece alone."""
+        ids: list[int] = []
+        for part in parts:
+            if isinstance(part, int):
+                ids.append(part)
+            elif part != _CUT:
+                ids += self._tokenizer(part, add_special_tokens=False, split_special_tokens=True).input_ids
+        return ids
+
+    @cached_property
+    def _special(self) -> frozenset[int]:
+        return frozenset(self._ids.values())
+
+    @cached_property
+    def _backend(self) -> tuple[Any, dict[int | str, str], dict[int, int | None]] | None:
+        """(copy, names of its special tokens by id, the tokenizer's id of each of its added tokens)."""
+        theirs = getattr(self._tokenizer, "backend_tokenizer", None)
+        if theirs is None:
+            return None
+        from tokenizers import AddedToken, Tokenizer
+
+        state = json.loads(theirs.to_str())
+        # a post-processor, truncation and padding name tokens that are not there any more, and none is asked for
+        state |= {"post_processor": None, "truncation": None, "padding": None}
+        secret = secrets.token_hex(8)
+        names: dict[int | str, str] = {}
+        for number, added in enumerate(state["added_tokens"]):
+            if added["content"] in self._ids:
+                # names of one length: none begins another
+                added |= {"content": f"{secret}{number:08d}", "normalized": False}
+                names[added["id"]] = added["content"]
+        copy = Tokenizer.from_str(json.dumps(state))
+        names[_CUT] = f"{secret}{len(state['added_tokens']):08d}"
+        copy.add_special_tokens([AddedToken(names[_CUT], normalized=False)])
+        own: dict[Any, int | None] = {copy.token_to_id(a["content"]): a["id"] for a in state["added_tokens"]}
+        own[copy.token_to_id(names[_CUT])] = None
+        words = set(copy.get_vocab(with_added_tokens=False).values())
+        renamed = {copy.token_to_id(name) for name in names.values()}
+        missing = set(self._ids.values()) - {i for i in names if isinstance(i, int)}
+        return None if renamed & words or missing else (copy, names, own)
+
+
+def _strings(message: Message) -> list[str]:
+    found: list[str] = []
+
+    def keep(value: str) -> str:
+        found.append(value)
+        return value
+
+    _changed(message, keep)
+    return found
+
+
+def _changed(message: Message, change: Callable[[str], str]) -> Message:
+    return {key: value if key == "role" else _change(value, change) for key, value in message.items()}
+
+
+def _change(value: Any, change: Callable[[str], str]) -> Any:
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, dict):
+        return {key: _change(item, change) for key, item in value.items()}
+    return [_change(item, change) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _translate(text: str, table: dict[str, str]) -> str:
+    return text.translate({ord(old): new for old, new in table.items()})
+
+
+def _restore(text: str, guards: dict[str, str]) -> str:
+    return _translate(text, {guard: first for first, guard in guards.items()})
