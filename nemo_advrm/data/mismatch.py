@@ -58,3 +58,13 @@ def mismatched_pairs(rows: Sequence[PreferencePair]) -> tuple[list[PreferencePai
                 )
                 break
     return (pairs, "") if pairs else ([], "all chosen answers are equal")
+
+
+def mismatch_line(accuracy: float | None, pairs: int, reason: str) -> str:
+    """What is printed of the accuracy on `pairs` mismatched pairs, with a warning where it is low."""
+    if accuracy is None:
+        return f"mismatched prompts: not measured: {reason}"
+    line = f"mismatched prompts: accuracy {accuracy:.3f}  ({pairs} pairs; .5 is chance)"
+    if accuracy < LOW_MISMATCH_ACCURACY:
+        line += "\nwarning: the reward model hardly reads the prompt: it likes a good answer under any of them"
+    return line

@@ -26,6 +26,7 @@ from nemo_advrm.megatron.schedule import (
     sequence_multiple,
 )
 from nemo_advrm.models.trainable import Batches, TrainableModel, derive_seed, shard_rows, total_steps
+from nemo_advrm.objectives.accuracy import right_of_pairs
 from nemo_advrm.objectives.losses import preference_loss, regression
 from nemo_advrm.objectives.spread import variance_of
 from nemo_advrm.schema import Config
@@ -144,8 +145,7 @@ class RewardModel(TrainableModel):
                 options.score_l2_coefficient,
             )
         chosen_B, rejected_B = chosen_BA.detach().mean(-1), rejected_BA.detach().mean(-1)
-        # a tie counts half, so that an RM without an opinion scores .5
-        right_B = (chosen_B > rejected_B).float() + 0.5 * (chosen_B == rejected_B).float()
+        right_B = right_of_pairs(chosen_B, rejected_B)
         sums: Sums = {"accuracy": (right_B.sum(), count), "margin": ((chosen_B - rejected_B).sum(), count)}
         for name, scores_B in (("chosen", chosen_B), ("rejected", rejected_B)):
             sums[f"{name}_mean"] = (scores_B.sum(), count)

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 
 from nemo_advrm.config import for_stage
-from nemo_advrm.data.encoding import EncodedPair
 from nemo_advrm.data.jsonl import write_jsonl_atomic
 from nemo_advrm.data.preferences import PreferencePair, load_preferences
 from nemo_advrm.data.tokenizers import build_tokenizer
@@ -40,7 +39,7 @@ from nemo_advrm.stages.rlhf import rlhf_prompts, run_rlhf
 from nemo_advrm.stages.select import select_round
 from nemo_advrm.stages.sft import encode_responses, sft_rows, train_sft
 from nemo_advrm.stages.state import RunState
-from nemo_advrm.stages.train_rm import encode_rows, train_reward_model
+from nemo_advrm.stages.train_rm import EncodedPreferences, encode_rows, train_reward_model
 
 
 def main(cfg: Config) -> int:
@@ -150,17 +149,17 @@ class Pipeline:
         stores = [str(self._round(i) / "pairs.jsonl") for i in range(number)]
         cfg.augmentation.pairs_path = ",".join(filter(None, [cfg.augmentation.pairs_path, *stores]))
         seed = derive_seed(self.cfg.seed, "rm", number, k)
-        train, validation = self._encoded_preferences
+        data = self._encoded_preferences
         if self.cfg.ensemble.bootstrap:
             draw = torch.Generator().manual_seed(derive_seed(seed, "bootstrap"))
-            train = [train[i] for i in torch.randint(len(train), (len(train),), generator=draw).tolist()]
+            rows = torch.randint(len(data.train), (len(data.train),), generator=draw).tolist()
+            data = replace(data, train=[data.train[i] for i in rows])
         directory = self._round(number) / f"rm_{k}"
         train_reward_model(
             cfg,
             self.tokenizer,
             directory,
-            train,
-            validation,
+            data,
             seed,
             f"{directory.parent.name}/rm_{k}",
             self._policy_path,
@@ -265,7 +264,7 @@ class Pipeline:
         return encode_responses(cfg, self.tokenizer, sft_rows(cfg))
 
     @cached_property
-    def _encoded_preferences(self) -> tuple[list[EncodedPair], list[EncodedPair]]:
+    def _encoded_preferences(self) -> EncodedPreferences:
         return encode_rows(for_stage(self.cfg, "train_rm"), self.tokenizer, *self._preferences())
 
     def _preferences(self) -> tuple[list[PreferencePair], list[PreferencePair]]:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from lightning.pytorch import Callback
 
 from nemo_advrm.callbacks.augmentation import AdversarialAugmentation
 from nemo_advrm.data.encoding import EncodedPair, encode_pairs
+from nemo_advrm.data.mismatch import mismatch_line, mismatched_pairs
 from nemo_advrm.data.pair_store import PairStore
 from nemo_advrm.data.preferences import PreferencePair
 from nemo_advrm.data.tokenizers import Tokenizer, build_tokenizer
-from nemo_advrm.errors import ConfigError
+from nemo_advrm.errors import ConfigError, DataError
 from nemo_advrm.megatron import runtime
 from nemo_advrm.models.reward_model import RewardModel
+from nemo_advrm.models.scoring import score_sequences
 from nemo_advrm.models.trainable import derive_seed
+from nemo_advrm.objectives.accuracy import right_of_pairs
 from nemo_advrm.schema import Config
 from nemo_advrm.stages import inputs, session
 from nemo_advrm.stages.fit import fit, read_result, write_result
@@ -26,14 +30,13 @@ def main(cfg: Config) -> int:
     session.start(cfg)
     tokenizer = build_tokenizer(cfg.model.tokenizer)
     train, validation = inputs.training_and_validation_pairs(cfg)
-    train_encoded, validation_encoded = encode_rows(cfg, tokenizer, train, validation)
+    data = encode_rows(cfg, tokenizer, train, validation)
     session.claim(cfg, directory)
     metrics = train_reward_model(
         cfg,
         tokenizer,
         directory,
-        train_encoded,
-        validation_encoded,
+        data,
         cfg.seed,
         "train_rm",
         restore_from=cfg.pretrained_checkpoint.restore_from_path,
@@ -41,31 +44,54 @@ def main(cfg: Config) -> int:
     if runtime.current().is_writer:
         print(
             f"validation: accuracy {metrics['val/accuracy']:.3f}  loss {metrics['val/loss']:.4f}  "
-            f"margin {metrics['val/margin']:.3f}  ({len(validation_encoded)} pairs)\n"
+            f"margin {metrics['val/margin']:.3f}  ({len(data.validation)} pairs)\n"
+            f"{mismatch_line(metrics.get('val/mismatch_accuracy'), len(data.mismatched), data.no_mismatch)}\n"
             f"reward model: {directory / 'model'}"
         )
     return 0
 
 
+@dataclass(frozen=True)
+class EncodedPreferences:
+    """Encoded pairs to train on, to validate on, and the validation rows as mismatched pairs.
+
+    `no_mismatch` says why there are no mismatched pairs (see `data.mismatch`), empty where there are.
+    """
+
+    train: list[EncodedPair]
+    validation: list[EncodedPair]
+    mismatched: list[EncodedPair]
+    no_mismatch: str = ""
+
+
 def encode_rows(
     cfg: Config, tokenizer: Tokenizer, train: list[PreferencePair], validation: list[PreferencePair]
-) -> tuple[list[EncodedPair], list[EncodedPair]]:
-    """Encode both parts; prints how many rows were over-long or refused."""
+) -> EncodedPreferences:
+    """Encode all parts; prints how many rows were over-long or refused."""
+    limit, data = cfg.model.encoder_seq_length, cfg.data
     encoded = []
-    for name, rows in (("training", train), ("validation", validation)):
-        limit, data = cfg.model.encoder_seq_length, cfg.data
-        pairs, counts = encode_pairs(rows, tokenizer, limit, data.on_overlong, data.on_bad_row)
+    for name, part in (("training", train), ("validation", validation)):
+        pairs, counts = encode_pairs(part, tokenizer, limit, data.on_overlong, data.on_bad_row)
         inputs.say_changed(f"{name} pairs", counts)
         encoded.append(pairs)
-    return encoded[0], encoded[1]
+    rows, reason = mismatched_pairs(validation)
+    rows = rows[: cfg.trainer.limit_val_batches * cfg.model.global_batch_size or None]
+    mismatched: list[EncodedPair] = []
+    if rows:
+        # the rows have passed by themselves; one is too long here only where the other prompt's answer is longer
+        overlong = "skip" if data.on_overlong == "error" else data.on_overlong
+        try:
+            mismatched, _ = encode_pairs(rows, tokenizer, limit, overlong, "skip")
+        except DataError as error:  # none is left
+            reason = str(error)
+    return EncodedPreferences(encoded[0], encoded[1], mismatched, reason)
 
 
 def train_reward_model(
     cfg: Config,
     tokenizer: Tokenizer,
     directory: Path,
-    train_rows: list[EncodedPair],
-    validation_rows: list[EncodedPair],
+    data: EncodedPreferences,
     seed: int,
     title: str,
     restore_from: str,
@@ -74,6 +100,7 @@ def train_reward_model(
     finished = read_result(directory)
     if finished is not None:
         return finished
+    train_rows = data.train
     stores = [Path(p) for p in cfg.augmentation.pairs_path.split(",") if p]
     callbacks: list[Callback] = []
     if stores and cfg.augmentation.mode == "append":
@@ -94,8 +121,18 @@ def train_reward_model(
                 weight=cfg.augmentation.weight,
             )
         )
-    module = RewardModel(cfg, tokenizer, train_rows, validation_rows, restore_from, seed)
+    module = RewardModel(cfg, tokenizer, train_rows, data.validation, restore_from, seed)
     fit(module, cfg, directory, title, callbacks, validate=True)
-    metrics = module.validation_metrics
+    metrics = {**module.validation_metrics, **_mismatch(module, data.mismatched)}
     write_result(directory, module, metrics, steps=module.max_steps, **metrics)
     return metrics
+
+
+def _mismatch(module: RewardModel, pairs: list[EncodedPair]) -> dict[str, float]:
+    """Accuracy on mismatched pairs, nothing where there are none."""
+    if not pairs:
+        return {}
+    sequences = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
+    scores = score_sequences(module.model, sequences, module.tokenizer.pad_id)
+    chosen_N, rejected_N = (scores.mean(-1) if scores.ndim > 1 else scores).chunk(2)
+    return {"val/mismatch_accuracy": right_of_pairs(chosen_N, rejected_N).mean().item()}
