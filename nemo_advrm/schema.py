@@ -312,7 +312,13 @@ class ServeConfig:
     queue_tokens: int = 1048576  # waiting tokens above which requests are answered 429
     max_samples: int = 1024  # per request
     max_sample_tokens: int = 0  # longest sample; 0 takes what the models allow (model.encoder_seq_length)
+    max_sample_chars: int = 1048576  # of a sample's texts together
     max_body_mib: float = 8.0  # of one request
+    max_pending_mib: float = 256.0  # bodies of all requests under way, above which larger ones are answered 429
+    max_connections: int = 1024  # at once; more are answered 429
+    header_seconds: float = 10.0  # that the headers of a request may take to arrive
+    body_seconds: float = 30.0  # that its body may take, and a client to take its answer
+    idle_seconds: float = 60.0  # that a connection may wait for its next request
     timeout_seconds: float = 120.0  # that a request may wait for its scores
     drain_seconds: float = 30.0  # that running requests get to finish after TERM
 

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 
 from nemo_advrm import __version__
-from nemo_advrm.schema import ServeConfig
 from nemo_advrm.serve import kserve
-from nemo_advrm.serve.batcher import Batcher, Busy, TooLarge, Unavailable
+from nemo_advrm.serve.batcher import Busy, Unavailable
+from nemo_advrm.serve.bounds import TooLarge, Unreadable, parse_json, parse_length
 from nemo_advrm.serve.guard import Guard
 from nemo_advrm.serve.metrics import Metrics
-from nemo_advrm.serve.samples import Preparer, Refused, Sample
+from nemo_advrm.serve.pending import PendingBytes
+from nemo_advrm.serve.samples import Refused, Sample
 from nemo_advrm.serve.schemas import (
     Classification,
     ClassifyAnswer,
@@ -36,71 +36,30 @@ from nemo_advrm.serve.schemas import (
     ScoreAnswer,
     ScoreRequest,
     Status,
-    Usage,
 )
-from nemo_advrm.serve.scorer import Scored
+from nemo_advrm.serve.service import Service
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
     400: {"model": ErrorAnswer, "description": "the body cannot be read"},
     401: {"model": ErrorAnswer, "description": "the bearer token is missing or wrong"},
     408: {"model": ErrorAnswer, "description": "the body did not arrive in time"},
-    413: {"model": ErrorAnswer, "description": "the request is too large"},
+    413: {"model": ErrorAnswer, "description": "the request is too large, or has too many samples"},
     415: {"model": ErrorAnswer, "description": "the content type is not application/json"},
     422: {"model": ErrorAnswer, "description": "the request cannot be scored"},
-    429: {"model": ErrorAnswer, "description": "the queue is full; Retry-After says for how long to wait"},
+    429: {"model": ErrorAnswer, "description": "too much is waiting; Retry-After says for how long to wait"},
     503: {"model": ErrorAnswer, "description": "no scores can be given now"},
 }
 # what scoring raises, and its status
 FAULTS: dict[type[Exception], int] = {
     kserve.BadTensors: 400,
+    Unreadable: 400,
     TooLarge: 413,
     Refused: 422,
     Busy: 429,
     Unavailable: 503,
 }
+_MESSAGE = 500  # characters of an error's message: it may quote the request
 _GUARDED: dict[int | str, dict[str, Any]] = {status: _ERRORS[status] for status in (401, 503)}
-
-
-@dataclass
-class Service:
-    """What the routes work with.
-
-    Attributes:
-        preparer: checks samples.
-        batcher: scores them; it must be made in the event loop's process, and is started by the application.
-        members: names of the reward's members.
-        reward: how they become the reward.
-        starting: until all of its interfaces answer.
-        draining: set when the server is about to stop.
-    """
-
-    options: ServeConfig
-    preparer: Preparer
-    batcher: Batcher
-    members: Sequence[str]
-    reward: str
-    starting: bool = False
-    draining: bool = False
-    started: float = field(default_factory=time.time)
-
-    @property
-    def ready(self) -> bool:
-        return self.batcher.alive and not self.starting and not self.draining
-
-    @property
-    def unready_because(self) -> str:
-        return "the server is starting" if self.starting and not self.draining else "the server is stopping"
-
-    async def score(self, samples: Sequence[Sample]) -> list[Scored]:
-        """Raises the exceptions that become 413, 422, 429 and 503."""
-        if len(samples) > self.options.max_samples:
-            raise TooLarge(f"the request has {len(samples)} samples, at most {self.options.max_samples} are taken")
-        prepared = await asyncio.to_thread(self.preparer.prepare, samples)
-        return await self.batcher.submit(prepared)
-
-    def usage(self, samples: Sequence[Sample]) -> Usage:
-        tokens = sum(len(sample.tokens) or 1 + len(sample.response) // 4 for sample in samples)
-        return Usage(prompt_tokens=tokens, total_tokens=tokens)
 
 
 def create_app(service: Service, metrics: Metrics, token: str) -> FastAPI:
@@ -119,11 +78,14 @@ def create_app(service: Service, metrics: Metrics, token: str) -> FastAPI:
         lifespan=lifespan,
     )
     app.state.service = service
+    app.router.route_class = _counted(service)
     app.add_middleware(
         Guard,  # type: ignore[arg-type]
         metrics=metrics,
         token=token,
         max_body=int(service.options.max_body_mib * 2**20),
+        body_seconds=service.options.body_seconds,
+        pending=PendingBytes(int(service.options.max_pending_mib * 2**20)),
         draining=lambda: service.draining,
     )
     _add_errors(app)
@@ -133,9 +95,31 @@ def create_app(service: Service, metrics: Metrics, token: str) -> FastAPI:
     return app
 
 
+def _counted(service: Service) -> type[APIRoute]:
+    """Routes whose body is counted and read in a thread before it is validated."""
+
+    class CountedRequest(Request):
+        async def json(self) -> Any:
+            try:
+                return await service.in_thread(parse_json, await self.body(), service.bounds)
+            except (TooLarge, Unreadable) as error:  # FastAPI has one word for all others
+                raise HTTPException(FAULTS[type(error)], str(error)) from None
+
+    class CountedRoute(APIRoute):
+        def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+            handle = super().get_route_handler()
+
+            async def counted(request: Request) -> Response:
+                return await handle(CountedRequest(request.scope, request.receive))
+
+            return counted
+
+    return CountedRoute
+
+
 def _error(status: int, message: str, **headers: str) -> Response:
     # ASCII: a message may quote text that UTF-8 cannot carry
-    content = json.dumps({"error": message})
+    content = json.dumps({"error": message if len(message) <= _MESSAGE else f"{message[:_MESSAGE]}.."})
     return Response(content, status, {name.replace("_", "-"): v for name, v in headers.items()}, "application/json")
 
 
@@ -268,10 +252,8 @@ def _add_kserve(app: FastAPI, service: Service) -> None:
         async def infer(request: Request, model: str, version: str = "1") -> Response:
             check(model, version)
             length = request.headers.get(kserve.HEADER_LENGTH)
-            if length is not None and not length.isdecimal():
-                raise kserve.BadTensors(f"{kserve.HEADER_LENGTH}={length!r} is not a number")
-            body = await request.body()
-            wanted = await asyncio.to_thread(kserve.read_request, body, None if length is None else int(length))
+            split = None if length is None else parse_length(length, kserve.HEADER_LENGTH)
+            wanted = await service.in_thread(kserve.read_request, await request.body(), split, service.bounds)
             scored = await service.score(wanted.samples)
             content, headers = kserve.write_answer(name, wanted, [s.reward for s in scored])
             return Response(content, headers=headers)

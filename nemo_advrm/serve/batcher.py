@@ -6,13 +6,13 @@ import asyncio
 import logging
 import math
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
 from nemo_advrm.errors import UserError
+from nemo_advrm.serve.bounds import TooLarge
 from nemo_advrm.serve.metrics import Metrics
 from nemo_advrm.serve.samples import Prepared
 from nemo_advrm.serve.scorer import Scored, Scorer, use_device
@@ -28,21 +28,19 @@ class Busy(Exception):
         self.retry_after = retry_after
 
 
-class TooLarge(Exception):
-    """The request alone is more than the queue holds."""
-
-
 class Unavailable(Exception):
     """The samples could not be scored, for no fault of the request."""
 
 
-@dataclass
+@dataclass(eq=False)
 class _Job:
-    """One request: its results arrive batch by batch."""
+    """One request: its samples leave the queue, and its results arrive, batch by batch."""
 
+    samples: Sequence[Prepared]
     future: asyncio.Future[list[Scored]]
     results: list[Scored | None]
-    missing: int = 0
+    missing: int
+    taken: int = 0
 
 
 @dataclass
@@ -76,7 +74,7 @@ class Batcher:
     idle_seconds: float = 60.0
     on_failure: Callable[[], Any] = lambda: None
     waiting_tokens: int = 0
-    _queue: deque[_Entry] = field(default_factory=deque)
+    _queue: dict[_Job, None] = field(default_factory=dict)  # in the order in which they came
     _arrived: asyncio.Event = field(default_factory=asyncio.Event)
     _tokens_per_second: float = 0.0
     _task: asyncio.Task[None] | None = None
@@ -90,9 +88,7 @@ class Batcher:
         assert self._task is not None
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
-        for entry in self._queue:
-            if not entry.job.future.done():
-                entry.job.future.set_exception(Unavailable("the server is stopping"))
+        self._fail(self._queue, "the server is stopping")
         await asyncio.get_running_loop().run_in_executor(self._thread, self.scorer.stop)
         self._thread.shutdown()
 
@@ -109,14 +105,22 @@ class Batcher:
             raise Busy(self._seconds_to_wait())
         if not self.alive:
             raise Unavailable("the server cannot score any more")
-        job = _Job(asyncio.get_running_loop().create_future(), [None] * len(samples), len(samples))
-        self._queue.extend(_Entry(sample, job, place) for place, sample in enumerate(samples))
+        job = _Job(samples, asyncio.get_running_loop().create_future(), [None] * len(samples), len(samples))
+        self._queue[job] = None
         self._count(tokens)
         self._arrived.set()
         try:
             return await asyncio.wait_for(job.future, self.timeout_seconds)
         except TimeoutError:
             raise Unavailable(f"no scores within {self.timeout_seconds:g} s") from None
+        finally:
+            self._drop(job)
+
+    def _drop(self, job: _Job) -> None:
+        """Take a request out of the queue that nobody waits for any more: its client has left, or it has failed."""
+        if job in self._queue:
+            del self._queue[job]
+            self._count(-sum(sample.cost for sample in job.samples[job.taken :]))
 
     def _count(self, tokens: int) -> None:
         self.waiting_tokens += tokens
@@ -140,18 +144,20 @@ class Batcher:
                 await self._score(batch)
 
     def _take(self) -> list[_Entry]:
-        """The next batch; requests that nobody waits for any more are dropped."""
+        """The next batch."""
         batch: list[_Entry] = []
         tokens = 0
         while self._queue:
-            cost = self._queue[0].prepared.cost
-            if batch and tokens + cost > self.batch_tokens:
+            job = next(iter(self._queue))
+            sample = job.samples[job.taken]
+            if batch and tokens + sample.cost > self.batch_tokens:
                 break
-            entry = self._queue.popleft()
-            self._count(-cost)
-            if not entry.job.future.done():
-                batch.append(entry)
-                tokens += cost
+            batch.append(_Entry(sample, job, job.taken))
+            tokens += sample.cost
+            self._count(-sample.cost)
+            job.taken += 1
+            if job.taken == len(job.samples):
+                del self._queue[job]
         if not self._queue:
             self._arrived.clear()
         return batch
@@ -161,11 +167,11 @@ class Batcher:
         try:
             results = await self._in_thread(self.scorer.score, [entry.prepared for entry in batch])
         except UserError as error:
-            self._fail(batch, str(error))
+            self._fail((entry.job for entry in batch), str(error))
             return
         except Exception:
             log.exception("scoring failed")
-            self._fail([*batch, *self._queue], "scoring failed, see the server's log")
+            self._fail([*(entry.job for entry in batch), *self._queue], "scoring failed, see the server's log")
             self.on_failure()
             raise  # other ranks may be out of step: nothing is scored any more
         seconds = time.monotonic() - started
@@ -182,7 +188,8 @@ class Batcher:
         # a collective that has begun must end: cancelling the task does not leave it half done
         return await asyncio.shield(asyncio.get_running_loop().run_in_executor(self._thread, work, *arguments))
 
-    def _fail(self, entries: Sequence[_Entry], reason: str) -> None:
-        for entry in entries:
-            if not entry.job.future.done():
-                entry.job.future.set_exception(Unavailable(reason))
+    def _fail(self, jobs: Iterable[_Job], reason: str) -> None:
+        for job in list(jobs):
+            self._drop(job)
+            if not job.future.done():
+                job.future.set_exception(Unavailable(reason))

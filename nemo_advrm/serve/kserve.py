@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from nemo_advrm.serve.bounds import Bounds, check_samples, parse_json
 from nemo_advrm.serve.samples import Sample
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
@@ -36,18 +37,15 @@ class InferRequest:
     binary: bool
 
 
-def read_request(body: bytes, header_length: int | None) -> InferRequest:
-    """Raises BadTensors."""
+def read_request(body: bytes, header_length: int | None, bounds: Bounds) -> InferRequest:
+    """Time and memory are linear in the size of the body. Raises BadTensors, Unreadable and TooLarge."""
     head, rest = (body, b"") if header_length is None else (body[:header_length], body[header_length:])
     if header_length is not None and not 0 <= header_length <= len(body):
         raise BadTensors(f"{HEADER_LENGTH}={header_length}, but the body has {len(body)} bytes")
-    try:
-        request = json.loads(head)
-    except (ValueError, RecursionError) as error:
-        raise BadTensors(f"the request is not JSON: {error}") from None
+    request = parse_json(head, bounds)
     if not isinstance(request, dict):
         raise BadTensors("the request is not a JSON object")
-    tensors = _read_inputs(request.get("inputs"), rest)
+    tensors = _read_inputs(request.get("inputs"), memoryview(rest), bounds)
     return InferRequest(samples_of(tensors), _identifier(request), _wants_binary(request))
 
 
@@ -76,7 +74,7 @@ def _parameters(node: dict[str, Any]) -> dict[str, Any]:
     return parameters
 
 
-def _read_inputs(inputs: Any, rest: bytes) -> dict[str, np.ndarray]:
+def _read_inputs(inputs: Any, rest: memoryview, bounds: Bounds) -> dict[str, np.ndarray]:
     if not isinstance(inputs, list) or not inputs:
         raise BadTensors("inputs is not a list of tensors")
     tensors: dict[str, np.ndarray] = {}
@@ -86,9 +84,11 @@ def _read_inputs(inputs: Any, rest: bytes) -> dict[str, np.ndarray]:
             raise BadTensors(f"there is no input {name!r}; inputs: {', '.join(INPUTS)}")
         if name in tensors:
             raise BadTensors(f"input {name} is given twice")
-        datatype, shape = INPUTS[name], _shape(name, tensor.get("shape"))
+        datatype = INPUTS[name]
+        shape = _shape(name, datatype, tensor.get("shape"))
         if tensor.get("datatype") != datatype:
             raise BadTensors(f"input {name} has the datatype {tensor.get('datatype')!r}, {datatype} is wanted")
+        check_samples(shape[0], bounds)  # before a single one is read
         size = _parameters(tensor).get("binary_data_size")
         if size is None:
             tensors[name] = _from_json(name, datatype, shape, tensor.get("data"))
@@ -101,10 +101,12 @@ def _read_inputs(inputs: Any, rest: bytes) -> dict[str, np.ndarray]:
     return tensors
 
 
-def _shape(name: str, shape: Any) -> tuple[int, ...]:
+def _shape(name: str, datatype: str, shape: Any) -> tuple[int, ...]:
     whole = isinstance(shape, list) and all(isinstance(n, int) and not isinstance(n, bool) for n in shape)
     if not whole or not 1 <= len(shape) <= 2 or not all(1 <= n < 2**31 for n in shape):
         raise BadTensors(f"input {name}: the shape is not [B] or [B, N] with sizes from 1")
+    if datatype == "BYTES" and shape[1:] not in ([], [1]):
+        raise BadTensors(f"input {name}: the shape is {shape}, [B, 1] is wanted")
     return tuple(shape)
 
 
@@ -112,37 +114,40 @@ def _from_json(name: str, datatype: str, shape: tuple[int, ...], data: Any) -> n
     if not isinstance(data, list):
         raise BadTensors(f"input {name} has neither data nor binary_data_size")
     flat = [item for row in data for item in row] if all(isinstance(row, list) for row in data) else data
+    _check_count(name, shape, len(flat))
     kinds = {"BYTES": str, "INT64": int, "BOOL": bool}
     if any(not isinstance(x, kinds[datatype]) or (datatype == "INT64" and isinstance(x, bool)) for x in flat):
         raise BadTensors(f"input {name}: the data does not consist of {datatype}")
     if datatype == "INT64" and any(not -(2**63) <= x < 2**63 for x in flat):
         raise BadTensors(f"input {name}: a number is larger than INT64")
-    _check_count(name, shape, len(flat))
     array = np.empty(len(flat), dtype=object) if datatype == "BYTES" else np.empty(len(flat), _SIZES[datatype][0])
     array[:] = flat
     return array.reshape(shape)
 
 
-def _from_binary(name: str, datatype: str, shape: tuple[int, ...], raw: bytes) -> np.ndarray:
+def _from_binary(name: str, datatype: str, shape: tuple[int, ...], raw: memoryview) -> np.ndarray:
     if datatype != "BYTES":
         dtype, size = _SIZES[datatype]
         if len(raw) % size:
             raise BadTensors(f"input {name}: {len(raw)} bytes are no whole number of {datatype}")
         _check_count(name, shape, len(raw) // size)
         return np.frombuffer(raw, dtype).reshape(shape)
-    texts = []
-    while raw:
-        length = struct.unpack_from("<I", raw)[0] if len(raw) >= 4 else len(raw)
-        if len(raw) < 4 + length:
-            raise BadTensors(f"input {name}: a string is cut off")
+    if len(raw) < 4 * math.prod(shape):  # each has its length before it
+        raise BadTensors(f"input {name}: a string is cut off: {len(raw)} bytes are too few for {list(shape)}")
+    array = np.empty(math.prod(shape), dtype=object)
+    place = 0
+    for number in range(array.size):
+        length = struct.unpack_from("<I", raw, place)[0] if place + 4 <= len(raw) else len(raw)
+        end = place + 4 + length
+        if end > len(raw):
+            raise BadTensors(f"input {name}: string {number} is cut off")
         try:
-            texts.append(raw[4 : 4 + length].decode())
+            array[number] = str(raw[place + 4 : end], "utf-8")
         except UnicodeDecodeError as error:
-            raise BadTensors(f"input {name}: string {len(texts)} is not UTF-8 ({error.reason})") from None
-        raw = raw[4 + length :]
-    _check_count(name, shape, len(texts))
-    array = np.empty(len(texts), dtype=object)
-    array[:] = texts
+            raise BadTensors(f"input {name}: string {number} is not UTF-8 ({error.reason})") from None
+        place = end
+    if place < len(raw):
+        raise BadTensors(f"input {name}: {len(raw) - place} bytes are left after {array.size} strings")
     return array.reshape(shape)
 
 
@@ -157,8 +162,6 @@ def samples_of(tensors: dict[str, np.ndarray]) -> list[Sample]:
     if (sentences is None) == (tokens is None):
         raise BadTensors("either sentences or tokens must be given")
     if sentences is not None:
-        if sentences.ndim == 2 and sentences.shape[1] != 1:
-            raise BadTensors(f"input sentences: the shape is {list(sentences.shape)}, [B, 1] is wanted")
         return [Sample("text", response=text) for text in sentences.flatten()]
     assert tokens is not None
     if tokens.ndim != 2:

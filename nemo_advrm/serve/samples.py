@@ -82,10 +82,10 @@ class Preparer:
             self._by_tokens = _by_tokens(self.tokenizer, reference)
         self._prompt_lengths = sorted({len(tokens) for tokens in self._by_tokens}, reverse=True)
 
-    def prepare(self, samples: Sequence[Sample]) -> list[Prepared]:
-        """Raises Refused, naming the place of the sample in the request."""
+    def prepare(self, samples: Sequence[Sample], first: int = 0) -> list[Prepared]:
+        """Raises Refused, naming the place of the sample in the request, of which these begin at ``first``."""
         prepared = []
-        for place, sample in enumerate(samples):
+        for place, sample in enumerate(samples, first):
             try:
                 prepared.append(self._prepare(sample))
             except (Refused, DataError) as error:

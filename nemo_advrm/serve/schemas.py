@@ -10,7 +10,8 @@ from nemo_advrm.data.messages import Message
 from nemo_advrm.serve.samples import Sample
 
 Text = Annotated[str, Field(min_length=1)]
-Tokens = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1)]
+# a list ends at its first wrong entry: a million of them would be a million errors
+Tokens = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1, fail_fast=True)]
 
 
 class Strict(BaseModel):
@@ -25,7 +26,7 @@ class ChatMessage(Strict):
 class ChatSample(Strict):
     """A response to chat messages; each member writes the finished conversation with its own chat template."""
 
-    messages: list[ChatMessage]
+    messages: list[ChatMessage] = Field(max_length=1024, fail_fast=True)
     response: str
     ended: bool = Field(True, description="false where a length limit cut the response off: it gets no end token")
     truncate_prompt: bool = Field(
@@ -67,7 +68,7 @@ AnySample = Annotated[
 
 
 class ScoreRequest(Strict):
-    samples: list[AnySample] = Field(min_length=1)
+    samples: list[AnySample] = Field(min_length=1, fail_fast=True)
     members: bool = Field(False, description="also answer the raw scores of the ensemble's members")
 
 
@@ -97,7 +98,7 @@ class ErrorAnswer(BaseModel):
 class OpenRLHFRequest(BaseModel):
     """What OpenRLHF posts to `--remote_rm_url`: prompt and response together, special tokens written out."""
 
-    query: list[Text] = Field(min_length=1)
+    query: list[Text] = Field(min_length=1, fail_fast=True)
     prompts: list[Any] | None = None
     labels: list[Any] | None = None
 
@@ -111,7 +112,12 @@ class OpenRLHFAnswer(BaseModel):
 class PoolingRequest(BaseModel):
     """What verl posts to vLLM's `/classify` and SGLang's `/v1/embeddings`. Scores are raw: no activation is applied."""
 
-    input: Text | Annotated[list[Text], Field(min_length=1)] | Tokens | Annotated[list[Tokens], Field(min_length=1)]
+    input: (
+        Text
+        | Annotated[list[Text], Field(min_length=1, fail_fast=True)]
+        | Tokens
+        | Annotated[list[Tokens], Field(min_length=1, fail_fast=True)]
+    )
     model: str | None = None
     activation: Literal[False] | None = None
     use_activation: Literal[False] | None = None

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import ipaddress
 import json
 import logging
 import os
+import resource
 import signal
 import socket
 from collections.abc import Iterator
@@ -19,11 +21,14 @@ import uvicorn
 from nemo_advrm import signals
 from nemo_advrm.errors import ConfigError, RewardSourceError, UserError
 from nemo_advrm.schema import ServeConfig
-from nemo_advrm.serve.app import Service, create_app
+from nemo_advrm.serve.app import create_app
 from nemo_advrm.serve.metrics import Metrics
+from nemo_advrm.serve.service import Service
+from nemo_advrm.serve.transport import BoundedProtocol
 from nemo_advrm.serve.triton import TritonBridge, check
 
 _log = logging.getLogger(__name__)
+_OTHER_FILES = 512  # that a process with models, other ranks and refused connections opens besides
 
 
 def is_loopback(host: str) -> bool:
@@ -52,11 +57,30 @@ def bind(options: ServeConfig, token: str) -> socket.socket:
                 f"serve.host={options.host}: Triton asks for no token, so serve.triton_port needs serve.host=127.0.0.1"
             )
         check(options, token)
+    if options.max_pending_mib < options.max_body_mib:
+        raise ConfigError(
+            f"serve.max_pending_mib={options.max_pending_mib:g}: must be at least serve.max_body_mib="
+            f"{options.max_body_mib:g}"
+        )
+    _allow_files(options.max_connections)
     family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
     try:
         return socket.create_server((options.host, options.port), family=family, backlog=1024)
     except OSError as error:
         raise ConfigError(f"serve.host={options.host} serve.port={options.port}: {error}") from error
+
+
+def _allow_files(connections: int) -> None:
+    """Raise this process's limit of open files to what the connections need. Raises ConfigError."""
+    needed = connections + _OTHER_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        raise ConfigError(
+            f"serve.max_connections={connections}: this process may open {hard} files (ulimit -Hn), {needed} are needed"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 class _Server(uvicorn.Server):
@@ -136,6 +160,22 @@ class _Server(uvicorn.Server):
         super().handle_exit(sig, frame)
 
 
+def configure(service: Service, metrics: Metrics, token: str) -> uvicorn.Config:
+    """How uvicorn serves the application, with the limits of ``service.options`` for every connection."""
+    options = service.options
+    return uvicorn.Config(
+        create_app(service, metrics, token),
+        http=functools.partial(BoundedProtocol, limits=options),  # type: ignore[arg-type]
+        ws="none",
+        proxy_headers=False,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=max(1, round(options.drain_seconds)),
+        timeout_keep_alive=options.idle_seconds,  # type: ignore[arg-type]
+    )
+
+
 def run(service: Service, metrics: Metrics, token: str, sock: socket.socket, directory: Path) -> None:
     """Serve until TERM, USR1 or INT, then finish the running requests.
 
@@ -145,18 +185,9 @@ def run(service: Service, metrics: Metrics, token: str, sock: socket.socket, dir
         ConfigError: Triton did not start, or ``directory`` cannot be written.
         RewardSourceError: scoring failed for good, or Triton ended by itself.
     """
-    options = service.options
     host, port = sock.getsockname()[:2]
     address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-    config = uvicorn.Config(
-        create_app(service, metrics, token),
-        log_level="warning",
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=max(1, round(options.drain_seconds)),
-        timeout_keep_alive=60,
-    )
-    server = _Server(config, service, metrics, address, directory)
+    server = _Server(configure(service, metrics, token), service, metrics, address, directory)
     service.batcher.on_failure = lambda: server.fail(
         RewardSourceError("the server stopped because scoring failed; its log says why")
     )

@@ -22,15 +22,18 @@ import numpy as np
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.schema import ServeConfig
 from nemo_advrm.serve import kserve, triton_bridge
-from nemo_advrm.serve.app import FAULTS, Service
-from nemo_advrm.serve.batcher import Busy, TooLarge
+from nemo_advrm.serve.app import FAULTS
+from nemo_advrm.serve.batcher import Busy
+from nemo_advrm.serve.bounds import TooLarge
 from nemo_advrm.serve.metrics import Metrics
+from nemo_advrm.serve.service import Service
 
 _BRIDGE = Path(triton_bridge.__file__)
 _CHECK_SECONDS = 120.0
 _START_SECONDS = 180.0
 # without a request, after which Triton is killed: its model is never unloaded by some versions (PyTriton 0.5.10)
 _UNLOAD_SECONDS = 10.0
+_PIECE = 1 << 20  # bytes read at once of a request that is not kept
 
 
 def check(options: ServeConfig, token: str) -> None:
@@ -152,14 +155,22 @@ class TritonBridge:
                 if number == 0:
                     self._ready.set()
                     continue
-                body = await process.stdout.readexactly(length)
+                body = await self._body(process.stdout, length)
                 task = asyncio.create_task(self._answer(number, head_length, body))
                 self._answering.add(task)
                 task.add_done_callback(self._answering.discard)
         if not self._stopping and self._ready.is_set():
             self.on_failure(f"Triton ended by itself; see {self.log}")
 
-    async def _answer(self, number: int, head_length: int, body: bytes) -> None:
+    async def _body(self, pipe: asyncio.StreamReader, length: int) -> bytes | None:
+        """The request; None, and nothing is kept, when it is larger than allowed."""
+        if length <= self.service.options.max_body_mib * 2**20:
+            return await pipe.readexactly(length)
+        while length:
+            length -= len(await pipe.readexactly(min(length, _PIECE)))
+        return None
+
+    async def _answer(self, number: int, head_length: int, body: bytes | None) -> None:
         started = time.monotonic()
         try:
             status, content = 200, await self._rewards(head_length, body)
@@ -171,16 +182,16 @@ class TritonBridge:
         self.metrics.requests.labels("triton", str(status)).inc()
         self.metrics.request_seconds.labels("triton").observe(time.monotonic() - started)
 
-    async def _rewards(self, head_length: int, body: bytes) -> bytes:
+    async def _rewards(self, head_length: int, body: bytes | None) -> bytes:
         """Raises what FAULTS names. Triton's clients know no Retry-After: here is waited for a place in the queue."""
         options = self.service.options
-        if len(body) > options.max_body_mib * 2**20:
+        if body is None:
             raise TooLarge(f"the request is larger than serve.max_body_mib={options.max_body_mib:g}")
-        samples = (await asyncio.to_thread(kserve.read_request, body, head_length)).samples
+        request = await self.service.in_thread(kserve.read_request, body, head_length, self.service.bounds)
         end = time.monotonic() + options.timeout_seconds
         while True:
             try:
-                scored = await self.service.score(samples)
+                scored = await self.service.score(request.samples)
             except Busy as busy:
                 if time.monotonic() + busy.retry_after > end:
                     raise

@@ -66,11 +66,11 @@ def _serve(
     token: str,
 ) -> int:
     from nemo_advrm.serve import server
-    from nemo_advrm.serve.app import Service
     from nemo_advrm.serve.batcher import Batcher
     from nemo_advrm.serve.metrics import Metrics
     from nemo_advrm.serve.samples import Preparer
     from nemo_advrm.serve.scorer import Scorer
+    from nemo_advrm.serve.service import Service
 
     options, metrics = cfg.serve, Metrics()
     preparer = Preparer(members, options.max_sample_tokens, reference)

@@ -11,26 +11,30 @@ import pytest
 from conftest import ServerProcess
 
 from nemo_advrm import cli
+from nemo_advrm.schema import ServeConfig
 from nemo_advrm.serve import kserve
+from nemo_advrm.serve.bounds import Bounds
 from nemo_advrm.serve.samples import Sample
 from nemo_advrm.serve.triton_bridge import encode
 from nemo_advrm.stages import serve
+
+BOUNDS = Bounds.of(ServeConfig())
 
 
 def test_what_triton_is_asked_reaches_the_queue_as_it_was() -> None:
     tokens = np.array([[8, 9, 0], [10, 11, 12]])
     arrays = {"tokens": tokens, "sequence_lengths": np.array([[2], [3]], np.int32), "add_EOS": np.zeros((2, 1), bool)}
     head, body = encode(arrays, kserve.INPUTS)
-    assert kserve.read_request(body, head).samples == [
+    assert kserve.read_request(body, head, BOUNDS).samples == [
         Sample("tokens", tokens=(8, 9)),
         Sample("tokens", tokens=(10, 11, 12)),
     ]
     for texts in (np.array([[b"a"], ["\u00fc ".encode()]], object), np.array([["a"], ["\u00fc "]])):
         head, body = encode({"sentences": texts}, kserve.INPUTS)
-        assert [sample.response for sample in kserve.read_request(body, head).samples] == ["a", "\u00fc "]
+        assert [sample.response for sample in kserve.read_request(body, head, BOUNDS).samples] == ["a", "\u00fc "]
     head, body = encode({"sentences": np.array([[b"\xff\xfe"]], object)}, kserve.INPUTS)
     with pytest.raises(kserve.BadTensors, match="not UTF-8"):
-        kserve.read_request(body, head)
+        kserve.read_request(body, head, BOUNDS)
 
 
 @pytest.mark.parametrize(
