@@ -138,7 +138,8 @@ def _read_member(path: Path, run_dir: Path, notes: list[str]) -> Member:
         notes.append(f"{path.relative_to(run_dir)} has no validation accuracy.")
         return Member(_trailing_number(path), None, None)
     last = validated[-1]
-    return Member(_trailing_number(path), number(last["val/accuracy"]), number(last.get("val/loss")))
+    mismatch = number(last.get("val/mismatch_accuracy"))
+    return Member(_trailing_number(path), number(last["val/accuracy"]), number(last.get("val/loss")), mismatch)
 
 
 def _gold_means(reference: list[Row]) -> dict[str, float]:

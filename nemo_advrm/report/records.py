@@ -18,11 +18,15 @@ TOLERANCE = 0.1
 
 @dataclass(frozen=True)
 class Member:
-    """One reward model after training: its last validation row, on clean pairs."""
+    """One reward model after training: its last validation row, on clean pairs.
+
+    mismatch_accuracy: on pairs whose rejected answer is a good one to another prompt (see `data.mismatch`).
+    """
 
     number: int
     accuracy: float | None
     loss: float | None
+    mismatch_accuracy: float | None = None
 
 
 @dataclass(frozen=True)

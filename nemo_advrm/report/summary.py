@@ -5,7 +5,7 @@
      "rounds": [{"round": n, "pairs": int,
                  "attack": null | {"samples": int, "selected": int, "standard": f, "strict": f, "selected_success": f,
                                    "directions": {"1": {the same keys, "steps": int, "seconds": f}, ...}},
-                 "rm": [{"member": k, "accuracy": f, "loss": f}]}],
+                 "rm": [{"member": k, "accuracy": f, "loss": f, "mismatch_accuracy": f}]}],
      "rlhf": {NAME: {"steps": last step with a gold reward, else last step,
                      "stable_steps": int | null (gold never fell for good),
                      "gold_start": f, "gold_peak": f, "gold_final": f, "kl_final": nats,
@@ -78,7 +78,15 @@ def _round(one: Round) -> Summary:
         "round": one.number,
         "pairs": len(one.pairs),
         "attack": _attack(one.directions),
-        "rm": [{"member": rm.number, "accuracy": rm.accuracy, "loss": rm.loss} for rm in one.members],
+        "rm": [
+            {
+                "member": rm.number,
+                "accuracy": rm.accuracy,
+                "loss": rm.loss,
+                "mismatch_accuracy": rm.mismatch_accuracy,
+            }
+            for rm in one.members
+        ],
     }
 
 

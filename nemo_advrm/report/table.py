@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as RichTable
 
+from nemo_advrm.data.mismatch import LOW_MISMATCH_ACCURACY
 from nemo_advrm.report.collect import collect
 from nemo_advrm.report.names import ABSENT, duration, fixed, percent, reward_name, stage_name
 from nemo_advrm.report.summary import summarise
@@ -30,7 +31,8 @@ class Table:
 
 def tables(summary: dict[str, Any]) -> list[Table]:
     """Every table that has something to say, in reading order."""
-    found = [_rewards(summary), _attacks(summary), _accuracy(summary), _cost(summary), _stages(summary)]
+    makers = (_rewards, _attacks, _accuracy, _mismatch, _cost, _stages)
+    found = [make(summary) for make in makers]
     return [table for table in found if table is not None]
 
 
@@ -93,26 +95,42 @@ def _attacks(summary: dict[str, Any]) -> Table | None:
 
 
 def _accuracy(summary: dict[str, Any]) -> Table | None:
+    return _by_round(
+        summary,
+        "accuracy",
+        "Accuracy on clean held-out pairs",
+        "Share of held-out, unattacked pairs that are ordered correctly: what the hardening costs.",
+    )
+
+
+def _mismatch(summary: dict[str, Any]) -> Table | None:
+    return _by_round(
+        summary,
+        "mismatch_accuracy",
+        "Do the reward models read the prompt? Accuracy on mismatched prompts",
+        "Share of held-out pairs ordered correctly when the rejected answer is a good one to another prompt. 50 % is "
+        f"chance: below {percent(LOW_MISMATCH_ACCURACY)} a reward model hardly reads the prompt, and members that all "
+        "ignore it cannot see by their disagreement that an answer is about something else.",
+    )
+
+
+def _by_round(summary: dict[str, Any], key: str, title: str, note: str) -> Table | None:
+    """One value of every member, round by round; None where no member has it."""
     by_member: dict[int, dict[int, float]] = {}
     for one in summary["rounds"]:
         for rm in one["rm"]:
-            if rm["accuracy"] is not None:
-                by_member.setdefault(rm["member"], {})[one["round"]] = rm["accuracy"]
+            if rm[key] is not None:
+                by_member.setdefault(rm["member"], {})[one["round"]] = rm[key]
     if not by_member:
         return None
     numbers = [one["round"] for one in summary["rounds"]]
     rows = []
-    for member, accuracy in sorted(by_member.items()):
-        known = [accuracy[number] for number in numbers if number in accuracy]
+    for member, values in sorted(by_member.items()):
+        known = [values[number] for number in numbers if number in values]
         change = f"{100 * (known[-1] - known[0]):+.1f} points" if len(known) > 1 else ABSENT
-        rows.append((f"Reward model {member}", *(percent(accuracy.get(number)) for number in numbers), change))
+        rows.append((f"Reward model {member}", *(percent(values.get(number)) for number in numbers), change))
     heads = ["Before" if number == 0 else f"After round {number - 1}" for number in numbers]
-    return Table(
-        "Accuracy on clean held-out pairs",
-        ("Member", *heads, "Change"),
-        tuple(rows),
-        "Share of held-out, unattacked pairs that are ordered correctly: what the hardening costs.",
-    )
+    return Table(title, ("Member", *heads, "Change"), tuple(rows), note)
 
 
 def _cost(summary: dict[str, Any]) -> Table | None:

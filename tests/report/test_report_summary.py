@@ -11,6 +11,7 @@ from fake_run import SECONDS, write_lines, write_rlhf, write_state
 
 from nemo_advrm.report.collect import collect
 from nemo_advrm.report.summary import judge, summarise
+from nemo_advrm.report.table import tables
 
 
 def test_over_optimisation_of_each_reward(run_dir: Path) -> None:
@@ -54,7 +55,18 @@ def test_accuracy_is_that_of_the_last_validation(run_dir: Path) -> None:
 
 def test_accuracy_is_also_found_in_the_result_of_the_stage(run_dir: Path) -> None:
     (run_dir / "round_0" / "rm_1" / "result.json").write_text(json.dumps({"val/accuracy": 0.8, "val/loss": 0.4}))
-    assert summarise(collect(run_dir))["rounds"][0]["rm"][0] == {"member": 1, "accuracy": 0.8, "loss": 0.4}
+    found = summarise(collect(run_dir))["rounds"][0]["rm"][0]
+    assert found == {"member": 1, "accuracy": 0.8, "loss": 0.4, "mismatch_accuracy": None}
+
+
+def test_the_accuracy_on_mismatched_prompts_has_a_table_where_it_was_measured(run_dir: Path) -> None:
+    before = [table.title for table in tables(summarise(collect(run_dir)))]
+    for member, value in ((1, 0.55), (2, 0.9)):
+        result = {"val/accuracy": 0.8, "val/loss": 0.4, "val/mismatch_accuracy": value}
+        (run_dir / "round_0" / f"rm_{member}" / "result.json").write_text(json.dumps(result))
+    found = [table for table in tables(summarise(collect(run_dir))) if table.title not in before]
+    assert [table.title for table in found] == ["Do the reward models read the prompt? Accuracy on mismatched prompts"]
+    assert [row[:2] for row in found[0].rows] == [("Reward model 1", "55.0%"), ("Reward model 2", "90.0%")]
 
 
 def test_success_of_the_selected_is_counted_where_the_attack_could_not_know_it(run_dir: Path) -> None:
