@@ -21,8 +21,8 @@ from nemo_advrm.rewards.remote import trl_reward
 def main(model: str, prompts: str, server: str, out: str, steps: int, max_completion_length: int) -> None:
     on_gpu = torch.cuda.is_available()
     trainer = GRPOTrainer(
-        model=AutoModelForCausalLM.from_pretrained(model),
-        processing_class=AutoTokenizer.from_pretrained(model),
+        model=AutoModelForCausalLM.from_pretrained(model, trust_remote_code=False),
+        processing_class=AutoTokenizer.from_pretrained(model, trust_remote_code=False),
         reward_funcs=trl_reward(server),
         train_dataset=load_dataset("json", data_files=prompts, split="train"),
         args=GRPOConfig(

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter, Metadata
+from torch.distributed.checkpoint import FileSystemWriter, Metadata
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import _StoragePrefix
 from torch.distributed.checkpoint.metadata import (
@@ -32,6 +32,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from nemo_advrm.convert.names import LAYERS_WITH_EXTRA_STATE, layer_of, stacked_name
 from nemo_advrm.convert.tensors import TensorSpec
 from nemo_advrm.errors import CheckpointError
+from nemo_advrm.megatron.file_readers import WeightsReader
 from nemo_advrm.schema import ModelConfig
 
 PREFIX = "model."  # what a model is called in a checkpoint
@@ -51,7 +52,7 @@ class StackedReader:
     """
 
     def __init__(self, directory: Path, metadata: Metadata, source: str = "") -> None:
-        self._reader = FileSystemReader(directory)
+        self._reader = WeightsReader(directory, metadata)
         self._metadata = metadata
         self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
         self.specs: dict[str, TensorSpec] = {}

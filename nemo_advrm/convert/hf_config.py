@@ -85,7 +85,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(str(directory), local_files_only=True).to_dict()
+        config = AutoConfig.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False).to_dict()
     except Exception as error:  # transformers raises many types for a wrong value
         raise CheckpointError(f"{path}: {' '.join(str(error).split())[:300]}") from None
     labels = len(config.get("id2label") or {})

@@ -108,7 +108,7 @@ def _open_gguf(file: Path) -> tuple[dict[str, Any], Weights]:
 
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            str(file.parent), gguf_file=file.name, dtype=torch.float32, local_files_only=True
+            str(file.parent), gguf_file=file.name, dtype=torch.float32, local_files_only=True, trust_remote_code=False
         )
     except Exception as error:  # transformers and gguf raise many types for a damaged file
         raise CheckpointError(f"{file}: could not be read ({' '.join(str(error).split())[:300]})") from None

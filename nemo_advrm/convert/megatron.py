@@ -21,8 +21,10 @@ from nemo_advrm.convert.transforms import pad_vocabulary, unpad_vocabulary
 from nemo_advrm.data.reading import KEY, ReadingRule, rule_of
 from nemo_advrm.data.tokenizers import Tokenizer, build_tokenizer
 from nemo_advrm.errors import CheckpointError, ConfigError, DataError
+from nemo_advrm.json_files import read_json_object
 from nemo_advrm.megatron import manifest
 from nemo_advrm.megatron.checkpoint import FORMAT, WEIGHTS, read_meta
+from nemo_advrm.megatron.file_readers import reason
 from nemo_advrm.megatron.model import padded_vocab_size
 from nemo_advrm.megatron.weights_metadata import open_metadata
 from nemo_advrm.schema import ModelConfig, OptimConfig, ScheduleConfig
@@ -97,7 +99,7 @@ class MegatronSource:
         try:
             tensor = self._reader.read(name)
         except Exception as error:  # torch raises many types for a damaged file
-            raise CheckpointError(f"{self.path}: {name} could not be read ({type(error).__name__}: {error})") from None
+            raise CheckpointError(f"{self.path}: {name} could not be read ({reason(error)})") from None
         return unpad_vocabulary(tensor, self._vocabulary) if name in VOCABULARY_ROWS else tensor
 
     def native(self, name: str) -> str:
@@ -261,8 +263,5 @@ def _hf_config_of(path: Path, tokenizer: Path | None) -> dict[str, Any]:
     for directory in (path, *([tokenizer.parent] if tokenizer else [])):
         file = directory / HF_CONFIG
         if file.exists():
-            try:
-                return json.loads(file.read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise CheckpointError(f"{file}: not JSON ({error})") from None
+            return read_json_object(file)
     return {}

@@ -28,6 +28,7 @@ from nemo_advrm.convert.tensors import Description, TensorSpec
 from nemo_advrm.convert.transforms import pad_vocabulary, unpad_vocabulary
 from nemo_advrm.data.tokenizers import build_tokenizer
 from nemo_advrm.errors import CheckpointError, DataError
+from nemo_advrm.megatron.file_readers import reason
 from nemo_advrm.megatron.gpt import Head
 from nemo_advrm.megatron.model import padded_vocab_size
 from nemo_advrm.megatron.weights_metadata import check_places, read_metadata
@@ -112,11 +113,8 @@ class NemoSource:
     def read(self, name: str) -> Tensor:
         try:
             tensor = self._reader.read(name)
-        except CheckpointError:
-            raise
         except Exception as error:  # torch raises many types for a damaged file
-            reason = " ".join(str(error).split())[:200]
-            raise CheckpointError(f"{self.path}: {name} could not be read ({type(error).__name__}: {reason})") from None
+            raise CheckpointError(f"{self.path}: {name} could not be read ({reason(error)})") from None
         if name in _RENAMED and self._head is not None:
             return self._head.apply(name, tensor)
         return unpad_vocabulary(tensor, self._specs[name].shape[0]) if name in VOCABULARY_ROWS else tensor

@@ -11,6 +11,7 @@ from typing import Any
 
 from nemo_advrm.data.messages import Message
 from nemo_advrm.data.reading import ReadingRule
+from nemo_advrm.data.template_limits import limit_templates
 from nemo_advrm.errors import DataError
 
 _log = logging.getLogger(__name__)
@@ -99,6 +100,7 @@ class ChatTemplate:
     def _render(self, messages: Sequence[Message], dates: dict[str, str] | None = None, **options: Any) -> str:
         if self.asks_date:
             options["pinned_dates"] = dates or self._dates
+        limit_templates()
         try:
             return self._tokenizer.apply_chat_template(
                 list(messages), chat_template=self._text, tokenize=False, **options

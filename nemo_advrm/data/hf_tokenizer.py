@@ -172,7 +172,9 @@ def load_hf_tokenizer(path: Path) -> Any:
     from transformers import AutoTokenizer  # seconds to import: only for those who use it
 
     try:
-        return AutoTokenizer.from_pretrained(str(directory), local_files_only=True, **options)
+        return AutoTokenizer.from_pretrained(
+            str(directory), local_files_only=True, trust_remote_code=False, **options
+        )
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, JSON errors for bad directories
         raise DataError(f"hf:{path}: no tokenizer could be read: {' '.join(str(error).split())[:300]}") from error
 

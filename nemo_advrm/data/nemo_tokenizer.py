@@ -162,7 +162,7 @@ class _HuggingFace:
         from transformers import AutoTokenizer  # seconds to import: only for those who use it
 
         try:
-            self._tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+            self._tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
         except Exception as error:  # transformers raises many types for bad directories
             raise DataError(f"{path}: no tokenizer could be read: {' '.join(str(error).split())[:300]}") from error
         named = settings.get("special_tokens")

@@ -20,6 +20,7 @@ from typing import IO, Any
 
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CONFIG_FNAME
 from megatron.core.dist_checkpointing.strategies import torch as strategies
 from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME, TorchCommonLoadStrategy
 from megatron.core.dist_checkpointing.validation import StrictHandling
@@ -30,7 +31,9 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
 from nemo_advrm.errors import CheckpointError
+from nemo_advrm.json_files import read_json_object
 from nemo_advrm.megatron.weights_metadata import open_metadata
+from nemo_advrm.place import one_line
 
 
 def load_weights(state: dict[str, Any], directory: Path) -> dict[str, Any]:
@@ -39,6 +42,9 @@ def load_weights(state: dict[str, Any], directory: Path) -> dict[str, Any]:
     Raises CheckpointError that names a file which is damaged or not to be trusted, and what Megatron raises for a
     state that does not fit.
     """
+    backend = read_json_object(directory / CONFIG_FNAME).get("sharded_backend")
+    if backend != "torch_dist":
+        raise CheckpointError(f"{directory / CONFIG_FNAME}: the format {one_line(repr(backend), 40)} is not supported")
     common, sharded = _Common(), strategies.TorchDistLoadShardedStrategy()
     with warnings.catch_warnings(), _our_readers(directory), only_torch_classes():
         warnings.simplefilter("ignore")
@@ -107,6 +113,8 @@ class _Part(io.RawIOBase):
 
 def reason(error: BaseException) -> str:
     """Why a file could not be read, in one line and without PyTorch's advice to trust it."""
+    if isinstance(error, CheckpointError):
+        return str(error)
     if isinstance(error, pickle.UnpicklingError):
         return "holds a pickle of more than tensors and plain values, which is not loaded"
     return f"could not be read ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
@@ -136,7 +144,9 @@ class _Common(TorchCommonLoadStrategy):
         return state
 
 
-class _Reader(FileSystemReader):
+class WeightsReader(FileSystemReader):
+    """PyTorch's reader of a directory, with a table of contents that was read inertly; errors name the file."""
+
     def __init__(self, directory: Path, metadata: Metadata) -> None:
         super().__init__(directory)
         self._metadata = metadata
@@ -182,7 +192,7 @@ def _our_readers(directory: Path) -> Iterator[None]:
     """
     metadata = open_metadata(directory)
     theirs = {name: getattr(strategies, name) for name in ("_get_filesystem_reader", "MCoreLoadPlanner")}
-    strategies._get_filesystem_reader = lambda *_args, **_kwargs: _Reader(directory, metadata)
+    strategies._get_filesystem_reader = lambda *_args, **_kwargs: WeightsReader(directory, metadata)
     strategies.MCoreLoadPlanner = _Planner
     try:
         yield

@@ -6,7 +6,6 @@ loop, the callbacks and the loggers.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ from lightning.pytorch.strategies import Strategy
 from torch import Tensor
 
 from nemo_advrm.errors import CheckpointError
+from nemo_advrm.json_files import read_json_object
 from nemo_advrm.megatron import runtime
 from nemo_advrm.megatron.training_state import TRAINER_STATE, TrainingSave, load_training_state
 
@@ -152,9 +152,9 @@ class MegatronStrategy(Strategy):
     def load_checkpoint(self, checkpoint_path: str | Path) -> dict[str, Any]:
         path = Path(checkpoint_path)
         try:
-            state: dict[str, Any] = json.loads((path / TRAINER_STATE).read_text())
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path}: not a complete training checkpoint ({error})") from error
+            state = read_json_object(path / TRAINER_STATE)
+        except CheckpointError as error:
+            raise CheckpointError(f"{path}: not a complete training checkpoint ({error})") from None
         return {**state, "state_dict": {}, "optimizer_states": [], "lr_schedulers": [], "path": str(path)}
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:

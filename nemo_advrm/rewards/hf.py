@@ -132,7 +132,12 @@ def _load_model(path: Path, precision: str, device: torch.device) -> Any:
     dtype = _dtype(precision)
     try:
         model, found = AutoModelForSequenceClassification.from_pretrained(
-            str(path), local_files_only=True, dtype=dtype, use_safetensors=True, output_loading_info=True
+            str(path),
+            local_files_only=True,
+            trust_remote_code=False,
+            dtype=dtype,
+            use_safetensors=True,
+            output_loading_info=True,
         )
     except Exception as error:  # OSError, ValueError, RuntimeError, safetensors' own
         raise CheckpointError(f"hf:{path}: could not be read: {' '.join(str(error).split())[:300]}") from error
