@@ -20,7 +20,7 @@ from nemo_advrm.convert.padding_token import choose_padding_token, write_tokeniz
 from nemo_advrm.convert.partial import PartialDirectory
 from nemo_advrm.convert.safetensors_files import ShardWriter
 from nemo_advrm.convert.tensors import Description, TensorSpec
-from nemo_advrm.convert.tokenizer_files import check_tokenizer, copy_tokenizer
+from nemo_advrm.convert.tokenizer_files import check_tokenizer, copy_tokenizer, pin_date
 from nemo_advrm.convert.transforms import Transform, pad_vocabulary
 from nemo_advrm.data.reading import HF_KEY
 from nemo_advrm.data.tokenizers import build_tokenizer, load_hf_tokenizer
@@ -119,7 +119,7 @@ class HFSink:
                 self.config[key] = getattr(theirs, key)
 
     def _choose_padding(self) -> Any:
-        padding = choose_padding_token(self._description.tokenizer, self.config, self._rows)
+        padding = choose_padding_token(self._description.tokenizer, self.config, self._rows, self._description.rule)
         self._rows = padding.rows
         self.config |= {
             "vocab_size": padding.rows,
@@ -131,7 +131,7 @@ class HFSink:
         if padding.token is not None or padding.rows != self._model.vocab_size:
             self.notes.append(
                 f"Padding is the token {padding.id}{f' ({padding.token})' if padding.token else ''}, because the score "
-                "is read at the last token that is not padding, and answers end in the tokenizer's former one."
+                "is read at the last token that is not padding, and conversations may end in the former one."
             )
         return padding
 
@@ -189,6 +189,8 @@ class HFSink:
             (partial / "generation_config.json").unlink(missing_ok=True)
             if self._padding.token is not None:
                 write_tokenizer(tokenizer, self._padding, partial)
+        if self._description.head == "reward":
+            pin_date(partial, self._description.rule)
 
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as undo:

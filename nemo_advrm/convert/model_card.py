@@ -6,6 +6,8 @@ from typing import Any
 
 from nemo_advrm import __version__
 from nemo_advrm.convert.tensors import Description
+from nemo_advrm.data.reading import ANSWER, CONVERSATION
+from nemo_advrm.data.tokenizers import HFTokenizer, build_tokenizer
 
 _KNOWN = (
     ("base_model", "Base model"),
@@ -30,9 +32,25 @@ with torch.no_grad():
     scores = model(**batch).logits[:, 0]
 ```
 
+"""
+
+_READ = {
+    CONVERSATION: """\
+`texts` are finished conversations, question and answer, as the chat template writes them:
+`tokenizer.apply_chat_template(messages, tokenize=False)`. The score is that of the last token before the padding, as in
+training: nothing is cut off and nothing is added.""",
+    ANSWER: """\
 The score is that of the last token before the padding, which must be the token that ends the answer, as in training:
-`texts` are rendered by the chat template, which writes all special tokens itself, and end right after the answer's end
-token."""
+`texts` are the chat template's generation prompt and the answer, and end right after the answer's end token.""",
+}
+
+_READ_PLAIN = """\
+There is no chat template. Each of `texts` is a prompt as the model was trained with, the answer, and the end token, of
+which the score is that."""
+
+_SPECIAL = """\
+Text in a message that spells a special token (such as `<|im_end|>`) was only text in training. transformers makes it
+that token, unless its newer versions are told `sanitize_control_tokens=True` in `apply_chat_template`."""
 
 _USE_LM = """\
 ```python
@@ -56,9 +74,22 @@ def model_card(description: Description, class_name: str, notes: list[str]) -> s
         f"`{class_name}`, written by nemo_advrm {__version__}.",
         "\n".join(facts),
         "\n\n".join(notes),
-        f"## Use\n\n{_USE_REWARD if reward else _USE_LM}",
+        f"## Use\n\n{_USE_REWARD + _how_to_read(description) if reward else _USE_LM}",
     ]
     return "\n\n".join(filter(None, sections)) + "\n"
+
+
+def _how_to_read(description: Description) -> str:
+    """Which text is scored, and at which token."""
+    if description.tokenizer is None:
+        return _READ_PLAIN
+    tokenizer = build_tokenizer(f"hf:{description.tokenizer}", description.rule)
+    if not isinstance(tokenizer, HFTokenizer) or not tokenizer.has_template:
+        return _READ_PLAIN
+    parts = [_READ[description.rule.at], _SPECIAL]
+    if tokenizer.template_asks_date:
+        parts.append(f"The chat template writes the date. It is fixed to {description.rule.date}, as in training.")
+    return "\n\n".join(parts)
 
 
 def _known(description: Description, key: str) -> bool:

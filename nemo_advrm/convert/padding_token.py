@@ -1,7 +1,8 @@
 """Chooses the padding token of an exported reward model.
 
 ``AutoModelForSequenceClassification`` reads the score at the rightmost token that is not ``pad_token_id``. Our score is
-read at the end token, so a tokenizer that pads with its end token would have every score read one token too early.
+read at the last token of the conversation, so a tokenizer that pads with the token in which conversations end (often
+its end token) would have every score read one token too early.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nemo_advrm.data.reading import ReadingRule
 from nemo_advrm.data.tokenizers import HFTokenizer, load_hf_tokenizer
 
 NEW_TOKEN = "<|rm_pad|>"
@@ -29,7 +31,9 @@ class PaddingToken:
     token: str | None = None
 
 
-def choose_padding_token(tokenizer: Path | None, config: dict[str, Any], vocabulary: int) -> PaddingToken:
+def choose_padding_token(
+    tokenizer: Path | None, config: dict[str, Any], vocabulary: int, rule: ReadingRule
+) -> PaddingToken:
     """The tokenizer's own padding token if no sequence ends in it, else an unused special token, else a new one.
 
     A new token takes a row of the embedding that the tokenizer does not use, or one more row (of zeros: padding is
@@ -39,6 +43,7 @@ def choose_padding_token(tokenizer: Path | None, config: dict[str, Any], vocabul
         tokenizer: directory of the tokenizer; without one only ``config`` is looked at.
         config: keys of config.json (``pad_token_id``, ``eos_token_id``).
         vocabulary: rows of the embedding.
+        rule: how conversations are read.
     """
     ends = config.get("eos_token_id")
     avoid = set(ends if isinstance(ends, list) else [ends])
@@ -47,8 +52,8 @@ def choose_padding_token(tokenizer: Path | None, config: dict[str, Any], vocabul
         if pad is not None and 0 <= pad < vocabulary and pad not in avoid:
             return PaddingToken(pad, vocabulary)
         return PaddingToken(vocabulary, vocabulary + 1)
-    own, theirs = HFTokenizer(tokenizer), load_hf_tokenizer(tokenizer)
-    avoid |= {own.eos_id, theirs.eos_token_id}
+    own, theirs = HFTokenizer(tokenizer, rule), load_hf_tokenizer(tokenizer)
+    avoid |= {own.eos_id, theirs.eos_token_id, own.last_id}
     pad = theirs.pad_token_id
     if pad is not None and pad not in avoid and pad < vocabulary:
         return PaddingToken(pad, vocabulary)

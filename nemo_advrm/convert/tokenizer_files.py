@@ -5,6 +5,8 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from nemo_advrm.data.chat_template import fixed_text
+from nemo_advrm.data.reading import ReadingRule
 from nemo_advrm.data.tokenizers import build_tokenizer, load_hf_tokenizer
 from nemo_advrm.errors import CheckpointError, DataError
 
@@ -46,3 +48,11 @@ def copy_tokenizer(source: Path, target: Path) -> None:
                 shutil.copyfile(file, place)
         return
     load_hf_tokenizer(source).save_pretrained(str(target))
+
+
+def pin_date(directory: Path, rule: ReadingRule) -> None:
+    """Write the date of ``rule`` into a chat template that asks for today's: scores are those of that date, always."""
+    tokenizer = load_hf_tokenizer(directory)
+    if isinstance(tokenizer.chat_template, str) and (fixed := fixed_text(tokenizer.chat_template, rule)):
+        tokenizer.chat_template = fixed
+        tokenizer.save_pretrained(str(directory))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from collections.abc import Sequence
@@ -121,6 +122,19 @@ class ChatTemplate:
         if not texts and refusal is not None:
             raise DataError(f"{self._name}: the chat template cannot be rendered: {refusal}") from refusal
         return texts
+
+
+def fixed_text(template: str, rule: ReadingRule) -> str | None:
+    """The text of a template that asks for the date, with the date of ``rule`` in it; None for one that does not."""
+    if "strftime_now" not in template:
+        return None
+    dates = ", ".join(f"{_quoted(format)}: {_quoted(date)}" for format, date in sorted(_dates(template, rule).items()))
+    return f"{{%- set pinned_dates = {{{dates}}} %}}{{{{ '' }}}}{_CLOCK}{template}"
+
+
+def _quoted(text: str) -> str:
+    """A string of jinja."""
+    return json.dumps(text, ensure_ascii=False)
 
 
 def replace_content(message: Message, content: str) -> Message:

@@ -71,6 +71,14 @@ class HFTokenizer:
         return self._template is not None and self._template.asks_date
 
     @cached_property
+    def last_id(self) -> int:
+        """The token in which a finished conversation ends, where the score is read."""
+        if self._template is None or not self.reads_conversations:
+            return self.eos_id
+        tail = self._tokenizer(self._template.tail, add_special_tokens=False).input_ids
+        return tail[-1] if tail else self.eos_id
+
+    @cached_property
     def fingerprint(self) -> str:
         backend = getattr(self._tokenizer, "backend_tokenizer", None)
         state = json.loads(backend.to_str()) if backend is not None else sorted(self._tokenizer.get_vocab().items())

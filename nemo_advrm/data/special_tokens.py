@@ -37,13 +37,17 @@ class SpecialTokens:
         ids |= dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
         # a token of white space alone is text that templates write
         self.ids = {text: i for text, i in ids.items() if text.strip()}
+        roles = tokenizer.special_tokens_map
+        only_unknown = {tokenizer.unk_token} - {text for role, text in roles.items() if role != "unk_token"}
+        # what stands for a word that the tokenizer does not know may come of any text
+        self._known = frozenset(i for text, i in self.ids.items() if text not in only_unknown)
         longest_first = sorted(self.ids, key=len, reverse=True)
         self._any = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
         # also with other case or with white space between, which a template may change
         spelled = (r"\s*".join(map(re.escape, text)) for text in longest_first)
         self._spelled = re.compile("|".join(spelled) or "(?!)", re.IGNORECASE)
         self._first = {form for text in self.ids for form in (text[0], text[0].lower(), text[0].upper())}
-        self._copy = _Copy(tokenizer, self.ids)
+        self._copy = _Copy(tokenizer, self.ids, self._known)
 
     def encode_text(self, text: str) -> list[int]:
         """Ids of text in which nothing is special. Raises DataError where the tokenizer has no other ids for it."""
@@ -66,14 +70,10 @@ class SpecialTokens:
 
             rendered = render([_changed(message, hide) for message in messages])
         parts = self._split(rendered, guards)
-        written = [part for part in parts if isinstance(part, int)]
+        written = [part for part in parts if part in self._known]
         if _restore(rendered, guards) == text and [i for i in ids if i in self._known] == written:
             return ids
         return self._copy.encode(parts)
-
-    @cached_property
-    def _known(self) -> frozenset[int]:
-        return frozenset(self.ids.values())
 
     def _guards(self, contents: list[str]) -> dict[str, str]:
         """A private character, which no content holds, for every first character of a special token."""
@@ -97,21 +97,22 @@ class SpecialTokens:
 class _Copy:
     """The tokenizer with special tokens that no text can spell, made when it is first needed."""
 
-    def __init__(self, tokenizer: Any, ids: dict[str, int]) -> None:
+    def __init__(self, tokenizer: Any, ids: dict[str, int], known: frozenset[int]) -> None:
         self._tokenizer = tokenizer
         self._ids = ids
+        self._known = known
 
     def encode(self, parts: Sequence[str | int]) -> list[int]:
         """Ids of text and special tokens. Raises DataError for text whose only ids are a special token's."""
         ids = self._encode(parts)
-        special = [part for part in parts if isinstance(part, int)]
-        if [i for i in ids if i in self._special] == special:
+        special = [part for part in parts if part in self._known]
+        if [i for i in ids if i in self._known] == special:
             return ids
         # a vocabulary of words or pieces may hold the token itself: its text is read in two halves, else by letters
         for halves in (True, False):
             broken = [piece for part in parts for piece in self._broken(part, halves)]
             ids = self._encode(broken)
-            if [i for i in ids if i in self._special] == special:
+            if [i for i in ids if i in self._known] == special:
                 return ids
         raise DataError("the text spells a special token, and the tokenizer has no other ids for it")
 
@@ -143,10 +144,6 @@ class _Copy:
             elif part != _CUT:
                 ids += self._tokenizer(part, add_special_tokens=False, split_special_tokens=True).input_ids
         return ids
-
-    @cached_property
-    def _special(self) -> frozenset[int]:
-        return frozenset(self._ids.values())
 
     @cached_property
     def _backend(self) -> tuple[Any, dict[int | str, str], dict[int, int | None]] | None:
