@@ -69,9 +69,12 @@ _TRAINING = (
     "trainer.checkpoint_every_n_steps",
     "trainer.async_checkpoint",
 )
-_ROWS = ("data.train_path", "data.limit_train_rows", "data.on_bad_row", "data.on_overlong")
-_DATA = (*_ROWS, "data.validation_path", "data.validation_fraction")
-_START = ("pretrained_checkpoint.restore_from_path", "data.on_bad_row", "data.on_overlong")
+_READING = ("data.ignore_columns", "data.on_bad_row", "data.on_overlong")
+_ROWS = ("data.train_path", "data.train_split", "data.format", "data.limit_train_rows", *_READING)
+_HELD_OUT = ("data.validation_path", "data.validation_split")
+_DATA = (*_ROWS, *_HELD_OUT, "data.validation_fraction")
+_PROMPTS = ("data.prompts_path", "data.prompts_split")
+_START = ("pretrained_checkpoint.restore_from_path", *_READING)
 _RL = (
     "rl.algorithm",
     "rl.max_steps",
@@ -100,7 +103,7 @@ STAGES: dict[str, Stage] = {
     "attack": Stage(
         "nemo_advrm.stages.attack:main",
         "train an adversarial policy against the first reward model of an ensemble",
-        (*_COMMON, *_START, "data.prompts_path", "ensemble.members", "reference.", "adversarial.", *_RL, *_PARALLEL),
+        (*_COMMON, *_START, *_PROMPTS, "ensemble.members", "reference.", "adversarial.", *_RL, *_PARALLEL),
         "nemo-advrm attack run_dir=runs/a 'ensemble.members=[runs/rm_1/model,runs/rm_2/model]' "
         "pretrained_checkpoint.restore_from_path=runs/sft/model data.prompts_path=prompts.jsonl",
     ),
@@ -116,7 +119,7 @@ STAGES: dict[str, Stage] = {
         (
             *_COMMON,
             *_START,
-            "data.prompts_path",
+            *_PROMPTS,
             "ensemble.members",
             "ensemble.aggregate",
             "ensemble.coefficient",
@@ -129,7 +132,7 @@ STAGES: dict[str, Stage] = {
     "evaluate": Stage(
         "nemo_advrm.stages.evaluate:main",
         "measure a reward model on held-out preference pairs",
-        (*_COMMON, *_START, "data.validation_path", "ensemble.members"),
+        (*_COMMON, *_START, *_HELD_OUT, "data.format", "ensemble.members"),
         "nemo-advrm evaluate pretrained_checkpoint.restore_from_path=runs/rm_1/model "
         "data.validation_path=held_out.jsonl",
     ),

@@ -103,6 +103,13 @@ def holds_content(name: str, *, message: bool = False) -> bool:
     return words[-1] not in _LAST_WORDS and words[0] not in _FIRST_WORDS
 
 
+def unread_content(item: Any, read: Iterable[str]) -> str | None:
+    """The first key of `item`, if it is an object, that holds content and is none of `read`."""
+    known = frozenset(read)
+    names = item if isinstance(item, Mapping) else ()
+    return next((n for n in names if n not in known and holds_content(str(n)) and has_text(item[n])), None)
+
+
 def is_answer(name: str) -> bool:
     """Whether a column holds an answer, not a part of the prompt."""
     return bool(_ANSWER_WORDS.intersection(name_words(name)))

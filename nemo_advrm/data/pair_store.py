@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from nemo_advrm.data.columns import unread_content
 from nemo_advrm.data.jsonl import plain, read_appended_jsonl, write_jsonl_atomic
 from nemo_advrm.data.messages import Message, check_messages, prompt_key, type_name
 from nemo_advrm.data.preference_rows import PreferencePair, read_ended
@@ -150,6 +151,9 @@ def parse_pair(row: Any, source: str) -> AdversarialPair:
             raise DataError(f"{source}: `{key}` is {type_name(row[key])}, not a string")
     if row["chosen"] == row["rejected"]:
         raise DataError(f"{source}: `chosen` and `rejected` are identical")
+    unread = unread_content(row, ("prompt", "chosen", "rejected"))
+    if unread is not None:
+        raise DataError(f"{source}: `{unread}` holds content that is not read: without it this is another conversation")
     # Raw text has the prompt ().
     prompt = () if row["prompt"] == [] else check_messages(row["prompt"], "prompt", source)
     ended = [read_ended(row, key, source) for key in ("chosen_ended", "rejected_ended")]

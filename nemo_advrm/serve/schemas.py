@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
+from nemo_advrm.data.columns import unread_content
 from nemo_advrm.data.messages import Message
 from nemo_advrm.serve.samples import Sample
 
@@ -95,7 +96,19 @@ class ErrorAnswer(BaseModel):
     error: str
 
 
-class OpenRLHFRequest(BaseModel):
+class Foreign(BaseModel):
+    """A request of another project's clients: keys that we do not know are let go, but for those that hold content."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_content_is_dropped(cls, data: Any) -> Any:
+        name = unread_content(data, cls.model_fields)
+        if name is not None:
+            raise ValueError(f"`{name}` holds content that is not read here: write it into the text that is scored")
+        return data
+
+
+class OpenRLHFRequest(Foreign):
     """What OpenRLHF posts to `--remote_rm_url`: prompt and response together, special tokens written out."""
 
     query: list[Text] = Field(min_length=1, fail_fast=True)
@@ -109,7 +122,7 @@ class OpenRLHFAnswer(BaseModel):
     extra_logs: dict[str, list[float]] = {}
 
 
-class PoolingRequest(BaseModel):
+class PoolingRequest(Foreign):
     """What verl posts to vLLM's `/classify` and SGLang's `/v1/embeddings`. Scores are raw: no activation is applied."""
 
     input: (
@@ -119,6 +132,7 @@ class PoolingRequest(BaseModel):
         | Annotated[list[Tokens], Field(min_length=1, fail_fast=True)]
     )
     model: str | None = None
+    user: str | None = None  # who asks, in these interfaces
     activation: Literal[False] | None = None
     use_activation: Literal[False] | None = None
 

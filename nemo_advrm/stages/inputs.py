@@ -40,8 +40,6 @@ def training_and_validation_pairs(cfg: Config) -> tuple[list[PreferencePair], li
 def evaluation_pairs(cfg: Config) -> list[PreferencePair]:
     """The pairs of ``data.validation_path``, or of ``data.train_path`` when that is all there is."""
     data = cfg.data
-    if not data.validation_path and not data.train_path:
-        raise ConfigError("data.validation_path is not set: name a file of preference pairs")
     held_out = data.validation_path or data.validation_split or not data.train_split
     return _pairs(cfg, data.validation_path or data.train_path, "validation" if held_out else "train").rows
 
