@@ -151,7 +151,7 @@ def parse_pair(row: Any, source: str) -> AdversarialPair:
             raise DataError(f"{source}: `{key}` is {type_name(row[key])}, not a string")
     if row["chosen"] == row["rejected"]:
         raise DataError(f"{source}: `chosen` and `rejected` are identical")
-    unread = unread_content(row, ("prompt", "chosen", "rejected"))
+    unread = unread_content(row, ("prompt", "chosen", "rejected", "chosen_ended", "rejected_ended"))
     if unread is not None:
         raise DataError(f"{source}: `{unread}` holds content that is not read: without it this is another conversation")
     # Raw text has the prompt ().
