@@ -175,6 +175,8 @@ class EnsembleConfig:
     members: list[str] = field(default_factory=list)
     aggregate: str = "mean"  # mean | min | lcb | uwo | gap
     coefficient: float = 1.0  # of lcb (std) and uwo (variance)
+    standardise: bool = True  # bring several members to one scale before they are combined (rlhf, serve, evaluate)
+    reference_path: str = ""  # reference.jsonl of the same members, to standardise by; empty: rlhf samples its own
 
 
 @dataclass
@@ -300,7 +302,7 @@ class ServeConfig:
     """The reward server."""
 
     reward: str = "ensemble"  # ensemble (ensemble.aggregate of the members) | adversarial (needs a reference)
-    reference_path: str = ""  # reference.jsonl of an attack: prompts and statistics of the adversarial reward
+    reference_path: str = ""  # reference.jsonl of an attack on the same members; empty: ensemble.reference_path
     host: str = "127.0.0.1"  # a public address needs a token
     port: int = 8000  # 0 takes a free one; the address is written to run_dir/server.json
     triton_port: int = 0  # of NVIDIA's Triton beside it, by PyTriton (5555: where NeMo-Aligner looks); 0: none

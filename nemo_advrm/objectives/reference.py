@@ -4,6 +4,13 @@ Every prompt has its own mean T_k(x), because prompts differ in how well they ca
 number per member over all prompts, because n responses of one prompt are too few for a spread of their own. Z(U), the
 standardised disagreement, instead uses the distribution of U over all SFT responses of all prompts together: U is
 already a difference of two scores of the same prompt, so what makes a prompt easy or hard has cancelled.
+
+All spreads are those of a *fresh* response, one that was not among those that the statistics were taken from: a fresh
+SFT response has a z of variance 1. The SFT responses of the sample lie nearer to their own means, which they made
+themselves; `own_z_scores` is for them.
+
+Members that are combined into one reward (mean, min, lcb, uwo, gap) are standardised by one mean and one spread of each
+over all SFT responses, `MemberStatistics`: RLHF and servers meet prompts that have no T_k(x).
 """
 
 from __future__ import annotations
@@ -24,15 +31,37 @@ RELATIVE_NOISE = 1e-6
 class ReferenceStatistics:
     """Statistics of n SFT responses for each of P prompts under K members.
 
-    prompt_mean_PK: T_k(x). std_K: s_k, the std of R_k - T_k(x) over all P * n responses. disagreement_mean and
-    disagreement_std: of U over the same responses, for the target that `fit_reference` was given. All stds divide by
-    the count.
+    prompt_mean_PK: T_k(x). std_K: s_k, the std of R_k - T_k(x) of a fresh response. disagreement_mean and
+    disagreement_std: of U over all responses of all prompts, for the target that `fit_reference` was given. Both stds
+    are those of `fresh_std`.
     """
 
     prompt_mean_PK: Tensor
     std_K: Tensor
     disagreement_mean: float
     disagreement_std: float
+
+
+@dataclass(frozen=True)
+class MemberStatistics:
+    """Mean and spread of each member's scores over all SFT responses of all prompts, [K] each; std by `fresh_std`."""
+
+    mean_K: Tensor
+    std_K: Tensor
+
+
+def fresh_std(deviations_SK: Tensor, per_mean: int) -> Tensor:
+    """Std of the deviation of a fresh response from the mean it is compared with, [K].
+
+    `deviations_SK` are those of the S sampled scores from the means that were made of them, `per_mean` scores a mean.
+    The S / per_mean means took as many degrees of freedom, so the squares are divided by S - S / per_mean; and the mean
+    itself is off by its own error, a variance of 1 / per_mean more: with P prompts of n responses P (n - 1) and
+    1 + 1 / n. Dividing by S instead, and leaving out the error, makes a fresh response look sqrt((n + 1) / (n - 1))
+    times as unusual as it is: 1.18 times for n = 6, 1.41 for n = 3.
+    """
+    samples = deviations_SK.shape[0]
+    variance_K = deviations_SK.double().square().sum(0) / (samples - samples // per_mean)
+    return (variance_K * (1 + 1 / per_mean)).sqrt()
 
 
 @torch.no_grad()
@@ -52,10 +81,11 @@ def fit_reference(scores_PNK: Tensor, target: int = 0) -> ReferenceStatistics:
             raise RewardSourceError(f"reward model {k + 1} gave a NaN or infinite score to an SFT response")
     scores64_PNK = scores_PNK.double()
     prompt_mean_PK = scores64_PNK.mean(1)
-    std_K = (scores64_PNK - prompt_mean_PK[:, None]).square().mean((0, 1)).sqrt()
+    std_K = fresh_std((scores64_PNK - prompt_mean_PK[:, None]).reshape(-1, members), samples)
     _require_spread(std_K, RELATIVE_NOISE * scores64_PNK.square().mean((0, 1)).sqrt())
     u_S = disagreement(scores64_PNK.reshape(-1, members), target)
-    u_mean, u_std = u_S.mean().item(), u_S.std(correction=0).item()
+    u_mean = u_S.mean().item()
+    u_std = fresh_std((u_S - u_mean)[:, None], len(u_S)).item()
     _require_disagreement(u_std, RELATIVE_NOISE * scores64_PNK.square().mean().sqrt().item())
     return ReferenceStatistics(prompt_mean_PK.to(scores_PNK.dtype), std_K.to(scores_PNK.dtype), u_mean, u_std)
 
@@ -63,10 +93,47 @@ def fit_reference(scores_PNK: Tensor, target: int = 0) -> ReferenceStatistics:
 def z_scores(scores_BK: Tensor, prompt_mean_BK: Tensor, std_K: Tensor) -> Tensor:
     """z_k = (R_k - T_k(x)) / s_k, [B, K], with row b of `prompt_mean_BK` holding T_k of the prompt of response b.
 
-    Raises RewardSourceError naming the member whose std is 0 or not finite.
+    For fresh responses, with `ReferenceStatistics.std_K`. Raises RewardSourceError naming the member whose std is 0 or
+    not finite.
     """
     _require_spread(std_K, torch.zeros_like(std_K))
     return (scores_BK - prompt_mean_BK) / std_K
+
+
+def own_z_scores(scores_PNK: Tensor, statistics: ReferenceStatistics) -> Tensor:
+    """z of the SFT responses that the statistics were fitted to, [P, n, K]: each against the others to its prompt.
+
+    Leaving response i out of T_k(x) gives (R_k - T_k(x)) n / (n - 1), whose std is s sqrt(1 + 1 / (n - 1)) where that
+    of a fresh response is s sqrt(1 + 1 / n). These z have a mean of 0 and a variance of 1 over the sample.
+    """
+    samples = scores_PNK.shape[1]
+    prompt_mean_PNK = statistics.prompt_mean_PK[:, None].expand_as(scores_PNK)
+    z_PNK = z_scores(scores_PNK.flatten(0, 1), prompt_mean_PNK.flatten(0, 1), statistics.std_K)
+    return z_PNK.reshape(scores_PNK.shape) * ((samples + 1) / (samples - 1)) ** 0.5
+
+
+@torch.no_grad()
+def fit_members(scores_SK: Tensor) -> MemberStatistics:
+    """Mean and spread of each member over S SFT responses, whatever their prompts.
+
+    Raises RewardSourceError for S < 2, a score that is not finite, and a member that gives all of them the same.
+    """
+    if scores_SK.shape[0] < 2:
+        raise RewardSourceError(f"members are standardised by at least 2 SFT responses, not {scores_SK.shape[0]}")
+    for k, finite in enumerate(scores_SK.isfinite().all(0).tolist()):
+        if not finite:
+            raise RewardSourceError(f"reward model {k + 1} gave a NaN or infinite score to an SFT response")
+    scores64_SK = scores_SK.double()
+    mean_K = scores64_SK.mean(0)
+    std_K = fresh_std(scores64_SK - mean_K, scores_SK.shape[0])
+    _require_spread(std_K, RELATIVE_NOISE * scores64_SK.square().mean(0).sqrt())
+    return MemberStatistics(mean_K.to(scores_SK.dtype), std_K.to(scores_SK.dtype))
+
+
+def standardise_members(scores_BK: Tensor, statistics: MemberStatistics) -> Tensor:
+    """(R_k - mean_k) / std_k, [B, K]: offset and scale, which Bradley-Terry leaves free, are then alike."""
+    _require_spread(statistics.std_K, torch.zeros_like(statistics.std_K))
+    return (scores_BK - statistics.mean_K) / statistics.std_K
 
 
 def disagreement_z(scores_BK: Tensor, mean: float, std: float, target: int = 0) -> Tensor:
@@ -82,7 +149,7 @@ def _require_spread(std_K: Tensor, noise_K: Tensor) -> None:
     for k, (std, noise) in enumerate(zip(std_K.tolist(), noise_K.tolist(), strict=True)):
         if not noise < std < float("inf"):
             raise RewardSourceError(
-                f"reward model {k + 1} has a spread of {std:g} over the SFT responses of a prompt, so its scores cannot"
+                f"reward model {k + 1} has a spread of {std:g} over SFT responses, so its scores cannot"
                 " be standardised: all of them get the same score (untrained, collapsed, or the responses are equal)"
             )
 

@@ -12,6 +12,15 @@ from nemo_advrm.objectives.names import unknown_name
 
 COMBINATIONS = ("mean", "min", "lcb", "uwo", "gap")
 
+# What each is called elsewhere: the Adv-RM paper's "UWO" is our lcb, with b = 1.
+FORMULAS = {
+    "mean": "mean of the members",
+    "min": "lowest member (WCO of Coste et al.)",
+    "lcb": "mean - b * standard deviation over the members (the Adv-RM paper's UWO has b = 1)",
+    "uwo": "mean - b * variance over the members (UWO of Coste et al.)",
+    "gap": "R_1 - mean of the others",
+}
+
 
 def mean(scores_BK: Tensor) -> Tensor:
     """Mean over the members, [B]."""
@@ -60,6 +69,19 @@ def combine(name: str, scores_BK: Tensor, coefficient: float = 1.0) -> Tensor:
     if name == "uwo":
         return uncertainty_weighted(scores_BK, coefficient)
     return gap(scores_BK)
+
+
+def same_as(name: str, coefficient: float, members: int) -> str | None:
+    """The simpler combination that `name` equals for every score, None where there is none.
+
+    One member is its own mean, minimum and bound. For two, std = |R_1 - R_2| / 2, so that lcb with the coefficient 1 is
+    exactly their minimum. A coefficient of 0 leaves the mean.
+    """
+    if name in ("mean", "gap"):
+        return None
+    if members == 1 or (name in ("lcb", "uwo") and coefficient == 0):
+        return "mean"
+    return "min" if name == "lcb" and members == 2 and coefficient == 1 else None
 
 
 def others_mean(values_BK: Tensor, target: int) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.objectives.adversarial import paper_reward, raw_reward
 from nemo_advrm.objectives.names import unknown_name
+from nemo_advrm.objectives.reference import MemberStatistics, standardise_members
 from nemo_advrm.objectives.spread import rounding, rounding_of
 from nemo_advrm.objectives.uncertainty import combine, disagreement, others_mean
 from nemo_advrm.rewards.base import RewardSource, Rollouts, checked_scores, source_dtype
@@ -55,8 +56,9 @@ class UncertaintyReward:
         sources: at least one; the first is R_1.
         aggregate: ``mean``, ``min`` (WCO), ``lcb`` (mean - coefficient * std), ``uwo`` (mean - coefficient *
             variance) or ``gap`` (R_1 - mean of the rest); see :mod:`nemo_advrm.objectives.uncertainty`.
-        reference: with it the members are standardised to z_k before they are combined, so that members
-            of different scales count alike; needs prompts of the reference.
+        statistics: with it several members are standardised, each by its mean and spread over SFT responses, before
+            they are combined. Without it their raw scores are combined, whose offsets and scales Bradley-Terry leaves
+            free: the member of the largest scale decides. One member alone keeps its raw scores in any case.
     """
 
     def __init__(
@@ -64,16 +66,19 @@ class UncertaintyReward:
         sources: Sequence[RewardSource],
         aggregate: str = "mean",
         coefficient: float = 1.0,
-        reference: Reference | None = None,
+        statistics: MemberStatistics | None = None,
     ) -> None:
         if not sources:
             raise ConfigError("an ensemble needs at least one reward source")
+        if statistics is not None and len(statistics.mean_K) != len(sources):
+            raise ConfigError(
+                f"the ensemble has {len(sources)} members, the statistics to standardise them {len(statistics.mean_K)}"
+            )
         self.name = f"{aggregate}({', '.join(s.name for s in sources)})"
         self.sources = list(sources)
         self.aggregate = aggregate
         self.coefficient = coefficient
-        self.reference = reference
-        self._statistics = reference.statistics() if reference is not None else None
+        self.statistics = statistics if len(self.sources) > 1 else None
 
     def member_scores(self, rollouts: Rollouts) -> Tensor:
         """[N, K] raw scores."""
@@ -93,9 +98,9 @@ class UncertaintyReward:
     def judge(self, rollouts: Rollouts) -> Judgement:
         scores_NK = self.member_scores(rollouts)
         values_NK, noise_NK = scores_NK, self.member_noise(scores_NK)
-        if self.reference is not None and self._statistics is not None:
-            values_NK = standardise(self.reference, self._statistics, scores_NK, rollouts.prompt_index, 0).z_NK
-            noise_NK = noise_NK / self._statistics.std_K
+        if self.statistics is not None:
+            values_NK = standardise_members(scores_NK, self.statistics)
+            noise_NK = noise_NK / self.statistics.std_K
         rewards_N = combine(self.aggregate, values_NK, self.coefficient)
         noise_N = _combined_noise(self.aggregate, values_NK, noise_NK, self.coefficient)
         return Judgement(rewards_N, scores_NK, noise_N=noise_N)

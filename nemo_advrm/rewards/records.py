@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from nemo_advrm.data.messages import Message
+from nemo_advrm.objectives.reference import own_z_scores
 from nemo_advrm.rewards.base import RewardSource, Rollouts, checked_scores
 from nemo_advrm.rewards.ensemble import Judgement
-from nemo_advrm.rewards.reference import Reference, standardise
+from nemo_advrm.rewards.reference import Reference
 
 
 def prompt_text(messages: tuple[Message, ...]) -> str:
@@ -84,7 +85,7 @@ def score_reference(
     )
     index = [i for i in range(count) for _ in range(per_prompt)]
     if len(sources) > 1:
-        z_NK = standardise(reference, reference.statistics(), scores_NK, index, 0).z_NK
+        z_NK = own_z_scores(reference.scores_PNK, reference.statistics()).flatten(0, 1)
     else:
         z_NK = torch.full_like(scores_NK, float("nan"))
     scores, z, gold_column = scores_NK.tolist(), z_NK.tolist(), _column(gold_N, len(rollouts))

@@ -12,7 +12,14 @@ from torch import Tensor
 from nemo_advrm.data.jsonl import read_jsonl
 from nemo_advrm.data.messages import Message
 from nemo_advrm.errors import CheckpointError
-from nemo_advrm.objectives.reference import ReferenceStatistics, disagreement_z, fit_reference, z_scores
+from nemo_advrm.objectives.reference import (
+    ReferenceStatistics,
+    disagreement_z,
+    fit_reference,
+    fresh_std,
+    z_scores,
+)
+from nemo_advrm.objectives.spread import divide_by_spread, rounding_of
 
 
 @dataclass(frozen=True)
@@ -52,12 +59,13 @@ class Reference:
         return self.scores_PNK.mean(1)[list(prompt_index)]
 
     def gold_z(self, gold_N: Tensor, prompt_index: Sequence[int]) -> Tensor | None:
-        """Gold standardised like the members' scores, [N]."""
+        """Gold of fresh responses standardised like the members' scores, [N]; 0 where gold tells no responses apart."""
         if self.gold_PN is None:
             return None
         means_P = self.gold_PN.mean(1)
-        std = (self.gold_PN - means_P[:, None]).std(correction=0)
-        return (gold_N - means_P[list(prompt_index)]) / std.clamp(min=1e-6)
+        std = fresh_std((self.gold_PN - means_P[:, None]).reshape(-1, 1), self.gold_PN.size(1)).float()
+        noise = rounding_of(self.gold_PN).max()
+        return divide_by_spread(gold_N - means_P[list(prompt_index)], std, noise)
 
     @classmethod
     def read(cls, path: Path) -> Reference:
@@ -91,7 +99,7 @@ class Standardised:
 def standardise(
     reference: Reference, statistics: ReferenceStatistics, scores_NK: Tensor, prompt_index: Sequence[int], target: int
 ) -> Standardised:
-    """z_k and Z(U) of scores; ``statistics`` must be those of ``target``."""
+    """z_k and Z(U) of the scores of fresh responses; ``statistics`` must be those of ``target``."""
     prompt_mean_NK = reference.prompt_mean(prompt_index)
     return Standardised(
         prompt_mean_NK,

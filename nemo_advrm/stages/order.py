@@ -57,6 +57,8 @@ def order(cfg: Config) -> list[Step]:
     last_attack = steps[-1].name
     for name, options in cfg.pipeline.rlhf.items():
         needed = members[-1] if options.reward == "hardened" else members[0]
+        if options.reward == "ensemble" and cfg.ensemble.standardise:
+            needed = (*needed, "round_0/reference")  # by whose responses the members are standardised
         steps.append(Step(f"rlhf/{name}", "rlhf", needed, run=name))
     rlhf = tuple(f"rlhf/{name}" for name in cfg.pipeline.rlhf)
     return [*steps, Step("report", "report", (last_attack, *rlhf))]

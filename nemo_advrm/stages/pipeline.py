@@ -25,11 +25,12 @@ from nemo_advrm.megatron import runtime, stopping
 from nemo_advrm.models.language_model import EncodedResponse, build_policy
 from nemo_advrm.models.policy import Prompt, encode_prompts
 from nemo_advrm.models.trainable import derive_seed
+from nemo_advrm.objectives.reference import fit_members
 from nemo_advrm.rewards.base import RewardSource
-from nemo_advrm.rewards.ensemble import UncertaintyReward
 from nemo_advrm.rewards.local import build_gold
 from nemo_advrm.rewards.reference import Reference
 from nemo_advrm.rewards.sources import load_members
+from nemo_advrm.rewards.standardisation import combined
 from nemo_advrm.schema import Config, RLHFRunConfig
 from nemo_advrm.stages import inputs, session
 from nemo_advrm.stages.attack import attack_prompts, check_directions, run_attack
@@ -213,15 +214,20 @@ class Pipeline:
         cfg = for_stage(self.cfg, "rlhf")
         cfg.pretrained_checkpoint.restore_from_path = self._policy_path
         members = self._members(last if options.reward == "hardened" else 0)
+        statistics = None
         if options.reward != "ensemble":
             members = members[:1]
-        reward = UncertaintyReward(members, options.aggregate, options.coefficient)
+        elif cfg.ensemble.standardise:
+            reference = Reference.read(self._round(0) / "reference.jsonl")
+            statistics = fit_members(reference.scores_PNK.flatten(0, 1))
+        home = self.directory / "rlhf" / name
+        reward = combined(members, options.aggregate, options.coefficient, statistics, home)
         prompts = encode_prompts(rlhf_prompts(cfg), self.tokenizer, cfg)
         # every reward meets the same prompts and random numbers
         run_rlhf(
             cfg,
             self.tokenizer,
-            self.directory / "rlhf" / name,
+            home,
             prompts,
             reward,
             self.gold,

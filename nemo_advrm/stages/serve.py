@@ -13,10 +13,17 @@ from nemo_advrm.extras import require_extra
 from nemo_advrm.megatron import runtime
 from nemo_advrm.rewards import sources
 from nemo_advrm.rewards.base import RewardSource
-from nemo_advrm.rewards.ensemble import AdversarialReward, PolicyReward, UncertaintyReward
+from nemo_advrm.rewards.ensemble import AdversarialReward, PolicyReward
 from nemo_advrm.rewards.reference import Reference
+from nemo_advrm.rewards.standardisation import combined, read_statistics
 from nemo_advrm.schema import Config
 from nemo_advrm.stages import session
+
+RAW_SCORES = (
+    "warning: the members' raw scores are combined, whose offsets and scales are arbitrary: the member with the "
+    "largest scale decides. Set serve.reference_path to the reference.jsonl of an attack on these members, or "
+    "ensemble.standardise=false when they are on one scale"
+)
 
 
 def main(cfg: Config) -> int:
@@ -25,6 +32,7 @@ def main(cfg: Config) -> int:
     if not cfg.ensemble.members:
         raise ConfigError("ensemble.members must name at least one reward model")
     reference = _reference(cfg)
+    statistics_path = _statistics_path(cfg)
     cfg = sources.for_scoring(cfg, cfg.ensemble.members)
     rt = session.start(cfg)
     if rt.dp_size > 1:
@@ -36,7 +44,7 @@ def main(cfg: Config) -> int:
     listening: list[tuple[socket.socket, str]] = []
     runtime.on_writer(lambda: listening.append(_listen(cfg)))  # what is wrong with the address is told before loading
     members = sources.load_members(cfg, cfg.ensemble.members, build_tokenizer(cfg.model.tokenizer))
-    reward = _reward(cfg, members, reference)
+    reward = _reward(cfg, members, reference, statistics_path)
     if rt.is_writer:
         with signals.recorded():  # from here on a signal lets the server answer what it was asked before
             return _serve(cfg, members, reward, reference, *listening[0])
@@ -83,27 +91,42 @@ def _serve(
         options.timeout_seconds,
         idle_seconds=min(60.0, 15 * cfg.trainer.timeout_minutes),
     )
-    named = cfg.ensemble.aggregate if options.reward == "ensemble" else f"adversarial ({cfg.adversarial.preset})"
+    if options.reward == "ensemble":
+        named = cfg.ensemble.aggregate + (" of standardised scores" if _statistics_path(cfg) else "")
+    else:
+        named = f"adversarial ({cfg.adversarial.preset})"
     service = Service(options, preparer, batcher, [member.name for member in members], named)
     server.run(service, metrics, token, sock, Path(cfg.run_dir))
     return 0
 
 
 def _reference(cfg: Config) -> Reference | None:
+    """The reference of the adversarial reward, which it is relative to; None for an ensemble's."""
     if cfg.serve.reward == "ensemble":
         return None
-    if not cfg.serve.reference_path:
+    path = cfg.serve.reference_path or cfg.ensemble.reference_path
+    if not path:
         raise ConfigError("serve.reward=adversarial needs serve.reference_path: the reference.jsonl of an attack")
-    reference = Reference.read(Path(cfg.serve.reference_path))
+    reference = Reference.read(Path(path))
     if reference.scores_PNK.size(-1) != len(cfg.ensemble.members):
         raise ConfigError(
-            f"serve.reference_path={cfg.serve.reference_path} has scores of {reference.scores_PNK.size(-1)} members, "
+            f"serve.reference_path={path} has scores of {reference.scores_PNK.size(-1)} members, "
             f"ensemble.members names {len(cfg.ensemble.members)}"
         )
     return reference
 
 
-def _reward(cfg: Config, members: list[RewardSource], reference: Reference | None) -> PolicyReward:
+def _statistics_path(cfg: Config) -> str:
+    """The reference that an ensemble's members are standardised by; empty where they are not."""
+    if cfg.serve.reward != "ensemble" or len(cfg.ensemble.members) < 2 or not cfg.ensemble.standardise:
+        return ""
+    return cfg.serve.reference_path or cfg.ensemble.reference_path
+
+
+def _reward(cfg: Config, members: list[RewardSource], reference: Reference | None, path: str) -> PolicyReward:
     if reference is not None:
         return AdversarialReward(members, cfg.adversarial, reference, cfg.adversarial.directions[0] - 1)
-    return UncertaintyReward(members, cfg.ensemble.aggregate, cfg.ensemble.coefficient)
+    statistics = read_statistics(Path(path), members, "serve.reference_path") if path else None
+    if len(members) > 1 and cfg.ensemble.standardise and not path:
+        runtime.on_writer(lambda: print(RAW_SCORES, flush=True))
+    return combined(members, cfg.ensemble.aggregate, cfg.ensemble.coefficient, statistics, Path(cfg.run_dir))

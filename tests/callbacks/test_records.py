@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import pickle
 from pathlib import Path
 from types import SimpleNamespace
@@ -182,12 +183,13 @@ class _Policy(PolicyModel):
 
 
 def _gold() -> FunctionReward:
-    values = {"x": -3.0, "y": 5.0, "z": 9.0}
+    values = {"x": -6.0, "y": 5.0, "z": 9.0}
     return FunctionReward("gold", lambda prompts, responses, ended: [values[r] for r in responses])
 
 
 def test_the_trajectory_holds_every_response_and_the_share_of_successes(single: Runtime, tmp_path: Path) -> None:
-    # gold of the SFT responses: means 0 and 6, std of the deviations 1
+    # gold of the SFT responses: means 0 and 6, deviations of +-1, so a fresh response's std is sqrt(4 / 2 * 3 / 2)
+    std = math.sqrt(3)
     gold_PN = torch.tensor([[1.0, -1.0], [7.0, 5.0]])
     reference = Reference([(), ()], [["", ""]] * 2, torch.zeros(2, 2, 2), gold_PN)
     recorder: Any = TrajectoryRecorder(tmp_path / "samples.jsonl", 1, reference, _gold())
@@ -202,15 +204,15 @@ def test_the_trajectory_holds_every_response_and_the_share_of_successes(single: 
         (3, 0, "z", 2, False),
     ]
     assert [(r["gold"], r["gold_z"], r["reward"]) for r in rows] == [
-        (-3.0, -3.0, 0.5),
-        (5.0, -1.0, pytest.approx(0.6)),
-        (9.0, 9.0, -4.0),
+        (-6.0, pytest.approx(-6 / std), 0.5),
+        (5.0, pytest.approx(-1 / std), pytest.approx(0.6)),
+        (9.0, pytest.approx(9 / std), -4.0),
     ]
     assert rows[1]["z"] == [2.0, 0.0] and rows[1]["prompt"] == "p" and rows[1]["selected"] is False
     # x: R_1 = 1 > 0 and gold below; y: R_1 = 2 is not above 2.5; z: neither
     assert module.step_metrics["success"] == pytest.approx(1 / 3)
     assert module.step_metrics["success_strict"] == pytest.approx(1 / 3)
-    assert module.step_metrics["gold"] == pytest.approx(11 / 3)
+    assert module.step_metrics["gold"] == pytest.approx(8 / 3)
 
 
 def test_the_tracker_adds_gold_at_its_interval_and_at_the_last_step(single: Runtime, tmp_path: Path) -> None:
@@ -226,7 +228,7 @@ def test_the_tracker_adds_gold_at_its_interval_and_at_the_last_step(single: Runt
     assert seen == [0, 4, 8, 9]
     rows = _rows(tmp_path / "samples.jsonl")
     assert [row["step"] for row in rows] == [0, 0, 4, 4, 8, 8, 9, 9]
-    assert rows[0] == {"step": 0, "prompt": "p", "response": "x", "ended": True, "proxy": 0.5, "gold": -3.0}
+    assert rows[0] == {"step": 0, "prompt": "p", "response": "x", "ended": True, "proxy": 0.5, "gold": -6.0}
 
 
 def test_a_prompt_is_written_as_its_text_and_a_conversation_with_its_roles() -> None:

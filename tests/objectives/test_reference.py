@@ -8,7 +8,15 @@ import pytest
 import torch
 
 from nemo_advrm.errors import RewardSourceError, UserError
-from nemo_advrm.objectives.reference import disagreement_z, fit_reference, z_scores
+from nemo_advrm.objectives.reference import (
+    disagreement_z,
+    fit_members,
+    fit_reference,
+    fresh_std,
+    own_z_scores,
+    standardise_members,
+    z_scores,
+)
 
 # 2 prompts, 2 responses, 2 members
 SCORES = torch.tensor([[[1.0, 0.0], [3.0, 4.0]], [[10.0, 5.0], [16.0, 7.0]]])
@@ -17,33 +25,89 @@ SCORES = torch.tensor([[[1.0, 0.0], [3.0, 4.0]], [[10.0, 5.0], [16.0, 7.0]]])
 def test_statistics_by_hand() -> None:
     reference = fit_reference(SCORES)
     torch.testing.assert_close(reference.prompt_mean_PK, torch.tensor([[2.0, 2.0], [13.0, 6.0]]))
-    # residuals of member 1: -1 1 -3 3; of member 2: -2 2 -1 1
-    torch.testing.assert_close(reference.std_K, torch.tensor([math.sqrt(20 / 4), math.sqrt(10 / 4)]))
-    # U: 1 -1 5 9
+    # residuals of member 1: -1 1 -3 3; of member 2: -2 2 -1 1; 4 less 2 means leave 2, and T_k(x) errs by 1 / 2 more
+    torch.testing.assert_close(reference.std_K, torch.tensor([math.sqrt(20 / 2 * 3 / 2), math.sqrt(10 / 2 * 3 / 2)]))
+    # U: 1 -1 5 9, with one mean of all four
     assert reference.disagreement_mean == pytest.approx(3.5)
-    assert reference.disagreement_std == pytest.approx(math.sqrt((2.5**2 + 4.5**2 + 1.5**2 + 5.5**2) / 4))
+    squares = 2.5**2 + 4.5**2 + 1.5**2 + 5.5**2
+    assert squares == 59 and reference.disagreement_std == pytest.approx(math.sqrt(59 / 3 * 5 / 4))
 
 
 def test_z_scores_use_the_mean_of_the_prompt_and_the_global_spread() -> None:
     reference = fit_reference(SCORES)
     scores = torch.tensor([[2.0, 7.0], [13.0, 6.0]])
     z = z_scores(scores, reference.prompt_mean_PK[torch.tensor([0, 1])], reference.std_K)
-    torch.testing.assert_close(z, torch.tensor([[0.0, 5 / math.sqrt(2.5)], [0.0, 0.0]]))
+    torch.testing.assert_close(z, torch.tensor([[0.0, 5 / math.sqrt(7.5)], [0.0, 0.0]]))
 
 
-def test_sft_z_scores_have_zero_mean_and_unit_spread() -> None:
+def test_the_samples_own_z_scores_have_zero_mean_and_unit_spread() -> None:
     scores = torch.randn(50, 4, 3, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 10.0, 0.01])
-    reference = fit_reference(scores)
-    z = z_scores(scores.reshape(-1, 3), reference.prompt_mean_PK.repeat_interleave(4, 0), reference.std_K)
+    z = own_z_scores(scores, fit_reference(scores)).flatten(0, 1)
     torch.testing.assert_close(z.mean(0), torch.zeros(3), atol=1e-5, rtol=0)
     torch.testing.assert_close(z.std(0, correction=0), torch.ones(3))
+
+
+def test_a_samples_own_z_is_that_of_a_fresh_response_to_the_others() -> None:
+    scores = torch.randn(40, 3, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    reference = fit_reference(scores)
+    s_K = reference.std_K / math.sqrt(1 + 1 / 3)
+    others_mean = scores[:, 1:].mean(1)
+    by_hand = (scores[:, 0] - others_mean) / (s_K * math.sqrt(1 + 1 / 2))
+    torch.testing.assert_close(own_z_scores(scores, reference)[:, 0], by_hand)
+
+
+@pytest.mark.parametrize("samples", [2, 3, 6])
+def test_a_fresh_sft_response_has_a_z_of_variance_one(samples: int) -> None:
+    """Prompts differ in level; the sample and the fresh responses come from the same policy."""
+    draw = torch.Generator().manual_seed(samples)
+    prompts = 6000
+    level_P1K = 3 * torch.randn(prompts, 1, 2, generator=draw)
+    scale_K = torch.tensor([0.5, 4.0])
+
+    def responses(count: int) -> torch.Tensor:
+        return scale_K * (level_P1K + torch.randn(prompts, count, 2, generator=draw))
+
+    reference = fit_reference(responses(samples))
+    fresh_PK = responses(1)[:, 0]
+    z_PK = z_scores(fresh_PK, reference.prompt_mean_PK, reference.std_K)
+    # 6000 draws: a std is known to within 3 / sqrt(2 * 6000) = 0.027; without the correction 1.73, 1.41 and 1.18
+    assert z_PK.std(0, correction=0).tolist() == pytest.approx([1.0, 1.0], abs=0.03)
+    u_z_P = disagreement_z(fresh_PK, reference.disagreement_mean, reference.disagreement_std)
+    assert u_z_P.std(correction=0).item() == pytest.approx(1.0, abs=0.03)
+    members = fit_members(responses(samples).flatten(0, 1))
+    assert standardise_members(fresh_PK, members).std(0, correction=0).tolist() == pytest.approx([1.0, 1.0], abs=0.03)
+
+
+def test_the_spread_of_a_fresh_response_by_hand() -> None:
+    deviations = torch.tensor([[1.0], [-1.0], [3.0], [-3.0]])
+    assert fresh_std(deviations, per_mean=2).item() == pytest.approx(math.sqrt(20 / 2 * 3 / 2))
+    assert fresh_std(deviations, per_mean=4).item() == pytest.approx(math.sqrt(20 / 3 * 5 / 4))
+
+
+def test_members_are_standardised_over_all_responses_by_hand() -> None:
+    members = fit_members(SCORES.flatten(0, 1))
+    # member 1: 1 3 10 16; member 2: 0 4 5 7
+    torch.testing.assert_close(members.mean_K, torch.tensor([7.5, 4.0]))
+    variances = torch.tensor([(6.5**2 + 4.5**2 + 2.5**2 + 8.5**2) / 3, (16 + 0 + 1 + 9) / 3]) * 5 / 4
+    torch.testing.assert_close(members.std_K, variances.sqrt())
+    z = standardise_members(torch.tensor([[7.5, 4.0], [0.0, 4.0]]), members)
+    torch.testing.assert_close(z, torch.tensor([[0.0, 0.0], [-7.5, 0.0]]) / members.std_K)
+
+
+def test_members_that_cannot_be_standardised_are_named() -> None:
+    with pytest.raises(RewardSourceError, match="at least 2 SFT responses, not 1"):
+        fit_members(torch.zeros(1, 2))
+    with pytest.raises(RewardSourceError, match="reward model 2 has a spread of 0"):
+        fit_members(torch.tensor([[1.0, 5.0], [2.0, 5.0]]))
+    with pytest.raises(RewardSourceError, match="reward model 1 gave a NaN"):
+        fit_members(torch.tensor([[math.nan, 5.0], [2.0, 6.0]]))
 
 
 def test_z_of_u_uses_the_distribution_over_all_prompts() -> None:
     reference = fit_reference(SCORES)
     u_z = disagreement_z(torch.tensor([[9.0, 2.0]]), reference.disagreement_mean, reference.disagreement_std)
     # U = 7: 3.5 above the global mean. Against the second prompt alone (U: 5 and 9) it would have been 0.
-    torch.testing.assert_close(u_z, torch.tensor([3.5 / math.sqrt(14.75)]))
+    torch.testing.assert_close(u_z, torch.tensor([3.5 / math.sqrt(59 / 3 * 5 / 4)]))
 
 
 def test_the_other_direction_mirrors_u_for_two_members() -> None:
@@ -51,7 +115,7 @@ def test_the_other_direction_mirrors_u_for_two_members() -> None:
     assert backward.disagreement_mean == -forward.disagreement_mean
     assert backward.disagreement_std == forward.disagreement_std
     z = disagreement_z(torch.tensor([[2.0, 9.0]]), backward.disagreement_mean, backward.disagreement_std, target=1)
-    torch.testing.assert_close(z, torch.tensor([(7 + 3.5) / math.sqrt(14.75)]))
+    torch.testing.assert_close(z, torch.tensor([(7 + 3.5) / math.sqrt(59 / 3 * 5 / 4)]))
 
 
 @pytest.mark.parametrize("constant", [0.0, 0.1, -1234.567])

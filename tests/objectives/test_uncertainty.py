@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nemo_advrm.errors import ConfigError
-from nemo_advrm.objectives.uncertainty import combine, disagreement, gap
+from nemo_advrm.objectives.uncertainty import COMBINATIONS, FORMULAS, combine, disagreement, gap, same_as
 
 SCORES = torch.tensor([[1.0, 3.0, 8.0], [2.0, 2.0, 2.0]])
 
@@ -54,3 +54,19 @@ def test_errors() -> None:
         disagreement(SCORES[:, :1])
     with pytest.raises(ConfigError, match="reward model 4 does not exist"):
         disagreement(SCORES, target=3)
+
+
+@pytest.mark.parametrize("members", [1, 2, 3])
+@pytest.mark.parametrize("coefficient", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("name", COMBINATIONS)
+def test_what_is_said_to_be_the_same_is_the_same_and_nothing_else_is(
+    name: str, coefficient: float, members: int
+) -> None:
+    scores = torch.randn(50, members, generator=torch.Generator().manual_seed(0))
+    if members == 1 and name == "gap":
+        return
+    own = combine(name, scores, coefficient)
+    equal = {other for other in ("mean", "min") if other != name and torch.allclose(own, combine(other, scores))}
+    other = same_as(name, coefficient, members)
+    assert (other in equal) if equal and name != "mean" else other is None
+    assert name in FORMULAS

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from nemo_advrm.errors import CheckpointError, ConfigError, RewardSourceError
+from nemo_advrm.objectives.reference import MemberStatistics, fit_members
 from nemo_advrm.objectives.spread import rounding
 from nemo_advrm.objectives.success import strict_success
 from nemo_advrm.objectives.uncertainty import COMBINATIONS
@@ -35,8 +36,13 @@ def _rollouts(prompt_index: tuple[int, ...] = (0, 1)) -> Rollouts:
     return Rollouts([()] * 2, texts, [True, True], [[5]] * 2, [[1]] * 2, list(prompt_index), "words")
 
 
+# std of a fresh response where all deviations are +-1: two prompts of two responses leave 2 of 4 degrees of freedom,
+# and T_k(x) errs by a variance of 1 / 2
+S = math.sqrt(4 / 2 * 3 / 2)
+
+
 def _reference(members: int = 3) -> Reference:
-    """Two prompts, two responses each. T: (0, 1, 2) and (10, 3, 2); s: (1, 2, 1) with all deviations of +-s."""
+    """Two prompts, two responses each. T: (0, 1, 2) and (10, 3, 2); deviations of +-(1, 2, 1), so s: (S, 2 S, S)."""
     scores_PNK = torch.tensor([[[1.0, 3.0, 3.0], [-1.0, -1.0, 1.0]], [[9.0, 5.0, 1.0], [11.0, 1.0, 3.0]]])
     gold_PN = torch.tensor([[1.0, 3.0], [7.0, 5.0]])  # means 2 and 6, std of the deviations 1
     return Reference([(), ()], [["", ""], ["", ""]], scores_PNK[..., :members], gold_PN)
@@ -65,9 +71,44 @@ def test_an_ensemble_of_three_is_combined_as_computed_by_hand(
 
 
 def test_with_a_reference_members_of_different_scales_are_standardised_first() -> None:
-    reward = UncertaintyReward([_source(name) for name in "ABC"], "mean", reference=_reference())
-    # z of "a" at prompt 0: 3, 0, 0; of "b" at prompt 1: -12, -1.5, 3
-    assert reward.judge(_rollouts()).rewards_N.tolist() == pytest.approx([1.0, -3.5])
+    statistics = MemberStatistics(torch.tensor([1.0, -1.0, 2.0]), torch.tensor([2.0, 0.5, 4.0]))
+    sources = [_source(name) for name in "ABC"]
+    # "a": (3 - 1) / 2, (1 + 1) / 0.5, (2 - 2) / 4; "b": (-2 - 1) / 2, (0 + 1) / 0.5, (5 - 2) / 4
+    for aggregate, expected in (("mean", [5 / 3, 1.25 / 3]), ("min", [0.0, -1.5]), ("gap", [1 - 2, -1.5 - 1.375])):
+        judgement = UncertaintyReward(sources, aggregate, statistics=statistics).judge(_rollouts())
+        assert judgement.rewards_N.tolist() == pytest.approx(expected)
+        assert judgement.scores_NK.tolist() == [[3, 1, 2], [-2, 0, 5]]
+
+
+def test_the_members_offsets_and_scales_do_not_change_what_an_ensemble_prefers() -> None:
+    """Bradley-Terry leaves both free: of equal opinions in other units the same reward is made."""
+    draw = torch.Generator().manual_seed(0)
+    scores_SK = torch.randn(50, 2, generator=draw)
+    rescaled_SK = scores_SK * torch.tensor([1.0, 30.0]) + torch.tensor([0.0, -200.0])
+    texts = [str(i) for i in range(50)]
+    rollouts = Rollouts([()] * 50, texts, [True] * 50, [[5]] * 50, [[1]] * 50, [0] * 50, "words")
+
+    def rewards(table_SK: torch.Tensor, aggregate: str, standardise: bool) -> torch.Tensor:
+        rows = table_SK.tolist()
+        sources = [
+            FunctionReward(f"R_{k}", lambda prompts, responses, ended, k=k: [rows[int(r)][k] for r in responses])
+            for k in range(2)
+        ]
+        statistics = fit_members(table_SK) if standardise else None
+        return UncertaintyReward(sources, aggregate, statistics=statistics).score(rollouts)
+
+    for aggregate in ("mean", "min", "lcb", "uwo"):
+        same = [rewards(table, aggregate, True) for table in (scores_SK, rescaled_SK)]
+        torch.testing.assert_close(same[0], same[1], atol=1e-4, rtol=1e-4)
+        raw = [rewards(table, aggregate, False) for table in (scores_SK, rescaled_SK)]
+        assert torch.corrcoef(torch.stack(raw))[0, 1] < 0.9, aggregate
+
+
+def test_one_member_alone_keeps_its_raw_scores() -> None:
+    statistics = MemberStatistics(torch.tensor([1.0]), torch.tensor([2.0]))
+    assert UncertaintyReward([_source("A")], statistics=statistics).score(_rollouts()).tolist() == [3.0, -2.0]
+    with pytest.raises(ConfigError, match="2 members, the statistics to standardise them 1"):
+        UncertaintyReward([_source("A"), _source("B")], statistics=statistics)
 
 
 def test_an_ensemble_is_itself_a_source_of_an_ensemble() -> None:
@@ -118,13 +159,13 @@ def test_a_source_that_names_no_number_format_computes_in_fp32() -> None:
 @pytest.mark.parametrize(
     ("members", "target", "prompts", "expected"),
     [
-        # z(a) at prompt 0 = (3, 0, 0): R_1 = 3 > T_1 = 0;  z(b) at prompt 1 = (-12, -1.5, 3): R_1 = -2 < 10
-        (3, 0, (0, 1), [3 - 2 * 0.0, -4.0]),
-        (2, 0, (0, 1), [3 - 2 * 0.0, -4.0]),
+        # z(a) at prompt 0 = (3, 0, 0) / S: R_1 = 3 > T_1 = 0;  z(b) at prompt 1 = (-12, -1.5, 3) / S: R_1 = -2 < 10
+        (3, 0, (0, 1), [(3 - 2 * 0.0) / S, -4.0]),
+        (2, 0, (0, 1), [(3 - 2 * 0.0) / S, -4.0]),
         # member 2 attacked: R_2(a) = 1 is not above T_2 = 1; R_2(b) = 0 is below 3
         (3, 1, (0, 1), [-4.0, -4.0]),
-        # z(a) at prompt 1 = (-7, -1, 0); z(b) at prompt 0 = (-2, -.5, 3): member 3 likes only b
-        (3, 2, (1, 0), [-4.0, 3 - 2 * (-2 - 0.5) / 2]),
+        # z(a) at prompt 1 = (-7, -1, 0) / S; z(b) at prompt 0 = (-2, -.5, 3) / S: member 3 likes only b
+        (3, 2, (1, 0), [-4.0, (3 - 2 * (-2 - 0.5) / 2) / S]),
     ],
 )
 def test_the_paper_preset_is_the_one_computed_by_hand(
@@ -163,11 +204,11 @@ def test_the_raw_preset_is_the_one_computed_by_hand(members: int, target: int, e
 def test_the_details_hold_z_disagreement_and_its_z(target: int, u: list[float], reference_u: list[float]) -> None:
     sources = [_source(name) for name in "ABC"]
     details = AdversarialReward(sources, AdversarialConfig(), _reference(), target).judge(_rollouts()).details
-    assert details["z"].tolist() == [pytest.approx([3, 0, 0]), pytest.approx([-12, -1.5, 3])]
+    assert details["z"].tolist() == [pytest.approx([3 / S, 0, 0]), pytest.approx([-12 / S, -1.5 / S, 3 / S])]
     assert details["prompt_mean"].tolist() == [[0, 1, 2], [10, 3, 2]]
     assert details["disagreement"].tolist() == pytest.approx(u)
     mean = sum(reference_u) / 4
-    std = math.sqrt(sum((x - mean) ** 2 for x in reference_u) / 4)
+    std = math.sqrt(sum((x - mean) ** 2 for x in reference_u) / 3 * 5 / 4)
     assert details["disagreement_z"].tolist() == pytest.approx([(x - mean) / std for x in u], rel=1e-5)
 
 
@@ -275,7 +316,7 @@ def test_members_that_are_copies_of_each_other_are_refused() -> None:
 def test_gold_is_standardised_like_the_members(single: object) -> None:
     reference = _reference()
     z = reference.gold_z(torch.tensor([4.0, 5.0]), [0, 1])
-    assert z is not None and z.tolist() == pytest.approx([2.0, -1.0])
+    assert z is not None and z.tolist() == pytest.approx([2 / S, -1 / S])
     assert Reference([], [], reference.scores_PNK, None).gold_z(torch.zeros(1), [0]) is None
     assert strict_success(torch.tensor([1.0]), torch.tensor([-2.0])).tolist() == [True]
 
@@ -283,7 +324,7 @@ def test_gold_is_standardised_like_the_members(single: object) -> None:
 def test_standardising_with_the_statistics_of_a_target() -> None:
     reference = _reference()
     own = standardise(reference, reference.statistics(1), torch.tensor([[3.0, 1.0, 2.0]]), [0], 1)
-    assert own.z_NK.tolist() == [pytest.approx([3, 0, 0])]
+    assert own.z_NK.tolist() == [pytest.approx([3 / S, 0, 0])]
 
 
 def _row(prompt: int, response: str, scores: str, gold: str = "null") -> str:

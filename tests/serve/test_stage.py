@@ -16,13 +16,15 @@ from reward_members import rollouts, save_hf_reward, save_megatron
 from tiny import TOKENIZER, tiny_config
 
 from nemo_advrm import cli
+from nemo_advrm.config import load_config
 from nemo_advrm.data.jsonl import read_jsonl, write_jsonl_atomic
 from nemo_advrm.megatron.runtime import Runtime
-from nemo_advrm.rewards.ensemble import AdversarialReward
+from nemo_advrm.objectives.reference import fit_members
+from nemo_advrm.rewards.ensemble import AdversarialReward, UncertaintyReward
 from nemo_advrm.rewards.reference import Reference
 from nemo_advrm.rewards.sources import load_members
 from nemo_advrm.schema import AdversarialConfig
-from nemo_advrm.stages import session
+from nemo_advrm.stages import serve, session
 
 
 def _fails(capsys: pytest.CaptureFixture[str], *settings: str) -> str:
@@ -83,6 +85,7 @@ def _write_reference(path: Path, members: list[Path]) -> Reference:
             "prompt_id": data.prompt_index[i],
             "messages": list(data.prompts[i]),
             "response": data.responses[i],
+            "ended": data.ended[i],
             "scores": [float(s[i]) for s in scores],
         }
         for i in range(4)
@@ -118,6 +121,29 @@ def test_the_adversarial_reward_is_served_to_prompts_of_its_reference(
         assert server.terminate() == 0
     finally:
         server.kill()
+
+
+def test_an_ensemble_is_served_on_one_scale_where_a_reference_is_given(
+    single: Runtime, checkpoints: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reference = _write_reference(tmp_path / "reference.jsonl", checkpoints)
+    own = load_members(tiny_config(), [str(p) for p in checkpoints], TOKENIZER)
+    members = f"ensemble.members=[{','.join(map(str, checkpoints))}]"
+    paths = [f"{key}={tmp_path / 'reference.jsonl'}" for key in ("serve.reference_path", "ensemble.reference_path")]
+    standardised = UncertaintyReward(own, statistics=fit_members(reference.scores_PNK.flatten(0, 1)))
+    raw = UncertaintyReward(own)
+    for settings, expected, warned in (
+        ([paths[0]], standardised, False),
+        ([paths[1]], standardised, False),
+        ([], raw, True),
+        ([paths[0], "ensemble.standardise=false"], raw, False),
+    ):
+        cfg = load_config([members, *settings, f"run_dir={tmp_path / 'run'}"])
+        reward = serve._reward(cfg, own, None, serve._statistics_path(cfg))
+        out = capsys.readouterr().out
+        assert reward.judge(rollouts()).rewards_N.tolist() == expected.judge(rollouts()).rewards_N.tolist(), out
+        assert ("raw scores are combined" in out) == warned
+        assert ("standardised scores" in out) == (expected is standardised)
 
 
 def test_an_attack_on_a_mixed_ensemble(served: Served, single: Runtime, tmp_path: Path) -> None:

@@ -37,6 +37,14 @@ def test_every_stage_comes_after_those_it_needs() -> None:
     assert "preferences" not in needs
 
 
+def test_rlhf_on_an_ensemble_waits_for_the_reference_that_standardises_it() -> None:
+    run = "pipeline.rlhf={low:{reward:ensemble,aggregate:lcb}}"
+    for standardise, needed in (("true", ("round_0/rm_1", "round_0/rm_2", "round_0/reference")),
+                                ("false", ("round_0/rm_1", "round_0/rm_2"))):  # fmt: skip
+        cfg = load_config(["data.train_path=pairs.jsonl", run, f"ensemble.standardise={standardise}"])
+        assert find(cfg, "rlhf/low").after == needed
+
+
 def test_stages_are_complete_or_left_out_as_the_state_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert set(printed(tmp_path, capsys).values()) == {"todo"}
     complete = ["sft", "round_0/rm_1", "round_0/rm_2", "round_0/reference", "round_0/attack", "round_0/select"]

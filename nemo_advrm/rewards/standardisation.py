@@ -1,0 +1,122 @@
+"""How the members of an ensemble are brought to one scale before they are combined, and what is said of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from nemo_advrm.data.jsonl import write_jsonl_atomic
+from nemo_advrm.errors import ConfigError
+from nemo_advrm.megatron import runtime
+from nemo_advrm.objectives.reference import MemberStatistics, fit_members
+from nemo_advrm.objectives.uncertainty import FORMULAS, same_as
+from nemo_advrm.rewards.base import RewardSource, Rollouts, checked_scores
+from nemo_advrm.rewards.ensemble import UncertaintyReward
+from nemo_advrm.rewards.reference import Reference
+
+FILE = "standardisation.jsonl"
+# SFT responses that are scored anew to see that a file's scores are those of the members at hand
+PROBES = 8
+# members of other weights differ by about a standard deviation, the same weights in another precision by little
+TOLERANCE = 0.1
+
+
+def read_statistics(path: Path, sources: Sequence[RewardSource], key: str) -> MemberStatistics:
+    """Mean and spread of every member over all SFT responses of a ``reference.jsonl``; all ranks call.
+
+    Args:
+        key: the configuration key that names the file, for messages.
+
+    Raises:
+        ConfigError: the file has scores of another number of members, or of other members: some of its responses are
+            scored anew and compared.
+    """
+    reference = Reference.read(path)
+    check_members(reference, sources, f"{key}={path}")
+    return fit_members(reference.scores_PNK.flatten(0, 1))
+
+
+def check_members(reference: Reference, sources: Sequence[RewardSource], place: str) -> None:
+    """Raise ConfigError, naming ``place``, where the scores of a reference are not those of ``sources``."""
+    count = reference.scores_PNK.size(-1)
+    if count != len(sources):
+        raise ConfigError(f"{place} has scores of {count} members, ensemble.members names {len(sources)}")
+    statistics = fit_members(reference.scores_PNK.flatten(0, 1))
+    probes, old_NK = _probes(reference)
+    for k, source in enumerate(sources):
+        moved = ((checked_scores(source, probes) - old_NK[:, k]).abs() / statistics.std_K[k]).median().item()
+        if moved > TOLERANCE:
+            raise ConfigError(
+                f"{place}: its scores of member {k + 1} are not those of {source.name}, which scores the same "
+                f"responses {moved:.2g} standard deviations apart: take the reference of an attack on these members"
+            )
+
+
+def _probes(reference: Reference) -> tuple[Rollouts, torch.Tensor]:
+    """A few responses, spread over the prompts, as text; and their scores [N, K] in the file."""
+    prompts = len(reference.prompts_P)
+    places = [(prompts * i // PROBES, i % reference.scores_PNK.size(1)) for i in range(PROBES)]
+    places = list(dict.fromkeys(places))
+    none: list[list[int]] = [[] for _ in places]
+    probes = Rollouts(
+        prompts=[reference.prompts_P[p] for p, _ in places],
+        responses=[reference.responses_PN[p][i] for p, i in places],
+        ended=[i in reference.finished(p) for p, i in places],
+        prompt_tokens=none,
+        response_tokens=none,
+        prompt_index=[p for p, _ in places],
+        fingerprint="",
+    )
+    return probes, torch.stack([reference.scores_PNK[p, i] for p, i in places])
+
+
+def combined(
+    members: Sequence[RewardSource],
+    aggregate: str,
+    coefficient: float,
+    statistics: MemberStatistics | None,
+    directory: Path,
+) -> UncertaintyReward:
+    """The members as one reward; says which, warns where it equals a simpler one, and writes its statistics."""
+    reward = UncertaintyReward(members, aggregate, coefficient, statistics)
+    used = reward.statistics
+
+    def tell() -> None:
+        for line in described(aggregate, coefficient, len(members), used is not None):
+            print(line, flush=True)
+        if used is not None:
+            write_statistics(directory, used, members)
+
+    runtime.on_writer(tell)
+    return reward
+
+
+def write_statistics(directory: Path, statistics: MemberStatistics, sources: Sequence[RewardSource]) -> None:
+    """Write what the members were standardised by to ``standardisation.jsonl``, a row a member."""
+    write_jsonl_atomic(
+        directory / FILE,
+        [
+            {"member": source.name, "mean": mean, "std": std}
+            for source, mean, std in zip(
+                sources, statistics.mean_K.tolist(), statistics.std_K.tolist(), strict=True
+            )
+        ],
+    )
+
+
+def described(aggregate: str, coefficient: float, members: int, standardised: bool) -> list[str]:
+    """What a stage says of a reward: the formula of several members, and a warning where it equals a simpler one."""
+    lines = []
+    if members > 1:
+        scores = "standardised" if standardised else "raw"
+        lines.append(f"reward: {aggregate} of {members} members, on {scores} scores: {FORMULAS[aggregate]}")
+    other = same_as(aggregate, coefficient, members)
+    if other is not None:
+        plural = "s" if members > 1 else ""
+        lines.append(
+            f"warning: {aggregate} with {members} member{plural} and the coefficient {coefficient:g} is exactly the "
+            f"{other}: runs of both compare nothing"
+        )
+    return lines

@@ -1,0 +1,77 @@
+"""Members are brought to one scale by the SFT responses of their reference, and what is said of the reward."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from nemo_advrm.data.jsonl import write_jsonl_atomic
+from nemo_advrm.errors import ConfigError
+from nemo_advrm.rewards.local import FunctionReward
+from nemo_advrm.rewards.standardisation import described, read_statistics, write_statistics
+
+# response -> scores of the two members; the mean of member 1 is 2, of member 2 10
+SCORES = {"a": (0.0, 40.0), "b": (4.0, -20.0), "c": (1.0, 10.0), "d": (3.0, 10.0)}
+ROWS = [
+    {"prompt_id": i // 2, "messages": [{"role": "user", "content": f"p{i // 2}"}], "response": r, "scores": list(s)}
+    for i, (r, s) in enumerate(SCORES.items())
+]
+
+
+def _sources(order: tuple[int, ...] = (0, 1), shift: float = 0.0) -> list[FunctionReward]:
+    return [
+        FunctionReward(f"R_{k + 1}", lambda _, responses, ended, k=k: [SCORES[r][k] + shift for r in responses])
+        for k in order
+    ]
+
+
+def test_each_member_has_one_mean_and_one_spread_over_all_prompts(tmp_path: Path) -> None:
+    path = tmp_path / "reference.jsonl"
+    write_jsonl_atomic(path, ROWS)
+    statistics = read_statistics(path, _sources(), "ensemble.reference_path")
+    assert statistics.mean_K.tolist() == [2.0, 10.0]
+    # squares 4 + 4 + 1 + 1 and 900 + 900, of 3 degrees of freedom, and the error of a mean of 4
+    wanted = [(10 / 3 * 5 / 4) ** 0.5, (1800 / 3 * 5 / 4) ** 0.5]
+    assert statistics.std_K.tolist() == pytest.approx(wanted)
+    write_statistics(tmp_path, statistics, _sources())
+    rows = [json.loads(line) for line in (tmp_path / "standardisation.jsonl").read_text().splitlines()]
+    assert [row["member"] for row in rows] == ["R_1", "R_2"]
+    assert [row["std"] for row in rows] == pytest.approx(wanted)
+
+
+def test_a_reference_of_other_members_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "reference.jsonl"
+    write_jsonl_atomic(path, ROWS)
+    with pytest.raises(ConfigError, match=r"serve\.reference_path=.*reference\.jsonl has scores of 2 members.*names 1"):
+        read_statistics(path, _sources((0,)), "serve.reference_path")
+    with pytest.raises(ConfigError, match=r"its scores of member 1 are not those of R_2, which scores the same"):
+        read_statistics(path, _sources((1, 0)), "serve.reference_path")
+    with pytest.raises(ConfigError, match="its scores of member 1 are not those of R_1"):
+        read_statistics(path, _sources(shift=1.0), "serve.reference_path")
+    read_statistics(path, _sources(shift=0.01), "serve.reference_path")  # the same weights in another precision
+
+
+@pytest.mark.parametrize(
+    ("aggregate", "coefficient", "members", "said"),
+    [
+        ("lcb", 1.0, 2, "lcb with 2 members and the coefficient 1 is exactly the min"),
+        ("lcb", 1.0, 3, None),
+        ("lcb", 0.5, 2, None),
+        ("uwo", 0.0, 3, "uwo with 3 members and the coefficient 0 is exactly the mean"),
+        ("min", 1.0, 1, "min with 1 member and the coefficient 1 is exactly the mean"),
+        ("mean", 1.0, 1, None),
+    ],
+)
+def test_a_reward_that_equals_a_simpler_one_is_warned_of(
+    aggregate: str, coefficient: float, members: int, said: str | None
+) -> None:
+    lines = described(aggregate, coefficient, members, standardised=True)
+    warnings = [line for line in lines if line.startswith("warning: ")]
+    assert len(warnings) == (said is not None) and (said is None or said in warnings[0])
+    assert (members > 1) == any("on standardised scores: " in line for line in lines)
+
+
+def test_the_papers_name_is_told() -> None:
+    assert "the Adv-RM paper's UWO" in described("lcb", 0.5, 3, standardised=False)[0]

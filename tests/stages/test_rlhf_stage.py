@@ -1,0 +1,77 @@
+"""The stage ``rlhf`` on several members: they are standardised by responses of the policy that it starts from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from reward_members import save_megatron
+from tiny import tiny_config
+
+from nemo_advrm import cli
+from nemo_advrm.megatron.runtime import Runtime
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def settings(single: Runtime, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    home = tmp_path_factory.mktemp("rlhf")
+    members = [save_megatron(home / "one", seed=3), save_megatron(home / "two", seed=4, num_layers=2)]
+    policy = save_megatron(home / "policy", head="lm")
+    prompts = home / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in ("this river", "these clouds")))
+    cfg = tiny_config()
+    keys = ("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "ffn_hidden_size")
+    return [
+        f"ensemble.members=[{members[0]},{members[1]}]",
+        f"pretrained_checkpoint.restore_from_path={policy}",
+        f"data.prompts_path={prompts}",
+        *(f"model.{key}={getattr(cfg.model, key)}" for key in keys),
+        "model.tokenizer=synthetic",
+        "model.encoder_seq_length=64",
+        "rl.max_steps=1",
+        "rl.prompts_per_step=2",
+        "rl.max_new_tokens=6",
+        "reference.samples_per_prompt=3",
+        "trainer.accelerator=cpu",
+        "exp_manager.create_tensorboard_logger=false",
+    ]
+
+
+def test_members_are_standardised_by_the_starting_policys_responses(
+    settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    assert cli.main(["rlhf", *settings, f"run_dir={run}", "ensemble.aggregate=lcb", "rl.log_samples=8"]) == 0
+    out = capsys.readouterr().out
+    assert "reward: lcb of 2 members, on standardised scores" in out and "exactly the min" in out
+    reference, used = _rows(run / "reference.jsonl"), _rows(run / "standardisation.jsonl")
+    assert len(reference) == 2 * 3 and len(used) == 2
+    for k, row in enumerate(used):
+        scores = [line["scores"][k] for line in reference]
+        mean = sum(scores) / 6
+        assert row["mean"] == pytest.approx(mean, abs=1e-5)
+        variance = sum((s - mean) ** 2 for s in scores) / 5 * 7 / 6
+        assert row["std"] == pytest.approx(variance**0.5, rel=1e-4)
+    # a given reference of the same members gives the same statistics, and nothing is sampled
+    again = tmp_path / "again"
+    given = f"ensemble.reference_path={run / 'reference.jsonl'}"
+    assert cli.main(["rlhf", *settings, f"run_dir={again}", given]) == 0
+    assert not (again / "reference.jsonl").exists()
+    assert [row["std"] for row in _rows(again / "standardisation.jsonl")] == [row["std"] for row in used]
+
+
+def test_raw_scores_are_combined_where_that_is_asked_for(
+    settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    assert cli.main(["rlhf", *settings, f"run_dir={run}", "ensemble.standardise=false"]) == 0
+    assert "reward: mean of 2 members, on raw scores" in capsys.readouterr().out
+    assert not (run / "reference.jsonl").exists() and not (run / "standardisation.jsonl").exists()
+    (metrics,) = _rows(run / "metrics.jsonl")
+    assert metrics["proxy"] == pytest.approx((metrics["scores/1"] + metrics["scores/2"]) / 2, abs=1e-5)
