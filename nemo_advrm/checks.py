@@ -265,7 +265,7 @@ def check_values(cfg: Config) -> None:
                 raise ConfigError(f"{key}={value}: did you mean {near}? choices: {shown}")
     for pattern, allowed in RANGES.items():
         for key, value in _values(cfg, pattern.split(".")):
-            if value not in allowed:
+            if value is not None and value not in allowed:  # None: the schema's own "not set"
                 raise ConfigError(f"{key}={value}: must be {allowed}")
     _check_architecture(cfg.model)
     _check_scoring_is_no_hang(cfg)

@@ -234,7 +234,8 @@ class RLConfig:
     top_p: float = 1.0
     kl: KLConfig = field(default_factory=KLConfig)
     entropy_coefficient: float = 0.0
-    unended_penalty: float = -50.0  # reward of a response that does not end within max_new_tokens
+    # reward of a response that does not end within max_new_tokens; null: just below the batch's lowest of ended ones
+    unended_penalty: float | None = None  # in the reward's own units (paper: z, raw: scores); null suits all of them
     apply_unended_penalty: bool = True
     scale_advantages: bool = True  # divide advantages by their batch standard deviation (ppo: whiten; not grpo)
     baseline: str = "batch_mean"  # of reinforce: none | batch_mean

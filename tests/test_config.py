@@ -286,6 +286,14 @@ def test_unknown_tokenizer_is_an_error() -> None:
     assert "model.tokenizer=bpe" in message("model.tokenizer=bpe")
 
 
+def test_a_number_that_may_be_absent_is_null_and_no_other_is() -> None:
+    assert load_config([]).rl.unended_penalty is None
+    assert load_config(["rl.unended_penalty=-7"]).rl.unended_penalty == -7.0
+    absent = ["rl.unended_penalty=-7", "stage.rlhf.rl.unended_penalty=null"]
+    assert load_config(absent, "rlhf").rl.unended_penalty is None
+    assert "rl.unended_penalty" in message("rl.unended_penalty=low")
+
+
 # A user's own files
 
 
@@ -309,7 +317,7 @@ def test_every_number_of_the_schema_has_a_range_and_every_rule_a_key() -> None:
     numbers = {
         name
         for name, key in all_keys().items()
-        if key.annotation in (int, float, list[int], list[float]) and not name.startswith("stage.")
+        if key.annotation in (int, float, float | None, list[int], list[float]) and not name.startswith("stage.")
     }
     assert numbers == set(RANGES)
     assert set(CHOICES) <= set(all_keys())

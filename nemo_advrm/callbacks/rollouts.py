@@ -100,7 +100,8 @@ class OveroptimizationTracker(_RolloutWriter):
             everyone = torch.cat(runtime.current().gather_data_parallel(gold))
             pl_module.step_metrics["gold"] = everyone.mean().item()
         kept = min(self.samples, len(rollouts))
-        proxies, golds = judgement.rewards_N.tolist(), [None] * kept if gold is None else gold.tolist()
+        proxies, rewards = judgement.proxy_N.tolist(), judgement.rewards_N.tolist()
+        golds = [None] * kept if gold is None else gold.tolist()
         rows = [
             {
                 "step": step,
@@ -108,6 +109,7 @@ class OveroptimizationTracker(_RolloutWriter):
                 "response": rollouts.responses[i],
                 "ended": rollouts.ended[i],
                 "proxy": proxies[i],
+                "reward": rewards[i],
                 "gold": golds[i],
             }
             for i in range(kept)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ from nemo_advrm.models.language_model import build_policy
 from nemo_advrm.models.rollout_batch import RolloutBatch, response_log_probs
 from nemo_advrm.models.trainable import TrainableModel, derive_seed
 from nemo_advrm.objectives import advantages
-from nemo_advrm.objectives.adversarial import apply_length_penalty
+from nemo_advrm.objectives.adversarial import apply_length_penalty, length_penalty
 from nemo_advrm.objectives.kl import kl_noise, per_token_kl, response_kl
 from nemo_advrm.objectives.losses import clipped_policy_gradient, policy_gradient
 from nemo_advrm.objectives.masked import masked_mean, masked_whiten
@@ -172,7 +173,7 @@ class PolicyModel(TrainableModel):
             phases.enter("rollout")
             rollouts = self._roll_out(batch, step)
             phases.enter("scoring")
-            judgement = self.reward.judge(rollouts)
+            judgement = self._judge(rollouts)
             phases.enter("log_probs")
             data = self._prepare(rollouts, judgement)
         self.last_rollouts, self.last_judgement = rollouts, judgement
@@ -194,6 +195,24 @@ class PolicyModel(TrainableModel):
         own = numbers[rt.dp_rank * rows : (rt.dp_rank + 1) * rows]
         return roll_out(self.model, self.tokenizer, repeated, self.sampling, own)
 
+    def _judge(self, rollouts: Rollouts) -> Judgement:
+        """The rewards to train on: the length penalty in place of those of unended responses, on all ranks the same."""
+        rl, judgement = self.config.rl, self.reward.judge(rollouts)
+        if not rl.apply_unended_penalty:
+            return judgement
+        ended_B = torch.tensor(rollouts.ended)
+        penalty = rl.unended_penalty
+        if penalty is None:
+            own = torch.stack([judgement.rewards_N, judgement.noise_N, ended_B.float()])
+            with phases.exchange():
+                rewards_N, noise_N, ended_N = torch.cat(runtime.current().gather_data_parallel(own), 1)
+            penalty = length_penalty(rewards_N, ended_N.bool(), noise_N)
+        rewards_B = apply_length_penalty(judgement.rewards_N, ended_B, penalty)
+        noise_B = torch.where(ended_B, judgement.noise_N, rounding_of(rewards_B))
+        return dataclasses.replace(
+            judgement, rewards_N=rewards_B, noise_N=noise_B, unpenalised_N=judgement.rewards_N
+        )
+
     @torch.no_grad()
     def _prepare(self, rollouts: Rollouts, judgement: Judgement) -> RolloutBatch:
         """Log-probabilities, KL and advantages of the rollouts.
@@ -207,10 +226,6 @@ class PolicyModel(TrainableModel):
         data.reference_log_probs_BT, _ = response_log_probs(self.reference, data, pad_id, rl.temperature)
         pair = (data.old_log_probs_BT, data.reference_log_probs_BT, data.mask_BT)
         rewards_B, noise_B = judgement.rewards_N, judgement.noise_N
-        if rl.apply_unended_penalty:
-            ended_B = torch.tensor(rollouts.ended)
-            rewards_B = apply_length_penalty(rewards_B, ended_B, rl.unended_penalty)
-            noise_B = torch.where(ended_B, noise_B, rounding_of(rewards_B))
         kl_noise_BT = kl_noise(*pair, rl.kl.estimator, self.model.config.params_dtype)
         if self.critic is not None:
             kl_BT = per_token_kl(*pair, rl.kl.estimator)
@@ -304,7 +319,8 @@ class PolicyModel(TrainableModel):
         rt = runtime.current()
         k1_B = response_kl(data.old_log_probs_BT, data.reference_log_probs_BT, data.mask_BT, "k1", "sum")
         columns = {
-            "proxy": judgement.rewards_N,
+            "proxy": judgement.proxy_N,  # of the reward models
+            "reward": judgement.rewards_N,  # with the length penalty: what is trained on
             "kl": k1_B,
             "entropy": masked_mean(data.entropy_BT, data.mask_BT, dim=-1),
             "response_length": data.mask_BT.sum(-1).float(),

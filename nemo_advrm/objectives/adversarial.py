@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from nemo_advrm.objectives.spread import rounding_of
 from nemo_advrm.objectives.uncertainty import others_mean
 
 
@@ -42,6 +43,22 @@ def raw_reward(
     target_B = scores_BK[:, target]
     reward_B = lam1 * target_B - lam2 * torch.where(target_B > anchor, other_B, torch.zeros_like(other_B))
     return torch.where(target_B < anchor, reward_B + penalty, reward_B)
+
+
+def length_penalty(rewards_N: Tensor, ended_N: Tensor, noise_N: Tensor | None = None) -> float:
+    """Reward of an unended response where none is set: one spread below the lowest reward of the batch's ended ones.
+
+    It is in the units of these rewards, whichever they are: z-scores, raw scores, the sum with a penalty. An unended
+    response is worse than every ended one, and yet no outlier beside which the ended ones' differences vanish when
+    advantages are divided by their spread: a constant such as -50 does that where rewards are of the size of 1.
+
+    The spread is the std over the rewards of all N responses, ended or not, and 1 where they are equal but for their
+    rounding (`noise_N`, by default that of fp32). Under data parallelism pass those of all ranks. Where none ended the lowest of all takes the place of the ended ones' lowest.
+    """
+    lowest = (rewards_N[ended_N] if ended_N.any() else rewards_N).min().item()
+    noise = (rounding_of(rewards_N) if noise_N is None else noise_N).max().item()
+    spread = rewards_N.double().std(correction=0).item()
+    return lowest - (spread if spread > noise else 1.0)
 
 
 def apply_length_penalty(rewards_B: Tensor, ended_B: Tensor, penalty: float) -> Tensor:

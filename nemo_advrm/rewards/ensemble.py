@@ -27,20 +27,27 @@ class Judgement:
     """Rewards of a batch and what they were made of.
 
     Attributes:
-        rewards_N: [N] fp32, what a policy is trained on.
+        rewards_N: [N] fp32, what a policy is trained on (less the KL penalty).
         scores_NK: [N, K] raw scores of the members.
         details: further [N] or [N, K] tensors that are recorded per response.
         noise_N: [N] how far the rewards may be off by the rounding of what they were made of; by default their own.
+        unpenalised_N: [N] the rewards before those of unended responses were replaced; None where none were.
     """
 
     rewards_N: Tensor
     scores_NK: Tensor
     details: dict[str, Tensor] = field(default_factory=dict)
     noise_N: Tensor = None  # type: ignore[assignment]
+    unpenalised_N: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.noise_N is None:
             self.noise_N = rounding_of(self.rewards_N)
+
+    @property
+    def proxy_N(self) -> Tensor:
+        """[N] what the reward models say of the responses, ended or not."""
+        return self.rewards_N if self.unpenalised_N is None else self.unpenalised_N
 
 
 class PolicyReward(Protocol):

@@ -32,6 +32,7 @@ def trajectory_rows(
 ) -> list[dict[str, Any]]:
     """One row of ``samples.jsonl`` per response of an adversary, judged by an ``AdversarialReward``.
 
+    ``reward`` is what the adversary was trained on: an unended response has the penalty, and its scores beside it.
     Rows have ``selected`` = False; selection marks them later. They hold plain numbers: a row of a tensor is a view,
     and pickling a view for other ranks takes all of its storage along.
     """

@@ -228,7 +228,8 @@ def test_the_tracker_adds_gold_at_its_interval_and_at_the_last_step(single: Runt
     assert seen == [0, 4, 8, 9]
     rows = _rows(tmp_path / "samples.jsonl")
     assert [row["step"] for row in rows] == [0, 0, 4, 4, 8, 8, 9, 9]
-    assert rows[0] == {"step": 0, "prompt": "p", "response": "x", "ended": True, "proxy": 0.5, "gold": -6.0}
+    first = {"step": 0, "prompt": "p", "response": "x", "ended": True, "proxy": 0.5, "reward": 0.5, "gold": -6.0}
+    assert rows[0] == first
 
 
 def test_a_prompt_is_written_as_its_text_and_a_conversation_with_its_roles() -> None:

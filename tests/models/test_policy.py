@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import statistics
 from types import SimpleNamespace
 from typing import Any
 
@@ -215,13 +216,30 @@ def test_a_response_that_does_not_end_gets_the_penalty_in_place_of_its_reward(in
     batch = next(module.steps(0))
     rollouts = module._roll_out(batch, 0)
     rollouts.ended[:4] = [True, False, True, False]
-    data = module._prepare(rollouts, module.reward.judge(rollouts))
+    judgement = module._judge(rollouts)
+    assert judgement.rewards_N[:4].tolist() == [3.0, -7.0, 3.0, -7.0]
+    assert judgement.proxy_N[:4].tolist() == [3.0] * 4
+    data = module._prepare(rollouts, judgement)
     assert [data.advantages_BT[i, 0].item() for i in range(4)] == [3.0, -7.0, 3.0, -7.0]
     assert all((data.advantages_BT[i][~data.mask_BT[i]] == 0).all() for i in range(len(rollouts)))
 
 
-def test_the_policy_learns_to_end_when_unended_responses_are_penalised(initial: str) -> None:
-    module = _learner("rloo", initial, apply_unended_penalty=True, unended_penalty=-5.0)
+def test_what_is_recorded_and_logged_is_the_reward_that_was_trained_on(initial: str) -> None:
+    module = _learner("rloo", initial, apply_unended_penalty=True)
+    (metrics,) = rl.train(module, 1)
+    rollouts, judgement = module.last_rollouts, module.last_judgement
+    assert rollouts is not None and judgement is not None and {True, False} == set(rollouts.ended)
+    counts = [rl.count_of_word(text) for text in rollouts.responses]
+    penalty = min(c for c, ended in zip(counts, rollouts.ended, strict=True) if ended) - statistics.pstdev(counts)
+    trained = [c if ended else penalty for c, ended in zip(counts, rollouts.ended, strict=True)]
+    assert judgement.rewards_N.tolist() == pytest.approx(trained)
+    assert metrics["reward"] == pytest.approx(statistics.fmean(trained))
+    assert metrics["proxy"] == pytest.approx(statistics.fmean(counts))
+
+
+@pytest.mark.parametrize("penalty", [-5.0, None])
+def test_the_policy_learns_to_end_when_unended_responses_are_penalised(initial: str, penalty: float | None) -> None:
+    module = _learner("rloo", initial, apply_unended_penalty=True, unended_penalty=penalty)
     metrics = rl.train(module, 18)
     assert metrics[-1]["ended"] > metrics[0]["ended"] + 0.3
 

@@ -41,6 +41,11 @@ def _rollouts(prompt_index: tuple[int, ...] = (0, 1)) -> Rollouts:
 S = math.sqrt(4 / 2 * 3 / 2)
 
 
+def _statistics() -> MemberStatistics:
+    """Means 1, -1, 2 and spreads 2, .5, 4 of the members' scores over all SFT responses."""
+    return MemberStatistics(torch.tensor([1.0, -1.0, 2.0]), torch.tensor([2.0, 0.5, 4.0]))
+
+
 def _reference(members: int = 3) -> Reference:
     """Two prompts, two responses each. T: (0, 1, 2) and (10, 3, 2); deviations of +-(1, 2, 1), so s: (S, 2 S, S)."""
     scores_PNK = torch.tensor([[[1.0, 3.0, 3.0], [-1.0, -1.0, 1.0]], [[9.0, 5.0, 1.0], [11.0, 1.0, 3.0]]])
@@ -71,11 +76,10 @@ def test_an_ensemble_of_three_is_combined_as_computed_by_hand(
 
 
 def test_with_a_reference_members_of_different_scales_are_standardised_first() -> None:
-    statistics = MemberStatistics(torch.tensor([1.0, -1.0, 2.0]), torch.tensor([2.0, 0.5, 4.0]))
     sources = [_source(name) for name in "ABC"]
     # "a": (3 - 1) / 2, (1 + 1) / 0.5, (2 - 2) / 4; "b": (-2 - 1) / 2, (0 + 1) / 0.5, (5 - 2) / 4
     for aggregate, expected in (("mean", [5 / 3, 1.25 / 3]), ("min", [0.0, -1.5]), ("gap", [1 - 2, -1.5 - 1.375])):
-        judgement = UncertaintyReward(sources, aggregate, statistics=statistics).judge(_rollouts())
+        judgement = UncertaintyReward(sources, aggregate, statistics=_statistics()).judge(_rollouts())
         assert judgement.rewards_N.tolist() == pytest.approx(expected)
         assert judgement.scores_NK.tolist() == [[3, 1, 2], [-2, 0, 5]]
 
@@ -132,7 +136,7 @@ class _Rounded:
 
 REWARDS = {name: lambda sources, name=name: UncertaintyReward(sources, name, 0.7) for name in COMBINATIONS}
 REWARDS |= {
-    "standardised": lambda sources: UncertaintyReward(sources, "mean", reference=_reference()),
+    "standardised": lambda sources: UncertaintyReward(sources, "mean", statistics=_statistics()),
     "paper": lambda sources: AdversarialReward(sources, AdversarialConfig(penalty=-4.0), _reference()),
     "raw": lambda sources: AdversarialReward(sources, AdversarialConfig(preset="raw", anchor=-9.0), _reference()),
 }
