@@ -49,7 +49,7 @@ def main(cfg: Config) -> int:
     summary = run_attack(cfg, tokenizer, directory / "attack", prompts, members, reference, gold, cfg.seed)
     if runtime.current().is_writer:
         for direction, found in summary["directions"].items():
-            print(f"direction {direction}: {found['samples']} samples, {_rates(found)}")
+            print(f"direction {direction}: {found['samples']} samples{_finished(found)}, {_rates(found)}")
         print(f"samples: {directory / 'attack' / 'samples.jsonl'}  (next: nemo-advrm select run_dir={cfg.run_dir})")
     return 0
 
@@ -151,6 +151,7 @@ def _summary(directory: Path, samples: Path, seconds: float) -> dict[str, Any]:
         "samples": sum(1 for _ in read_jsonl(samples)),
         "success_standard": _mean(rows, "success"),
         "success_strict": _mean(rows, "success_strict"),
+        "ended": _mean(rows, "ended"),
         "steps": len(rows),
         "seconds": seconds,
     }
@@ -164,9 +165,15 @@ def policy_name(direction: int, number: int) -> str:
 def _combined(summaries: list[dict[str, Any]]) -> dict[str, Any]:
     """One direction's adversaries together: counts and seconds add up, rates are averaged."""
     result = {key: sum(s[key] for s in summaries) for key in ("samples", "steps", "seconds")}
-    for key in ("success_standard", "success_strict"):
+    for key in ("success_standard", "success_strict", "ended"):
         result[key] = _mean(summaries, key)
     return result
+
+
+def _finished(found: dict[str, Any]) -> str:
+    """The share of an adversary's responses that ended; summaries of earlier versions do not have it."""
+    share = found.get("ended")
+    return "" if share is None else f", {share:.0%} of them ended"
 
 
 def _mean(rows: list[dict[str, Any]], key: str) -> float | None:

@@ -37,7 +37,7 @@ from nemo_advrm.stages.attack import attack_prompts, check_directions, run_attac
 from nemo_advrm.stages.order import LIGHT, Step, find, labels_by_gold, last_round, order
 from nemo_advrm.stages.reference import read_rollouts, sample, write_reference
 from nemo_advrm.stages.rlhf import rlhf_prompts, run_rlhf
-from nemo_advrm.stages.select import select_round
+from nemo_advrm.stages.select import dropped, select_round
 from nemo_advrm.stages.sft import encode_responses, sft_rows, train_sft
 from nemo_advrm.stages.state import RunState
 from nemo_advrm.stages.train_rm import EncodedPreferences, encode_rows, train_reward_model
@@ -196,7 +196,7 @@ class Pipeline:
         seed = derive_seed(self.cfg.seed, "select", number)
         counts = runtime.on_writer(lambda: select_round(for_stage(self.cfg, "attack"), home, number, seed))
         if runtime.current().is_writer:
-            print(f"{home.name}: {counts['selected']} adversarial pairs", flush=True)
+            print(f"{home.name}: {counts['selected']} adversarial pairs  ({dropped(counts)})", flush=True)
         stop = runtime.on_writer(lambda: self._reason_to_stop(home, counts["selected"]))
         self.state.set_detail(f"{home.name}/select", stop=stop, **counts)
 

@@ -42,7 +42,17 @@ def write_reference(
     """Score SFT responses with every member (and gold, for evaluation) and write ``reference.jsonl``."""
     reference, rows = score_reference(rollouts, per_prompt, sources, gold)
     runtime.on_writer(lambda: write_jsonl_atomic(path, rows))
+    runtime.on_writer(lambda: print(finished_line(reference), flush=True))
     return reference
+
+
+def finished_line(reference: Reference) -> str:
+    """How many SFT responses ended by themselves; a warning where most did not."""
+    share, count = reference.finished_share, sum(map(len, reference.responses_PN))
+    line = f"reference: {count} SFT responses, {share:.0%} of them ended within rl.max_new_tokens"
+    if share >= 0.5:
+        return line
+    return f"{line}\nwarning: most were cut off, and a cut-off one is never chosen: raise rl.max_new_tokens"
 
 
 def read_rollouts(path: Path, prompts: list[Prompt], tokenizer: Tokenizer) -> Rollouts:

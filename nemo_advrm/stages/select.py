@@ -27,7 +27,7 @@ def main(cfg: Config) -> int:
     if not samples.exists():
         raise ConfigError(f"run_dir={cfg.run_dir}: no attack/samples.jsonl there; run nemo-advrm attack first")
     counts = select_round(cfg, directory, 0, cfg.seed)
-    print(f"{counts['selected']} pairs: {directory / 'pairs.jsonl'}  ({_dropped(counts)})")
+    print(f"{counts['selected']} pairs: {directory / 'pairs.jsonl'}  ({dropped(counts)})")
     return 0
 
 
@@ -171,5 +171,6 @@ def _pair(
     )
 
 
-def _dropped(counts: dict[str, int]) -> str:
+def dropped(counts: dict[str, int]) -> str:
+    """What selection left out, by reason."""
     return ", ".join(f"{v} {k.replace('_', ' ')}" for k, v in counts.items() if k != "selected" and v)

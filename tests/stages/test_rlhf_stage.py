@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from reward_members import save_megatron
 from tiny import tiny_config
 
 from nemo_advrm import cli
 from nemo_advrm.megatron.runtime import Runtime
+from nemo_advrm.rewards.reference import Reference
+from nemo_advrm.stages.reference import finished_line
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
@@ -49,6 +52,7 @@ def test_members_are_standardised_by_the_starting_policys_responses(
     run = tmp_path / "run"
     assert cli.main(["rlhf", *settings, f"run_dir={run}", "ensemble.aggregate=lcb", "rl.log_samples=8"]) == 0
     out = capsys.readouterr().out
+    assert "reference: 6 SFT responses, " in out
     assert "reward: lcb of 2 members, on standardised scores" in out and "exactly the min" in out
     reference, used = _rows(run / "reference.jsonl"), _rows(run / "standardisation.jsonl")
     assert len(reference) == 2 * 3 and len(used) == 2
@@ -75,3 +79,13 @@ def test_raw_scores_are_combined_where_that_is_asked_for(
     assert not (run / "reference.jsonl").exists() and not (run / "standardisation.jsonl").exists()
     (metrics,) = _rows(run / "metrics.jsonl")
     assert metrics["proxy"] == pytest.approx((metrics["scores/1"] + metrics["scores/2"]) / 2, abs=1e-5)
+
+
+def test_the_share_of_sft_responses_that_ended_is_told() -> None:
+    def line(ended: list[list[bool]]) -> str:
+        return finished_line(Reference([(), ()], [["a", "b"]] * 2, torch.zeros(2, 2, 2), None, ended))
+
+    most = "reference: 4 SFT responses, 75% of them ended within rl.max_new_tokens"
+    assert line([[True, True], [True, False]]) == most
+    assert "25% of them ended" in line([[False, False], [True, False]])
+    assert "warning: most were cut off" in line([[False, False], [True, False]])
