@@ -22,6 +22,7 @@ from nemo_advrm.report.records import (
     FloatArray,
     Member,
     Pair,
+    Reward,
     Rlhf,
     Round,
     Run,
@@ -48,23 +49,52 @@ def collect(run_dir: Path) -> Run:
     rlhf = _read_rlhf(run_dir, notes)
     seed = number(state.get("seed"))
     seconds = _read_seconds(state, notes)
+    settings = _read_settings(run_dir, notes)
     return Run(
-        run_dir, None if seed is None else int(seed), rounds, rlhf, seconds, notes, *_read_stability(run_dir, notes)
+        run_dir,
+        None if seed is None else int(seed),
+        rounds,
+        rlhf,
+        seconds,
+        notes,
+        *_read_stability(settings),
+        rewards=_read_rewards(settings),
     )
 
 
-def _read_stability(run_dir: Path, notes: list[str]) -> tuple[int, float]:
-    """The run's `pipeline.stable_window` and `pipeline.stable_tolerance`; the defaults where it has no config.yaml."""
+def _read_settings(run_dir: Path, notes: list[str]) -> Row:
+    """config.yaml; empty where the run has none."""
     path = run_dir / "config.yaml"
     if not path.is_file():
-        return SMOOTHING_WINDOW, TOLERANCE
+        return {}
     try:
-        options = as_object(as_object(yaml.safe_load(path.read_text(encoding="utf-8"))).get("pipeline"))
+        return as_object(yaml.safe_load(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, yaml.YAMLError) as error:
         notes.append(f"config.yaml cannot be read ({error}).")
-        options = {}
+        return {}
+
+
+def _read_stability(settings: Row) -> tuple[int, float]:
+    """The run's `pipeline.stable_window` and `pipeline.stable_tolerance`, or the defaults."""
+    options = as_object(settings.get("pipeline"))
     window, tolerance = count(options.get("stable_window")), number(options.get("stable_tolerance"))
     return window or SMOOTHING_WINDOW, TOLERANCE if tolerance is None else tolerance
+
+
+def _read_rewards(settings: Row) -> dict[str, Reward]:
+    """`pipeline.rlhf`: what each RLHF run optimised; versions without `ensemble.standardise` combined raw scores."""
+    standardised = as_object(settings.get("ensemble")).get("standardise") is True
+    rewards = {}
+    for name, options in as_object(as_object(settings.get("pipeline")).get("rlhf")).items():
+        one = as_object(options)
+        coefficient = number(one.get("coefficient"))
+        rewards[str(name)] = Reward(
+            str(one.get("reward")),
+            str(one.get("aggregate")),
+            1.0 if coefficient is None else coefficient,
+            standardised,
+        )
+    return rewards
 
 
 def _numbered(directory: Path, prefix: str) -> list[Path]:

@@ -99,6 +99,19 @@ class Rlhf:
 
 
 @dataclass(frozen=True)
+class Reward:
+    """What one RLHF run optimised, a key of `pipeline.rlhf`: `kind` is r1, ensemble or hardened.
+
+    Only an ensemble has an aggregate and its coefficient, and scores that are standardised before they are combined.
+    """
+
+    kind: str
+    aggregate: str
+    coefficient: float
+    standardised: bool
+
+
+@dataclass(frozen=True)
 class Run:
     """A whole run; `notes` says in plain words what is absent or was left out."""
 
@@ -110,6 +123,7 @@ class Run:
     notes: list[str] = field(default_factory=list)
     window: int = SMOOTHING_WINDOW  # evaluations in the smoothing window of gold
     tolerance: float = TOLERANCE  # gold units below the start that count as a fall
+    rewards: dict[str, Reward] = field(default_factory=dict)  # of the RLHF runs, by name
 
     @property
     def ensemble_size(self) -> int | None:

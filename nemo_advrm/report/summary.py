@@ -6,7 +6,8 @@
                  "attack": null | {"samples": int, "selected": int, "standard": f, "strict": f, "selected_success": f,
                                    "directions": {"1": {the same keys, "steps": int, "seconds": f}, ...}},
                  "rm": [{"member": k, "accuracy": f, "loss": f, "mismatch_accuracy": f}]}],
-     "rlhf": {NAME: {"steps": last step with a gold reward, else last step,
+     "rlhf": {NAME: {"reward": null | what was optimised, in words,
+                     "steps": last step with a gold reward, else last step,
                      "stable_steps": int | null (gold never fell for good),
                      "gold_start": f, "gold_peak": f, "gold_final": f, "kl_final": nats,
                      "proxy_start": f, "proxy_final": f, "gao_fit": null | {"alpha": f, "beta": f, "r2": f}}},
@@ -33,8 +34,9 @@ import numpy as np
 
 from nemo_advrm.errors import DataError
 from nemo_advrm.objectives.overoptimization import fit_rl, predict_rl, r_squared, smooth, stable_steps
+from nemo_advrm.objectives.uncertainty import FORMULAS, same_as
 from nemo_advrm.report.collect import HARDENED, PLAIN
-from nemo_advrm.report.records import Direction, Rlhf, Round, Run
+from nemo_advrm.report.records import Direction, Reward, Rlhf, Round, Run
 
 TARGET_RATIO = 2.0
 GOOD_FIT_R2 = 0.9
@@ -48,7 +50,11 @@ Summary = dict[str, Any]
 
 def summarise(run: Run) -> Summary:
     """The dictionary described in the module docstring; holds only finite numbers, strings, lists and null."""
-    rlhf = {one.name: _rlhf(one, run.window, run.tolerance) for one in run.rlhf}
+    rlhf = {
+        one.name: {"reward": reward_text(run.rewards.get(one.name), run.ensemble_size)}
+        | _rlhf(one, run.window, run.tolerance)
+        for one in run.rlhf
+    }
     verdict = judge(rlhf)
     cost = _cost(run)
     plain, hardened = cost["plain"], cost["adv_rm"]
@@ -122,6 +128,20 @@ def _weighted(rates: Iterable[tuple[float | None, int | None]]) -> float | None:
 
 
 # ---- RLHF
+
+
+def reward_text(reward: Reward | None, members: int | None) -> str | None:
+    """What a run optimised, with the name that papers give it; None where the run does not say."""
+    single = {"r1": "score of R_1, trained on the first pairs", "hardened": "score of R_1 of the last round"}
+    if reward is None or reward.kind in single:
+        return None if reward is None else single[reward.kind]
+    formula = FORMULAS.get(reward.aggregate)
+    if reward.kind != "ensemble" or formula is None:
+        return None
+    text = formula.replace("b *", f"{reward.coefficient:g} *")
+    text += ", standardised by SFT responses" if reward.standardised else ", raw scores"
+    other = same_as(reward.aggregate, reward.coefficient, members) if members else None
+    return text if other is None else f"{text}; with {members} members exactly {other}"
 
 
 def _rlhf(one: Rlhf, window: int, tolerance: float) -> Summary:

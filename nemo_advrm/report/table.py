@@ -31,9 +31,8 @@ class Table:
 
 def tables(summary: dict[str, Any]) -> list[Table]:
     """Every table that has something to say, in reading order."""
-    makers = (_rewards, _attacks, _accuracy, _mismatch, _cost, _stages)
-    found = [make(summary) for make in makers]
-    return [table for table in found if table is not None]
+    makers = (_rewards, _definitions, _attacks, _accuracy, _mismatch, _cost, _stages)
+    return [table for table in (make(summary) for make in makers) if table is not None]
 
 
 def render_summary(run_dir: Path, terminal: bool | None = None) -> str:
@@ -69,6 +68,19 @@ def _rewards(summary: dict[str, Any]) -> Table | None:
         f"Stable steps: the step from which gold reward (smoothed over {summary['settings']['smoothing_window']} "
         f'logged steps) stays more than {tolerance:g} below its start; "> N" means that it did not within N steps. '
         "Peak and final gold are smoothed likewise. KL: nats per response.",
+    )
+
+
+def _definitions(summary: dict[str, Any]) -> Table | None:
+    rows = [(reward_name(name), one["reward"]) for name, one in summary["rlhf"].items() if one.get("reward")]
+    if not rows:
+        return None
+    return Table(
+        "What each reward is",
+        ("Reward", "Definition"),
+        tuple(rows),
+        "The names of ensemble rewards differ between papers: Adv-RM calls mean - standard deviation UWO, Coste et al. "
+        "mean - variance; here they are lcb and uwo.",
     )
 
 

@@ -11,7 +11,7 @@ from fake_run import SECONDS, write_lines, write_rlhf, write_state
 
 from nemo_advrm.report.collect import collect
 from nemo_advrm.report.summary import judge, summarise
-from nemo_advrm.report.table import tables
+from nemo_advrm.report.table import render_summary, tables
 
 
 def test_over_optimisation_of_each_reward(run_dir: Path) -> None:
@@ -176,3 +176,21 @@ def test_a_hardened_reward_that_falls_short_is_said_in_plain_words(run_dir: Path
 def test_gold_that_never_rises_is_not_praised(run_dir: Path) -> None:
     write_rlhf(run_dir, "adv_rm", [1.0] * 10)
     assert "gold never rose above its start" in summarise(collect(run_dir))["headline"]
+
+
+def test_each_reward_is_named_by_its_formula_and_by_what_it_equals(run_dir: Path) -> None:
+    assert summarise(collect(run_dir))["rlhf"]["r1"]["reward"] is None  # the run does not say
+    runs = {"r1": {"reward": "r1"}, "adv_rm": {"reward": "ensemble", "aggregate": "lcb", "coefficient": 1.0}}
+    settings = {"ensemble": {"standardise": True}, "pipeline": {"rlhf": runs}}
+    (run_dir / "config.yaml").write_text(json.dumps(settings))  # JSON is YAML
+    summary = summarise(collect(run_dir))
+    assert summary["rlhf"]["r1"]["reward"] == "score of R_1, trained on the first pairs"
+    text = summary["rlhf"]["adv_rm"]["reward"]
+    assert text.startswith("mean - 1 * standard deviation over the members (the Adv-RM paper's UWO has b = 1)")
+    assert text.endswith(", standardised by SFT responses; with 2 members exactly min")
+    assert "What each reward is" in render_summary(run_dir, terminal=False)
+    settings["ensemble"] = {}
+    runs["adv_rm"] = {"reward": "ensemble", "aggregate": "uwo", "coefficient": 0.5}
+    (run_dir / "config.yaml").write_text(json.dumps(settings))
+    text = summarise(collect(run_dir))["rlhf"]["adv_rm"]["reward"]
+    assert text == "mean - 0.5 * variance over the members (UWO of Coste et al.), raw scores"
