@@ -53,7 +53,8 @@ def length_penalty(rewards_N: Tensor, ended_N: Tensor, noise_N: Tensor | None = 
     advantages are divided by their spread: a constant such as -50 does that where rewards are of the size of 1.
 
     The spread is the std over the rewards of all N responses, ended or not, and 1 where they are equal but for their
-    rounding (`noise_N`, by default that of fp32). Under data parallelism pass those of all ranks. Where none ended the lowest of all takes the place of the ended ones' lowest.
+    rounding (`noise_N`, by default that of fp32). Under data parallelism pass those of all ranks. Where none ended the
+    lowest of all takes the place of the ended ones' lowest.
     """
     lowest = (rewards_N[ended_N] if ended_N.any() else rewards_N).min().item()
     noise = (rounding_of(rewards_N) if noise_N is None else noise_N).max().item()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
@@ -10,8 +12,11 @@ from nemo_advrm.data.preferences import PreferencePair
 from nemo_advrm.data.tokenizers import build_tokenizer
 from nemo_advrm.errors import ConfigError, RewardSourceError
 from nemo_advrm.megatron import runtime
+from nemo_advrm.objectives.reference import standardise_members
+from nemo_advrm.objectives.uncertainty import combine
 from nemo_advrm.rewards import sources
 from nemo_advrm.rewards.base import RewardSource, Rollouts, checked_scores
+from nemo_advrm.rewards.standardisation import described, read_statistics
 from nemo_advrm.schema import Config
 from nemo_advrm.stages import inputs, session
 
@@ -23,7 +28,8 @@ ROUNDING = 2.0**-5
 
 def main(cfg: Config) -> int:
     """Score ``data.validation_path`` (or ``data.train_path``) with each of ``ensemble.members``, else with the reward
-    model ``pretrained_checkpoint.restore_from_path``, and print accuracy and margin."""
+    model ``pretrained_checkpoint.restore_from_path``, and print accuracy and margin, then those of several
+    members combined."""
     if not cfg.data.validation_path and not cfg.data.train_path:
         raise ConfigError("data.validation_path is not set: name a file of preference pairs")
     if not cfg.ensemble.members and not cfg.pretrained_checkpoint.restore_from_path:
@@ -32,27 +38,59 @@ def main(cfg: Config) -> int:
     session.start(cfg)
     rows = inputs.evaluation_pairs(cfg)
     members = sources.load_members(cfg, cfg.ensemble.members, build_tokenizer(cfg.model.tokenizer))
+    scored: list[_Scored] = []
     for member in members:
-        line = _accuracy(member, _rollouts(member, rows, cfg))
+        rollouts, kept = _rollouts(member, rows, cfg)
+        scores = checked_scores(member, rollouts)
+        check_swapped(member, rollouts, scores)
+        scored.append((kept, scores))
         if runtime.current().is_writer:
-            print(line if len(members) == 1 else f"{member.name}: {line}")
+            print(_line(scores) if len(members) == 1 else f"{member.name}: {_line(scores)}")
+    if len(members) > 1:
+        line = _combined(cfg, members, scored)
+        if runtime.current().is_writer:
+            print(line)
     return 0
 
 
-def _rollouts(source: RewardSource, rows: list[PreferencePair], cfg: Config) -> Rollouts:
-    """All chosen responses, then all rejected ones; as tokens where the source's tokenizer is known here."""
+# the pairs that a member could score, by their source, and its scores [2 N]: all chosen, then all rejected
+_Scored = tuple[list[str], Tensor]
+
+
+def _combined(cfg: Config, members: list[RewardSource], scored: list[_Scored]) -> str:
+    """The line of ``ensemble.aggregate``; all ranks call, as members may be asked to score some of the reference."""
+    options = cfg.ensemble
+    if any(kept != scored[0][0] for kept, _ in scored):
+        return "not combined: the members left out different pairs (too long, or refused by a template)"
+    scores_NK = torch.stack([scores for _, scores in scored], -1)
+    if options.standardise:
+        if not options.reference_path:
+            return (
+                "not combined: the members' raw scores are on different scales; set ensemble.reference_path to the "
+                "reference.jsonl of an attack on these members, or ensemble.standardise=false"
+            )
+        statistics = read_statistics(Path(options.reference_path), members, "ensemble.reference_path")
+        scores_NK = standardise_members(scores_NK, statistics)
+    combined_N = combine(options.aggregate, scores_NK, options.coefficient)
+    told = described(options.aggregate, options.coefficient, len(members), options.standardise)
+    return "\n".join([f"{options.aggregate} of the members: {_line(combined_N)}", *told])
+
+
+def _rollouts(source: RewardSource, rows: list[PreferencePair], cfg: Config) -> tuple[Rollouts, list[str]]:
+    """All chosen responses, then all rejected ones, as tokens where the source's tokenizer is known here; and the
+    pairs that they are of."""
     tokenizer = getattr(source, "tokenizer", None)
     if tokenizer is None:
         texts = [row.chosen for row in rows] + [row.rejected for row in rows]
         ended = [row.chosen_ended for row in rows] + [row.rejected_ended for row in rows]
-        return _texts([row.prompt for row in rows] * 2, texts, ended)
+        return _texts([row.prompt for row in rows] * 2, texts, ended), [row.source for row in rows]
     limit, data = cfg.model.encoder_seq_length, cfg.data
     pairs, counts = encode_pairs(rows, tokenizer, limit, data.on_overlong, data.on_bad_row)
     inputs.say_changed(f"pairs for {source.name}", counts)
     tokens = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
     rollouts = _texts([()] * len(tokens), [""] * len(tokens), [True] * len(tokens))
     rollouts.response_tokens, rollouts.fingerprint, rollouts.tokens_only = tokens, tokenizer.fingerprint, True
-    return rollouts
+    return rollouts, [pair.source for pair in pairs]
 
 
 def _texts(prompts: list, texts: list[str], ended: list[bool]) -> Rollouts:
@@ -60,9 +98,7 @@ def _texts(prompts: list, texts: list[str], ended: list[bool]) -> Rollouts:
     return Rollouts(prompts, texts, ended, none, none, [0] * len(texts), fingerprint="")
 
 
-def _accuracy(source: RewardSource, rollouts: Rollouts) -> str:
-    scores = checked_scores(source, rollouts)
-    check_swapped(source, rollouts, scores)
+def _line(scores: Tensor) -> str:
     chosen, rejected = scores.chunk(2)
     return f"accuracy {accuracy(scores):.4f}  margin {(chosen - rejected).mean():.4f}  ({len(chosen)} pairs)"
 

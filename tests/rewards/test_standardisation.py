@@ -6,11 +6,14 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
+from nemo_advrm.config import load_config
 from nemo_advrm.data.jsonl import write_jsonl_atomic
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.rewards.local import FunctionReward
 from nemo_advrm.rewards.standardisation import described, read_statistics, write_statistics
+from nemo_advrm.stages import evaluate
 
 # response -> scores of the two members; the mean of member 1 is 2, of member 2 10
 SCORES = {"a": (0.0, 40.0), "b": (4.0, -20.0), "c": (1.0, 10.0), "d": (3.0, 10.0)}
@@ -51,6 +54,28 @@ def test_a_reference_of_other_members_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="its scores of member 1 are not those of R_1"):
         read_statistics(path, _sources(shift=1.0), "serve.reference_path")
     read_statistics(path, _sources(shift=0.01), "serve.reference_path")  # the same weights in another precision
+
+
+def test_evaluate_combines_members_on_one_scale_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "reference.jsonl"
+    write_jsonl_atomic(path, ROWS)
+    # chosen a, b; rejected c, d. Standardised: a -0.98 and 1.10, b 0.98 and -1.10, c -0.49 and 0, d 0.49 and 0
+    first, second = (torch.tensor([SCORES[r][k] for r in "abcd"]) for k in range(2))
+    scored = [(["f:1", "f:2"], first), (["f:1", "f:2"], second)]
+
+    def line(*settings: str, parts: list = scored) -> str:
+        return evaluate._combined(load_config(settings), _sources(), parts)
+
+    given = f"ensemble.reference_path={path}"
+    # means: a 0.06 against c -0.24, b -0.06 against d 0.24
+    assert line(given).startswith("mean of the members: accuracy 0.5000  margin 0.0000  (2 pairs)\nreward: mean of 2")
+    assert "on standardised scores" in line(given)
+    raw = line("ensemble.standardise=false")  # means: a 20 against c 5.5, b -8 against d 6.5
+    assert raw.startswith("mean of the members: accuracy 0.5000  margin 0.0000") and "on raw scores" in raw
+    low = line(given, "ensemble.aggregate=lcb")  # which is min: a -0.98 against c -0.49, b -1.10 against d 0
+    assert "accuracy 0.0000  margin -0.7927" in low and "exactly the min" in low
+    assert line().startswith("not combined: the members' raw scores") and "ensemble.reference_path" in line()
+    assert "left out different pairs" in line(given, parts=[scored[0], (["f:1"], second[::2])])
 
 
 @pytest.mark.parametrize(
