@@ -123,11 +123,15 @@ def prepare(cfg: DictConfig, kind: str) -> Setup:
 
 
 def ensemble_client(cfg: DictConfig, setup: Setup, kind: str, critic: Any = None) -> EnsembleRewardClient:
-    """The client of the ensemble; the adversarial reward's reference is sampled if it is not there."""
+    """The client of the ensemble; the reference is sampled if it is not there.
+
+    The adversarial reward is relative to it, and several members of another one are standardised by it.
+    """
     actor = setup.actor
     members = open_members(cfg.ensemble, actor.tokenizer.eos_id)
     reference = None
-    if cfg.ensemble.reward == "adversarial":
+    adversarial = cfg.ensemble.reward == "adversarial"
+    if adversarial or (len(members) > 1 and cfg.ensemble.get("standardise", True)):
         path = Path(cfg.ensemble.reference_path)
         exists = [path.exists()]
         torch.distributed.broadcast_object_list(exists, 0)
@@ -138,12 +142,12 @@ def ensemble_client(cfg: DictConfig, setup: Setup, kind: str, critic: Any = None
         reference = read_reference(cfg.ensemble, members)
     client = EnsembleRewardClient(
         build_reward(cfg.ensemble, members, reference),
-        RolloutReader(actor.tokenizer, reference.prompts_P if reference is not None else None),
+        RolloutReader(actor.tokenizer, reference.prompts_P if adversarial and reference is not None else None),
         unended_penalty=cfg.unended_penalty,
         critic=critic,
         threads=4,
     )
-    if reference is not None:
+    if adversarial:
         # beside reference.jsonl: `nemo-advrm select run_dir=...` then finds both
         actor.record(client, Path(cfg.ensemble.reference_path).parent, cfg.exp_manager.name, setup.step)
     return client

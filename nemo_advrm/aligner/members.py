@@ -15,6 +15,7 @@ from torch import Tensor
 from nemo_advrm.aligner.rollouts import FINGERPRINT
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.extras import require_extra
+from nemo_advrm.objectives.reference import fit_members
 from nemo_advrm.rewards.base import RewardSource, Rollouts
 from nemo_advrm.rewards.ensemble import AdversarialReward, PolicyReward, UncertaintyReward
 from nemo_advrm.rewards.reference import Reference
@@ -22,7 +23,17 @@ from nemo_advrm.rewards.remote import ServerReward, TritonReward, connect, plain
 from nemo_advrm.rewards.sources import parse
 from nemo_advrm.schema import AdversarialConfig, RemoteConfig
 
-EXPECTED = ("members", "tokens", "reward", "aggregate", "coefficient", "remote", "adversarial", "reference_path")
+EXPECTED = (
+    "members",
+    "tokens",
+    "reward",
+    "aggregate",
+    "coefficient",
+    "standardise",
+    "remote",
+    "adversarial",
+    "reference_path",
+)
 
 
 class ServedMember:
@@ -80,10 +91,15 @@ def open_members(cfg: DictConfig, pad_id: int) -> list[RewardSource]:
 
 
 def build_reward(cfg: DictConfig, members: Sequence[RewardSource], reference: Reference | None = None) -> PolicyReward:
-    """The reward that ``ensemble.reward`` names: ``adversarial``, relative to the reference, or ``ensemble``."""
+    """The reward that ``ensemble.reward`` names: ``adversarial``, relative to the reference, or ``ensemble``.
+
+    Several members of an ensemble are standardised by the SFT responses of the reference, where there is one.
+    """
     kind = cfg.get("reward", "adversarial")
     if kind == "ensemble":
-        return UncertaintyReward(members, cfg.get("aggregate", "mean"), cfg.get("coefficient", 1.0))
+        standardise = reference is not None and len(members) > 1 and cfg.get("standardise", True)
+        statistics = fit_members(reference.scores_PNK.flatten(0, 1)) if standardise and reference is not None else None
+        return UncertaintyReward(members, cfg.get("aggregate", "mean"), cfg.get("coefficient", 1.0), statistics)
     if kind != "adversarial":
         raise ConfigError(f"ensemble.reward={kind!r}: it is adversarial or ensemble")
     if reference is None:
