@@ -44,6 +44,8 @@ class StrictConnection(h11.Connection):
             event = super().next_event()
             if isinstance(event, h11.Request):
                 self._chunks = self._bytes = 0
+                if event.http_version not in (b"1.0", b"1.1"):
+                    raise h11.RemoteProtocolError("only HTTP/1.1 is spoken here")
                 _check_headers(event.headers)
             elif isinstance(event, h11.Data):
                 self._check_chunk(event)
