@@ -15,7 +15,7 @@ from nemo_advrm.rewards import sources
 from nemo_advrm.rewards.base import RewardSource
 from nemo_advrm.rewards.ensemble import AdversarialReward, PolicyReward
 from nemo_advrm.rewards.reference import Reference
-from nemo_advrm.rewards.standardisation import combined, read_statistics
+from nemo_advrm.rewards.standardisation import check_members, combined, read_statistics
 from nemo_advrm.schema import Config
 from nemo_advrm.stages import session
 
@@ -125,6 +125,8 @@ def _statistics_path(cfg: Config) -> str:
 
 def _reward(cfg: Config, members: list[RewardSource], reference: Reference | None, path: str) -> PolicyReward:
     if reference is not None:
+        given = cfg.serve.reference_path or cfg.ensemble.reference_path
+        check_members(reference, members, f"serve.reference_path={given}")
         return AdversarialReward(members, cfg.adversarial, reference, cfg.adversarial.directions[0] - 1)
     statistics = read_statistics(Path(path), members, "serve.reference_path") if path else None
     if len(members) > 1 and cfg.ensemble.standardise and not path:

@@ -18,6 +18,7 @@ from tiny import TOKENIZER, tiny_config
 from nemo_advrm import cli
 from nemo_advrm.config import load_config
 from nemo_advrm.data.jsonl import read_jsonl, write_jsonl_atomic
+from nemo_advrm.errors import ConfigError
 from nemo_advrm.megatron.runtime import Runtime
 from nemo_advrm.objectives.reference import fit_members
 from nemo_advrm.rewards.ensemble import AdversarialReward, UncertaintyReward
@@ -144,6 +145,10 @@ def test_an_ensemble_is_served_on_one_scale_where_a_reference_is_given(
         assert reward.judge(rollouts()).rewards_N.tolist() == expected.judge(rollouts()).rewards_N.tolist(), out
         assert ("raw scores are combined" in out) == warned
         assert ("standardised scores" in out) == (expected is standardised)
+    cfg = load_config([members, paths[0], "serve.reward=adversarial"])
+    assert isinstance(serve._reward(cfg, own, reference, ""), AdversarialReward)
+    with pytest.raises(ConfigError, match="its scores of member 1 are not those of R_2"):
+        serve._reward(cfg, own[::-1], reference, "")
 
 
 def test_an_attack_on_a_mixed_ensemble(served: Served, single: Runtime, tmp_path: Path) -> None:
