@@ -9,6 +9,9 @@ writes JSON, with the error of what could not be measured, and exits with 1 then
 scored and generated from alone: no single GPU holds its training. ``--device cpu --size tiny --precision fp32`` runs
 all of it on a CPU.
 
+Every measurement is in the file as soon as it is made. The same command goes on with those that are missing or failed;
+a file of other options or of another machine is refused.
+
 A machine for it has CUDA's toolkit (nvcc) and cuDNN 9.3 or later, as Transformer Engine's guide asks. These lines
 follow that guide and Apex's; they have not been tried (core_cu12 where torch.version.cuda begins with 12):
 
@@ -26,6 +29,7 @@ import argparse
 import gc
 import importlib.metadata
 import json
+import os
 import platform
 import random
 import sys
@@ -228,7 +232,57 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def attempt(name: str, measure: Callable[..., dict[str, Any]], options: argparse.Namespace, precision: str) -> Any:
+class Report:
+    """The file of results: whole at every moment, with each measurement as soon as it is made.
+
+    Raises SystemExit for a file that holds the results of something else.
+    """
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.path: Path = options.out
+        self.content: dict[str, Any] = {
+            "machine": machine(options.device),
+            "options": {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()},
+            "results": {},
+            "fusions": None,
+        }
+        if self.path.exists():
+            self._take_up(self.path)
+        self.write()
+
+    def _take_up(self, path: Path) -> None:
+        try:
+            before = json.loads(path.read_text())
+            same = all(before[key] == self.content[key] for key in ("machine", "options"))
+        except (ValueError, KeyError, TypeError):
+            sys.exit(f"{path}: not a report of this script; name another file by --out")
+        if not same:
+            sys.exit(f"{path}: holds results of other options or of another machine; name another file by --out")
+        self.content |= {key: before[key] for key in ("results", "fusions")}
+
+    def write(self) -> None:
+        partial = self.path.with_name(f".{self.path.name}.partial")
+        with partial.open("w") as file:
+            file.write(json.dumps(self.content, indent=1) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(self.path)
+
+    def measure(
+        self, precision: str, name: str, measure: Callable[..., dict[str, Any]], options: argparse.Namespace
+    ) -> dict[str, Any]:
+        """What the file holds of an earlier run, else what is measured now; ``fusions`` belong to no precision."""
+        held = self.content if name == "fusions" else self.content["results"].setdefault(precision, {})
+        found: dict[str, Any] | None = held.get(name)
+        if found is None or "error" in found:
+            found = held[name] = attempt(name, measure, options, precision)
+            self.write()
+        return found
+
+
+def attempt(
+    name: str, measure: Callable[..., dict[str, Any]], options: argparse.Namespace, precision: str
+) -> dict[str, Any]:
     """What was measured, or the error: what the other measurements gave must not be lost with one of them."""
     try:
         found = measure(options, precision)
@@ -246,23 +300,19 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     quiet_libraries()
     runtime.start(runtime.Layout(), options.device)
+    report = Report(options)
     work: dict[str, Callable[..., dict[str, Any]]] = {"score": score, "generate": write_responses}
     if options.size in TRAINED:
         work = {"train": train, **work}
     results = {
-        precision: {name: attempt(name, measure, options, precision) for name, measure in work.items()}
+        precision: {name: report.measure(precision, name, measure, options) for name, measure in work.items()}
         for precision in options.precision
     }
-    fused = attempt("fusions", fusions_agree, options, options.precision[0]) if options.size in TRAINED else None
+    trained = options.size in TRAINED
+    fused = report.measure(options.precision[0], "fusions", fusions_agree, options) if trained else None
     agreed = agreement(results, options.bound)
-    report = {
-        "machine": machine(options.device),
-        "options": {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()},
-        "results": results,
-        "agreement": agreed,
-        "fusions": fused,
-    }
-    options.out.write_text(json.dumps(report, indent=1) + "\n")
+    report.content["agreement"] = agreed
+    report.write()
     print("agreement:", agreed)
     if fused is not None:
         print("fusions:", {k: v for k, v in fused.items() if k != "losses"})

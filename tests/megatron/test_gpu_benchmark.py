@@ -8,8 +8,9 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from distributed import World, WorldLost
 
-from nemo_advrm.megatron.runtime import Runtime
+from nemo_advrm.megatron.runtime import Layout, Runtime
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu" / "train_fp8.py"
 
@@ -21,6 +22,60 @@ def benchmark() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+SMALL = "--device cpu --size tiny --precision fp32 --steps 2 --batch 2 --micro-batch 1 --length 16 --fusion-steps 1"
+
+
+def test_a_killed_run_keeps_what_it_measured_and_the_next_one_measures_the_rest(
+    single: Runtime, benchmark: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out.json"
+    arguments = [*SMALL.split(), "--out", str(out)]
+    with pytest.raises(WorldLost, match="a process died"):
+        World(1).run("gpu_benchmark_jobs", "killed_at_score", Layout(), script=str(SCRIPT), arguments=arguments)
+    kept = json.loads(out.read_text())["results"]["fp32"]
+    assert kept.keys() == {"train"} and len(kept["train"]["losses"]) == 2
+    measured = []
+    for name in ("train", "score", "write_responses"):
+        monkeypatch.setattr(benchmark, name, lambda options, precision, n=name: measured.append(n) or {"made": n})
+    monkeypatch.setattr(benchmark, "fusions_agree", lambda options, precision: {"agrees": True})
+    assert benchmark.main(arguments) == 0
+    report = json.loads(out.read_text())
+    assert measured == ["score", "write_responses"] and report["results"]["fp32"]["train"] == kept["train"]
+    assert report["fusions"] == {"agrees": True} and report["agreement"] is None
+    assert benchmark.main(arguments) == 0 and len(measured) == 2  # nothing is left to do
+
+
+def test_what_failed_is_measured_again(
+    single: Runtime, benchmark: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fates = iter([MemoryError("no room"), {"losses": [0.5]}])
+
+    def train(options: object, precision: str) -> dict:
+        fate = next(fates)
+        if isinstance(fate, Exception):
+            raise fate
+        return fate
+
+    monkeypatch.setattr(benchmark, "train", train)
+    for name in ("score", "write_responses", "fusions_agree"):
+        monkeypatch.setattr(benchmark, name, lambda options, precision: {"agrees": True})
+    arguments = [*SMALL.split(), "--out", str(tmp_path / "out.json")]
+    assert [benchmark.main(arguments), benchmark.main(arguments)] == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"), [("{}", "not a report"), ('{"machine": {}, "options": {}}', "of other options")]
+)
+def test_a_file_of_something_else_is_not_overwritten(
+    single: Runtime, benchmark: ModuleType, tmp_path: Path, content: str, words: str
+) -> None:
+    out = tmp_path / "out.json"
+    out.write_text(content)
+    with pytest.raises(SystemExit, match=words):
+        benchmark.main([*SMALL.split(), "--out", str(out)])
+    assert out.read_text() == content
 
 
 def test_it_measures_training_scoring_and_generation(single: Runtime, benchmark: ModuleType, tmp_path: Path) -> None:
