@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import random
 import statistics
@@ -13,8 +14,10 @@ import rl
 import torch
 from distributed import WorkerError, Worlds
 from tiny import TOKENIZER
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from nemo_advrm.errors import ConfigError, DataError, TrainingDiverged
+from nemo_advrm.megatron import optim
 from nemo_advrm.megatron.model import MegatronModel
 from nemo_advrm.megatron.precision import cpu_has_bf16
 from nemo_advrm.megatron.runtime import Layout, Runtime
@@ -266,30 +269,105 @@ def test_a_step_is_reproducible_and_seeds_differ(initial: str) -> None:
     assert plain[0] == plain[1] != plain[2]
 
 
-def test_waiting_in_cpu_memory_changes_nothing_that_is_computed(initial: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a CPU nothing moves, but every move is asked for: the optimizer's there and back, the reference's there."""
+def test_waiting_in_cpu_memory_changes_nothing_that_is_computed(initial: str) -> None:
     runs = []
     for away in (False, True):
         cfg = rl.policy_config("ppo")
         cfg.model.offload_reference = cfg.model.offload_optimizer_while_generating = away
-        model = rl.policy(cfg, initial)
-        moved: list[int] = []
-        own = torch.Tensor.to
-
-        def to(tensor: torch.Tensor, *args: Any, own: Any = own, moved: list[int] = moved, **kwargs: Any) -> Any:
-            moved.append(id(tensor))
-            return own(tensor, *args, **kwargs)
-
-        runs.append(rl.train(model, 2))
-        monkeypatch.setattr(torch.Tensor, "to", to)
-        with model.optimizer.offloaded(), model.reference.resident():
-            pass
-        monkeypatch.undo()
-        states = {id(tensor) for tensor in model.optimizer.state_tensors()}
-        weights = len(list(model.reference.parts[0].parameters()))
-        assert states and len(moved) == (2 * len(states) + weights if away else 0)
+        runs.append(rl.train(rl.policy(cfg, initial), 2))
     for kept, moved_run in zip(*runs, strict=True):
         assert {**kept, "samples_per_second": 0} == {**moved_run, "samples_per_second": 0}
+
+
+class _Memories:
+    """Two memories on a machine that has one: a move makes a copy, and it is known in which of them a storage lies.
+
+    A CPU has no second memory to move to. What can be shown is that tensors get other storages and that nothing keeps
+    the old ones, without which no memory would be free.
+    """
+
+    def __init__(self, single: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._held: dict[int, tuple[StorageWeakRef, str]] = {}
+        own = torch.Tensor.to
+
+        def to(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            if not args or not isinstance(args[0], torch.device):
+                return own(tensor, *args, **kwargs)
+            return self.put(tensor.detach().clone(), args[0].type)
+
+        monkeypatch.setattr(torch.Tensor, "to", to)
+        monkeypatch.setattr(single, "device", torch.device("cuda", 0))
+        monkeypatch.setattr(optim, "_is_on", lambda value, device: self.place(value) == device.type)
+
+    def put(self, tensor: torch.Tensor, place: str) -> torch.Tensor:
+        reference = StorageWeakRef(tensor.untyped_storage())
+        self._held[reference.cdata] = (reference, place)
+        return tensor
+
+    def place(self, value: Any) -> str:
+        """Where a tensor lies; empty for what was never put anywhere."""
+        if not isinstance(value, torch.Tensor):
+            return ""
+        reference, place = self._held.get(StorageWeakRef(value.untyped_storage()).cdata, (None, ""))
+        return place if reference is not None and not reference.expired() else ""
+
+    def in_use(self, place: str) -> int:
+        """Storages that live in a memory."""
+        gc.collect()
+        return sum(where == place and not reference.expired() for reference, where in self._held.values())
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_the_optimizer_leaves_the_device_while_responses_are_made_and_comes_back_as_it_was(
+    initial: str, single: Runtime, monkeypatch: pytest.MonkeyPatch, wanted: bool
+) -> None:
+    if not cpu_has_bf16():
+        pytest.skip("this processor has no bf16")
+    cfg = rl.policy_config("rloo")
+    cfg.precision.name, cfg.model.use_distributed_optimizer = "bf16", True  # fp32 weights stand behind those of 16 bits
+    cfg.model.offload_optimizer_while_generating = wanted
+    module = rl.policy(cfg, initial)
+    rl.train(module, 1)
+
+    def tensors() -> list[torch.Tensor]:
+        [part] = module.optimizer._distributed
+        main = [shard for group in part.shard_fp32_from_float16_groups for shard in group if shard is not None]
+        return [*main, *module.optimizer.state_tensors()]
+
+    memories = _Memories(single, monkeypatch)
+    for tensor in tensors():
+        memories.put(tensor, "cuda")
+    del tensor  # nothing here may keep a storage
+    count, before = memories.in_use("cuda"), [tensor.clone() for tensor in tensors()]
+    assert count > 60
+    with module.optimizer.offloaded():
+        assert {memories.place(tensor) for tensor in tensors()} == ({"cpu"} if wanted else {"cuda"})
+        assert memories.in_use("cuda") == (0 if wanted else count)
+        assert all(torch.equal(a, b) for a, b in zip(tensors(), before, strict=True))
+    assert {memories.place(tensor) for tensor in tensors()} == {"cuda"}
+    assert (memories.in_use("cuda"), memories.in_use("cpu")) == (count, 0)
+    assert all(torch.equal(a, b) for a, b in zip(tensors(), before, strict=True))
+    monkeypatch.undo()
+    module.train_on(next(module.steps(1)), 1)
+    assert not all(torch.equal(a, b) for a, b in zip(tensors(), before, strict=True))  # it is these that train
+
+
+def test_the_reference_is_on_the_device_while_it_is_used_and_no_longer(
+    initial: str, single: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = rl.policy_config("rloo")
+    cfg.model.offload_reference = True
+    reference = rl.policy(cfg, initial).reference
+    weights = list(reference.parts[0].parameters())
+    memories = _Memories(single, monkeypatch)
+    for weight in weights:
+        memories.put(weight, "cpu")
+    waiting = [weight.data_ptr() for weight in weights]
+    with reference.resident():
+        assert {memories.place(weight) for weight in weights} == {"cuda"}
+        assert memories.in_use("cuda") == len(weights) and not {w.data_ptr() for w in weights} & set(waiting)
+    assert [weight.data_ptr() for weight in weights] == waiting  # nothing was copied back
+    assert memories.in_use("cuda") == 0
 
 
 def test_the_critic_can_be_trained_alone_first(initial: str) -> None:

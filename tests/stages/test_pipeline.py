@@ -88,9 +88,12 @@ def test_every_stage_left_its_files(finished) -> None:
 
 def test_every_rlhf_run_starts_from_the_same_policy_and_prompts(finished) -> None:
     run_dir, _, _ = finished
-    first = [json.loads((run_dir / "rlhf" / n / "metrics.jsonl").read_text().splitlines()[0]) for n in ("r1", "adv_rm")]
-    assert first[0]["gold"] == first[1]["gold"]
-    assert first[0]["kl"] == first[1]["kl"] == 0
+    texts = [(run_dir / "rlhf" / name / "metrics.jsonl").read_text().splitlines() for name in ("r1", "adv_rm")]
+    (first, *_, last), (other_first, *_, other_last) = [[json.loads(line) for line in text] for text in texts]
+    for key in ("gold", "entropy", "response_length"):
+        assert first[key] == other_first[key] != 0, key
+    assert [row["kl"] for row in (first, other_first)] == [0, 0]
+    assert last["kl"] != 0 and other_last["kl"] != 0 and last["entropy"] != other_last["entropy"]
 
 
 def test_the_report_is_written_and_its_table_printed(finished) -> None:
