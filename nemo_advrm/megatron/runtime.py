@@ -300,7 +300,7 @@ def on_writer(work: Callable[[], T]) -> T:
     failure: Exception | None = None
     if rt.is_writer:
         try:
-            outcome[0] = work()
+            outcome[0] = detached(work())
         except Exception as error:
             failure = error
             shown = FailedElsewhere(f"rank 0 failed: {type(error).__name__}: {one_line(error)}")

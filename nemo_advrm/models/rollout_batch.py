@@ -38,7 +38,8 @@ class RolloutBatch:
             for p, r in zip(rollouts.prompt_tokens, rollouts.response_tokens, strict=True)
         ]
         lengths_B = torch.tensor([len(r) for r in rollouts.response_tokens])
-        mask_BT = torch.arange(int(lengths_B.max())) < lengths_B[:, None]
+        longest = max(map(len, rollouts.response_tokens), default=0)  # a rank may have no rollouts
+        mask_BT = torch.arange(longest) < lengths_B[:, None]
         zeros = [torch.zeros(mask_BT.shape) for _ in range(6)]
         return cls(rows, mask_BT, *zeros)
 

@@ -53,7 +53,7 @@ def test_ranks_whose_rows_make_unequal_microbatches_make_equally_many_passes(
         assert [*first, *last] == pytest.approx(rows, rel=1e-4, abs=1e-4)
 
 
-@pytest.mark.parametrize("job", ["train_reward_model", "score"])
+@pytest.mark.parametrize("job", JOBS)
 def test_a_rank_without_rows_takes_part(
     worlds: Worlds, initial: str, alone: Callable[[str], rank_jobs.Result], job: str
 ) -> None:
