@@ -28,7 +28,7 @@ from nemo_advrm.models.rollout_batch import RolloutBatch
 
 ALGORITHMS = ("rloo", "reinforce", "grpo", "ppo")
 ALWAYS = {"loss", "policy_loss", "grad_norm", "learning_rate", "approx_kl", "clipfrac", "entropy", "kl", "proxy"}
-ALWAYS |= {"proxy_std", "response_length", "ended", "samples", "samples_per_second", "scores/1"}
+ALWAYS |= {"proxy_std", "response_length", "ended", "samples", "samples_per_second", "scores/1", "reward"}
 OF_THE_CRITIC = {"value_loss", "critic_grad_norm", "explained_variance", "return_mean"}
 
 
@@ -385,7 +385,11 @@ def test_the_critic_can_be_trained_alone_first(initial: str) -> None:
 def test_advantages_and_metrics_do_not_depend_on_how_ranks_share_the_work(
     worlds: Worlds, initial: str, algorithm: str, layout: Layout
 ) -> None:
-    kwargs: dict[str, Any] = {"path": initial, "algorithm": algorithm, "steps": 2}
+    # the default length penalty follows from the rewards of all ranks
+    penalised = algorithm == "reinforce"
+    kwargs: dict[str, Any] = {
+        "path": initial, "algorithm": algorithm, "steps": 2, "apply_unended_penalty": penalised,
+    }  # fmt: skip
     rows, metrics = rl.advantages_and_metrics(**kwargs)
     ranks = worlds.run(layout, "rl", "advantages_and_metrics", 2, **kwargs)
     if layout.context == 2:
