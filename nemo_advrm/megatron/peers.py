@@ -161,11 +161,12 @@ def _roll_call(store: dist.Store, here: Place, timeout: datetime.timedelta, plac
     deadline = time.monotonic() + timeout.total_seconds()
     try:
         # in short waits: a signal is heard between them
-        while not store.check(["all joined"]) and time.monotonic() < deadline:
+        while not store.check(["all joined"]):
+            if time.monotonic() > deadline:
+                raise dist.DistStoreError("the time is over")
             signals.leave_if_received(f"while {place} waited for the others: nothing is lost")
             with contextlib.suppress(dist.DistStoreError):
                 store.wait(["all joined"], datetime.timedelta(seconds=LOOK_SECONDS))
-        store.wait(["all joined"], datetime.timedelta(milliseconds=1))
     except (dist.DistError, RuntimeError) as error:
         with contextlib.suppress(dist.DistError, RuntimeError):
             missing = [rank for rank in range(here.world_size) if not store.check([f"host/{rank}"])]

@@ -7,9 +7,14 @@ import socket
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
+
+from nemo_advrm.megatron import peers
+from nemo_advrm.place import Place
 
 
 @pytest.mark.parametrize(
@@ -51,3 +56,21 @@ def test_the_survivors_name_the_lost_process(fate: str, size: int, minutes: floa
             process.kill()
             process.communicate()
     assert time.monotonic() - started < 90
+
+
+class _SlowStore:
+    """A store of two processes that have come, and that answers no wait of less than a second in time."""
+
+    def add(self, key: str, amount: int) -> int:
+        return 1
+
+    def check(self, keys: list[str]) -> bool:
+        return True
+
+    def wait(self, keys: list[str], timeout: timedelta) -> None:
+        if timeout < timedelta(seconds=1):
+            raise dist.DistStoreError(f"wait timeout, keys: {keys}")
+
+
+def test_a_slow_store_does_not_lose_processes_that_have_come() -> None:
+    peers._roll_call(_SlowStore(), Place(1, 2, 1), timedelta(minutes=1), "rank 1")  # type: ignore[arg-type]
