@@ -24,6 +24,7 @@ INSTALL = [
     "datasets>=5.2.0,<6",
     "transformers>=5.23.0,<6",
     "tokenizers>=0.23.3,<0.24",
+    "accelerate>=1.15,<2",  # transformers opens a model without its weights by it, to check what they are
     "einops>=0.8.2,<0.9",
     "sentencepiece>=0.2.3,<0.3",
     "pyyaml>=6.0.3,<7",

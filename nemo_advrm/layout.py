@@ -130,7 +130,7 @@ def _check_optimizer(model: ModelConfig) -> None:
 def validate_layout(cfg: Config, world_size: int, transformer_engine: bool = False, planning: bool = False) -> None:
     """Raise :class:`LayoutError` that names the keys when the layout cannot be built.
 
-    ``world_size``: processes of the job. ``transformer_engine``: whether it is installed; FP8 needs it.
+    ``world_size``: processes of the job. ``transformer_engine``: whether the run can use it; FP8 needs it.
     ``planning`` checks the arithmetic alone, without asking what this installation can run.
     """
     model = cfg.model
@@ -153,7 +153,7 @@ def validate_layout(cfg: Config, world_size: int, transformer_engine: bool = Fal
     layers_per_stage(model)
     _check_optimizer(model)
     if cfg.precision.name not in ("fp32", "bf16") and not (transformer_engine or planning):
-        raise LayoutError(f"precision.name={cfg.precision.name} needs Transformer Engine, which is not installed")
+        raise LayoutError(f"precision.name={cfg.precision.name} needs Transformer Engine on a GPU (nemo-advrm doctor)")
     if model.global_batch_size % replicas:
         raise LayoutError(
             f"model.global_batch_size={model.global_batch_size} cannot be divided by {replicas} data-parallel replicas "

@@ -14,6 +14,7 @@ import pytest
 from nemo_advrm import __version__, cli
 from nemo_advrm.errors import DataError
 from nemo_advrm.keys import all_keys
+from nemo_advrm.megatron import engine
 from nemo_advrm.schema import Config, ModelConfig
 from nemo_advrm.stages import doctor
 
@@ -165,6 +166,18 @@ def test_doctor_says_what_every_absence_means(monkeypatch: pytest.MonkeyPatch) -
     absent = {finding.what: finding.meaning for finding in doctor.findings(ModelConfig()) if not finding.present}
     assert {"torch", "megatron-core", "Transformer Engine", "Apex"} <= set(absent)
     assert all(absent.values())
+
+
+def test_doctor_says_why_transformer_engine_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_version", lambda package: "2.9.0")
+    monkeypatch.setattr(engine, "fault", lambda: "cannot be imported (OSError: libcuda.so.1)")
+    found = doctor._transformer_engine()
+    assert not found.present and found.found == "2.9.0"
+    assert found.meaning == "cannot be imported (OSError: libcuda.so.1); treated as absent"
+    monkeypatch.setattr(engine, "fault", lambda: "")
+    assert doctor._transformer_engine().present
+    assert "Transformer Engine" not in doctor._kernels(on_gpu=False).found  # what runs on a CPU takes none of it
+    assert "Transformer Engine" in doctor._kernels(on_gpu=True).found
 
 
 @pytest.mark.parametrize(

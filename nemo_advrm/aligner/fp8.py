@@ -6,7 +6,6 @@ lose, and stays in fp32. With ``model.fp8`` off the classes are NeMo-Aligner's o
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from nemo_advrm.aligner.layout import refuse_shared_sequences
 from nemo_advrm.errors import ConfigError
+from nemo_advrm.megatron import engine
 
 # Transformer Engine multiplies FP8 matrices whose sizes are multiples of this (of tokens: of 8)
 MULTIPLE = 16
@@ -79,8 +79,8 @@ def check(cfg: DictConfig) -> None:
     Needed are Transformer Engine, a format (``fp8_hybrid`` or ``fp8_e4m3``), a head in fp32, and sizes, of the sequence
     and of every layer on one tensor-parallel rank, that are multiples of 16.
     """
-    if not (cfg.get("transformer_engine", False) and has_transformer_engine()):
-        reason = "is not installed" if cfg.get("transformer_engine", False) else "is off (model.transformer_engine)"
+    if not cfg.get("transformer_engine", False) or engine.fault():
+        reason = engine.fault() if cfg.get("transformer_engine", False) else "is off (model.transformer_engine)"
         raise ConfigError(f"model.fp8=True needs Transformer Engine, which {reason}")
     if not (cfg.get("fp8_hybrid", False) or cfg.get("fp8_e4m3", False)):
         raise ConfigError("model.fp8=True needs a format: set model.fp8_hybrid=True or model.fp8_e4m3=True")
@@ -101,7 +101,3 @@ def check(cfg: DictConfig) -> None:
             raise ConfigError(
                 f"model.{key}={cfg.get(key)} leaves {size:g} on a rank: FP8 needs multiples of {MULTIPLE}"
             )
-
-
-def has_transformer_engine() -> bool:
-    return importlib.util.find_spec("transformer_engine") is not None

@@ -15,7 +15,9 @@ from torch import Tensor
 from nemo_advrm import __version__
 from nemo_advrm.convert.safetensors_files import parse_size
 from nemo_advrm.convert.tensors import TensorSink, TensorSource, TensorSpec
-from nemo_advrm.errors import CheckpointError, ConfigError
+from nemo_advrm.data.tokenizers import build_tokenizer
+from nemo_advrm.data.vocabulary import check_vocabulary
+from nemo_advrm.errors import CheckpointError, ConfigError, DataError
 from nemo_advrm.keys import nearest
 from nemo_advrm.layout import at_layout, validate_layout
 from nemo_advrm.schema import Config, ConvertConfig
@@ -117,6 +119,7 @@ def convert(settings: ConvertConfig, report: Any = print) -> None:
     check_settings(settings)
     with open_source(settings) as source:
         source.description.provenance |= {"converted_by": f"nemo_advrm {__version__}", **_card_facts(settings)}
+        _check_vocabulary(source)
         _lay_out(settings, source)
         sink = open_sink(settings, source)
         for line in _summary(settings, source, sink):
@@ -141,6 +144,18 @@ def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
             f"{name} holds {tensor.abs().max():.3g}, which is too large for dtype={str(dtype).removeprefix('torch.')}"
         )
     return cast
+
+
+def _check_vocabulary(source: TensorSource) -> None:
+    """CheckpointError for a tokenizer that writes ids for which the embedding has no row."""
+    about = source.description
+    if about.tokenizer is None:
+        return
+    try:
+        tokenizer = build_tokenizer(f"hf:{about.tokenizer}")
+    except DataError:  # weights alone may be wanted; who needs their tokenizer says what it lacks
+        return
+    check_vocabulary(tokenizer, about.model.vocab_size, str(source.path))
 
 
 def _lay_out(settings: ConvertConfig, source: TensorSource) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from nemo_advrm.keys import nearest
 from nemo_advrm.megatron.architecture import first_difference
 from nemo_advrm.megatron.gpt import Head
 from nemo_advrm.megatron.transformer import ffn_size, head_size, query_groups
+from nemo_advrm.rewards import hf_directory
 from nemo_advrm.schema import ModelConfig
 
 CLASSES: dict[str, Head] = {"ForCausalLM": "lm", "ForSequenceClassification": "reward"}
@@ -71,25 +71,15 @@ _USUAL = {
 def read_config(directory: Path) -> dict[str, Any]:
     """config.json of a Hugging Face directory with the defaults of its architecture filled in by transformers."""
     path = directory / "config.json"
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except OSError:
-        raise CheckpointError(f"{path}: there is no such file, so this is no Hugging Face checkpoint") from None
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not JSON ({error})") from None
-    if not isinstance(raw, dict):
-        raise CheckpointError(f"{path}: not a JSON object")
+    raw = hf_directory.read_config(directory)
     find_architecture(raw, str(path))
-    if raw.get("quantization_config"):
-        raise CheckpointError(f"{path}: the weights are quantised (quantization_config); convert the full ones")
     from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False).to_dict()
     except Exception as error:  # transformers raises many types for a wrong value
         raise CheckpointError(f"{path}: {' '.join(str(error).split())[:300]}") from None
-    labels = len(config.get("id2label") or {})
-    if raw["architectures"][0].endswith("ForSequenceClassification") and labels != 1:
+    if hf_directory.is_classifier(raw) and (labels := hf_directory.labels(path, raw)) != 1:
         raise CheckpointError(f"{path}: a reward model has one label, this classifier has {labels}")
     return described(config, raw["architectures"])
 

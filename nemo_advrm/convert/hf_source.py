@@ -19,6 +19,7 @@ from nemo_advrm.convert.tensors import Description, TensorSpec
 from nemo_advrm.convert.transforms import Transform
 from nemo_advrm.data.reading import rule_in_config
 from nemo_advrm.errors import CheckpointError
+from nemo_advrm.rewards.hf_directory import explained
 from nemo_advrm.schema import ModelConfig
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "spiece.model")
@@ -152,7 +153,7 @@ def _map(
         left.remove(LM_HEAD)
     problems = [
         listed("missing tensors:", missing),
-        listed(f"tensors that {table.family} does not have:", sorted(left)),
+        listed(f"tensors that {table.family} does not have:", [explained(name) for name in sorted(left)]),
         listed("wrong tensors:", wrong),
     ]
     if any(problems):

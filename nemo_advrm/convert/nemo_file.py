@@ -26,7 +26,8 @@ from nemo_advrm.convert.nemo_tokenizer_files import TEMPORARY, pack_tokenizer, u
 from nemo_advrm.convert.partial import PartialDirectory
 from nemo_advrm.convert.tensors import Description, TensorSpec
 from nemo_advrm.convert.transforms import pad_vocabulary, unpad_vocabulary
-from nemo_advrm.data.tokenizers import build_tokenizer
+from nemo_advrm.data.tokenizers import Tokenizer, build_tokenizer
+from nemo_advrm.data.vocabulary import check_vocabulary
 from nemo_advrm.errors import CheckpointError, DataError
 from nemo_advrm.megatron.file_readers import reason
 from nemo_advrm.megatron.gpt import Head
@@ -70,13 +71,13 @@ class NemoSource:
             directory = Path(self._tokenizer)
             unpack_tokenizer(self._archive, config, directory, tokenizer)
             try:
-                vocabulary = build_tokenizer(f"hf:{directory}").vocab_size
+                own = build_tokenizer(f"hf:{directory}")
             except DataError as error:
                 raise CheckpointError(f"{path}: its tokenizer cannot be opened: {error}") from None
-            self._specs = self._check(replace(model, vocab_size=vocabulary), head, vocabulary)
+            self._specs = self._check(replace(model, vocab_size=own.vocab_size), head, own)
             self._opened = opened.pop_all()
         self.description = Description(
-            model=replace(model, vocab_size=vocabulary),
+            model=replace(model, vocab_size=own.vocab_size),
             head=head,
             tokenizer=directory,
             provenance={
@@ -86,7 +87,7 @@ class NemoSource:
             },
         )
 
-    def _check(self, model: Any, head: Any, vocabulary: int) -> dict[str, TensorSpec]:
+    def _check(self, model: Any, head: Any, tokenizer: Tokenizer) -> dict[str, TensorSpec]:
         stored = dict(self._reader.specs)
         if head != "lm":
             stored.pop(_UNUSED, None)
@@ -101,10 +102,9 @@ class NemoSource:
             )
         expected = canonical_shapes(model, head, rows, outputs)
         check_complete(self.path, stored, expected)
-        if rows < vocabulary:
-            raise CheckpointError(f"{self.path}: {rows} embeddings for a tokenizer of {vocabulary} entries")
+        check_vocabulary(tokenizer, rows, str(self.path))
         final = 1 if self._head is not None and self._head.merges else outputs
-        shapes = canonical_shapes(model, head, vocabulary, final)
+        shapes = canonical_shapes(model, head, tokenizer.vocab_size, final)
         return {name: TensorSpec(shape, stored[name].dtype) for name, shape in shapes.items()}
 
     def tensors(self) -> dict[str, TensorSpec]:

@@ -22,6 +22,18 @@ from nemo_advrm.errors import CheckpointError
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+# what else safetensors can hold: buffers, and quantised weights
+ANY_FORMAT = DTYPES | {
+    "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -29,17 +41,17 @@ class SafetensorsDirectory:
     """The tensors of a Hugging Face directory by their own names.
 
     Raises CheckpointError when there is none, a file is missing, truncated or damaged, the index does not agree with
-    the files, or a tensor has a number format other than fp32, bf16 and fp16.
+    the files, or a tensor has a number format other than ``formats``: fp32, bf16 and fp16, or ``ANY_FORMAT``.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, formats: dict[str, torch.dtype] = DTYPES) -> None:
         self.directory = directory
         self._file_of: dict[str, str] = {}
         self.specs: dict[str, TensorSpec] = {}
         index = _read_index(directory)
         files = sorted(set(index.values())) if index else [SINGLE]
         for file in files:
-            specs = _read_header(directory / file)
+            specs = _read_header(directory / file, formats)
             if index:
                 _compare_with_index(directory, file, set(specs), {name for name, at in index.items() if at == file})
             self._file_of |= dict.fromkeys(specs, file)
@@ -53,6 +65,11 @@ class SafetensorsDirectory:
                 return file.get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path}: {name} could not be read ({error})") from None
+
+
+def indexed_files(directory: Path) -> set[str]:
+    """The files that the index of a directory names."""
+    return set(_read_index(directory).values())
 
 
 def _read_index(directory: Path) -> dict[str, str]:
@@ -82,15 +99,15 @@ def _read_index(directory: Path) -> dict[str, str]:
     return index
 
 
-def _read_header(path: Path) -> dict[str, TensorSpec]:
+def _read_header(path: Path, formats: dict[str, torch.dtype]) -> dict[str, TensorSpec]:
     try:
         with safe_open(path, framework="pt") as file:  # checks the header and the length of the file
             specs = {}
             for name in file.keys():  # noqa: SIM118 (no mapping)
                 part = file.get_slice(name)
-                dtype = DTYPES.get(part.get_dtype())
+                dtype = formats.get(part.get_dtype())
                 if dtype is None:
-                    known = ", ".join(DTYPES)
+                    known = ", ".join(formats)
                     raise CheckpointError(f"{path}: {name} has the number format {part.get_dtype()}; known: {known}")
                 specs[name] = TensorSpec(tuple(part.get_shape()), dtype)
             return specs

@@ -15,6 +15,8 @@ from nemo_advrm.data.reading import ANSWER, ReadingRule, concatenate
 from nemo_advrm.data.special_tokens import SpecialTokens
 from nemo_advrm.errors import DataError
 
+_NO_LIMIT = 10**9
+
 
 class HFTokenizer:
     """A tokenizer directory of Hugging Face transformers, with its chat template or a plain one when it has none.
@@ -37,7 +39,11 @@ class HFTokenizer:
         self.rule = rule or ReadingRule()
         self._tokenizer = load_hf_tokenizer(self.path)
         self.name = f"hf:{self.path.name}"
-        self.vocab_size = len(self._tokenizer)
+        # the ids of added tokens may leave a gap
+        self.vocab_size = 1 + max(self._tokenizer.get_vocab().values())
+        longest = self._tokenizer.model_max_length
+        # transformers writes 1e30 where nobody has said anything
+        self.longest = int(longest) if longest < _NO_LIMIT else 0
         self._template: ChatTemplate | None = None
         if self._tokenizer.chat_template is not None:
             self._template = ChatTemplate(self._tokenizer, self.name, self.rule)

@@ -22,15 +22,18 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from torch.distributed.checkpoint.api import CheckpointException  # not an Exception, but a BaseException
 
+from nemo_advrm.data.tokenizers import Tokenizer
+from nemo_advrm.data.vocabulary import check_vocabulary
 from nemo_advrm.errors import CheckpointError
 from nemo_advrm.megatron import manifest, phases, runtime
 from nemo_advrm.megatron.architecture import first_difference
 from nemo_advrm.megatron.file_readers import load_weights
 from nemo_advrm.megatron.file_writers import FileWriters, write_common
 from nemo_advrm.megatron.fp8_states import check_fp8_states
-from nemo_advrm.megatron.model import MegatronModel
+from nemo_advrm.megatron.model import MegatronModel, padded_vocab_size
 from nemo_advrm.megatron.optim import MegatronOptimizer
 from nemo_advrm.place import one_line
+from nemo_advrm.schema import ModelConfig
 
 FORMAT = 1
 WEIGHTS = "weights"  # directory of Megatron's files
@@ -267,6 +270,16 @@ def read_meta(path: Path) -> dict[str, Any]:
     if meta["format"] > FORMAT:
         raise CheckpointError(f"{path}: written by a newer version (format {meta['format']}, this one knows {FORMAT})")
     return meta
+
+
+def check_tokenizer(tokenizer: Tokenizer, model: ModelConfig, path: str = "") -> None:
+    """Raise CheckpointError for a tokenizer with ids beyond the embedding of the checkpoint ``path``, or of ``model``.
+
+    ``path``: what the weights come from; empty for random ones.
+    """
+    if path and (rows := read_meta(Path(path)).get("vocab_size")) is not None:
+        check_vocabulary(tokenizer, int(rows), path)
+    check_vocabulary(tokenizer, padded_vocab_size(model, tokenizer.vocab_size), f"model.vocab_size={model.vocab_size}")
 
 
 def _check_architecture(path: Path, meta: dict[str, Any], model: MegatronModel) -> None:

@@ -232,6 +232,26 @@ def one_group_per_set_of_ranks() -> Iterator[None]:
         parallel_state.create_group = create
 
 
+def _take_torch_optimizers() -> None:
+    """Give Megatron's optimizer PyTorch's Adam and SGD, and its own loops over tensors, as where nothing else is there.
+
+    It decides when it is imported: with Transformer Engine or Apex installed it has theirs, which are for GPUs alone.
+    """
+    import megatron.core.optimizer as optimizers
+    from megatron.core import utils
+    from megatron.core.optimizer import clip_grads, distrib_optimizer, optimizer
+
+    optimizers.Adam, optimizers.SGD = torch.optim.AdamW, torch.optim.SGD
+    optimizers.USING_PYTORCH_OPTIMIZER = True
+    distrib_optimizer.Adam = torch.optim.Adam
+    for flag in ("HAVE_APEX_OR_TE", "USING_TE_OPTIMIZER", "USING_APEX_OPTIMIZER"):
+        setattr(distrib_optimizer, flag, False)
+    for module in (optimizer, clip_grads):
+        module.multi_tensor_applier = utils.local_multi_tensor_applier
+        module.multi_tensor_scale_impl = utils.local_multi_tensor_scale
+    clip_grads.l2_norm_impl = utils.local_multi_tensor_l2_norm
+
+
 _stand_in: types.ModuleType | None = None
 
 
@@ -251,6 +271,8 @@ def redirect_megatron_to_cpu() -> None:
 
     from megatron.core.optimizer import clip_grads, optimizer
     from megatron.core.tensor_parallel import random
+
+    _take_torch_optimizers()
 
     clip_grads.clip_grad_by_total_norm_fp32 = _clip_grad_by_total_norm
     optimizer.clip_grad_by_total_norm_fp32 = _clip_grad_by_total_norm

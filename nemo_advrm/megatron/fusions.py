@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from nemo_advrm.megatron import engine
 from nemo_advrm.schema import ModelConfig
 
 # name -> what Megatron's configuration calls it. Its fused operation for F.gelu computes the tanh form, so that exact
@@ -103,7 +104,7 @@ def _rotation(model: ModelConfig, on_gpu: bool) -> str:
         return _NO_GPU
     if model.position_embedding_type != "rope":
         return "positions are not rotary"
-    return "" if loads("transformer_engine.pytorch") else "Transformer Engine is not installed"
+    return "" if engine.usable(on_gpu) else f"Transformer Engine {engine.fault()}"
 
 
 def _weight_gradients(on_gpu: bool) -> str:

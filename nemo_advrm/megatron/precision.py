@@ -8,7 +8,6 @@ for FP8. None of the FP8 formats has been measured by us: no machine with Transf
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +16,7 @@ import torch
 
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.layout import FP8_ALIGNMENT, sequence_multiple
+from nemo_advrm.megatron import engine
 from nemo_advrm.schema import ModelConfig, PrecisionConfig
 
 
@@ -45,10 +45,6 @@ FP8 = {
 _HISTORY = 1024
 
 
-def has_transformer_engine() -> bool:
-    return importlib.util.find_spec("transformer_engine") is not None
-
-
 def capability() -> tuple[int, int] | None:
     """Compute capability of this process's GPU."""
     return torch.cuda.get_device_capability() if torch.cuda.is_available() else None
@@ -71,8 +67,8 @@ def check_machine(precision: PrecisionConfig, on_gpu: bool) -> None:
         return
     needed, found = FP8[name].capability, capability() if on_gpu else None
     lacks = []
-    if not has_transformer_engine():
-        lacks.append("Transformer Engine, which is not installed (pip install 'nemo_advrm[gpu]')")
+    if fault := engine.fault():
+        lacks.append(f"Transformer Engine, which {fault}")
     if found is None or found < needed:
         have = f"this one has {found[0]}.{found[1]}" if found else "none is used"
         lacks.append(f"a GPU of compute capability {needed[0]}.{needed[1]} or more ({have})")

@@ -191,6 +191,11 @@ def current() -> Runtime:
     return _current
 
 
+def uses_gpu(accelerator: str) -> bool:
+    """Whether a run with ``trainer.accelerator`` is on a GPU."""
+    return accelerator != "cpu" and torch.cuda.is_available()
+
+
 def start(layout: Layout | None = None, accelerator: str = "auto", timeout_minutes: float = 30.0) -> Runtime:
     """Join the job and build Megatron's process groups for ``layout``.
 
@@ -205,10 +210,9 @@ def start(layout: Layout | None = None, accelerator: str = "auto", timeout_minut
         return _current
     if accelerator not in ("auto", "cpu", "gpu"):
         raise ConfigError(f"trainer.accelerator: {accelerator!r} is not one of auto, cpu, gpu")
-    has_gpu = torch.cuda.is_available()
-    if accelerator == "gpu" and not has_gpu:
+    if accelerator == "gpu" and not torch.cuda.is_available():
         raise ConfigError("trainer.accelerator=gpu: PyTorch sees no GPU; use accelerator=cpu or check the driver")
-    on_gpu = has_gpu and accelerator != "cpu"
+    on_gpu = uses_gpu(accelerator)
     here = place()
     if here.world_size % layout.model_parallel:
         raise LayoutError(

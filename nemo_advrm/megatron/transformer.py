@@ -15,10 +15,10 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from nemo_advrm.errors import ConfigError
-from nemo_advrm.megatron import fusions
+from nemo_advrm.megatron import engine, fusions
 from nemo_advrm.megatron.attention import CachedSelfAttention, FusedCoreAttention
 from nemo_advrm.megatron.layers import Norm, PostNormLayer
-from nemo_advrm.megatron.precision import check_machine, check_model, has_transformer_engine, options
+from nemo_advrm.megatron.precision import check_machine, check_model, options
 from nemo_advrm.schema import ModelConfig, PrecisionConfig
 
 
@@ -166,7 +166,7 @@ def layer_spec(model: ModelConfig, dtype: torch.dtype, on_gpu: bool) -> ModuleSp
 
     ``dtype``: in which attention computes.
     """
-    if on_gpu and has_transformer_engine():
+    if engine.usable(on_gpu):
         return _transformer_engine_spec(model, dtype)
     spec = get_gpt_layer_local_spec(qk_layernorm=model.qk_layernorm, normalization="RMSNorm")
     spec.submodules.input_layernorm = Norm

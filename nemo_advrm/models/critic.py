@@ -25,6 +25,7 @@ class Critic:
     def __init__(self, cfg: Config, tokenizer: Tokenizer, restore_from: str, seed: int) -> None:
         self.rl = cfg.rl
         self.pad_id = tokenizer.pad_id
+        checkpoint.check_tokenizer(tokenizer, cfg.model, restore_from)
         self.model = build_model(
             cfg.model, cfg.precision, "value", tokenizer.vocab_size, seed=derive_seed(seed, "critic")
         )

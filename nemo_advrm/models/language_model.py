@@ -96,7 +96,11 @@ def _next_token_loss(logits_NV: Tensor, microbatch: Microbatch) -> tuple[Tensor,
 
 
 def build_policy(cfg: Config, tokenizer: Tokenizer, restore_from: str, seed: int, trainable: bool) -> MegatronModel:
-    """A language model with the weights of ``restore_from``, or random ones from ``seed``."""
+    """A language model with the weights of ``restore_from``, or random ones from ``seed``.
+
+    Raises CheckpointError for a tokenizer with ids beyond the embedding.
+    """
+    checkpoint.check_tokenizer(tokenizer, cfg.model, restore_from)
     model = build_model(
         cfg.model,
         cfg.precision,

@@ -158,9 +158,11 @@ def build_reward_model(
 ) -> MegatronModel:
     """A reward model with the weights of ``restore_from`` (see :class:`RewardModel`).
 
-    A model that is not trained must find its head in the checkpoint: CheckpointError for a language model's.
+    A model that is not trained must find its head in the checkpoint: CheckpointError for a language model's, and for a
+    tokenizer with ids beyond the embedding.
     """
     options = cfg.reward_model
+    checkpoint.check_tokenizer(tokenizer, cfg.model, restore_from)
     model = build_model(
         cfg.model,
         cfg.precision,

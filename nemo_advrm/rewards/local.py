@@ -11,6 +11,7 @@ from torch import Tensor
 from nemo_advrm.data.messages import Message
 from nemo_advrm.data.tokenizers import Tokenizer
 from nemo_advrm.errors import ConfigError, RewardSourceError
+from nemo_advrm.rewards.attributes import combine
 from nemo_advrm.rewards.base import Rollouts, as_scores
 from nemo_advrm.rewards.encoding import token_sequences
 
@@ -19,12 +20,24 @@ if TYPE_CHECKING:
 
 
 class MegatronReward:
-    """A Megatron reward model on the running layout, with the tokenizer it was trained with."""
+    """A Megatron reward model on the running layout, with the tokenizer it was trained with.
 
-    def __init__(self, name: str, model: MegatronModel, tokenizer: Tokenizer) -> None:
+    ``attributes``: weights of the head's outputs; () for a head with one.
+    """
+
+    def __init__(
+        self, name: str, model: MegatronModel, tokenizer: Tokenizer, attributes: tuple[float, ...] = ()
+    ) -> None:
         self.name = name
         self.model = model
         self.tokenizer = tokenizer
+        self.attributes = attributes
+
+    @property
+    def longest(self) -> int:
+        """Most tokens of a row: positions end where they were learned, rotary ones nowhere (0)."""
+        settings = self.model.model
+        return settings.encoder_seq_length if settings.position_embedding_type == "learned_absolute" else 0
 
     @property
     def dtype(self) -> torch.dtype:
@@ -34,15 +47,14 @@ class MegatronReward:
         """Raises RewardSourceError for a row beyond the last position that the model has learned."""
         from nemo_advrm.models.scoring import score_sequences  # a function alone needs no Megatron-Core
 
-        settings = self.model.model
-        limit = settings.encoder_seq_length if settings.position_embedding_type == "learned_absolute" else None
-        rows = token_sequences(rollouts, self.tokenizer, limit)
+        rows = token_sequences(rollouts, self.tokenizer, self.longest or None)
         longest = max(map(len, rows), default=0)
-        if limit is not None and longest > limit:
+        if self.longest and longest > self.longest:
             raise RewardSourceError(
-                f"reward source {self.name}: a response has {longest} tokens with its prompt, the model takes {limit}"
+                f"reward source {self.name}: a response has {longest} tokens with its prompt, the model takes "
+                f"{self.longest}"
             )
-        return score_sequences(self.model, rows, self.tokenizer.pad_id)
+        return combine(score_sequences(self.model, rows, self.tokenizer.pad_id), self.attributes)
 
 
 ScoreFunction = Callable[[list[tuple[Message, ...]], list[str], list[bool]], list[float]]

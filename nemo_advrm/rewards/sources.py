@@ -7,6 +7,7 @@
     triton+http://HOST:PORT/MODEL       a KServe v2 server: NeMo-Aligner's reward model server, Triton
                                         (with ?tokenizer=SPEC tokens are sent, else text)
     ADDRESS|ADDRESS                     servers of the same model; another one is asked when one fails
+    DIR?attributes=0.8,0,-1             of the first three kinds, a model with several outputs: how much each counts
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from nemo_advrm.extras import require_extra
 from nemo_advrm.keys import nearest
 from nemo_advrm.layout import validate_layout
 from nemo_advrm.rewards import hf
+from nemo_advrm.rewards.attributes import check_attributes, parse_weights
 from nemo_advrm.rewards.base import RewardSource
 from nemo_advrm.schema import Config, ConvertConfig, ModelConfig, PretrainedConfig, RewardModelConfig
 
@@ -63,6 +65,7 @@ class SourceSpec:
     location: str
     text: str  # as the user wrote it
     place: str  # the key it came from
+    attributes: tuple[float, ...] = ()  # weights of the outputs of a model that has several
 
     @property
     def is_remote(self) -> bool:
@@ -79,18 +82,32 @@ def parse(text: str, place: str) -> SourceSpec:
         raise ConfigError(f"{place} is empty: name a checkpoint, hf:DIR or a server")
     scheme = _SCHEME.match(text)
     if scheme is None:
-        return SourceSpec("megatron", text, text, place)
+        return _local("megatron", text, text, place)
     kind, rest = scheme[1], text[scheme.end() :]
     if kind in LOCAL_KINDS:
-        if not rest:
-            raise ConfigError(f"{place}={text}: a path is missing after {kind}:")
-        return SourceSpec(kind, rest, text, place)
+        return _local(kind, rest, text, place)
     if kind in _SCHEMES:
         return _parse_addresses(text, place)
-    if Path(text).exists():  # a directory with a colon in its name
-        return SourceSpec("megatron", text, text, place)
+    if Path(text).exists() or Path(text.partition("?")[0]).exists():  # a directory with a colon in its name
+        return _local("megatron", text, text, place)
     near = nearest(kind, [*LOCAL_KINDS, *_SCHEMES])
     raise ConfigError(f"{place}={text}: did you mean {near}:? kinds: {', '.join((*LOCAL_KINDS, *_SCHEMES))}")
+
+
+def _local(kind: str, rest: str, text: str, place: str) -> SourceSpec:
+    """A path, with what may follow it after a question mark."""
+    location, mark, query = rest.rpartition("?")
+    if not mark or Path(rest).exists():  # a question mark in the name itself
+        location, query = rest, ""
+    if not location:
+        raise ConfigError(f"{place}={text}: a path is missing after {kind}:")
+    weights: tuple[float, ...] = ()
+    if mark and query:
+        key, _, value = query.partition("=")
+        if key != "attributes":
+            raise ConfigError(f"{place}={text}: only ?attributes=W1,W2,... can follow a path, not ?{query}")
+        weights = parse_weights(value, f"{place}={text}")
+    return SourceSpec(kind, location, text, place, weights)
 
 
 def _parse_addresses(text: str, place: str) -> SourceSpec:
@@ -141,13 +158,12 @@ def check(spec: SourceSpec, cfg: Config, world_size: int) -> None:
     """
     try:
         if spec.kind == "megatron":
-            from nemo_advrm.megatron.transformer import has_transformer_engine
-
             meta = _reward_meta(spec)
+            check_attributes(spec.text.partition("?")[0], meta.get("head_outputs", 1), spec.attributes)
             member = dataclasses.replace(cfg, model=member_config(meta, cfg.model))
-            validate_layout(member, world_size, has_transformer_engine())
+            validate_layout(member, world_size, _takes_engine(cfg))
         elif spec.kind == "hf":
-            hf.check_directory(spec.path)
+            hf.check_directory(spec.path, spec.attributes)
         elif spec.kind == "nemo":
             _check_nemo(spec, cfg, world_size)
     except (CheckpointError, LayoutError) as error:
@@ -167,16 +183,17 @@ def build(spec: SourceSpec, name: str, cfg: Config, running: Tokenizer | None = 
 
         meta = _reward_meta(spec)
         outputs = meta.get("head_outputs", 1)
+        check_attributes(spec.text.partition("?")[0], outputs, spec.attributes)
         head = RewardModelConfig(loss="bt" if outputs == 1 else "regression", num_attributes=outputs)
         own = dataclasses.replace(cfg, model=member_config(meta, cfg.model), reward_model=head)
         tokenizer = member_tokenizer(spec, meta, running)
         model = build_reward_model(own, tokenizer, spec.location, seed=0, trainable=False)
-        return MegatronReward(name, model, tokenizer)
+        return MegatronReward(name, model, tokenizer, spec.attributes)
     if spec.kind == "nemo":
         made = dataclasses.replace(spec, kind="megatron", location=str(_converted(spec, cfg)))
         return build(made, name, cfg, running)
     if spec.kind == "hf":
-        return hf.HFReward.load(name, spec.path, cfg)
+        return hf.HFReward.load(name, spec.path, cfg, spec.attributes)
     require_extra("serve", "httpx", "tenacity")
     from nemo_advrm.rewards import remote
 
@@ -248,8 +265,16 @@ def _check_nemo(spec: SourceSpec, cfg: Config, world_size: int) -> None:
         described = source.description
         if described.head != "reward":
             raise CheckpointError(f"{spec.text}: holds a model with the head {described.head!r}, not a reward model")
+        head = source.tensors()["head.weight"]
+        check_attributes(spec.text.partition("?")[0], head.shape[0], spec.attributes)
         own = dataclasses.replace(described.model, **{key: getattr(cfg.model, key) for key in _OF_THE_JOB})
-        validate_layout(dataclasses.replace(cfg, model=own), world_size)
+        validate_layout(dataclasses.replace(cfg, model=own), world_size, _takes_engine(cfg))
+
+
+def _takes_engine(cfg: Config) -> bool:
+    from nemo_advrm.megatron import engine, runtime
+
+    return engine.usable(runtime.uses_gpu(cfg.trainer.accelerator))
 
 
 def _converted(spec: SourceSpec, cfg: Config) -> Path:

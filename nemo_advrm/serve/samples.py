@@ -12,6 +12,7 @@ from nemo_advrm.data.tokenizers import Tokenizer
 from nemo_advrm.errors import DataError
 from nemo_advrm.rewards.base import RewardSource, Rollouts
 from nemo_advrm.rewards.encoding import encode_rendered
+from nemo_advrm.rewards.limits import longest_row
 from nemo_advrm.rewards.reference import Reference
 from nemo_advrm.rewards.remote import plain_text
 
@@ -66,7 +67,7 @@ class Preparer:
             tokenizer: Tokenizer | None = getattr(source, "tokenizer", None)
             if tokenizer is not None:
                 known = self._tokenizers.get(tokenizer.fingerprint, (tokenizer, 0))[1]
-                limit = min(filter(None, (known, _limit(source), max_tokens)), default=0)
+                limit = min(filter(None, (known, longest_row(source), max_tokens)), default=0)
                 self._tokenizers[tokenizer.fingerprint] = (tokenizer, limit)
         own = {_fingerprint(source) for source in sources}
         self.tokenizer = next((t for t, _ in self._tokenizers.values()), None)
@@ -197,13 +198,6 @@ def _rollouts(batch: list[Prepared], fingerprint: str, kind: str) -> Rollouts:
 def _fingerprint(source: Any) -> str:
     tokenizer = getattr(source, "tokenizer", None)
     return tokenizer.fingerprint if tokenizer is not None else getattr(source, "fingerprint", "")
-
-
-def _limit(source: Any) -> int:
-    """The longest sequence a member takes, 0 when it does not say."""
-    model = getattr(source, "model", None)
-    own = getattr(getattr(model, "model", None), "encoder_seq_length", 0)
-    return own or int(getattr(getattr(model, "config", None), "max_position_embeddings", 0) or 0)
 
 
 def _is_unicode(text: str) -> bool:

@@ -17,6 +17,7 @@ from nemo_advrm.models.policy import AdversarialPolicy, Prompt, encode_prompts
 from nemo_advrm.models.trainable import derive_seed
 from nemo_advrm.rewards.base import RewardSource
 from nemo_advrm.rewards.ensemble import AdversarialReward
+from nemo_advrm.rewards.limits import prompts_with_room
 from nemo_advrm.rewards.local import build_gold
 from nemo_advrm.rewards.reference import Reference
 from nemo_advrm.rewards.sources import load_members
@@ -38,6 +39,7 @@ def main(cfg: Config) -> int:
     tokenizer = build_tokenizer(cfg.model.tokenizer)
     prompts = encode_prompts(attack_prompts(cfg), tokenizer, cfg)
     members = load_members(cfg, cfg.ensemble.members, tokenizer)
+    prompts = prompts_with_room(prompts, tokenizer.fingerprint, members, cfg)
     session.claim(cfg, directory)
     gold = build_gold(cfg.pipeline.gold)
     if not runtime.on_writer((directory / "reference.jsonl").exists):

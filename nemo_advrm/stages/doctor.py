@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.metadata
 import os
 import platform
@@ -13,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from nemo_advrm.megatron import engine
 from nemo_advrm.schema import Config, ModelConfig
 
 FP8_CAPABILITY, MXFP8_CAPABILITY = (8, 9), (10, 0)
@@ -52,7 +52,7 @@ def findings(model: ModelConfig) -> list[Finding]:
         return [*rows, _cpu(_cpu_flags())]
     capabilities = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
     rows += _gpus(torch)
-    rows.append(fp8_finding(capabilities, _version("transformer-engine") is not None))
+    rows.append(fp8_finding(capabilities, not engine.fault()))
     rows += _backends(torch.distributed)
     rows += [_kernels(bool(capabilities)), _fusions(model, bool(capabilities)), _resiliency()]
     return [*rows, _cpu(_cpu_flags())]
@@ -77,11 +77,9 @@ def _transformer_engine() -> Finding:
     if version is None:
         lost = "no FP8, no fused layers; Megatron-Core's own layers are used (same results)"
         return Finding(name, "absent", f"{lost}. On a GPU: pip install 'nemo_advrm[gpu]'", False)
-    try:
-        importlib.import_module("transformer_engine.pytorch")
-    except Exception as error:  # a build against other CUDA or torch versions fails in many ways
-        return Finding(name, f"{version}, cannot be imported", f"treated as absent: {error}", False)
-    return Finding(name, version, "FP8 and fused layers can be used")
+    if fault := engine.fault():
+        return Finding(name, version, f"{fault}; treated as absent", False)
+    return Finding(name, version, "FP8 and fused layers can be used by runs on a GPU")
 
 
 def _apex() -> Finding:
@@ -137,8 +135,7 @@ def _kernels(on_gpu: bool) -> Finding:
     """The layers' kernels and the optimizer's."""
     from nemo_advrm.megatron.fusions import loads
 
-    engine = loads("transformer_engine.pytorch")
-    if on_gpu and engine:
+    if engine.usable(on_gpu):
         adam, layers = "Adam (Transformer Engine)", "linear layers with norms and attention (Transformer Engine)"
     else:
         adam = "Adam (Apex)" if on_gpu and loads("apex.optimizers") else ""

@@ -10,12 +10,13 @@ from torch import Tensor
 from nemo_advrm.data.encoding import encode_pairs
 from nemo_advrm.data.preferences import PreferencePair
 from nemo_advrm.data.tokenizers import build_tokenizer
-from nemo_advrm.errors import ConfigError, RewardSourceError
+from nemo_advrm.errors import ConfigError, DataError, RewardSourceError
 from nemo_advrm.megatron import runtime
 from nemo_advrm.objectives.reference import standardise_members
 from nemo_advrm.objectives.uncertainty import combine
 from nemo_advrm.rewards import sources
 from nemo_advrm.rewards.base import RewardSource, Rollouts, checked_scores
+from nemo_advrm.rewards.limits import longest_row
 from nemo_advrm.rewards.standardisation import described, read_statistics
 from nemo_advrm.schema import Config
 from nemo_advrm.stages import inputs, session
@@ -84,8 +85,13 @@ def _rollouts(source: RewardSource, rows: list[PreferencePair], cfg: Config) -> 
         texts = [row.chosen for row in rows] + [row.rejected for row in rows]
         ended = [row.chosen_ended for row in rows] + [row.rejected_ended for row in rows]
         return _texts([row.prompt for row in rows] * 2, texts, ended), [row.source for row in rows]
-    limit, data = cfg.model.encoder_seq_length, cfg.data
-    pairs, counts = encode_pairs(rows, tokenizer, limit, data.on_overlong, data.on_bad_row)
+    limit, own, data = cfg.model.encoder_seq_length, longest_row(source), cfg.data
+    try:
+        pairs, counts = encode_pairs(rows, tokenizer, min(limit, own or limit), data.on_overlong, data.on_bad_row)
+    except DataError as error:
+        if not own or own > limit:
+            raise
+        raise DataError(f"{source.name}, which takes {own} tokens: {error}") from error
     inputs.say_changed(f"pairs for {source.name}", counts)
     tokens = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
     rollouts = _texts([()] * len(tokens), [""] * len(tokens), [True] * len(tokens))

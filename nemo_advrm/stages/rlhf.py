@@ -15,6 +15,7 @@ from nemo_advrm.models.trainable import derive_seed
 from nemo_advrm.objectives.reference import MemberStatistics
 from nemo_advrm.rewards.base import RewardSource
 from nemo_advrm.rewards.ensemble import PolicyReward
+from nemo_advrm.rewards.limits import prompts_with_room
 from nemo_advrm.rewards.local import build_gold
 from nemo_advrm.rewards.sources import load_members
 from nemo_advrm.rewards.standardisation import combined, read_statistics
@@ -35,6 +36,7 @@ def main(cfg: Config) -> int:
     tokenizer = build_tokenizer(cfg.model.tokenizer)
     prompts = encode_prompts(rlhf_prompts(cfg), tokenizer, cfg)
     members = load_members(cfg, cfg.ensemble.members, tokenizer)
+    prompts = prompts_with_room(prompts, tokenizer.fingerprint, members, cfg)
     session.claim(cfg, directory)
     statistics = _statistics(cfg, tokenizer, directory, prompts, members)
     reward = combined(members, cfg.ensemble.aggregate, cfg.ensemble.coefficient, statistics, directory)

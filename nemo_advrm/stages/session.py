@@ -19,8 +19,7 @@ import yaml
 from nemo_advrm.config import resolved, save_resolved, versions
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.layout import validate_layout
-from nemo_advrm.megatron import checkpoint, heartbeat, runtime, stopping
-from nemo_advrm.megatron.transformer import has_transformer_engine
+from nemo_advrm.megatron import checkpoint, engine, heartbeat, runtime, stopping
 from nemo_advrm.place import host_name, place
 from nemo_advrm.quiet import quiet_libraries
 from nemo_advrm.rewards import sources
@@ -85,7 +84,7 @@ def start(cfg: Config) -> runtime.Runtime:
     quiet_libraries()  # again: libraries set their own levels when they are imported
     model = cfg.model
     world_size = place().world_size
-    validate_layout(cfg, world_size, has_transformer_engine())
+    validate_layout(cfg, world_size, engine.usable(runtime.uses_gpu(cfg.trainer.accelerator)))
     layout = runtime.Layout(
         model.tensor_model_parallel_size, model.pipeline_model_parallel_size, model.context_parallel_size
     )

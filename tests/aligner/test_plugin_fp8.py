@@ -45,6 +45,6 @@ def test_tokens_are_padded_to_a_multiple_of_16_without_a_change_of_the_rewards(f
 def test_what_is_missing_is_told(found: dict[str, Any]) -> None:
     needs = "ConfigError: model.fp8=True needs Transformer Engine, which"
     assert found["refused_without_engine"] == f"{needs} is off (model.transformer_engine)"
-    assert found["refused_without_its_package"] == f"{needs} is not installed"
+    assert found["refused_without_its_package"] == f"{needs} is not installed (pip install 'nemo_advrm[gpu]')"
     told = ("model.fp8=True needs a format", "model.force_head_dtype=bf16", "model.encoder_seq_length=40 leaves 40")
     assert all(start in message for start, message in zip(told, found["refused"], strict=True))

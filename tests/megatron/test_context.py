@@ -15,7 +15,7 @@ from distributed import Worlds
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from tiny import tiny_config
 
-from nemo_advrm.megatron import checkpoint, transformer
+from nemo_advrm.megatron import checkpoint, engine, transformer
 from nemo_advrm.megatron.attention import FusedCoreAttention
 from nemo_advrm.megatron.precision import alignment
 from nemo_advrm.megatron.runtime import Layout, Runtime
@@ -181,7 +181,7 @@ def test_transformer_engine_attends_where_it_can(
 ) -> None:
     """Its DotProductAttention has no backend for sequences that ranks share in fp32."""
     spec = get_gpt_layer_local_spec(normalization="RMSNorm")
-    monkeypatch.setattr(transformer, "has_transformer_engine", lambda: True)
+    monkeypatch.setattr(engine, "fault", lambda: "")
     monkeypatch.setattr(transformer, "get_gpt_layer_with_transformer_engine_spec", lambda **_: spec)
     its_own = spec.submodules.self_attention.submodules.core_attention
     chosen = transformer.layer_spec(ModelConfig(**settings), dtype, on_gpu=True)

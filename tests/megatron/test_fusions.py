@@ -9,7 +9,7 @@ import torch
 from megatron.core.models.common.embeddings import rope_utils
 from tiny import TOKENIZER, pairs, tiny_config
 
-from nemo_advrm.megatron import fusions, schedule
+from nemo_advrm.megatron import engine, fusions, schedule
 from nemo_advrm.megatron.generation import generate, uniforms
 from nemo_advrm.megatron.gpt import HeadedGPT
 from nemo_advrm.megatron.model import build_model
@@ -29,6 +29,8 @@ def gpu_with(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def install(*modules: str, triton: bool = True) -> None:
         monkeypatch.setattr(fusions, "loads", lambda module: module in modules)
+        absent = "" if "transformer_engine.pytorch" in modules else "is not installed"
+        monkeypatch.setattr(engine, "fault", lambda: absent)
         monkeypatch.setattr(fusions.importlib.util, "find_spec", lambda name: object() if triton else None)
 
     return install

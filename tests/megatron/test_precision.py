@@ -12,7 +12,7 @@ from distributed import Worlds
 from tiny import TOKENIZER, sequences, tiny_config
 
 from nemo_advrm.errors import ConfigError
-from nemo_advrm.megatron import checkpoint, precision
+from nemo_advrm.megatron import checkpoint, engine, precision
 from nemo_advrm.megatron.generation import generate, uniforms
 from nemo_advrm.megatron.model import MegatronModel, build_model
 from nemo_advrm.megatron.runtime import Layout, Runtime
@@ -25,7 +25,7 @@ from nemo_advrm.schema import ModelConfig, PrecisionConfig
 
 @pytest.fixture
 def blackwell(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(precision, "has_transformer_engine", lambda: True)
+    monkeypatch.setattr(engine, "fault", lambda: "")
     monkeypatch.setattr(precision, "capability", lambda: (10, 0))
 
 
@@ -91,9 +91,9 @@ def test_lengths_are_multiples_of_what_fp8_and_sequence_parallelism_need(
     ],
 )
 def test_what_the_machine_lacks_is_one_error(
-    monkeypatch: pytest.MonkeyPatch, name: str, engine: bool, capability: tuple[int, int] | None, message: str
+    monkeypatch: pytest.MonkeyPatch, name: str, present: bool, capability: tuple[int, int] | None, message: str
 ) -> None:
-    monkeypatch.setattr(precision, "has_transformer_engine", lambda: engine)
+    monkeypatch.setattr(engine, "fault", lambda: "" if present else "is not installed (pip install it)")
     monkeypatch.setattr(precision, "capability", lambda: capability)
     with pytest.raises(ConfigError, match=message):
         transformer_config(_model(), PrecisionConfig(name), on_gpu=capability is not None)

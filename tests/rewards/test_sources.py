@@ -106,8 +106,8 @@ def test_what_is_no_reward_model_is_refused_before_work(checkpoints: dict[str, P
         (f"hf:{tmp_path / 'absent'}", "no such directory"),
         (f"hf:{tmp_path}", "config.json"),
         (f"hf:{_spoil(hf, tmp_path / 'causal', architectures=['LlamaForCausalLM'])}", "not a reward model"),
-        (f"hf:{_spoil(hf, tmp_path / 'two', id2label={'0': 'a', '1': 'b'})}", "2 labels"),
-        (f"hf:{_spoil(hf, tmp_path / 'default', id2label=None)}", "2 labels"),
+        (f"hf:{_spoil(hf, tmp_path / 'two', id2label={'0': 'a', '1': 'b'})}", "2 outputs (labels)"),
+        (f"hf:{_spoil(hf, tmp_path / 'default', id2label=None)}", "2 outputs (labels)"),
         (f"nemo:{tmp_path / 'x.nemo'}", "x.nemo"),
     ]
     pickled = _spoil(hf, tmp_path / "pickled")

@@ -1,0 +1,56 @@
+"""The longest row that a reward source takes, as training, evaluation, serving and scoring all know it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from nemo_advrm.errors import DataError
+from nemo_advrm.rewards.base import RewardSource
+from nemo_advrm.schema import Config
+
+if TYPE_CHECKING:
+    from nemo_advrm.models.policy import Prompt
+
+
+def longest_row(source: Any) -> int:
+    """Most tokens of a conversation that ``source`` scores; 0 where it has no limit or does not say.
+
+    A Hugging Face member has positions or a tokenizer that end somewhere, a Megatron model the context of its
+    configuration (model.encoder_seq_length). A server refuses what is too long for it itself.
+    """
+    hard = int(getattr(source, "longest", 0))
+    return hard or int(getattr(getattr(getattr(source, "model", None), "model", None), "encoder_seq_length", 0))
+
+
+def prompts_with_room(
+    prompts: list[Prompt], fingerprint: str, sources: Sequence[RewardSource], cfg: Config
+) -> list[Prompt]:
+    """The prompts, numbered anew, whose responses every source can score; all of them unless data.on_overlong=skip.
+
+    Raises DataError, before anything is sampled, for a prompt that leaves no room: none for ``rl.max_new_tokens`` where
+    the policy's tokenizer (``fingerprint``) is the source's, else none for a single token.
+    """
+    kept = prompts
+    for source in sources:
+        limit, tokenizer = int(getattr(source, "longest", 0)), getattr(source, "tokenizer", None)
+        if not limit or tokenizer is None:
+            continue
+        same = tokenizer.fingerprint == fingerprint
+        needed = cfg.rl.max_new_tokens if same else 1
+        fitting = []
+        for prompt in kept:
+            length = len(prompt.tokens) if same else len(tokenizer.encode_prompt(prompt.messages))
+            if length + needed <= limit:
+                fitting.append(prompt)
+            elif cfg.data.on_overlong != "skip":
+                room = f"rl.max_new_tokens={needed}" if same else "a response"
+                raise DataError(
+                    f"prompt {prompt.index + 1} has {length} tokens, which leaves no room for {room}: "
+                    f"reward source {source.name} takes {limit} tokens (or set data.on_overlong=skip)"
+                )
+        if not fitting:
+            raise DataError(f"no prompt leaves room for a response: reward source {source.name} takes {limit} tokens")
+        kept = fitting
+    return [dataclasses.replace(prompt, index=i) for i, prompt in enumerate(kept)]
