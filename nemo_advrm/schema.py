@@ -171,8 +171,7 @@ class EnsembleConfig:
 
     size: int = 2
     bootstrap: bool = False  # each member trains on its own bootstrap sample
-    # reward sources (attack, rlhf, evaluate, serve), R_1 first: DIR, hf:DIR, nemo:FILE (each with ?attributes=W1,W2,... where
-    # the model has several outputs), http://HOST:PORT, triton+http://HOST:PORT/MODEL
+    # reward sources, R_1 first: DIR, hf:DIR, nemo:FILE, DIR?attributes=W1,W2, http://HOST:PORT, triton+http://HOST:PORT/MODEL
     members: list[str] = field(default_factory=list)
     aggregate: str = "mean"  # mean | min | lcb | uwo | gap
     coefficient: float = 1.0  # of lcb (std) and uwo (variance)
