@@ -12,7 +12,7 @@ from distributed import Worlds
 from tiny import TOKENIZER, sequences, tiny_config
 
 from nemo_advrm.errors import ConfigError
-from nemo_advrm.megatron import checkpoint, engine, precision
+from nemo_advrm.megatron import checkpoint, engine, fusions, precision
 from nemo_advrm.megatron.generation import generate, uniforms
 from nemo_advrm.megatron.model import MegatronModel, build_model
 from nemo_advrm.megatron.runtime import Layout, Runtime
@@ -26,6 +26,7 @@ from nemo_advrm.schema import ModelConfig, PrecisionConfig
 @pytest.fixture
 def blackwell(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "fault", lambda: "")
+    monkeypatch.setattr(fusions, "_rotation", lambda *_: "not here")  # Megatron-Core itself looks for the kernel
     monkeypatch.setattr(precision, "capability", lambda: (10, 0))
 
 
@@ -76,7 +77,7 @@ def test_lengths_are_multiples_of_what_fp8_and_sequence_parallelism_need(
 
 
 @pytest.mark.parametrize(
-    ("name", "engine", "capability", "message"),
+    ("name", "present", "capability", "message"),
     [
         ("fp8_current", False, None, r"Transformer Engine, which is not installed.* and a GPU of .*8\.9.*none is used"),
         (

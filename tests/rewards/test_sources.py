@@ -13,6 +13,8 @@ from tiny import TOKENIZER, tiny_config
 
 from nemo_advrm.data.tokenizers import ByteTokenizer
 from nemo_advrm.errors import CheckpointError, ConfigError, LayoutError
+from nemo_advrm.megatron import checkpoint
+from nemo_advrm.megatron.model import build_model
 from nemo_advrm.megatron.runtime import Runtime
 from nemo_advrm.rewards.sources import build, check, for_scoring, load_members, parse, parse_members
 
@@ -151,3 +153,23 @@ def test_tokenizer_files_inside_a_checkpoint_are_its_tokenizer(single: Runtime, 
 def test_scoring_stages_take_the_first_checkpoints_architecture(checkpoints: dict[str, Path]) -> None:
     cfg = for_scoring(tiny_config(num_layers=3), [f"hf:{checkpoints['hf']}", str(checkpoints["gpt"])])
     assert (cfg.model.num_layers, cfg.model.hidden_size) == (2, 16)
+
+
+def test_a_regression_models_outputs_are_weighed(single: Runtime, tmp_path: Path) -> None:
+    cfg = tiny_config(num_layers=1)
+    built = build_model(
+        cfg.model, cfg.precision, "reward", 64, seed=3, trainable=False, head_outputs=2, head_init_std=0.3
+    )
+    path = tmp_path / "rm"
+    checkpoint.save(path, built, meta={"tokenizer": TOKENIZER.fingerprint, "tokenizer_spec": "synthetic"})
+    parts = load_members(cfg, [f"{path}?attributes={weights}" for weights in ("1,0", "0,1", "2,-0.5")], TOKENIZER)
+    first, second, both = (member.score(rollouts()) for member in parts)
+    assert (first - second).abs().min() > 1e-3
+    torch.testing.assert_close(both, 2 * first - 0.5 * second)
+    for text, words in ((str(path), "attributes=1,1"), (f"{path}?attributes=1", "1 weights, the head has 2 outputs")):
+        spec = parse(text, "ensemble.members[1]")
+        with pytest.raises(CheckpointError, match=r"ensemble\.members\[1\]") as caught:
+            check(spec, cfg, 1)
+        assert words in str(caught.value)
+        with pytest.raises(CheckpointError):
+            build(spec, "R_2", cfg, TOKENIZER)
