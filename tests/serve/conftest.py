@@ -86,7 +86,8 @@ def checkpoints(single: Runtime, tmp_path_factory: pytest.TempPathFactory) -> li
 @pytest.fixture(scope="session")
 def served(checkpoints: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     members = ",".join(map(str, checkpoints))
-    server = ServerProcess(tmp_path_factory.mktemp("server"), f"ensemble.members=[{members}]", "serve.max_body_mib=2")
+    limits = ("serve.max_body_mib=2", "serve.max_pending_mib=20")
+    server = ServerProcess(tmp_path_factory.mktemp("server"), f"ensemble.members=[{members}]", *limits)
     reward = UncertaintyReward(load_members(tiny_config(), [str(p) for p in checkpoints], TOKENIZER))
     ended = rollouts()
     ended.ended = [True] * 4

@@ -21,7 +21,9 @@ LIMITS = settings(
 
 def test_generated_requests(served: Served) -> None:
     schema = schemathesis.openapi.from_url(f"{served.server.address}/openapi.json")
+    asked = set()
     for operation in (result.ok() for result in schema.get_all_operations()):
+        asked.add((operation.path, operation.method))
         for mode in MODES[operation.method]:
 
             @LIMITS
@@ -30,6 +32,8 @@ def test_generated_requests(served: Served) -> None:
                 case.call_and_validate(base_url=served.server.address, checks=WANTED, timeout=20)
 
             answers_as_described()
+    document = served.client.get("/openapi.json").json()
+    assert asked == {(path, method) for path, methods in document["paths"].items() for method in methods}
 
 
 @LIMITS
