@@ -63,7 +63,7 @@ class LocalServer:
             self.options.queue_tokens,
             self.options.timeout_seconds,
         )
-        preparer = Preparer([SimpleNamespace(tokenizer=TOKENIZER)])  # type: ignore[list-item]
+        preparer = Preparer([SimpleNamespace(tokenizer=TOKENIZER)], self.options.max_sample_tokens)  # type: ignore[list-item]
         self.service = Service(self.options, preparer, queue, ["one"], "mean")
         self.socket = bind(self.options, token)
         self.port: int = self.socket.getsockname()[1]

@@ -207,8 +207,8 @@ def test_large_requests_are_prepared_by_and_by(local: LocalServer, monkeypatch: 
 @pytest.mark.parametrize("path", [*FIELDS, INFER])
 @pytest.mark.parametrize("entry", [b"{}", b"[]", b'""', b"0", b"null", b"[[]]", b'{"text":"x"}'])
 def test_a_million_samples(path: str, entry: bytes) -> None:
-    """With the limits as they are set without a word."""
-    with pytest.MonkeyPatch.context() as patch, local_server(patch, max_body_mib=16) as local:
+    """With the limits as they are, but for a body in which all find room; a list of numbers is one sample of tokens."""
+    with pytest.MonkeyPatch.context() as patch, local_server(patch, max_body_mib=16, max_sample_tokens=64) as local:
         body = b'{"' + FIELDS.get(path, "inputs").encode() + b'": [' + (entry + b",") * 1_000_000 + entry + b"]}"
         with ThreadPoolExecutor(4) as pool:
             answers = [pool.submit(local.post, path, body) for _ in range(4)]
