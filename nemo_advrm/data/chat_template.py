@@ -88,15 +88,27 @@ class ChatTemplate:
     @cached_property
     def tail(self) -> str:
         """What the template writes after the answer of a finished conversation."""
-        return self._render([Message(role="user", content="Hi"), Message(role="assistant", content=_MARK)]).rpartition(
-            _MARK
-        )[2]
+        return self._around("assistant")[1]
 
     @cached_property
     def head(self) -> str:
-        """What a finished conversation begins with, up to the first user's text."""
-        text = self._render([Message(role="user", content=_MARK), Message(role="assistant", content="Hello")])
-        return text.partition(_MARK)[0] if _MARK in text else ""
+        """What a finished conversation begins with, up to the user's text."""
+        return self._around("user")[0]
+
+    def _around(self, role: str) -> tuple[str, str]:
+        """What stands before and after the text of ``role`` in a finished conversation; "" for a text left out."""
+        refusal: DataError | None = None
+        for probe in _PROBES[:2]:  # some templates want a system message
+            marked = [replace_content(m, _MARK) if m["role"] == role else m for m in probe]
+            try:
+                text = self._render(marked)
+            except DataError as error:
+                refusal = refusal or error
+                continue
+            before, mark, after = text.rpartition(_MARK)
+            return (before, after) if mark else ("", "")
+        assert refusal is not None
+        raise refusal
 
     def _render(self, messages: Sequence[Message], dates: dict[str, str] | None = None, **options: Any) -> str:
         if self.asks_date:

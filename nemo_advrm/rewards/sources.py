@@ -234,9 +234,9 @@ def member_tokenizer(spec: SourceSpec, meta: dict[str, Any], running: Tokenizer 
     Raises CheckpointError when it cannot be known or has changed.
     """
     fingerprint, rule = meta.get("tokenizer"), rule_of(meta, spec.text)
+    if isinstance(running, HFTokenizer) and running.has_template and running.rule != rule:
+        running = HFTokenizer(running.path, rule)
     if running is not None and fingerprint in (None, running.fingerprint):
-        if isinstance(running, HFTokenizer) and running.rule != rule:
-            running = HFTokenizer(running.path, rule)
         return _read_by(running, meta, spec)
     files = spec.path / "tokenizer"
     named = f"hf:{files}" if files.is_dir() else meta.get("tokenizer_spec")

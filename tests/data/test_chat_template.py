@@ -118,3 +118,11 @@ def test_a_template_without_a_date_is_left_alone(tmp_path: Path, caplog: pytest.
     HFTokenizer(directory)
     pin_date(directory, ReadingRule())
     assert (directory / "chat_template.jinja").read_text() == before and not caplog.text
+
+
+def test_a_template_that_wants_a_system_message_can_be_used(tmp_path: Path) -> None:
+    template = "{% if messages[0]['role'] != 'system' %}{{ raise_exception('no system') }}{% endif %}" + TURNS
+    tokenizer = HFTokenizer(save(tmp_path, template))
+    assert tokenizer.eos_id == 2  # <|im_end|>, as its turns end
+    with pytest.raises(DataError, match="refuses this conversation: no system"):
+        tokenizer.encode_conversation(QUESTION, "the answer")

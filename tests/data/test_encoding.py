@@ -6,11 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from hf_tokenizers import save_hf
+from template_traits import TEMPLATES
 
 from nemo_advrm.data.encoding import encode_pairs
 from nemo_advrm.data.messages import Message
 from nemo_advrm.data.preferences import PreferencePair, load_preferences
-from nemo_advrm.data.tokenizers import ByteTokenizer
+from nemo_advrm.data.tokenizers import ByteTokenizer, HFTokenizer
 from nemo_advrm.errors import ConfigError, DataError
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"
@@ -102,3 +104,20 @@ def test_real_pairs_end_in_one_eos_within_the_limit() -> None:
         assert pair.chosen[: pair.prompt_length] == pair.rejected[: pair.prompt_length]
         for ids in (pair.chosen, pair.rejected):
             assert len(ids) <= 512 and ids[-1] == 1 and ids.count(1) == 1
+
+
+def test_a_template_shares_what_stands_before_the_answers(tmp_path: Path) -> None:
+    """Both sides are finished conversations; the cut is at their start, and no answer loses a token."""
+    tokenizer = HFTokenizer(save_hf(tmp_path, template=TEMPLATES["opens_think"], eos_token="<|endoftext|>"))
+    pair = row("the question is the answer", "the answer is", "the answer is not")
+    whole = [tokenizer.encode_conversation(pair.prompt, text) for text in (pair.chosen, pair.rejected)]
+    (encoded,), _ = encode_pairs([pair], tokenizer, 128)
+    assert [encoded.chosen, encoded.rejected] == whole and tokenizer.decode(whole[0][-1:]) == "\n"
+    assert encoded.chosen[: encoded.prompt_length] == encoded.rejected[: encoded.prompt_length]
+    opened = tokenizer.encode_conversation(pair.prompt, "", ended=False)
+    shortest = len(whole[1]) - len(opened) + 1  # one token of the prompt is left
+    (encoded,), counts = encode_pairs([pair], tokenizer, shortest, "truncate_prompt")
+    assert [encoded.chosen, encoded.rejected] == [ids[len(opened) - 1 :] for ids in whole]
+    assert counts["truncated"] == 1
+    with pytest.raises(DataError, match="all 1 rows are too long"):  # though both answers begin alike
+        encode_pairs([pair], tokenizer, shortest - 1, "truncate_prompt")

@@ -25,7 +25,7 @@ from nemo_advrm.errors import CheckpointError
 from nemo_advrm.megatron.runtime import Runtime
 from nemo_advrm.rewards.base import RewardSource, Rollouts
 from nemo_advrm.rewards.hf import HFReward
-from nemo_advrm.rewards.sources import build, parse
+from nemo_advrm.rewards.sources import build, member_tokenizer, parse
 from nemo_advrm.schema import ConvertConfig
 
 TOLERANCE = {"atol": 2e-5, "rtol": 1e-4}
@@ -134,6 +134,11 @@ def test_a_checkpoint_without_a_rule_keeps_the_old_one_and_says_so_once(
         rows.append([*ids, *tokenizer(answer, add_special_tokens=False).input_ids, 2])
     expected = HFReward.load("hf", directory, tiny_config()).score_tokens(rows)
     torch.testing.assert_close(members[0].score(rollouts()), expected, **TOLERANCE)
+
+    # the tokenizer of the run will do where the checkpoint names none, read by the checkpoint's rule
+    named = parse(str(tmp_path / "nowhere"), "members[0]")
+    silent = member_tokenizer(named, {"tokenizer": old.fingerprint}, HFTokenizer(directory))
+    assert silent.encode_conversation(conversation("x")[:-1], "x")[-1] == 2
 
     # exported, the old rule travels with it
     convert(
