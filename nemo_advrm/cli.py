@@ -268,8 +268,8 @@ def guarded(call: Callable[[], int | None]) -> int:
             return _stopped_without_saving(error)
         print(f"error: {error}", file=sys.stderr)
         return EXIT_PROCESS_LOST
-    except FailedElsewhere:
-        return EXIT_BUG
+    except FailedElsewhere as error:
+        return EXIT_USER_ERROR if error.by_system else EXIT_BUG
     except KeyboardInterrupt:
         if here.rank == 0:
             print("interrupted", file=sys.stderr)
@@ -278,9 +278,11 @@ def guarded(call: Callable[[], int | None]) -> int:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             print(f"error: {error}; make room, and the same command goes on", file=sys.stderr)
             return EXIT_USER_ERROR
-        stopped = (
-            signals.received()
-        )  # before the others are asked, which takes time: a launcher ends what is left of a job
+        if isinstance(error, OSError) and error.errno and error.filename:  # what the system refuses is no bug
+            where = "" if here.rank == 0 else f" (rank {here.rank} on {host_name()})"
+            print(f"error{where}: {os.fsdecode(error.filename)}: {error.strerror}", file=sys.stderr)
+            return EXIT_USER_ERROR
+        stopped = signals.received()  # asked first: a launcher soon ends what is left of a job whose process died
         told = _lost_process(error)
         if told is not None and stopped:
             return _stopped_without_saving(told)
@@ -328,7 +330,12 @@ def run_stage(name: str, overrides: Sequence[str]) -> int | None:
     signals.leave_if_received("before anything began: nothing is lost, the same command starts over")
     with contextlib.nullcontext() if name in _RESUMABLE else signals.at_once():
         stage: Callable[..., int | None] = getattr(importlib.import_module(module), function)
-        return stage(cfg)
+        try:
+            return stage(cfg)
+        finally:
+            writers = sys.modules.get("nemo_advrm.stages.writers")
+            if writers is not None:
+                writers.release_all()
 
 
 def _dispatch(words: list[str]) -> int | None:

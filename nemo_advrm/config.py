@@ -6,8 +6,8 @@ import copy
 import dataclasses
 import functools
 import importlib.metadata
-import os
 import platform
+import re
 import subprocess
 import typing
 from collections.abc import Iterator, Sequence
@@ -23,6 +23,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from nemo_advrm import files
 from nemo_advrm.checks import check_values
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.keys import expected_type, is_section, nearest, nearest_key, stages_with_settings, type_name
@@ -108,10 +109,7 @@ def for_stage(cfg: Config, stage: str) -> Config:
 
 def save_resolved(cfg: Config, path: Path) -> None:
     """Write the whole configuration, every key with its value, as YAML; complete once it bears its name."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}")  # jobs of one run may start together
-    partial.write_text(resolved(cfg), encoding="utf-8")
-    partial.rename(path)
+    files.write_text(path, resolved(cfg))
 
 
 def resolved(cfg: Config) -> str:
@@ -147,8 +145,10 @@ def _parse(overrides: Sequence[str]) -> list[Override]:
             raise ConfigError(f"cannot read the setting {line!r} (no key); write key=value")
         if line.startswith("-"):
             raise ConfigError(f"unknown option {line}: settings are written key=value")
+        if any("\ud800" <= letter <= "\udfff" for letter in line):
+            raise ConfigError(f"cannot read the setting {line!a}: it holds bytes that are no text in this locale")
         try:
-            parsed.append(parser.parse_override(line))
+            parsed.append(_parse_as_typed(parser, line))
         except HydraException as error:
             reason = str(error).splitlines()[0]
             key = line.partition("=")[0].lstrip("+~").strip()
@@ -158,6 +158,43 @@ def _parse(overrides: Sequence[str]) -> list[Override]:
                 "holds any of , = : { } [ ] ( ) or a space, as in 'key=\"a,b\"'"
             ) from None
     return parsed
+
+
+def _parse_as_typed(parser: OverridesParser, line: str) -> Override:
+    """The override as Hydra reads it; a plain text that its grammar refuses, or takes for a number, is meant literally.
+
+    Hydra wants quotes around spaces at odd places, letters beyond ASCII and more, and the shell takes those away that
+    are typed. Lists of texts are read in the same way, text by text.
+    """
+    name, _, text = line.partition("=")
+    key = name.lstrip("+~").strip()
+    expected = expected_type(key)
+    is_list = typing.get_origin(expected) is list and typing.get_args(expected) == (str,)
+    if not text or not (expected is str or is_list):
+        return parser.parse_override(line)
+    try:
+        found = parser.parse_override(line)
+        read = found.value() if not found.is_sweep_override() else ""
+        if is_list or read is None or (isinstance(read, str) and not text.endswith("\\")):
+            return found
+    except HydraException:
+        if text.lstrip()[:1] in ("'", '"'):
+            raise
+    if is_list:
+        if not (text.startswith("[") and text.endswith("]")):
+            return parser.parse_override(line)
+        items = [_quoted(item.strip()) for item in text[1:-1].split(",")]
+        return parser.parse_override(f"{name}=[{','.join(items)}]")
+    return parser.parse_override(f"{name}={_quoted(text)}")
+
+
+def _quoted(text: str) -> str:
+    """A text for Hydra's grammar that means the text itself; one that is quoted stays as it is."""
+    if text[:1] in ("'", '"'):
+        return text
+    body = re.sub(r"(\\*)'", lambda m: m[1] * 2 + "\\'", text)  # backslashes count before a quote only
+    trailing = len(body) - len(body.rstrip("\\"))
+    return "'" + body + "\\" * trailing + "'"
 
 
 def _search_path(overrides: Sequence[Override]) -> list[Path]:

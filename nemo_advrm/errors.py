@@ -46,4 +46,7 @@ class ProcessLost(Exception):
 
 
 class FailedElsewhere(Exception):
-    """The first process failed and shows why; raised by the others, which stop with it (exit status 1)."""
+    """The first process failed and shows why; raised by the others, which stop with it and with its exit status."""
+
+    # True where the system refused something (exit status 2), else it is a bug (exit status 1)
+    by_system = False

@@ -213,10 +213,26 @@ def test_unknown_group_option_names_the_nearest_and_lists_all(override: str, par
     assert all(part in text for part in parts), text
 
 
-@pytest.mark.parametrize("override", ["model.num_layers=[1", "seed", "a b=1", "data.train_path=a=b", "=3"])
+@pytest.mark.parametrize("override", ["model.num_layers=[1", "seed", "a b=1", "seed=a=b", "data.train_path='a", "=3"])
 def test_override_that_cannot_be_read_is_shown_with_how_to_write_it(override: str) -> None:
     text = message(override)
     assert repr(override) in text and "key=value" in text
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["runs/модель", "/tmp/ä ö.jsonl", "a=b", "007", "1e3", "true", "it's", "back\\slash\\", "a(b) [c]", "#1", "x: y"],
+)
+def test_a_text_that_hydra_refuses_or_takes_for_something_else_is_meant_literally(text: str) -> None:
+    assert load_config([f"data.train_path={text}"], "sft").data.train_path == text
+    assert load_config([f"stage.sft.data.train_path={text}"], "sft").data.train_path == text
+
+
+def test_texts_of_a_list_are_read_in_the_same_way_and_quotes_and_interpolations_keep_their_meaning() -> None:
+    assert load_config(["ensemble.members=[runs/ä/model, b c]"], "attack").ensemble.members == ["runs/ä/model", "b c"]
+    assert load_config(["data.train_path='a,b'"], "sft").data.train_path == "a,b"
+    assert load_config(["run_dir=runs/${name}/é", "name=n"], "sft").run_dir == "runs/n/é"
+    assert "no text in this locale" in message("run_dir=\udce4")
 
 
 def test_option_in_place_of_a_setting() -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from nemo_advrm.callbacks.rows import lost_steps, open_rows
 from nemo_advrm.data.jsonl import JsonlWriter
 from nemo_advrm.megatron import runtime
+
+_log = logging.getLogger(__name__)
 
 
 class MetricsWriter(Callback):
@@ -26,8 +30,16 @@ class MetricsWriter(Callback):
         self._validated: int | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if runtime.current().is_writer:
-            self._writer = JsonlWriter(self.path, resume_step=trainer.global_step + self.first_step - 1)
+        resume_step = trainer.global_step + self.first_step - 1
+        self._writer = open_rows(self.path, resume_step)
+        if self._writer is not None:
+            lost = lost_steps(self.path, range(self.first_step, resume_step + 1))
+            if lost:
+                _log.warning("%s; training goes on after step %d", lost, trainer.global_step)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if self._writer is not None:
+            self._writer.sync()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from nemo_advrm.callbacks.rows import lost_steps, open_rows
 from nemo_advrm.data.jsonl import JsonlWriter
+from nemo_advrm.errors import DataError
 from nemo_advrm.megatron import runtime
 from nemo_advrm.models.policy import PolicyModel
 from nemo_advrm.objectives.success import standard_success, strict_success
@@ -25,8 +27,15 @@ class _RolloutWriter(Callback):
         self._writer: JsonlWriter | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if runtime.current().is_writer:
-            self._writer = JsonlWriter(self.path, resume_step=trainer.global_step - 1)
+        self._writer = open_rows(self.path, trainer.global_step - 1)
+        runtime.on_writer(lambda: self._check_rows(trainer.global_step))
+
+    def _check_rows(self, steps: int) -> None:
+        """Called when training begins after so many ``steps``."""
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if self._writer is not None:
+            self._writer.sync()
 
     def _write(self, rows: list[dict[str, Any]]) -> None:
         for part in runtime.current().gather_to_writer(rows):
@@ -48,6 +57,12 @@ class TrajectoryRecorder(_RolloutWriter):
         self.direction = direction
         self.reference = reference
         self.gold = gold
+
+    def _check_rows(self, steps: int) -> None:
+        # samples are what an attack is for
+        lost = lost_steps(self.path, range(steps))
+        if lost:
+            raise DataError(f"{lost}: restore the file, or remove {self.path.parent} and this attack starts over")
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -6,6 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
+from nemo_advrm import files
 from nemo_advrm.errors import CheckpointError
 
 SUFFIX = ".partial"
@@ -39,11 +40,8 @@ class PartialDirectory:
         return self.partial
 
     def complete(self) -> None:
-        for file in self.partial.rglob("*"):
-            if file.is_file():
-                with open(file, "rb") as stream:
-                    os.fsync(stream.fileno())
-        self.partial.rename(self.path)
+        files.sync_tree(self.partial)
+        files.rename(self.partial, self.path)
 
     def remove(self) -> None:
         shutil.rmtree(self.partial, ignore_errors=True)

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from nemo_advrm import files
 from nemo_advrm.errors import DataError
 
 # Text of a byte-level policy or of JSON escapes may hold half a surrogate pair, which UTF-8 cannot: Python's backslash
@@ -131,7 +132,10 @@ def read_appended_jsonl(path: str | Path) -> tuple[list[tuple[int, Any]], str | 
     A last line without its newline that is no whole JSON value was cut by a kill: it is left out. An empty file holds
     no rows. Raises DataError for a missing file and for broken JSON in any other line.
     """
-    lines = require_path(path).read_bytes().split(b"\n")
+    try:
+        lines = require_path(path).read_bytes().split(b"\n")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
     rows: list[tuple[int, Any]] = []
     for number, line in enumerate(lines, start=1):
         if line.strip():
@@ -169,18 +173,9 @@ def dump_line(row: Any) -> str:
 
 def write_jsonl_atomic(path: str | Path, rows: Iterable[Any]) -> None:
     """Write `rows` to a temporary file beside `path`, then rename: a reader sees the old file or the new one, whole."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8", errors=_LONE_SURROGATES) as file:
-            for row in rows:
-                file.write(dump_line(row) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with files.replacing(Path(path), errors=_LONE_SURROGATES) as file:
+        for row in rows:
+            file.write(dump_line(row) + "\n")
 
 
 class JsonlWriter:
@@ -202,9 +197,19 @@ class JsonlWriter:
         if resume_step is None:
             kept = [row for _, row in rows]
         else:
-            kept = [row for _, row in rows if not isinstance(row, dict) or row.get("step", 0) <= resume_step]
+            kept = [row for number, row in rows if self._step(number, row) <= resume_step]
         if torn or len(kept) < len(rows) or not self.path.read_bytes().endswith(b"\n"):
             write_jsonl_atomic(self.path, kept)
+
+    def _step(self, number: int, row: Any) -> int:
+        step = row.get("step", 0) if isinstance(row, dict) else None
+        if not isinstance(step, int):
+            raise DataError(f"{self.path}:{number}: no row of a run (its step is {step!r}): restore or remove the line")
+        return step
+
+    def sync(self) -> None:
+        """Wait until all rows are on the disk, as what is saved after them must not outlive them."""
+        os.fsync(self._file.fileno())
 
     def write(self, row: dict[str, Any]) -> None:
         """Append one row; NaN and infinities are written as null."""

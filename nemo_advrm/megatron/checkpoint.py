@@ -22,6 +22,7 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from torch.distributed.checkpoint.api import CheckpointException  # not an Exception, but a BaseException
 
+from nemo_advrm import files
 from nemo_advrm.data.tokenizers import Tokenizer
 from nemo_advrm.data.vocabulary import check_vocabulary
 from nemo_advrm.errors import CheckpointError
@@ -233,11 +234,12 @@ def put_in_place(partial: Path, path: Path) -> None:
     new, old = _aside(path)
     shutil.rmtree(new, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
+    files.sync_tree(partial, written=".distcp")
     partial.rename(new)
     if path.exists():
         path.rename(old)
     with contextlib.suppress(FileNotFoundError):  # a reader recovered it
-        new.rename(path)
+        files.rename(new, path)
     shutil.rmtree(old, ignore_errors=True)
 
 

@@ -308,6 +308,7 @@ def on_writer(work: Callable[[], T]) -> T:
         except Exception as error:
             failure = error
             shown = FailedElsewhere(f"rank 0 failed: {type(error).__name__}: {one_line(error)}")
+            shown.by_system = isinstance(error, OSError) and bool(error.filename)
             outcome[1] = error if isinstance(error, UserError) else shown
     dist.broadcast_object_list(outcome, 0)
     if failure is not None:

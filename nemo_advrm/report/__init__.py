@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from nemo_advrm.files import write_text
 from nemo_advrm.report.table import render_summary
 
 __all__ = ["render_summary", "write_report"]
@@ -26,14 +27,9 @@ def write_report(run_dir: Path) -> Path:
     directory = run.directory / "report"
     directory.mkdir(exist_ok=True)
     figures = draw_figures(run, summary, directory)
-    _replace(directory / "summary.json", json.dumps(summary, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+    text = json.dumps(summary, indent=2, allow_nan=False, ensure_ascii=False)
+    write_text(directory / "summary.json", text + "\n")
     index = directory / "index.html"
-    _replace(index, render_page(run, summary, figures))
+    write_text(index, render_page(run, summary, figures))
     return index
 
-
-def _replace(path: Path, text: str) -> None:
-    """Write beside and rename, so that a reader never sees half a file."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)

@@ -69,7 +69,18 @@ class Reference:
 
     @classmethod
     def read(cls, path: Path) -> Reference:
-        """Read ``reference.jsonl``; raises CheckpointError when prompts have unequal numbers of samples."""
+        """Read ``reference.jsonl``.
+
+        Raises CheckpointError when prompts have unequal numbers of samples, or for rows that are none of a reference.
+        """
+        try:
+            return cls._read(path)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+            raise CheckpointError(f"{path}: a row is none of a reference ({reason}); restore the file") from error
+
+    @classmethod
+    def _read(cls, path: Path) -> Reference:
         grouped: dict[int, list[dict]] = {}
         for _, row in read_jsonl(path):
             grouped.setdefault(row["prompt_id"], []).append(row)

@@ -18,7 +18,7 @@ from types import FrameType
 
 import uvicorn
 
-from nemo_advrm import signals
+from nemo_advrm import files, signals
 from nemo_advrm.errors import ConfigError, RewardSourceError, UserError
 from nemo_advrm.schema import ServeConfig
 from nemo_advrm.serve.app import create_app
@@ -128,10 +128,7 @@ class _Server(uvicorn.Server):
         triton = f", by Triton at {self.triton.address}" if self.triton is not None else ""
         if self.triton is not None:
             about["triton"] = self.triton.address
-        self.directory.mkdir(parents=True, exist_ok=True)
-        partial = announced.with_suffix(".partial")
-        partial.write_text(json.dumps(about))
-        partial.rename(announced)
+        files.write_text(announced, json.dumps(about))
         print(f"serving {name} at {self.address}{triton}  (documentation: {self.address}/docs)", flush=True)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:

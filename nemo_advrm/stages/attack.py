@@ -10,8 +10,8 @@ from nemo_advrm.callbacks.rollouts import TrajectoryRecorder
 from nemo_advrm.data.jsonl import read_jsonl, write_jsonl_atomic
 from nemo_advrm.data.messages import Message
 from nemo_advrm.data.tokenizers import Tokenizer, build_tokenizer
-from nemo_advrm.errors import ConfigError
-from nemo_advrm.megatron import checkpoint, runtime, stopping
+from nemo_advrm.errors import ConfigError, DataError
+from nemo_advrm.megatron import checkpoint, manifest, runtime, stopping
 from nemo_advrm.models.language_model import build_policy
 from nemo_advrm.models.policy import AdversarialPolicy, Prompt, encode_prompts
 from nemo_advrm.models.trainable import derive_seed
@@ -22,9 +22,12 @@ from nemo_advrm.rewards.local import build_gold
 from nemo_advrm.rewards.reference import Reference
 from nemo_advrm.rewards.sources import load_members
 from nemo_advrm.schema import Config
-from nemo_advrm.stages import inputs, session
-from nemo_advrm.stages.fit import drop_training_checkpoints, fit, read_json, tokenizer_meta, write_json
+from nemo_advrm.stages import inputs, results, session
+from nemo_advrm.stages.fit import drop_training_checkpoints, fit, records, tokenizer_meta
 from nemo_advrm.stages.reference import sample, write_reference
+
+# what the summary of every adversary holds
+_SUMMED = ("samples", "steps", "seconds", "success_standard", "success_strict")
 
 
 def main(cfg: Config) -> int:
@@ -40,7 +43,7 @@ def main(cfg: Config) -> int:
     prompts = encode_prompts(attack_prompts(cfg), tokenizer, cfg)
     members = load_members(cfg, cfg.ensemble.members, tokenizer)
     prompts = prompts_with_room(prompts, tokenizer.fingerprint, members, cfg)
-    session.claim(cfg, directory)
+    session.claim(cfg, directory, "attack")
     gold = build_gold(cfg.pipeline.gold)
     if not runtime.on_writer((directory / "reference.jsonl").exists):
         policy = build_policy(cfg, tokenizer, cfg.pretrained_checkpoint.restore_from_path, 0, trainable=False)
@@ -48,6 +51,11 @@ def main(cfg: Config) -> int:
         rollouts = sample(cfg, tokenizer, policy, prompts, count, derive_seed(cfg.seed, "reference"))
         write_reference(directory / "reference.jsonl", rollouts, count, members, gold)
     reference = runtime.on_writer(lambda: Reference.read(directory / "reference.jsonl"))
+    if len(reference.prompts_P) != len(prompts):
+        raise DataError(
+            f"{directory / 'reference.jsonl'} has {len(reference.prompts_P)} prompts, the attack {len(prompts)}: "
+            "restore it, or remove it and it is sampled again"
+        )
     summary = run_attack(cfg, tokenizer, directory / "attack", prompts, members, reference, gold, cfg.seed)
     if runtime.current().is_writer:
         for direction, found in summary["directions"].items():
@@ -88,25 +96,39 @@ def run_attack(
     seed: int,
 ) -> dict[str, Any]:
     """Attack in every direction; writes ``samples.jsonl``, ``metrics.jsonl`` and ``summary.json``."""
-    summary = directory / "summary.json"
-    finished = read_json(summary)
+    finished = results.finished(directory, "summary.json", ("directions",))
     if finished is not None:
+        runtime.on_writer(lambda: check_samples(directory))
         return finished
     found: dict[str, Any] = {}
     homes = []
     for direction in cfg.adversarial.directions:
         own = [directory / policy_name(direction, i) for i in range(cfg.adversarial.policies)]
         for i, home in enumerate(own):
-            if read_json(home / "summary.json") is None:
+            if results.finished(home, "summary.json", _SUMMED) is None:
                 stopping.leave_if_asked(f"before the attack of {home.name}: the same command goes on there")
                 policy_seed = derive_seed(seed, "attack", direction, i)
                 _attack_member(cfg, tokenizer, home, prompts, members, reference, gold, direction, policy_seed)
-        found[str(direction)] = _combined([read_json(home / "summary.json") for home in own])
+        found[str(direction)] = _combined([results.finished(home, "summary.json", _SUMMED) or {} for home in own])
         homes += own
     result = {"directions": found, "threshold_z": cfg.selection.threshold_z}
     runtime.on_writer(lambda: _join_records(directory, homes))
-    write_json(summary, result)
+    results.mark(directory, "summary.json", result, [f"{home.name}/{manifest.NAME}" for home in homes])
     return result
+
+
+def check_samples(directory: Path) -> None:
+    """Raise DataError when ``samples.jsonl`` has not as many rows as its attack has written."""
+    path = directory / "samples.jsonl"
+    cure = f"remove {directory / 'summary.json'} and run the attack again, which joins the rows of its policies"
+    summary = results.read_object(directory / "summary.json", ("directions",), "restore it, or run the attack again")
+    try:
+        wanted = sum(int(found["samples"]) for found in summary["directions"].values())
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise DataError(f"{directory / 'summary.json'} is no summary of an attack: {cure}") from error
+    rows = sum(1 for _ in read_jsonl(path))
+    if rows != wanted:
+        raise DataError(f"{path} has {rows} rows, the attack has written {wanted}: restore it, or {cure}")
 
 
 def _join_records(directory: Path, homes: list[Path]) -> None:
@@ -142,7 +164,8 @@ def _attack_member(
     limit = cfg.trainer.timeout_minutes
     checkpoint.save(directory / "model", module.model, meta=tokenizer_meta(module), limit_minutes=limit)
     seconds = time.monotonic() - started
-    write_json(directory / "summary.json", runtime.on_writer(lambda: _summary(directory, samples, seconds)))
+    summary = runtime.on_writer(lambda: _summary(directory, samples, seconds))
+    results.mark(directory, "summary.json", summary, records(directory))
     drop_training_checkpoints(directory)
     module.release()
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -23,6 +22,10 @@ from nemo_advrm.megatron import checkpoint, memory, resiliency, runtime
 from nemo_advrm.megatron.strategy import MegatronStrategy
 from nemo_advrm.models.trainable import TrainableModel
 from nemo_advrm.schema import Config
+from nemo_advrm.stages import results, run_files
+
+# rows that a training writes
+RECORDS = ("metrics.jsonl", "samples.jsonl")
 
 
 def fit(
@@ -40,6 +43,7 @@ def fit(
     Writes ``metrics.jsonl``, ``checkpoints/`` and the loggers' files below ``directory``.
     """
     checkpoints = directory / "checkpoints"
+    runtime.on_writer(lambda: run_files.check_places(directory))
     strategy = MegatronStrategy(cfg.trainer.timeout_minutes)
     trainer = Trainer(
         accelerator="gpu" if runtime.current().on_gpu else "cpu",
@@ -101,9 +105,12 @@ def drop_training_checkpoints(directory: Path) -> None:
     runtime.on_writer(lambda: shutil.rmtree(directory / "checkpoints", ignore_errors=True))
 
 
-def read_result(directory: Path) -> dict[str, float] | None:
-    """The metrics of a finished training, None while it is not."""
-    return read_json(directory / "result.json")
+def read_result(directory: Path, *keys: str) -> dict[str, float] | None:
+    """The metrics of a finished training, ``keys`` among them, None while it is not; see results.finished."""
+    found = results.finished(directory, "result.json", keys)
+    if found is not None:
+        drop_training_checkpoints(directory)  # a kill may have come before
+    return found
 
 
 def write_result(directory: Path, module: TrainableModel, metrics: dict[str, float], **meta: float) -> None:
@@ -113,25 +120,14 @@ def write_result(directory: Path, module: TrainableModel, metrics: dict[str, flo
     """
     limit = module.config.trainer.timeout_minutes
     checkpoint.save(directory / "model", module.model, meta={**tokenizer_meta(module), **meta}, limit_minutes=limit)
-    write_json(directory / "result.json", metrics)
+    results.mark(directory, "result.json", metrics, records(directory))
     drop_training_checkpoints(directory)
     module.release()
 
 
-def read_json(path: Path) -> Any:
-    """What the file holds, None where there is none; one rank looks: a shared file system may show the others less."""
-    return runtime.on_writer(lambda: json.loads(path.read_text()) if path.exists() else None)
-
-
-def write_json(path: Path, value: object) -> None:
-    """Write a file that is complete once it bears its name; all ranks call, and all raise when it fails."""
-
-    def write() -> None:
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(value, indent=1))
-        partial.rename(path)
-
-    runtime.on_writer(write)
+def records(directory: Path) -> list[str]:
+    """What a training leaves beside its result, by its relative names."""
+    return ["model/manifest.json", *(name for name in RECORDS if (directory / name).exists())]
 
 
 def tokenizer_meta(module: TrainableModel) -> dict[str, Any]:

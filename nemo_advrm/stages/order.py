@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,7 +108,7 @@ def _written_at(path: Path) -> float:
 def _read_state(path: Path) -> dict[str, dict[str, Any]]:
     if not path.exists():
         return {}
-    try:
-        return json.loads(path.read_text())["stages"]  # type: ignore[no-any-return]
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"{path}: cannot be read ({error})") from error
+    from nemo_advrm.stages.state import read_state
+
+    stages: dict[str, dict[str, Any]] = read_state(path)["stages"]
+    return stages

@@ -32,7 +32,7 @@ from nemo_advrm.rewards.reference import Reference
 from nemo_advrm.rewards.sources import load_members
 from nemo_advrm.rewards.standardisation import combined
 from nemo_advrm.schema import Config, RLHFRunConfig
-from nemo_advrm.stages import inputs, session
+from nemo_advrm.stages import artefacts, inputs, session, writers
 from nemo_advrm.stages.attack import attack_prompts, check_directions, run_attack
 from nemo_advrm.stages.order import LIGHT, Step, find, labels_by_gold, last_round, order
 from nemo_advrm.stages.reference import read_rollouts, sample, write_reference
@@ -65,14 +65,15 @@ class Pipeline:
         self.tokenizer = build_tokenizer(cfg.model.tokenizer)
         self.gold = build_gold(cfg.pipeline.gold)
         self._check()
-        session.claim(cfg, self.directory)
+        session.claim(cfg, self.directory, "pipeline", shared=True)
         self.state = RunState(self.directory / "state.json", cfg.seed)
 
     def run(self, only: Step | None = None) -> None:
         """Run every stage that is not complete, or just ``only``, whose forerunners must be complete."""
+        steps = order(self.cfg)
+        self._look_at([step for step in steps if only is None or step.name in only.after])
         if only is not None:
             self._check_forerunners(only)
-        steps = order(self.cfg)
         ended = False
         for step in steps if only is None else [only]:
             if step.round > self._last_round:
@@ -95,10 +96,31 @@ class Pipeline:
             "select": lambda: self._select(step.round),
             "rlhf": lambda: self._rlhf(step.run, self.cfg.pipeline.rlhf[step.run], self._last_round),
         }
-        if runtime.current().is_writer:
-            print(f"== {step.name}", flush=True)
-        with self.state.running(step.name):
-            work[step.kind]()
+        lock = step.name.replace("/", ".")
+        runtime.on_writer(lambda: writers.hold(self.directory / "locks", lock, self.directory / step.name))
+        try:
+            self.state.reload()  # another job may have completed it just now
+            if self.state.is_complete(step.name):
+                return
+            if runtime.current().is_writer:
+                print(f"== {step.name}", flush=True)
+            with self.state.running(step.name):
+                work[step.kind]()
+                left = runtime.on_writer(lambda: artefacts.describe(self.directory, step))
+                self.state.set_detail(step.name, files=left)
+        finally:
+            writers.release(self.directory / "locks", lock)
+
+    def _look_at(self, steps: list[Step]) -> None:
+        """What complete stages have left must be there; one of which nothing is left is done again, with a word."""
+        for step in steps:
+            if not self.state.is_complete(step.name):
+                continue
+            written = self.state.detail(step.name, "files")
+            if not runtime.on_writer(lambda: artefacts.are_there(self.directory, step, written)):  # noqa: B023
+                if runtime.current().is_writer:
+                    print(f"{step.name} was complete, but nothing of it is left: it is done again", flush=True)
+                self.state.set_detail(step.name, status="lost")
 
     @property
     def _last_round(self) -> int:

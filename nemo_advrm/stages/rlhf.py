@@ -37,7 +37,7 @@ def main(cfg: Config) -> int:
     prompts = encode_prompts(rlhf_prompts(cfg), tokenizer, cfg)
     members = load_members(cfg, cfg.ensemble.members, tokenizer)
     prompts = prompts_with_room(prompts, tokenizer.fingerprint, members, cfg)
-    session.claim(cfg, directory)
+    session.claim(cfg, directory, "rlhf")
     statistics = _statistics(cfg, tokenizer, directory, prompts, members)
     reward = combined(members, cfg.ensemble.aggregate, cfg.ensemble.coefficient, statistics, directory)
     metrics = run_rlhf(cfg, tokenizer, directory, prompts, reward, build_gold(cfg.pipeline.gold), cfg.seed, "rlhf")
@@ -90,7 +90,7 @@ def run_rlhf(
     title: str,
 ) -> dict[str, float]:
     """Train into ``directory/model``; returns the last step's metrics. A finished training is not redone."""
-    finished = read_result(directory)
+    finished = read_result(directory, "proxy", "kl")
     if finished is not None:
         return finished
     module = PolicyModel(

@@ -13,11 +13,16 @@ from nemo_advrm.data.jsonl import read_jsonl, write_jsonl_atomic
 from nemo_advrm.data.pair_store import AdversarialPair, PairStore, Provenance
 from nemo_advrm.data.plain_text import stands_as_text
 from nemo_advrm.data.tokenizers import Tokenizer, build_tokenizer
-from nemo_advrm.errors import ConfigError
+from nemo_advrm.errors import ConfigError, DataError
 from nemo_advrm.models.trainable import derive_seed
 from nemo_advrm.objectives.selection import qualifies, select_pairs, text_signature
 from nemo_advrm.rewards.reference import Reference
 from nemo_advrm.schema import Config, SelectionConfig
+from nemo_advrm.stages import writers
+from nemo_advrm.stages.attack import check_samples
+
+# what selection reads of every sample
+_NEEDED = {"direction", "prompt_id", "response", "scores", "z", "disagreement_z"}
 
 
 def main(cfg: Config) -> int:
@@ -26,6 +31,9 @@ def main(cfg: Config) -> int:
     samples = directory / "attack" / "samples.jsonl"
     if not samples.exists():
         raise ConfigError(f"run_dir={cfg.run_dir}: no attack/samples.jsonl there; run nemo-advrm attack first")
+    writers.hold(directory)
+    if (directory / "attack" / "summary.json").exists():  # rows of another origin have none
+        check_samples(directory / "attack")
     counts = select_round(cfg, directory, 0, cfg.seed)
     print(f"{counts['selected']} pairs: {directory / 'pairs.jsonl'}  ({dropped(counts)})")
     return 0
@@ -37,7 +45,7 @@ def select_round(cfg: Config, directory: Path, round_number: int, seed: int) -> 
     reference = Reference.read(directory / "reference.jsonl")
     path = directory / "attack" / "samples.jsonl"
     # a selection that is repeated starts anew
-    rows: list[dict[str, Any]] = [{**row, "selected": False} for _, row in read_jsonl(path)]
+    rows: list[dict[str, Any]] = [{**_checked(row, f"{path}:{n}"), "selected": False} for n, row in read_jsonl(path)]
     usable_PI = _usable_sft(reference, tokenizer)
     totals: Counter[str] = Counter()
     pairs: list[AdversarialPair] = []
@@ -75,6 +83,13 @@ def _unusable(
     if not stands_as_text(row["response"], tokenizer):
         return "not_text"
     return None if usable_PI[row["prompt_id"]] else "no_usable_sft"
+
+
+def _checked(row: Any, source: str) -> dict[str, Any]:
+    lacking = sorted(_NEEDED - row.keys()) if isinstance(row, dict) else ["all keys"]
+    if lacking:
+        raise DataError(f"{source}: no row of an attack (it lacks {', '.join(lacking)}): restore the file")
+    return row
 
 
 def _select_direction(

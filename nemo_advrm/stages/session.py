@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import yaml
 
+from nemo_advrm import files
 from nemo_advrm.config import resolved, save_resolved, versions
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.layout import validate_layout
@@ -24,6 +25,7 @@ from nemo_advrm.place import host_name, place
 from nemo_advrm.quiet import quiet_libraries
 from nemo_advrm.rewards import sources
 from nemo_advrm.schema import Config
+from nemo_advrm.stages import run_files, writers
 
 # keys that may differ between the runs of one directory: they do not change what is computed
 _FREE_KEYS = (
@@ -67,8 +69,9 @@ _LAYOUT_KEYS = (
 )
 _STAGE_PREFIX = re.compile(r"stage\.[^.]+\.")
 # what a run writes before it produces anything
-_IDENTITY = ("config.yaml", "versions.yaml", "state.json", "state.lock")
+_BEFORE_RESULTS = ("config.yaml", "versions.yaml", "state.json", "state.lock")
 _LOCK = "run.lock"
+_IDENTITY = (*_BEFORE_RESULTS, _LOCK, "writer.lock", "writer.owner")
 LOCK_SECONDS = 60.0
 NOT_BEGUN = "before the work began: nothing is lost, the same command goes on"
 
@@ -101,37 +104,82 @@ def start(cfg: Config) -> runtime.Runtime:
     return started
 
 
-def claim(cfg: Config, directory: Path) -> None:
+def claim(cfg: Config, directory: Path, stage: str, *, shared: bool = False) -> None:
     """Make ``directory`` this run's; writes the resolved configuration and the versions.
 
-    Raises ConfigError, on every rank, when it holds a run of another configuration: results are never mixed or
-    overwritten. Another layout, other microbatches and other addresses of reward servers are the same run: the change
-    is printed and recorded. A run that failed before it produced anything leaves no claim, but one that is alive does;
-    on a file system without locks both do.
+    This process is its one writer then, until it ends, or with ``shared`` one of several jobs of the same run that
+    write different parts of it.
+
+    Raises ConfigError, on every rank, when another process writes into it, when it cannot be written, and when it holds
+    a run of another configuration, stage or data: results are never mixed or overwritten. Another layout, other
+    microbatches and other addresses of reward servers are the same run: the change is printed and recorded. A run that
+    failed before it produced anything leaves no claim, but one that is alive does; on a file system without locks both
+    do. What a kill has left half-written is removed.
     """
     stopping.leave_if_asked(NOT_BEGUN)
-    runtime.on_writer(lambda: _claim(cfg, directory))
+    runtime.on_writer(lambda: _claim(cfg, directory, stage, shared))
 
 
-def _claim(cfg: Config, directory: Path) -> None:
+def _claim(cfg: Config, directory: Path, stage: str, shared: bool) -> None:
+    if not shared:
+        writers.hold(directory)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        run_files.check_places(directory)
+        _identify(cfg, directory, stage)
+    except OSError as error:
+        raise writers.cannot_write(directory, error) from error
+
+
+def _identify(cfg: Config, directory: Path, stage: str) -> None:
     path = directory / "config.yaml"
-    directory.mkdir(parents=True, exist_ok=True)
     lock, alone = _enter(directory)
     try:
-        if alone and path.exists() and all(entry.name in (*_IDENTITY, _LOCK) for entry in directory.iterdir()):
-            for name in _IDENTITY:
-                (directory / name).unlink(missing_ok=True)
+        if alone:
+            run_files.clean(directory)
+            if path.exists() and all(entry.name in _IDENTITY for entry in directory.iterdir()):
+                for name in _BEFORE_RESULTS:
+                    (directory / name).unlink(missing_ok=True)
+        if not path.exists() and (left := run_files.products(directory)):
+            raise ConfigError(
+                f"{directory} holds {', '.join(left)} of a run, but {path}, which says of which run, is missing: "
+                "restore it, choose another run_dir, or remove the directory"
+            )
+        about = {"seed": cfg.seed, "stage": stage, "inputs": run_files.inputs(cfg)}
         if not path.exists() and _create(cfg, path, locked=lock is not None):
-            _write_versions(directory, {**versions(), "seed": cfg.seed})
+            _write_versions(directory, {**versions(), **about})
         else:
-            before = _completed(yaml.safe_load(path.read_text()), yaml.safe_load(resolved(Config())))
-            _compare(directory, before, yaml.safe_load(resolved(cfg)))
+            before = _completed(_read_config(path), yaml.safe_load(resolved(Config())))
+            _compare(directory, before, yaml.safe_load(resolved(cfg)), about)
     except BaseException:
         if lock is not None:
             os.close(lock)
         raise
     if lock is not None and alone:  # let others in, but not as the only one
         fcntl.lockf(lock, fcntl.LOCK_SH)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        return run_files.read_yaml(path)
+    except ValueError as error:
+        raise ConfigError(
+            f"{path} cannot be read ({error}), and so nobody knows which run the directory holds: restore it, choose "
+            "another run_dir, or remove the directory"
+        ) from error
+
+
+def _read_versions(path: Path) -> dict[str, Any]:
+    """What is known of the run; a file that cannot be read is put aside, with a word."""
+    if not path.exists():
+        return {}
+    try:
+        return run_files.read_yaml(path)
+    except ValueError as error:
+        aside = path.with_name(f"{path.name}.damaged")
+        path.replace(aside)
+        _log.warning("%s cannot be read (%s) and was renamed to %s: a new one is begun", path, error, aside.name)
+        return {}
 
 
 def _enter(directory: Path) -> tuple[int | None, bool]:
@@ -206,11 +254,23 @@ def _completed(before: Any, defaults: Any) -> Any:
     return {**defaults, **{key: _completed(value, defaults.get(key)) for key, value in before.items()}}
 
 
-def _compare(directory: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raise ConfigError for another run's configuration; record a change of layout or microbatches."""
-    about = directory / "versions.yaml"
-    known = yaml.safe_load(about.read_text()) if about.exists() else {}
-    changes = known.setdefault("changes", [])
+def _compare(directory: Path, before: dict[str, Any], now: dict[str, Any], about: dict[str, Any]) -> None:
+    """Raise ConfigError for another run's configuration, stage or data; record a change of layout or microbatches."""
+    known = _read_versions(directory / "versions.yaml")
+    begun_by = known.get("stage", about["stage"])
+    if begun_by != about["stage"]:
+        raise ConfigError(
+            f"{directory} holds a run of {begun_by}, not of {about['stage']}: choose another run_dir, or remove the "
+            "directory"
+        )
+    inputs: dict[str, str] = known.get("inputs") or {}
+    for name, digest in about["inputs"].items():
+        if inputs.get(name, digest) != digest:
+            raise ConfigError(
+                f"{name} is not what it was when the run in {directory} began (SHA-256 {inputs[name][:12]} then, "
+                f"{digest[:12]} now): restore it, or choose another run_dir"
+            )
+    changes = known.get("changes") or []
     last = {change["key"]: change["to"] for change in changes}
     found = {key: (old, new) for key, old, new in _differences(before, now)}
     for key, (old, new) in found.items():
@@ -232,14 +292,14 @@ def _compare(directory: Path, before: dict[str, Any], now: dict[str, Any]) -> No
     ]
     for change in new_changes:
         print(f"{directory} goes on with {change['key']}={change['to']!r} (before: {change['from']!r})", flush=True)
-    if new_changes:
-        _write_versions(directory, {**known, "changes": changes + new_changes})
+    if new_changes or not {"stage", "inputs"} <= known.keys():
+        known = {**(known or versions()), **about, "inputs": {**about["inputs"], **inputs}}
+        all_changes = {"changes": changes + new_changes} if changes or new_changes else {}
+        _write_versions(directory, {**known, **all_changes})
 
 
 def _write_versions(directory: Path, content: dict[str, Any]) -> None:
-    partial = directory / f"versions.yaml.{os.getpid()}.partial"
-    partial.write_text(yaml.safe_dump(content))
-    partial.rename(directory / "versions.yaml")
+    files.write_text(directory / "versions.yaml", yaml.safe_dump(content))
 
 
 def _value(config: dict[str, Any], key: str) -> Any:

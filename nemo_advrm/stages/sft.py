@@ -23,7 +23,7 @@ def main(cfg: Config) -> int:
     tokenizer = build_tokenizer(cfg.model.tokenizer)
     rows = encode_responses(cfg, tokenizer, sft_rows(cfg))
     directory = Path(cfg.run_dir)
-    session.claim(cfg, directory)
+    session.claim(cfg, directory, "sft")
     metrics = train_sft(cfg, tokenizer, directory, rows)
     if runtime.current().is_writer:
         print(f"loss {metrics['train/loss']:.4f}\npolicy: {directory / 'model'}")
@@ -76,7 +76,7 @@ def encode_responses(cfg: Config, tokenizer: Tokenizer, rows: list[SftRow]) -> l
 
 def train_sft(cfg: Config, tokenizer: Tokenizer, directory: Path, rows: list[EncodedResponse]) -> dict[str, float]:
     """Train into ``directory/model``; returns the last step's metrics. A finished training is not redone."""
-    finished = read_result(directory)
+    finished = read_result(directory, "train/loss")
     if finished is not None:
         return finished
     module = SupervisedModel(

@@ -7,17 +7,19 @@ import datetime
 import errno
 import fcntl
 import json
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from nemo_advrm import files
 from nemo_advrm.config import versions
 from nemo_advrm.errors import DataError
 from nemo_advrm.megatron import runtime
+from nemo_advrm.stages import results, run_files
 
 LOCK_SECONDS = 60.0
+_CURE = "restore it, or remove it: trainings whose result is there are not done again"
 
 
 class RunState:
@@ -30,7 +32,7 @@ class RunState:
     def __init__(self, path: Path, seed: int) -> None:
         self.path = path
         self.data: dict[str, Any] = {"stages": {}, "versions": versions(), "seed": seed}
-        if runtime.on_writer(lambda: not path.exists()):
+        if runtime.on_writer(lambda: self._is_missing()):
             self._update({})
         self.reload()
 
@@ -65,14 +67,18 @@ class RunState:
         seconds = round(before + time.monotonic() - started, 3)
         self.set_detail(name, seconds=seconds, status="complete", finished=_now())
 
+    def _is_missing(self) -> bool:
+        if self.path.exists():
+            return False
+        if run_files.products(self.path.parent):
+            print(f"{self.path} is missing: every stage is looked at again, and done again if its result is not there")
+        return True
+
     def _update(self, changes: dict[str, dict[str, Any]]) -> None:
         self.data = runtime.on_writer(lambda: self._write(changes))
 
     def _read(self) -> dict[str, Any]:
-        try:
-            return json.loads(self.path.read_text())  # type: ignore[no-any-return]
-        except (OSError, ValueError) as error:
-            raise DataError(f"{self.path}: cannot be read ({error})") from error
+        return read_state(self.path)
 
     def _write(self, changes: dict[str, dict[str, Any]]) -> dict[str, Any]:
         """The new content: what the file holds, with ``changes`` laid over its stages."""
@@ -81,13 +87,17 @@ class RunState:
             data = self._read() if self.path.exists() else self.data
             for name, details in changes.items():
                 data["stages"].setdefault(name, {}).update(details)
-            partial = self.path.with_suffix(".partial")
-            with open(partial, "w") as file:
-                json.dump(data, file, indent=1)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.rename(self.path)
+            files.write_text(self.path, json.dumps(data, indent=1))
         return data
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """The content of ``state.json``; raises DataError with the cure when it cannot be read."""
+    state = results.read_object(path, ("stages",), _CURE)
+    stages = state["stages"]
+    if not isinstance(stages, dict) or not all(isinstance(stage, dict) for stage in stages.values()):
+        raise DataError(f"{path} cannot be read (its stages are no stages): {_CURE}")
+    return state
 
 
 @contextlib.contextmanager

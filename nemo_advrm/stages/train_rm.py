@@ -31,7 +31,7 @@ def main(cfg: Config) -> int:
     tokenizer = build_tokenizer(cfg.model.tokenizer)
     train, validation = inputs.training_and_validation_pairs(cfg)
     data = encode_rows(cfg, tokenizer, train, validation)
-    session.claim(cfg, directory)
+    session.claim(cfg, directory, "train_rm")
     metrics = train_reward_model(
         cfg,
         tokenizer,
@@ -97,7 +97,7 @@ def train_reward_model(
     restore_from: str,
 ) -> dict[str, float]:
     """Train into ``directory/model``; returns the validation metrics. A finished training is not redone."""
-    finished = read_result(directory)
+    finished = read_result(directory, "val/accuracy", "val/loss", "val/margin")
     if finished is not None:
         return finished
     train_rows = data.train

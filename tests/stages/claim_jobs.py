@@ -29,20 +29,21 @@ def no_locks() -> Iterator[None]:
         yield
 
 
-def claim_at_once(configs: list[Config], directories: list[Path], start: float, locks: bool) -> list[str]:
+def claim_at_once(configs: list[Config], directories: list[Path], start: float, locks: bool, shared: bool
+) -> list[str]:
     """Claim one directory after the other, from ``start`` (of the monotonic clock) on, with this rank's configuration.
 
     Returns what this rank is told of each: "claimed", or the error. It lives, and so do its claims.
     """
     cfg = configs[int(os.environ["RANK"])]
     with contextlib.nullcontext() if locks else no_locks():
-        return [_outcome(cfg, d, start + BETWEEN_SECONDS * i) for i, d in enumerate(directories)]
+        return [_outcome(cfg, d, start + BETWEEN_SECONDS * i, shared) for i, d in enumerate(directories)]
 
 
-def _outcome(cfg: Config, directory: Path, start: float) -> str:
+def _outcome(cfg: Config, directory: Path, start: float, shared: bool) -> str:
     time.sleep(max(0.0, start - time.monotonic()))
     try:
-        session._claim(cfg, directory)
+        session._claim(cfg, directory, "pipeline", shared)
     except ConfigError as error:
         return str(error)
     return "claimed"

@@ -30,7 +30,7 @@ CALLS: dict[str, tuple[str, int, bool]] = {
     "last step": ("nemo_advrm.models.trainable.TrainableModel.training_step", 6, False),
     "final save": ("nemo_advrm.megatron.checkpoint.save", 1, False),
     "final save written": ("nemo_advrm.megatron.checkpoint.save", 1, True),
-    "result": ("nemo_advrm.stages.fit.write_json", 1, False),
+    "result": ("nemo_advrm.stages.results.mark", 1, False),
     "end": ("nemo_advrm.stages.fit.drop_training_checkpoints", 1, True),
     "rollout": ("nemo_advrm.models.policy.PolicyModel._roll_out", 3, False),
     "scoring": ("nemo_advrm.rewards.ensemble.checked_scores", 2, False),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -16,12 +17,13 @@ from distributed import World
 from nemo_advrm.config import load_config
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.megatron.runtime import Runtime
+from nemo_advrm.place import host_name
 from nemo_advrm.schema import Config
 from nemo_advrm.stages import session
 
 
 def _claim(directory: Path, *overrides: str) -> None:
-    session.claim(load_config([f"run_dir={directory}", *overrides], "pipeline"), directory)
+    session.claim(load_config([f"run_dir={directory}", *overrides], "pipeline"), directory, "pipeline", shared=True)
     (directory / "metrics.jsonl").touch()  # the run has produced something
 
 
@@ -101,12 +103,14 @@ def _config(directory: Path, seed: int) -> Config:
     return load_config([f"run_dir={directory}", f"seed={seed}"], "pipeline")
 
 
-def _claim_at_once(world: World, seeds: list[int], directories: list[Path], locks: bool) -> list[list[str]]:
+def _claim_at_once(
+    world: World, seeds: list[int], directories: list[Path], locks: bool, shared: bool = True
+) -> list[list[str]]:
     """What jobs with these seeds are told that claim one directory after the other, each at the same moment."""
     cfg = _config(directories[0].parent, seed=0)
     configs = [replace(cfg, seed=seed) for seed in seeds]
     start = time.monotonic() + 0.3
-    job = {"configs": configs, "directories": directories, "start": start, "locks": locks}
+    job = {"configs": configs, "directories": directories, "start": start, "locks": locks, "shared": shared}
     told = world.run("claim_jobs", "claim_at_once", None, **job)
     return [list(outcomes) for outcomes in zip(*told, strict=True)]
 
@@ -125,6 +129,8 @@ def test_of_jobs_that_start_at_once_one_has_the_directory_or_those_of_one_run_sh
     try:
         told = _claim_at_once(world, [1, 2, 3], directories, locks)
         assert _claim_at_once(world, [1, 1, 1], [shared], locks) == [["claimed"] * 3]
+        alone = [tmp_path / f"alone_{i}" for i in range(5)]
+        told_of_one_run = _claim_at_once(world, [1, 1, 1], alone, locks, shared=False)
     finally:
         world.close()
     for directory, outcomes in zip(directories, told, strict=True):
@@ -134,16 +140,20 @@ def test_of_jobs_that_start_at_once_one_has_the_directory_or_those_of_one_run_sh
         refused = [(seed, outcome) for seed, outcome in enumerate(outcomes, 1) if seed != first]
         assert all(f"holds a run with seed={first}, but now seed={seed}" in outcome for seed, outcome in refused)
         assert not list(directory.glob(".*"))
+    writer = rf"is being written by process \d+ on {re.escape(host_name())} .*: wait until it has ended, stop it, or"
+    for outcomes in told_of_one_run:
+        assert outcomes.count("claimed") == 1
+        assert all(re.search(writer, outcome) for outcome in outcomes if outcome != "claimed")
 
 
 def test_a_run_that_failed_before_it_produced_anything_is_replaced_where_locks_tell_that_it_is_over(
     single: Runtime, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     for seed in (1, 2):
-        session.claim(_config(tmp_path, seed), tmp_path)
+        session.claim(_config(tmp_path, seed), tmp_path, "pipeline", shared=True)
         assert _seed(tmp_path) == seed and not caplog.records
     with claim_jobs.no_locks(), pytest.raises(ConfigError, match="holds a run with seed=2, but now seed=3"):
-        session.claim(_config(tmp_path, 3), tmp_path)
+        session.claim(_config(tmp_path, 3), tmp_path, "pipeline", shared=True)
     assert _seed(tmp_path) == 2
     assert [record.getMessage() for record in caplog.records] == [
         f"{tmp_path}: its file system has no locks: what a failed run left there is never cleared"
@@ -158,5 +168,5 @@ def test_without_locks_and_hard_links_a_directory_is_refused(
 
     monkeypatch.setattr("os.link", link)
     with claim_jobs.no_locks(), pytest.raises(ConfigError, match="neither locks nor hard links"):
-        session.claim(_config(tmp_path, 1), tmp_path)
+        session.claim(_config(tmp_path, 1), tmp_path, "pipeline", shared=True)
     assert [p.name for p in tmp_path.iterdir()] == ["run.lock"]

@@ -62,7 +62,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
 
 def test_the_restart_begins_at_the_first_incomplete_stage(finished) -> None:
     run_dir, at_kill, out = finished
-    assert out.startswith("== round_0/attack")
+    word, first, *_ = out.splitlines()
+    assert word.startswith(f"{run_dir / 'round_0' / 'attack'} is taken over from process ")
+    assert first == "== round_0/attack"
     now = stages(run_dir)
     complete = {name for name, stage in at_kill.items() if stage["status"] == "complete"}
     assert {"sft", "preferences", "round_0/rm_1", "round_0/rm_2", "round_0/reference"} == complete

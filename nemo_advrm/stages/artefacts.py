@@ -1,0 +1,63 @@
+"""What each stage of a pipeline leaves in the run's directory, and whether it is still there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from nemo_advrm.errors import DataError
+from nemo_advrm.megatron import manifest
+from nemo_advrm.stages import results
+from nemo_advrm.stages.order import Step
+
+# kinds of stages with a directory of their own, and the file in it that says that they are finished
+_MARKS = {"sft": "result.json", "train_rm": "result.json", "rlhf": "result.json", "attack": "summary.json"}
+# the files of the others, beside the directory that has the stage's name
+_FILES = {
+    "preferences": ("preferences/train.jsonl", "preferences/validation.jsonl"),
+    "reference": ("reference.jsonl",),
+    "select": ("pairs.jsonl",),
+}
+
+
+def describe(directory: Path, step: Step) -> dict[str, manifest.Entry]:
+    """Sizes and hashes of the files of a stage without a directory of its own."""
+    return manifest.describe(directory, [name for name in _names(step) if (directory / name).exists()])
+
+
+def are_there(directory: Path, step: Step, written: dict[str, Any] | None) -> bool:
+    """Whether what a complete stage has left is there; False when all of it is gone.
+
+    ``written`` is what :func:`describe` gave. Raises DataError that names the file and the cure when a part is
+    missing, cut or changed.
+    """
+    if step.kind in _MARKS:
+        home = directory / step.name
+        if not home.exists():
+            return False
+        mark = _MARKS[step.kind]
+        if results.read_finished(home, mark) is None:
+            raise _damaged(step, f"{home / mark} is missing", home)
+        return True
+    entries = written or {}
+    missing = [name for name in entries if not (directory / name).exists()]
+    if entries and len(missing) == len(entries):
+        return False
+    for name, entry in entries.items():
+        path = directory / name
+        if name in missing:
+            raise _damaged(step, f"{path} is missing", path.parent)
+        if not path.is_file() or manifest.describe(directory, [name])[name] != entry:
+            raise _damaged(step, f"the content of {path} is not what was written", path)
+    return True
+
+
+def _names(step: Step) -> list[str]:
+    home = "" if step.kind == "preferences" else f"round_{step.round}/"
+    return [f"{home}{name}" for name in _FILES.get(step.kind, ())]
+
+
+def _damaged(step: Step, problem: str, remove: Path) -> DataError:
+    return DataError(
+        f"{step.name} is complete, but {problem}: restore it, or remove {remove} and the stage is done again"
+    )

@@ -1,0 +1,66 @@
+"""Marks finished work in a run's directory, and finds out whether all that it left is still there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from nemo_advrm import files
+from nemo_advrm.errors import DataError
+from nemo_advrm.megatron import checkpoint, manifest, runtime
+
+
+def mark(directory: Path, name: str, value: dict[str, Any], left: list[str]) -> None:
+    """Write ``value`` to ``directory/name``, which says that the work is finished; all ranks call.
+
+    ``left`` are the files that the work has left, by their relative names; a listed manifest stands for what it lists.
+    They are on the disk, and their sizes and hashes listed, before the mark is.
+    """
+
+    def write() -> None:
+        for file in left:
+            files.sync(directory / file)
+        manifest.write(directory, manifest.describe(directory, left))
+        files.write_text(directory / name, json.dumps(value, indent=1))
+
+    runtime.on_writer(write)
+
+
+def finished(directory: Path, name: str, keys: tuple[str, ...] = ()) -> dict[str, Any] | None:
+    """What ``mark`` has written, None while the work is not finished; all ranks call.
+
+    Raises DataError, on every rank, that names the file and the cure when the mark cannot be read or lacks one of
+    ``keys``, and when something that the work left is missing or has another size.
+    """
+    return runtime.on_writer(lambda: read_finished(directory, name, keys))
+
+
+def read_finished(directory: Path, name: str, keys: tuple[str, ...] = ()) -> dict[str, Any] | None:
+    """:func:`finished` by this process alone."""
+    path = directory / name
+    if not path.exists():
+        return None
+    value = read_object(path, keys, f"restore it, or remove {directory} and it is done again")
+    for model in (directory / "model", *directory.glob("*/model")):
+        checkpoint.recover(model)
+    if (directory / manifest.NAME).exists():  # older versions wrote none
+        problem = manifest.wrong_size(directory)
+        if problem is not None:
+            raise DataError(
+                f"{directory} is finished, but {problem}: restore it, or remove {directory} and it is done again"
+            )
+    return value
+
+
+def read_object(path: Path, keys: tuple[str, ...], cure: str) -> dict[str, Any]:
+    """The JSON object in a file; raises DataError with the ``cure`` for anything else and for one without ``keys``."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path} cannot be read ({' '.join(str(error).split())}): {cure}") from error
+    lacking = [key for key in keys if not isinstance(value, dict) or key not in value]
+    if not isinstance(value, dict) or lacking:
+        what = f"it lacks {', '.join(lacking)}" if isinstance(value, dict) else f"it holds a {type(value).__name__}"
+        raise DataError(f"{path} cannot be read ({what}): {cure}")
+    return value

@@ -1,0 +1,170 @@
+"""What finished work has left is looked at again: a file that is cut, changed or missing is named with the cure."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from nemo_advrm.callbacks.metrics import MetricsWriter
+from nemo_advrm.callbacks.rows import lost_steps
+from nemo_advrm.config import load_config
+from nemo_advrm.data.jsonl import JsonlWriter
+from nemo_advrm.errors import CheckpointError, DataError
+from nemo_advrm.megatron import manifest
+from nemo_advrm.rewards.reference import Reference
+from nemo_advrm.stages import artefacts, order, results, select
+from nemo_advrm.stages.attack import check_samples
+from nemo_advrm.stages.order import Step
+from nemo_advrm.stages.state import RunState
+
+pytestmark = pytest.mark.usefixtures("single")
+RESULT = {"train/loss": 0.5}
+
+
+def finish(directory: Path) -> Path:
+    """A finished training."""
+    (directory / "model").mkdir(parents=True)
+    (directory / "model" / "meta.json").write_text("{}")
+    (directory / "model" / "weights").write_bytes(b"12345")
+    manifest.write(directory / "model", manifest.describe(directory / "model", ["meta.json", "weights"]))
+    (directory / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n')
+    results.mark(directory, "result.json", RESULT, ["model/manifest.json", "metrics.jsonl"])
+    return directory
+
+
+def test_a_finished_training_is_read_and_an_unfinished_one_is_none(tmp_path: Path) -> None:
+    assert results.finished(tmp_path, "result.json", ("train/loss",)) is None
+    assert results.finished(finish(tmp_path / "run"), "result.json", ("train/loss",)) == RESULT
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "3", "null", '{"other": 1}', "\x00\x00"])
+def test_a_mark_that_cannot_be_read_names_the_file_and_the_cure(tmp_path: Path, content: str) -> None:
+    run = finish(tmp_path / "run")
+    (run / "result.json").write_text(content)
+    with pytest.raises(DataError, match=rf"^{run}/result.json cannot be read \(.+\): restore it, or remove {run}") as e:
+        results.finished(run, "result.json", ("train/loss",))
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("metrics.jsonl", "metrics.jsonl is missing"),
+        ("model/weights", "model/weights is missing"),
+        ("model", "model/manifest.json is missing"),
+    ],
+)
+def test_a_missing_artefact_is_no_success(tmp_path: Path, name: str, told: str) -> None:
+    run = finish(tmp_path / "run")
+    shutil.rmtree(run / name) if (run / name).is_dir() else (run / name).unlink()
+    with pytest.raises(DataError, match=f"{run} is finished, but {told}: restore it, or remove {run}"):
+        results.finished(run, "result.json")
+
+
+def test_a_cut_artefact_is_no_success(tmp_path: Path) -> None:
+    run = finish(tmp_path / "run")
+    (run / "metrics.jsonl").write_text('{"step": 1}\n')
+    with pytest.raises(DataError, match=r"metrics\.jsonl has 12 bytes instead of 24"):
+        results.finished(run, "result.json")
+
+
+def test_stages_of_a_pipeline_are_looked_at_and_one_of_which_nothing_is_left_is_told_apart(tmp_path: Path) -> None:
+    member = Step("round_0/rm_1", "train_rm")
+    assert not artefacts.are_there(tmp_path, member, None)
+    finish(tmp_path / member.name)
+    assert artefacts.are_there(tmp_path, member, None)
+    (tmp_path / member.name / "result.json").unlink()
+    with pytest.raises(DataError, match=r"round_0/rm_1 is complete, but .*result\.json is missing: restore it, or rem"):
+        artefacts.are_there(tmp_path, member, None)
+
+    labels = Step("preferences", "preferences")
+    (tmp_path / "preferences").mkdir()
+    for name in ("train.jsonl", "validation.jsonl"):
+        (tmp_path / "preferences" / name).write_text("{}\n{}\n")
+    written = json.loads(json.dumps(artefacts.describe(tmp_path, labels)))
+    assert artefacts.are_there(tmp_path, labels, written)
+    (tmp_path / "preferences" / "train.jsonl").write_text("{}\n")  # cut at a line's end: rows are lost
+    with pytest.raises(DataError, match=r"train\.jsonl is not what was written: restore it, or remove .*/train\.jsonl"):
+        artefacts.are_there(tmp_path, labels, written)
+    (tmp_path / "preferences" / "train.jsonl").unlink()
+    with pytest.raises(DataError, match=r"train\.jsonl is missing"):
+        artefacts.are_there(tmp_path, labels, written)
+    (tmp_path / "preferences" / "validation.jsonl").unlink()
+    assert not artefacts.are_there(tmp_path, labels, written)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"stages": []}', '{"stages": {"sft": 1}}'])
+def test_a_state_that_cannot_be_read_names_the_cure(tmp_path: Path, content: str) -> None:
+    (tmp_path / "state.json").write_text(content)
+    told = r"state\.json cannot be read \(.+\): restore it, or remove it: trainings whose result is there are not done"
+    with pytest.raises(DataError, match=told):
+        RunState(tmp_path / "state.json", 1)
+    with pytest.raises(DataError, match=told):
+        order.main(load_config([f"run_dir={tmp_path}"]))
+
+
+def test_a_lost_state_is_begun_anew_with_a_word(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    RunState(tmp_path / "new" / "state.json", 1)
+    assert capsys.readouterr().out == ""
+    finish(tmp_path / "sft")
+    RunState(tmp_path / "state.json", 1)
+    assert "state.json is missing: every stage is looked at again" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_samples_that_are_not_as_many_as_their_attack_wrote_are_refused(tmp_path: Path, rows: int) -> None:
+    (tmp_path / "samples.jsonl").write_text('{"step": 0}\n' * 2)
+    (tmp_path / "summary.json").write_text('{"directions": {"1": {"samples": 2}}}')
+    check_samples(tmp_path)
+    (tmp_path / "samples.jsonl").write_text('{"step": 0}\n' * rows)
+    with pytest.raises(DataError, match=f"samples.jsonl has {rows} rows, the attack has written 2: restore it, or"):
+        check_samples(tmp_path)
+    (tmp_path / "summary.json").write_text('{"directions": 3}')
+    with pytest.raises(DataError, match=r"summary\.json is no summary of an attack"):
+        check_samples(tmp_path)
+
+
+def test_rows_that_a_restart_misses_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 4}\n{"step": 5}\n')
+    assert lost_steps(path, range(1, 2)) == ""
+    assert lost_steps(path, range(1, 4)).endswith("the rows of 2 steps from 2 to 3 are lost")
+    assert lost_steps(tmp_path / "none", range(1)).endswith("the rows of step 0 are lost")
+    trainer: Any = SimpleNamespace(global_step=4)
+    writer = MetricsWriter(path)
+    writer.on_train_start(trainer, None)  # type: ignore[arg-type]
+    writer.teardown(trainer, None, "fit")  # type: ignore[arg-type]
+    (told,) = [record.getMessage() for record in caplog.records if "lost" in record.getMessage()]
+    assert "2 steps from 2 to 3 are lost; training goes on after step 4" in told
+    assert path.read_text() == '{"step": 1}\n{"step": 4}\n'
+
+
+@pytest.mark.parametrize("row", ["3", "[]", "null", "{}", '{"prompt_id": 0}', '{"prompt_id": []}'])
+def test_rows_of_another_type_in_a_reference_or_among_samples_are_named(tmp_path: Path, row: str) -> None:
+    (tmp_path / "attack").mkdir()
+    for name in ("reference.jsonl", "attack/samples.jsonl"):
+        (tmp_path / name).write_text(f"{row}\n")
+    with pytest.raises(CheckpointError, match=r"reference\.jsonl: (a row is none of|not a complete) "):
+        Reference.read(tmp_path / "reference.jsonl")
+    with pytest.raises(DataError, match=r"samples\.jsonl:7: no row of an attack \(it lacks .+\)"):
+        select._checked(json.loads(row), f"{tmp_path / 'attack' / 'samples.jsonl'}:7")
+
+
+@pytest.mark.parametrize("row", ["3", "[]", '{"step": "x"}', '{"step": null}'])
+def test_a_row_of_another_type_is_named(tmp_path: Path, row: str) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f'{{"step": 1}}\n{row}\n')
+    with pytest.raises(DataError, match=rf"^{path}:2: no row of a run"):
+        JsonlWriter(path, resume_step=1)
+
+
+def test_a_directory_in_place_of_rows_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="cannot be read: Is a directory"):
+        JsonlWriter(tmp_path, resume_step=1)
+
+
