@@ -145,6 +145,7 @@ STAGES: dict[str, Stage] = {
             "ensemble.coefficient",
             "ensemble.standardise",
             "ensemble.reference_path",
+            "evaluate.mismatch",
         ),
         "nemo-advrm evaluate pretrained_checkpoint.restore_from_path=runs/rm_1/model "
         "data.validation_path=held_out.jsonl",

@@ -299,6 +299,13 @@ class PipelineConfig:
 
 
 @dataclass
+class EvaluateConfig:
+    """The stage ``evaluate``."""
+
+    mismatch: bool = True  # also score the good answers of other prompts: does the model read the prompt?
+
+
+@dataclass
 class ServeConfig:
     """The reward server."""
 
@@ -392,6 +399,7 @@ class Config:
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)
     synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     serve: ServeConfig = field(default_factory=ServeConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
     stage: StageConfig = field(default_factory=StageConfig)

@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from nemo_advrm.data.encoding import encode_pairs
+from nemo_advrm.data.mismatch import mismatch_line, mismatched_pairs
 from nemo_advrm.data.preferences import PreferencePair
 from nemo_advrm.data.tokenizers import build_tokenizer
 from nemo_advrm.errors import ConfigError, DataError, RewardSourceError
 from nemo_advrm.megatron import runtime
+from nemo_advrm.objectives.accuracy import right_of_pairs
 from nemo_advrm.objectives.reference import standardise_members
 from nemo_advrm.objectives.uncertainty import combine
 from nemo_advrm.rewards import sources
@@ -29,8 +31,8 @@ ROUNDING = 2.0**-5
 
 def main(cfg: Config) -> int:
     """Score ``data.validation_path`` (or ``data.train_path``) with each of ``ensemble.members``, else with the reward
-    model ``pretrained_checkpoint.restore_from_path``, and print accuracy and margin, then those of several
-    members combined."""
+    model ``pretrained_checkpoint.restore_from_path``; print accuracy, margin and the accuracy on mismatched prompts,
+    then accuracy and margin of several members combined."""
     if not cfg.data.validation_path and not cfg.data.train_path:
         raise ConfigError("data.validation_path is not set: name a file of preference pairs")
     if not cfg.ensemble.members and not cfg.pretrained_checkpoint.restore_from_path:
@@ -40,13 +42,15 @@ def main(cfg: Config) -> int:
     rows = inputs.evaluation_pairs(cfg)
     members = sources.load_members(cfg, cfg.ensemble.members, build_tokenizer(cfg.model.tokenizer))
     scored: list[_Scored] = []
+    mismatched, reason = mismatched_pairs(rows) if cfg.evaluate.mismatch else ([], "evaluate.mismatch=false")
     for member in members:
         rollouts, kept = _rollouts(member, rows, cfg)
         scores = checked_scores(member, rollouts)
         check_swapped(member, rollouts, scores)
         scored.append((kept, scores))
+        lines = [_line(scores), _mismatch(member, mismatched, reason, cfg)]
         if runtime.current().is_writer:
-            print(_line(scores) if len(members) == 1 else f"{member.name}: {_line(scores)}")
+            print("\n".join(line if len(members) == 1 else f"{member.name}: {line}" for line in lines), flush=True)
     if len(members) > 1:
         line = _combined(cfg, members, scored)
         if runtime.current().is_writer:
@@ -77,9 +81,22 @@ def _combined(cfg: Config, members: list[RewardSource], scored: list[_Scored]) -
     return "\n".join([f"{options.aggregate} of the members: {_line(combined_N)}", *told])
 
 
-def _rollouts(source: RewardSource, rows: list[PreferencePair], cfg: Config) -> tuple[Rollouts, list[str]]:
+def _mismatch(source: RewardSource, rows: list[PreferencePair], reason: str, cfg: Config) -> str:
+    """The line on pairs whose rejected answer belongs to another prompt; all ranks call."""
+    if not rows:
+        return mismatch_line(None, 0, reason)
+    try:
+        rollouts, kept = _rollouts(source, rows, inputs.leaving_out(cfg), tell=False)
+    except DataError as error:  # none is left
+        return mismatch_line(None, 0, str(error))
+    return mismatch_line(accuracy(checked_scores(source, rollouts)), len(kept), "")
+
+
+def _rollouts(
+    source: RewardSource, rows: list[PreferencePair], cfg: Config, tell: bool = True
+) -> tuple[Rollouts, list[str]]:
     """All chosen responses, then all rejected ones, as tokens where the source's tokenizer is known here; and the
-    pairs that they are of."""
+    pairs that they are of. `tell` prints how many were left out or cut."""
     tokenizer = getattr(source, "tokenizer", None)
     if tokenizer is None:
         texts = [row.chosen for row in rows] + [row.rejected for row in rows]
@@ -92,7 +109,8 @@ def _rollouts(source: RewardSource, rows: list[PreferencePair], cfg: Config) -> 
         if not own or own > limit:
             raise
         raise DataError(f"{source.name}, which takes {own} tokens: {error}") from error
-    inputs.say_changed(f"pairs for {source.name}", counts)
+    if tell:
+        inputs.say_changed(f"pairs for {source.name}", counts)
     tokens = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
     rollouts = _texts([()] * len(tokens), [""] * len(tokens), [True] * len(tokens))
     rollouts.response_tokens, rollouts.fingerprint, rollouts.tokens_only = tokens, tokenizer.fingerprint, True
@@ -112,7 +130,7 @@ def _line(scores: Tensor) -> str:
 def accuracy(scores: Tensor) -> float:
     """Share of pairs whose chosen response scores higher, a tie being half; [2 N]: all chosen, then all rejected."""
     chosen_N, rejected_N = scores.chunk(2)
-    return ((chosen_N > rejected_N).float() + 0.5 * (chosen_N == rejected_N).float()).mean().item()
+    return right_of_pairs(chosen_N, rejected_N).mean().item()
 
 
 def check_swapped(source: RewardSource, rollouts: Rollouts, scores: Tensor) -> None:

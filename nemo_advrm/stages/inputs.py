@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from nemo_advrm.data.messages import Message
@@ -69,6 +70,14 @@ def sft(cfg: Config) -> list[SftRow]:
     )
     _say(report.summary())
     return report.rows[: data.limit_train_rows or None]
+
+
+def leaving_out(cfg: Config) -> Config:
+    """`cfg` for pairs made of rows that were read already: one that is too long only now is left out, no error."""
+    data = replace(cfg.data, on_bad_row="skip")
+    if data.on_overlong == "error":
+        data.on_overlong = "skip"
+    return replace(cfg, data=data)
 
 
 def say_changed(what: str, counts: dict[str, int]) -> None:

@@ -78,10 +78,9 @@ def encode_rows(
     rows = rows[: cfg.trainer.limit_val_batches * cfg.model.global_batch_size or None]
     mismatched: list[EncodedPair] = []
     if rows:
-        # the rows have passed by themselves; one is too long here only where the other prompt's answer is longer
-        overlong = "skip" if data.on_overlong == "error" else data.on_overlong
+        lenient = inputs.leaving_out(cfg).data
         try:
-            mismatched, _ = encode_pairs(rows, tokenizer, limit, overlong, "skip")
+            mismatched, _ = encode_pairs(rows, tokenizer, limit, lenient.on_overlong, lenient.on_bad_row)
         except DataError as error:  # none is left
             reason = str(error)
     return EncodedPreferences(encoded[0], encoded[1], mismatched, reason)

@@ -1,4 +1,4 @@
-"""train_rm always says whether the reward model reads the prompt."""
+"""train_rm and evaluate always say whether the reward model reads the prompt."""
 
 from __future__ import annotations
 
@@ -63,3 +63,14 @@ def test_one_prompt_cannot_be_mismatched_and_the_reason_is_told(tmp_path, capsys
     out, result = trained(tmp_path, capsys, ["river"] * 4)
     assert "mismatched prompts: not measured: all rows have the same prompt" in out
     assert "val/mismatch_accuracy" not in result
+
+
+def test_evaluate_measures_the_same_as_training_and_can_leave_it_out(tmp_path, capsys) -> None:
+    out, result = trained(tmp_path, capsys, WORDS)
+    line = next(line for line in out.splitlines() if line.startswith("mismatched prompts: accuracy"))
+    data = f"data.validation_path={tmp_path / 'pairs.jsonl'}"
+    model = f"pretrained_checkpoint.restore_from_path={tmp_path / 'run' / 'model'}"
+    assert cli.main(["evaluate", model, data]) == 0
+    assert line in capsys.readouterr().out.splitlines()
+    assert cli.main(["evaluate", model, data, "evaluate.mismatch=false"]) == 0
+    assert "mismatched prompts: not measured: evaluate.mismatch=false" in capsys.readouterr().out
