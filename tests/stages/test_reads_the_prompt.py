@@ -66,7 +66,7 @@ def test_one_prompt_cannot_be_mismatched_and_the_reason_is_told(tmp_path, capsys
 
 
 def test_evaluate_measures_the_same_as_training_and_can_leave_it_out(tmp_path, capsys) -> None:
-    out, result = trained(tmp_path, capsys, WORDS)
+    out, _ = trained(tmp_path, capsys, WORDS)
     line = next(line for line in out.splitlines() if line.startswith("mismatched prompts: accuracy"))
     data = f"data.validation_path={tmp_path / 'pairs.jsonl'}"
     model = f"pretrained_checkpoint.restore_from_path={tmp_path / 'run' / 'model'}"
