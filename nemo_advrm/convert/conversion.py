@@ -18,6 +18,7 @@ from nemo_advrm.convert.tensors import TensorSink, TensorSource, TensorSpec
 from nemo_advrm.data.tokenizers import build_tokenizer
 from nemo_advrm.data.vocabulary import check_vocabulary
 from nemo_advrm.errors import CheckpointError, ConfigError, DataError
+from nemo_advrm.foreign_files import read_yaml
 from nemo_advrm.keys import nearest
 from nemo_advrm.layout import at_layout, validate_layout
 from nemo_advrm.schema import Config, ConvertConfig
@@ -211,15 +212,15 @@ def _config_facts(run: Path) -> dict[str, Any]:
     """What the configuration beside a checkpoint says of its training."""
     if not run.exists():
         return {}
-    from omegaconf import OmegaConf
-
-    select = OmegaConf.load(run)
     keys = {
-        "base_model": "pretrained_checkpoint.restore_from_path",
-        "data": "data.train_path",
-        "adversarial_pairs": "augmentation.pairs_path",
+        "base_model": ("pretrained_checkpoint", "restore_from_path"),
+        "data": ("data", "train_path"),
+        "adversarial_pairs": ("augmentation", "pairs_path"),
     }
-    return {fact: value for fact, key in keys.items() if (value := OmegaConf.select(select, key))}
+    settings = read_yaml(run)
+    sections = {fact: (settings.get(section), key) for fact, (section, key) in keys.items()}
+    found = {fact: section.get(key) for fact, (section, key) in sections.items() if isinstance(section, dict)}
+    return {fact: value for fact, value in found.items() if isinstance(value, str) and value}
 
 
 def _summary(settings: ConvertConfig, source: TensorSource, sink: TensorSink) -> Iterator[str]:

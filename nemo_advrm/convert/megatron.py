@@ -21,7 +21,7 @@ from nemo_advrm.convert.transforms import pad_vocabulary, unpad_vocabulary
 from nemo_advrm.data.reading import KEY, ReadingRule, rule_of
 from nemo_advrm.data.tokenizers import Tokenizer, build_tokenizer
 from nemo_advrm.errors import CheckpointError, ConfigError, DataError
-from nemo_advrm.json_files import read_json_object
+from nemo_advrm.foreign_files import read_json_object
 from nemo_advrm.megatron import manifest
 from nemo_advrm.megatron.checkpoint import FORMAT, WEIGHTS, read_meta
 from nemo_advrm.megatron.file_readers import reason

@@ -29,6 +29,7 @@ from nemo_advrm.convert.transforms import pad_vocabulary, unpad_vocabulary
 from nemo_advrm.data.tokenizers import Tokenizer, build_tokenizer
 from nemo_advrm.data.vocabulary import check_vocabulary
 from nemo_advrm.errors import CheckpointError, DataError
+from nemo_advrm.foreign_files import parse_yaml
 from nemo_advrm.megatron.file_readers import reason
 from nemo_advrm.megatron.gpt import Head
 from nemo_advrm.megatron.model import padded_vocab_size
@@ -187,14 +188,7 @@ def read_config(archive: NemoArchive) -> dict[str, Any]:
     """``model_config.yaml``; raises CheckpointError when it is absent or no mapping."""
     if CONFIG not in archive.names:
         raise CheckpointError(f"{archive.path}: not a .nemo file: the archive has no {CONFIG}")
-    try:
-        # a plain mapping without OmegaConf's ${...}: NeMo resolves them before it writes
-        config = yaml.safe_load(archive.read(CONFIG, _MAX_CONFIG_BYTES).decode("utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise CheckpointError(f"{archive.path}: {CONFIG} is damaged: {error}") from None
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{archive.path}: {CONFIG} is not a mapping")
-    return config
+    return parse_yaml(archive.read(CONFIG, _MAX_CONFIG_BYTES), f"{archive.path}: {CONFIG}")
 
 
 class _Members:

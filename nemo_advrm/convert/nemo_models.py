@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from nemo_advrm import __version__
-from nemo_advrm.convert.dist_weights import StackedWriter
+from nemo_advrm.convert.dist_weights import StackedWriter, check_layers
 from nemo_advrm.convert.megatron import TOKENIZER, read_model
 from nemo_advrm.convert.names import canonical_shapes
 from nemo_advrm.convert.nemo_archive import NemoArchive
@@ -198,7 +198,9 @@ def _unpack_weights(archive: NemoArchive, settings: dict[str, Any], target: Path
         meta |= {"head": settings["head"], "vocab_size": int(settings["vocab_size"]), "has_optimizer": False}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path}: {CONFIG} is damaged ({error})") from None
+    checkpoint.check_description(meta, f"{path}: {CONFIG}")
     reader = archived_weights(archive)
+    check_layers(path, model, reader.specs)
     outputs = reader.specs["head.weight"].shape[0] if "head.weight" in reader.specs else 1
     meta["head_outputs"] = outputs
     check_complete(path, reader.specs, canonical_shapes(model, settings["head"], meta["vocab_size"], outputs))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import difflib
 import gzip
 import json
@@ -18,6 +19,15 @@ from nemo_advrm.errors import DataError
 # Text of a byte-level policy or of JSON escapes may hold half a surrogate pair, which UTF-8 cannot: Python's backslash
 # form of it is also its JSON escape.
 _LONE_SURROGATES = "backslashreplace"
+
+# What a data file may hold, whoever wrote it. A row is a conversation with its answers.
+MAX_LINE_BYTES = 64 << 20
+MAX_SKIPPED_BYTES = 1 << 30  # of a line that is too long, before its file is given up
+MAX_ARRAY_BYTES = 2 << 30  # of a file that is one JSON array, often in one line
+MAX_DEPTH = 100  # lists and objects in each other
+MAX_DIGITS = 300  # of a whole number: more are no float
+_CHUNK = 1 << 16
+_TOO_DEEP = f"broken JSON: nested too deeply (more than {MAX_DEPTH} lists and objects in each other)"
 
 
 class BadRow(DataError):
@@ -44,11 +54,20 @@ def require_path(path: str | Path) -> Path:
     raise DataError(f"{path}: no such file{what}{hint}")
 
 
-def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
+def read_lines(path: str | Path, limit: int | None = None) -> Iterator[tuple[int, str]]:
     """Yield (1-based line number, text) of the lines that are not blank, from a plain or gzip file (by the suffix .gz).
 
-    Raises DataError for a missing or empty file, a truncated or damaged gzip stream, and bytes that are not UTF-8.
+    Raises DataError for a missing or empty file, a truncated or damaged gzip stream, and bytes that are not UTF-8;
+    BadRow (reason `too_long`) for a line of more than ``limit`` bytes (``MAX_LINE_BYTES``).
     """
+    for number, text in _lines(path, limit or MAX_LINE_BYTES):
+        if isinstance(text, BadRow):
+            raise text
+        yield number, text
+
+
+def _lines(path: str | Path, limit: int) -> Iterator[tuple[int, str | BadRow]]:
+    """As :func:`read_lines`, with a BadRow in place of a line that is too long, of which ``limit`` bytes are held."""
     path = require_path(path)
     if path.is_dir():
         raise DataError(f"{path}: is a directory, a file was expected")
@@ -56,7 +75,13 @@ def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
             # Bytes are split on \n alone: str.splitlines would also split at U+2028 inside a JSON string.
-            for number, raw in enumerate(file, start=1):
+            while raw := file.readline(limit + 1):
+                number += 1
+                if len(raw) > limit and not raw.endswith(b"\n"):
+                    found = True
+                    _skip_line(file, f"{path}:{number}")
+                    yield number, BadRow(f"{path}:{number}", "too_long", f"the line is longer than {limit} bytes")
+                    continue
                 text = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
                 if text:
                     found = True
@@ -73,14 +98,69 @@ def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
         raise DataError(f"{path}: the file is empty")
 
 
+def _skip_line(file: Any, source: str) -> None:
+    """Go to the next line; DataError for a line that does not end, as of a small file that unpacks to a huge one."""
+    left = MAX_SKIPPED_BYTES
+    while raw := file.readline(_CHUNK):
+        left -= len(raw)
+        if raw.endswith(b"\n"):
+            return
+        if left < 0:
+            raise DataError(f"{source}: the line does not end within {MAX_SKIPPED_BYTES} bytes")
+
+
+def begins_array(path: str | Path) -> bool:
+    """Whether the first character of a file, after white space, is `[`; False for a file that cannot be read."""
+    path = require_path(path)
+    try:
+        with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
+            return file.read(_CHUNK).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
+    except (OSError, EOFError, zlib.error):
+        return False  # whoever reads it says what is wrong
+
+
 def parse_json(text: str, source: str) -> Any:
     """The JSON value of one line; BadRow (reason `broken_json`) names `source`, which is file:line."""
     try:
-        return json.loads(text)
+        return check_depth(_DECODER.decode(text), source)
     except json.JSONDecodeError as error:
         raise BadRow(source, "broken_json", f"broken JSON at column {error.colno}: {error.msg}") from None
     except RecursionError:
-        raise BadRow(source, "broken_json", "broken JSON: nested too deeply") from None
+        raise BadRow(source, "broken_json", _TOO_DEEP) from None
+    except ValueError as error:
+        raise BadRow(source, "broken_json", f"broken JSON: {error}") from None
+
+
+def check_depth(value: Any, source: str) -> Any:
+    """``value`` itself; BadRow when lists and objects stand more than ``MAX_DEPTH`` deep in each other."""
+    level = [value]
+    for _ in range(MAX_DEPTH + 1):
+        inner = [item.values() if isinstance(item, dict) else item for item in level if isinstance(item, dict | list)]
+        level = [item for items in inner for item in items if isinstance(item, dict | list)]
+        if not level:
+            return value
+    raise BadRow(source, "broken_json", _TOO_DEEP)
+
+
+def _whole_number(digits: str) -> int:
+    if len(digits) > MAX_DIGITS:
+        raise ValueError(f"a number has more than {MAX_DIGITS} digits")
+    return int(digits)
+
+
+_DECODER = json.JSONDecoder(parse_int=_whole_number)
+
+
+def read_rows(path: str | Path) -> Iterator[tuple[int, Any]]:
+    """As :func:`read_jsonl`, with a BadRow in place of a line that is too long or broken."""
+    for number, text in _lines(path, MAX_LINE_BYTES):
+        if isinstance(text, BadRow):
+            yield number, text
+            continue
+        try:
+            yield number, parse_json(text, f"{path}:{number}")
+        except BadRow as error:
+            yield number, error
 
 
 def read_jsonl(path: str | Path) -> Iterator[tuple[int, Any]]:
@@ -92,10 +172,8 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, Any]]:
 def read_json_array(path: str | Path) -> Iterator[tuple[int, Any]]:
     """Yield (line on which the element starts, JSON value) per element of a file that holds one JSON array."""
     # Elements are decoded one by one: json.loads on the whole would lose where each of them stands.
-    lines = dict(read_lines(path))
+    lines = dict(read_lines(path, MAX_ARRAY_BYTES))
     text = "\n".join(lines.get(number, "") for number in range(1, max(lines) + 1))
-    decoder = json.JSONDecoder()
-
     def skip_space(position: int) -> int:
         while position < len(text) and text[position].isspace():
             position += 1
@@ -112,9 +190,13 @@ def read_json_array(path: str | Path) -> Iterator[tuple[int, Any]]:
     while text[position : position + 1] != "]":
         line, counted = line + text.count("\n", counted, position), position
         try:
-            value, position = decoder.raw_decode(text, position)
+            value, position = _DECODER.raw_decode(text, position)
         except json.JSONDecodeError as error:
             raise DataError(f"{path}:{error.lineno}: broken JSON at column {error.colno}: {error.msg}") from None
+        except RecursionError:
+            raise DataError(f"{path}:{line}: {_TOO_DEEP}") from None
+        except ValueError as error:
+            raise DataError(f"{path}:{line}: broken JSON: {error}") from None
         yield line, value
         position = skip_space(position)
         if text[position : position + 1] == ",":
@@ -141,7 +223,7 @@ def read_appended_jsonl(path: str | Path) -> tuple[list[tuple[int, Any]], str | 
         if line.strip():
             try:
                 rows.append((number, json.loads(line)))
-            except ValueError as error:  # broken JSON, or half a character
+            except (ValueError, RecursionError) as error:  # broken JSON, or half a character
                 if number == len(lines):
                     return rows, f"{path}:{number}"
                 raise DataError(f"{path}:{number}: broken JSON: {error}") from None

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nemo_advrm.data.jsonl import BadRow, parse_json, read_json_array, read_lines, require_path
+from nemo_advrm.data.jsonl import BadRow, begins_array, check_depth, read_json_array, read_rows, require_path
 from nemo_advrm.data.splits import SUFFIXES, TABLE_SUFFIXES, choose_split, find_files, split_named
 from nemo_advrm.errors import DataError
 
@@ -52,16 +52,16 @@ def _read_file(path: Path) -> Rows:
 
 def _read_json(path: Path) -> Rows:
     # Many files named .json hold JSON lines: the first character decides, not the name.
-    if path.name.endswith((".json", ".json.gz")) and next(read_lines(path))[1].startswith("["):
+    if path.name.endswith((".json", ".json.gz")) and begins_array(path):
         for number, row in read_json_array(path):
-            yield f"{path}:{number}", row
+            source = f"{path}:{number}"
+            try:
+                yield source, check_depth(row, source)
+            except BadRow as error:
+                yield source, error
         return
-    for number, text in read_lines(path):
-        source = f"{path}:{number}"
-        try:
-            yield source, parse_json(text, source)
-        except BadRow as error:
-            yield source, error
+    for number, row in read_rows(path):
+        yield f"{path}:{number}", row
 
 
 def _open_directory(path: Path, split: str, role: str) -> Opened:

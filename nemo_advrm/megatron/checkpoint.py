@@ -7,7 +7,6 @@ when every rank is done, so a directory of the right name is complete; the manif
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import re
 import shutil
@@ -26,8 +25,10 @@ from nemo_advrm import files
 from nemo_advrm.data.tokenizers import Tokenizer
 from nemo_advrm.data.vocabulary import check_vocabulary
 from nemo_advrm.errors import CheckpointError
+from nemo_advrm.foreign_files import read_json_object
 from nemo_advrm.megatron import manifest, phases, runtime
 from nemo_advrm.megatron.architecture import first_difference
+from nemo_advrm.megatron.description import check_description
 from nemo_advrm.megatron.file_readers import load_weights
 from nemo_advrm.megatron.file_writers import FileWriters, write_common
 from nemo_advrm.megatron.fp8_states import check_fp8_states
@@ -263,14 +264,14 @@ def read_meta(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise CheckpointError(f"{path}: there is no such checkpoint")
     try:
-        with open(path / "meta.json") as file:
-            meta = json.load(file)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not a complete checkpoint (meta.json: {error})") from error
-    if not isinstance(meta, dict) or not {"format", "head", "model"} <= set(meta):
+        meta = read_json_object(path / "meta.json")
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: not a complete checkpoint ({error})") from None
+    if not {"format", "head", "model"} <= set(meta):
         raise CheckpointError(f"{path}: not a checkpoint of nemo_advrm (meta.json lacks format, head or model)")
-    if meta["format"] > FORMAT:
+    if type(meta["format"]) is int and meta["format"] > FORMAT:
         raise CheckpointError(f"{path}: written by a newer version (format {meta['format']}, this one knows {FORMAT})")
+    check_description(meta, str(path / "meta.json"))
     return meta
 
 

@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
 from nemo_advrm.errors import CheckpointError
-from nemo_advrm.json_files import read_json_object
+from nemo_advrm.foreign_files import read_json_object
 from nemo_advrm.megatron.weights_metadata import open_metadata
 from nemo_advrm.place import one_line
 

@@ -17,7 +17,7 @@ from lightning.pytorch.strategies import Strategy
 from torch import Tensor
 
 from nemo_advrm.errors import CheckpointError
-from nemo_advrm.json_files import read_json_object
+from nemo_advrm.foreign_files import read_json_object
 from nemo_advrm.megatron import runtime
 from nemo_advrm.megatron.training_state import TRAINER_STATE, TrainingSave, load_training_state
 

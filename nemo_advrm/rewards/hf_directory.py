@@ -18,6 +18,7 @@ from typing import Any
 from torch import nn
 
 from nemo_advrm.errors import CheckpointError
+from nemo_advrm.hf_claims import check_counts
 from nemo_advrm.rewards.attributes import check_attributes
 
 CLASSIFIER = "ForSequenceClassification"
@@ -84,7 +85,7 @@ def read_config(path: Path) -> dict[str, Any]:
         )
     try:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{where}: not a model of transformers (config.json: {error})") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{where}: not a model of transformers (config.json holds no object)")
@@ -93,6 +94,7 @@ def read_config(path: Path) -> dict[str, Any]:
             f"{path / 'config.json'}: the weights are quantised (quantization_config); take the full ones"
         )
     _check_weight_files(path)
+    check_counts(config, path)
     if is_classifier(config):
         _check_keys(path / "config.json", config)
     return config

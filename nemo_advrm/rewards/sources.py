@@ -301,8 +301,10 @@ def _converted(spec: SourceSpec, cfg: Config) -> Path:
 
 def _reward_meta(spec: SourceSpec) -> dict[str, Any]:
     from nemo_advrm.megatron import checkpoint
+    from nemo_advrm.megatron.description import check_size
 
     meta = checkpoint.read_meta(spec.path)
     if meta["head"] != "reward":
         raise CheckpointError(f"{spec.text}: holds a model with the head {meta['head']!r}, not a reward model")
+    check_size(spec.path, meta, member_config(meta, ModelConfig()))
     return meta

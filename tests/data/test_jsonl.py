@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from nemo_advrm.data.jsonl import JsonlWriter, read_appended_jsonl, read_jsonl, write_jsonl_atomic
+from nemo_advrm.data import jsonl
+from nemo_advrm.data.jsonl import (
+    JsonlWriter,
+    read_appended_jsonl,
+    read_json_array,
+    read_jsonl,
+    read_rows,
+    write_jsonl_atomic,
+)
 from nemo_advrm.errors import DataError
 
 
@@ -72,3 +82,49 @@ def test_damage_before_the_last_line_is_an_error(tmp_path: Path) -> None:
     path.write_text('{"st\n{"step": 2}\n')
     with pytest.raises(DataError, match=r"m\.jsonl:1: broken JSON"):
         JsonlWriter(path)
+
+
+def test_rows_of_a_stranger_meet_limits_and_are_bad_rows_of_their_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jsonl, "MAX_LINE_BYTES", 20_000)
+    deep = "[" * 500 + "]" * 500
+    digits = '{"a": ' + "9" * 301 + "}"
+    lines = ['{"a": 1}', "9" * 5_000, "[" * 100_000, deep, '"' + "x" * 30_000 + '"', digits, '{"a": 2}']
+    for name in ("rows.jsonl", "rows.jsonl.gz"):
+        path = tmp_path / name
+        data = ("\n".join(lines) + "\n").encode()
+        path.write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+        found = dict(read_rows(path))
+        assert found.pop(1) == {"a": 1} and found.pop(7) == {"a": 2}
+        assert {n: (row.reason, str(row).startswith(f"{path}:{n}: ")) for n, row in found.items()} == {
+            2: ("broken_json", True),
+            3: ("too_long", True),
+            4: ("broken_json", True),
+            5: ("too_long", True),
+            6: ("broken_json", True),
+        }
+        with pytest.raises(DataError, match=r"rows\.jsonl(\.gz)?:2: broken JSON: a number has more than 300 digits"):
+            list(read_jsonl(path))
+
+
+def test_a_line_without_end_is_not_held_and_its_file_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "bomb.jsonl.gz"
+    path.write_bytes(gzip.compress(bytes(10_000_000)))
+    monkeypatch.setattr(jsonl, "MAX_SKIPPED_BYTES", 1_000_000)
+    monkeypatch.setattr(jsonl, "MAX_LINE_BYTES", 1000)
+    tracemalloc.start()
+    with pytest.raises(DataError, match=r"bomb\.jsonl\.gz:1: the line does not end within 1000000 bytes"):
+        list(read_rows(path))
+    assert tracemalloc.get_traced_memory()[1] < 5_000_000
+    tracemalloc.stop()
+
+
+def test_an_element_of_an_array_that_is_too_deep_or_too_long_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    for element in ("[" * 100_000, "9" * 5_000):
+        path.write_text(f'[{{"a": 1}},\n{element}]')
+        with pytest.raises(DataError, match=r"rows\.json:2: broken JSON"):
+            list(read_json_array(path))
