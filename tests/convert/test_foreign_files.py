@@ -103,7 +103,8 @@ def test_a_described_model_larger_than_its_weights_is_refused_before_it_is_built
     meta = json.loads((ours / "meta.json").read_text())
     meta["model"][key] = 10**9
     (ours / "meta.json").write_text(json.dumps(meta))
-    with pytest.raises(CheckpointError, match=r"describes a model of \d+ parameters, its weights have \d+|attention heads"):
+    refusal = r"describes a model of \d+ parameters, its weights have \d+|attention heads"
+    with pytest.raises(CheckpointError, match=refusal):
         load_members(tiny_config(), [str(ours)])
 
 
