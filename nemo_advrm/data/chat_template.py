@@ -17,7 +17,6 @@ from nemo_advrm.errors import DataError
 
 _log = logging.getLogger(__name__)
 _MARK = "\U000ffffd"  # a private character that stands where an answer ends
-_STRINGS = re.compile(r"'((?:[^'\\]|\\.)*)'|\"((?:[^\"\\]|\\.)*)\"", re.DOTALL)
 _RANDOM = re.compile(r"\|\s*random\b|\blipsum\b")
 # stands for the clock that transformers gives to templates, which cannot be replaced by an argument
 _CLOCK = (
@@ -157,6 +156,11 @@ def replace_content(message: Message, content: str) -> Message:
 
 def _dates(template: str, rule: ReadingRule) -> dict[str, str]:
     """Every string of the template that can be the format of a date, and that date."""
-    strings = [single or double for single, double in _STRINGS.findall(template)]
-    formats = {text.encode("ascii", "backslashreplace").decode("unicode-escape") for text in strings if "%" in text}
+    import jinja2
+
+    try:
+        tokens = list(jinja2.Environment().lexer.tokenize(template))
+    except jinja2.TemplateSyntaxError:
+        return {}  # its rendering tells what is wrong with it
+    formats = {token.value for token in tokens if token.type == "string" and "%" in token.value}
     return {text: rule.now.strftime(text) for text in formats}

@@ -22,11 +22,13 @@ def _words(text: str) -> frozenset[str]:
 # A name holds content when one of its words (singular, lower case) is one of these.
 _ANSWER_WORDS = _words("answer chosen completion generation output rejected reply response")
 _CONTENT_WORDS = _ANSWER_WORDS | _words(
-    """abstract article assistant attachment audio background body character chat code content context conversation cot
-    demonstration dialog dialogue doc document evidence function history human image input instruct instruction
-    knowledge memory message msg observation paragraph passage persona post preamble premise preprompt prompt query
-    question reasoning request retrieval retrieved scenario schema scratchpad shot snippet story sys system table
-    text think thinking thought tool turn user utterance video"""
+    """abstract article assistant attachment audio background body caption character chat choice claim code content
+    context conv conversation cot ctx demonstration developer dialog dialogue doc document evidence example
+    excerpt exercise fact function goal headline hint hist history human hypothesis image input instruct
+    instruction knowledge memory message msg objective observation option paragraph passage persona post
+    preamble premise preprompt problem prompt puzzle query question quote rationale reasoning request retrieval
+    retrieved scenario schema scratchpad sentence shot snippet solution statement story sys system table text
+    think thinking thought title tool turn user utterance video"""
 )
 # Of a message also these, which templates write into the conversation.
 _MESSAGE_WORDS = _words("annotation argument call channel name parameter part recipient refusal")
@@ -125,7 +127,7 @@ def name_words(name: str) -> list[str]:
 
 
 def _singular(word: str) -> str:
-    if len(word) < 3 or word.endswith(("ss", "sys")) or not word.endswith("s"):
+    if len(word) < 3 or word.endswith(("is", "ss", "sys", "us")) or word == "has" or not word.endswith("s"):
         return word
     return f"{word[:-3]}y" if word.endswith("ies") else word[:-1]
 

@@ -47,7 +47,8 @@ def check_messages(value: Any, key: str, source: str, columns: Columns | None = 
             raise BadRow(source, "wrong_type", f"`{place}` is {type_name(item)}, not an object with role and content")
         item = columns.strip(item)
         if "role" not in item and "from" in item and "value" in item:
-            role = _EXPORTED_ROLE.get(item["from"], item["from"])
+            role = item["from"]
+            role = _EXPORTED_ROLE.get(role, role) if isinstance(role, str) else role
             item = {"role": role, "content": item["value"], **{k: item[k] for k in item if k not in ("from", "value")}}
         for name in item:
             if name not in ("role", "content"):

@@ -108,7 +108,8 @@ def _read_best_of_n(reader: RowReader) -> Judged:
         value = reader.get(key)
         if not value:
             raise reader.bad("empty", f"`{key}` is empty")
-        whole = isinstance(value, str) or isinstance(value[0], dict)  # one answer, not a list of them
+        # one answer, not a list of them
+        whole = not isinstance(value, list) or isinstance(value[0], dict)
         for index, item in enumerate([value] if whole else value):
             answers.append((key if whole else f"{key}[{index}]", item, score, None))
     return replace(_judge(reader, answers), compares_all=False)
@@ -176,7 +177,7 @@ def _listed(reader: RowReader, names: tuple[str, ...], lists: tuple[str, ...], s
                     reader.columns.leave(f"{place}.", other, item[other], reader.source)
             place, item = f"{place}.{key}", item[key]
         else:
-            where = f"{beside}[{index}]"
+            where = f"{beside}[{index}]" if beside else f"{place}.{names[0]}"
             score = scores[index] if scores is not None else None
         number = check_number(score, where, reader.source)
         if number is None:

@@ -124,9 +124,12 @@ class RowReader:
     def finish(self, *, prompts_only: bool = False) -> None:
         """Refuse every column with content that was not read; the others are let go.
 
-        A column that only repeats what was read is no loss. With `prompts_only` answers need not be read.
+        A column that only repeats what was read is no loss. With `prompts_only` answers need not be read. A number in
+        a column of a prompt's names may be a part of it (an `input` beside an `instruction`): BadRow (`wrong_type`).
         """
         for name, value in self.row.items():
+            if name in (*PROMPT_COLUMNS, *SYSTEM_COLUMNS) and _is_number(value):
+                raise self.bad("wrong_type", f"`{name}` is a number, a text was expected")
             if name in self._read or self._known(name, value):
                 continue
             if prompts_only and is_answer(name):
@@ -154,6 +157,11 @@ class RowReader:
         except BadRow:
             return False
         return any(occurs(turns, (*prompt, Message(role="assistant", content=text))) for prompt, text in self._asked)
+
+
+def _is_number(value: Any) -> bool:
+    """Tables fill gaps with NaN, which is none."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and value == value
 
 
 def check_number(value: Any, name: str, source: str, *, at_least: float = -math.inf) -> float | None:

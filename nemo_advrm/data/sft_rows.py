@@ -17,11 +17,13 @@ from nemo_advrm.data.row_reader import RowReader
 
 
 class SftRow(NamedTuple):
-    """`prompt` is () for raw text; `source` is "file:line"."""
+    """`prompt` is () for raw text; `source` is "file:line"; `ended` is False for an answer that was cut off: its end is
+    not learned."""
 
     prompt: tuple[Message, ...]
     response: str
     source: str = ""
+    ended: bool = True
 
 
 @dataclass(frozen=True)
@@ -73,14 +75,14 @@ def _read(row: Any, source: str, format: str, columns: Columns) -> SftRow:
     # a rated answer is still one answer to learn
     if form is not None and form.name != "rated":
         judged = form.read(reader)
-        prompt, response = judged.prompt, judged.best.text
+        prompt, response, ended = judged.prompt, judged.best.text, judged.best.ended
     else:
         found = reader.first(CONVERSATION_COLUMNS) or reader.first(ANSWER_COLUMNS)
         if found is None:
             known = ", ".join(f"`{name}`" for name in (*CONVERSATION_COLUMNS[:1], *ANSWER_COLUMNS))
             raise reader.bad("missing_key", f"none of {known}, `chosen` + `rejected` ({reader.keys()})")
-        prompt, response = reader.answer(found[1], found[0])
+        (prompt, response), ended = reader.answer(found[1], found[0]), True
         if not response.strip():
             raise reader.bad("empty", f"the answer in `{found[0]}` is empty")
     reader.finish()
-    return SftRow(prompt, response, source)
+    return SftRow(prompt, response, source, ended)

@@ -23,6 +23,7 @@ _KEY = {role: f"data.{role}_split" for role in _WANTED}
 _FAMILIES = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("validation", "valid", "val", "dev", "development", "eval", "evaluation"), "validation"),
+    **dict.fromkeys(("held", "heldout", "holdout"), "validation"),
     **dict.fromkeys(("test", "testing"), "test"),
 }
 _SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}")
@@ -47,8 +48,14 @@ class Split:
 
 def split_named(name: str) -> Split:
     """The split of this name: "train_prefs" is of the family train."""
-    found = {_FAMILIES[word] for word in re.split(r"[^a-z]+", name.lower()) if word in _FAMILIES}
+    found = _families(name)
     return Split(name, found.pop() if len(found) == 1 else "")
+
+
+def _families(name: str) -> set[str]:
+    """Of which families the words of a name are: "trainPairs" is of the family train."""
+    words = re.sub(r"([a-z])(?=[A-Z])", r"\1_", name).lower()
+    return {_FAMILIES[word] for word in re.split(r"[^a-z]+", words) if word in _FAMILIES}
 
 
 def choose_split(splits: Iterable[Split], role: str, wanted: str, place: str) -> Split:
@@ -132,9 +139,10 @@ def _split_of(inside: PurePath) -> Split:
     """The split of a file by its own name, else by the folder it lies in; its name says the folders above that."""
     stem = _stem(inside.name)
     shard = _SHARD.fullmatch(stem)
-    own = shard[1] if shard else re.sub(r"[-_. ]?\d+$", "", stem)
+    # a number counts the parts of a split, but for that of a version: "train_v1" and "train_v2" hold the same rows
+    own = shard[1] if shard else re.sub(r"(?<![-_. ][vV])(?<!\d)[-_. ]?\d+$", "", stem)
     folders = [part for part in inside.parts[:-1] if part != "data"]
-    if split_named(own).family:
+    if _families(own):  # "train_test" says both: a split of that name
         return _within(folders, own)
     for depth in range(len(folders) - 1, -1, -1):
         if split_named(folders[depth]).family:

@@ -51,7 +51,7 @@ def encode_responses(cfg: Config, tokenizer: Tokenizer, rows: list[SftRow]) -> l
     for row in rows:
         try:
             head = tokenizer.encode_prompt(row.prompt)
-            answer = tokenizer.encode_response(row.response)
+            answer = tokenizer.encode_response(row.response) if row.ended else tokenizer.encode(row.response)
         except DataError as error:
             refused.append(BadRow(row.source, "refused", str(error)))
             continue

@@ -23,6 +23,7 @@ OTHERWISE = '{% if strftime_now is defined %}{% set day = strftime_now("%Y-%m-%d
 INSIDE = (
     "{%- macro head(m) %}{{ strftime_now('%d.\\t%m.') }}{% endmacro %}{% for m in messages %}{{ head(m) }}{% endfor %}"
 )
+APOSTROPHES = "{# it's a date #}I don't know, but it's {{ strftime_now('%d %b') }}\n" + TURNS
 QUESTION = [Message(role="user", content="the question")]
 
 
@@ -51,6 +52,7 @@ def save(directory: Path, template: str) -> Path:
         (DATED, "Today is 26 Jul 2024 00:00:00\n<|im_start|>"),
         (OTHERWISE, "2024-07-26<|im_start|>"),
         (INSIDE, "26.\t07."),
+        (APOSTROPHES, "I don't know, but it's 26 Jul"),
     ],
 )
 def test_the_date_is_that_of_the_rule_whatever_the_clock(

@@ -32,7 +32,8 @@ def write(path: Path, *rows: object) -> Path:
 def test_names_of_content() -> None:
     names = (
         "system systemPrompt question instructions context chat_history input tools toolCalls functions documents "
-        "thinking reasoning_content response1 images Persona previous_turns few_shot_demonstrations"
+        "thinking reasoning_content response1 images Persona previous_turns few_shot_demonstrations "
+        "examples options choices hint facts rationale hypothesis ctx developer problem title"
     )
     for name in names.split():
         assert holds_content(name) and holds_content(name, message=True), name
@@ -127,13 +128,22 @@ def test_content_in_keys_of_messages_is_refused_everywhere(tmp_path: Path, key: 
 
 
 def test_gaps_of_tables_numbers_and_other_columns_are_let_go_and_listed_once(tmp_path: Path) -> None:
-    gaps = {"system": None, "tools": [], "context": "", "history": [{"content": None}], "input": 3.5}
+    gaps = {"system": None, "tools": [], "context": "", "history": [{"content": None}], "input": float("nan")}
     turn = says("good", tool_calls=None, reasoning_content="", uuid="x")
     row = {"chosen": [USER, turn], "rejected": [USER, says("bad", uuid="y")], **gaps, "prompt_id": "1", "source": "web"}
     report = load_preferences(write(tmp_path / "a.jsonl", row, row))
     assert [pair.prompt for pair in report.rows] == [(USER,), (USER,)]
     notes = report.summary().partition("not read: ")[2].split(", ")
     assert {"prompt_id", "source", "chosen[].uuid", "rejected[].uuid"} <= set(notes) and len(set(notes)) == len(notes)
+
+
+@pytest.mark.parametrize("row", [{**GOOD, "input": 5}, {"question": 5, "chosen": "a whole text", "rejected": "more"}])
+def test_a_number_in_a_column_of_the_prompt_is_refused(tmp_path: Path, row: dict) -> None:
+    name = "input" if "input" in row else "question"
+    with pytest.raises(DataError, match=rf"a\.jsonl:1: `{name}` is a number, a text was expected"):
+        load_preferences(write(tmp_path / "a.jsonl", row))
+    gap = write(tmp_path / "b.jsonl", {**GOOD, "input": float("nan")})
+    assert len(load_preferences(gap).rows) == 1
 
 
 def test_columns_that_repeat_what_was_read_are_no_loss(tmp_path: Path) -> None:
@@ -160,6 +170,13 @@ def test_rows_that_differ_in_such_a_column_only_are_different(tmp_path: Path) ->
 def test_exported_turns_with_from_and_value(tmp_path: Path) -> None:
     turns = [{"from": "system", "value": "Rhyme."}, {"from": "human", "value": "Hi"}, {"from": "gpt", "value": "good"}]
     assert load_sft(write(tmp_path / "a.jsonl", {"conversations": turns})).rows[0][:2] == ((RHYME, USER), "good")
+
+
+def test_an_exported_turn_of_a_wrong_type_is_a_bad_row(tmp_path: Path) -> None:
+    wrong = {**GOOD, "prompt": [{"from": ["human"], "value": "Hi"}]}
+    report = load_preferences(write(tmp_path / "a.jsonl", wrong, GOOD), on_bad_row="skip")
+    assert report.skipped == {"wrong_type": 1}
+    assert "`prompt[0].role` is a list, not a string" in report.examples["wrong_type"]
 
 
 def test_a_pair_store_with_foreign_content_is_refused(tmp_path: Path) -> None:

@@ -10,7 +10,10 @@ import pytest
 from nemo_advrm.data.preferences import load_preferences
 from nemo_advrm.data.prompts import load_prompts, split_train_validation
 from nemo_advrm.data.sft_rows import load_sft
+from nemo_advrm.data.tokenizers import ByteTokenizer
 from nemo_advrm.errors import DataError
+from nemo_advrm.schema import Config
+from nemo_advrm.stages.sft import encode_responses
 
 USER = {"role": "user", "content": "Hi"}
 
@@ -167,6 +170,9 @@ BAD = [
     ({"prompt": "Hi", "responses": ["a", "b"], "scores": [1, "x"]}, "`scores[1]` is a string"),
     ({"completions": [{"completion": "a", "rank": 1}, {"completion": "b", "rank": 2}]}, "`prompt` is missing"),
     ({"prompt": "Hi", "chosen": [], "rejected": ["b"]}, "`chosen` is empty"),
+    ({"prompt": "Hi", "chosen": {"text": "a"}, "rejected": ["b"]}, "`chosen` is an object"),
+    ({"prompt": "Hi", "chosen": ["a"], "rejected": 5}, "`rejected` is a number"),
+    ({"prompt": "Hi", "completions": ["a", {"completion": "b", "rank": 1}]}, "`completions[0].rank` is missing"),
     ({"prompt": "Hi", "chosen": ["a"], "rejected": [""]}, "`rejected[0]` is empty"),
     ({"chosen": [[USER, *says("a")]], "rejected": [[{**USER, "content": "Bye"}, *says("b")]]}, "differ in turn 1"),
     ({"prompt": "Hi", "response": "a", "helpfulness": "high"}, "known forms"),
@@ -209,7 +215,15 @@ SFT = [
 @pytest.mark.parametrize("row", SFT)
 def test_every_form_of_sft_rows(tmp_path: Path, row: dict) -> None:
     path = write(tmp_path / "a.jsonl", row)
-    assert load_sft(path).rows == [((USER,), "a", f"{path}:1")]
+    assert load_sft(path).rows == [((USER,), "a", f"{path}:1", True)]
+
+
+def test_the_end_of_a_cut_off_answer_is_not_learned(tmp_path: Path) -> None:
+    row = {"prompt": "Hi", "chosen": "good", "rejected": "bad"}
+    cut, whole = load_sft(write(tmp_path / "a.jsonl", {**row, "chosen_ended": False}, row)).rows
+    tokenizer = ByteTokenizer()
+    first, second = encode_responses(Config(), tokenizer, [cut, whole])
+    assert second.tokens[-1] == tokenizer.eos_id and first.tokens == second.tokens[:-1]
 
 
 def test_earlier_answers_of_an_sft_conversation_stay_in_its_prompt(tmp_path: Path) -> None:

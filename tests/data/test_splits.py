@@ -57,6 +57,9 @@ LAYOUTS = [
     (["train/a.jsonl", "train/b.jsonl", "test/a.jsonl"], {"train/a.jsonl", "train/b.jsonl"}, {"test/a.jsonl"}),
     ([f"train_prefs{SHARD}", f"test_prefs{SHARD}"], {f"train_prefs{SHARD}"}, {f"test_prefs{SHARD}"}),
     (["a.jsonl", "b.jsonl"], {"a.jsonl", "b.jsonl"}, {"a.jsonl", "b.jsonl"}),
+    (["trainPairs.jsonl", "testPairs.jsonl"], {"trainPairs.jsonl"}, {"testPairs.jsonl"}),
+    (["train.jsonl", "held_out.jsonl"], {"train.jsonl"}, {"held_out.jsonl"}),
+    (["train_v10.jsonl", "test_v10.jsonl"], {"train_v10.jsonl"}, {"test_v10.jsonl"}),
 ]
 
 
@@ -87,6 +90,8 @@ AMBIGUOUS = [
     (["2023/a.jsonl", "2024/a.jsonl"], "2023/, 2024/"),
     ([f"data/filtered{SHARD}", f"data/raw{SHARD}"], "filtered, raw"),
     (["test.jsonl"], "has no train split; it has: test"),
+    (["train_v1.jsonl", "train_v2.jsonl"], "more than one split can be meant: train_v1, train_v2"),
+    (["a.jsonl", "train_test.jsonl"], "which files are meant"),
     (["train.jsonl", "train.jsonl.gz"], "look like the same rows twice"),
 ]
 
