@@ -314,6 +314,11 @@ class Pipeline:
             )
         if cfg.ensemble.size < 2:
             raise ConfigError(f"ensemble.size={cfg.ensemble.size}: an attack needs at least 2 reward models")
+        if cfg.reward_model.loss == "regression":
+            raise ConfigError(
+                "reward_model.loss=regression: the pipeline's rounds train on pairs, which have no labels; train such "
+                "members by train_rm and attack them by attack"
+            )
         check_directions(cfg, cfg.ensemble.size)
         if not labels_by_gold(self.cfg):
             self._encoded_preferences  # noqa: B018 (reads and checks the data)

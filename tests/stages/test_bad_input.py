@@ -129,3 +129,12 @@ def test_an_attack_needs_two_members_and_a_policy(tmp_path: Path, capsys) -> Non
     assert "ensemble.members" in fails(capsys, "attack", *TINY, f"run_dir={tmp_path / 'run'}")
     message = fails(capsys, "attack", *TINY, "ensemble.members=[a,b]", f"run_dir={tmp_path / 'run'}")
     assert "pretrained_checkpoint.restore_from_path" in message
+
+
+def test_a_pipeline_of_regression_models_is_refused_before_it_starts(tmp_path: Path, capsys) -> None:
+    data = write(tmp_path / "pairs.jsonl", rows(8))
+    settings = [f"data.train_path={data}", "pipeline.sft=true"]
+    regression = ["reward_model.loss=regression", "reward_model.num_attributes=2"]
+    message = fails(capsys, "pipeline", *SMALL, *settings, *regression, f"run_dir={tmp_path / 'run'}")
+    assert "reward_model.loss=regression" in message and "no labels" in message
+    assert not (tmp_path / "run").exists()
