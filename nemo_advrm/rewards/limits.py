@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from nemo_advrm.errors import DataError
-from nemo_advrm.rewards.base import RewardSource
+from nemo_advrm.rewards.base import RewardSource, Rollouts
+from nemo_advrm.rewards.encoding import token_sequences
 from nemo_advrm.schema import Config
 
 if TYPE_CHECKING:
@@ -22,6 +23,14 @@ def longest_row(source: Any) -> int:
     """
     hard = int(getattr(source, "longest", 0))
     return hard or int(getattr(getattr(getattr(source, "model", None), "model", None), "encoder_seq_length", 0))
+
+
+def places_that_fit(source: RewardSource, rollouts: Rollouts) -> list[int]:
+    """Places of the rollouts whose text ``source`` can take whole; all of them for a source without a limit."""
+    limit, tokenizer = int(getattr(source, "longest", 0)), getattr(source, "tokenizer", None)
+    if not limit or tokenizer is None:
+        return list(range(len(rollouts)))
+    return [i for i, row in enumerate(token_sequences(rollouts, tokenizer)) if len(row) <= limit]
 
 
 def prompts_with_room(

@@ -10,10 +10,13 @@ import torch
 
 from nemo_advrm.config import load_config
 from nemo_advrm.data.jsonl import write_jsonl_atomic
+from nemo_advrm.data.tokenizers import ByteTokenizer
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.rewards.local import FunctionReward
 from nemo_advrm.rewards.standardisation import described, read_statistics, write_statistics
 from nemo_advrm.stages import evaluate
+
+pytestmark = pytest.mark.usefixtures("single")
 
 # response -> scores of the two members; the mean of member 1 is 2, of member 2 10
 SCORES = {"a": (0.0, 40.0), "b": (4.0, -20.0), "c": (1.0, 10.0), "d": (3.0, 10.0)}
@@ -54,6 +57,27 @@ def test_a_reference_of_other_members_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="its scores of member 1 are not those of R_1"):
         read_statistics(path, _sources(shift=1.0), "serve.reference_path")
     read_statistics(path, _sources(shift=0.01), "serve.reference_path")  # the same weights in another precision
+
+
+def test_responses_that_a_member_cannot_take_are_no_probes(tmp_path: Path) -> None:
+    """A policy that sees the end of long prompts has answered them; their whole text exceeds a member's positions."""
+    path = tmp_path / "reference.jsonl"
+    prompts = [[{"role": "user", "content": content}] for content in ("p", "long " * 40)]
+    write_jsonl_atomic(path, [{**row, "messages": prompts[row["prompt_id"]]} for row in ROWS])
+    scored: list[str] = []
+
+    def limited(k: int, longest: int) -> FunctionReward:
+        def score(prompts: list, responses: list[str], ended: list[bool]) -> list[float]:
+            scored.extend(responses)
+            assert all(len(messages[0]["content"]) < longest for messages in prompts)
+            return [SCORES[r][k] for r in responses]
+
+        source = FunctionReward(f"R_{k + 1}", score)
+        source.tokenizer, source.longest = ByteTokenizer(), longest  # type: ignore[attr-defined]
+        return source
+
+    read_statistics(path, [limited(0, 64), limited(1, 1000)], "ensemble.reference_path")
+    assert set(scored[:2]) == {"a", "b"} and set(scored[2:]) == set(SCORES)
 
 
 def test_evaluate_combines_members_on_one_scale_or_not_at_all(tmp_path: Path) -> None:
