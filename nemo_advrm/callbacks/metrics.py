@@ -8,7 +8,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from nemo_advrm.callbacks.rows import lost_steps, open_rows
+from nemo_advrm.callbacks.rows import has_validation, lost_steps, open_rows
 from nemo_advrm.data.jsonl import JsonlWriter
 from nemo_advrm.megatron import runtime
 
@@ -36,6 +36,9 @@ class MetricsWriter(Callback):
             lost = lost_steps(self.path, range(self.first_step, resume_step + 1))
             if lost:
                 _log.warning("%s; training goes on after step %d", lost, trainer.global_step)
+            # Lightning repeats the validation of the step at which training goes on
+            if has_validation(self.path, resume_step):
+                self._validated = resume_step
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if self._writer is not None:

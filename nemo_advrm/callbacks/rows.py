@@ -28,3 +28,10 @@ def lost_steps(path: Path, steps: Iterable[int]) -> str:
         return ""
     named = f"step {lost[0]}" if len(lost) == 1 else f"{len(lost)} steps from {lost[0]} to {lost[-1]}"
     return f"{path}: the rows of {named} are lost"
+
+
+def has_validation(path: Path, step: int) -> bool:
+    """Whether ``path`` has the row of the validation after ``step``."""
+    rows = read_appended_jsonl(path)[0] if path.exists() else []
+    of_step = [row for _, row in rows if isinstance(row, dict) and row.get("step") == step]
+    return any(key.startswith("val/") for row in of_step for key in row)

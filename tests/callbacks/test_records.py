@@ -75,6 +75,33 @@ def test_validation_rows_bear_their_step_and_are_written_after_training_too(sing
     assert rows == [{"step": 5, "val/loss": 0.5}, {"step": 6, "loss": 1.0}, {"step": 6, "val/loss": 0.5}]
 
 
+@pytest.mark.parametrize("first_step", [0, 1])
+def test_a_kill_after_a_validation_does_not_double_its_row(single: Runtime, tmp_path: Path, first_step: int) -> None:
+    path = tmp_path / "metrics.jsonl"
+    module = SimpleNamespace(step_metrics={"loss": 1.0}, validation_metrics={"val/loss": 0.5})
+
+    def train(start: int, stop: int) -> None:
+        writer: Any = MetricsWriter(path, first_step)
+        writer.on_train_start(SimpleNamespace(global_step=start), module)
+        if start:
+            writer.on_validation_end(SimpleNamespace(global_step=start), module)  # as Lightning does
+        for done in range(start + 1, stop + 1):
+            writer.on_train_batch_end(SimpleNamespace(global_step=done), module, None, None, 0)
+            if done % 2 == 0:
+                writer.on_validation_end(SimpleNamespace(global_step=done), module)
+        writer.teardown(None, None, "fit")
+
+    train(0, 4)
+    train(2, 2)  # killed at once
+    train(2, 4)
+    rows = [(row["step"] - first_step + 1, "val/loss" in row) for row in _rows(path)]
+    assert rows == [(1, False), (2, False), (2, True), (3, False), (4, False), (4, True)]
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:2]))  # killed before the validation of step 2 was written: it is repeated
+    train(2, 4)
+    assert path.read_text() == "".join(lines)
+
+
 class _Saving:
     """A trainer, and its strategy, of which only saving is used; in the background a save takes ``steps`` steps."""
 
