@@ -263,7 +263,7 @@ class SelectionConfig:
     per_prompt: int = 4
     per_signature: int = 1  # near duplicates kept per signature
     max_pairs: int = 1000  # per round and direction
-    chosen: str = "best"  # best (largest ensemble mean) | random SFT response to the same prompt
+    chosen: str = "best"  # best (largest mean of z) | random SFT response to the same prompt
     min_pairs: int = 1  # a round with fewer pairs ends the pipeline
 
 

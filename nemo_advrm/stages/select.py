@@ -15,6 +15,7 @@ from nemo_advrm.data.plain_text import stands_as_text
 from nemo_advrm.data.tokenizers import Tokenizer, build_tokenizer
 from nemo_advrm.errors import ConfigError, DataError
 from nemo_advrm.models.trainable import derive_seed
+from nemo_advrm.objectives.reference import own_z_scores
 from nemo_advrm.objectives.selection import qualifies, select_pairs, text_signature
 from nemo_advrm.rewards.reference import Reference
 from nemo_advrm.schema import Config, SelectionConfig
@@ -45,8 +46,12 @@ def select_round(cfg: Config, directory: Path, round_number: int, seed: int) -> 
     reference = Reference.read(directory / "reference.jsonl")
     path = directory / "attack" / "samples.jsonl"
     # a selection that is repeated starts anew
-    rows: list[dict[str, Any]] = [{**_checked(row, f"{path}:{n}"), "selected": False} for n, row in read_jsonl(path)]
+    rows: list[dict[str, Any]] = [
+        {**_checked(row, f"{path}:{n}", reference), "selected": False} for n, row in read_jsonl(path)
+    ]
     usable_PI = _usable_sft(reference, tokenizer)
+    # of z: raw scores would leave the choice to the member of the largest scale
+    quality_PN = own_z_scores(reference.scores_PNK, reference.statistics()).mean(-1)
     totals: Counter[str] = Counter()
     pairs: list[AdversarialPair] = []
     for direction in sorted({row["direction"] for row in rows}):
@@ -58,7 +63,9 @@ def select_round(cfg: Config, directory: Path, round_number: int, seed: int) -> 
         totals["selected"] += len(chosen)
         for i in chosen:
             rows[own[i]]["selected"] = True
-        pairs += [_pair(cfg.selection, rows[own[i]], reference, usable_PI, round_number, seed) for i in chosen]
+        pairs += [
+            _pair(cfg.selection, rows[own[i]], reference, usable_PI, quality_PN, round_number, seed) for i in chosen
+        ]
     store = directory / "pairs.jsonl"
     store.unlink(missing_ok=True)
     PairStore(store).append(pairs)
@@ -85,10 +92,18 @@ def _unusable(
     return None if usable_PI[row["prompt_id"]] else "no_usable_sft"
 
 
-def _checked(row: Any, source: str) -> dict[str, Any]:
+def _checked(row: Any, source: str, reference: Reference) -> dict[str, Any]:
+    """The row; DataError for one that lacks a key, or that belongs to an attack on another reference."""
     lacking = sorted(_NEEDED - row.keys()) if isinstance(row, dict) else ["all keys"]
     if lacking:
         raise DataError(f"{source}: no row of an attack (it lacks {', '.join(lacking)}): restore the file")
+    prompts, _, members = reference.scores_PNK.shape
+    number = row["prompt_id"]
+    if not isinstance(number, int) or not 0 <= number < prompts:
+        raise DataError(f"{source}: prompt_id={number!r}, the reference has {prompts} prompts: restore both files")
+    for key in ("scores", "z"):
+        if not isinstance(row[key], list) or len(row[key]) != members:
+            raise DataError(f"{source}: {key}={row[key]!r}, the reference has {members} members: restore both files")
     return row
 
 
@@ -151,6 +166,7 @@ def _pair(
     row: dict[str, Any],
     reference: Reference,
     usable_PI: list[list[int]],
+    quality_PN: torch.Tensor,
     round_number: int,
     seed: int,
 ) -> AdversarialPair:
@@ -163,7 +179,7 @@ def _pair(
         )
         best = usable[int(torch.randint(len(usable), (1,), generator=draw))]
     else:
-        best = max(usable, key=lambda i: scores_NK[i].mean().item())
+        best = max(usable, key=lambda i: quality_PN[prompt_id, i].item())
     gold = reference.gold_PN
     return AdversarialPair(
         reference.prompts_P[prompt_id],

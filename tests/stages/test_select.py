@@ -12,6 +12,7 @@ from nemo_advrm.data.encoding import encode_pairs
 from nemo_advrm.data.jsonl import write_jsonl_atomic
 from nemo_advrm.data.pair_store import PairStore
 from nemo_advrm.data.tokenizers import ByteTokenizer
+from nemo_advrm.errors import DataError
 from nemo_advrm.stages.select import select_round
 
 TOKENIZER = ByteTokenizer()
@@ -81,6 +82,32 @@ def test_what_is_no_text_is_no_pair_on_either_side(tmp_path: Path) -> None:
     pairs, counts = _select(tmp_path, samples)
     assert [(pair.chosen, pair.rejected) for pair in pairs] == [("plain", "hack")]
     assert counts == {"selected": 1, "not_text": 2}
+
+
+def test_the_best_sft_response_is_not_that_of_the_member_with_the_largest_scale(tmp_path: Path) -> None:
+    # s is 1.94 and 184, so z of "liked" is 1.34 and -.05, that of "spurned" the opposite; their raw means are 1.5 and 5
+    reference = [
+        _sft(0, "liked", [3.0, 0.0]), _sft(0, "spurned", [0.0, 10.0]),
+        _sft(1, "low", [0.0, 0.0]), _sft(1, "high", [1.0, 300.0]),
+    ]  # fmt: skip
+    write_jsonl_atomic(tmp_path / "reference.jsonl", reference)
+    write_jsonl_atomic(tmp_path / "attack" / "samples.jsonl", [_found("hack")])
+    select_round(load_config(["model=tiny"]), tmp_path, 0, 0)
+    assert [pair.chosen for pair in PairStore(tmp_path / "pairs.jsonl").load()] == ["liked"]
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        (_found("hack", 3), "prompt_id=3, the reference has 3 prompts"),
+        (_found("hack", -1), "prompt_id=-1, the reference has 3 prompts"),
+        ({**_found("hack"), "scores": [9.0, 0.0, 1.0]}, "scores=.*, the reference has 2 members"),
+        ({**_found("hack"), "z": [9.0]}, "z=.*, the reference has 2 members"),
+    ],
+)
+def test_samples_of_another_reference_are_refused(tmp_path: Path, row: dict[str, Any], words: str) -> None:
+    with pytest.raises(DataError, match=f"samples.jsonl:2: {words}"):
+        _select(tmp_path, [_found("fine"), row])
 
 
 def test_text_that_the_policys_tokenizer_does_not_give_back_is_no_pair(tmp_path: Path) -> None:
