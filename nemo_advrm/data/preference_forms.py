@@ -303,7 +303,7 @@ def read_judged(row: Any, source: str, format: str = "auto", columns: Columns | 
     _refuse_repeated_prompt(reader, form, format)
     judged = form.read(reader)
     reader.finish()
-    return judged
+    return replace(judged, dropped=reader.columns.dropped(row))
 
 
 def _refuse_repeated_prompt(reader: RowReader, form: Form, format: str) -> None:

@@ -64,6 +64,7 @@ class Judged:
     graded: bool = False
     merged: bool = False
     compares_all: bool = True  # False where good answers stand against bad ones: two good ones are no tie
+    dropped: tuple[str, ...] = ()  # what `data.ignore_columns` took out of the row: another makes another prompt
 
     @property
     def best(self) -> Answer:

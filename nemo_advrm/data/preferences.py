@@ -139,10 +139,10 @@ def _text_pairs(records: list[tuple[str, Any]], columns: Columns) -> Iterator[Ju
 
 def _merged(judged: list[Judged]) -> list[Judged]:
     """Rows that hold one answer of several become one, at the place of the first, for each prompt."""
-    places: dict[str, int] = {}
+    places: dict[tuple[str, ...], int] = {}
     merged: list[Judged] = []
     for item in judged:
-        place = places.setdefault(prompt_key(item.prompt), len(merged)) if item.merged else len(merged)
+        place = places.setdefault((prompt_key(item.prompt), *item.dropped), len(merged)) if item.merged else len(merged)
         if place == len(merged):
             merged.append(item)
         else:

@@ -153,6 +153,13 @@ def test_rated_answers_are_compared_over_all_rows_of_their_prompt(tmp_path: Path
     assert len(load_sft(path).rows) == 6 and len(load_prompts(path).prompts) == 3
 
 
+def test_rated_answers_of_prompts_that_differ_in_a_dropped_column_are_not_compared(tmp_path: Path) -> None:
+    rows = [{"prompt": "Hi", "response": f"a{i}", "helpfulness": i, "tools": [tool]} for i, tool in enumerate(("search", "search", "draw"))]
+    report = load_preferences(write(tmp_path / "a.jsonl", *rows), ignore_columns=["tools"])
+    assert [(row.chosen, row.rejected) for row in report.rows] == [("a1", "a0")]
+    assert "1 prompts with one answer made no pair" in report.summary()
+
+
 def test_a_preference_of_zero_and_equal_ratings_are_ties(tmp_path: Path) -> None:
     tie = {"context": [USER], "response1": "a", "response2": "b", "overall_preference": 0}
     path = write(tmp_path / "a.jsonl", tie, {**tie, "overall_preference": 1})
