@@ -154,7 +154,8 @@ def test_rated_answers_are_compared_over_all_rows_of_their_prompt(tmp_path: Path
 
 
 def test_rated_answers_of_prompts_that_differ_in_a_dropped_column_are_not_compared(tmp_path: Path) -> None:
-    rows = [{"prompt": "Hi", "response": f"a{i}", "helpfulness": i, "tools": [tool]} for i, tool in enumerate(("search", "search", "draw"))]
+    tools = ("search", "search", "draw")
+    rows = [{"prompt": "Hi", "response": f"a{i}", "score": i, "tools": [tool]} for i, tool in enumerate(tools)]
     report = load_preferences(write(tmp_path / "a.jsonl", *rows), ignore_columns=["tools"])
     assert [(row.chosen, row.rejected) for row in report.rows] == [("a1", "a0")]
     assert "1 prompts with one answer made no pair" in report.summary()
