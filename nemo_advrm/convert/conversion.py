@@ -198,14 +198,18 @@ def _round_facts(path: Path) -> dict[str, Any]:
     file = directory / "reference.jsonl"
     if not file.exists():
         return facts
+    from nemo_advrm.objectives.reference import fresh_std
     from nemo_advrm.rewards.reference import Reference
 
     scores_PNK = Reference.read(file).scores_PNK.double()
     if not 0 <= member < scores_PNK.size(2):
         raise CheckpointError(f"{file}: holds scores of {scores_PNK.size(2)} members, not of rm_{member + 1}")
     scores_PN = scores_PNK[:, :, member]
-    spread = (scores_PN - scores_PN.mean(1, keepdim=True)).square().mean().sqrt()
-    return facts | {"reference_mean": scores_PN.mean().item(), "reference_std": spread.item()}
+    facts["reference_mean"] = scores_PN.mean().item()
+    if scores_PN.size(1) > 1:
+        deviations = scores_PN - scores_PN.mean(1, keepdim=True)
+        facts["reference_std"] = fresh_std(deviations.reshape(-1, 1), scores_PN.size(1)).item()
+    return facts
 
 
 def _config_facts(run: Path) -> dict[str, Any]:

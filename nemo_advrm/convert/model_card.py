@@ -16,7 +16,7 @@ _KNOWN = (
     ("rounds", "Rounds of adversarial training"),
     ("steps", "Optimizer steps"),
     ("reference_mean", "Mean score of reference responses"),
-    ("reference_std", "Standard deviation of reference scores around each prompt's mean"),
+    ("reference_std", "Standard deviation of a new response's score from the prompt's reference mean"),
     ("converted_from", "Converted from"),
 )
 

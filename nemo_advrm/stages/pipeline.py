@@ -208,7 +208,7 @@ class Pipeline:
             home / "attack",
             self._prompts,
             self._members(number),
-            Reference.read(home / "reference.jsonl"),
+            runtime.on_writer(lambda: Reference.read(home / "reference.jsonl")),
             self.gold,
             derive_seed(self.cfg.seed, "attack", number),
         )
@@ -240,7 +240,7 @@ class Pipeline:
         if options.reward != "ensemble":
             members = members[:1]
         elif cfg.ensemble.standardise:
-            reference = Reference.read(self._round(0) / "reference.jsonl")
+            reference = runtime.on_writer(lambda: Reference.read(self._round(0) / "reference.jsonl"))
             statistics = fit_members(reference.scores_PNK.flatten(0, 1))
         home = self.directory / "rlhf" / name
         reward = combined(members, options.aggregate, options.coefficient, statistics, home)

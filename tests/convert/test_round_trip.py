@@ -173,7 +173,8 @@ def test_the_card_of_a_round_has_its_reference_scores(saved: Callable[..., Path]
     run("megatron", home / "rm_2" / "model", "hf", tmp_path / "hf")
     card = (tmp_path / "hf" / "README.md").read_text()
     assert "Rounds of adversarial training: 2\n" in card and "Mean score of reference responses: 5\n" in card
-    assert f"around each prompt's mean: {5**0.5:.6g}\n" in card
+    # 20 in squares over 4 - 2 degrees of freedom, and the error of a mean of 2: what a z of the run is in units of
+    assert f"a new response's score from the prompt's reference mean: {(20 / 2 * 1.5) ** 0.5:.6g}\n" in card
 
 
 def test_a_checkpoint_for_many_ranks_is_padded_to_them(
