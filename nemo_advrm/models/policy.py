@@ -59,6 +59,7 @@ def encode_prompts(prompts: list[tuple[Message, ...]], tokenizer: Tokenizer, cfg
     choice = cfg.data.on_overlong
     encoded: list[Prompt] = []
     refused: list[BadRow] = []
+    overlong = truncated = 0
     for i, messages in enumerate(prompts):
         try:
             tokens = tokenizer.encode_prompt(messages)
@@ -67,8 +68,10 @@ def encode_prompts(prompts: list[tuple[Message, ...]], tokenizer: Tokenizer, cfg
             continue
         if len(tokens) > room and choice == "truncate_prompt" and room > 0:
             tokens = tokens[-room:]
+            truncated += 1
         if len(tokens) > room:
             if choice == "skip":
+                overlong += 1
                 continue
             raise DataError(
                 f"prompt {i + 1} has {len(tokens)} tokens; model.encoder_seq_length={cfg.model.encoder_seq_length} "
@@ -81,6 +84,8 @@ def encode_prompts(prompts: list[tuple[Message, ...]], tokenizer: Tokenizer, cfg
         raise_or_count(refused, usable=usable, on_bad_row=cfg.data.on_bad_row, path="prompts")
         if runtime.current().is_writer:
             print(f"prompts: {len(refused)} of {len(prompts)} left out: {refused[0]}", flush=True)
+    if (overlong or truncated) and runtime.current().is_writer:
+        print(f"prompts: {overlong} overlong, {truncated} truncated, of {len(prompts)}", flush=True)
     if not encoded:
         raise DataError(f"no prompt leaves room for rl.max_new_tokens={cfg.rl.max_new_tokens}")
     return encoded

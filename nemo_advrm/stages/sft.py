@@ -47,6 +47,7 @@ def encode_responses(cfg: Config, tokenizer: Tokenizer, rows: list[SftRow]) -> l
     refuses as ``data.on_bad_row`` says (DataError by default)."""
     encoded = []
     refused: list[BadRow] = []
+    counts = {"overlong": 0, "truncated": 0}
     limit, choice = cfg.model.encoder_seq_length, cfg.data.on_overlong
     for row in rows:
         try:
@@ -63,12 +64,14 @@ def encode_responses(cfg: Config, tokenizer: Tokenizer, rows: list[SftRow]) -> l
                     f"model.encoder_seq_length={limit} (data.on_overlong=skip leaves such rows out)"
                 )
             if choice == "skip" or room < 1:
+                counts["overlong"] += 1
                 continue
+            counts["truncated"] += 1
             head = head[len(head) - room :]
         encoded.append(EncodedResponse(head + answer, len(head)))
     if refused:
         raise_or_count(refused, usable=len(rows) - len(refused), on_bad_row=cfg.data.on_bad_row, path="")
-        inputs.say_changed("rows", {"refused": len(refused)})
+    inputs.say_changed("rows", {**counts, "refused": len(refused)})
     if not encoded:
         raise DataError(f"{cfg.data.train_path or 'corpus'}: all rows are longer than model.encoder_seq_length={limit}")
     return encoded

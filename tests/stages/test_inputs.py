@@ -104,3 +104,18 @@ def test_conversations_that_a_template_refuses_are_bad_rows(tmp_path: Path) -> N
     refused = [SftRow(({"role": "system", "content": "Rhyme."}, {"role": "user", "content": "q"}), "a", "x:1")]
     with pytest.raises(DataError, match=r"x:1: .*refuses"):
         encode_responses(skipping, tokenizer, refused)
+
+
+def test_prompts_and_answers_that_are_too_long_are_counted(tmp_path: Path, capsys: Any) -> None:
+    path = write(tmp_path / "a.jsonl", 0, 3)
+    with open(path, "a") as file:
+        file.write(json.dumps({"prompt": "q 3" + "x" * 99, "chosen": "good 3", "rejected": "bad"}) + "\n")
+    tokenizer = ByteTokenizer()
+    settings = [f"data.train_path={path}", "model.encoder_seq_length=64", "rl.max_new_tokens=8"]
+    for choice, left, word in (("skip", 3, "overlong"), ("truncate_prompt", 4, "truncated")):
+        cfg = config(*settings, f"data.on_overlong={choice}")
+        rows, prompts = inputs.sft(cfg), inputs.prompts(cfg)
+        capsys.readouterr()
+        assert len(encode_responses(cfg, tokenizer, rows)) == len(encode_prompts(prompts, tokenizer, cfg)) == left
+        said = capsys.readouterr().out
+        assert f"rows: 1 {word}" in said and f"1 {word}" in said.splitlines()[1]
