@@ -70,14 +70,18 @@ class ChatTemplate:
         """The conversation up to the end of the last message's text, without what the template writes after it.
 
         White space at the end of that text is left out where the template strips it, as in transformers
-        (``continue_final_message``). Raises DataError when the template does not write the text's end.
+        (``continue_final_message``). Raises DataError when the template does not write the text's end, or writes it
+        more than once: then none of them is where the conversation breaks off.
         """
         last = messages[-1]
-        marked = replace_content(last, f"{last['content']}{_MARK} ")
+        written = {character for message in messages for character in message["content"]}
+        mark = next(c for c in map(chr, range(ord(_MARK), 0, -1)) if c not in written)
+        marked = replace_content(last, f"{last['content']}{mark} ")
         text = self._render([*messages[:-1], marked])
-        place = text.rfind(_MARK)
-        if place < 0:
-            raise DataError(f"the chat template of {self._name} does not write the end of the last message")
+        place = text.rfind(mark)
+        if text.count(mark) != 1:
+            times = "more than once" if text.count(mark) else "not"
+            raise DataError(f"the chat template of {self._name} writes the end of the last message {times}")
         return text[:place] if text[place + 1 : place + 2] == " " else text[:place].rstrip()
 
     def render_prompt(self, messages: Sequence[Message]) -> str:

@@ -128,3 +128,12 @@ def test_a_template_that_wants_a_system_message_can_be_used(tmp_path: Path) -> N
     assert tokenizer.eos_id == 2  # <|im_end|>, as its turns end
     with pytest.raises(DataError, match="refuses this conversation: no system"):
         tokenizer.encode_conversation(QUESTION, "the answer")
+
+
+@pytest.mark.parametrize(("answer", "times"), [("{{ m.content }}|{{ m.content }}", "more than once"), ("-", "not")])
+def test_a_cut_off_answer_whose_end_is_not_one_place_is_refused(tmp_path: Path, answer: str, times: str) -> None:
+    template = "{% for m in messages %}<|im_start|>" + answer + "<|im_end|>{% endfor %}"
+    tokenizer = HFTokenizer(save(tmp_path, template))
+    assert tokenizer.encode_conversation(QUESTION, "the answer")
+    with pytest.raises(DataError, match=f"writes the end of the last message {times}"):
+        tokenizer.encode_conversation(QUESTION, "the answer", ended=False)
