@@ -86,7 +86,7 @@ class NemoArchive:
         members: dict[str, tarfile.TarInfo] = {}
         try:
             # "r:" takes uncompressed archives only: a compressed one may unpack to any size
-            with tarfile.open(self.path, "r:") as tar:
+            with _Bounded(self.path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
                 for count, member in enumerate(tar, start=1):
                     if count > MAX_MEMBERS:
                         raise CheckpointError(f"{self.path}: has more than {MAX_MEMBERS} members, no .nemo file has")
@@ -97,7 +97,7 @@ class NemoArchive:
                         raise CheckpointError(f"{self.path}: holds the member {member.name!r} twice")
                     members[name] = member
                 end = tar.offset
-        except (tarfile.TarError, OSError, ValueError, EOFError) as error:
+        except (tarfile.TarError, OSError, ValueError, EOFError, OverflowError, RecursionError) as error:
             hint = " (a compressed one: gunzip it first)" if self._bytes(0, 2) == b"\x1f\x8b" else ""
             raise CheckpointError(
                 f"{self.path}: not a whole .nemo file, which is a tar archive{hint}: {error}"
@@ -120,3 +120,15 @@ class NemoArchive:
         with open(self.path, "rb") as file:
             file.seek(start)
             return file.read(count)
+
+
+class _Bounded(io.BufferedReader):
+    """A file that takes no more memory for a read than it has bytes left: a tar's header may claim any size."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(io.FileIO(path))
+        self._size = path.stat().st_size
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        left = max(0, self._size - self.tell())
+        return super().read(left if size is None or size < 0 else min(size, left))

@@ -225,7 +225,7 @@ def archived_weights(archive: NemoArchive) -> StackedReader:
         raise CheckpointError(f"{path}: not a whole .nemo file: the archive has no {WEIGHTS}/.metadata")
     try:
         backend = json.loads(archive.read(f"{WEIGHTS}/metadata.json"))["sharded_backend"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path}: {WEIGHTS}/metadata.json is damaged: {error}") from None
     if backend != "torch_dist":
         raise CheckpointError(f"{path}: its weights are in the format {backend}: save it as torch_dist first")

@@ -18,6 +18,8 @@ from torch import Tensor
 from nemo_advrm.convert.differences import listed
 from nemo_advrm.convert.tensors import TensorSpec
 from nemo_advrm.errors import CheckpointError
+from nemo_advrm.foreign_files import read_json_object
+from nemo_advrm.place import one_line
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -86,16 +88,15 @@ def _read_index(directory: Path) -> dict[str, str]:
             )
             raise CheckpointError(f"{directory}: there is neither {SINGLE} nor {INDEX}{hint}")
         return {}
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        assert isinstance(index, dict) and index and all(isinstance(v, str) for v in index.values())
-    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
-        raise CheckpointError(f"{path}: not an index of safetensors files ({type(error).__name__}: {error})") from None
+    index = read_json_object(path).get("weight_map")
+    if not isinstance(index, dict) or not index or not all(isinstance(v, str) for v in index.values()):
+        raise CheckpointError(f"{path}: not an index of safetensors files (weight_map: the file of each tensor)")
+    there = {file.name for file in directory.iterdir() if file.is_file()}
     for file in sorted(set(index.values())):
         if Path(file).name != file:
-            raise CheckpointError(f"{path}: names a file outside its directory ({file!r})")
-        if not (directory / file).is_file():
-            raise CheckpointError(f"{path}: names the file {file}, which is not there")
+            raise CheckpointError(f"{path}: names a file outside its directory ({one_line(repr(file), 80)})")
+        if file not in there:
+            raise CheckpointError(f"{path}: names the file {one_line(file, 80)}, which is not there")
     return index
 
 

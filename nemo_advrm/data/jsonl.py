@@ -172,8 +172,15 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, Any]]:
 def read_json_array(path: str | Path) -> Iterator[tuple[int, Any]]:
     """Yield (line on which the element starts, JSON value) per element of a file that holds one JSON array."""
     # Elements are decoded one by one: json.loads on the whole would lose where each of them stands.
-    lines = dict(read_lines(path, MAX_ARRAY_BYTES))
+    lines: dict[int, str] = {}
+    held = 0
+    for number, content in read_lines(path, MAX_ARRAY_BYTES):
+        lines[number] = content
+        held += len(content)
+        if held + number > MAX_ARRAY_BYTES:  # blank lines cost, too; a small .gz may unpack to any size
+            raise DataError(f"{path}:{number}: a JSON array of more than {MAX_ARRAY_BYTES} bytes")
     text = "\n".join(lines.get(number, "") for number in range(1, max(lines) + 1))
+
     def skip_space(position: int) -> int:
         while position < len(text) and text[position].isspace():
             position += 1

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from nemo_advrm.data.messages import Message
 from nemo_advrm.data.reading import concatenate
 from nemo_advrm.errors import DataError
+from nemo_advrm.foreign_files import read_json_object
 
 SETTINGS = "tokenizer_nemo.json"
 SENTENCEPIECE = "tokenizer.model"
@@ -43,11 +44,13 @@ class NemoTokenizer:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        try:
-            self.settings: dict[str, Any] = json.loads((self.path / SETTINGS).read_text(encoding="utf-8"))
-            library = self.settings["library"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{self.path}: not a tokenizer of a .nemo ({SETTINGS}: {error})") from None
+        self.settings = read_json_object(self.path / SETTINGS, DataError, f"{self.path}: not a tokenizer of a .nemo")
+        library, named = self.settings.get("library"), self.settings.get("special_tokens") or []
+        if not isinstance(library, str):
+            raise DataError(f"{self.path}: not a tokenizer of a .nemo ({SETTINGS}: library is no text)")
+        tokens = named.values() if isinstance(named, dict) else named
+        if not isinstance(named, dict | list) or not all(isinstance(token, str) and token for token in tokens):
+            raise DataError(f"{self.path}: not a tokenizer of a .nemo ({SETTINGS}: special_tokens are no texts)")
         if library == "sentencepiece":
             self._backend: _Backend = _SentencePiece(self.path / SENTENCEPIECE, self.settings)
         else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -13,6 +12,7 @@ from typing import Any
 
 from nemo_advrm.data.messages import Message
 from nemo_advrm.errors import CheckpointError
+from nemo_advrm.foreign_files import read_json_object
 
 CONVERSATION, ANSWER = "conversation", "answer"
 KEY = "reading_rule"  # in meta.json of a checkpoint
@@ -70,10 +70,9 @@ def rule_in_config(directory: Path) -> ReadingRule:
     Without, it is the rule of transformers' own classifiers: the last token of the finished conversation.
     """
     try:
-        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        config = {}  # who opens the model tells what is wrong with it
-    found = config.get(HF_KEY) if isinstance(config, dict) else None
+        found = read_json_object(directory / "config.json").get(HF_KEY)
+    except CheckpointError:
+        found = None  # who opens the model tells what is wrong with it
     return ReadingRule() if found is None else parse_rule(found, directory / "config.json")
 
 

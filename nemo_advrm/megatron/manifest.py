@@ -7,7 +7,7 @@ import json
 import os
 import re
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch.distributed as dist
@@ -97,17 +97,26 @@ def _entry(path: Path) -> Entry:
         return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
-def _listed(directory: Path) -> dict[str, Entry]:
-    """All entries of the manifest and of those it lists; raises OSError or ValueError when one cannot be read."""
+def _listed(directory: Path, above: tuple[Path, ...] = ()) -> dict[str, Entry]:
+    """All entries of the manifest and of those it lists; raises OSError or ValueError when one cannot be read.
+
+    ``above`` are the manifests that list this one.
+    """
+    path = (directory / NAME).resolve()
+    if path in above:
+        raise ValueError(f"{NAME} lists itself")
     try:
         files: dict[str, Entry] = json.loads((directory / NAME).read_text())["files"]
         entries = {name: {"size": int(e["size"]), "sha256": str(e["sha256"])} for name, e in files.items()}
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ValueError(f"{NAME} is no manifest") from error
     for name in list(entries):
+        if not name.isprintable() or PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            raise ValueError(f"{name!r} is no file below it")
         if name.endswith(f"/{NAME}"):
             inner = Path(name).parent
-            entries.update({f"{inner}/{key}": entry for key, entry in _listed(directory / inner).items()})
+            below = _listed(directory / inner, (*above, path))
+            entries.update({f"{inner}/{key}": entry for key, entry in below.items()})
     return entries
 
 

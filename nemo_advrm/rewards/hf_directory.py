@@ -93,6 +93,8 @@ def read_config(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path / 'config.json'}: the weights are quantised (quantization_config); take the full ones"
         )
+    if config.get("transformers_weights"):  # transformers would read that file, and the checks here others
+        raise CheckpointError(f"{path / 'config.json'}: names a file of weights (transformers_weights): remove the key")
     _check_weight_files(path)
     check_counts(config, path)
     if is_classifier(config):

@@ -134,10 +134,18 @@ def test_the_index_must_agree_with_its_files(sharded: Path) -> None:
     refused(sharded, INDEX, files[1], "not there")
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": {}}', '{"weight_map": {"a": 3}}', "{"])
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"weight_map": {}}', '{"weight_map": {"a": 3}}', "{", "[" * 100_000, "9" * 5_000]
+)
 def test_a_broken_index_is_refused(sharded: Path, text: str) -> None:
     (sharded / INDEX).write_text(text)
-    refused(sharded, INDEX, "not an index")
+    refused(sharded, f"{INDEX}: not ")
+
+
+def test_an_index_that_names_no_file_of_its_directory_is_refused(sharded: Path) -> None:
+    for name in ("x" * 5_000, "\0", "..", ""):
+        (sharded / INDEX).write_text(json.dumps({"weight_map": {"a": name}}))
+        refused(sharded, INDEX, "names ")
 
 
 def test_pickled_weights_are_not_loaded(source: Path) -> None:

@@ -14,10 +14,12 @@ from tiny import tiny_config
 
 from nemo_advrm import cli
 from nemo_advrm.convert.conversion import _config_facts
+from nemo_advrm.data.nemo_tokenizer import NemoTokenizer
+from nemo_advrm.data.reading import ReadingRule, rule_in_config
 from nemo_advrm.data.tokenizers import build_tokenizer
-from nemo_advrm.errors import CheckpointError, UserError
+from nemo_advrm.errors import CheckpointError, DataError, UserError
 from nemo_advrm.foreign_files import parse_yaml, read_json_object
-from nemo_advrm.megatron import checkpoint
+from nemo_advrm.megatron import checkpoint, manifest
 from nemo_advrm.megatron.runtime import Runtime
 from nemo_advrm.rewards.sources import load_members
 
@@ -153,3 +155,60 @@ def test_what_stands_in_the_configuration_beside_a_checkpoint_is_not_resolved(
     path = tmp_path / "config.yaml"
     path.write_text("data:\n  train_path: ${oc.env:SECRET}\npretrained_checkpoint:\n  _target_: os.system\n")
     assert _config_facts(path) == {"data": "${oc.env:SECRET}"}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        DEEP,
+        "[]",
+        "{}",
+        '{"library": ["sentencepiece"]}',
+        '{"library": "sentencepiece", "special_tokens": 5}',
+        '{"library": "sentencepiece", "special_tokens": {"eos_token": 5}}',
+        # found at every place of every text, without end
+        '{"library": "sentencepiece", "legacy": true, "special_tokens": [""]}',
+    ],
+)
+def test_settings_of_a_tokenizer_that_no_nemo_has_are_one_error(tmp_path: Path, text: str) -> None:
+    (tmp_path / "tokenizer_nemo.json").write_text(text)
+    with pytest.raises(DataError, match=r"not a tokenizer of a \.nemo.*tokenizer_nemo\.json"):
+        NemoTokenizer(tmp_path)
+
+
+def test_a_config_that_cannot_be_read_says_nothing_of_a_rule(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(DEEP)
+    assert rule_in_config(tmp_path) == ReadingRule()
+
+
+def listing(name: str, size: str = "1") -> str:
+    return f'{{"files": {{{json.dumps(name)}: {{"size": {size}, "sha256": ""}}}}}}'
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        DEEP,
+        listing("a", "Infinity"),
+        listing("a", LONG),
+        listing("\0"),
+        listing("\ud800"),
+        listing("/etc/manifest.json"),
+        listing("../manifest.json"),
+        listing("itself/manifest.json"),
+        listing("x" * 5_000),
+    ],
+)
+def test_a_list_of_files_that_no_checkpoint_has_is_damage(tmp_path: Path, text: str) -> None:
+    (tmp_path / "manifest.json").write_text(text)
+    (tmp_path / "itself").symlink_to(".")
+    assert "cannot be read: " in str(manifest.wrong_size(tmp_path))
+
+
+def test_weights_of_another_name_than_those_that_are_checked_are_refused(hf: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(hf, tmp_path / "rm"))
+    shutil.copy(copy / "model.safetensors", copy / "consolidated.safetensors")
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"transformers_weights": "consolidated.safetensors"}))
+    with pytest.raises(CheckpointError, match=r"config\.json: names a file of weights \(transformers_weights\)"):
+        load_members(tiny_config(), [f"hf:{copy}"])

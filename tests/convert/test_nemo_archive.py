@@ -6,6 +6,7 @@ import io
 import pickle
 import shutil
 import tarfile
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -228,3 +229,21 @@ def test_the_real_file_is_whole(tmp_path: Path) -> None:
     path = Path(shutil.copy(REAL, tmp_path / "real.nemo"))
     with NemoArchive(path) as archive:
         assert {"model_config.yaml", "model_weights/.metadata", "model_weights/common.pt"} <= set(archive.names)
+
+
+@pytest.mark.parametrize("size", [10**10, 10**13, 2**62, 10**20])
+@pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE, tarfile.XGLTYPE])
+def test_a_header_that_claims_more_than_the_file_has_takes_no_memory(tmp_path: Path, kind: bytes, size: int) -> None:
+    path = tmp_path / "claims.nemo"
+    path.write_bytes(member("name", type=kind, size=size).tobuf(tarfile.GNU_FORMAT) + b"x" * 512)
+    tracemalloc.start()
+    refuses(path, "not a whole .nemo file")
+    assert tracemalloc.get_traced_memory()[1] < 5_000_000
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.XGLTYPE])
+def test_thousands_of_headers_without_a_member_are_one_error(tmp_path: Path, kind: bytes) -> None:
+    path = tmp_path / "chain.nemo"
+    path.write_bytes((member("name", type=kind, size=4).tobuf(tarfile.GNU_FORMAT) + b"abc\0" + bytes(508)) * 5_000)
+    refuses(path, "not a whole .nemo file")

@@ -128,3 +128,15 @@ def test_an_element_of_an_array_that_is_too_deep_or_too_long_is_named(tmp_path: 
         path.write_text(f'[{{"a": 1}},\n{element}]')
         with pytest.raises(DataError, match=r"rows\.json:2: broken JSON"):
             list(read_json_array(path))
+
+
+@pytest.mark.parametrize("filling", ['{"a": 1},\n', "\n"])
+def test_an_array_of_many_lines_meets_the_limit_of_its_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, filling: str
+) -> None:
+    path = tmp_path / "rows.json.gz"
+    path.write_bytes(gzip.compress(("[\n" + filling * 100 + '{"a": 2}\n]').encode()))
+    assert list(read_json_array(path))[-1] == (102, {"a": 2})
+    monkeypatch.setattr(jsonl, "MAX_ARRAY_BYTES", 100)
+    with pytest.raises(DataError, match=r"rows\.json\.gz:\d+: a JSON array of more than 100 bytes"):
+        list(read_json_array(path))
