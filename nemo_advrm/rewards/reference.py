@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from nemo_advrm.data.jsonl import read_jsonl
 from nemo_advrm.data.messages import Message
-from nemo_advrm.errors import CheckpointError
+from nemo_advrm.errors import CheckpointError, RewardSourceError
 from nemo_advrm.objectives.reference import (
     ReferenceStatistics,
     disagreement_z,
@@ -20,6 +21,7 @@ from nemo_advrm.objectives.reference import (
     z_scores,
 )
 from nemo_advrm.objectives.spread import divide_by_spread, rounding_of
+from nemo_advrm.rewards.base import as_scores
 
 
 @dataclass(frozen=True)
@@ -75,15 +77,17 @@ class Reference:
         """
         try:
             return cls._read(path)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, RewardSourceError) as error:
             reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
             raise CheckpointError(f"{path}: a row is none of a reference ({reason}); restore the file") from error
 
     @classmethod
     def _read(cls, path: Path) -> Reference:
         grouped: dict[int, list[dict]] = {}
-        for _, row in read_jsonl(path):
-            grouped.setdefault(row["prompt_id"], []).append(row)
+        for number, row in read_jsonl(path):
+            group = grouped.setdefault(row["prompt_id"], [])
+            _check_row(row, number, group[0] if group else row)
+            group.append(row)
         sizes = {len(rows) for rows in grouped.values()}
         if len(sizes) != 1 or sorted(grouped) != list(range(len(grouped))):
             raise CheckpointError(f"{path}: not a complete reference (prompts or samples are missing); remove it")
@@ -96,6 +100,22 @@ class Reference:
             None if any(g is None for group in gold for g in group) else torch.tensor(gold, dtype=torch.float32),
             [[r.get("ended") is not False for r in group] for group in rows],
         )
+
+
+def _check_row(row: dict[str, Any], number: int, first: dict[str, Any]) -> None:
+    """Raise ValueError or RewardSourceError for what would be read as something else; `first` is of the same prompt."""
+    for key, kind in (("prompt_id", int), ("messages", list), ("response", str)):
+        if type(row[key]) is not kind:
+            raise ValueError(f"line {number}: {key}={row[key]!r}")
+    if not isinstance(row.get("ended"), bool | None):
+        raise ValueError(f"line {number}: ended={row['ended']!r} is neither true nor false")
+    if row["messages"] != first["messages"]:
+        raise ValueError(f"line {number}: another prompt than that of prompt_id={row['prompt_id']} before")
+    if not row["scores"]:
+        raise ValueError(f"line {number}: no scores")
+    as_scores(f"at line {number}", row["scores"], len(row["scores"]))
+    if row.get("gold") is not None:
+        as_scores(f"at line {number} (gold)", [row["gold"]], 1)
 
 
 @dataclass(frozen=True)

@@ -46,9 +46,10 @@ def select_round(cfg: Config, directory: Path, round_number: int, seed: int) -> 
     reference = Reference.read(directory / "reference.jsonl")
     path = directory / "attack" / "samples.jsonl"
     # a selection that is repeated starts anew
-    rows: list[dict[str, Any]] = [
-        {**_checked(row, f"{path}:{n}", reference), "selected": False} for n, row in read_jsonl(path)
-    ]
+    rows: list[dict[str, Any]] = []
+    for n, row in read_jsonl(path):
+        rows.append({**_checked(row, f"{path}:{n}"), "selected": False})
+        _check_reference(rows[-1], f"{path}:{n}", reference)
     usable_PI = _usable_sft(reference, tokenizer)
     # of z: raw scores would leave the choice to the member of the largest scale
     quality_PN = own_z_scores(reference.scores_PNK, reference.statistics()).mean(-1)
@@ -92,11 +93,15 @@ def _unusable(
     return None if usable_PI[row["prompt_id"]] else "no_usable_sft"
 
 
-def _checked(row: Any, source: str, reference: Reference) -> dict[str, Any]:
-    """The row; DataError for one that lacks a key, or that belongs to an attack on another reference."""
+def _checked(row: Any, source: str) -> dict[str, Any]:
     lacking = sorted(_NEEDED - row.keys()) if isinstance(row, dict) else ["all keys"]
     if lacking:
         raise DataError(f"{source}: no row of an attack (it lacks {', '.join(lacking)}): restore the file")
+    return row
+
+
+def _check_reference(row: dict[str, Any], source: str, reference: Reference) -> None:
+    """Raise DataError for a row of an attack on another reference."""
     prompts, _, members = reference.scores_PNK.shape
     number = row["prompt_id"]
     if not isinstance(number, int) or not 0 <= number < prompts:
@@ -104,7 +109,6 @@ def _checked(row: Any, source: str, reference: Reference) -> dict[str, Any]:
     for key in ("scores", "z"):
         if not isinstance(row[key], list) or len(row[key]) != members:
             raise DataError(f"{source}: {key}={row[key]!r}, the reference has {members} members: restore both files")
-    return row
 
 
 def _select_direction(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -354,6 +355,33 @@ def test_a_reference_with_missing_samples_or_prompts_is_refused(tmp_path: Path, 
     path = tmp_path / "reference.jsonl"
     path.write_text("".join(_row(p, "x", "[1, 2]") for p in prompts))
     with pytest.raises(CheckpointError, match=r"reference\.jsonl: not a complete reference"):
+        Reference.read(path)
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"scores": [1.0, math.nan]}, "line 2 returned 1 scores that are NaN or infinite"),
+        ({"scores": [1.0, True]}, "line 2 returned bool True"),
+        ({"scores": [1.0, [2.0]]}, r"line 2 returned list \[2.0\]"),
+        ({"scores": []}, "line 2: no scores"),
+        ({"gold": math.inf}, r"line 2 \(gold\) returned 1 scores that are NaN or infinite"),
+        ({"ended": "false"}, "line 2: ended='false' is neither true nor false"),
+        ({"prompt_id": 0.0}, r"line 2: prompt_id=0\.0"),
+        ({"response": 3}, "line 2: response=3"),
+        ({"messages": "hello"}, "line 2: messages='hello'"),
+        ({"messages": [{"role": "user", "content": "q"}]}, "line 2: another prompt than that of prompt_id=0"),
+    ],
+)
+def test_a_reference_that_would_be_read_as_something_else_is_refused(
+    tmp_path: Path, changed: dict[str, object], words: str
+) -> None:
+    rows = [json.loads(_row(0, response, "[1, 2]", "1")) for response in "ab"]
+    path = tmp_path / "reference.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert Reference.read(path).finished(0) == [0, 1]
+    path.write_text("".join(json.dumps(row) + "\n" for row in (rows[0], rows[1] | changed)))
+    with pytest.raises(CheckpointError, match=rf"reference\.jsonl: a row is none of a reference \(.*{words}"):
         Reference.read(path)
 
 
