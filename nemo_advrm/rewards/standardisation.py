@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from nemo_advrm.data.jsonl import write_jsonl_atomic
-from nemo_advrm.errors import ConfigError
+from nemo_advrm.errors import ConfigError, UserError
 from nemo_advrm.megatron import runtime
 from nemo_advrm.objectives.reference import MemberStatistics, fit_members
 from nemo_advrm.objectives.uncertainty import FORMULAS, same_as
@@ -16,6 +18,7 @@ from nemo_advrm.rewards.base import RewardSource, Rollouts, checked_scores
 from nemo_advrm.rewards.ensemble import UncertaintyReward
 from nemo_advrm.rewards.limits import places_that_fit
 from nemo_advrm.rewards.reference import Reference
+from nemo_advrm.rewards.remote import plain_text
 
 FILE = "standardisation.jsonl"
 # SFT responses that are scored anew to see that a file's scores are those of the members at hand
@@ -47,20 +50,43 @@ def check_members(reference: Reference, sources: Sequence[RewardSource], place: 
     statistics = fit_members(reference.scores_PNK.flatten(0, 1))
     probes, old_NK = _probes(reference)
     for k, source in enumerate(sources):
-        # of a long prompt the policy may have seen the end alone: a member with few positions cannot take its text
-        places = places_that_fit(source, probes)
-        if not places:
-            continue
-        now_N = checked_scores(source, probes.select(places))
-        moved = ((now_N - old_NK[places, k]).abs() / statistics.std_K[k]).median().item()
-        if moved > TOLERANCE:
+        moved = _moved(source, probes, old_NK[:, k], statistics.std_K[k])
+        # NeMo-Aligner's actors are given prompts as text into which a template has been written already
+        if moved > TOLERANCE and _moved(source, _written_out(probes), old_NK[:, k], statistics.std_K[k]) > TOLERANCE:
             raise ConfigError(
                 f"{place}: its scores of member {k + 1} are not those of {source.name}, which scores the same "
                 f"responses {moved:.2g} standard deviations apart: take the reference of an attack on these members"
             )
 
 
-def _probes(reference: Reference) -> tuple[Rollouts, torch.Tensor]:
+def _moved(source: RewardSource, probes: Rollouts, old_N: Tensor, std: Tensor) -> float:
+    """How far, in standard deviations, ``source`` scores the responses from ``old_N`` (median); the same on all ranks.
+
+    0 where it can take none of them: of a long prompt the policy may have seen the end alone, and a member with few
+    positions cannot take its whole text. Infinite where it refuses them.
+    """
+    places = places_that_fit(source, probes)
+    if not places:
+        moved = 0.0
+    else:
+        try:
+            now_N = checked_scores(source, probes.select(places))
+            moved = ((now_N - old_N[places]).abs() / std).median().item()
+        except UserError:
+            if not probes.rendered:
+                raise
+            moved = float("inf")
+    # each replica scores the same responses: all of them must decide alike
+    return max(runtime.current().gather_data_parallel(moved)) if runtime.is_running() else moved
+
+
+def _written_out(probes: Rollouts) -> Rollouts:
+    """The same responses as whole texts behind their prompts, without a template."""
+    whole = [plain_text(prompt) + text for prompt, text in zip(probes.prompts, probes.responses, strict=True)]
+    return dataclasses.replace(probes, prompts=[() for _ in whole], responses=whole, rendered=True)
+
+
+def _probes(reference: Reference) -> tuple[Rollouts, Tensor]:
     """A few responses, spread over the prompts, as text; and their scores [N, K] in the file."""
     prompts = len(reference.prompts_P)
     places = [(prompts * i // PROBES, i % reference.scores_PNK.size(1)) for i in range(PROBES)]

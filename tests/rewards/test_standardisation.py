@@ -28,7 +28,7 @@ ROWS = [
 
 def _sources(order: tuple[int, ...] = (0, 1), shift: float = 0.0) -> list[FunctionReward]:
     return [
-        FunctionReward(f"R_{k + 1}", lambda _, responses, ended, k=k: [SCORES[r][k] + shift for r in responses])
+        FunctionReward(f"R_{k + 1}", lambda _, responses, ended, k=k: [SCORES[r[-1]][k] + shift for r in responses])
         for k in order
     ]
 
@@ -57,6 +57,23 @@ def test_a_reference_of_other_members_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="its scores of member 1 are not those of R_1"):
         read_statistics(path, _sources(shift=1.0), "serve.reference_path")
     read_statistics(path, _sources(shift=0.01), "serve.reference_path")  # the same weights in another precision
+
+
+def test_a_reference_of_prompts_that_a_template_was_written_into_is_taken(tmp_path: Path) -> None:
+    """NeMo-Aligner's actors answer texts: their members have scored prompt and response as one text."""
+    path = tmp_path / "reference.jsonl"
+    write_jsonl_atomic(path, ROWS)
+
+    def text_scorer(k: int, shift: float = 0.0) -> FunctionReward:
+        def score(prompts: list, responses: list[str], ended: list[bool]) -> list[float]:
+            whole = [r for p, r in zip(prompts, responses, strict=True) if not p and r[:2] in ("p0", "p1")]
+            return [SCORES[r[2:]][k] + shift for r in whole] if whole else [100.0] * len(responses)
+
+        return FunctionReward(f"R_{k + 1}", score)
+
+    read_statistics(path, [text_scorer(0), text_scorer(1)], "serve.reference_path")
+    with pytest.raises(ConfigError, match="its scores of member 2 are not those of R_2"):
+        read_statistics(path, [text_scorer(0), text_scorer(1, 20.0)], "serve.reference_path")
 
 
 def test_responses_that_a_member_cannot_take_are_no_probes(tmp_path: Path) -> None:
