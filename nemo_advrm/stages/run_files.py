@@ -64,10 +64,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping that a file holds; raises ValueError, in one line, for anything else."""
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         raise ValueError(" ".join(str(error).split())) from error
     if not isinstance(found, dict) or not found:
         raise ValueError("it is empty" if not found else f"it holds a {type(found).__name__}, not keys")
+    if not all(isinstance(key, str) for key in found):
+        raise ValueError("its keys are no names")
     return found
 
 

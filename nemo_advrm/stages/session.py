@@ -174,7 +174,13 @@ def _read_versions(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        return run_files.read_yaml(path)
+        known = run_files.read_yaml(path)
+        inputs, changes = known.get("inputs") or {}, known.get("changes") or []
+        if not isinstance(inputs, dict) or not all(isinstance(digest, str) for digest in inputs.values()):
+            raise ValueError("its inputs are no hashes")
+        if not isinstance(changes, list) or not all(isinstance(c, dict) and {"key", "to"} <= c.keys() for c in changes):
+            raise ValueError("its changes are no changes of keys")
+        return known
     except ValueError as error:
         aside = path.with_name(f"{path.name}.damaged")
         path.replace(aside)

@@ -253,7 +253,7 @@ def _read(path: Path) -> Owner | None:
     """The owner that a file names; None for a file that is gone or cut."""
     try:
         return Owner(**json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return None
 
 

@@ -96,7 +96,10 @@ def test_results_without_a_configuration_are_refused(tmp_path: Path) -> None:
         claim(tmp_path)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[1]", "changes: 3\nseed: ["])
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "[1]", "changes: 3\nseed: [", "changes: [1]", "changes: [{key: 1}]", "inputs: 3", "1: 2", "[" * 100_000],
+)
 def test_versions_that_cannot_be_read_are_put_aside_with_a_word(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, content: str
 ) -> None:
