@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import replace
@@ -18,7 +17,7 @@ from nemo_advrm.convert.tensors import TensorSink, TensorSource, TensorSpec
 from nemo_advrm.data.tokenizers import build_tokenizer
 from nemo_advrm.data.vocabulary import check_vocabulary
 from nemo_advrm.errors import CheckpointError, ConfigError, DataError
-from nemo_advrm.foreign_files import read_yaml
+from nemo_advrm.foreign_files import read_json_object, read_yaml
 from nemo_advrm.keys import nearest
 from nemo_advrm.layout import at_layout, validate_layout
 from nemo_advrm.schema import Config, ConvertConfig
@@ -175,13 +174,7 @@ def _lay_out(settings: ConvertConfig, source: TensorSource) -> None:
 def _card_facts(settings: ConvertConfig) -> dict[str, Any]:
     """Facts on training for the model card: of the file ``card``, else of the run that trained the checkpoint."""
     if settings.card:
-        try:
-            facts = json.loads(Path(settings.card).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"card={settings.card}: not a JSON file ({error})") from None
-        if not isinstance(facts, dict):
-            raise ConfigError(f"card={settings.card}: not a JSON object")
-        return facts
+        return read_json_object(Path(settings.card), ConfigError, f"card={settings.card}")
     if settings.from_ != "megatron":
         return {}
     path = Path(settings.path).absolute()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import tarfile
 import tempfile
@@ -29,7 +28,7 @@ from nemo_advrm.convert.transforms import pad_vocabulary, unpad_vocabulary
 from nemo_advrm.data.tokenizers import Tokenizer, build_tokenizer
 from nemo_advrm.data.vocabulary import check_vocabulary
 from nemo_advrm.errors import CheckpointError, DataError
-from nemo_advrm.foreign_files import parse_yaml
+from nemo_advrm.foreign_files import decode_json, parse_yaml
 from nemo_advrm.megatron.file_readers import reason
 from nemo_advrm.megatron.gpt import Head
 from nemo_advrm.megatron.model import padded_vocab_size
@@ -224,8 +223,8 @@ def archived_weights(archive: NemoArchive) -> StackedReader:
             raise CheckpointError(f"{path}: its weights are a pickle (model_weights.ckpt), which is not loaded")
         raise CheckpointError(f"{path}: not a whole .nemo file: the archive has no {WEIGHTS}/.metadata")
     try:
-        backend = json.loads(archive.read(f"{WEIGHTS}/metadata.json"))["sharded_backend"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        backend = decode_json(archive.read(f"{WEIGHTS}/metadata.json", _MAX_CONFIG_BYTES))["sharded_backend"]
+    except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: {WEIGHTS}/metadata.json is damaged: {error}") from None
     if backend != "torch_dist":
         raise CheckpointError(f"{path}: its weights are in the format {backend}: save it as torch_dist first")

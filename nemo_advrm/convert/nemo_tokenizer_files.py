@@ -15,6 +15,7 @@ from nemo_advrm.convert.nemo_archive import NemoArchive
 from nemo_advrm.convert.tokenizer_files import copy_tokenizer
 from nemo_advrm.data.nemo_tokenizer import SENTENCEPIECE, SETTINGS
 from nemo_advrm.errors import CheckpointError
+from nemo_advrm.foreign_files import read_json_object
 
 TEMPORARY = "nemo_advrm_"  # how directories begin that live as long as an opened .nemo
 _GPT2_NAMES = ("GPT2BPETokenizer", "gpt2")
@@ -142,7 +143,7 @@ def pack_tokenizer(directory: Path) -> tuple[dict[str, Any], dict[str, Path], bo
     """
     settings: dict[str, Any] = {"library": "huggingface", "append_eod": True}
     if (directory / SETTINGS).exists():
-        settings = json.loads((directory / SETTINGS).read_text(encoding="utf-8"))
+        settings = read_json_object(directory / SETTINGS)
     section: dict[str, Any] = {"library": settings["library"], "type": None, "model": None}
     section |= {"vocab_file": None, "merge_file": None}
     if settings.get("special_tokens"):

@@ -87,7 +87,7 @@ class HFTokenizer:
     @cached_property
     def fingerprint(self) -> str:
         backend = getattr(self._tokenizer, "backend_tokenizer", None)
-        state = json.loads(backend.to_str()) if backend is not None else sorted(self._tokenizer.get_vocab().items())
+        state = json.loads(backend.to_str()) if backend is not None else sorted(self._tokenizer.get_vocab().items())  # noqa: TID251
         if isinstance(state, dict):
             # Set by calls on the tokenizer, not part of what it is.
             state.pop("padding", None)

@@ -13,8 +13,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from nemo_advrm import files
+from nemo_advrm import files, foreign_files
 from nemo_advrm.errors import DataError
+from nemo_advrm.foreign_files import DECODER, TooDeep, decode_json
 
 # Text of a byte-level policy or of JSON escapes may hold half a surrogate pair, which UTF-8 cannot: Python's backslash
 # form of it is also its JSON escape.
@@ -24,10 +25,7 @@ _LONE_SURROGATES = "backslashreplace"
 MAX_LINE_BYTES = 64 << 20
 MAX_SKIPPED_BYTES = 1 << 30  # of a line that is too long, before its file is given up
 MAX_ARRAY_BYTES = 2 << 30  # of a file that is one JSON array, often in one line
-MAX_DEPTH = 100  # lists and objects in each other
-MAX_DIGITS = 300  # of a whole number: more are no float
 _CHUNK = 1 << 16
-_TOO_DEEP = f"broken JSON: nested too deeply (more than {MAX_DEPTH} lists and objects in each other)"
 
 
 class BadRow(DataError):
@@ -122,33 +120,20 @@ def begins_array(path: str | Path) -> bool:
 def parse_json(text: str, source: str) -> Any:
     """The JSON value of one line; BadRow (reason `broken_json`) names `source`, which is file:line."""
     try:
-        return check_depth(_DECODER.decode(text), source)
+        return decode_json(text)
     except json.JSONDecodeError as error:
         raise BadRow(source, "broken_json", f"broken JSON at column {error.colno}: {error.msg}") from None
-    except RecursionError:
-        raise BadRow(source, "broken_json", _TOO_DEEP) from None
     except ValueError as error:
         raise BadRow(source, "broken_json", f"broken JSON: {error}") from None
 
 
 def check_depth(value: Any, source: str) -> Any:
-    """``value`` itself; BadRow when lists and objects stand more than ``MAX_DEPTH`` deep in each other."""
-    level = [value]
-    for _ in range(MAX_DEPTH + 1):
-        inner = [item.values() if isinstance(item, dict) else item for item in level if isinstance(item, dict | list)]
-        level = [item for items in inner for item in items if isinstance(item, dict | list)]
-        if not level:
-            return value
-    raise BadRow(source, "broken_json", _TOO_DEEP)
-
-
-def _whole_number(digits: str) -> int:
-    if len(digits) > MAX_DIGITS:
-        raise ValueError(f"a number has more than {MAX_DIGITS} digits")
-    return int(digits)
-
-
-_DECODER = json.JSONDecoder(parse_int=_whole_number)
+    """``value`` itself; BadRow when lists and objects stand too deep in each other."""
+    try:
+        foreign_files.check_depth(value)
+    except TooDeep as error:
+        raise BadRow(source, "broken_json", f"broken JSON: {error}") from None
+    return value
 
 
 def read_rows(path: str | Path) -> Iterator[tuple[int, Any]]:
@@ -197,11 +182,11 @@ def read_json_array(path: str | Path) -> Iterator[tuple[int, Any]]:
     while text[position : position + 1] != "]":
         line, counted = line + text.count("\n", counted, position), position
         try:
-            value, position = _DECODER.raw_decode(text, position)
+            value, position = DECODER.raw_decode(text, position)
         except json.JSONDecodeError as error:
             raise DataError(f"{path}:{error.lineno}: broken JSON at column {error.colno}: {error.msg}") from None
         except RecursionError:
-            raise DataError(f"{path}:{line}: {_TOO_DEEP}") from None
+            raise DataError(f"{path}:{line}: broken JSON: {TooDeep()}") from None
         except ValueError as error:
             raise DataError(f"{path}:{line}: broken JSON: {error}") from None
         yield line, value
@@ -229,8 +214,8 @@ def read_appended_jsonl(path: str | Path) -> tuple[list[tuple[int, Any]], str | 
     for number, line in enumerate(lines, start=1):
         if line.strip():
             try:
-                rows.append((number, json.loads(line)))
-            except (ValueError, RecursionError) as error:  # broken JSON, or half a character
+                rows.append((number, decode_json(line)))
+            except ValueError as error:  # broken JSON, or half a character
                 if number == len(lines):
                     return rows, f"{path}:{number}"
                 raise DataError(f"{path}:{number}: broken JSON: {error}") from None

@@ -94,7 +94,7 @@ class PairStore:
         """
         existing = self.load() if self.path.exists() else []
         # Through JSON and back: what is written is what a reader accepts, and tensors and numpy numbers become plain.
-        rows = [json.loads(json.dumps(pair.to_row(), default=plain)) for pair in pairs]
+        rows = [json.loads(json.dumps(pair.to_row(), default=plain)) for pair in pairs]  # noqa: TID251 (just written)
         combined = _unique([*existing, *(parse_pair(row, f"new pair {index}") for index, row in enumerate(rows))])
         if len(combined) > len(existing) or not self.path.exists():
             write_jsonl_atomic(self.path, (pair.to_row() for pair in combined))

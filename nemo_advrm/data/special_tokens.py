@@ -153,7 +153,7 @@ class _Copy:
             return None
         from tokenizers import AddedToken, Tokenizer
 
-        state = json.loads(theirs.to_str())
+        state = json.loads(theirs.to_str())  # noqa: TID251 (of the library itself)
         # a post-processor, truncation and padding name tokens that are not there any more, and none is asked for
         state |= {"post_processor": None, "truncation": None, "padding": None}
         secret = secrets.token_hex(8)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from nemo_advrm.foreign_files import read_json
 from nemo_advrm.megatron import runtime
 
 NAME = "manifest.json"
@@ -106,7 +107,7 @@ def _listed(directory: Path, above: tuple[Path, ...] = ()) -> dict[str, Entry]:
     if path in above:
         raise ValueError(f"{NAME} lists itself")
     try:
-        files: dict[str, Entry] = json.loads((directory / NAME).read_text())["files"]
+        files: dict[str, Entry] = read_json(directory / NAME)["files"]
         entries = {name: {"size": int(e["size"]), "sha256": str(e["sha256"])} for name, e in files.items()}
     except (KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ValueError(f"{NAME} is no manifest") from error

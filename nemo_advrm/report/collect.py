@@ -11,9 +11,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
-import yaml
 
 from nemo_advrm.errors import DataError
+from nemo_advrm.foreign_files import decode_yaml, read_bytes
 from nemo_advrm.report.files import Row, Scores, as_object, count, number, numbers, read_json, read_jsonl
 from nemo_advrm.report.records import (
     SMOOTHING_WINDOW,
@@ -68,8 +68,8 @@ def _read_settings(run_dir: Path, notes: list[str]) -> Row:
     if not path.is_file():
         return {}
     try:
-        return as_object(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        return as_object(decode_yaml(read_bytes(path)))
+    except (OSError, ValueError) as error:
         notes.append(f"config.yaml cannot be read ({error}).")
         return {}
 

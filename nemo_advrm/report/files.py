@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from nemo_advrm.data.jsonl import MAX_LINE_BYTES
+from nemo_advrm.foreign_files import decode_json, read_bytes
 
 Row = dict[str, Any]
 Scores = tuple[float | None, ...]
@@ -15,11 +18,11 @@ def read_json(path: Path, run_dir: Path, notes: list[str]) -> Row:
     """A JSON object, or {} with a note when the file is absent or broken."""
     name = path.relative_to(run_dir)
     try:
-        value = json.loads(path.read_text(encoding="utf-8", errors="replace"))
+        value = decode_json(read_bytes(path).decode("utf-8", errors="replace"))
     except FileNotFoundError:
         notes.append(f"{name} is absent.")
         return {}
-    except (json.JSONDecodeError, OSError) as error:
+    except (ValueError, OSError) as error:
         notes.append(f"{name} cannot be read ({error}).")
         return {}
     return value if isinstance(value, dict) else {}
@@ -35,14 +38,14 @@ def read_jsonl(path: Path, run_dir: Path, notes: list[str]) -> list[Row]:
     name = path.relative_to(run_dir)
     rows: list[Row] = []
     broken: list[int] = []
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    last = max((place for place, line in enumerate(lines, 1) if line.strip()), default=0)
-    for line_number, line in enumerate(lines, 1):
+    last = 0
+    for line_number, line in enumerate(_lines(path), 1):
         if not line.strip():
             continue
+        last = line_number
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
+            row = decode_json(line)
+        except ValueError:
             row = None
         if isinstance(row, dict):
             rows.append(row)
@@ -54,6 +57,13 @@ def read_jsonl(path: Path, run_dir: Path, notes: list[str]) -> list[Row]:
     if broken:
         notes.append(f"{name}: {len(broken)} unreadable line(s) left out, the first is line {broken[0]}.")
     return rows
+
+
+def _lines(path: Path) -> Iterator[str]:
+    """One line at a time; one that is longer than a line may be comes in parts, which are no rows."""
+    with open(path, "rb") as file:
+        while raw := file.readline(MAX_LINE_BYTES):
+            yield raw.decode("utf-8", errors="replace")
 
 
 def number(value: object) -> float | None:

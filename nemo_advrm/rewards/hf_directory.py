@@ -6,7 +6,6 @@ class: what such a model computes is not what was trained.
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from typing import Any
 from torch import nn
 
 from nemo_advrm.errors import CheckpointError
+from nemo_advrm.foreign_files import read_json
 from nemo_advrm.hf_claims import check_counts
 from nemo_advrm.rewards.attributes import check_attributes
 
@@ -84,8 +84,8 @@ def read_config(path: Path) -> dict[str, Any]:
             "first (PEFT: merge_and_unload, then save_pretrained into another directory)"
         )
     try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        config = read_json(path / "config.json")
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{where}: not a model of transformers (config.json: {error})") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{where}: not a model of transformers (config.json holds no object)")

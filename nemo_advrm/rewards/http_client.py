@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 import time
@@ -15,6 +14,7 @@ import httpx
 import tenacity
 
 from nemo_advrm.errors import ConfigError, RewardSourceError
+from nemo_advrm.foreign_files import decode_json
 from nemo_advrm.schema import RemoteConfig
 
 TOKEN_VARIABLE = "NEMO_ADVRM_TOKEN"
@@ -133,7 +133,7 @@ class ReplicatedServer:
 
     def _json(self, url: str, content_type: str, content: bytes) -> Any:
         try:
-            return json.loads(content) if content else None
+            return decode_json(content) if content else None
         except ValueError as error:
             kind = content_type or "no content type"
             raise RewardSourceError(f"reward source {self.name}: {url} sent no JSON ({kind}): {error}") from error

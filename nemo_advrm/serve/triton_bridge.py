@@ -194,7 +194,7 @@ def main() -> int:
     os.dup2(2, 1)
     for number in (signal.SIGTERM, signal.SIGINT):  # a batch system sends them to all processes: the parent decides
         signal.signal(number, lambda *_: None)
-    return serve(json.loads(sys.argv[1]), Link(answers, requests))
+    return serve(json.loads(sys.argv[1]), Link(answers, requests))  # noqa: TID251 (of the parent process)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ that was stopped goes on at the first stage that is not.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
@@ -32,7 +31,7 @@ from nemo_advrm.rewards.reference import Reference
 from nemo_advrm.rewards.sources import load_members
 from nemo_advrm.rewards.standardisation import combined
 from nemo_advrm.schema import Config, RLHFRunConfig
-from nemo_advrm.stages import artefacts, inputs, session, writers
+from nemo_advrm.stages import artefacts, inputs, results, session, writers
 from nemo_advrm.stages.attack import attack_prompts, check_directions, run_attack
 from nemo_advrm.stages.order import LIGHT, Step, find, labels_by_gold, last_round, order
 from nemo_advrm.stages.reference import read_rollouts, sample, write_reference
@@ -226,7 +225,8 @@ class Pipeline:
         options = self.cfg
         if pairs < options.selection.min_pairs:
             return f"{pairs} pairs were selected, fewer than selection.min_pairs={options.selection.min_pairs}"
-        summary = json.loads((home / "attack" / "summary.json").read_text())
+        cure = f"restore it, or remove {home / 'attack'} and it is done again"
+        summary = results.read_object(home / "attack" / "summary.json", ("directions",), cure)
         rates = [d["success_standard"] for d in summary["directions"].values() if d["success_standard"] is not None]
         if rates and max(rates) < options.pipeline.stop_success_rate:
             return f"attack success {max(rates):.2f} is below pipeline.stop_success_rate"

@@ -8,6 +8,7 @@ from typing import Any
 
 from nemo_advrm import files
 from nemo_advrm.errors import DataError
+from nemo_advrm.foreign_files import read_json
 from nemo_advrm.megatron import checkpoint, manifest, runtime
 
 
@@ -56,8 +57,8 @@ def read_finished(directory: Path, name: str, keys: tuple[str, ...] = ()) -> dic
 def read_object(path: Path, keys: tuple[str, ...], cure: str) -> dict[str, Any]:
     """The JSON object in a file; raises DataError with the ``cure`` for anything else and for one without ``keys``."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        value = read_json(path)
+    except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read ({' '.join(str(error).split())}): {cure}") from error
     lacking = [key for key in keys if not isinstance(value, dict) or key not in value]
     if not isinstance(value, dict) or lacking:

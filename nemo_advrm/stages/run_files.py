@@ -11,11 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from nemo_advrm import files
 from nemo_advrm.config import for_stage
 from nemo_advrm.errors import ConfigError
+from nemo_advrm.foreign_files import decode_yaml, read_bytes
 from nemo_advrm.keys import stages_with_settings
 from nemo_advrm.megatron import checkpoint, manifest
 from nemo_advrm.schema import Config
@@ -63,8 +62,8 @@ def clean(directory: Path) -> None:
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping that a file holds; raises ValueError, in one line, for anything else."""
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        found = decode_yaml(read_bytes(path))
+    except (OSError, ValueError) as error:
         raise ValueError(" ".join(str(error).split())) from error
     if not isinstance(found, dict) or not found:
         raise ValueError("it is empty" if not found else f"it holds a {type(found).__name__}, not keys")

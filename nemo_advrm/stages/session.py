@@ -149,8 +149,8 @@ def _identify(cfg: Config, directory: Path, stage: str) -> None:
         if not path.exists() and _create(cfg, path, locked=lock is not None):
             _write_versions(directory, {**versions(), **about})
         else:
-            before = _completed(_read_config(path), yaml.safe_load(resolved(Config())))
-            _compare(directory, before, yaml.safe_load(resolved(cfg)), about)
+            before = _completed(_read_config(path), yaml.safe_load(resolved(Config())))  # noqa: TID251 (just written)
+            _compare(directory, before, yaml.safe_load(resolved(cfg)), about)  # noqa: TID251 (just written)
     except BaseException:
         if lock is not None:
             os.close(lock)

@@ -25,6 +25,7 @@ from pathlib import Path
 import psutil
 
 from nemo_advrm.errors import ConfigError
+from nemo_advrm.foreign_files import read_json
 from nemo_advrm.place import host_name
 
 BEAT_SECONDS = 5.0
@@ -252,8 +253,11 @@ def _beat() -> None:
 def _read(path: Path) -> Owner | None:
     """The owner that a file names; None for a file that is gone or cut."""
     try:
-        return Owner(**json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, RecursionError):
+        owner = Owner(**read_json(path))
+        texts = (owner.host, owner.machine, owner.command, owner.since)
+        named = type(owner.pid) is int and isinstance(owner.began, int | float) and all(type(t) is str for t in texts)
+        return owner if named else None
+    except (OSError, ValueError, TypeError):
         return None
 
 

@@ -82,7 +82,7 @@ def test_yaml_that_is_no_plain_mapping_or_grows_by_itself_is_one_error(text: str
         ({"model.num_layers": "4"}, "model.num_layers is '4', a whole number was expected"),
         ({"model.num_layers": 0}, "model.num_layers is 0, which no model has"),
         ({"model.rotary_base": "x"}, "model.rotary_base is 'x', a number was expected"),
-        ({"model.rotary_base": 10**400}, "model.rotary_base is a number of more than 60 digits"),
+        ({"model.rotary_base": 10**200}, "model.rotary_base is a number of more than 60 digits"),
         ({"model.layernorm_epsilon": float("nan")}, "model.layernorm_epsilon is nan"),
         ({"model.activation": "exec"}, "model.activation is 'exec', not one of"),
         ({"model.optim": {"betas": [0.9, "x"]}}, "model.optim.betas"),
