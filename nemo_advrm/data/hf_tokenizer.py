@@ -14,6 +14,7 @@ from nemo_advrm.data.messages import Message
 from nemo_advrm.data.reading import ANSWER, ReadingRule, concatenate
 from nemo_advrm.data.special_tokens import SpecialTokens
 from nemo_advrm.errors import DataError
+from nemo_advrm.gguf_claims import check_header
 
 _NO_LIMIT = 10**9
 
@@ -186,6 +187,8 @@ def load_hf_tokenizer(path: Path) -> Any:
     from transformers import AutoTokenizer  # seconds to import: only for those who use it
 
     try:
+        if options:
+            check_header(directory / options["gguf_file"])
         return AutoTokenizer.from_pretrained(
             str(directory), local_files_only=True, trust_remote_code=False, **options
         )

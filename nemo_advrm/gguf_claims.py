@@ -1,0 +1,167 @@
+"""What the header of a GGUF file claims, compared with the file before memory is taken.
+
+The readers of ``gguf`` and transformers make objects and modules of every number that stands there.
+The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import struct
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from nemo_advrm.errors import CheckpointError
+from nemo_advrm.place import one_line
+
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_STRING, _ARRAY = 8, 9
+_MIN_TENSOR = 24  # bytes of the shortest description of a tensor
+_MIN_FIELD = 13  # of a field: the length of its name, its type, one byte
+_MOST_VALUES = 4_000_000  # of all fields: a vocabulary of 500,000 tokens has some 2,500,000
+_MOST_DIMENSIONS = 4
+_MOST_NAME = 1 << 16
+# modules are made of so many
+_COUNTS = re.compile(r"\.(block_count|expert_count|expert_used_count|leading_dense_block_count)$")
+# and tensors of such a size
+_SIZES = re.compile(r"\.(embedding_length|(expert_|expert_shared_)?feed_forward_length|vocab_size)$")
+_HEADS = re.compile(r"\.attention\.(head_count|head_count_kv|key_length|value_length)$|\.rope\.dimension_count$")
+
+
+def check_header(path: Path) -> None:
+    """Raise CheckpointError, which names the file, for a header that the file or its tensors do not bear out.
+
+    That are: another format, counts and lengths of more bytes than follow, tensors outside the file or in each other,
+    and more layers or larger ones than the tensors have. Needs the package ``gguf`` for the sizes of number formats.
+    """
+    try:
+        with open(path, "rb") as file:
+            _Header(file, path.stat().st_size).check()
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path}: damaged: {one_line(error, 200)}") from None
+
+
+class _Header:
+    def __init__(self, file: BinaryIO, size: int) -> None:
+        self._file, self._size, self._at = file, size, 0
+        self._values = 0
+        self._order = "<"
+
+    def check(self) -> None:
+        if self._take(4) != b"GGUF":
+            raise ValueError("not a GGUF file")
+        version = self._take(4)
+        if version[:2] == b"\0\0":
+            self._order = ">"
+        tensors, fields = self._number("Q"), self._number("Q")
+        if tensors * _MIN_TENSOR > self._left() or fields * _MIN_FIELD > self._left():
+            raise ValueError(f"claims {tensors} tensors and {fields} fields, the file has {self._size} bytes")
+        claims: list[tuple[str, list[Any]]] = []
+        alignment = 32
+        for _ in range(fields):
+            name = self._name()
+            values = self._value(self._number("I"), name)
+            if name == "general.alignment":
+                alignment = values[0] if values and type(values[0]) is int else 0
+            claims.append((name, values))
+        if alignment < 1 or alignment & (alignment - 1) or alignment > self._size:
+            raise ValueError(f"general.alignment={alignment} is no power of two")
+        shapes = self._tensors(tensors, alignment)
+        for name, values in claims:
+            _check_claim(name, values, shapes)
+
+    def _tensors(self, count: int, alignment: int) -> list[list[int]]:
+        """The shapes; ValueError where the file does not hold them one after another."""
+        from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+        shapes, places = [], []
+        for _ in range(count):
+            name, dimensions = self._name(), self._number("I")
+            if dimensions > _MOST_DIMENSIONS:
+                raise ValueError(f"{name} has {dimensions} dimensions")
+            shape = [self._number("Q") for _ in range(dimensions)]
+            block, nbytes = GGML_QUANT_SIZES[GGMLQuantizationType(self._number("I"))]
+            shapes.append(shape)
+            places.append((self._number("Q"), math.prod(shape) * nbytes // block, name))
+        start = -(-self._at // alignment) * alignment
+        end = 0
+        for offset, length, name in sorted(places):
+            if offset < end or start + offset + length > self._size:
+                what = "lies in another tensor" if offset < end else f"claims {length} bytes at {start + offset}"
+                raise ValueError(f"{name} {what}, the file has {self._size} bytes")
+            end = offset + length
+        return shapes
+
+    def _value(self, kind: int, name: str) -> list[Any]:
+        """The numbers of a field, for an array of them the first few; the rest is only counted."""
+        if kind in _SCALARS:
+            self._count(1, name)
+            return [self._number(_SCALARS[kind])]
+        if kind == _STRING:
+            self._count(1, name)
+            self._skip(self._number("Q"), name)
+            return []
+        if kind != _ARRAY:
+            raise ValueError(f"{name} has the unknown type {kind}")
+        inner, length = self._number("I"), self._number("Q")
+        self._count(length, name)
+        if inner in _SCALARS:
+            width = struct.calcsize(_SCALARS[inner])
+            kept = min(length, 10_000)
+            if length * width > self._left():
+                raise ValueError(f"{name} claims {length} values, the file ends before")
+            values = list(struct.unpack(f"{self._order}{kept}{_SCALARS[inner]}", self._take(kept * width)))
+            self._skip((length - kept) * width, name)
+            return values
+        if inner != _STRING:
+            raise ValueError(f"{name} is an array of the type {inner}, which no model has")
+        for _ in range(length):
+            self._skip(self._number("Q"), name)
+        return []
+
+    def _count(self, values: int, name: str) -> None:
+        self._values += values
+        if self._values > _MOST_VALUES:
+            raise ValueError(f"{name}: more than {_MOST_VALUES} values stand in the header")
+
+    def _name(self) -> str:
+        length = self._number("Q")
+        if length > _MOST_NAME:
+            raise ValueError(f"a name claims {length} bytes")
+        return self._take(length).decode("utf-8")
+
+    def _number(self, form: str) -> Any:
+        return struct.unpack(self._order + form, self._take(struct.calcsize(form)))[0]
+
+    def _skip(self, length: int, name: str) -> None:
+        if length > self._left():
+            raise ValueError(f"{name} claims {length} bytes, the file ends before")
+        self._file.seek(length, 1)
+        self._at += length
+
+    def _take(self, length: int) -> bytes:
+        found = self._file.read(length) if length <= self._left() else b""
+        if len(found) < length:
+            raise ValueError("the file ends in its header")
+        self._at += length
+        return found
+
+    def _left(self) -> int:
+        return self._size - self._at
+
+
+def _check_claim(name: str, values: list[Any], shapes: list[list[int]]) -> None:
+    """ValueError for a number of modules, or a size of one, that the tensors do not have."""
+    if _COUNTS.search(name):
+        most, have = len(shapes), f"the file has {len(shapes)} tensors"
+    elif _SIZES.search(name) or _HEADS.search(name):
+        most = max((size for shape in shapes for size in shape), default=0)
+        have = f"the largest dimension of a tensor is {most}"
+    else:
+        return
+    for value in values:
+        if not isinstance(value, int) or not 0 <= value <= most:
+            raise ValueError(f"{name}={value}, but {have}")
