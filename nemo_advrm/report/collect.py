@@ -192,7 +192,8 @@ def _read_attack(
     rows = read_jsonl(attack / "samples.jsonl", run_dir, notes)
     if not rows:
         notes.append(f"Round {round_number} has no adversarial samples.")
-    rates = {int(key): as_object(value) for key, value in as_object(summary.get("directions")).items() if key.isdigit()}
+    told = as_object(summary.get("directions"))
+    rates = {int(key): as_object(value) for key, value in told.items() if key.isdecimal()}
     by_target: dict[int, list[Row]] = {target: [] for target in rates}
     for row in rows:
         if (target := count(row.get("direction"))) is not None:

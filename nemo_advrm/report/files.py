@@ -70,7 +70,10 @@ def number(value: object) -> float | None:
     """A finite float, or None for anything else (null, NaN, infinity, text, booleans)."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return float(value) if math.isfinite(value) else None
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:  # a whole number that is no float
+        return None
 
 
 def numbers(value: object) -> Scores:
@@ -79,9 +82,9 @@ def numbers(value: object) -> Scores:
 
 
 def count(value: object) -> int | None:
-    """A whole number, or None for what `number` refuses."""
+    """A whole number of 64 bits, or None for what `number` refuses."""
     found = number(value)
-    return None if found is None else int(found)
+    return None if found is None or abs(found) >= 2**63 else int(found)
 
 
 def as_object(value: object) -> Row:

@@ -171,7 +171,8 @@ def _attack_member(
 
 
 def _summary(directory: Path, samples: Path, seconds: float) -> dict[str, Any]:
-    rows = [row for _, row in read_jsonl(directory / "metrics.jsonl")]
+    path = directory / "metrics.jsonl"
+    rows = [_metrics(row, f"{path}:{number}") for number, row in read_jsonl(path)]
     return {
         "samples": sum(1 for _ in read_jsonl(samples)),
         "success_standard": _mean(rows, "success"),
@@ -180,6 +181,16 @@ def _summary(directory: Path, samples: Path, seconds: float) -> dict[str, Any]:
         "steps": len(rows),
         "seconds": seconds,
     }
+
+
+def _metrics(row: Any, source: str) -> dict[str, Any]:
+    """A row of metrics; DataError that names ``source`` for one of another type."""
+    if not isinstance(row, dict):
+        raise DataError(f"{source}: no row of metrics: restore or remove the line")
+    for key in ("success", "success_strict", "ended"):
+        if not isinstance(row.get(key), int | float | None):
+            raise DataError(f"{source}: no row of metrics ({key}={str(row[key])[:40]!r}): restore or remove the line")
+    return row
 
 
 def policy_name(direction: int, number: int) -> str:

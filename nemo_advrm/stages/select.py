@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Hashable
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
@@ -22,8 +24,18 @@ from nemo_advrm.schema import Config, SelectionConfig
 from nemo_advrm.stages import writers
 from nemo_advrm.stages.attack import check_samples
 
-# what selection reads of every sample
-_NEEDED = {"direction", "prompt_id", "response", "scores", "z", "disagreement_z"}
+# what selection reads of every sample, and of which type
+_TYPES: dict[str, tuple[type, ...]] = {
+    "direction": (int,),
+    "prompt_id": (int,),
+    "step": (int,),
+    "policy": (str,),
+    "response": (str,),
+    "scores": (list,),
+    "z": (list,),
+    "disagreement_z": (int, float),
+    "gold": (int, float, NoneType),
+}
 
 
 def main(cfg: Config) -> int:
@@ -45,10 +57,11 @@ def select_round(cfg: Config, directory: Path, round_number: int, seed: int) -> 
     tokenizer = build_tokenizer(cfg.model.tokenizer)  # the policy's, whose tokens the responses were
     reference = Reference.read(directory / "reference.jsonl")
     path = directory / "attack" / "samples.jsonl"
+    prompts, members = reference.scores_PNK.size(0), reference.scores_PNK.size(-1)
     # a selection that is repeated starts anew
     rows: list[dict[str, Any]] = []
     for n, row in read_jsonl(path):
-        rows.append({**_checked(row, f"{path}:{n}"), "selected": False})
+        rows.append({**_checked(row, f"{path}:{n}", members, prompts), "selected": False})
         _check_reference(rows[-1], f"{path}:{n}", reference)
     usable_PI = _usable_sft(reference, tokenizer)
     # of z: raw scores would leave the choice to the member of the largest scale
@@ -93,10 +106,26 @@ def _unusable(
     return None if usable_PI[row["prompt_id"]] else "no_usable_sft"
 
 
-def _checked(row: Any, source: str) -> dict[str, Any]:
-    lacking = sorted(_NEEDED - row.keys()) if isinstance(row, dict) else ["all keys"]
+def _checked(row: Any, source: str, members: int, prompts: int) -> dict[str, Any]:
+    """``row`` itself; DataError that names ``source`` and what is wrong when it is no sample of this attack."""
+    lacking = sorted(_TYPES.keys() - row.keys()) if isinstance(row, dict) else ["all keys"]
     if lacking:
         raise DataError(f"{source}: no row of an attack (it lacks {', '.join(lacking)}): restore the file")
+    wrong = [key for key, types in _TYPES.items() if not _is(row[key], types)]
+    wrong += [
+        key
+        for key in ("scores", "z")
+        if key not in wrong and not (len(row[key]) == members and all(_is(value, (int, float)) for value in row[key]))
+    ]
+    for key, first, last in (("direction", 1, members), ("prompt_id", 0, prompts - 1)):
+        if key not in wrong and not first <= row[key] <= last:
+            wrong.append(key)
+    if wrong:
+        shown = f"{wrong[0]}={row[wrong[0]]!r}"[:80]
+        raise DataError(
+            f"{source}: no row of this attack on {members} members and {prompts} prompts ({shown}): "
+            "restore the file"
+        )
     return row
 
 

@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fake_run import HOSTILE, pair, write_lines, write_rlhf, write_round
@@ -160,6 +161,28 @@ def test_a_broken_line_in_the_middle_is_named(run_dir: Path) -> None:
     path.write_text("{oops\n" + path.read_text())
     notes = summarise(collect(run_dir))["notes"]
     assert "rlhf/r1/metrics.jsonl: 1 unreadable line(s) left out, the first is line 1." in notes
+
+
+@pytest.mark.parametrize("value", ["text", True, None, [], {}, [[]], [None], 10**400, -(2**63), 1e300])
+def test_values_of_another_type_leave_a_report(run_dir: Path, value: Any) -> None:
+    for name in ("round_0/pairs.jsonl", "rlhf/r1/metrics.jsonl", "round_0/attack/samples.jsonl"):
+        path = run_dir / name
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        for i, key in enumerate(rows[0]):
+            rows[i % len(rows)][key] = value
+        path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, value]))
+    directions = {"directions": {"\u00b2": value, "1": value}}
+    (run_dir / "round_0" / "attack" / "summary.json").write_text(json.dumps(directions))
+    write_report(run_dir)
+    assert render_summary(run_dir, terminal=False)
+
+
+def test_numbers_and_brackets_without_end_are_unreadable_lines(run_dir: Path) -> None:
+    path = run_dir / "round_0" / "attack" / "samples.jsonl"
+    path.write_text('{"step": ' + "9" * 5000 + "}\n" + "[" * 100_000 + "\n" + path.read_text())
+    (run_dir / "round_0" / "attack" / "summary.json").write_text("[" * 100_000)
+    notes = summarise(collect(run_dir))["notes"]
+    assert "round_0/attack/samples.jsonl: 2 unreadable line(s) left out, the first is line 1." in notes
 
 
 def test_a_stage_that_did_not_finish_is_named(run_dir: Path) -> None:

@@ -13,11 +13,11 @@ import pytest
 from nemo_advrm.callbacks.metrics import MetricsWriter
 from nemo_advrm.callbacks.rows import lost_steps
 from nemo_advrm.config import load_config
-from nemo_advrm.data.jsonl import JsonlWriter
+from nemo_advrm.data.jsonl import JsonlWriter, write_jsonl_atomic
 from nemo_advrm.errors import CheckpointError, DataError
 from nemo_advrm.megatron import manifest
 from nemo_advrm.rewards.reference import Reference
-from nemo_advrm.stages import artefacts, order, results, select
+from nemo_advrm.stages import artefacts, attack, order, results, select
 from nemo_advrm.stages.attack import check_samples
 from nemo_advrm.stages.order import Step
 from nemo_advrm.stages.state import RunState
@@ -152,7 +152,7 @@ def test_rows_of_another_type_in_a_reference_or_among_samples_are_named(tmp_path
     with pytest.raises(CheckpointError, match=r"reference\.jsonl: (a row is none of|not a complete) "):
         Reference.read(tmp_path / "reference.jsonl")
     with pytest.raises(DataError, match=r"samples\.jsonl:7: no row of an attack \(it lacks .+\)"):
-        select._checked(json.loads(row), f"{tmp_path / 'attack' / 'samples.jsonl'}:7")
+        select._checked(json.loads(row), f"{tmp_path / 'attack' / 'samples.jsonl'}:7", 2, 1)
 
 
 @pytest.mark.parametrize("row", ["3", "[]", '{"step": "x"}', '{"step": null}'])
@@ -168,3 +168,10 @@ def test_a_directory_in_place_of_rows_is_named(tmp_path: Path) -> None:
         JsonlWriter(tmp_path, resume_step=1)
 
 
+
+
+@pytest.mark.parametrize("row", [[1], "text", None, {"success": "high"}, {"success": [1.0]}])
+def test_metrics_of_an_attack_of_another_type_are_named(tmp_path: Path, row: Any) -> None:
+    write_jsonl_atomic(tmp_path / "metrics.jsonl", [{"step": 0, "success": 0.5}, row])
+    with pytest.raises(DataError, match=r"metrics\.jsonl:2: no row of metrics"):
+        attack._summary(tmp_path, tmp_path / "samples.jsonl", 1.0)

@@ -118,3 +118,28 @@ def test_text_that_the_policys_tokenizer_does_not_give_back_is_no_pair(tmp_path:
     counts = select_round(load_config(["model=tiny", "model.tokenizer=synthetic"]), tmp_path, 0, 0)
     assert (counts["selected"], counts["not_text"]) == (1, 2)
     assert [pair.rejected for pair in PairStore(tmp_path / "pairs.jsonl").load()] == ["this river"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("direction", "1"),
+        ("direction", 3),
+        ("direction", True),
+        ("prompt_id", 99),
+        ("prompt_id", -1),
+        ("step", None),
+        ("policy", 1),
+        ("response", None),
+        ("scores", None),
+        ("scores", [1.0]),
+        ("scores", [1.0, "2"]),
+        ("z", [None, 1.0]),
+        ("disagreement_z", None),
+        ("gold", "high"),
+    ],
+)
+def test_a_sample_of_another_type_is_named(tmp_path: Path, key: str, value: Any) -> None:
+    wanted = rf"samples\.jsonl:2: no row of this attack on 2 members and \d+ prompts \({key}=.*\): restore the file"
+    with pytest.raises(DataError, match=wanted):
+        _select(tmp_path, [_found("a b"), {**_found("b a"), key: value}])
