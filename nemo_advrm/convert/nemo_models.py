@@ -27,6 +27,7 @@ from nemo_advrm.convert.megatron import TOKENIZER, read_model
 from nemo_advrm.convert.names import canonical_shapes
 from nemo_advrm.convert.nemo_archive import NemoArchive
 from nemo_advrm.convert.nemo_file import CONFIG, WEIGHTS, archived_weights, check_complete, read_config
+from nemo_advrm.convert.partial import hold_output, release_output
 from nemo_advrm.convert.tokenizer_files import copy_tokenizer
 from nemo_advrm.data.tokenizers import build_tokenizer
 from nemo_advrm.errors import CheckpointError
@@ -54,13 +55,15 @@ def _name(cls: type) -> str:
 def save_model(model: TrainableModel, path: Path) -> None:
     """Write a trained model's main network and tokenizer to ``path``; all ranks call. An existing file is replaced.
 
-    Raises CheckpointError when it cannot be written; ``path`` is then as it was.
+    Raises CheckpointError when it cannot be written, ConfigError that names the process that is writing it; ``path``
+    is then as it was.
     """
     if _name(type(model)) not in _CLASSES:
         raise CheckpointError(f"{path}: {_name(type(model))} cannot be saved as a .nemo")
     rt = runtime.current()
     partial = path.with_name(path.name + ".partial")
     network, _ = next(iter(model.trained().values()))
+    runtime.on_writer(lambda: hold_output(path))
     try:
         runtime.on_writer(lambda: _written(path, lambda: checkpoint.make_empty(partial, partial)))
         checkpoint.save(partial / "checkpoint", network)
@@ -68,6 +71,7 @@ def save_model(model: TrainableModel, path: Path) -> None:
     finally:
         if rt.is_writer:
             shutil.rmtree(partial, ignore_errors=True)
+            release_output(path)
 
 
 def _written(path: Path, work: Callable[[], None]) -> None:

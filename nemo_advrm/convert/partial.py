@@ -8,6 +8,7 @@ from pathlib import Path
 
 from nemo_advrm import files
 from nemo_advrm.errors import CheckpointError
+from nemo_advrm.stages import writers
 
 SUFFIX = ".partial"
 _SPARE_BYTES = 16 * 2**20  # configuration, tokenizer, descriptions
@@ -22,8 +23,8 @@ class PartialDirectory:
     def __init__(self, path: Path, nbytes: int) -> None:
         self.path = path
         self.partial = path.with_name(path.name + SUFFIX)
-        if path.exists() or path.is_symlink():
-            raise CheckpointError(f"{path}: exists already; choose another out, or remove it")
+        self._made = False
+        self._check_free()
         parent = next(p for p in path.absolute().parents if p.exists())
         if not parent.is_dir() or not os.access(parent, os.W_OK):
             raise CheckpointError(f"{path}: {parent} is not a directory that can be written")
@@ -34,9 +35,19 @@ class PartialDirectory:
             )
 
     def make(self) -> Path:
-        """An empty partial; what an interrupted conversion left is removed."""
-        shutil.rmtree(self.partial, ignore_errors=True)
-        self.partial.mkdir(parents=True)
+        """An empty partial; what an interrupted conversion left is removed.
+
+        Raises ConfigError that names the process that is writing DIR, CheckpointError when it has just been written.
+        """
+        hold_output(self.path)
+        self._made = True
+        try:
+            self._check_free()
+            shutil.rmtree(self.partial, ignore_errors=True)
+            self.partial.mkdir(parents=True)
+        except BaseException:
+            self.remove()
+            raise
         return self.partial
 
     def complete(self) -> None:
@@ -44,4 +55,22 @@ class PartialDirectory:
         files.rename(self.partial, self.path)
 
     def remove(self) -> None:
-        shutil.rmtree(self.partial, ignore_errors=True)
+        """Remove what :meth:`make` made, once it is not wanted or has its own name, and let others write DIR."""
+        if self._made:
+            self._made = False
+            shutil.rmtree(self.partial, ignore_errors=True)
+            release_output(self.path)
+
+    def _check_free(self) -> None:
+        if self.path.exists() or self.path.is_symlink():
+            raise CheckpointError(f"{self.path}: exists already; choose another out, or remove it")
+
+
+def hold_output(path: Path) -> None:
+    """Make this process the one that writes ``path``; raises ConfigError that names the one that does."""
+    writers.hold(path.parent, path.name, path, "out")
+
+
+def release_output(path: Path) -> None:
+    """Let others write ``path``; nothing is left beside it."""
+    writers.release(path.parent, path.name, leave_nothing=True)

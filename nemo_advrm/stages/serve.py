@@ -17,7 +17,7 @@ from nemo_advrm.rewards.ensemble import AdversarialReward, PolicyReward
 from nemo_advrm.rewards.reference import Reference
 from nemo_advrm.rewards.standardisation import check_members, combined, read_statistics
 from nemo_advrm.schema import Config
-from nemo_advrm.stages import session
+from nemo_advrm.stages import session, writers
 
 RAW_SCORES = (
     "warning: the members' raw scores are combined, whose offsets and scales are arbitrary: the member with the "
@@ -62,7 +62,23 @@ def _listen(cfg: Config) -> tuple[socket.socket, str]:
     from nemo_advrm.serve.server import bind
 
     token = bearer_token(cfg.serve.token_file)
-    return bind(cfg.serve, token), token
+    sock = bind(cfg.serve, token)
+    try:
+        _hold_announcement(Path(cfg.run_dir))
+    except BaseException:
+        sock.close()
+        raise
+    return sock, token
+
+
+def _hold_announcement(directory: Path) -> None:
+    """Be the one server of ``directory``, where other jobs may write too; raises ConfigError that names another."""
+    announced = directory / "server.json"
+    writers.hold(directory, "server", announced)
+    try:
+        announced.unlink(missing_ok=True)  # of a server that was killed
+    except OSError as error:
+        raise writers.cannot_write(directory, error) from error
 
 
 def _serve(

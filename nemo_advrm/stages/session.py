@@ -71,7 +71,7 @@ _STAGE_PREFIX = re.compile(r"stage\.[^.]+\.")
 # what a run writes before it produces anything
 _BEFORE_RESULTS = ("config.yaml", "versions.yaml", "state.json", "state.lock")
 _LOCK = "run.lock"
-_IDENTITY = (*_BEFORE_RESULTS, _LOCK, "writer.lock", "writer.owner")
+_IDENTITY = (*_BEFORE_RESULTS, _LOCK, "writer.lock", "writer.owner", "server.lock")
 LOCK_SECONDS = 60.0
 NOT_BEGUN = "before the work began: nothing is lost, the same command goes on"
 

@@ -72,12 +72,14 @@ class Writer:
         self.pid = os.getpid()
         self.lock = lock
 
-    def release(self) -> None:
-        """Let others in."""
+    def release(self, leave_nothing: bool = False) -> None:
+        """Let others in; with ``leave_nothing`` the file of the lock is removed, too."""
         _held.pop(self.path, None)
         if self.pid == os.getpid():  # not in a child, whose parent holds it
             with contextlib.suppress(OSError):
                 self.path.unlink()
+                if leave_nothing:
+                    self.path.with_suffix(".lock").unlink()
         if self.lock is not None:
             os.close(self.lock)
 
@@ -86,10 +88,11 @@ _held: dict[Path, Writer] = {}
 _beating: dict[str, int] = {}
 
 
-def hold(directory: Path, name: str = "writer", what: Path | None = None) -> None:
+def hold(directory: Path, name: str = "writer", what: Path | None = None, key: str = "run_dir") -> None:
     """Make this process the one writer of ``directory`` until it ends or lets others in.
 
-    With ``name`` and ``what`` it is the writer of ``what``, and only the owner's file is in ``directory``.
+    With ``name`` and ``what`` it is the writer of ``what``, and only the owner's file is in ``directory``. ``key`` is
+    the setting with which another place is chosen.
 
     What died without a word is taken over, with a word. An owner on another host has SILENT_SECONDS to show that it
     lives.
@@ -104,16 +107,16 @@ def hold(directory: Path, name: str = "writer", what: Path | None = None) -> Non
         directory.mkdir(parents=True, exist_ok=True)
         lock, free = _lock(path.with_suffix(".lock"))
     except OSError as error:
-        raise cannot_write(directory, error) from error
+        raise cannot_write(what or directory, error, key) from error
     try:
         if not free:
-            raise _taken(what or directory, _named(path))
-        _own(what or directory, path)
+            raise _taken(what or directory, _named(path), key)
+        _own(what or directory, path, key)
     except BaseException as error:
         if lock is not None:
             os.close(lock)
         if isinstance(error, OSError):
-            raise cannot_write(directory, error) from error
+            raise cannot_write(what or directory, error, key) from error
         raise
     _held[path] = Writer(path, lock)
     if _beating.get("pid") != os.getpid():  # a thread does not live on in a child
@@ -122,11 +125,11 @@ def hold(directory: Path, name: str = "writer", what: Path | None = None) -> Non
         threading.Thread(target=_beat, name="run directory", daemon=True).start()
 
 
-def release(directory: Path, name: str = "writer") -> None:
-    """Let others in; does nothing in a process that does not hold it."""
+def release(directory: Path, name: str = "writer", leave_nothing: bool = False) -> None:
+    """Let others in; does nothing in a process that does not hold it. See :meth:`Writer.release`."""
     held = _held.get((directory / f"{name}.owner").absolute())
     if held is not None:
-        held.release()
+        held.release(leave_nothing)
 
 
 def release_all() -> None:
@@ -135,16 +138,32 @@ def release_all() -> None:
         writer.release()
 
 
-def cannot_write(directory: Path, error: OSError) -> ConfigError:
-    """The one line for a run directory that the system refuses."""
+def cannot_write(directory: Path, error: OSError, key: str = "run_dir") -> ConfigError:
+    """The one line for a place that the system refuses; ``key`` is the setting that names it."""
     named = os.fsdecode(error.filename) if error.filename else str(directory)
     place = "" if named == str(directory) else f" {named}"
     reason = f"{place} {error.strerror or error}"
-    return ConfigError(f"run_dir={directory} cannot be written:{reason}; make way for it, or choose another run_dir")
+    return ConfigError(f"{key}={directory} cannot be written:{reason}; make way for it, or choose another {key}")
 
 
 def _lock(path: Path) -> tuple[int | None, bool]:
     """(open file whose lock this process has, None without locks; whether no other process has it)."""
+    while True:
+        lock, free = _lock_file(path)
+        if lock is None or _is_file(lock, path):
+            return lock, free
+        os.close(lock)  # its last holder has removed it meanwhile
+
+
+def _is_file(file: int, path: Path) -> bool:
+    """Whether an open file still has its name."""
+    try:
+        return os.path.samestat(os.fstat(file), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _lock_file(path: Path) -> tuple[int | None, bool]:
     lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -159,19 +178,19 @@ def _lock(path: Path) -> tuple[int | None, bool]:
         return None, True
 
 
-def _own(directory: Path, path: Path) -> None:
+def _own(directory: Path, path: Path, key: str) -> None:
     """Become the owner that ``path`` names, once nobody else is."""
     own = path.with_name(f".{path.name}.{host_name()}.{os.getpid()}.tmp")
     own.write_text(json.dumps(asdict(_me())), encoding="utf-8")
     try:
-        while not _link(own, path):
+        while not _link(own, path, key):
             there = _read(path)
             if there is not None and there.is_me:
                 return
             if there is not None and there.is_here and not there.is_dead:
-                raise _taken(directory, there)
+                raise _taken(directory, there, key)
             if there is None or not there.is_dead:
-                there = _wait_for_sign(directory, path)
+                there = _wait_for_sign(directory, path, key)
             _remove(path, there)
             named = str(there) if there is not None else "a process that left no name"
             print(f"{directory} is taken over from {named}, which has ended without releasing it", flush=True)
@@ -179,7 +198,7 @@ def _own(directory: Path, path: Path) -> None:
         own.unlink(missing_ok=True)
 
 
-def _link(own: Path, path: Path) -> bool:
+def _link(own: Path, path: Path, key: str) -> bool:
     try:
         os.link(own, path)
         return True
@@ -187,11 +206,11 @@ def _link(own: Path, path: Path) -> bool:
         return False
     except OSError as error:
         raise ConfigError(
-            f"{path}: its file system has no hard links ({error.strerror}): choose another run_dir"
+            f"{path}: its file system has no hard links ({error.strerror}): choose another {key}"
         ) from error
 
 
-def _wait_for_sign(directory: Path, path: Path) -> Owner | None:
+def _wait_for_sign(directory: Path, path: Path, key: str) -> Owner | None:
     """The owner that gave no sign of life for SILENT_SECONDS; raises ConfigError at a sign."""
     first, told = _beat_of(path), False
     deadline = time.monotonic() + SILENT_SECONDS
@@ -201,7 +220,7 @@ def _wait_for_sign(directory: Path, path: Path) -> Owner | None:
         if now is None:  # released
             return _read(path)
         if now != first:
-            raise _taken(directory, _read(path))
+            raise _taken(directory, _read(path), key)
         if not told:
             who = _read(path) or "another process"
             print(f"{directory}: waiting {SILENT_SECONDS:g} s for a sign of life of {who}", flush=True)
@@ -261,10 +280,10 @@ def _read(path: Path) -> Owner | None:
         return None
 
 
-def _taken(directory: Path, owner: Owner | None) -> ConfigError:
+def _taken(directory: Path, owner: Owner | None, key: str) -> ConfigError:
     who = owner or "another process"
     return ConfigError(
-        f"{directory} is being written by {who}: wait until it has ended, stop it, or choose another run_dir"
+        f"{directory} is being written by {who}: wait until it has ended, stop it, or choose another {key}"
     )
 
 

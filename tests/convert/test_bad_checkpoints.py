@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import resource
 import shutil
@@ -22,9 +23,11 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorProperties, Te
 
 from nemo_advrm.convert import hf_sink, megatron
 from nemo_advrm.convert.dist_weights import StackedReader, StackedWriter
+from nemo_advrm.convert.partial import PartialDirectory
 from nemo_advrm.convert.tensors import TensorSpec
 from nemo_advrm.errors import CheckpointError, ConfigError, LayoutError, UserError
 from nemo_advrm.megatron import checkpoint
+from nemo_advrm.place import host_name
 
 Tensors = dict[str, torch.Tensor]
 Q = "model.layers.1.self_attn.q_proj.weight"
@@ -405,3 +408,36 @@ def test_a_killed_conversion_leaves_nothing_that_looks_complete(source: Path, tm
 
     run("hf", source, to, out)
     assert out.exists() and not partial.exists()
+
+
+@pytest.mark.parametrize("to", ["megatron", "hf", "nemo"])
+def test_a_second_conversion_to_one_place_is_refused_by_name_and_leaves_the_first_alone(
+    source: Path, tmp_path: Path, to: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "out.nemo" if to == "nemo" else "out"
+    out, there, over = tmp_path / name, os.pipe(), os.pipe()
+    child = os.fork()
+    if child == 0:  # the first one, in the middle of its work
+        PartialDirectory(out, 0).make().joinpath("weights").touch()
+        os.write(there[1], b"1")
+        os.read(over[0], 1)
+        os._exit(0)
+    os.read(there[0], 1)
+    try:
+        named = rf"{out} is being written by process {child} on {host_name()} .* or choose another out"
+        with pytest.raises(ConfigError, match=named):
+            run("hf", source, to, out)
+        assert [path.name for path in (tmp_path / f"{name}.partial").iterdir()] == ["weights"]
+    finally:
+        os.write(over[1], b"1")
+        os.waitpid(child, 0)
+    run("hf", source, to, out)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [name, "source"]
+
+
+def test_a_conversion_that_ended_just_before_is_not_overwritten(tmp_path: Path) -> None:
+    second = PartialDirectory(tmp_path / "out", 0)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(CheckpointError, match="out: exists already"):
+        second.make()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

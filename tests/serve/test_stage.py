@@ -21,11 +21,13 @@ from nemo_advrm.data.jsonl import read_jsonl, write_jsonl_atomic
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.megatron.runtime import Runtime
 from nemo_advrm.objectives.reference import fit_members
+from nemo_advrm.place import host_name
 from nemo_advrm.rewards.ensemble import AdversarialReward, UncertaintyReward
 from nemo_advrm.rewards.reference import Reference
 from nemo_advrm.rewards.sources import load_members
 from nemo_advrm.schema import AdversarialConfig
 from nemo_advrm.stages import serve, session
+from nemo_advrm.stages.writers import release_all
 
 
 def _fails(capsys: pytest.CaptureFixture[str], *settings: str) -> str:
@@ -53,6 +55,25 @@ def test_what_cannot_be_served_is_refused(
 def test_an_address_that_is_taken_is_refused(served: Served, capsys: pytest.CaptureFixture[str]) -> None:
     port = httpx.URL(served.server.address).port
     assert "in use" in _fails(capsys, f"ensemble.members=[{served.members[0]}]", f"serve.port={port}")
+
+
+def test_a_second_server_in_one_run_directory_is_refused_by_name(
+    served: Served, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    directory = served.server.log.parent
+    told = _fails(capsys, f"run_dir={directory}", f"ensemble.members=[{served.members[0]}]", "serve.port=0")
+    named = f"{directory / 'server.json'} is being written by process {served.server.pid} on {host_name()} "
+    assert named in told and told.endswith("stop it, or choose another run_dir")
+    assert json.loads((directory / "server.json").read_text())["address"] == served.server.address
+    assert served.client.get("/v2/health/ready").status_code == 200
+    (tmp_path / "server.json").write_text('{"address": "http://127.0.0.1:1"}')  # of a server that was killed
+    serve._hold_announcement(tmp_path)
+    release_all()
+    assert [path.name for path in tmp_path.iterdir()] == ["server.lock"]
+    (tmp_path / "server.json").mkdir()
+    assert "server.json" in _fails(
+        capsys, f"run_dir={tmp_path}", f"ensemble.members=[{served.members[0]}]", "serve.port=0"
+    )
 
 
 def test_models_on_two_processes_give_the_same_scores_and_stop_without_a_hang(served: Served, tmp_path: Path) -> None:

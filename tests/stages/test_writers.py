@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import threading
@@ -14,7 +15,7 @@ import pytest
 
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.stages import writers
-from nemo_advrm.stages.writers import Owner, hold, release_all
+from nemo_advrm.stages.writers import Owner, hold, release, release_all
 
 
 @pytest.fixture(autouse=True)
@@ -135,3 +136,21 @@ def test_an_owner_shows_that_it_lives(tmp_path: Path, monkeypatch: pytest.Monkey
     with pytest.raises(Over):
         writers._beat()
     assert slept[0] < writers.SILENT_SECONDS * 60 and path.stat().st_mtime > 0
+
+
+def test_the_lock_of_a_place_may_be_removed_while_another_process_opens_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lockf, locked = fcntl.lockf, []
+
+    def removed_meanwhile(file: int, kind: int) -> None:
+        if not locked:
+            (tmp_path / "out.lock").unlink()
+        locked.append(os.fstat(file).st_ino)
+        lockf(file, kind)
+
+    monkeypatch.setattr(fcntl, "lockf", removed_meanwhile)
+    hold(tmp_path, "out", tmp_path / "out", "out")
+    assert len(locked) == 2 and locked[-1] == (tmp_path / "out.lock").stat().st_ino
+    release(tmp_path, "out", leave_nothing=True)
+    assert list(tmp_path.iterdir()) == []
