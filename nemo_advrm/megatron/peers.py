@@ -160,13 +160,14 @@ def _roll_call(store: dist.Store, here: Place, timeout: datetime.timedelta, plac
         store.set("all joined", "1")
     deadline = time.monotonic() + timeout.total_seconds()
     try:
-        # in short waits: a signal is heard between them
+        # looks, between which a signal is heard: torch says on stderr of every wait of a store that its time was over
+        pause = LOOK_SECONDS / 64
         while not store.check(["all joined"]):
             if time.monotonic() > deadline:
                 raise dist.DistStoreError("the time is over")
             signals.leave_if_received(f"while {place} waited for the others: nothing is lost")
-            with contextlib.suppress(dist.DistStoreError):
-                store.wait(["all joined"], datetime.timedelta(seconds=LOOK_SECONDS))
+            time.sleep(pause)
+            pause = min(2 * pause, LOOK_SECONDS)
     except (dist.DistError, RuntimeError) as error:
         with contextlib.suppress(dist.DistError, RuntimeError):
             missing = [rank for rank in range(here.world_size) if not store.check([f"host/{rank}"])]
