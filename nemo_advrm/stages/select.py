@@ -57,11 +57,11 @@ def select_round(cfg: Config, directory: Path, round_number: int, seed: int) -> 
     tokenizer = build_tokenizer(cfg.model.tokenizer)  # the policy's, whose tokens the responses were
     reference = Reference.read(directory / "reference.jsonl")
     path = directory / "attack" / "samples.jsonl"
-    prompts, members = reference.scores_PNK.size(0), reference.scores_PNK.size(-1)
+    members = reference.scores_PNK.size(-1)
     # a selection that is repeated starts anew
     rows: list[dict[str, Any]] = []
     for n, row in read_jsonl(path):
-        rows.append({**_checked(row, f"{path}:{n}", members, prompts), "selected": False})
+        rows.append({**_checked(row, f"{path}:{n}", members), "selected": False})
         _check_reference(rows[-1], f"{path}:{n}", reference)
     usable_PI = _usable_sft(reference, tokenizer)
     # of z: raw scores would leave the choice to the member of the largest scale
@@ -106,7 +106,7 @@ def _unusable(
     return None if usable_PI[row["prompt_id"]] else "no_usable_sft"
 
 
-def _checked(row: Any, source: str, members: int, prompts: int) -> dict[str, Any]:
+def _checked(row: Any, source: str, members: int) -> dict[str, Any]:
     """``row`` itself; DataError that names ``source`` and what is wrong when it is no sample of this attack."""
     lacking = sorted(_TYPES.keys() - row.keys()) if isinstance(row, dict) else ["all keys"]
     if lacking:
@@ -115,18 +115,23 @@ def _checked(row: Any, source: str, members: int, prompts: int) -> dict[str, Any
     wrong += [
         key
         for key in ("scores", "z")
-        if key not in wrong and not (len(row[key]) == members and all(_is(value, (int, float)) for value in row[key]))
+        if key not in wrong and not all(_is(value, (int, float)) for value in row[key])
     ]
-    for key, first, last in (("direction", 1, members), ("prompt_id", 0, prompts - 1)):
-        if key not in wrong and not first <= row[key] <= last:
-            wrong.append(key)
+    if "direction" not in wrong and not 1 <= row["direction"] <= members:
+        wrong.append("direction")
     if wrong:
         shown = f"{wrong[0]}={row[wrong[0]]!r}"[:80]
         raise DataError(
-            f"{source}: no row of this attack on {members} members and {prompts} prompts ({shown}): "
-            "restore the file"
+            f"{source}: no row of this attack on {members} members ({shown}): restore the file"
         )
     return row
+
+
+def _is(value: Any, types: tuple[type, ...]) -> bool:
+    """Whether a JSON value has one of the types; numbers are finite (read_jsonl limits their digits)."""
+    if isinstance(value, bool) or not isinstance(value, types):
+        return False
+    return not isinstance(value, int | float) or math.isfinite(value)
 
 
 def _check_reference(row: dict[str, Any], source: str, reference: Reference) -> None:

@@ -152,7 +152,7 @@ def test_rows_of_another_type_in_a_reference_or_among_samples_are_named(tmp_path
     with pytest.raises(CheckpointError, match=r"reference\.jsonl: (a row is none of|not a complete) "):
         Reference.read(tmp_path / "reference.jsonl")
     with pytest.raises(DataError, match=r"samples\.jsonl:7: no row of an attack \(it lacks .+\)"):
-        select._checked(json.loads(row), f"{tmp_path / 'attack' / 'samples.jsonl'}:7", 2, 1)
+        select._checked(json.loads(row), f"{tmp_path / 'attack' / 'samples.jsonl'}:7", 2)
 
 
 @pytest.mark.parametrize("row", ["3", "[]", '{"step": "x"}', '{"step": null}'])

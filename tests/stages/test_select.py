@@ -140,6 +140,6 @@ def test_text_that_the_policys_tokenizer_does_not_give_back_is_no_pair(tmp_path:
     ],
 )
 def test_a_sample_of_another_type_is_named(tmp_path: Path, key: str, value: Any) -> None:
-    wanted = rf"samples\.jsonl:2: no row of this attack on 2 members and \d+ prompts \({key}=.*\): restore the file"
+    wanted = rf"samples\.jsonl:2: .*{key}=.*: restore "
     with pytest.raises(DataError, match=wanted):
         _select(tmp_path, [_found("a b"), {**_found("b a"), key: value}])
