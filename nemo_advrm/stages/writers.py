@@ -14,6 +14,7 @@ import datetime
 import errno
 import fcntl
 import json
+import math
 import os
 import socket
 import sys
@@ -35,6 +36,7 @@ SILENT_SECONDS = 30.0
 _CLOCK_SECONDS = 2.0
 _NAMING_SECONDS = 3.0
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
+
 
 @dataclass(frozen=True)
 class Owner:
@@ -270,12 +272,13 @@ def _beat() -> None:
 
 
 def _read(path: Path) -> Owner | None:
-    """The owner that a file names; None for a file that is gone or cut."""
+    """The owner that a file names; None for a file that is gone, cut or holds other things."""
     try:
         owner = Owner(**read_json(path))
         texts = (owner.host, owner.machine, owner.command, owner.since)
-        named = type(owner.pid) is int and isinstance(owner.began, int | float) and all(type(t) is str for t in texts)
-        return owner if named else None
+        # of -5 and of NaN nobody could tell whether it has ended
+        numbers = type(owner.pid) is int and owner.pid > 0 and type(owner.began) in (int, float)
+        return owner if numbers and math.isfinite(owner.began) and all(type(t) is str for t in texts) else None
     except (OSError, ValueError, TypeError):
         return None
 

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import claim_jobs
 import pytest
@@ -116,6 +117,21 @@ def test_an_owner_whose_file_was_cut_is_taken_over(tmp_path: Path, capsys: pytes
     _leave(tmp_path, writers._me()).write_text("")
     hold(tmp_path)
     assert "taken over from a process that left no name" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "field",
+    [{"pid": p} for p in ("x", 1.5, -5, 0, True, None, 10**40)]
+    + [{"began": b} for b in (None, "x", float("nan"), float("inf"), True)]
+    + [{"host": 3}, {"command": None}, {"more": 1}],
+)
+def test_an_owner_of_this_host_whose_file_holds_other_things_is_taken_over(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], field: dict[str, Any]
+) -> None:
+    content = {**asdict(replace(writers._me(), pid=_ended())), **field}
+    (tmp_path / "writer.owner").write_text(json.dumps(content))
+    hold(tmp_path)
+    assert "is taken over from " in capsys.readouterr().out
 
 
 def test_an_owner_shows_that_it_lives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
