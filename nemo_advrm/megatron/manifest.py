@@ -29,6 +29,14 @@ def write_json(path: Path, value: object) -> None:
         os.fsync(file.fileno())
 
 
+def are_entries(value: object) -> bool:
+    """Whether ``value`` has the form of ``{name: Entry}``, as :func:`describe` gives it."""
+    return isinstance(value, dict) and all(
+        isinstance(entry, dict) and type(entry.get("size")) is int and isinstance(entry.get("sha256"), str)
+        for entry in value.values()
+    )
+
+
 def measure(directory: Path, known: dict[str, Entry]) -> dict[str, Entry]:
     """Every file of ``directory`` by its relative name; all ranks call, and each reads the files it wrote.
 

@@ -1,13 +1,13 @@
 """The members of an ensemble as they are named in ``ensemble.members``: parsed, checked before work, and built.
 
-    DIR, megatron:DIR                   a checkpoint of this package
-    hf:DIR                              a Hugging Face reward model, scored in this process
-    nemo:FILE                           a .nemo file of NeMo-Aligner
-    http://HOST:PORT                    the server of ``nemo-advrm serve``
-    triton+http://HOST:PORT/MODEL       a KServe v2 server: NeMo-Aligner's reward model server, Triton
-                                        (with ?tokenizer=SPEC tokens are sent, else text)
-    ADDRESS|ADDRESS                     servers of the same model; another one is asked when one fails
-    DIR?attributes=0.8,0,-1             of the first three kinds, a model with several outputs: how much each counts
+DIR, megatron:DIR                   a checkpoint of this package
+hf:DIR                              a Hugging Face reward model, scored in this process
+nemo:FILE                           a .nemo file of NeMo-Aligner
+http://HOST:PORT                    the server of ``nemo-advrm serve``
+triton+http://HOST:PORT/MODEL       a KServe v2 server: NeMo-Aligner's reward model server, Triton
+                                    (with ?tokenizer=SPEC tokens are sent, else text)
+ADDRESS|ADDRESS                     servers of the same model; another one is asked when one fails
+DIR?attributes=0.8,0,-1             of the first three kinds, a model with several outputs: how much each counts
 """
 
 from __future__ import annotations
@@ -144,11 +144,19 @@ def parse_members(members: Sequence[str]) -> list[SourceSpec]:
     return [parse(text, f"ensemble.members[{k}]") for k, text in enumerate(members)]
 
 
-def only_addresses_differ(before: Sequence[str], now: Sequence[str]) -> bool:
-    """Whether two lists of members are the same but for where their servers are: a job that goes on has other nodes."""
-    pairs = zip(parse_members(before), parse_members(now), strict=False)
-    moved = all(old.text == new.text or (old.is_remote and old.kind == new.kind) for old, new in pairs)
-    return len(before) == len(now) and moved
+def only_addresses_differ(before: Any, now: Sequence[str]) -> bool:
+    """Whether two lists of members are the same but for where their servers are: a job that goes on has other nodes.
+
+    ``before`` comes from a file, which may hold anything: other things than members are never the same.
+    """
+    if not isinstance(before, list) or len(before) != len(now) or not all(isinstance(text, str) for text in before):
+        return False
+    try:
+        was = parse_members(before)
+    except ConfigError:
+        return False
+    pairs = zip(was, parse_members(now), strict=True)
+    return all(old.text == new.text or (old.is_remote and old.kind == new.kind) for old, new in pairs)
 
 
 def check(spec: SourceSpec, cfg: Config, world_size: int) -> None:

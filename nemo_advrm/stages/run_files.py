@@ -67,8 +67,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ValueError(" ".join(str(error).split())) from error
     if not isinstance(found, dict) or not found:
         raise ValueError("it is empty" if not found else f"it holds a {type(found).__name__}, not keys")
-    if not all(isinstance(key, str) for key in found):
-        raise ValueError("its keys are no names")
+    level: list[Any] = [found]
+    while level:
+        if not all(isinstance(key, str) for item in level if isinstance(item, dict) for key in item):
+            raise ValueError("its keys are no names")
+        inner = (item.values() if isinstance(item, dict) else item for item in level if isinstance(item, dict | list))
+        level = [value for values in inner for value in values]
     return found
 
 

@@ -7,15 +7,16 @@ import datetime
 import errno
 import fcntl
 import json
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from nemo_advrm import files
 from nemo_advrm.config import versions
 from nemo_advrm.errors import DataError
-from nemo_advrm.megatron import runtime
+from nemo_advrm.megatron import manifest, runtime
 from nemo_advrm.stages import results, run_files
 
 LOCK_SECONDS = 60.0
@@ -92,12 +93,36 @@ class RunState:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """The content of ``state.json``; raises DataError with the cure when it cannot be read."""
+    """The content of ``state.json``.
+
+    Raises DataError with the cure when it cannot be read, or holds something of another type than was written.
+    """
     state = results.read_object(path, ("stages",), _CURE)
     stages = state["stages"]
     if not isinstance(stages, dict) or not all(isinstance(stage, dict) for stage in stages.values()):
         raise DataError(f"{path} cannot be read (its stages are no stages): {_CURE}")
+    for name, details in stages.items():
+        for key, (is_right, what) in _DETAILS.items():
+            if key in details and not is_right(details[key]):
+                raise DataError(f"{path} cannot be read ({key!r} of stage {name!r} is not {what}): {_CURE}")
     return state
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_duration(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value < math.inf
+
+
+# what is read of a stage again
+_DETAILS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "status": (_is_text, "a text"),
+    "seconds": (_is_duration, "a number of seconds"),
+    "stop": (_is_text, "a text"),
+    "files": (manifest.are_entries, "a list of files with their sizes and hashes"),
+}
 
 
 @contextlib.contextmanager

@@ -98,7 +98,25 @@ def test_stages_of_a_pipeline_are_looked_at_and_one_of_which_nothing_is_left_is_
     assert not artefacts.are_there(tmp_path, labels, written)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"stages": []}', '{"stages": {"sft": 1}}'])
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "[]", "{}", '{"stages": []}', '{"stages": {"sft": 1}}']
+    + [json.dumps({"stages": {"sft": {"seconds": value}}}) for value in ("x", None, True, -1, [1], float("nan"))]
+    + [json.dumps({"stages": {"round_0/select": {"stop": 3}}}), json.dumps({"stages": {"sft": {"status": None}}})]
+    + [
+        json.dumps({"stages": {"round_0/select": {"status": "complete", "files": value}}})
+        for value in (
+            3,
+            [1],
+            None,
+            "x",
+            {"a": 3},
+            {"a": {}},
+            {"a": {"size": "1", "sha256": ""}},
+            {"a": {"size": 1, "sha256": 2}},
+        )
+    ],
+)
 def test_a_state_that_cannot_be_read_names_the_cure(tmp_path: Path, content: str) -> None:
     (tmp_path / "state.json").write_text(content)
     told = r"state\.json cannot be read \(.+\): restore it, or remove it: trainings whose result is there are not done"
@@ -166,8 +184,6 @@ def test_a_row_of_another_type_is_named(tmp_path: Path, row: str) -> None:
 def test_a_directory_in_place_of_rows_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="cannot be read: Is a directory"):
         JsonlWriter(tmp_path, resume_step=1)
-
-
 
 
 @pytest.mark.parametrize("row", [[1], "text", None, {"success": "high"}, {"success": [1.0]}])

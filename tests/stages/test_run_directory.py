@@ -79,13 +79,30 @@ def test_a_system_error_anywhere_is_one_line(
     assert capsys.readouterr().err == f"error: {tmp_path / 'report'}: File exists\n"
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"- 1\n", b"3", b"\xff\xfe", b"a: [", b"seed: 1\n  b: 2\n"])
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"- 1\n", b"3", b"\xff\xfe", b"a: [", b"seed: 1\n  b: 2\n", b"model: {1: 2}"]
+)
 def test_a_configuration_that_cannot_be_read_is_refused_with_the_cure(tmp_path: Path, content: bytes) -> None:
     claim(tmp_path)
     (tmp_path / "config.yaml").write_bytes(content)
     told = r"config\.yaml cannot be read \(.+\), and so nobody knows .*: restore it|holds a run with"
     with pytest.raises(ConfigError, match=told) as error:
         claim(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("members", [3, "x", [3], [None], [""], ["x:y"], {"a": 1}, [["http://n1:1"]]])
+def test_members_of_another_type_in_a_configuration_are_another_run(tmp_path: Path, members: Any) -> None:
+    now = "ensemble.members=[http://n1:1]"
+    claim(tmp_path, "sft", now)
+    path = tmp_path / "config.yaml"
+    written = yaml.safe_load(path.read_text())
+    written["ensemble"]["members"] = members
+    path.write_text(yaml.safe_dump(written))
+    with pytest.raises(
+        ConfigError, match=r"holds a run with ensemble\.members=.*, but now .*: choose another"
+    ) as error:
+        claim(tmp_path, "sft", now)
     assert "\n" not in str(error.value)
 
 
