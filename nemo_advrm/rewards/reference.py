@@ -34,6 +34,7 @@ class Reference:
         scores_PNK: raw scores.
         gold_PN: gold rewards, or None where the run has none.
         ended_PN: False where the length limit cut a response off; None stands for all ended, as in older files.
+        tokens_PN: the policy's own token ids of the responses, None where the file has none.
     """
 
     prompts_P: list[tuple[Message, ...]]
@@ -41,6 +42,7 @@ class Reference:
     scores_PNK: Tensor
     gold_PN: Tensor | None
     ended_PN: list[list[bool]] | None = None
+    tokens_PN: list[list[list[int]]] | None = None
 
     def finished(self, prompt_id: int) -> list[int]:
         """Places, among the responses to a prompt, of those that ended by themselves."""
@@ -99,6 +101,7 @@ class Reference:
             torch.tensor([[r["scores"] for r in group] for group in rows], dtype=torch.float32),
             None if any(g is None for group in gold for g in group) else torch.tensor(gold, dtype=torch.float32),
             [[r.get("ended") is not False for r in group] for group in rows],
+            [[r["tokens"] for r in group] for group in rows] if all("tokens" in r for g in rows for r in g) else None,
         )
 
 
@@ -111,6 +114,9 @@ def _check_row(row: dict[str, Any], number: int, first: dict[str, Any]) -> None:
         raise ValueError(f"line {number}: ended={row['ended']!r} is neither true nor false")
     if row["messages"] != first["messages"]:
         raise ValueError(f"line {number}: another prompt than that of prompt_id={row['prompt_id']} before")
+    tokens = row.get("tokens", [])
+    if type(tokens) is not list or any(type(token) is not int for token in tokens):
+        raise ValueError(f"line {number}: tokens is no list of token ids")
     if not row["scores"]:
         raise ValueError(f"line {number}: no scores")
     as_scores(f"at line {number}", row["scores"], len(row["scores"]))

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from nemo_advrm.data.jsonl import write_jsonl_atomic
-from nemo_advrm.errors import ConfigError, UserError
+from nemo_advrm.data.tokenizers import Tokenizer
+from nemo_advrm.errors import ConfigError, DataError, UserError
 from nemo_advrm.megatron import runtime
 from nemo_advrm.objectives.reference import MemberStatistics, fit_members
 from nemo_advrm.objectives.uncertainty import FORMULAS, same_as
@@ -50,9 +52,9 @@ def check_members(reference: Reference, sources: Sequence[RewardSource], place: 
     statistics = fit_members(reference.scores_PNK.flatten(0, 1))
     probes, old_NK = _probes(reference)
     for k, source in enumerate(sources):
-        moved = _moved(source, probes, old_NK[:, k], statistics.std_K[k])
-        # NeMo-Aligner's actors are given prompts as text into which a template has been written already
-        if moved > TOLERANCE and _moved(source, _written_out(probes), old_NK[:, k], statistics.std_K[k]) > TOLERANCE:
+        old_N, std = old_NK[:, k], statistics.std_K[k]
+        moved = _moved(source, probes, old_N, std)
+        if moved > TOLERANCE and all(_moved(source, p, old_N, std) > TOLERANCE for p in _as_texts(source, probes)):
             raise ConfigError(
                 f"{place}: its scores of member {k + 1} are not those of {source.name}, which scores the same "
                 f"responses {moved:.2g} standard deviations apart: take the reference of an attack on these members"
@@ -73,17 +75,38 @@ def _moved(source: RewardSource, probes: Rollouts, old_N: Tensor, std: Tensor) -
             now_N = checked_scores(source, probes.select(places))
             moved = ((now_N - old_N[places]).abs() / std).median().item()
         except UserError:
-            if not probes.rendered:
+            if not probes.rendered and not probes.tokens_only:
                 raise
             moved = float("inf")
     # each replica scores the same responses: all of them must decide alike
     return max(runtime.current().gather_data_parallel(moved)) if runtime.is_running() else moved
 
 
-def _written_out(probes: Rollouts) -> Rollouts:
-    """The same responses as whole texts behind their prompts, without a template."""
-    whole = [plain_text(prompt) + text for prompt, text in zip(probes.prompts, probes.responses, strict=True)]
-    return dataclasses.replace(probes, prompts=[() for _ in whole], responses=whole, rendered=True)
+def _as_texts(source: RewardSource, probes: Rollouts) -> Iterator[Rollouts]:
+    """The same responses behind the texts of their prompts, in the ways in which NeMo-Aligner's actors send them.
+
+    Such actors are given prompts into which a template has been written already. They send tokens: those of the prompt
+    and those that they wrote (or, where the file does not have these, those of the response), or one text.
+    """
+    texts = [plain_text(prompt) for prompt in probes.prompts]
+    tokenizer: Tokenizer | None = getattr(source, "tokenizer", None)
+    if tokenizer is not None:
+        written = [probes.response_tokens] if all(probes.response_tokens) else []
+        with contextlib.suppress(DataError):  # a vocabulary of words may not know the text
+            prompts = [tokenizer.encode(text) for text in texts]
+            encode = {True: tokenizer.encode_response, False: tokenizer.encode}
+            written.append([encode[e](text) for text, e in zip(probes.responses, probes.ended, strict=True)])
+            for rows in written:
+                if all(token < tokenizer.vocab_size for row in rows for token in row):
+                    yield dataclasses.replace(
+                        probes,
+                        prompt_tokens=prompts,
+                        response_tokens=rows,
+                        fingerprint=tokenizer.fingerprint,
+                        tokens_only=True,
+                    )
+    whole = [prompt + response for prompt, response in zip(texts, probes.responses, strict=True)]
+    yield dataclasses.replace(probes, prompts=[() for _ in whole], responses=whole, rendered=True)
 
 
 def _probes(reference: Reference) -> tuple[Rollouts, Tensor]:
@@ -97,7 +120,7 @@ def _probes(reference: Reference) -> tuple[Rollouts, Tensor]:
         responses=[reference.responses_PN[p][i] for p, i in places],
         ended=[i in reference.finished(p) for p, i in places],
         prompt_tokens=none,
-        response_tokens=none,
+        response_tokens=none if reference.tokens_PN is None else [reference.tokens_PN[p][i] for p, i in places],
         prompt_index=[p for p, _ in places],
         fingerprint="",
     )
