@@ -14,6 +14,9 @@ import pytest
 
 from nemo_advrm import cli
 
+# the whole method twice in processes of their own: a minute on an idle machine, several on a slow or busy one
+pytestmark = pytest.mark.timeout(900)
+
 SMALL = [
     "experiment=synthetic",
     "stage.sft.trainer.max_steps=30",
@@ -47,7 +50,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
     """A run directory, the stages as they stood at the kill, and what the restarted run printed."""
     run_dir = tmp_path_factory.mktemp("pipeline") / "run"
     process = start(run_dir)
-    deadline = time.monotonic() + 150
+    deadline = time.monotonic() + 400
     while stages(run_dir).get("round_0/attack", {}).get("status") != "running":
         assert process.poll() is None, process.communicate()[1][-3000:]
         assert time.monotonic() < deadline, "the attack did not start in time"
@@ -55,7 +58,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
     process.send_signal(signal.SIGKILL)
     process.communicate()
     at_kill = stages(run_dir)
-    out, err = start(run_dir).communicate(timeout=200)
+    out, err = start(run_dir).communicate(timeout=450)
     assert stages(run_dir).get("rlhf/adv_rm", {}).get("status") == "complete", err[-3000:]
     return run_dir, at_kill, out
 
