@@ -135,6 +135,9 @@ class PoolingRequest(Foreign):
     user: str | None = None  # who asks, in these interfaces
     activation: Literal[False] | None = None
     use_activation: Literal[False] | None = None
+    softmax: Literal[False] | None = None  # as older vLLM calls the activation
+    normalize: Literal[False] | None = None
+    truncate_prompt_tokens: None = Field(None, description="texts and tokens are scored whole")
 
     def samples(self) -> list[Sample]:
         if isinstance(self.input, str):

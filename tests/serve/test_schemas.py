@@ -16,6 +16,18 @@ def chat(**more: Any) -> dict:
     return {"samples": [{"messages": [{**TURN, **more}], "response": "a"}]}
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("truncate_prompt_tokens", value) for value in (16, -1, 0, False, "16")]
+    + [(key, True) for key in ("activation", "use_activation", "softmax", "normalize")],
+)
+def test_what_would_change_the_score_in_other_servers_is_refused_by_name(key: str, value: Any) -> None:
+    assert PoolingRequest.model_validate({"input": "a", key: None})
+    with pytest.raises(ValidationError) as caught:
+        PoolingRequest.model_validate({"input": "a", key: value})
+    assert caught.value.errors()[0]["loc"][0] == key
+
+
 @pytest.mark.parametrize("key", ["tool_calls", "reasoning_content", "name"])
 def test_content_in_a_message_is_refused_by_name(key: str) -> None:
     assert ScoreRequest.model_validate(chat())
