@@ -131,6 +131,18 @@ def check_samples(directory: Path) -> None:
         raise DataError(f"{path} has {rows} rows, the attack has written {wanted}: restore it, or {cure}")
 
 
+def success_rates(path: Path, cure: str) -> list[float]:
+    """``success_standard`` of every direction that has one in an attack's ``summary.json``.
+
+    Raises DataError with the ``cure`` when the file cannot be read or is no summary of an attack.
+    """
+    directions = results.read_object(path, ("directions",), cure)["directions"]
+    found: list[Any] = list(directions.values()) if isinstance(directions, dict) else [None]
+    if not all(isinstance(d, dict) and isinstance(d.get("success_standard", ""), int | float | None) for d in found):
+        raise DataError(f"{path} cannot be read (it is no summary of an attack): {cure}")
+    return [float(d["success_standard"]) for d in found if d["success_standard"] is not None]
+
+
 def _join_records(directory: Path, homes: list[Path]) -> None:
     for name in ("samples.jsonl", "metrics.jsonl"):
         files = [home / name for home in homes]

@@ -31,8 +31,8 @@ from nemo_advrm.rewards.reference import Reference
 from nemo_advrm.rewards.sources import load_members
 from nemo_advrm.rewards.standardisation import combined
 from nemo_advrm.schema import Config, RLHFRunConfig
-from nemo_advrm.stages import artefacts, inputs, results, session, writers
-from nemo_advrm.stages.attack import attack_prompts, check_directions, run_attack
+from nemo_advrm.stages import artefacts, inputs, session, writers
+from nemo_advrm.stages.attack import attack_prompts, check_directions, run_attack, success_rates
 from nemo_advrm.stages.order import LIGHT, Step, find, labels_by_gold, last_round, order
 from nemo_advrm.stages.reference import read_rollouts, sample, write_reference
 from nemo_advrm.stages.rlhf import rlhf_prompts, run_rlhf
@@ -226,8 +226,7 @@ class Pipeline:
         if pairs < options.selection.min_pairs:
             return f"{pairs} pairs were selected, fewer than selection.min_pairs={options.selection.min_pairs}"
         cure = f"restore it, or remove {home / 'attack'} and it is done again"
-        summary = results.read_object(home / "attack" / "summary.json", ("directions",), cure)
-        rates = [d["success_standard"] for d in summary["directions"].values() if d["success_standard"] is not None]
+        rates = success_rates(home / "attack" / "summary.json", cure)
         if rates and max(rates) < options.pipeline.stop_success_rate:
             return f"attack success {max(rates):.2f} is below pipeline.stop_success_rate"
         return ""

@@ -186,6 +186,19 @@ def test_a_directory_in_place_of_rows_is_named(tmp_path: Path) -> None:
         JsonlWriter(tmp_path, resume_step=1)
 
 
+@pytest.mark.parametrize(
+    "directions",
+    [3, [1], None, {"1": 3}, {"1": {}}, {"1": {"success_standard": "x"}}, {"1": {"success_standard": [1]}}],
+)
+def test_a_summary_of_another_type_is_named_before_a_round_is_judged_by_it(tmp_path: Path, directions: Any) -> None:
+    path = tmp_path / "summary.json"
+    path.write_text(json.dumps({"directions": {"1": {"success_standard": 0.25}, "2": {"success_standard": None}}}))
+    assert attack.success_rates(path, "restore it") == [0.25]
+    path.write_text(json.dumps({"directions": directions}))
+    with pytest.raises(DataError, match=r"summary\.json cannot be read \(it is no summary of an attack\): restore it"):
+        attack.success_rates(path, "restore it")
+
+
 @pytest.mark.parametrize("row", [[1], "text", None, {"success": "high"}, {"success": [1.0]}])
 def test_metrics_of_an_attack_of_another_type_are_named(tmp_path: Path, row: Any) -> None:
     write_jsonl_atomic(tmp_path / "metrics.jsonl", [{"step": 0, "success": 0.5}, row])
