@@ -25,6 +25,10 @@ _LONE_SURROGATES = "backslashreplace"
 MAX_LINE_BYTES = 64 << 20
 MAX_SKIPPED_BYTES = 1 << 30  # of a line that is too long, before its file is given up
 MAX_ARRAY_BYTES = 2 << 30  # of a file that is one JSON array, often in one line
+# Preference data packs to between a half and a twentieth of its size, logs that repeat themselves to a fiftieth; gzip
+# reaches a thousandth only where one line is written over and over. Files that unpack to little may do so.
+MAX_RATIO = 100
+MIN_UNPACKED_BYTES = 64 << 20
 _CHUNK = 1 << 16
 
 
@@ -35,6 +39,11 @@ class BadRow(DataError):
         super().__init__(f"{source}: {message}")
         self.source = source
         self.reason = reason
+
+
+def most_unpacked(size: int) -> int:
+    """To how many bytes a packed file of `size` bytes may unpack."""
+    return max(MIN_UNPACKED_BYTES, MAX_RATIO * size)
 
 
 def require_path(path: str | Path) -> Path:
@@ -55,7 +64,8 @@ def require_path(path: str | Path) -> Path:
 def read_lines(path: str | Path, limit: int | None = None) -> Iterator[tuple[int, str]]:
     """Yield (1-based line number, text) of the lines that are not blank, from a plain or gzip file (by the suffix .gz).
 
-    Raises DataError for a missing or empty file, a truncated or damaged gzip stream, and bytes that are not UTF-8;
+    Raises DataError for a missing or empty file, a truncated or damaged gzip stream, one that unpacks to more than
+    :func:`most_unpacked`, and bytes that are not UTF-8;
     BadRow (reason `too_long`) for a line of more than ``limit`` bytes (``MAX_LINE_BYTES``).
     """
     for number, text in _lines(path, limit or MAX_LINE_BYTES):
@@ -71,10 +81,15 @@ def _lines(path: str | Path, limit: int) -> Iterator[tuple[int, str | BadRow]]:
         raise DataError(f"{path}: is a directory, a file was expected")
     number, found = 0, False
     try:
-        with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
+        packed = path.suffix == ".gz"
+        most = most_unpacked(path.stat().st_size)
+        limit = min(limit, most) if packed else limit
+        with gzip.open(path, "rb") if packed else open(path, "rb") as file:
             # Bytes are split on \n alone: str.splitlines would also split at U+2028 inside a JSON string.
             while raw := file.readline(limit + 1):
                 number += 1
+                if packed and file.tell() > most:
+                    raise DataError(f"{path}: unpacks to more than {most} bytes, far more than data of its size")
                 if len(raw) > limit and not raw.endswith(b"\n"):
                     found = True
                     _skip_line(file, f"{path}:{number}")

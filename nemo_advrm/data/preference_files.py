@@ -9,7 +9,9 @@ from typing import Any
 
 from nemo_advrm.data.jsonl import BadRow, begins_array, check_depth, read_json_array, read_rows, require_path
 from nemo_advrm.data.splits import SUFFIXES, TABLE_SUFFIXES, choose_split, find_files, split_named
+from nemo_advrm.data.tables import BATCH_ROWS, check_arrow_claims, read_table, rows_of_batches
 from nemo_advrm.errors import DataError
+from nemo_advrm.place import one_line
 
 # (source, row) per row; a line of broken JSON is a BadRow in place of its row.
 Rows = Iterator[tuple[str, Any]]
@@ -71,6 +73,8 @@ def _open_directory(path: Path, split: str, role: str) -> Opened:
         return Opened(name, (row for file in found.files for row in _read_file(file)), found.notes)
     import datasets  # seconds to import: only for those who use it
 
+    for file in sorted(path.rglob("*.arrow")):
+        check_arrow_claims(file)
     try:
         loaded = datasets.load_from_disk(str(path))
     except Exception as error:  # the library raises many types for damaged directories
@@ -84,24 +88,7 @@ def _open_directory(path: Path, split: str, role: str) -> Opened:
 
 
 def _read_table(path: Path) -> Rows:
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        table = parquet.read_table(path) if path.suffix == ".parquet" else _read_arrow(path, pyarrow)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{path}: the {path.suffix[1:]} file cannot be read: {error}") from None
-    yield from _rows_of(table.to_pylist(), str(path))
-
-
-def _read_arrow(path: Path, pyarrow: Any) -> Any:
-    """An arrow table from either of its two containers: the stream form that `datasets` writes, or the file form."""
-    with pyarrow.OSFile(str(path)) as file:
-        try:
-            return pyarrow.ipc.open_stream(file).read_all()
-        except pyarrow.ArrowInvalid:
-            file.seek(0)
-            return pyarrow.ipc.open_file(file).read_all()
+    return ((f"{path}:{number}", row) for number, row in read_table(path))
 
 
 def _hub_split(name: str, role: str) -> str:
@@ -126,8 +113,21 @@ def _read_hub(name: str, split: str) -> Rows:
     yield from _rows_of(loaded, f"hf:{name}:{split}")
 
 
-def _rows_of(rows: Any, name: str) -> Rows:
-    if not len(rows):
+def _rows_of(loaded: Any, name: str) -> Rows:
+    """Rows of a data set of the library, as they are stored: images and sounds in it are not opened."""
+    if not len(loaded):
         raise DataError(f"{name}: holds no rows")
-    for number, row in enumerate(rows, start=1):
-        yield f"{name}:{number}", row
+    # Memory-mapped files count by their size on the disk, tables in memory by what they take there.
+    size = sum(Path(file["filename"]).stat().st_size for file in loaded.cache_files) or loaded.data.nbytes
+    try:
+        for number, row in rows_of_batches(_batches_of(loaded), name, size):
+            yield f"{name}:{number}", row
+    except (ValueError, OSError) as error:  # pyarrow's errors are of these types
+        raise DataError(f"{name}: the data set cannot be read: {one_line(error, 300)}") from None
+
+
+def _batches_of(loaded: Any) -> Iterator[Any]:
+    for table in loaded.with_format("arrow").iter(batch_size=BATCH_ROWS):
+        for batch in table.to_batches():
+            batch.validate(full=True)  # offsets in a file may point anywhere
+            yield batch

@@ -271,11 +271,11 @@ def test_only_the_hub_prefix_asks_the_hub(monkeypatch: pytest.MonkeyPatch) -> No
     datasets = pytest.importorskip("datasets")
     asked = []
 
-    def load_dataset(name: str, split: str) -> list[dict]:
+    def load_dataset(name: str, split: str) -> datasets.Dataset:
         asked.append((name, split))
         if split == "dev":
             raise ConnectionError("no network")
-        return [GOOD]
+        return datasets.Dataset.from_list([GOOD])
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert load_preferences("hf:org/name").rows[0].source == "hf:org/name:train:1"

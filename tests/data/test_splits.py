@@ -130,7 +130,11 @@ def test_a_saved_dataset_dict_given_as_validation_takes_its_validation_split(tmp
 def test_the_hub_is_asked_for_its_splits_where_held_out_rows_are_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
     datasets = pytest.importorskip("datasets")
     row = json.loads(rows("x").splitlines()[0])
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: [{**row, "prompt": f"{split} 0"}])
+
+    def held(name: str, split: str) -> datasets.Dataset:
+        return datasets.Dataset.from_list([{**row, "prompt": f"{split} 0"}])
+
+    monkeypatch.setattr(datasets, "load_dataset", held)
     monkeypatch.setattr(datasets, "get_dataset_split_names", lambda name: ["train", "test"])
     assert read("hf:org/name") == {"train"}  # type: ignore[arg-type]
     assert read("hf:org/name", role="validation") == {"test"}  # type: ignore[arg-type]

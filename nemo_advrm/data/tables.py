@@ -1,0 +1,249 @@
+"""Rows of parquet and arrow tables that a stranger may have written, some at a time and within limits.
+
+Few kilobytes can stand for terabytes: compressed pages, one text that a dictionary repeats, lists of nulls. So what a
+file claims is compared with its size before it is read, and what a batch costs as Python values is counted from its
+offsets before they are made.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from nemo_advrm.data import jsonl
+from nemo_advrm.data.jsonl import BadRow, check_depth, most_unpacked
+from nemo_advrm.errors import DataError
+from nemo_advrm.place import one_line
+
+MAX_BATCH_BYTES = 64 << 20  # made into Python values at once; one row may have MAX_LINE_BYTES
+MAX_TYPE_DEPTH = 200  # of a column's type: twice that of a row; the library recurses into it
+BATCH_ROWS = 256
+_MIN_BATCH_ROWS = 16  # single rows take the library longer than their decoding
+_ROW_BYTES, _VALUE_BYTES = 64, 8  # the least that a row and a value cost in Python
+_TOO_LONG = object()
+
+Numbered = Iterator[tuple[int, Any]]
+
+
+def read_table(path: Path) -> Numbered:
+    """Yield (1-based row number, row) of a .parquet or .arrow file, with a BadRow in place of a row over a limit.
+
+    Raises DataError that names the file: damaged, without rows, a type of column that is not read, or more unpacked
+    than `jsonl.most_unpacked` of its size.
+    """
+    import pyarrow
+
+    try:
+        batches = _parquet_batches(path) if path.suffix == ".parquet" else _arrow_batches(path)
+        yield from rows_of_batches(batches, str(path), path.stat().st_size)
+    except (pyarrow.ArrowException, OSError, ValueError, MemoryError) as error:
+        text = one_line(error, 300)
+        raise DataError(f"{path}: the {path.suffix[1:]} file cannot be read: {text}") from None
+
+
+def rows_of_batches(batches: Iterable[Any], name: str, size: int) -> Numbered:
+    """Yield (1-based row number, row or BadRow) of record batches that come from `size` bytes; as `read_table`."""
+    most, spent, number = most_unpacked(size), 0, 0
+    for batch in batches:
+        if not number:
+            for field in batch.schema:
+                _check_type(field.type, f"{name}: column `{field.name}`")
+        for part in _parts(batch):
+            cost = _batch_cost(part)
+            too_long = cost > jsonl.MAX_LINE_BYTES and part.num_rows == 1
+            spent += _ROW_BYTES if too_long else cost
+            if spent > most:
+                raise _too_large(name, most)
+            for row in [_TOO_LONG] if too_long else _values(part):
+                number += 1
+                yield number, _checked(row, f"{name}:{number}")
+    if not number:
+        raise DataError(f"{name}: holds no rows")
+
+
+def _parts(batch: Any) -> Iterator[Any]:
+    """A batch in parts of at most `MAX_BATCH_BYTES` as Python values, or of one row."""
+    if batch.num_rows > 1 and _batch_cost(batch) > MAX_BATCH_BYTES:
+        half = batch.num_rows // 2
+        yield from _parts(batch.slice(0, half))
+        yield from _parts(batch.slice(half))
+    elif batch.num_rows:
+        yield batch
+
+
+def _values(part: Any) -> list[Any]:
+    """The rows of a part; an exception in place of a row with text that is no UTF-8 or a date that Python lacks."""
+    try:
+        return list(part.to_pylist())
+    except (ValueError, OverflowError) as error:
+        if part.num_rows == 1:
+            return [error]
+    return [row for index in range(part.num_rows) for row in _values(part.slice(index, 1))]
+
+
+def _checked(row: Any, source: str) -> Any:
+    if row is _TOO_LONG:
+        return BadRow(source, "too_long", f"the row is longer than {jsonl.MAX_LINE_BYTES} bytes")
+    if isinstance(row, Exception):
+        return BadRow(source, "bad_value", f"a value cannot be read: {one_line(row, 200)}")
+    try:
+        return check_depth(row, source)
+    except BadRow as error:
+        return error
+
+
+def check_arrow_claims(path: Path) -> None:
+    """Raise DataError when the batches of an arrow file would unpack to more than its size allows."""
+    import pyarrow
+
+    most, claimed = most_unpacked(path.stat().st_size), 0
+    try:
+        with pyarrow.memory_map(str(path)) as file:
+            _skip_magic(file)
+            for message in pyarrow.ipc.MessageReader.open_stream(file):
+                if message.type in ("record batch", "dictionary"):
+                    claimed += _claimed_bytes(message)
+                    if claimed > most:
+                        raise _too_large(str(path), most)
+    except (pyarrow.ArrowException, OSError, struct.error) as error:
+        raise DataError(f"{path}: the arrow file cannot be read: {one_line(error, 300)}") from None
+
+
+def _too_large(name: str, most: int) -> DataError:
+    return DataError(f"{name}: unpacks to more than {most} bytes, far more than data of its size")
+
+
+def _batch_cost(batch: Any) -> int:
+    return _ROW_BYTES * batch.num_rows + sum(map(_cost, batch.columns))
+
+
+def _cost(array: Any) -> int:
+    """At least how many bytes the values of an array take in Python, from its offsets alone."""
+    import pyarrow
+    from pyarrow import compute, types
+
+    kind, count = array.type, len(array)
+    cost = _VALUE_BYTES * count
+    if types.is_dictionary(kind) and _is_text(kind.value_type):
+        lengths = compute.binary_length(array.dictionary).take(array.indices)
+        return cost + (compute.sum(lengths.cast(pyarrow.int64())).as_py() or 0)
+    if types.is_dictionary(kind):
+        return cost + getattr(kind.value_type, "byte_width", 0) * count
+    if _is_text(kind):
+        return cost + (compute.sum(compute.binary_length(array).cast(pyarrow.int64())).as_py() or 0)
+    if types.is_fixed_size_binary(kind):
+        return cost + kind.byte_width * count
+    if types.is_struct(kind):
+        return cost + sum(_cost(array.field(index)) for index in range(kind.num_fields))
+    if types.is_fixed_size_list(kind):
+        return cost + _cost(array.values.slice(array.offset * kind.list_size, count * kind.list_size))
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_map(kind):
+        if not count:
+            return cost
+        first, end = array.offsets[0].as_py(), array.offsets[-1].as_py()
+        inner = (array.keys, array.items) if types.is_map(kind) else (array.values,)
+        return cost + sum(_cost(values.slice(first, end - first)) for values in inner)
+    return cost
+
+
+def _is_text(kind: Any) -> bool:
+    from pyarrow import types
+
+    known = (types.is_string, types.is_large_string, types.is_string_view)
+    return any(is_kind(kind) for is_kind in (*known, types.is_binary, types.is_large_binary, types.is_binary_view))
+
+
+def _check_type(kind: Any, source: str) -> None:
+    """Raise DataError for a type that nests too deeply or whose values `_cost` cannot count."""
+    from pyarrow import types
+
+    nested = (types.is_struct, types.is_list, types.is_large_list, types.is_fixed_size_list, types.is_map)
+    plain = (types.is_primitive, types.is_null, types.is_decimal, types.is_fixed_size_binary, _is_text)
+    level = [kind]
+    for _ in range(MAX_TYPE_DEPTH):
+        inner = []
+        for each in level:
+            if any(is_kind(each) for is_kind in nested):
+                inner += [each.field(index).type for index in range(each.num_fields)]
+            elif not any(is_kind(each.value_type if types.is_dictionary(each) else each) for is_kind in plain):
+                raise DataError(f"{source}: values of type {one_line(each, 60)} are not read")
+        level = inner
+        if not level:
+            return
+    raise DataError(f"{source}: nested too deeply (more than {MAX_TYPE_DEPTH} types in each other)")
+
+
+def _parquet_batches(path: Path) -> Iterator[Any]:
+    from pyarrow import parquet
+
+    size = path.stat().st_size
+    most, rows, unpacked = most_unpacked(size), 0, 0
+    with parquet.ParquetFile(path) as file:
+        metadata, repeated = file.metadata, 1
+        for group in map(metadata.row_group, range(metadata.num_row_groups)):
+            rows += group.num_rows
+            for column in map(group.column, range(group.num_columns)):
+                claims = (group.num_rows, column.num_values, column.total_uncompressed_size)
+                if min(claims) < 0:
+                    raise ValueError("a size in its metadata is negative")
+                unpacked += max(column.total_uncompressed_size, _VALUE_BYTES * column.num_values)
+                if column.has_dictionary_page:
+                    repeated = max(repeated, column.total_uncompressed_size)
+        if rows != metadata.num_rows:
+            raise ValueError(f"it claims {metadata.num_rows} rows, its row groups {rows}")
+        if unpacked + _ROW_BYTES * rows > most:
+            raise _too_large(str(path), most)
+        # Every row may repeat the longest text of a dictionary.
+        at_once = max(_MIN_BATCH_ROWS, min(BATCH_ROWS, MAX_BATCH_BYTES // repeated))
+        yield from file.iter_batches(batch_size=at_once, use_threads=False)
+
+
+def _arrow_batches(path: Path) -> Iterator[Any]:
+    """Batches of either container: the stream form that `datasets` writes, or the file form, which holds a stream."""
+    import pyarrow
+
+    check_arrow_claims(path)
+    with pyarrow.memory_map(str(path)) as file:
+        _skip_magic(file)
+        for batch in pyarrow.ipc.open_stream(file):
+            batch.validate(full=True)  # offsets may point anywhere
+            yield batch
+
+
+def _skip_magic(file: Any) -> None:
+    file.seek(8 if file.read(6) == b"ARROW1" else 0)
+
+
+def _claimed_bytes(message: Any) -> int:
+    """To how many bytes the body of a batch unpacks (0 when it is not compressed), by the Arrow columnar format.
+
+    https://arrow.apache.org/docs/format/Columnar.html: in a compressed body each buffer begins with the length that it
+    unpacks to, -1 for one that is stored as it is. The library reserves that much before it looks further.
+    """
+    data, body = memoryview(message.metadata), memoryview(message.body)
+
+    def field(table: int, index: int) -> int:
+        table_of_fields = table - struct.unpack_from("<i", data, table)[0]
+        if 4 + 2 * index >= struct.unpack_from("<H", data, table_of_fields)[0]:
+            return 0
+        offset = struct.unpack_from("<H", data, table_of_fields + 4 + 2 * index)[0]
+        return table + offset if offset else 0
+
+    def follow(position: int) -> int:
+        return position + int(struct.unpack_from("<I", data, position)[0])
+
+    batch = follow(field(follow(0), 2))  # Message.header
+    if message.type == "dictionary":
+        batch = follow(field(batch, 1))  # DictionaryBatch.data
+    buffers, compression = field(batch, 2), field(batch, 3)
+    if not buffers or not compression:
+        return 0
+    start = follow(buffers)
+    total = 0
+    for index in range(struct.unpack_from("<I", data, start)[0]):
+        offset, length = struct.unpack_from("<qq", data, start + 4 + 16 * index)
+        if length >= 8:
+            total += max(0, struct.unpack_from("<q", body, offset)[0])
+    return total
