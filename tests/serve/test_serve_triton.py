@@ -107,4 +107,5 @@ def test_a_directory_that_cannot_be_written_ends_the_server(
     run = ["serve", f"run_dir={tmp_path / 'file' / 'run'}", f"ensemble.members=[{checkpoints[0]}]", "serve.port=0"]
     assert cli.main([*run, "trainer.accelerator=cpu"]) == 2
     error = capsys.readouterr().err.strip()
-    assert error.startswith(f"error: run_dir={tmp_path}/file/run: ") and "\n" not in error
+    assert error.startswith(f"error: run_dir={tmp_path}/file/run/server.json cannot be ") and "\n" not in error
+    assert f"{tmp_path}/file/run Not a directory" in error and error.endswith("or choose another run_dir")
