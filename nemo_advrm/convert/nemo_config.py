@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from nemo_advrm.errors import CheckpointError
+from nemo_advrm.megatron.description import check_texts
 from nemo_advrm.megatron.gpt import Head
 from nemo_advrm.schema import ModelConfig
 
@@ -62,6 +63,33 @@ _NEUTRAL_IN: dict[Head, dict[str, tuple[Any, ...]]] = {
     "reward": {"output_sequence": (None, False), "use_avg_pool": (None, False)},
     "value": {"output_sequence": (True,)},
 }
+
+
+class UnresolvedConfig(Mapping[str, Any]):
+    """A configuration in which interpolations stay as they are; CheckpointError when one is read.
+
+    Files of NeMo hold some that are of no account here (``data.seq_length: ${model.encoder_seq_length}``). One that
+    counts is neither resolved, which could tell a variable of the environment, nor taken as a text.
+
+    Args:
+        source: what an error names, with the key.
+    """
+
+    def __init__(self, values: Mapping[str, Any], source: str, place: str = "") -> None:
+        self._values, self._source, self._place = values, source, place
+
+    def __getitem__(self, key: str) -> Any:
+        value, place = self._values[key], f"{self._place}{key}"
+        if isinstance(value, dict):
+            return UnresolvedConfig(value, self._source, f"{place}.")
+        check_texts([key, value], f"{self._source}: {place}")
+        return value
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
 
 
 def head_of(config: Mapping[str, Any]) -> Head:

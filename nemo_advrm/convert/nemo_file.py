@@ -20,7 +20,7 @@ from nemo_advrm.convert.differences import check_tensors, listed
 from nemo_advrm.convert.dist_weights import PREFIX, StackedReader, StackedWriter, check_layers
 from nemo_advrm.convert.names import VOCABULARY_ROWS, Shape, canonical_shapes, layer_of, stacked_name
 from nemo_advrm.convert.nemo_archive import NemoArchive
-from nemo_advrm.convert.nemo_config import read_model, write_config
+from nemo_advrm.convert.nemo_config import UnresolvedConfig, read_model, write_config
 from nemo_advrm.convert.nemo_tokenizer_files import TEMPORARY, pack_tokenizer, unpack_tokenizer
 from nemo_advrm.convert.partial import PartialDirectory
 from nemo_advrm.convert.tensors import Description, TensorSpec
@@ -62,7 +62,7 @@ class NemoSource:
         self.path = path
         with contextlib.ExitStack() as opened:
             self._archive = opened.enter_context(NemoArchive(path))
-            config = read_config(self._archive)
+            config = UnresolvedConfig(read_config(self._archive), f"{path}: {CONFIG}")
             model, head = read_model(config, str(path))
             self._head = _head_transform(config, head, str(path)) if head != "lm" else None
             self._attributes = _attributes(config) if head != "lm" else None

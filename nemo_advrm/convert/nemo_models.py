@@ -33,6 +33,7 @@ from nemo_advrm.data.tokenizers import build_tokenizer
 from nemo_advrm.errors import CheckpointError
 from nemo_advrm.layout import at_layout
 from nemo_advrm.megatron import checkpoint, runtime
+from nemo_advrm.megatron.description import check_description, check_section, check_texts
 from nemo_advrm.megatron.gpt import Head
 from nemo_advrm.schema import Config, RewardModelConfig
 
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from nemo_advrm.models.trainable import TrainableModel
 
 FORMAT = 1
+_PACKED = "hf"  # a tokenizer whose files are in the archive
 # the classes that a file may name: their head, and what stands for data that only training needs
 _CLASSES: dict[str, tuple[Head, dict[str, Any]]] = {
     "nemo_advrm.models.reward_model.RewardModel": ("reward", {"train_rows": [], "validation_rows": []}),
@@ -94,7 +96,7 @@ def _pack(model: TrainableModel, partial: Path, path: Path) -> None:
         "format": FORMAT,
         "head": meta["head"],
         "vocab_size": meta["vocab_size"],
-        "tokenizer": "hf" if spec.startswith("hf:") else spec,
+        "tokenizer": _PACKED if spec.startswith("hf:") else spec,
         "reward_model": asdict(cfg.reward_model),
         "architecture": asdict(cfg.model),
     }
@@ -127,6 +129,7 @@ def restore_model(
     with NemoArchive(path) as archive:
         settings = read_config(archive)
         found, defaults = _class_of(cls, settings, path)
+        _check_settings(settings, f"{path}: {CONFIG}")
         # lives as long as the model: a tokenizer is read from its files, and saved again with the model
         files = tempfile.TemporaryDirectory(prefix="nemo_advrm_")
         spec = _tokenizer(archive, settings, Path(files.name))
@@ -145,6 +148,17 @@ def restore_model(
                 shutil.rmtree(weights, ignore_errors=True)
     model.restored_files = files
     return model
+
+
+def _check_settings(settings: dict[str, Any], source: str) -> None:
+    """Raise CheckpointError for settings that go on into a configuration and that ``save_model`` does not write."""
+    for key, kind in {"tokenizer": str, "reward_model": dict, "architecture": dict}.items():
+        if not isinstance(settings.get(key), kind):
+            raise CheckpointError(f"{source}: {key} is no {'text' if kind is str else 'object'}")
+    if settings["tokenizer"].startswith("hf:"):
+        raise CheckpointError(f"{source}: its tokenizer is {settings['tokenizer']!r}, outside the archive")
+    check_texts(settings, source)
+    check_section(RewardModelConfig, settings["reward_model"], "reward_model", source)
 
 
 def _class_of(cls: type, settings: dict[str, Any], path: Path) -> tuple[Any, dict[str, Any]]:
@@ -169,7 +183,7 @@ def _config(settings: dict[str, Any], path: Path) -> Config:
     try:
         model = read_model({"model": settings["architecture"]}, path)
         reward = RewardModelConfig(**settings["reward_model"])
-    except (KeyError, TypeError, AttributeError) as error:
+    except (TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: {CONFIG} is damaged ({error})") from None
     layout = rt.layout
     cfg = Config(
@@ -182,8 +196,8 @@ def _config(settings: dict[str, Any], path: Path) -> Config:
 
 
 def _tokenizer(archive: NemoArchive, settings: dict[str, Any], directory: Path) -> str:
-    spec = str(settings.get("tokenizer"))
-    if spec != "hf":
+    spec: str = settings["tokenizer"]
+    if spec != _PACKED:
         return spec
     for name in archive.names:
         if name.startswith(f"{TOKENIZER}/"):
@@ -199,10 +213,10 @@ def _unpack_weights(archive: NemoArchive, settings: dict[str, Any], target: Path
     try:
         model = read_model({"model": settings["architecture"]}, path)
         meta: dict[str, Any] = {"format": checkpoint.FORMAT, "model": asdict(model)}
-        meta |= {"head": settings["head"], "vocab_size": int(settings["vocab_size"]), "has_optimizer": False}
+        meta |= {"head": settings["head"], "vocab_size": settings["vocab_size"], "has_optimizer": False}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path}: {CONFIG} is damaged ({error})") from None
-    checkpoint.check_description(meta, f"{path}: {CONFIG}")
+    check_description(meta, f"{path}: {CONFIG}")
     reader = archived_weights(archive)
     check_layers(path, model, reader.specs)
     outputs = reader.specs["head.weight"].shape[0] if "head.weight" in reader.specs else 1

@@ -41,12 +41,18 @@ def unpack_tokenizer(archive: NemoArchive, config: Mapping[str, Any], target: Pa
     Raises:
         CheckpointError: the archive holds no tokenizer, or one of a library that is not supported.
     """
-    wanted = dict(config.get("tokenizer") or {})
+    wanted = config.get("tokenizer") or {}
+    if not isinstance(wanted, Mapping):
+        raise CheckpointError(f"{archive.path}: tokenizer is no object")
     library, kind = str(wanted.get("library", "")), str(wanted.get("type") or "")
     data = config.get("data") or {}
     settings: dict[str, Any] = {"append_eod": bool(isinstance(data, Mapping) and data.get("append_eod", False))}
     special = wanted.get("special_tokens")
     if special:
+        special = dict(special) if isinstance(special, Mapping) else special
+        texts = [*special, *special.values()] if isinstance(special, dict) else special
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+            raise CheckpointError(f"{archive.path}: tokenizer.special_tokens are no texts")
         settings["special_tokens"] = special
     if wanted.get("additional_special_tokens"):
         raise CheckpointError(f"{archive.path}: tokenizer.additional_special_tokens is not supported")

@@ -50,8 +50,8 @@ def check_description(meta: dict[str, Any], source: str) -> None:
     for key in ("head_outputs", "vocab_size"):
         if key in meta and not 0 < meta[key] < _MOST:
             raise CheckpointError(f"{source}: {key} is {_shown(meta[key])}, which no model has")
-    _check_section(ModelConfig, meta["model"], "model", source)
-    _check_texts(meta, source)
+    check_section(ModelConfig, meta["model"], "model", source)
+    check_texts(meta, source)
 
 
 def check_size(path: Path, meta: dict[str, Any], model: ModelConfig) -> None:
@@ -71,8 +71,14 @@ def check_size(path: Path, meta: dict[str, Any], model: ModelConfig) -> None:
         raise CheckpointError(f"{path}: describes a model of {described} parameters, its weights have {held}")
 
 
-def _check_section(kind: Any, settings: dict[str, Any], place: str, source: str) -> None:
-    """The keys that ``kind`` has; others are for whoever reads them."""
+def check_section(kind: Any, settings: dict[str, Any], place: str, source: str) -> None:
+    """Raise CheckpointError for a value of another type or range than the dataclass ``kind`` has for it.
+
+    Args:
+        settings: values of ``kind``; keys that it lacks are for whoever reads them.
+        place: where the values stand in a configuration, as ``model.optim``.
+        source: what an error names.
+    """
     hints = typing.get_type_hints(kind)
     for name in (field.name for field in dataclasses.fields(kind)):
         if name not in settings:
@@ -81,7 +87,7 @@ def _check_section(kind: Any, settings: dict[str, Any], place: str, source: str)
         if dataclasses.is_dataclass(hint):
             if not isinstance(value, dict):
                 raise CheckpointError(f"{source}: {key} is {_shown(value)}, an object was expected")
-            _check_section(hint, value, key, source)
+            check_section(hint, value, key, source)
             continue
         element = (typing.get_args(hint) or (hint,))[0]
         if element is not hint and not isinstance(value, list):
@@ -102,7 +108,8 @@ def _is(value: Any, kind: type) -> bool:
     return type(value) is kind
 
 
-def _check_texts(value: Any, source: str) -> None:
+def check_texts(value: Any, source: str) -> None:
+    """Raise CheckpointError that names ``source`` for a text with ``${`` in a list or object, keys included."""
     level: list[Any] = [value]
     for _ in range(_DEPTH):
         inner = [i for item in level for i in (([*item, *item.values()]) if isinstance(item, dict) else item)]

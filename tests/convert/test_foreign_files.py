@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import subprocess
+import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -125,26 +127,52 @@ def test_a_hugging_face_model_larger_than_its_weights_is_refused_before_it_is_bu
         load_members(tiny_config(), [f"hf:{copy}"])
 
 
-def test_code_of_a_model_directory_is_not_run_whatever_is_answered(
-    hf: Path, tmp_path: Path, single: Runtime, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def with_code(hf: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """A model directory that brings its own code, and the file that exists once that has run."""
     copy, mark = Path(shutil.copytree(hf, tmp_path / "rm")), tmp_path / "ran"
     code = f"from pathlib import Path\nPath({str(mark)!r}).touch()\nclass C: pass\n"
     (copy / "custom.py").write_text(code + "MyConfig = MyModel = MyTokenizer = C\n")
     config = json.loads((copy / "config.json").read_text())
     names = {"AutoConfig": "custom.MyConfig", "AutoModelForSequenceClassification": "custom.MyModel"}
     (copy / "config.json").write_text(json.dumps(config | {"auto_map": names, "model_type": "custom"}))
+    tokenizer = json.loads((copy / "tokenizer_config.json").read_text())
+    (copy / "tokenizer_config.json").write_text(
+        json.dumps(tokenizer | {"auto_map": {"AutoTokenizer": ["custom.MyTokenizer", None]}, "tokenizer_class": "My"})
+    )
+    return copy, mark
+
+
+def test_code_of_a_model_directory_is_not_run_whatever_is_answered(
+    with_code: tuple[Path, Path], tmp_path: Path, single: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy, mark = with_code
     monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 1000))
     with pytest.raises(UserError) as caught:
         load_members(tiny_config(), [f"hf:{copy}"])
     assert "\n" not in str(caught.value)
     assert cli.main(["convert", "from=hf", f"path={copy}", "to=megatron", f"out={tmp_path / 'out'}"]) == 2
-    tokenizer = json.loads((copy / "tokenizer_config.json").read_text())
-    (copy / "tokenizer_config.json").write_text(
-        json.dumps(tokenizer | {"auto_map": {"AutoTokenizer": ["custom.MyTokenizer", None]}, "tokenizer_class": "My"})
-    )
     with pytest.raises(UserError):
         build_tokenizer(f"hf:{copy}")
+    assert not mark.exists()
+
+
+def test_a_command_behind_yes_runs_no_code_and_asks_nothing(with_code: tuple[Path, Path], tmp_path: Path) -> None:
+    copy, mark = with_code
+    rows = tmp_path / "pairs.jsonl"
+    rows.write_text('{"prompt": "this river", "chosen": "birds sing .", "rejected": "birds sing"}\n' * 4)
+    command = ["evaluate", f"data.train_path={rows}", f"ensemble.members=[hf:{copy}]", f"run_dir={tmp_path / 'run'}"]
+    code = "from nemo_advrm.cli import main; raise SystemExit(main())"
+    done = subprocess.run(
+        [sys.executable, "-c", code, *command, "trainer.accelerator=cpu"],
+        input="y\n" * 1000,  # through a pipe, as of ``yes |``
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: ") and str(copy) in done.stderr
+    assert "[y/N]" not in done.stdout + done.stderr and "Traceback" not in done.stderr
     assert not mark.exists()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import shutil
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from distributed import Worlds
 from test_nemo_archive import REAL, _Evil
 from tiny import pairs, tiny_config
 
+from nemo_advrm import cli
+from nemo_advrm.convert.nemo_file import NemoSource
 from nemo_advrm.errors import CheckpointError
 from nemo_advrm.megatron.runtime import Layout, Runtime
 from nemo_advrm.models.language_model import SupervisedModel
@@ -126,3 +129,106 @@ def test_a_file_that_cannot_be_written_is_one_error_on_every_rank(
     for message in worlds.run(Layout(tensor=2), "nemo_model_jobs", "refused_save", path=str(tmp_path / "rm.nemo")):
         assert "rm.nemo: could not be written" in message
     assert [file.name for file in tmp_path.iterdir()] == ["rm.nemo"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"tokenizer": "${oc.env:HOME}"}, "would be replaced"),
+        ({"tokenizer": "hf:/etc"}, "outside the archive"),
+        ({"tokenizer": ["hf"]}, "tokenizer is no text"),
+        ({"reward_model": {"loss": "${oc.env:HOME}"}}, "would be replaced"),
+        ({"reward_model": {"loss": ["bt"]}}, r"reward_model\.loss is a list, a text was expected"),
+        ({"reward_model": {"head_init_std": "1"}}, r"reward_model\.head_init_std is '1', a number was expected"),
+        ({"reward_model": {"_target_": "os.system", "_args_": ["touch ran"]}}, "is damaged"),
+        ({"architecture": {"_target_": "os.system"}}, "unknown to this version"),
+        ({"vocab_size": "${oc.env:HOME}"}, "would be replaced"),
+        ({"vocab_size": "67"}, "vocab_size is '67', a whole number was expected"),
+        ({"notes": [{"${oc.env:HOME}": 1}]}, "would be replaced"),
+    ],
+)
+def test_interpolations_and_classes_in_the_settings_are_refused(
+    single: Runtime, tmp_path: Path, settings: dict[str, Any], words: str, own_nemo: Path
+) -> None:
+    path = Path(shutil.copy(own_nemo, tmp_path / "rm.nemo"))
+    with pytest.raises(CheckpointError, match=words) as caught:
+        RewardModel.restore_from(changed(path, settings))
+    assert "changed.nemo: " in str(caught.value) and "\n" not in str(caught.value)
+    assert not list(tmp_path.glob("*restoring*"))
+    # convert opens files of NeMo alone, and says so or names what it lacks
+    assert (
+        cli.main(["convert", "from=nemo", f"path={tmp_path / 'changed.nemo'}", "to=megatron", f"out={tmp_path / 'o'}"])
+        == 2
+    )
+
+
+@pytest.fixture(scope="module")
+def own_nemo(single: Runtime, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("own") / "rm.nemo"
+    jobs.save(str(path))
+    return path
+
+
+def nested(key: str, value: Any) -> dict[str, Any]:
+    """The setting ``a.b`` of the real file with another value, beside the rest of its section."""
+    with tarfile.open(REAL) as tar:
+        stream = tar.extractfile(next(m for m in tar.getmembers() if m.name.endswith("model_config.yaml")))
+        assert stream is not None
+        config = yaml.safe_load(stream.read())
+    section, _, name = key.partition(".")
+    return {section: (config.get(section) or {}) | {name: value} if name else value}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("tokenizer.library", "${oc.env:SECRET}"),
+        ("tokenizer.type", "/${oc.env:SECRET}"),
+        ("tokenizer.model", "nemo:${oc.env:SECRET}"),
+        ("tokenizer.special_tokens", {"pad": "${oc.env:SECRET}"}),
+        ("tokenizer.special_tokens", ["${oc.env:SECRET}"]),
+        ("data.append_eod", "${oc.env:SECRET}"),
+        ("bias", "${oc.env:SECRET}"),
+        ("num_layers", "${oc.env:SECRET}"),
+        ("regression.merge_attributes", "${oc.env:SECRET}"),
+        ("target", "${oc.env:SECRET}"),
+        ("nemo_version", "${oc.env:SECRET}"),
+    ],
+)
+def test_an_interpolation_that_a_conversion_would_read_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], key: str, value: Any
+) -> None:
+    monkeypatch.setenv("SECRET", "hunter2")
+    path = Path(shutil.copy(REAL, tmp_path / "rm.nemo"))
+    file = changed(path, nested(key, value))
+    assert cli.main(["convert", "from=nemo", f"path={file}", "to=megatron", f"out={tmp_path / 'o'}"]) == 2
+    message = capsys.readouterr().err.strip()
+    assert f"{key}" in message and "would be replaced" in message and "hunter2" not in message
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("tokenizer", "sentencepiece", "tokenizer is no object"),
+        ("tokenizer.special_tokens", {"pad": {"_target_": "os.system"}}, "special_tokens are no texts"),
+        ("tokenizer.special_tokens", [1], "special_tokens are no texts"),
+        ("tokenizer.special_tokens", "<pad>", "special_tokens are no texts"),
+    ],
+)
+def test_a_tokenizer_section_of_other_types_is_one_error(tmp_path: Path, key: str, value: Any, words: str) -> None:
+    path = Path(shutil.copy(REAL, tmp_path / "rm.nemo"))
+    file = changed(path, nested(key, value))
+    with pytest.raises(CheckpointError, match=words):
+        NemoSource(Path(file))
+
+
+def test_what_a_conversion_does_not_read_stays_unresolved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECRET", "hunter2")
+    path = Path(shutil.copy(REAL, tmp_path / "rm.nemo"))
+    extra = nested("data.train_path", "${oc.env:SECRET}") | nested("optim._target_", "os.system")
+    file = changed(path, extra | {"_target_": "os.system", "max_position_embeddings": "${.encoder_seq_length}"})
+    out = tmp_path / "o"
+    assert cli.main(["convert", "from=nemo", f"path={file}", "to=megatron", f"out={out}"]) == 0
+    contents = b"".join(p.read_bytes() for p in out.rglob("*") if p.is_file())
+    assert b"hunter2" not in contents and b"${" not in contents and b"os.system" not in contents

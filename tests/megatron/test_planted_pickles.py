@@ -15,7 +15,7 @@ import checkpoint_jobs
 import pytest
 import torch
 from megatron.core.safe_globals import register_safe_globals
-from reward_members import save_hf_reward
+from reward_members import save_hf_reward, save_megatron
 from tiny import TOKENIZER, tiny_config
 
 from nemo_advrm import cli
@@ -31,6 +31,19 @@ from nemo_advrm.rewards.sources import load_members
 from nemo_advrm.schema import ConvertConfig
 
 MODEL = "reward_model"
+SIZES = (
+    "num_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "ffn_hidden_size",
+    "encoder_seq_length",
+    "normalization",
+    "activation",
+    "position_embedding_type",
+    "bias",
+    "share_embeddings_and_output_weights",
+)
 
 
 class Planted:
@@ -218,18 +231,48 @@ def test_what_transformer_engine_will_unpickle_is_checked_first(mark: Path) -> N
 def test_commands_refuse_a_checkpoint_with_a_pickle_and_name_the_file(
     state: Path, mark: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (state / MODEL / "weights" / ".metadata").write_bytes(pickle.dumps(Planted(mark)))
-    rows = tmp_path / "pairs.jsonl"
-    rows.write_text('{"prompt": "this river", "chosen": "birds sing .", "rejected": "birds sing"}\n' * 20)
-    data, run = f"data.train_path={rows}", f"run_dir={tmp_path / 'run'}"
-    started = f"pretrained_checkpoint.restore_from_path={state / MODEL}"
-    for command in (
-        ["evaluate", data, started, "model.tokenizer=synthetic"],
-        ["convert", "from=megatron", f"path={state / MODEL}", "to=hf", "out=o"],
+    whole, planted = save_megatron(tmp_path / "whole"), state / MODEL
+    policy, planted_policy = (save_megatron(tmp_path / name, head="lm") for name in ("policy", "planted_policy"))
+    for model in (planted, planted_policy):
+        for manifest in model.rglob("manifest.json"):
+            manifest.unlink()
+        (model / "weights" / ".metadata").write_bytes(pickle.dumps(Planted(mark)))
+    rows, held_out, prompts = (tmp_path / f"{name}.jsonl" for name in ("pairs", "held_out", "prompts"))
+    row = '{"prompt": "this river", "chosen": "birds sing .", "rejected": "birds sing"}\n'
+    rows.write_text(row * 20)
+    held_out.write_text(row.replace("this river", "these clouds") * 4)
+    prompts.write_text('{"prompt": "this river"}\n' * 4)
+    sizes = [f"model.{key}={getattr(tiny_config().model, key)}" for key in SIZES]
+    gpt = [f"model.{key}={getattr(tiny_config('gpt').model, key)}" for key in SIZES]
+    data, asked, start = (
+        f"data.train_path={rows}",
+        f"data.prompts_path={prompts}",
+        "pretrained_checkpoint.restore_from_path",
+    )
+    held, short = f"data.validation_path={held_out}", "rl.max_new_tokens=6"
+    members = f"ensemble.members=[{whole},{planted}]"
+    for settings in (
+        ["evaluate", data, f"{start}={planted}"],
+        ["evaluate", data, members],
+        ["serve", "serve.port=0", members],
+        ["attack", asked, f"{start}={policy}", members, *sizes, short],
+        ["attack", asked, f"{start}={planted_policy}", f"ensemble.members=[{whole},{whole}]", *sizes, short],
+        ["rlhf", asked, f"{start}={policy}", members, *sizes, short],
+        ["rlhf", asked, f"{start}={planted_policy}", f"ensemble.members=[{whole}]", *sizes, short],
+        ["sft", data, f"{start}={planted_policy}", *sizes],
+        ["train_rm", data, held, f"{start}={planted}", *gpt],
+        ["train_rm", data, held, f"{start}={planted_policy}", *sizes],
     ):
-        assert cli.main([*command, *([run] if command[0] != "convert" else [])]) == 2, command
-        message = capsys.readouterr().err.strip()
-        assert message.startswith("error: ") and "\n" not in message and ".metadata" in message
+        run = ["model.tokenizer=synthetic", "trainer.accelerator=cpu", f"run_dir={tmp_path / 'run'}"]
+        assert cli.main([*settings, *run]) == 2, settings
+        message = capsys.readouterr().err.strip().splitlines()[-1]
+        assert message.startswith("error: ") and ".metadata" in message, (settings, message)
+        assert str(planted) in message or str(planted_policy) in message, (settings, message)
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        assert not mark.exists(), settings
+    assert cli.main(["convert", "from=megatron", f"path={planted}", "to=hf", f"out={tmp_path / 'o'}"]) == 2
+    message = capsys.readouterr().err.strip()
+    assert message.startswith("error: ") and "\n" not in message and ".metadata" in message
 
 
 def test_pickles_beside_a_hugging_face_model_are_not_opened(mark: Path, tmp_path: Path, single: Runtime) -> None:
