@@ -8,6 +8,8 @@ from typing import Any
 from nemo_advrm.data.encoding import EncodedPair
 from nemo_advrm.megatron.runtime import Layout
 from nemo_advrm.models.language_model import EncodedResponse
+from nemo_advrm.models.rollout_batch import RolloutBatch
+from nemo_advrm.rewards.base import Rollouts
 from nemo_advrm.schema import Config, ModelConfig
 from nemo_advrm.synthetic.tokenizer import SyntheticTokenizer
 
@@ -90,3 +92,18 @@ def pairs(count: int, seed: int = 0) -> list[EncodedPair]:
             )
         )
     return rows
+
+
+def rollout_batch(rows: list[EncodedResponse]) -> RolloutBatch:
+    """The rows as a batch of finished rollouts, whose text nobody reads."""
+    return RolloutBatch.of(
+        Rollouts(
+            prompts=[()] * len(rows),
+            responses=[""] * len(rows),
+            ended=[True] * len(rows),
+            prompt_tokens=[r.tokens[: r.prompt_length] for r in rows],
+            response_tokens=[r.tokens[r.prompt_length :] for r in rows],
+            prompt_index=[0] * len(rows),
+            fingerprint="",
+        )
+    )

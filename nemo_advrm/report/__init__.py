@@ -32,4 +32,3 @@ def write_report(run_dir: Path) -> Path:
     index = directory / "index.html"
     write_text(index, render_page(run, summary, figures))
     return index
-

@@ -286,5 +286,3 @@ def _without_report() -> Iterator[None]:
         logger.setLevel(level)
         if bar:
             theirs.enable_progress_bar()
-
-

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tiny import TOKENIZER, pairs, responses, sequences, tiny_config
+from tiny import TOKENIZER, pairs, responses, rollout_batch, sequences, tiny_config
 
 from nemo_advrm.data.batching import split_by_tokens
 from nemo_advrm.megatron import checkpoint, runtime
@@ -21,9 +21,8 @@ from nemo_advrm.megatron.sampling import Sampling
 from nemo_advrm.models.critic import Critic
 from nemo_advrm.models.language_model import SupervisedModel, build_policy
 from nemo_advrm.models.reward_model import RewardModel, build_reward_model
-from nemo_advrm.models.rollout_batch import RolloutBatch, response_log_probs
+from nemo_advrm.models.rollout_batch import response_log_probs
 from nemo_advrm.models.scoring import score_sequences
-from nemo_advrm.rewards.base import Rollouts
 from nemo_advrm.schema import Config
 
 Metrics = dict[str, float]
@@ -80,24 +79,9 @@ def scores(architecture: str, path: str, model: dict[str, Any]) -> torch.Tensor:
     return score_sequences(scorer, sequences(11), TOKENIZER.pad_id)
 
 
-def _rollout_batch() -> RolloutBatch:
-    rows = responses(9, seed=3)
-    return RolloutBatch.of(
-        Rollouts(
-            prompts=[()] * len(rows),
-            responses=[""] * len(rows),
-            ended=[True] * len(rows),
-            prompt_tokens=[r.tokens[: r.prompt_length] for r in rows],
-            response_tokens=[r.tokens[r.prompt_length :] for r in rows],
-            prompt_index=[0] * len(rows),
-            fingerprint="",
-        )
-    )
-
-
 def log_probs(architecture: str, path: str, model: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
     policy = build_policy(_config(architecture, model), TOKENIZER, f"{path}/lm", 0, trainable=False)
-    return response_log_probs(policy, _rollout_batch(), TOKENIZER.pad_id, temperature=0.8)
+    return response_log_probs(policy, rollout_batch(responses(9, seed=3)), TOKENIZER.pad_id, temperature=0.8)
 
 
 def train_critic(architecture: str, path: str, model: dict[str, Any]) -> tuple[torch.Tensor, Metrics, torch.Tensor]:
@@ -106,7 +90,7 @@ def train_critic(architecture: str, path: str, model: dict[str, Any]) -> tuple[t
     cfg.rl.critic_lr = 1e-3
     critic = Critic(cfg, TOKENIZER, "", 0)
     checkpoint.load(Path(path) / "value", critic.model)
-    everything = _rollout_batch()
+    everything = rollout_batch(responses(9, seed=3))
     before = everything.old_values_BT = critic.values(everything)
     generator = torch.Generator().manual_seed(0)
     everything.returns_BT = torch.randn(before.shape, generator=generator) * everything.mask_BT

@@ -7,17 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tiny import TOKENIZER, pairs, responses, sequences, tiny_config
+from tiny import TOKENIZER, pairs, responses, rollout_batch, sequences, tiny_config
 
 from nemo_advrm.megatron import checkpoint, runtime
 from nemo_advrm.megatron.model import MegatronModel, build_model
 from nemo_advrm.megatron.runtime import detached
 from nemo_advrm.models.critic import Critic
-from nemo_advrm.models.language_model import EncodedResponse, SupervisedModel, build_policy
+from nemo_advrm.models.language_model import SupervisedModel, build_policy
 from nemo_advrm.models.reward_model import RewardModel, build_reward_model
-from nemo_advrm.models.rollout_batch import RolloutBatch, response_log_probs
+from nemo_advrm.models.rollout_batch import response_log_probs
 from nemo_advrm.models.scoring import score_sequences
-from nemo_advrm.rewards.base import Rollouts
 
 Result = tuple[dict[str, float], list[Any], int]
 """(metrics over all ranks, what this rank's own rows gave, passes through this rank's part of the model)"""
@@ -79,24 +78,10 @@ def score(path: str, shares: list[int], model: dict[str, Any]) -> Result:
     return {}, scores.tolist(), len(passes)
 
 
-def _rollouts(rows: list[EncodedResponse]) -> RolloutBatch:
-    return RolloutBatch.of(
-        Rollouts(
-            prompts=[()] * len(rows),
-            responses=[""] * len(rows),
-            ended=[True] * len(rows),
-            prompt_tokens=[r.tokens[: r.prompt_length] for r in rows],
-            response_tokens=[r.tokens[r.prompt_length :] for r in rows],
-            prompt_index=[0] * len(rows),
-            fingerprint="",
-        )
-    )
-
-
 def log_probs(path: str, shares: list[int], model: dict[str, Any]) -> Result:
     policy = build_policy(_config(model), TOKENIZER, f"{path}/lm", 0, trainable=False)
     passes = _count(policy)
-    data = _rollouts(_own(responses(8), shares))
+    data = rollout_batch(_own(responses(8), shares))
     values_BT, _ = response_log_probs(policy, data, TOKENIZER.pad_id)
     return {}, values_BT[data.mask_BT].tolist(), len(passes)
 
@@ -106,7 +91,7 @@ def train_critic(path: str, shares: list[int], model: dict[str, Any]) -> Result:
     critic = Critic(cfg, TOKENIZER, f"{path}/value", 0)
     checkpoint.load(Path(path) / "value", critic.model)
     passes = _count(critic.model)
-    data = _rollouts(_own(responses(8), shares))
+    data = rollout_batch(_own(responses(8), shares))
     data.old_values_BT = critic.values(data)
     data.returns_BT = data.mask_BT.float()
     metrics = critic.update(data, 2, 0)
