@@ -45,6 +45,14 @@ def write_text(path: Path, text: str) -> None:
         file.write(text)
 
 
+def put(written: Path, target: Path) -> None:
+    """Let a file that has been written and closed take the place of ``target``: its content is on the disk first."""
+    with open(written, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(written, target)
+    sync(target.parent)
+
+
 def rename(path: Path, target: Path) -> None:
     """Rename, and wait until the new name is on the disk."""
     path.rename(target)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import tarfile
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -28,6 +27,7 @@ from nemo_advrm.convert.transforms import pad_vocabulary, unpad_vocabulary
 from nemo_advrm.data.tokenizers import Tokenizer, build_tokenizer
 from nemo_advrm.data.vocabulary import check_vocabulary
 from nemo_advrm.errors import CheckpointError, DataError
+from nemo_advrm.files import put
 from nemo_advrm.foreign_files import decode_json, parse_yaml
 from nemo_advrm.megatron.file_readers import reason
 from nemo_advrm.megatron.gpt import Head
@@ -301,10 +301,7 @@ class NemoSink:
         for member, file in {CONFIG: config, **self._files}.items():
             self._tar.add(file, arcname=f"./{member}")
         self._tar.close()
-        archive = self._directory.partial / _ARCHIVE
-        with open(archive, "rb") as stream:
-            os.fsync(stream.fileno())
-        os.replace(archive, self.path)
+        put(self._directory.partial / _ARCHIVE, self.path)
 
     def __enter__(self) -> Self:
         partial = self._directory.make()

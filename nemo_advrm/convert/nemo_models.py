@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import shutil
 import tarfile
 import tempfile
@@ -31,6 +30,7 @@ from nemo_advrm.convert.partial import hold_output, release_output
 from nemo_advrm.convert.tokenizer_files import copy_tokenizer
 from nemo_advrm.data.tokenizers import build_tokenizer
 from nemo_advrm.errors import CheckpointError
+from nemo_advrm.files import put
 from nemo_advrm.layout import at_layout
 from nemo_advrm.megatron import checkpoint, runtime
 from nemo_advrm.megatron.description import check_description, check_section, check_texts
@@ -106,9 +106,7 @@ def _pack(model: TrainableModel, partial: Path, path: Path) -> None:
         if (partial / TOKENIZER).is_dir():
             tar.add(partial / TOKENIZER, arcname=f"./{TOKENIZER}")
         tar.add(partial / "checkpoint" / "weights", arcname=f"./{WEIGHTS}")
-    with open(partial / "archive", "rb") as stream:
-        os.fsync(stream.fileno())
-    os.replace(partial / "archive", path)
+    put(partial / "archive", path)
 
 
 def restore_model(
