@@ -334,7 +334,7 @@ def run_stage(name: str, overrides: Sequence[str]) -> int | None:
         try:
             return stage(cfg)
         finally:
-            writers = sys.modules.get("nemo_advrm.stages.writers")
+            writers = sys.modules.get("nemo_advrm.writers")
             if writers is not None:
                 writers.release_all()
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_advrm import foreign_files
+from nemo_advrm import foreign_files, writers
 from nemo_advrm.convert.conversion import _card_facts
 from nemo_advrm.convert.nemo_file import archived_weights
 from nemo_advrm.convert.nemo_tokenizer_files import pack_tokenizer
@@ -24,7 +24,7 @@ from nemo_advrm.report.collect import _read_settings
 from nemo_advrm.report.files import read_json, read_jsonl
 from nemo_advrm.rewards.hf_directory import read_config
 from nemo_advrm.schema import ConvertConfig
-from nemo_advrm.stages import results, run_files, writers
+from nemo_advrm.stages import results, run_files
 from nemo_advrm.stages.state import read_state
 
 DEEP, LONG = "[" * 100_000, '{"a": %s}' % ("9" * 5_000)

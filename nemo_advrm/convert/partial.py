@@ -6,9 +6,8 @@ import os
 import shutil
 from pathlib import Path
 
-from nemo_advrm import files
+from nemo_advrm import files, writers
 from nemo_advrm.errors import CheckpointError
-from nemo_advrm.stages import writers
 
 SUFFIX = ".partial"
 _SPARE_BYTES = 16 * 2**20  # configuration, tokenizer, descriptions

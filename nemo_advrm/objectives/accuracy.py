@@ -12,3 +12,9 @@ def right_of_pairs(chosen_B: Tensor, rejected_B: Tensor) -> Tensor:
     pair turns an accuracy a into 1 - a.
     """
     return (chosen_B > rejected_B).float() + 0.5 * (chosen_B == rejected_B).float()
+
+
+def accuracy(scores: Tensor) -> float:
+    """Share of pairs whose chosen response scores higher, a tie being half; [2 N]: all chosen, then all rejected."""
+    chosen_N, rejected_N = scores.chunk(2)
+    return right_of_pairs(chosen_N, rejected_N).mean().item()

@@ -13,7 +13,7 @@ from nemo_advrm.data.preferences import PreferencePair
 from nemo_advrm.data.tokenizers import build_tokenizer
 from nemo_advrm.errors import ConfigError, DataError, RewardSourceError
 from nemo_advrm.megatron import runtime
-from nemo_advrm.objectives.accuracy import right_of_pairs
+from nemo_advrm.objectives.accuracy import accuracy
 from nemo_advrm.objectives.reference import standardise_members
 from nemo_advrm.objectives.uncertainty import combine
 from nemo_advrm.rewards import sources
@@ -125,12 +125,6 @@ def _texts(prompts: list, texts: list[str], ended: list[bool]) -> Rollouts:
 def _line(scores: Tensor) -> str:
     chosen, rejected = scores.chunk(2)
     return f"accuracy {accuracy(scores):.4f}  margin {(chosen - rejected).mean():.4f}  ({len(chosen)} pairs)"
-
-
-def accuracy(scores: Tensor) -> float:
-    """Share of pairs whose chosen response scores higher, a tie being half; [2 N]: all chosen, then all rejected."""
-    chosen_N, rejected_N = scores.chunk(2)
-    return right_of_pairs(chosen_N, rejected_N).mean().item()
 
 
 def check_swapped(source: RewardSource, rollouts: Rollouts, scores: Tensor) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from nemo_advrm import writers
 from nemo_advrm.config import for_stage
 from nemo_advrm.data.jsonl import write_jsonl_atomic
 from nemo_advrm.data.preferences import PreferencePair, load_preferences
@@ -31,7 +32,7 @@ from nemo_advrm.rewards.reference import Reference
 from nemo_advrm.rewards.sources import load_members
 from nemo_advrm.rewards.standardisation import combined
 from nemo_advrm.schema import Config, RLHFRunConfig
-from nemo_advrm.stages import artefacts, inputs, session, writers
+from nemo_advrm.stages import artefacts, inputs, session
 from nemo_advrm.stages.attack import attack_prompts, check_directions, run_attack, success_rates
 from nemo_advrm.stages.order import LIGHT, Step, find, labels_by_gold, last_round, order
 from nemo_advrm.stages.reference import read_rollouts, sample, write_reference

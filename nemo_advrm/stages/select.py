@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from nemo_advrm import writers
 from nemo_advrm.data.jsonl import read_jsonl, write_jsonl_atomic
 from nemo_advrm.data.pair_store import AdversarialPair, PairStore, Provenance
 from nemo_advrm.data.plain_text import stands_as_text
@@ -21,7 +22,6 @@ from nemo_advrm.objectives.reference import own_z_scores
 from nemo_advrm.objectives.selection import qualifies, select_pairs, text_signature
 from nemo_advrm.rewards.reference import Reference
 from nemo_advrm.schema import Config, SelectionConfig
-from nemo_advrm.stages import writers
 from nemo_advrm.stages.attack import check_samples
 
 # what selection reads of every sample, and of which type

@@ -6,7 +6,7 @@ import signal
 import socket
 from pathlib import Path
 
-from nemo_advrm import signals
+from nemo_advrm import signals, writers
 from nemo_advrm.data.tokenizers import build_tokenizer
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.extras import require_extra
@@ -17,7 +17,7 @@ from nemo_advrm.rewards.ensemble import AdversarialReward, PolicyReward
 from nemo_advrm.rewards.reference import Reference
 from nemo_advrm.rewards.standardisation import check_members, combined, read_statistics
 from nemo_advrm.schema import Config
-from nemo_advrm.stages import session, writers
+from nemo_advrm.stages import session
 
 RAW_SCORES = (
     "warning: the members' raw scores are combined, whose offsets and scales are arbitrary: the member with the "

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import yaml
 
-from nemo_advrm import files
+from nemo_advrm import files, writers
 from nemo_advrm.config import resolved, save_resolved, versions
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.layout import validate_layout
@@ -25,7 +25,7 @@ from nemo_advrm.place import host_name, place
 from nemo_advrm.quiet import quiet_libraries
 from nemo_advrm.rewards import sources
 from nemo_advrm.schema import Config
-from nemo_advrm.stages import run_files, writers
+from nemo_advrm.stages import run_files
 
 # keys that may differ between the runs of one directory: they do not change what is computed
 _FREE_KEYS = (

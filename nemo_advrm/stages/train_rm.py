@@ -18,7 +18,7 @@ from nemo_advrm.megatron import runtime
 from nemo_advrm.models.reward_model import RewardModel
 from nemo_advrm.models.scoring import score_sequences
 from nemo_advrm.models.trainable import derive_seed
-from nemo_advrm.objectives.accuracy import right_of_pairs
+from nemo_advrm.objectives.accuracy import accuracy
 from nemo_advrm.schema import Config
 from nemo_advrm.stages import inputs, session
 from nemo_advrm.stages.fit import fit, read_result, write_result
@@ -133,5 +133,4 @@ def _mismatch(module: RewardModel, pairs: list[EncodedPair]) -> dict[str, float]
         return {}
     sequences = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
     scores = score_sequences(module.model, sequences, module.tokenizer.pad_id)
-    chosen_N, rejected_N = (scores.mean(-1) if scores.ndim > 1 else scores).chunk(2)
-    return {"val/mismatch_accuracy": right_of_pairs(chosen_N, rejected_N).mean().item()}
+    return {"val/mismatch_accuracy": accuracy(scores.mean(-1) if scores.ndim > 1 else scores)}

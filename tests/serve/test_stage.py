@@ -27,7 +27,7 @@ from nemo_advrm.rewards.reference import Reference
 from nemo_advrm.rewards.sources import load_members
 from nemo_advrm.schema import AdversarialConfig
 from nemo_advrm.stages import serve, session
-from nemo_advrm.stages.writers import release_all
+from nemo_advrm.writers import release_all
 
 
 def _fails(capsys: pytest.CaptureFixture[str], *settings: str) -> str:

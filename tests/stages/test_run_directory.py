@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import yaml
 
-from nemo_advrm import cli, files
+from nemo_advrm import cli, files, writers
 from nemo_advrm.config import load_config
 from nemo_advrm.errors import ConfigError
-from nemo_advrm.stages import session, writers
+from nemo_advrm.stages import session
 
 pytestmark = pytest.mark.usefixtures("single")
 

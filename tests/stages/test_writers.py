@@ -14,9 +14,9 @@ from typing import Any
 import claim_jobs
 import pytest
 
+from nemo_advrm import writers
 from nemo_advrm.errors import ConfigError
-from nemo_advrm.stages import writers
-from nemo_advrm.stages.writers import Owner, hold, release, release_all
+from nemo_advrm.writers import Owner, hold, release, release_all
 
 
 @pytest.fixture(autouse=True)
