@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,27 @@ def save_megatron(directory: Path, seed: int = 3, head: str = "reward", meta: An
     known = {"tokenizer": TOKENIZER.fingerprint, "tokenizer_spec": "synthetic"}
     checkpoint.save(directory, built, meta=known if meta is None else meta)
     return directory
+
+
+def one_step_of_rl(home: Path, members: Sequence[str | Path]) -> list[str]:
+    """Arguments of an attack or an RLHF of one step on two prompts, whose policy is made in ``home``."""
+    policy, prompts, cfg = save_megatron(home / "policy", head="lm"), home / "prompts.jsonl", tiny_config()
+    prompts.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in PROMPTS[:2]))
+    keys = ("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "ffn_hidden_size")
+    return [
+        f"ensemble.members=[{','.join(map(str, members))}]",
+        f"pretrained_checkpoint.restore_from_path={policy}",
+        f"data.prompts_path={prompts}",
+        *(f"model.{key}={getattr(cfg.model, key)}" for key in keys),
+        "model.tokenizer=synthetic",
+        "model.encoder_seq_length=64",
+        "rl.max_steps=1",
+        "rl.prompts_per_step=2",
+        "rl.max_new_tokens=6",
+        "reference.samples_per_prompt=3",
+        "trainer.accelerator=cpu",
+        "exp_manager.create_tensorboard_logger=false",
+    ]
 
 
 def rollouts(tokenizer: Tokenizer = TOKENIZER) -> Rollouts:

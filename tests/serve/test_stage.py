@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import httpx
 import pytest
 from conftest import Served, ServerProcess
-from reward_members import rollouts, save_hf_reward, save_megatron
+from reward_members import one_step_of_rl, rollouts, save_hf_reward
 from tiny import TOKENIZER, tiny_config
 
 from nemo_advrm import cli
@@ -174,33 +174,10 @@ def test_an_ensemble_is_served_on_one_scale_where_a_reference_is_given(
 
 def test_an_attack_on_a_mixed_ensemble(served: Served, single: Runtime, tmp_path: Path) -> None:
     hf = save_hf_reward(tmp_path / "hf")
-    policy = save_megatron(tmp_path / "policy", head="lm")
-    prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in ("this river", "these clouds")))
     members = [f"hf:{hf}", str(served.members[0]), served.server.address, str(served.members[1])]
-    cfg = tiny_config()
-    keys = ("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "ffn_hidden_size")
-    model = [f"model.{key}={getattr(cfg.model, key)}" for key in keys]
     run = tmp_path / "run"
-    status = cli.main(
-        [
-            "attack",
-            f"run_dir={run}",
-            f"ensemble.members=[{','.join(members)}]",
-            f"pretrained_checkpoint.restore_from_path={policy}",
-            f"data.prompts_path={prompts}",
-            *model,
-            "model.tokenizer=synthetic",
-            "model.encoder_seq_length=64",
-            "rl.max_steps=1",
-            "rl.prompts_per_step=2",
-            "rl.max_new_tokens=6",
-            "reference.samples_per_prompt=3",
-            "adversarial.directions=[1,3]",
-            "trainer.accelerator=cpu",
-            "exp_manager.create_tensorboard_logger=false",
-        ]
-    )
+    settings = one_step_of_rl(tmp_path, members)
+    status = cli.main(["attack", f"run_dir={run}", *settings, "adversarial.directions=[1,3]"])
     assert status == 0
     rows = [row for _, row in read_jsonl(run / "reference.jsonl")] + [
         row for _, row in read_jsonl(run / "attack" / "samples.jsonl")

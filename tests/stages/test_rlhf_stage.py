@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from reward_members import save_megatron
-from tiny import tiny_config
+from reward_members import one_step_of_rl, save_megatron
 
 from nemo_advrm import cli
 from nemo_advrm.megatron.runtime import Runtime
@@ -25,25 +24,7 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 def settings(single: Runtime, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     home = tmp_path_factory.mktemp("rlhf")
     members = [save_megatron(home / "one", seed=3), save_megatron(home / "two", seed=4, num_layers=2)]
-    policy = save_megatron(home / "policy", head="lm")
-    prompts = home / "prompts.jsonl"
-    prompts.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in ("this river", "these clouds")))
-    cfg = tiny_config()
-    keys = ("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "ffn_hidden_size")
-    return [
-        f"ensemble.members=[{members[0]},{members[1]}]",
-        f"pretrained_checkpoint.restore_from_path={policy}",
-        f"data.prompts_path={prompts}",
-        *(f"model.{key}={getattr(cfg.model, key)}" for key in keys),
-        "model.tokenizer=synthetic",
-        "model.encoder_seq_length=64",
-        "rl.max_steps=1",
-        "rl.prompts_per_step=2",
-        "rl.max_new_tokens=6",
-        "reference.samples_per_prompt=3",
-        "trainer.accelerator=cpu",
-        "exp_manager.create_tensorboard_logger=false",
-    ]
+    return one_step_of_rl(home, members)
 
 
 def test_members_are_standardised_by_the_starting_policys_responses(
