@@ -19,7 +19,7 @@ from nemo_advrm.objectives.reference import fit_members
 from nemo_advrm.rewards.base import RewardSource, Rollouts
 from nemo_advrm.rewards.ensemble import AdversarialReward, PolicyReward, UncertaintyReward
 from nemo_advrm.rewards.reference import Reference
-from nemo_advrm.rewards.remote import ServerReward, TritonReward, connect, plain_text
+from nemo_advrm.rewards.remote import ServerReward, TritonReward, connect, written_out
 from nemo_advrm.rewards.sources import parse
 from nemo_advrm.schema import AdversarialConfig, RemoteConfig
 
@@ -56,9 +56,7 @@ class ServedMember:
         if self.tokens:
             known = self.source.fingerprint if isinstance(self.source, ServerReward) else FINGERPRINT
             return self.source.score(dataclasses.replace(rollouts, fingerprint=known, tokens_only=True))
-        whole = [plain_text(p) + r for p, r in zip(rollouts.prompts, rollouts.responses, strict=True)]
-        empty: list[Any] = [() for _ in whole]
-        return self.source.score(dataclasses.replace(rollouts, prompts=empty, responses=whole, rendered=True))
+        return self.source.score(written_out(rollouts))
 
     def close(self) -> None:
         self.source.server.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -122,7 +123,7 @@ class TritonReward(_Remote):
     def _rows(self, rollouts: Rollouts) -> list[Any]:
         if self.tokenizer is not None:
             return token_sequences(rollouts, self.tokenizer)
-        return [plain_text(prompt) + text for prompt, text in zip(rollouts.prompts, rollouts.responses, strict=True)]
+        return written_out(rollouts).responses
 
     def _request(self, rows: list[Any], deadline: float) -> Any:
         body = {"inputs": _text_inputs(rows) if self.tokenizer is None else _token_inputs(rows, self.tokenizer.pad_id)}
@@ -144,6 +145,12 @@ def _column(data: Any) -> Any:
 def plain_text(prompt: Sequence[Message]) -> str:
     """The messages of a prompt, one after the other."""
     return "".join(message["content"] for message in prompt)
+
+
+def written_out(rollouts: Rollouts) -> Rollouts:
+    """The same conversations as whole texts, each the messages of its prompt and the response one after the other."""
+    whole = [plain_text(prompt) + text for prompt, text in zip(rollouts.prompts, rollouts.responses, strict=True)]
+    return dataclasses.replace(rollouts, prompts=[() for _ in whole], responses=whole, rendered=True)
 
 
 def _text_inputs(texts: list[str]) -> list[dict[str, Any]]:

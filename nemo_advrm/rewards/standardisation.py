@@ -20,7 +20,7 @@ from nemo_advrm.rewards.base import RewardSource, Rollouts, checked_scores
 from nemo_advrm.rewards.ensemble import UncertaintyReward
 from nemo_advrm.rewards.limits import places_that_fit
 from nemo_advrm.rewards.reference import Reference
-from nemo_advrm.rewards.remote import plain_text
+from nemo_advrm.rewards.remote import plain_text, written_out
 
 FILE = "standardisation.jsonl"
 # SFT responses that are scored anew to see that a file's scores are those of the members at hand
@@ -88,12 +88,11 @@ def _as_texts(source: RewardSource, probes: Rollouts) -> Iterator[Rollouts]:
     Such actors are given prompts into which a template has been written already. They send tokens: those of the prompt
     and those that they wrote (or, where the file does not have these, those of the response), or one text.
     """
-    texts = [plain_text(prompt) for prompt in probes.prompts]
     tokenizer: Tokenizer | None = getattr(source, "tokenizer", None)
     if tokenizer is not None:
         written = [probes.response_tokens] if all(probes.response_tokens) else []
         with contextlib.suppress(DataError):  # a vocabulary of words may not know the text
-            prompts = [tokenizer.encode(text) for text in texts]
+            prompts = [tokenizer.encode(plain_text(prompt)) for prompt in probes.prompts]
             encode = {True: tokenizer.encode_response, False: tokenizer.encode}
             written.append([encode[e](text) for text, e in zip(probes.responses, probes.ended, strict=True)])
             for rows in written:
@@ -105,8 +104,7 @@ def _as_texts(source: RewardSource, probes: Rollouts) -> Iterator[Rollouts]:
                         fingerprint=tokenizer.fingerprint,
                         tokens_only=True,
                     )
-    whole = [prompt + response for prompt, response in zip(texts, probes.responses, strict=True)]
-    yield dataclasses.replace(probes, prompts=[() for _ in whole], responses=whole, rendered=True)
+    yield written_out(probes)
 
 
 def _probes(reference: Reference) -> tuple[Rollouts, Tensor]:
