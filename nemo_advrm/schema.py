@@ -204,7 +204,7 @@ class AdversarialConfig:
     """Adversarial reward."""
 
     preset: str = "paper"  # paper (z-scored, per prompt) | raw (constants on raw scores)
-    coefficient: float = 1.5  # lambda of the paper preset
+    coefficient: float = 1.5  # lambda of the paper preset; 0: the adversary maximises the target alone
     penalty: float = -4.0  # reward of the paper preset where R_1 <= T_1(x)
     raw_penalty: float = -25.0  # added by the raw preset where R_1 < anchor
     lam1: float = 1.0
@@ -212,6 +212,8 @@ class AdversarialConfig:
     anchor: float = -3.0
     directions: list[int] = field(default_factory=lambda: [1])  # members attacked in turn, 1 is R_1
     policies: int = 1  # adversaries per direction, which differ by seed and so in what they find
+    enough: int = 0  # different finds of a direction in selection.last_fraction at which its attack ends; 0: never
+    held_out_prompts: int = 0  # prompts beside the attack's own, on which finished adversaries are measured; 0: none
 
 
 @dataclass
@@ -255,7 +257,8 @@ class RLConfig:
 class SelectionConfig:
     """Which adversarial samples become rejected responses."""
 
-    threshold_z: float = 1.96
+    last_fraction: float = 1.0  # share of the attack's steps, counted from the end, whose samples are looked at
+    threshold_z: float = 1.96  # of Z(U); of the target's z where the adversary maximises the target alone
     require_others_negative: bool = False  # also z_k < 0 for the other members
     require_ended: bool = True  # drop adversarial responses that rl.max_new_tokens cut off (SFT ones are never chosen)
     top_fraction: float = 1.0  # part with the largest Z(U) from which pairs are drawn
@@ -263,7 +266,9 @@ class SelectionConfig:
     per_prompt: int = 4
     per_signature: int = 1  # near duplicates kept per signature
     max_pairs: int = 1000  # per round and direction
-    chosen: str = "best"  # best (largest mean of z) | random SFT response to the same prompt
+    # SFT response to the same prompt: the one that all members like best, any, or the one that the others like best
+    chosen: str = "best"  # best (largest mean of z) | random | other (largest mean of z without the target's)
+    null_ratio: float = 0.0  # a direction with fewer finds than this times the null count gives no pairs; 0: any does
     min_pairs: int = 1  # a round with fewer pairs ends the pipeline
 
 
@@ -271,10 +276,13 @@ class SelectionConfig:
 class AugmentationConfig:
     """How adversarial pairs join the preference data."""
 
-    mode: str = "append"  # append (one pass over both) | mix (a set share of every batch)
+    mode: str = "append"  # append (one pass over both) | mix (a set share of every batch) | on_top (beside the batch)
     ratio: float = 0.2  # share of adversarial pairs in a batch (mix)
+    pairs_per_step: int = 16  # adversarial pairs that join every batch, which stays as it is (on_top)
     weight: float = 1.0  # loss weight of adversarial pairs
     pairs_path: str = ""  # pair store(s), comma separated
+    warm_steps: int = 0  # steps of retraining from the member of the round before; 0: anew from the policy's trunk
+    warm_lr: float = 0.0  # learning rate of these steps; 0 takes model.optim.lr
 
 
 @dataclass

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from nemo_advrm.data.encoding import EncodedPair, encode_pairs
-from nemo_advrm.data.mixing import draw_replacements
+from nemo_advrm.data.mixing import draw_on_top, draw_replacements
 from nemo_advrm.data.pair_store import PairStore
 from nemo_advrm.data.tokenizers import Tokenizer
 from nemo_advrm.errors import ConfigError
@@ -20,33 +20,42 @@ from nemo_advrm.models.reward_model import RewardModel
 
 
 class AdversarialAugmentation(Callback):
-    """Replaces a set share of every global batch by adversarial pairs of one or more pair stores.
+    """Brings adversarial pairs of one or more pair stores into every global batch.
 
-    Which rows give way and which pairs take their place is a function of (seed, step, pairs known at that
-    step), the same on every rank. A store may grow during training: it is read again every
+    With ``ratio`` they take the place of that share of the batch, with ``pairs_per_step`` they join it: the batch is
+    then what it would be without pairs, on every rank.
+
+    Which rows give way and which pairs come is a function of (seed, step, pairs known at that step), the same on every
+    rank. A store may grow during training: it is read again every
     ``refresh_every_n_steps``, and the number of pairs in force from each step on is part of the
     checkpoint, so a restarted run mixes exactly as the unbroken one did. A hash of those pairs is part of it too: a
     store that was changed other than at its end is refused.
 
     Args:
         stores: pair store files, read in order.
-        ratio: share of adversarial pairs in a batch, in (0, 1).
+        ratio: share of adversarial pairs in a batch, in (0, 1); None with ``pairs_per_step``.
         max_length: longest sequence in tokens; longer pairs lose the start of their prompt.
         weight: loss weight of adversarial pairs.
         refresh_every_n_steps: 0 reads the stores once.
+        pairs_per_step: pairs that join each batch in place of a ``ratio``.
     """
 
     def __init__(
         self,
         stores: list[Path],
         tokenizer: Tokenizer,
-        ratio: float,
+        ratio: float | None,
         max_length: int,
         seed: int = 0,
         weight: float = 1.0,
         refresh_every_n_steps: int = 0,
+        pairs_per_step: int = 0,
     ) -> None:
-        if not 0 < ratio < 1:
+        if (ratio is None) != (pairs_per_step > 0):
+            raise ConfigError(
+                f"augmentation: give either ratio (here {ratio}) or pairs_per_step (here {pairs_per_step}, at least 1)"
+            )
+        if ratio is not None and not 0 < ratio < 1:
             raise ConfigError(f"augmentation.ratio must lie between 0 and 1, not {ratio}")
         self.stores = stores
         self.tokenizer = tokenizer
@@ -55,6 +64,7 @@ class AdversarialAugmentation(Callback):
         self.seed = seed
         self.weight = weight
         self.refresh_every_n_steps = refresh_every_n_steps
+        self.pairs_per_step = pairs_per_step
         self._pairs: list[list[EncodedPair]] = [[] for _ in stores]
         # (first step, pairs of each store in force from it on): stores only ever grow at their ends
         self._known: list[tuple[int, list[int]]] = []
@@ -63,7 +73,10 @@ class AdversarialAugmentation(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if not isinstance(pl_module, RewardModel):
             raise ConfigError(f"AdversarialAugmentation works on a RewardModel, not on {type(pl_module).__name__}")
-        pl_module.mix = self.mix
+        if self.ratio is None:
+            pl_module.on_top = self.on_top
+        else:
+            pl_module.mix = self.mix
         self._prepare(0)  # the loop draws its first batch before training starts
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -87,12 +100,20 @@ class AdversarialAugmentation(Callback):
 
     def mix(self, step: int, rows: list[EncodedPair]) -> list[EncodedPair]:
         """The global batch of ``step`` with its share of adversarial pairs."""
-        counts = next((counts for first, counts in reversed(self._known) if step >= first), [])
-        pool = [pair for pairs, count in zip(self._pairs, counts, strict=False) for pair in pairs[:count]]
-        mixed = list(rows)
-        for place, pair in draw_replacements(len(rows), len(pool), self.ratio, self.seed, step):
+        pool, mixed = self._pool(step), list(rows)
+        for place, pair in draw_replacements(len(rows), len(pool), self.ratio or 0.0, self.seed, step):
             mixed[place] = pool[pair]
         return mixed
+
+    def on_top(self, step: int) -> list[EncodedPair]:
+        """The adversarial pairs that join the global batch of ``step``."""
+        pool = self._pool(step)
+        return [pool[i] for i in draw_on_top(self.pairs_per_step, len(pool), self.seed, step)]
+
+    def _pool(self, step: int) -> list[EncodedPair]:
+        """The pairs in force at ``step``."""
+        counts = next((counts for first, counts in reversed(self._known) if step >= first), [])
+        return [pair for pairs, count in zip(self._pairs, counts, strict=False) for pair in pairs[:count]]
 
     def state_dict(self) -> dict[str, Any]:
         return {"known": [[first, counts] for first, counts in self._known], "sha256": self._hashes()}

@@ -1,9 +1,10 @@
-"""Which rows of a batch give way to adversarial pairs, and to which: one rule for every trainer."""
+"""Which adversarial pairs a batch gets, and which of its rows give way to them: one rule for every trainer."""
 
 from __future__ import annotations
 
 import torch
 
+from nemo_advrm.data.batching import BatchSchedule
 from nemo_advrm.seeds import derive_seed
 
 
@@ -20,3 +21,12 @@ def draw_replacements(rows: int, pool: int, ratio: float, seed: int, step: int) 
     places = torch.randperm(rows, generator=generator)[:share].tolist()
     drawn = torch.randint(pool, (share,), generator=generator).tolist()
     return list(zip(places, drawn, strict=True))
+
+
+def draw_on_top(count: int, pool: int, seed: int, step: int) -> list[int]:
+    """Pairs of the pool that join the global batch of ``step``: ``count`` of them, none when the pool is empty.
+
+    A function of its arguments alone, the same in every process. Every pair of a pool that does not grow is drawn once
+    before any is drawn again.
+    """
+    return BatchSchedule(pool, count, derive_seed(seed, "augmentation")).rows_for_step(step) if pool else []

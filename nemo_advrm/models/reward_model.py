@@ -33,6 +33,8 @@ from nemo_advrm.schema import Config
 
 MixRows = Callable[[int, list[EncodedPair]], list[EncodedPair]]
 """(step, the global batch) -> the global batch with adversarial pairs mixed in."""
+MoreRows = Callable[[int], list[EncodedPair]]
+"""step -> adversarial pairs that join its global batch."""
 
 
 class RewardModel(TrainableModel):
@@ -62,6 +64,7 @@ class RewardModel(TrainableModel):
         self.train_rows = train_rows
         self.validation_rows = validation_rows
         self.mix: MixRows | None = None
+        self.on_top: MoreRows | None = None
         if cfg.reward_model.loss in ("margin_bt", "scaled_bt") and all(row.margin is None for row in train_rows):
             raise ConfigError(f"reward_model.loss={cfg.reward_model.loss} needs rows with the key margin: none has it")
         if cfg.reward_model.loss == "regression":
@@ -88,7 +91,13 @@ class RewardModel(TrainableModel):
             rows = [self.train_rows[i] for i in order.rows_for_step(step)]
             if self.mix is not None:
                 rows = self.mix(step, rows)
-            yield shard_rows(rows, [row.length for row in rows], rt.dp_rank, rt.dp_size)
+            # dealt out by themselves, so that every rank's part of the batch is what it would be without them
+            more = self.on_top(step) if self.on_top is not None else []
+            yield [
+                row
+                for part in (rows, more)
+                for row in shard_rows(part, [row.length for row in part], rt.dp_rank, rt.dp_size)
+            ]
 
     def train_on(self, batch: list[EncodedPair], step: int) -> dict[str, float]:
         self.optimizer.zero_grad()

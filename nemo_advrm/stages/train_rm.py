@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lightning.pytorch import Callback
@@ -95,7 +96,10 @@ def train_reward_model(
     title: str,
     restore_from: str,
 ) -> dict[str, float]:
-    """Train into ``directory/model``; returns the validation metrics. A finished training is not redone."""
+    """Train into ``directory/model``; returns the validation metrics. A finished training is not redone.
+
+    ``augmentation.pairs_path`` names the adversarial pairs that are brought in as ``augmentation.mode`` says.
+    """
     finished = read_result(directory, "val/accuracy", "val/loss", "val/margin")
     if finished is not None:
         return finished
@@ -103,28 +107,69 @@ def train_reward_model(
     stores = [Path(p) for p in cfg.augmentation.pairs_path.split(",") if p]
     callbacks: list[Callback] = []
     if stores and cfg.augmentation.mode == "append":
-        pairs = [p for store in stores for p in PairStore(store).to_preferences(cfg.augmentation.weight)]
-        if pairs:
-            limit = cfg.model.encoder_seq_length
-            train_rows = train_rows + encode_pairs(pairs, tokenizer, limit, "truncate_prompt")[0]
+        train_rows = train_rows + _encoded_stores(cfg, tokenizer, stores)
     elif stores:
-        if cfg.reward_model.loss == "regression":
-            raise ConfigError("reward_model.loss=regression: adversarial pairs have no labels to learn")
-        callbacks.append(
-            AdversarialAugmentation(
-                stores,
-                tokenizer,
-                cfg.augmentation.ratio,
-                cfg.model.encoder_seq_length,
-                seed=derive_seed(seed, "augmentation"),
-                weight=cfg.augmentation.weight,
-            )
-        )
+        callbacks.append(_augmentation(cfg, tokenizer, stores, seed))
     module = RewardModel(cfg, tokenizer, train_rows, data.validation, restore_from, seed)
     fit(module, cfg, directory, title, callbacks, validate=True)
     metrics = {**module.validation_metrics, **_mismatch(module, data.mismatched)}
     write_result(directory, module, metrics, steps=module.max_steps, **metrics)
     return metrics
+
+
+def retrain_warm(
+    cfg: Config,
+    tokenizer: Tokenizer,
+    directory: Path,
+    data: EncodedPreferences,
+    seed: int,
+    title: str,
+    previous: str,
+    pairs: Sequence[Path],
+) -> dict[str, float]:
+    """Train the reward model ``previous`` on for ``augmentation.warm_steps`` steps into ``directory/model``.
+
+    The adversarial ``pairs`` (stores) come in as ``augmentation.mode`` says, beside those of
+    ``augmentation.pairs_path``. Without any this is the control of a training with them: as many steps on the same
+    batches, which ``augmentation.mode=on_top`` leaves as they are. ``seed`` must be the same for both. Returns the
+    validation metrics. Raises ConfigError for ``augmentation.warm_steps=0``.
+    """
+    return train_reward_model(warm(cfg, pairs), tokenizer, directory, data, seed, title, previous)
+
+
+def warm(cfg: Config, pairs: Sequence[Path]) -> Config:
+    """The configuration of a warm retraining with ``pairs``: its steps, its learning rate."""
+    options = cfg.augmentation
+    if not options.warm_steps:
+        raise ConfigError("augmentation.warm_steps=0: a warm retraining needs at least 1 step")
+    optim = replace(cfg.model.optim, lr=options.warm_lr or cfg.model.optim.lr)
+    stores = ",".join(filter(None, [options.pairs_path, *map(str, pairs)]))
+    return replace(
+        cfg,
+        trainer=replace(cfg.trainer, max_steps=options.warm_steps),
+        model=replace(cfg.model, optim=optim),
+        augmentation=replace(options, pairs_path=stores),
+    )
+
+
+def _encoded_stores(cfg: Config, tokenizer: Tokenizer, stores: list[Path]) -> list[EncodedPair]:
+    pairs = [p for store in stores for p in PairStore(store).to_preferences(cfg.augmentation.weight)]
+    return encode_pairs(pairs, tokenizer, cfg.model.encoder_seq_length, "truncate_prompt")[0] if pairs else []
+
+
+def _augmentation(cfg: Config, tokenizer: Tokenizer, stores: list[Path], seed: int) -> AdversarialAugmentation:
+    if cfg.reward_model.loss == "regression":
+        raise ConfigError("reward_model.loss=regression: adversarial pairs have no labels to learn")
+    options, on_top = cfg.augmentation, cfg.augmentation.mode == "on_top"
+    return AdversarialAugmentation(
+        stores,
+        tokenizer,
+        None if on_top else options.ratio,
+        cfg.model.encoder_seq_length,
+        seed=derive_seed(seed, "augmentation"),
+        weight=options.weight,
+        pairs_per_step=options.pairs_per_step if on_top else 0,
+    )
 
 
 def _mismatch(module: RewardModel, pairs: list[EncodedPair]) -> dict[str, float]:

@@ -23,12 +23,15 @@ def store_of(path: Path, count: int) -> Path:
     return path
 
 
-def callback(stores: list[Path], ratio: float = 0.25, **options: Any) -> AdversarialAugmentation:
+def callback(stores: list[Path], ratio: float | None = 0.25, **options: Any) -> AdversarialAugmentation:
     return AdversarialAugmentation(stores, TOKENIZER, ratio, 64, **options)
 
 
-def batches(path: str) -> list[list[str]]:
-    """Sources of this rank's rows in four steps of reward-model training."""
+def batches(path: str, on_top: int = 0) -> list[list[str]]:
+    """Sources of this rank's rows in four steps of reward-model training, half of them pairs, or ``on_top`` more.
+
+    Without a path there are no pairs.
+    """
 
     class AtStart:
         global_step = 0
@@ -36,7 +39,8 @@ def batches(path: str) -> list[list[str]]:
     cfg = tiny_config()
     cfg.trainer.max_steps = 4
     module = RewardModel(cfg, TOKENIZER, pairs(20), [])
-    augmentation = callback([Path(path)], ratio=0.5)
-    augmentation.setup(AtStart(), module, "fit")  # type: ignore[arg-type]
-    augmentation.on_train_start(AtStart(), module)  # type: ignore[arg-type]
+    if path:
+        augmentation = callback([Path(path)], ratio=None if on_top else 0.5, pairs_per_step=on_top)
+        augmentation.setup(AtStart(), module, "fit")  # type: ignore[arg-type]
+        augmentation.on_train_start(AtStart(), module)  # type: ignore[arg-type]
     return [[row.source for row in batch] for batch in module.steps(0)]

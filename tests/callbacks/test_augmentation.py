@@ -169,3 +169,47 @@ def test_data_parallel_ranks_share_one_mixed_batch(worlds: Worlds, single: Runti
     for step, batch in enumerate(alone):
         assert len(ranks[0][step]) == len(ranks[1][step]) == 4
         assert sorted(ranks[0][step] + ranks[1][step]) == sorted(batch)
+
+
+@pytest.mark.parametrize("on_top", [1, 3, 10])
+def test_pairs_on_top_leave_every_batch_as_it_is_on_every_data_parallel_rank(
+    worlds: Worlds, single: Runtime, tmp_path: Path, on_top: int
+) -> None:
+    path = store_of(tmp_path / "pairs.jsonl", 6)
+
+    def split(batch: list[str]) -> tuple[list[str], list[str]]:
+        extra = [source for source in batch if source.startswith(str(path))]
+        return [source for source in batch if source not in extra], extra
+
+    alone = [split(batch) for batch in batches(str(path), on_top)]
+    assert [base for base, _ in alone] == batches("")
+    assert all(len(extra) == on_top for _, extra in alone)
+    ranks = worlds.run(Layout(), "augmentation_jobs", "batches", 2, path=str(path), on_top=on_top)
+    without = worlds.run(Layout(), "augmentation_jobs", "batches", 2, path="")
+    parts = [[split(batch) for batch in rank] for rank in ranks]
+    assert [[base for base, _ in rank] for rank in parts] == without
+    for step, (_, extra) in enumerate(alone):
+        assert sorted(parts[0][step][1] + parts[1][step][1]) == sorted(extra)
+        assert abs(len(parts[0][step][1]) - len(parts[1][step][1])) <= 1
+
+
+def test_pairs_on_top_are_drawn_evenly_and_by_the_step_alone(tmp_path: Path) -> None:
+    path = store_of(tmp_path / "pairs.jsonl", 6)
+    first, again, other = (_started(path, ratio=None, pairs_per_step=4, seed=seed) for seed in (0, 0, 1))
+    drawn = [[row.source for row in first.on_top(step)] for step in range(6)]
+    assert [[row.source for row in again.on_top(step)] for step in reversed(range(6))] == drawn[::-1]
+    assert [[row.source for row in other.on_top(step)] for step in range(6)] != drawn
+    flat = [source for step in drawn for source in step]
+    assert {flat.count(source) for source in flat} == {4}, "24 rows of 6 pairs: each four times"
+    assert set(flat[:6]) == {f"{path}:{i}" for i in range(1, 7)}, "each once before any again"
+
+
+def test_an_empty_store_puts_nothing_on_top(tmp_path: Path) -> None:
+    (tmp_path / "pairs.jsonl").touch()
+    assert _started(tmp_path / "pairs.jsonl", ratio=None, pairs_per_step=4).on_top(0) == []
+
+
+@pytest.mark.parametrize(("ratio", "pairs_per_step"), [(0.5, 4), (None, 0), (None, -1)])
+def test_pairs_take_the_place_of_rows_or_join_them_but_not_both(ratio: float | None, pairs_per_step: int) -> None:
+    with pytest.raises(ConfigError, match="either ratio .* or pairs_per_step"):
+        callback([], ratio=ratio, pairs_per_step=pairs_per_step)
