@@ -211,5 +211,5 @@ def test_an_empty_store_puts_nothing_on_top(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("ratio", "pairs_per_step"), [(0.5, 4), (None, 0), (None, -1)])
 def test_pairs_take_the_place_of_rows_or_join_them_but_not_both(ratio: float | None, pairs_per_step: int) -> None:
-    with pytest.raises(ConfigError, match="either ratio .* or pairs_per_step"):
+    with pytest.raises(ConfigError, match=r"either ratio .* or pairs_per_step"):
         callback([], ratio=ratio, pairs_per_step=pairs_per_step)
