@@ -105,9 +105,7 @@ def _curves(
                     linewidth=1.0,
                 )
         axes.plot(x_S, one.gold_S, color=ORANGE, linewidth=0.8, alpha=0.45)
-        _smooth_line(
-            axes, x_S, one.gold_S, run.window, handles, "gold reward (left axis)", color=ORANGE, linewidth=2.4
-        )
+        _smooth_line(axes, x_S, one.gold_S, run.window, handles, "gold reward (left axis)", color=ORANGE, linewidth=2.4)
         twin = axes.twinx()
         _smooth_line(
             twin,

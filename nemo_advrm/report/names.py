@@ -52,3 +52,8 @@ def duration(seconds: float | None) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02d} s"
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def flops_text(flops: float | None) -> str:
+    """`3.1e15`."""
+    return ABSENT if flops is None else f"{flops:.1e}".replace("e+", "e")

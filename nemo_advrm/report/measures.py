@@ -1,0 +1,166 @@
+"""The measures of one RLHF run: how good what it wrote was, by gold, over the run and at its end.
+
+Gold is that of fixed held-out prompts where the run evaluated them (`rl.held_out_prompts`), else that of the rollouts. All
+means are over steps: between two evaluations gold is interpolated, so that a run that is evaluated every tenth step has
+the same measures, but for noise, as one that is evaluated at every step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nemo_advrm.data.jsonl import read_appended_jsonl
+from nemo_advrm.errors import DataError
+from nemo_advrm.objectives.overoptimization import stable_steps
+from nemo_advrm.report.files import count, number
+
+FloatArray = NDArray[np.float64]
+
+HELD_OUT = "held_out"
+ROLLOUTS = "rollouts"
+# the defaults of pipeline.stable_window, pipeline.stable_tolerance and report.kl
+SMOOTHING_WINDOW = 5
+TOLERANCE = 0.1
+MATCHED_KL = 10.0
+# final gold is the mean over this share of the steps, peak gold the highest mean over as many
+FINAL_SHARE = 0.1
+
+
+@dataclass(frozen=True)
+class Options:
+    """By what the measures of a run are taken.
+
+    Attributes:
+        kl: nats per response at which `gold_at_kl` is read.
+        window: evaluations in the smoothing window of `stable_steps`.
+        tolerance: gold units below the start that count as a fall there.
+    """
+
+    kl: float = MATCHED_KL
+    window: int = SMOOTHING_WINDOW
+    tolerance: float = TOLERANCE
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Gold, proxy and KL of a run at its evaluations, all [S], by rising step; NaN where there is none.
+
+    kl_S: mean over responses of the summed log pi - log pi_0, in nats. source: `held_out` or `rollouts`.
+    """
+
+    steps_S: NDArray[np.int64]
+    gold_S: FloatArray
+    proxy_S: FloatArray
+    kl_S: FloatArray
+    source: str
+
+    @property
+    def has_gold(self) -> bool:
+        return bool(np.isfinite(self.gold_S).any())
+
+
+def curves(rows: Iterable[Mapping[str, Any]]) -> tuple[Curve | None, Curve | None]:
+    """(held-out curve, rollout curve) of the rows of an RLHF run's metrics.jsonl; None where there are no rows.
+
+    A resumed run logs the steps after its checkpoint again: of two rows of one step the later one counts.
+    """
+    by_step = {step: row for row in rows if (step := count(row.get("step"))) is not None}
+    ordered = [(step, by_step[step]) for step in sorted(by_step)]
+    held_out = [(step, row) for step, row in ordered if number(row.get("held_out/kl")) is not None]
+    return _curve(held_out, "held_out/", HELD_OUT), _curve(ordered, "", ROLLOUTS)
+
+
+def _curve(rows: Sequence[tuple[int, Mapping[str, Any]]], prefix: str, source: str) -> Curve | None:
+    if not rows:
+        return None
+    columns = []
+    for name in ("gold", "proxy", "kl"):
+        values = [number(row.get(prefix + name)) for _, row in rows]
+        columns.append(np.array([np.nan if value is None else value for value in values], dtype=np.float64))
+    return Curve(np.array([step for step, _ in rows], dtype=np.int64), *columns, source)
+
+
+def measured_curve(held_out: Curve | None, rollouts: Curve | None) -> Curve | None:
+    """The curve that is measured: held-out gold where there is any, else that of the rollouts."""
+    if held_out is not None and (held_out.has_gold or rollouts is None or not rollouts.has_gold):
+        return held_out
+    return rollouts
+
+
+def measures(directory: Path, options: Options = Options()) -> dict[str, Any]:
+    """The measures of the RLHF run in `directory`, from its metrics.jsonl; see `measures_of`.
+
+    Raises DataError when there is no file, or no row with a step in it.
+    """
+    path = Path(directory) / "metrics.jsonl"
+    if not path.is_file():
+        raise DataError(f"{path}: no such file, so no RLHF run to measure")
+    rows = [row for _, row in read_appended_jsonl(path)[0] if isinstance(row, dict)]
+    curve = measured_curve(*curves(rows))
+    if curve is None:
+        raise DataError(f"{path}: no row has a step")
+    return measures_of(curve, options)
+
+
+def measures_of(curve: Curve, options: Options = Options()) -> dict[str, Any]:
+    """The measures of a curve; without gold those of gold are None.
+
+    Returns:
+        source: whose gold it is, `held_out` or `rollouts`.
+        steps: the last evaluated step.
+        start: gold of the first evaluation, of the policy that RLHF starts from.
+        area: mean gold over the steps.
+        second_half: the same over the second half of the steps.
+        final: the same over the last tenth of the steps.
+        peak: the highest mean over as many steps in a row as `final` has.
+        gold_at_kl: gold where the KL first reaches `options.kl`, interpolated; None where it never does.
+        stable_steps: the step from which smoothed gold stays below its start; None if it never does.
+        kl_final, proxy_start, proxy_final: of the last or the first evaluation that has it.
+    """
+    result: dict[str, Any] = {"source": curve.source, "steps": int(curve.steps_S[-1])}
+    result |= dict.fromkeys(("start", "area", "second_half", "final", "peak", "gold_at_kl", "stable_steps"))
+    result["kl_final"] = _known(curve.kl_S[::-1])
+    result["proxy_start"], result["proxy_final"] = _known(curve.proxy_S), _known(curve.proxy_S[::-1])
+    known_S = np.isfinite(curve.gold_S)
+    if not known_S.any():
+        return result
+    steps_S, gold_S = curve.steps_S[known_S], curve.gold_S[known_S]
+    gold_T = np.interp(np.arange(steps_S[0], steps_S[-1] + 1), steps_S, gold_S)  # of every step
+    length = len(gold_T)
+    share = max(1, round(FINAL_SHARE * length))
+    sums = np.concatenate(([0.0], np.cumsum(gold_T)))
+    return result | {
+        "steps": int(steps_S[-1]),
+        "start": float(gold_S[0]),
+        "area": float(gold_T.mean()),
+        "second_half": float(gold_T[length // 2 :].mean()),
+        "final": float(gold_T[-share:].mean()),
+        "peak": float(((sums[share:] - sums[:-share]) / share).max()),
+        "gold_at_kl": gold_at_kl(curve.kl_S, curve.gold_S, options.kl),
+        "stable_steps": stable_steps(steps_S.tolist(), gold_S.tolist(), options.window, options.tolerance),
+    }
+
+
+def gold_at_kl(kl_S: FloatArray, gold_S: FloatArray, kl: float) -> float | None:
+    """Gold where the KL first reaches `kl`, on the line between the evaluations around it; None if it never does."""
+    known_S = np.isfinite(kl_S) & np.isfinite(gold_S)
+    points = list(zip(kl_S[known_S].tolist(), gold_S[known_S].tolist(), strict=True))
+    if points and points[0][0] >= kl:
+        return points[0][1] if points[0][0] == kl else None
+    for (low, before), (high, after) in pairwise(points):
+        if high >= kl:
+            return before + (after - before) * (kl - low) / (high - low)
+    return None
+
+
+def _known(values_S: FloatArray) -> float | None:
+    """The first value that is one."""
+    known = values_S[np.isfinite(values_S)]
+    return float(known[0]) if known.size else None
