@@ -188,6 +188,8 @@ RANGES: dict[str, Range] = {
     "rl.critic_lr": POSITIVE,
     "rl.critic_warmup_steps": COUNT_OR_ZERO,
     "rl.evaluation_every": COUNT,
+    "rl.held_out_prompts": COUNT_OR_ZERO,
+    "rl.held_out_every": COUNT,
     "rl.log_samples": COUNT_OR_ZERO,
     "selection.last_fraction": Range(above=0, at_most=1),
     "selection.threshold_z": FINITE,
@@ -212,6 +214,9 @@ RANGES: dict[str, Range] = {
     "synthetic.validation_pairs": COUNT,
     "synthetic.flip_probability": FRACTION,
     "synthetic.prompts": COUNT,
+    "best_of_n.prompts": COUNT,
+    "best_of_n.samples": COUNT,
+    "report.kl": POSITIVE,
     "plan.gpus": COUNT_OR_ZERO,
     "plan.efficiency": Range(above=0, at_most=1),
     "plan.reserve_gib": NOT_NEGATIVE,
@@ -262,6 +267,11 @@ def _check_scoring_is_no_hang(cfg: Config) -> None:
         )
 
 
+def samples_prompts(cfg: Config) -> bool:
+    """Whether prompts are those of the embedded language, of which there are always more, and not those of files."""
+    return cfg.pipeline.gold == "synthetic" and not cfg.data.prompts_path and not cfg.data.train_path
+
+
 def check_values(cfg: Config) -> None:
     """Raise :class:`ConfigError` that names the key when a value is not one of its choices or out of its range."""
     for pattern, options in CHOICES.items():
@@ -276,6 +286,11 @@ def check_values(cfg: Config) -> None:
                 raise ConfigError(f"{key}={value}: must be {allowed}")
     _check_architecture(cfg.model)
     _check_scoring_is_no_hang(cfg)
+    if cfg.rl.held_out_prompts and not cfg.data.held_out_prompts_path and not samples_prompts(cfg):
+        raise ConfigError(
+            f"rl.held_out_prompts={cfg.rl.held_out_prompts}: needs data.held_out_prompts_path, a file of prompts that "
+            "training does not have"
+        )
     if len(cfg.model.optim.betas) != 2:
         raise ConfigError(f"model.optim.betas={cfg.model.optim.betas}: must be two numbers")
     if cfg.rl.algorithm in ("rloo", "grpo") and cfg.rl.group_size < 2:

@@ -127,6 +127,9 @@ STAGES: dict[str, Stage] = {
             "ensemble.reference_path",
             "reference.",
             *_RL,
+            "data.held_out_prompts_path",
+            "rl.held_out_prompts",
+            "rl.held_out_every",
             *_PARALLEL,
         ),
         "nemo-advrm rlhf 'ensemble.members=[runs/rm_1/model,runs/rm_2/model]' ensemble.aggregate=lcb rl=ppo "

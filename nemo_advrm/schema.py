@@ -142,6 +142,7 @@ class DataConfig:
     validation_path: str = ""  # empty: a held-out part of train_path
     validation_fraction: float = 0.05
     prompts_path: str = ""  # prompts of attack and rlhf; empty: those of train_path
+    held_out_prompts_path: str = ""  # prompts that are only evaluated on; of them those that training has are left out
     train_split: str = ""  # split of a train_path that has several; empty: train (docs/data.md)
     validation_split: str = ""  # split of validation_path, or of train_path if that is empty; empty: validation or test
     prompts_split: str = ""  # split of prompts_path; empty: train
@@ -250,6 +251,8 @@ class RLConfig:
     critic_lr: float = 1.0e-5
     critic_warmup_steps: int = 0  # steps that train the critic alone
     evaluation_every: int = 1  # steps between evaluations of gold and of the samples that are kept
+    held_out_prompts: int = 0  # fixed prompts, and random numbers, on which rlhf evaluates the policy; 0: none
+    held_out_every: int = 10  # steps between these evaluations
     log_samples: int = 4  # samples kept per step in samples.jsonl
 
 
@@ -311,6 +314,23 @@ class EvaluateConfig:
     """The stage ``evaluate``."""
 
     mismatch: bool = True  # also score the good answers of other prompts: does the model read the prompt?
+
+
+@dataclass
+class BestOfNConfig:
+    """Best-of-n: responses of the policy to fixed held-out prompts, the best of n by a reward."""
+
+    prompts: int = 64
+    samples: int = 256  # responses to each prompt, and the largest n
+    name: str = "reward"  # of the reward, in best_of_n/NAME.json
+
+
+@dataclass
+class ReportConfig:
+    """The report of runs."""
+
+    kl: float = 10.0  # nats per response at which the gold of RLHF runs is compared
+    study_path: str = ""  # results of a study (docs/synthetic.md), shown beside the figures of the run
 
 
 @dataclass
@@ -408,6 +428,8 @@ class Config:
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)
     synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    best_of_n: BestOfNConfig = field(default_factory=BestOfNConfig)
+    report: ReportConfig = field(default_factory=ReportConfig)
     serve: ServeConfig = field(default_factory=ServeConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
     stage: StageConfig = field(default_factory=StageConfig)

@@ -1,8 +1,8 @@
 """The measures of one RLHF run: how good what it wrote was, by gold, over the run and at its end.
 
-Gold is that of fixed held-out prompts where the run evaluated them (`rl.held_out_prompts`), else that of the rollouts. All
-means are over steps: between two evaluations gold is interpolated, so that a run that is evaluated every tenth step has
-the same measures, but for noise, as one that is evaluated at every step.
+Gold is that of fixed held-out prompts where the run evaluated them (`rl.held_out_prompts`), else that of the rollouts.
+All means are over steps: between two evaluations gold is interpolated, so that a run that is evaluated every tenth step
+has the same measures, but for noise, as one that is evaluated at every step.
 """
 
 from __future__ import annotations
@@ -80,11 +80,14 @@ def curves(rows: Iterable[Mapping[str, Any]]) -> tuple[Curve | None, Curve | Non
 def _curve(rows: Sequence[tuple[int, Mapping[str, Any]]], prefix: str, source: str) -> Curve | None:
     if not rows:
         return None
-    columns = []
-    for name in ("gold", "proxy", "kl"):
-        values = [number(row.get(prefix + name)) for _, row in rows]
-        columns.append(np.array([np.nan if value is None else value for value in values], dtype=np.float64))
-    return Curve(np.array([step for step, _ in rows], dtype=np.int64), *columns, source)
+    gold_S, proxy_S, kl_S = (column([row for _, row in rows], prefix + name) for name in ("gold", "proxy", "kl"))
+    return Curve(np.array([step for step, _ in rows], dtype=np.int64), gold_S, proxy_S, kl_S, source)
+
+
+def column(rows: Iterable[Mapping[str, Any]], key: str) -> FloatArray:
+    """[N] finite numbers of one key; NaN where a row has none."""
+    values = [number(row.get(key)) for row in rows]
+    return np.array([np.nan if value is None else value for value in values], dtype=np.float64)
 
 
 def measured_curve(held_out: Curve | None, rollouts: Curve | None) -> Curve | None:

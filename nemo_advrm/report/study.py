@@ -7,9 +7,9 @@ A file of JSON lines, to which runs append as they finish:
      "baseline": arm that this one is compared with, "" for none, "measures": {NAME: number | text | null},
      "cpu_seconds": f | null, "flops": f | null, "commit": git commit, "hardware": in words}
 
-Measures of `rlhf` are those of `report.measures`, of `best_of_n` those of `report.best_of_n`. A line of `gates` says what
-the reward models of a seed are like, whatever names its measures have; "met" is true or false there. A later line replaces
-an earlier one of the same experiment, kind, seed, arm and rlhf_seed: a run that was done again counts once.
+Measures of `rlhf` are those of `report.measures`, of `best_of_n` those of `objectives.best_of_n`. A line of `gates`
+says what the reward models of a seed are like, whatever names its measures have; "met" is true or false there. A later
+line replaces an earlier one of the same experiment, kind, seed, arm and rlhf_seed: a run done again counts once.
 """
 
 from __future__ import annotations

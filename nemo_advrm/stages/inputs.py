@@ -58,6 +58,14 @@ def prompts(cfg: Config) -> list[tuple[Message, ...]]:
     return report.prompts
 
 
+def held_out(cfg: Config) -> list[tuple[Message, ...]]:
+    """The different prompts of ``data.held_out_prompts_path``."""
+    data = cfg.data
+    report = load_prompts(data.held_out_prompts_path, on_bad_row=data.on_bad_row, ignore_columns=data.ignore_columns)
+    _say(report.summary())
+    return report.prompts
+
+
 def sft(cfg: Config) -> list[SftRow]:
     """Prompts and answers of ``data.train_path``, at most ``data.limit_train_rows``."""
     data = cfg.data

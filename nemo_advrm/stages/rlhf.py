@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from nemo_advrm.callbacks.held_out import HeldOutEvaluation
 from nemo_advrm.callbacks.rollouts import OveroptimizationTracker
 from nemo_advrm.data.messages import Message
 from nemo_advrm.data.tokenizers import Tokenizer, build_tokenizer
@@ -22,6 +23,7 @@ from nemo_advrm.rewards.standardisation import combined, read_statistics
 from nemo_advrm.schema import Config
 from nemo_advrm.stages import inputs, session
 from nemo_advrm.stages.fit import fit, read_result, write_result
+from nemo_advrm.stages.held_out import held_out_prompts
 from nemo_advrm.stages.reference import sample, write_reference
 
 
@@ -97,6 +99,18 @@ def run_rlhf(
         cfg, tokenizer, prompts, reward, cfg.pretrained_checkpoint.restore_from_path, derive_seed(seed, "rlhf")
     )
     tracker = OveroptimizationTracker(directory / "samples.jsonl", gold, cfg.rl.evaluation_every, cfg.rl.log_samples)
-    fit(module, cfg, directory, title, [tracker], first_step=0)
+    fit(module, cfg, directory, title, [*_held_out(cfg, tokenizer, prompts, reward, gold), tracker], first_step=0)
     write_result(directory, module, module.step_metrics)
     return module.step_metrics
+
+
+def _held_out(
+    cfg: Config, tokenizer: Tokenizer, prompts: list[Prompt], reward: PolicyReward, gold: RewardSource | None
+) -> list[HeldOutEvaluation]:
+    """The evaluation on held-out prompts, none where ``rl.held_out_prompts`` is 0; the same whatever RLHF's seed is."""
+    if not cfg.rl.held_out_prompts:
+        return []
+    kept = held_out_prompts(cfg, cfg.rl.held_out_prompts, [prompt.messages for prompt in prompts])
+    encoded = encode_prompts(kept, tokenizer, cfg)
+    encoded = prompts_with_room(encoded, tokenizer.fingerprint, getattr(reward, "sources", ()), cfg)
+    return [HeldOutEvaluation(encoded, cfg.rl.held_out_every, gold, derive_seed(cfg.seed, "held-out sampling"))]

@@ -26,7 +26,7 @@ _FILES = (
 )
 # what only a run writes, and what says which run it is comes before it
 _PRODUCTS = re.compile(r"checkpoints|model|metrics\.jsonl|result\.json|sft|preferences|attack|rlhf|round_\d+")
-_DATA_KEYS = ("train_path", "validation_path", "prompts_path")
+_DATA_KEYS = ("train_path", "validation_path", "prompts_path", "held_out_prompts_path")
 
 
 def check_places(directory: Path) -> None:

@@ -46,6 +46,8 @@ _FREE_KEYS = (
     "trainer.compare_gpu_kernels",
     "trainer.memory_snapshot",
     "pipeline.only",
+    "best_of_n.name",
+    "report",
 )
 # keys that change results by rounding alone (and which units drop out): a run that does not fit into memory goes on
 # with others. Each change is recorded in versions.yaml.
