@@ -15,34 +15,37 @@ from nemo_advrm.objectives.uncertainty import others
 
 # Why a row that qualifies cannot be one side of a pair, in the order in which they are looked for.
 UNUSABLE = ("unended", "not_text", "no_usable_sft")
-DROP_REASONS = (
-    "not_qualified",
-    *UNUSABLE,
-    "exact_duplicate",
-    "below_top_fraction",
-    "near_duplicate",
-    "prompt_cap",
-    "total_cap",
-)
+# Why a find, one of different responses that qualify and can stand in a pair, is left out.
+AFTER_FINDS = ("below_top_fraction", "near_duplicate", "prompt_cap", "total_cap")
+DROP_REASONS = ("not_qualified", *UNUSABLE, "exact_duplicate", *AFTER_FINDS)
 
 
 def qualifies(
     scores_BK: Tensor,
     z_BK: Tensor,
     prompt_mean_B: Tensor,
-    disagreement_z_B: Tensor,
+    unusual_B: Tensor,
     threshold: float,
     target: int = 0,
     require_others_negative: bool = False,
 ) -> Tensor:
-    """R_1 > T_1(x) and Z(U) > threshold, and with `require_others_negative` every other z_k < 0; bool [B].
+    """R_1 > T_1(x) and `unusual_B` > threshold, and with `require_others_negative` every other z_k < 0; bool [B].
 
-    `prompt_mean_B` is T of the target member. NaN never qualifies. Source: Adv-RM (arXiv 2504.06141).
+    `unusual_B` is Z(U), or z_1 where the adversary maximised R_1 alone. `prompt_mean_B` is T of the target member. NaN
+    never qualifies. Source: Adv-RM (arXiv 2504.06141).
     """
-    qualified_B = (scores_BK[:, target] > prompt_mean_B) & (disagreement_z_B > threshold)
+    qualified_B = (scores_BK[:, target] > prompt_mean_B) & (unusual_B > threshold)
     if require_others_negative:
         qualified_B = qualified_B & (others(z_BK, target) < 0).all(-1)
     return qualified_B
+
+
+def first_step(steps: int, last_fraction: float) -> int:
+    """The first of `steps` (from 0) that is in their last fraction, which is rounded up to whole steps.
+
+    The early responses of an attack are better text than the later ones, and often rightly liked.
+    """
+    return steps - math.ceil(round(last_fraction * steps, 9))
 
 
 def select_pairs(

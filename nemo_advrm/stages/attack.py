@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 from typing import Any
 
+from nemo_advrm import files
 from nemo_advrm.callbacks.rollouts import TrajectoryRecorder
 from nemo_advrm.data.jsonl import read_jsonl, write_jsonl_atomic
 from nemo_advrm.data.messages import Message
@@ -23,9 +25,11 @@ from nemo_advrm.rewards.reference import Reference
 from nemo_advrm.rewards.sources import load_members
 from nemo_advrm.schema import Config
 from nemo_advrm.stages import inputs, results, session
+from nemo_advrm.stages.finds import asks_others
 from nemo_advrm.stages.fit import drop_training_checkpoints, fit, records, tokenizer_meta
 from nemo_advrm.stages.reference import sample, write_reference
 
+_RESTORE = "restore it, or run the attack again"
 # what the summary of every adversary holds
 _SUMMED = ("samples", "steps", "seconds", "success_standard", "success_strict")
 
@@ -111,7 +115,11 @@ def run_attack(
                 _attack_member(cfg, tokenizer, home, prompts, members, reference, gold, direction, policy_seed)
         found[str(direction)] = _combined([results.finished(home, "summary.json", _SUMMED) or {} for home in own])
         homes += own
-    result = {"directions": found, "threshold_z": cfg.selection.threshold_z}
+    result = {
+        "directions": found,
+        "threshold_z": cfg.selection.threshold_z,
+        "by_disagreement": asks_others(cfg.adversarial),
+    }
     runtime.on_writer(lambda: _join_records(directory, homes))
     results.mark(directory, "summary.json", result, [f"{home.name}/{manifest.NAME}" for home in homes])
     return result
@@ -121,7 +129,7 @@ def check_samples(directory: Path) -> None:
     """Raise DataError when ``samples.jsonl`` has not as many rows as its attack has written."""
     path = directory / "samples.jsonl"
     cure = f"remove {directory / 'summary.json'} and run the attack again, which joins the rows of its policies"
-    summary = results.read_object(directory / "summary.json", ("directions",), "restore it, or run the attack again")
+    summary = results.read_object(directory / "summary.json", ("directions",), _RESTORE)
     try:
         wanted = sum(int(found["samples"]) for found in summary["directions"].values())
     except (TypeError, ValueError, KeyError, AttributeError) as error:
@@ -129,6 +137,34 @@ def check_samples(directory: Path) -> None:
     rows = sum(1 for _ in read_jsonl(path))
     if rows != wanted:
         raise DataError(f"{path} has {rows} rows, the attack has written {wanted}: restore it, or {cure}")
+
+
+def check_rule(cfg: Config, directory: Path) -> None:
+    """Raise ConfigError when the attack in ``directory`` had a reward of another kind than ``adversarial`` says.
+
+    Attacks of earlier versions and of NeMo-Aligner do not tell.
+    """
+    path = directory / "summary.json"
+    if not path.exists():
+        return
+    asked = results.read_object(path, (), _RESTORE).get("by_disagreement")
+    if asked is None or asked == asks_others(cfg.adversarial):
+        return
+    options = cfg.adversarial
+    key = f"coefficient={options.coefficient:g}" if options.preset == "paper" else f"lam2={options.lam2:g}"
+    done = "asked for the others' dislike" if asked else "maximised the target alone"
+    raise ConfigError(f"adversarial.{key}: the attack in {directory} {done}; give the value that it had")
+
+
+def add_to_summary(directory: Path, by_direction: dict[str, dict[str, Any]]) -> None:
+    """Add what selection found of every direction to the attack's ``summary.json``, where it has one."""
+    path = directory / "summary.json"
+    if not path.exists():  # rows of another origin
+        return
+    summary = results.read_object(path, ("directions",), _RESTORE)
+    for direction, facts in by_direction.items():
+        summary["directions"].setdefault(direction, {}).update(facts)
+    files.write_text(path, json.dumps(summary, indent=1))
 
 
 def success_rates(path: Path, cure: str) -> list[float]:

@@ -33,11 +33,11 @@ from nemo_advrm.rewards.sources import load_members
 from nemo_advrm.rewards.standardisation import combined
 from nemo_advrm.schema import Config, RLHFRunConfig
 from nemo_advrm.stages import artefacts, inputs, session
-from nemo_advrm.stages.attack import attack_prompts, check_directions, run_attack, success_rates
+from nemo_advrm.stages.attack import attack_prompts, check_directions, run_attack
 from nemo_advrm.stages.order import LIGHT, Step, find, labels_by_gold, last_round, order
 from nemo_advrm.stages.reference import read_rollouts, sample, write_reference
 from nemo_advrm.stages.rlhf import rlhf_prompts, run_rlhf
-from nemo_advrm.stages.select import dropped, select_round
+from nemo_advrm.stages.select import dropped, found_lines, reason_to_stop, select_round
 from nemo_advrm.stages.sft import encode_responses, sft_rows, train_sft
 from nemo_advrm.stages.state import RunState
 from nemo_advrm.stages.train_rm import EncodedPreferences, encode_rows, train_reward_model
@@ -219,18 +219,9 @@ class Pipeline:
         counts = runtime.on_writer(lambda: select_round(for_stage(self.cfg, "attack"), home, number, seed))
         if runtime.current().is_writer:
             print(f"{home.name}: {counts['selected']} adversarial pairs  ({dropped(counts)})", flush=True)
-        stop = runtime.on_writer(lambda: self._reason_to_stop(home, counts["selected"]))
+            print(*found_lines(counts), sep="\n", flush=True)
+        stop = runtime.on_writer(lambda: reason_to_stop(for_stage(self.cfg, "attack"), home, counts))
         self.state.set_detail(f"{home.name}/select", stop=stop, **counts)
-
-    def _reason_to_stop(self, home: Path, pairs: int) -> str:
-        options = self.cfg
-        if pairs < options.selection.min_pairs:
-            return f"{pairs} pairs were selected, fewer than selection.min_pairs={options.selection.min_pairs}"
-        cure = f"restore it, or remove {home / 'attack'} and it is done again"
-        rates = success_rates(home / "attack" / "summary.json", cure)
-        if rates and max(rates) < options.pipeline.stop_success_rate:
-            return f"attack success {max(rates):.2f} is below pipeline.stop_success_rate"
-        return ""
 
     def _rlhf(self, name: str, options: RLHFRunConfig, last: int) -> None:
         cfg = for_stage(self.cfg, "rlhf")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -13,17 +13,18 @@ import torch
 
 from nemo_advrm import writers
 from nemo_advrm.data.jsonl import read_jsonl, write_jsonl_atomic
-from nemo_advrm.data.pair_store import AdversarialPair, PairStore, Provenance
-from nemo_advrm.data.plain_text import stands_as_text
-from nemo_advrm.data.tokenizers import Tokenizer, build_tokenizer
+from nemo_advrm.data.pair_store import AdversarialPair, PairStore
+from nemo_advrm.data.tokenizers import build_tokenizer
 from nemo_advrm.errors import ConfigError, DataError
-from nemo_advrm.models.trainable import derive_seed
-from nemo_advrm.objectives.reference import own_z_scores
-from nemo_advrm.objectives.selection import qualifies, select_pairs, text_signature
+from nemo_advrm.objectives.selection import AFTER_FINDS, first_step, select_pairs, text_signature
 from nemo_advrm.rewards.reference import Reference
-from nemo_advrm.schema import Config, SelectionConfig
-from nemo_advrm.stages.attack import check_samples
+from nemo_advrm.schema import Config
+from nemo_advrm.seeds import derive_seed
+from nemo_advrm.stages.attack import add_to_summary, check_rule, check_samples, success_rates
+from nemo_advrm.stages.finds import FindRule
+from nemo_advrm.stages.pairing import ChosenSide, wrong_labels
 
+RANDOM_PAIRS = "random_pairs.jsonl"
 # what selection reads of every sample, and of which type
 _TYPES: dict[str, tuple[type, ...]] = {
     "direction": (int,),
@@ -49,11 +50,21 @@ def main(cfg: Config) -> int:
         check_samples(directory / "attack")
     counts = select_round(cfg, directory, 0, cfg.seed)
     print(f"{counts['selected']} pairs: {directory / 'pairs.jsonl'}  ({dropped(counts)})")
+    print(*found_lines(counts), sep="\n")
     return 0
 
 
-def select_round(cfg: Config, directory: Path, round_number: int, seed: int) -> dict[str, int]:
-    """Select from every direction of an attack; marks the samples, writes ``pairs.jsonl``; returns counts."""
+def select_round(cfg: Config, directory: Path, round_number: int, seed: int) -> dict[str, Any]:
+    """Select from every direction of an attack; marks the samples and writes ``pairs.jsonl``.
+
+    Returns the number of ``selected`` samples and of those that were dropped for each reason, over all directions; and
+    under ``directions``, for each by its number, ``selected``, ``found`` (different finds, before near-duplicates and
+    caps), ``null`` (how many of as many SFT responses would be finds) and ``wrong_labels`` (share of the pairs whose
+    rejected side has the higher gold; None without gold). The latter are written to ``attack/summary.json`` too.
+
+    Raises ConfigError when the attack maximised another reward than ``adversarial`` says.
+    """
+    check_rule(cfg, directory / "attack")
     tokenizer = build_tokenizer(cfg.model.tokenizer)  # the policy's, whose tokens the responses were
     reference = Reference.read(directory / "reference.jsonl")
     path = directory / "attack" / "samples.jsonl"
@@ -63,47 +74,36 @@ def select_round(cfg: Config, directory: Path, round_number: int, seed: int) -> 
     for n, row in read_jsonl(path):
         rows.append({**_checked(row, f"{path}:{n}", members), "selected": False})
         _check_reference(rows[-1], f"{path}:{n}", reference)
-    usable_PI = _usable_sft(reference, tokenizer)
-    # of z: raw scores would leave the choice to the member of the largest scale
-    quality_PN = own_z_scores(reference.scores_PNK, reference.statistics()).mean(-1)
     totals: Counter[str] = Counter()
     pairs: list[AdversarialPair] = []
+    by_direction: dict[str, dict[str, Any]] = {}
     for direction in sorted({row["direction"] for row in rows}):
-        own = [i for i, row in enumerate(rows) if row["direction"] == direction]
-        own_rows = [rows[i] for i in own]
-        unusable = [_unusable(cfg.selection, row, usable_PI, tokenizer) for row in own_rows]
-        chosen, counts = _select_direction(cfg, own_rows, reference, direction, seed, unusable)
-        totals.update(counts)
-        totals["selected"] += len(chosen)
-        for i in chosen:
-            rows[own[i]]["selected"] = True
-        pairs += [
-            _pair(cfg.selection, rows[own[i]], reference, usable_PI, quality_PN, round_number, seed) for i in chosen
-        ]
+        own = [row for row in rows if row["direction"] == direction]
+        late = late_rows(own, cfg.selection.last_fraction)
+        rule = FindRule(cfg, reference, direction, tokenizer)
+        chosen, counts, facts = _select_direction(cfg, late, rule, direction, seed)
+        totals.update({"selected": len(chosen), "early": len(own) - len(late), **counts})
+        side = ChosenSide(cfg.selection, reference, rule.usable_PI, direction, seed)
+        made = [side.pair(row, round_number, f"attack/{row['policy']}/model") for row in chosen]
+        by_direction[str(direction)] = {"selected": len(made), **facts, "wrong_labels": wrong_labels(made)}
+        pairs += made
+        for row in chosen:
+            row["selected"] = True
     store = directory / "pairs.jsonl"
     store.unlink(missing_ok=True)
     PairStore(store).append(pairs)
     write_jsonl_atomic(path, rows)
-    return dict(totals)
+    add_to_summary(directory / "attack", by_direction)
+    return {**totals, "directions": by_direction}
 
 
-def _usable_sft(reference: Reference, tokenizer: Tokenizer) -> list[list[int]]:
-    """Places of each prompt's SFT responses that may be chosen: they ended, and they are text."""
-    return [
-        [i for i in reference.finished(p) if stands_as_text(responses[i], tokenizer)]
-        for p, responses in enumerate(reference.responses_PN)
-    ]
-
-
-def _unusable(
-    options: SelectionConfig, row: dict[str, Any], usable_PI: list[list[int]], tokenizer: Tokenizer
-) -> str | None:
-    """Why an adversarial response cannot be one side of a pair; None when it can."""
-    if options.require_ended and row.get("ended") is False:
-        return "unended"
-    if not stands_as_text(row["response"], tokenizer):
-        return "not_text"
-    return None if usable_PI[row["prompt_id"]] else "no_usable_sft"
+def late_rows(rows: list[dict[str, Any]], last_fraction: float) -> list[dict[str, Any]]:
+    """The rows of the last part of every adversary's steps, in their order."""
+    steps: Counter[str] = Counter()
+    for row in rows:
+        steps[row["policy"]] = max(steps[row["policy"]], row["step"] + 1)
+    first = {policy: first_step(count, last_fraction) for policy, count in steps.items()}
+    return [row for row in rows if row["step"] >= first[row["policy"]]]
 
 
 def _checked(row: Any, source: str, members: int) -> dict[str, Any]:
@@ -146,45 +146,29 @@ def _check_reference(row: dict[str, Any], source: str, reference: Reference) -> 
 
 
 def _select_direction(
-    cfg: Config,
-    rows: list[dict[str, Any]],
-    reference: Reference,
-    direction: int,
-    seed: int,
-    unusable: list[str | None],
-) -> tuple[list[int], dict[str, int]]:
-    options, target = cfg.selection, direction - 1
-    scores_BK = torch.tensor([row["scores"] for row in rows])
-    ranking_B = torch.tensor([row["disagreement_z"] for row in rows])
-    prompts = [row["prompt_id"] for row in rows]
-    qualified_B = qualifies(
-        scores_BK,
-        torch.tensor([row["z"] for row in rows]),
-        reference.prompt_mean(prompts)[:, target],
-        ranking_B,
-        options.threshold_z,
-        target,
-        options.require_others_negative,
-    )
-    # an empty response, or one that is among the SFT responses, teaches nothing about ordinary text
-    usable = [
-        bool(row["response"].strip()) and row["response"] not in reference.responses_PN[row["prompt_id"]]
-        for row in rows
-    ]
+    cfg: Config, rows: list[dict[str, Any]], rule: FindRule, direction: int, seed: int
+) -> tuple[list[dict[str, Any]], dict[str, int], dict[str, float]]:
+    """The rows to keep, how many were dropped for each reason, and the finds beside the null count."""
+    options = cfg.selection
     signature = _signature(cfg)
-    return select_pairs(
-        qualified_B & torch.tensor(usable),
-        ranking_B,
-        prompts,
+    qualified_B = rule.qualified(rows)
+    taken, counts = select_pairs(
+        qualified_B,
+        rule.ranking(rows),
+        [row["prompt_id"] for row in rows],
         [row["response"] for row in rows],
         lambda i: signature(rows[i]["response"]),
-        unusable=unusable,
+        unusable=[rule.unusable(row) if ok else None for row, ok in zip(rows, qualified_B.tolist(), strict=True)],
         per_signature=options.per_signature,
         per_prompt=options.per_prompt,
         total=options.max_pairs,
         top_fraction=options.top_fraction,
         generator=_generator(seed, direction) if options.random_within_top else None,
     )
+    found = len(taken) + sum(counts[reason] for reason in AFTER_FINDS)
+    if rule.falls_short(found, len(rows)):
+        taken, counts = [], {**counts, **dict.fromkeys(AFTER_FINDS, 0), "below_null": found}
+    return [rows[i] for i in taken], counts, {"found": found, "null": rule.null(len(rows))}
 
 
 def _generator(seed: int, direction: int) -> torch.Generator:
@@ -199,47 +183,87 @@ def _signature(cfg: Config) -> Callable[[str], Hashable]:
     return text_signature
 
 
-def _pair(
-    options: SelectionConfig,
-    row: dict[str, Any],
-    reference: Reference,
-    usable_PI: list[list[int]],
-    quality_PN: torch.Tensor,
-    round_number: int,
-    seed: int,
-) -> AdversarialPair:
-    prompt_id = row["prompt_id"]
-    scores_NK = reference.scores_PNK[prompt_id]
-    usable = usable_PI[prompt_id]
-    if options.chosen == "random":
-        draw = torch.Generator().manual_seed(
-            derive_seed(seed, "chosen", row["direction"], row["step"], row["response"])
-        )
-        best = usable[int(torch.randint(len(usable), (1,), generator=draw))]
-    else:
-        best = max(usable, key=lambda i: quality_PN[prompt_id, i].item())
-    gold = reference.gold_PN
-    return AdversarialPair(
-        reference.prompts_P[prompt_id],
-        reference.responses_PN[prompt_id][best],
-        row["response"],
-        Provenance(
-            round=round_number,
-            step=row["step"],
-            direction=row["direction"],
-            prompt_id=prompt_id,
-            scores=tuple(row["scores"]),
-            z=tuple(row["z"]),
-            disagreement_z=row["disagreement_z"],
-            policy_checkpoint=f"attack/{row['policy']}/model",
-            chosen_scores=tuple(scores_NK[best].tolist()),
-            chosen_gold=None if gold is None else gold[prompt_id, best].item(),
-            rejected_gold=row["gold"],
-        ),
-        rejected_ended=row.get("ended") is not False,
-    )
-
-
-def dropped(counts: dict[str, int]) -> str:
+def dropped(counts: dict[str, Any]) -> str:
     """What selection left out, by reason."""
-    return ", ".join(f"{v} {k.replace('_', ' ')}" for k, v in counts.items() if k != "selected" and v)
+    shown = {k: v for k, v in counts.items() if k not in ("selected", "directions") and v}
+    return ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in shown.items())
+
+
+def found_lines(counts: dict[str, Any]) -> list[str]:
+    """A line for every direction: its finds beside those of SFT responses, and the share of wrong labels."""
+    lines = []
+    for direction, facts in counts["directions"].items():
+        wrong = "" if facts["wrong_labels"] is None else f", wrong labels {facts['wrong_labels']:.2f}"
+        lines.append(
+            f"direction {direction}: {facts['found']} different finds, as many SFT responses would give "
+            f"{facts['null']:.1f}; {facts['selected']} pairs{wrong}"
+        )
+    return lines
+
+
+def reason_to_stop(cfg: Config, home: Path, counts: dict[str, Any]) -> str:
+    """Why the rounds end with the one in ``home``, whose ``counts`` :func:`select_round` gave; "" when they go on."""
+    options, found = cfg.selection, counts["directions"]
+    if found and all(facts["found"] < options.null_ratio * facts["null"] for facts in found.values()):
+        told = "; ".join(
+            f"direction {direction}: {facts['found']}, null count {facts['null']:.1f}"
+            for direction, facts in found.items()
+        )
+        return f"the attack found less than selection.null_ratio={options.null_ratio:g} times the null count ({told})"
+    if counts["selected"] < options.min_pairs:
+        return f"{counts['selected']} pairs were selected, fewer than selection.min_pairs={options.min_pairs}"
+    cure = f"restore it, or remove {home / 'attack'} and it is done again"
+    rates = success_rates(home / "attack" / "summary.json", cure)
+    if rates and max(rates) < cfg.pipeline.stop_success_rate:
+        return f"attack success {max(rates):.2f} is below pipeline.stop_success_rate"
+    return ""
+
+
+def random_pairs(cfg: Config, home: Path, count: int, seed: int, round_number: int = 0) -> dict[str, Any]:
+    """Write ``count`` pairs of SFT responses alone to ``home/random_pairs.jsonl``: the control of adversarial ones.
+
+    The chosen sides follow the same rule (``selection.chosen``), the rejected ones are drawn from the prompt's other
+    SFT responses that ended and are text. Prompts and ``adversarial.directions`` take turns. Returns ``selected`` and
+    ``wrong_labels``. Raises ConfigError when the reference in ``home`` has too few such responses.
+    """
+    tokenizer = build_tokenizer(cfg.model.tokenizer)
+    reference = Reference.read(home / "reference.jsonl")
+    rules = [FindRule(cfg, reference, direction, tokenizer) for direction in cfg.adversarial.directions]
+    usable_PI, sft_PN = rules[0].usable_PI, reference.responses_PN
+    sides = [ChosenSide(cfg.selection, reference, usable_PI, rule.target + 1, seed) for rule in rules]
+    draw = torch.Generator().manual_seed(derive_seed(seed, "random pairs"))
+    # of equal responses to a prompt one
+    different_PI = [list({sft_PN[p][i]: i for i in usable}.values()) for p, usable in enumerate(usable_PI)]
+    left = [_shuffled(usable, draw) for usable in different_PI]
+    pairs: list[AdversarialPair] = []
+    while len(pairs) < count and any(left):
+        for prompt in _shuffled(range(len(left)), draw):
+            turn = len(pairs) % len(sides)
+            pair = _random_pair(rules[turn], sides[turn], prompt, left[prompt], round_number)
+            if pair is not None and len(pairs) < count:
+                pairs.append(pair)
+    if len(pairs) < count:
+        raise ConfigError(
+            f"{home / 'reference.jsonl'}: {len(pairs)} different pairs can be made of its SFT responses, "
+            f"{count} are wanted: raise reference.num_prompts or reference.samples_per_prompt"
+        )
+    store = home / RANDOM_PAIRS
+    store.unlink(missing_ok=True)
+    PairStore(store).append(pairs)
+    return {"selected": len(pairs), "wrong_labels": wrong_labels(pairs)}
+
+
+def _random_pair(
+    rule: FindRule, side: ChosenSide, prompt: int, left: list[int], round_number: int
+) -> AdversarialPair | None:
+    """A pair with the next SFT response of those ``left`` of a prompt as its rejected side, None when there is none."""
+    while left:
+        row = rule.sft_row(prompt, left.pop())
+        pair = side.pair(row, round_number, "")
+        if pair.chosen != pair.rejected:
+            return pair
+    return None
+
+
+def _shuffled(values: Sequence[int], draw: torch.Generator) -> list[int]:
+    return [values[i] for i in torch.randperm(len(values), generator=draw).tolist()]

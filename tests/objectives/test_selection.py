@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from nemo_advrm.errors import ConfigError
-from nemo_advrm.objectives.selection import DROP_REASONS, qualifies, select_pairs, text_signature
+from nemo_advrm.objectives.selection import DROP_REASONS, first_step, qualifies, select_pairs, text_signature
 
 
 def counts(**given: int) -> dict[str, int]:
@@ -55,6 +55,14 @@ def select(ranking, responses, prompts=None, qualified=None, signature=None, **c
 
 def test_rows_are_taken_by_rank_with_ties_by_index() -> None:
     assert select([1.0, 3.0, 2.0, 3.0], list("abcd")) == ([1, 3, 2, 0], counts())
+
+
+@pytest.mark.parametrize(
+    ("steps", "fraction", "first"),
+    [(60, 1.0, 0), (60, 0.5, 30), (60, 0.33, 40), (60, 1 / 3, 40), (9, 0.1, 8), (10, 0.3, 7), (1, 0.01, 0)],
+)
+def test_the_last_part_of_the_steps_is_rounded_up_and_never_empty(steps: int, fraction: float, first: int) -> None:
+    assert first_step(steps, fraction) == first
 
 
 def test_rows_that_do_not_qualify_and_nan_are_dropped() -> None:

@@ -44,10 +44,11 @@ REFERENCE = [
 ]
 
 
-def _select(tmp_path: Path, samples: list[dict[str, Any]], *settings: str) -> tuple[list[Any], dict[str, int]]:
+def _select(tmp_path: Path, samples: list[dict[str, Any]], *settings: str) -> tuple[list[Any], dict[str, Any]]:
     write_jsonl_atomic(tmp_path / "reference.jsonl", REFERENCE)
     write_jsonl_atomic(tmp_path / "attack" / "samples.jsonl", samples)
     counts = select_round(load_config(["model=tiny", *settings]), tmp_path, 0, 0)
+    del counts["directions"]
     assert sum(counts.values()) == len(samples), "every sample is selected or dropped for one reason"
     return PairStore(tmp_path / "pairs.jsonl").load(), {k: v for k, v in counts.items() if v}
 

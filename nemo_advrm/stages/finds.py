@@ -1,0 +1,146 @@
+"""Which responses of an attack are finds, and how many SFT responses would be: the selection rule of one direction."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nemo_advrm.data.plain_text import stands_as_text
+from nemo_advrm.data.tokenizers import Tokenizer
+from nemo_advrm.objectives.reference import disagreement_z, own_z_scores
+from nemo_advrm.objectives.selection import qualifies
+from nemo_advrm.rewards.reference import Reference
+from nemo_advrm.schema import AdversarialConfig, Config
+
+Find = tuple[int, str]
+"""(prompt_id, response)"""
+
+
+def asks_others(options: AdversarialConfig) -> bool:
+    """Whether an adversary is paid for what the members beside the target dislike, or maximises the target alone."""
+    return bool(options.coefficient if options.preset == "paper" else options.lam2)
+
+
+class FindRule:
+    """The selection rule for the attack on member ``direction`` (from 1).
+
+    A find is a response that the target likes better than SFT responses to its prompt, and whose Z(U) is above
+    ``selection.threshold_z``. Where the adversary maximised the target alone (``asks_others`` is false) its z of the
+    target must be above the threshold instead: nothing was asked of the others, so nothing is read from their scores
+    unless ``selection.require_others_negative`` says so. It can stand in a pair, is not blank, and is not one of the
+    prompt's SFT responses.
+    """
+
+    def __init__(self, cfg: Config, reference: Reference, direction: int, tokenizer: Tokenizer) -> None:
+        self.options = cfg.selection
+        self.reference = reference
+        self.tokenizer = tokenizer
+        self.target = direction - 1
+        self.by_disagreement = asks_others(cfg.adversarial)
+
+    @cached_property
+    def usable_PI(self) -> list[list[int]]:
+        """Places of each prompt's SFT responses that may be chosen: they ended, and they are text."""
+        return [
+            [i for i in self.reference.finished(p) if stands_as_text(responses[i], self.tokenizer)]
+            for p, responses in enumerate(self.reference.responses_PN)
+        ]
+
+    def ranking(self, rows: Sequence[dict[str, Any]]) -> Tensor:
+        """What must be above the threshold, and by which finds are ranked: Z(U) or the target's z, [B]."""
+        if self.by_disagreement:
+            return torch.tensor([row["disagreement_z"] for row in rows])
+        return torch.tensor([row["z"][self.target] for row in rows])
+
+    def qualified(self, rows: Sequence[dict[str, Any]]) -> Tensor:
+        """Which rows of ``samples.jsonl`` the rule takes, whether they can stand in a pair or not, bool [B]."""
+        if not rows:
+            return torch.zeros(0, dtype=torch.bool)
+        # an empty response, or one that is among the SFT responses, teaches nothing about ordinary text
+        new = [bool(r["response"].strip()) and r["response"] not in self._sft_PN[r["prompt_id"]] for r in rows]
+        return self._qualified(rows) & torch.tensor(new)
+
+    def unusable(self, row: dict[str, Any]) -> str | None:
+        """Why an adversarial response cannot be one side of a pair; None when it can."""
+        if self.options.require_ended and row.get("ended") is False:
+            return "unended"
+        if not stands_as_text(row["response"], self.tokenizer):
+            return "not_text"
+        return None if self.usable_PI[row["prompt_id"]] else "no_usable_sft"
+
+    def finds(self, rows: Sequence[dict[str, Any]]) -> set[Find]:
+        """The different finds among the rows."""
+        taken = [row for row, ok in zip(rows, self.qualified(rows).tolist(), strict=True) if ok]
+        return {(row["prompt_id"], row["response"]) for row in taken if self.unusable(row) is None}
+
+    @cached_property
+    def null_share(self) -> float:
+        """Share of the reference's SFT responses that the rule takes, each measured by the others to its prompt."""
+        prompts, count, _ = self.reference.scores_PNK.shape
+        rows = [self.sft_row(p, i) for p in range(prompts) for i in range(count)]
+        qualified_B = self._qualified(rows)
+        return sum(ok and self._is_new_sft(row) for row, ok in zip(rows, qualified_B.tolist(), strict=True)) / len(rows)
+
+    def sft_row(self, prompt: int, place: int) -> dict[str, Any]:
+        """An SFT response as a row of ``samples.jsonl``, its z by the others to its prompt."""
+        reference = self.reference
+        z_PNK, disagreement_z_PN, ended_PI = self._own
+        return {
+            "prompt_id": prompt,
+            "step": 0,
+            "response": reference.responses_PN[prompt][place],
+            "ended": place in ended_PI[prompt],
+            "scores": reference.scores_PNK[prompt, place].tolist(),
+            "z": z_PNK[prompt, place].tolist(),
+            "disagreement_z": disagreement_z_PN[prompt, place].item(),
+            "gold": None if reference.gold_PN is None else reference.gold_PN[prompt, place].item(),
+        }
+
+    def null(self, samples: int) -> float:
+        """How many of so many SFT responses the rule would take."""
+        return self.null_share * samples
+
+    def falls_short(self, found: int, samples: int) -> bool:
+        """Whether an attack found too few of its ``samples`` for what SFT responses give (``selection.null_ratio``)."""
+        return found < self.options.null_ratio * self.null(samples)
+
+    @cached_property
+    def _sft_PN(self) -> list[Counter[str]]:
+        return [Counter(responses) for responses in self.reference.responses_PN]
+
+    @cached_property
+    def _own(self) -> tuple[Tensor, Tensor, list[set[int]]]:
+        """z [P, N, K] and Z(U) [P, N] of the SFT responses, and the places of those that ended."""
+        scores_PNK, statistics = self.reference.scores_PNK, self.reference.statistics(self.target)
+        z_PNK = own_z_scores(scores_PNK, statistics)
+        u_z_B = disagreement_z(
+            scores_PNK.flatten(0, 1), statistics.disagreement_mean, statistics.disagreement_std, self.target
+        )
+        ended_PI = [set(self.reference.finished(p)) for p in range(len(scores_PNK))]
+        return z_PNK, u_z_B.reshape(scores_PNK.shape[:2]), ended_PI
+
+    def _qualified(self, rows: Sequence[dict[str, Any]]) -> Tensor:
+        options = self.options
+        return qualifies(
+            torch.tensor([row["scores"] for row in rows]),
+            torch.tensor([row["z"] for row in rows]),
+            self.reference.prompt_mean([row["prompt_id"] for row in rows])[:, self.target],
+            self.ranking(rows),
+            options.threshold_z,
+            self.target,
+            options.require_others_negative,
+        )
+
+    def _is_new_sft(self, row: dict[str, Any]) -> bool:
+        """Whether an SFT response would pass for new and usable if the others to its prompt were all there are."""
+        response = row["response"]
+        return (
+            bool(response.strip())
+            and self._sft_PN[row["prompt_id"]][response] == 1
+            and self.unusable(row) is None
+        )

@@ -1,0 +1,77 @@
+"""Makes a pair of a rejected response: the SFT response that stands against it, and where both come from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from nemo_advrm.data.pair_store import AdversarialPair, Provenance
+from nemo_advrm.objectives.reference import own_z_scores
+from nemo_advrm.objectives.uncertainty import others_mean
+from nemo_advrm.rewards.reference import Reference
+from nemo_advrm.schema import SelectionConfig
+from nemo_advrm.seeds import derive_seed
+
+
+class ChosenSide:
+    """The chosen sides of the pairs of one direction, by ``selection.chosen``.
+
+    Quality is taken of z: raw scores would leave the choice to the member of the largest scale. ``other`` leaves the
+    attacked member out, whose opinion is in doubt.
+    """
+
+    def __init__(
+        self, options: SelectionConfig, reference: Reference, usable_PI: list[list[int]], direction: int, seed: int
+    ) -> None:
+        self.options = options
+        self.reference = reference
+        self.usable_PI = usable_PI
+        self.direction = direction
+        self.seed = seed
+        z_PNK = own_z_scores(reference.scores_PNK, reference.statistics())
+        if options.chosen == "other":
+            z_BK = z_PNK.flatten(0, 1)
+            self.quality_PN = others_mean(z_BK, direction - 1).reshape(z_PNK.shape[:2])
+        else:
+            self.quality_PN = z_PNK.mean(-1)
+
+    def place(self, prompt_id: int, step: int, rejected: str) -> int:
+        """Which of the prompt's SFT responses stands against ``rejected``, which was sampled at ``step``."""
+        usable = self.usable_PI[prompt_id]
+        if self.options.chosen == "random":
+            draw = torch.Generator().manual_seed(derive_seed(self.seed, "chosen", self.direction, step, rejected))
+            return usable[int(torch.randint(len(usable), (1,), generator=draw))]
+        return max(usable, key=lambda i: self.quality_PN[prompt_id, i].item())
+
+    def pair(self, row: dict[str, Any], round_number: int, policy_checkpoint: str) -> AdversarialPair:
+        """The pair whose rejected side is the response of a row of ``samples.jsonl``."""
+        prompt_id, reference = row["prompt_id"], self.reference
+        place, gold_PN = self.place(prompt_id, row["step"], row["response"]), reference.gold_PN
+        return AdversarialPair(
+            reference.prompts_P[prompt_id],
+            reference.responses_PN[prompt_id][place],
+            row["response"],
+            Provenance(
+                round=round_number,
+                step=row["step"],
+                direction=self.direction,
+                prompt_id=prompt_id,
+                scores=tuple(row["scores"]),
+                z=tuple(row["z"]),
+                disagreement_z=row["disagreement_z"],
+                policy_checkpoint=policy_checkpoint,
+                chosen_scores=tuple(reference.scores_PNK[prompt_id, place].tolist()),
+                chosen_gold=None if gold_PN is None else gold_PN[prompt_id, place].item(),
+                rejected_gold=row["gold"],
+            ),
+            rejected_ended=row.get("ended") is not False,
+        )
+
+
+def wrong_labels(pairs: Sequence[AdversarialPair]) -> float | None:
+    """Share of the pairs whose rejected side has the higher gold; None where none has gold on both sides."""
+    golds = [(pair.provenance.chosen_gold, pair.provenance.rejected_gold) for pair in pairs]
+    known = [(chosen, rejected) for chosen, rejected in golds if chosen is not None and rejected is not None]
+    return sum(rejected > chosen for chosen, rejected in known) / len(known) if known else None
