@@ -135,6 +135,28 @@ STAGES: dict[str, Stage] = {
         "nemo-advrm rlhf 'ensemble.members=[runs/rm_1/model,runs/rm_2/model]' ensemble.aggregate=lcb rl=ppo "
         "pretrained_checkpoint.restore_from_path=runs/sft/model data.prompts_path=prompts.jsonl",
     ),
+    "best_of_n": Stage(
+        "nemo_advrm.stages.best_of_n:main",
+        "gold and proxy of the best of n responses by a reward, against KL; trains nothing",
+        (
+            *_COMMON,
+            *_START,
+            "data.held_out_prompts_path",
+            *_PROMPTS,
+            "best_of_n.",
+            "ensemble.members",
+            "ensemble.aggregate",
+            "ensemble.coefficient",
+            "ensemble.standardise",
+            "ensemble.reference_path",
+            "rl.max_new_tokens",
+            "rl.temperature",
+            "pipeline.gold",
+            *_PARALLEL,
+        ),
+        "nemo-advrm best_of_n 'ensemble.members=[runs/rm_1/model]' best_of_n.samples=64 "
+        "pretrained_checkpoint.restore_from_path=runs/sft/model data.prompts_path=prompts.jsonl",
+    ),
     "evaluate": Stage(
         "nemo_advrm.stages.evaluate:main",
         "measure a reward model on held-out preference pairs",

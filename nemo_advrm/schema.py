@@ -323,6 +323,7 @@ class BestOfNConfig:
     prompts: int = 64
     samples: int = 256  # responses to each prompt, and the largest n
     name: str = "reward"  # of the reward, in best_of_n/NAME.json
+    samples_path: str = ""  # samples.jsonl of an earlier run, judged again by other members; empty: sample
 
 
 @dataclass
