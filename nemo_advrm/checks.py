@@ -13,6 +13,7 @@ from nemo_advrm.keys import ANY_NAME, nearest
 from nemo_advrm.schema import Config, ModelConfig
 
 AGGREGATES = ("mean", "min", "lcb", "uwo", "gap")
+REFERENCE_FEATURES = ("log_prob", "prompt_gain")
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "trainer.accelerator": ("auto", "cpu", "gpu"),
@@ -28,6 +29,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "data.on_bad_row": ("error", "skip"),
     "data.on_overlong": ("error", "skip", "truncate_prompt"),
     "reward_model.loss": ("bt", "margin_bt", "scaled_bt", "regression"),
+    "reward_model.reference_features": REFERENCE_FEATURES,
     "ensemble.aggregate": AGGREGATES,
     "serve.reward": ("ensemble", "adversarial"),
     "adversarial.preset": ("paper", "raw"),
@@ -134,6 +136,8 @@ RANGES: dict[str, Range] = {
     "reward_model.score_l2_coefficient": NOT_NEGATIVE,
     "reward_model.head_init_std": NOT_NEGATIVE,
     "reward_model.num_attributes": COUNT,
+    "reward_model.feature_prompts": Range(at_least=2),
+    "reward_model.feature_share": Range(above=0, below=1),
     "ensemble.size": COUNT,
     "ensemble.coefficient": NOT_NEGATIVE,
     "remote.timeout_seconds": POSITIVE,
@@ -257,6 +261,14 @@ def _check_architecture(model: ModelConfig) -> None:
         raise ConfigError(f"model.sliding_window_every={model.sliding_window_every}: needs model.sliding_window")
 
 
+def _check_features(cfg: Config) -> None:
+    names = cfg.reward_model.reference_features
+    if len(set(names)) < len(names):
+        raise ConfigError(f"reward_model.reference_features={names}: names a feature twice")
+    if names and cfg.reward_model.loss == "regression":
+        raise ConfigError("reward_model.loss=regression: reference_features are weighed on pairs, against one score")
+
+
 def _check_scoring_is_no_hang(cfg: Config) -> None:
     """A scoring by servers may take its whole deadline, in which no process gets on."""
     limit, deadline = 60 * cfg.trainer.hang_minutes, cfg.remote.deadline_seconds
@@ -285,6 +297,7 @@ def check_values(cfg: Config) -> None:
             if value is not None and value not in allowed:  # None: the schema's own "not set"
                 raise ConfigError(f"{key}={value}: must be {allowed}")
     _check_architecture(cfg.model)
+    _check_features(cfg)
     _check_scoring_is_no_hang(cfg)
     if cfg.rl.held_out_prompts and not cfg.data.held_out_prompts_path and not samples_prompts(cfg):
         raise ConfigError(

@@ -164,6 +164,11 @@ class RewardModelConfig:
     score_l2_coefficient: float = 0.0  # c * (r_chosen^2 + r_rejected^2) / 2
     head_init_std: float = 0.02
     num_attributes: int = 1  # outputs of the head (regression trains more than one)
+    # of a frozen policy, weighed against the score and stored with the model: log_prob, prompt_gain; docs/hybrid.md
+    reference_features: list[str] = field(default_factory=list)
+    feature_policy: str = ""  # the frozen policy's directory; empty: pretrained_checkpoint.restore_from_path
+    feature_prompts: int = 4  # fixed other prompts over which prompt_gain is averaged
+    feature_share: float = 0.1  # share of the training pairs that fits the weights instead, without a bootstrap
 
 
 @dataclass
@@ -172,7 +177,8 @@ class EnsembleConfig:
 
     size: int = 2
     bootstrap: bool = False  # each member trains on its own bootstrap sample
-    # reward sources, R_1 first: DIR, hf:DIR, nemo:FILE, DIR?attributes=W1,W2, http://HOST:PORT, triton+http://HOST:PORT/MODEL
+    # reward sources, R_1 first: DIR, hf:DIR, nemo:FILE, DIR?attributes=W1,W2, DIR?reference_features=off,
+    # http://HOST:PORT, triton+http://HOST:PORT/MODEL
     members: list[str] = field(default_factory=list)
     aggregate: str = "mean"  # mean | min | lcb | uwo | gap
     coefficient: float = 1.0  # of lcb (std) and uwo (variance)
@@ -449,6 +455,7 @@ class ConvertConfig:
     tokenizer: str = ""  # directory of the tokenizer, where the source has none or another one counts
     architecture: str = ""  # to=hf: Llama, Mistral, ...; empty takes the one it came from, or the first that fits
     max_shard_size: str = "5GB"  # to=hf: largest file of weights
+    drop_reference_features: bool = False  # of a hybrid reward model convert the plain one, without its features
     drop_head_bias: bool = False  # to=hf: leave out a reward head's bias (scores shift by a constant)
     card: str = ""  # to=hf: JSON file for the model card: base_model, data, rounds, reference_mean, reference_std
     tensor_model_parallel_size: int = 1  # to=megatron: pads the vocabulary; checked to divide the model

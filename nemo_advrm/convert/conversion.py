@@ -20,6 +20,7 @@ from nemo_advrm.errors import CheckpointError, ConfigError, DataError
 from nemo_advrm.foreign_files import read_json_object, read_yaml
 from nemo_advrm.keys import nearest
 from nemo_advrm.layout import at_layout, validate_layout
+from nemo_advrm.rewards.feature_file import FILE, refuse_features
 from nemo_advrm.schema import Config, ConvertConfig
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -61,6 +62,7 @@ def open_source(settings: ConvertConfig) -> TensorSource:
     elif settings.from_ == "megatron":
         from nemo_advrm.convert.megatron import MegatronSource
 
+        refuse_features(path, settings.drop_reference_features)
         source = MegatronSource(path, tokenizer)
     else:
         from nemo_advrm.convert.nemo_file import NemoSource
@@ -226,6 +228,8 @@ def _summary(settings: ConvertConfig, source: TensorSource, sink: TensorSink) ->
         for name, spec in specs.items():
             yield f"{source.native(name)} -> {sink.native(name)} {list(spec.shape)}"
     total = sum(spec.nbytes for spec in specs.values())
+    if (source.path / FILE).exists():
+        yield f"{FILE} is left out (drop_reference_features=true): the scores are those of the plain reward model"
     kind = {"lm": "language model", "reward": "reward model", "value": "critic"}[source.description.head]
     yield (
         f"{kind}, {len(specs)} tensors: {total / 1e9:.3f} GB at {source.path} -> {sink.nbytes / 1e9:.3f} GB"

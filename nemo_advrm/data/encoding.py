@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from nemo_advrm.data.jsonl import BadRow
 from nemo_advrm.data.preference_rows import PreferencePair
@@ -16,7 +16,8 @@ from nemo_advrm.errors import DataError
 class EncodedPair:
     """Token ids of one pair: two conversations, each read at its last token, whose first `prompt_length` are equal.
 
-    An answer that a length limit had cut off is the last of its conversation, which is read where it breaks off.
+    An answer that a length limit had cut off is the last of its conversation, which is read where it breaks off. `row`
+    is what the pair was encoded from.
     """
 
     chosen: list[int]
@@ -27,6 +28,7 @@ class EncodedPair:
     source: str
     chosen_labels: tuple[float, ...] | None = None
     rejected_labels: tuple[float, ...] | None = None
+    row: PreferencePair | None = field(default=None, repr=False, compare=False)
 
     @property
     def length(self) -> int:
@@ -85,6 +87,7 @@ def encode_pairs(
                 row.source,
                 row.chosen_labels,
                 row.rejected_labels,
+                row,
             )
         )
     if refused:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from nemo_advrm import files
 from nemo_advrm.foreign_files import read_json
 from nemo_advrm.megatron import runtime
 
@@ -62,8 +63,30 @@ def describe(directory: Path, names: list[str]) -> dict[str, Entry]:
     return {name: _entry(directory / name) for name in names}
 
 
-def write(directory: Path, files: dict[str, Entry]) -> None:
-    write_json(directory / NAME, {"files": files})
+def write(directory: Path, entries: dict[str, Entry]) -> None:
+    write_json(directory / NAME, {"files": entries})
+
+
+def add(directory: Path, name: str, value: object) -> None:
+    """Put one more JSON file into a finished directory, and into its manifest where it has one; this rank alone."""
+    files.write_text(directory / name, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    if (directory / NAME).exists():
+        known = dict(read_json(directory / NAME)["files"])
+        files.write_text(directory / NAME, json.dumps({"files": {**known, name: _entry(directory / name)}}, indent=1))
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file, or of a directory: of its manifest where it has one, else of all its files; "" of neither."""
+    if (path / NAME).is_file():
+        path = path / NAME
+    if path.is_file():
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    total = hashlib.sha256()
+    for file_path in sorted(path.rglob("*")) if path.is_dir() else ():
+        if file_path.is_file() and not file_path.name.startswith("."):
+            total.update(f"{file_path.relative_to(path).as_posix()}\0{digest(file_path)}\n".encode())
+    return total.hexdigest() if path.is_dir() else ""
 
 
 def damage(directory: Path, full: bool, except_for: str = "") -> str | None:
@@ -115,8 +138,8 @@ def _listed(directory: Path, above: tuple[Path, ...] = ()) -> dict[str, Entry]:
     if path in above:
         raise ValueError(f"{NAME} lists itself")
     try:
-        files: dict[str, Entry] = read_json(directory / NAME)["files"]
-        entries = {name: {"size": int(e["size"]), "sha256": str(e["sha256"])} for name, e in files.items()}
+        listed: dict[str, Entry] = read_json(directory / NAME)["files"]
+        entries = {name: {"size": int(e["size"]), "sha256": str(e["sha256"])} for name, e in listed.items()}
     except (KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ValueError(f"{NAME} is no manifest") from error
     for name in list(entries):

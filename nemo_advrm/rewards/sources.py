@@ -7,6 +7,7 @@ http://HOST:PORT                    the server of ``nemo-advrm serve``
 triton+http://HOST:PORT/MODEL       a KServe v2 server: NeMo-Aligner's reward model server, Triton
                                     (with ?tokenizer=SPEC tokens are sent, else text)
 ADDRESS|ADDRESS                     servers of the same model; another one is asked when one fails
+DIR?reference_features=off          of the first kind, a hybrid reward model without its features (docs/hybrid.md)
 DIR?attributes=0.8,0,-1             of the first three kinds, a model with several outputs: how much each counts
 """
 
@@ -16,13 +17,11 @@ import dataclasses
 import hashlib
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from nemo_advrm.data.reading import KEY, rule_of, say_old_rule
-from nemo_advrm.data.tokenizers import HFTokenizer, Tokenizer, build_tokenizer
+from nemo_advrm.data.tokenizers import Tokenizer
 from nemo_advrm.errors import CheckpointError, ConfigError, LayoutError
 from nemo_advrm.extras import require_extra
 from nemo_advrm.keys import nearest
@@ -30,52 +29,18 @@ from nemo_advrm.layout import validate_layout
 from nemo_advrm.rewards import hf
 from nemo_advrm.rewards.attributes import check_attributes, parse_weights
 from nemo_advrm.rewards.base import RewardSource
-from nemo_advrm.schema import Config, ConvertConfig, ModelConfig, PretrainedConfig, RewardModelConfig
+from nemo_advrm.rewards.checkpoints import (
+    LOCAL_KINDS,
+    OF_THE_JOB,
+    SourceSpec,
+    member_config,
+    member_tokenizer,
+    reward_meta,
+)
+from nemo_advrm.schema import Config, ConvertConfig, PretrainedConfig, RewardModelConfig
 
-LOCAL_KINDS = ("megatron", "hf", "nemo")
 _SCHEMES = {"http": "http", "https": "http", "triton+http": "triton", "triton+https": "triton"}
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
-# of a member's configuration, what belongs to the running job and not to its weights
-_OF_THE_JOB = (
-    "tensor_model_parallel_size",
-    "pipeline_model_parallel_size",
-    "virtual_pipeline_model_parallel_size",
-    "num_layers_in_first_pipeline_stage",
-    "num_layers_in_last_pipeline_stage",
-    "context_parallel_size",
-    "sequence_parallel",
-    "use_distributed_optimizer",
-    "overlap_grad_reduce",
-    "overlap_param_gather",
-    "recompute",
-    "recompute_num_layers",
-    "offload_reference",
-    "offload_optimizer_while_generating",
-    "micro_batch_size",
-    "micro_batch_tokens",
-    "global_batch_size",
-)
-
-
-@dataclass(frozen=True)
-class SourceSpec:
-    """One member: ``kind`` is megatron, hf, nemo, http or triton; ``location`` a path, or addresses joined by ``|``."""
-
-    kind: str
-    location: str
-    text: str  # as the user wrote it
-    place: str  # the key it came from
-    attributes: tuple[float, ...] = ()  # weights of the outputs of a model that has several
-
-    @property
-    def is_remote(self) -> bool:
-        return self.kind not in LOCAL_KINDS
-
-    @property
-    def path(self) -> Path:
-        return Path(self.location)
-
-
 def parse(text: str, place: str) -> SourceSpec:
     """The member that ``text`` names; raises ConfigError that names ``place`` and the nearest kind."""
     if not text.strip():
@@ -102,12 +67,21 @@ def _local(kind: str, rest: str, text: str, place: str) -> SourceSpec:
     if not location:
         raise ConfigError(f"{place}={text}: a path is missing after {kind}:")
     weights: tuple[float, ...] = ()
-    if mark and query:
-        key, _, value = query.partition("=")
-        if key != "attributes":
-            raise ConfigError(f"{place}={text}: only ?attributes=W1,W2,... can follow a path, not ?{query}")
-        weights = parse_weights(value, f"{place}={text}")
-    return SourceSpec(kind, location, text, place, weights)
+    features = True
+    for option in query.split("&") if mark and query else ():
+        key, _, value = option.partition("=")
+        if key == "attributes":
+            weights = parse_weights(value, f"{place}={text}")
+        elif key == "reference_features" and kind == "megatron":
+            if value not in ("on", "off"):
+                raise ConfigError(f"{place}={text}: reference_features={value} must be on or off")
+            features = value == "on"
+        else:
+            raise ConfigError(
+                f"{place}={text}: only ?attributes=W1,W2,... can follow a path, and ?reference_features=off that of a "
+                f"checkpoint of this package, not ?{option}"
+            )
+    return SourceSpec(kind, location, text, place, weights, features)
 
 
 def _parse_addresses(text: str, place: str) -> SourceSpec:
@@ -166,10 +140,14 @@ def check(spec: SourceSpec, cfg: Config, world_size: int) -> None:
     """
     try:
         if spec.kind == "megatron":
-            meta = _reward_meta(spec)
+            from nemo_advrm.rewards import hybrid
+
+            meta = reward_meta(spec)
             check_attributes(spec.text.partition("?")[0], meta.get("head_outputs", 1), spec.attributes)
             member = dataclasses.replace(cfg, model=member_config(meta, cfg.model))
             validate_layout(member, world_size, _takes_engine(cfg))
+            if spec.features:
+                hybrid.check_hybrid(spec, cfg, world_size, _takes_engine(cfg))
         elif spec.kind == "hf":
             hf.check_directory(spec.path, spec.attributes)
         elif spec.kind == "nemo":
@@ -178,28 +156,33 @@ def check(spec: SourceSpec, cfg: Config, world_size: int) -> None:
         raise type(error)(f"{spec.place}: {error}") from error
 
 
-def build(spec: SourceSpec, name: str, cfg: Config, running: Tokenizer | None = None) -> RewardSource:
+def build(
+    spec: SourceSpec, name: str, cfg: Config, running: Tokenizer | None = None, opened: Any = None
+) -> RewardSource:
     """Open a member; all ranks call.
 
     Args:
         running: the policy's tokenizer, taken for checkpoints that do not say which one they were trained with.
+        opened: frozen policies of hybrid members that were opened before, to be shared (a dictionary).
     """
     if spec.kind == "megatron":
         # servers alone are asked without Megatron-Core, by NeMo-Aligner's processes too, whose version is another
         from nemo_advrm.models.reward_model import build_reward_model
+        from nemo_advrm.rewards import hybrid
         from nemo_advrm.rewards.local import MegatronReward
 
-        meta = _reward_meta(spec)
+        meta = reward_meta(spec)
         outputs = meta.get("head_outputs", 1)
         check_attributes(spec.text.partition("?")[0], outputs, spec.attributes)
         head = RewardModelConfig(loss="bt" if outputs == 1 else "regression", num_attributes=outputs)
         own = dataclasses.replace(cfg, model=member_config(meta, cfg.model), reward_model=head)
         tokenizer = member_tokenizer(spec, meta, running)
         model = build_reward_model(own, tokenizer, spec.location, seed=0, trainable=False)
-        return MegatronReward(name, model, tokenizer, spec.attributes)
+        reward = MegatronReward(name, model, tokenizer, spec.attributes)
+        return hybrid.open_hybrid(reward, spec, cfg, {} if opened is None else opened) if spec.features else reward
     if spec.kind == "nemo":
         made = dataclasses.replace(spec, kind="megatron", location=str(_converted(spec, cfg)))
-        return build(made, name, cfg, running)
+        return build(made, name, cfg, running, opened)
     if spec.kind == "hf":
         return hf.HFReward.load(name, spec.path, cfg, spec.attributes)
     require_extra("serve", "httpx", "tenacity")
@@ -214,7 +197,7 @@ def for_scoring(cfg: Config, members: Sequence[str]) -> Config:
     Its ``model`` is the first member's that is a checkpoint, so that the parallel layout is checked against that.
     """
     specs = parse_members(members)
-    own = [_reward_meta(spec) for spec in specs if spec.kind == "megatron"]
+    own = [reward_meta(spec) for spec in specs if spec.kind == "megatron"]
     ensemble = dataclasses.replace(cfg.ensemble, members=list(members))
     model = cfg.model
     if own:
@@ -224,46 +207,9 @@ def for_scoring(cfg: Config, members: Sequence[str]) -> Config:
 
 def load_members(cfg: Config, members: Sequence[str], running: Tokenizer | None = None) -> list[RewardSource]:
     """The ensemble, R_1 first."""
-    return [build(spec, f"R_{k + 1} ({spec.text})", cfg, running) for k, spec in enumerate(parse_members(members))]
-
-
-def member_config(meta: dict[str, Any], job: ModelConfig) -> ModelConfig:
-    """The architecture of a checkpoint at the parallel layout and batch shape of the running job."""
-    known = {field.name for field in dataclasses.fields(ModelConfig)} - {"optim", *_OF_THE_JOB}
-    own = {key: value for key, value in meta["model"].items() if key in known}
-    if "vocab_size" in meta:
-        own["vocab_size"] = meta["vocab_size"]  # as it was padded when it was trained
-    return dataclasses.replace(ModelConfig(**own), **{key: getattr(job, key) for key in _OF_THE_JOB})
-
-
-def member_tokenizer(spec: SourceSpec, meta: dict[str, Any], running: Tokenizer | None) -> Tokenizer:
-    """The tokenizer a checkpoint was trained with, reading conversations by the checkpoint's rule.
-
-    Raises CheckpointError when it cannot be known or has changed.
-    """
-    fingerprint, rule = meta.get("tokenizer"), rule_of(meta, spec.text)
-    if isinstance(running, HFTokenizer) and running.has_template and running.rule != rule:
-        running = HFTokenizer(running.path, rule)
-    if running is not None and fingerprint in (None, running.fingerprint):
-        return _read_by(running, meta, spec)
-    files = spec.path / "tokenizer"
-    named = f"hf:{files}" if files.is_dir() else meta.get("tokenizer_spec")
-    if named is None:
-        raise CheckpointError(
-            f"{spec.place}={spec.text}: the checkpoint does not say which tokenizer it was trained with, and it is not "
-            "the one of this run (model.tokenizer)"
-        )
-    tokenizer = build_tokenizer(named, rule)
-    if fingerprint is not None and tokenizer.fingerprint != fingerprint:
-        raise CheckpointError(f"{spec.place}={spec.text}: the tokenizer {named} is not what it was in training")
-    return _read_by(tokenizer, meta, spec)
-
-
-def _read_by(tokenizer: Tokenizer, meta: dict[str, Any], spec: SourceSpec) -> Tokenizer:
-    """``tokenizer``, after one line in the log where the checkpoint has no rule and its template makes one matter."""
-    if KEY not in meta and isinstance(tokenizer, HFTokenizer) and tokenizer.has_template:
-        say_old_rule(spec.text)
-    return tokenizer
+    opened: dict[Any, Any] = {}
+    specs = parse_members(members)
+    return [build(spec, f"R_{k + 1} ({spec.text})", cfg, running, opened) for k, spec in enumerate(specs)]
 
 
 def _check_nemo(spec: SourceSpec, cfg: Config, world_size: int) -> None:
@@ -275,7 +221,7 @@ def _check_nemo(spec: SourceSpec, cfg: Config, world_size: int) -> None:
             raise CheckpointError(f"{spec.text}: holds a model with the head {described.head!r}, not a reward model")
         head = source.tensors()["head.weight"]
         check_attributes(spec.text.partition("?")[0], head.shape[0], spec.attributes)
-        own = dataclasses.replace(described.model, **{key: getattr(cfg.model, key) for key in _OF_THE_JOB})
+        own = dataclasses.replace(described.model, **{key: getattr(cfg.model, key) for key in OF_THE_JOB})
         validate_layout(dataclasses.replace(cfg, model=own), world_size, _takes_engine(cfg))
 
 
@@ -305,14 +251,3 @@ def _converted(spec: SourceSpec, cfg: Config) -> Path:
 
     runtime.on_writer(make)
     return out
-
-
-def _reward_meta(spec: SourceSpec) -> dict[str, Any]:
-    from nemo_advrm.megatron import checkpoint
-    from nemo_advrm.megatron.description import check_size
-
-    meta = checkpoint.read_meta(spec.path)
-    if meta["head"] != "reward":
-        raise CheckpointError(f"{spec.text}: holds a model with the head {meta['head']!r}, not a reward model")
-    check_size(spec.path, meta, member_config(meta, ModelConfig()))
-    return meta

@@ -21,6 +21,7 @@ from nemo_advrm.data.reading import KEY, ReadingRule
 from nemo_advrm.megatron import checkpoint, memory, resiliency, runtime
 from nemo_advrm.megatron.strategy import MegatronStrategy
 from nemo_advrm.models.trainable import TrainableModel
+from nemo_advrm.rewards.feature_file import FeatureWeights
 from nemo_advrm.schema import Config
 from nemo_advrm.stages import results, run_files
 
@@ -113,13 +114,22 @@ def read_result(directory: Path, *keys: str) -> dict[str, float] | None:
     return found
 
 
-def write_result(directory: Path, module: TrainableModel, metrics: dict[str, float], **meta: float) -> None:
+def write_result(
+    directory: Path,
+    module: TrainableModel,
+    metrics: dict[str, float],
+    features: FeatureWeights | None = None,
+    **meta: float,
+) -> None:
     """Save the trained weights in ``directory/model`` and mark the training finished; it is then not redone.
 
-    The module's models are released.
+    ``features`` are stored with a hybrid reward model. The module's models are released.
     """
     limit = module.config.trainer.timeout_minutes
     checkpoint.save(directory / "model", module.model, meta={**tokenizer_meta(module), **meta}, limit_minutes=limit)
+    if features is not None:
+        stored = features
+        checkpoint.on_writer(directory / "model", lambda: stored.write(directory / "model"))
     results.mark(directory, "result.json", metrics, records(directory))
     drop_training_checkpoints(directory)
     module.release()

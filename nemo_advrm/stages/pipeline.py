@@ -12,8 +12,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from nemo_advrm import writers
 from nemo_advrm.config import for_stage
 from nemo_advrm.data.jsonl import write_jsonl_atomic
@@ -40,7 +38,7 @@ from nemo_advrm.stages.rlhf import rlhf_prompts, run_rlhf
 from nemo_advrm.stages.select import dropped, found_lines, reason_to_stop, select_round
 from nemo_advrm.stages.sft import encode_responses, sft_rows, train_sft
 from nemo_advrm.stages.state import RunState
-from nemo_advrm.stages.train_rm import EncodedPreferences, encode_rows, train_reward_model
+from nemo_advrm.stages.train_rm import EncodedPreferences, bootstrap, encode_rows, keep_back, train_reward_model
 
 
 def main(cfg: Config) -> int:
@@ -172,11 +170,9 @@ class Pipeline:
         stores = [str(self._round(i) / "pairs.jsonl") for i in range(number)]
         cfg.augmentation.pairs_path = ",".join(filter(None, [cfg.augmentation.pairs_path, *stores]))
         seed = derive_seed(self.cfg.seed, "rm", number, k)
+        cfg.reward_model.feature_policy = cfg.reward_model.feature_policy or self._policy_path
         data = self._encoded_preferences
-        if self.cfg.ensemble.bootstrap:
-            draw = torch.Generator().manual_seed(derive_seed(seed, "bootstrap"))
-            rows = torch.randint(len(data.train), (len(data.train),), generator=draw).tolist()
-            data = replace(data, train=[data.train[i] for i in rows])
+        data = bootstrap(data, derive_seed(seed, "bootstrap")) if cfg.ensemble.bootstrap else keep_back(cfg, data)
         directory = self._round(number) / f"rm_{k}"
         train_reward_model(
             cfg,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import re
 import shutil
@@ -17,6 +16,7 @@ from nemo_advrm.errors import ConfigError
 from nemo_advrm.foreign_files import decode_yaml, read_bytes
 from nemo_advrm.keys import stages_with_settings
 from nemo_advrm.megatron import checkpoint, manifest
+from nemo_advrm.rewards import sources
 from nemo_advrm.schema import Config
 
 _DIRECTORIES = ("checkpoints", "model", "logs", "attack", "report", "sft", "preferences", "rlhf", "best_of_n", "locks")
@@ -86,7 +86,7 @@ def inputs(cfg: Config) -> dict[str, str]:
     found = {}
     for path in sorted(paths):
         with contextlib.suppress(OSError):
-            digest = _digest(Path(path))
+            digest = manifest.digest(Path(path))
             if digest:
                 found[path] = digest
     return found
@@ -101,17 +101,6 @@ def _with_stages(cfg: Config) -> Iterator[Config]:
 
 def _paths(cfg: Config) -> list[str]:
     data = [getattr(cfg.data, key) for key in _DATA_KEYS]
-    return [*data, cfg.pretrained_checkpoint.restore_from_path, *cfg.ensemble.members]
-
-
-def _digest(path: Path) -> str:
-    if (path / manifest.NAME).is_file():
-        path = path / manifest.NAME
-    if path.is_file():
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    total = hashlib.sha256()
-    for file_path in sorted(path.rglob("*")) if path.is_dir() else ():
-        if file_path.is_file() and not file_path.name.startswith("."):
-            total.update(f"{file_path.relative_to(path).as_posix()}\0{_digest(file_path)}\n".encode())
-    return total.hexdigest() if path.is_dir() else ""
+    members = [spec.location for spec in sources.parse_members(cfg.ensemble.members) if not spec.is_remote]
+    policies = [cfg.pretrained_checkpoint.restore_from_path, cfg.reward_model.feature_policy]
+    return [*data, *policies, *members]

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import torch
 from lightning.pytorch import Callback
 
 from nemo_advrm.callbacks.augmentation import AdversarialAugmentation
 from nemo_advrm.data.encoding import EncodedPair, encode_pairs
+from nemo_advrm.data.messages import Message
 from nemo_advrm.data.mismatch import mismatch_line, mismatched_pairs
 from nemo_advrm.data.pair_store import PairStore
 from nemo_advrm.data.preferences import PreferencePair
+from nemo_advrm.data.prompts import split_train_validation
 from nemo_advrm.data.tokenizers import Tokenizer, build_tokenizer
 from nemo_advrm.errors import ConfigError, DataError
 from nemo_advrm.megatron import runtime
@@ -20,6 +23,9 @@ from nemo_advrm.models.reward_model import RewardModel
 from nemo_advrm.models.scoring import score_sequences
 from nemo_advrm.models.trainable import derive_seed
 from nemo_advrm.objectives.accuracy import accuracy
+from nemo_advrm.rewards.features import HybridReward
+from nemo_advrm.rewards.hybrid import fit_features, fixed_prompts, frozen_policy, rollouts_of, with_prompts
+from nemo_advrm.rewards.local import MegatronReward
 from nemo_advrm.schema import Config
 from nemo_advrm.stages import inputs, session
 from nemo_advrm.stages.fit import fit, read_result, write_result
@@ -31,7 +37,7 @@ def main(cfg: Config) -> int:
     session.start(cfg)
     tokenizer = build_tokenizer(cfg.model.tokenizer)
     train, validation = inputs.training_and_validation_pairs(cfg)
-    data = encode_rows(cfg, tokenizer, train, validation)
+    data = keep_back(cfg, encode_rows(cfg, tokenizer, train, validation))
     session.claim(cfg, directory, "train_rm")
     metrics = train_reward_model(
         cfg,
@@ -47,22 +53,34 @@ def main(cfg: Config) -> int:
             f"validation: accuracy {metrics['val/accuracy']:.3f}  loss {metrics['val/loss']:.4f}  "
             f"margin {metrics['val/margin']:.3f}  ({len(data.validation)} pairs)\n"
             f"{mismatch_line(metrics.get('val/mismatch_accuracy'), len(data.mismatched), data.no_mismatch)}\n"
-            f"reward model: {directory / 'model'}"
+            f"{_hybrid_line(metrics)}reward model: {directory / 'model'}"
         )
     return 0
+
+
+def _hybrid_line(metrics: dict[str, float]) -> str:
+    if "val/hybrid_accuracy" not in metrics:
+        return ""
+    mismatch = metrics.get("val/hybrid_mismatch_accuracy")
+    told = "" if mismatch is None else f"  mismatched prompts {mismatch:.3f}"
+    return f"with reference features: accuracy {metrics['val/hybrid_accuracy']:.3f}{told}\n"
 
 
 @dataclass(frozen=True)
 class EncodedPreferences:
     """Encoded pairs to train on, to validate on, and the validation rows as mismatched pairs.
 
-    `no_mismatch` says why there are no mismatched pairs (see `data.mismatch`), empty where there are.
+    `no_mismatch` says why there are no mismatched pairs (see `data.mismatch`), empty where there are. `held_out` are
+    pairs kept from training, on which the weights of reference features are fitted, `prompts` the fixed other prompts
+    of these (see `rewards.features`).
     """
 
     train: list[EncodedPair]
     validation: list[EncodedPair]
     mismatched: list[EncodedPair]
     no_mismatch: str = ""
+    held_out: list[EncodedPair] = field(default_factory=list)
+    prompts: tuple[tuple[Message, ...], ...] = ()
 
 
 def encode_rows(
@@ -84,7 +102,36 @@ def encode_rows(
             mismatched, _ = encode_pairs(rows, tokenizer, limit, lenient.on_overlong, lenient.on_bad_row)
         except DataError as error:  # none is left
             reason = str(error)
-    return EncodedPreferences(encoded[0], encoded[1], mismatched, reason)
+    options = cfg.reward_model
+    prompts = fixed_prompts(train, tokenizer, options.feature_prompts) if options.reference_features else ()
+    return EncodedPreferences(encoded[0], encoded[1], mismatched, reason, prompts=prompts)
+
+
+def keep_back(cfg: Config, data: EncodedPreferences) -> EncodedPreferences:
+    """Take `reward_model.feature_share` of the training pairs out, whole prompts, where features are to be fitted.
+
+    Which ones depends on the run's seed and the prompts alone: they are the same for every member and round.
+    """
+    if not cfg.reward_model.reference_features:
+        return data
+    rows = [pair.row for pair in data.train if pair.row is not None]
+    _, held_rows = split_train_validation(rows, cfg.reward_model.feature_share, derive_seed(cfg.seed, "features"))
+    held = set(map(id, held_rows))
+    return replace(
+        data,
+        train=[pair for pair in data.train if id(pair.row) not in held],
+        held_out=[pair for pair in data.train if id(pair.row) in held],
+    )
+
+
+def bootstrap(data: EncodedPreferences, seed: int) -> EncodedPreferences:
+    """As many training pairs, drawn with replacement; held out are those that were not drawn, in no copy either."""
+    draw = torch.Generator().manual_seed(seed)
+    rows = torch.randint(len(data.train), (len(data.train),), generator=draw).tolist()
+    train = [data.train[i] for i in rows]
+    known = {(*pair.chosen, -1, *pair.rejected) for pair in train}
+    held_out = [pair for pair in data.train if (*pair.chosen, -1, *pair.rejected) not in known]
+    return replace(data, train=train, held_out=held_out)
 
 
 def train_reward_model(
@@ -103,6 +150,7 @@ def train_reward_model(
     finished = read_result(directory, "val/accuracy", "val/loss", "val/margin")
     if finished is not None:
         return finished
+    policy = frozen_policy(cfg, restore_from)
     train_rows = data.train
     stores = [Path(p) for p in cfg.augmentation.pairs_path.split(",") if p]
     callbacks: list[Callback] = []
@@ -113,7 +161,10 @@ def train_reward_model(
     module = RewardModel(cfg, tokenizer, train_rows, data.validation, restore_from, seed)
     fit(module, cfg, directory, title, callbacks, validate=True)
     metrics = {**module.validation_metrics, **_mismatch(module, data.mismatched)}
-    write_result(directory, module, metrics, steps=module.max_steps, **metrics)
+    hybrid = _fit_features(module, data, policy)
+    if hybrid is not None:
+        metrics |= _hybrid_metrics(hybrid, data, cfg)
+    write_result(directory, module, metrics, hybrid.weights if hybrid else None, steps=module.max_steps, **metrics)
     return metrics
 
 
@@ -170,6 +221,26 @@ def _augmentation(cfg: Config, tokenizer: Tokenizer, stores: list[Path], seed: i
         weight=options.weight,
         pairs_per_step=options.pairs_per_step if on_top else 0,
     )
+
+
+def _fit_features(module: RewardModel, data: EncodedPreferences, policy: str) -> HybridReward | None:
+    """The trained model with the features that are configured; None without any."""
+    cfg = module.config
+    if not cfg.reward_model.reference_features:
+        return None
+    member = MegatronReward("the trained model", module.model, module.tokenizer)
+    return fit_features(cfg, member, data.held_out, data.prompts, policy)
+
+
+def _hybrid_metrics(hybrid: HybridReward, data: EncodedPreferences, cfg: Config) -> dict[str, float]:
+    """Accuracy of the hybrid on the pairs that the plain model was validated on, and on mismatched ones."""
+    validated = data.validation[: cfg.trainer.limit_val_batches * cfg.model.global_batch_size or None]
+    found = {}
+    for name, pairs in (("hybrid_accuracy", validated), ("hybrid_mismatch_accuracy", data.mismatched)):
+        pairs = with_prompts(pairs)
+        if pairs:
+            found[f"val/{name}"] = accuracy(hybrid.score(rollouts_of(pairs, hybrid.tokenizer)))
+    return found
 
 
 def _mismatch(module: RewardModel, pairs: list[EncodedPair]) -> dict[str, float]:

@@ -24,8 +24,9 @@ from nemo_advrm.data.tokenizers import HFTokenizer
 from nemo_advrm.errors import CheckpointError
 from nemo_advrm.megatron.runtime import Runtime
 from nemo_advrm.rewards.base import RewardSource, Rollouts
+from nemo_advrm.rewards.checkpoints import member_tokenizer
 from nemo_advrm.rewards.hf import HFReward
-from nemo_advrm.rewards.sources import build, member_tokenizer, parse
+from nemo_advrm.rewards.sources import build, parse
 from nemo_advrm.schema import ConvertConfig
 
 TOLERANCE = {"atol": 2e-5, "rtol": 1e-4}

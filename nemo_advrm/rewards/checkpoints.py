@@ -1,0 +1,105 @@
+"""A member that is a checkpoint of this package: how it is named, its architecture, and its tokenizer."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nemo_advrm.data.reading import KEY, rule_of, say_old_rule
+from nemo_advrm.data.tokenizers import HFTokenizer, Tokenizer, build_tokenizer
+from nemo_advrm.errors import CheckpointError
+from nemo_advrm.schema import ModelConfig
+
+LOCAL_KINDS = ("megatron", "hf", "nemo")
+# of a member's configuration, what belongs to the running job and not to its weights
+OF_THE_JOB = (
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "virtual_pipeline_model_parallel_size",
+    "num_layers_in_first_pipeline_stage",
+    "num_layers_in_last_pipeline_stage",
+    "context_parallel_size",
+    "sequence_parallel",
+    "use_distributed_optimizer",
+    "overlap_grad_reduce",
+    "overlap_param_gather",
+    "recompute",
+    "recompute_num_layers",
+    "offload_reference",
+    "offload_optimizer_while_generating",
+    "micro_batch_size",
+    "micro_batch_tokens",
+    "global_batch_size",
+)
+
+
+@dataclass(frozen=True)
+class SourceSpec:
+    """One member: ``kind`` is megatron, hf, nemo, http or triton; ``location`` a path, or addresses joined by ``|``."""
+
+    kind: str
+    location: str
+    text: str  # as the user wrote it
+    place: str  # the key it came from
+    attributes: tuple[float, ...] = ()  # weights of the outputs of a model that has several
+    features: bool = True  # with the reference features that the directory holds, if any
+
+    @property
+    def is_remote(self) -> bool:
+        return self.kind not in LOCAL_KINDS
+
+    @property
+    def path(self) -> Path:
+        return Path(self.location)
+
+
+def reward_meta(spec: SourceSpec) -> dict[str, Any]:
+    from nemo_advrm.megatron import checkpoint
+    from nemo_advrm.megatron.description import check_size
+
+    meta = checkpoint.read_meta(spec.path)
+    if meta["head"] != "reward":
+        raise CheckpointError(f"{spec.text}: holds a model with the head {meta['head']!r}, not a reward model")
+    check_size(spec.path, meta, member_config(meta, ModelConfig()))
+    return meta
+
+
+def member_config(meta: dict[str, Any], job: ModelConfig) -> ModelConfig:
+    """The architecture of a checkpoint at the parallel layout and batch shape of the running job."""
+    known = {field.name for field in dataclasses.fields(ModelConfig)} - {"optim", *OF_THE_JOB}
+    own = {key: value for key, value in meta["model"].items() if key in known}
+    if "vocab_size" in meta:
+        own["vocab_size"] = meta["vocab_size"]  # as it was padded when it was trained
+    return dataclasses.replace(ModelConfig(**own), **{key: getattr(job, key) for key in OF_THE_JOB})
+
+
+def member_tokenizer(spec: SourceSpec, meta: dict[str, Any], running: Tokenizer | None) -> Tokenizer:
+    """The tokenizer a checkpoint was trained with, reading conversations by the checkpoint's rule.
+
+    Raises CheckpointError when it cannot be known or has changed.
+    """
+    fingerprint, rule = meta.get("tokenizer"), rule_of(meta, spec.text)
+    if isinstance(running, HFTokenizer) and running.has_template and running.rule != rule:
+        running = HFTokenizer(running.path, rule)
+    if running is not None and fingerprint in (None, running.fingerprint):
+        return _read_by(running, meta, spec)
+    files = spec.path / "tokenizer"
+    named = f"hf:{files}" if files.is_dir() else meta.get("tokenizer_spec")
+    if named is None:
+        raise CheckpointError(
+            f"{spec.place}={spec.text}: the checkpoint does not say which tokenizer it was trained with, and it is not "
+            "the one of this run (model.tokenizer)"
+        )
+    tokenizer = build_tokenizer(named, rule)
+    if fingerprint is not None and tokenizer.fingerprint != fingerprint:
+        raise CheckpointError(f"{spec.place}={spec.text}: the tokenizer {named} is not what it was in training")
+    return _read_by(tokenizer, meta, spec)
+
+
+def _read_by(tokenizer: Tokenizer, meta: dict[str, Any], spec: SourceSpec) -> Tokenizer:
+    """``tokenizer``, after one line in the log where the checkpoint has no rule and its template makes one matter."""
+    if KEY not in meta and isinstance(tokenizer, HFTokenizer) and tokenizer.has_template:
+        say_old_rule(spec.text)
+    return tokenizer

@@ -1,0 +1,170 @@
+"""The hybrid reward: a reward model's score and two features of a frozen policy, weighed against each other.
+
+    r(x, y) = w_0 R(x, y) + w_1 log p(y|x) + w_2 [log p(y|x) - mean over x' of log p(y|x')]
+
+p is the policy from which the reward model began (the SFT policy), x' a few fixed other prompts that are stored with
+the model. ``log_prob`` tells how ordinary a response is, ``prompt_gain`` how much its prompt explains of it: what a
+reward model that does not read the prompt cannot know.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nemo_advrm.data.answers import opening_of_answers, split_at_answer
+from nemo_advrm.data.tokenizers import Tokenizer
+from nemo_advrm.errors import DataError, RewardSourceError
+from nemo_advrm.megatron import runtime
+from nemo_advrm.megatron.log_probs import log_probs_and_entropy
+from nemo_advrm.megatron.model import MegatronModel
+from nemo_advrm.megatron.schedule import Microbatch, forward, microbatch_rows
+from nemo_advrm.models.language_model import EncodedResponse, response_microbatch
+from nemo_advrm.rewards.base import Rollouts
+from nemo_advrm.rewards.encoding import encode_rendered
+from nemo_advrm.rewards.feature_file import FeatureWeights
+from nemo_advrm.rewards.local import MegatronReward
+
+
+class ReferenceFeatures:
+    """Features of responses under one frozen policy; the same response to a prompt always has the same ones.
+
+    Members that share it have their features computed once: those of the rollouts that were asked for last are kept.
+
+    Args:
+        name: of the policy, for messages.
+        model: a language model on the running layout.
+        tokenizer: the policy's.
+        prompts: ids of the other prompts of ``prompt_gain``, at least two.
+    """
+
+    def __init__(self, name: str, model: MegatronModel, tokenizer: Tokenizer, prompts: list[list[int]]) -> None:
+        self.name = name
+        self.model = model
+        self.tokenizer = tokenizer
+        self.prompts = prompts
+        self._opening = opening_of_answers(tokenizer, prompts)
+        self._last: tuple[Rollouts, bool, Tensor] | None = None
+
+    def values(self, rollouts: Rollouts, names: tuple[str, ...]) -> Tensor:
+        """[N, F] fp32 on the CPU, in nats: the features ``names`` of every response; all ranks call.
+
+        A response counts as its text is encoded (rows that came as tokens: as these are), with its end token where it
+        ended. Over-long conversations lose tokens at the start of the prompt.
+
+        Raises DataError for a row whose prompt cannot be known, RewardSourceError for a response that is too long.
+        """
+        gain = "prompt_gain" in names
+        # by the object, not by its rows: whether anything is computed is then the same on all ranks
+        if self._last is None or self._last[0] is not rollouts or (gain and not self._last[1]):
+            self._last = (rollouts, gain, self._compute(rollouts, gain))
+        table_N2 = self._last[2]
+        return torch.stack([table_N2[:, ("log_prob", "prompt_gain").index(name)] for name in names], -1)
+
+    def _compute(self, rollouts: Rollouts, gain: bool) -> Tensor:
+        """[N, 2]: log_prob and, if asked for, prompt_gain (else 0)."""
+        parts = [self._parts(rollouts, i) for i in range(len(rollouts))]
+        # a prompt that is itself one of the fixed ones is compared with the rest of them
+        others = [[other for other in self.prompts if other != prompt] if gain else [] for prompt, _ in parts]
+        rows = [self._row(prompt, answer) for prompt, answer in parts]
+        rows += [self._row(p, answer) for (_, answer), own in zip(parts, others, strict=True) for p in own]
+        found = self.log_probs(rows)
+        log_prob_N, rest = found[: len(parts)], found[len(parts) :]
+        counts = [len(own) for own in others]
+        means = [part.mean() if len(part) else part.new_zeros(()) for part in rest.split(counts)]
+        other_N = torch.stack(means) if means else log_prob_N
+        return torch.stack([log_prob_N, log_prob_N - other_N if gain else torch.zeros_like(log_prob_N)], -1)
+
+    def _parts(self, rollouts: Rollouts, i: int) -> tuple[list[int], list[int]]:
+        """Ids of the prompt and of the response."""
+        if rollouts.tokens_only and rollouts.prompt_tokens[i]:
+            self._check_tokens(rollouts)
+            return rollouts.prompt_tokens[i], rollouts.response_tokens[i]
+        tokenizer, text = self.tokenizer, rollouts.responses[i]
+        if rollouts.prompts[i]:
+            answer = tokenizer.encode_response(text) if rollouts.ended[i] else tokenizer.encode(text)
+            return tokenizer.encode_prompt(rollouts.prompts[i]), answer
+        if rollouts.rendered:
+            return split_at_answer(encode_rendered(tokenizer, text), self._opening, tokenizer.eos_id)
+        if rollouts.tokens_only:
+            self._check_tokens(rollouts)
+            return split_at_answer(rollouts.response_tokens[i], self._opening, tokenizer.eos_id)
+        raise DataError(f"response {i + 1} has no prompt (raw text): the features of {self.name} need one")
+
+    def _check_tokens(self, rollouts: Rollouts) -> None:
+        if rollouts.fingerprint != self.tokenizer.fingerprint:
+            raise DataError(
+                f"the rows came as tokens of another tokenizer than {self.tokenizer.name}, that of {self.name}, "
+                "without their text"
+            )
+
+    def _row(self, prompt: list[int], answer: list[int]) -> EncodedResponse:
+        settings = self.model.model
+        room = settings.encoder_seq_length - len(answer)
+        if room < 1 and settings.position_embedding_type == "learned_absolute":
+            raise RewardSourceError(
+                f"{self.name}: a response has {len(answer)} tokens, the policy takes {settings.encoder_seq_length} "
+                "with its prompt"
+            )
+        kept = prompt[-max(1, room) :]
+        return EncodedResponse(kept + answer, len(kept))
+
+    @torch.no_grad()
+    def log_probs(self, rows: list[EncodedResponse]) -> Tensor:
+        """[N] fp32 on the CPU: log-probability of each response, the sum over its tokens in nats; all ranks call."""
+        model, rt = self.model, runtime.current()
+        places = [i for i, row in enumerate(rows) if len(row.tokens) > row.prompt_length]  # an empty text is certain
+        groups = microbatch_rows(model, [len(rows[i].tokens) for i in places])
+        groups = [[places[i] for i in group] for group in groups]
+        microbatches = [
+            response_microbatch(model, [rows[i] for i in group], self.tokenizer.pad_id) for group in groups
+        ]
+
+        def collect(logits_NV: Tensor, microbatch: Microbatch) -> Tensor:
+            log_probs_N, _ = log_probs_and_entropy(logits_NV, microbatch.extra["targets_N"])
+            sums_B = torch.zeros(microbatch.tokens_BS.size(0), device=log_probs_N.device)
+            return sums_B.index_add(0, microbatch.extra["rows_N"], log_probs_N.float())
+
+        values_N = torch.zeros(len(rows))
+        for group, sums_B in zip(groups, forward(model, microbatches, collect), strict=False):
+            values_N[group] = sums_B.cpu()
+        if not rows:
+            return values_N
+        return rt.broadcast_from_last_stage(values_N.to(rt.device), (tuple(values_N.shape), values_N.dtype)).cpu()
+
+
+class HybridReward:
+    """A reward source: a member's score and the features of a frozen policy, by the weights stored with the member.
+
+    To everything that asks for limits, tokenizer or number format it is the member.
+    """
+
+    def __init__(self, member: MegatronReward, features: ReferenceFeatures, weights: FeatureWeights) -> None:
+        self.name = member.name
+        self.member = member
+        self.features = features
+        self.weights = weights
+        self.tokenizer = member.tokenizer
+        self.model = member.model
+
+    @property
+    def longest(self) -> int:
+        return self.member.longest
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.member.dtype
+
+    def score(self, rollouts: Rollouts) -> Tensor:
+        """[N] fp32 on the CPU; raises what member and features raise."""
+        return self.combine(self.member.score(rollouts), rollouts)
+
+    def combine(self, scores_N: Tensor, rollouts: Rollouts) -> Tensor:
+        """The hybrid scores, [N], of responses whose plain scores by the member are known."""
+        return hybrid_scores(scores_N, self.features.values(rollouts, self.weights.names), self.weights.weights)
+
+
+def hybrid_scores(scores_N: Tensor, features_NF: Tensor, weights: tuple[float, ...]) -> Tensor:
+    """[N] fp32: the weighed sum of plain scores and features."""
+    columns = torch.cat([scores_N[:, None], features_NF], -1).double()
+    return (columns @ torch.tensor(weights, dtype=torch.float64)).float()
