@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nemo_advrm.data.batching import microbatch_cost
 from nemo_advrm.errors import ConfigError
-from nemo_advrm.megatron import runtime
+from nemo_advrm.megatron import runtime, throughput
 from nemo_advrm.megatron.context import without_context_parallel
 from nemo_advrm.megatron.fusions import without_fused_rotation
 from nemo_advrm.megatron.gpt import without_sequence_parallel
@@ -179,6 +179,9 @@ def _call_pipeline(
     """One pass through all stages, chunk after chunk; [B, V] logits on the last stage, None before it."""
     rt = runtime.current()
     rows, length = tokens_BS.shape
+    # context-parallel ranks have rows of their own
+    ranks = rt.layout.tensor * rt.layout.pipeline
+    throughput.count_pass(model.model, model.head, rows, length, rows, model.vocab_size, ranks)
     group = parallel_state.get_pipeline_model_parallel_group() if rt.layout.pipeline > 1 else None
     output = None
     for part in model.parts:

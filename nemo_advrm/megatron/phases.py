@@ -20,6 +20,7 @@ class Standing:
         phase: empty outside training, where nobody watches.
         ticks: grows with everything that gets done (a phase, a microbatch, a token).
         seconds: spent in each phase so far.
+        flops: of this process's passes through models so far (see :mod:`nemo_advrm.megatron.throughput`).
     """
 
     step: int = 0
@@ -27,6 +28,7 @@ class Standing:
     ticks: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
     since: float = field(default_factory=time.perf_counter)
+    flops: float = 0.0
 
 
 _here = Standing()
@@ -64,3 +66,8 @@ def exchange() -> Iterator[None]:
 def tick() -> None:
     """Something got done inside the phase."""
     _here.ticks += 1
+
+
+def worked(flops: float) -> None:
+    """So many FLOPs are this process's share of a pass."""
+    _here.flops += flops

@@ -14,7 +14,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from nemo_advrm.data.batching import microbatch_cost, split_by_tokens
-from nemo_advrm.megatron import runtime
+from nemo_advrm.megatron import runtime, throughput
 from nemo_advrm.megatron.context import SplitLogits
 from nemo_advrm.megatron.gpt import Head
 from nemo_advrm.megatron.model import MegatronModel
@@ -88,6 +88,7 @@ def _run(
 ) -> list[Any]:
     shape = max((turn.read.tokens_BS.shape for turn in turns), key=lambda shape: shape.numel())
     interleaved = len(model.chunks) > 1
+    _count(model, turns, passes=1 if forward_only else 3)
     return get_forward_backward_func(
         pp_size=parallel_state.get_pipeline_model_parallel_world_size(),
         vp_size=len(model.chunks) if interleaved else None,
@@ -101,6 +102,16 @@ def _run(
         forward_only=forward_only,
         **options,
     )
+
+
+def _count(model: MegatronModel, turns: list[_Turn], passes: int) -> None:
+    """Count the FLOPs of a schedule: every rank of a replica does its share of each microbatch."""
+    ranks = runtime.current().layout.model_parallel
+    for turn in turns:
+        rows, length = turn.read.tokens_BS.shape
+        targets = turn.read.extra.get("targets_N")  # the tokens whose logits are wanted, known without the device
+        logits = 0 if targets is None else targets.numel()
+        throughput.count_pass(model.model, model.head, rows, length, logits, model.vocab_size, ranks, passes)
 
 
 def _turns(model: MegatronModel, microbatches: list[Microbatch]) -> list[_Turn]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from nemo_advrm.megatron import runtime
+from nemo_advrm.megatron import phases, runtime
 from nemo_advrm.megatron.planner.activations import Microbatch
-from nemo_advrm.megatron.planner.flops import layer_flops
+from nemo_advrm.megatron.planner.flops import head_flops, layer_flops
 from nemo_advrm.megatron.planner.gpus import GPUS
 from nemo_advrm.schema import ModelConfig
 
@@ -17,6 +17,27 @@ def training_flops_per_token(model: ModelConfig) -> float:
     Products of queries and keys, whose number depends on lengths, and what is recomputed are left out.
     """
     return 3 * model.num_layers * layer_flops(model, Microbatch(1, 1)).matrices
+
+
+def count_pass(
+    model: ModelConfig, head: str, rows: int, length: int, logits: int, vocab_size: int, ranks: int, passes: int = 1
+) -> None:
+    """Count this process's share of a pass in :attr:`phases.Standing.flops`.
+
+    Counted are the matrices of the layers, attention within the rows and the output layer, padding included, as the
+    hardware computes it too. What is recomputed, element-wise operations, the optimizer, and attention to tokens that a
+    cache holds are left out.
+
+    Args:
+        head: lm, reward or value.
+        rows, length: of the padded microbatch.
+        logits: tokens whose logits are computed.
+        ranks: that share the pass evenly.
+        passes: 1 forward, 3 with the backward pass.
+    """
+    flops = model.num_layers * layer_flops(model, Microbatch(rows, length)).total
+    flops += head_flops(model, head, logits, vocab_size)
+    phases.worked(passes * flops / ranks)
 
 
 def gpu_peak(precision: str) -> float | None:
