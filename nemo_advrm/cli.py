@@ -22,7 +22,7 @@ from nemo_advrm.errors import (
     RewardSourceError,
     UserError,
 )
-from nemo_advrm.place import host_name, place
+from nemo_advrm.place import host_name, place, worker
 
 _SINGLE_PROCESS = ("report", "doctor", "select", "stages", "plan")
 # stages that stop at a signal where they can go on; the others, of which a half is worth nothing, end at once
@@ -297,7 +297,7 @@ def guarded(call: Callable[[], int | None]) -> int:
     except FailedElsewhere as error:
         return EXIT_USER_ERROR if error.by_system else EXIT_BUG
     except KeyboardInterrupt:
-        if here.rank == 0:
+        if here.rank == 0 and not worker():
             print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     except Exception as error:
@@ -344,11 +344,14 @@ def run_stage(name: str, overrides: Sequence[str]) -> int | None:
 
         cfg = parse_settings(getattr(schema, STAGES[name].settings), overrides)
     else:
+        from nemo_advrm import workers
         from nemo_advrm.config import load_config
         from nemo_advrm.launch import relaunch
 
         cfg = load_config(overrides, name)
-        status = relaunch(cfg, [name, *overrides]) if name not in _SINGLE_PROCESS else None
+        status = workers.supervise(cfg, [name, *overrides]) if name == "pipeline" else None
+        if status is None and name not in _SINGLE_PROCESS:
+            status = relaunch(cfg, [name, *overrides])
         if status is not None:
             return status
     quiet_libraries()
@@ -359,9 +362,9 @@ def run_stage(name: str, overrides: Sequence[str]) -> int | None:
         try:
             return stage(cfg)
         finally:
-            writers = sys.modules.get("nemo_advrm.writers")
-            if writers is not None:
-                writers.release_all()
+            held = sys.modules.get("nemo_advrm.writers")
+            if held is not None:
+                held.release_all()
 
 
 def _dispatch(words: list[str]) -> int | None:

@@ -6,6 +6,9 @@ import os
 import socket
 from dataclasses import dataclass
 
+# "NUMBER PID" in a worker of a pipeline (see nemo_advrm.workers): its number, from 1, and who started it
+WORKER = "NEMO_ADVRM_WORKER"
+
 
 @dataclass(frozen=True)
 class Place:
@@ -28,6 +31,16 @@ def place() -> Place:
     if "SLURM_PROCID" in env and int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
         return Place(int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"]), int(env.get("SLURM_LOCALID", 0)))
     return Place()
+
+
+def is_distributed() -> bool:
+    """Whether torchrun or srun started this process, alone or beside others."""
+    return "RANK" in os.environ or "SLURM_STEP_NUM_TASKS" in os.environ
+
+
+def worker() -> int:
+    """The number of this worker of a pipeline, 0 in a process that is none."""
+    return int(os.environ.get(WORKER, "0").split()[0])
 
 
 def host_name() -> str:

@@ -177,6 +177,7 @@ class EnsembleConfig:
 
     size: int = 2
     bootstrap: bool = False  # each member trains on its own bootstrap sample
+    own_trunk: bool = False  # with pipeline.sft: each member starts from an SFT policy of its own, RLHF from R_1's
     # reward sources, R_1 first: DIR, hf:DIR, nemo:FILE, DIR?attributes=W1,W2, DIR?reference_features=off,
     # http://HOST:PORT, triton+http://HOST:PORT/MODEL
     members: list[str] = field(default_factory=list)
@@ -295,24 +296,45 @@ class AugmentationConfig:
 
 
 @dataclass
+class BranchConfig:
+    """A variant of the hardening: the same members of round 0, attacked and retrained in another way."""
+
+    pairs: str = "attack"  # that retraining adds: attack | none | random (as many as the main rounds selected)
+    rounds: int = 1
+    coefficient: float | None = None  # lambda of its attacks; null: adversarial.coefficient
+    plain_members: list[int] = field(default_factory=list)  # as pipeline.plain_members
+    own_trunk: bool = False  # members after the first start from SFT policies of their own
+
+
+@dataclass
 class RLHFRunConfig:
-    """One RLHF run of the pipeline."""
+    """One arm of the pipeline: RLHF on one reward."""
 
     reward: str = "r1"  # r1 | ensemble (uses aggregate) | hardened
     aggregate: str = "mean"
     coefficient: float = 1.0
+    branch: str = ""  # whose members are the reward: a name of pipeline.branches; empty: the main rounds
+    round: int | None = None  # of the members; null: the last one for hardened, 0 for the others
+    kl: float | None = None  # coefficient of the KL penalty; null: rl.kl.coefficient
+    reference_features: bool = True  # use the members' reference features, where they have them
+    standardise: bool = False  # also bring one member alone to z-scores: one scale for the KL penalty of all arms
+    seeds: int = 0  # RLHF runs of this arm; 0: pipeline.rlhf_seeds
 
 
 @dataclass
 class PipelineConfig:
     rounds: int = 2
     sft: bool = False  # train the SFT policy first
+    jobs: str = "auto"  # processes that take steps side by side: auto (cores / trainer.cpu_threads, or GPUs) | a number
     only: str = ""  # run this one stage (a name that nemo-advrm stages prints) when those before it are complete
     stop_success_rate: float = 0.0  # stop when attack success falls below this
     gold: str = ""  # gold reward used to label and evaluate: synthetic
     stable_window: int = 5  # evaluations in the smoothing window of gold
     stable_tolerance: float = 0.1
+    plain_members: list[int] = field(default_factory=list)  # members that attacks see without their reference features
+    branches: dict[str, BranchConfig] = field(default_factory=dict)
     rlhf: dict[str, RLHFRunConfig] = field(default_factory=dict)
+    rlhf_seeds: int = 1  # RLHF runs of each arm; run i meets the same prompts and random numbers in all arms
 
 
 @dataclass

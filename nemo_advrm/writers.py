@@ -38,6 +38,10 @@ _NAMING_SECONDS = 3.0
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
 
 
+class Taken(ConfigError):
+    """Another process that lives is the writer."""
+
+
 @dataclass(frozen=True)
 class Owner:
     """The process that writes into a directory; ``machine`` tells apart boots and containers of the same name."""
@@ -99,7 +103,8 @@ def hold(directory: Path, name: str = "writer", what: Path | None = None, key: s
     What died without a word is taken over, with a word. An owner on another host has SILENT_SECONDS to show that it
     lives.
 
-    Raises ConfigError that names host and process of the writer that is there, or says why nothing can be written.
+    Raises Taken that names host and process of the writer that is there, ConfigError that says why nothing can be
+    written.
     """
     path = (directory / f"{name}.owner").absolute()
     held = _held.get(path)
@@ -283,9 +288,9 @@ def _read(path: Path) -> Owner | None:
         return None
 
 
-def _taken(directory: Path, owner: Owner | None, key: str) -> ConfigError:
+def _taken(directory: Path, owner: Owner | None, key: str) -> Taken:
     who = owner or "another process"
-    return ConfigError(
+    return Taken(
         f"{directory} is being written by {who}: wait until it has ended, stop it, or choose another {key}"
     )
 

@@ -8,15 +8,18 @@ from typing import Any
 from nemo_advrm.errors import DataError
 from nemo_advrm.megatron import manifest
 from nemo_advrm.stages import results
+from nemo_advrm.stages.branches import home
 from nemo_advrm.stages.order import Step
 
 # kinds of stages with a directory of their own, and the file in it that says that they are finished
-_MARKS = {"sft": "result.json", "train_rm": "result.json", "rlhf": "result.json", "attack": "summary.json"}
+_MARKS = {"sft": "result.json", "train_rm": "result.json", "rlhf": "result.json"}
+_MARKS |= {"attack": "summary.json", "join": "summary.json"}
 # the files of the others, beside the directory that has the stage's name
 _FILES = {
     "preferences": ("preferences/train.jsonl", "preferences/validation.jsonl"),
     "reference": ("reference.jsonl",),
     "select": ("pairs.jsonl",),
+    "random": ("random_pairs.jsonl",),
 }
 
 
@@ -32,12 +35,12 @@ def are_there(directory: Path, step: Step, written: dict[str, Any] | None) -> bo
     missing, cut or changed.
     """
     if step.kind in _MARKS:
-        home = directory / step.name
-        if not home.exists():
+        place = directory / step.name
+        if not place.exists():
             return False
         mark = _MARKS[step.kind]
-        if results.read_finished(home, mark) is None:
-            raise _damaged(step, f"{home / mark} is missing", home)
+        if results.read_finished(place, mark) is None:
+            raise _damaged(step, f"{place / mark} is missing", place)
         return True
     entries = written or {}
     missing = [name for name in entries if not (directory / name).exists()]
@@ -53,8 +56,8 @@ def are_there(directory: Path, step: Step, written: dict[str, Any] | None) -> bo
 
 
 def _names(step: Step) -> list[str]:
-    home = "" if step.kind == "preferences" else f"round_{step.round}/"
-    return [f"{home}{name}" for name in _FILES.get(step.kind, ())]
+    place = "" if step.kind == "preferences" else f"{home(step.branch, step.round)}/"
+    return [f"{place}{name}" for name in _FILES.get(step.kind, ())]
 
 
 def _damaged(step: Step, problem: str, remove: Path) -> DataError:

@@ -27,6 +27,7 @@ from nemo_advrm.schema import Config
 from nemo_advrm.stages import inputs, results, session
 from nemo_advrm.stages.finds import asks_others
 from nemo_advrm.stages.fit import drop_training_checkpoints, fit, records, tokenizer_meta
+from nemo_advrm.stages.order import policy_name
 from nemo_advrm.stages.reference import sample, write_reference
 
 _RESTORE = "restore it, or run the attack again"
@@ -104,24 +105,51 @@ def run_attack(
     if finished is not None:
         runtime.on_writer(lambda: check_samples(directory))
         return finished
-    found: dict[str, Any] = {}
-    homes = []
     for direction in cfg.adversarial.directions:
-        own = [directory / policy_name(direction, i) for i in range(cfg.adversarial.policies)]
-        for i, home in enumerate(own):
-            if results.finished(home, "summary.json", _SUMMED) is None:
-                stopping.leave_if_asked(f"before the attack of {home.name}: the same command goes on there")
-                policy_seed = derive_seed(seed, "attack", direction, i)
-                _attack_member(cfg, tokenizer, home, prompts, members, reference, gold, direction, policy_seed)
-        found[str(direction)] = _combined([results.finished(home, "summary.json", _SUMMED) or {} for home in own])
-        homes += own
+        for number in range(cfg.adversarial.policies):
+            name = policy_name(direction, number)
+            stopping.leave_if_asked(f"before the attack of {name}: the same command goes on there")
+            attack_once(cfg, tokenizer, directory, prompts, members, reference, gold, seed, direction, number)
+    return join_attacks(cfg, directory)
+
+
+def attack_once(
+    cfg: Config,
+    tokenizer: Tokenizer,
+    directory: Path,
+    prompts: list[Prompt],
+    members: list[RewardSource],
+    reference: Reference,
+    gold: RewardSource | None,
+    seed: int,
+    direction: int,
+    number: int,
+) -> None:
+    """Train one adversary of a direction into its own directory below ``directory``; a finished one is not redone."""
+    home = directory / policy_name(direction, number)
+    if results.finished(home, "summary.json", _SUMMED) is None:
+        policy_seed = derive_seed(seed, "attack", direction, number)
+        _attack_member(cfg, tokenizer, home, prompts, members, reference, gold, direction, policy_seed)
+
+
+def join_attacks(cfg: Config, directory: Path) -> dict[str, Any]:
+    """Join what the adversaries have left: rows, metrics and the summary of every direction."""
+    homes: dict[int, list[Path]] = {
+        direction: [directory / policy_name(direction, i) for i in range(cfg.adversarial.policies)]
+        for direction in cfg.adversarial.directions
+    }
+    found = {
+        str(direction): _combined([results.finished(home, "summary.json", _SUMMED) or {} for home in own])
+        for direction, own in homes.items()
+    }
     result = {
         "directions": found,
         "threshold_z": cfg.selection.threshold_z,
         "by_disagreement": asks_others(cfg.adversarial),
     }
-    runtime.on_writer(lambda: _join_records(directory, homes))
-    results.mark(directory, "summary.json", result, [f"{home.name}/{manifest.NAME}" for home in homes])
+    everyone = [home for own in homes.values() for home in own]
+    runtime.on_writer(lambda: _join_records(directory, everyone))
+    results.mark(directory, "summary.json", result, [f"{home.name}/{manifest.NAME}" for home in everyone])
     return result
 
 
@@ -239,11 +267,6 @@ def _metrics(row: Any, source: str) -> dict[str, Any]:
         if not isinstance(row.get(key), int | float | None):
             raise DataError(f"{source}: no row of metrics ({key}={str(row[key])[:40]!r}): restore or remove the line")
     return row
-
-
-def policy_name(direction: int, number: int) -> str:
-    """Directory of one adversary."""
-    return f"direction_{direction}_policy_{number + 1}"
 
 
 def _combined(summaries: list[dict[str, Any]]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,10 +10,22 @@ from typing import Any
 
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.keys import nearest
-from nemo_advrm.schema import Config
+from nemo_advrm.schema import BranchConfig, Config
+from nemo_advrm.stages.branches import (
+    MAIN,
+    all_branches,
+    arm_round,
+    attack_home,
+    home,
+    is_standardised,
+    last_round,
+    member_step,
+    member_steps,
+    trunk_step,
+)
 
 # stages that compute nothing with a model: one process is enough
-LIGHT = ("select", "report")
+LIGHT = ("join", "select", "random", "report")
 
 
 @dataclass(frozen=True)
@@ -20,11 +33,16 @@ class Step:
     """One stage of the pipeline. ``name`` is its name in ``state.json``, ``after`` are the names it waits for."""
 
     name: str
-    kind: str  # sft | preferences | train_rm | reference | attack | select | rlhf | report
+    # sft | preferences | train_rm | reference | attack (one adversary) | join (all of them) | select | random | rlhf |
+    # report
+    kind: str
     after: tuple[str, ...] = ()
     round: int = 0
-    member: int = 0  # of train_rm, from 1
-    run: str = ""  # of rlhf, a name of pipeline.rlhf
+    member: int = 0  # of train_rm and sft, from 1
+    branch: str = MAIN  # of pipeline.branches
+    adversary: tuple[int, int] = (0, 0)  # of attack: direction, from 1, and number, from 0
+    arm: str = ""  # of rlhf, a name of pipeline.rlhf
+    seed: int = 1  # of rlhf: which of the arm's runs
 
 
 def labels_by_gold(cfg: Config) -> bool:
@@ -35,32 +53,99 @@ def labels_by_gold(cfg: Config) -> bool:
 def order(cfg: Config) -> list[Step]:
     """Every stage, each after those it waits for; the rounds as if none ended them early."""
     steps: list[Step] = []
-    start: tuple[str, ...] = ()
     if cfg.pipeline.sft:
-        steps.append(Step("sft", "sft"))
-        start = ("sft",)
+        trunks = {trunk_step(cfg, name, k) for name in all_branches(cfg) for k in range(1, cfg.ensemble.size + 1)}
+        steps += [Step(name, "sft", member=int(name.partition("_")[2] or 1)) for name in sorted(trunks)]
     if labels_by_gold(cfg):
-        steps.append(Step("preferences", "preferences", start))
-        start = ("preferences",)
-    members: list[tuple[str, ...]] = []
-    for number in range(cfg.pipeline.rounds + 1):
-        home = f"round_{number}"
-        names = tuple(f"{home}/rm_{k}" for k in range(1, cfg.ensemble.size + 1))
-        members.append(names)
-        steps += [Step(name, "train_rm", start, number, k) for k, name in enumerate(names, 1)]
-        steps.append(Step(f"{home}/reference", "reference", names, number))
-        steps.append(Step(f"{home}/attack", "attack", (f"{home}/reference",), number))
-        if number < cfg.pipeline.rounds:
-            steps.append(Step(f"{home}/select", "select", (f"{home}/attack",), number))
-            start = (f"{home}/select",)
-    last_attack = steps[-1].name
-    for name, options in cfg.pipeline.rlhf.items():
-        needed = members[-1] if options.reward == "hardened" else members[0]
-        if options.reward == "ensemble" and cfg.ensemble.standardise:
-            needed = (*needed, "round_0/reference")  # by whose responses the members are standardised
-        steps.append(Step(f"rlhf/{name}", "rlhf", needed, run=name))
-    rlhf = tuple(f"rlhf/{name}" for name in cfg.pipeline.rlhf)
-    return [*steps, Step("report", "report", (last_attack, *rlhf))]
+        steps.append(Step("preferences", "preferences", ("sft",) if cfg.pipeline.sft else ()))
+    for branch, options in all_branches(cfg).items():
+        steps += _branch(cfg, branch, options)
+    measured = [step.name for step in steps if step.kind == "join" and step.branch == MAIN][-1:]
+    runs = [step for arm in cfg.pipeline.rlhf for step in _arm(cfg, arm)]
+    return [*steps, *runs, Step("report", "report", (*measured, *(step.name for step in runs)))]
+
+
+def _branch(cfg: Config, branch: str, options: BranchConfig) -> list[Step]:
+    """The rounds of a branch, without what it shares with the main ones. The main rounds end with an attack, too."""
+    steps = []
+    for number in range(options.rounds + 1):
+        members = member_steps(cfg, branch, number)
+        for k, name in enumerate(members, 1):
+            if name.startswith(f"{home(branch, number)}/") and (k == 1 or _are_all_used(cfg, branch, number)):
+                steps.append(Step(name, "train_rm", _before_training(cfg, branch, number, k), number, k, branch))
+        place = attack_home(cfg, branch, number)
+        is_attacked = number < options.rounds or branch == MAIN
+        if place != home(branch, number) or not is_attacked or options.pairs == "none":
+            continue
+        reference = Step(f"{place}/reference", "reference", _with_responses(members, number, branch), number, 0, branch)
+        steps.append(reference)
+        if options.pairs == "random":
+            as_many = f"{attack_home(cfg, MAIN, number)}/select"
+            steps.append(Step(f"{place}/select", "random", (reference.name, as_many), number, 0, branch))
+            continue
+        adversaries = [
+            Step(f"{place}/attack/{policy_name(d, i)}", "attack", (reference.name,), number, 0, branch, (d, i))
+            for d in cfg.adversarial.directions
+            for i in range(cfg.adversarial.policies)
+        ]
+        steps += adversaries
+        names = tuple(step.name for step in adversaries)
+        steps.append(Step(f"{place}/attack", "join", names, number, 0, branch))
+        if number < options.rounds:
+            steps.append(Step(f"{place}/select", "select", (f"{place}/attack",), number, 0, branch))
+    return steps
+
+
+def _are_all_used(cfg: Config, branch: str, number: int) -> bool:
+    """Whether more than R_1 is used of a round's members: they are attacked, or some arm combines them."""
+    combine = (arm for arm in cfg.pipeline.rlhf.values() if arm.reward == "ensemble" and arm.branch == branch)
+    return (
+        branch == MAIN
+        or number < all_branches(cfg)[branch].rounds
+        or any(arm_round(cfg, arm) == number for arm in combine)
+    )
+
+
+def _before_training(cfg: Config, branch: str, number: int, member: int) -> tuple[str, ...]:
+    """What the training of a member waits for: its pairs, and the model it starts from."""
+    if number:
+        before = [f"{attack_home(cfg, branch, number - 1)}/select"]
+        if all_branches(cfg)[branch].pairs == "none":
+            before = [member_step(cfg, branch, number - 1, member)]
+        return tuple(before)
+    trunk = trunk_step(cfg, branch, member) if cfg.pipeline.sft else ""
+    if labels_by_gold(cfg):
+        return ("preferences",) if trunk in ("", "sft") else ("preferences", trunk)
+    return (trunk,) if trunk else ()
+
+
+def _with_responses(members: tuple[str, ...], number: int, branch: str) -> tuple[str, ...]:
+    """What a reference waits for: the members that score it, and the SFT responses, which are sampled once."""
+    return members if (number, branch) == (0, MAIN) else (*members, "round_0/reference")
+
+
+def _arm(cfg: Config, name: str) -> list[Step]:
+    arm = cfg.pipeline.rlhf[name]
+    number = arm_round(cfg, arm)
+    needed = member_steps(cfg, arm.branch, number)[: None if arm.reward == "ensemble" else 1]
+    if is_standardised(cfg, arm):
+        needed = (*needed, "round_0/reference")  # by whose responses the members are standardised
+    runs = arm.seeds or cfg.pipeline.rlhf_seeds
+    names = [f"rlhf/{name}"] if runs == 1 else [f"rlhf/{name}/seed_{i}" for i in range(1, runs + 1)]
+    return [Step(each, "rlhf", needed, branch=arm.branch, arm=name, seed=i) for i, each in enumerate(names, 1)]
+
+
+def policy_name(direction: int, number: int) -> str:
+    """Directory of one adversary."""
+    return f"direction_{direction}_policy_{number + 1}"
+
+
+def most_at_once(cfg: Config) -> int:
+    """At most how many steps can be worked on side by side: the widest level of steps that wait for each other."""
+    level: dict[str, int] = {}
+    for step in order(cfg):
+        level[step.name] = 1 + max((level[name] for name in step.after), default=0)
+    return max(Counter(level.values()).values())
 
 
 def find(cfg: Config, name: str) -> Step:
@@ -73,10 +158,9 @@ def find(cfg: Config, name: str) -> Step:
     return steps[name]
 
 
-def last_round(cfg: Config, detail: Callable[[str, str], Any]) -> int:
-    """The last round whose reward models are trained; ``detail(stage, key)`` reads ``state.json``."""
-    ended = (n for n in range(cfg.pipeline.rounds) if detail(f"round_{n}/select", "stop"))
-    return next(ended, cfg.pipeline.rounds)
+def is_skipped(cfg: Config, step: Step, detail: Callable[[str, str], Any]) -> bool:
+    """Whether a step belongs to a round that is left out; ``detail(step, key)`` reads ``state.json``."""
+    return step.kind != "rlhf" and step.round > last_round(cfg, step.branch, detail)
 
 
 def main(cfg: Config) -> int:
@@ -87,11 +171,10 @@ def main(cfg: Config) -> int:
     def detail(name: str, key: str) -> Any:
         return state.get(name, {}).get(key)
 
-    last = last_round(cfg, detail)
     report = directory / "report" / "index.html"
     reported = bool(state) and report.exists() and _written_at(report) >= _written_at(directory / "state.json")
     for step in order(cfg):
-        if step.round > last:
+        if is_skipped(cfg, step, detail):
             status = "skipped"
         elif detail(step.name, "status") == "complete" or (step.kind == "report" and reported):
             status = "complete"

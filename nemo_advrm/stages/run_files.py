@@ -19,13 +19,16 @@ from nemo_advrm.megatron import checkpoint, manifest
 from nemo_advrm.rewards import sources
 from nemo_advrm.schema import Config
 
-_DIRECTORIES = ("checkpoints", "model", "logs", "attack", "report", "sft", "preferences", "rlhf", "best_of_n", "locks")
+_DIRECTORIES = ("checkpoints", "model", "logs", "attack", "report", "sft", "preferences", "rlhf", "best_of_n")
+_DIRECTORIES += ("locks", "branches")
 _FILES = (
     *("config.yaml", "versions.yaml", "state.json", "metrics.jsonl", "samples.jsonl", "reference.jsonl", "pairs.jsonl"),
     *("result.json", "summary.json", "manifest.json"),
 )
 # what only a run writes, and what says which run it is comes before it
-_PRODUCTS = re.compile(r"checkpoints|model|metrics\.jsonl|result\.json|sft|preferences|attack|rlhf|best_of_n|round_\d+")
+_PRODUCTS = re.compile(
+    r"checkpoints|model|metrics\.jsonl|result\.json|sft(_\d+)?|preferences|attack|rlhf|best_of_n|round_\d+|branches"
+)
 _DATA_KEYS = ("train_path", "validation_path", "prompts_path", "held_out_prompts_path")
 
 

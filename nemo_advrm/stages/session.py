@@ -48,6 +48,7 @@ _FREE_KEYS = (
     "pipeline.only",
     "best_of_n.name",
     "report",
+    "pipeline.jobs",
 )
 # keys that change results by rounding alone (and which units drop out): a run that does not fit into memory goes on
 # with others. Each change is recorded in versions.yaml.

@@ -46,7 +46,7 @@ _ATTACK = [
     "adversarial.policies=1",
 ]
 _PIPELINE = ["synthetic.sft_rows=100", "synthetic.preference_pairs=40", "synthetic.validation_pairs=16"]
-_PIPELINE += ["pipeline.rounds=0", "pipeline.rlhf={r1:{reward:r1}}"]
+_PIPELINE += ["pipeline.rounds=0", "pipeline.rlhf={r1:{reward:r1}}", "pipeline.jobs=1"]
 
 STARTING = ("start", "configuration", "joining", "joined", "claim", "model", "first step")
 TRAINING = ("step", "end of a step", "begin of a save", "save", "end of a save", "old checkpoint")

@@ -1,4 +1,7 @@
-"""The whole pipeline in small: it is killed, goes on where it stood, and is not redone when finished."""
+"""The whole pipeline in small: it is killed, goes on where it stood, and is not redone when finished.
+
+It is begun by one process and goes on by two workers.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from nemo_advrm import cli
@@ -32,6 +36,9 @@ SMALL = [
 ]
 
 
+FIRST_ATTACK = "round_0/attack/direction_1_policy_1"
+
+
 def start(run_dir: Path, *extra: str) -> subprocess.Popen:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "nemo_advrm.cli", "pipeline", *SMALL, f"run_dir={run_dir}", *extra]
@@ -45,30 +52,36 @@ def stages(run_dir: Path) -> dict[str, dict]:
         return {}
 
 
+def wait_for(process: subprocess.Popen, run_dir: Path, stage: str) -> None:
+    """Until a stage of a run is under way."""
+    deadline = time.monotonic() + 400
+    while stages(run_dir).get(stage, {}).get("status") != "running":
+        assert process.poll() is None, process.communicate()[1][-3000:]
+        assert time.monotonic() < deadline, f"{stage} did not start in time"
+        time.sleep(0.02)
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, dict], str]:
     """A run directory, the stages as they stood at the kill, and what the restarted run printed."""
     run_dir = tmp_path_factory.mktemp("pipeline") / "run"
-    process = start(run_dir)
-    deadline = time.monotonic() + 400
-    while stages(run_dir).get("round_0/attack", {}).get("status") != "running":
-        assert process.poll() is None, process.communicate()[1][-3000:]
-        assert time.monotonic() < deadline, "the attack did not start in time"
-        time.sleep(0.02)
+    process = start(run_dir, "pipeline.jobs=1")
+    wait_for(process, run_dir, FIRST_ATTACK)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     at_kill = stages(run_dir)
-    out, err = start(run_dir).communicate(timeout=450)
+    out, err = start(run_dir, "pipeline.jobs=2").communicate(timeout=450)
     assert stages(run_dir).get("rlhf/adv_rm", {}).get("status") == "complete", err[-3000:]
     return run_dir, at_kill, out
 
 
 def test_the_restart_begins_at_the_first_incomplete_stage(finished) -> None:
     run_dir, at_kill, out = finished
-    word, first, *_ = out.splitlines()
-    assert word.startswith(f"{run_dir / 'round_0' / 'attack'} is taken over from process ")
-    assert first == "== round_0/attack"
+    assert f"{run_dir / FIRST_ATTACK} is taken over from process " in out
     now = stages(run_dir)
+    begun = [line.removeprefix("== ") for line in out.splitlines() if line.startswith("== ")]
+    assert sorted(begun) == sorted(now.keys() - {n for n, s in at_kill.items() if s["status"] == "complete"})
+    assert begun[:1] == [FIRST_ATTACK] or begun[1] == FIRST_ATTACK  # the workers take the first two that are ready
     complete = {name for name, stage in at_kill.items() if stage["status"] == "complete"}
     assert {"sft", "preferences", "round_0/rm_1", "round_0/rm_2", "round_0/reference"} == complete
     assert all(now[name] == at_kill[name] for name in complete)
@@ -120,7 +133,7 @@ def test_selected_samples_are_those_of_the_pair_store(finished) -> None:
 
 def again(run_dir: Path, *extra: str) -> int:
     """The same command in this process, which has imported everything."""
-    return cli.main(["pipeline", *SMALL, f"run_dir={run_dir}", *extra])
+    return cli.main(["pipeline", *SMALL, f"run_dir={run_dir}", "pipeline.jobs=1", *extra])
 
 
 def test_a_finished_run_is_not_redone(finished, capsys: pytest.CaptureFixture[str]) -> None:
@@ -137,3 +150,35 @@ def test_another_configuration_is_refused(finished, capsys: pytest.CaptureFixtur
     run_dir, _, _ = finished
     assert again(run_dir, "selection.max_pairs=7") == 2
     assert "selection.max_pairs" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_workers_that_were_stopped_and_went_on_leave_what_one_process_leaves(tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    out, err = start(one, "pipeline.jobs=1").communicate(timeout=450)
+    assert "Stable steps" in out, err[-3000:]
+    process = start(two, "pipeline.jobs=2")
+    wait_for(process, two, "round_0/attack/direction_2_policy_1")
+    workers = psutil.Process(process.pid).children()
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=450)
+    assert process.returncode == 75 and "stopped by SIGTERM" in err, err[-3000:]
+    assert len(workers) == 2 and not any(worker.is_running() for worker in workers)
+    assert not any(stage["status"] == "complete" for name, stage in stages(two).items() if "rlhf/adv" in name)
+    out, err = start(two, "pipeline.jobs=2").communicate(timeout=450)
+    assert out.count("Stable steps") == 1, err[-3000:]
+    left = [{p.relative_to(home).as_posix(): p for home in (run,) for p in home.rglob("*")} for run in (one, two)]
+    kinds = (".distcp", "samples.jsonl", "reference.jsonl", "pairs.jsonl")
+    compared = [name for name in left[0] if name.endswith(kinds)]
+    assert len([name for name in compared if name.endswith(".distcp")]) >= 4 * 2 + 1 + 8 + 4
+    assert [name for name in compared if left[0][name].read_bytes() != left[1][name].read_bytes()] == []
+
+
+@pytest.mark.slow
+def test_an_error_of_one_worker_ends_the_run_with_its_message(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    process = start(run_dir, "pipeline.jobs=2")
+    wait_for(process, run_dir, "round_0/rm_2")
+    (run_dir / "round_0" / "reference.jsonl").mkdir()  # in the way of the next step
+    _, err = process.communicate(timeout=450)
+    assert process.returncode == 2 and err.count("error: ") == 1 and "reference.jsonl" in err, err[-3000:]

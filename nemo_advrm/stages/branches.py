@@ -1,0 +1,112 @@
+"""The branches of a pipeline, which harden the members of round 0 in different ways, and where their parts are."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+from nemo_advrm.errors import ConfigError
+from nemo_advrm.schema import BranchConfig, Config, RLHFRunConfig
+
+MAIN = ""  # the name of the main rounds
+
+
+def all_branches(cfg: Config) -> dict[str, BranchConfig]:
+    """The main rounds and every branch of ``pipeline.branches``, by name."""
+    main = BranchConfig(rounds=cfg.pipeline.rounds, plain_members=cfg.pipeline.plain_members)
+    return {MAIN: main, **cfg.pipeline.branches}
+
+
+def home(branch: str, number: int) -> str:
+    """The directory of a round, below the run's."""
+    return f"round_{number}" if branch == MAIN else f"branches/{branch}/round_{number}"
+
+
+def attack_home(cfg: Config, branch: str, number: int) -> str:
+    """The directory that holds a round's reference, attack and pairs.
+
+    A branch that attacks the same members in the same way as the main rounds shares their round 0.
+    """
+    options, main = all_branches(cfg)[branch], all_branches(cfg)[MAIN]
+    is_shared = (
+        number == 0
+        and options.pairs == "attack"
+        and _lambda(cfg, options) == _lambda(cfg, main)
+        and set(options.plain_members) == set(main.plain_members)
+        and not _own_members(cfg, options)
+    )
+    return home(MAIN if is_shared else branch, number)
+
+
+def member_step(cfg: Config, branch: str, number: int, member: int) -> str:
+    """The step that trains a member of a round, which is the directory it leaves, too."""
+    own = number > 0 or (member > 1 and _own_members(cfg, all_branches(cfg)[branch]))
+    return f"{home(branch if own else MAIN, number)}/rm_{member}"
+
+
+def member_steps(cfg: Config, branch: str, number: int) -> tuple[str, ...]:
+    """The same of all members, R_1 first."""
+    return tuple(member_step(cfg, branch, number, k) for k in range(1, cfg.ensemble.size + 1))
+
+
+def trunk_step(cfg: Config, branch: str, member: int) -> str:
+    """The step whose SFT policy a member starts from."""
+    own = cfg.ensemble.own_trunk or all_branches(cfg)[branch].own_trunk
+    return f"sft_{member}" if own and member > 1 else "sft"
+
+
+def last_round(cfg: Config, branch: str, detail: Callable[[str, str], Any]) -> int:
+    """The last round whose reward models are trained; ``detail(step, key)`` reads ``state.json``."""
+    rounds = all_branches(cfg)[branch].rounds
+    ended = (n for n in range(rounds) if detail(f"{attack_home(cfg, branch, n)}/select", "stop"))
+    return next(ended, rounds)
+
+
+def arm_round(cfg: Config, arm: RLHFRunConfig) -> int:
+    """The round of the members that an arm's reward is made of, as if none ended its branch early."""
+    rounds = all_branches(cfg)[arm.branch].rounds
+    if arm.round is not None:
+        return arm.round
+    return rounds if arm.reward == "hardened" else 0
+
+
+def is_standardised(cfg: Config, arm: RLHFRunConfig) -> bool:
+    """Whether an arm's reward is made of z-scores, for which it needs its round's reference."""
+    return arm.standardise or (arm.reward == "ensemble" and cfg.ensemble.standardise)
+
+
+def check(cfg: Config) -> None:
+    """Raise ConfigError for branches and arms that cannot be."""
+    known = all_branches(cfg)
+    if cfg.ensemble.own_trunk and not cfg.pipeline.sft:
+        raise ConfigError("ensemble.own_trunk=true: needs pipeline.sft=true, which trains the SFT policies")
+    for name, options in known.items():
+        key = f"pipeline.branches.{name}" if name else "pipeline"
+        if name and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
+            raise ConfigError(f"{key}: a branch is named by letters, digits, _ . and -")
+        if options.own_trunk and not cfg.pipeline.sft:
+            raise ConfigError(f"{key}.own_trunk=true: needs pipeline.sft=true, which trains the SFT policies")
+        if options.pairs == "random" and options.rounds > cfg.pipeline.rounds:
+            raise ConfigError(
+                f"{key}.rounds={options.rounds}: random pairs are as many as the main rounds selected, of which there "
+                f"are pipeline.rounds={cfg.pipeline.rounds}"
+            )
+        for member in options.plain_members:
+            if member > cfg.ensemble.size:
+                raise ConfigError(f"{key}.plain_members={options.plain_members}: there is no member {member}")
+    for name, arm in cfg.pipeline.rlhf.items():
+        key = f"pipeline.rlhf.{name}"
+        if arm.branch not in known:
+            names = ", ".join(filter(None, known)) or "none"
+            raise ConfigError(f"{key}.branch={arm.branch}: is not among pipeline.branches ({names})")
+        if arm.round is not None and arm.round > known[arm.branch].rounds:
+            raise ConfigError(f"{key}.round={arm.round}: there are {known[arm.branch].rounds} rounds of retraining")
+
+
+def _lambda(cfg: Config, options: BranchConfig) -> float:
+    return cfg.adversarial.coefficient if options.coefficient is None else options.coefficient
+
+
+def _own_members(cfg: Config, options: BranchConfig) -> bool:
+    return options.own_trunk and not cfg.ensemble.own_trunk

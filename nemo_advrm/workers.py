@@ -1,0 +1,198 @@
+"""Runs a pipeline by several processes of the same command, each of which takes the next step that is ready.
+
+The command itself starts and watches them. Which step is ready, and who works on it, is said by the run's directory
+(``state.json`` and the locks of the steps), so that the workers need to know nothing of each other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from nemo_advrm import signals
+from nemo_advrm.errors import EXIT_PREEMPTED, ConfigError, Preempted
+from nemo_advrm.launch import LOOK_SECONDS, SHUTDOWN_SECONDS
+from nemo_advrm.place import WORKER, is_distributed, worker
+from nemo_advrm.schema import Config
+
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True)
+class Worker:
+    """What one worker gets: its number, from 1, and the GPUs that it may use (None: it is not limited)."""
+
+    number: int
+    gpus: tuple[str, ...] | None = None
+
+
+def supervise(cfg: Config, argv: list[str]) -> int | None:
+    """Run the command ``argv`` by as many workers as ``pipeline.jobs`` says; None when one process does it all.
+
+    Returns 0 when all workers have ended well, else the status of the first that has not; a signal is handed on to all
+    of them. None is left when this returns or raises.
+    """
+    if worker():
+        _end_with_parent()
+        return None
+    workers = plan(cfg)
+    if len(workers) == 1:
+        return None
+    with signals.owned():
+        return _run([sys.executable, "-m", "nemo_advrm.cli", *argv], workers)
+
+
+def plan(cfg: Config) -> list[Worker]:
+    """The workers of a run: of ``auto`` as many as cores, or groups of GPUs, and steps side by side there are.
+
+    Raises ConfigError for a ``pipeline.jobs`` that is no number, or needs more GPUs than there are.
+    """
+    from nemo_advrm.stages.order import most_at_once
+
+    wanted = _wanted(cfg.pipeline.jobs)
+    if cfg.pipeline.only or wanted == 1:
+        return [Worker(1)]
+    if is_distributed() or cfg.trainer.num_nodes > 1:
+        if wanted:
+            print(f"pipeline.jobs={wanted}: a distributed launch runs one step at a time", flush=True)
+        return [Worker(1)]
+    gpus = _gpus(cfg.trainer.accelerator)
+    devices = cfg.trainer.devices
+    if not gpus:
+        threads = cfg.trainer.cpu_threads or len(os.sched_getaffinity(0))
+        places = len(os.sched_getaffinity(0)) // (threads * devices)
+        return [Worker(i) for i in range(1, (wanted or min(max(1, places), most_at_once(cfg))) + 1)]
+    if wanted * devices > len(gpus):
+        raise ConfigError(
+            f"pipeline.jobs={wanted}: needs {wanted * devices} GPUs (trainer.devices={devices} for each), but "
+            f"{len(gpus)} are visible"
+        )
+    count = wanted or min(max(1, len(gpus) // devices), most_at_once(cfg))
+    return [Worker(i + 1, tuple(gpus[i * devices : (i + 1) * devices])) for i in range(count)]
+
+
+def _wanted(jobs: str) -> int:
+    """0 for auto."""
+    if jobs == "auto":
+        return 0
+    if not jobs.isdecimal() or int(jobs) < 1:
+        raise ConfigError(f"pipeline.jobs={jobs}: must be auto or a number of processes, at least 1")
+    return int(jobs)
+
+
+def _gpus(accelerator: str) -> list[str]:
+    """The GPUs that this process sees, by the names that CUDA_VISIBLE_DEVICES takes."""
+    if accelerator == "cpu" or not any(Path("/dev").glob("nvidia[0-9]*")):
+        return []
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [name.strip() for name in visible.split(",") if name.strip()]
+    import torch
+
+    return [str(i) for i in range(torch.cuda.device_count())]
+
+
+def _run(command: list[str], workers: list[Worker]) -> int:
+    children: dict[int, subprocess.Popen[bytes]] = {}
+    try:
+        for one in workers:
+            environment = {**os.environ, WORKER: f"{one.number} {os.getpid()}"}
+            if one.gpus is not None:
+                environment["CUDA_VISIBLE_DEVICES"] = ",".join(one.gpus)
+            # in a group of its own: a terminal's ctrl-C comes to this process, which hands it on once
+            children[one.number] = subprocess.Popen(
+                command, env=environment, stdin=subprocess.DEVNULL, process_group=0
+            )
+        return _watch(children)
+    except KeyboardInterrupt:
+        _end(children, signal.SIGINT)
+        raise
+    finally:
+        _end(children, signal.SIGTERM)
+
+
+def _watch(children: dict[int, subprocess.Popen[bytes]]) -> int:
+    """Wait until all workers have ended well, or one has not; after a signal, until all have ended."""
+    handed_on, deadline = False, math.inf
+    while any(child.poll() is None for child in children.values()):
+        for number, child in children.items():
+            if child.poll() and not handed_on:
+                return _status(number, child.returncode)
+        name = signals.received()
+        if name and not handed_on:
+            handed_on = True
+            deadline = time.monotonic() + SHUTDOWN_SECONDS if name == "SIGTERM" else math.inf
+            _send(children, signal.Signals[name])
+        if time.monotonic() > deadline:
+            break
+        time.sleep(LOOK_SECONDS)
+    ended = {number: child.poll() for number, child in children.items()}
+    failed = [number for number, status in ended.items() if status not in (0, EXIT_PREEMPTED)]
+    if failed:
+        return _status(failed[0], ended[failed[0]])
+    return EXIT_PREEMPTED if EXIT_PREEMPTED in ended.values() else 0
+
+
+def _status(number: int, status: int | None) -> int:
+    """The exit status of a worker; of one that could not say why it ended, it is told here."""
+    if status is None:
+        print(f"worker {number} did not end within {SHUTDOWN_SECONDS} seconds and was killed", file=sys.stderr)
+        return 128 + signal.SIGKILL
+    if status >= 0:
+        return status
+    name = signal.Signals(-status).name
+    if name == signals.received():
+        print(f"stopped by {name} before the first step: nothing is lost", file=sys.stderr)
+        return EXIT_PREEMPTED
+    hint = " (by the kernel, if the host ran out of memory)" if -status == signal.SIGKILL else ""
+    print(f"error: worker {number} was ended by {name}{hint}; the same command goes on", file=sys.stderr)
+    return 128 - status
+
+
+def _send(children: dict[int, subprocess.Popen[bytes]], signum: signal.Signals) -> None:
+    for child in children.values():
+        if child.poll() is None:
+            child.send_signal(signum)
+
+
+def _end(children: dict[int, subprocess.Popen[bytes]], signum: signal.Signals) -> None:
+    """Ask those that are left to end, and kill what has not within ``SHUTDOWN_SECONDS``, or at another ctrl-C."""
+    _send(children, signum)
+    deadline = time.monotonic() + SHUTDOWN_SECONDS
+    try:
+        for child in children.values():
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(max(0.0, deadline - time.monotonic()))
+    finally:
+        for child in children.values():
+            if child.poll() is None:
+                _kill(child.pid)
+                child.wait()
+
+
+def _kill(pid: int) -> None:
+    """Kill a worker with the processes that it has started."""
+    import psutil
+
+    with contextlib.suppress(psutil.Error):
+        process = psutil.Process(pid)
+        for each in (*process.children(recursive=True), process):
+            with contextlib.suppress(psutil.Error):
+                each.kill()
+
+
+def _end_with_parent() -> None:
+    """Have the kernel send this worker a TERM when the command that started it dies without a word."""
+    if "RANK" in os.environ:  # a process of a worker of several: the worker hands it on
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != int(os.environ[WORKER].split()[1]):
+        raise Preempted("the command that started this worker has ended: the same command goes on")
