@@ -333,7 +333,8 @@ def test_every_number_of_the_schema_has_a_range_and_every_rule_a_key() -> None:
     numbers = {
         name
         for name, key in all_keys().items()
-        if key.annotation in (int, float, int | None, float | None, list[int], list[float]) and not name.startswith("stage.")
+        if key.annotation in (int, float, int | None, float | None, list[int], list[float])
+        and not name.startswith("stage.")
     }
     assert numbers == set(RANGES)
     assert set(CHOICES) <= set(all_keys())

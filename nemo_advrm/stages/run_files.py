@@ -19,8 +19,10 @@ from nemo_advrm.megatron import checkpoint, manifest
 from nemo_advrm.rewards import sources
 from nemo_advrm.schema import Config
 
-_DIRECTORIES = ("checkpoints", "model", "logs", "attack", "report", "sft", "preferences", "rlhf", "best_of_n")
-_DIRECTORIES += ("locks", "branches")
+_DIRECTORIES = (
+    *("checkpoints", "model", "logs", "attack", "report", "sft", "preferences", "rlhf", "best_of_n"),
+    *("locks", "branches"),
+)
 _FILES = (
     *("config.yaml", "versions.yaml", "state.json", "metrics.jsonl", "samples.jsonl", "reference.jsonl", "pairs.jsonl"),
     *("result.json", "summary.json", "manifest.json"),

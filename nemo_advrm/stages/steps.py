@@ -282,7 +282,7 @@ class Steps:
         return self._members(step.branch, step.round, branches.all_branches(self.cfg)[step.branch].plain_members)
 
     def _members(self, branch: str, number: int, plain: list[int], count: int | None = None) -> list[RewardSource]:
-        """The first ``count`` members of a round (None: all); those of ``plain``, from 1, without reference features."""
+        """The first ``count`` members of a round (None: all); those of ``plain`` without reference features."""
         paths = [str(self.directory / name / "model") for name in branches.member_steps(self.cfg, branch, number)]
         if self.cfg.reward_model.reference_features:
             off = "?reference_features=off"
