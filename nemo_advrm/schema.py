@@ -335,6 +335,9 @@ class PipelineConfig:
     branches: dict[str, BranchConfig] = field(default_factory=dict)
     rlhf: dict[str, RLHFRunConfig] = field(default_factory=dict)
     rlhf_seeds: int = 1  # RLHF runs of each arm; run i meets the same prompts and random numbers in all arms
+    best_of_n: bool = False  # also judge best-of-n by the reward of every arm, on shared samples
+    # arm of whose final responses, where R_1 likes them, the share is measured that the other members do not like
+    room: str = ""  # a name of pipeline.rlhf; empty: none
 
 
 @dataclass

@@ -20,6 +20,8 @@ _FILES = {
     "reference": ("reference.jsonl",),
     "select": ("pairs.jsonl",),
     "random": ("random_pairs.jsonl",),
+    "samples": ("best_of_n/samples.jsonl",),
+    "room": ("room.json",),
 }
 
 
@@ -56,7 +58,9 @@ def are_there(directory: Path, step: Step, written: dict[str, Any] | None) -> bo
 
 
 def _names(step: Step) -> list[str]:
-    place = "" if step.kind == "preferences" else f"{home(step.branch, step.round)}/"
+    if step.kind == "best_of_n":
+        return [f"{step.name}.json"]
+    place = f"{home(step.branch, step.round)}/" if step.kind in ("reference", "select", "random") else ""
     return [f"{place}{name}" for name in _FILES.get(step.kind, ())]
 
 

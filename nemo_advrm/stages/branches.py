@@ -95,6 +95,8 @@ def check(cfg: Config) -> None:
         for member in options.plain_members:
             if member > cfg.ensemble.size:
                 raise ConfigError(f"{key}.plain_members={options.plain_members}: there is no member {member}")
+    if cfg.pipeline.room and cfg.pipeline.room not in cfg.pipeline.rlhf:
+        raise ConfigError(f"pipeline.room={cfg.pipeline.room}: is not among pipeline.rlhf")
     for name, arm in cfg.pipeline.rlhf.items():
         key = f"pipeline.rlhf.{name}"
         if arm.branch not in known:
@@ -102,6 +104,13 @@ def check(cfg: Config) -> None:
             raise ConfigError(f"{key}.branch={arm.branch}: is not among pipeline.branches ({names})")
         if arm.round is not None and arm.round > known[arm.branch].rounds:
             raise ConfigError(f"{key}.round={arm.round}: there are {known[arm.branch].rounds} rounds of retraining")
+
+
+def reward_of(cfg: Config, arm: RLHFRunConfig) -> tuple[Any, ...]:
+    """What tells apart the rewards of arms; arms with another KL penalty or scale have the same."""
+    features = arm.reference_features and bool(cfg.reward_model.reference_features)
+    combined = (arm.aggregate, arm.coefficient, is_standardised(cfg, arm)) if arm.reward == "ensemble" else ()
+    return (arm.branch, arm_round(cfg, arm), features, *combined)
 
 
 def _lambda(cfg: Config, options: BranchConfig) -> float:

@@ -10,7 +10,7 @@ from typing import Any
 
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.keys import nearest
-from nemo_advrm.schema import BranchConfig, Config
+from nemo_advrm.schema import BranchConfig, Config, RLHFRunConfig
 from nemo_advrm.stages.branches import (
     MAIN,
     all_branches,
@@ -21,6 +21,7 @@ from nemo_advrm.stages.branches import (
     last_round,
     member_step,
     member_steps,
+    reward_of,
     trunk_step,
 )
 
@@ -34,14 +35,14 @@ class Step:
 
     name: str
     # sft | preferences | train_rm | reference | attack (one adversary) | join (all of them) | select | random | rlhf |
-    # report
+    # samples (of best-of-n) | best_of_n (one reward's curve) | room | report
     kind: str
     after: tuple[str, ...] = ()
     round: int = 0
     member: int = 0  # of train_rm and sft, from 1
     branch: str = MAIN  # of pipeline.branches
     adversary: tuple[int, int] = (0, 0)  # of attack: direction, from 1, and number, from 0
-    arm: str = ""  # of rlhf, a name of pipeline.rlhf
+    arm: str = ""  # of rlhf, best_of_n and room, a name of pipeline.rlhf
     seed: int = 1  # of rlhf: which of the arm's runs
 
 
@@ -62,6 +63,7 @@ def order(cfg: Config) -> list[Step]:
         steps += _branch(cfg, branch, options)
     measured = [step.name for step in steps if step.kind == "join" and step.branch == MAIN][-1:]
     runs = [step for arm in cfg.pipeline.rlhf for step in _arm(cfg, arm)]
+    runs += [*_best_of_n(cfg), *_room(cfg, runs)]
     return [*steps, *runs, Step("report", "report", (*measured, *(step.name for step in runs)))]
 
 
@@ -126,13 +128,39 @@ def _with_responses(members: tuple[str, ...], number: int, branch: str) -> tuple
 
 def _arm(cfg: Config, name: str) -> list[Step]:
     arm = cfg.pipeline.rlhf[name]
-    number = arm_round(cfg, arm)
-    needed = member_steps(cfg, arm.branch, number)[: None if arm.reward == "ensemble" else 1]
-    if is_standardised(cfg, arm):
-        needed = (*needed, "round_0/reference")  # by whose responses the members are standardised
+    needed = _before_arm(cfg, arm)
     runs = arm.seeds or cfg.pipeline.rlhf_seeds
     names = [f"rlhf/{name}"] if runs == 1 else [f"rlhf/{name}/seed_{i}" for i in range(1, runs + 1)]
     return [Step(each, "rlhf", needed, branch=arm.branch, arm=name, seed=i) for i, each in enumerate(names, 1)]
+
+
+def _before_arm(cfg: Config, arm: RLHFRunConfig) -> tuple[str, ...]:
+    """What the reward of an arm is made of."""
+    needed = member_steps(cfg, arm.branch, arm_round(cfg, arm))[: None if arm.reward == "ensemble" else 1]
+    # by whose responses the members are standardised
+    return (*needed, "round_0/reference") if is_standardised(cfg, arm) else needed
+
+
+def _best_of_n(cfg: Config) -> list[Step]:
+    """The samples, and a curve for every reward, under the name of the first arm that has it."""
+    if not cfg.pipeline.best_of_n:
+        return []
+    arms: dict[Any, str] = {}
+    for name, arm in cfg.pipeline.rlhf.items():
+        arms.setdefault(reward_of(cfg, arm), name)
+    curves = [
+        Step(f"best_of_n/{name}", "best_of_n", ("best_of_n", *_before_arm(cfg, arm)), branch=arm.branch, arm=name)
+        for name, arm in ((name, cfg.pipeline.rlhf[name]) for name in arms.values())
+    ]
+    return [Step("best_of_n", "samples", ("sft",) if cfg.pipeline.sft else ()), *curves]
+
+
+def _room(cfg: Config, runs: list[Step]) -> list[Step]:
+    name = cfg.pipeline.room
+    if not name:
+        return []
+    finished = [step.name for step in runs if step.kind == "rlhf" and step.arm == name]
+    return [Step("room", "room", (*finished, *member_steps(cfg, MAIN, 0), "round_0/reference"), arm=name)]
 
 
 def policy_name(direction: int, number: int) -> str:
@@ -160,7 +188,7 @@ def find(cfg: Config, name: str) -> Step:
 
 def is_skipped(cfg: Config, step: Step, detail: Callable[[str, str], Any]) -> bool:
     """Whether a step belongs to a round that is left out; ``detail(step, key)`` reads ``state.json``."""
-    return step.kind != "rlhf" and step.round > last_round(cfg, step.branch, detail)
+    return step.round > last_round(cfg, step.branch, detail)
 
 
 def main(cfg: Config) -> int:

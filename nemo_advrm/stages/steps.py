@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 
+from nemo_advrm import files
 from nemo_advrm.config import for_stage
 from nemo_advrm.data.jsonl import write_jsonl_atomic
 from nemo_advrm.data.preferences import load_preferences
@@ -22,6 +24,7 @@ from nemo_advrm.models.language_model import EncodedResponse, build_policy
 from nemo_advrm.models.policy import Prompt, encode_prompts
 from nemo_advrm.objectives.reference import MemberStatistics, fit_members
 from nemo_advrm.rewards.base import RewardSource, Rollouts, checked_scores
+from nemo_advrm.rewards.ensemble import UncertaintyReward
 from nemo_advrm.rewards.local import build_gold
 from nemo_advrm.rewards.reference import Reference
 from nemo_advrm.rewards.sources import load_members
@@ -30,9 +33,11 @@ from nemo_advrm.schema import Config, RLHFRunConfig
 from nemo_advrm.seeds import derive_seed
 from nemo_advrm.stages import branches, inputs
 from nemo_advrm.stages.attack import attack_once, attack_prompts, join_attacks
-from nemo_advrm.stages.order import Step, labels_by_gold
+from nemo_advrm.stages.best_of_n import SAMPLES, best_of_n_prompts, curve_of_reward, sample_best_of_n
+from nemo_advrm.stages.order import Step, labels_by_gold, order
 from nemo_advrm.stages.reference import read_rollouts, sample, write_reference
 from nemo_advrm.stages.rlhf import rlhf_prompts, run_rlhf
+from nemo_advrm.stages.room import measure_room
 from nemo_advrm.stages.select import RANDOM_PAIRS, dropped, found_lines, random_pairs, reason_to_stop, select_round
 from nemo_advrm.stages.sft import encode_responses, sft_rows, train_sft
 from nemo_advrm.stages.state import RunState
@@ -112,6 +117,9 @@ class Steps:
             "select": self._select,
             "random": self._draw_pairs,
             "rlhf": self._rlhf,
+            "samples": self._sample_best_of_n,
+            "best_of_n": self._best_of_n,
+            "room": self._room,
         }
         work[step.kind](step)
 
@@ -238,13 +246,42 @@ class Steps:
         cfg.pretrained_checkpoint.restore_from_path = self._policy_path
         if arm.kl is not None:
             cfg.rl.kl.coefficient = arm.kl
-        members = self._members_of(arm)
-        statistics = self._statistics(members) if branches.is_standardised(self.cfg, arm) else None
         home = self.directory / step.name
-        reward = combined(members, arm.aggregate, arm.coefficient, statistics, home)
+        reward = self._reward(arm, home)
         # the runs of the same number meet the same prompts and random numbers in every arm
         seed = self.cfg.seed if step.seed == 1 else derive_seed(self.cfg.seed, "rlhf run", step.seed)
         run_rlhf(cfg, self.tokenizer, home, self.inputs.rlhf_prompts, reward, self.gold, seed, step.name)
+
+    def _reward(self, arm: RLHFRunConfig, home: Path) -> UncertaintyReward:
+        members = self._members_of(arm)
+        statistics = self._statistics(members) if branches.is_standardised(self.cfg, arm) else None
+        return combined(members, arm.aggregate, arm.coefficient, statistics, home)
+
+    def _sample_best_of_n(self, step: Step) -> None:
+        cfg = for_stage(self.cfg, "rlhf")
+        prompts = best_of_n_prompts(cfg, self.tokenizer, [prompt.messages for prompt in self.inputs.rlhf_prompts])
+        path = self.directory / "best_of_n" / SAMPLES
+        sample_best_of_n(cfg, self.tokenizer, path, self._policy(), prompts, self.gold)
+
+    def _best_of_n(self, step: Step) -> None:
+        cfg, home = for_stage(self.cfg, "rlhf"), self.directory / step.name
+        reward = self._reward(self.cfg.pipeline.rlhf[step.arm], home)
+        path = home.with_name(f"{home.name}.json")
+        curve_of_reward(cfg, self.tokenizer, path, home.parent / SAMPLES, reward)
+
+    def _room(self, step: Step) -> None:
+        """Of responses of the arm's final policies to RLHF's first prompts."""
+        cfg = for_stage(self.cfg, "rlhf")
+        plain = [] if cfg.pipeline.rlhf[step.arm].reference_features else list(range(1, cfg.ensemble.size + 1))
+        members = self._members(branches.MAIN, 0, plain)
+        prompts = self.inputs.rlhf_prompts[: cfg.reference.num_prompts]
+        runs = []
+        for run in (each for each in order(self.cfg) if each.kind == "rlhf" and each.arm == step.arm):
+            policy = build_policy(cfg, self.tokenizer, str(self.directory / run.name / "model"), 0, trainable=False)
+            runs.append(sample(cfg, self.tokenizer, policy, prompts, 1, derive_seed(cfg.seed, "room")))
+        found = {"arm": step.arm, **measure_room(runs, members, self._statistics(members))}
+        path = self.directory / "room.json"
+        runtime.on_writer(lambda: files.write_text(path, json.dumps(found, indent=1) + "\n"))
 
     def _members_of(self, arm: RLHFRunConfig) -> list[RewardSource]:
         """The members an arm's reward is made of; a branch whose rounds ended early gives those of its last one."""
