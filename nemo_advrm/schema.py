@@ -325,7 +325,7 @@ class RLHFRunConfig:
 class PipelineConfig:
     rounds: int = 2
     sft: bool = False  # train the SFT policy first
-    jobs: str = "auto"  # processes that take steps side by side: auto (cores / trainer.cpu_threads, or GPUs) | a number
+    jobs: str = "auto"  # processes that take steps side by side: a number, or auto (cores / trainer.cpu_threads, GPUs)
     only: str = ""  # run this one stage (a name that nemo-advrm stages prints) when those before it are complete
     stop_success_rate: float = 0.0  # stop when attack success falls below this
     gold: str = ""  # gold reward used to label and evaluate: synthetic
