@@ -35,6 +35,10 @@ def split_at_answer(tokens: Sequence[int], opening: Sequence[int], eos_id: int) 
     start = next((i + size for i in starts if list(tokens[i : i + size]) == list(opening)), None)
     if start is None:
         raise DataError("nothing in the tokens tells where the answer begins: send messages and a response instead")
-    answer = list(tokens[start:])
-    end = answer.index(eos_id) + 1 if eos_id in answer else len(answer)
-    return list(tokens[:start]), answer[:end]
+    return list(tokens[:start]), until_end(tokens[start:], eos_id)
+
+
+def until_end(answer: Sequence[int], eos_id: int) -> list[int]:
+    """The tokens of an answer up to its end token: some templates write a line break behind it."""
+    tokens = list(answer)
+    return tokens[: tokens.index(eos_id) + 1] if eos_id in tokens else tokens

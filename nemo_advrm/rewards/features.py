@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nemo_advrm.data.answers import opening_of_answers, split_at_answer
+from nemo_advrm.data.answers import opening_of_answers, split_at_answer, until_end
 from nemo_advrm.data.tokenizers import Tokenizer
 from nemo_advrm.errors import DataError, RewardSourceError
 from nemo_advrm.megatron import runtime
@@ -61,6 +61,11 @@ class ReferenceFeatures:
         table_N2 = self._last[2]
         return torch.stack([table_N2[:, ("log_prob", "prompt_gain").index(name)] for name in names], -1)
 
+    def check(self, rollouts: Rollouts) -> None:
+        """Raise what :meth:`values` would raise for one of the rows, without computing anything."""
+        for i in range(len(rollouts)):
+            self._row(*self._parts(rollouts, i))
+
     def _compute(self, rollouts: Rollouts, gain: bool) -> Tensor:
         """[N, 2]: log_prob and, if asked for, prompt_gain (else 0)."""
         parts = [self._parts(rollouts, i) for i in range(len(rollouts))]
@@ -79,7 +84,7 @@ class ReferenceFeatures:
         """Ids of the prompt and of the response."""
         if rollouts.tokens_only and rollouts.prompt_tokens[i]:
             self._check_tokens(rollouts)
-            return rollouts.prompt_tokens[i], rollouts.response_tokens[i]
+            return rollouts.prompt_tokens[i], until_end(rollouts.response_tokens[i], self.tokenizer.eos_id)
         tokenizer, text = self.tokenizer, rollouts.responses[i]
         if rollouts.prompts[i]:
             answer = tokenizer.encode_response(text) if rollouts.ended[i] else tokenizer.encode(text)

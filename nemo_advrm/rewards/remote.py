@@ -69,6 +69,7 @@ class ServerReward(_Remote):
     def __init__(self, name: str, addresses: Sequence[str], options: RemoteConfig) -> None:
         super().__init__(name, addresses, options)
         self.fingerprint = ""
+        self.takes_prompt_lengths = False  # older servers refuse them
 
     def wait_until_ready(self) -> Tensor:
         self._ready("/health/ready")
@@ -76,6 +77,7 @@ class ServerReward(_Remote):
         if not isinstance(info, dict) or "tokenizer" not in info:
             raise RewardSourceError(f"reward source {self.name}: the server is not one of nemo-advrm serve")
         self.fingerprint = str(info["tokenizer"] or "")
+        self.takes_prompt_lengths = bool(info.get("prompt_lengths"))
         return torch.zeros(0)
 
     def _rows(self, rollouts: Rollouts) -> list[dict[str, Any]]:
@@ -84,9 +86,10 @@ class ServerReward(_Remote):
         if rollouts.tokens_only:
             if rollouts.fingerprint != self.fingerprint:
                 raise RewardSourceError(f"reward source {self.name}: the server takes no tokens of this tokenizer")
-            return [
-                {"tokens": p + r} for p, r in zip(rollouts.prompt_tokens, rollouts.response_tokens, strict=True)
-            ]
+            parts = zip(rollouts.prompt_tokens, rollouts.response_tokens, strict=True)
+            if not self.takes_prompt_lengths:
+                return [{"tokens": p + r} for p, r in parts]
+            return [{"tokens": p + r, "prompt_length": len(p) if r else 0} for p, r in parts]
         # a policy with the server's tokenizer keeps its conversations short; their text may have some tokens more
         same = {"truncate_prompt": True} if self.fingerprint and rollouts.fingerprint == self.fingerprint else {}
         return [

@@ -165,6 +165,7 @@ def _add_health(app: FastAPI, service: Service, metrics: Metrics) -> None:
             reward=service.reward,
             members=list(service.members),
             tokenizer=preparer.fingerprint if preparer.takes_tokens else None,
+            prompt_lengths=True,
             max_samples=service.options.max_samples,
             version=__version__,
         )

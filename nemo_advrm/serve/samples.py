@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from nemo_advrm.data.messages import Message, prompt_key
 from nemo_advrm.data.tokenizers import Tokenizer
-from nemo_advrm.errors import DataError
+from nemo_advrm.errors import DataError, UserError
 from nemo_advrm.rewards.base import RewardSource, Rollouts
 from nemo_advrm.rewards.encoding import encode_rendered
 from nemo_advrm.rewards.limits import longest_row
@@ -25,6 +25,7 @@ class Sample:
         kind: ``chat`` (messages and response), ``text`` (a conversation that a template has written out, in
             ``response``) or ``tokens`` (ids of the first member's tokenizer, scored as they are).
         ended: False where a length limit cut the response off (chat).
+        prompt_length: tokens before the response (tokens); 0 where the client has not said.
         truncate_prompt: leave tokens at the start out where the conversation is too long, instead of refusing (chat).
     """
 
@@ -33,6 +34,7 @@ class Sample:
     response: str = ""
     ended: bool = True
     tokens: tuple[int, ...] = ()
+    prompt_length: int = 0
     truncate_prompt: bool = False
 
 
@@ -69,6 +71,8 @@ class Preparer:
                 known = self._tokenizers.get(tokenizer.fingerprint, (tokenizer, 0))[1]
                 limit = min(filter(None, (known, longest_row(source), max_tokens)), default=0)
                 self._tokenizers[tokenizer.fingerprint] = (tokenizer, limit)
+        # hybrid members need to know where the answer begins: a sample that does not tell is refused alone
+        self._features = {id(source.features): source.features for source in sources if hasattr(source, "features")}
         own = {_fingerprint(source) for source in sources}
         self.tokenizer = next((t for t, _ in self._tokenizers.values()), None)
         self.fingerprint = own.pop() if len(own) == 1 else (self.tokenizer.fingerprint if self.tokenizer else "")
@@ -89,7 +93,7 @@ class Preparer:
         for place, sample in enumerate(samples, first):
             try:
                 prepared.append(self._prepare(sample))
-            except (Refused, DataError) as error:
+            except (Refused, UserError) as error:
                 raise Refused(f"sample {place}: {error}") from error
             except Exception as error:  # what a tokenizer makes of strange text is its own
                 raise Refused(f"sample {place}: cannot be encoded ({type(error).__name__})") from error
@@ -108,7 +112,10 @@ class Preparer:
         # servers that score for this one tell nothing of their tokens: about four characters make one
         cost = max(map(len, encoded), default=1 + sum(map(len, (sample.response,))) // 4)
         first = encoded[0] if encoded else []
-        return Prepared(sample, first, cost, self._prompt_index(sample, first))
+        prepared = Prepared(sample, first, cost, self._prompt_index(sample, first))
+        for features in self._features.values():
+            features.check(_rollouts([prepared], self.fingerprint, sample.kind))
+        return prepared
 
     def _encode(self, sample: Sample, tokenizer: Tokenizer, limit: int) -> list[int]:
         if sample.kind == "text":
@@ -133,6 +140,8 @@ class Preparer:
         wrong = next((token for token in sample.tokens if not 0 <= token < size), None)
         if wrong is not None:
             raise Refused(f"a token id is outside the vocabulary of {size}")
+        if sample.prompt_length >= len(sample.tokens):
+            raise Refused(f"prompt_length={sample.prompt_length} leaves no response in {len(sample.tokens)} tokens")
         self._check_length(len(sample.tokens), limit)
         return list(sample.tokens)
 
@@ -186,8 +195,8 @@ def _rollouts(batch: list[Prepared], fingerprint: str, kind: str) -> Rollouts:
         prompts=[prepared.sample.messages for prepared in batch],
         responses=[prepared.sample.response for prepared in batch],
         ended=[prepared.sample.ended for prepared in batch],
-        prompt_tokens=[[] for _ in batch],
-        response_tokens=[prepared.tokens for prepared in batch],
+        prompt_tokens=[prepared.tokens[: prepared.sample.prompt_length] for prepared in batch],
+        response_tokens=[prepared.tokens[prepared.sample.prompt_length :] for prepared in batch],
         prompt_index=[prepared.prompt_index for prepared in batch],
         fingerprint=fingerprint,
         rendered=kind == "text",

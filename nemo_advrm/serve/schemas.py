@@ -52,9 +52,12 @@ class TokenSample(Strict):
     """Token ids of the server's tokenizer (see `/v1/info`), scored as they are."""
 
     tokens: Tokens
+    prompt_length: int = Field(
+        0, ge=0, lt=2**31, description="tokens before the response, where they may not tell; hybrid rewards alone look"
+    )
 
     def sample(self) -> Sample:
-        return Sample("tokens", tokens=tuple(self.tokens))
+        return Sample("tokens", tokens=tuple(self.tokens), prompt_length=self.prompt_length)
 
 
 def _form(sample: Any) -> str:
@@ -84,6 +87,7 @@ class Info(BaseModel):
     reward: str = Field(description="how members become the reward")
     members: list[str]
     tokenizer: str | None = Field(description="fingerprint of the tokenizer whose tokens are taken, if any are")
+    prompt_lengths: bool = Field(description="a sample of tokens may have a prompt_length")
     max_samples: int
     version: str
 

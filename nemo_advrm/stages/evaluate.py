@@ -18,6 +18,7 @@ from nemo_advrm.objectives.reference import standardise_members
 from nemo_advrm.objectives.uncertainty import combine
 from nemo_advrm.rewards import sources
 from nemo_advrm.rewards.base import RewardSource, Rollouts, checked_scores
+from nemo_advrm.rewards.hybrid import rollouts_of
 from nemo_advrm.rewards.limits import longest_row
 from nemo_advrm.rewards.standardisation import described, read_statistics
 from nemo_advrm.schema import Config
@@ -111,10 +112,7 @@ def _rollouts(
         raise DataError(f"{source.name}, which takes {own} tokens: {error}") from error
     if tell:
         inputs.say_changed(f"pairs for {source.name}", counts)
-    tokens = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
-    rollouts = _texts([()] * len(tokens), [""] * len(tokens), [True] * len(tokens))
-    rollouts.response_tokens, rollouts.fingerprint, rollouts.tokens_only = tokens, tokenizer.fingerprint, True
-    return rollouts, [pair.source for pair in pairs]
+    return rollouts_of(pairs, tokenizer), [pair.source for pair in pairs]
 
 
 def _texts(prompts: list, texts: list[str], ended: list[bool]) -> Rollouts:

@@ -6,8 +6,10 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
+import feature_jobs
 import pytest
 import torch
+from distributed import Worlds
 from reward_members import rollouts, save_megatron
 from tiny import TOKENIZER, rollout_batch, tiny_config
 from torch import Tensor
@@ -16,7 +18,7 @@ from nemo_advrm.data.answers import opening_of_answers, split_at_answer
 from nemo_advrm.data.messages import Message
 from nemo_advrm.data.tokenizers import ByteTokenizer
 from nemo_advrm.errors import CheckpointError, ConfigError, DataError
-from nemo_advrm.megatron.runtime import Runtime
+from nemo_advrm.megatron.runtime import Layout, Runtime
 from nemo_advrm.models.language_model import EncodedResponse, build_policy
 from nemo_advrm.models.rollout_batch import response_log_probs
 from nemo_advrm.rewards.feature_file import FILE, FeatureWeights, policy_fingerprint
@@ -94,6 +96,28 @@ def test_a_sample_has_the_same_score_alone_and_in_any_batch(home: Path) -> None:
     backwards_N = member.score(made.select([3, 2, 1, 0]))
     torch.testing.assert_close(alone_N, together_N, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(backwards_N.flip(0), together_N, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("layout", "processes"),
+    [
+        (Layout(tensor=2), 2),
+        (Layout(pipeline=2), 2),
+        (Layout(context=2), 2),
+        (Layout(), 2),
+        pytest.param(Layout(tensor=2, pipeline=2), 4, marks=pytest.mark.slow),
+    ],
+    ids=["tensor", "pipeline", "context", "data", "tensor and pipeline"],
+)
+def test_every_layout_gives_the_scores_and_weights_of_one_process(
+    home: Path, worlds: Worlds, layout: Layout, processes: int
+) -> None:
+    scores, weights = feature_jobs.score_and_fit(str(home / "rm"))
+    for found_scores, found_weights in worlds.run(
+        layout, "feature_jobs", "score_and_fit", processes, model=str(home / "rm")
+    ):
+        assert found_scores == pytest.approx(scores, rel=1e-4, abs=1e-4)
+        assert found_weights == pytest.approx(weights, rel=1e-3, abs=1e-3)
 
 
 def test_the_hybrid_is_the_weighed_sum_and_off_the_plain_member(home: Path, features: ReferenceFeatures) -> None:
