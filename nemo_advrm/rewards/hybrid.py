@@ -13,7 +13,7 @@ import torch
 from nemo_advrm.data.encoding import EncodedPair
 from nemo_advrm.data.messages import Message, prompt_key
 from nemo_advrm.data.preference_rows import PreferencePair
-from nemo_advrm.data.tokenizers import Tokenizer
+from nemo_advrm.data.tokenizers import HFTokenizer, Tokenizer
 from nemo_advrm.errors import CheckpointError, ConfigError, DataError
 from nemo_advrm.layout import validate_layout
 from nemo_advrm.megatron import checkpoint, manifest, runtime
@@ -171,6 +171,8 @@ def _open(
     if key not in opened:
         meta = _policy_meta(policy, place)
         tokenizer = member_tokenizer(SourceSpec("megatron", policy, policy, place), meta, running)
+        if isinstance(tokenizer, HFTokenizer) and isinstance(running, HFTokenizer) and tokenizer.path == running.path:
+            tokenizer = running  # the rule by which finished conversations are read is the reward model's
         problem = None
         if runtime.on_writer((Path(policy) / manifest.NAME).exists):
             problem = manifest.damage(Path(policy), full=cfg.trainer.verify_checkpoints)

@@ -10,13 +10,15 @@ import feature_jobs
 import pytest
 import torch
 from distributed import Worlds
+from hf_tokenizers import CHATML, save_hf
 from reward_members import rollouts, save_megatron
 from tiny import TOKENIZER, rollout_batch, tiny_config
 from torch import Tensor
 
 from nemo_advrm.data.answers import opening_of_answers, split_at_answer
 from nemo_advrm.data.messages import Message
-from nemo_advrm.data.tokenizers import ByteTokenizer
+from nemo_advrm.data.reading import KEY
+from nemo_advrm.data.tokenizers import ByteTokenizer, HFTokenizer
 from nemo_advrm.errors import CheckpointError, ConfigError, DataError
 from nemo_advrm.megatron.runtime import Layout, Runtime
 from nemo_advrm.models.language_model import EncodedResponse, build_policy
@@ -272,3 +274,21 @@ def test_options_of_a_source_can_be_joined() -> None:
     assert (spec.location, spec.attributes, spec.features) == ("rm", (1.0, 2.0), False)
 
 
+
+
+def test_a_chat_template_tells_where_the_answer_begins_in_tokens(single: Runtime, tmp_path: Path) -> None:
+    """The policy is a converted one, which says nothing of how its template is read."""
+    tokenizer = HFTokenizer(save_hf(tmp_path / "hf", template=CHATML, eos_token="<|endoftext|>"))
+    policy = save_megatron(tmp_path / "policy", head="lm", meta={}, vocab_size=280)
+    known = {"tokenizer": tokenizer.fingerprint, KEY: tokenizer.rule.meta()}
+    rm = save_megatron(tmp_path / "rm", meta=known, vocab_size=280)
+    FeatureWeights(BOTH, (1.0, 1.0, 1.0), str(policy), policy_fingerprint(policy), OTHERS, 7).write(rm)
+    (member,) = load_members(tiny_config(), [str(rm)], tokenizer)
+    assert isinstance(member, HybridReward)
+    made = rollouts(tokenizer).select([0, 2])
+    whole = [tokenizer.encode_conversation(p, r) for p, r in zip(made.prompts, made.responses, strict=True)]
+    none: list[list[int]] = [[], []]
+    tokens = dataclasses.replace(
+        made, prompts=[(), ()], responses=["", ""], prompt_tokens=none, response_tokens=whole, tokens_only=True
+    )
+    torch.testing.assert_close(member.score(tokens), member.score(made))

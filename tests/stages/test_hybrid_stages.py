@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from reward_members import save_megatron
+from reward_members import PROMPTS, one_step_of_rl, save_megatron
 from tiny import tiny_config
 
 from nemo_advrm import cli
@@ -18,9 +18,13 @@ from nemo_advrm.data.tokenizers import ByteTokenizer
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.megatron import manifest
 from nemo_advrm.megatron.runtime import Runtime
-from nemo_advrm.rewards.feature_file import FILE, FeatureWeights
+from nemo_advrm.rewards.base import Rollouts
+from nemo_advrm.rewards.feature_file import FILE, FeatureWeights, policy_fingerprint
 from nemo_advrm.rewards.hybrid import fixed_prompts, frozen_policy
+from nemo_advrm.rewards.reference import Reference
+from nemo_advrm.rewards.sources import load_members
 from nemo_advrm.stages.train_rm import EncodedPreferences, bootstrap, keep_back
+from nemo_advrm.synthetic.tokenizer import SyntheticTokenizer
 
 TOKENIZER = ByteTokenizer()
 BYTES = {"meta": {"tokenizer": TOKENIZER.fingerprint, "tokenizer_spec": "byte"}, "vocab_size": 264, "num_layers": 1}
@@ -157,3 +161,31 @@ def test_a_policy_must_be_named_and_a_language_model(trained: tuple[Path, list[s
     plain = save_megatron(home / "plain_rm", **BYTES)
     run = [*arguments[:-4], f"pretrained_checkpoint.restore_from_path={plain}", f"run_dir={home / 'rm2'}"]
     assert cli.main(["train_rm", *run, "reward_model.reference_features=[log_prob]"]) == 2
+
+
+@pytest.mark.parametrize("stage", ["attack", "rlhf"])
+def test_an_attack_and_rlhf_score_by_the_hybrids(single: Runtime, tmp_path: Path, stage: str) -> None:
+    members = [save_megatron(tmp_path / f"rm_{seed}", seed=seed) for seed in (3, 4)]
+    arguments = one_step_of_rl(tmp_path, members)
+    policy, prompts = tmp_path / "policy", tuple(({"role": "user", "content": text},) for text in PROMPTS)
+    names = ("log_prob", "prompt_gain")
+    for member, weight in zip(members, (0.5, -0.25), strict=True):
+        fingerprint = policy_fingerprint(policy)
+        FeatureWeights(names, (1.0, weight, 2.0), str(policy), fingerprint, prompts, 4).write(member)
+    assert cli.main([stage, *arguments, f"run_dir={tmp_path / 'run'}"]) == 0
+    reference = Reference.read(tmp_path / "run" / "reference.jsonl")
+    count = len(reference.responses_PN[0])
+    made = Rollouts(
+        prompts=[prompt for prompt in reference.prompts_P for _ in range(count)],
+        responses=[text for texts in reference.responses_PN for text in texts],
+        ended=[ended for flags in reference.ended_PN or () for ended in flags],
+        prompt_tokens=[[] for _ in range(2 * count)],
+        response_tokens=[[] for _ in range(2 * count)],
+        prompt_index=[0] * 2 * count,
+        fingerprint="",
+    )
+    for k, member in enumerate(load_members(tiny_config(), list(map(str, members)), SyntheticTokenizer())):
+        expected_N = reference.scores_PNK[:, :, k].flatten()
+        torch.testing.assert_close(member.score(made), expected_N, rtol=1e-4, atol=1e-4)
+        (plain,) = load_members(tiny_config(), [f"{members[k]}?reference_features=off"], SyntheticTokenizer())
+        assert (plain.score(made) - expected_N).abs().min() > 1e-2
