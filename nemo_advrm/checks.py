@@ -308,11 +308,14 @@ def check_values(cfg: Config) -> None:
     _check_architecture(cfg.model)
     _check_features(cfg)
     _check_scoring_is_no_hang(cfg)
-    if cfg.rl.held_out_prompts and not cfg.data.held_out_prompts_path and not samples_prompts(cfg):
-        raise ConfigError(
-            f"rl.held_out_prompts={cfg.rl.held_out_prompts}: needs data.held_out_prompts_path, a file of prompts that "
-            "training does not have"
-        )
+    for key, count in (
+        ("rl.held_out_prompts", cfg.rl.held_out_prompts),
+        ("adversarial.held_out_prompts", cfg.adversarial.held_out_prompts),
+    ):
+        if count and not cfg.data.held_out_prompts_path and not samples_prompts(cfg):
+            raise ConfigError(
+                f"{key}={count}: needs data.held_out_prompts_path, a file of prompts that training does not have"
+            )
     if len(cfg.model.optim.betas) != 2:
         raise ConfigError(f"model.optim.betas={cfg.model.optim.betas}: must be two numbers")
     if cfg.rl.algorithm in ("rloo", "grpo") and cfg.rl.group_size < 2:

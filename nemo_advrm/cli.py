@@ -103,7 +103,17 @@ STAGES: dict[str, Stage] = {
     "attack": Stage(
         "nemo_advrm.stages.attack:main",
         "train an adversarial policy against the first reward model of an ensemble",
-        (*_COMMON, *_START, *_PROMPTS, "ensemble.members", "reference.", "adversarial.", *_RL, *_PARALLEL),
+        (
+            *_COMMON,
+            *_START,
+            *_PROMPTS,
+            "data.held_out_prompts_path",
+            "ensemble.members",
+            "reference.",
+            "adversarial.",
+            *_RL,
+            *_PARALLEL,
+        ),
         "nemo-advrm attack run_dir=runs/a 'ensemble.members=[runs/rm_1/model,runs/rm_2/model]' "
         "pretrained_checkpoint.restore_from_path=runs/sft/model data.prompts_path=prompts.jsonl",
     ),

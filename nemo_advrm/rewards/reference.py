@@ -71,6 +71,15 @@ class Reference:
         noise = rounding_of(self.gold_PN).max()
         return divide_by_spread(gold_N - means_P[list(prompt_index)], std, noise)
 
+    def own_gold_z(self) -> Tensor | None:
+        """Gold of the SFT responses by the others to their prompts, [P, n], as `own_z_scores` does for the members."""
+        if self.gold_PN is None:
+            return None
+        prompts, count = self.gold_PN.shape
+        z_B = self.gold_z(self.gold_PN.flatten(), [p for p in range(prompts) for _ in range(count)])
+        assert z_B is not None
+        return z_B.reshape(prompts, count) * ((count + 1) / (count - 1)) ** 0.5
+
     @classmethod
     def read(cls, path: Path) -> Reference:
         """Read ``reference.jsonl``.

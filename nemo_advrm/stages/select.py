@@ -17,11 +17,11 @@ from nemo_advrm.data.pair_store import AdversarialPair, PairStore
 from nemo_advrm.data.tokenizers import build_tokenizer
 from nemo_advrm.errors import ConfigError, DataError
 from nemo_advrm.objectives.selection import AFTER_FINDS, first_step, select_pairs, text_signature
+from nemo_advrm.rewards.finds import FindRule
 from nemo_advrm.rewards.reference import Reference
 from nemo_advrm.schema import Config
 from nemo_advrm.seeds import derive_seed
-from nemo_advrm.stages.attack import add_to_summary, check_rule, check_samples, success_rates
-from nemo_advrm.stages.finds import FindRule
+from nemo_advrm.stages.attack_summary import add_to_summary, check_rule, check_samples, success_rates
 from nemo_advrm.stages.pairing import ChosenSide, wrong_labels
 
 RANDOM_PAIRS = "random_pairs.jsonl"

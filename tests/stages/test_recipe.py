@@ -14,8 +14,8 @@ from nemo_advrm.data.jsonl import read_jsonl, write_jsonl_atomic
 from nemo_advrm.data.pair_store import AdversarialPair, PairStore
 from nemo_advrm.data.tokenizers import ByteTokenizer
 from nemo_advrm.errors import ConfigError
+from nemo_advrm.rewards.finds import FindRule
 from nemo_advrm.rewards.reference import Reference, standardise
-from nemo_advrm.stages.finds import FindRule
 from nemo_advrm.stages.select import RANDOM_PAIRS, found_lines, random_pairs, reason_to_stop, select_round
 
 Row = dict[str, Any]

@@ -17,8 +17,8 @@ from nemo_advrm.data.jsonl import JsonlWriter, write_jsonl_atomic
 from nemo_advrm.errors import CheckpointError, DataError
 from nemo_advrm.megatron import manifest
 from nemo_advrm.rewards.reference import Reference
-from nemo_advrm.stages import artefacts, attack, order, results, select
-from nemo_advrm.stages.attack import check_samples
+from nemo_advrm.stages import artefacts, attack_summary, order, results, select
+from nemo_advrm.stages.attack_summary import check_samples
 from nemo_advrm.stages.order import Step
 from nemo_advrm.stages.state import RunState
 
@@ -193,14 +193,14 @@ def test_a_directory_in_place_of_rows_is_named(tmp_path: Path) -> None:
 def test_a_summary_of_another_type_is_named_before_a_round_is_judged_by_it(tmp_path: Path, directions: Any) -> None:
     path = tmp_path / "summary.json"
     path.write_text(json.dumps({"directions": {"1": {"success_standard": 0.25}, "2": {"success_standard": None}}}))
-    assert attack.success_rates(path, "restore it") == [0.25]
+    assert attack_summary.success_rates(path, "restore it") == [0.25]
     path.write_text(json.dumps({"directions": directions}))
     with pytest.raises(DataError, match=r"summary\.json cannot be read \(it is no summary of an attack\): restore it"):
-        attack.success_rates(path, "restore it")
+        attack_summary.success_rates(path, "restore it")
 
 
 @pytest.mark.parametrize("row", [[1], "text", None, {"success": "high"}, {"success": [1.0]}])
 def test_metrics_of_an_attack_of_another_type_are_named(tmp_path: Path, row: Any) -> None:
     write_jsonl_atomic(tmp_path / "metrics.jsonl", [{"step": 0, "success": 0.5}, row])
     with pytest.raises(DataError, match=r"metrics\.jsonl:2: no row of metrics"):
-        attack._summary(tmp_path, tmp_path / "samples.jsonl", 1.0)
+        attack_summary.of_adversary(tmp_path, 1.0)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nemo_advrm.data.plain_text import stands_as_text
 from nemo_advrm.data.tokenizers import Tokenizer
-from nemo_advrm.objectives.reference import disagreement_z, own_z_scores
+from nemo_advrm.objectives.reference import ReferenceStatistics, disagreement_z, own_z_scores
 from nemo_advrm.objectives.selection import qualifies
 from nemo_advrm.rewards.reference import Reference
 from nemo_advrm.schema import AdversarialConfig, Config
@@ -78,6 +78,11 @@ class FindRule:
         taken = [row for row, ok in zip(rows, self.qualified(rows).tolist(), strict=True) if ok]
         return {(row["prompt_id"], row["response"]) for row in taken if self.unusable(row) is None}
 
+    def share(self, rows: Sequence[dict[str, Any]]) -> float:
+        """Share of the rows that are finds, repeated ones too."""
+        taken = [row for row, ok in zip(rows, self.qualified(rows).tolist(), strict=True) if ok]
+        return sum(self.unusable(row) is None for row in taken) / len(rows)
+
     @cached_property
     def null_share(self) -> float:
         """Share of the reference's SFT responses that the rule takes, each measured by the others to its prompt."""
@@ -89,15 +94,14 @@ class FindRule:
     def sft_row(self, prompt: int, place: int) -> dict[str, Any]:
         """An SFT response as a row of ``samples.jsonl``, its z by the others to its prompt."""
         reference = self.reference
-        z_PNK, disagreement_z_PN, ended_PI = self._own
         return {
             "prompt_id": prompt,
             "step": 0,
             "response": reference.responses_PN[prompt][place],
-            "ended": place in ended_PI[prompt],
+            "ended": place in self._ended_PI[prompt],
             "scores": reference.scores_PNK[prompt, place].tolist(),
-            "z": z_PNK[prompt, place].tolist(),
-            "disagreement_z": disagreement_z_PN[prompt, place].item(),
+            "z": self.own_z_PNK[prompt, place].tolist(),
+            "disagreement_z": self._own_disagreement_z_PN[prompt, place].item(),
             "gold": None if reference.gold_PN is None else reference.gold_PN[prompt, place].item(),
         }
 
@@ -114,15 +118,23 @@ class FindRule:
         return [Counter(responses) for responses in self.reference.responses_PN]
 
     @cached_property
-    def _own(self) -> tuple[Tensor, Tensor, list[set[int]]]:
-        """z [P, N, K] and Z(U) [P, N] of the SFT responses, and the places of those that ended."""
-        scores_PNK, statistics = self.reference.scores_PNK, self.reference.statistics(self.target)
-        z_PNK = own_z_scores(scores_PNK, statistics)
-        u_z_B = disagreement_z(
-            scores_PNK.flatten(0, 1), statistics.disagreement_mean, statistics.disagreement_std, self.target
-        )
-        ended_PI = [set(self.reference.finished(p)) for p in range(len(scores_PNK))]
-        return z_PNK, u_z_B.reshape(scores_PNK.shape[:2]), ended_PI
+    def own_z_PNK(self) -> Tensor:
+        """z of the SFT responses, each by the others to its prompt."""
+        return own_z_scores(self.reference.scores_PNK, self._statistics)
+
+    @cached_property
+    def _statistics(self) -> ReferenceStatistics:
+        return self.reference.statistics(self.target)
+
+    @cached_property
+    def _own_disagreement_z_PN(self) -> Tensor:
+        scores_PNK, statistics = self.reference.scores_PNK, self._statistics
+        mean, std = statistics.disagreement_mean, statistics.disagreement_std
+        return disagreement_z(scores_PNK.flatten(0, 1), mean, std, self.target).reshape(scores_PNK.shape[:2])
+
+    @cached_property
+    def _ended_PI(self) -> list[set[int]]:
+        return [set(self.reference.finished(p)) for p in range(len(self.reference.responses_PN))]
 
     def _qualified(self, rows: Sequence[dict[str, Any]]) -> Tensor:
         options = self.options
