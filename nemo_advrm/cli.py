@@ -202,9 +202,9 @@ STAGES: dict[str, Stage] = {
     ),
     "report": Stage(
         "nemo_advrm.stages.report:main",
-        "write report/index.html of a run and print its table",
-        ("run_dir",),
-        "nemo-advrm report run_dir=runs/synthetic",
+        "write report/index.html of a run, or of several runs together, and print its tables",
+        ("run_dir", "report."),
+        "nemo-advrm report runs/seed_0 runs/seed_1 runs/seed_2",
     ),
     "pipeline": Stage(
         "nemo_advrm.stages.pipeline:main",
@@ -393,7 +393,15 @@ def _dispatch(words: list[str]) -> int | None:
     if any(word in ("-h", "--help") for word in overrides):
         print(_stage_help(name))
         return 0
-    return run_stage(name, overrides)
+    return run_stage(name, _named_runs(overrides) if name == "report" else overrides)
+
+
+def _named_runs(words: Sequence[str]) -> list[str]:
+    """The words of ``report``: those that are no settings are run directories."""
+    runs = [word for word in words if "=" not in word and word[:1] not in ("-", "~", "+")]
+    settings = [word for word in words if word not in runs]
+    quoted = [run.replace("\\", "\\\\").replace("'", "\\'") for run in runs]
+    return [*settings, "report.runs=[" + ",".join(f"'{run}'" for run in quoted) + "]"] if runs else settings
 
 
 def _help() -> str:

@@ -362,7 +362,8 @@ class ReportConfig:
     """The report of runs."""
 
     kl: float = 10.0  # nats per response at which the gold of RLHF runs is compared
-    study_path: str = ""  # results of a study (docs/synthetic.md), shown beside the figures of the run
+    study_path: str = ""  # results of a study (JSON lines), shown beside the figures of the run
+    runs: list[str] = field(default_factory=list)  # run directories that one report joins: nemo-advrm report RUN RUN
 
 
 @dataclass

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from nemo_advrm.files import write_text
-from nemo_advrm.report.table import render_summary
+from nemo_advrm.report.tables import render_summary
 
 __all__ = ["render_summary", "write_report"]
 

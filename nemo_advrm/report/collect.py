@@ -6,30 +6,24 @@ Nothing is written and nothing is raised for absent or damaged parts: each one b
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from nemo_advrm.errors import DataError
-from nemo_advrm.foreign_files import decode_yaml, read_bytes
-from nemo_advrm.report.files import Row, Scores, as_object, count, number, numbers, read_json, read_jsonl
-from nemo_advrm.report.records import (
-    SMOOTHING_WINDOW,
-    TOLERANCE,
-    Direction,
-    FloatArray,
-    Member,
-    Pair,
-    Reward,
-    Rlhf,
-    Round,
-    Run,
+from nemo_advrm.report.collect_rlhf import (
+    numbered,
+    read_best_of_n,
+    read_options,
+    read_rewards,
+    read_rlhf,
+    read_settings,
 )
+from nemo_advrm.report.files import Row, Scores, as_object, count, number, numbers, read_json, read_jsonl
+from nemo_advrm.report.measures import column
+from nemo_advrm.report.records import Direction, FloatArray, Member, Pair, Round, Run
 
-PLAIN, HARDENED = "r1", "adv_rm"
-RLHF_ORDER = (PLAIN, "ensemble_mean", "lcb", HARDENED)
 DEFAULT_THRESHOLD_Z = 1.96
 
 
@@ -42,78 +36,34 @@ def collect(run_dir: Path) -> Run:
     state = read_json(run_dir / "state.json", run_dir, notes)
     stages = as_object(state.get("stages"))
     rounds = tuple(
-        _read_round(path, run_dir, notes, f"{path.name}/select" in stages) for path in _numbered(run_dir, "round")
+        _read_round(path, run_dir, notes, f"{path.name}/select" in stages) for path in numbered(run_dir, "round")
     )
     if not rounds:
         notes.append("No adversarial rounds: attack success, scatter, examples and pair accuracy are absent.")
-    rlhf = _read_rlhf(run_dir, notes)
+    settings = read_settings(run_dir, notes)
+    rewards = read_rewards(settings)
     seed = number(state.get("seed"))
-    seconds = _read_seconds(state, notes)
-    settings = _read_settings(run_dir, notes)
     return Run(
-        run_dir,
-        None if seed is None else int(seed),
-        rounds,
-        rlhf,
-        seconds,
-        notes,
-        *_read_stability(settings),
-        rewards=_read_rewards(settings),
+        directory=run_dir,
+        seed=None if seed is None else int(seed),
+        rounds=rounds,
+        rlhf=read_rlhf(run_dir, rewards, stages, notes),
+        seconds=_read_seconds(stages, notes),
+        notes=notes,
+        options=read_options(settings),
+        rewards=rewards,
+        best_of_n=read_best_of_n(run_dir, rewards, notes),
+        cpu_seconds=_read_amounts(stages, "cpu_seconds"),
+        gpu_seconds=_read_amounts(stages, "gpu_seconds"),
+        flops=_read_amounts(stages, "flops"),
+        experiment=str(settings.get("name") or ""),
+        commit=str(as_object(state.get("versions")).get("git") or ""),
+        study_path=str(as_object(settings.get("report")).get("study_path") or ""),
     )
-
-
-def _read_settings(run_dir: Path, notes: list[str]) -> Row:
-    """config.yaml; empty where the run has none."""
-    path = run_dir / "config.yaml"
-    if not path.is_file():
-        return {}
-    try:
-        return as_object(decode_yaml(read_bytes(path)))
-    except (OSError, ValueError) as error:
-        notes.append(f"config.yaml cannot be read ({error}).")
-        return {}
-
-
-def _read_stability(settings: Row) -> tuple[int, float]:
-    """The run's `pipeline.stable_window` and `pipeline.stable_tolerance`, or the defaults."""
-    options = as_object(settings.get("pipeline"))
-    window, tolerance = count(options.get("stable_window")), number(options.get("stable_tolerance"))
-    return window or SMOOTHING_WINDOW, TOLERANCE if tolerance is None else tolerance
-
-
-def _read_rewards(settings: Row) -> dict[str, Reward]:
-    """`pipeline.rlhf`: what each RLHF run optimised; versions without `ensemble.standardise` combined raw scores."""
-    standardised = as_object(settings.get("ensemble")).get("standardise") is True
-    rewards = {}
-    for name, options in as_object(as_object(settings.get("pipeline")).get("rlhf")).items():
-        one = as_object(options)
-        coefficient = number(one.get("coefficient"))
-        rewards[str(name)] = Reward(
-            str(one.get("reward")),
-            str(one.get("aggregate")),
-            1.0 if coefficient is None else coefficient,
-            standardised,
-        )
-    return rewards
-
-
-def _numbered(directory: Path, prefix: str) -> list[Path]:
-    """Subdirectories PREFIX_N in the order of N."""
-    found = [
-        (int(match[1]), path)
-        for path in directory.iterdir()
-        if path.is_dir() and (match := re.fullmatch(rf"{prefix}_(\d+)", path.name))
-    ]
-    return [path for _, path in sorted(found)]
 
 
 def _trailing_number(path: Path) -> int:
     return int(path.name.rsplit("_", 1)[1])
-
-
-def _column(rows: Iterable[Row], key: str) -> FloatArray:
-    values = [number(row.get(key)) for row in rows]
-    return np.array([math.nan if value is None else value for value in values], dtype=np.float64)
 
 
 def _matrix(lists: Sequence[Scores]) -> FloatArray:
@@ -128,23 +78,25 @@ def _matrix(lists: Sequence[Scores]) -> FloatArray:
 # ---- parts of a run
 
 
-def _read_seconds(state: Row, notes: list[str]) -> dict[str, float]:
-    seconds: dict[str, float] = {}
-    for stage, entry in as_object(state.get("stages")).items():
+def _read_seconds(stages: Row, notes: list[str]) -> dict[str, float]:
+    for stage, entry in stages.items():
         status = as_object(entry).get("status")
         if status != "complete":
             notes.append(f"Stage {stage} is not complete (status: {status}).")
-        spent = number(as_object(entry).get("seconds"))
-        if spent is not None:
-            seconds[stage] = spent
+    seconds = _read_amounts(stages, "seconds")
     if not seconds:
         notes.append("No stage times: the cost table and figure are absent.")
     return seconds
 
 
+def _read_amounts(stages: Row, key: str) -> dict[str, float]:
+    found = {stage: number(as_object(entry).get(key)) for stage, entry in stages.items()}
+    return {stage: value for stage, value in found.items() if value is not None}
+
+
 def _read_round(path: Path, run_dir: Path, notes: list[str], selection: bool) -> Round:
     round_number = _trailing_number(path)
-    members = tuple(_read_member(member, run_dir, notes) for member in _numbered(path, "rm"))
+    members = tuple(_read_member(member, run_dir, notes) for member in numbered(path, "rm"))
     if not members:
         notes.append(f"Round {round_number} has no reward models.")
     reference = read_jsonl(path / "reference.jsonl", run_dir, notes)
@@ -168,8 +120,8 @@ def _read_member(path: Path, run_dir: Path, notes: list[str]) -> Member:
         notes.append(f"{path.relative_to(run_dir)} has no validation accuracy.")
         return Member(_trailing_number(path), None, None)
     last = validated[-1]
-    mismatch = number(last.get("val/mismatch_accuracy"))
-    return Member(_trailing_number(path), number(last["val/accuracy"]), number(last.get("val/loss")), mismatch)
+    names = ("accuracy", "loss", "mismatch_accuracy", "hybrid_accuracy", "hybrid_mismatch_accuracy")
+    return Member(_trailing_number(path), *(number(last.get(f"val/{name}")) for name in names))
 
 
 def _gold_means(reference: list[Row]) -> dict[str, float]:
@@ -215,6 +167,7 @@ def _read_direction(
     target: int, rates: Row, rows: list[Row], gold_means: dict[str, float], selection: bool
 ) -> Direction:
     """The attack's own summary first; what selection adds later is counted from the marked samples."""
+    held_out = as_object(rates.get("held_out"))
     selected_N = np.array([row.get("selected") is True for row in rows], dtype=np.bool_)
     samples, selected = count(rates.get("samples")), count(rates.get("selected"))
     success = number(rates.get("selected_success"))
@@ -232,8 +185,13 @@ def _read_direction(
         steps=count(rates.get("steps")),
         seconds=number(rates.get("seconds")),
         z_NK=_matrix([numbers(row.get("z")) for row in rows]),
-        disagreement_z_N=_column(rows, "disagreement_z"),
+        disagreement_z_N=column(rows, "disagreement_z"),
         selected_N=selected_N,
+        held_out=number(held_out.get("success_standard")),
+        held_out_null=number(as_object(held_out.get("null")).get("success_standard")),
+        found=number(rates.get("found")),
+        null=number(rates.get("null")),
+        wrong_labels=number(rates.get("wrong_labels")),
     )
 
 
@@ -277,27 +235,3 @@ def _prompt_text(prompt: object) -> str:
     if len(messages) == 1:
         return str(messages[0].get("content", ""))
     return "\n\n".join(f"{message.get('role', '?')}: {message.get('content', '')}" for message in messages)
-
-
-def _read_rlhf(run_dir: Path, notes: list[str]) -> tuple[Rlhf, ...]:
-    root = run_dir / "rlhf"
-    names = sorted(path.name for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
-    names.sort(key=lambda name: RLHF_ORDER.index(name) if name in RLHF_ORDER else len(RLHF_ORDER))
-    found = []
-    for name in names:
-        rows = read_jsonl(root / name / "metrics.jsonl", run_dir, notes)
-        # A resumed run logs the steps after its checkpoint again: the later row is the one that counted.
-        by_step = {step: row for row in rows if (step := count(row.get("step"))) is not None}
-        if not by_step:
-            notes.append(f"rlhf/{name} has no metrics.")
-            continue
-        steps = sorted(by_step)
-        ordered = [by_step[step] for step in steps]
-        found.append(
-            Rlhf(name, np.array(steps, dtype=np.int64), *(_column(ordered, key) for key in ("proxy", "gold", "kl")))
-        )
-    if not found:
-        notes.append("No RLHF runs: over-optimisation curves and the verdict are absent.")
-    elif not any(np.isfinite(one.gold_S).any() for one in found):
-        notes.append("No gold reward in the RLHF runs (normal on real data): stable steps and the verdict are absent.")
-    return tuple(found)

@@ -24,8 +24,10 @@ def stage_name(stage: str) -> str:
         return "Supervised fine-tuning (SFT)"
     if stage == "preferences":
         return "Labelled preference pairs"
-    if stage.startswith("rlhf/"):
-        return f"RLHF: {reward_name(stage.removeprefix('rlhf/'))}"
+    if match := re.fullmatch(r"rlhf/([^/]+)(?:/seed_(\d+))?", stage):
+        return f"RLHF: {reward_name(match[1])}" + (f", seed {match[2]}" if match[2] else "")
+    if match := re.fullmatch(r"best_of_n/([^/]+)", stage):
+        return f"Best of n: {'samples' if match[1] == 'samples' else reward_name(match[1])}"
     if match := re.fullmatch(r"round_(\d+)/rm_(\d+)", stage):
         return f"Round {match[1]}: reward model {match[2]}"
     if match := re.fullmatch(r"round_(\d+)/(\w+)", stage):

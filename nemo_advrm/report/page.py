@@ -11,7 +11,8 @@ from nemo_advrm.report.names import ABSENT, fixed
 from nemo_advrm.report.page_style import CSS
 from nemo_advrm.report.records import Pair, Round, Run
 from nemo_advrm.report.summary import Summary
-from nemo_advrm.report.table import Table, tables
+from nemo_advrm.report.table import Table
+from nemo_advrm.report.tables import tables
 
 EXAMPLES_PER_ROUND = 10
 EXAMPLES_OPEN = 3
@@ -21,8 +22,18 @@ CAPTIONS = {
     "overoptimization_steps": (
         "Over-optimisation against training steps",
         "The proxy (dashed) is what training maximises; gold (solid) is the true quality, which training never sees. "
-        "Where the proxy rises and gold falls, the policy exploits errors of the reward model. From the dotted line "
-        "on, gold stays below its start.",
+        "Where the proxy rises and gold falls, the policy exploits errors of the reward model. Dotted: gold at the "
+        "start. With several RLHF seeds the line is their mean and the band their range.",
+    ),
+    "best_of_n": (
+        "Best of n: choosing by each reward, without training",
+        "The reward picks the best of n responses of the SFT policy, whose true quality is shown on the left. A reward "
+        "that can be exploited lets it fall where the proxy (right) still rises.",
+    ),
+    "differences": (
+        "Every reward beside the plain one",
+        "Mean gold less that of the plain reward model at the same KL coefficient. Where the interval crosses the "
+        "line at 0, no difference is shown. One seed alone has no interval.",
     ),
     "overoptimization_kl": (
         "Over-optimisation against the distance travelled",
@@ -42,7 +53,7 @@ CAPTIONS = {
         "rounds mean a model that is harder to fool.",
     ),
     "accuracy": ("Accuracy on clean pairs per round", "What the hardening costs on ordinary, unattacked comparisons."),
-    "cost": ("Wall-clock per stage", "Colours tell what plain RLHF would need as well and what is extra."),
+    "cost": ("Cost per stage", "Colours tell what plain RLHF would need as well and what is extra."),
 }
 
 
@@ -50,10 +61,7 @@ def render_page(run: Run, summary: Summary, figures: dict[str, Path]) -> str:
     """The HTML text; `figures` are PNG files by name, embedded as data URIs. Every text of the run is escaped."""
     seed = "" if summary["seed"] is None else f", seed {summary['seed']}"
     parts = [
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        '<meta name="color-scheme" content="light dark">',
-        f"<title>Adv-RM report: {escape(summary['run'])}</title>\n<style>\n{CSS}</style></head><body><main>",
+        *_head(f"Adv-RM report: {summary['run']}"),
         f'<header><p class="run">Adv-RM report · {escape(summary["run"])}{seed}</p>',
         f'<h1 class="{_tone(summary)}">{escape(summary["headline"])}</h1></header>',
         f'<p class="lead">{escape(introduction(summary))}</p>',
@@ -69,6 +77,31 @@ def render_page(run: Run, summary: Summary, figures: dict[str, Path]) -> str:
     return "\n".join(part for part in parts if part)
 
 
+def render_joined(summary: Summary, tables: Iterable[Table], figures: dict[str, Path]) -> str:
+    """The page of several runs, without examples and rounds: those are on each run's own page."""
+    names = ", ".join(f"{Path(one['run']).name} (seed {one['seed']})" for one in summary["runs"])
+    title = f"Adv-RM report of {len(summary['runs'])} runs"
+    parts = [
+        *_head(title),
+        f'<header><p class="run">{title}: {escape(names)}</p>',
+        f'<h1 class="{_tone(summary)}">{escape(summary["headline"])}</h1></header>',
+        *(_figure(name, path) for name, path in figures.items()),
+        *(_table(table) for table in tables),
+        _notes(summary["notes"]),
+        "</main></body></html>\n",
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def _head(title: str) -> list[str]:
+    return [
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        '<meta name="color-scheme" content="light dark">',
+        f"<title>{escape(title)}</title>\n<style>\n{CSS}</style></head><body><main>",
+    ]
+
+
 def introduction(summary: Summary) -> str:
     """What the experiment is, in four sentences."""
     size = summary["ensemble_size"]
@@ -77,7 +110,7 @@ def introduction(summary: Summary) -> str:
     rounds = {0: "not yet repeated", 1: "done once"}.get(hardenings, f"done {hardenings} times")
     if not summary["rlhf"]:
         outcome = "RLHF with each reward would come next, but this run has none."
-    elif all(one["gold_start"] is None for one in summary["rlhf"].values()):
+    elif all(one["start"] is None for one in summary["rlhf"].values()):
         outcome = "Then RLHF is run against each reward; this run has no gold reward to tell progress from hacking."
     else:
         outcome = (
@@ -95,7 +128,7 @@ def introduction(summary: Summary) -> str:
 
 
 def _tone(summary: Summary) -> str:
-    return {True: "holds", False: "fails", None: "open"}[summary["verdict"]["holds"]]
+    return {"better": "holds", "worse": "fails", "open": "open"}[summary["verdict"]]
 
 
 def _table(table: Table) -> str:

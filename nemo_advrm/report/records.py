@@ -8,12 +8,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from nemo_advrm.report.measures import Curve, Options, measured_curve
+
 FloatArray = NDArray[np.float64]
 BoolArray = NDArray[np.bool_]
-
-# the defaults of pipeline.stable_window and pipeline.stable_tolerance
-SMOOTHING_WINDOW = 5
-TOLERANCE = 0.1
 
 
 @dataclass(frozen=True)
@@ -21,12 +19,15 @@ class Member:
     """One reward model after training: its last validation row, on clean pairs.
 
     mismatch_accuracy: on pairs whose rejected answer is a good one to another prompt (see `data.mismatch`).
+    hybrid_accuracy, hybrid_mismatch_accuracy: the same with its reference features.
     """
 
     number: int
     accuracy: float | None
     loss: float | None
     mismatch_accuracy: float | None = None
+    hybrid_accuracy: float | None = None
+    hybrid_mismatch_accuracy: float | None = None
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,9 @@ class Direction:
     """One attack: member `target` is pushed up while the others are held down. Rates are fractions in [0, 1].
 
     z_NK: z-scores of the adversarial samples; disagreement_z_N: Z(U); selected_N: became a training pair.
+    held_out, held_out_null: success of the finished adversary on prompts that it was not trained on, and that of SFT
+    responses to them. found, null: finds, and how many of as many SFT responses would be. wrong_labels: share of the
+    pairs whose rejected side has the higher gold.
     """
 
     target: int
@@ -47,6 +51,11 @@ class Direction:
     z_NK: FloatArray
     disagreement_z_N: FloatArray
     selected_N: BoolArray
+    held_out: float | None = None
+    held_out_null: float | None = None
+    found: float | None = None
+    null: float | None = None
+    wrong_labels: float | None = None
 
 
 @dataclass(frozen=True)
@@ -80,40 +89,75 @@ class Round:
 
 
 @dataclass(frozen=True)
-class Rlhf:
-    """One RLHF run against one reward. All arrays [S], ordered by step; NaN where a step has no value.
+class RlhfRun:
+    """One RLHF run of an arm: what it logged of its rollouts, and of held-out prompts where it evaluated them.
 
-    kl_S: mean over responses of the summed log pi - log pi_0, in nats.
+    finished: False where the run's state says that it is under way.
     """
 
+    seed: int
+    rollouts: Curve
+    held_out: Curve | None = None
+    finished: bool = True
+
+    @property
+    def measured(self) -> Curve:
+        """The curve of which measures are taken and which is drawn."""
+        return measured_curve(self.held_out, self.rollouts) or self.rollouts
+
+
+@dataclass(frozen=True)
+class Rlhf:
+    """One arm: the RLHF runs against one reward, which differ by RLHF seed alone; at least one."""
+
     name: str
-    steps_S: NDArray[np.int64]
+    runs: tuple[RlhfRun, ...]
+
+    @property
+    def has_gold(self) -> bool:
+        return any(run.measured.has_gold for run in self.runs)
+
+
+@dataclass(frozen=True)
+class BestOfN:
+    """One reward's curve of best-of-n (see `stages.best_of_n`); gold_S is NaN without a gold reward."""
+
+    name: str
+    n_S: NDArray[np.int64]
+    kl_S: FloatArray
     proxy_S: FloatArray
     gold_S: FloatArray
-    kl_S: FloatArray
-
-    def known_gold(self) -> tuple[list[int], list[float]]:
-        """Steps and gold where gold is known."""
-        known_S = np.isfinite(self.gold_S)
-        return self.steps_S[known_S].tolist(), self.gold_S[known_S].tolist()
 
 
 @dataclass(frozen=True)
 class Reward:
-    """What one RLHF run optimised, a key of `pipeline.rlhf`: `kind` is r1, ensemble or hardened.
+    """What the runs of an arm optimised, a key of `pipeline.rlhf`: `kind` is r1, ensemble or hardened.
 
     Only an ensemble has an aggregate and its coefficient, and scores that are standardised before they are combined.
+    kl: coefficient of the KL penalty. features: whether the members' reference features count.
     """
 
     kind: str
     aggregate: str
     coefficient: float
     standardised: bool
+    kl: float | None = None
+    branch: str = ""
+    round: int | None = None
+    features: bool = False
+
+    @property
+    def is_plain(self) -> bool:
+        """One reward model as it was before any hardening: what the other arms are compared with."""
+        return self.kind == "r1" and not self.branch and not self.round and not self.features
 
 
 @dataclass(frozen=True)
 class Run:
-    """A whole run; `notes` says in plain words what is absent or was left out."""
+    """A whole run; `notes` says in plain words what is absent or was left out.
+
+    seconds, cpu_seconds, gpu_seconds, flops: by stage, of those that know them.
+    """
 
     directory: Path
     seed: int | None
@@ -121,11 +165,25 @@ class Run:
     rlhf: tuple[Rlhf, ...]
     seconds: dict[str, float]
     notes: list[str] = field(default_factory=list)
-    window: int = SMOOTHING_WINDOW  # evaluations in the smoothing window of gold
-    tolerance: float = TOLERANCE  # gold units below the start that count as a fall
-    rewards: dict[str, Reward] = field(default_factory=dict)  # of the RLHF runs, by name
+    options: Options = field(default_factory=Options)
+    rewards: dict[str, Reward] = field(default_factory=dict)  # of the arms, by name
+    best_of_n: tuple[BestOfN, ...] = ()
+    cpu_seconds: dict[str, float] = field(default_factory=dict)
+    gpu_seconds: dict[str, float] = field(default_factory=dict)
+    flops: dict[str, float] = field(default_factory=dict)
+    experiment: str = ""
+    commit: str = ""
+    study_path: str = ""
 
     @property
     def ensemble_size(self) -> int | None:
         """K, the largest number of members seen in any round."""
         return max((len(one.members) for one in self.rounds), default=0) or None
+
+    @property
+    def cost(self) -> tuple[str, dict[str, float]]:
+        """(unit, by stage): GPU seconds or CPU seconds where all stages that took time know them, else wall-clock."""
+        for unit, spent in (("GPU seconds", self.gpu_seconds), ("CPU seconds", self.cpu_seconds)):
+            if spent and self.seconds.keys() <= spent.keys():
+                return unit, spent
+        return "seconds of wall-clock", self.seconds

@@ -103,17 +103,17 @@ def sentence(comparison: Comparison, arm: str, baseline: str, kind: str) -> str:
     amount = f"{abs(interval.mean):.2f} {'higher' if interval.mean >= 0 else 'lower'}"
     if interval.low is None or interval.high is None:
         return (
-            f"{arm}: mean gold {over} was {amount} than that of {baseline} in the one seed that was run, which cannot "
-            "tell an effect from chance."
+            f"With {arm}, mean gold {over} was {amount} than with {baseline} in the one seed that was run, which "
+            "cannot tell an effect from chance."
         )
     bounds = f"95 % interval {interval.low:+.2f} to {interval.high:+.2f}, {comparison.better} of {seeds} seeds higher"
     if not interval.excludes_zero:
         return (
-            f"{arm}: mean gold {over} was {amount} than that of {baseline} ({bounds}): the interval includes 0, so "
+            f"With {arm}, mean gold {over} was {amount} than with {baseline} ({bounds}): the interval includes 0, so "
             "this does not show a difference."
         )
     verdict = "better" if interval.mean > 0 else "worse"
-    return f"{arm}: mean gold {over} was {amount} than that of {baseline} ({bounds}): {verdict}, beyond chance."
+    return f"With {arm}, mean gold {over} was {amount} than with {baseline} ({bounds}): {verdict}, beyond chance."
 
 
 def _footnote(found: dict[str, Arm], kind: str) -> str:

@@ -18,7 +18,8 @@ from nemo_advrm.report.collect import collect
 from nemo_advrm.report.palette import STYLE
 from nemo_advrm.report.summary import summarise
 
-FIGURES = {"overoptimization_steps", "overoptimization_kl", "scatter", "attack_success", "accuracy", "cost"}
+RLHF_FIGURES = {"overoptimization_steps", "overoptimization_kl", "differences"}
+FIGURES = {*RLHF_FIGURES, "scatter", "attack_success", "accuracy", "cost"}
 
 
 @pytest.fixture(autouse=True)
@@ -73,7 +74,7 @@ def test_a_second_report_replaces_the_first(run_dir: Path) -> None:
     write_report(run_dir)
     shutil.rmtree(run_dir / "rlhf")
     write_report(run_dir)
-    assert drawn(run_dir) == FIGURES - {"overoptimization_steps", "overoptimization_kl"}
+    assert drawn(run_dir) == FIGURES - RLHF_FIGURES
     assert not list((run_dir / "report").glob("*.partial"))
 
 
@@ -105,11 +106,11 @@ def test_real_data_has_no_gold(run_dir: Path) -> None:
     page = write_report(run_dir).read_text(encoding="utf-8")
     summary = summary_of(run_dir)
     assert "no gold reward" in summary["headline"]
-    assert summary["rlhf"]["r1"]["stable_steps"] is None
-    assert summary["rlhf"]["r1"]["gold_start"] is None
-    assert summary["verdict"]["holds"] is None
+    assert summary["rlhf"]["r1"]["area"] is None
+    assert summary["rlhf"]["r1"]["start"] is None
+    assert summary["verdict"] == "open"
     assert "attack success is not measured" in page
-    assert drawn(run_dir) == FIGURES - {"attack_success"}
+    assert drawn(run_dir) == FIGURES - {"attack_success", "differences"}
 
 
 def test_one_clean_round_alone(run_dir: Path) -> None:
@@ -143,7 +144,8 @@ def test_values_that_are_not_finite_become_null(run_dir: Path) -> None:
     text = (run_dir / "report" / "summary.json").read_text()
     assert "NaN" not in text
     assert "Infinity" not in text
-    assert summary_of(run_dir)["rlhf"]["r1"]["gold_peak"] == pytest.approx(1.5)  # (1 + 2) / 2, without step 1
+    # without step 1, between whose neighbours gold is interpolated: 1, 1.5, 2, 0, ...
+    assert summary_of(run_dir)["rlhf"]["r1"]["area"] == pytest.approx((1 + 1.5 + 2 + 0 - 1 - 1 - 2 - 2 - 3 - 3) / 10)
 
 
 def test_a_truncated_last_line_is_ignored_with_a_note(run_dir: Path) -> None:
@@ -199,13 +201,13 @@ def test_a_stage_that_did_not_finish_is_named(run_dir: Path) -> None:
 def test_piped_output_is_plain_and_aligned(run_dir: Path) -> None:
     text = render_summary(run_dir, terminal=False)
     assert "\x1b" not in text
-    assert text.startswith("The hardened reward model held")
+    assert text.startswith("With Hardened reward model (Adv-RM), mean gold over RLHF was 3.40 higher")
     rows = {line.split("  ")[0]: line.split() for line in text.splitlines()}
-    assert rows["Plain reward model"][3:] == ["4", "1.00", "1.67", "-2.20", "2.2"]
-    assert rows["Hardened reward model (Adv-RM)"][4:6] == [">", "9"]
-    assert rows["Round 0, model 1 attacked"][5:] == ["60.0%", "20.0%", "90.0%", "10.0%", "10"]
+    assert rows["Plain reward model"][3:] == ["1.00", "-0.70", "-2.20", "-3.00", "2.00", "–", "2.2"]
+    assert rows["Hardened reward model (Adv-RM)"][4:6] == ["1.00", "2.70"]
+    assert rows["Round 0, model 1 attacked"][5:] == ["–", "–", "10", "10.0%", "90.0%", "–"]
     assert rows["Reward model 1"][3:] == ["75.0%", "72.0%", "-3.0", "points"]
-    assert rows["Adv-RM, then RLHF"][3:] == ["60.0", "s", "2.4x"]
+    assert rows["Adv-RM, then RLHF"][3:] == ["60.0", "s", "–", "2.4x"]
     assert max(len(line) for line in text.splitlines()[1:]) <= 100
 
 

@@ -4,37 +4,136 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
-from fake_run import SECONDS, write_lines, write_rlhf, write_state
+from fake_run import HARDENED_GOLD, PLAIN_GOLD, SECONDS, write_lines, write_rlhf, write_state
 
 from nemo_advrm.report.collect import collect
-from nemo_advrm.report.summary import judge, summarise
-from nemo_advrm.report.table import render_summary, tables
+from nemo_advrm.report.study import Line, write_line
+from nemo_advrm.report.summary import summarise
+from nemo_advrm.report.tables import render_summary, tables
 
 
-def test_over_optimisation_of_each_reward(run_dir: Path) -> None:
+def test_measures_of_each_reward(run_dir: Path) -> None:
     rlhf = summarise(collect(run_dir))["rlhf"]
     assert list(rlhf) == ["r1", "adv_rm"]
     plain, hardened = rlhf["r1"], rlhf["adv_rm"]
-    assert plain["stable_steps"] == 4
-    assert plain["steps"] == 9
-    assert plain["gold_start"] == 1.0
-    assert plain["gold_peak"] == pytest.approx(5 / 3)
-    assert plain["gold_final"] == pytest.approx((-1 - 2 - 2 - 3 - 3) / 5)
+    assert (plain["steps"], plain["start"], plain["source"]) == (9, 1.0, "rollouts")
+    assert plain["area"] == pytest.approx(sum(PLAIN_GOLD) / 10)
+    assert plain["second_half"] == pytest.approx(sum(PLAIN_GOLD[5:]) / 5)
+    assert (plain["final"], plain["peak"]) == (-3.0, 2.0)
     assert plain["kl_final"] == pytest.approx(2.25)
     assert (plain["proxy_start"], plain["proxy_final"]) == (0.0, 4.5)
-    assert hardened["stable_steps"] is None
-    assert hardened["gold_final"] == 3.0
+    assert [one["stable_steps"] for one in plain["runs"]] == [4]
+    assert [one["stable_steps"] for one in hardened["runs"]] == [None]
+    assert (plain["baseline"], hardened["baseline"]) == (None, "r1")
 
 
-def test_a_reward_that_never_falls_bounds_the_ratio_from_below(run_dir: Path) -> None:
+def test_one_seed_has_a_difference_and_no_interval(run_dir: Path) -> None:
     summary = summarise(collect(run_dir))
-    assert summary["verdict"]["ratio"] == pytest.approx(9 / 4)
-    assert summary["verdict"]["bound"] == "at_least"
-    assert summary["verdict"]["holds"] is True
-    assert ">= 2.2 times" in summary["headline"]
+    area = next(one for one in summary["comparisons"] if one["measure"] == "area")
+    assert area["mean"] == pytest.approx((sum(HARDENED_GOLD) - sum(PLAIN_GOLD)) / 10)
+    assert (area["seeds"], area["low"], area["high"]) == ([3], None, None)
+    assert summary["verdict"] == "open"
+    assert "3.40 higher than with Plain reward model in the one seed that was run" in summary["headline"]
+
+
+def test_rlhf_seeds_of_an_arm_are_averaged(run_dir: Path) -> None:
+    shutil.rmtree(run_dir / "rlhf")
+    for seed, shift in ((1, 0.0), (2, 2.0)):
+        write_rlhf(run_dir, f"r1/seed_{seed}", [value + shift for value in PLAIN_GOLD])
+        write_rlhf(run_dir, f"adv_rm/seed_{seed}", [value + 3 * shift for value in PLAIN_GOLD])
+    summary = summarise(collect(run_dir))
+    area = sum(PLAIN_GOLD) / 10
+    assert summary["rlhf"]["r1"]["area"] == pytest.approx(area + 1)
+    assert [one["rlhf_seed"] for one in summary["rlhf"]["r1"]["runs"]] == [1, 2]
+    compared = next(one for one in summary["comparisons"] if one["measure"] == "area")
+    assert compared["differences"] == [pytest.approx(2.0)]  # the mean of 0 and 4
+
+
+def test_arms_are_compared_with_the_plain_one_of_the_same_kl(run_dir: Path) -> None:
+    shutil.rmtree(run_dir / "rlhf")
+    arms = {
+        "base": {"reward": "r1"},
+        "base_kl": {"reward": "r1", "kl": 0.3},
+        "steps": {"reward": "hardened", "branch": "equal_steps"},
+        "hard_kl": {"reward": "hardened", "kl": 0.3},
+        "far": {"reward": "hardened", "kl": 7.0},
+    }
+    for name in arms:
+        write_rlhf(run_dir, name, PLAIN_GOLD)
+    settings = {"pipeline": {"rlhf": arms}, "rl": {"kl": {"coefficient": 0.0}}}
+    (run_dir / "config.yaml").write_text(json.dumps(settings))
+    summary = summarise(collect(run_dir))
+    assert list(summary["rlhf"]) == list(arms)
+    found = {name: one["baseline"] for name, one in summary["rlhf"].items()}
+    assert found == {"base": None, "base_kl": None, "steps": "base", "hard_kl": "base_kl", "far": None}
+    assert "With hard_kl, mean gold over RLHF" in summary["headline"]  # the first arm of the main rounds
+    assert summary["rlhf"]["hard_kl"]["reward"] == "score of R_1 of the last round; KL coefficient 0.3"
+
+
+def test_an_rlhf_run_that_is_under_way_is_compared_with_nothing(run_dir: Path) -> None:
+    state = json.loads((run_dir / "state.json").read_text())
+    state["stages"]["rlhf/adv_rm"]["status"] = "running"
+    (run_dir / "state.json").write_text(json.dumps(state))
+    summary = summarise(collect(run_dir))
+    assert summary["comparisons"] == []
+    assert "This run compares nothing" in summary["headline"]
+
+
+def test_a_study_stands_beside_the_run(run_dir: Path, tmp_path: Path) -> None:
+    path = tmp_path / "study.jsonl"
+    for seed in range(4):
+        for arm, area in (("r1", 0.0), ("adv_rm", 1.0 + 0.1 * seed)):
+            baseline = "" if arm == "r1" else "r1"
+            write_line(path, Line("study", "rlhf", seed, arm, 1, 0.0, baseline, {"area": area, "final": area}))
+    (run_dir / "config.yaml").write_text(json.dumps({"report": {"study_path": str(path)}}))
+    summary = summarise(collect(run_dir))
+    # differences 1, 1.1, 1.2, 1.3: standard deviation .1291, t of 3 degrees of freedom 3.1824
+    area = next(one for one in summary["study"]["comparisons"] if one["measure"] == "area")
+    assert (area["mean"], area["low"]) == pytest.approx((1.15, 1.15 - 3.1824 * 0.12910 / 2), abs=1e-4)
+    assert summary["verdict"] == "better"
+    assert (
+        "In the study: with Hardened reward model (Adv-RM), mean gold over RLHF was 1.15 higher" in summary["headline"]
+    )
+    table = next(table for table in tables(summary) if table.title == "Rewards beside the plain one")
+    assert [row[:3] for row in table.rows][1] == (
+        "Study: RLHF: Hardened reward model (Adv-RM) − Plain reward model",
+        "4",
+        "4",
+    )
+    path.unlink()
+    summary = summarise(collect(run_dir))
+    assert summary["study"] is None and any("The study is not shown" in note for note in summary["notes"])
+
+
+def test_held_out_success_stands_beside_that_of_sft_responses(run_dir: Path) -> None:
+    path = run_dir / "round_0" / "attack" / "summary.json"
+    told = json.loads(path.read_text())
+    facts = {"found": 900, "null": 61.4, "wrong_labels": 0.07}
+    told["directions"]["1"] |= facts | {"held_out": {"success_standard": 0.7, "null": {"success_standard": 0.1}}}
+    path.write_text(json.dumps(told))
+    summary = summarise(collect(run_dir))
+    by_title = {table.title: table for table in tables(summary)}
+    first = by_title["Attack success, per round"].rows[0]
+    assert first[1:] == ("60.0%", "20.0%", "70.0%", "10.0%")
+    assert by_title["What was selected for training, per round"].rows[0][1:3] == ("900", "61.4")
+    assert by_title["What was selected for training, per round"].rows[0][-1] == "7.0%"
+
+
+def test_best_of_n_curves_are_measured(run_dir: Path) -> None:
+    for name, gold in (("r1", [1.0, 2.0, 0.0]), ("adv_rm", [1.0, 3.0, 2.0])):
+        curve = {"n": [1, 2, 4], "kl": [0.0, 0.25, 0.75], "proxy": [0.0, 1.0, 2.0], "gold": gold, "measures": {}}
+        (run_dir / "best_of_n").mkdir(exist_ok=True)
+        (run_dir / "best_of_n" / f"{name}.json").write_text(json.dumps(curve))
+    summary = summarise(collect(run_dir))
+    # trapezia of the plain one: .25 * 1.5 + .5 * 1 over .75; of the hardened one: .25 * 2 + .5 * 2.5
+    areas = {name: one["measures"]["area"] for name, one in summary["best_of_n"].items()}
+    assert areas == {"r1": pytest.approx(0.875 / 0.75), "adv_rm": pytest.approx(1.75 / 0.75)}
+    compared = [one for one in summary["comparisons"] if one["kind"] == "best_of_n" and one["measure"] == "area"]
+    assert [one["mean"] for one in compared] == [pytest.approx(0.875 / 0.75)]
 
 
 def test_attack_rates_are_weighted_by_their_samples(run_dir: Path) -> None:
@@ -56,7 +155,7 @@ def test_accuracy_is_that_of_the_last_validation(run_dir: Path) -> None:
 def test_accuracy_is_also_found_in_the_result_of_the_stage(run_dir: Path) -> None:
     (run_dir / "round_0" / "rm_1" / "result.json").write_text(json.dumps({"val/accuracy": 0.8, "val/loss": 0.4}))
     found = summarise(collect(run_dir))["rounds"][0]["rm"][0]
-    assert found == {"member": 1, "accuracy": 0.8, "loss": 0.4, "mismatch_accuracy": None}
+    assert (found["accuracy"], found["loss"], found["mismatch_accuracy"]) == (0.8, 0.4, None)
 
 
 def test_the_accuracy_on_mismatched_prompts_has_a_table_where_it_was_measured(run_dir: Path) -> None:
@@ -104,6 +203,24 @@ def test_cost_counts_only_the_stages_that_lead_to_each_policy(run_dir: Path) -> 
     assert summary["seconds_total"] == pytest.approx(108)
 
 
+def test_cost_is_in_cpu_seconds_where_all_stages_know_them(run_dir: Path) -> None:
+    assert summarise(collect(run_dir))["cost"]["unit"] == "seconds of wall-clock"
+    state = json.loads((run_dir / "state.json").read_text())
+    for name, entry in state["stages"].items():
+        entry |= {"cpu_seconds": 2 * entry["seconds"], "flops": 1e9}
+        if name == "rlhf/adv_rm":
+            entry["cpu_seconds"] += 40.0
+    (run_dir / "state.json").write_text(json.dumps(state))
+    summary = summarise(collect(run_dir))
+    assert (summary["cost"]["unit"], summary["cost"]["plain"]) == ("CPU seconds", pytest.approx(50))
+    assert summary["cost_ratio"] == pytest.approx((120 + 40) / 50)
+    assert summary["cost"]["plain_flops"] == 3e9
+    assert "CPU seconds" in render_summary(run_dir, terminal=False)
+    del state["stages"]["sft"]["cpu_seconds"]
+    (run_dir / "state.json").write_text(json.dumps(state))
+    assert summarise(collect(run_dir))["cost"]["unit"] == "seconds of wall-clock"
+
+
 def test_labelling_pairs_counts_for_both(run_dir: Path) -> None:
     write_state(run_dir, {"preferences": 5.0, **SECONDS})
     assert summarise(collect(run_dir))["cost_ratio"] == pytest.approx(65 / 30)
@@ -121,7 +238,7 @@ def test_a_repeated_step_counts_once_and_the_later_row_wins(run_dir: Path) -> No
     with path.open("a") as file:
         file.write(json.dumps({"step": 0, "proxy": 0.0, "gold": 1.25, "kl": 0.0}) + "\n")
     plain = summarise(collect(run_dir))["rlhf"]["r1"]
-    assert (plain["gold_start"], plain["steps"]) == (1.25, 9)
+    assert (plain["start"], plain["steps"]) == (1.25, 9)
 
 
 def test_the_gao_law_is_given_where_it_fits(run_dir: Path) -> None:
@@ -137,45 +254,6 @@ def test_the_gao_law_is_given_where_it_fits(run_dir: Path) -> None:
 def test_no_fit_is_given_where_the_law_does_not_hold(run_dir: Path) -> None:
     write_rlhf(run_dir, "lcb", [1.0, 3.0] * 10)
     assert summarise(collect(run_dir))["rlhf"]["lcb"]["gao_fit"] is None
-
-
-def entry(stable: int | None, steps: int = 100) -> dict[str, float | int | None]:
-    return {"stable_steps": stable, "steps": steps, "gold_start": 1.0, "gold_peak": 2.0}
-
-
-@pytest.mark.parametrize(
-    ("plain", "hardened", "ratio", "bound", "holds"),
-    [
-        (30, 60, 2.0, "exact", True),
-        (30, 59, 59 / 30, "exact", False),
-        (30, None, 100 / 30, "at_least", True),
-        (60, None, 100 / 60, "at_least", None),  # the run was too short to tell
-        (None, 40, 0.4, "at_most", False),
-        (None, None, None, None, None),
-        (0, 50, None, None, None),
-    ],
-)
-def test_verdict(
-    plain: int | None, hardened: int | None, ratio: float | None, bound: str | None, holds: bool | None
-) -> None:
-    verdict = judge({"r1": entry(plain), "adv_rm": entry(hardened)})
-    assert verdict["ratio"] == (None if ratio is None else pytest.approx(ratio))
-    assert (verdict["bound"], verdict["holds"]) == (bound, holds)
-
-
-def test_a_hardened_reward_that_falls_short_is_said_in_plain_words(run_dir: Path) -> None:
-    # Smoothed: 1, 1.5, 5/3, 1.75, 1.4, 1.0, 0.4, ...: below 0.9 from step 6 on, 1.5 times the 4 steps of the plain one.
-    write_rlhf(run_dir, "adv_rm", (1.0, 2.0, 2.0, 2.0, 0.0, -1.0, -1.0, -1.0, -1.0, -1.0))
-    summary = summarise(collect(run_dir))
-    assert summary["verdict"]["holds"] is False
-    assert summary["verdict"]["ratio"] == pytest.approx(1.5)
-    assert "did NOT hold" in summary["headline"]
-    assert "6 steps with the hardened" in summary["headline"]
-
-
-def test_gold_that_never_rises_is_not_praised(run_dir: Path) -> None:
-    write_rlhf(run_dir, "adv_rm", [1.0] * 10)
-    assert "gold never rose above its start" in summarise(collect(run_dir))["headline"]
 
 
 def test_each_reward_is_named_by_its_formula_and_by_what_it_equals(run_dir: Path) -> None:

@@ -97,5 +97,5 @@ def test_a_difference_that_may_be_chance_is_called_so() -> None:
     lines += [_line("adv_rm", seed, 1, value) for seed, value in noisy.items()]
     assert "the interval includes 0, so this does not show a difference" in render_study(lines)
     one = [line for line in lines if line.seed == 1]
-    assert "1.20 lower than that of plain in the one seed that was run" in render_study(one)
+    assert "1.20 lower than with plain in the one seed that was run" in render_study(one)
     assert render_study([]) == ""

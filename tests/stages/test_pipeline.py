@@ -120,7 +120,7 @@ def test_the_report_is_written_and_its_table_printed(finished) -> None:
     assert set(summary["rlhf"]) == {"r1", "ensemble_mean", "lcb", "adv_rm"}
     assert (run_dir / "report" / "index.html").stat().st_size > 10_000
     assert list((run_dir / "report").glob("*.png"))
-    assert "Stable steps" in out and "Wall-clock" in out
+    assert "Area" in out and "Wall-clock" in out
 
 
 def test_selected_samples_are_those_of_the_pair_store(finished) -> None:
