@@ -20,7 +20,7 @@ from nemo_advrm.data.reading import ReadingRule, rule_in_config
 from nemo_advrm.errors import ConfigError, DataError, UserError
 from nemo_advrm.foreign_files import decode_json, read_json_object
 from nemo_advrm.megatron import manifest
-from nemo_advrm.report.collect import _read_settings
+from nemo_advrm.report.collect_rlhf import read_settings
 from nemo_advrm.report.files import read_json, read_jsonl
 from nemo_advrm.rewards.hf_directory import read_config
 from nemo_advrm.schema import ConvertConfig
@@ -101,7 +101,7 @@ def test_the_report_leaves_such_files_out_with_a_note(payload: bytes, tmp_path: 
     if not payload.startswith(b"{ "):  # white space between rows is nothing bad
         assert read_jsonl(tmp_path / "rows.jsonl", tmp_path, notes) == []
         assert any(note.startswith("rows.jsonl") for note in notes)
-    _read_settings(tmp_path, notes)
+    read_settings(tmp_path, notes)
     assert all("\n" not in note and len(note) < 400 for note in notes)
 
 
