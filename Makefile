@@ -1,4 +1,5 @@
 # make run    set up .venv and run the main job: the Adv-RM rounds on the embedded synthetic language
+# make study  the whole study behind docs/synthetic.md (hours; SEEDS=10-19); make study-docs writes its tables
 # make test   set up .venv and run the fast tests
 # make test-slow     run the tests that start many real processes (signals at every moment of a run, ...)
 # make test-aligner  run the tests against NeMo-Aligner 0.7.0, in an environment of its own (.venv-aligner, 2.6 GB)
@@ -17,7 +18,7 @@ ALIGNER_PINS := tests/aligner/requirements.txt tests/aligner/requirements-no-dep
 ALIGNER_STAMP := $(ALIGNER_VENV)/.installed-$(shell cat $(ALIGNER_PINS) | sha256sum | cut -c1-16)
 ALIGNER_PIP := $(ALIGNER_VENV)/bin/python -m pip --disable-pip-version-check
 
-.PHONY: setup run test test-slow test-aligner test-slurm lint clean
+.PHONY: setup run study study-docs test test-slow test-aligner test-slurm lint clean
 
 setup: $(STAMP)
 
@@ -34,6 +35,12 @@ $(STAMP): setup.py pyproject.toml
 
 run: setup
 	$(BIN)/nemo-advrm pipeline experiment=synthetic $(ARGS)
+
+study: setup
+	$(BIN)/python benchmarks/study/run.py $(if $(SEEDS),--seeds $(SEEDS)) $(ARGS)
+
+study-docs: setup
+	$(BIN)/python benchmarks/study/docs.py
 
 # One thread a process: the tests start many processes, whose threads would only wait for each other.
 test: setup

@@ -1,0 +1,122 @@
+"""Runs the study behind docs/synthetic.md, seed by seed, and keeps one line of results for every finished run.
+
+    python benchmarks/study/run.py [--seeds 10-19] [--experiment study] [SETTING...]
+
+Each seed has a run directory below runs/EXPERIMENT. A seed that was stopped goes on where it was; several invocations
+with different seeds may work side by side. The gates of a seed are printed and written as a line before any figure of
+its arms. SETTING is a setting of ``nemo-advrm pipeline``. The exit status is that of the first run that was not 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from nemo_advrm.foreign_files import read_json
+from nemo_advrm.report.lines import lines_of
+from nemo_advrm.report.study import GATES, RLHF, Line, read, write_line
+
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results.jsonl"
+# of a seed, before its arms are compared; docs/synthetic.md says why
+LEAST_ACCURACY, LEAST_MISMATCH, LEAST_ROOM = 0.85, 0.9, 0.3
+# plain RLHF collapses or stalls when it ends with less than this share of what it had won at its best
+KEPT_SHARE = 0.5
+
+
+def main(words: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=_seeds, default=_seeds("10-19"), help="as in 10-19 or 10,12 (default: 10-19)")
+    parser.add_argument("--experiment", default="study", help="a name in conf/experiment (default: study)")
+    parser.add_argument("--runs", type=Path, help="where the run directories are (default: runs/EXPERIMENT)")
+    parser.add_argument("--results", type=Path, default=RESULTS, help=f"default: {RESULTS}")
+    options, settings = parser.parse_known_args(words)
+    runs = options.runs or Path("runs") / options.experiment
+    for seed in options.seeds:
+        home = runs / f"seed_{seed}"
+        command = [sys.executable, "-m", "nemo_advrm.cli", "pipeline", f"experiment={options.experiment}"]
+        try:
+            status = subprocess.run([*command, f"seed={seed}", f"run_dir={home}", *settings], check=False).returncode
+        finally:
+            if (home / "state.json").exists():
+                keep(home, options.experiment, seed, options.results)
+        if status:
+            return status if status > 0 else 128 - status
+    return 0
+
+
+def _seeds(text: str) -> list[int]:
+    """``10-12,15`` as [10, 11, 12, 15]."""
+    found: list[int] = []
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        found += range(int(first), int(last or first) + 1)
+    return found
+
+
+def keep(home: Path, experiment: str, seed: int, results: Path) -> None:
+    """Write a line for every run of a seed that is finished and has none yet; the gates, if they are known, first."""
+    lines = lines_of(home, experiment, hardware())
+    met = gates(home, lines)
+    if met is not None:
+        commit = next((line.commit for line in lines if line.commit), "")
+        lines.insert(0, Line(experiment, GATES, seed, measures=met, commit=commit, hardware=hardware()))
+        print(f"seed {seed}: gates {'met' if met['met'] else 'NOT met'}: {_shown(met)}", flush=True)
+    known = {line.key for line in read(results)} if results.exists() else set()
+    for line in lines:
+        if line.key not in known:
+            write_line(results, line)
+
+
+def gates(home: Path, lines: list[Line]) -> dict[str, Any] | None:
+    """What the reward models of a seed and plain RLHF are like, and whether that is enough; None until it is known."""
+    room = home / "room.json"
+    members = sorted((home / "round_0").glob("rm_*/result.json"))
+    if not members or not room.exists():
+        return None
+    found = [read_json(path) for path in members]
+    measured = read_json(room)
+    plain = [line.measures for line in lines if line.kind == RLHF and line.arm == measured["arm"]]
+    falls = [
+        one["final"] - one["start"] < KEPT_SHARE * (one["peak"] - one["start"])
+        for one in plain
+        if one.get("final") is not None
+    ]
+    values: dict[str, Any] = {
+        "accuracy": min(one["val/accuracy"] for one in found),
+        "mismatch": min(one["val/mismatch_accuracy"] for one in found),
+        "plain_falls": f"{sum(falls)} of {len(falls)}",
+        "room": measured["share"],
+    }
+    is_met = (
+        values["accuracy"] >= LEAST_ACCURACY
+        and values["mismatch"] >= LEAST_MISMATCH
+        and 2 * sum(falls) > len(falls)
+        and (values["room"] or 0.0) >= LEAST_ROOM
+    )
+    return {**values, "met": is_met}
+
+
+def _shown(met: dict[str, Any]) -> str:
+    return ", ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in met.items() if k != "met")
+
+
+def hardware() -> str:
+    """The machine in words."""
+    model = platform.processor() or platform.machine()
+    try:
+        names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+        model = names[0].partition(":")[2].strip() if names else model
+    except OSError:
+        pass
+    return f"{psutil.cpu_count()} x {model}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

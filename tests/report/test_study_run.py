@@ -1,0 +1,86 @@
+"""benchmarks/study: the gates of a seed, a line for every finished run, and the tables of the page."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from nemo_advrm.report.study import GATES, RLHF, Line, read
+
+STUDY = Path(__file__).resolve().parents[2] / "benchmarks" / "study"
+
+
+def module(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"study_{name}", STUDY / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    made = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(made)
+    return made
+
+
+def finished(home: Path, accuracy: float = 0.9, share: float | None = 0.4) -> None:
+    """What a seed has left of its members and of the room."""
+    for k in (1, 2):
+        directory = home / "round_0" / f"rm_{k}"
+        directory.mkdir(parents=True)
+        found = {"val/accuracy": accuracy if k == 2 else 0.95, "val/mismatch_accuracy": 0.92}
+        (directory / "result.json").write_text(json.dumps(found))
+    (home / "room.json").write_text(json.dumps({"arm": "r1_kl", "responses": 8, "liked": 5, "share": share}))
+
+
+def runs(*finals: float) -> list[Line]:
+    """Runs of plain RLHF that begin at 1 and are best at 3."""
+    kept = {"start": 1.0, "peak": 3.0}
+    return [Line("study", RLHF, 10, "r1_kl", i, measures={**kept, "final": f}) for i, f in enumerate(finals, 1)]
+
+
+def test_gates_are_met_only_together(tmp_path: Path) -> None:
+    gates = module("run").gates
+    assert gates(tmp_path, []) is None  # nothing is known yet
+    finished(tmp_path / "a")
+    # of what it had won two of three runs end with less than half
+    met = gates(tmp_path / "a", runs(1.9, -1.0, 2.5))
+    assert met == {"accuracy": 0.9, "mismatch": 0.92, "plain_falls": "2 of 3", "room": 0.4, "met": True}
+    assert not gates(tmp_path / "a", runs(2.1, -1.0, 2.5))["met"]
+    for i, options in enumerate([{"accuracy": 0.84}, {"share": 0.29}, {"share": None}]):
+        finished(tmp_path / str(i), **options)
+        assert not gates(tmp_path / str(i), runs(-1.0))["met"]
+
+
+def test_a_finished_run_becomes_one_line_and_the_gates_come_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study, results = module("run"), tmp_path / "results.jsonl"
+    finished(tmp_path / "run")
+    for lines in (runs(-1.0), runs(-1.0, -2.0)):
+        monkeypatch.setattr(study, "lines_of", lambda *args, lines=lines: list(lines))
+        study.keep(tmp_path / "run", "study", 10, results)
+    rows = [json.loads(row) for row in results.read_text().splitlines()]
+    assert [(row["kind"], row["rlhf_seed"]) for row in rows] == [(GATES, None), (RLHF, 1), (RLHF, 2)]
+    assert capsys.readouterr().out.startswith("seed 10: gates met: accuracy 0.900, mismatch 0.920")
+    assert [line.measures["final"] for line in read(results)[1:]] == [-1.0, -2.0]
+
+
+def test_seeds_are_ranges_and_numbers() -> None:
+    assert module("run")._seeds("10-12,15") == [10, 11, 12, 15]
+
+
+def test_the_tables_of_the_page_are_replaced_and_the_rest_stays(tmp_path: Path) -> None:
+    docs = module("docs")
+    page, results = tmp_path / "page.md", tmp_path / "results.jsonl"
+    page.write_text(f"before\n\n{docs.BEGIN}\nold\n{docs.END}\nafter\n")
+    for line in runs(2.0, 1.0):
+        for seed in (10, 11):
+            with open(results, "a") as file:
+                file.write(json.dumps(replace(line, seed=seed).__dict__) + "\n")
+    for _ in range(2):  # the same again
+        assert docs.main(page, results) == 0
+        text = page.read_text()
+        assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text and "r1_kl" in text
+    page.write_text("no place")
+    assert docs.main(page, results) == 2 and page.read_text() == "no place"
