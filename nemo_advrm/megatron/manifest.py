@@ -18,6 +18,8 @@ from nemo_advrm.megatron import runtime
 
 NAME = "manifest.json"
 _WRITTEN_BY = re.compile(r"__(\d+)_\d+\.distcp$")
+_MAX_DEPTH = 10  # manifests that list each other; ours are 3 deep
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 Entry = dict[str, Any]  # size in bytes, sha256 in hexadecimal digits
 
@@ -32,10 +34,13 @@ def write_json(path: Path, value: object) -> None:
 
 def are_entries(value: object) -> bool:
     """Whether ``value`` has the form of ``{name: Entry}``, as :func:`describe` gives it."""
-    return isinstance(value, dict) and all(
-        isinstance(entry, dict) and type(entry.get("size")) is int and isinstance(entry.get("sha256"), str)
-        for entry in value.values()
-    )
+    return isinstance(value, dict) and all(map(_is_entry, value.values()))
+
+
+def _is_entry(value: Any) -> bool:
+    if not isinstance(value, dict) or type(value.get("size")) is not int or value["size"] < 0:
+        return False
+    return isinstance(value.get("sha256"), str) and bool(_SHA256.fullmatch(value["sha256"]))
 
 
 def measure(directory: Path, known: dict[str, Entry]) -> dict[str, Entry]:
@@ -137,11 +142,13 @@ def _listed(directory: Path, above: tuple[Path, ...] = ()) -> dict[str, Entry]:
     path = (directory / NAME).resolve()
     if path in above:
         raise ValueError(f"{NAME} lists itself")
-    try:
-        listed: dict[str, Entry] = read_json(directory / NAME)["files"]
-        entries = {name: {"size": int(e["size"]), "sha256": str(e["sha256"])} for name, e in listed.items()}
-    except (KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        raise ValueError(f"{NAME} is no manifest") from error
+    if len(above) > _MAX_DEPTH:
+        raise ValueError(f"more than {_MAX_DEPTH} manifests list each other")
+    content = read_json(directory / NAME)
+    files = content.get("files") if isinstance(content, dict) else None
+    if not files or not are_entries(files):
+        raise ValueError(f"{NAME} is no manifest")
+    entries: dict[str, Entry] = dict(files)
     for name in list(entries):
         if not name.isprintable() or PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
             raise ValueError(f"{name!r} is no file below it")

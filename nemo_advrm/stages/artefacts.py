@@ -7,13 +7,16 @@ from typing import Any
 
 from nemo_advrm.errors import DataError
 from nemo_advrm.megatron import manifest
-from nemo_advrm.stages import results
+from nemo_advrm.stages import results, summaries
 from nemo_advrm.stages.branches import home
 from nemo_advrm.stages.order import Step
 
 # kinds of stages with a directory of their own, and the file in it that says that they are finished
-_MARKS = {"sft": "result.json", "train_rm": "result.json", "rlhf": "result.json"}
-_MARKS |= {"attack": "summary.json", "join": "summary.json"}
+_MARKS: dict[str, tuple[str, results.Check]] = {
+    **dict.fromkeys(("sft", "train_rm", "rlhf"), ("result.json", results.wrong_metrics)),
+    "attack": ("summary.json", summaries.wrong_adversary),
+    "join": ("summary.json", summaries.wrong_attack),
+}
 # the files of the others, beside the directory that has the stage's name
 _FILES = {
     "preferences": ("preferences/train.jsonl", "preferences/validation.jsonl"),
@@ -40,8 +43,8 @@ def are_there(directory: Path, step: Step, written: dict[str, Any] | None) -> bo
         place = directory / step.name
         if not place.exists():
             return False
-        mark = _MARKS[step.kind]
-        if results.read_finished(place, mark) is None:
+        mark, wrong = _MARKS[step.kind]
+        if results.read_finished(place, mark, wrong=wrong) is None:
             raise _damaged(step, f"{place / mark} is missing", place)
         return True
     entries = written or {}

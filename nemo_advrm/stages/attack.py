@@ -27,9 +27,9 @@ from nemo_advrm.rewards.local import build_gold
 from nemo_advrm.rewards.reference import Reference
 from nemo_advrm.rewards.sources import load_members
 from nemo_advrm.schema import Config
-from nemo_advrm.stages import inputs, results, session
+from nemo_advrm.stages import inputs, results, session, summaries
 from nemo_advrm.stages.attack_success import HeldOut, held_out_set
-from nemo_advrm.stages.attack_summary import SUMMED, check_samples, line, of_adversary, of_direction
+from nemo_advrm.stages.attack_summary import check_samples, line, of_adversary, of_direction
 from nemo_advrm.stages.fit import drop_training_checkpoints, fit, records, tokenizer_meta
 from nemo_advrm.stages.order import policy_name
 from nemo_advrm.stages.reference import sample, write_reference
@@ -112,7 +112,7 @@ class Attack:
 
     def run(self) -> dict[str, Any]:
         """Train all adversaries that are not trained yet, one after the other, and join what they leave."""
-        finished = results.finished(self.directory, "summary.json", ("directions",))
+        finished = results.finished(self.directory, "summary.json", (), summaries.wrong_attack)
         if finished is not None:
             runtime.on_writer(lambda: check_samples(self.directory))
             return finished
@@ -129,7 +129,7 @@ class Attack:
         Adversaries are independent of each other: several processes may train in one ``directory``.
         """
         home = self.directory / policy_name(direction, number)
-        if results.finished(home, "summary.json", SUMMED) is None:
+        if _finished_adversary(home) is None:
             held_out = held_out_set(
                 self.cfg, self.tokenizer, self.directory, self.prompts, self.members, self.gold
             )
@@ -180,6 +180,10 @@ def attack_once(
     Attack(cfg, tokenizer, directory, prompts, members, reference, gold, seed).train(direction, number)
 
 
+def _finished_adversary(home: Path) -> dict[str, Any] | None:
+    return results.finished(home, "summary.json", (), summaries.wrong_adversary)
+
+
 def join_attacks(cfg: Config, directory: Path) -> dict[str, Any]:
     """Join what the adversaries have left: ``samples.jsonl``, ``metrics.jsonl``, the ``summary.json`` of all."""
     homes: dict[int, list[Path]] = {
@@ -187,7 +191,7 @@ def join_attacks(cfg: Config, directory: Path) -> dict[str, Any]:
         for direction in cfg.adversarial.directions
     }
     found = {
-        str(direction): of_direction([results.finished(home, "summary.json", SUMMED) or {} for home in own])
+        str(direction): of_direction([_finished_adversary(home) or {} for home in own])
         for direction, own in homes.items()
     }
     result = {

@@ -11,14 +11,10 @@ from nemo_advrm.data.jsonl import read_jsonl
 from nemo_advrm.errors import ConfigError, DataError
 from nemo_advrm.rewards.finds import asks_others
 from nemo_advrm.schema import Config
-from nemo_advrm.stages import results
+from nemo_advrm.stages import results, summaries
 from nemo_advrm.stages.attack_success import RATES
 
 _RESTORE = "restore it, or run the attack again"
-
-
-# what the summary of every adversary holds
-SUMMED = ("samples", "steps", "seconds", "success_standard", "success_strict")
 
 
 def of_adversary(directory: Path, seconds: float, held_out: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -46,12 +42,12 @@ def _metrics(row: Any, source: str) -> dict[str, Any]:
     return row
 
 
-def of_direction(summaries: list[dict[str, Any]]) -> dict[str, Any]:
+def of_direction(adversaries: list[dict[str, Any]]) -> dict[str, Any]:
     """One direction's adversaries together: counts and seconds add up, rates are averaged."""
-    result = {key: sum(s[key] for s in summaries) for key in ("samples", "steps", "seconds")}
+    result = {key: sum(s[key] for s in adversaries) for key in ("samples", "steps", "seconds")}
     for key in ("success_standard", "success_strict", "ended"):
-        result[key] = _mean(summaries, key)
-    held_out = [s["held_out"] for s in summaries if s.get("held_out")]
+        result[key] = _mean(adversaries, key)
+    held_out = [s["held_out"] for s in adversaries if s.get("held_out")]
     if held_out:  # SFT responses are the same for all
         rates = {key: _mean(held_out, key) for key in RATES}
         result["held_out"] = {**held_out[0], **rates, "responses": sum(h["responses"] for h in held_out)}
@@ -62,11 +58,8 @@ def check_samples(directory: Path) -> None:
     """Raise DataError when ``samples.jsonl`` has not as many rows as its attack has written."""
     path = directory / "samples.jsonl"
     cure = f"remove {directory / 'summary.json'} and run the attack again, which joins the rows of its policies"
-    summary = results.read_object(directory / "summary.json", ("directions",), _RESTORE)
-    try:
-        wanted = sum(int(found["samples"]) for found in summary["directions"].values())
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise DataError(f"{directory / 'summary.json'} is no summary of an attack: {cure}") from error
+    directions = summaries.read_directions(directory / "summary.json", cure)
+    wanted = sum(found["samples"] for found in directions.values())
     rows = sum(1 for _ in read_jsonl(path))
     if rows != wanted:
         raise DataError(f"{path} has {rows} rows, the attack has written {wanted}: restore it, or {cure}")
@@ -80,7 +73,7 @@ def check_rule(cfg: Config, directory: Path) -> None:
     path = directory / "summary.json"
     if not path.exists():
         return
-    asked = results.read_object(path, (), _RESTORE).get("by_disagreement")
+    asked = results.read_object(path, (), _RESTORE, summaries.wrong_attack).get("by_disagreement")
     if asked is None or asked == asks_others(cfg.adversarial):
         return
     options = cfg.adversarial
@@ -94,9 +87,10 @@ def add_to_summary(directory: Path, by_direction: dict[str, dict[str, Any]]) -> 
     path = directory / "summary.json"
     if not path.exists():  # rows of another origin
         return
-    summary = results.read_object(path, ("directions",), _RESTORE)
+    summary = results.read_object(path, (), _RESTORE, summaries.wrong_attack)
     for direction, facts in by_direction.items():
-        summary["directions"].setdefault(direction, {}).update(facts)
+        if direction in summary["directions"]:
+            summary["directions"][direction].update(facts)
     files.write_text(path, json.dumps(summary, indent=1))
 
 
@@ -106,19 +100,9 @@ def success_rates(path: Path, cure: str) -> list[float]:
     It is that of the finished adversary on held-out prompts where it was measured there, else the mean over its
     training. Raises DataError with the ``cure`` when the file cannot be read or is no summary of an attack.
     """
-    directions = results.read_object(path, ("directions",), cure)["directions"]
-    found = list(directions.values()) if isinstance(directions, dict) else [None]
-    rates = [_success(one) for one in found]
-    if any(isinstance(rate, str) for rate in rates):
-        raise DataError(f"{path} cannot be read (it is no summary of an attack): {cure}")
+    found = summaries.read_directions(path, cure).values()
+    rates = [one.get("held_out", one)["success_standard"] for one in found]
     return [float(rate) for rate in rates if rate is not None]
-
-
-def _success(found: Any) -> float | str | None:
-    """A direction's rate, None where there is no gold; a text for what is none of an attack's."""
-    rates = found.get("held_out", found) if isinstance(found, dict) else None
-    rate = rates.get("success_standard", "") if isinstance(rates, dict) else ""
-    return rate if isinstance(rate, int | float | None) else ""
 
 
 def line(direction: str, found: dict[str, Any]) -> str:

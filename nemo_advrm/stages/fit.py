@@ -108,7 +108,7 @@ def drop_training_checkpoints(directory: Path) -> None:
 
 def read_result(directory: Path, *keys: str) -> dict[str, float] | None:
     """The metrics of a finished training, ``keys`` among them, None while it is not; see results.finished."""
-    found = results.finished(directory, "result.json", keys)
+    found = results.finished(directory, "result.json", keys, results.wrong_metrics)
     if found is not None:
         drop_training_checkpoints(directory)  # a kill may have come before
     return found

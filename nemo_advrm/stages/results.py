@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,9 @@ from nemo_advrm import files
 from nemo_advrm.errors import DataError
 from nemo_advrm.foreign_files import read_json
 from nemo_advrm.megatron import checkpoint, manifest, runtime
+
+# says what is wrong with the content of a file, in a few words, "" for nothing
+Check = Callable[[dict[str, Any]], str]
 
 
 def mark(directory: Path, name: str, value: dict[str, Any], left: list[str]) -> None:
@@ -28,21 +32,25 @@ def mark(directory: Path, name: str, value: dict[str, Any], left: list[str]) -> 
     runtime.on_writer(write)
 
 
-def finished(directory: Path, name: str, keys: tuple[str, ...] = ()) -> dict[str, Any] | None:
+def finished(
+    directory: Path, name: str, keys: tuple[str, ...] = (), wrong: Check | None = None
+) -> dict[str, Any] | None:
     """What ``mark`` has written, None while the work is not finished; all ranks call.
 
-    Raises DataError, on every rank, that names the file and the cure when the mark cannot be read or lacks one of
-    ``keys``, and when something that the work left is missing or has another size.
+    Raises DataError, on every rank, that names the file and the cure when the mark cannot be read, lacks one of
+    ``keys`` or is ``wrong``, and when something that the work left is missing or has another size.
     """
-    return runtime.on_writer(lambda: read_finished(directory, name, keys))
+    return runtime.on_writer(lambda: read_finished(directory, name, keys, wrong))
 
 
-def read_finished(directory: Path, name: str, keys: tuple[str, ...] = ()) -> dict[str, Any] | None:
+def read_finished(
+    directory: Path, name: str, keys: tuple[str, ...] = (), wrong: Check | None = None
+) -> dict[str, Any] | None:
     """:func:`finished` by this process alone."""
     path = directory / name
     if not path.exists():
         return None
-    value = read_object(path, keys, f"restore it, or remove {directory} and it is done again")
+    value = read_object(path, keys, f"restore it, or remove {directory} and it is done again", wrong)
     for model in (directory / "model", *directory.glob("*/model")):
         checkpoint.recover(model)
     if (directory / manifest.NAME).exists():  # older versions wrote none
@@ -54,14 +62,26 @@ def read_finished(directory: Path, name: str, keys: tuple[str, ...] = ()) -> dic
     return value
 
 
-def read_object(path: Path, keys: tuple[str, ...], cure: str) -> dict[str, Any]:
-    """The JSON object in a file; raises DataError with the ``cure`` for anything else and for one without ``keys``."""
+def read_object(path: Path, keys: tuple[str, ...], cure: str, wrong: Check | None = None) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises DataError with the ``cure`` for anything else, and for one without ``keys`` or that is ``wrong``.
+    """
     try:
         value = read_json(path)
     except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read ({' '.join(str(error).split())}): {cure}") from error
-    lacking = [key for key in keys if not isinstance(value, dict) or key not in value]
-    if not isinstance(value, dict) or lacking:
-        what = f"it lacks {', '.join(lacking)}" if isinstance(value, dict) else f"it holds a {type(value).__name__}"
-        raise DataError(f"{path} cannot be read ({what}): {cure}")
-    return value
+    if isinstance(value, dict):
+        lacking = [key for key in keys if key not in value]
+        problem = f"it lacks {', '.join(lacking)}" if lacking else wrong(value) if wrong else ""
+    else:
+        problem = f"it holds a {type(value).__name__}"
+    if problem:
+        raise DataError(f"{path} cannot be read ({problem}): {cure}")
+    return value  # type: ignore[no-any-return]
+
+
+def wrong_metrics(metrics: dict[str, Any]) -> str:
+    """What is wrong with the metrics of a training: all are numbers."""
+    wrong = [key for key, value in metrics.items() if type(value) not in (int, float)]
+    return f"{wrong[0][:40]!r} is no number" if wrong else ""

@@ -209,8 +209,11 @@ def test_a_config_that_cannot_be_read_says_nothing_of_a_rule(tmp_path: Path) -> 
     assert rule_in_config(tmp_path) == ReadingRule()
 
 
+_HASH = "0" * 64
+
+
 def listing(name: str, size: str = "1") -> str:
-    return f'{{"files": {{{json.dumps(name)}: {{"size": {size}, "sha256": ""}}}}}}'
+    return f'{{"files": {{{json.dumps(name)}: {{"size": {size}, "sha256": "{_HASH}"}}}}}}'
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from nemo_advrm.stages.state import RunState
 
 pytestmark = pytest.mark.usefixtures("single")
 RESULT = {"train/loss": 0.5}
+FOUND = {"samples": 2, "steps": 1, "seconds": 0.5, "success_standard": 0.25, "success_strict": 0.0, "ended": 1.0}
 
 
 def finish(directory: Path) -> Path:
@@ -112,8 +113,10 @@ def test_stages_of_a_pipeline_are_looked_at_and_one_of_which_nothing_is_left_is_
             "x",
             {"a": 3},
             {"a": {}},
-            {"a": {"size": "1", "sha256": ""}},
+            {"a": {"size": "1", "sha256": "0" * 64}},
             {"a": {"size": 1, "sha256": 2}},
+            {"a": {"size": 1, "sha256": "none"}},
+            {"a": {"size": -1, "sha256": "0" * 64}},
         )
     ],
 )
@@ -137,13 +140,13 @@ def test_a_lost_state_is_begun_anew_with_a_word(tmp_path: Path, capsys: pytest.C
 @pytest.mark.parametrize("rows", [1, 3])
 def test_samples_that_are_not_as_many_as_their_attack_wrote_are_refused(tmp_path: Path, rows: int) -> None:
     (tmp_path / "samples.jsonl").write_text('{"step": 0}\n' * 2)
-    (tmp_path / "summary.json").write_text('{"directions": {"1": {"samples": 2}}}')
+    (tmp_path / "summary.json").write_text(json.dumps({"directions": {"1": FOUND}}))
     check_samples(tmp_path)
     (tmp_path / "samples.jsonl").write_text('{"step": 0}\n' * rows)
     with pytest.raises(DataError, match=f"samples.jsonl has {rows} rows, the attack has written 2: restore it, or"):
         check_samples(tmp_path)
     (tmp_path / "summary.json").write_text('{"directions": 3}')
-    with pytest.raises(DataError, match=r"summary\.json is no summary of an attack"):
+    with pytest.raises(DataError, match=r"summary\.json cannot be read \(it names no directions\): remove "):
         check_samples(tmp_path)
 
 
@@ -188,15 +191,18 @@ def test_a_directory_in_place_of_rows_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "directions",
-    [3, [1], None, {"1": 3}, {"1": {}}, {"1": {"success_standard": "x"}}, {"1": {"success_standard": [1]}}],
+    [3, [1], None, {"1": 3}, {"1": {}}, {"1": {k: v for k, v in FOUND.items() if k != "success_standard"}}]
+    + [{"1": {**FOUND, key: value}} for key in FOUND for value in ("x", [1], {}, True, -1, float("nan"), 10**400)],
 )
 def test_a_summary_of_another_type_is_named_before_a_round_is_judged_by_it(tmp_path: Path, directions: Any) -> None:
     path = tmp_path / "summary.json"
-    path.write_text(json.dumps({"directions": {"1": {"success_standard": 0.25}, "2": {"success_standard": None}}}))
+    no_gold = {**FOUND, "success_standard": None, "success_strict": None}
+    path.write_text(json.dumps({"directions": {"1": FOUND, "2": no_gold}}))
     assert attack_summary.success_rates(path, "restore it") == [0.25]
     path.write_text(json.dumps({"directions": directions}))
-    with pytest.raises(DataError, match=r"summary\.json cannot be read \(it is no summary of an attack\): restore it"):
+    with pytest.raises(DataError, match=r"summary\.json cannot be read \(.+\): restore it") as caught:
         attack_summary.success_rates(path, "restore it")
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
 
 
 @pytest.mark.parametrize("row", [[1], "text", None, {"success": "high"}, {"success": [1.0]}])
