@@ -76,7 +76,7 @@ def add(directory: Path, name: str, value: object) -> None:
     """Put one more JSON file into a finished directory, and into its manifest where it has one; this rank alone."""
     files.write_text(directory / name, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
     if (directory / NAME).exists():
-        known = dict(read_json(directory / NAME)["files"])
+        known = _own_entries(directory)
         files.write_text(directory / NAME, json.dumps({"files": {**known, name: _entry(directory / name)}}, indent=1))
 
 
@@ -134,6 +134,15 @@ def _entry(path: Path) -> Entry:
         return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
+def _own_entries(directory: Path) -> dict[str, Entry]:
+    """What the manifest itself lists; raises OSError or ValueError when it cannot be read."""
+    content = read_json(directory / NAME)
+    listed = content.get("files") if isinstance(content, dict) else None
+    if not listed or not are_entries(listed):
+        raise ValueError(f"{NAME} is no manifest")
+    return dict(listed)
+
+
 def _listed(directory: Path, above: tuple[Path, ...] = ()) -> dict[str, Entry]:
     """All entries of the manifest and of those it lists; raises OSError or ValueError when one cannot be read.
 
@@ -144,11 +153,7 @@ def _listed(directory: Path, above: tuple[Path, ...] = ()) -> dict[str, Entry]:
         raise ValueError(f"{NAME} lists itself")
     if len(above) > _MAX_DEPTH:
         raise ValueError(f"more than {_MAX_DEPTH} manifests list each other")
-    content = read_json(directory / NAME)
-    files = content.get("files") if isinstance(content, dict) else None
-    if not files or not are_entries(files):
-        raise ValueError(f"{NAME} is no manifest")
-    entries: dict[str, Entry] = dict(files)
+    entries = _own_entries(directory)
     for name in list(entries):
         if not name.isprintable() or PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
             raise ValueError(f"{name!r} is no file below it")
