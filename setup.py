@@ -53,6 +53,7 @@ EXTRAS = {
     # ft_launcher, which restarts a job that hangs, and its own heartbeats
     "resiliency": ["nvidia-resiliency-ext>=0.4.1,<0.5"],
     "dev": [
+        "gguf>=0.19.0,<0.20",  # writes the damaged GGUF files of the tests
         "pytest>=9.2.0,<10",
         "pytest-timeout>=2.4.0,<3",
         "pytest-xdist>=3.8.0,<4",

