@@ -20,6 +20,7 @@ from nemo_advrm.stages.select import RANDOM_PAIRS, found_lines, random_pairs, re
 
 Row = dict[str, Any]
 UNCAPPED = ("selection.per_prompt=99", "selection.per_signature=99")  # numbers make no difference to a signature
+ATTACKED = {"samples": 4, "steps": 1, "seconds": 0.5, "success_standard": 0.25, "success_strict": 0.0}
 
 
 def sft(prompt_id: int, response: str, scores: list[float], **more: Any) -> Row:
@@ -153,7 +154,7 @@ def test_a_direction_that_found_no_more_than_sft_responses_give_yields_no_pairs(
 def test_the_rounds_end_for_too_few_pairs_or_too_little_success(tmp_path: Path) -> None:
     counts = run(tmp_path, [found("x")])
     path = tmp_path / "attack" / "summary.json"
-    path.write_text('{"directions": {"1": {"success_standard": 0.25}}}')
+    path.write_text(json.dumps({"directions": {"1": ATTACKED}}))
     assert reason_to_stop(load_config(["model=tiny"]), tmp_path, counts) == ""
     assert "fewer than selection.min_pairs=2" in reason_to_stop(
         load_config(["model=tiny", "selection.min_pairs=2"]), tmp_path, counts
@@ -166,13 +167,13 @@ def test_the_rounds_end_for_too_few_pairs_or_too_little_success(tmp_path: Path) 
 def test_wrong_labels_are_counted_and_stand_in_the_attacks_summary(tmp_path: Path) -> None:
     (tmp_path / "attack").mkdir()
     path = tmp_path / "attack" / "summary.json"
-    path.write_text('{"directions": {"1": {"samples": 4}}, "threshold_z": 1.96}')
+    path.write_text(json.dumps({"directions": {"1": ATTACKED}, "threshold_z": 1.96}))
     # the best mean of z has "b" (-.5 / 17^.5 + 1.5 / 10^.5), gold 1: of the four rejected one is better and one equal
     samples = [found(name, gold=gold) for name, gold in (("w", 2.0), ("x", 1.0), ("y", 0.5), ("z", -3.0))]
     facts = run(tmp_path, samples, "selection.per_prompt=9")["directions"]["1"]
     assert {pair.provenance.chosen_gold for pair in pairs_of(tmp_path)} == {1.0}
     assert facts["wrong_labels"] == 0.25
-    assert json.loads(path.read_text()) == {"directions": {"1": {"samples": 4, **facts}}, "threshold_z": 1.96}
+    assert json.loads(path.read_text()) == {"directions": {"1": {**ATTACKED, **facts}}, "threshold_z": 1.96}
     assert found_lines({"directions": {"1": facts}}) == [
         "direction 1: 4 different finds, as many SFT responses would give 0.0; 4 pairs, wrong labels 0.25"
     ]
