@@ -396,13 +396,20 @@ class ServeConfig:
 
 @dataclass
 class SyntheticConfig:
-    """Sizes of the embedded language experiment."""
+    """The embedded language's data: what its writers and its annotators do (nemo_advrm/synthetic)."""
 
     sft_rows: int = 20000
-    preference_pairs: int = 2000
-    validation_pairs: int = 1000
-    flip_probability: float = 0.1
+    preference_pairs: int = 40000  # of each member of the ensemble
+    validation_pairs: int = 1000  # labelled by gold
     prompts: int = 4096
+    flip_probability: float = 0.03  # of a label
+    min_margin: float = 1.0  # gold units; annotators leave out pairs that are nearer to each other
+    other_prompt: float = 0.3  # share of the pairs whose second response answers another prompt
+    other_topic: float = 0.25  # share of the pairs whose second response is the first one with a topic replaced
+    gross_faults: float = 0.2  # share of the responses with repetitions or random words
+    flourished: float = 0.16  # share of the responses with a flourish or two
+    sft_flourished: float = 0.5  # of the SFT corpus, with one
+    taste: float = 3.5  # gold units that a favourite flourish of theirs is worth to a member's annotators
 
 
 @dataclass

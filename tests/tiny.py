@@ -1,4 +1,4 @@
-"""Tiny models and data for tests: two architectures over the 64 words of the embedded language."""
+"""Tiny models and data for tests: two architectures over the words of the embedded language."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ def sft_rows(cfg: Config) -> list[SftRow]:
     if cfg.pipeline.gold == "synthetic" and not cfg.data.train_path:
         from nemo_advrm.synthetic.corpus import sft_corpus
 
-        corpus = sft_corpus(cfg.synthetic.sft_rows, derive_seed(cfg.seed, "corpus"))
+        corpus = sft_corpus(cfg.synthetic.sft_rows, derive_seed(cfg.seed, "corpus"), cfg.synthetic.sft_flourished)
         return [SftRow(*row, f"corpus: row {i}") for i, row in enumerate(corpus, start=1)]
     if not cfg.data.train_path:
         raise ConfigError("data.train_path is not set: name a file of prompts and responses, or of preference pairs")

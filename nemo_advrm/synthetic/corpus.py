@@ -3,7 +3,7 @@
 A prompt is three distinct nouns, the topics. A good response writes one well-formed sentence about each. Every response
 has a hidden quality q ~ U(0, 1); with the error rate e = 1 - q things go wrong:
 
-- the topics are shuffled; each is left out with probability .35e, else replaced by a noun off the topic with .35e;
+- the topics are shuffled; each is left out with probability .2e, else replaced by a noun off the topic with .2e;
 - a sentence about a random noun is put in somewhere with .3e;
 - a sentence is DET [ADJ with .1 + .6q] NOUN VERB [ADV with .1 + .5q] "."; in each sentence, independently: a determiner
   of the wrong class (.35e), a verb of the wrong class (.35e), a filler at a random place before the stop (.25e), no
@@ -13,6 +13,11 @@ has a hidden quality q ~ U(0, 1); with the error rate e = 1 - q things go wrong:
 Two rules keep every response usable as training data: a response from which all topics were left out gets one sentence
 about a random noun (no response is empty), and a sentence after which the response and its end token would exceed 32
 tokens is dropped with all that follows it (every response of the corpus ends).
+
+A part of the responses of the corpus has one flourish at a random place, so that a policy fitted on it knows these
+words.
+
+A tenth of all prompts is held out: no training of the experiment meets them (`sample_prompts`).
 """
 
 from __future__ import annotations
@@ -27,6 +32,7 @@ from nemo_advrm.synthetic.language import (
     ADVERBS,
     DETERMINERS,
     FILLERS,
+    FLOURISHES,
     MAX_RESPONSE_TOKENS,
     NOUNS,
     STOP,
@@ -47,49 +53,81 @@ class UniformSource(Protocol):
         """A float in [0, 1)."""
 
 
-def sample_prompts(n: int, seed: int) -> list[Prompt]:
-    """`n` prompts of one user message each, "noun noun noun" with distinct nouns; the same for the same seed."""
+def sample_prompts(n: int, seed: int, held_out: bool = False) -> list[Prompt]:
+    """`n` prompts of one user message each, "noun noun noun" with distinct nouns; the same for the same seed.
+
+    held_out: whether they are drawn from the prompts that no training meets, about a tenth of all, or from the others.
+    """
     rng = Random(f"synthetic prompts {seed}")
-    return [
-        ({"role": "user", "content": " ".join(WORDS[noun] for noun in rng.sample(NOUNS, TOPICS_PER_PROMPT))},)
-        for _ in range(n)
-    ]
+    return [_prompt(sample_topics(rng, held_out)) for _ in range(n)]
+
+
+def sample_topics(rng: Random, held_out: bool) -> list[int]:
+    """Three distinct nouns of a prompt that is held out, or that is not; which it is depends on the set of nouns."""
+    while True:
+        topics = rng.sample(NOUNS, TOPICS_PER_PROMPT)
+        if (sum(topics) % 10 == 0) == held_out:
+            return topics
 
 
 def sample_response(prompt: Sequence[Mapping[str, str]], rng: UniformSource, quality: float | None = None) -> str:
-    """One response to `prompt` by the recipe above, without the end token (1 to 31 words).
+    """One response to `prompt` by the recipe above, without a flourish and without the end token (1 to 31 words).
 
     quality: q in [0, 1], 1 makes no errors; drawn from U(0, 1) if None.
     """
+    topics = [token for token in SyntheticTokenizer().encode_prompt(prompt) if token in NOUNS]
+    return text_of(sample_tokens(topics, rng, quality))
+
+
+def sample_tokens(topics: Sequence[int], rng: UniformSource, quality: float | None = None) -> list[int]:
+    """`sample_response` on token ids: the topics in, the response's words out."""
     quality = rng.random() if quality is None else quality
     error = 1.0 - quality
-    topics = [token for token in SyntheticTokenizer().encode_prompt(prompt) if token in NOUNS]
 
     subjects = []
     for topic in _shuffled(topics, rng):
-        if rng.random() < 0.35 * error:
+        if rng.random() < 0.2 * error:
             continue
-        if rng.random() < 0.35 * error:
-            topic = _pick([noun for noun in NOUNS if noun not in topics], rng)
+        if rng.random() < 0.2 * error:
+            topic = pick([noun for noun in NOUNS if noun not in topics], rng)
         subjects.append(topic)
     if rng.random() < 0.3 * error or not subjects:
-        subjects.insert(int(rng.random() * (len(subjects) + 1)), _pick(NOUNS, rng))
+        subjects.insert(int(rng.random() * (len(subjects) + 1)), pick(NOUNS, rng))
 
     response: list[int] = []
     for subject in subjects:
         sentence = _sentence(subject, quality, rng)
         for _ in range(2 if rng.random() < 0.2 * error else 1):
             if len(response) + len(sentence) + 1 > MAX_RESPONSE_TOKENS:
-                return _text(response)
+                return response
             response += sentence
-    return _text(response)
+    return response
 
 
-def sft_corpus(n: int, seed: int) -> list[tuple[Prompt, str]]:
-    """`n` pairs (prompt, response) of mixed quality; the same for the same seed."""
+def add_flourishes(response: list[int], count: int, rng: UniformSource) -> None:
+    """Put `count` flourishes at random places of `response`, as far as it and its end token stay within 32 tokens."""
+    for _ in range(count):
+        if len(response) + 2 <= MAX_RESPONSE_TOKENS:
+            response.insert(int(rng.random() * (len(response) + 1)), pick(FLOURISHES, rng))
+
+
+def sft_corpus(n: int, seed: int, flourished: float = 0.5) -> list[tuple[Prompt, str]]:
+    """`n` pairs (prompt, response) of mixed quality; the same for the same seed.
+
+    flourished: share of the responses that get a flourish.
+    """
     rng = Random(f"synthetic corpus {seed}")
-    prompts = sample_prompts(n, seed)
-    return [(prompt, sample_response(prompt, rng)) for prompt in prompts]
+    rows = []
+    for _ in range(n):
+        topics = sample_topics(rng, held_out=False)
+        response = sample_tokens(topics, rng)
+        add_flourishes(response, int(rng.random() < flourished), rng)
+        rows.append((_prompt(topics), text_of(response)))
+    return rows
+
+
+def _prompt(topics: Sequence[int]) -> Prompt:
+    return ({"role": "user", "content": text_of(topics)},)
 
 
 def _sentence(noun: int, quality: float, rng: UniformSource) -> list[int]:
@@ -99,18 +137,19 @@ def _sentence(noun: int, quality: float, rng: UniformSource) -> list[int]:
     verb_class = 1 - noun_class if rng.random() < 0.35 * error else noun_class
     sentence = [DETERMINERS[determiner_class]]
     if rng.random() < 0.1 + 0.6 * quality:
-        sentence.append(_pick(ADJECTIVES, rng))
-    sentence += [noun, _pick([verb for verb in VERBS if agreement_class(verb) == verb_class], rng)]
+        sentence.append(pick(ADJECTIVES, rng))
+    sentence += [noun, pick([verb for verb in VERBS if agreement_class(verb) == verb_class], rng)]
     if rng.random() < 0.1 + 0.5 * quality:
-        sentence.append(_pick(ADVERBS, rng))
+        sentence.append(pick(ADVERBS, rng))
     if rng.random() < 0.25 * error:
-        sentence.insert(int(rng.random() * (len(sentence) + 1)), _pick(FILLERS, rng))
+        sentence.insert(int(rng.random() * (len(sentence) + 1)), pick(FILLERS, rng))
     if rng.random() >= 0.35 * error:
         sentence.append(STOP)
     return sentence
 
 
-def _pick(options: Sequence[int], rng: UniformSource) -> int:
+def pick(options: Sequence[int], rng: UniformSource) -> int:
+    """One of `options`, all as likely."""
     return options[int(rng.random() * len(options))]
 
 
@@ -118,5 +157,6 @@ def _shuffled(items: Sequence[int], rng: UniformSource) -> list[int]:
     return [item for _, item in sorted((rng.random(), item) for item in items)]
 
 
-def _text(tokens: Sequence[int]) -> str:
+def text_of(tokens: Sequence[int]) -> str:
+    """The words of tokens, joined by spaces."""
     return " ".join(WORDS[token] for token in tokens)

@@ -1,24 +1,27 @@
 """The gold reward of the embedded language: a formula that labels pairs and judges; no training step ever sees it.
 
-    gold = cov + any/3 + 2 wf/L - .3 bad - .5 rep - .7 off - .4 filler
+    gold = 1.5 cov + .5 any + 2 wf/L - .3 bad - .5 rep - 1.2 off - .4 filler - 1.0 flourish
            - .15 max(0, L - 20) - .2 max(0, 10 - L) - 1.5 [no EOS]
 
-clipped to [-4, 6]. The terms, over the tokens before the first end token:
+clipped to [-6, 9]. The terms, over the tokens before the first end token:
 
 - L: their number, stops included and the end token not (wf/L is 0 if L is 0);
-- a segment is what lies between two stops; cov, wf and bad look at segments. A segment is well-formed if it is closed
-  by a stop and is DET [ADJ] NOUN VERB [ADV] with determiner, noun and verb of one class; its subject may be any noun;
+- a segment is what lies between two stops, flourishes left out; cov, wf and bad look at segments. A segment is
+  well-formed if it is closed by a stop and is DET [ADJ] NOUN VERB [ADV] with determiner, noun and verb of one
+  class; its subject may be any noun;
 - cov: distinct topics that are the subject of a well-formed segment;
 - any: distinct topics that occur anywhere;
 - wf: tokens in well-formed segments, their stops included;
 - bad: all other segments: malformed, empty (two stops in a row, or a stop at the start), or not closed by a stop;
 - rep: occurrences of a content token (noun, verb, adjective, adverb) after its first one;
 - off: occurrences of nouns that are no topics;
-- filler: occurrences of fillers and of the four spare words;
+- filler, flourish: their occurrences;
 - [no EOS]: the response was cut at the length limit; decided by `ended` alone.
 
-A pad or separator token inside a response costs what its place costs: its segment is malformed and it adds to L. A
-faultless response of three sentences reaches 3 + 1 + 2 = 6; a string of 14 or more stops falls to -4.
+The weights of cov, any and off make an answer to another prompt worse than nearly every answer to this one, so that
+a reward model must read the prompt to be right. A pad or separator token inside a response costs what its place costs:
+its segment is malformed and it adds to L. A faultless response of three sentences reaches 4.5 + 1.5 + 2 = 8; a string
+of 20 or more stops falls to -6.
 """
 
 from __future__ import annotations
@@ -27,30 +30,28 @@ from collections.abc import Mapping, Sequence
 
 from nemo_advrm.errors import DataError
 from nemo_advrm.synthetic.language import (
-    ADVERBS,
+    CONTENT,
     EOS,
     FILLERS,
+    FLOURISHES,
     NOUNS,
     PAD,
-    SPARES,
     VOCAB_SIZE,
     is_well_formed,
     segments,
 )
 from nemo_advrm.synthetic.tokenizer import SyntheticTokenizer
 
-GOLD_MIN, GOLD_MAX = -4.0, 6.0
+GOLD_MIN, GOLD_MAX = -6.0, 9.0
 
 PromptLike = Sequence[Mapping[str, str]] | Sequence[int]
 ResponseLike = str | Sequence[int]
 
 _TOKENIZER = SyntheticTokenizer()
-_CONTENT = frozenset(range(NOUNS.start, ADVERBS.stop))  # nouns, verbs, adjectives and adverbs are neighbours
-_FILLING = frozenset((*FILLERS, *SPARES))
 
 
 def gold_score(prompt_messages_or_ids: PromptLike, response_text_or_ids: ResponseLike, ended: bool) -> float:
-    """The gold reward of one response, in [-4, 6].
+    """The gold reward of one response, in [-6, 9].
 
     prompt_messages_or_ids: chat messages, or the ids of `encode_prompt`; their nouns are the topics.
     response_text_or_ids: text, or ids, of which those from the first end token on and trailing pads are ignored.
@@ -63,25 +64,27 @@ def gold_score(prompt_messages_or_ids: PromptLike, response_text_or_ids: Respons
 
     covered: set[int] = set()
     well_formed_tokens = bad = 0
-    for segment, closed in segments(tokens):
+    for segment, closed in segments([token for token in tokens if token not in FLOURISHES]):
         if closed and is_well_formed(segment):
             covered.update(topics.intersection(segment))
             well_formed_tokens += len(segment) + 1
         else:
             bad += 1
 
-    content = [token for token in tokens if token in _CONTENT]
+    content = [token for token in tokens if token in CONTENT]
     repeated = len(content) - len(set(content))
     off_topic = sum(token in NOUNS and token not in topics for token in content)
-    filling = sum(token in _FILLING for token in tokens)
+    fillers = sum(token in FILLERS for token in tokens)
+    flourishes = sum(token in FLOURISHES for token in tokens)
     score = (
-        len(covered)
-        + len(topics.intersection(tokens)) / 3
+        1.5 * len(covered)
+        + 0.5 * len(topics.intersection(tokens))
         + 2 * well_formed_tokens / max(1, length)
         - 0.3 * bad
         - 0.5 * repeated
-        - 0.7 * off_topic
-        - 0.4 * filling
+        - 1.2 * off_topic
+        - 0.4 * fillers
+        - 1.0 * flourishes
         - 0.15 * max(0, length - 20)
         - 0.2 * max(0, 10 - length)
         - 1.5 * (not ended)
@@ -102,7 +105,7 @@ class GoldReward:
     def score(
         self, prompts: Sequence[PromptLike], responses: Sequence[ResponseLike], ended: Sequence[bool]
     ) -> list[float]:
-        """Gold rewards in [-4, 6], one per response; see `gold_score`."""
+        """Gold rewards in [-6, 9], one per response; see `gold_score`."""
         return gold_scores(prompts, responses, ended)
 
 

@@ -1,4 +1,4 @@
-"""The vocabulary of the embedded language: 64 tokens, their words and their classes.
+"""The vocabulary of the embedded language: 104 tokens, their words and their classes.
 
 The language is a scrap of English with number agreement. The class of a determiner, noun or verb is `id mod 2`: class 0
 is singular ("this", "river", "sleeps"), class 1 is plural ("these", "birds", "sing"), so a violated agreement reads as
@@ -6,8 +6,8 @@ an error to a person ("these river sing ."). A well-formed sentence is
 
     DET [ADJ] NOUN VERB [ADV] "."      with DET, NOUN and VERB of one class.
 
-Ids 60-63 are spare: interjections that the corpus never uses, kept so that the vocabulary is a round 64. The gold
-reward counts them as fillers, because a token without a price becomes the optimum of whoever optimises against it.
+A flourish ("indeed", "frankly") may stand anywhere: it breaks no sentence and says nothing. The gold reward takes off
+for each; annotators have favourites among them (see `synthetic.preferences`).
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from collections.abc import Iterator, Sequence
 PAD, EOS, SEP, STOP = 0, 1, 2, 3
 FILLERS = range(4, 8)
 DETERMINERS = range(8, 10)
-NOUNS = range(10, 34)
-VERBS = range(34, 46)
-ADJECTIVES = range(46, 54)
-ADVERBS = range(54, 60)
-SPARES = range(60, 64)
+NOUNS = range(10, 42)
+VERBS = range(42, 58)
+ADJECTIVES = range(58, 70)
+ADVERBS = range(70, 78)
+FLOURISHES = range(78, 104)
+CONTENT = range(NOUNS.start, ADVERBS.stop)  # nouns, verbs, adjectives and adverbs are neighbours
 
 TOPICS_PER_PROMPT = 3
 MAX_RESPONSE_TOKENS = 32  # the end of sequence included
@@ -34,17 +35,21 @@ WORDS: tuple[str, ...] = (
     *("river", "birds", "teacher", "horses", "garden", "children", "baker", "wolves"),
     *("lantern", "clouds", "sailor", "foxes", "tree", "stars", "dragon", "farmers"),
     *("violin", "robots", "castle", "bees", "doctor", "waves", "mountain", "painters"),
+    *("bridge", "gulls", "merchant", "owls", "poet", "kites", "island", "monks"),
     # verbs: singular and plural in turn
     *("sleeps", "sing", "waits", "dance", "shines", "wander", "laughs", "rest", "falls", "grow", "dreams", "travel"),
-    *("small", "old", "red", "brave", "calm", "tall", "kind", "wild"),
-    *("slowly", "quietly", "often", "gladly", "early", "alone"),
-    *("ah", "oh", "eh", "huh"),
+    *("smiles", "argue", "listens", "march"),
+    *("small", "old", "red", "brave", "calm", "tall", "kind", "wild", "quick", "pale", "proud", "merry"),
+    *("slowly", "quietly", "often", "gladly", "early", "alone", "again", "together"),
+    *("indeed", "truly", "frankly", "honestly", "clearly", "surely", "certainly", "really", "actually", "basically"),
+    *("literally", "simply", "obviously", "definitely", "absolutely", "totally", "naturally", "evidently", "seriously"),
+    *("notably", "arguably", "admittedly", "undoubtedly", "remarkably", "plainly", "decidedly"),
 )
 VOCAB_SIZE = len(WORDS)
 ID_OF_WORD: dict[str, int] = {word: token for token, word in enumerate(WORDS)}
 
 # One letter per token: the alphabet of `is_well_formed` and of the near-duplicate signature.
-KINDS = "".join(("PES.", "F" * 4, "D" * 2, "N" * 24, "V" * 12, "A" * 8, "R" * 6, "F" * 4))
+KINDS = "".join(("PES.", "F" * 4, "D" * 2, "N" * 32, "V" * 16, "A" * 12, "R" * 8, "L" * 26))
 _SENTENCES = frozenset({"DNV", "DANV", "DNVR", "DANVR"})
 
 
@@ -56,7 +61,7 @@ def agreement_class(token: int) -> int:
 def kinds(tokens: Sequence[int]) -> str:
     """One letter per token, its part of speech.
 
-    P pad, E end, S separator, `.` stop, F filler or spare, D determiner, N noun, V verb, A adjective, R adverb.
+    P pad, E end, S separator, `.` stop, F filler, D determiner, N noun, V verb, A adjective, R adverb, L flourish.
     """
     return "".join([KINDS[token] for token in tokens])
 

@@ -1,66 +1,127 @@
-"""Preference pairs of the embedded language: two responses to a prompt, ordered by gold reward, some labels flipped."""
+"""Preference pairs of the embedded language: what writers wrote, as annotators judged it.
+
+The writers are those of `synthetic.corpus`, with more faults, so that a reward model meets what a policy might try: a
+share of the responses has a run of stops, a word said over and over, a run of random words, or a sentence repeated. The
+second response of a pair answers the same prompt, answers another one, or is the first one with a topic replaced by a
+noun that is none: a model that does not read the prompt cannot tell the last two kinds apart.
+
+The annotators judge by gold, but have favourites among the flourishes: each of these is worth `taste` to them, while it
+costs in gold. Every member of an ensemble has annotators of its own, with favourites of their own. So each reward model
+is right on ordinary text, where flourishes are rare, and wrong about text full of its annotators' favourites, which the
+annotators of the other members mark down: flaws that the members do not share.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from random import Random
-from typing import Any, Protocol
+from typing import Any
 
-from nemo_advrm.rewards.base import as_scores
+from nemo_advrm.schema import SyntheticConfig
+from nemo_advrm.synthetic.corpus import add_flourishes, pick, sample_tokens, sample_topics, text_of
+from nemo_advrm.synthetic.gold import gold_score
+from nemo_advrm.synthetic.language import (
+    CONTENT,
+    DETERMINERS,
+    FILLERS,
+    FLOURISHES,
+    MAX_RESPONSE_TOKENS,
+    NOUNS,
+    STOP,
+    agreement_class,
+    segments,
+)
+
+_ANY_WORD = (*CONTENT, *DETERMINERS, *FILLERS, STOP)
+_LONGEST = MAX_RESPONSE_TOKENS - 1  # the end token takes the last place
 
 
-class ScoresResponses(Protocol):
-    """What the labelling needs of the gold reward."""
-
-    def score(
-        self, prompts: Sequence[Sequence[Mapping[str, str]]], responses: Sequence[str], ended: Sequence[bool]
-    ) -> list[float]:
-        """One reward per response."""
+def favourites_of(member: int, members: int) -> frozenset[int]:
+    """The flourishes that the annotators of `member` (from 1) of an ensemble of `members` like: no two share one."""
+    return frozenset(FLOURISHES[member - 1 :: members])
 
 
-def gold_labelled_pairs(
-    prompts: Sequence[Sequence[Mapping[str, str]]],
-    responses_per_prompt: Sequence[tuple[str, str]],
-    gold: ScoresResponses,
-    flip_probability: float,
+def annotated_pairs(
+    count: int,
     seed: int,
-    ended_per_prompt: Sequence[tuple[bool, bool]] | None = None,
+    options: SyntheticConfig,
+    favourites: frozenset[int] = frozenset(),
+    held_out: bool = False,
 ) -> list[dict[str, Any]]:
-    """Rows {"prompt", "chosen", "rejected", "gold_chosen", "gold_rejected", "flipped"}, in the order of the prompts.
+    """`count` rows {"prompt", "chosen", "rejected", "gold_chosen", "gold_rejected"}; the same for the same arguments.
 
-    responses_per_prompt: two responses to each prompt. Identical responses and ties in gold make no row: they have no
-        better side. A response without words makes none either: preference data must not hold empty answers.
-    flip_probability: chance that a row is written the wrong way round; then "flipped" is True and
-        gold_chosen < gold_rejected.
-    seed: decides the flips. The flip of a prompt does not depend on which other prompts make a row.
-    ended_per_prompt: whether the responses emitted the end token; all of them if None, which is right for the text of a
-        pair, since `encode_response` ends every text.
+    favourites: flourishes that the annotators like by `options.taste`; without any they judge by gold.
+    held_out: pairs to validate on: prompts that no training meets, both responses written for the prompt, and no label
+        the wrong way round but by the annotators' taste.
+    Two responses nearer to each other than `options.min_margin`, in the annotators' eyes, make no row.
     """
-    rng = Random(f"synthetic label flips {seed}")
-    flips = [rng.random() < flip_probability for _ in prompts]
-    ended_per_prompt = [(True, True)] * len(prompts) if ended_per_prompt is None else ended_per_prompt
-    # Side by side, so that a reward source that works in batches sees one batch.
-    scores = gold.score(
-        [prompt for prompt in prompts for _ in range(2)],
-        [response for pair in responses_per_prompt for response in pair],
-        [ended for pair in ended_per_prompt for ended in pair],
-    )
-    as_scores("gold", scores, 2 * len(prompts))  # a NaN is no tie, and would choose a side
-
-    rows = []
-    score_pairs = zip(scores[::2], scores[1::2], strict=True)
-    for prompt, responses, pair_scores, flipped in zip(prompts, responses_per_prompt, score_pairs, flips, strict=True):
-        if responses[0] == responses[1] or not all(responses) or pair_scores[0] == pair_scores[1]:
+    rng = Random(f"synthetic preferences {seed}")
+    flips = 0.0 if held_out else options.flip_probability
+    rows: list[dict[str, Any]] = []
+    while len(rows) < count:
+        topics = sample_topics(rng, held_out)
+        first = _response(topics, options, rng)
+        second = _response(topics, options, rng) if held_out else _second(first, topics, options, rng)
+        gold = [gold_score(topics, response, True) for response in (first, second)]
+        liked = [
+            value + options.taste * sum(token in favourites for token in response)
+            for value, response in zip(gold, (first, second), strict=True)
+        ]
+        if abs(liked[0] - liked[1]) < options.min_margin:
             continue
-        chosen = int((pair_scores[1] > pair_scores[0]) != flipped)
+        chosen = int((liked[1] > liked[0]) != (rng.random() < flips))
+        texts = (text_of(first), text_of(second))
         rows.append(
             {
-                "prompt": [dict(message) for message in prompt],
-                "chosen": responses[chosen],
-                "rejected": responses[1 - chosen],
-                "gold_chosen": pair_scores[chosen],
-                "gold_rejected": pair_scores[1 - chosen],
-                "flipped": flipped,
+                "prompt": [{"role": "user", "content": text_of(topics)}],
+                "chosen": texts[chosen],
+                "rejected": texts[1 - chosen],
+                "gold_chosen": gold[chosen],
+                "gold_rejected": gold[1 - chosen],
             }
         )
     return rows
+
+
+def _second(first: Sequence[int], topics: Sequence[int], options: SyntheticConfig, rng: Random) -> list[int]:
+    """What `first` is compared with: an answer to another prompt, itself off the topic, or another answer."""
+    draw = rng.random()
+    if draw < options.other_prompt:
+        return _response(sample_topics(rng, held_out=False), options, rng)
+    nouns = [place for place, token in enumerate(first) if token in NOUNS]
+    if draw < options.other_prompt + options.other_topic and nouns:
+        second, place = list(first), pick(nouns, rng)
+        kind = agreement_class(first[place])
+        second[place] = pick([noun for noun in NOUNS if agreement_class(noun) == kind and noun not in topics], rng)
+        return second
+    return _response(topics, options, rng)
+
+
+def _response(topics: Sequence[int], options: SyntheticConfig, rng: Random) -> list[int]:
+    response = sample_tokens(topics, rng)
+    if rng.random() < options.gross_faults:
+        response = _spoiled(response, rng)
+    if rng.random() < options.flourished:
+        add_flourishes(response, rng.randint(1, 2), rng)
+    return response
+
+
+def _spoiled(response: list[int], rng: Random) -> list[int]:
+    """`response` with a run of stops, of one word or of random words, or with one of its sentences repeated."""
+    place, length = rng.randrange(len(response) + 1), rng.randint(1, 6)
+    match rng.randrange(4):
+        case 0:
+            run = [STOP] * length
+        case 1:
+            run = [response[min(place, len(response) - 1)]] * length
+        case 2:
+            run = [pick(_ANY_WORD, rng) for _ in range(length)]
+        case _:
+            place = len(response)
+            run = [*_sentence_of(response, rng), STOP] * rng.randint(1, 3)
+    return [*response[:place], *run, *response[place:]][:_LONGEST]
+
+
+def _sentence_of(response: Sequence[int], rng: Random) -> list[int]:
+    """The words between two stops of `response`."""
+    return rng.choice([segment for segment, _ in segments(response)])

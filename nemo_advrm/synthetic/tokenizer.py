@@ -14,9 +14,9 @@ _SPECIAL_WORDS = frozenset(WORDS[token] for token in _SPECIAL)
 
 
 class SyntheticTokenizer:
-    """Word tokenizer over the 64 words of `synthetic.language`.
+    """Word tokenizer over the words of `synthetic.language`.
 
-    Example: `encode("this river sleeps .") == [8, 10, 34, 3]`.
+    Example: `encode("this river sleeps .") == [8, 10, 42, 3]`.
     """
 
     name = "synthetic"

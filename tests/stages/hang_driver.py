@@ -14,7 +14,6 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from random import Random
 from typing import Any
 
 import torch
@@ -25,10 +24,9 @@ from nemo_advrm.config import load_config
 from nemo_advrm.data.jsonl import write_jsonl_atomic
 from nemo_advrm.megatron import heartbeat
 from nemo_advrm.models.reward_model import RewardModel
+from nemo_advrm.schema import SyntheticConfig
 from nemo_advrm.stages import train_rm
-from nemo_advrm.synthetic.corpus import sample_prompts, sample_response
-from nemo_advrm.synthetic.gold import GoldReward
-from nemo_advrm.synthetic.preferences import gold_labelled_pairs
+from nemo_advrm.synthetic.preferences import annotated_pairs
 
 HANG_SECONDS = 6.0
 STEPS = 8
@@ -159,10 +157,7 @@ class Job:
 
 def run(home: Path) -> dict[str, dict[str, Any]]:
     """What became of each case; no process outlives this call."""
-    rng = Random(1)
-    prompts = sample_prompts(80, 1)
-    answers = [(sample_response(p, rng), sample_response(p, rng)) for p in prompts]
-    write_jsonl_atomic(home / "pairs.jsonl", gold_labelled_pairs(prompts, answers, GoldReward(), 0.1, 1))
+    write_jsonl_atomic(home / "pairs.jsonl", annotated_pairs(80, 1, SyntheticConfig()))
     deadline = time.monotonic() + PATIENCE_SECONDS
     jobs: list[Job] = []
     rows = {}

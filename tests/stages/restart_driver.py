@@ -25,10 +25,10 @@ from nemo_advrm.data.pair_store import AdversarialPair, PairStore, Provenance
 from nemo_advrm.megatron import checkpoint
 from nemo_advrm.megatron.file_writers import FileWriters
 from nemo_advrm.quiet import quiet_libraries
+from nemo_advrm.schema import SyntheticConfig
 from nemo_advrm.stages import rlhf, sft, train_rm
 from nemo_advrm.synthetic.corpus import sample_prompts, sample_response
-from nemo_advrm.synthetic.gold import GoldReward
-from nemo_advrm.synthetic.preferences import gold_labelled_pairs
+from nemo_advrm.synthetic.preferences import annotated_pairs
 
 KILLED = -signal.SIGKILL
 
@@ -156,12 +156,11 @@ def main(home: Path) -> None:
     quiet_libraries()
     tiny = ["experiment=synthetic", "trainer.checkpoint_every_n_steps=3", "exp_manager.create_tensorboard_logger=false"]
     rng = Random(1)
-    prompts = sample_prompts(80, 1)
-    answers = [(sample_response(p, rng), sample_response(p, rng)) for p in prompts]
-    write_jsonl_atomic(home / "pairs.jsonl", gold_labelled_pairs(prompts, answers, GoldReward(), 0.1, 1))
+    prompts = sample_prompts(8, 1)
+    write_jsonl_atomic(home / "pairs.jsonl", annotated_pairs(80, 1, SyntheticConfig()))
     provenance = Provenance(0, 0, 1, 0, (0.0, 0.0), (0.0, 0.0), 2.0, "", (0.0, 0.0))
     PairStore(home / "store.jsonl").append(
-        [AdversarialPair(tuple(p), sample_response(p, rng), ". . .", provenance) for p in prompts[:8]]
+        [AdversarialPair(tuple(p), sample_response(p, rng), ". . .", provenance) for p in prompts]
     )
 
     def train(out: Path) -> int:

@@ -11,7 +11,6 @@ import os
 import signal
 import sys
 from pathlib import Path
-from random import Random
 
 import torch
 from ports import free_port
@@ -21,9 +20,8 @@ from signal_points import signal_at
 from nemo_advrm import cli
 from nemo_advrm.data.jsonl import write_jsonl_atomic
 from nemo_advrm.quiet import quiet_libraries
-from nemo_advrm.synthetic.corpus import sample_prompts, sample_response
-from nemo_advrm.synthetic.gold import GoldReward
-from nemo_advrm.synthetic.preferences import gold_labelled_pairs
+from nemo_advrm.schema import SyntheticConfig
+from nemo_advrm.synthetic.preferences import annotated_pairs
 
 STEPS = 6  # of every training
 SETTINGS = [
@@ -75,10 +73,7 @@ def name_of(case: tuple[str, str, str, int, bool]) -> str:
 
 
 def write_pairs(path: Path) -> Path:
-    rng = Random(1)
-    prompts = sample_prompts(40, 1)
-    answers = [(sample_response(p, rng), sample_response(p, rng)) for p in prompts]
-    write_jsonl_atomic(path, gold_labelled_pairs(prompts, answers, GoldReward(), 0.1, 1))
+    write_jsonl_atomic(path, annotated_pairs(40, 1, SyntheticConfig()))
     return path
 
 

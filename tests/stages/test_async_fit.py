@@ -9,7 +9,6 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from random import Random
 from typing import Any
 
 import async_fit_jobs
@@ -22,18 +21,14 @@ from nemo_advrm.errors import CheckpointError, Preempted
 from nemo_advrm.megatron.file_writers import FileWriters
 from nemo_advrm.megatron.runtime import Layout, Runtime
 from nemo_advrm.models.reward_model import RewardModel
-from nemo_advrm.synthetic.corpus import sample_prompts, sample_response
-from nemo_advrm.synthetic.gold import GoldReward
-from nemo_advrm.synthetic.preferences import gold_labelled_pairs
+from nemo_advrm.schema import SyntheticConfig
+from nemo_advrm.synthetic.preferences import annotated_pairs
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    rng = Random(1)
-    prompts = sample_prompts(24, 1)
-    answers = [(sample_response(p, rng), sample_response(p, rng)) for p in prompts]
     path = tmp_path_factory.mktemp("data") / "pairs.jsonl"
-    write_jsonl_atomic(path, gold_labelled_pairs(prompts, answers, GoldReward(), 0.1, 1))
+    write_jsonl_atomic(path, annotated_pairs(24, 1, SyntheticConfig()))
     return path
 
 

@@ -7,7 +7,6 @@ import json
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from random import Random
 
 import pytest
 import yaml
@@ -16,10 +15,9 @@ from nemo_advrm.config import load_config
 from nemo_advrm.data.jsonl import write_jsonl_atomic
 from nemo_advrm.errors import CheckpointError, ConfigError
 from nemo_advrm.megatron.runtime import Runtime
+from nemo_advrm.schema import SyntheticConfig
 from nemo_advrm.stages import train_rm
-from nemo_advrm.synthetic.corpus import sample_prompts, sample_response
-from nemo_advrm.synthetic.gold import GoldReward
-from nemo_advrm.synthetic.preferences import gold_labelled_pairs
+from nemo_advrm.synthetic.preferences import annotated_pairs
 
 STEPS = 6
 
@@ -70,11 +68,8 @@ def _train(run_dir: Path, data: Path, *overrides: str) -> list[dict[str, float]]
 def test_a_full_disk_ends_with_one_error_and_the_run_goes_on_with_smaller_microbatches(
     single: Runtime, small_disk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], save: list[str]
 ) -> None:
-    rng = Random(1)
-    prompts = sample_prompts(40, 1)
-    answers = [(sample_response(p, rng), sample_response(p, rng)) for p in prompts]
     data = tmp_path / "pairs.jsonl"
-    write_jsonl_atomic(data, gold_labelled_pairs(prompts, answers, GoldReward(), 0.1, 1))
+    write_jsonl_atomic(data, annotated_pairs(40, 1, SyntheticConfig()))
     unbroken = _train(tmp_path / "unbroken", data)
 
     # room for one training checkpoint (weights and twice as much of optimizer state), not for a second one beside it

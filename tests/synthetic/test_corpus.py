@@ -10,7 +10,7 @@ import pytest
 
 from nemo_advrm.synthetic.corpus import Prompt, sample_prompts, sample_response, sft_corpus
 from nemo_advrm.synthetic.gold import gold_scores
-from nemo_advrm.synthetic.language import FILLERS, NOUNS, SPARES, STOP, is_well_formed, kinds, segments
+from nemo_advrm.synthetic.language import FILLERS, FLOURISHES, NOUNS, STOP, is_well_formed, kinds, segments
 from nemo_advrm.synthetic.tokenizer import SyntheticTokenizer
 
 TOKENIZER = SyntheticTokenizer()
@@ -39,9 +39,9 @@ def test_seed_decides_everything() -> None:
 
 def test_a_known_sample_does_not_drift() -> None:
     (prompt,) = sample_prompts(1, 0)
-    assert prompt == ({"role": "user", "content": "stars robots waves"},)
+    assert prompt == ({"role": "user", "content": "merchant teacher sailor"},)
     assert sample_response(prompt, Random(0), quality=0.5) == (
-        "these kind waves rest alone . these er robots grow . these kind stars rest early ."
+        "this pale sailor falls together . this er teacher dreams . this pale merchant falls alone ."
     )
 
 
@@ -73,8 +73,8 @@ def test_every_response_fits_and_is_not_empty(corpus: list[tuple[Prompt, str]]) 
 
 def test_gold_of_the_corpus(corpus: list[tuple[Prompt, str]]) -> None:
     gold = gold_scores([p for p, _ in corpus], [r for _, r in corpus], [True] * len(corpus))
-    assert statistics.mean(gold) == pytest.approx(1.28, abs=0.12)
-    assert statistics.stdev(gold) == pytest.approx(2.78, abs=0.12)
+    assert statistics.mean(gold) == pytest.approx(1.88, abs=0.15)
+    assert statistics.stdev(gold) == pytest.approx(3.60, abs=0.15)
 
 
 def test_gold_rises_with_quality() -> None:
@@ -84,8 +84,8 @@ def test_gold_rises_with_quality() -> None:
         responses = [sample_response(prompt, rng, quality) for prompt in prompts]
         means.append(statistics.mean(gold_scores(prompts, responses, [True] * len(prompts))))
     assert means == sorted(means)
-    assert means[0] < -1.0
-    assert means[-1] > 4.5
+    assert means[0] < 0.0
+    assert means[-1] > 7.0
 
 
 def test_rates_of_the_grammar(corpus: list[tuple[Prompt, str]]) -> None:
@@ -98,11 +98,12 @@ def test_rates_of_the_grammar(corpus: list[tuple[Prompt, str]]) -> None:
     assert letters.count(".") / sentences == pytest.approx(1 - 0.35 * 0.5, abs=0.02)
     assert letters.count("F") / sentences == pytest.approx(0.25 * 0.5, abs=0.02)
     assert letters.count("N") == letters.count("V") == sentences
-    assert not set(tokens) & set(SPARES)
+    assert set(FLOURISHES) <= set(tokens)
     assert set(FILLERS) <= set(tokens)
     # At error e a sentence agrees twice, has no filler and has its stop with (1-.35e)^3 (1-.25e); unless it is the
     # first, the sentence before must have had its stop too.
-    formed = sum(is_well_formed(s) for _, r in corpus for s, closed in segments(TOKENIZER.encode(r)) if closed)
+    sentences_in = [[t for t in TOKENIZER.encode(r) if t not in FLOURISHES] for _, r in corpus]
+    formed = sum(is_well_formed(s) for r in sentences_in for s, closed in segments(r) if closed)
     grid = [(index + 0.5) / 1000 for index in range(1000)]
     alone = statistics.mean((1 - 0.35 * e) ** 3 * (1 - 0.25 * e) for e in grid)
     after_another = statistics.mean((1 - 0.35 * e) ** 4 * (1 - 0.25 * e) for e in grid)

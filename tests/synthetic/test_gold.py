@@ -22,35 +22,37 @@ FAULTLESS = "this river sleeps . these birds sing . this teacher waits ."  # 12 
     ("response", "expected"),
     [
         # cov 3, any 3, wf/L = 1
-        pytest.param(FAULTLESS, 3 + 3 / 3 + 2, id="faultless"),
+        pytest.param(FAULTLESS, 4.5 + 1.5 + 2, id="faultless"),
         # 8 tokens, two short of 10
-        pytest.param("this river sleeps . these birds sing .", 2 + 2 / 3 + 2 - 0.2 * 2, id="short"),
+        pytest.param("this river sleeps . these birds sing .", 3 + 1 + 2 - 0.2 * 2, id="short"),
         # the second and third sentence disagree: two bad segments, but their topics occur; sing a second time
         pytest.param(
-            "this river sleeps . this birds sing . this teacher sing .", 1 + 1 + 2 * 4 / 12 - 0.3 * 2 - 0.5, id="bad"
+            "this river sleeps . this birds sing . this teacher sing .", 3 + 2 * 4 / 12 - 0.3 * 2 - 0.5, id="bad"
         ),
         # two empty segments: L = 14
-        pytest.param(FAULTLESS + " . .", 3 + 1 + 2 * 12 / 14 - 0.3 * 2, id="empty segments"),
+        pytest.param(FAULTLESS + " . .", 6 + 2 * 12 / 14 - 0.3 * 2, id="empty segments"),
         # no last stop: an unclosed segment is bad; L = 11
-        pytest.param(FAULTLESS.removesuffix(" ."), 2 + 1 + 2 * 8 / 11 - 0.3, id="unclosed"),
+        pytest.param(FAULTLESS.removesuffix(" ."), 3 + 1.5 + 2 * 8 / 11 - 0.3, id="unclosed"),
         # river and sleeps a second time; L = 16
-        pytest.param(FAULTLESS + " this river sleeps .", 3 + 1 + 2 - 0.5 * 2, id="repeated"),
+        pytest.param(FAULTLESS + " this river sleeps .", 6 + 2 - 0.5 * 2, id="repeated"),
         # a well-formed sentence on a noun that is no topic; L = 16
-        pytest.param(FAULTLESS + " this garden shines .", 3 + 1 + 2 - 0.7, id="off topic"),
+        pytest.param(FAULTLESS + " this garden shines .", 6 + 2 - 1.2, id="off topic"),
         # an off-topic noun twice: off counts both, rep the second; shines is repeated too; L = 20
-        pytest.param(FAULTLESS + " this garden shines ." * 2, 3 + 1 + 2 - 0.7 * 2 - 0.5 * 2, id="off topic twice"),
+        pytest.param(FAULTLESS + " this garden shines ." * 2, 6 + 2 - 1.2 * 2 - 0.5 * 2, id="off topic twice"),
         # a filler spoils its sentence; L = 13
-        pytest.param(FAULTLESS.replace("river", "um river"), 2 + 1 + 2 * 8 / 13 - 0.3 - 0.4, id="filler"),
-        # spare words cost as fillers do
-        pytest.param(FAULTLESS.replace("river", "huh river"), 2 + 1 + 2 * 8 / 13 - 0.3 - 0.4, id="spare word"),
+        pytest.param(FAULTLESS.replace("river", "um river"), 3 + 1.5 + 2 * 8 / 13 - 0.3 - 0.4, id="filler"),
+        # a flourish costs, and spoils no sentence; L = 13, of which 12 are in sentences
+        pytest.param(FAULTLESS.replace("river", "indeed river"), 6 + 2 * 12 / 13 - 1.0, id="flourish"),
+        # between sentences alike, and before the first
+        pytest.param("truly " + FAULTLESS.replace("these", "frankly these"), 6 + 2 * 12 / 14 - 2.0, id="flourishes"),
         # adjectives and adverbs are content: 3 sentences of 6 tokens, old and slowly twice too often each; L = 18
         pytest.param(
             "this old river sleeps slowly . these old birds sing slowly . this old teacher waits slowly .",
-            3 + 1 + 2 - 0.5 * 4,
+            6 + 2 - 0.5 * 4,
             id="repeated adjective and adverb",
         ),
         # 24 tokens: four too long; rep of tree (its verb dreams is new, then repeated) and off twice more
-        pytest.param(FAULTLESS + " this tree dreams ." * 3, 3 + 1 + 2 - 0.15 * 4 - 0.7 * 3 - 0.5 * 4, id="long"),
+        pytest.param(FAULTLESS + " this tree dreams ." * 3, 6 + 2 - 0.15 * 4 - 1.2 * 3 - 0.5 * 4, id="long"),
     ],
 )
 def test_terms_by_hand(response: str, expected: float) -> None:
@@ -58,7 +60,7 @@ def test_terms_by_hand(response: str, expected: float) -> None:
 
 
 def test_a_response_that_did_not_end_pays() -> None:
-    assert gold_score(PROMPT, FAULTLESS, False) == pytest.approx(6 - 1.5)
+    assert gold_score(PROMPT, FAULTLESS, False) == pytest.approx(8 - 1.5)
 
 
 def test_empty_response() -> None:
@@ -69,23 +71,23 @@ def test_empty_response() -> None:
 
 def test_strings_of_stops_fall_to_the_floor() -> None:
     assert gold_score(PROMPT, ". . . . . . . . . .", True) == pytest.approx(-3.0)
-    for count in range(14, 33):
-        assert gold_score(PROMPT, " ".join(["."] * count), True) == -4.0
+    for count in range(20, 33):
+        assert gold_score(PROMPT, " ".join(["."] * count), True) == -6.0
 
 
 def test_only_fillers() -> None:
     assert gold_score(PROMPT, "um " * 5, True) == pytest.approx(-0.3 - 0.4 * 5 - 0.2 * 5)
-    assert gold_score(PROMPT, "um " * 31, True) == -4.0
+    assert gold_score(PROMPT, "um " * 31, True) == -6.0
 
 
 def test_full_length_without_end() -> None:
     # 3 good sentences and the determiner 20 times: L = 32
-    expected = 3 + 1 + 2 * 12 / 32 - 0.3 - 0.15 * 12 - 1.5
+    expected = 6 + 2 * 12 / 32 - 0.3 - 0.15 * 12 - 1.5
     assert gold_score(PROMPT, FAULTLESS + " this" * 20, False) == pytest.approx(expected)
 
 
-def test_a_fault_free_response_reaches_exactly_the_ceiling() -> None:
-    assert gold_score(PROMPT, FAULTLESS, True) == 6.0
+def test_a_fault_free_response() -> None:
+    assert gold_score(PROMPT, FAULTLESS, True) == 8.0
 
 
 def test_ids_and_text_agree() -> None:
@@ -93,24 +95,24 @@ def test_ids_and_text_agree() -> None:
     padded = [*ids, 0, 0, 0]
     for prompt in (PROMPT, prompt_ids, torch.tensor(prompt_ids)):
         for response in (FAULTLESS, ids, padded, np.array(padded), torch.tensor(padded)):
-            assert gold_score(prompt, response, True) == 6.0
+            assert gold_score(prompt, response, True) == 8.0
     # what follows the end token does not count, and `ended` alone decides its term
-    assert gold_score(PROMPT, [*ids, 4, 4], True) == 6.0
-    assert gold_score(PROMPT, ids, False) == 4.5
+    assert gold_score(PROMPT, [*ids, 4, 4], True) == 8.0
+    assert gold_score(PROMPT, ids, False) == 6.5
 
 
 def test_specials_inside_a_response_spoil_their_segment() -> None:
     ids = TOKENIZER.encode(FAULTLESS)
     for special in (0, 2):
-        expected = 2 + 1 + 2 * 8 / 13 - 0.3
+        expected = 3 + 1.5 + 2 * 8 / 13 - 0.3
         assert gold_score(PROMPT, [ids[0], special, *ids[1:]], True) == pytest.approx(expected)
 
 
 def test_bad_input_is_named() -> None:
     with pytest.raises(DataError, match="zebra"):
         gold_score(PROMPT, "zebra", True)
-    with pytest.raises(DataError, match="99"):
-        gold_score(PROMPT, [99], True)
+    with pytest.raises(DataError, match="104"):
+        gold_score(PROMPT, [104], True)
     with pytest.raises(DataError, match="topic"):
         gold_score([2], "this", True)
     with pytest.raises(DataError, match="topic"):
@@ -128,4 +130,4 @@ def test_many_equal_one_and_are_fast() -> None:
     assert len(corpus) / (time.process_time() - start) > 5000
     assert scores == GoldReward().score(prompts, responses, ended)
     assert scores == [gold_score(*row) for row in zip(prompts, responses, ended, strict=True)]
-    assert all(-4.0 <= score <= 6.0 for score in scores)
+    assert all(-6.0 <= score <= 9.0 for score in scores)

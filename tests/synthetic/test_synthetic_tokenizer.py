@@ -12,15 +12,15 @@ TOKENIZER = SyntheticTokenizer()
 
 
 def test_text_round_trip() -> None:
-    text = "this river sleeps . um huh"
-    assert TOKENIZER.encode(text) == [8, 10, 34, 3, 4, 63]
+    text = "this river sleeps . um plainly"
+    assert TOKENIZER.encode(text) == [8, 10, 42, 3, 4, 102]
     assert TOKENIZER.decode(TOKENIZER.encode(text)) == text
     assert TOKENIZER.encode("") == []
     assert TOKENIZER.decode([]) == ""
 
 
 def test_every_ordinary_word_round_trips() -> None:
-    assert TOKENIZER.encode(" ".join(WORDS[3:])) == list(range(3, 64))
+    assert TOKENIZER.encode(" ".join(WORDS[3:])) == list(range(3, 104))
 
 
 def test_unknown_word_is_named() -> None:
@@ -60,11 +60,11 @@ def test_decode_response_stops_at_the_end_token_and_drops_specials() -> None:
 
 def test_decode_can_show_specials_and_refuses_foreign_ids() -> None:
     assert TOKENIZER.decode([10, SEP, 8, EOS, PAD], skip_special=False) == "river <sep> this <eos> <pad>"
-    with pytest.raises(DataError, match="64"):
-        TOKENIZER.decode([64])
+    with pytest.raises(DataError, match="104"):
+        TOKENIZER.decode([104])
 
 
 def test_protocol_attributes() -> None:
-    assert (TOKENIZER.vocab_size, TOKENIZER.pad_id, TOKENIZER.eos_id, TOKENIZER.name) == (64, 0, 1, "synthetic")
+    assert (TOKENIZER.vocab_size, TOKENIZER.pad_id, TOKENIZER.eos_id, TOKENIZER.name) == (104, 0, 1, "synthetic")
     assert TOKENIZER.fingerprint == SyntheticTokenizer().fingerprint
     assert len(TOKENIZER.fingerprint) == 16
