@@ -19,7 +19,6 @@ _MARKS: dict[str, tuple[str, results.Check]] = {
 }
 # the files of the others, beside the directory that has the stage's name
 _FILES = {
-    "preferences": ("preferences/train.jsonl", "preferences/validation.jsonl"),
     "reference": ("reference.jsonl",),
     "select": ("pairs.jsonl",),
     "random": ("random_pairs.jsonl",),
@@ -30,7 +29,7 @@ _FILES = {
 
 def describe(directory: Path, step: Step) -> dict[str, manifest.Entry]:
     """Sizes and hashes of the files of a stage without a directory of its own."""
-    return manifest.describe(directory, [name for name in _names(step) if (directory / name).exists()])
+    return manifest.describe(directory, [name for name in _names(directory, step) if (directory / name).exists()])
 
 
 def are_there(directory: Path, step: Step, written: dict[str, Any] | None) -> bool:
@@ -60,7 +59,9 @@ def are_there(directory: Path, step: Step, written: dict[str, Any] | None) -> bo
     return True
 
 
-def _names(step: Step) -> list[str]:
+def _names(directory: Path, step: Step) -> list[str]:
+    if step.kind == "preferences":  # a file for each member, and the validation pairs
+        return sorted(str(path.relative_to(directory)) for path in (directory / step.name).glob("*.jsonl"))
     if step.kind == "best_of_n":
         return [f"{step.name}.json"]
     place = f"{home(step.branch, step.round)}/" if step.kind in ("reference", "select", "random") else ""

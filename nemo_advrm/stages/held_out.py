@@ -11,7 +11,7 @@ from nemo_advrm.schema import Config
 from nemo_advrm.seeds import derive_seed
 from nemo_advrm.stages import inputs
 
-# prompts of the embedded language that are drawn for one that is wanted: some repeat, or are trained on
+# prompts of the embedded language that are drawn for one that is wanted: some repeat
 _DRAWN_FOR_ONE = 4
 
 
@@ -27,7 +27,7 @@ def held_out_prompts(cfg: Config, count: int, trained: Iterable[tuple[Message, .
     elif samples_prompts(cfg):
         from nemo_advrm.synthetic.corpus import sample_prompts
 
-        offered = sample_prompts(_DRAWN_FOR_ONE * count, derive_seed(cfg.seed, "held-out prompts"))
+        offered = sample_prompts(_DRAWN_FOR_ONE * count, derive_seed(cfg.seed, "held-out prompts"), held_out=True)
         source = "the embedded language"
     else:
         raise ConfigError("data.held_out_prompts_path is not set: name a file of prompts that training does not have")

@@ -47,7 +47,7 @@ class Step:
 
 
 def labels_by_gold(cfg: Config) -> bool:
-    """Whether the gold reward labels the first preference pairs."""
+    """Whether the first preference pairs are those of the embedded language, whose annotators judge by gold."""
     return cfg.pipeline.gold == "synthetic" and not cfg.data.train_path
 
 
@@ -58,7 +58,7 @@ def order(cfg: Config) -> list[Step]:
         trunks = {trunk_step(cfg, name, k) for name in all_branches(cfg) for k in range(1, cfg.ensemble.size + 1)}
         steps += [Step(name, "sft", member=int(name.partition("_")[2] or 1)) for name in sorted(trunks)]
     if labels_by_gold(cfg):
-        steps.append(Step("preferences", "preferences", ("sft",) if cfg.pipeline.sft else ()))
+        steps.append(Step("preferences", "preferences"))
     for branch, options in all_branches(cfg).items():
         steps += _branch(cfg, branch, options)
     measured = [step.name for step in steps if step.kind == "join" and step.branch == MAIN][-1:]
@@ -117,7 +117,7 @@ def _before_training(cfg: Config, branch: str, number: int, member: int) -> tupl
         return tuple(before)
     trunk = trunk_step(cfg, branch, member) if cfg.pipeline.sft else ""
     if labels_by_gold(cfg):
-        return ("preferences",) if trunk in ("", "sft") else ("preferences", trunk)
+        return ("preferences", trunk) if trunk else ("preferences",)
     return (trunk,) if trunk else ()
 
 

@@ -61,7 +61,7 @@ class Inputs:
     def check(self) -> None:
         """Read and encode them: what is wrong with them is told before anything starts."""
         if not labels_by_gold(self.cfg):
-            self.preferences  # noqa: B018
+            self._shared_preferences  # noqa: B018
         self.prompts  # noqa: B018
         self.rlhf_prompts  # noqa: B018
         if self.cfg.pipeline.sft:
@@ -83,15 +83,18 @@ class Inputs:
         cfg = for_stage(self.cfg, "sft")
         return encode_responses(cfg, self.tokenizer, sft_rows(cfg))
 
-    @cached_property
-    def preferences(self) -> EncodedPreferences:
-        """Of the data files, or those that the gold reward has labelled in this run."""
-        cfg = for_stage(self.cfg, "train_rm")
+    def preferences(self, member: int) -> EncodedPreferences:
+        """What a member, from 1, trains on: the data files', which are all members', or its own annotators' pairs."""
         if not labels_by_gold(self.cfg):
-            return encode_rows(cfg, self.tokenizer, *inputs.training_and_validation_pairs(cfg))
+            return self._shared_preferences
         home = Path(self.cfg.run_dir) / "preferences"
-        parts = [load_preferences(home / f"{part}.jsonl").rows for part in ("train", "validation")]
-        return encode_rows(cfg, self.tokenizer, *parts)
+        parts = [load_preferences(home / f"{part}.jsonl").rows for part in (f"train_{member}", "validation")]
+        return encode_rows(for_stage(self.cfg, "train_rm"), self.tokenizer, *parts)
+
+    @cached_property
+    def _shared_preferences(self) -> EncodedPreferences:
+        cfg = for_stage(self.cfg, "train_rm")
+        return encode_rows(cfg, self.tokenizer, *inputs.training_and_validation_pairs(cfg))
 
 
 class Steps:
@@ -109,7 +112,7 @@ class Steps:
         """Do the work of one step."""
         work: dict[str, Callable[[Step], None]] = {
             "sft": self._sft,
-            "preferences": self._label_preferences,
+            "preferences": self._annotate_preferences,
             "train_rm": self._train_member,
             "reference": self._reference,
             "attack": self._attack,
@@ -129,37 +132,26 @@ class Steps:
             cfg = replace(cfg, seed=derive_seed(cfg.seed, "trunk", step.member))
         train_sft(cfg, self.tokenizer, self.directory / step.name, self.inputs.sft_rows)
 
-    def _label_preferences(self, step: Step) -> None:
-        """Pairs of SFT responses labelled by gold: the human annotators of the embedded experiment."""
-        from nemo_advrm.synthetic.corpus import sample_prompts
-        from nemo_advrm.synthetic.gold import GoldReward
-        from nemo_advrm.synthetic.preferences import gold_labelled_pairs
+    def _annotate_preferences(self, step: Step) -> None:
+        """Pairs that annotators have labelled, each member's by its own, and pairs labelled by gold to validate on."""
+        from nemo_advrm.synthetic.preferences import annotated_pairs, favourites_of
 
-        options, cfg = self.cfg.synthetic, for_stage(self.cfg, "attack")
-        # ties and equal responses are dropped, so a few more prompts are drawn than pairs are wanted
-        for part, wanted, flips in (
-            ("train", options.preference_pairs, options.flip_probability),
-            ("validation", options.validation_pairs, 0.0),
-        ):
-            seed = derive_seed(self.cfg.seed, "preferences", part)
-            prompts = encode_prompts(sample_prompts(wanted + wanted // 8 + 32, seed), self.tokenizer, cfg)
-            rollouts = sample(cfg, self.tokenizer, self._policy(), prompts, 2, seed)
-            rows = gold_labelled_pairs(
-                [p.messages for p in prompts],
-                list(zip(rollouts.responses[::2], rollouts.responses[1::2], strict=True)),
-                GoldReward(),
-                flips,
-                seed,
-            )
-            path = self.directory / step.name / f"{part}.jsonl"
-            runtime.on_writer(lambda path=path, kept=rows[:wanted]: write_jsonl_atomic(path, kept))  # type: ignore[misc]
+        options, members = self.cfg.synthetic, self.cfg.ensemble.size
+        home = self.directory / step.name
+        seed = derive_seed(self.cfg.seed, "preferences", "validation")
+        rows = annotated_pairs(options.validation_pairs, seed, options, held_out=True)
+        runtime.on_writer(lambda: write_jsonl_atomic(home / "validation.jsonl", rows))
+        for k in range(1, members + 1):
+            seed = derive_seed(self.cfg.seed, "preferences", k)
+            rows = annotated_pairs(options.preference_pairs, seed, options, favourites_of(k, members))
+            runtime.on_writer(lambda k=k, rows=rows: write_jsonl_atomic(home / f"train_{k}.jsonl", rows))  # type: ignore[misc]
 
     def _train_member(self, step: Step) -> None:
         """A member has the same seed in all rounds and branches: what differs between them are its pairs alone."""
         cfg = for_stage(self.cfg, "train_rm")
         seed = derive_seed(self.cfg.seed, "rm", step.member)
         cfg.reward_model.feature_policy = cfg.reward_model.feature_policy or self._policy_path
-        data = self.inputs.preferences
+        data = self.inputs.preferences(step.member)
         data = bootstrap(data, derive_seed(seed, "bootstrap")) if cfg.ensemble.bootstrap else keep_back(cfg, data)
         pairs = self._pairs_before(step)
         directory = self.directory / step.name
