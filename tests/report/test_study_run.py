@@ -73,7 +73,7 @@ def test_seeds_are_ranges_and_numbers() -> None:
 def test_the_tables_of_the_page_are_replaced_and_the_rest_stays(tmp_path: Path) -> None:
     docs = module("docs")
     page, results = tmp_path / "page.md", tmp_path / "results.jsonl"
-    page.write_text(f"before\n\n{docs.BEGIN}\nold\n{docs.END}\nafter\n")
+    page.write_text(f"before\n\n{docs.BEGIN}\nstale\n{docs.END}\nafter\n")
     for line in runs(2.0, 1.0):
         for seed in (10, 11):
             with open(results, "a") as file:
@@ -81,6 +81,6 @@ def test_the_tables_of_the_page_are_replaced_and_the_rest_stays(tmp_path: Path) 
     for _ in range(2):  # the same again
         assert docs.main(page, results) == 0
         text = page.read_text()
-        assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text and "r1_kl" in text
+        assert text.startswith("before\n") and text.endswith("\nafter\n") and "stale" not in text and "r1_kl" in text
     page.write_text("no place")
     assert docs.main(page, results) == 2 and page.read_text() == "no place"

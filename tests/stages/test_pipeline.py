@@ -142,7 +142,7 @@ def test_a_finished_run_is_not_redone(finished, capsys: pytest.CaptureFixture[st
     assert again(run_dir) == 0
     out = capsys.readouterr().out
     assert not [line for line in out.splitlines() if line.startswith("== ")]
-    assert "Stable steps" in out
+    assert "report: " in out
     assert {p: p.stat().st_mtime_ns for p in run_dir.rglob("*.distcp")} == models
 
 
@@ -156,7 +156,7 @@ def test_another_configuration_is_refused(finished, capsys: pytest.CaptureFixtur
 def test_workers_that_were_stopped_and_went_on_leave_what_one_process_leaves(tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     out, err = start(one, "pipeline.jobs=1").communicate(timeout=450)
-    assert "Stable steps" in out, err[-3000:]
+    assert "report: " in out, err[-3000:]
     process = start(two, "pipeline.jobs=2")
     wait_for(process, two, "round_0/attack/direction_2_policy_1")
     workers = psutil.Process(process.pid).children()
@@ -166,7 +166,7 @@ def test_workers_that_were_stopped_and_went_on_leave_what_one_process_leaves(tmp
     assert len(workers) == 2 and not any(worker.is_running() for worker in workers)
     assert not any(stage["status"] == "complete" for name, stage in stages(two).items() if "rlhf/adv" in name)
     out, err = start(two, "pipeline.jobs=2").communicate(timeout=450)
-    assert out.count("Stable steps") == 1, err[-3000:]
+    assert out.count("report: ") == 1, err[-3000:]
     left = [{p.relative_to(home).as_posix(): p for home in (run,) for p in home.rglob("*")} for run in (one, two)]
     kinds = (".distcp", "samples.jsonl", "reference.jsonl", "pairs.jsonl")
     compared = [name for name in left[0] if name.endswith(kinds)]
