@@ -9,7 +9,7 @@ from typing import Any
 
 from hf_models import tiny_hf
 from hf_tokenizers import CHATML, save_hf
-from tiny import TOKENIZER, tiny_config
+from tiny import TOKENIZER, VOCABULARY, tiny_config
 
 from nemo_advrm.data.messages import Message
 from nemo_advrm.data.tokenizers import Tokenizer
@@ -32,7 +32,7 @@ def save_hf_reward(directory: Path, seed: int = 0, template: str | None = CHATML
 def save_megatron(directory: Path, seed: int = 3, head: str = "reward", meta: Any = None, **model: Any) -> Path:
     """A checkpoint of this package over the synthetic language; Megatron-Core must be running."""
     cfg = tiny_config(**model)
-    built = build_model(cfg.model, cfg.precision, head, 64, seed=seed, trainable=False, head_init_std=0.3)  # type: ignore[arg-type]
+    built = build_model(cfg.model, cfg.precision, head, VOCABULARY, seed=seed, trainable=False, head_init_std=0.3)  # type: ignore[arg-type]
     known = {"tokenizer": TOKENIZER.fingerprint, "tokenizer_spec": "synthetic"}
     checkpoint.save(directory, built, meta=known if meta is None else meta)
     return directory

@@ -147,7 +147,7 @@ def test_a_group_on_the_command_line_leaves_the_stage_settings_beside_it() -> No
 
 def test_other_stage_settings_stay_when_one_is_given_on_the_command_line() -> None:
     cfg = load_config(["experiment=synthetic", "rl.max_steps=7"], "attack")
-    assert (cfg.rl.max_steps, cfg.rl.kl.coefficient, cfg.model.optim.lr) == (7, 0.005, 6.0e-4)
+    assert (cfg.rl.max_steps, cfg.rl.kl.coefficient, cfg.model.optim.lr) == (7, 0.0, 9.0e-4)
 
 
 # Mistakes

@@ -14,6 +14,7 @@ from nemo_advrm.schema import Config, ModelConfig
 from nemo_advrm.synthetic.tokenizer import SyntheticTokenizer
 
 TOKENIZER = SyntheticTokenizer()
+VOCABULARY = TOKENIZER.vocab_size
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     # rotary positions, grouped queries, RMSNorm, gated, tied, no biases

@@ -13,7 +13,7 @@ from conftest import run
 from distributed import Worlds
 from hf_models import ARCHITECTURES
 from safetensors.torch import load_file, save_file
-from tiny import TOKENIZER, sequences, tiny_config
+from tiny import TOKENIZER, VOCABULARY, sequences, tiny_config
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from nemo_advrm.errors import CheckpointError
@@ -226,7 +226,7 @@ def test_a_head_bias_is_dropped_only_when_asked(single: Runtime, saved: Callable
 def test_what_hugging_face_has_no_class_for_is_refused(single: Runtime, tmp_path: Path) -> None:
     cfg = tiny_config("llama")
     for head, outputs, word in (("value", 1, "critic"), ("reward", 3, "3 outputs")):
-        model = build_model(cfg.model, cfg.precision, head, 64, seed=0, trainable=False, head_outputs=outputs)  # type: ignore[arg-type]
+        model = build_model(cfg.model, cfg.precision, head, VOCABULARY, seed=0, trainable=False, head_outputs=outputs)  # type: ignore[arg-type]
         checkpoint.save(tmp_path / head, model)
         with pytest.raises(CheckpointError, match=word):
             run("megatron", tmp_path / head, "hf", tmp_path / "hf")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tiny import TOKENIZER, pairs, responses, rollout_batch, sequences, tiny_config
+from tiny import TOKENIZER, VOCABULARY, pairs, responses, rollout_batch, sequences, tiny_config
 
 from nemo_advrm.megatron import checkpoint, runtime
 from nemo_advrm.megatron.model import MegatronModel, build_model
@@ -45,7 +45,7 @@ def save_initial(path: str) -> None:
     """The checkpoints that every layout starts from: ``path``/{lm, reward, value}."""
     cfg = tiny_config()
     for head in ("lm", "reward", "value"):
-        model = build_model(cfg.model, cfg.precision, head, 64, seed=1, trainable=False, head_init_std=0.2)
+        model = build_model(cfg.model, cfg.precision, head, VOCABULARY, seed=1, trainable=False, head_init_std=0.2)
         checkpoint.save(Path(path) / head, model)
 
 

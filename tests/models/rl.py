@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tiny import TOKENIZER, tiny_config
+from tiny import TOKENIZER, VOCABULARY, tiny_config
 
 from nemo_advrm.megatron import checkpoint, runtime
 from nemo_advrm.megatron.model import build_model
@@ -47,7 +47,7 @@ def policy_config(algorithm: str, **rl: Any) -> Config:
 def save_policy(path: Path) -> str:
     cfg = tiny_config()
     hidden = TOKENIZER.control_ids
-    model = build_model(cfg.model, cfg.precision, "lm", 64, seed=1, trainable=False, hidden_tokens=hidden)
+    model = build_model(cfg.model, cfg.precision, "lm", VOCABULARY, seed=1, trainable=False, hidden_tokens=hidden)
     checkpoint.save(path, model)
     return str(path)
 

@@ -13,7 +13,7 @@ import pytest
 import rl
 import torch
 from distributed import WorkerError, Worlds
-from tiny import TOKENIZER
+from tiny import TOKENIZER, VOCABULARY
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from nemo_advrm.errors import ConfigError, DataError, TrainingDiverged
@@ -193,10 +193,10 @@ def test_the_first_of_several_updates_has_the_gradient_of_a_single_one(initial: 
 def test_a_token_that_has_left_the_bounds_in_the_direction_of_its_advantage_is_not_pushed_further(initial: str) -> None:
     """Of rloo with two updates: by hand, q = 1.5 with A = 1 has no gradient, and with A = -1 that of -A q."""
     module = _learner("rloo", initial, updates_per_rollout=2)
-    logits = torch.zeros(2, 64, requires_grad=True)
+    logits = torch.zeros(2, VOCABULARY, requires_grad=True)
     extra = {
         "targets_N": torch.tensor([5, 5]),
-        "old_log_probs_N": torch.full((2,), -math.log(64 * 1.5)),
+        "old_log_probs_N": torch.full((2,), -math.log(VOCABULARY * 1.5)),
         "advantages_N": torch.tensor([1.0, -1.0]),
     }
     loss, count, sums = module._loss(logits, SimpleNamespace(extra=extra))

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import ARCHITECTURES, TOKENIZER, pairs, sequences, tiny_config
+from tiny import ARCHITECTURES, TOKENIZER, VOCABULARY, pairs, sequences, tiny_config
 
 from nemo_advrm.data.encoding import EncodedPair
 from nemo_advrm.errors import ConfigError
@@ -196,7 +196,7 @@ def test_derived_seeds_are_fixed_and_unrelated() -> None:
 @pytest.fixture(scope="module", params=ARCHITECTURES)
 def scorer(request: pytest.FixtureRequest, single: Runtime) -> MegatronModel:
     cfg = tiny_config(request.param)
-    return build_model(cfg.model, cfg.precision, "reward", 64, seed=3, trainable=False, head_init_std=0.3)
+    return build_model(cfg.model, cfg.precision, "reward", VOCABULARY, seed=3, trainable=False, head_init_std=0.3)
 
 
 def test_a_score_does_not_depend_on_batch_mates_order_or_padding(scorer: MegatronModel) -> None:
@@ -238,5 +238,5 @@ def test_nothing_to_score_gives_no_scores(scorer: MegatronModel) -> None:
 
 def test_a_head_of_several_outputs_gives_one_column_each(single: Runtime) -> None:
     cfg = tiny_config()
-    model = build_model(cfg.model, cfg.precision, "reward", 64, seed=3, trainable=False, head_outputs=3)
+    model = build_model(cfg.model, cfg.precision, "reward", VOCABULARY, seed=3, trainable=False, head_outputs=3)
     assert score_sequences(model, sequences(4), 0).shape == (4, 3)

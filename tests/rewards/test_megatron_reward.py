@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import TOKENIZER, tiny_config
+from tiny import TOKENIZER, VOCABULARY, tiny_config
 
 from nemo_advrm.errors import CheckpointError
 from nemo_advrm.megatron import checkpoint
@@ -24,7 +24,7 @@ from nemo_advrm.rewards.sources import build, parse
 def source(single: Runtime, tmp_path_factory: pytest.TempPathFactory) -> MegatronReward:
     cfg = tiny_config()
     path = tmp_path_factory.mktemp("rm") / "model"
-    model = build_model(cfg.model, cfg.precision, "reward", 64, seed=3, trainable=False, head_init_std=0.3)
+    model = build_model(cfg.model, cfg.precision, "reward", VOCABULARY, seed=3, trainable=False, head_init_std=0.3)
     checkpoint.save(path, model)
     source = build(parse(str(path), "member"), "first", cfg, TOKENIZER)
     assert isinstance(source, MegatronReward)
@@ -63,7 +63,7 @@ def test_a_language_model_is_not_taken_for_a_reward_model(
     source: MegatronReward, tmp_path: Path
 ) -> None:
     cfg = tiny_config()
-    checkpoint.save(tmp_path / "lm", build_model(cfg.model, cfg.precision, "lm", 64, seed=3, trainable=False))
+    checkpoint.save(tmp_path / "lm", build_model(cfg.model, cfg.precision, "lm", VOCABULARY, seed=3, trainable=False))
     with pytest.raises(CheckpointError, match="lm"):
         build(parse(str(tmp_path / "lm"), "member"), "first", cfg, TOKENIZER)
 

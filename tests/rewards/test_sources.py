@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from reward_members import rollouts, save_hf_reward, save_megatron
-from tiny import TOKENIZER, tiny_config
+from tiny import TOKENIZER, VOCABULARY, tiny_config
 
 from nemo_advrm.data.tokenizers import ByteTokenizer
 from nemo_advrm.errors import CheckpointError, ConfigError, LayoutError
@@ -158,7 +158,7 @@ def test_scoring_stages_take_the_first_checkpoints_architecture(checkpoints: dic
 def test_a_regression_models_outputs_are_weighed(single: Runtime, tmp_path: Path) -> None:
     cfg = tiny_config(num_layers=1)
     built = build_model(
-        cfg.model, cfg.precision, "reward", 64, seed=3, trainable=False, head_outputs=2, head_init_std=0.3
+        cfg.model, cfg.precision, "reward", VOCABULARY, seed=3, trainable=False, head_outputs=2, head_init_std=0.3
     )
     path = tmp_path / "rm"
     checkpoint.save(path, built, meta={"tokenizer": TOKENIZER.fingerprint, "tokenizer_spec": "synthetic"})

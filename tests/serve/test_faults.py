@@ -57,7 +57,7 @@ def _refused(answer: httpx.Response, status: int, words: str) -> None:
         (b'{"samples": [{"text": NaN}]}', 422, "text"),
         (b'{"samples": [{"text": "\\ud83d"}]}', 400, "not JSON"),
         (b'{"samples": [{"text": "klingon"}]}', 422, "sample 0: word 1 of 'klingon'"),
-        (b'{"samples": [{"tokens": [64]}]}', 422, "outside the vocabulary of 64"),
+        (b'{"samples": [{"tokens": [104]}]}', 422, "outside the vocabulary of 104"),
         (b'{"samples": [{"tokens": [-1]}]}', 422, "tokens"),
         (b'{"samples": [{"tokens": [1e9]}]}', 422, "tokens"),
         (b'{"samples": [{"tokens": [%s]}]}' % (b"9" * 5000), 400, "not JSON: number out of range"),

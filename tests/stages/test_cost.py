@@ -13,7 +13,7 @@ from nemo_advrm.megatron.runtime import Layout, Runtime
 from nemo_advrm.stages import cost
 
 # queries and output 2 * 32 * 32, keys and values 2 * 32 * 16, gated MLP 3 * 32 * 48
-WEIGHTS, LAYERS, QUERY, HIDDEN, VOCABULARY = 7680, 4, 32, 32, 64
+WEIGHTS, LAYERS, QUERY, HIDDEN, VOCABULARY = 7680, 4, 32, 32, 104
 
 
 def _forward(rows: int, length: int) -> float:
