@@ -37,7 +37,7 @@ run: setup
 	$(BIN)/nemo-advrm pipeline experiment=synthetic $(ARGS)
 
 study: setup
-	$(BIN)/python benchmarks/study/run.py $(if $(SEEDS),--seeds $(SEEDS)) $(ARGS)
+	$(BIN)/python benchmarks/study/run.py $(if $(EXPERIMENT),--experiment $(EXPERIMENT)) $(if $(SEEDS),--seeds $(SEEDS)) $(ARGS)
 
 study-docs: setup
 	$(BIN)/python benchmarks/study/docs.py

@@ -403,7 +403,7 @@ class SyntheticConfig:
     validation_pairs: int = 1000  # labelled by gold
     prompts: int = 4096
     flip_probability: float = 0.03  # of a label
-    min_margin: float = 1.0  # gold units; annotators leave out pairs that are nearer to each other
+    min_margin: float = 1.5  # gold units; annotators leave out pairs that are nearer to each other
     other_prompt: float = 0.3  # share of the pairs whose second response answers another prompt
     other_topic: float = 0.25  # share of the pairs whose second response is the first one with a topic replaced
     gross_faults: float = 0.2  # share of the responses with repetitions or random words
