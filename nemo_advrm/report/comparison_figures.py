@@ -36,7 +36,7 @@ def draw_differences(summary: dict[str, Any]) -> Figure | None:
         axes.set_yticks(range(len(keys[kind])), [reward_name(arm) for _, arm in keys[kind]])
         axes.set_ylim(len(keys[kind]) - 0.45, -0.55)
         axes.grid(axis="y", visible=False)
-        axes.set_xlabel(f"{_KINDS[kind]},\nless that of the plain reward model (gold units)")
+        axes.set_xlabel(f"{_KINDS[kind]},\nless the plain reward model's")
     figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=3)
     return figure
 

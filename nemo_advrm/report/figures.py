@@ -117,7 +117,7 @@ def _accuracy(run: Run, summary: Summary) -> Figure | None:
     axes.margins(x=0.12)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.set_ylabel("accuracy on clean pairs")
-    axes.legend(loc="upper right")
+    figure.legend(loc="outside upper center", ncols=3)
     return figure
 
 

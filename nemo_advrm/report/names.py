@@ -8,20 +8,33 @@ REWARD_NAMES = {
     "r1": "Plain reward model",
     "ensemble_mean": "Ensemble mean",
     "lcb": "Ensemble lower bound (LCB)",
+    "ensemble_min": "Ensemble minimum",
     "adv_rm": "Hardened reward model (Adv-RM)",
+    "adv_rm_twice": "Hardened, two rounds",
+    "hybrid": "Hybrid reward model",
+    "hybrid_hardened": "Hybrid, hardened",
+    "steps": "Equal steps without pairs",
+    "random": "As many random pairs",
+    "overoptimised": "Over-optimisation pairs",
+    "mixed": "Hardened against a hybrid",
 }
+# of the penalty of an arm, by the end of its name
+KL_NAMES = {"no_kl": "no KL penalty", "kl": "more KL", "middle_kl": "middle KL", "high_kl": "high KL"}
 ABSENT = "–"
 
 
 def reward_name(name: str) -> str:
     """The reader's name of an RLHF run; an unknown one keeps its own name."""
+    match = re.fullmatch(r"(.+?)_((?:no_|middle_|high_)?kl)", name)
+    if match and match[1] in REWARD_NAMES:
+        return f"{REWARD_NAMES[match[1]]}, {KL_NAMES[match[2]]}"
     return REWARD_NAMES.get(name, name)
 
 
 def stage_name(stage: str) -> str:
     """`round_1/rm_2` -> `Round 1: reward model 2`; anything unknown keeps its own name."""
-    if stage == "sft":
-        return "Supervised fine-tuning (SFT)"
+    if match := re.fullmatch(r"sft(?:_(\d+))?", stage):
+        return "Supervised fine-tuning (SFT)" + (f", trunk of reward model {match[1]}" if match[1] else "")
     if stage == "preferences":
         return "Labelled preference pairs"
     if match := re.fullmatch(r"rlhf/([^/]+)(?:/seed_(\d+))?", stage):
@@ -30,6 +43,8 @@ def stage_name(stage: str) -> str:
         return f"Best of n: {'samples' if match[1] == 'samples' else reward_name(match[1])}"
     if match := re.fullmatch(r"round_(\d+)/rm_(\d+)", stage):
         return f"Round {match[1]}: reward model {match[2]}"
+    if match := re.fullmatch(r"round_(\d+)/attack/direction_(\d+)_policy_(\d+)", stage):
+        return f"Round {match[1]}: adversary {match[3]} on reward model {match[2]}"
     if match := re.fullmatch(r"round_(\d+)/(\w+)", stage):
         words = {"reference": "reference samples", "select": "selection of pairs"}
         return f"Round {match[1]}: {words.get(match[2], match[2])}"
