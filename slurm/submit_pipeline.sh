@@ -4,9 +4,10 @@
 #   slurm/submit_pipeline.sh run_dir=DIR SETTING...
 #
 # Run it again at any time: complete stages are not submitted again, waiting and running ones are not doubled, failed ones
-# are submitted anew. Nodes of each kind of stage: ADVRM_NODES_SFT, _TRAIN_RM, _ATTACK, _RLHF, _REFERENCE, _PREFERENCES
-# (ADVRM_NODES for all of them; select and report take one process). Further options of sbatch: ADVRM_SBATCH. Where jobs
-# run in a container, ADVRM_LOGIN_COMMAND names a nemo-advrm that runs here; it only lists the stages.
+# are submitted anew. Nodes of each kind of stage: ADVRM_NODES_SFT, _TRAIN_RM, _ATTACK, _RLHF, _REFERENCE, _PREFERENCES,
+# _SAMPLES, _BEST_OF_N, _ROOM (ADVRM_NODES for all of them; join, select, random and report take one process). Further
+# options of sbatch: ADVRM_SBATCH. Where jobs run in a container, ADVRM_LOGIN_COMMAND names a nemo-advrm that runs here; it
+# only lists the stages.
 set -euo pipefail
 
 scripts=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -56,7 +57,7 @@ while IFS=$'\t' read -r stage kind status after; do
         fi
         ((${#needed[@]} == 0)) || options+=(--dependency="afterok:$(IFS=:; echo "${needed[*]}")")
         tasks=${ADVRM_TASKS_PER_NODE:-}
-        if [[ $kind == select || $kind == report ]]; then
+        if [[ $kind =~ ^(join|select|random|report)$ ]]; then
             options+=(--nodes=1)
             tasks=1
         fi

@@ -86,15 +86,15 @@ def test_returns_objects_of_the_schema_with_resolved_interpolations() -> None:
 @pytest.mark.parametrize("override", ["pipeline.rlhf.low.reward=hardened", "pipeline.rlhf={low: {reward: hardened}}"])
 def test_an_rlhf_run_can_be_added_key_by_key(override: str) -> None:
     runs = load_config(["experiment=synthetic", override]).pipeline.rlhf
-    assert list(runs) == ["r1", "ensemble_mean", "lcb", "adv_rm", "low"]
+    assert list(runs) == ["r1", "r1_kl", "adv_rm", "hybrid", "low"]
     assert runs["low"] == RLHFRunConfig(reward="hardened")
 
 
 def test_an_rlhf_run_can_be_removed() -> None:
-    assert list(load_config(["experiment=synthetic", "~pipeline.rlhf.lcb"]).pipeline.rlhf) == [
+    assert list(load_config(["experiment=synthetic", "~pipeline.rlhf.r1_kl"]).pipeline.rlhf) == [
         "r1",
-        "ensemble_mean",
         "adv_rm",
+        "hybrid",
     ]
 
 
@@ -107,9 +107,9 @@ def test_group_option_on_the_command_line_beats_the_experiment() -> None:
 
 def test_stage_settings_count_over_the_root_only_in_their_stage() -> None:
     root = load_config(["experiment=synthetic"])
-    assert root.model.hidden_dropout == 0.0
-    assert load_config(["experiment=synthetic"], "train_rm").model.hidden_dropout == 0.1
-    assert load_config(["experiment=synthetic"], "rlhf").model.hidden_dropout == 0.0
+    assert root.model.optim.lr == 1.0e-3
+    assert load_config(["experiment=synthetic"], "train_rm").model.optim.lr == 2.0e-3
+    assert load_config(["experiment=synthetic"], "evaluate").model.optim.lr == 1.0e-3
     assert for_stage(root, "train_rm") == load_config(["experiment=synthetic"], "train_rm")
 
 
@@ -122,7 +122,7 @@ def test_stage_settings_are_laid_over_once() -> None:
 def test_stage_without_a_section_keeps_all_of_them() -> None:
     cfg = load_config(["experiment=synthetic"], "pipeline")
     assert cfg == load_config(["experiment=synthetic"])
-    assert cfg.stage.rlhf["rl"]["max_steps"] == 120
+    assert cfg.stage.rlhf["rl"]["max_steps"] == 150
 
 
 @pytest.mark.parametrize("override", ["rl.max_steps=7", "+rl.max_steps=7", "++rl.max_steps=7", "rl={max_steps: 7}"])

@@ -14,7 +14,7 @@ import checkpoint_jobs
 import pytest
 import torch
 from distributed import Worlds
-from tiny import tiny_config
+from tiny import VOCABULARY, tiny_config
 
 from nemo_advrm.errors import CheckpointError
 from nemo_advrm.megatron import checkpoint
@@ -24,7 +24,7 @@ from nemo_advrm.megatron.runtime import Layout, Runtime
 
 def _build(head: str = "reward", seed: int = 1, **model: Any) -> MegatronModel:
     cfg = tiny_config("gpt", **model)
-    return build_model(cfg.model, cfg.precision, head, 64, seed=seed, trainable=False)  # type: ignore[arg-type]
+    return build_model(cfg.model, cfg.precision, head, VOCABULARY, seed=seed, trainable=False)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
@@ -245,7 +245,7 @@ def test_a_new_head_may_have_a_bias_that_the_language_model_had_no_use_for(singl
 
 
 def test_another_vocabulary_is_refused(saved: Path) -> None:
-    with pytest.raises(CheckpointError, match="vocabulary has 64 entries in the checkpoint and 72"):
+    with pytest.raises(CheckpointError, match="vocabulary has 104 entries in the checkpoint and 72"):
         checkpoint.load(saved, _build(vocab_size=70))
 
 

@@ -26,12 +26,17 @@ SMALL = [
     "synthetic.validation_pairs=20",
     "reference.num_prompts=16",
     "reference.samples_per_prompt=3",
-    "adversarial.policies=1",
     "adversarial.directions=[1]",
+    "adversarial.held_out_prompts=0",
+    "rl.held_out_prompts=0",
+    "reward_model.reference_features=[]",
+    "ensemble.own_trunk=false",
     "pipeline.rounds=0",
-    "~pipeline.rlhf.ensemble_mean",
-    "~pipeline.rlhf.lcb",
+    "pipeline.best_of_n=false",
+    "pipeline.room=",
+    "~pipeline.rlhf.r1_kl",
     "~pipeline.rlhf.adv_rm",
+    "~pipeline.rlhf.hybrid",
 ]
 
 

@@ -32,7 +32,13 @@ SMALL = [
     "reference.num_prompts=32",
     "reference.samples_per_prompt=3",
     "selection.threshold_z=0.5",
-    "pipeline.rounds=1",
+    "selection.null_ratio=0",
+    "selection.last_fraction=1",
+    "augmentation.warm_steps=4",
+    "adversarial.held_out_prompts=8",
+    "rl.held_out_prompts=8",
+    "best_of_n.prompts=8",
+    "best_of_n.samples=8",
 ]
 
 
@@ -83,7 +89,7 @@ def test_the_restart_begins_at_the_first_incomplete_stage(finished) -> None:
     assert sorted(begun) == sorted(now.keys() - {n for n, s in at_kill.items() if s["status"] == "complete"})
     assert begun[:1] == [FIRST_ATTACK] or begun[1] == FIRST_ATTACK  # the workers take the first two that are ready
     complete = {name for name, stage in at_kill.items() if stage["status"] == "complete"}
-    assert {"sft", "preferences", "round_0/rm_1", "round_0/rm_2", "round_0/reference"} == complete
+    assert {"sft", "sft_2", "preferences", "round_0/rm_1", "round_0/rm_2", "round_0/reference"} == complete
     assert all(now[name] == at_kill[name] for name in complete)
     assert all(stage["status"] == "complete" for stage in now.values())
 
@@ -97,7 +103,7 @@ def test_every_stage_left_its_files(finished) -> None:
         assert set(json.loads((home / "attack" / "summary.json").read_text())["directions"]) == {"1", "2"}
     pairs = [json.loads(line) for line in (run_dir / "round_0" / "pairs.jsonl").read_text().splitlines()]
     assert pairs and {"round", "step", "scores", "z", "policy_checkpoint"} <= set(pairs[0]["provenance"])
-    for name in ("r1", "ensemble_mean", "lcb", "adv_rm"):
+    for name in ("r1", "r1_kl", "adv_rm", "hybrid"):
         rows = [json.loads(line) for line in (run_dir / "rlhf" / name / "metrics.jsonl").read_text().splitlines()]
         assert [row["step"] for row in rows] == [0, 1, 2]
         needed = {"proxy", "gold", "kl", "entropy", "approx_kl", "clipfrac", "samples_per_second", "grad_norm"}
@@ -117,7 +123,7 @@ def test_every_rlhf_run_starts_from_the_same_policy_and_prompts(finished) -> Non
 def test_the_report_is_written_and_its_table_printed(finished) -> None:
     run_dir, _, out = finished
     summary = json.loads((run_dir / "report" / "summary.json").read_text())
-    assert set(summary["rlhf"]) == {"r1", "ensemble_mean", "lcb", "adv_rm"}
+    assert set(summary["rlhf"]) == {"r1", "r1_kl", "adv_rm", "hybrid"}
     assert (run_dir / "report" / "index.html").stat().st_size > 10_000
     assert list((run_dir / "report").glob("*.png"))
     assert "Area" in out and "Wall-clock" in out
