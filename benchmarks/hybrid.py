@@ -125,12 +125,16 @@ def rows_of(seed: int, scores: dict[str, Tensor], features: dict[str, Tensor], l
     return lines
 
 
+def rounded(line: dict) -> dict:
+    return {key: round(value, 4) if isinstance(value, float) else value for key, value in line.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--policy", required=True, help="checkpoint of SmolLM2, see docs/smollm2.md")
     parser.add_argument("--data", nargs="+", required=True, help="preference files")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1], help="none: the features alone")
     parser.add_argument("--max-tokens", type=int, default=96)
     for name, default in (("train", 64), ("fit", 100), ("test", 100), ("prompts", 2)):
         parser.add_argument(f"--{name}", type=int, default=default)
@@ -158,10 +162,13 @@ def main() -> None:
     lengths = [len(tokenizer.encode(text)) for text in tested]
     longer = torch.tensor([float(n) for n in lengths])
     print(f"the longer response is the chosen one: {accuracy(longer):.3f}", flush=True)
+    nothing = {name: torch.zeros(len(values)) for name, values in features.items()}
+    for line in rows_of(-1, nothing, features, lengths)[1:]:
+        print(json.dumps(rounded({**line, "seed": None, "arm": line["arm"].removeprefix("+ ") + " alone"})), flush=True)
     for seed in options.seeds:
         scores = plain_scores(replace(cfg, seed=seed), tokenizer, options.policy, parts, seed, options.out)
         for line in rows_of(seed, scores, features, lengths):
-            print(json.dumps({key: round(v, 4) if isinstance(v, float) else v for key, v in line.items()}), flush=True)
+            print(json.dumps(rounded(line)), flush=True)
 
 
 if __name__ == "__main__":

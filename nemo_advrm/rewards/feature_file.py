@@ -39,6 +39,16 @@ class FeatureWeights:
     prompts: tuple[tuple[Message, ...], ...]
     pairs: int
 
+    def warnings(self) -> list[str]:
+        """What is said of weights that do not make the reward that was meant."""
+        counts = {"prompt_gain": "responses that fit other prompts as well", "reward": "what the reward model dislikes"}
+        return [
+            f"warning: the fitted weight of {name} is {weight:.3g}: in the {self.pairs} pairs it was fitted on, people "
+            f"rather preferred {counts[name]}, and so does the hybrid reward"
+            for name, weight in zip(("reward", *self.names), self.weights, strict=True)
+            if name in counts and weight < 0
+        ]
+
     def write(self, model: Path) -> None:
         """Store in the directory of a reward model, whose manifest lists the file then; this rank alone."""
         policy = Path(self.policy).absolute()

@@ -229,7 +229,11 @@ def _fit_features(module: RewardModel, data: EncodedPreferences, policy: str) ->
     if not cfg.reward_model.reference_features:
         return None
     member = MegatronReward("the trained model", module.model, module.tokenizer)
-    return fit_features(cfg, member, data.held_out, data.prompts, policy)
+    hybrid = fit_features(cfg, member, data.held_out, data.prompts, policy)
+    if runtime.current().is_writer:
+        for line in hybrid.weights.warnings():
+            print(line, flush=True)
+    return hybrid
 
 
 def _hybrid_metrics(hybrid: HybridReward, data: EncodedPreferences, cfg: Config) -> dict[str, float]:

@@ -225,6 +225,19 @@ def test_weights_whose_content_changed_without_their_list_are_found(home: Path, 
         build(spec, "R_1", tiny_config(), TOKENIZER)
 
 
+def test_weights_that_count_against_the_prompt_or_the_reward_model_are_warned_of() -> None:
+    def told(*weights: float) -> list[str]:
+        return FeatureWeights(BOTH, weights, "policy", "", OTHERS, 80).warnings()
+
+    assert told(0.5, -0.1, 2.0) == []  # a negative log_prob is a matter of taste
+    (line,) = told(0.5, 0.1, -0.02)
+    assert line.startswith("warning: the fitted weight of prompt_gain is -0.02: in the 80 pairs")
+    assert [line.split(" is ")[0] for line in told(-1.0, 0.1, -2.0)] == [
+        "warning: the fitted weight of reward",
+        "warning: the fitted weight of prompt_gain",
+    ]
+
+
 def test_a_run_that_is_moved_as_a_whole_keeps_its_policy(single: Runtime, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     policy = save_megatron(tmp_path / "run" / "sft" / "model", seed=5, head="lm")
