@@ -25,8 +25,9 @@ _LONE_SURROGATES = "backslashreplace"
 MAX_LINE_BYTES = 64 << 20
 MAX_SKIPPED_BYTES = 1 << 30  # of a line that is too long, before its file is given up
 MAX_ARRAY_BYTES = 2 << 30  # of a file that is one JSON array, often in one line
-# Preference data packs to between a half and a twentieth of its size, logs that repeat themselves to a fiftieth; gzip
-# reaches a thousandth only where one line is written over and over. Files that unpack to little may do so.
+# Measured, size of the rows by that of the file: 4.4 with gzip and 3.9 in parquet with zstd for 2,312 pairs of hh-rlhf,
+# 4.2 and 3.6 for 100 of HelpSteer2; 36 and 46 for 100,000 rows that differ in a number alone. gzip reaches 1,000 only
+# where one line is written over and over. Files that unpack to little may do so.
 MAX_RATIO = 100
 MIN_UNPACKED_BYTES = 64 << 20
 _CHUNK = 1 << 16

@@ -20,7 +20,6 @@ from nemo_advrm.place import one_line
 MAX_BATCH_BYTES = 64 << 20  # made into Python values at once; one row may have MAX_LINE_BYTES
 MAX_TYPE_DEPTH = 200  # of a column's type: twice that of a row; the library recurses into it
 BATCH_ROWS = 256
-_MIN_BATCH_ROWS = 16  # single rows take the library longer than their decoding
 _ROW_BYTES, _VALUE_BYTES = 64, 8  # the least that a row and a value cost in Python
 _TOO_LONG = object()
 
@@ -181,7 +180,8 @@ def _parquet_batches(path: Path) -> Iterator[Any]:
     size = path.stat().st_size
     most, rows, unpacked = most_unpacked(size), 0, 0
     with parquet.ParquetFile(path) as file:
-        metadata, repeated = file.metadata, 1
+        metadata = file.metadata
+        texts = {leaf.path for leaf in _leaves(file.schema) if leaf.physical_type == "BYTE_ARRAY"}
         for group in map(metadata.row_group, range(metadata.num_row_groups)):
             rows += group.num_rows
             for column in map(group.column, range(group.num_columns)):
@@ -189,15 +189,19 @@ def _parquet_batches(path: Path) -> Iterator[Any]:
                 if min(claims) < 0:
                     raise ValueError("a size in its metadata is negative")
                 unpacked += max(column.total_uncompressed_size, _VALUE_BYTES * column.num_values)
-                if column.has_dictionary_page:
-                    repeated = max(repeated, column.total_uncompressed_size)
+                if any(encoding.startswith("DELTA") for encoding in column.encodings):  # read as they are only
+                    texts.discard(column.path_in_schema)
         if rows != metadata.num_rows:
             raise ValueError(f"it claims {metadata.num_rows} rows, its row groups {rows}")
         if unpacked + _ROW_BYTES * rows > most:
             raise _too_large(str(path), most)
-        # Every row may repeat the longest text of a dictionary.
-        at_once = max(_MIN_BATCH_ROWS, min(BATCH_ROWS, MAX_BATCH_BYTES // repeated))
-        yield from file.iter_batches(batch_size=at_once, use_threads=False)
+    # A text that a dictionary of the file repeats is one value in memory too, until the batch is counted.
+    with parquet.ParquetFile(path, read_dictionary=sorted(texts)) as file:
+        yield from file.iter_batches(batch_size=BATCH_ROWS, use_threads=False)
+
+
+def _leaves(schema: Any) -> list[Any]:
+    return [schema.column(index) for index in range(len(schema))]
 
 
 def _arrow_batches(path: Path) -> Iterator[Any]:

@@ -127,6 +127,34 @@ def test_rows_that_take_nothing_in_the_file_are_counted(
         rows_of(path)
 
 
+@pytest.mark.parametrize("shape", ("text", "list", "messages", "map"))
+def test_a_text_that_a_dictionary_repeats_is_counted_before_it_is_unpacked(tmp_path: Path, shape: str) -> None:
+    length, count = 1_000_000, 500  # half a gigabyte in a file of a megabyte at most
+    indices, dictionary = pyarrow.array([0] * count, pyarrow.int32()), pyarrow.array(["x" * length])
+    texts = pyarrow.DictionaryArray.from_arrays(indices, dictionary)
+    messages = pyarrow.StructArray.from_arrays([texts], ["content"])
+    columns = {
+        "text": texts,
+        "list": pyarrow.ListArray.from_arrays([0, count], texts),
+        "messages": pyarrow.ListArray.from_arrays([0, count], messages),
+        "map": pyarrow.MapArray.from_arrays([0, count], pyarrow.array(range(count)), texts),
+    }
+    path = write(tmp_path, pyarrow.table({"a": columns[shape]}), "parquet", store_schema=False)
+    before = pyarrow.default_memory_pool()
+    pool = pyarrow.proxy_memory_pool(before)
+    pyarrow.set_memory_pool(pool)
+    try:
+        if shape == "text":
+            with pytest.raises(DataError, match=r"rows\.parquet: unpacks to more than"):
+                rows_of(path)
+        else:
+            (row,) = rows_of(path)
+            assert isinstance(row, jsonl.BadRow) and row.reason == "too_long"
+    finally:
+        pyarrow.set_memory_pool(before)
+    assert 0 < pool.max_memory() < 20 * length
+
+
 def test_a_single_row_of_a_million_nulls_is_never_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jsonl, "MAX_LINE_BYTES", 10_000)
     monkeypatch.setattr(tables, "MAX_BATCH_BYTES", 10_000)
