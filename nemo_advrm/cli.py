@@ -22,7 +22,7 @@ from nemo_advrm.errors import (
     RewardSourceError,
     UserError,
 )
-from nemo_advrm.place import host_name, place, worker
+from nemo_advrm.place import host_name, place, printable, worker
 
 _SINGLE_PROCESS = ("report", "doctor", "select", "stages", "plan")
 # stages that stop at a signal where they can go on; the others, of which a half is worth nothing, end at once
@@ -290,10 +290,10 @@ def guarded(call: Callable[[], int | None]) -> int:
         if isinstance(error, RewardSourceError) and signals.received():  # its server got the signal too
             return _stopped_without_saving(error)
         if here.rank == 0:
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {printable(error)}", file=sys.stderr)
         elif not error.everywhere:
             time.sleep(OTHERS_WAIT)
-            print(f"error (rank {here.rank} on {host_name()}): {error}", file=sys.stderr)
+            print(f"error (rank {here.rank} on {host_name()}): {printable(error)}", file=sys.stderr)
         return EXIT_USER_ERROR
     except Preempted as stop:
         if here.rank == 0:
@@ -316,7 +316,7 @@ def guarded(call: Callable[[], int | None]) -> int:
             return EXIT_USER_ERROR
         if isinstance(error, OSError) and error.errno and error.filename:  # what the system refuses is no bug
             where = "" if here.rank == 0 else f" (rank {here.rank} on {host_name()})"
-            print(f"error{where}: {os.fsdecode(error.filename)}: {error.strerror}", file=sys.stderr)
+            print(f"error{where}: {printable(os.fsdecode(error.filename))}: {error.strerror}", file=sys.stderr)
             return EXIT_USER_ERROR
         stopped = signals.received()  # asked first: a launcher soon ends what is left of a job whose process died
         told = _lost_process(error)

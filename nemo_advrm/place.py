@@ -52,3 +52,8 @@ def one_line(text: object, limit: int = 300) -> str:
     """An error message of a library as one short line."""
     line = " ".join(str(text).split())
     return line if len(line) <= limit else f"{line[: limit - 3]}..."
+
+
+def printable(text: object) -> str:
+    """An error message as it is shown: a name in it that a stranger chose may hold line ends and terminal commands."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))

@@ -204,3 +204,11 @@ def test_a_full_disk_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.guarded(write) == 2
     told = capsys.readouterr().err
     assert told.startswith("error: ") and "No space left on device" in told and told.count("\n") == 1
+
+
+def test_names_that_a_stranger_chose_stay_in_their_line(capsys: pytest.CaptureFixture[str]) -> None:
+    def fail() -> int:
+        raise DataError("a\nb\x1b]0;c\x07 \udcff über.jsonl: damaged")
+
+    assert cli.guarded(fail) == 2
+    assert capsys.readouterr().err == "error: a\\nb\\x1b]0;c\\x07 \\udcff über.jsonl: damaged\n"

@@ -46,7 +46,7 @@ class StrictConnection(h11.Connection):
                 self._chunks = self._bytes = 0
                 if event.http_version not in (b"1.0", b"1.1"):
                     raise h11.RemoteProtocolError("only HTTP/1.1 is spoken here")
-                _check_headers(event.headers)
+                _check_headers(event.headers, event.http_version)
             elif isinstance(event, h11.Data):
                 self._check_chunk(event)
         except h11.RemoteProtocolError as error:
@@ -61,12 +61,14 @@ class StrictConnection(h11.Connection):
             raise h11.RemoteProtocolError(f"the body comes in chunks of less than {_CHUNK_BYTES} bytes")
 
 
-def _check_headers(headers: Any) -> None:
+def _check_headers(headers: Any, version: bytes) -> None:
     names = [name for name, _ in headers]
     if len(names) > _HEADERS:
         raise h11.RemoteProtocolError(f"the request has more than {_HEADERS} headers", error_status_hint=431)
     if b"content-length" in names and b"transfer-encoding" in names:
         raise h11.RemoteProtocolError("Content-Length and Transfer-Encoding exclude each other")
+    if b"transfer-encoding" in names and version == b"1.0":  # a proxy of that version would read another body
+        raise h11.RemoteProtocolError("HTTP/1.0 has no Transfer-Encoding")
     doubled = next((name for name in names if name in _SINGLE and names.count(name) > 1), None)
     if doubled is not None:
         raise h11.RemoteProtocolError(f"the header {doubled.decode()} is given twice")

@@ -107,8 +107,10 @@ def drop_training_checkpoints(directory: Path) -> None:
 
 
 def read_result(directory: Path, *keys: str) -> dict[str, float] | None:
-    """The metrics of a finished training, ``keys`` among them, None while it is not; see results.finished."""
-    found = results.finished(directory, "result.json", keys, results.wrong_metrics)
+    """The metrics of a finished training, finite ``keys`` among them, None while it is not; see results.finished."""
+    found = results.finished(
+        directory, "result.json", keys, lambda metrics: results.wrong_metrics(metrics, finite=keys)
+    )
     if found is not None:
         drop_training_checkpoints(directory)  # a kill may have come before
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,11 @@ def read_object(path: Path, keys: tuple[str, ...], cure: str, wrong: Check | Non
     return value  # type: ignore[no-any-return]
 
 
-def wrong_metrics(metrics: dict[str, Any]) -> str:
-    """What is wrong with the metrics of a training: all are numbers."""
-    wrong = [key for key, value in metrics.items() if type(value) not in (int, float)]
-    return f"{wrong[0][:40]!r} is no number" if wrong else ""
+def wrong_metrics(metrics: dict[str, Any], finite: tuple[str, ...] = ()) -> str:
+    """What is wrong with the metrics of a training: all are numbers, ``finite`` ones none that a training refuses."""
+    for key, value in metrics.items():
+        if type(value) not in (int, float):
+            return f"{key[:40]!r} is no number"
+        if key in finite and not -math.inf < value < math.inf:
+            return f"{key!r} is not finite"
+    return ""

@@ -183,6 +183,11 @@ AUTH = "Authorization: Bearer secret"
         (request(BODY, AUTH, "Content-Length: 9999999999999999"), 413, "larger than"),
         (request(BODY, AUTH, "Transfer-Encoding: gzip, chunked"), 400, "Transfer-Encoding"),
         (request(BODY, AUTH, "Transfer-Encoding: chunked", "Transfer-Encoding: chunked"), 400, "Transfer-Encoding"),
+        (
+            request(b"2\r\n{}\r\n0\r\n\r\n", AUTH, "Transfer-Encoding: chunked").replace(b"HTTP/1.1", b"HTTP/1.0", 1),
+            400,
+            "HTTP/1.0 has no Transfer-Encoding",
+        ),
         (request(b"zz\r\n", AUTH, "Transfer-Encoding: chunked"), 400, "chunk"),
         (request(b"f" * 30 + b"\r\n", AUTH, "Transfer-Encoding: chunked"), 400, "chunk"),
         (request(b"2\r\nabcd\r\n", AUTH, "Transfer-Encoding: chunked"), 400, ""),

@@ -19,6 +19,7 @@ from nemo_advrm.megatron import manifest
 from nemo_advrm.rewards.reference import Reference
 from nemo_advrm.stages import artefacts, attack_summary, order, results, select
 from nemo_advrm.stages.attack_summary import check_samples
+from nemo_advrm.stages.fit import read_result
 from nemo_advrm.stages.order import Step
 from nemo_advrm.stages.state import RunState
 
@@ -50,6 +51,37 @@ def test_a_mark_that_cannot_be_read_names_the_file_and_the_cure(tmp_path: Path, 
     with pytest.raises(DataError, match=rf"^{run}/result.json cannot be read \(.+\): restore it, or remove {run}") as e:
         results.finished(run, "result.json", ("train/loss",))
     assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("key", ["train/loss", "tokens"])
+@pytest.mark.parametrize("value", ["x", None, True, [1], {"a": 1}, float("nan"), float("inf")])
+def test_metrics_that_are_no_numbers_are_no_result(tmp_path: Path, key: str, value: Any) -> None:
+    run = finish(tmp_path / "run")
+    (run / "result.json").write_text(json.dumps({"train/loss": 0.5, "tokens": 3.0, key: value}))
+    if key == "tokens" and isinstance(value, float):  # nothing is judged by it
+        assert read_result(run, "train/loss") is not None
+        return
+    with pytest.raises(DataError, match=rf"result\.json cannot be read \('{key}' is .+\): restore it, or remove {run}"):
+        read_result(run, "train/loss")
+
+
+@pytest.mark.parametrize("value", [3, [1], None, {}, {"a": 3}, {"a": {}}])
+def test_a_manifest_that_lists_nothing_is_none(tmp_path: Path, value: Any) -> None:
+    run = finish(tmp_path / "run")
+    (run / "manifest.json").write_text(json.dumps({"files": value}))
+    with pytest.raises(DataError, match=r"manifest\.json is no manifest: restore it, or remove"):
+        results.finished(run, "result.json")
+
+
+@pytest.mark.parametrize("key", ["size", "sha256"])
+@pytest.mark.parametrize("value", ["x", None, True, [1], {"a": 1}, -1, 1.5])
+def test_entries_of_a_manifest_have_types(tmp_path: Path, key: str, value: Any) -> None:
+    run = finish(tmp_path / "run")
+    files = json.loads((run / "manifest.json").read_text())["files"]
+    files["metrics.jsonl"][key] = value
+    (run / "manifest.json").write_text(json.dumps({"files": files}))
+    with pytest.raises(DataError, match=r"manifest\.json is no manifest: restore it, or"):
+        results.finished(run, "result.json")
 
 
 @pytest.mark.parametrize(
