@@ -300,6 +300,17 @@ def samples_prompts(cfg: Config) -> bool:
     return cfg.pipeline.gold == "synthetic" and not cfg.data.prompts_path and not cfg.data.train_path
 
 
+def check_held_out(cfg: Config, key: str, count: int) -> None:
+    """Raise :class:`ConfigError` when held-out prompts are asked for by ``key`` and there is nowhere to take them from.
+
+    Of the stages that use them: settings of other stages do no harm.
+    """
+    if count and not cfg.data.held_out_prompts_path and not samples_prompts(cfg):
+        raise ConfigError(
+            f"{key}={count}: needs data.held_out_prompts_path, a file of prompts that training does not have"
+        )
+
+
 def check_values(cfg: Config) -> None:
     """Raise :class:`ConfigError` that names the key when a value is not one of its choices or out of its range."""
     for pattern, options in CHOICES.items():
@@ -315,14 +326,6 @@ def check_values(cfg: Config) -> None:
     _check_architecture(cfg.model)
     _check_features(cfg)
     _check_scoring_is_no_hang(cfg)
-    for key, count in (
-        ("rl.held_out_prompts", cfg.rl.held_out_prompts),
-        ("adversarial.held_out_prompts", cfg.adversarial.held_out_prompts),
-    ):
-        if count and not cfg.data.held_out_prompts_path and not samples_prompts(cfg):
-            raise ConfigError(
-                f"{key}={count}: needs data.held_out_prompts_path, a file of prompts that training does not have"
-            )
     if len(cfg.model.optim.betas) != 2:
         raise ConfigError(f"model.optim.betas={cfg.model.optim.betas}: must be two numbers")
     if cfg.rl.algorithm in ("rloo", "grpo") and cfg.rl.group_size < 2:

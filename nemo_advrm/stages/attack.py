@@ -11,6 +11,7 @@ from lightning.pytorch import Callback
 
 from nemo_advrm.callbacks.finds import EnoughFinds
 from nemo_advrm.callbacks.rollouts import TrajectoryRecorder
+from nemo_advrm.checks import check_held_out
 from nemo_advrm.data.jsonl import read_jsonl, write_jsonl_atomic
 from nemo_advrm.data.messages import Message
 from nemo_advrm.data.tokenizers import Tokenizer, build_tokenizer
@@ -42,6 +43,7 @@ def main(cfg: Config) -> int:
     if not cfg.pretrained_checkpoint.restore_from_path:
         raise ConfigError("pretrained_checkpoint.restore_from_path is not set: name the policy the attack starts from")
     check_directions(cfg, len(cfg.ensemble.members))
+    check_held_out(cfg, "adversarial.held_out_prompts", cfg.adversarial.held_out_prompts)
     session.start(cfg)
     directory = Path(cfg.run_dir)
     tokenizer = build_tokenizer(cfg.model.tokenizer)

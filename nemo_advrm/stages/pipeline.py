@@ -12,6 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from nemo_advrm import writers
+from nemo_advrm.checks import check_held_out
+from nemo_advrm.config import for_stage
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.layout import at_layout
 from nemo_advrm.megatron import runtime, stopping
@@ -173,4 +175,7 @@ def check(cfg: Config) -> None:
             "members by train_rm and attack them by attack"
         )
     check_directions(cfg, cfg.ensemble.size)
+    rl, attack = for_stage(cfg, "rlhf"), for_stage(cfg, "attack")
+    check_held_out(rl, "rl.held_out_prompts", rl.rl.held_out_prompts)
+    check_held_out(attack, "adversarial.held_out_prompts", attack.adversarial.held_out_prompts)
     branches.check(cfg)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from nemo_advrm.callbacks.held_out import HeldOutEvaluation
 from nemo_advrm.callbacks.rollouts import OveroptimizationTracker
+from nemo_advrm.checks import check_held_out
 from nemo_advrm.data.messages import Message
 from nemo_advrm.data.tokenizers import Tokenizer, build_tokenizer
 from nemo_advrm.errors import ConfigError
@@ -33,6 +34,7 @@ def main(cfg: Config) -> int:
         raise ConfigError("ensemble.members must name at least one reward model")
     if not cfg.pretrained_checkpoint.restore_from_path:
         raise ConfigError("pretrained_checkpoint.restore_from_path is not set: name the policy RLHF starts from")
+    check_held_out(cfg, "rl.held_out_prompts", cfg.rl.held_out_prompts)
     session.start(cfg)
     directory = Path(cfg.run_dir)
     tokenizer = build_tokenizer(cfg.model.tokenizer)

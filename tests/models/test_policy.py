@@ -203,7 +203,7 @@ def test_a_token_that_has_left_the_bounds_in_the_direction_of_its_advantage_is_n
     loss.backward()
     assert loss.item() == pytest.approx(-1.2 + 1.5) and count == 2 and sums["clipfrac"][0] == 2
     assert logits.grad is not None and logits.grad[0].abs().max() == 0
-    assert logits.grad[1, 5].item() == pytest.approx(1.5 * (1 - 1 / 64))
+    assert logits.grad[1, 5].item() == pytest.approx(1.5 * (1 - 1 / VOCABULARY))
 
 
 def test_a_kl_penalty_keeps_the_policy_nearer_to_its_start(initial: str) -> None:

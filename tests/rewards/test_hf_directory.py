@@ -238,7 +238,7 @@ def test_training_and_members_refuse_a_tokenizer_that_is_larger_than_the_checkpo
     from nemo_advrm.models.language_model import build_policy
     from nemo_advrm.models.reward_model import build_reward_model
 
-    base = str(save_megatron(tmp_path / "lm", head="lm", num_layers=1))  # 64 rows
+    base = str(save_megatron(tmp_path / "lm", head="lm", num_layers=1))  # 104 rows
     rm = save_megatron(tmp_path / "rm", num_layers=1, meta={})
     cfg = tiny_config(num_layers=1)
     for build in (
@@ -246,7 +246,7 @@ def test_training_and_members_refuse_a_tokenizer_that_is_larger_than_the_checkpo
         lambda tokenizer: build_reward_model(cfg, tokenizer, base, 0, trainable=True),
         lambda tokenizer: load_members(cfg, [str(rm)], tokenizer),
     ):
-        with pytest.raises(CheckpointError, match=r"the token .* with id 262, the embedding has 64 rows"):
+        with pytest.raises(CheckpointError, match=r"the token .* with id 262, the embedding has 104 rows"):
             build(ByteTokenizer())
         build(TOKENIZER)
     small = tiny_config(num_layers=1, vocab_size=64)

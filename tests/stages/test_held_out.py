@@ -16,6 +16,7 @@ from nemo_advrm.data.messages import Message, prompt_key
 from nemo_advrm.errors import ConfigError, DataError
 from nemo_advrm.megatron.runtime import Runtime
 from nemo_advrm.report.measures import measures
+from nemo_advrm.stages import rlhf
 from nemo_advrm.stages.held_out import held_out_prompts
 
 NAMES = ("held_out/gold", "held_out/kl", "held_out/proxy")
@@ -125,4 +126,11 @@ def test_prompts_of_the_embedded_language_are_fixed_by_the_seed_and_unlike_those
 
 def test_held_out_prompts_of_files_need_a_file_of_their_own() -> None:
     with pytest.raises(ConfigError, match=r"rl\.held_out_prompts=4: needs data\.held_out_prompts_path"):
-        load_config(["rl.held_out_prompts=4", "data.prompts_path=prompts.jsonl", "pipeline.gold=synthetic"])
+        rlhf.main(
+            load_config(
+                [
+                    *("rl.held_out_prompts=4", "data.prompts_path=prompts.jsonl", "pipeline.gold=synthetic"),
+                    *("ensemble.members=[a]", "pretrained_checkpoint.restore_from_path=policy"),
+                ]
+            )
+        )
