@@ -21,7 +21,7 @@ from nemo_advrm.megatron.runtime import Runtime
 from nemo_advrm.objectives.selection import first_step
 from nemo_advrm.rewards.finds import FindRule
 from nemo_advrm.rewards.reference import Reference
-from nemo_advrm.stages import attack
+from nemo_advrm.stages import attack as attack_stage
 from nemo_advrm.stages.attack_success import RATES, HeldOut
 from nemo_advrm.stages.attack_summary import line, success_rates
 
@@ -209,7 +209,7 @@ def test_over_optimisation_pairs_come_from_an_adversary_that_is_paid_by_the_targ
 
 def test_held_out_prompts_of_files_need_a_file_of_their_own() -> None:
     with pytest.raises(ConfigError, match=r"adversarial\.held_out_prompts=4: needs data\.held_out_prompts_path"):
-        attack.main(
+        attack_stage.main(
             load_config(
                 [
                     *("adversarial.held_out_prompts=4", "data.prompts_path=prompts.jsonl", "ensemble.members=[a,b]"),
