@@ -95,7 +95,7 @@ def test_stage_gets_its_configuration_and_its_status_is_returned(stage: ModuleTy
     seen: list[Config] = []
     stage.main = lambda cfg: seen.append(cfg)
     assert cli.main(["train_rm", "experiment=synthetic", "seed=3"]) == 0
-    assert (seen[0].seed, seen[0].model.hidden_dropout) == (3, 0.1)
+    assert (seen[0].seed, seen[0].model.optim.lr) == (3, 2.0e-3)
     stage.main = lambda cfg: 7
     assert cli.main(["train_rm"]) == 7
 
