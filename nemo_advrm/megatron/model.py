@@ -12,7 +12,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from nemo_advrm.megatron import phases, runtime
-from nemo_advrm.megatron.cpu_linear import use_onednn
+from nemo_advrm.megatron.cpu_linear import use_cpu_products
 from nemo_advrm.megatron.gpt import Head, HeadedGPT
 from nemo_advrm.megatron.transformer import transformer_config
 from nemo_advrm.schema import ModelConfig, PrecisionConfig
@@ -188,7 +188,7 @@ def _place(part: HeadedGPT, config: TransformerConfig, rt: runtime.Runtime) -> N
     if rt.on_gpu:
         part.to(rt.device)
     else:
-        use_onednn(part)
+        use_cpu_products(part)
     keep_heads_in_fp32 = [p for n, p in part.named_parameters() if n.startswith("head.")]
     if config.bf16:
         part.bfloat16()

@@ -139,7 +139,11 @@ def _kernels(on_gpu: bool) -> Finding:
         adam, layers = "Adam (Transformer Engine)", "linear layers with norms and attention (Transformer Engine)"
     else:
         adam = "Adam (Apex)" if on_gpu and loads("apex.optimizers") else ""
-        layers = "attention (PyTorch)" + ("" if on_gpu else ", linear layers (oneDNN)")
+        layers = "attention (PyTorch)"
+        if not on_gpu:
+            from nemo_advrm.megatron.cpu_linear import takes_onednn
+
+            layers += f", linear layers ({'oneDNN' if takes_onednn() else 'MKL'})"
     missing = "" if adam else "Adam is PyTorch's, which keeps a temporary copy of what it updates"
     return Finding("Fused kernels", ", ".join(filter(None, (layers, adam))), missing)
 
