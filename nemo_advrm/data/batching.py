@@ -3,6 +3,7 @@ nothing."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -103,22 +104,28 @@ def split_by_tokens(
         if value < 1:
             raise ConfigError(f"{key}={value}: must be at least 1")
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
-    cost = [0] + [0] * len(order)  # of the first n rows, cut at best
-    first = [0] * (len(order) + 1)  # where the last microbatch of that cut begins
-    for end in range(1, len(order) + 1):
-        candidates = []
-        for start in range(end - 1, -1, -1):
-            rows, longest = end - start, lengths[order[start]]
-            if rows > 1 and (rows * longest > max_tokens or (max_rows is not None and rows > max_rows)):
-                break
-            candidates.append((cost[start] + rows * longest + cost_of_one, start))
-        cost[end], first[end] = min(candidates)
-    groups: list[list[int]] = []
-    end = len(order)
-    while end:
-        groups.append(order[first[end] : end])
-        end = first[end]
-    return groups[::-1]
+    cuts = _cheapest_cuts(tuple(lengths[index] for index in order), max_tokens, max_rows or len(order), cost_of_one)
+    return [order[start:end] for start, end in itertools.pairwise(cuts)]
+
+
+@lru_cache(maxsize=32)  # one step asks several times for the same rows: for each model that reads them
+def _cheapest_cuts(lengths: tuple[int, ...], max_tokens: int, max_rows: int, cost_of_one: int) -> tuple[int, ...]:
+    """Where to cut rows of falling length, 0 and their number included; see :func:`split_by_tokens`."""
+    count = len(lengths)
+    sizes, numbers = np.array(lengths, dtype=np.int64), np.arange(count + 1)
+    cost = np.zeros(count + 1, dtype=np.int64)  # of the first n rows, cut at best
+    first = [0] * (count + 1)  # where the last microbatch of that cut begins
+    start = 0  # the most rows that a microbatch can have: with more rows after them they only grow
+    for end in range(1, count + 1):
+        while end - start > 1 and (end - start > max_rows or (end - start) * lengths[start] > max_tokens):
+            start += 1
+        candidates = cost[start:end] + (end - numbers[start:end]) * sizes[start:end]
+        best = int(candidates.argmin())
+        cost[end], first[end] = candidates[best] + cost_of_one, start + best
+    cuts = [count]
+    while cuts[-1]:
+        cuts.append(first[cuts[-1]])
+    return tuple(reversed(cuts))
 
 
 def pad_rows(rows: Sequence[Sequence[int]], pad_id: int, multiple_of: int = 1) -> tuple[Tensor, Tensor]:
@@ -132,6 +139,6 @@ def pad_rows(rows: Sequence[Sequence[int]], pad_id: int, multiple_of: int = 1) -
     lengths_B = torch.tensor([len(row) for row in rows], dtype=torch.int64)
     width = -(-max(1, int(lengths_B.max())) // multiple_of) * multiple_of
     tokens_BS = torch.full((len(rows), width), pad_id, dtype=torch.int64)
-    for index, row in enumerate(rows):
-        tokens_BS[index, : len(row)] = torch.as_tensor(row, dtype=torch.int64)
+    tokens = torch.tensor(list(itertools.chain.from_iterable(rows)), dtype=torch.int64)
+    tokens_BS[torch.arange(width) < lengths_B[:, None]] = tokens
     return tokens_BS, lengths_B
