@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
@@ -23,9 +22,12 @@ from torch.nn.attention.bias import causal_lower_right
 
 from nemo_advrm.megatron import context
 from nemo_advrm.megatron.kv_cache import KVCache
+from nemo_advrm.megatron.rotation import rotate
 
-# rows of one attention call when decoding on CPU; generation orders rows by length
+# rows of one attention call when decoding on CPU, which generation orders by length: so many, or more while they hold
+# less of the cache than this. A call costs about as much as reading half a MiB.
 _DECODED_TOGETHER = 16
+_FEWEST_BYTES = 4 << 20
 
 
 class FusedCoreAttention(MegatronModule):
@@ -88,11 +90,12 @@ class FusedCoreAttention(MegatronModule):
             visible = self._causal(length, length, query.device)
             is_causal = visible is None and length > 1
         if visible is not None and length == 1 and query.device.type == "cpu":
-            parts = (
-                self._product(q[rows], k[rows, :, keys], v[rows, :, keys], visible[rows, ..., keys], False)
-                for rows, keys in _row_groups(visible, bool(self.window))
+            row_bytes = 2 * k[0].numel() * k.element_size()
+            rows = max(_DECODED_TOGETHER, _FEWEST_BYTES // max(1, row_bytes))
+            groups = _row_groups(visible, rows, bool(self.window))
+            result = torch.cat(
+                [self._product(q[i], k[i, :, keys], v[i, :, keys], visible[i, ..., keys], False) for i, keys in groups]
             )
-            result = torch.cat(list(parts))
         else:
             result = self._product(q, k, v, visible, is_causal)
         if length == 1:
@@ -184,18 +187,21 @@ def capped_attention(
     return (weights.view(b, groups, -1, weights.size(-1)) @ v).view(b, heads, length, d)
 
 
-def _row_groups(visible: Tensor, windowed: bool) -> list[tuple[slice, slice]]:
+def _row_groups(visible: Tensor, together: int, windowed: bool) -> list[tuple[slice, slice]]:
     """(rows, keys to read) of a step of decoding: on CPU the step waits for the cache to come from memory.
 
-    ``visible`` is [b, 1, 1, keys], True in one piece, which starts at the first key unless ``windowed``.
+    ``visible`` is [b, 1, 1, keys], True in one piece, which starts at the first key unless ``windowed``; a group has
+    ``together`` rows.
     """
+    if visible.size(0) <= together:  # all keys: the cache shows no more of them than its longest row holds
+        return [(slice(None), slice(None))]
     counts = visible.sum(-1).flatten()
     if windowed:
         firsts = visible.int().argmax(-1).flatten()
         first, last = firsts.tolist(), (firsts + counts).tolist()
     else:
         first, last = [0] * counts.numel(), counts.tolist()
-    groups = [slice(i, i + _DECODED_TOGETHER) for i in range(0, len(first), _DECODED_TOGETHER)]
+    groups = [slice(i, i + together) for i in range(0, len(first), together)]
     return [(rows, slice(min(first[rows]), max(last[rows]))) for rows in groups]
 
 
@@ -212,16 +218,15 @@ class CachedSelfAttention(SelfAttention):
         *args: Any,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor, Tensor, Any, AttnMaskType, None]:
+        if rotary_pos_emb is not None and not self.config.apply_rope_fusion:
+            # of this call's tokens, see HeadedGPT.forward: the same for queries and keys
+            query, key = rotate(query, rotary_pos_emb[0]), rotate(key, rotary_pos_emb[1])
+            rotary_pos_emb = None
         if inference_context is None:
             return super()._adjust_key_value_for_inference(
                 inference_context, query, key, value, rotary_pos_emb, *args, **kwargs
             )
         cache = inference_context
-        if rotary_pos_emb is not None:
-            angles_q, angles_k = (cache.rotary_angles(angles, query.size(0)) for angles in rotary_pos_emb)
-            group = self.pg_collection.cp
-            query = apply_rotary_pos_emb(query, angles_q, config=self.config, cp_group=group)
-            key = apply_rotary_pos_emb(key, angles_k, config=self.config, cp_group=group)
         key, value = cache.update(self.layer_number, key, value)
         mask_type = AttnMaskType.causal if cache.prefilling else AttnMaskType.arbitrary
         return query, key, value, None, mask_type, None

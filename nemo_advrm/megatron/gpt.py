@@ -18,6 +18,7 @@ from nemo_advrm.megatron import context
 from nemo_advrm.megatron.context import SplitLogits
 from nemo_advrm.megatron.kv_cache import KVCache
 from nemo_advrm.megatron.layers import Norm
+from nemo_advrm.megatron.rotation import rotation
 from nemo_advrm.megatron.transformer import layer_spec
 from nemo_advrm.schema import ModelConfig
 
@@ -157,6 +158,10 @@ class HeadedGPT(GPTModel):
         )[:6]
         if shared and rotary is not None:
             rotary = context.own_part(rotary, 0)
+        if rotary is not None and not self.config.apply_rope_fusion:
+            if inference_context is not None:
+                rotary = inference_context.rotary_angles(rotary, length)
+            rotary = rotation(rotary, self.config.params_dtype)
         hidden_SBH = self.decoder(
             hidden_states=decoder_input,
             attention_mask=attention_mask,
