@@ -21,6 +21,7 @@ def train(run_dir: str, data: str, *overrides: str) -> None:
     """5 steps, saving after every second one in the background."""
     fixed = [
         "experiment=synthetic",
+        "reward_model.reference_features=[]",
         "exp_manager.create_tensorboard_logger=false",
         f"data.train_path={data}",
         "data.validation_fraction=0.2",

@@ -104,6 +104,7 @@ def start(case: str, rank: int, port: int, home: Path) -> int:
     CASES[case]()
     overrides = [
         "experiment=synthetic",
+        "reward_model.reference_features=[]",
         "exp_manager.create_tensorboard_logger=false",
         f"run_dir={home / case}",
         f"data.train_path={home / 'pairs.jsonl'}",

@@ -154,7 +154,10 @@ def compare(name: str, run: Callable[[Path], int], home: Path, sabotages: list[C
 
 def main(home: Path) -> None:
     quiet_libraries()
-    tiny = ["experiment=synthetic", "trainer.checkpoint_every_n_steps=3", "exp_manager.create_tensorboard_logger=false"]
+    tiny = [
+        *("experiment=synthetic", "reward_model.reference_features=[]"),
+        *("trainer.checkpoint_every_n_steps=3", "exp_manager.create_tensorboard_logger=false"),
+    ]
     rng = Random(1)
     prompts = sample_prompts(8, 1)
     write_jsonl_atomic(home / "pairs.jsonl", annotated_pairs(80, 1, SyntheticConfig()))

@@ -26,6 +26,7 @@ from nemo_advrm.synthetic.preferences import annotated_pairs
 STEPS = 6  # of every training
 SETTINGS = [
     "experiment=synthetic",
+    "reward_model.reference_features=[]",
     "exp_manager.create_tensorboard_logger=false",
     "data.validation_fraction=0.2",
     f"trainer.max_steps={STEPS}",

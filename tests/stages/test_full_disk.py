@@ -49,6 +49,7 @@ def _train(run_dir: Path, data: Path, *overrides: str) -> list[dict[str, float]]
     """Train a reward model that saves after every second step; its rows of metrics.jsonl."""
     fixed = [
         "experiment=synthetic",
+        "reward_model.reference_features=[]",
         "exp_manager.create_tensorboard_logger=false",
         f"data.train_path={data}",
         "data.validation_fraction=0.2",
