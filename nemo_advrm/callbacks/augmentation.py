@@ -14,7 +14,7 @@ from nemo_advrm.data.encoding import EncodedPair, encode_pairs
 from nemo_advrm.data.mixing import draw_on_top, draw_replacements
 from nemo_advrm.data.pair_store import PairStore
 from nemo_advrm.data.tokenizers import Tokenizer
-from nemo_advrm.errors import ConfigError
+from nemo_advrm.errors import CheckpointError, ConfigError
 from nemo_advrm.megatron import runtime
 from nemo_advrm.models.reward_model import RewardModel
 
@@ -119,8 +119,15 @@ class AdversarialAugmentation(Callback):
         return {"known": [[first, counts] for first, counts in self._known], "sha256": self._hashes()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._known = [(first, list(counts)) for first, counts in state_dict["known"]]
-        self._saved_hashes = list(state_dict.get("sha256", []))
+        known: Any = state_dict.get("known")
+        hashes: Any = state_dict.get("sha256", [])
+        if not _are_known(known) or not isinstance(hashes, list) or not all(isinstance(h, str) for h in hashes):
+            raise CheckpointError(
+                "trainer.json of the checkpoint does not say which adversarial pairs were in use: remove that "
+                "checkpoint, and training goes on from the one before it"
+            )
+        self._known = [(first, list(counts)) for first, counts in known]
+        self._saved_hashes = list(hashes)
 
     def _hashes(self) -> list[str]:
         """Hash of the tokens of the pairs in force, of each store."""
@@ -150,3 +157,14 @@ class AdversarialAugmentation(Callback):
             counts = known.tolist()
         if not self._known or counts != self._known[-1][1]:
             self._known.append((first_step, counts))
+
+
+def _are_known(value: Any) -> bool:
+    """Whether ``value`` is a list of (first step, pairs of each store) as :class:`AdversarialAugmentation` saves it."""
+    if not isinstance(value, list) or not all(isinstance(entry, list) and len(entry) == 2 for entry in value):
+        return False
+    return all(isinstance(counts, list) and _are_counts([first, *counts]) for first, counts in value)
+
+
+def _are_counts(values: list[Any]) -> bool:
+    return all(type(value) is int and value >= 0 for value in values)

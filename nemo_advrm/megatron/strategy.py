@@ -19,6 +19,7 @@ from torch import Tensor
 from nemo_advrm.errors import CheckpointError
 from nemo_advrm.foreign_files import read_json_object
 from nemo_advrm.megatron import runtime
+from nemo_advrm.megatron.loop_state import check_loop_state
 from nemo_advrm.megatron.training_state import TRAINER_STATE, TrainingSave, load_training_state
 
 if TYPE_CHECKING:
@@ -155,6 +156,8 @@ class MegatronStrategy(Strategy):
             state = read_json_object(path / TRAINER_STATE)
         except CheckpointError as error:
             raise CheckpointError(f"{path}: not a complete training checkpoint ({error})") from None
+        if self.lightning_module is not None:
+            check_loop_state(state, self.lightning_module.trainer, path)
         return {**state, "state_dict": {}, "optimizer_states": [], "lr_schedulers": [], "path": str(path)}
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:

@@ -14,7 +14,7 @@ from tiny import TOKENIZER, pairs, tiny_config
 
 from nemo_advrm.callbacks.augmentation import AdversarialAugmentation
 from nemo_advrm.data.encoding import EncodedPair
-from nemo_advrm.errors import ConfigError, DataError
+from nemo_advrm.errors import CheckpointError, ConfigError, DataError
 from nemo_advrm.megatron.runtime import Layout, Runtime
 from nemo_advrm.models.reward_model import RewardModel
 
@@ -213,3 +213,11 @@ def test_an_empty_store_puts_nothing_on_top(tmp_path: Path) -> None:
 def test_pairs_take_the_place_of_rows_or_join_them_but_not_both(ratio: float | None, pairs_per_step: int) -> None:
     with pytest.raises(ConfigError, match=r"either ratio .* or pairs_per_step"):
         callback([], ratio=ratio, pairs_per_step=pairs_per_step)
+
+
+@pytest.mark.parametrize("key", ["known", "sha256"])
+@pytest.mark.parametrize("value", [None, 3, "x", {"a": 1}, [None], [["x", [1]]], [[0, 1]], [[0, [-1]]], [[0, [1], 2]]])
+def test_a_state_of_another_type_is_refused(tmp_path: Path, key: str, value: Any) -> None:
+    path = store_of(tmp_path / "pairs.jsonl", 3)
+    with pytest.raises(CheckpointError, match=r"trainer\.json of the checkpoint does not say which adversarial pairs"):
+        callback([path]).load_state_dict({**_started(path).state_dict(), key: value})

@@ -1,0 +1,67 @@
+"""Checks the state of Lightning's loops that a training checkpoint holds, before Lightning takes it as it is."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Trainer
+
+from nemo_advrm.errors import CheckpointError
+
+_STEP = re.compile(r"step_(\d+)")
+
+
+def check_loop_state(state: dict[str, Any], trainer: Trainer, path: Path) -> None:
+    """Raise CheckpointError when ``state`` is not one that ``trainer`` could have written as ``path``.
+
+    Lightning would end in an error of its own, count from another step or, without a state of its loops, start the
+    steps again with the trained weights.
+    """
+    expected = {
+        "epoch": 0,
+        "global_step": 0,
+        "pytorch-lightning_version": "",
+        "loops": {
+            name: getattr(trainer, name).state_dict()
+            for name in ("fit_loop", "validate_loop", "test_loop", "predict_loop")
+        },
+        "callbacks": {},
+    }
+    problem = _difference(state, expected, "") or _wrong_step(state, path) or _wrong_callbacks(state["callbacks"])
+    if not problem and not re.fullmatch(r"\d+(\.\w+)+", state["pytorch-lightning_version"]):
+        problem = "pytorch-lightning_version is no version"
+    if problem:
+        raise CheckpointError(
+            f"{path}: trainer.json is no state of a training ({problem}): remove {path}, and training goes on from the "
+            "checkpoint before it"
+        )
+
+
+def _difference(found: Any, expected: Any, name: str) -> str:
+    """The first place where ``found`` lacks a key of ``expected`` or holds another type; "" when there is none."""
+    if type(found) is not type(expected):
+        return f"{name or 'it'} is a {type(found).__name__}, not a {type(expected).__name__}"
+    if type(found) is int and not 0 <= found < 2**63:
+        return f"{name} is no count"
+    for key, value in expected.items() if isinstance(expected, dict) else ():
+        place = f"{name}.{key}" if name else key
+        problem = f"it lacks {place}" if key not in found else _difference(found[key], value, place)
+        if problem:
+            return problem
+    return ""
+
+
+def _wrong_step(state: dict[str, Any], path: Path) -> str:
+    """Whether the steps that the loops have counted are those of the checkpoint's name."""
+    loop = state["loops"]["fit_loop"]
+    counted = loop["epoch_loop.manual_optimization.optim_step_progress"]["total"]["completed"]
+    counted += loop["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]["total"]["completed"]
+    named = _STEP.fullmatch(path.name)
+    steps = {state["global_step"], counted} | ({int(named[1])} if named else set())
+    return "" if len(steps) == 1 else f"it counts {counted} steps, global_step is {state['global_step']}"
+
+
+def _wrong_callbacks(callbacks: dict[str, Any]) -> str:
+    return "" if all(isinstance(kept, dict) for kept in callbacks.values()) else "a callback's state is none"
