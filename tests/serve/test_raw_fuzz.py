@@ -134,14 +134,12 @@ def _check_memory(server: ServerProcess, connections: int, size: int, rounds: in
     before, most = _rss(server), 0
     for number in range(rounds):
         most = max(most, _abuse(server, connections, size, PATHS[number % 5]))
-        for path in SCORE:  # bodies that arrive and are refused
-            body = b'{"samples": [' + b"{}," * (size // 3) + b"{}]}"
-            answer = httpx.post(
-                f"{server.address}{path}", content=body, headers={"content-type": "application/json"}, timeout=60
-            )
-            assert answer.status_code == 413
-    answer = httpx.get(f"{server.address}/health/ready")
-    assert answer.status_code == 200
+    # bodies that arrive and are refused, as many as have half of that memory together: none of them may be kept
+    body = b'{"samples": [' + b"{}," * (size // 3) + b"{}]}"
+    with httpx.Client(base_url=server.address, headers={"content-type": "application/json"}, timeout=60) as client:
+        for number in range(before // (2 * size)):
+            assert client.post(SCORE[number % len(SCORE)], content=body).status_code == 413
+        assert client.get("/health/ready").status_code == 200
     return most / before, _rss(server) / before
 
 
