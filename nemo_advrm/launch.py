@@ -113,11 +113,17 @@ def _hand_on(over: threading.Event) -> None:
 def _status(failed: Any) -> int:
     """Exit status of the first failure; one that the process could not report itself is told here."""
     rank, failure = failed.get_first_failure()
-    if failure.exitcode < 0 and signals.received() == signal.Signals(-failure.exitcode).name:
-        print(f"stopped by {signals.received()} before the first step: nothing is lost", file=sys.stderr)
+    return told_status(f"rank {rank} on {host_name()}", failure.exitcode)
+
+
+def told_status(who: str, status: int, cure: str = "") -> int:
+    """The exit status of a process that this one has started; that a signal ended it, it could not say itself."""
+    if status >= 0:
+        return status
+    name = signal.Signals(-status).name
+    if name == signals.received():
+        print(f"stopped by {name} before the first step: nothing is lost", file=sys.stderr)
         return EXIT_PREEMPTED
-    if failure.exitcode < 0:
-        hint = " (by the kernel, if the host ran out of memory)" if failure.exitcode == -signal.SIGKILL else ""
-        print(f"error: rank {rank} on {host_name()} was ended by {failure.signal_name()}{hint}", file=sys.stderr)
-        return 128 - failure.exitcode
-    return failure.exitcode  # type: ignore[no-any-return]
+    hint = " (by the kernel, if the host ran out of memory)" if -status == signal.SIGKILL else ""
+    print(f"error: {who} was ended by {name}{hint}{cure}", file=sys.stderr)
+    return 128 - status

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from nemo_advrm import signals
 from nemo_advrm.errors import EXIT_PREEMPTED, ConfigError, Preempted
-from nemo_advrm.launch import LOOK_SECONDS, SHUTDOWN_SECONDS
+from nemo_advrm.launch import LOOK_SECONDS, SHUTDOWN_SECONDS, told_status
 from nemo_advrm.place import WORKER, is_distributed, worker
 from nemo_advrm.schema import Config
 
@@ -142,19 +142,11 @@ def _watch(children: dict[int, subprocess.Popen[bytes]]) -> int:
 
 
 def _status(number: int, status: int | None) -> int:
-    """The exit status of a worker; of one that could not say why it ended, it is told here."""
+    """The exit status of a worker; that it did not end in time is told here."""
     if status is None:
         print(f"worker {number} did not end within {SHUTDOWN_SECONDS} seconds and was killed", file=sys.stderr)
         return 128 + signal.SIGKILL
-    if status >= 0:
-        return status
-    name = signal.Signals(-status).name
-    if name == signals.received():
-        print(f"stopped by {name} before the first step: nothing is lost", file=sys.stderr)
-        return EXIT_PREEMPTED
-    hint = " (by the kernel, if the host ran out of memory)" if -status == signal.SIGKILL else ""
-    print(f"error: worker {number} was ended by {name}{hint}; the same command goes on", file=sys.stderr)
-    return 128 - status
+    return told_status(f"worker {number}", status, "; the same command goes on")
 
 
 def _send(children: dict[int, subprocess.Popen[bytes]], signum: signal.Signals) -> None:

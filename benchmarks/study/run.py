@@ -10,16 +10,13 @@ its arms. SETTING is a setting of ``nemo-advrm pipeline``. The exit status is th
 from __future__ import annotations
 
 import argparse
-import platform
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from nemo_advrm.foreign_files import read_json
-from nemo_advrm.report.lines import lines_of
+from nemo_advrm.report.lines import lines_of, this_machine
 from nemo_advrm.report.study import GATES, RLHF, Line, read, write_line
 
 HERE = Path(__file__).resolve().parent
@@ -62,11 +59,11 @@ def _seeds(text: str) -> list[int]:
 
 def keep(home: Path, experiment: str, seed: int, results: Path) -> None:
     """Write a line for every run of a seed that is finished and has none yet; the gates, if they are known, first."""
-    lines = lines_of(home, experiment, hardware())
+    lines = lines_of(home, experiment, this_machine())
     met = gates(home, lines)
     if met is not None:
         commit = next((line.commit for line in lines if line.commit), "")
-        lines.insert(0, Line(experiment, GATES, seed, measures=met, commit=commit, hardware=hardware()))
+        lines.insert(0, Line(experiment, GATES, seed, measures=met, commit=commit, hardware=this_machine()))
         print(f"seed {seed}: gates {'met' if met['met'] else 'NOT met'}: {_shown(met)}", flush=True)
     known = {line.key for line in read(results)} if results.exists() else set()
     for line in lines:
@@ -105,17 +102,6 @@ def gates(home: Path, lines: list[Line]) -> dict[str, Any] | None:
 
 def _shown(met: dict[str, Any]) -> str:
     return ", ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in met.items() if k != "met")
-
-
-def hardware() -> str:
-    """The machine in words."""
-    model = platform.processor() or platform.machine()
-    try:
-        names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-        model = names[0].partition(":")[2].strip() if names else model
-    except OSError:
-        pass
-    return f"{psutil.cpu_count()} x {model}"
 
 
 if __name__ == "__main__":

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from nemo_advrm.callbacks.rollouts import TrajectoryRecorder
 from nemo_advrm.data.jsonl import read_appended_jsonl
 from nemo_advrm.megatron import runtime
 from nemo_advrm.models.policy import PolicyModel
 from nemo_advrm.objectives.selection import first_step
 from nemo_advrm.rewards.finds import Find, FindRule
-from nemo_advrm.rewards.records import trajectory_rows
 
 
 class EnoughFinds(Callback):
@@ -26,11 +25,11 @@ class EnoughFinds(Callback):
     come after the recorder of these, and before what acts at the last step of a training.
 
     Args:
-        path: ``samples.jsonl`` of the adversary.
+        recorder: of the adversary's samples; its rows are looked at.
     """
 
-    def __init__(self, path: Path, rule: FindRule, enough: int) -> None:
-        self.path = path
+    def __init__(self, recorder: TrajectoryRecorder, rule: FindRule, enough: int) -> None:
+        self.recorder = recorder
         self.rule = rule
         self.enough = enough
         # of every step: its finds, and how many samples it had
@@ -43,9 +42,7 @@ class EnoughFinds(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         assert isinstance(pl_module, PolicyModel)
-        rollouts, judgement = pl_module.last_rollouts, pl_module.last_judgement
-        assert rollouts is not None and judgement is not None
-        rows = trajectory_rows(rollouts, judgement, self.rule.target + 1, "", trainer.global_step - 1)
+        rows = self.recorder.last_rows
         parts = runtime.current().gather_data_parallel((self.rule.finds(rows), len(rows)))
         self._steps.append((set().union(*(finds for finds, _ in parts)), sum(count for _, count in parts)))
         last = self._steps[first_step(len(self._steps), self.rule.options.last_fraction) :]
@@ -59,6 +56,6 @@ class EnoughFinds(Callback):
     def _read(self, steps: int) -> list[tuple[set[Find], int]]:
         """The finds of the steps before a restart."""
         by_step: list[list[dict[str, Any]]] = [[] for _ in range(steps)]
-        for _, row in read_appended_jsonl(self.path)[0] if steps else []:
+        for _, row in read_appended_jsonl(self.recorder.path)[0] if steps else []:
             by_step[row["step"]].append(row)
         return [(self.rule.finds(rows), len(rows)) for rows in by_step]

@@ -55,7 +55,7 @@ class HeldOutEvaluation(Callback):
         rl, rt = policy.config.rl, runtime.current()
         count, pad_id = len(self.prompts), policy.tokenizer.pad_id
         numbers = uniforms(self.seed, count, rl.max_new_tokens)
-        own = slice(count * rt.dp_rank // rt.dp_size, count * (rt.dp_rank + 1) // rt.dp_size)
+        own = rt.own_part(count)
         with contextlib.ExitStack() as stack:
             for _, optimizer in policy.trained().values():
                 stack.enter_context(optimizer.offloaded())

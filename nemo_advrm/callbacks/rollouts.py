@@ -50,13 +50,17 @@ class _RolloutWriter(Callback):
 
 
 class TrajectoryRecorder(_RolloutWriter):
-    """Every response of the adversary with its scores, z and Z(U); gold is computed for evaluation only."""
+    """Every response of the adversary with its scores, z and Z(U); gold is computed for evaluation only.
+
+    ``last_rows`` are this data-parallel rank's rows of the last step.
+    """
 
     def __init__(self, path: Path, direction: int, reference: Reference, gold: RewardSource | None) -> None:
         super().__init__(path)
         self.direction = direction
         self.reference = reference
         self.gold = gold
+        self.last_rows: list[dict[str, Any]] = []
 
     def _check_rows(self, steps: int) -> None:
         # samples are what an attack is for
@@ -74,8 +78,9 @@ class TrajectoryRecorder(_RolloutWriter):
         gold = checked_scores(self.gold, rollouts) if self.gold is not None else None
         gold_z = self.reference.gold_z(gold, index) if gold is not None else None
         policy = self.path.parent.name
-        rows = trajectory_rows(rollouts, judgement, self.direction, policy, trainer.global_step - 1, gold, gold_z)
-        self._write(rows)
+        step = trainer.global_step - 1
+        self.last_rows = trajectory_rows(rollouts, judgement, self.direction, policy, step, gold, gold_z)
+        self._write(self.last_rows)
         metrics = pl_module.step_metrics
         metrics["direction"] = self.direction
         if gold is not None and gold_z is not None and self.reference.gold_PN is not None:

@@ -69,6 +69,10 @@ class Runtime:
 
         return parallel_state.get_data_parallel_world_size()
 
+    def own_part(self, count: int) -> slice:
+        """This data-parallel rank's part of ``count`` rows: neighbours, those of all ranks in rank order."""
+        return slice(count * self.dp_rank // self.dp_size, count * (self.dp_rank + 1) // self.dp_size)
+
     @property
     def is_first_stage(self) -> bool:
         from megatron.core import parallel_state

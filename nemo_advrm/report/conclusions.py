@@ -11,12 +11,7 @@ from nemo_advrm.report import study
 from nemo_advrm.report.names import reward_name
 from nemo_advrm.report.records import Run
 from nemo_advrm.report.statistics import Comparison, Interval
-from nemo_advrm.report.study_tables import MAIN_MEASURE, sentence
-
-COMPARED = {
-    study.RLHF: ("area", "second_half", "final", "peak", "gold_at_kl"),
-    study.BEST_OF_N: ("area", "final", "peak"),
-}
+from nemo_advrm.report.study_tables import COLUMNS, MAIN_MEASURE, sentence
 
 Summary = dict[str, Any]
 
@@ -25,10 +20,10 @@ def compare_all(lines: Sequence[study.Line]) -> list[Summary]:
     """Every arm of every experiment with its baseline, in every measure that both have."""
     found = []
     for experiment in study.experiments(lines):
-        for kind, measures in COMPARED.items():
+        for kind, columns in COLUMNS.items():
             arms = study.arms(lines, experiment, kind)
             for name, arm in arms.items():
-                for measure in measures:
+                for measure, _ in columns:
                     comparison = study.against_baseline(arms, name, measure)
                     if comparison is not None:
                         about = {"experiment": experiment, "kind": kind, "arm": name, "baseline": arm.baseline}

@@ -26,10 +26,10 @@ from nemo_advrm.report.names import ABSENT, reward_name
 from nemo_advrm.report.palette import STYLE
 from nemo_advrm.report.records import Run
 from nemo_advrm.report.statistics import Interval, interval_text
+from nemo_advrm.report.study_tables import GOLD_MEASURES
 from nemo_advrm.report.table import Table
 
 EXPERIMENT = "these runs"
-MEASURES = ("start", "area", "second_half", "final", "peak", "gold_at_kl")
 
 
 def join_runs(run_dirs: Sequence[Path]) -> dict[str, Any]:
@@ -66,7 +66,7 @@ def join_runs(run_dirs: Sequence[Path]) -> dict[str, Any]:
 
 
 def _arm(arm: study.Arm) -> dict[str, Any]:
-    means = {name: arm.mean(name) for name in MEASURES}
+    means = {name: arm.mean(name) for name in GOLD_MEASURES}
     found: dict[str, Any] = {name: None if mean is None else mean._asdict() for name, mean in means.items()}
     return found | {"seeds": arm.seeds, "runs": len(arm.lines)}
 
@@ -89,7 +89,7 @@ def joined_tables(summary: dict[str, Any]) -> list[Table]:
 
 
 def _mean_text(interval: Interval) -> str:
-    return interval_text(interval).replace(" (one seed: no interval)", "").removeprefix("+")
+    return interval_text(interval, absent="").removeprefix("+")
 
 
 def write_joined(run_dirs: Sequence[Path], directory: Path) -> tuple[Path, dict[str, Any]]:

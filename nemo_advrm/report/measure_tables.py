@@ -5,22 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from nemo_advrm.report import study
 from nemo_advrm.report.conclusions import comparison_of
 from nemo_advrm.report.names import ABSENT, fixed, reward_name
 from nemo_advrm.report.statistics import interval_text
+from nemo_advrm.report.study_tables import GOLD_MEASURES, TITLES
 from nemo_advrm.report.table import Table
-
-_KINDS = {study.RLHF: "RLHF", study.BEST_OF_N: "Best of n"}
 
 
 def measures(summary: dict[str, Any]) -> Table | None:
     """Gold of every reward over RLHF."""
     if not summary["rlhf"]:
         return None
-    names = ("start", "area", "second_half", "final", "peak", "gold_at_kl")
     rows = [
-        (reward_name(name), *(fixed(one[key]) for key in names), fixed(one["kl_final"], 1))
+        (reward_name(name), *(fixed(one[key]) for key in GOLD_MEASURES), fixed(one["kl_final"], 1))
         for name, one in summary["rlhf"].items()
     ]
     kl = summary["settings"]["kl"]
@@ -94,12 +91,10 @@ def comparison_rows(entries: Sequence[dict[str, Any]], prefix: str = "") -> list
     for (_, kind, arm, baseline), by_measure in grouped.items():
         main = by_measure.get("area") or next(iter(by_measure.values()))
         cells = [
-            interval_text(comparison_of(by_measure[name]).interval).replace(" (one seed: no interval)", "")
-            if name in by_measure
-            else ABSENT
+            interval_text(comparison_of(by_measure[name]).interval, absent="") if name in by_measure else ABSENT
             for name in ("area", "final")
         ]
-        title = f"{prefix}{_KINDS[kind]}: {reward_name(arm)} − {reward_name(baseline)}"
+        title = f"{prefix}{TITLES[kind]}: {reward_name(arm)} − {reward_name(baseline)}"
         rows.append((title, str(len(main["seeds"])), str(main["better"]), *cells))
     return rows
 

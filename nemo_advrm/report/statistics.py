@@ -88,8 +88,8 @@ def compare(arm: Values, baseline: Values) -> Comparison | None:
     return Comparison(tuple(differences), tuple(differences.values()), paired(list(differences.values())))
 
 
-def interval_text(interval: Interval, digits: int = 2) -> str:
-    """`+0.39 [-0.46, 1.23]`, or `+0.39 (one seed: no interval)`."""
+def interval_text(interval: Interval, digits: int = 2, absent: str = " (one seed: no interval)") -> str:
+    """`+0.39 [-0.46, 1.23]`, or `+0.39 (one seed: no interval)`; `absent` is what stands for an interval there."""
     if interval.low is None or interval.high is None:
-        return f"{interval.mean:+.{digits}f} (one seed: no interval)"
+        return f"{interval.mean:+.{digits}f}{absent}"
     return f"{interval.mean:+.{digits}f} [{interval.low:.{digits}f}, {interval.high:.{digits}f}]"

@@ -8,7 +8,7 @@ from nemo_advrm.report.names import ABSENT, fixed, flops_text, reward_name
 from nemo_advrm.report.statistics import Comparison, interval_text
 from nemo_advrm.report.study import BEST_OF_N, GATES, RLHF, Arm, Line, against_baseline, arms, experiments, missed_gates
 
-_COLUMNS = {
+COLUMNS = {
     RLHF: (
         ("area", "Area"),
         ("second_half", "Second half"),
@@ -18,7 +18,8 @@ _COLUMNS = {
     ),
     BEST_OF_N: (("area", "Area"), ("final", "Largest n"), ("peak", "Peak")),
 }
-_TITLES = {RLHF: "RLHF", BEST_OF_N: "Best of n"}
+TITLES = {RLHF: "RLHF", BEST_OF_N: "Best of n"}
+GOLD_MEASURES = ("start", *(name for name, _ in COLUMNS[RLHF]))
 MAIN_MEASURE = "area"
 
 
@@ -31,7 +32,7 @@ def render_study(lines: Sequence[Line]) -> str:
         for kind in (RLHF, BEST_OF_N):
             found = arms(lines, experiment, kind)
             if found:
-                blocks += [f"#### {_TITLES[kind]}", _means(found, kind), _comparisons(found, kind)]
+                blocks += [f"#### {TITLES[kind]}", _means(found, kind), _comparisons(found, kind)]
                 blocks += [_sentences(found, kind), _footnote(found, kind)]
         blocks.append(_provenance([line for line in lines if line.experiment == experiment]))
     return "\n\n".join(block for block in blocks if block) + "\n" if blocks else ""
@@ -52,7 +53,7 @@ def runs_text(arm: Arm) -> str:
 
 
 def _means(found: dict[str, Arm], kind: str) -> str:
-    columns = _COLUMNS[kind]
+    columns = COLUMNS[kind]
     rows = []
     for arm in found.values():
         means = [arm.mean(measure) for measure, _ in columns]
@@ -71,7 +72,7 @@ def _means(found: dict[str, Arm], kind: str) -> str:
 
 
 def _comparisons(found: dict[str, Arm], kind: str) -> str:
-    columns = _COLUMNS[kind]
+    columns = COLUMNS[kind]
     rows = []
     for name, arm in found.items():
         compared = [against_baseline(found, name, measure) for measure, _ in columns]

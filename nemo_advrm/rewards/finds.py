@@ -15,7 +15,7 @@ from nemo_advrm.data.tokenizers import Tokenizer
 from nemo_advrm.objectives.reference import ReferenceStatistics, disagreement_z, own_z_scores
 from nemo_advrm.objectives.selection import qualifies
 from nemo_advrm.rewards.reference import Reference
-from nemo_advrm.schema import AdversarialConfig, Config
+from nemo_advrm.schema import AdversarialConfig, Config, SelectionConfig
 
 Find = tuple[int, str]
 """(prompt_id, response)"""
@@ -24,6 +24,11 @@ Find = tuple[int, str]
 def asks_others(options: AdversarialConfig) -> bool:
     """Whether an adversary is paid for what the members beside the target dislike, or maximises the target alone."""
     return bool(options.coefficient if options.preset == "paper" else options.lam2)
+
+
+def falls_short(found: int, null: float, options: SelectionConfig) -> bool:
+    """Whether finds are too few beside the ``null`` count, what as many SFT responses give (``null_ratio``)."""
+    return found < options.null_ratio * null
 
 
 class FindRule:
@@ -110,8 +115,8 @@ class FindRule:
         return self.null_share * samples
 
     def falls_short(self, found: int, samples: int) -> bool:
-        """Whether an attack found too few of its ``samples`` for what SFT responses give (``selection.null_ratio``)."""
-        return found < self.options.null_ratio * self.null(samples)
+        """Whether an attack found too few of its ``samples``."""
+        return falls_short(found, self.null(samples), self.options)
 
     @cached_property
     def _sft_PN(self) -> list[Counter[str]]:

@@ -145,7 +145,7 @@ class Attack:
         start = cfg.pretrained_checkpoint.restore_from_path
         module = AdversarialPolicy(cfg, self.tokenizer, self.prompts, reward, start, seed)
         recorder = TrajectoryRecorder(home / "samples.jsonl", direction, self.reference, self.gold)
-        fit(module, cfg, home, f"attack on R_{direction}", [recorder, *self._early_end(home, direction)], 0)
+        fit(module, cfg, home, f"attack on R_{direction}", [recorder, *self._early_end(recorder)], 0)
         measured = None
         if held_out is not None:
             measured = held_out.measure(module.model, direction, home)
@@ -157,29 +157,13 @@ class Attack:
         drop_training_checkpoints(home)
         module.release()
 
-    def _early_end(self, home: Path, direction: int) -> list[Callback]:
+    def _early_end(self, recorder: TrajectoryRecorder) -> list[Callback]:
         """What ends an adversary's training when it has found its share of ``adversarial.enough``."""
         options = self.cfg.adversarial
         if not options.enough:
             return []
-        rule = FindRule(self.cfg, self.reference, direction, self.tokenizer)
-        return [EnoughFinds(home / "samples.jsonl", rule, -(-options.enough // options.policies))]
-
-
-def attack_once(
-    cfg: Config,
-    tokenizer: Tokenizer,
-    directory: Path,
-    prompts: list[Prompt],
-    members: list[RewardSource],
-    reference: Reference,
-    gold: RewardSource | None,
-    seed: int,
-    direction: int,
-    number: int,
-) -> None:
-    """:meth:`Attack.train`."""
-    Attack(cfg, tokenizer, directory, prompts, members, reference, gold, seed).train(direction, number)
+        rule = FindRule(self.cfg, self.reference, recorder.direction, self.tokenizer)
+        return [EnoughFinds(recorder, rule, -(-options.enough // options.policies))]
 
 
 def _finished_adversary(home: Path) -> dict[str, Any] | None:

@@ -12,7 +12,6 @@ The best is the response with the highest proxy, whether the length limit cut it
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -25,7 +24,7 @@ from nemo_advrm.data.jsonl import read_jsonl, write_jsonl_atomic
 from nemo_advrm.data.messages import Message
 from nemo_advrm.data.tokenizers import Tokenizer, build_tokenizer
 from nemo_advrm.errors import ConfigError, DataError
-from nemo_advrm.megatron import runtime
+from nemo_advrm.megatron import manifest, runtime
 from nemo_advrm.megatron.model import MegatronModel
 from nemo_advrm.models.language_model import build_policy
 from nemo_advrm.models.policy import Prompt, encode_prompts
@@ -40,7 +39,7 @@ from nemo_advrm.schema import Config
 from nemo_advrm.seeds import derive_seed
 from nemo_advrm.stages import inputs, results, session
 from nemo_advrm.stages.held_out import held_out_prompts
-from nemo_advrm.stages.reference import sample
+from nemo_advrm.stages.reference import as_rollouts, sample
 
 SAMPLES = "samples.jsonl"
 _CURVE_KEYS = ("n", "kl", "proxy", "gold", "measures", "sampled")
@@ -139,8 +138,7 @@ def curve_of_reward(
         return found
     rollouts, count, gold = _read_samples(samples, cfg, tokenizer)
     rt = runtime.current()
-    bounds = [len(rollouts) * rank // rt.dp_size for rank in range(rt.dp_size + 1)]
-    own = rollouts.select(range(bounds[rt.dp_rank], bounds[rt.dp_rank + 1]))
+    own = rollouts.select(range(len(rollouts))[rt.own_part(len(rollouts))])
     proxy_PN = torch.cat(rt.gather_data_parallel(reward.judge(own).proxy_N)).reshape(-1, count)
     gold_PN = None if gold is None else torch.tensor(gold).reshape(-1, count)
     curve = best_of_n_curve(proxy_PN, gold_PN)
@@ -159,10 +157,12 @@ def curve_of_reward(
 
 def _digest(path: Path) -> str:
     try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        digest = manifest.digest(path)
     except OSError as error:
         raise DataError(f"{path}: the samples of best-of-n cannot be read: {error.strerror or error}") from None
+    if not path.is_file():
+        raise DataError(f"{path}: the samples of best-of-n cannot be read: there is no such file")
+    return digest
 
 
 def _read_curve(path: Path, sampled: str) -> dict[str, Any] | None:
@@ -188,16 +188,7 @@ def _read_samples(path: Path, cfg: Config, tokenizer: Tokenizer) -> tuple[Rollou
         count = next(iter(counts.values()))
         prompts = encode_prompts([tuple(row["messages"]) for row in rows[::count]], tokenizer, cfg)
         gold = [row["gold"] for row in rows]
-        each = [prompt for prompt in prompts for _ in range(count)]
-        rollouts = Rollouts(
-            prompts=[prompt.messages for prompt in each],
-            responses=[row["response"] for row in rows],
-            ended=[row["ended"] for row in rows],
-            prompt_tokens=[prompt.tokens for prompt in each],
-            response_tokens=[row["tokens"] for row in rows],
-            prompt_index=[prompt.index for prompt in each],
-            fingerprint=tokenizer.fingerprint,
-        )
+        rollouts = as_rollouts(rows, [prompt for prompt in prompts for _ in range(count)], tokenizer)
     except (KeyError, TypeError, ValueError) as error:
         reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
         raise DataError(f"{path}: no samples of best-of-n ({reason}); remove it, and they are sampled again") from error

@@ -27,8 +27,7 @@ def sample(
     rt = runtime.current()
     repeated = [p for p in prompts for _ in range(per_prompt)]
     numbers = uniforms(seed, len(repeated), cfg.rl.max_new_tokens)
-    bounds = [len(repeated) * r // rt.dp_size for r in range(rt.dp_size + 1)]
-    own = slice(bounds[rt.dp_rank], bounds[rt.dp_rank + 1])
+    own = rt.own_part(len(repeated))
     part = roll_out(model, tokenizer, repeated[own], sampling_of(cfg.rl, tokenizer), numbers[own])
     parts: list[Rollouts] = rt.gather_data_parallel(part)
     names = ("prompts", "responses", "ended", "prompt_tokens", "response_tokens", "prompt_index")
@@ -58,13 +57,17 @@ def finished_line(reference: Reference) -> str:
 def read_rollouts(path: Path, prompts: list[Prompt], tokenizer: Tokenizer) -> Rollouts:
     """The SFT responses of an earlier ``reference.jsonl``, to be scored by other members."""
     rows = [row for _, row in read_jsonl(path)]
-    chosen = [prompts[row["prompt_id"]] for row in rows]
+    return as_rollouts(rows, [prompts[row["prompt_id"]] for row in rows], tokenizer)
+
+
+def as_rollouts(rows: list[dict[str, Any]], prompts: list[Prompt], tokenizer: Tokenizer) -> Rollouts:
+    """Rows of sampled responses, each to the prompt at its place, as the policy wrote them."""
     return Rollouts(
-        prompts=[p.messages for p in chosen],
+        prompts=[p.messages for p in prompts],
         responses=[row["response"] for row in rows],
         ended=[row["ended"] for row in rows],
-        prompt_tokens=[p.tokens for p in chosen],
+        prompt_tokens=[p.tokens for p in prompts],
         response_tokens=[row["tokens"] for row in rows],
-        prompt_index=[p.index for p in chosen],
+        prompt_index=[p.index for p in prompts],
         fingerprint=tokenizer.fingerprint,
     )

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_advrm.objectives.reference import MemberStatistics
+from nemo_advrm.objectives.reference import MemberStatistics, standardise_members
 from nemo_advrm.rewards.base import RewardSource, Rollouts, checked_scores
 
 # z above which R_1 likes a response, and below which the other members do not
@@ -29,13 +29,10 @@ def measure_room(
         ``responses``, ``liked`` (z_1 > 1), ``share`` of the liked for which the mean of the others' z is below 0 (None
         where R_1 likes none).
     """
-    z_NK = torch.cat(
-        [
-            (torch.stack([checked_scores(member, rollouts) for member in members], -1) - statistics.mean_K)
-            / statistics.std_K
-            for rollouts in runs
-        ]
+    scores_NK = torch.cat(
+        [torch.stack([checked_scores(member, rollouts) for member in members], -1) for rollouts in runs]
     )
+    z_NK = standardise_members(scores_NK, statistics)
     return {"responses": z_NK.size(0), **shares(z_NK)}
 
 

@@ -17,7 +17,7 @@ from nemo_advrm.data.pair_store import AdversarialPair, PairStore
 from nemo_advrm.data.tokenizers import build_tokenizer
 from nemo_advrm.errors import ConfigError, DataError
 from nemo_advrm.objectives.selection import AFTER_FINDS, first_step, select_pairs, text_signature
-from nemo_advrm.rewards.finds import FindRule
+from nemo_advrm.rewards.finds import FindRule, falls_short
 from nemo_advrm.rewards.reference import Reference
 from nemo_advrm.schema import Config
 from nemo_advrm.seeds import derive_seed
@@ -204,7 +204,7 @@ def found_lines(counts: dict[str, Any]) -> list[str]:
 def reason_to_stop(cfg: Config, home: Path, counts: dict[str, Any]) -> str:
     """Why the rounds end with the one in ``home``, whose ``counts`` :func:`select_round` gave; "" when they go on."""
     options, found = cfg.selection, counts["directions"]
-    if found and all(facts["found"] < options.null_ratio * facts["null"] for facts in found.values()):
+    if found and all(falls_short(facts["found"], facts["null"], options) for facts in found.values()):
         told = "; ".join(
             f"direction {direction}: {facts['found']}, null count {facts['null']:.1f}"
             for direction, facts in found.items()

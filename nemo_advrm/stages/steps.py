@@ -32,7 +32,7 @@ from nemo_advrm.rewards.standardisation import combined
 from nemo_advrm.schema import Config, RLHFRunConfig
 from nemo_advrm.seeds import derive_seed
 from nemo_advrm.stages import branches, inputs
-from nemo_advrm.stages.attack import attack_once, attack_prompts, join_attacks
+from nemo_advrm.stages.attack import Attack, attack_prompts, join_attacks
 from nemo_advrm.stages.best_of_n import SAMPLES, best_of_n_prompts, curve_of_reward, sample_best_of_n
 from nemo_advrm.stages.order import Step, labels_by_gold, order
 from nemo_advrm.stages.reference import read_rollouts, sample, write_reference
@@ -190,7 +190,7 @@ class Steps:
         cfg = self._attack_settings(step)
         cfg.pretrained_checkpoint.restore_from_path = self._policy_path
         home = self._home(step.branch, step.round)
-        attack_once(
+        attack = Attack(
             cfg,
             self.tokenizer,
             home / "attack",
@@ -199,8 +199,8 @@ class Steps:
             runtime.on_writer(lambda: Reference.read(home / "reference.jsonl")),
             self.gold,
             derive_seed(self.cfg.seed, "attack", step.round),
-            *step.adversary,
         )
+        attack.train(*step.adversary)
 
     def _join_attacks(self, step: Step) -> None:
         join_attacks(self._attack_settings(step), self.directory / step.name)
@@ -264,8 +264,7 @@ class Steps:
     def _room(self, step: Step) -> None:
         """Of responses of the arm's final policies to RLHF's first prompts."""
         cfg = for_stage(self.cfg, "rlhf")
-        plain = [] if cfg.pipeline.rlhf[step.arm].reference_features else list(range(1, cfg.ensemble.size + 1))
-        members = self._members(branches.MAIN, 0, plain)
+        members = self._members(branches.MAIN, 0, self._plain(cfg.pipeline.rlhf[step.arm]))
         prompts = self.inputs.rlhf_prompts[: cfg.reference.num_prompts]
         runs = []
         for run in (each for each in order(self.cfg) if each.kind == "rlhf" and each.arm == step.arm):
@@ -280,8 +279,11 @@ class Steps:
         last = branches.last_round(self.cfg, arm.branch, self.state.detail)
         number = min(branches.arm_round(self.cfg, arm), last)
         count = self.cfg.ensemble.size if arm.reward == "ensemble" else 1
-        plain = [] if arm.reference_features else list(range(1, count + 1))
-        return self._members(arm.branch, number, plain, count)
+        return self._members(arm.branch, number, self._plain(arm), count)
+
+    def _plain(self, arm: RLHFRunConfig) -> list[int]:
+        """The members that an arm takes without their reference features: none or all."""
+        return [] if arm.reference_features else list(range(1, self.cfg.ensemble.size + 1))
 
     def _statistics(self, members: list[RewardSource]) -> MemberStatistics:
         """By what members are standardised: their scores of the SFT responses of round 0."""
