@@ -65,4 +65,5 @@ def _leads_to_hardened(stage: str, last: int, arm: str) -> bool:
     if stage in (*SHARED_STAGES, *_rlhf_stages(arm), f"round_{last}/rm_1"):
         return True
     match = re.match(r"round_(\d+)/", stage)
-    return match is not None and int(match[1]) < last
+    # of an ensemble with a trunk each, all are attacked
+    return re.fullmatch(r"sft_\d+", stage) is not None or (match is not None and int(match[1]) < last)

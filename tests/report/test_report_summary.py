@@ -203,6 +203,12 @@ def test_cost_counts_only_the_stages_that_lead_to_each_policy(run_dir: Path) -> 
     assert summary["seconds_total"] == pytest.approx(108)
 
 
+def test_a_trunk_of_another_member_is_a_cost_of_the_attack_alone(run_dir: Path) -> None:
+    write_state(run_dir, {"sft_2": 7.0, **SECONDS})
+    cost = summarise(collect(run_dir))["cost"]
+    assert (cost["plain"], cost["adv_rm"]) == (pytest.approx(25), pytest.approx(60 + 7))
+
+
 def test_cost_is_in_cpu_seconds_where_all_stages_know_them(run_dir: Path) -> None:
     assert summarise(collect(run_dir))["cost"]["unit"] == "seconds of wall-clock"
     state = json.loads((run_dir / "state.json").read_text())
