@@ -65,7 +65,8 @@ class UncertaintyReward:
             variance) or ``gap`` (R_1 - mean of the rest); see :mod:`nemo_advrm.objectives.uncertainty`.
         statistics: with it several members are standardised, each by its mean and spread over SFT responses, before
             they are combined. Without it their raw scores are combined, whose offsets and scales Bradley-Terry leaves
-            free: the member of the largest scale decides. One member alone keeps its raw scores in any case.
+            free: the member of the largest scale decides. One member alone keeps its raw scores, unless ``one_too``.
+        one_too: standardise one member alone as well, so that a KL coefficient means the same for all rewards.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class UncertaintyReward:
         aggregate: str = "mean",
         coefficient: float = 1.0,
         statistics: MemberStatistics | None = None,
+        one_too: bool = False,
     ) -> None:
         if not sources:
             raise ConfigError("an ensemble needs at least one reward source")
@@ -85,7 +87,7 @@ class UncertaintyReward:
         self.sources = list(sources)
         self.aggregate = aggregate
         self.coefficient = coefficient
-        self.statistics = statistics if len(self.sources) > 1 else None
+        self.statistics = statistics if len(self.sources) > 1 or one_too else None
 
     def member_scores(self, rollouts: Rollouts) -> Tensor:
         """[N, K] raw scores."""

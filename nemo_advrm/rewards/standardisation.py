@@ -131,9 +131,13 @@ def combined(
     coefficient: float,
     statistics: MemberStatistics | None,
     directory: Path,
+    one_too: bool = False,
 ) -> UncertaintyReward:
-    """The members as one reward; says which, warns where it equals a simpler one, and writes its statistics."""
-    reward = UncertaintyReward(members, aggregate, coefficient, statistics)
+    """The members as one reward; says which, warns where it equals a simpler one, and writes its statistics.
+
+    See :class:`UncertaintyReward` for the arguments.
+    """
+    reward = UncertaintyReward(members, aggregate, coefficient, statistics, one_too)
     used = reward.statistics
 
     def tell() -> None:

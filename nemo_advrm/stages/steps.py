@@ -247,7 +247,7 @@ class Steps:
     def _reward(self, arm: RLHFRunConfig, home: Path) -> UncertaintyReward:
         members = self._members_of(arm)
         statistics = self._statistics(members) if branches.is_standardised(self.cfg, arm) else None
-        return combined(members, arm.aggregate, arm.coefficient, statistics, home)
+        return combined(members, arm.aggregate, arm.coefficient, statistics, home, one_too=arm.standardise)
 
     def _sample_best_of_n(self, step: Step) -> None:
         cfg = for_stage(self.cfg, "rlhf")

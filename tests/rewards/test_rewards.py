@@ -109,6 +109,13 @@ def test_the_members_offsets_and_scales_do_not_change_what_an_ensemble_prefers()
         assert torch.corrcoef(torch.stack(raw))[0, 1] < 0.9, aggregate
 
 
+def test_one_member_alone_is_standardised_where_that_is_asked_for() -> None:
+    statistics = MemberStatistics(torch.tensor([1.0]), torch.tensor([2.0]))
+    judgement = UncertaintyReward([_source("A")], statistics=statistics, one_too=True).judge(_rollouts())
+    assert judgement.rewards_N.tolist() == [(3.0 - 1.0) / 2, (-2.0 - 1.0) / 2]
+    assert judgement.scores_NK[:, 0].tolist() == [3.0, -2.0]
+
+
 def test_one_member_alone_keeps_its_raw_scores() -> None:
     statistics = MemberStatistics(torch.tensor([1.0]), torch.tensor([2.0]))
     assert UncertaintyReward([_source("A")], statistics=statistics).score(_rollouts()).tolist() == [3.0, -2.0]

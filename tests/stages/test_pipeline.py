@@ -126,6 +126,16 @@ def test_every_stage_left_its_files(finished) -> None:
         assert all(needed <= set(row) for row in rows)
 
 
+def test_one_reward_model_alone_is_optimised_on_the_scale_of_sft_responses(finished) -> None:
+    """`standardise` of an arm: the proxy is the z of R_1's score, by SFT responses of the first round."""
+    run_dir, _, _ = finished
+    for name in ("r1", "adv_rm", "hybrid"):
+        (one,) = [json.loads(line) for line in (run_dir / "rlhf" / name / "standardisation.jsonl").open()]
+        for line in (run_dir / "rlhf" / name / "metrics.jsonl").read_text().splitlines():
+            row = json.loads(line)
+            assert row["proxy"] == pytest.approx((row["scores/1"] - one["mean"]) / one["std"], abs=1e-4), name
+
+
 def test_every_rlhf_run_starts_from_the_same_policy_and_prompts(finished) -> None:
     run_dir, _, _ = finished
     texts = [(run_dir / "rlhf" / name / "metrics.jsonl").read_text().splitlines() for name in ("r1", "adv_rm")]
