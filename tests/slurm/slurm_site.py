@@ -34,6 +34,7 @@ SMALL = [
     "pipeline.rounds=0",
     "pipeline.best_of_n=false",
     "pipeline.room=",
+    "pipeline.rlhf.r1.standardise=false",  # as the stage of its own does with one member
     "~pipeline.rlhf.r1_kl",
     "~pipeline.rlhf.adv_rm",
     "~pipeline.rlhf.hybrid",
