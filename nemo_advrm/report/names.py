@@ -19,13 +19,13 @@ REWARD_NAMES = {
     "mixed": "Hardened against a hybrid",
 }
 # of the penalty of an arm, by the end of its name
-KL_NAMES = {"no_kl": "no KL penalty", "kl": "more KL", "middle_kl": "middle KL", "high_kl": "high KL"}
+KL_NAMES = {"no_kl": "no KL penalty", "kl": "more KL", "low_kl": "low KL", "middle_kl": "middle KL"}
 ABSENT = "–"
 
 
 def reward_name(name: str) -> str:
     """The reader's name of an RLHF run; an unknown one keeps its own name."""
-    match = re.fullmatch(r"(.+?)_((?:no_|middle_|high_)?kl)", name)
+    match = re.fullmatch(r"(.+?)_((?:no_|low_|middle_)?kl)", name)
     if match and match[1] in REWARD_NAMES:
         return f"{REWARD_NAMES[match[1]]}, {KL_NAMES[match[2]]}"
     return REWARD_NAMES.get(name, name)
