@@ -5,6 +5,9 @@
 Each seed has a run directory below runs/EXPERIMENT. A seed that was stopped goes on where it was; several invocations
 with different seeds may work side by side. The gates of a seed are printed and written as a line before any figure of
 its arms. SETTING is a setting of ``nemo-advrm pipeline``. The exit status is that of the first run that was not 0.
+
+An experiment with more arms than a finished one is added to its run directories by --runs runs/EXPERIMENT: what is
+finished stays, and the new lines bear the name of the experiment that the directories were begun as.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_advrm.foreign_files import read_json
+from nemo_advrm.report.collect_rlhf import read_settings
 from nemo_advrm.report.lines import lines_of, this_machine
 from nemo_advrm.report.study import GATES, RLHF, Line, read, write_line
 
@@ -37,12 +41,13 @@ def main(words: list[str] | None = None) -> int:
     runs = options.runs or Path("runs") / options.experiment
     for seed in options.seeds:
         home = runs / f"seed_{seed}"
-        command = [sys.executable, "-m", "nemo_advrm.cli", "pipeline", f"experiment={options.experiment}"]
+        named = [f"experiment={options.experiment}", f"name={options.experiment}"]
+        command = [sys.executable, "-m", "nemo_advrm.cli", "pipeline", *named]
         try:
             status = subprocess.run([*command, f"seed={seed}", f"run_dir={home}", *settings], check=False).returncode
         finally:
             if (home / "state.json").exists():
-                keep(home, options.experiment, seed, options.results)
+                keep(home, begun_as(home, options.experiment), seed, options.results)
         if status:
             return status if status > 0 else 128 - status
     return 0
@@ -55,6 +60,14 @@ def _seeds(text: str) -> list[int]:
         first, _, last = part.partition("-")
         found += range(int(first), int(last or first) + 1)
     return found
+
+
+def begun_as(home: Path, experiment: str) -> str:
+    """The experiment that a run directory was begun as: arms that another one has added to it are lines of the first.
+
+    So that they are compared with its arms, and no run has two lines.
+    """
+    return str(read_settings(home, []).get("name") or experiment)
 
 
 def keep(home: Path, experiment: str, seed: int, results: Path) -> None:

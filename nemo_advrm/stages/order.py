@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.keys import nearest
 from nemo_advrm.schema import BranchConfig, Config, RLHFRunConfig
+from nemo_advrm.stages import identity
 from nemo_advrm.stages.branches import (
     MAIN,
     all_branches,
@@ -65,6 +66,24 @@ def order(cfg: Config) -> list[Step]:
     runs = [step for arm in cfg.pipeline.rlhf for step in _arm(cfg, arm)]
     runs += [*_best_of_n(cfg), *_room(cfg, runs)]
     return [*steps, *runs, Step("report", "report", (*measured, *(step.name for step in runs)))]
+
+
+def asked(cfg: Config, whole: Config) -> list[Step]:
+    """The stages of a run that ``cfg`` asks for; ``whole`` has the arms and branches that the run holds besides.
+
+    The curve of a reward is called by the run's first arm that has it.
+    """
+    own = {step.name for step in order(cfg) if step.kind != "best_of_n"}
+    rewards = {reward_of(cfg, arm) for arm in cfg.pipeline.rlhf.values()}
+
+    def is_asked(step: Step) -> bool:
+        if step.kind == "best_of_n":
+            return reward_of(whole, whole.pipeline.rlhf[step.arm]) in rewards
+        return step.name in own
+
+    steps = [step for step in order(whole) if is_asked(step)]
+    names = {step.name for step in steps}
+    return [replace(step, after=tuple(name for name in step.after if name in names)) for step in steps]
 
 
 def _branch(cfg: Config, branch: str, options: BranchConfig) -> list[Step]:
@@ -176,9 +195,9 @@ def most_at_once(cfg: Config) -> int:
     return max(Counter(level.values()).values())
 
 
-def find(cfg: Config, name: str) -> Step:
+def find(among: list[Step], name: str) -> Step:
     """The stage of that name; ConfigError when there is none."""
-    steps = {step.name: step for step in order(cfg)}
+    steps = {step.name: step for step in among}
     if name not in steps:
         raise ConfigError(
             f"pipeline.only={name}: did you mean {nearest(name, list(steps))}? stages: {', '.join(steps)}"
@@ -201,8 +220,9 @@ def main(cfg: Config) -> int:
 
     report = directory / "report" / "index.html"
     reported = bool(state) and report.exists() and _written_at(report) >= _written_at(directory / "state.json")
-    for step in order(cfg):
-        if is_skipped(cfg, step, detail):
+    run = identity.whole(cfg, directory)
+    for step in asked(cfg, run):
+        if is_skipped(run, step, detail):
             status = "skipped"
         elif detail(step.name, "status") == "complete" or (step.kind == "report" and reported):
             status = "complete"

@@ -19,9 +19,9 @@ from nemo_advrm.layout import at_layout
 from nemo_advrm.megatron import runtime, stopping
 from nemo_advrm.place import worker
 from nemo_advrm.schema import Config
-from nemo_advrm.stages import artefacts, branches, cost, session
+from nemo_advrm.stages import artefacts, branches, cost, identity, session
 from nemo_advrm.stages.attack import check_directions
-from nemo_advrm.stages.order import LIGHT, Step, find, is_skipped, order
+from nemo_advrm.stages.order import LIGHT, Step, asked, find, is_skipped
 from nemo_advrm.stages.state import RunState
 from nemo_advrm.stages.steps import Inputs, Steps
 
@@ -31,7 +31,9 @@ LOOK_SECONDS = 0.25
 
 def main(cfg: Config) -> int:
     """Run all that is not complete in ``run_dir`` and print the report's table; or the one stage ``pipeline.only``."""
-    only = find(cfg, cfg.pipeline.only) if cfg.pipeline.only else None
+    only = None
+    if cfg.pipeline.only:
+        only = find(asked(cfg, identity.whole(cfg, Path(cfg.run_dir))), cfg.pipeline.only)
     session.start(_one_process(cfg) if only and only.kind in LIGHT else cfg)
     Pipeline(cfg).run(only)
     return 0
@@ -43,19 +45,22 @@ def _one_process(cfg: Config) -> Config:
 
 
 class Pipeline:
-    """The steps of one run directory, as this process takes them."""
+    """The steps of one run directory, as this process takes them.
+
+    A run may hold arms and branches that ``cfg`` does not ask for: their steps are left alone.
+    """
 
     def __init__(self, cfg: Config) -> None:
-        self.cfg = cfg
         self.directory = Path(cfg.run_dir)
         check(cfg)
-        self.order = order(cfg)
         found = Inputs(cfg)
         if worker() <= 1:
             found.check()
         session.claim(cfg, self.directory, "pipeline", shared=True)
+        self.cfg = runtime.on_writer(lambda: identity.whole(cfg, self.directory))
+        self.order = asked(cfg, self.cfg)
         self.state = RunState(self.directory / "state.json", cfg.seed)
-        self.steps = Steps(cfg, self.state, found)
+        self.steps = Steps(self.cfg, self.state, found)
 
     def run(self, only: Step | None = None) -> None:
         """Run every step that is not complete, or just ``only``, whose forerunners must be complete."""

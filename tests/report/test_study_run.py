@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -85,3 +86,33 @@ def test_the_tables_of_the_page_are_replaced_and_the_rest_stays(tmp_path: Path) 
         assert "Plain reward model, more KL" in text
     page.write_text("no place")
     assert docs.main(page, results) == 2 and page.read_text() == "no place"
+
+
+def test_arms_that_are_added_to_finished_runs_are_lines_of_the_experiment_these_were_begun_as(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No run has two lines, whichever of the two experiments is asked for, and both know their names."""
+    study, results, home = module("run"), tmp_path / "results.jsonl", tmp_path / "runs" / "seed_10"
+    asked = []
+
+    def pipeline(command: list[str], check: bool) -> subprocess.CompletedProcess[bytes]:
+        settings = dict(word.split("=", 1) for word in command if "=" in word)
+        asked.append((settings["experiment"], settings["name"], settings["run_dir"]))
+        home.mkdir(parents=True, exist_ok=True)
+        (home / "state.json").write_text("{}")
+        if not (home / "config.yaml").exists():
+            (home / "config.yaml").write_text(f"name: {settings['name']}\n")
+        return subprocess.CompletedProcess(command, 0)
+
+    def lines(home: Path, experiment: str, hardware: str) -> list[Line]:
+        arms = ["r1", "more"] if len(asked) > 1 else ["r1"]
+        return [Line(experiment, RLHF, 10, arm, 1) for arm in arms]
+
+    monkeypatch.setattr(study.subprocess, "run", pipeline)
+    monkeypatch.setattr(study, "lines_of", lines)
+    for experiment in ("study", "study_more", "study"):
+        words = ["--seeds", "10", "--experiment", experiment, "--runs", str(home.parent), "--results", str(results)]
+        assert study.main(words) == 0
+    assert asked == [(name, name, str(home)) for name in ("study", "study_more", "study")]
+    rows = [json.loads(row) for row in results.read_text().splitlines()]
+    assert [(row["experiment"], row["arm"]) for row in rows] == [("study", "r1"), ("study", "more")]

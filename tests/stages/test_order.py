@@ -45,7 +45,7 @@ def test_rlhf_on_an_ensemble_waits_for_the_reference_that_standardises_it() -> N
     for standardise, needed in (("true", ("round_0/rm_1", "round_0/rm_2", "round_0/reference")),
                                 ("false", ("round_0/rm_1", "round_0/rm_2"))):  # fmt: skip
         cfg = load_config(["data.train_path=pairs.jsonl", run, f"ensemble.standardise={standardise}"])
-        assert find(cfg, "rlhf/low").after == needed
+        assert find(order.order(cfg), "rlhf/low").after == needed
 
 
 def test_stages_are_complete_or_left_out_as_the_state_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -70,7 +70,7 @@ def test_stages_are_complete_or_left_out_as_the_state_says(tmp_path: Path, capsy
 
 def test_a_misspelt_stage_names_the_nearest() -> None:
     with pytest.raises(ConfigError, match="did you mean round_0/rm_2"):
-        find(load_config(TWO_ROUNDS), "round_0/rm2")
+        find(order.order(load_config(TWO_ROUNDS)), "round_0/rm2")
 
 
 BRANCHES = "pipeline.branches={steps:{pairs:none},any:{pairs:random},over:{coefficient:0},mixed:{plain_members:[1]},"

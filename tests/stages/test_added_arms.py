@@ -1,0 +1,258 @@
+"""Arms and branches that are added to a run: the finished steps stay, and the new ones give what they always give."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import claim_jobs
+import pytest
+import yaml
+from reward_members import PROMPTS, RESPONSES, one_step_of_rl
+
+from nemo_advrm import cli, files, writers
+from nemo_advrm.config import load_config
+from nemo_advrm.errors import ConfigError
+from nemo_advrm.megatron.runtime import Runtime
+from nemo_advrm.report.collect import collect
+from nemo_advrm.report.summary import summarise
+from nemo_advrm.stages import identity, order, session
+
+FIRST = "pipeline.rlhf.plain={reward: r1, standardise: true}"
+# its best-of-n curve is that of the first arm
+KL = "pipeline.rlhf.kl={reward: r1, standardise: true, kl: 2.5}"
+STEPS = "pipeline.rlhf.steps={reward: hardened, branch: steps}"
+BRANCH = "pipeline.branches.steps={pairs: none}"
+# files whose bytes tell results, without times
+RESULTS = ("samples.jsonl", "reference.jsonl", "standardisation.jsonl", ".distcp", "room.json")
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_held() -> Iterator[None]:
+    yield
+    writers.release_all()
+
+
+@pytest.fixture(scope="module")
+def settings(single: Runtime, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """A pipeline of two tiny members that is attacked for one step, without retraining."""
+    home = tmp_path_factory.mktemp("added_arms")
+    lines = one_step_of_rl(home, ["unused"])
+    pairs, held_out = home / "pairs.jsonl", home / "held_out.jsonl"
+    rows = [{"prompt": p, "chosen": RESPONSES[i], "rejected": RESPONSES[3]} for p in PROMPTS[:2] for i in range(2)]
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    held_out.write_text(json.dumps({"prompt": PROMPTS[2]}) + "\n")
+    return [
+        *lines[1:],
+        *(f"data.{key}={pairs}" for key in ("train_path", "validation_path")),
+        f"data.held_out_prompts_path={held_out}",
+        "pipeline.rounds=0",
+        "pipeline.gold=synthetic",
+        "pipeline.best_of_n=true",
+        "pipeline.room=plain",
+        "pipeline.jobs=1",
+        "ensemble.size=2",
+        "best_of_n.prompts=1",
+        "best_of_n.samples=4",
+        "adversarial.directions=[1]",
+        "model.global_batch_size=2",
+        "stage.train_rm.trainer.max_steps=1",
+        "rl.group_size=2",
+    ]
+
+
+def _pipeline(settings: list[str], run: Path, *arms: str) -> int:
+    return cli.main(["pipeline", *settings, f"run_dir={run}", *arms])
+
+
+def _begun(out: str) -> list[str]:
+    return [line.removeprefix("== ") for line in out.splitlines() if line.startswith("== ")]
+
+
+def _results(run: Path) -> dict[str, bytes]:
+    """Bytes by path; the directory of the run, which some name, is left out."""
+    found = [path for path in run.rglob("*") if path.name.endswith(RESULTS)] + [*run.glob("best_of_n/*.json")]
+    return {path.relative_to(run).as_posix(): path.read_bytes().replace(bytes(run), b"RUN") for path in found}
+
+
+def test_added_arms_give_the_same_as_from_the_start_and_leave_the_rest_alone(
+    settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    at_once, later = tmp_path / "at_once", tmp_path / "later"
+    assert _pipeline(settings, at_once, FIRST, STEPS, BRANCH, KL) == 0
+    assert _pipeline(settings, later, FIRST) == 0
+    capsys.readouterr()
+    before = {path: path.stat().st_mtime_ns for path in _paths(later) if path.name not in ("config.yaml",)}
+
+    more = ["name=more", KL, BRANCH, STEPS]  # before the first one, and in another order
+    assert _pipeline(settings, later, *more, FIRST) == 0
+    out = capsys.readouterr().out
+    assert f"{later} goes on with a new arm kl: {{kl: 2.5, standardise: true}}" in out
+    assert f"{later} goes on with a new branch steps: {{pairs: none}}" in out
+    assert sorted(_begun(out)) == [
+        *("best_of_n/steps", "branches/steps/round_1/rm_1"),
+        *("rlhf/kl", "rlhf/steps"),
+    ]
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    ours, theirs = _results(at_once), _results(later)
+    assert any(name.startswith("rlhf/kl/model/") for name in ours)
+    assert any(name.startswith("branches/steps/round_1/rm_1/model/") for name in ours)
+    assert [name for name in ours | theirs if ours.get(name) != theirs.get(name)] == []
+    assert {"best_of_n/plain.json", "best_of_n/steps.json"} <= ours.keys()
+
+    assert _pipeline(settings, later, FIRST) == 0  # who asks for less goes on, too
+    assert _begun(capsys.readouterr().out) == []
+    assert list(yaml.safe_load((later / "config.yaml").read_text())["pipeline"]["rlhf"]) == ["plain", "kl", "steps"]
+    reported = summarise(collect(later))
+    assert list(reported["rlhf"]) == ["plain", "kl", "steps"]
+
+
+def _paths(run: Path) -> list[Path]:
+    """What the steps of a run have left."""
+    homes = [run / name for name in ("round_0", "rlhf", "best_of_n")]
+    return [path for home in homes for path in home.rglob("*") if path.is_file()] + [run / "room.json"]
+
+
+# what a run directory says, without any work
+
+
+def _claim(directory: Path, *overrides: str) -> None:
+    cfg = load_config([f"run_dir={directory}", "seed=1", *overrides], "pipeline")
+    session.claim(cfg, directory, "pipeline", shared=True)
+    (directory / "metrics.jsonl").touch()  # the run has produced something
+
+
+def _held(directory: Path) -> dict[str, Any]:
+    return yaml.safe_load((directory / "config.yaml").read_text())
+
+
+def _changes(directory: Path) -> list[tuple[str, Any, Any]]:
+    known = yaml.safe_load((directory / "versions.yaml").read_text())
+    assert all(change["time"] for change in known.get("changes", []))
+    return [(c["key"], c["from"], c["to"]) for c in known.get("changes", [])]
+
+
+@pytest.mark.parametrize("locks", [True, False], ids=["locks", "no_locks"])
+def test_an_added_arm_is_told_recorded_and_held_and_nothing_else_changes(
+    single: Runtime, tmp_path: Path, capsys: pytest.CaptureFixture[str], locks: bool
+) -> None:
+    run = tmp_path / "run"
+    with contextlib.nullcontext() if locks else claim_jobs.no_locks():
+        _claim(run, "name=study", "model.micro_batch_size=8", FIRST)
+        before = _held(run)
+        capsys.readouterr()
+        for _ in range(2):
+            _claim(run, "name=more", "model.micro_batch_size=2", FIRST, KL)
+        out = capsys.readouterr().out
+        _claim(run, "name=study", "model.micro_batch_size=2", FIRST)
+        _claim(run, "name=other", "model.micro_batch_size=2", STEPS, BRANCH)
+    assert out.count("goes on with a new arm kl: {kl: 2.5, standardise: true}\n") == 1
+    held = _held(run)
+    added = {name: held["pipeline"]["rlhf"].pop(name) for name in ("kl", "steps")}
+    branch = held["pipeline"]["branches"].pop("steps")
+    assert held == before  # its name and its microbatches are those that it was begun with
+    assert added["kl"]["kl"] == 2.5 and added["steps"]["branch"] == "steps" and branch["pairs"] == "none"
+    assert _changes(run) == [
+        ("model.micro_batch_size", 8, 2),
+        ("pipeline.rlhf.kl", None, added["kl"]),
+        ("pipeline.branches.steps", None, branch),
+        ("pipeline.rlhf.steps", None, added["steps"]),
+    ]
+    assert not [path.name for path in run.iterdir() if path.name.startswith((".", "config.lock", "config.owner"))]
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        ("pipeline.rlhf.plain={reward: r1, standardise: true, kl: 1.0}", "pipeline.rlhf.plain.kl"),
+        ("pipeline.rlhf.kl={reward: r1, standardise: true, kl: 1.0}", "pipeline.rlhf.kl.kl"),
+        ("pipeline.branches.steps={pairs: random}", "pipeline.branches.steps.pairs"),
+        ("pipeline.rlhf_seeds=3", "pipeline.rlhf_seeds"),
+    ],
+)
+def test_a_changed_arm_is_refused_and_nothing_is_added_with_it(
+    single: Runtime, tmp_path: Path, change: str, key: str
+) -> None:
+    run = tmp_path / "run"
+    _claim(run, FIRST, BRANCH)
+    _claim(run, FIRST, BRANCH, KL)
+    before = _held(run)
+    with pytest.raises(ConfigError, match=rf"holds a run with {key}=.*choose another run_dir"):
+        _claim(run, FIRST, BRANCH, KL, "pipeline.rlhf.more={reward: ensemble}", change)
+    assert _held(run) == before and len(_changes(run)) == 1
+
+
+def test_an_arm_is_added_beside_jobs_of_the_run_that_are_alive_and_one_at_a_time(
+    single: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another job adds an arm between the look and the write of this one: both are held."""
+    run = tmp_path / "run"
+    _claim(run, FIRST)
+    hold = writers.hold
+
+    def late(directory: Path, name: str = "writer", *rest: Any) -> None:
+        if name == "config":
+            monkeypatch.setattr(writers, "hold", hold)
+            _claim(run, FIRST, KL)
+        hold(directory, name, *rest)
+
+    monkeypatch.setattr(session, "_enter", lambda directory: (None, False))  # others live
+    monkeypatch.setattr(writers, "hold", late)
+    _claim(run, FIRST, BRANCH, STEPS)
+    assert list(_held(run)["pipeline"]["rlhf"]) == ["plain", "kl", "steps"]
+    assert [key for key, _, _ in _changes(run)] == [
+        *("pipeline.rlhf.kl", "pipeline.branches.steps", "pipeline.rlhf.steps")
+    ]
+
+
+def test_an_addition_that_was_killed_is_completed_by_the_same_command_and_does_not_hinder_others(
+    single: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    _claim(run, FIRST)
+    before = _held(run)
+    write = files.write_text
+
+    def until_config(path: Path, text: str) -> None:
+        if path.name == "config.yaml":
+            raise KeyboardInterrupt
+        write(path, text)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "write_text", until_config)
+        with pytest.raises(KeyboardInterrupt):
+            _claim(run, FIRST, KL)
+    assert _held(run) == before
+    _claim(run, FIRST)
+    assert _held(run) == before and len(_changes(run)) == 1
+    _claim(run, FIRST, KL)
+    assert list(_held(run)["pipeline"]["rlhf"]) == ["plain", "kl"] and len(_changes(run)) == 1
+
+
+def test_another_stage_has_no_arms_to_add(single: Runtime, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    for arms in ((FIRST,), (FIRST, KL)):
+        cfg = load_config([f"run_dir={run}", "seed=1", *arms], "sft")
+        if arms == (FIRST, KL):
+            with pytest.raises(ConfigError, match=r"holds a run with pipeline\.rlhf\.kl=None"):
+                session.claim(cfg, run, "sft")
+        else:
+            session.claim(cfg, run, "sft")
+            (run / "metrics.jsonl").touch()
+
+
+def test_stages_are_those_that_are_asked_for_and_a_curve_has_the_name_of_the_runs_first_arm(
+    single: Runtime, tmp_path: Path
+) -> None:
+    base = ["data.train_path=pairs.jsonl", "pipeline.best_of_n=true", "pipeline.rounds=0"]
+    run = tmp_path / "run"
+    _claim(run, *base, FIRST, BRANCH, STEPS)
+    cfg = load_config([*base, f"run_dir={run}", KL], "pipeline")
+    steps = {step.name: step for step in order.asked(cfg, identity.whole(cfg, run))}
+    assert {"best_of_n", "best_of_n/plain", "rlhf/kl"} <= steps.keys()
+    assert not {"rlhf/plain", "rlhf/steps", "best_of_n/kl", "best_of_n/steps"} & steps.keys()
+    assert not any(name.startswith("branches/") for name in steps)
+    assert all(set(step.after) <= steps.keys() for step in steps.values())
