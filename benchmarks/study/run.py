@@ -13,6 +13,7 @@ finished stays, and the new lines bear the name of the experiment that the direc
 from __future__ import annotations
 
 import argparse
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -44,13 +45,26 @@ def main(words: list[str] | None = None) -> int:
         named = [f"experiment={options.experiment}", f"name={options.experiment}"]
         command = [sys.executable, "-m", "nemo_advrm.cli", "pipeline", *named]
         try:
-            status = subprocess.run([*command, f"seed={seed}", f"run_dir={home}", *settings], check=False).returncode
+            status = _run([*command, f"seed={seed}", f"run_dir={home}", *settings])
         finally:
             if (home / "state.json").exists():
                 keep(home, begun_as(home, options.experiment), seed, options.results)
         if status:
             return status if status > 0 else 128 - status
     return 0
+
+
+def _run(command: list[str]) -> int:
+    """The exit status of a command; SIGTERM and Ctrl-C reach it too, and it is waited for."""
+    with subprocess.Popen(command) as process:
+        before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+        try:
+            return process.wait()
+        except KeyboardInterrupt:  # the terminal has sent it to both
+            process.wait()
+            raise
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
 
 def _seeds(text: str) -> list[int]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -95,20 +97,20 @@ def test_arms_that_are_added_to_finished_runs_are_lines_of_the_experiment_these_
     study, results, home = module("run"), tmp_path / "results.jsonl", tmp_path / "runs" / "seed_10"
     asked = []
 
-    def pipeline(command: list[str], check: bool) -> subprocess.CompletedProcess[bytes]:
+    def pipeline(command: list[str]) -> int:
         settings = dict(word.split("=", 1) for word in command if "=" in word)
         asked.append((settings["experiment"], settings["name"], settings["run_dir"]))
         home.mkdir(parents=True, exist_ok=True)
         (home / "state.json").write_text("{}")
         if not (home / "config.yaml").exists():
             (home / "config.yaml").write_text(f"name: {settings['name']}\n")
-        return subprocess.CompletedProcess(command, 0)
+        return 0
 
     def lines(home: Path, experiment: str, hardware: str) -> list[Line]:
         arms = ["r1", "more"] if len(asked) > 1 else ["r1"]
         return [Line(experiment, RLHF, 10, arm, 1) for arm in arms]
 
-    monkeypatch.setattr(study.subprocess, "run", pipeline)
+    monkeypatch.setattr(study, "_run", pipeline)
     monkeypatch.setattr(study, "lines_of", lines)
     for experiment in ("study", "study_more", "study"):
         words = ["--seeds", "10", "--experiment", experiment, "--runs", str(home.parent), "--results", str(results)]
@@ -116,3 +118,30 @@ def test_arms_that_are_added_to_finished_runs_are_lines_of_the_experiment_these_
     assert asked == [(name, name, str(home)) for name in ("study", "study_more", "study")]
     rows = [json.loads(row) for row in results.read_text().splitlines()]
     assert [(row["experiment"], row["arm"]) for row in rows] == [("study", "r1"), ("study", "more")]
+
+
+def test_a_term_ends_the_run_that_is_going_and_waits_for_it(tmp_path: Path) -> None:
+    """Nobody writes on in a run directory after the study has ended."""
+    begun, ended = tmp_path / "begun", tmp_path / "ended"
+    child = (
+        "import pathlib, signal, sys, time\n"
+        f"signal.signal(signal.SIGTERM, lambda *_: (pathlib.Path({str(ended)!r}).touch(), sys.exit(75)))\n"
+        f"pathlib.Path({str(begun)!r}).touch()\n"
+        "time.sleep(60)\n"
+    )
+    code = (
+        f"import sys; sys.path.insert(0, {str(STUDY)!r})\n"
+        f"import run; sys.exit(run._run([sys.executable, '-c', {child!r}]))\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code]) as study:
+        wait_for(begun)
+        study.terminate()
+        assert study.wait(60) == 75
+    assert ended.exists()
+
+
+def wait_for(path: Path, seconds: float = 60) -> None:
+    until = time.monotonic() + seconds
+    while not path.exists():
+        assert time.monotonic() < until, f"no {path.name} in {seconds:g} s"
+        time.sleep(0.02)
