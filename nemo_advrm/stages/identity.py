@@ -2,7 +2,7 @@
 
 A run of the pipeline may get further arms (``pipeline.rlhf.NAME``) and branches (``pipeline.branches.NAME``): what is
 finished stays, and ``config.yaml`` holds them from then on, behind those that it held. Who asks for a part of the arms
-that a run holds works on these alone.
+that a run holds works on these alone. Arms of several RLHF runs may get more of them (``pipeline.rlhf_seeds``).
 """
 
 from __future__ import annotations
@@ -232,7 +232,7 @@ def _compare(cfg: Config, directory: Path, about: dict[str, Any]) -> _Comparison
                 added[key] = new
             elif isinstance(old, dict):
                 continue  # another job asked for it
-        if key not in added and plain not in _LAYOUT_KEYS and not moved:
+        if key not in added and plain not in _LAYOUT_KEYS and not moved and not _only_adds_runs(key, old, new):
             raise ConfigError(
                 f"{directory} holds a run with {key}={old!r}, but now {key}={new!r}: choose another run_dir, or remove "
                 "the directory"
@@ -251,6 +251,11 @@ def _compare(cfg: Config, directory: Path, about: dict[str, Any]) -> _Comparison
     # in the order of the configuration, as if they had been there from the start
     names = [f"pipeline.{section}.{name}" for section in _ADDABLE for name in now["pipeline"][section]]
     return _Comparison(known, held, changes, {key: added[key] for key in names if key in added})
+
+
+def _only_adds_runs(key: str, old: Any, new: Any) -> bool:
+    """Whether arms get more RLHF runs, or fewer are asked for; one run alone has its files in another place."""
+    return key == "pipeline.rlhf_seeds" and min(old, new) > 1
 
 
 def _write(directory: Path, found: _Comparison, about: dict[str, Any]) -> None:

@@ -185,6 +185,18 @@ def test_a_changed_arm_is_refused_and_nothing_is_added_with_it(
     assert _held(run) == before and len(_changes(run)) == 1
 
 
+def test_arms_of_several_runs_get_more_of_them(
+    single: Runtime, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    for count in (2, 3, 3):
+        _claim(run, FIRST, f"pipeline.rlhf_seeds={count}")
+    assert capsys.readouterr().out.count(f"{run} goes on with pipeline.rlhf_seeds=3 (before: 2)\n") == 1
+    assert _changes(run) == [("pipeline.rlhf_seeds", 2, 3)]
+    two, three = (order.order(load_config([FIRST, f"pipeline.rlhf_seeds={count}"], "pipeline")) for count in (2, 3))
+    assert [step.name for step in three if step not in two] == ["rlhf/plain/seed_3", "report"]
+
+
 def test_an_arm_is_added_beside_jobs_of_the_run_that_are_alive_and_one_at_a_time(
     single: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
