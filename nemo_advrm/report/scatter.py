@@ -102,7 +102,8 @@ def _boundary(
 ) -> None:
     """The line Z(U) = threshold, by least squares of Z(U) on the two z.
 
-    U is a difference of raw scores, so the line shifts a little from prompt to prompt: this is its average place.
+    U is a difference of raw scores, so the line shifts from prompt to prompt: this is its average place, and selected
+    responses may lie on its other side.
     """
     usable_N = np.isfinite(points_N2).all(axis=1) & np.isfinite(disagreement_z_N)
     if usable_N.sum() < 3:
@@ -118,7 +119,7 @@ def _boundary(
         linewidth=1.5,
         linestyle="--",
     )
-    handles.setdefault(f"Z(U) = {threshold_z:g} (selected: right of both lines)", line)
+    handles.setdefault(f"Z(U) = {threshold_z:g}, averaged over prompts; each prompt has its own", line)
 
 
 def _set_limits(axes: Axes, points_N2: FloatArray) -> None:
