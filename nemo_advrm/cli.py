@@ -397,11 +397,17 @@ def _dispatch(words: list[str]) -> int | None:
 
 
 def _named_runs(words: Sequence[str]) -> list[str]:
-    """The words of ``report``: those that are no settings are run directories."""
-    runs = [word for word in words if "=" not in word and word[:1] not in ("-", "~", "+")]
+    """The words of ``report``: those that are no settings are run directories; ``./a=b`` is one, too."""
+    from nemo_advrm.config import literal
+
+    runs = [word for word in words if _is_place(word) and word[:1] not in ("-", "~", "+")]
     settings = [word for word in words if word not in runs]
-    quoted = [run.replace("\\", "\\\\").replace("'", "\\'") for run in runs]
-    return [*settings, "report.runs=[" + ",".join(f"'{run}'" for run in quoted) + "]"] if runs else settings
+    return [*settings, f"report.runs=[{','.join(map(literal, runs))}]"] if runs else settings
+
+
+def _is_place(word: str) -> bool:
+    name, is_setting, _ = word.partition("=")
+    return not is_setting or "/" in name
 
 
 def _help() -> str:

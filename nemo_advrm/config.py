@@ -174,7 +174,7 @@ def _parse_as_typed(parser: OverridesParser, line: str) -> Override:
         return parser.parse_override(line)
     try:
         found = parser.parse_override(line)
-        read = found.value() if not found.is_sweep_override() else ""
+        read = found.value() if not found.is_sweep_override() else 0  # a,b is a text with a comma
         if is_list or read is None or (isinstance(read, str) and not text.endswith("\\")):
             return found
     except HydraException:
@@ -183,12 +183,12 @@ def _parse_as_typed(parser: OverridesParser, line: str) -> Override:
     if is_list:
         if not (text.startswith("[") and text.endswith("]")):
             return parser.parse_override(line)
-        items = [_quoted(item.strip()) for item in text[1:-1].split(",")]
+        items = [literal(item.strip()) for item in text[1:-1].split(",")]
         return parser.parse_override(f"{name}=[{','.join(items)}]")
-    return parser.parse_override(f"{name}={_quoted(text)}")
+    return parser.parse_override(f"{name}={literal(text)}")
 
 
-def _quoted(text: str) -> str:
+def literal(text: str) -> str:
     """A text for Hydra's grammar that means the text itself; one that is quoted stays as it is."""
     if text[:1] in ("'", '"'):
         return text

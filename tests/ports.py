@@ -3,16 +3,30 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import os
 import random
 import socket
+import tempfile
 from pathlib import Path
+
+_taken: list[int] = []
 
 
 def free_port() -> int:
-    """A port below those that the system gives to outgoing connections: it is still free when a server gets to it."""
+    """A port that no other call gives on this machine while this process or a child that it has forked lives.
+
+    It is below those that the system gives to outgoing connections: it is still free when a server gets to it.
+    """
     first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    locks = Path(tempfile.gettempdir()) / "nemo_advrm_test_ports"
+    locks.mkdir(exist_ok=True)
     while True:
         port = random.SystemRandom().randrange(first // 2, first)
+        lock = os.open(locks / str(port), os.O_RDWR | os.O_CREAT, 0o666)
         with socket.socket() as sock, contextlib.suppress(OSError):
-            sock.bind(("127.0.0.1", port))
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            sock.bind(("", port))
+            _taken.append(lock)
             return port
+        os.close(lock)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from nemo_advrm.data.columns import Columns, has_text
@@ -17,6 +17,22 @@ _TURN = re.compile(r"(?:^\s*|\n\n)(Human|Assistant):")
 _TRANSCRIPT_ROLE = {"Human": "user", "Assistant": "assistant"}
 # {"from", "value"} turns, as ShareGPT's export has them.
 _EXPORTED_ROLE = {"human": "user", "gpt": "assistant"}
+
+
+class ReadPrompt(tuple[Message, ...]):
+    """The messages of a prompt that knows the row it was read from: ``source`` is "file:line"."""
+
+    source: str
+
+    def __new__(cls, messages: Iterable[Message], source: str = "") -> ReadPrompt:
+        prompt = super().__new__(cls, messages)
+        prompt.source = source
+        return prompt
+
+
+def place_of(prompt: Sequence[Message], number: int) -> str:
+    """What errors call a prompt: the row that it was read from, else its ``number``, from 1."""
+    return getattr(prompt, "source", "") or f"prompt {number}"
 
 
 def prompt_key(prompt: Sequence[Message]) -> str:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from nemo_advrm.data.columns import CONVERSATION_COLUMNS, Columns
 from nemo_advrm.data.jsonl import BadRow
-from nemo_advrm.data.messages import Message, prompt_key, prompt_messages
+from nemo_advrm.data.messages import Message, ReadPrompt, prompt_key, prompt_messages
 from nemo_advrm.data.preference_files import open_rows
 from nemo_advrm.data.preference_forms import find_form
 from nemo_advrm.data.preferences import check_choice, load_summary, raise_or_count
@@ -46,7 +46,7 @@ def load_prompts(
     split: str = "",
     ignore_columns: Iterable[str] = (),
 ) -> PromptReport:
-    """Prompts in file order, each once when `unique`.
+    """Prompts in file order, each once when `unique`; each knows its (first) row.
 
     Rows: a prompt column and a system column (text, transcript or messages), {"text"} (text or transcript),
     {"messages"} (a last assistant turn is cut off), or preference rows of any form, of which the common prompt is taken
@@ -68,7 +68,7 @@ def load_prompts(
             bad.append(error)
             continue
         key = (prompt_key(prompt), *columns.dropped(row)) if unique else (usable,)
-        prompts.setdefault(key, prompt)
+        prompts.setdefault(key, ReadPrompt(prompt, source))
         usable += 1
     skipped, examples = raise_or_count(bad, usable=usable, on_bad_row=on_bad_row, path=opened.name)
     notes = tuple(filter(None, (columns.summary(), *opened.notes)))

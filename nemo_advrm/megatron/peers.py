@@ -30,8 +30,8 @@ _first_host = ""
 def join(here: Place, backend: str, timeout_minutes: float) -> None:
     """Build the default process group.
 
-    Raises ConfigError when the address of the first process is not known, ProcessLost that names the ranks which
-    do not come within ``timeout_minutes``.
+    Raises ConfigError when the address of the first process is not known or taken, ProcessLost that names the ranks
+    which do not come within ``timeout_minutes``.
     """
     global _store, _here, _first_host
     timeout = datetime.timedelta(minutes=timeout_minutes)
@@ -44,6 +44,10 @@ def join(here: Place, backend: str, timeout_minutes: float) -> None:
         store = _open_store(here, host, port, timeout)
         store.set(f"host/{here.rank}", host_name())
     except (dist.DistError, RuntimeError, OSError) as error:
+        if "EADDRINUSE" in str(error):
+            raise ConfigError(
+                f"{place} cannot listen at {host}:{port}, another program does: set MASTER_PORT to a free one"
+            ) from error
         raise ProcessLost(
             f"{place} could not reach rank 0 at {host}:{port} within {timeout_minutes:g} minutes: {one_line(error)}"
         ) from error

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from nemo_advrm.data.batching import BatchSchedule
 from nemo_advrm.data.jsonl import BadRow
-from nemo_advrm.data.messages import Message
+from nemo_advrm.data.messages import Message, place_of
 from nemo_advrm.data.preferences import raise_or_count
 from nemo_advrm.data.tokenizers import Tokenizer
 from nemo_advrm.errors import ConfigError, DataError
@@ -64,7 +64,7 @@ def encode_prompts(prompts: list[tuple[Message, ...]], tokenizer: Tokenizer, cfg
         try:
             tokens = tokenizer.encode_prompt(messages)
         except DataError as error:
-            refused.append(BadRow(f"prompt {i + 1}", "refused", str(error)))
+            refused.append(BadRow(place_of(messages, i + 1), "refused", str(error)))
             continue
         if len(tokens) > room and choice == "truncate_prompt" and room > 0:
             tokens = tokens[-room:]
@@ -74,8 +74,9 @@ def encode_prompts(prompts: list[tuple[Message, ...]], tokenizer: Tokenizer, cfg
                 overlong += 1
                 continue
             raise DataError(
-                f"prompt {i + 1} has {len(tokens)} tokens; model.encoder_seq_length={cfg.model.encoder_seq_length} "
-                f"less rl.max_new_tokens={cfg.rl.max_new_tokens} leaves {room} (or set data.on_overlong=skip or "
+                f"{place_of(messages, i + 1)}: the prompt has {len(tokens)} tokens; "
+                f"model.encoder_seq_length={cfg.model.encoder_seq_length} less "
+                f"rl.max_new_tokens={cfg.rl.max_new_tokens} leaves {room} (or set data.on_overlong=skip or "
                 "truncate_prompt)"
             )
         encoded.append(Prompt(len(encoded), messages, tokens))

@@ -86,18 +86,16 @@ class Reference:
 
         Raises CheckpointError when prompts have unequal numbers of samples, or for rows that are none of a reference.
         """
-        try:
-            return cls._read(path)
-        except (KeyError, TypeError, ValueError, AttributeError, RewardSourceError) as error:
-            reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
-            raise CheckpointError(f"{path}: a row is none of a reference ({reason}); restore the file") from error
-
-    @classmethod
-    def _read(cls, path: Path) -> Reference:
         grouped: dict[int, list[dict]] = {}
+        members = 0
         for number, row in read_jsonl(path):
-            group = grouped.setdefault(row["prompt_id"], [])
-            _check_row(row, number, group[0] if group else row)
+            try:
+                group = grouped.setdefault(row["prompt_id"], [])
+                members = members or len(row["scores"])
+                _check_row(row, group[0] if group else row, members)
+            except (KeyError, TypeError, ValueError, RewardSourceError) as error:
+                reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+                raise CheckpointError(f"{path}:{number}: no row of a reference ({reason}); restore the file") from error
             group.append(row)
         sizes = {len(rows) for rows in grouped.values()}
         if len(sizes) != 1 or sorted(grouped) != list(range(len(grouped))):
@@ -114,23 +112,26 @@ class Reference:
         )
 
 
-def _check_row(row: dict[str, Any], number: int, first: dict[str, Any]) -> None:
+def _check_row(row: dict[str, Any], first: dict[str, Any], members: int) -> None:
     """Raise ValueError or RewardSourceError for what would be read as something else; `first` is of the same prompt."""
-    for key, kind in (("prompt_id", int), ("messages", list), ("response", str)):
+    for key, kind in (("prompt_id", int), ("messages", list), ("response", str), ("scores", list)):
         if type(row[key]) is not kind:
-            raise ValueError(f"line {number}: {key}={row[key]!r}")
+            raise ValueError(f"{key}={row[key]!r:.80}")
+    for message in row["messages"]:
+        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
+            raise ValueError("messages are no chat messages")
     if not isinstance(row.get("ended"), bool | None):
-        raise ValueError(f"line {number}: ended={row['ended']!r} is neither true nor false")
+        raise ValueError(f"ended={row['ended']!r} is neither true nor false")
     if row["messages"] != first["messages"]:
-        raise ValueError(f"line {number}: another prompt than that of prompt_id={row['prompt_id']} before")
+        raise ValueError(f"another prompt than that of prompt_id={row['prompt_id']} before")
     tokens = row.get("tokens", [])
     if type(tokens) is not list or any(type(token) is not int for token in tokens):
-        raise ValueError(f"line {number}: tokens is no list of token ids")
-    if not row["scores"]:
-        raise ValueError(f"line {number}: no scores")
-    as_scores(f"at line {number}", row["scores"], len(row["scores"]))
+        raise ValueError("tokens is no list of token ids")
+    if not row["scores"] or len(row["scores"]) != members:
+        raise ValueError(f"{len(row['scores'])} scores of {members} members")
+    as_scores("of the row", row["scores"], members)
     if row.get("gold") is not None:
-        as_scores(f"at line {number} (gold)", [row["gold"]], 1)
+        as_scores("of gold", [row["gold"]], 1)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ import torch
 
 from nemo_advrm import files
 from nemo_advrm.data.jsonl import read_jsonl, write_jsonl_atomic
-from nemo_advrm.data.messages import Message
+from nemo_advrm.data.messages import Message, ReadPrompt
 from nemo_advrm.data.tokenizers import Tokenizer, build_tokenizer
 from nemo_advrm.errors import ConfigError, DataError
 from nemo_advrm.megatron import manifest, runtime
@@ -133,7 +133,7 @@ def curve_of_reward(
     no file of samples, and where the curve at ``path`` is of other samples.
     """
     sampled = runtime.on_writer(lambda: _digest(samples))
-    found = runtime.on_writer(lambda: _read_curve(path, sampled))
+    found = runtime.on_writer(lambda: _read_curve(path, samples, sampled))
     if found is not None:
         return found
     rollouts, count, gold = _read_samples(samples, cfg, tokenizer)
@@ -165,18 +165,22 @@ def _digest(path: Path) -> str:
     return digest
 
 
-def _read_curve(path: Path, sampled: str) -> dict[str, Any] | None:
+def _read_curve(path: Path, samples: Path, sampled: str) -> dict[str, Any] | None:
     if not path.exists():
         return None
     found = results.read_object(path, _CURVE_KEYS, "remove it, and the curve is computed again")
     if found["sampled"] != sampled:
-        raise DataError(f"{path} is the curve of other samples: restore them, or remove it and it is computed again")
+        raise DataError(
+            f"{path} is the curve of other samples than {samples} holds: restore them, or remove it and it is computed "
+            "again"
+        )
     return found
 
 
 def _read_samples(path: Path, cfg: Config, tokenizer: Tokenizer) -> tuple[Rollouts, int, list[float] | None]:
     """(responses, how many each prompt has, gold or None); DataError for rows that are no samples."""
-    rows = [row for _, row in read_jsonl(path)]
+    numbered = list(read_jsonl(path))
+    rows = [row for _, row in numbered]
     try:
         counts: dict[int, int] = {}
         for row in rows:
@@ -186,7 +190,9 @@ def _read_samples(path: Path, cfg: Config, tokenizer: Tokenizer) -> tuple[Rollou
         ):
             raise ValueError("prompts have unequal numbers of samples, or are not in order")
         count = next(iter(counts.values()))
-        prompts = encode_prompts([tuple(row["messages"]) for row in rows[::count]], tokenizer, cfg)
+        prompts = encode_prompts(
+            [ReadPrompt(row["messages"], f"{path}:{number}") for number, row in numbered[::count]], tokenizer, cfg
+        )
         gold = [row["gold"] for row in rows]
         rollouts = as_rollouts(rows, [prompt for prompt in prompts for _ in range(count)], tokenizer)
     except (KeyError, TypeError, ValueError) as error:

@@ -11,7 +11,9 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
+from ports import free_port
 
+from nemo_advrm.errors import ConfigError
 from nemo_advrm.megatron import peers
 from nemo_advrm.place import Place
 
@@ -78,3 +80,29 @@ def test_processes_that_come_late_are_looked_for_without_waits_in_vain() -> None
     store = _SlowStore()
     peers._roll_call(store, Place(1, 2, 1), timedelta(minutes=1), "rank 1")  # type: ignore[arg-type]
     assert store.looks == 6
+
+
+def test_a_port_that_another_program_has_is_named_with_the_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        monkeypatch.setenv("MASTER_PORT", str(port))
+        with pytest.raises(ConfigError, match=rf"rank 0 on .* cannot listen at 127.0.0.1:{port}, .* set MASTER_PORT"):
+            peers.join(Place(rank=0, world_size=2), "gloo", 0.1)
+
+
+def test_tests_are_never_given_the_same_port_twice() -> None:
+    ports = [free_port() for _ in range(20)]
+    assert len(set(ports)) == 20
+    assert len(set(ports) | set(_in_another_process(20))) == 40
+
+
+def _in_another_process(count: int) -> list[int]:
+    code = f"from ports import free_port; print(*(free_port() for _ in range({count})))"
+    path = os.pathsep.join(p for p in sys.path if p)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=60
+    )
+    return [int(word) for word in done.stdout.split()]

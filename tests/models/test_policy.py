@@ -422,6 +422,6 @@ def test_a_poisoned_policy_stops_at_its_step(initial: str) -> None:
 def test_a_prompt_that_leaves_no_room_for_the_response_is_refused(initial: str) -> None:
     cfg = rl.policy_config("rloo")
     prompt = ({"role": "user", "content": " ".join(["river"] * 56)},)
-    with pytest.raises(DataError, match=r"prompt 1 has 57 tokens.*leaves 56"):
+    with pytest.raises(DataError, match=r"prompt 1: the prompt has 57 tokens.*leaves 56"):
         encode_prompts([prompt], TOKENIZER, cfg)
     assert len(encode_prompts([({"role": "user", "content": " ".join(["river"] * 55)},)], TOKENIZER, cfg)) == 1

@@ -368,16 +368,18 @@ def test_a_reference_with_missing_samples_or_prompts_is_refused(tmp_path: Path, 
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
-        ({"scores": [1.0, math.nan]}, "line 2 returned 1 scores that are NaN or infinite"),
-        ({"scores": [1.0, True]}, "line 2 returned bool True"),
-        ({"scores": [1.0, [2.0]]}, r"line 2 returned list \[2.0\]"),
-        ({"scores": []}, "line 2: no scores"),
-        ({"gold": math.inf}, r"line 2 \(gold\) returned 1 scores that are NaN or infinite"),
-        ({"ended": "false"}, "line 2: ended='false' is neither true nor false"),
-        ({"prompt_id": 0.0}, r"line 2: prompt_id=0\.0"),
-        ({"response": 3}, "line 2: response=3"),
-        ({"messages": "hello"}, "line 2: messages='hello'"),
-        ({"messages": [{"role": "user", "content": "q"}]}, "line 2: another prompt than that of prompt_id=0"),
+        ({"scores": [1.0, math.nan]}, "reward source of the row returned 1 scores that are NaN or infinite"),
+        ({"scores": [1.0, True]}, "reward source of the row returned bool True"),
+        ({"scores": [1.0, [2.0]]}, r"reward source of the row returned list \[2.0\]"),
+        ({"scores": []}, "0 scores of 2 members"),
+        ({"gold": math.inf}, r"reward source of gold returned 1 scores that are NaN or infinite"),
+        ({"ended": "false"}, "ended='false' is neither true nor false"),
+        ({"prompt_id": 0.0}, r"prompt_id=0\.0"),
+        ({"response": 3}, "response=3"),
+        ({"scores": [1.0]}, "1 scores of 2 members"),
+        ({"messages": [3]}, "messages are no chat messages"),
+        ({"messages": "hello"}, "messages='hello'"),
+        ({"messages": [{"role": "user", "content": "q"}]}, "another prompt than that of prompt_id=0"),
     ],
 )
 def test_a_reference_that_would_be_read_as_something_else_is_refused(
@@ -388,7 +390,7 @@ def test_a_reference_that_would_be_read_as_something_else_is_refused(
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert Reference.read(path).finished(0) == [0, 1]
     path.write_text("".join(json.dumps(row) + "\n" for row in (rows[0], rows[1] | changed)))
-    with pytest.raises(CheckpointError, match=rf"reference\.jsonl: a row is none of a reference \(.*{words}"):
+    with pytest.raises(CheckpointError, match=rf"reference\.jsonl:2: no row of a reference \(.*{words}"):
         Reference.read(path)
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +16,11 @@ from nemo_advrm.data.sft_rows import SftRow
 from nemo_advrm.data.tokenizers import ByteTokenizer
 from nemo_advrm.errors import DataError
 from nemo_advrm.models.policy import encode_prompts
+from nemo_advrm.rewards.limits import prompts_with_room
 from nemo_advrm.stages import inputs
+from nemo_advrm.stages.attack import attack_prompts
+from nemo_advrm.stages.held_out import held_out_prompts
+from nemo_advrm.stages.rlhf import rlhf_prompts
 from nemo_advrm.stages.sft import encode_responses
 
 pytestmark = pytest.mark.usefixtures("single")
@@ -97,7 +103,7 @@ def test_conversations_that_a_template_refuses_are_bad_rows(tmp_path: Path) -> N
         lambda c: encode_responses(c, tokenizer, inputs.sft(c)),
         lambda c: encode_prompts(inputs.prompts(c), tokenizer, c),
     ):
-        with pytest.raises(DataError, match=r"(a\.jsonl:4|prompt 4): .*refuses this conversation.*\(1 of 4 rows"):
+        with pytest.raises(DataError, match=r"a\.jsonl:4: .*refuses this conversation.*\(1 of 4 rows"):
             action(cfg)
         assert len(action(skipping)) == 3
     assert encode_pairs(pairs, tokenizer, 64, on_bad_row="skip")[1]["refused"] == 1
@@ -119,3 +125,21 @@ def test_prompts_and_answers_that_are_too_long_are_counted(tmp_path: Path, capsy
         assert len(encode_responses(cfg, tokenizer, rows)) == len(encode_prompts(prompts, tokenizer, cfg)) == left
         said = capsys.readouterr().out
         assert f"rows: 1 {word}" in said and f"1 {word}" in said.splitlines()[1]
+
+
+def test_a_prompt_that_is_too_long_is_named_by_its_row(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", 0, 3)
+    with open(path, "a") as file:
+        file.write(json.dumps({"prompt": "q 3" + "x" * 40}) + "\n")
+    tokenizer = ByteTokenizer()
+    settings = [f"data.prompts_path={path}", f"data.held_out_prompts_path={path}", "rl.max_new_tokens=8"]
+    short = config(*settings, "model.encoder_seq_length=40")
+    for read in (rlhf_prompts, attack_prompts, lambda c: held_out_prompts(c, 9, [])):
+        with pytest.raises(DataError, match=rf"^{path}:4: the prompt has \d+ tokens; model.encoder_seq_length=40"):
+            encode_prompts(read(short), tokenizer, short)
+    cfg = config(*settings, "model.encoder_seq_length=64")
+    prompts = encode_prompts(rlhf_prompts(cfg), tokenizer, cfg)
+    member = SimpleNamespace(name="rm", longest=50, tokenizer=tokenizer)
+    with pytest.raises(DataError, match=rf"^{path}:4: the prompt has \d+ tokens, which leaves no room for rl.max_new"):
+        prompts_with_room(prompts, tokenizer.fingerprint, [member], cfg)  # type: ignore[list-item]
+    assert pickle.loads(pickle.dumps(prompts[3].messages)).source == f"{path}:4"  # ranks gather them
