@@ -122,7 +122,7 @@ def test_stage_settings_are_laid_over_once() -> None:
 def test_stage_without_a_section_keeps_all_of_them() -> None:
     cfg = load_config(["experiment=synthetic"], "pipeline")
     assert cfg == load_config(["experiment=synthetic"])
-    assert cfg.stage.rlhf["rl"]["max_steps"] == 150
+    assert cfg.stage.rlhf["rl"]["max_steps"] == 120
 
 
 @pytest.mark.parametrize("override", ["rl.max_steps=7", "+rl.max_steps=7", "++rl.max_steps=7", "rl={max_steps: 7}"])

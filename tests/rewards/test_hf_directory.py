@@ -321,7 +321,7 @@ def test_the_members_limit_is_that_of_evaluation_and_of_prompts(single: Runtime,
     assert [p.messages[0]["content"] for p in prompts_with_room(prompts, "another", [member], cfg)] == ["a"]
     assert prompts_with_room(prompts, "another", [member], cfg)[0].index == 0
     cfg.data.on_overlong = "error"
-    with pytest.raises(DataError, match=r"prompt 1 has .* judge takes 64 tokens"):
+    with pytest.raises(DataError, match=r"prompt 1: the prompt has .* judge takes 64 tokens"):
         prompts_with_room(prompts, "another", [member], cfg)
     own = [Prompt(0, user, [1] * 10)]
     cfg.rl.max_new_tokens = 55
