@@ -13,14 +13,18 @@ finished stays, and the new lines bear the name of the experiment that the direc
 from __future__ import annotations
 
 import argparse
+import contextlib
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from nemo_advrm.foreign_files import read_json
-from nemo_advrm.report.collect_rlhf import read_settings
+from nemo_advrm import signals
+from nemo_advrm.data.jsonl import plain
+from nemo_advrm.errors import CheckpointError
+from nemo_advrm.foreign_files import read_json, read_yaml
 from nemo_advrm.report.lines import lines_of, this_machine
 from nemo_advrm.report.study import GATES, RLHF, Line, read, write_line
 
@@ -40,31 +44,66 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=RESULTS, help=f"default: {RESULTS}")
     options, settings = parser.parse_known_args(words)
     runs = options.runs or Path("runs") / options.experiment
-    for seed in options.seeds:
-        home = runs / f"seed_{seed}"
-        named = [f"experiment={options.experiment}", f"name={options.experiment}"]
-        command = [sys.executable, "-m", "nemo_advrm.cli", "pipeline", *named]
-        try:
-            status = _run([*command, f"seed={seed}", f"run_dir={home}", *settings])
-        finally:
-            if (home / "state.json").exists():
-                keep(home, begun_as(home, options.experiment), seed, options.results)
-        if status:
-            return status if status > 0 else 128 - status
+    with _handed_on() as received:
+        for seed in options.seeds:
+            home = runs / f"seed_{seed}"
+            named = [f"experiment={options.experiment}", f"name={options.experiment}"]
+            command = [sys.executable, "-m", "nemo_advrm.cli", "pipeline", *named]
+            try:
+                status = _run([*command, f"seed={seed}", f"run_dir={home}", *settings], received)
+            finally:
+                if (home / "state.json").exists():
+                    _keep_if_known(home, options.experiment, seed, options.results)
+            if status:
+                return status if status > 0 else 128 - status
+            if received.signum:
+                return 128 + received.signum
     return 0
 
 
-def _run(command: list[str]) -> int:
-    """The exit status of a command; SIGTERM and Ctrl-C reach it too, and it is waited for."""
+class _Received:
+    """The first signal that came to this process, 0 while none has, and the run that it is handed on to."""
+
+    def __init__(self) -> None:
+        self.signum = 0
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def note(self, signum: int, frame: Any) -> None:
+        self.signum = self.signum or signum
+        if self.process is not None:
+            self.process.send_signal(signum)
+
+
+@contextlib.contextmanager
+def _handed_on() -> Iterator[_Received]:
+    """Inside, signals do not end this process: they are noted, and handed on to the run that is going."""
+    received = _Received()
+    before = {signum: signal.signal(signum, received.note) for signum in signals.SIGNALS}
+    try:
+        yield received
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+def _run(command: list[str], received: _Received) -> int:
+    """The exit status of a command, which is waited for; 0 at once when a signal has come before.
+
+    Signals reach it, too, also those that come while it starts.
+    """
+    if received.signum:
+        return 0
     with subprocess.Popen(command) as process:
-        before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+        received.process = process
         try:
+            if received.signum:  # while it started
+                process.send_signal(received.signum)
             return process.wait()
         except KeyboardInterrupt:  # the terminal has sent it to both
             process.wait()
             raise
         finally:
-            signal.signal(signal.SIGTERM, before)
+            received.process = None
 
 
 def _seeds(text: str) -> list[int]:
@@ -79,22 +118,37 @@ def _seeds(text: str) -> list[int]:
 def begun_as(home: Path, experiment: str) -> str:
     """The experiment that a run directory was begun as: arms that another one has added to it are lines of the first.
 
-    So that they are compared with its arms, and no run has two lines.
+    So that they are compared with its arms, and no run has two lines. Raises CheckpointError when ``config.yaml``,
+    which tells it, cannot be read.
     """
-    return str(read_settings(home, []).get("name") or experiment)
+    return str(read_yaml(home / "config.yaml").get("name") or experiment)
+
+
+def _keep_if_known(home: Path, experiment: str, seed: int, results: Path) -> None:
+    """:func:`keep` under the name that the run was begun as; none under another, as a run has one line."""
+    try:
+        name = begun_as(home, experiment)
+    except CheckpointError as error:
+        print(f"seed {seed}: no lines are written: {error}", file=sys.stderr, flush=True)
+        return
+    keep(home, name, seed, results)
 
 
 def keep(home: Path, experiment: str, seed: int, results: Path) -> None:
-    """Write a line for every run of a seed that is finished and has none yet; the gates, if they are known, first."""
+    """Write a line for every run of a seed that is finished and has none yet; the gates, if they are known, first.
+
+    They are written again when they have changed, as with more runs of plain RLHF: the later line counts.
+    """
     lines = lines_of(home, experiment, this_machine())
     met = gates(home, lines)
     if met is not None:
         commit = next((line.commit for line in lines if line.commit), "")
         lines.insert(0, Line(experiment, GATES, seed, measures=met, commit=commit, hardware=this_machine()))
         print(f"seed {seed}: gates {'met' if met['met'] else 'NOT met'}: {_shown(met)}", flush=True)
-    known = {line.key for line in read(results)} if results.exists() else set()
+    known = {line.key: line for line in read(results)} if results.exists() else {}
     for line in lines:
-        if line.key not in known:
+        before = known.get(line.key)
+        if before is None or (line.kind == GATES and before.measures != plain(line.measures)):
             write_line(results, line)
 
 

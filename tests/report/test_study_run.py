@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
-from nemo_advrm.report.study import GATES, RLHF, Line, read
+from nemo_advrm.report.study import GATES, RLHF, Line, missed_gates, read
 
 STUDY = Path(__file__).resolve().parents[2] / "benchmarks" / "study"
 
@@ -64,9 +66,27 @@ def test_a_finished_run_becomes_one_line_and_the_gates_come_first(
         monkeypatch.setattr(study, "lines_of", lambda *args, lines=lines: list(lines))
         study.keep(tmp_path / "run", "study", 10, results)
     rows = [json.loads(row) for row in results.read_text().splitlines()]
-    assert [(row["kind"], row["rlhf_seed"]) for row in rows] == [(GATES, None), (RLHF, 1), (RLHF, 2)]
+    # the gates, which count the falls of plain RLHF, have changed
+    assert [(row["kind"], row["rlhf_seed"]) for row in rows] == [(GATES, None), (RLHF, 1), (GATES, None), (RLHF, 2)]
     assert capsys.readouterr().out.startswith("seed 10: gates met: accuracy 0.900, mismatch 0.920")
     assert [line.measures["final"] for line in read(results)[1:]] == [-1.0, -2.0]
+
+
+def test_gates_that_have_changed_are_written_again_and_the_later_line_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with more runs of plain RLHF."""
+    study, results, home = module("run"), tmp_path / "results.jsonl", tmp_path / "run"
+    finished(home)
+    for lines in (runs(-1.0, 2.5), runs(-1.0, 2.5), runs(-1.0, 2.5, -1.0), runs(-1.0, 2.5, -1.0)):
+        monkeypatch.setattr(study, "lines_of", lambda *args, lines=lines: list(lines))
+        study.keep(home, "study", 10, results)
+    rows = [json.loads(row) for row in results.read_text().splitlines()]
+    assert [row["measures"]["plain_falls"] for row in rows if row["kind"] == GATES] == ["1 of 2", "2 of 3"]
+    assert len(rows) == 2 + 3
+    kept = [line for line in read(results) if line.kind == GATES]
+    assert [line.measures["met"] for line in kept] == [True]
+    assert missed_gates(read(results), "study") == []
 
 
 def test_seeds_are_ranges_and_numbers() -> None:
@@ -97,7 +117,7 @@ def test_arms_that_are_added_to_finished_runs_are_lines_of_the_experiment_these_
     study, results, home = module("run"), tmp_path / "results.jsonl", tmp_path / "runs" / "seed_10"
     asked = []
 
-    def pipeline(command: list[str]) -> int:
+    def pipeline(command: list[str], received: Any) -> int:
         settings = dict(word.split("=", 1) for word in command if "=" in word)
         asked.append((settings["experiment"], settings["name"], settings["run_dir"]))
         home.mkdir(parents=True, exist_ok=True)
@@ -120,24 +140,87 @@ def test_arms_that_are_added_to_finished_runs_are_lines_of_the_experiment_these_
     assert [(row["experiment"], row["arm"]) for row in rows] == [("study", "r1"), ("study", "more")]
 
 
-def test_a_term_ends_the_run_that_is_going_and_waits_for_it(tmp_path: Path) -> None:
-    """Nobody writes on in a run directory after the study has ended."""
-    begun, ended = tmp_path / "begun", tmp_path / "ended"
+@pytest.mark.parametrize("config", ["name: [unclosed\n", "- a list\n", None])
+def test_a_run_that_does_not_tell_what_it_was_begun_as_gets_no_lines_and_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], config: str | None
+) -> None:
+    """Under the name that is asked for, its finished runs would have two lines."""
+    study, results, home = module("run"), tmp_path / "results.jsonl", tmp_path / "runs" / "seed_10"
+    home.mkdir(parents=True)
+    (home / "state.json").write_text("{}")
+    if config is not None:
+        (home / "config.yaml").write_text(config)
+    monkeypatch.setattr(study, "_run", lambda command, received: 2)
+    monkeypatch.setattr(study, "lines_of", lambda *args: runs(-1.0))
+    words = ["--seeds", "10", "--experiment", "study_more", "--runs", str(home.parent), "--results", str(results)]
+    assert study.main(words) == 2
+    assert not results.exists()
+    told = capsys.readouterr().err
+    assert told.startswith(f"seed 10: no lines are written: {home / 'config.yaml'}: ")
+    assert told.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("signum", "ends_with", "status"), [(signal.SIGTERM, 75, 75), (signal.SIGUSR1, 0, 128 + signal.SIGUSR1)]
+)
+def test_a_signal_ends_the_run_that_is_going_and_no_other_begins(
+    tmp_path: Path, signum: signal.Signals, ends_with: int, status: int
+) -> None:
+    """Nobody writes on in a run directory after the study has ended; also when the run was as good as done."""
+    begun, ended, runs = (tmp_path / name for name in ("begun", "ended", "runs"))
     child = (
         "import pathlib, signal, sys, time\n"
-        f"signal.signal(signal.SIGTERM, lambda *_: (pathlib.Path({str(ended)!r}).touch(), sys.exit(75)))\n"
+        "def leave(*_):\n"
+        f"    pathlib.Path({str(ended)!r}).touch()\n"
+        f"    sys.exit({ends_with})\n"
+        f"signal.signal({int(signum)}, leave)\n"
+        f"with open({str(runs)!r}, 'a') as file: file.write('x')\n"
         f"pathlib.Path({str(begun)!r}).touch()\n"
         "time.sleep(60)\n"
     )
     code = (
-        f"import sys; sys.path.insert(0, {str(STUDY)!r})\n"
-        f"import run; sys.exit(run._run([sys.executable, '-c', {child!r}]))\n"
+        f"import subprocess, sys; sys.path.insert(0, {str(STUDY)!r})\n"
+        "import run\n"
+        "start = subprocess.Popen\n"
+        f"subprocess.Popen = lambda command: start([sys.executable, '-c', {child!r}])\n"
+        f"sys.exit(run.main(['--seeds', '1-2', '--runs', {str(tmp_path)!r}]))\n"
     )
     with subprocess.Popen([sys.executable, "-c", code]) as study:
         wait_for(begun)
-        study.terminate()
-        assert study.wait(60) == 75
-    assert ended.exists()
+        study.send_signal(signum)
+        assert study.wait(60) == status
+    assert ended.exists() and runs.read_text() == "x"
+
+
+def test_a_signal_that_comes_while_a_run_starts_reaches_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = module("run")
+    start, started = subprocess.Popen, []
+
+    def slow(command: list[str]) -> subprocess.Popen[bytes]:
+        started.append(command)
+        process = start([sys.executable, "-c", "import time; time.sleep(60)"])
+        signal.raise_signal(signal.SIGTERM)  # this process does not know it yet
+        return process
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(study.subprocess, "Popen", slow)
+    assert study.main(["--seeds", "1-2", "--runs", str(tmp_path)]) == 128 + signal.SIGTERM
+    assert len(started) == 1 and signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_signal_that_comes_before_a_run_lets_none_begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As while the lines of the one before are written."""
+    study, asked = module("run"), []
+    run = study._run
+
+    def signalled(command: list[str], received: Any) -> int:
+        asked.append(command)
+        signal.raise_signal(signal.SIGUSR1)
+        return run([sys.executable, "-c", "raise SystemExit(3)"], received)
+
+    monkeypatch.setattr(study, "_run", signalled)
+    assert study.main(["--seeds", "1-2", "--runs", str(tmp_path)]) == 128 + signal.SIGUSR1
+    assert len(asked) == 1
 
 
 def wait_for(path: Path, seconds: float = 60) -> None:
