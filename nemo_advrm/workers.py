@@ -53,9 +53,10 @@ def supervise(cfg: Config, argv: list[str]) -> int | None:
 def plan(cfg: Config) -> list[Worker]:
     """The workers of a run: of ``auto`` as many as cores, or groups of GPUs, and steps side by side there are.
 
-    Raises ConfigError for a ``pipeline.jobs`` that is no number, or needs more GPUs than there are.
+    Raises ConfigError for a ``pipeline.jobs`` that is no number, or needs more GPUs than there are, and for arms and
+    branches that cannot be.
     """
-    from nemo_advrm.stages.order import most_at_once
+    from nemo_advrm.stages.order import most_at_once, of_run
 
     wanted = _wanted(cfg.pipeline.jobs)
     if cfg.pipeline.only or wanted == 1:
@@ -69,13 +70,13 @@ def plan(cfg: Config) -> list[Worker]:
     if not gpus:
         threads = cfg.trainer.cpu_threads or len(os.sched_getaffinity(0))
         places = len(os.sched_getaffinity(0)) // (threads * devices)
-        return [Worker(i) for i in range(1, (wanted or min(max(1, places), most_at_once(cfg))) + 1)]
+        return [Worker(i) for i in range(1, (wanted or min(max(1, places), most_at_once(of_run(cfg)[1]))) + 1)]
     if wanted * devices > len(gpus):
         raise ConfigError(
             f"pipeline.jobs={wanted}: needs {wanted * devices} GPUs (trainer.devices={devices} for each), but "
             f"{len(gpus)} are visible"
         )
-    count = wanted or min(max(1, len(gpus) // devices), most_at_once(cfg))
+    count = wanted or min(max(1, len(gpus) // devices), most_at_once(of_run(cfg)[1]))
     return [Worker(i + 1, tuple(gpus[i * devices : (i + 1) * devices])) for i in range(count)]
 
 

@@ -17,6 +17,7 @@ from nemo_advrm.stages.branches import (
     all_branches,
     arm_round,
     attack_home,
+    check,
     home,
     is_standardised,
     last_round,
@@ -68,17 +69,32 @@ def order(cfg: Config) -> list[Step]:
     return [*steps, *runs, Step("report", "report", (*measured, *(step.name for step in runs)))]
 
 
+def of_run(cfg: Config) -> tuple[Config, list[Step]]:
+    """``cfg`` with the arms and branches that its run directory holds besides, and the stages that ``cfg`` asks for.
+
+    Raises ConfigError for branches and arms that cannot be.
+    """
+    run = identity.whole(cfg, Path(cfg.run_dir))
+    check(run)
+    return run, asked(cfg, run)
+
+
 def asked(cfg: Config, whole: Config) -> list[Step]:
     """The stages of a run that ``cfg`` asks for; ``whole`` has the arms and branches that the run holds besides.
 
-    The curve of a reward is called by the run's first arm that has it.
+    The branches of arms that are asked for are, too. The curve of a reward has the name of the run's first arm with it.
     """
-    own = {step.name for step in order(cfg) if step.kind != "best_of_n"}
-    rewards = {reward_of(cfg, arm) for arm in cfg.pipeline.rlhf.values()}
+    arms = cfg.pipeline.rlhf
+    named = {*cfg.pipeline.branches, *(arm.branch for arm in arms.values())}
+    parts = {name: options for name, options in whole.pipeline.branches.items() if name in named}
+    own = {step.name for step in order(replace(cfg, pipeline=replace(cfg.pipeline, branches=parts)))}
+    rewards = {reward_of(whole, arm) for arm in arms.values()}
 
     def is_asked(step: Step) -> bool:
         if step.kind == "best_of_n":
             return reward_of(whole, whole.pipeline.rlhf[step.arm]) in rewards
+        if step.kind == "room":
+            return step.arm in arms
         return step.name in own
 
     steps = [step for step in order(whole) if is_asked(step)]
@@ -187,10 +203,10 @@ def policy_name(direction: int, number: int) -> str:
     return f"direction_{direction}_policy_{number + 1}"
 
 
-def most_at_once(cfg: Config) -> int:
+def most_at_once(steps: list[Step]) -> int:
     """At most how many steps can be worked on side by side: the widest level of steps that wait for each other."""
     level: dict[str, int] = {}
-    for step in order(cfg):
+    for step in steps:
         level[step.name] = 1 + max((level[name] for name in step.after), default=0)
     return max(Counter(level.values()).values())
 
@@ -220,8 +236,8 @@ def main(cfg: Config) -> int:
 
     report = directory / "report" / "index.html"
     reported = bool(state) and report.exists() and _written_at(report) >= _written_at(directory / "state.json")
-    run = identity.whole(cfg, directory)
-    for step in asked(cfg, run):
+    run, steps = of_run(cfg)
+    for step in steps:
         if is_skipped(run, step, detail):
             status = "skipped"
         elif detail(step.name, "status") == "complete" or (step.kind == "report" and reported):

@@ -19,9 +19,9 @@ from nemo_advrm.layout import at_layout
 from nemo_advrm.megatron import runtime, stopping
 from nemo_advrm.place import worker
 from nemo_advrm.schema import Config
-from nemo_advrm.stages import artefacts, branches, cost, identity, session
+from nemo_advrm.stages import artefacts, branches, cost, session
 from nemo_advrm.stages.attack import check_directions
-from nemo_advrm.stages.order import LIGHT, Step, asked, find, is_skipped
+from nemo_advrm.stages.order import LIGHT, Step, find, is_skipped, of_run
 from nemo_advrm.stages.state import RunState
 from nemo_advrm.stages.steps import Inputs, Steps
 
@@ -33,7 +33,7 @@ def main(cfg: Config) -> int:
     """Run all that is not complete in ``run_dir`` and print the report's table; or the one stage ``pipeline.only``."""
     only = None
     if cfg.pipeline.only:
-        only = find(asked(cfg, identity.whole(cfg, Path(cfg.run_dir))), cfg.pipeline.only)
+        only = find(of_run(cfg)[1], cfg.pipeline.only)
     session.start(_one_process(cfg) if only and only.kind in LIGHT else cfg)
     Pipeline(cfg).run(only)
     return 0
@@ -57,8 +57,7 @@ class Pipeline:
         if worker() <= 1:
             found.check()
         session.claim(cfg, self.directory, "pipeline", shared=True)
-        self.cfg = runtime.on_writer(lambda: identity.whole(cfg, self.directory))
-        self.order = asked(cfg, self.cfg)
+        self.cfg, self.order = runtime.on_writer(lambda: of_run(cfg))
         self.state = RunState(self.directory / "state.json", cfg.seed)
         self.steps = Steps(self.cfg, self.state, found)
 
@@ -183,4 +182,4 @@ def check(cfg: Config) -> None:
     rl, attack = for_stage(cfg, "rlhf"), for_stage(cfg, "attack")
     check_held_out(rl, "rl.held_out_prompts", rl.rl.held_out_prompts)
     check_held_out(attack, "adversarial.held_out_prompts", attack.adversarial.held_out_prompts)
-    branches.check(cfg)
+    runtime.on_writer(lambda: of_run(cfg))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,13 @@ import pytest
 import yaml
 from reward_members import PROMPTS, RESPONSES, one_step_of_rl
 
-from nemo_advrm import cli, files, writers
+from nemo_advrm import cli, files, workers, writers
 from nemo_advrm.config import load_config
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.megatron.runtime import Runtime
 from nemo_advrm.report.collect import collect
 from nemo_advrm.report.summary import summarise
-from nemo_advrm.stages import identity, order, session
+from nemo_advrm.stages import identity, order, pipeline, session
 
 FIRST = "pipeline.rlhf.plain={reward: r1, standardise: true}"
 # its best-of-n curve is that of the first arm
@@ -85,7 +86,7 @@ def test_added_arms_give_the_same_as_from_the_start_and_leave_the_rest_alone(
     assert _pipeline(settings, at_once, FIRST, STEPS, BRANCH, KL) == 0
     assert _pipeline(settings, later, FIRST) == 0
     capsys.readouterr()
-    before = {path: path.stat().st_mtime_ns for path in _paths(later) if path.name not in ("config.yaml",)}
+    before = {path: path.stat().st_mtime_ns for path in _paths(later)}
 
     more = ["name=more", KL, BRANCH, STEPS]  # before the first one, and in another order
     assert _pipeline(settings, later, *more, FIRST) == 0
@@ -268,3 +269,39 @@ def test_stages_are_those_that_are_asked_for_and_a_curve_has_the_name_of_the_run
     assert not {"rlhf/plain", "rlhf/steps", "best_of_n/kl", "best_of_n/steps"} & steps.keys()
     assert not any(name.startswith("branches/") for name in steps)
     assert all(set(step.after) <= steps.keys() for step in steps.values())
+
+
+def test_an_added_arm_may_be_of_a_branch_that_the_run_holds(
+    single: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """However its stages are looked at: by the command and its workers, by one process, and by ``stages``."""
+    base = ["data.train_path=pairs.jsonl", "pretrained_checkpoint.restore_from_path=policy", "ensemble.size=2"]
+    base += ["pipeline.rounds=0", "trainer.accelerator=cpu", "trainer.cpu_threads=1", "pipeline.jobs=auto"]
+    run = tmp_path / "run"
+    _claim(run, *base, FIRST, BRANCH)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
+    cfg = load_config([*base, f"run_dir={run}", "seed=1", STEPS], "pipeline")
+    assert len(workers.plan(cfg)) == 2
+    monkeypatch.setattr(pipeline, "check_directions", lambda *args: None)
+    pipeline.check(cfg)
+    assert order.main(cfg) == 0
+    names = [line.split("\t")[0] for line in capsys.readouterr().out.splitlines()]
+    assert {"rlhf/steps", "branches/steps/round_1/rm_1"} <= set(names) and "rlhf/plain" not in names
+
+    unknown = load_config([*base, f"run_dir={run}", "pipeline.rlhf.x={reward: r1, branch: nosuch}"], "pipeline")
+    for look in (workers.plan, pipeline.check, order.main):
+        with pytest.raises(ConfigError, match=r"pipeline\.rlhf\.x\.branch=nosuch: is not among .*\(steps\)"):
+            look(unknown)
+
+
+def test_the_arm_of_the_room_need_not_be_named_again(single: Runtime, tmp_path: Path) -> None:
+    """Who asks for other arms leaves the room of that one alone."""
+    base = ["data.train_path=pairs.jsonl", "pipeline.room=plain", "pipeline.rounds=0"]
+    run = tmp_path / "run"
+    _claim(run, *base, FIRST)
+    asked = {arm: order.of_run(load_config([*base, f"run_dir={run}", arm], "pipeline"))[1] for arm in (FIRST, KL)}
+    names = {arm: {step.name for step in steps} for arm, steps in asked.items()}
+    assert {"room", "rlhf/plain"} <= names[FIRST]
+    assert "rlhf/kl" in names[KL] and not {"room", "rlhf/plain"} & names[KL]
+    with pytest.raises(ConfigError, match=r"pipeline\.room=plain: is not among pipeline\.rlhf"):
+        order.of_run(load_config([*base, f"run_dir={tmp_path / 'new'}", KL], "pipeline"))
