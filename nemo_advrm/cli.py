@@ -398,11 +398,11 @@ def _dispatch(words: list[str]) -> int | None:
 
 def _named_runs(words: Sequence[str]) -> list[str]:
     """The words of ``report``: those that are no settings are run directories; ``./a=b`` is one, too."""
-    from nemo_advrm.config import literal
+    from nemo_advrm.config import quoted
 
     runs = [word for word in words if _is_place(word) and word[:1] not in ("-", "~", "+")]
     settings = [word for word in words if word not in runs]
-    return [*settings, f"report.runs=[{','.join(map(literal, runs))}]"] if runs else settings
+    return [*settings, f"report.runs=[{','.join(map(quoted, runs))}]"] if runs else settings
 
 
 def _is_place(word: str) -> bool:

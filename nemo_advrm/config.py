@@ -161,40 +161,40 @@ def _parse(overrides: Sequence[str]) -> list[Override]:
 
 
 def _parse_as_typed(parser: OverridesParser, line: str) -> Override:
-    """The override as Hydra reads it; a plain text that its grammar refuses, or takes for a number, is meant literally.
+    """The override as Hydra reads it; but a text without quotes, alone or in a list, means itself.
 
-    Hydra wants quotes around spaces at odd places, letters beyond ASCII and more, and the shell takes those away that
-    are typed. Lists of texts are read in the same way, text by text.
+    Hydra drops backslashes before signs of its grammar, reads numbers anew (1.50), refuses letters beyond ASCII and
+    wants quotes at places where the shell takes those away that are typed.
     """
     name, _, text = line.partition("=")
-    key = name.lstrip("+~").strip()
-    expected = expected_type(key)
+    text = text.strip(" \t")
+    expected = expected_type(name.lstrip("+~").strip())
+    if text and expected is str:
+        return parser.parse_override(f"{name}={_in_grammar(text)}")
     is_list = typing.get_origin(expected) is list and typing.get_args(expected) == (str,)
-    if not text or not (expected is str or is_list):
-        return parser.parse_override(line)
-    try:
-        found = parser.parse_override(line)
-        read = found.value() if not found.is_sweep_override() else 0  # a,b is a text with a comma
-        if is_list or read is None or (isinstance(read, str) and not text.endswith("\\")):
-            return found
-    except HydraException:
-        if text.lstrip()[:1] in ("'", '"'):
-            raise
-    if is_list:
-        if not (text.startswith("[") and text.endswith("]")):
-            return parser.parse_override(line)
-        items = [literal(item.strip()) for item in text[1:-1].split(",")]
-        return parser.parse_override(f"{name}=[{','.join(items)}]")
-    return parser.parse_override(f"{name}={literal(text)}")
+    if is_list and text.startswith("[") and text.endswith("]") and text[1:-1].strip(" \t"):
+        items = [item.strip(" \t") for item in _LIST_ITEM.findall(f",{text[1:-1]}")]
+        if all(items):
+            return parser.parse_override(f"{name}=[{','.join(map(_in_grammar, items))}]")
+    return parser.parse_override(line)
 
 
-def literal(text: str) -> str:
-    """A text for Hydra's grammar that means the text itself; one that is quoted stays as it is."""
-    if text[:1] in ("'", '"'):
-        return text
-    body = re.sub(r"(\\*)'", lambda m: m[1] * 2 + "\\'", text)  # backslashes count before a quote only
+# an item of a list behind its comma: a quoted text (an even number of backslashes before the quote that ends it), or a
+# text up to the next comma that is not inside of ${...}
+_LIST_ITEM = re.compile(r""",([ \t]*(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")[^,]*|(?:\$\{[^}]+\}|[^,])*)""", re.DOTALL)
+
+
+def _in_grammar(text: str) -> str:
+    """What stands for a typed text in Hydra's grammar: one that begins with a quote, and null, are Hydra's to read."""
+    return text if text[0] in ("'", '"') or text.lower() == "null" else quoted(text)
+
+
+def quoted(text: str) -> str:
+    """A text of Hydra's grammar that means ``text`` itself, but that ``${...}`` stays a reference to another key."""
+    mark = '"' if "'" in text and '"' not in text else "'"  # quotes inside of ${...} must not be escaped
+    body = re.sub(rf"(\\*){mark}", lambda m: m[1] * 2 + "\\" + mark, text)  # backslashes count before a quote only
     trailing = len(body) - len(body.rstrip("\\"))
-    return "'" + body + "\\" * trailing + "'"
+    return mark + body + "\\" * trailing + mark
 
 
 def _search_path(overrides: Sequence[Override]) -> list[Path]:

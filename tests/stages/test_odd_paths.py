@@ -10,14 +10,17 @@ from hf_models import tiny_hf
 
 from nemo_advrm import cli, schema
 from nemo_advrm.cli import _named_runs
-from nemo_advrm.config import load_config
+from nemo_advrm.config import load_config, quoted
 from nemo_advrm.data.jsonl import write_jsonl_atomic
+from nemo_advrm.errors import ConfigError
 from nemo_advrm.schema import SyntheticConfig
 from nemo_advrm.settings import parse_settings
 from nemo_advrm.synthetic.preferences import annotated_pairs
 
 ODD = "modèle 模型 it's \"x\"=(1),{2}:[3] #%~@;&|"
-NAMES = [ODD, *ODD.split(" "), "a b", "a=b", "a,b", "a\\b", "$x", "u\u0301", "😀", "1e3", "-x", "+x", "~x", "x?"]
+NAMES = [ODD, *ODD.split(" "), "a b", "a=b", "a,b", "$x", "u\u0301", "😀", "1e3", "-x", "+x", "~x", "x?"]
+NAMES += [f"a\\{sign}b" for sign in "b\\,=:()[]{} '\""]
+NAMES += ["\\\\host\\x", "a\\", "1.50", "1_0", "True", "[a]", "{a}", "(a", "a)"]
 SMALL = [
     *("experiment=synthetic", "exp_manager.create_tensorboard_logger=false", "reward_model.reference_features=[]"),
     *("model.num_layers=1", "trainer.max_steps=1", "model.global_batch_size=4", "trainer.val_check_interval=0"),
@@ -26,24 +29,46 @@ SMALL = [
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_path_means_itself(name: str) -> None:
+def test_a_path_means_itself_but_that_a_comma_in_a_list_needs_quotes(name: str) -> None:
     path = f"/data/{name}/f"
-    cfg = load_config([f"run_dir={path}", f"data.train_path={path}", f"model.tokenizer=hf:{path}"], "train_rm")
-    assert (cfg.run_dir, cfg.data.train_path, cfg.model.tokenizer) == (path, path, f"hf:{path}")
-    start = load_config([f"pretrained_checkpoint.restore_from_path={path}"], "evaluate")
-    assert start.pretrained_checkpoint.restore_from_path == path
-    assert parse_settings(schema.ConvertConfig, [f"path={path}", "to=hf", f"out={path}.d"]).path == path
-    assert load_config(_named_runs([path, "./b=c", "seed=3"]), "report").report.runs == [path, "./b=c"]
+    bare = path if name[0] == '"' else name  # a quoted text
+    start = f"pretrained_checkpoint.restore_from_path={bare}"
+    texts = [f"run_dir={path}", f"data.train_path={bare}", f"model.tokenizer=hf:{path}", start]
+    lists = [f"ensemble.members=[ {path},/b , {bare}]", f"data.ignore_columns=[{quoted(path)} , {bare}]"]
+    cfg = load_config([*texts, *lists, *_named_runs([path, "./b=c", "seed=3"])], "evaluate")
+    assert (cfg.run_dir, cfg.data.train_path, cfg.model.tokenizer) == (path, bare, f"hf:{path}")
+    assert cfg.pretrained_checkpoint.restore_from_path == bare
+    assert cfg.ensemble.members == [*path.split(","), "/b", *bare.split(",")]
+    assert cfg.data.ignore_columns == [path, *bare.split(",")]
+    assert (cfg.report.runs, cfg.seed) == ([path, "./b=c"], 3)
+    assert parse_settings(schema.ConvertConfig, [f"path={path}", "to=hf", f"out={bare}"]).path == path
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_path_in_a_list_means_itself_but_that_a_comma_needs_quotes(name: str) -> None:
-    path = f"/data/{name}/f"
-    if "," in name:
-        quoted = path.replace("'", "\\'")
-        assert load_config([f"ensemble.members=['{quoted}',/b]"], "attack").ensemble.members == [path, "/b"]
-        return
-    assert load_config([f"ensemble.members=[{path},/b]"], "attack").ensemble.members == [path, "/b"]
+def _members(text: str) -> list[str]:
+    return load_config([f"ensemble.members={text}"], "attack").ensemble.members
+
+
+def test_a_run_that_report_is_given_means_itself() -> None:
+    runs = ["'q", "'q'", '"q', '"q"', "'a,b", 'it\'s "q"', "a\\", "a\\,b", "a,b", "[a]", " a ", "null", "1.50"]
+    assert load_config(_named_runs(runs), "report").report.runs == runs
+
+
+def test_quotes_references_and_null_keep_their_meaning() -> None:
+    def read(*settings: str) -> str:
+        return load_config([*settings, "name=n"], "sft").run_dir
+
+    assert [read(f"run_dir={text}") for text in ("'a,b'", '"it\'s"', r"'it\'s'", "' a '", "''", " a ")] == [
+        *("a,b", "it's", "it's", " a ", "", "a")
+    ]
+    assert [read(f"run_dir={text}") for text in ("${name}", r"a\b\,/${name}", "it's ${name}")] == [
+        *("n", r"a\b\,/n", "it's n")
+    ]
+    assert read("run_dir=${oc.env:NOT_SET_ANYWHERE,'x,y'}/z") == "x,y/z"
+    assert _members("[${oc.env:NOT_SET_ANYWHERE,'x'},\"a,b\" , 'c\\'']") == ["x", "a,b", "c'"]
+    assert _members("[]") == _members("[ ]") == []
+    for wrong in ("run_dir=null", "run_dir='q", "run_dir='q'r", "ensemble.members=[a,]", "ensemble.members=['q,/b]"):
+        with pytest.raises(ConfigError, match=wrong[: wrong.index("=")]):
+            load_config([wrong], "attack")
 
 
 def test_commands_write_into_such_directories_and_read_from_them(
