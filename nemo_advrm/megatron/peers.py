@@ -41,7 +41,8 @@ def join(here: Place, backend: str, timeout_minutes: float) -> None:
     host, port = _address()
     place = f"rank {here.rank} on {host_name()}"
     try:
-        store = _open_store(here, host, port, timeout)
+        # a process whose rank 0 found the port taken may reach another job's store there: it must not count as theirs
+        store = dist.PrefixStore(job(here, host, port), _open_store(here, host, port, timeout))
         store.set(f"host/{here.rank}", host_name())
     except (dist.DistError, RuntimeError, OSError) as error:
         if "EADDRINUSE" in str(error):
@@ -150,6 +151,15 @@ def _address() -> tuple[str, int]:
         number = int(env.get("SLURM_JOB_ID", "0")) * 7 + int(env.get("SLURM_STEP_ID", "0"))
         env["MASTER_PORT"] = str(15000 + number % 15000) if "SLURM_JOB_ID" in env else "29500"
     return env["MASTER_ADDR"], int(env["MASTER_PORT"])
+
+
+def job(here: Place, host: str, port: int) -> str:
+    """A name that all processes of this job know and, where a launcher gives one, no other job has."""
+    env = os.environ
+    size = here.world_size
+    if "RANK" in env:  # as in place(): a step of SLURM may be several launches by torchrun
+        return f"{env.get('TORCHELASTIC_RUN_ID', '')}@{host}:{port}x{size}"
+    return f"{env.get('SLURM_JOB_ID', '')}.{env.get('SLURM_STEP_ID', '')}@{host}:{port}x{size}"
 
 
 def _open_store(here: Place, host: str, port: int, timeout: datetime.timedelta) -> dist.Store:

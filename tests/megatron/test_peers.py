@@ -6,14 +6,17 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch.distributed as dist
 from ports import free_port
 
-from nemo_advrm.errors import ConfigError
+from nemo_advrm.errors import ConfigError, ProcessLost
 from nemo_advrm.megatron import peers
 from nemo_advrm.place import Place
 
@@ -93,16 +96,63 @@ def test_a_port_that_another_program_has_is_named_with_the_setting(monkeypatch: 
             peers.join(Place(rank=0, world_size=2), "gloo", 0.1)
 
 
+def test_a_process_that_reaches_another_job_does_not_count_as_one_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    server = dist.HashStore()
+    monkeypatch.setattr(peers, "_open_store", lambda *place: server)
+    monkeypatch.setenv("SLURM_STEP_ID", "0")
+    for job, rank in (("7", 0), ("8", 1)):
+        monkeypatch.setenv("SLURM_JOB_ID", job)
+        with pytest.raises(ProcessLost, match=f"in vain for rank {1 - rank}"):
+            peers.join(Place(rank, 2, rank), "gloo", 0.002)
+
+
+def test_processes_of_a_job_agree_on_its_name_and_jobs_of_a_launcher_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    def name(rank: int, **env: str) -> str:
+        with monkeypatch.context() as m:
+            for each in ("RANK", "TORCHELASTIC_RUN_ID", "SLURM_JOB_ID", "SLURM_STEP_ID"):
+                m.delenv(each, raising=False)
+            for each, value in env.items():
+                m.setenv(each, value)
+            return peers.job(Place(rank, 2, rank), "h", 1)
+
+    for one, other in [
+        ({"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0"}, {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "1"}),
+        ({"RANK": "0", "TORCHELASTIC_RUN_ID": "a"}, {"RANK": "0", "TORCHELASTIC_RUN_ID": "b"}),
+    ]:
+        assert name(0, **one) == name(1, **one) != name(0, **other)
+    # started by hand under torchrun's names: the SLURM jobs that the shells are in do not matter
+    assert name(0, RANK="0", SLURM_JOB_ID="7") == name(1, RANK="1", SLURM_JOB_ID="8")
+
+
+# Every port is drawn twice, in the same order in both processes.
+_TWICE = """
+import itertools, ports
+def draws(count):
+    order = itertools.count()
+    draw = lambda allowed: allowed[next(order) // 2]
+    return [ports.free_port(draw) for _ in range(count)]
+"""
+
+
 def test_tests_are_never_given_the_same_port_twice() -> None:
-    ports = [free_port() for _ in range(20)]
-    assert len(set(ports)) == 20
-    assert len(set(ports) | set(_in_another_process(20))) == 40
-
-
-def _in_another_process(count: int) -> list[int]:
-    code = f"from ports import free_port; print(*(free_port() for _ in range({count})))"
+    names: dict[str, Any] = {}
+    exec(_TWICE, names)
+    here = names["draws"](3)
     path = os.pathsep.join(p for p in sys.path if p)
     done = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", f"{_TWICE}print(*draws(3))"],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
-    return [int(word) for word in done.stdout.split()]
+    assert len({*here, *map(int, done.stdout.split())}) == 6, done.stderr
+
+
+def test_a_user_of_the_machine_has_locks_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    for user in (1, 2):
+        monkeypatch.setattr(os, "getuid", lambda user=user: user)
+        free_port()
+    assert sorted(len(list(folder.iterdir())) > 0 for folder in tmp_path.iterdir()) == [True, True]
