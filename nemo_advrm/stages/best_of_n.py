@@ -13,6 +13,7 @@ The best is the response with the highest proxy, whether the length limit cut it
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from nemo_advrm.megatron import manifest, runtime
 from nemo_advrm.megatron.model import MegatronModel
 from nemo_advrm.models.language_model import build_policy
 from nemo_advrm.models.policy import Prompt, encode_prompts
-from nemo_advrm.objectives.best_of_n import best_of_n_curve, best_of_n_measures
+from nemo_advrm.objectives.best_of_n import best_of_n_curve, best_of_n_measures, curve_points
 from nemo_advrm.rewards.base import RewardSource, Rollouts, checked_scores
 from nemo_advrm.rewards.ensemble import UncertaintyReward
 from nemo_advrm.rewards.limits import prompts_with_room
@@ -42,7 +43,7 @@ from nemo_advrm.stages.held_out import held_out_prompts
 from nemo_advrm.stages.reference import as_rollouts, sample
 
 SAMPLES = "samples.jsonl"
-_CURVE_KEYS = ("n", "kl", "proxy", "gold", "measures", "sampled")
+_CURVE_KEYS = ("samples", "n", "kl", "proxy", "gold", "measures", "sampled")
 
 
 def main(cfg: Config) -> int:
@@ -168,13 +169,31 @@ def _digest(path: Path) -> str:
 def _read_curve(path: Path, samples: Path, sampled: str) -> dict[str, Any] | None:
     if not path.exists():
         return None
-    found = results.read_object(path, _CURVE_KEYS, "remove it, and the curve is computed again")
+    found = results.read_object(path, _CURVE_KEYS, "remove it, and the curve is computed again", _wrong_curve)
     if found["sampled"] != sampled:
         raise DataError(
             f"{path} is the curve of other samples than {samples} holds: restore them, or remove it and it is computed "
             "again"
         )
     return found
+
+
+def _wrong_curve(found: dict[str, Any]) -> str:
+    """What is wrong with the values of a curve, in a few words, "" for nothing."""
+    samples, columns = found["samples"], [found[key] for key in ("n", "kl", "proxy", "gold")]
+    if type(samples) is not int or not 0 < samples < 2**31:
+        return "samples is no count"
+    points = curve_points(samples)
+    if columns[0] != points or any(type(n) is not int for n in columns[0]):
+        return f"n is not that of {samples} samples"
+    if not all(isinstance(column, list) and len(column) == len(points) for column in columns):
+        return "kl, proxy and gold are no lists as long as n"
+    numbers = [*columns[1], *columns[2], *(gold for gold in columns[3] if gold is not None)]
+    if not all(type(value) in (int, float) and math.isfinite(value) for value in numbers):
+        return "kl, proxy or gold holds what is no number"
+    if found["measures"] != best_of_n_measures(columns[1], columns[3]):
+        return "its measures are not those of its curve"
+    return ""
 
 
 def _read_samples(path: Path, cfg: Config, tokenizer: Tokenizer) -> tuple[Rollouts, int, list[float] | None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,37 @@ def test_a_curve_of_other_samples_is_refused(
     samples.write_text("".join(json.dumps(row) + "\n" for row in rows[:-1]))
     assert cli.main(arguments) == 2
     assert "unequal numbers of samples" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"samples": "x"}, "samples is no count"),
+        ({"samples": 2**40}, "samples is no count"),
+        ({"n": True}, "n is not that of 4 samples"),
+        ({"n": [True, 2, 3, 4]}, "n is not that of 4 samples"),
+        ({"kl": [0.0]}, "no lists as long as n"),
+        ({"gold": None}, "no lists as long as n"),
+        ({"kl": ["x", 1, 1, 1]}, "holds what is no number"),
+        ({"proxy": [float("nan"), 1, 1, 1]}, "holds what is no number"),
+        ({"measures": {"area": 3}}, "its measures are not those of its curve"),
+    ],
+)
+def test_a_damaged_curve_is_named(
+    run: Path,
+    settings: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    change: dict[str, Any],
+    told: str,
+) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    path = copy / "best_of_n" / "reward.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    assert cli.main(["best_of_n", *settings, f"run_dir={copy}"]) == 2
+    error = capsys.readouterr().err
+    assert str(path) in error and told in error and error.count("\n") == 1
 
 
 def test_what_cannot_be_judged_is_told_at_once(settings: list[str], capsys: pytest.CaptureFixture[str]) -> None:
