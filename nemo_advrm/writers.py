@@ -198,7 +198,8 @@ def _own(directory: Path, path: Path, key: str) -> None:
                 raise _taken(directory, there, key)
             if there is None or not there.is_dead:
                 there = _wait_for_sign(directory, path, key)
-            _remove(path, there)
+            if not _remove(path, there):  # released meanwhile, or taken by another process
+                continue
             named = str(there) if there is not None else "a process that left no name"
             print(f"{directory} is taken over from {named}, which has ended without releasing it", flush=True)
     finally:
@@ -235,17 +236,19 @@ def _wait_for_sign(directory: Path, path: Path, key: str) -> Owner | None:
     return _read(path)
 
 
-def _remove(path: Path, judged: Owner | None) -> None:
-    """Remove the owner's file if it still names the one that was judged dead."""
+def _remove(path: Path, judged: Owner | None) -> bool:
+    """Remove the owner's file if it still names the one that was judged dead; returns whether it did."""
     aside = path.with_name(f".{path.name}.{host_name()}.{os.getpid()}.dead.tmp")
     try:
         path.rename(aside)
     except FileNotFoundError:
-        return  # another process was faster
-    if _read(aside) != judged:
+        return False  # another process was faster
+    is_same = _read(aside) == judged
+    if not is_same:
         with contextlib.suppress(FileExistsError):
             os.link(aside, path)
     aside.unlink()
+    return is_same
 
 
 def _named(path: Path) -> Owner | None:
@@ -290,9 +293,7 @@ def _read(path: Path) -> Owner | None:
 
 def _taken(directory: Path, owner: Owner | None, key: str) -> Taken:
     who = owner or "another process"
-    return Taken(
-        f"{directory} is being written by {who}: wait until it has ended, stop it, or choose another {key}"
-    )
+    return Taken(f"{directory} is being written by {who}: wait until it has ended, stop it, or choose another {key}")
 
 
 def _me() -> Owner:

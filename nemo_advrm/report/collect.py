@@ -58,6 +58,7 @@ def collect(run_dir: Path) -> Run:
         flops=_read_amounts(stages, "flops"),
         experiment=str(settings.get("name") or ""),
         commit=str(as_object(state.get("versions")).get("git") or ""),
+        commits={stage: str(entry["git"]) for stage, entry in stages.items() if "git" in as_object(entry)},
         study_path=str(as_object(settings.get("report")).get("study_path") or ""),
     )
 

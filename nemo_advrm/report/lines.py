@@ -7,6 +7,7 @@ import os
 import platform
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -17,6 +18,9 @@ from nemo_advrm.report.measures import measures_of
 from nemo_advrm.report.records import Reward, Run
 from nemo_advrm.report.study import BEST_OF_N, RLHF, Line
 
+T = TypeVar("T")
+U = TypeVar("U")
+
 
 def lines_of(run_dir: Path, experiment: str = "", hardware: str = "") -> list[Line]:
     """The lines of the finished RLHF runs and best-of-n curves of a run directory; see `lines_of_run`."""
@@ -26,7 +30,8 @@ def lines_of(run_dir: Path, experiment: str = "", hardware: str = "") -> list[Li
 def lines_of_run(run: Run, experiment: str = "", hardware: str = "") -> list[Line]:
     """The lines of a run.
 
-    `cpu_seconds` and `flops` are those of the RLHF stage itself. An arm is compared with the plain one of the same KL
+    `cpu_seconds`, `flops` and `commit` are those of the RLHF stage itself (`commit` the run's where versions before did
+    not keep it). An arm is compared with the plain one of the same KL
     coefficient; `experiment` is the run's `name` unless it is given.
     """
     name, seed = experiment or run.experiment or run.directory.resolve().name, run.seed or 0
@@ -46,9 +51,9 @@ def lines_of_run(run: Run, experiment: str = "", hardware: str = "") -> list[Lin
                         kl=reward.kl if reward else None,
                         baseline=compared[arm.name],
                         measures=measures_of(one.measured, run.options),
-                        cpu_seconds=_of_stage(run.cpu_seconds, arm.name, one.seed),
-                        flops=_of_stage(run.flops, arm.name, one.seed),
-                        commit=run.commit,
+                        cpu_seconds=_of_stage(run.cpu_seconds, arm.name, one.seed, None),
+                        flops=_of_stage(run.flops, arm.name, one.seed, None),
+                        commit=_of_stage(run.commits, arm.name, one.seed, run.commit),
                         hardware=hardware,
                     )
                 )
@@ -64,17 +69,17 @@ def lines_of_run(run: Run, experiment: str = "", hardware: str = "") -> list[Lin
                 curve.name,
                 baseline=compared[curve.name],
                 measures=dict(found),
-                commit=run.commit,
+                commit=run.commits.get(f"best_of_n/{curve.name}", run.commit),
                 hardware=hardware,
             )
         )
     return lines
 
 
-def _of_stage(spent: Mapping[str, float], arm: str, seed: int) -> float | None:
-    """What the stage of one RLHF run spent."""
+def _of_stage(known: Mapping[str, T], arm: str, seed: int, otherwise: U) -> T | U:
+    """What is known of the stage of one RLHF run."""
     stages = (f"rlhf/{arm}/seed_{seed}", f"rlhf/{arm}")
-    return next((spent[stage] for stage in stages if stage in spent), None)
+    return next((known[stage] for stage in stages if stage in known), otherwise)
 
 
 def baselines(names: Iterable[str], rewards: Mapping[str, Reward], equal_kl: bool = True) -> dict[str, str]:

@@ -156,7 +156,8 @@ class Reward:
 class Run:
     """A whole run; `notes` says in plain words what is absent or was left out.
 
-    seconds, cpu_seconds, gpu_seconds, flops: by stage, of those that know them.
+    seconds, cpu_seconds, gpu_seconds, flops, commits: by stage, of those that know them.
+    commit: that the run was begun with.
     """
 
     directory: Path
@@ -173,6 +174,7 @@ class Run:
     flops: dict[str, float] = field(default_factory=dict)
     experiment: str = ""
     commit: str = ""
+    commits: dict[str, str] = field(default_factory=dict)
     study_path: str = ""
 
     @property

@@ -10,23 +10,24 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import enum
 import logging
 import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import yaml
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from nemo_advrm import files, writers
 from nemo_advrm.config import resolved, versions
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.rewards import sources
-from nemo_advrm.schema import BranchConfig, Config, RLHFRunConfig
-from nemo_advrm.stages import run_files
+from nemo_advrm.schema import Config
+from nemo_advrm.stages import held_arms, run_files
+from nemo_advrm.stages.held_arms import ADDABLE
 
 # keys that may differ between the runs of one directory: they do not change what is computed
 _FREE_KEYS = (
@@ -73,14 +74,8 @@ _LAYOUT_KEYS = (
     "model.micro_batch_tokens",
 )
 _STAGE_PREFIX = re.compile(r"stage\.[^.]+\.")
-# what a run of the pipeline may get more of: what one is called, and its settings
-_ADDABLE: dict[str, tuple[str, type[RLHFRunConfig] | type[BranchConfig]]] = {
-    "rlhf": ("arm", RLHFRunConfig),
-    "branches": ("branch", BranchConfig),
-}
-_ADDED = re.compile(rf"pipeline\.({'|'.join(_ADDABLE)})\.(.+)")
+_ADDED = re.compile(rf"pipeline\.({'|'.join(ADDABLE)})\.(.+)")
 LOCK_SECONDS = 60.0
-_Options = TypeVar("_Options", RLHFRunConfig, BranchConfig)
 
 _log = logging.getLogger(__name__)
 
@@ -94,41 +89,12 @@ def go_on(cfg: Config, directory: Path, about: dict[str, Any], *, alone: bool) -
     """
     if not _compare(cfg, directory, about).is_news:
         return
-    with contextlib.nullcontext() if alone else _only_writer(directory):
+    with contextlib.nullcontext() if alone else only_writer(directory):
         _write(directory, _compare(cfg, directory, about), about)
 
 
-def whole(cfg: Config, directory: Path) -> Config:
-    """``cfg`` with the arms and branches that the run in ``directory`` holds, which come first and in the run's order.
-
-    Raises ConfigError when ``config.yaml`` cannot be read.
-    """
-    path = directory / "config.yaml"
-    if not path.exists():
-        return cfg
-    held = _read_config(path).get("pipeline") or {}
-    try:
-        rlhf = _union(held.get("rlhf") or {}, cfg.pipeline.rlhf, RLHFRunConfig)
-        branches = _union(held.get("branches") or {}, cfg.pipeline.branches, BranchConfig)
-    except (AttributeError, OmegaConfBaseException) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"{path}: its arms or branches cannot be read ({reason}): restore it") from error
-    return dataclasses.replace(cfg, pipeline=dataclasses.replace(cfg.pipeline, rlhf=rlhf, branches=branches))
-
-
-def _union(held: dict[str, Any], own: dict[str, _Options], kind: type[_Options]) -> dict[str, _Options]:
-    found = {name: own[name] if name in own else _made(options, kind) for name, options in held.items()}
-    return {**found, **own}
-
-
-def _made(options: Any, kind: type[_Options]) -> _Options:
-    made: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), options))
-    assert isinstance(made, kind)
-    return made
-
-
 @contextlib.contextmanager
-def _only_writer(directory: Path) -> Iterator[None]:
+def only_writer(directory: Path) -> Iterator[None]:
     """Keep other jobs of the run out for a moment, also where nothing can be locked."""
     deadline = time.monotonic() + LOCK_SECONDS
     while True:
@@ -145,16 +111,6 @@ def _only_writer(directory: Path) -> Iterator[None]:
         writers.release(directory, "config", leave_nothing=True)
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        return run_files.read_yaml(path)
-    except ValueError as error:
-        raise ConfigError(
-            f"{path} cannot be read ({error}), and so nobody knows which run the directory holds: restore it, choose "
-            "another run_dir, or remove the directory"
-        ) from error
-
-
 def _read_versions(path: Path) -> dict[str, Any]:
     """What is known of the run; a file that cannot be read is put aside, with a word."""
     if not path.exists():
@@ -164,7 +120,7 @@ def _read_versions(path: Path) -> dict[str, Any]:
         inputs, changes = known.get("inputs") or {}, known.get("changes") or []
         if not isinstance(inputs, dict) or not all(isinstance(digest, str) for digest in inputs.values()):
             raise ValueError("its inputs are no hashes")
-        if not isinstance(changes, list) or not all(isinstance(c, dict) and {"key", "to"} <= c.keys() for c in changes):
+        if not isinstance(changes, list) or not all(map(_is_change, changes)):
             raise ValueError("its changes are no changes of keys")
         return known
     except ValueError as error:
@@ -174,11 +130,23 @@ def _read_versions(path: Path) -> dict[str, Any]:
         return {}
 
 
-def _completed(before: Any, defaults: Any) -> Any:
+def _is_change(change: Any) -> bool:
+    return isinstance(change, dict) and isinstance(change.get("key"), str) and "to" in change
+
+
+def _completed(held: dict[str, Any]) -> dict[str, Any]:
     """What an older version wrote, with the keys that it did not know at their defaults, which change nothing."""
+    found: dict[str, Any] = _laid_over(held, yaml.safe_load(resolved(Config())))  # noqa: TID251 (just written)
+    for section, (_, kind) in ADDABLE.items():
+        parts, defaults = found["pipeline"][section], dataclasses.asdict(kind())
+        found["pipeline"][section] = {name: {**defaults, **options} for name, options in parts.items()}
+    return found
+
+
+def _laid_over(before: Any, defaults: Any) -> Any:
     if not isinstance(before, dict) or not isinstance(defaults, dict):
         return before
-    return {**defaults, **{key: _completed(value, defaults.get(key)) for key, value in before.items()}}
+    return {**defaults, **{key: _laid_over(value, defaults.get(key)) for key, value in before.items()}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,8 +172,8 @@ class _Comparison:
 
 def _compare(cfg: Config, directory: Path, about: dict[str, Any]) -> _Comparison:
     """Raises ConfigError for another run's configuration, stage or data."""
-    held = _read_config(directory / "config.yaml")
-    before = _completed(held, yaml.safe_load(resolved(Config())))  # noqa: TID251 (just written)
+    held = held_arms.read_config(directory / "config.yaml")
+    before = _completed(held)
     now = yaml.safe_load(resolved(cfg))  # noqa: TID251 (just written)
     known = _read_versions(directory / "versions.yaml")
     begun_by = known.get("stage", about["stage"])
@@ -221,36 +189,52 @@ def _compare(cfg: Config, directory: Path, about: dict[str, Any]) -> _Comparison
                 f"{name} is not what it was when the run in {directory} began (SHA-256 {inputs[name][:12]} then, "
                 f"{digest[:12]} now): restore it, or choose another run_dir"
             )
-    last = {change["key"]: change["to"] for change in known.get("changes") or []}
-    present: dict[str, Any] = {}
+    recorded = {change["key"]: change["to"] for change in known.get("changes") or []}
+    # values of what differs from config.yaml and may, and of what was changed before
+    values: dict[str, Any] = {key: _value(before, key) for key in recorded if not _ADDED.fullmatch(key)}
     added: dict[str, dict[str, Any]] = {}
     for key, old, new in _differences(before, now):
-        plain = _STAGE_PREFIX.sub("", key)
-        moved = plain == "ensemble.members" and sources.only_addresses_differ(old or [], new or [])
-        if about["stage"] == "pipeline" and _ADDED.fullmatch(key) and (old is None or new is None):
-            if isinstance(new, dict):
-                added[key] = new
-            elif isinstance(old, dict):
-                continue  # another job asked for it
-        if key not in added and plain not in _LAYOUT_KEYS and not moved and not _only_adds_runs(key, old, new):
+        kind = _kind(key, old, new, about["stage"])
+        if kind is _Difference.REFUSED:
             raise ConfigError(
                 f"{directory} holds a run with {key}={old!r}, but now {key}={new!r}: choose another run_dir, or remove "
                 "the directory"
             )
-        present[key] = new
-    for key in last.keys() - present.keys():
-        if not _ADDED.fullmatch(key):  # changed back to what config.yaml says
-            present[key] = _value(before, key)
-    now_text = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    begun = {key: None if key in added else last.get(key, _value(before, key)) for key in present}
+        if kind is _Difference.ADDED:
+            added[key] = new
+        if kind is not _Difference.HELD:
+            values[key] = new
+    time_now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    last = {key: recorded.get(key, _value(before, key)) for key in values}
     changes = [
-        {"time": now_text, "key": key, "from": begun[key], "to": value}
-        for key, value in sorted(present.items())
-        if last.get(key, begun[key]) != value
+        {"time": time_now, "key": key, "from": None if key in added else last[key], "to": value}
+        for key, value in sorted(values.items())
+        if last[key] != value
     ]
     # in the order of the configuration, as if they had been there from the start
-    names = [f"pipeline.{section}.{name}" for section in _ADDABLE for name in now["pipeline"][section]]
+    names = [f"pipeline.{section}.{name}" for section in ADDABLE for name in now["pipeline"][section]]
     return _Comparison(known, held, changes, {key: added[key] for key in names if key in added})
+
+
+class _Difference(enum.Enum):
+    """What a job's value means that is not the run's."""
+
+    ADDED = enum.auto()  # an arm or branch that the run does not hold
+    HELD = enum.auto()  # one that the run holds and the job does not ask for
+    ALLOWED = enum.auto()
+    REFUSED = enum.auto()
+
+
+def _kind(key: str, old: Any, new: Any, stage: str) -> _Difference:
+    if stage == "pipeline" and _ADDED.fullmatch(key):  # which the settings of an arm match, too
+        if old is None and isinstance(new, dict):
+            return _Difference.ADDED
+        if new is None and isinstance(old, dict):
+            return _Difference.HELD
+    plain = _STAGE_PREFIX.sub("", key)
+    moved = plain == "ensemble.members" and sources.only_addresses_differ(old or [], new or [])
+    is_allowed = plain in _LAYOUT_KEYS or moved or _only_adds_runs(key, old, new)
+    return _Difference.ALLOWED if is_allowed else _Difference.REFUSED
 
 
 def _only_adds_runs(key: str, old: Any, new: Any) -> bool:
@@ -266,7 +250,8 @@ def _write(directory: Path, found: _Comparison, about: dict[str, Any]) -> None:
     if found.is_news:
         known = {**(found.known or versions()), **about}
         known["inputs"] = {**about["inputs"], **(found.known.get("inputs") or {})}
-        if changes := [*(found.known.get("changes") or []), *found.changes]:
+        by = {key: value for key, value in versions().items() if key == "git"}
+        if changes := [*(found.known.get("changes") or []), *({**change, **by} for change in found.changes)]:
             known["changes"] = changes
         write_versions(directory, known)
     if not found.added:
@@ -275,7 +260,7 @@ def _write(directory: Path, found: _Comparison, about: dict[str, Any]) -> None:
         match = _ADDED.fullmatch(key)
         assert match is not None
         section, name = match.groups()
-        title, kind = _ADDABLE[section]
+        title, kind = ADDABLE[section]
         pipeline = found.held.setdefault("pipeline", {})
         pipeline[section] = {**(pipeline.get(section) or {}), name: options}
         defaults = dataclasses.asdict(kind())

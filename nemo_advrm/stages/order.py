@@ -11,7 +11,7 @@ from typing import Any
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.keys import nearest
 from nemo_advrm.schema import BranchConfig, Config, RLHFRunConfig
-from nemo_advrm.stages import identity
+from nemo_advrm.stages import held_arms
 from nemo_advrm.stages.branches import (
     MAIN,
     all_branches,
@@ -74,7 +74,7 @@ def of_run(cfg: Config) -> tuple[Config, list[Step]]:
 
     Raises ConfigError for branches and arms that cannot be.
     """
-    run = identity.whole(cfg, Path(cfg.run_dir))
+    run = held_arms.whole(cfg, Path(cfg.run_dir))
     check(run)
     return run, asked(cfg, run)
 
@@ -211,6 +211,14 @@ def most_at_once(steps: list[Step]) -> int:
     return max(Counter(level.values()).values())
 
 
+def added_since(step: Step, detail: Callable[[str, str], Any]) -> list[str]:
+    """The RLHF runs of the room's arm that it was not measured on, as far as that is known; of no other step."""
+    known = detail(step.name, "runs")
+    if step.kind != "room" or not known:
+        return []
+    return [name for name in step.after if name.startswith("rlhf/") and name not in known]
+
+
 def find(among: list[Step], name: str) -> Step:
     """The stage of that name; ConfigError when there is none."""
     steps = {step.name: step for step in among}
@@ -240,7 +248,9 @@ def main(cfg: Config) -> int:
     for step in steps:
         if is_skipped(run, step, detail):
             status = "skipped"
-        elif detail(step.name, "status") == "complete" or (step.kind == "report" and reported):
+        elif (detail(step.name, "status") == "complete" and not added_since(step, detail)) or (
+            step.kind == "report" and reported
+        ):
             status = "complete"
         else:
             status = "todo"

@@ -21,7 +21,7 @@ from nemo_advrm.place import worker
 from nemo_advrm.schema import Config
 from nemo_advrm.stages import artefacts, branches, cost, session
 from nemo_advrm.stages.attack import check_directions
-from nemo_advrm.stages.order import LIGHT, Step, find, is_skipped, of_run
+from nemo_advrm.stages.order import LIGHT, Step, added_since, find, is_skipped, of_run
 from nemo_advrm.stages.state import RunState
 from nemo_advrm.stages.steps import Inputs, Steps
 
@@ -64,6 +64,7 @@ class Pipeline:
     def run(self, only: Step | None = None) -> None:
         """Run every step that is not complete, or just ``only``, whose forerunners must be complete."""
         self._look_at([step for step in self.order if only is None or step.name in only.after])
+        self._reopen([step for step in self.order if only is None or step.name == only.name])
         if only is not None and only.kind == "report":
             self._check_forerunners(only)
             self._report()
@@ -134,6 +135,14 @@ class Pipeline:
                 if runtime.current().is_writer:
                     print(f"{step.name} was complete, but nothing of it is left: it is done again", flush=True)
                 self.state.set_detail(step.name, status="lost")
+
+    def _reopen(self, steps: list[Step]) -> None:
+        """What was measured on the runs of an arm is measured again when the arm has got more of them."""
+        for step in steps:
+            if self.state.is_complete(step.name) and (added := added_since(step, self.state.detail)):
+                if runtime.current().is_writer:
+                    print(f"{step.name} was complete before {', '.join(added)} came: it is done again", flush=True)
+                self.state.set_detail(step.name, status="outdated")
 
     def _check_forerunners(self, only: Step) -> None:
         for step in self.order:

@@ -8,6 +8,7 @@ import logging
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -102,7 +103,7 @@ def _identify(cfg: Config, directory: Path, stage: str) -> None:
             )
         about = {"seed": cfg.seed, "stage": stage, "inputs": run_files.inputs(cfg)}
         if not path.exists() and _create(cfg, path, locked=lock is not None):
-            identity.write_versions(directory, {**versions(), **about})
+            _write_versions(directory, {**versions(), **about}, locked=lock is not None)
         else:
             identity.go_on(cfg, directory, about, alone=alone)
     except BaseException:
@@ -168,6 +169,16 @@ def _create(cfg: Config, path: Path, locked: bool) -> bool:
     finally:
         own.unlink()
     return True
+
+
+def _write_versions(directory: Path, content: dict[str, Any], locked: bool) -> None:
+    """Write what the run is begun with; where nothing is locked, unless a job that came since has written it."""
+    if locked:
+        identity.write_versions(directory, content)
+        return
+    with identity.only_writer(directory):
+        if not (directory / "versions.yaml").exists():
+            identity.write_versions(directory, content)
 
 
 def _try_lock(file: int, kind: int) -> bool:

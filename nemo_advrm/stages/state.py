@@ -24,7 +24,10 @@ _CURE = "restore it, or remove it: trainings whose result is there are not done 
 
 
 class RunState:
-    """``state.json``: ``{"stages": {NAME: {status, seconds, started, finished}}, "versions", "seed"}``.
+    """``state.json``: ``{"stages": {NAME: {status, seconds, started, finished, git}}, "versions", "seed"}``.
+
+    ``versions`` are those that the run was begun with, ``git`` is the commit that a stage was last begun with ("" where
+    there is none).
 
     Every rank reads it; the writing rank replaces it atomically. Jobs that run different stages of one directory at
     the same time change their own entries only. All ranks call every method, and all raise when the file fails.
@@ -33,6 +36,7 @@ class RunState:
     def __init__(self, path: Path, seed: int) -> None:
         self.path = path
         self.data: dict[str, Any] = {"stages": {}, "versions": versions(), "seed": seed}
+        self._git: str = self.data["versions"].get("git", "")
         if runtime.on_writer(lambda: self._is_missing()):
             self._update({})
         self.reload()
@@ -56,7 +60,7 @@ class RunState:
         """Mark a stage complete when the block ends without an error; failed attempts count in its time."""
         before = float(self.data["stages"].get(name, {}).get("seconds", 0.0))
         started = time.monotonic()
-        self.set_detail(name, status="running", started=_now())
+        self.set_detail(name, status="running", started=_now(), git=self._git)
         try:
             yield
         except BaseException:
@@ -121,6 +125,8 @@ _DETAILS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "status": (_is_text, "a text"),
     "seconds": (_is_duration, "a number of seconds"),
     "stop": (_is_text, "a text"),
+    "git": (_is_text, "a text"),
+    "runs": (lambda value: isinstance(value, list) and all(map(_is_text, value)), "a list of texts"),
     "files": (manifest.are_entries, "a list of files with their sizes and hashes"),
 }
 

@@ -266,13 +266,15 @@ class Steps:
         cfg = for_stage(self.cfg, "rlhf")
         members = self._members(branches.MAIN, 0, self._plain(cfg.pipeline.rlhf[step.arm]))
         prompts = self.inputs.rlhf_prompts[: cfg.reference.num_prompts]
+        names = [each.name for each in order(self.cfg) if each.kind == "rlhf" and each.arm == step.arm]
         runs = []
-        for run in (each for each in order(self.cfg) if each.kind == "rlhf" and each.arm == step.arm):
-            policy = build_policy(cfg, self.tokenizer, str(self.directory / run.name / "model"), 0, trainable=False)
+        for name in names:
+            policy = build_policy(cfg, self.tokenizer, str(self.directory / name / "model"), 0, trainable=False)
             runs.append(sample(cfg, self.tokenizer, policy, prompts, 1, derive_seed(cfg.seed, "room")))
-        found = {"arm": step.arm, **measure_room(runs, members, self._statistics(members))}
+        found = {"arm": step.arm, "runs": names, **measure_room(runs, members, self._statistics(members))}
         path = self.directory / "room.json"
         runtime.on_writer(lambda: files.write_text(path, json.dumps(found, indent=1) + "\n"))
+        self.state.set_detail(step.name, runs=names)
 
     def _members_of(self, arm: RLHFRunConfig) -> list[RewardSource]:
         """The members an arm's reward is made of; a branch whose rounds ended early gives those of its last one."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,9 @@ from nemo_advrm.config import load_config
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.megatron.runtime import Runtime
 from nemo_advrm.report.collect import collect
+from nemo_advrm.report.lines import lines_of
 from nemo_advrm.report.summary import summarise
-from nemo_advrm.stages import identity, order, pipeline, session
+from nemo_advrm.stages import held_arms, identity, order, pipeline, session, state
 
 FIRST = "pipeline.rlhf.plain={reward: r1, standardise: true}"
 # its best-of-n curve is that of the first arm
@@ -264,7 +266,7 @@ def test_stages_are_those_that_are_asked_for_and_a_curve_has_the_name_of_the_run
     run = tmp_path / "run"
     _claim(run, *base, FIRST, BRANCH, STEPS)
     cfg = load_config([*base, f"run_dir={run}", KL], "pipeline")
-    steps = {step.name: step for step in order.asked(cfg, identity.whole(cfg, run))}
+    steps = {step.name: step for step in order.asked(cfg, held_arms.whole(cfg, run))}
     assert {"best_of_n", "best_of_n/plain", "rlhf/kl"} <= steps.keys()
     assert not {"rlhf/plain", "rlhf/steps", "best_of_n/kl", "best_of_n/steps"} & steps.keys()
     assert not any(name.startswith("branches/") for name in steps)
@@ -305,3 +307,130 @@ def test_the_arm_of_the_room_need_not_be_named_again(single: Runtime, tmp_path: 
     assert "rlhf/kl" in names[KL] and not {"room", "rlhf/plain"} & names[KL]
     with pytest.raises(ConfigError, match=r"pipeline\.room=plain: is not among pipeline\.rlhf"):
         order.of_run(load_config([*base, f"run_dir={tmp_path / 'new'}", KL], "pipeline"))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("rlhf_seeds", value) for value in (None, "x", [1], True, 0)),
+        *(("rlhf.plain", value) for value in (None, "x", 3, True, [1], {"kl": "high"})),
+        *(("branches.steps", value) for value in (None, "x")),
+        *(("rlhf", value) for value in (None, "x", 3)),
+    ],
+)
+def test_damaged_settings_of_arms_are_named_with_their_file(
+    single: Runtime, tmp_path: Path, key: str, value: Any
+) -> None:
+    run = tmp_path / "run"
+    _claim(run, FIRST, BRANCH, "pipeline.rlhf_seeds=2")
+    held = _held(run)
+    *path, name = ["pipeline", *key.split(".")]
+    node = held
+    for part in path:
+        node = node[part]
+    node[name] = value
+    text = yaml.safe_dump(held)
+    (run / "config.yaml").write_text(text)
+    wanted = re.escape(f"{run / 'config.yaml'}: pipeline.{key}={value!r} is no")
+    for arms in ((FIRST, BRANCH, "pipeline.rlhf_seeds=3"), (KL, "pipeline.rlhf_seeds=2")):
+        with pytest.raises(ConfigError, match=f"^{wanted}[^\\n]*: restore it$"):
+            _claim(run, *arms)
+        with pytest.raises(ConfigError, match=wanted):
+            order.of_run(load_config([f"run_dir={run}", *arms], "pipeline"))
+    assert (run / "config.yaml").read_text() == text
+
+
+@pytest.mark.parametrize("key", [3, ["x"], None])
+def test_changes_of_no_keys_are_put_aside_with_a_word(
+    single: Runtime, tmp_path: Path, caplog: pytest.LogCaptureFixture, key: Any
+) -> None:
+    run = tmp_path / "run"
+    _claim(run, FIRST)
+    known = yaml.safe_load((run / "versions.yaml").read_text())
+    (run / "versions.yaml").write_text(yaml.safe_dump({**known, "changes": [{"key": key, "to": 1}]}))
+    _claim(run, FIRST, KL)
+    assert f"{run / 'versions.yaml'} cannot be read (its changes are no changes of keys)" in caplog.text
+    assert [key for key, _, _ in _changes(run)] == ["pipeline.rlhf.kl"]
+
+
+def test_an_arm_of_an_older_version_lacks_what_that_did_not_know(single: Runtime, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    low = "pipeline.rlhf.low={reward: r1, kl: 1.0}"
+    _claim(run, low, BRANCH)
+    held = _held(run)
+    del held["pipeline"]["rlhf"]["low"]["standardise"], held["pipeline"]["branches"]["steps"]["own_trunk"]
+    (run / "config.yaml").write_text(yaml.safe_dump(held))
+    _claim(run, low, BRANCH)
+    assert _held(run) == held and _changes(run) == []
+    with pytest.raises(ConfigError, match=r"holds a run with pipeline\.rlhf\.low\.standardise=False, but now .*=True"):
+        _claim(run, "pipeline.rlhf.low={reward: r1, kl: 1.0, standardise: true}", BRANCH)
+
+
+def test_without_locks_the_versions_of_a_run_keep_what_another_job_adds_while_it_begins(
+    single: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other comes when config.yaml is there and versions.yaml is not yet."""
+    run = tmp_path / "run"
+    create = session._create
+
+    def then_another(*args: Any, **options: Any) -> bool:
+        made = create(*args, **options)
+        monkeypatch.setattr(session, "_create", create)
+        _claim(run, FIRST, KL)
+        return made
+
+    monkeypatch.setattr(session, "_create", then_another)
+    with claim_jobs.no_locks():
+        _claim(run, FIRST)
+    assert list(_held(run)["pipeline"]["rlhf"]) == ["plain", "kl"]
+    assert [key for key, _, _ in _changes(run)] == ["pipeline.rlhf.kl"]
+
+
+def test_the_commit_of_each_stage_and_of_each_addition_is_kept(
+    single: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run goes on with another commit: the lines of its new arms are of that one."""
+    run = tmp_path / "run"
+    for commit, arms, arm in (("a" * 40, (FIRST,), "plain"), ("b" * 40, (FIRST, KL), "kl")):
+        known = {"nemo_advrm": "1", "git": commit}
+        for module in (state, identity, session):
+            monkeypatch.setattr(module, "versions", lambda known=known: dict(known))
+        _claim(run, *arms)
+        with state.RunState(run / "state.json", 1).running(f"rlhf/{arm}"):
+            (run / "rlhf" / arm).mkdir(parents=True)
+            rows = [{"step": step, "proxy": 1.0, "gold": 1.0, "kl": 0.1 * step} for step in range(10)]
+            (run / "rlhf" / arm / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    written = json.loads((run / "state.json").read_text())
+    assert written["versions"]["git"] == "a" * 40
+    assert {line.arm: line.commit for line in lines_of(run)} == {"plain": "a" * 40, "kl": "b" * 40}
+    [change] = yaml.safe_load((run / "versions.yaml").read_text())["changes"]
+    assert change["git"] == "b" * 40
+
+    del written["stages"]["rlhf/kl"]["git"]  # as earlier versions wrote it
+    (run / "state.json").write_text(json.dumps(written))
+    assert {line.commit for line in lines_of(run)} == {"a" * 40}
+
+
+def test_the_room_is_measured_again_when_its_arm_has_got_more_runs(
+    single: Runtime, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    base = ["data.train_path=pairs.jsonl", "pipeline.room=plain", "pipeline.rounds=0", f"run_dir={run}"]
+
+    def steps(count: int) -> list[order.Step]:
+        return order.of_run(load_config([*base, FIRST, f"pipeline.rlhf_seeds={count}"], "pipeline"))[1]
+
+    done = state.RunState(run / "state.json", 1)
+    for step in steps(2):
+        done.set_detail(step.name, status="complete", **({"runs": list(step.after[:2])} if step.kind == "room" else {}))
+    work = object.__new__(pipeline.Pipeline)
+    work.state = done
+    work._reopen(steps(2))
+    assert done.is_complete("room") and capsys.readouterr().out == ""
+
+    order.main(load_config([*base, FIRST, "pipeline.rlhf_seeds=3"], "pipeline"))
+    listed = {line.split("\t")[0]: line.split("\t")[2] for line in capsys.readouterr().out.splitlines()}
+    assert (listed["room"], listed["rlhf/plain/seed_2"], listed["rlhf/plain/seed_3"]) == ("todo", "complete", "todo")
+    work._reopen(steps(3))
+    assert capsys.readouterr().out == "room was complete before rlhf/plain/seed_3 came: it is done again\n"
+    assert not done.is_complete("room") and done.is_complete("rlhf/plain/seed_2")

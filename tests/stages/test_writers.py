@@ -113,6 +113,16 @@ def test_an_owner_on_another_host_is_refused_at_a_sign_of_life_and_taken_over_wi
     assert "waiting 0.5 s for a sign of life of process" in out and "is taken over from process" in out
 
 
+def test_what_its_owner_releases_during_the_wait_is_not_taken_over_from_anybody(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = _leave(tmp_path, replace(writers._me(), host="n7", machine="another"))
+    monkeypatch.setattr(writers.time, "sleep", lambda seconds: path.unlink(missing_ok=True))
+    writers._own(tmp_path, path, "run_dir")
+    assert writers._read(path) == replace(writers._me(), since=writers._read(path).since)
+    assert "taken over" not in capsys.readouterr().out
+
+
 def test_an_owner_whose_file_was_cut_is_taken_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _leave(tmp_path, writers._me()).write_text("")
     hold(tmp_path)
