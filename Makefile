@@ -34,7 +34,7 @@ $(STAMP): setup.py pyproject.toml
 	@touch $@
 
 run: setup
-	$(BIN)/nemo-advrm pipeline experiment=synthetic $(ARGS)
+	$(BIN)/nemo-advrm pipeline experiment=synthetic report.study_path=benchmarks/study/results.jsonl $(ARGS)
 
 study: setup
 	$(BIN)/python benchmarks/study/run.py $(if $(EXPERIMENT),--experiment $(EXPERIMENT)) $(if $(SEEDS),--seeds $(SEEDS)) $(ARGS)
