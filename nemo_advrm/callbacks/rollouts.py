@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,9 @@ from nemo_advrm.objectives.success import standard_success, strict_success
 from nemo_advrm.rewards.base import RewardSource, checked_scores
 from nemo_advrm.rewards.records import prompt_text, trajectory_rows
 from nemo_advrm.rewards.reference import Reference
+from nemo_advrm.schema import RLConfig
+
+_log = logging.getLogger(__name__)
 
 
 class _RolloutWriter(Callback):
@@ -28,10 +32,12 @@ class _RolloutWriter(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._writer = open_rows(self.path, trainer.global_step - 1)
-        runtime.on_writer(lambda: self._check_rows(trainer.global_step))
+        assert isinstance(pl_module, PolicyModel)
+        runtime.on_writer(lambda: self._check_rows(trainer.global_step, pl_module.config.rl))
 
-    def _check_rows(self, steps: int) -> None:
-        """Called when training begins after so many ``steps``."""
+    def _check_rows(self, steps: int, rl: RLConfig) -> None:
+        """Called when training begins after so many ``steps``: their rows must be there."""
+        raise NotImplementedError
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if self._writer is not None:
@@ -62,9 +68,9 @@ class TrajectoryRecorder(_RolloutWriter):
         self.gold = gold
         self.last_rows: list[dict[str, Any]] = []
 
-    def _check_rows(self, steps: int) -> None:
+    def _check_rows(self, steps: int, rl: RLConfig) -> None:
         # samples are what an attack is for
-        lost = lost_steps(self.path, range(steps))
+        lost = lost_steps(self.path, range(steps), rl.prompts_per_step * rl.group_size)
         if lost:
             raise DataError(f"{lost}: restore the file, or remove {self.path.parent} and this attack starts over")
 
@@ -105,6 +111,12 @@ class OveroptimizationTracker(_RolloutWriter):
         self.gold = gold
         self.every = max(1, every)
         self.samples = samples
+
+    def _check_rows(self, steps: int, rl: RLConfig) -> None:
+        # how many rows a step has depends on the number of replicas, which may be another now
+        lost = lost_steps(self.path, range(0, steps, self.every)) if self.samples else ""
+        if lost:
+            _log.warning("%s; training goes on after step %d", lost, steps)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

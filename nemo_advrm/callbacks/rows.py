@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -19,11 +20,11 @@ def open_rows(path: Path, resume_step: int) -> JsonlWriter | None:
     return opened[0] if opened else None
 
 
-def lost_steps(path: Path, steps: Iterable[int]) -> str:
-    """Which of ``steps`` have no row in ``path``, in words; "" when all have."""
-    rows = read_appended_jsonl(path)[0] if path.exists() else []
-    there = {row.get("step") for _, row in rows if isinstance(row, dict)}
-    lost = [step for step in steps if step not in there]
+def lost_steps(path: Path, steps: Iterable[int], rows: int = 1) -> str:
+    """Which of ``steps`` have fewer than ``rows`` rows in ``path``, in words; "" when none has."""
+    found = read_appended_jsonl(path)[0] if path.exists() else []
+    there = Counter(row.get("step") for _, row in found if isinstance(row, dict))
+    lost = [step for step in steps if there[step] < rows]
     if not lost:
         return ""
     named = f"step {lost[0]}" if len(lost) == 1 else f"{len(lost)} steps from {lost[0]} to {lost[-1]}"

@@ -40,7 +40,12 @@ def are_entries(value: object) -> bool:
 def _is_entry(value: Any) -> bool:
     if not isinstance(value, dict) or type(value.get("size")) is not int or value["size"] < 0:
         return False
-    return isinstance(value.get("sha256"), str) and bool(_SHA256.fullmatch(value["sha256"]))
+    return is_digest(value.get("sha256"))
+
+
+def is_digest(value: Any) -> bool:
+    """Whether ``value`` is a SHA-256 in hexadecimal digits."""
+    return isinstance(value, str) and bool(_SHA256.fullmatch(value))
 
 
 def measure(directory: Path, known: dict[str, Entry]) -> dict[str, Entry]:

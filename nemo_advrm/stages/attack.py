@@ -15,7 +15,7 @@ from nemo_advrm.checks import check_held_out
 from nemo_advrm.data.jsonl import read_jsonl, write_jsonl_atomic
 from nemo_advrm.data.messages import Message
 from nemo_advrm.data.tokenizers import Tokenizer, build_tokenizer
-from nemo_advrm.errors import ConfigError, DataError
+from nemo_advrm.errors import ConfigError
 from nemo_advrm.megatron import checkpoint, manifest, runtime, stopping
 from nemo_advrm.models.language_model import build_policy
 from nemo_advrm.models.policy import AdversarialPolicy, Prompt, encode_prompts
@@ -29,11 +29,11 @@ from nemo_advrm.rewards.reference import Reference
 from nemo_advrm.rewards.sources import load_members
 from nemo_advrm.schema import Config
 from nemo_advrm.stages import inputs, results, session, summaries
-from nemo_advrm.stages.attack_success import HeldOut, held_out_set
+from nemo_advrm.stages.attack_success import HELD_OUT_REFERENCE, HeldOut, held_out_set
 from nemo_advrm.stages.attack_summary import check_samples, line, of_adversary, of_direction
 from nemo_advrm.stages.fit import drop_training_checkpoints, fit, records, tokenizer_meta
 from nemo_advrm.stages.order import policy_name
-from nemo_advrm.stages.reference import sample, write_reference
+from nemo_advrm.stages.reference import read_reference, sample, write_reference
 
 
 def main(cfg: Config) -> int:
@@ -57,12 +57,7 @@ def main(cfg: Config) -> int:
         count = cfg.reference.samples_per_prompt
         rollouts = sample(cfg, tokenizer, policy, prompts, count, derive_seed(cfg.seed, "reference"))
         write_reference(directory / "reference.jsonl", rollouts, count, members, gold)
-    reference = runtime.on_writer(lambda: Reference.read(directory / "reference.jsonl"))
-    if len(reference.prompts_P) != len(prompts):
-        raise DataError(
-            f"{directory / 'reference.jsonl'} has {len(reference.prompts_P)} prompts, the attack {len(prompts)}: "
-            "restore it, or remove it and it is sampled again"
-        )
+    reference = runtime.on_writer(lambda: read_reference(directory / "reference.jsonl", prompts))
     attack = Attack(cfg, tokenizer, directory / "attack", prompts, members, reference, gold, cfg.seed)
     summary = attack.run()
     if runtime.current().is_writer:
@@ -187,7 +182,10 @@ def join_attacks(cfg: Config, directory: Path) -> dict[str, Any]:
     }
     everyone = [home for own in homes.values() for home in own]
     runtime.on_writer(lambda: _join_records(directory, everyone))
-    results.mark(directory, "summary.json", result, [f"{home.name}/{manifest.NAME}" for home in everyone])
+    # not samples.jsonl, in which selection marks rows; its rows are counted
+    left = [f"{home.name}/{name}" for home in everyone for name in (manifest.NAME, "summary.json")]
+    left += [name for name in ("metrics.jsonl", HELD_OUT_REFERENCE) if (directory / name).exists()]
+    results.mark(directory, "summary.json", result, left)
     return result
 
 

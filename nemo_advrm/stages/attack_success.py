@@ -25,8 +25,9 @@ from nemo_advrm.rewards.reference import Reference
 from nemo_advrm.schema import Config
 from nemo_advrm.seeds import derive_seed
 from nemo_advrm.stages.held_out import held_out_prompts
-from nemo_advrm.stages.reference import sample, write_reference
+from nemo_advrm.stages.reference import read_reference, sample, write_reference
 
+HELD_OUT_REFERENCE = "held_out_reference.jsonl"
 # what is measured of responses, all means over them
 RATES = ("success_standard", "success_strict", "finds", "gold")
 
@@ -120,11 +121,11 @@ def held_out_set(
         return None
     kept = held_out_prompts(cfg, count, [prompt.messages for prompt in prompts])
     encoded = prompts_with_room(encode_prompts(kept, tokenizer, cfg), tokenizer.fingerprint, members, cfg)
-    path = directory / "held_out_reference.jsonl"
+    path = directory / HELD_OUT_REFERENCE
     if not runtime.on_writer(path.exists):
         policy = build_policy(cfg, tokenizer, cfg.pretrained_checkpoint.restore_from_path, 0, trainable=False)
         per_prompt = cfg.reference.samples_per_prompt
         rollouts = sample(cfg, tokenizer, policy, encoded, per_prompt, sampling_seed(cfg))
         write_reference(path, rollouts, per_prompt, members, gold)
-    reference = runtime.on_writer(lambda: Reference.read(path))
+    reference = runtime.on_writer(lambda: read_reference(path, encoded))
     return HeldOut(cfg, tokenizer, encoded, members, reference, gold)

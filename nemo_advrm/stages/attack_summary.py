@@ -9,6 +9,7 @@ from typing import Any
 from nemo_advrm import files
 from nemo_advrm.data.jsonl import read_jsonl
 from nemo_advrm.errors import ConfigError, DataError
+from nemo_advrm.megatron import manifest
 from nemo_advrm.rewards.finds import asks_others
 from nemo_advrm.schema import Config
 from nemo_advrm.stages import results, summaries
@@ -54,6 +55,17 @@ def of_direction(adversaries: list[dict[str, Any]]) -> dict[str, Any]:
     return result
 
 
+def has_summary(directory: Path) -> bool:
+    """Whether an attack has a ``summary.json``, which rows of another origin have not.
+
+    Raises DataError when it is missing beside what only a finished attack has.
+    """
+    path = directory / "summary.json"
+    if not path.exists() and (directory / manifest.NAME).exists():
+        raise DataError(f"{path} is missing: {_RESTORE}")
+    return path.exists()
+
+
 def check_samples(directory: Path) -> None:
     """Raise DataError when ``samples.jsonl`` has not as many rows as its attack has written."""
     path = directory / "samples.jsonl"
@@ -70,10 +82,9 @@ def check_rule(cfg: Config, directory: Path) -> None:
 
     Attacks of earlier versions and of NeMo-Aligner do not tell.
     """
-    path = directory / "summary.json"
-    if not path.exists():
+    if not has_summary(directory):
         return
-    asked = results.read_object(path, (), _RESTORE, summaries.wrong_attack).get("by_disagreement")
+    asked = results.read_object(directory / "summary.json", (), _RESTORE, summaries.wrong_attack).get("by_disagreement")
     if asked is None or asked == asks_others(cfg.adversarial):
         return
     options = cfg.adversarial
@@ -85,7 +96,7 @@ def check_rule(cfg: Config, directory: Path) -> None:
 def add_to_summary(directory: Path, by_direction: dict[str, dict[str, Any]]) -> None:
     """Add what selection found of every direction to the attack's ``summary.json``, where it has one."""
     path = directory / "summary.json"
-    if not path.exists():  # rows of another origin
+    if not has_summary(directory):
         return
     summary = results.read_object(path, (), _RESTORE, summaries.wrong_attack)
     for direction, facts in by_direction.items():

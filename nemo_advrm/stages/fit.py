@@ -26,7 +26,7 @@ from nemo_advrm.schema import Config
 from nemo_advrm.stages import results, run_files
 
 # rows that a training writes
-RECORDS = ("metrics.jsonl", "samples.jsonl")
+RECORDS = ("metrics.jsonl", "samples.jsonl", "held_out.jsonl")
 
 
 def fit(

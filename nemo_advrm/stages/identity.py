@@ -24,6 +24,7 @@ from omegaconf import OmegaConf
 from nemo_advrm import files, writers
 from nemo_advrm.config import resolved, versions
 from nemo_advrm.errors import ConfigError
+from nemo_advrm.megatron import manifest
 from nemo_advrm.rewards import sources
 from nemo_advrm.schema import Config
 from nemo_advrm.stages import held_arms, run_files
@@ -87,7 +88,13 @@ def go_on(cfg: Config, directory: Path, about: dict[str, Any], *, alone: bool) -
         about: ``stage`` and ``inputs`` of this job, for ``versions.yaml``.
         alone: whether no other job of the run is alive. Else what is written is read anew first, while no other writes.
     """
-    if not _compare(cfg, directory, about).is_news:
+    path = directory / "versions.yaml"
+    if not path.exists():
+        _log.warning("%s is missing: a new one is begun, and what the run's data was before is not known", path)
+    found = _compare(cfg, directory, about)
+    if found.known and found.lacking:
+        _log.warning("%s lacks %s, which are written anew", path, " and ".join(found.lacking))
+    if not found.is_news:
         return
     with contextlib.nullcontext() if alone else only_writer(directory):
         _write(directory, _compare(cfg, directory, about), about)
@@ -118,7 +125,7 @@ def _read_versions(path: Path) -> dict[str, Any]:
     try:
         known = run_files.read_yaml(path)
         inputs, changes = known.get("inputs") or {}, known.get("changes") or []
-        if not isinstance(inputs, dict) or not all(isinstance(digest, str) for digest in inputs.values()):
+        if not isinstance(inputs, dict) or not all(map(manifest.is_digest, inputs.values())):
             raise ValueError("its inputs are no hashes")
         if not isinstance(changes, list) or not all(map(_is_change, changes)):
             raise ValueError("its changes are no changes of keys")
@@ -167,7 +174,12 @@ class _Comparison:
 
     @property
     def is_news(self) -> bool:
-        return bool(self.changes or self.added) or not {"stage", "inputs"} <= self.known.keys()
+        return bool(self.changes or self.added or self.lacking)
+
+    @property
+    def lacking(self) -> list[str]:
+        """What ``versions.yaml`` should tell and does not."""
+        return [key for key in ("seed", "stage", "inputs") if key not in self.known]
 
 
 def _compare(cfg: Config, directory: Path, about: dict[str, Any]) -> _Comparison:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -263,9 +264,13 @@ def _written_at(path: Path) -> float:
 
 
 def _read_state(path: Path) -> dict[str, dict[str, Any]]:
-    if not path.exists():
-        return {}
+    from nemo_advrm.stages import run_files
     from nemo_advrm.stages.state import read_state
+
+    if not path.exists():
+        if run_files.products(path.parent):
+            print(f"{path} is missing: every stage counts as to be done", file=sys.stderr)
+        return {}
 
     stages: dict[str, dict[str, Any]] = read_state(path)["stages"]
     return stages

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from nemo_advrm.data.jsonl import read_jsonl, write_jsonl_atomic
+from nemo_advrm.data.jsonl import write_jsonl_atomic
 from nemo_advrm.data.tokenizers import Tokenizer
+from nemo_advrm.errors import DataError
 from nemo_advrm.megatron import runtime
 from nemo_advrm.megatron.generation import uniforms
 from nemo_advrm.megatron.model import MegatronModel
@@ -54,10 +55,30 @@ def finished_line(reference: Reference) -> str:
     return f"{line}\nwarning: most were cut off, and a cut-off one is never chosen: raise rl.max_new_tokens"
 
 
+def read_reference(path: Path, prompts: list[Prompt]) -> Reference:
+    """The ``reference.jsonl`` of a run's prompts; DataError for one of other prompts, else as ``Reference.read``."""
+    reference = Reference.read(path)
+    cure = "restore it, or remove it and it is sampled again"
+    if len(reference.prompts_P) != len(prompts):
+        raise DataError(f"{path} has {len(reference.prompts_P)} prompts, the run has {len(prompts)}: {cure}")
+    for prompt, found in zip(prompts, reference.prompts_P, strict=True):
+        if prompt.messages != found:
+            raise DataError(f"{path}: prompt_id={prompt.index} is another prompt than the run's: {cure}")
+    return reference
+
+
 def read_rollouts(path: Path, prompts: list[Prompt], tokenizer: Tokenizer) -> Rollouts:
     """The SFT responses of an earlier ``reference.jsonl``, to be scored by other members."""
-    rows = [row for _, row in read_jsonl(path)]
-    return as_rollouts(rows, [prompts[row["prompt_id"]] for row in rows], tokenizer)
+    reference = read_reference(path, prompts)
+    if reference.tokens_PN is None:
+        raise DataError(f"{path}: its rows have no tokens: restore it")
+    rows = [
+        {"response": response, "ended": i in reference.finished(p), "tokens": reference.tokens_PN[p][i]}
+        for p, responses in enumerate(reference.responses_PN)
+        for i, response in enumerate(responses)
+    ]
+    per_prompt = len(rows) // len(prompts)
+    return as_rollouts(rows, [prompt for prompt in prompts for _ in range(per_prompt)], tokenizer)
 
 
 def as_rollouts(rows: list[dict[str, Any]], prompts: list[Prompt], tokenizer: Tokenizer) -> Rollouts:

@@ -41,7 +41,15 @@ def finished(
     Raises DataError, on every rank, that names the file and the cure when the mark cannot be read, lacks one of
     ``keys`` or is ``wrong``, and when something that the work left is missing or has another size.
     """
-    return runtime.on_writer(lambda: read_finished(directory, name, keys, wrong))
+
+
+    def read() -> dict[str, Any] | None:
+        found = read_finished(directory, name, keys, wrong)
+        if found is None and (directory / manifest.NAME).exists():  # written right before the mark
+            print(f"{directory / name} is missing, beside what it stands for: the work is done again", flush=True)
+        return found
+
+    return runtime.on_writer(read)
 
 
 def read_finished(
@@ -54,12 +62,14 @@ def read_finished(
     value = read_object(path, keys, f"restore it, or remove {directory} and it is done again", wrong)
     for model in (directory / "model", *directory.glob("*/model")):
         checkpoint.recover(model)
-    if (directory / manifest.NAME).exists():  # older versions wrote none
-        problem = manifest.wrong_size(directory)
-        if problem is not None:
-            raise DataError(
-                f"{directory} is finished, but {problem}: restore it, or remove {directory} and it is done again"
-            )
+    if not (directory / manifest.NAME).exists():  # older versions wrote none
+        print(f"{directory / manifest.NAME} is missing: nobody knows whether all is there that {name} stands for")
+        return value
+    problem = manifest.wrong_size(directory)
+    if problem is not None:
+        raise DataError(
+            f"{directory} is finished, but {problem}: restore it, or remove {directory} and it is done again"
+        )
     return value
 
 

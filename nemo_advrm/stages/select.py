@@ -21,7 +21,7 @@ from nemo_advrm.rewards.finds import FindRule, falls_short
 from nemo_advrm.rewards.reference import Reference
 from nemo_advrm.schema import Config
 from nemo_advrm.seeds import derive_seed
-from nemo_advrm.stages.attack_summary import add_to_summary, check_rule, check_samples, success_rates
+from nemo_advrm.stages.attack_summary import add_to_summary, check_rule, check_samples, has_summary, success_rates
 from nemo_advrm.stages.pairing import ChosenSide, wrong_labels
 
 RANDOM_PAIRS = "random_pairs.jsonl"
@@ -46,7 +46,7 @@ def main(cfg: Config) -> int:
     if not samples.exists():
         raise ConfigError(f"run_dir={cfg.run_dir}: no attack/samples.jsonl there; run nemo-advrm attack first")
     writers.hold(directory)
-    if (directory / "attack" / "summary.json").exists():  # rows of another origin have none
+    if has_summary(directory / "attack"):
         check_samples(directory / "attack")
     counts = select_round(cfg, directory, 0, cfg.seed)
     print(f"{counts['selected']} pairs: {directory / 'pairs.jsonl'}  ({dropped(counts)})")

@@ -26,7 +26,6 @@ from nemo_advrm.objectives.reference import MemberStatistics, fit_members
 from nemo_advrm.rewards.base import RewardSource, Rollouts, checked_scores
 from nemo_advrm.rewards.ensemble import UncertaintyReward
 from nemo_advrm.rewards.local import build_gold
-from nemo_advrm.rewards.reference import Reference
 from nemo_advrm.rewards.sources import load_members
 from nemo_advrm.rewards.standardisation import combined
 from nemo_advrm.schema import Config, RLHFRunConfig
@@ -35,7 +34,7 @@ from nemo_advrm.stages import branches, inputs
 from nemo_advrm.stages.attack import Attack, attack_prompts, join_attacks
 from nemo_advrm.stages.best_of_n import SAMPLES, best_of_n_prompts, curve_of_reward, sample_best_of_n
 from nemo_advrm.stages.order import Step, labels_by_gold, order
-from nemo_advrm.stages.reference import read_rollouts, sample, write_reference
+from nemo_advrm.stages.reference import read_reference, read_rollouts, sample, write_reference
 from nemo_advrm.stages.rlhf import rlhf_prompts, run_rlhf
 from nemo_advrm.stages.room import measure_room
 from nemo_advrm.stages.select import RANDOM_PAIRS, dropped, found_lines, random_pairs, reason_to_stop, select_round
@@ -196,7 +195,7 @@ class Steps:
             home / "attack",
             self.inputs.prompts,
             self._attacked(step),
-            runtime.on_writer(lambda: Reference.read(home / "reference.jsonl")),
+            runtime.on_writer(lambda: read_reference(home / "reference.jsonl", self.inputs.prompts)),
             self.gold,
             derive_seed(self.cfg.seed, "attack", step.round),
         )

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import tiny_config
 
 from nemo_advrm.callbacks.checkpoints import PeriodicCheckpoint, saved_steps
 from nemo_advrm.callbacks.metrics import MetricsWriter
@@ -207,6 +208,7 @@ class _Policy(PolicyModel):
         self.last_judgement = Judgement(torch.tensor([0.5, 0.6, -4.0]), zs, details)
         self.step_metrics = {"proxy": 0.0}
         self.max_steps = 10
+        self.config = tiny_config()
 
 
 def _gold() -> FunctionReward:
