@@ -70,7 +70,7 @@ class TrajectoryRecorder(_RolloutWriter):
 
     def _check_rows(self, steps: int, rl: RLConfig) -> None:
         # samples are what an attack is for
-        lost = lost_steps(self.path, range(steps), rl.prompts_per_step * rl.group_size)
+        lost = lost_steps(self.path, range(steps), rl.prompts_per_step * rl.group_size, exact=True)
         if lost:
             raise DataError(f"{lost}: restore the file, or remove {self.path.parent} and this attack starts over")
 

@@ -20,15 +20,22 @@ def open_rows(path: Path, resume_step: int) -> JsonlWriter | None:
     return opened[0] if opened else None
 
 
-def lost_steps(path: Path, steps: Iterable[int], rows: int = 1) -> str:
-    """Which of ``steps`` have fewer than ``rows`` rows in ``path``, in words; "" when none has."""
+def lost_steps(path: Path, steps: Iterable[int], rows: int = 1, exact: bool = False) -> str:
+    """Which of ``steps`` have fewer than ``rows`` rows in ``path``, in words; "" when none has.
+
+    With ``exact`` more rows are wrong, too: they would count twice.
+    """
     found = read_appended_jsonl(path)[0] if path.exists() else []
     there = Counter(row.get("step") for _, row in found if isinstance(row, dict))
-    lost = [step for step in steps if there[step] < rows]
-    if not lost:
+    wrong = [step for step in steps if there[step] < rows or (exact and there[step] > rows)]
+    if not wrong:
         return ""
-    named = f"step {lost[0]}" if len(lost) == 1 else f"{len(lost)} steps from {lost[0]} to {lost[-1]}"
-    return f"{path}: the rows of {named} are lost"
+    named = f"step {wrong[0]}" if len(wrong) == 1 else f"{len(wrong)} steps from {wrong[0]} to {wrong[-1]}"
+    if not any(there[step] for step in wrong):
+        return f"{path}: the rows of {named} are lost"
+    first = next(step for step in wrong if there[step])
+    others = "" if len(wrong) == 1 else f" ({named} are wrong)"
+    return f"{path}: step {first} has {there[first]} of {rows} rows{others}"
 
 
 def has_validation(path: Path, step: int) -> bool:

@@ -109,7 +109,8 @@ class Attack:
 
     def run(self) -> dict[str, Any]:
         """Train all adversaries that are not trained yet, one after the other, and join what they leave."""
-        finished = results.finished(self.directory, "summary.json", (), summaries.wrong_attack)
+        again = "what the attacks have left is joined again"
+        finished = results.finished(self.directory, "summary.json", (), summaries.wrong_attack, again)
         if finished is not None:
             runtime.on_writer(lambda: check_samples(self.directory))
             return finished

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from nemo_advrm.megatron import checkpoint, manifest, runtime
 
 # says what is wrong with the content of a file, in a few words, "" for nothing
 Check = Callable[[dict[str, Any]], str]
+_log = logging.getLogger(__name__)
 
 
 def mark(directory: Path, name: str, value: dict[str, Any], left: list[str]) -> None:
@@ -34,19 +36,23 @@ def mark(directory: Path, name: str, value: dict[str, Any], left: list[str]) -> 
 
 
 def finished(
-    directory: Path, name: str, keys: tuple[str, ...] = (), wrong: Check | None = None
+    directory: Path,
+    name: str,
+    keys: tuple[str, ...] = (),
+    wrong: Check | None = None,
+    again: str = "the work is done again",
 ) -> dict[str, Any] | None:
     """What ``mark`` has written, None while the work is not finished; all ranks call.
 
-    Raises DataError, on every rank, that names the file and the cure when the mark cannot be read, lacks one of
-    ``keys`` or is ``wrong``, and when something that the work left is missing or has another size.
+    ``again`` says what follows when the mark alone is missing. Raises DataError, on every rank, that names the file
+    and the cure when the mark cannot be read, lacks one of ``keys`` or is ``wrong``, and when something that the work
+    left is missing or has another size.
     """
-
 
     def read() -> dict[str, Any] | None:
         found = read_finished(directory, name, keys, wrong)
         if found is None and (directory / manifest.NAME).exists():  # written right before the mark
-            print(f"{directory / name} is missing, beside what it stands for: the work is done again", flush=True)
+            _log.warning("%s is missing, beside what it stands for: %s", directory / name, again)
         return found
 
     return runtime.on_writer(read)
@@ -63,7 +69,8 @@ def read_finished(
     for model in (directory / "model", *directory.glob("*/model")):
         checkpoint.recover(model)
     if not (directory / manifest.NAME).exists():  # older versions wrote none
-        print(f"{directory / manifest.NAME} is missing: nobody knows whether all is there that {name} stands for")
+        lost = directory / manifest.NAME
+        _log.warning("%s is missing: nobody knows whether all is there that %s stands for", lost, name)
         return value
     problem = manifest.wrong_size(directory)
     if problem is not None:

@@ -11,12 +11,14 @@ from typing import Any
 import pytest
 
 from nemo_advrm.callbacks.metrics import MetricsWriter
+from nemo_advrm.callbacks.rollouts import TrajectoryRecorder
 from nemo_advrm.callbacks.rows import lost_steps
 from nemo_advrm.config import load_config
 from nemo_advrm.data.jsonl import JsonlWriter, write_jsonl_atomic
 from nemo_advrm.errors import CheckpointError, DataError
 from nemo_advrm.megatron import manifest
 from nemo_advrm.rewards.reference import Reference
+from nemo_advrm.schema import RLConfig
 from nemo_advrm.stages import artefacts, attack_summary, order, results, select
 from nemo_advrm.stages.attack_summary import check_samples
 from nemo_advrm.stages.fit import read_result
@@ -242,3 +244,31 @@ def test_metrics_of_an_attack_of_another_type_are_named(tmp_path: Path, row: Any
     write_jsonl_atomic(tmp_path / "metrics.jsonl", [{"step": 0, "success": 0.5}, row])
     with pytest.raises(DataError, match=r"metrics\.jsonl:2: no row of metrics"):
         attack_summary.of_adversary(tmp_path, 1.0)
+
+
+def test_a_step_with_a_part_of_its_rows_or_with_doubled_ones_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "samples.jsonl"
+    path.write_text('{"step": 0}\n' * 7 + '{"step": 1}\n' * 8)
+    assert lost_steps(path, range(2), 8).endswith("samples.jsonl: step 0 has 7 of 8 rows")
+    assert lost_steps(path, range(3), 8).endswith("step 0 has 7 of 8 rows (2 steps from 0 to 2 are wrong)")
+    path.write_text('{"step": 0}\n' * 16)
+    assert lost_steps(path, range(1), 8) == ""
+    recorder: Any = SimpleNamespace(path=path)
+    with pytest.raises(DataError, match=r"step 0 has 16 of 8 rows: restore the file, or remove "):  # of an attack
+        TrajectoryRecorder._check_rows(recorder, 1, RLConfig(prompts_per_step=2, group_size=4))
+
+
+def test_a_missing_mark_or_manifest_is_a_warning_in_words_of_the_work(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = finish(tmp_path / "run")
+    mark = (run / "result.json").read_text()
+    (run / "result.json").unlink()
+    assert results.finished(run, "result.json", again="it is joined again") is None
+    (run / "result.json").write_text(mark)
+    (run / manifest.NAME).unlink()
+    assert results.finished(run, "result.json") == RESULT
+    first, second = [record.getMessage() for record in caplog.records if record.name == results.__name__]
+    assert first.endswith("result.json is missing, beside what it stands for: it is joined again")
+    assert second.endswith("nobody knows whether all is there that result.json stands for")
+    assert capsys.readouterr().out == ""
