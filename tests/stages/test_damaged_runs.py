@@ -58,7 +58,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
         yield Runs(home)
 
 
-@pytest.mark.parametrize("command", ["train_rm", "train_rm_stopped"])
+@pytest.mark.parametrize("command", ["train_rm", pytest.param("train_rm_stopped", marks=pytest.mark.slow)])
 def test_a_damaged_file_is_told(runs: Runs, command: str) -> None:
     """Each file in one of the ways of the next test."""
     every = list(ways(Path("any")))
