@@ -62,7 +62,11 @@ def jobs(site: Site, pipeline: PipelineRun) -> dict[str, str]:
             options=("--partition=spare",),
         ),
         "sft": site.sbatch("sft.sbatch", *SMALL, "parallel=tp2", f"run_dir={home}/sft"),
-        "rlhf": site.sbatch("rlhf.sbatch", *SMALL, *starts, "rl.max_steps=2", f"run_dir={home}/rlhf"),
+        "rlhf": site.sbatch(
+            "rlhf.sbatch",
+            *(*SMALL, *starts, "rl.max_steps=2", f"run_dir={home}/rlhf"),
+            "rl.kl.coefficient=0.03",  # as the arm has it
+        ),
         "evaluate": site.sbatch(
             "evaluate.sbatch",
             *("trainer.accelerator=cpu", "parallel=tp2", held_out, f"ensemble.members=[{model}]"),
