@@ -260,9 +260,10 @@ def _write(directory: Path, found: _Comparison, about: dict[str, Any]) -> None:
         if change["key"] not in found.added:
             print(f"{directory} goes on with {change['key']}={change['to']!r} (before: {change['from']!r})", flush=True)
     if found.is_news:
-        known = {**(found.known or versions()), **about}
+        present = versions()
+        known = {**(found.known or present), **about}
         known["inputs"] = {**about["inputs"], **(found.known.get("inputs") or {})}
-        by = {key: value for key, value in versions().items() if key == "git"}
+        by = {"git": present["git"]} if "git" in present else {}
         if changes := [*(found.known.get("changes") or []), *({**change, **by} for change in found.changes)]:
             known["changes"] = changes
         write_versions(directory, known)
