@@ -4,6 +4,7 @@
 # make test-slow     run the tests that start many real processes (signals at every moment of a run, ...)
 # make test-aligner  run the tests against NeMo-Aligner 0.7.0, in an environment of its own (.venv-aligner, 2.6 GB)
 # make test-slurm    run the SLURM scripts on a real SLURM of this machine; as root, installs slurm-wlm and munge by apt
+# make docs         build the documentation as a site in site/; a broken link is an error
 # make setup | lint | clean
 PYTHON ?= python3.11
 VENV ?= .venv
@@ -18,7 +19,7 @@ ALIGNER_PINS := tests/aligner/requirements.txt tests/aligner/requirements-no-dep
 ALIGNER_STAMP := $(ALIGNER_VENV)/.installed-$(shell cat $(ALIGNER_PINS) | sha256sum | cut -c1-16)
 ALIGNER_PIP := $(ALIGNER_VENV)/bin/python -m pip --disable-pip-version-check
 
-.PHONY: setup run study study-docs test test-slow test-aligner test-slurm lint clean
+.PHONY: setup run study study-docs test test-slow test-aligner test-slurm lint docs clean
 
 setup: $(STAMP)
 
@@ -73,6 +74,9 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/shellcheck --external-sources --source-path=SCRIPTDIR $(SHELL_SCRIPTS)
 
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
 clean:
-	rm -rf build dist ./*.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf build dist site ./*.egg-info .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +

