@@ -24,8 +24,8 @@ import numpy as np
 if TYPE_CHECKING:
     import torch
 
+    from nemo_advrm.config.schema import Config
     from nemo_advrm.megatron.model import MegatronModel
-    from nemo_advrm.schema import Config
 
 TOLERANCE = 1e-3
 PAD_ID, EOS_ID, FIRST_ID = 0, 1, 8
@@ -115,7 +115,7 @@ def peer_model(shape: Llama, head: str, weights: dict[str, torch.Tensor]) -> Any
 
 def our_config(shape: Llama) -> Config:
     """Our configuration of the same shape; everything else is at its default."""
-    from nemo_advrm.schema import Config
+    from nemo_advrm.config.schema import Config
 
     cfg = Config()
     cfg.trainer.accelerator = "cpu"

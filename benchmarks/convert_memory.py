@@ -19,12 +19,12 @@ from typing import Any
 import psutil
 import torch
 
+from nemo_advrm.config.schema import ConvertConfig, ModelConfig
 from nemo_advrm.convert.hf_config import hf_config
 from nemo_advrm.convert.names import canonical_shapes
 from nemo_advrm.convert.safetensors_files import ShardWriter
 from nemo_advrm.convert.tables import ARCHITECTURES
 from nemo_advrm.convert.tensors import TensorSpec
-from nemo_advrm.schema import ConvertConfig, ModelConfig
 
 LIMIT_BYTES = 10**9
 

@@ -17,8 +17,9 @@ import torch
 from scipy.stats import pearsonr
 from torch import Tensor
 
-from nemo_advrm.checks import REFERENCE_FEATURES
 from nemo_advrm.config import load_config
+from nemo_advrm.config.schema import Config
+from nemo_advrm.config.validation import REFERENCE_FEATURES
 from nemo_advrm.data.encoding import EncodedPair, encode_pairs
 from nemo_advrm.data.mismatch import mismatched_pairs
 from nemo_advrm.data.preference_rows import PreferencePair
@@ -33,7 +34,6 @@ from nemo_advrm.objectives.bradley_terry import fit_weights
 from nemo_advrm.rewards.features import ReferenceFeatures, hybrid_scores
 from nemo_advrm.rewards.hybrid import fixed_prompts, rollouts_of
 from nemo_advrm.rewards.local import MegatronReward
-from nemo_advrm.schema import Config
 from nemo_advrm.stages.fit import fit
 
 SCORED = ("fit", "test", "mismatched")

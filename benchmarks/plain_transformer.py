@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nemo_advrm.schema import Config, ModelConfig
+from nemo_advrm.config.schema import Config, ModelConfig
 
 Cache = list[tuple[Tensor, Tensor]]
 

@@ -26,10 +26,10 @@ TOLERANCE = 1e-4
 
 def make_model(path: Path) -> None:
     """A reward model of 4 layers of width 64 over bytes."""
+    from nemo_advrm.config.schema import ModelConfig, PrecisionConfig
     from nemo_advrm.data.tokenizers import ByteTokenizer
     from nemo_advrm.megatron import checkpoint, runtime
     from nemo_advrm.megatron.model import build_model
-    from nemo_advrm.schema import ModelConfig, PrecisionConfig
 
     runtime.start(accelerator="cpu")
     model, tokenizer = ModelConfig(num_layers=4, hidden_size=64, init_method_std=0.08), ByteTokenizer()
@@ -48,12 +48,12 @@ def make_texts() -> list[str]:
 
 def offline_scores(path: Path, texts: list[str]) -> list[float]:
     """One text at a time, without any batch."""
+    from nemo_advrm.config.schema import Config
     from nemo_advrm.data.tokenizers import build_tokenizer
     from nemo_advrm.models.scoring import score_sequences
     from nemo_advrm.rewards.encoding import encode_rendered
     from nemo_advrm.rewards.local import MegatronReward
     from nemo_advrm.rewards.sources import build, parse
-    from nemo_advrm.schema import Config
 
     source = build(parse(str(path), "model"), "offline", Config(), build_tokenizer("byte"))
     assert isinstance(source, MegatronReward)

@@ -29,6 +29,7 @@ from lightning.pytorch import Callback
 
 from nemo_advrm.callbacks.rollouts import OveroptimizationTracker
 from nemo_advrm.config import for_stage, load_config
+from nemo_advrm.config.schema import Config
 from nemo_advrm.data.encoding import EncodedPair
 from nemo_advrm.data.tokenizers import build_tokenizer
 from nemo_advrm.megatron import checkpoint, runtime
@@ -39,7 +40,6 @@ from nemo_advrm.quiet import quiet_libraries
 from nemo_advrm.rewards.ensemble import UncertaintyReward
 from nemo_advrm.rewards.local import build_gold
 from nemo_advrm.rewards.sources import load_members
-from nemo_advrm.schema import Config
 from nemo_advrm.stages.fit import fit
 from nemo_advrm.stages.rlhf import rlhf_prompts
 from nemo_advrm.stages.sft import encode_responses, sft_rows

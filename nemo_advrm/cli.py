@@ -349,8 +349,8 @@ def run_stage(name: str, overrides: Sequence[str]) -> int | None:
 
     cfg: Any
     if STAGES[name].settings:
-        from nemo_advrm import schema
-        from nemo_advrm.settings import parse_settings
+        from nemo_advrm.config import schema
+        from nemo_advrm.config.settings import parse_settings
 
         cfg = parse_settings(getattr(schema, STAGES[name].settings), overrides)
     else:
@@ -386,7 +386,7 @@ def _dispatch(words: list[str]) -> int | None:
         return 0
     name, overrides = words[0], words[1:]
     if name not in STAGES:
-        from nemo_advrm.keys import nearest
+        from nemo_advrm.config.keys import nearest
 
         known = ", ".join(STAGES)
         raise UserError(f"unknown stage {name}: did you mean {nearest(name, list(STAGES))}? stages: {known}")
@@ -436,7 +436,7 @@ def _stage_help(name: str) -> str:
     rows = list(_own_key_rows(stage.settings) if stage.settings else _key_rows(name, stage.keys))
     width = max((len(setting) for setting, _ in rows), default=0)
     lines = [f"  {setting:<{width}}  {comment}".rstrip() for setting, comment in rows]
-    keys = ["", "keys and their defaults (all of them: nemo_advrm/schema.py):", *lines] if lines else []
+    keys = ["", "keys and their defaults (all of them: nemo_advrm/config/schema.py):", *lines] if lines else []
     return "\n".join(
         [f"usage: nemo-advrm {name} [key=value ...]", "", f"{stage.summary}.", *keys, "", f"example: {stage.example}"]
     )
@@ -445,7 +445,7 @@ def _stage_help(name: str) -> str:
 def _key_rows(name: str, wanted_keys: Sequence[str]) -> Iterator[tuple[str, str]]:
     """(key=value, comment) of the keys of the configuration that a stage shows."""
     from nemo_advrm.config import load_config
-    from nemo_advrm.keys import ANY_NAME, all_keys
+    from nemo_advrm.config.keys import ANY_NAME, all_keys
 
     defaults = load_config((), name)
     for wanted in dict.fromkeys(wanted_keys):
@@ -457,9 +457,9 @@ def _key_rows(name: str, wanted_keys: Sequence[str]) -> Iterator[tuple[str, str]
 
 def _own_key_rows(settings: str) -> Iterator[tuple[str, str]]:
     """The same of a stage with settings of its own."""
-    from nemo_advrm import schema
-    from nemo_advrm.keys import keys_of
-    from nemo_advrm.settings import key_name
+    from nemo_advrm.config import schema
+    from nemo_advrm.config.keys import keys_of
+    from nemo_advrm.config.settings import key_name
 
     for key in keys_of(getattr(schema, settings)):
         yield f"{key_name(key.name)}={_shown(key.default)}", key.comment

@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from nemo_advrm import signals
+from nemo_advrm.config.schema import Config
 from nemo_advrm.errors import EXIT_PREEMPTED, ConfigError
 from nemo_advrm.place import host_name, place
-from nemo_advrm.schema import Config
 
 # seconds that the processes have after a TERM to save their state before they are killed
 SHUTDOWN_SECONDS = 90

@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nemo_advrm import signals
+from nemo_advrm.config.schema import Config
 from nemo_advrm.errors import EXIT_PREEMPTED, ConfigError, Preempted
 from nemo_advrm.launch import LOOK_SECONDS, SHUTDOWN_SECONDS, told_status
 from nemo_advrm.place import WORKER, is_distributed, worker
-from nemo_advrm.schema import Config
 
 _PR_SET_PDEATHSIG = 1
 

@@ -12,10 +12,10 @@ from types import ModuleType
 import pytest
 
 from nemo_advrm import __version__, cli
+from nemo_advrm.config.keys import all_keys
+from nemo_advrm.config.schema import Config, ModelConfig
 from nemo_advrm.errors import DataError
-from nemo_advrm.keys import all_keys
 from nemo_advrm.megatron import engine
-from nemo_advrm.schema import Config, ModelConfig
 from nemo_advrm.stages import doctor
 
 HOST = socket.gethostname()

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from nemo_advrm.checks import CHOICES, RANGES, check_values
 from nemo_advrm.config import conf_dir, for_stage, load_config, save_resolved, versions
+from nemo_advrm.config.keys import all_keys, expected_type, nearest_key
+from nemo_advrm.config.layout import validate_layout
+from nemo_advrm.config.schema import Config, RLHFRunConfig
+from nemo_advrm.config.validation import CHOICES, RANGES, check_values
 from nemo_advrm.errors import ConfigError
-from nemo_advrm.keys import all_keys, expected_type, nearest_key
-from nemo_advrm.layout import validate_layout
-from nemo_advrm.schema import Config, RLHFRunConfig
 
 GROUPS = sorted(folder.name for folder in conf_dir().iterdir() if folder.is_dir())
 OPTIONS = [(group, file.stem) for group in GROUPS for file in sorted((conf_dir() / group).glob("*.yaml"))]

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from nemo_advrm import foreign_files, writers
+from nemo_advrm.config.schema import ConvertConfig
 from nemo_advrm.convert.conversion import _card_facts
 from nemo_advrm.convert.nemo_file import archived_weights
 from nemo_advrm.convert.nemo_tokenizer_files import pack_tokenizer
@@ -23,7 +24,6 @@ from nemo_advrm.megatron import manifest
 from nemo_advrm.report.collect_rlhf import read_settings
 from nemo_advrm.report.files import read_json, read_jsonl
 from nemo_advrm.rewards.hf_directory import read_config
-from nemo_advrm.schema import ConvertConfig
 from nemo_advrm.stages import results, run_files
 from nemo_advrm.stages.state import read_state
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from nemo_advrm.config import load_config
+from nemo_advrm.config.layout import data_parallel_size, validate_layout
+from nemo_advrm.config.schema import Config, OptimConfig
 from nemo_advrm.errors import LayoutError
-from nemo_advrm.layout import data_parallel_size, validate_layout
-from nemo_advrm.schema import Config, OptimConfig
 
 TP, PP = (f"model.{name}_model_parallel_size" for name in ("tensor", "pipeline"))
 

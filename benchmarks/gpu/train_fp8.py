@@ -42,6 +42,7 @@ from typing import Any
 
 import torch
 
+from nemo_advrm.config.schema import Config
 from nemo_advrm.data.encoding import EncodedPair
 from nemo_advrm.megatron import runtime
 from nemo_advrm.megatron.fusions import settings
@@ -54,7 +55,6 @@ from nemo_advrm.megatron.throughput import gpu_peak
 from nemo_advrm.models.reward_model import RewardModel
 from nemo_advrm.models.scoring import score_sequences
 from nemo_advrm.quiet import quiet_libraries
-from nemo_advrm.schema import Config
 from nemo_advrm.synthetic.tokenizer import SyntheticTokenizer
 
 TOKENIZER = SyntheticTokenizer()

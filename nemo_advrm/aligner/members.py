@@ -13,6 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 
 from nemo_advrm.aligner.rollouts import FINGERPRINT
+from nemo_advrm.config.schema import AdversarialConfig, RemoteConfig
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.extras import require_extra
 from nemo_advrm.objectives.reference import fit_members
@@ -21,7 +22,6 @@ from nemo_advrm.rewards.ensemble import AdversarialReward, PolicyReward, Uncerta
 from nemo_advrm.rewards.reference import Reference
 from nemo_advrm.rewards.remote import ServerReward, TritonReward, connect, written_out
 from nemo_advrm.rewards.sources import parse
-from nemo_advrm.schema import AdversarialConfig, RemoteConfig
 
 EXPECTED = (
     "members",

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 
 from nemo_advrm.aligner.client import EnsembleRewardClient
+from nemo_advrm.config.schema import SelectionConfig
 from nemo_advrm.data.jsonl import JsonlWriter
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.objectives.selection import qualifies
 from nemo_advrm.objectives.uncertainty import others_mean
 from nemo_advrm.rewards.ensemble import AdversarialReward
 from nemo_advrm.rewards.records import trajectory_rows
-from nemo_advrm.schema import SelectionConfig
 
 
 class AdversarialRecorder:

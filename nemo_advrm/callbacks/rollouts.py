@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from nemo_advrm.callbacks.rows import lost_steps, open_rows
+from nemo_advrm.config.schema import RLConfig
 from nemo_advrm.data.jsonl import JsonlWriter
 from nemo_advrm.errors import DataError
 from nemo_advrm.megatron import runtime
@@ -18,7 +19,6 @@ from nemo_advrm.objectives.success import standard_success, strict_success
 from nemo_advrm.rewards.base import RewardSource, checked_scores
 from nemo_advrm.rewards.records import prompt_text, trajectory_rows
 from nemo_advrm.rewards.reference import Reference
-from nemo_advrm.schema import RLConfig
 
 _log = logging.getLogger(__name__)
 

@@ -12,16 +12,16 @@ import torch
 from torch import Tensor
 
 from nemo_advrm import __version__
+from nemo_advrm.config.keys import nearest
+from nemo_advrm.config.layout import at_layout, validate_layout
+from nemo_advrm.config.schema import Config, ConvertConfig
 from nemo_advrm.convert.safetensors_files import parse_size
 from nemo_advrm.convert.tensors import TensorSink, TensorSource, TensorSpec
 from nemo_advrm.data.tokenizers import build_tokenizer
 from nemo_advrm.data.vocabulary import check_vocabulary
 from nemo_advrm.errors import CheckpointError, ConfigError, DataError
 from nemo_advrm.foreign_files import read_json_object, read_yaml
-from nemo_advrm.keys import nearest
-from nemo_advrm.layout import at_layout, validate_layout
 from nemo_advrm.rewards.feature_file import FILE, refuse_features
-from nemo_advrm.schema import Config, ConvertConfig
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FORMATS = ("hf", "megatron", "nemo")

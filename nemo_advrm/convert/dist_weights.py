@@ -29,11 +29,11 @@ from torch.distributed.checkpoint.planner import LoadPlan, ReadItem, SavePlan, T
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.storage import WriteResult
 
+from nemo_advrm.config.schema import ModelConfig
 from nemo_advrm.convert.names import LAYERS_WITH_EXTRA_STATE, layer_of, stacked_name
 from nemo_advrm.convert.tensors import TensorSpec
 from nemo_advrm.errors import CheckpointError
 from nemo_advrm.megatron.file_readers import WeightsReader
-from nemo_advrm.schema import ModelConfig
 
 PREFIX = "model."  # what a model is called in a checkpoint
 _LAYERS = "decoder.layers."

@@ -6,14 +6,14 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+from nemo_advrm.config.keys import nearest
+from nemo_advrm.config.schema import ModelConfig
 from nemo_advrm.convert.tables import ARCHITECTURES, Architecture
 from nemo_advrm.errors import CheckpointError
-from nemo_advrm.keys import nearest
 from nemo_advrm.megatron.architecture import first_difference
 from nemo_advrm.megatron.gpt import Head
 from nemo_advrm.megatron.transformer import ffn_size, head_size, query_groups
 from nemo_advrm.rewards import hf_directory
-from nemo_advrm.schema import ModelConfig
 
 CLASSES: dict[str, Head] = {"ForCausalLM": "lm", "ForSequenceClassification": "reward"}
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nemo_advrm.config.schema import ModelConfig
 from nemo_advrm.convert.differences import listed
 from nemo_advrm.convert.hf_config import described, find_architecture, model_config, read_config
 from nemo_advrm.convert.names import canonical_shapes
@@ -21,7 +22,6 @@ from nemo_advrm.data.reading import rule_in_config
 from nemo_advrm.errors import CheckpointError
 from nemo_advrm.gguf_claims import check_header
 from nemo_advrm.rewards.hf_directory import explained
-from nemo_advrm.schema import ModelConfig
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "spiece.model")
 

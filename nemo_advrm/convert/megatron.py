@@ -11,6 +11,7 @@ from typing import Any, Self
 import yaml
 from torch import Tensor
 
+from nemo_advrm.config.schema import ModelConfig, OptimConfig, ScheduleConfig
 from nemo_advrm.convert.differences import check_tensors, listed
 from nemo_advrm.convert.dist_weights import StackedReader, StackedWriter, check_layers
 from nemo_advrm.convert.names import VOCABULARY_ROWS, canonical_shapes, layer_of, stacked_name
@@ -27,7 +28,6 @@ from nemo_advrm.megatron.checkpoint import FORMAT, WEIGHTS, read_meta
 from nemo_advrm.megatron.file_readers import reason
 from nemo_advrm.megatron.model import padded_vocab_size
 from nemo_advrm.megatron.weights_metadata import open_metadata
-from nemo_advrm.schema import ModelConfig, OptimConfig, ScheduleConfig
 
 TOKENIZER, HF_CONFIG = "tokenizer", "hf_config.json"
 MODEL_FILE = Path("conf", "model", "imported.yaml")  # selected by hydra.searchpath=[DIR/conf] model=imported

@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from nemo_advrm import __version__
+from nemo_advrm.config.layout import at_layout
+from nemo_advrm.config.schema import Config, RewardModelConfig
 from nemo_advrm.convert.dist_weights import StackedWriter, check_layers
 from nemo_advrm.convert.megatron import TOKENIZER, read_model
 from nemo_advrm.convert.names import canonical_shapes
@@ -31,11 +33,9 @@ from nemo_advrm.convert.tokenizer_files import copy_tokenizer
 from nemo_advrm.data.tokenizers import build_tokenizer
 from nemo_advrm.errors import CheckpointError
 from nemo_advrm.files import put
-from nemo_advrm.layout import at_layout
 from nemo_advrm.megatron import checkpoint, runtime
 from nemo_advrm.megatron.description import check_description, check_section, check_texts
 from nemo_advrm.megatron.gpt import Head
-from nemo_advrm.schema import Config, RewardModelConfig
 
 if TYPE_CHECKING:
     from nemo_advrm.models.trainable import TrainableModel

@@ -33,9 +33,9 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor
 
+from nemo_advrm.config.schema import ModelConfig
 from nemo_advrm.data.reading import ReadingRule
 from nemo_advrm.megatron.gpt import Head
-from nemo_advrm.schema import ModelConfig
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nemo_advrm.config.schema import ModelConfig
 from nemo_advrm.megatron.transformer import head_size, query_groups
-from nemo_advrm.schema import ModelConfig
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from nemo_advrm.config.schema import ModelConfig
 from nemo_advrm.megatron.transformer import ffn_size, head_size, query_groups
-from nemo_advrm.schema import ModelConfig
 
 # a key that has a meaning only beside another one stands after it
 _KEYS = (

@@ -22,6 +22,7 @@ from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from torch.distributed.checkpoint.api import CheckpointException  # not an Exception, but a BaseException
 
 from nemo_advrm import files
+from nemo_advrm.config.schema import ModelConfig
 from nemo_advrm.data.tokenizers import Tokenizer
 from nemo_advrm.data.vocabulary import check_vocabulary
 from nemo_advrm.errors import CheckpointError
@@ -35,7 +36,6 @@ from nemo_advrm.megatron.fp8_states import check_fp8_states
 from nemo_advrm.megatron.model import MegatronModel, padded_vocab_size
 from nemo_advrm.megatron.optim import MegatronOptimizer
 from nemo_advrm.place import one_line
-from nemo_advrm.schema import ModelConfig
 
 FORMAT = 1
 WEIGHTS = "weights"  # directory of Megatron's files

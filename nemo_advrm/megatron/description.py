@@ -10,13 +10,13 @@ from typing import Any
 
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from nemo_advrm.checks import CHOICES, RANGES
+from nemo_advrm.config.schema import ModelConfig
+from nemo_advrm.config.validation import CHOICES, RANGES
 from nemo_advrm.errors import CheckpointError
 from nemo_advrm.megatron.planner.parameters import model_parameters
 from nemo_advrm.megatron.transformer import head_size, query_groups
 from nemo_advrm.megatron.weights_metadata import open_metadata
 from nemo_advrm.place import one_line
-from nemo_advrm.schema import ModelConfig
 
 _HEADS = ("lm", "reward", "value")
 _FIELDS: dict[str, tuple[type, ...]] = {

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from nemo_advrm.config.schema import ModelConfig
 from nemo_advrm.megatron import engine
-from nemo_advrm.schema import ModelConfig
 
 # name -> what Megatron's configuration calls it. Its fused operation for F.gelu computes the tanh form, so that exact
 # GELU has none; neither have the ReLUs.

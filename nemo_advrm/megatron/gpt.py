@@ -14,13 +14,13 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from nemo_advrm.config.schema import ModelConfig
 from nemo_advrm.megatron import context
 from nemo_advrm.megatron.context import SplitLogits
 from nemo_advrm.megatron.kv_cache import KVCache
 from nemo_advrm.megatron.layers import Norm
 from nemo_advrm.megatron.rotation import rotation
 from nemo_advrm.megatron.transformer import layer_spec
-from nemo_advrm.schema import ModelConfig
 
 Head = Literal["lm", "reward", "value"]
 

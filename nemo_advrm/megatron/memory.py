@@ -9,12 +9,12 @@ from pathlib import Path
 
 import torch
 
+from nemo_advrm.config.schema import Config
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.megatron import runtime
 from nemo_advrm.megatron.planner.gpus import GPUS
 from nemo_advrm.megatron.planner.jobs import job_of
 from nemo_advrm.megatron.planner.search import Candidate, greatest_memory, single_changes
-from nemo_advrm.schema import Config
 
 # allocations and releases that a snapshot goes back
 _RECORDED_EVENTS = 100_000

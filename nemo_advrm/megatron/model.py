@@ -11,11 +11,11 @@ import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from nemo_advrm.config.schema import ModelConfig, PrecisionConfig
 from nemo_advrm.megatron import phases, runtime
 from nemo_advrm.megatron.cpu_linear import use_cpu_products
 from nemo_advrm.megatron.gpt import Head, HeadedGPT
 from nemo_advrm.megatron.transformer import transformer_config
-from nemo_advrm.schema import ModelConfig, PrecisionConfig
 
 
 @dataclass

@@ -11,11 +11,11 @@ import torch
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
+from nemo_advrm.config.schema import OptimConfig
 from nemo_advrm.errors import TrainingDiverged
 from nemo_advrm.megatron import runtime
 from nemo_advrm.megatron.cpu import types_of_cuda_tensors
 from nemo_advrm.megatron.model import MegatronModel
-from nemo_advrm.schema import OptimConfig
 
 # the form of the distributed optimizer's state that any other layout can read
 _ANY_LAYOUT = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}

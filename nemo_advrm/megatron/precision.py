@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
+from nemo_advrm.config.layout import FP8_ALIGNMENT, sequence_multiple
+from nemo_advrm.config.schema import ModelConfig, PrecisionConfig
 from nemo_advrm.errors import ConfigError
-from nemo_advrm.layout import FP8_ALIGNMENT, sequence_multiple
 from nemo_advrm.megatron import engine
-from nemo_advrm.schema import ModelConfig, PrecisionConfig
 
 
 @dataclass(frozen=True)

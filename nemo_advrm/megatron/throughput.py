@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
+from nemo_advrm.config.schema import ModelConfig
 from nemo_advrm.megatron import phases, runtime
 from nemo_advrm.megatron.planner.activations import Microbatch
 from nemo_advrm.megatron.planner.flops import head_flops, layer_flops
 from nemo_advrm.megatron.planner.gpus import GPUS
-from nemo_advrm.schema import ModelConfig
 
 
 def training_flops_per_token(model: ModelConfig) -> float:

@@ -14,12 +14,12 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from nemo_advrm.config.schema import ModelConfig, PrecisionConfig
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.megatron import engine, fusions
 from nemo_advrm.megatron.attention import CachedSelfAttention, FusedCoreAttention
 from nemo_advrm.megatron.layers import Norm, PostNormLayer
 from nemo_advrm.megatron.precision import check_machine, check_model, options
-from nemo_advrm.schema import ModelConfig, PrecisionConfig
 
 
 def squared_relu(x: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from nemo_advrm.config.schema import Config
 from nemo_advrm.data.tokenizers import Tokenizer
 from nemo_advrm.megatron import checkpoint, phases
 from nemo_advrm.megatron.model import build_model
@@ -16,7 +17,6 @@ from nemo_advrm.models.rollout_batch import RolloutBatch, per_token
 from nemo_advrm.models.trainable import derive_seed
 from nemo_advrm.objectives.losses import clipped_value
 from nemo_advrm.objectives.spread import variance_of
-from nemo_advrm.schema import Config
 
 
 class Critic:

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from nemo_advrm.config.schema import Config
 from nemo_advrm.data.batching import BatchSchedule
 from nemo_advrm.data.tokenizers import Tokenizer
 from nemo_advrm.megatron import checkpoint, runtime
@@ -18,7 +19,6 @@ from nemo_advrm.megatron.optim import MegatronOptimizer
 from nemo_advrm.megatron.schedule import Microbatch, Sums, forward_backward, microbatch_rows
 from nemo_advrm.models.scoring import rows_to_microbatch
 from nemo_advrm.models.trainable import TrainableModel, derive_seed, shard_rows, total_steps
-from nemo_advrm.schema import Config
 
 
 @dataclass(frozen=True)

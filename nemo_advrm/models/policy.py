@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nemo_advrm.config.schema import Config, RLConfig
 from nemo_advrm.data.batching import BatchSchedule
 from nemo_advrm.data.jsonl import BadRow
 from nemo_advrm.data.messages import Message, place_of
@@ -37,7 +38,6 @@ from nemo_advrm.objectives.masked import masked_mean, masked_whiten
 from nemo_advrm.objectives.spread import rounding_of
 from nemo_advrm.rewards.base import Rollouts
 from nemo_advrm.rewards.ensemble import Judgement, PolicyReward
-from nemo_advrm.schema import Config, RLConfig
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nemo_advrm.config.schema import Config
 from nemo_advrm.data.batching import BatchSchedule, pad_rows
 from nemo_advrm.data.encoding import EncodedPair
 from nemo_advrm.data.tokenizers import Tokenizer
@@ -29,7 +30,6 @@ from nemo_advrm.models.trainable import Batches, TrainableModel, derive_seed, sh
 from nemo_advrm.objectives.accuracy import right_of_pairs
 from nemo_advrm.objectives.losses import preference_loss, regression
 from nemo_advrm.objectives.spread import variance_of
-from nemo_advrm.schema import Config
 
 MixRows = Callable[[int, list[EncodedPair]], list[EncodedPair]]
 """(step, the global batch) -> the global batch with adversarial pairs mixed in."""

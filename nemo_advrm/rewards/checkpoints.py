@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nemo_advrm.config.schema import ModelConfig
 from nemo_advrm.data.reading import KEY, rule_of, say_old_rule
 from nemo_advrm.data.tokenizers import HFTokenizer, Tokenizer, build_tokenizer
 from nemo_advrm.errors import CheckpointError
-from nemo_advrm.schema import ModelConfig
 
 LOCAL_KINDS = ("megatron", "hf", "nemo")
 # of a member's configuration, what belongs to the running job and not to its weights

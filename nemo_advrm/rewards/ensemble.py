@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from nemo_advrm.config.schema import AdversarialConfig
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.objectives.adversarial import paper_reward, raw_reward
 from nemo_advrm.objectives.names import unknown_name
@@ -17,7 +18,6 @@ from nemo_advrm.objectives.spread import rounding, rounding_of
 from nemo_advrm.objectives.uncertainty import combine, disagreement, others_mean
 from nemo_advrm.rewards.base import RewardSource, Rollouts, checked_scores, source_dtype
 from nemo_advrm.rewards.reference import Reference, standardise
-from nemo_advrm.schema import AdversarialConfig
 
 PRESETS = ("paper", "raw")
 
@@ -124,7 +124,7 @@ class AdversarialReward:
 
     Args:
         sources: the members, R_1 first; at least two.
-        options: preset and coefficients, see :class:`nemo_advrm.schema.AdversarialConfig`.
+        options: preset and coefficients, see :class:`nemo_advrm.config.schema.AdversarialConfig`.
         reference: SFT responses to the prompts that are attacked.
         target: index of the attacked member.
     """

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nemo_advrm.config.schema import AdversarialConfig, Config, SelectionConfig
 from nemo_advrm.data.plain_text import stands_as_text
 from nemo_advrm.data.tokenizers import Tokenizer
 from nemo_advrm.objectives.reference import ReferenceStatistics, disagreement_z, own_z_scores
 from nemo_advrm.objectives.selection import qualifies
 from nemo_advrm.rewards.reference import Reference
-from nemo_advrm.schema import AdversarialConfig, Config, SelectionConfig
 
 Find = tuple[int, str]
 """(prompt_id, response)"""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nemo_advrm.config.schema import Config
 from nemo_advrm.data.batching import microbatch_cost, pad_rows, split_by_tokens
 from nemo_advrm.data.reading import rule_in_config
 from nemo_advrm.data.tokenizers import HFTokenizer
@@ -19,7 +20,6 @@ from nemo_advrm.rewards.base import Rollouts
 from nemo_advrm.rewards.encoding import token_sequences
 from nemo_advrm.rewards.hf_directory import HFDirectory, load_classifier, read_classifier
 from nemo_advrm.rewards.replica import once_per_replica
-from nemo_advrm.schema import Config
 
 
 class HFReward:

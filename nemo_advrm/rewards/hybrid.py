@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 
+from nemo_advrm.config.layout import validate_layout
+from nemo_advrm.config.schema import Config
 from nemo_advrm.data.encoding import EncodedPair
 from nemo_advrm.data.messages import Message, prompt_key
 from nemo_advrm.data.preference_rows import PreferencePair
 from nemo_advrm.data.tokenizers import HFTokenizer, Tokenizer
 from nemo_advrm.errors import CheckpointError, ConfigError, DataError
-from nemo_advrm.layout import validate_layout
 from nemo_advrm.megatron import checkpoint, manifest, runtime
 from nemo_advrm.models.language_model import build_policy
 from nemo_advrm.objectives.bradley_terry import fit_weights
@@ -24,7 +25,6 @@ from nemo_advrm.rewards.checkpoints import SourceSpec, member_config, member_tok
 from nemo_advrm.rewards.feature_file import FeatureWeights, policy_fingerprint
 from nemo_advrm.rewards.features import HybridReward, ReferenceFeatures
 from nemo_advrm.rewards.local import MegatronReward
-from nemo_advrm.schema import Config
 
 # features by the policy and its prompts: members that are opened together share them
 Opened = dict[tuple[Any, ...], ReferenceFeatures]

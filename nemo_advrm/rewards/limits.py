@@ -6,11 +6,11 @@ import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from nemo_advrm.config.schema import Config
 from nemo_advrm.data.messages import place_of
 from nemo_advrm.errors import DataError
 from nemo_advrm.rewards.base import RewardSource, Rollouts
 from nemo_advrm.rewards.encoding import token_sequences
-from nemo_advrm.schema import Config
 
 if TYPE_CHECKING:
     from nemo_advrm.models.policy import Prompt

@@ -12,6 +12,7 @@ from urllib.parse import parse_qs, quote, urlsplit
 import torch
 from torch import Tensor
 
+from nemo_advrm.config.schema import RemoteConfig
 from nemo_advrm.data.messages import Message
 from nemo_advrm.data.tokenizers import Tokenizer, build_tokenizer
 from nemo_advrm.errors import RewardSourceError
@@ -19,7 +20,6 @@ from nemo_advrm.rewards.base import RewardSource, Rollouts, as_scores
 from nemo_advrm.rewards.encoding import token_sequences
 from nemo_advrm.rewards.http_client import ReplicatedServer
 from nemo_advrm.rewards.replica import once_per_replica
-from nemo_advrm.schema import RemoteConfig
 
 
 def connect(name: str, kind: str, addresses: Sequence[str], options: RemoteConfig) -> RewardSource:

@@ -21,11 +21,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from nemo_advrm.config.keys import nearest
+from nemo_advrm.config.layout import validate_layout
+from nemo_advrm.config.schema import Config, ConvertConfig, PretrainedConfig, RewardModelConfig
 from nemo_advrm.data.tokenizers import Tokenizer
 from nemo_advrm.errors import CheckpointError, ConfigError, LayoutError
 from nemo_advrm.extras import require_extra
-from nemo_advrm.keys import nearest
-from nemo_advrm.layout import validate_layout
 from nemo_advrm.rewards import hf
 from nemo_advrm.rewards.attributes import check_attributes, parse_weights
 from nemo_advrm.rewards.base import RewardSource
@@ -37,7 +38,6 @@ from nemo_advrm.rewards.checkpoints import (
     member_tokenizer,
     reward_meta,
 )
-from nemo_advrm.schema import Config, ConvertConfig, PretrainedConfig, RewardModelConfig
 
 _SCHEMES = {"http": "http", "https": "http", "triton+http": "triton", "triton+https": "triton"}
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from pydantic_core import from_json
 
-from nemo_advrm.schema import ServeConfig
+from nemo_advrm.config.schema import ServeConfig
 
 _BLOCK = 1 << 20  # bytes looked at in one go
 _DEPTH = 16  # of lists and objects in each other; requests need 5

@@ -19,8 +19,8 @@ from types import FrameType
 import uvicorn
 
 from nemo_advrm import files, signals
+from nemo_advrm.config.schema import ServeConfig
 from nemo_advrm.errors import ConfigError, RewardSourceError, UserError
-from nemo_advrm.schema import ServeConfig
 from nemo_advrm.serve.app import create_app
 from nemo_advrm.serve.metrics import Metrics
 from nemo_advrm.serve.service import Service

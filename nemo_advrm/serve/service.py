@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from nemo_advrm.schema import ServeConfig
+from nemo_advrm.config.schema import ServeConfig
 from nemo_advrm.serve.batcher import Batcher
 from nemo_advrm.serve.bounds import Bounds, check_samples
 from nemo_advrm.serve.samples import Prepared, Preparer, Refused, Sample

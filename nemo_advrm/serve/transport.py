@@ -14,7 +14,7 @@ from typing import Any
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from nemo_advrm.schema import ServeConfig
+from nemo_advrm.config.schema import ServeConfig
 
 _HEAD_BYTES = 16 * 1024  # of a request line with its headers; also how much is given to the parser in one go
 _HEADERS = 100

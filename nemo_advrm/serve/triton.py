@@ -19,8 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
+from nemo_advrm.config.schema import ServeConfig
 from nemo_advrm.errors import ConfigError
-from nemo_advrm.schema import ServeConfig
 from nemo_advrm.serve import kserve, triton_bridge
 from nemo_advrm.serve.app import FAULTS
 from nemo_advrm.serve.batcher import Busy

@@ -11,7 +11,8 @@ from lightning.pytorch import Callback
 
 from nemo_advrm.callbacks.finds import EnoughFinds
 from nemo_advrm.callbacks.rollouts import TrajectoryRecorder
-from nemo_advrm.checks import check_held_out
+from nemo_advrm.config.schema import Config
+from nemo_advrm.config.validation import check_held_out
 from nemo_advrm.data.jsonl import read_jsonl, write_jsonl_atomic
 from nemo_advrm.data.messages import Message
 from nemo_advrm.data.tokenizers import Tokenizer, build_tokenizer
@@ -27,7 +28,6 @@ from nemo_advrm.rewards.limits import prompts_with_room
 from nemo_advrm.rewards.local import build_gold
 from nemo_advrm.rewards.reference import Reference
 from nemo_advrm.rewards.sources import load_members
-from nemo_advrm.schema import Config
 from nemo_advrm.stages import inputs, results, session, summaries
 from nemo_advrm.stages.attack_success import HELD_OUT_REFERENCE, HeldOut, held_out_set
 from nemo_advrm.stages.attack_summary import check_samples, line, of_adversary, of_direction

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nemo_advrm.config.schema import Config
 from nemo_advrm.data.jsonl import write_jsonl_atomic
 from nemo_advrm.data.tokenizers import Tokenizer
 from nemo_advrm.megatron import runtime
@@ -22,7 +23,6 @@ from nemo_advrm.rewards.finds import FindRule
 from nemo_advrm.rewards.limits import prompts_with_room
 from nemo_advrm.rewards.records import trajectory_rows
 from nemo_advrm.rewards.reference import Reference
-from nemo_advrm.schema import Config
 from nemo_advrm.seeds import derive_seed
 from nemo_advrm.stages.held_out import held_out_prompts
 from nemo_advrm.stages.reference import read_reference, sample, write_reference

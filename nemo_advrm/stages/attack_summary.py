@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from nemo_advrm import files
+from nemo_advrm.config.schema import Config
 from nemo_advrm.data.jsonl import read_jsonl
 from nemo_advrm.errors import ConfigError, DataError
 from nemo_advrm.megatron import manifest
 from nemo_advrm.rewards.finds import asks_others
-from nemo_advrm.schema import Config
 from nemo_advrm.stages import results, summaries
 from nemo_advrm.stages.attack_success import RATES
 

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from nemo_advrm import files
+from nemo_advrm.config.schema import Config
 from nemo_advrm.data.jsonl import read_jsonl, write_jsonl_atomic
 from nemo_advrm.data.messages import Message, ReadPrompt
 from nemo_advrm.data.tokenizers import Tokenizer, build_tokenizer
@@ -36,7 +37,6 @@ from nemo_advrm.rewards.limits import prompts_with_room
 from nemo_advrm.rewards.local import build_gold
 from nemo_advrm.rewards.sources import load_members
 from nemo_advrm.rewards.standardisation import combined, read_statistics
-from nemo_advrm.schema import Config
 from nemo_advrm.seeds import derive_seed
 from nemo_advrm.stages import inputs, results, session
 from nemo_advrm.stages.held_out import held_out_prompts

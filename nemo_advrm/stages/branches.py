@@ -6,8 +6,8 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from nemo_advrm.config.schema import BranchConfig, Config, RLHFRunConfig
 from nemo_advrm.errors import ConfigError
-from nemo_advrm.schema import BranchConfig, Config, RLHFRunConfig
 
 MAIN = ""  # the name of the main rounds
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import shlex
 
+from nemo_advrm.config.schema import ConvertConfig
 from nemo_advrm.convert.conversion import convert
-from nemo_advrm.schema import ConvertConfig
 
 
 def main(settings: ConvertConfig) -> int:

@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from nemo_advrm.config.schema import Config, ModelConfig
 from nemo_advrm.megatron import engine
-from nemo_advrm.schema import Config, ModelConfig
 
 FP8_CAPABILITY, MXFP8_CAPABILITY = (8, 9), (10, 0)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from nemo_advrm.config.schema import Config
 from nemo_advrm.data.encoding import encode_pairs
 from nemo_advrm.data.mismatch import mismatch_line, mismatched_pairs
 from nemo_advrm.data.preferences import PreferencePair
@@ -21,7 +22,6 @@ from nemo_advrm.rewards.base import RewardSource, Rollouts, checked_scores
 from nemo_advrm.rewards.hybrid import rollouts_of
 from nemo_advrm.rewards.limits import longest_row
 from nemo_advrm.rewards.standardisation import described, read_statistics
-from nemo_advrm.schema import Config
 from nemo_advrm.stages import inputs, session
 
 # pairs that are scored a second time, spread evenly over the file

@@ -17,12 +17,12 @@ from nemo_advrm.callbacks.checkpoints import PeriodicCheckpoint, newest_usable
 from nemo_advrm.callbacks.metrics import MetricsWriter
 from nemo_advrm.callbacks.preemption import PreemptionCheckpoint, keep_signals
 from nemo_advrm.callbacks.progress import PhaseMarks, StepProgress
+from nemo_advrm.config.schema import Config
 from nemo_advrm.data.reading import KEY, ReadingRule
 from nemo_advrm.megatron import checkpoint, memory, resiliency, runtime
 from nemo_advrm.megatron.strategy import MegatronStrategy
 from nemo_advrm.models.trainable import TrainableModel
 from nemo_advrm.rewards.feature_file import FeatureWeights
-from nemo_advrm.schema import Config
 from nemo_advrm.stages import results, run_files
 
 # rows that a training writes

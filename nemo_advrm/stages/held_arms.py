@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from nemo_advrm.config.schema import BranchConfig, Config, RLHFRunConfig
 from nemo_advrm.errors import ConfigError
-from nemo_advrm.schema import BranchConfig, Config, RLHFRunConfig
 from nemo_advrm.stages import run_files
 
 # what a run of the pipeline may get more of: what one is called, and its settings

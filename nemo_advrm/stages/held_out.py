@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from nemo_advrm.checks import samples_prompts
+from nemo_advrm.config.schema import Config
+from nemo_advrm.config.validation import samples_prompts
 from nemo_advrm.data.messages import Message, prompt_key
 from nemo_advrm.errors import ConfigError, DataError
-from nemo_advrm.schema import Config
 from nemo_advrm.seeds import derive_seed
 from nemo_advrm.stages import inputs
 

@@ -23,10 +23,10 @@ from omegaconf import OmegaConf
 
 from nemo_advrm import files, writers
 from nemo_advrm.config import resolved, versions
+from nemo_advrm.config.schema import Config
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.megatron import manifest
 from nemo_advrm.rewards import sources
-from nemo_advrm.schema import Config
 from nemo_advrm.stages import held_arms, run_files
 from nemo_advrm.stages.held_arms import ADDABLE
 

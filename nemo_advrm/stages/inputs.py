@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from nemo_advrm.config.schema import Config
 from nemo_advrm.data.messages import Message
 from nemo_advrm.data.preferences import LoadReport, PreferencePair, load_preferences
 from nemo_advrm.data.prompts import group_key, load_prompts, split_train_validation
 from nemo_advrm.data.sft_rows import SftRow, load_sft
 from nemo_advrm.errors import ConfigError, DataError
 from nemo_advrm.megatron import runtime
-from nemo_advrm.schema import Config
 
 
 def training_and_validation_pairs(cfg: Config) -> tuple[list[PreferencePair], list[PreferencePair]]:

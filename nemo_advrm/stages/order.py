@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from nemo_advrm.config.keys import nearest
+from nemo_advrm.config.schema import BranchConfig, Config, RLHFRunConfig
 from nemo_advrm.errors import ConfigError
-from nemo_advrm.keys import nearest
-from nemo_advrm.schema import BranchConfig, Config, RLHFRunConfig
 from nemo_advrm.stages import held_arms
 from nemo_advrm.stages.branches import (
     MAIN,

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
+from nemo_advrm.config.schema import SelectionConfig
 from nemo_advrm.data.pair_store import AdversarialPair, Provenance
 from nemo_advrm.objectives.reference import own_z_scores
 from nemo_advrm.objectives.uncertainty import others_mean
 from nemo_advrm.rewards.reference import Reference
-from nemo_advrm.schema import SelectionConfig
 from nemo_advrm.seeds import derive_seed
 
 

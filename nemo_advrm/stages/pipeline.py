@@ -12,13 +12,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from nemo_advrm import writers
-from nemo_advrm.checks import check_held_out
 from nemo_advrm.config import for_stage
+from nemo_advrm.config.layout import at_layout
+from nemo_advrm.config.schema import Config
+from nemo_advrm.config.validation import check_held_out
 from nemo_advrm.errors import ConfigError
-from nemo_advrm.layout import at_layout
 from nemo_advrm.megatron import runtime, stopping
 from nemo_advrm.place import worker
-from nemo_advrm.schema import Config
 from nemo_advrm.stages import artefacts, branches, cost, session
 from nemo_advrm.stages.attack import check_directions
 from nemo_advrm.stages.order import LIGHT, Step, added_since, find, is_skipped, of_run

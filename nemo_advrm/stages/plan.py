@@ -6,8 +6,9 @@ import shlex
 import sys
 from collections.abc import Sequence
 
+from nemo_advrm.config.layout import validate_layout
+from nemo_advrm.config.schema import Config
 from nemo_advrm.errors import ConfigError
-from nemo_advrm.layout import validate_layout
 from nemo_advrm.megatron.planner.flops import Clock
 from nemo_advrm.megatron.planner.gpus import GPUS, GPUS_PER_NODE, supports
 from nemo_advrm.megatron.planner.jobs import Job, job_of
@@ -16,7 +17,6 @@ from nemo_advrm.megatron.planner.parameters import model_parameters, stage_param
 from nemo_advrm.megatron.planner.search import Candidate, budget, search, single_changes
 from nemo_advrm.megatron.planner.shards import build_stages, whole_model
 from nemo_advrm.megatron.planner.text import change_line, describe_job, layout_line, memory_table, nodes_of, time_lines
-from nemo_advrm.schema import Config
 
 DOES_NOT_FIT = 1
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from nemo_advrm.config.schema import Config
 from nemo_advrm.data.jsonl import write_jsonl_atomic
 from nemo_advrm.data.tokenizers import Tokenizer
 from nemo_advrm.errors import DataError
@@ -15,7 +16,6 @@ from nemo_advrm.models.policy import Prompt, roll_out, sampling_of
 from nemo_advrm.rewards.base import RewardSource, Rollouts
 from nemo_advrm.rewards.records import score_reference
 from nemo_advrm.rewards.reference import Reference
-from nemo_advrm.schema import Config
 
 
 def sample(

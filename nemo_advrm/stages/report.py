@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from nemo_advrm.config.schema import Config
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.report import render_summary, write_report
 from nemo_advrm.report.table import as_text
-from nemo_advrm.schema import Config
 
 
 def main(cfg: Config) -> int:

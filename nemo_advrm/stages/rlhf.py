@@ -6,7 +6,8 @@ from pathlib import Path
 
 from nemo_advrm.callbacks.held_out import HeldOutEvaluation
 from nemo_advrm.callbacks.rollouts import OveroptimizationTracker
-from nemo_advrm.checks import check_held_out
+from nemo_advrm.config.schema import Config
+from nemo_advrm.config.validation import check_held_out
 from nemo_advrm.data.messages import Message
 from nemo_advrm.data.tokenizers import Tokenizer, build_tokenizer
 from nemo_advrm.errors import ConfigError
@@ -21,7 +22,6 @@ from nemo_advrm.rewards.limits import prompts_with_room
 from nemo_advrm.rewards.local import build_gold
 from nemo_advrm.rewards.sources import load_members
 from nemo_advrm.rewards.standardisation import combined, read_statistics
-from nemo_advrm.schema import Config
 from nemo_advrm.stages import inputs, session
 from nemo_advrm.stages.fit import fit, read_result, write_result
 from nemo_advrm.stages.held_out import held_out_prompts

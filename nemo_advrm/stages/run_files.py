@@ -12,12 +12,12 @@ from typing import Any
 
 from nemo_advrm import files
 from nemo_advrm.config import for_stage
+from nemo_advrm.config.keys import stages_with_settings
+from nemo_advrm.config.schema import Config
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.foreign_files import decode_yaml, read_bytes
-from nemo_advrm.keys import stages_with_settings
 from nemo_advrm.megatron import checkpoint, manifest
 from nemo_advrm.rewards import sources
-from nemo_advrm.schema import Config
 
 _DIRECTORIES = (
     *("checkpoints", "model", "logs", "attack", "report", "sft", "preferences", "rlhf", "best_of_n"),

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from nemo_advrm import writers
+from nemo_advrm.config.schema import Config
 from nemo_advrm.data.jsonl import read_jsonl, write_jsonl_atomic
 from nemo_advrm.data.pair_store import AdversarialPair, PairStore
 from nemo_advrm.data.tokenizers import build_tokenizer
@@ -19,7 +20,6 @@ from nemo_advrm.errors import ConfigError, DataError
 from nemo_advrm.objectives.selection import AFTER_FINDS, first_step, select_pairs, text_signature
 from nemo_advrm.rewards.finds import FindRule, falls_short
 from nemo_advrm.rewards.reference import Reference
-from nemo_advrm.schema import Config
 from nemo_advrm.seeds import derive_seed
 from nemo_advrm.stages.attack_summary import add_to_summary, check_rule, check_samples, has_summary, success_rates
 from nemo_advrm.stages.pairing import ChosenSide, wrong_labels

@@ -7,6 +7,7 @@ import socket
 from pathlib import Path
 
 from nemo_advrm import signals, writers
+from nemo_advrm.config.schema import Config
 from nemo_advrm.data.tokenizers import build_tokenizer
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.extras import require_extra
@@ -16,7 +17,6 @@ from nemo_advrm.rewards.base import RewardSource
 from nemo_advrm.rewards.ensemble import AdversarialReward, PolicyReward
 from nemo_advrm.rewards.reference import Reference
 from nemo_advrm.rewards.standardisation import check_members, combined, read_statistics
-from nemo_advrm.schema import Config
 from nemo_advrm.stages import session
 
 RAW_SCORES = (

@@ -14,13 +14,13 @@ import torch
 
 from nemo_advrm import writers
 from nemo_advrm.config import save_resolved, versions
+from nemo_advrm.config.layout import validate_layout
+from nemo_advrm.config.schema import Config
 from nemo_advrm.errors import ConfigError
-from nemo_advrm.layout import validate_layout
 from nemo_advrm.megatron import checkpoint, engine, heartbeat, runtime, stopping
 from nemo_advrm.place import host_name, place
 from nemo_advrm.quiet import quiet_libraries
 from nemo_advrm.rewards import sources
-from nemo_advrm.schema import Config
 from nemo_advrm.stages import identity, run_files
 
 # what a run writes before it produces anything

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from nemo_advrm.config.schema import Config
 from nemo_advrm.data.jsonl import BadRow
 from nemo_advrm.data.preferences import raise_or_count
 from nemo_advrm.data.sft_rows import SftRow
@@ -12,7 +13,6 @@ from nemo_advrm.errors import ConfigError, DataError
 from nemo_advrm.megatron import runtime
 from nemo_advrm.models.language_model import EncodedResponse, SupervisedModel
 from nemo_advrm.models.trainable import derive_seed
-from nemo_advrm.schema import Config
 from nemo_advrm.stages import inputs, session
 from nemo_advrm.stages.fit import fit, read_result, write_result
 

@@ -16,6 +16,7 @@ import torch
 
 from nemo_advrm import files
 from nemo_advrm.config import for_stage
+from nemo_advrm.config.schema import Config, RLHFRunConfig
 from nemo_advrm.data.jsonl import write_jsonl_atomic
 from nemo_advrm.data.preferences import load_preferences
 from nemo_advrm.data.tokenizers import build_tokenizer
@@ -28,7 +29,6 @@ from nemo_advrm.rewards.ensemble import UncertaintyReward
 from nemo_advrm.rewards.local import build_gold
 from nemo_advrm.rewards.sources import load_members
 from nemo_advrm.rewards.standardisation import combined
-from nemo_advrm.schema import Config, RLHFRunConfig
 from nemo_advrm.seeds import derive_seed
 from nemo_advrm.stages import branches, inputs
 from nemo_advrm.stages.attack import Attack, attack_prompts, join_attacks

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import Callback
 
 from nemo_advrm.callbacks.augmentation import AdversarialAugmentation
+from nemo_advrm.config.schema import Config
 from nemo_advrm.data.encoding import EncodedPair, encode_pairs
 from nemo_advrm.data.messages import Message
 from nemo_advrm.data.mismatch import mismatch_line, mismatched_pairs
@@ -26,7 +27,6 @@ from nemo_advrm.objectives.accuracy import accuracy
 from nemo_advrm.rewards.features import HybridReward
 from nemo_advrm.rewards.hybrid import fit_features, fixed_prompts, frozen_policy, rollouts_of, with_prompts
 from nemo_advrm.rewards.local import MegatronReward
-from nemo_advrm.schema import Config
 from nemo_advrm.stages import inputs, session
 from nemo_advrm.stages.fit import fit, read_result, write_result
 

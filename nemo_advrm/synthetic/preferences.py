@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from random import Random
 from typing import Any
 
-from nemo_advrm.schema import SyntheticConfig
+from nemo_advrm.config.schema import SyntheticConfig
 from nemo_advrm.synthetic.corpus import add_flourishes, pick, sample_tokens, sample_topics, text_of
 from nemo_advrm.synthetic.gold import gold_score
 from nemo_advrm.synthetic.language import (

@@ -74,8 +74,8 @@ class Files:
 def write_files(aligner: Callable[..., list[Any]], home: Path, reward_models: int = 2) -> Files:
     import sentencepiece
 
+    from nemo_advrm.config.schema import ConvertConfig
     from nemo_advrm.convert.conversion import convert
-    from nemo_advrm.schema import ConvertConfig
 
     draw = random.Random(0)
 

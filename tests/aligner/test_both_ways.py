@@ -19,6 +19,7 @@ from ports import free_port
 
 from nemo_advrm import cli
 from nemo_advrm.aligner.rollouts import FINGERPRINT, as_prompt
+from nemo_advrm.config.schema import Config, ConvertConfig
 from nemo_advrm.convert.conversion import convert
 from nemo_advrm.data.jsonl import read_jsonl, write_jsonl_atomic
 from nemo_advrm.data.pair_store import PairStore
@@ -29,7 +30,6 @@ from nemo_advrm.objectives.reference import z_scores
 from nemo_advrm.rewards.base import Rollouts
 from nemo_advrm.rewards.reference import Reference
 from nemo_advrm.rewards.sources import build, parse
-from nemo_advrm.schema import Config, ConvertConfig
 
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
 STEPS = 3

@@ -16,6 +16,7 @@ import sentencepiece
 import torch
 from distributed import Worlds
 
+from nemo_advrm.config.schema import ConvertConfig
 from nemo_advrm.convert.conversion import convert
 from nemo_advrm.data.jsonl import write_jsonl_atomic
 from nemo_advrm.data.nemo_aligner_rows import write_nemo_aligner
@@ -23,7 +24,6 @@ from nemo_advrm.data.pair_store import AdversarialPair, PairStore, Provenance
 from nemo_advrm.data.preferences import load_preferences
 from nemo_advrm.data.tokenizers import build_tokenizer
 from nemo_advrm.megatron.runtime import Layout, Runtime
-from nemo_advrm.schema import ConvertConfig
 
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
 TEXT = "the cat sat on a mat and dog ran to red big house with small blue tree good bad answer yes no why because"

@@ -16,13 +16,13 @@ import pytest
 import torch
 
 from nemo_advrm.config import load_config
+from nemo_advrm.config.schema import ConvertConfig
 from nemo_advrm.convert.conversion import convert
 from nemo_advrm.data.pair_store import PairStore
 from nemo_advrm.megatron.runtime import Runtime
 from nemo_advrm.objectives.adversarial import apply_length_penalty, paper_reward
 from nemo_advrm.objectives.reference import z_scores
 from nemo_advrm.rewards.reference import Reference
-from nemo_advrm.schema import ConvertConfig
 
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
 STEPS = 3

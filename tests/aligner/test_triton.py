@@ -27,10 +27,10 @@ from ports import free_port
 from reward_members import rollouts, save_megatron
 from tiny import TOKENIZER, tiny_config
 
+from nemo_advrm.config.schema import Config
 from nemo_advrm.megatron.runtime import Runtime
 from nemo_advrm.rewards.ensemble import UncertaintyReward
 from nemo_advrm.rewards.sources import build, load_members, parse
-from nemo_advrm.schema import Config
 
 CLOSE = {"abs": 1e-4}
 END_SECONDS = 120.0

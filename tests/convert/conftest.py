@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from hf_models import tiny_hf
 
+from nemo_advrm.config.schema import ConvertConfig
 from nemo_advrm.convert.conversion import convert
-from nemo_advrm.schema import ConvertConfig
 
 
 @pytest.fixture(scope="session")

@@ -8,15 +8,15 @@ from pathlib import Path
 import torch
 from tiny import TOKENIZER, tiny_config
 
+from nemo_advrm.config.layout import at_layout
+from nemo_advrm.config.schema import PrecisionConfig
 from nemo_advrm.convert.megatron import read_model
-from nemo_advrm.layout import at_layout
 from nemo_advrm.megatron import checkpoint, runtime
 from nemo_advrm.megatron.generation import generate
 from nemo_advrm.megatron.model import MegatronModel, build_model
 from nemo_advrm.megatron.sampling import Sampling
 from nemo_advrm.megatron.schedule import Microbatch, forward
 from nemo_advrm.models.scoring import score_sequences
-from nemo_advrm.schema import PrecisionConfig
 
 
 def build(path: str) -> MegatronModel:

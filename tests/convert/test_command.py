@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from nemo_advrm import cli
+from nemo_advrm.config.schema import ConvertConfig
+from nemo_advrm.config.settings import parse_settings
 from nemo_advrm.errors import ConfigError
-from nemo_advrm.schema import ConvertConfig
-from nemo_advrm.settings import parse_settings
 
 
 def test_words_become_typed_settings() -> None:

@@ -22,6 +22,7 @@ from tokenizers import Tokenizer as FastTokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
+from nemo_advrm.config.schema import Config, ModelConfig
 from nemo_advrm.convert.megatron import MegatronSource
 from nemo_advrm.convert.nemo_archive import NemoArchive
 from nemo_advrm.convert.nemo_config import read_model, write_config
@@ -33,7 +34,6 @@ from nemo_advrm.megatron.runtime import Layout, Runtime
 from nemo_advrm.rewards.base import Rollouts
 from nemo_advrm.rewards.encoding import encode_rendered
 from nemo_advrm.rewards.sources import check, load_members, parse
-from nemo_advrm.schema import Config, ModelConfig
 
 KNOWN = json.loads(REAL.with_suffix(".json").read_text())
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}

@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nemo_advrm.config.schema import ModelConfig
 from nemo_advrm.convert.transforms import COPY, GATE_UP, QKV, pad_vocabulary, unpad_vocabulary
-from nemo_advrm.schema import ModelConfig
 
 sizes = st.integers(1, 4)
 

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from nemo_advrm.config.schema import Config
 from nemo_advrm.data.preferences import load_preferences
 from nemo_advrm.data.prompts import load_prompts, split_train_validation
 from nemo_advrm.data.sft_rows import load_sft
 from nemo_advrm.data.tokenizers import ByteTokenizer
 from nemo_advrm.errors import DataError
-from nemo_advrm.schema import Config
 from nemo_advrm.stages.sft import encode_responses
 
 USER = {"role": "user", "content": "Hi"}

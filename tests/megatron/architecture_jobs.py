@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from nemo_advrm.config.schema import ModelConfig, OptimConfig, PrecisionConfig
 from nemo_advrm.convert.hf_config import find_architecture, model_config
 from nemo_advrm.convert.names import ATTENTION_NORM, MLP_NORM, VOCABULARY_ROWS, canonical_shapes
 from nemo_advrm.convert.transforms import pad_vocabulary
@@ -20,7 +21,6 @@ from nemo_advrm.megatron.model import MegatronModel, build_model, padded_vocab_s
 from nemo_advrm.megatron.optim import MegatronOptimizer
 from nemo_advrm.megatron.sampling import Sampling
 from nemo_advrm.megatron.schedule import Microbatch, Sums, forward, forward_backward
-from nemo_advrm.schema import ModelConfig, OptimConfig, PrecisionConfig
 
 
 def config_of(hf: PreTrainedModel) -> ModelConfig:

@@ -13,11 +13,11 @@ from tiny import TOKENIZER, sequences, tiny_config
 from torch import Tensor
 
 from nemo_advrm.config import load_config
+from nemo_advrm.config.schema import ModelConfig, PrecisionConfig
 from nemo_advrm.megatron import context, runtime
 from nemo_advrm.megatron.attention import FusedCoreAttention
 from nemo_advrm.megatron.transformer import transformer_config
 from nemo_advrm.models.language_model import EncodedResponse, SupervisedModel
-from nemo_advrm.schema import ModelConfig, PrecisionConfig
 from nemo_advrm.stages import train_rm
 
 

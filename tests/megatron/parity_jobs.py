@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from tiny import TOKENIZER, pairs, responses, rollout_batch, sequences, tiny_config
 
+from nemo_advrm.config.schema import Config
 from nemo_advrm.data.batching import split_by_tokens
 from nemo_advrm.megatron import checkpoint, runtime
 from nemo_advrm.megatron.generation import generate, uniforms
@@ -23,7 +24,6 @@ from nemo_advrm.models.language_model import SupervisedModel, build_policy
 from nemo_advrm.models.reward_model import RewardModel, build_reward_model
 from nemo_advrm.models.rollout_batch import response_log_probs
 from nemo_advrm.models.scoring import score_sequences
-from nemo_advrm.schema import Config
 
 Metrics = dict[str, float]
 

@@ -14,12 +14,12 @@ from hf_models import ARCHITECTURES, VOCABULARY, tiny_hf
 from transformers import PreTrainedModel
 
 from nemo_advrm.config import load_config
+from nemo_advrm.config.schema import ModelConfig
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.megatron import checkpoint
 from nemo_advrm.megatron.generation import generate
 from nemo_advrm.megatron.runtime import Layout, Runtime
 from nemo_advrm.megatron.sampling import Sampling
-from nemo_advrm.schema import ModelConfig
 
 TOLERANCE = {"rtol": 0.0, "atol": 1e-4}
 NEW = 12

@@ -15,12 +15,12 @@ from distributed import Worlds
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from tiny import tiny_config
 
+from nemo_advrm.config.schema import ModelConfig
 from nemo_advrm.megatron import checkpoint, engine, transformer
 from nemo_advrm.megatron.attention import FusedCoreAttention
 from nemo_advrm.megatron.precision import alignment
 from nemo_advrm.megatron.runtime import Layout, Runtime
 from nemo_advrm.megatron.transformer import transformer_config
-from nemo_advrm.schema import ModelConfig
 
 SHARED = {"use_distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True}
 

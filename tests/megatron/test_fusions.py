@@ -9,6 +9,7 @@ import torch
 from megatron.core.models.common.embeddings import rope_utils
 from tiny import TOKENIZER, pairs, tiny_config
 
+from nemo_advrm.config.schema import ModelConfig
 from nemo_advrm.megatron import engine, fusions, schedule
 from nemo_advrm.megatron.generation import generate, uniforms
 from nemo_advrm.megatron.gpt import HeadedGPT
@@ -17,7 +18,6 @@ from nemo_advrm.megatron.runtime import Runtime
 from nemo_advrm.megatron.sampling import Sampling
 from nemo_advrm.megatron.schedule import Microbatch
 from nemo_advrm.models.reward_model import RewardModel
-from nemo_advrm.schema import ModelConfig
 
 GATED = ModelConfig(activation="swiglu")
 MODULES = {"transformer_engine.pytorch", "fused_weight_gradient_mlp_cuda"}

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from nemo_advrm.config import load_config
+from nemo_advrm.config.schema import Config
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.megatron import memory
 from nemo_advrm.megatron.runtime import Runtime
 from nemo_advrm.models.language_model import SupervisedModel
-from nemo_advrm.schema import Config
 from nemo_advrm.stages import sft
 
 # 2.4 GB of weights, gradients and optimizer state, and the activations of 4 pairs of 8192 tokens in one microbatch

@@ -8,6 +8,7 @@ import pytest
 import torch
 from tiny import ARCHITECTURES, TOKENIZER, pairs, tiny_config
 
+from nemo_advrm.config.schema import OptimConfig, ScheduleConfig
 from nemo_advrm.data.encoding import EncodedPair
 from nemo_advrm.errors import TrainingDiverged
 from nemo_advrm.megatron import checkpoint
@@ -15,7 +16,6 @@ from nemo_advrm.megatron.optim import learning_rate
 from nemo_advrm.megatron.runtime import Runtime
 from nemo_advrm.megatron.schedule import forward_backward
 from nemo_advrm.models.reward_model import RewardModel
-from nemo_advrm.schema import OptimConfig, ScheduleConfig
 
 
 def _plain_loss(module: torch.nn.Module, rows: list[EncodedPair]) -> torch.Tensor:

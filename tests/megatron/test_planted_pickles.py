@@ -19,6 +19,7 @@ from reward_members import save_hf_reward, save_megatron
 from tiny import TOKENIZER, tiny_config
 
 from nemo_advrm import cli
+from nemo_advrm.config.schema import ConvertConfig
 from nemo_advrm.convert.conversion import convert
 from nemo_advrm.errors import CheckpointError, UserError
 from nemo_advrm.megatron.file_readers import load_plain
@@ -28,7 +29,6 @@ from nemo_advrm.megatron.strategy import MegatronStrategy
 from nemo_advrm.megatron.training_state import load_training_state, save_training_state
 from nemo_advrm.models.reward_model import RewardModel
 from nemo_advrm.rewards.sources import load_members
-from nemo_advrm.schema import ConvertConfig
 
 MODEL = "reward_model"
 SIZES = (

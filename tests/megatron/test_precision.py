@@ -11,6 +11,7 @@ import torch
 from distributed import Worlds
 from tiny import TOKENIZER, sequences, tiny_config
 
+from nemo_advrm.config.schema import ModelConfig, PrecisionConfig
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.megatron import checkpoint, engine, fusions, precision
 from nemo_advrm.megatron.generation import generate, uniforms
@@ -20,7 +21,6 @@ from nemo_advrm.megatron.sampling import Sampling
 from nemo_advrm.megatron.schedule import sequence_multiple
 from nemo_advrm.megatron.transformer import transformer_config
 from nemo_advrm.models.scoring import rows_to_microbatch, score_sequences
-from nemo_advrm.schema import ModelConfig, PrecisionConfig
 
 
 @pytest.fixture

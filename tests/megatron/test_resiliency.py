@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 
+from nemo_advrm.config.schema import Config
 from nemo_advrm.megatron import resiliency, runtime
-from nemo_advrm.schema import Config
 from nemo_advrm.stages import doctor, fit
 
 

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from nemo_advrm.config.schema import ModelConfig
 from nemo_advrm.megatron import throughput
 from nemo_advrm.megatron.runtime import Layout
-from nemo_advrm.schema import ModelConfig
 
 # queries and output 2 * 8 * 8, keys and values 2 * 8 * 4, gated MLP 3 * 8 * 16: 576 weights a layer
 MODEL = ModelConfig(num_layers=3, hidden_size=8, ffn_hidden_size=16, num_attention_heads=4, num_query_groups=2)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from tiny import ARCHITECTURES, TOKENIZER, VOCABULARY, pairs, sequences, tiny_config
 
+from nemo_advrm.config.schema import Config
 from nemo_advrm.data.encoding import EncodedPair
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.megatron.model import MegatronModel, build_model
@@ -17,7 +18,6 @@ from nemo_advrm.megatron.strategy import StepCounter
 from nemo_advrm.models.reward_model import RewardModel
 from nemo_advrm.models.scoring import rows_to_microbatch, score_sequences
 from nemo_advrm.models.trainable import derive_seed, total_steps
-from nemo_advrm.schema import Config
 
 LOSSES = ("bt", "margin_bt", "scaled_bt", "regression")
 

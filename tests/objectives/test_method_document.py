@@ -6,7 +6,7 @@ import dataclasses
 import re
 from pathlib import Path
 
-from nemo_advrm.schema import Config, RLHFRunConfig
+from nemo_advrm.config.schema import Config, RLHFRunConfig
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "docs" / "method.md").read_text()

@@ -8,9 +8,9 @@ from __future__ import annotations
 import json
 import sys
 
+from nemo_advrm.config.schema import ModelConfig, OptimConfig
 from nemo_advrm.megatron.planner.shards import build_stages, whole_model
 from nemo_advrm.quiet import quiet_libraries
-from nemo_advrm.schema import ModelConfig, OptimConfig
 
 
 def main() -> None:

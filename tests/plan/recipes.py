@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 
 from nemo_advrm.config import conf_dir, load_config
-from nemo_advrm.schema import Config
+from nemo_advrm.config.schema import Config
 
 _NAME = re.compile(
     r"(?P<model>.+)_(?P<gpus>\d+)x(?P<gpu>[a-z0-9]+?)"

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from megatron.core.pipeline_parallel.schedules import get_pp_rank_microbatches
 
+from nemo_advrm.config.schema import Config, ModelConfig
 from nemo_advrm.megatron.planner.activations import (
     ON_CPU,
     PLAIN,
@@ -26,7 +27,6 @@ from nemo_advrm.megatron.planner.activations import (
 )
 from nemo_advrm.megatron.planner.memory import in_flight, optimizer_bytes, weight_bytes
 from nemo_advrm.megatron.planner.parameters import Parameters, model_parameters
-from nemo_advrm.schema import Config, ModelConfig
 
 VOCABULARY = 512
 

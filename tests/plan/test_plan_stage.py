@@ -11,8 +11,9 @@ import pytest
 from recipes import RECIPES, Recipe
 
 from nemo_advrm.config import load_config
+from nemo_advrm.config.layout import layers_per_stage, validate_layout
+from nemo_advrm.config.schema import Config, ModelConfig
 from nemo_advrm.errors import ConfigError, LayoutError
-from nemo_advrm.layout import layers_per_stage, validate_layout
 from nemo_advrm.megatron.planner.activations import Microbatch
 from nemo_advrm.megatron.planner.flops import Clock, layer_flops, step_tokens
 from nemo_advrm.megatron.planner.jobs import job_of, models_of
@@ -20,7 +21,6 @@ from nemo_advrm.megatron.planner.memory import GIB, all_stages, cache_bytes, ran
 from nemo_advrm.megatron.planner.parameters import model_parameters
 from nemo_advrm.megatron.planner.search import budget, greatest_memory, search, single_changes
 from nemo_advrm.megatron.planner.text import memory_table
-from nemo_advrm.schema import Config, ModelConfig
 from nemo_advrm.stages import plan
 
 by_name = pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name)

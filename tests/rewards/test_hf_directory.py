@@ -214,8 +214,8 @@ def test_a_token_beyond_the_embedding_is_named(single: Runtime, tmp_path: Path) 
     with pytest.raises(CheckpointError, match=r"m: hf:.*<\|added_pad\|>.* id 278, the embedding has 278 rows"):
         check(parse(f"hf:{path}", "m"), tiny_config(), 1)
     with pytest.raises(CheckpointError, match=r"added_pad.*278"):
+        from nemo_advrm.config.schema import ConvertConfig
         from nemo_advrm.convert.conversion import convert
-        from nemo_advrm.schema import ConvertConfig
 
         convert(ConvertConfig(from_="hf", path=str(path), to="megatron", out=str(tmp_path / "out")))
     assert not (tmp_path / "out").exists()

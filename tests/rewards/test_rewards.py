@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from nemo_advrm.config.schema import AdversarialConfig
 from nemo_advrm.errors import CheckpointError, ConfigError, RewardSourceError
 from nemo_advrm.objectives.reference import MemberStatistics, fit_members
 from nemo_advrm.objectives.spread import rounding
@@ -21,7 +22,6 @@ from nemo_advrm.rewards.base import Rollouts, as_scores, checked_scores, source_
 from nemo_advrm.rewards.ensemble import AdversarialReward, UncertaintyReward
 from nemo_advrm.rewards.local import FunctionReward, build_gold
 from nemo_advrm.rewards.reference import Reference, standardise
-from nemo_advrm.schema import AdversarialConfig
 from nemo_advrm.stages import evaluate
 
 # scores of members A, B, C for the responses "a" and "b"

@@ -18,6 +18,7 @@ from template_traits import ANSWERS, TEMPLATES, conversation
 from tiny import tiny_config
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from nemo_advrm.config.schema import ConvertConfig
 from nemo_advrm.convert.conversion import convert
 from nemo_advrm.data.reading import ANSWER, KEY, ReadingRule, say_old_rule
 from nemo_advrm.data.tokenizers import HFTokenizer
@@ -27,7 +28,6 @@ from nemo_advrm.rewards.base import RewardSource, Rollouts
 from nemo_advrm.rewards.checkpoints import member_tokenizer
 from nemo_advrm.rewards.hf import HFReward
 from nemo_advrm.rewards.sources import build, parse
-from nemo_advrm.schema import ConvertConfig
 
 TOLERANCE = {"atol": 2e-5, "rtol": 1e-4}
 

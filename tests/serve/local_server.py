@@ -16,7 +16,7 @@ import pytest
 import uvicorn
 from tiny import TOKENIZER
 
-from nemo_advrm.schema import ServeConfig
+from nemo_advrm.config.schema import ServeConfig
 from nemo_advrm.serve import batcher
 from nemo_advrm.serve.metrics import Metrics
 from nemo_advrm.serve.samples import Prepared, Preparer

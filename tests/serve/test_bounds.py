@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from local_server import SMALL, WAIT_SECONDS, LocalServer, local_server
 
-from nemo_advrm.schema import ServeConfig
+from nemo_advrm.config.schema import ServeConfig
 from nemo_advrm.serve import app, kserve
 from nemo_advrm.serve.bounds import Bounds, TooLarge, Unreadable, measure, parse_json, parse_length
 from nemo_advrm.serve.samples import Preparer

@@ -15,8 +15,8 @@ import httpx
 import pytest
 from local_server import SMALL, WAIT_SECONDS, LocalServer, ends, local_server, read_answer, request, until
 
+from nemo_advrm.config.schema import ServeConfig
 from nemo_advrm.errors import ConfigError
-from nemo_advrm.schema import ServeConfig
 from nemo_advrm.serve import server, transport
 
 BODY = json.dumps(SMALL).encode()

@@ -19,9 +19,9 @@ from reward_members import rollouts, save_megatron
 from tiny import tiny_config
 
 from nemo_advrm import cli
+from nemo_advrm.config.schema import Config
 from nemo_advrm.megatron.runtime import Runtime
 from nemo_advrm.rewards.sources import build, parse
-from nemo_advrm.schema import Config
 
 JSON = {"content-type": "application/json"}
 GOOD = {"samples": [{"text": "this river sleeps ."}]}

@@ -13,8 +13,8 @@ from nemo_advrm.rewards.sources import load_members
 
 pytest.importorskip("fastapi", reason="needs the extra serve")
 
+from nemo_advrm.config.schema import RemoteConfig
 from nemo_advrm.rewards.remote import ServerReward
-from nemo_advrm.schema import RemoteConfig
 from nemo_advrm.serve.samples import Preparer, Refused, Sample
 from nemo_advrm.serve.schemas import ScoreRequest
 from nemo_advrm.serve.scorer import Scorer

@@ -11,7 +11,7 @@ import pytest
 from conftest import ServerProcess
 
 from nemo_advrm import cli
-from nemo_advrm.schema import ServeConfig
+from nemo_advrm.config.schema import ServeConfig
 from nemo_advrm.serve import kserve
 from nemo_advrm.serve.bounds import Bounds
 from nemo_advrm.serve.samples import Sample

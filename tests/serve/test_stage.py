@@ -17,6 +17,7 @@ from tiny import TOKENIZER, tiny_config
 
 from nemo_advrm import cli
 from nemo_advrm.config import load_config
+from nemo_advrm.config.schema import AdversarialConfig
 from nemo_advrm.data.jsonl import read_jsonl, write_jsonl_atomic
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.megatron.runtime import Runtime
@@ -25,7 +26,6 @@ from nemo_advrm.place import host_name
 from nemo_advrm.rewards.ensemble import AdversarialReward, UncertaintyReward
 from nemo_advrm.rewards.reference import Reference
 from nemo_advrm.rewards.sources import load_members
-from nemo_advrm.schema import AdversarialConfig
 from nemo_advrm.stages import serve, session
 from nemo_advrm.writers import release_all
 

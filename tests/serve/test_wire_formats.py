@@ -11,9 +11,9 @@ from conftest import Served
 from reward_members import rollouts
 from tiny import TOKENIZER
 
+from nemo_advrm.config.schema import Config
 from nemo_advrm.rewards.remote import trl_reward
 from nemo_advrm.rewards.sources import build, parse
-from nemo_advrm.schema import Config
 
 CLOSE = {"abs": 1e-4}
 

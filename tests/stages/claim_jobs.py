@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from nemo_advrm.config.schema import Config
 from nemo_advrm.errors import ConfigError
-from nemo_advrm.schema import Config
 from nemo_advrm.stages import session
 
 BETWEEN_SECONDS = 0.03

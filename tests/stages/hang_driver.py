@@ -21,10 +21,10 @@ from ports import free_port
 
 from nemo_advrm.cli import guarded
 from nemo_advrm.config import load_config
+from nemo_advrm.config.schema import SyntheticConfig
 from nemo_advrm.data.jsonl import write_jsonl_atomic
 from nemo_advrm.megatron import heartbeat
 from nemo_advrm.models.reward_model import RewardModel
-from nemo_advrm.schema import SyntheticConfig
 from nemo_advrm.stages import train_rm
 from nemo_advrm.synthetic.preferences import annotated_pairs
 

@@ -20,12 +20,12 @@ import torch
 
 from nemo_advrm.callbacks.metrics import MetricsWriter
 from nemo_advrm.config import load_config
+from nemo_advrm.config.schema import SyntheticConfig
 from nemo_advrm.data.jsonl import write_jsonl_atomic
 from nemo_advrm.data.pair_store import AdversarialPair, PairStore, Provenance
 from nemo_advrm.megatron import checkpoint
 from nemo_advrm.megatron.file_writers import FileWriters
 from nemo_advrm.quiet import quiet_libraries
-from nemo_advrm.schema import SyntheticConfig
 from nemo_advrm.stages import rlhf, sft, train_rm
 from nemo_advrm.synthetic.corpus import sample_prompts, sample_response
 from nemo_advrm.synthetic.preferences import annotated_pairs

@@ -16,12 +16,12 @@ import pytest
 from distributed import WorldLost, Worlds
 
 from nemo_advrm.callbacks.checkpoints import saved_steps
+from nemo_advrm.config.schema import SyntheticConfig
 from nemo_advrm.data.jsonl import write_jsonl_atomic
 from nemo_advrm.errors import CheckpointError, Preempted
 from nemo_advrm.megatron.file_writers import FileWriters
 from nemo_advrm.megatron.runtime import Layout, Runtime
 from nemo_advrm.models.reward_model import RewardModel
-from nemo_advrm.schema import SyntheticConfig
 from nemo_advrm.synthetic.preferences import annotated_pairs
 
 

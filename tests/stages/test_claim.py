@@ -15,10 +15,10 @@ import yaml
 from distributed import World
 
 from nemo_advrm.config import load_config
+from nemo_advrm.config.schema import Config
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.megatron.runtime import Runtime
 from nemo_advrm.place import host_name
-from nemo_advrm.schema import Config
 from nemo_advrm.stages import session
 
 

@@ -12,10 +12,10 @@ import pytest
 import yaml
 
 from nemo_advrm.config import load_config
+from nemo_advrm.config.schema import SyntheticConfig
 from nemo_advrm.data.jsonl import write_jsonl_atomic
 from nemo_advrm.errors import CheckpointError, ConfigError
 from nemo_advrm.megatron.runtime import Runtime
-from nemo_advrm.schema import SyntheticConfig
 from nemo_advrm.stages import train_rm
 from nemo_advrm.synthetic.preferences import annotated_pairs
 

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 from hf_models import tiny_hf
 
-from nemo_advrm import cli, schema
+from nemo_advrm import cli
 from nemo_advrm.cli import _named_runs
-from nemo_advrm.config import load_config, quoted
+from nemo_advrm.config import load_config, quoted, schema
+from nemo_advrm.config.schema import SyntheticConfig
+from nemo_advrm.config.settings import parse_settings
 from nemo_advrm.data.jsonl import write_jsonl_atomic
 from nemo_advrm.errors import ConfigError
-from nemo_advrm.schema import SyntheticConfig
-from nemo_advrm.settings import parse_settings
 from nemo_advrm.synthetic.preferences import annotated_pairs
 
 ODD = "modèle 模型 it's \"x\"=(1),{2}:[3] #%~@;&|"

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from nemo_advrm.config import load_config
+from nemo_advrm.config.schema import BranchConfig
 from nemo_advrm.errors import ConfigError
-from nemo_advrm.schema import BranchConfig
 from nemo_advrm.stages import branches, order
 from nemo_advrm.stages.order import find
 

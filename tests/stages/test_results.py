@@ -14,11 +14,11 @@ from nemo_advrm.callbacks.metrics import MetricsWriter
 from nemo_advrm.callbacks.rollouts import TrajectoryRecorder
 from nemo_advrm.callbacks.rows import lost_steps
 from nemo_advrm.config import load_config
+from nemo_advrm.config.schema import RLConfig
 from nemo_advrm.data.jsonl import JsonlWriter, write_jsonl_atomic
 from nemo_advrm.errors import CheckpointError, DataError
 from nemo_advrm.megatron import manifest
 from nemo_advrm.rewards.reference import Reference
-from nemo_advrm.schema import RLConfig
 from nemo_advrm.stages import artefacts, attack_summary, order, results, select
 from nemo_advrm.stages.attack_summary import check_samples
 from nemo_advrm.stages.fit import read_result

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from nemo_advrm.schema import SyntheticConfig
+from nemo_advrm.config.schema import SyntheticConfig
 from nemo_advrm.synthetic.corpus import sample_prompts, sft_corpus
 from nemo_advrm.synthetic.gold import gold_score
 from nemo_advrm.synthetic.language import FLOURISHES, MAX_RESPONSE_TOKENS, NOUNS

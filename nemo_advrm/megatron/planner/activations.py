@@ -20,10 +20,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from nemo_advrm.config.schema import ModelConfig
 from nemo_advrm.megatron.fusions import fuses_activation
 from nemo_advrm.megatron.planner.parameters import Sizes
 from nemo_advrm.megatron.transformer import head_size
-from nemo_advrm.schema import ModelConfig
 
 _SUM_BYTES = 4  # softmax sums and means are fp32
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nemo_advrm.layout import layers_per_stage
+from nemo_advrm.config.layout import layers_per_stage
+from nemo_advrm.config.schema import ModelConfig
 from nemo_advrm.megatron.planner.activations import Microbatch, boundary_bytes
 from nemo_advrm.megatron.planner.gpus import GPU, GPUS, GPUS_PER_NODE
 from nemo_advrm.megatron.planner.jobs import Held, Job
 from nemo_advrm.megatron.planner.memory import cache_bytes, element_bytes, rank_memory, weight_bytes
 from nemo_advrm.megatron.planner.parameters import Sizes, stage_parameters
-from nemo_advrm.schema import ModelConfig
 
 
 @dataclass(frozen=True)

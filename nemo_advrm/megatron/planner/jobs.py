@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nemo_advrm.layout import data_parallel_size
+from nemo_advrm.config.layout import data_parallel_size
+from nemo_advrm.config.schema import Config
 from nemo_advrm.megatron.gpt import Head
 from nemo_advrm.megatron.model import padded_vocab_size
 from nemo_advrm.megatron.planner.activations import Microbatch
-from nemo_advrm.schema import Config
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from nemo_advrm.layout import layers_per_stage
+from nemo_advrm.config.layout import layers_per_stage
+from nemo_advrm.config.schema import Config, ModelConfig
 from nemo_advrm.megatron.planner.activations import Microbatch, head_bytes, layer_terms, on_gpu, peak_bytes
 from nemo_advrm.megatron.planner.jobs import Held, Job
 from nemo_advrm.megatron.planner.parameters import Parameters, Sizes, stage_parameters
-from nemo_advrm.schema import Config, ModelConfig
 
 GIB = 2**30
 _GRADIENT = 4  # bytes: gradients are added up in fp32

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from nemo_advrm.layout import layers_per_stage
+from nemo_advrm.config.layout import layers_per_stage
+from nemo_advrm.config.schema import ModelConfig
 from nemo_advrm.megatron.gpt import Head
 from nemo_advrm.megatron.transformer import ACTIVATIONS, ffn_size, head_size, query_groups
-from nemo_advrm.schema import ModelConfig
 
 
 @dataclass(frozen=True)

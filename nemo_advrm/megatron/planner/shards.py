@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from nemo_advrm.config.schema import ModelConfig, PrecisionConfig
 from nemo_advrm.megatron.gpt import Head, HeadedGPT
 from nemo_advrm.megatron.transformer import transformer_config
-from nemo_advrm.schema import ModelConfig, PrecisionConfig
 
 
 @dataclass

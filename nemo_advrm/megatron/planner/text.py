@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import groupby
 
+from nemo_advrm.config.schema import ModelConfig
 from nemo_advrm.megatron.planner.flops import StepTime, step_tokens
 from nemo_advrm.megatron.planner.gpus import GPUS, GPUS_PER_NODE
 from nemo_advrm.megatron.planner.jobs import Job
 from nemo_advrm.megatron.planner.memory import GIB, RankMemory, checkpoint_copy_bytes, host_bytes
 from nemo_advrm.megatron.planner.search import Candidate, budget
-from nemo_advrm.schema import ModelConfig
 
 _COLUMNS = ("weights", "gradients", "optimizer", "frozen", "activations", "head", "cache", "total")
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+from nemo_advrm.config.schema import Config, ModelConfig
 from nemo_advrm.errors import LayoutError
-from nemo_advrm.schema import Config, ModelConfig
 
 # precision.name -> tokens and channels of a matrix product must be multiples of it
 FP8_ALIGNMENT = {"fp8_delayed": 16, "fp8_current": 16, "fp8_blockwise": 16, "mxfp8": 32}

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TypeVar
 
+from nemo_advrm.config.keys import keys_of, nearest
 from nemo_advrm.errors import ConfigError
-from nemo_advrm.keys import keys_of, nearest
 
 Settings = TypeVar("Settings")
 _BOOLEANS = {"true": True, "false": False}

@@ -24,10 +24,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nemo_advrm import files
-from nemo_advrm.checks import check_values
+from nemo_advrm.config.keys import expected_type, is_section, nearest, nearest_key, stages_with_settings, type_name
+from nemo_advrm.config.schema import Config
+from nemo_advrm.config.validation import check_values
 from nemo_advrm.errors import ConfigError
-from nemo_advrm.keys import expected_type, is_section, nearest, nearest_key, stages_with_settings, type_name
-from nemo_advrm.schema import Config
 
 # conf/config.yaml starts from this node, so that every key of the schema exists and has a type, for Hydra's own
 # entry points (hydra_runner) too.
@@ -38,7 +38,7 @@ VERSIONED = ("torch", "megatron-core", "nemo-toolkit", "lightning", "transformer
 
 def conf_dir() -> Path:
     """Folder of the YAML files: inside the installed package, or ``conf/`` of the repository."""
-    package = Path(__file__).resolve().parent
+    package = Path(__file__).resolve().parent.parent
     for folder in (package / "conf", package.parent / "conf"):
         if (folder / "config.yaml").is_file():
             return folder
@@ -127,7 +127,7 @@ def versions() -> dict[str, str]:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             found[package] = "absent"
-    repository = Path(__file__).resolve().parent.parent
+    repository = Path(__file__).resolve().parent.parent.parent
     if (repository / ".git").exists():
         git = ["git", "-C", str(repository), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
         try:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nemo_advrm import schema
+from nemo_advrm.config import schema
 
 # The component of a dotted key that a user chooses freely, as in pipeline.rlhf.*.reward.
 ANY_NAME = "*"

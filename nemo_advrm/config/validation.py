@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from nemo_advrm.config.keys import ANY_NAME, nearest
+from nemo_advrm.config.schema import Config, ModelConfig
 from nemo_advrm.data.preference_forms import FORMATS
 from nemo_advrm.errors import ConfigError
-from nemo_advrm.keys import ANY_NAME, nearest
-from nemo_advrm.schema import Config, ModelConfig
 
 AGGREGATES = ("mean", "min", "lcb", "uwo", "gap")
 REFERENCE_FEATURES = ("log_prob", "prompt_gain")
