@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import torch
 
     from nemo_advrm.config.schema import Config
-    from nemo_advrm.megatron.model import MegatronModel
+    from nemo_advrm.engine.model import MegatronModel
 
 TOLERANCE = 1e-3
 PAD_ID, EOS_ID, FIRST_ID = 0, 1, 8
@@ -129,7 +129,7 @@ def our_config(shape: Llama) -> Config:
 
 def start_runtime() -> None:
     """Start our engine in this process, on one thread."""
-    from nemo_advrm.megatron import runtime
+    from nemo_advrm.engine import runtime
     from nemo_advrm.quiet import quiet_libraries
 
     quiet_libraries()
@@ -138,7 +138,7 @@ def start_runtime() -> None:
 
 def our_model(shape: Llama, head: str, weights: dict[str, torch.Tensor]) -> MegatronModel:
     """Our model of these weights, not trainable."""
-    from nemo_advrm.megatron.model import build_model
+    from nemo_advrm.engine.model import build_model
 
     start_runtime()
     cfg = our_config(shape)

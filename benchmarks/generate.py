@@ -45,8 +45,8 @@ def _table(responses: list[list[int]], options: Options) -> np.ndarray:
 def ours(options: Options) -> Side:
     import torch
 
-    from nemo_advrm.megatron.generation import generate
-    from nemo_advrm.megatron.sampling import Sampling
+    from nemo_advrm.engine.generation import generate
+    from nemo_advrm.engine.sampling import Sampling
 
     prompts = data(options)
     model = our_model(options.shape, "lm", random_weights(options.shape, "lm"))

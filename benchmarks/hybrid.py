@@ -26,7 +26,7 @@ from nemo_advrm.data.preference_rows import PreferencePair
 from nemo_advrm.data.preferences import load_preferences
 from nemo_advrm.data.prompts import split_train_validation
 from nemo_advrm.data.tokenizers import Tokenizer, build_tokenizer
-from nemo_advrm.megatron import runtime
+from nemo_advrm.engine import runtime
 from nemo_advrm.models.language_model import build_policy
 from nemo_advrm.models.reward_model import RewardModel
 from nemo_advrm.objectives.accuracy import accuracy
@@ -34,7 +34,7 @@ from nemo_advrm.objectives.bradley_terry import fit_weights
 from nemo_advrm.rewards.features import ReferenceFeatures, hybrid_scores
 from nemo_advrm.rewards.hybrid import fixed_prompts, rollouts_of
 from nemo_advrm.rewards.local import MegatronReward
-from nemo_advrm.stages.fit import fit
+from nemo_advrm.training.run_training import fit
 
 SCORED = ("fit", "test", "mismatched")
 ARMS: dict[str, tuple[int, ...]] = {"plain": (), "+ log_prob": (0,), "+ prompt_gain": (1,), "+ both": (0, 1)}

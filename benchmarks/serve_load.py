@@ -28,8 +28,8 @@ def make_model(path: Path) -> None:
     """A reward model of 4 layers of width 64 over bytes."""
     from nemo_advrm.config.schema import ModelConfig, PrecisionConfig
     from nemo_advrm.data.tokenizers import ByteTokenizer
-    from nemo_advrm.megatron import checkpoint, runtime
-    from nemo_advrm.megatron.model import build_model
+    from nemo_advrm.engine import checkpoint, runtime
+    from nemo_advrm.engine.model import build_model
 
     runtime.start(accelerator="cpu")
     model, tokenizer = ModelConfig(num_layers=4, hidden_size=64, init_method_std=0.08), ByteTokenizer()

@@ -27,12 +27,11 @@ import torch
 from common import describe_machine
 from lightning.pytorch import Callback
 
-from nemo_advrm.callbacks.rollouts import OveroptimizationTracker
 from nemo_advrm.config import for_stage, load_config
 from nemo_advrm.config.schema import Config
 from nemo_advrm.data.encoding import EncodedPair
 from nemo_advrm.data.tokenizers import build_tokenizer
-from nemo_advrm.megatron import checkpoint, runtime
+from nemo_advrm.engine import checkpoint, runtime
 from nemo_advrm.models.language_model import SupervisedModel
 from nemo_advrm.models.policy import PolicyModel, Prompt, encode_prompts
 from nemo_advrm.models.reward_model import RewardModel
@@ -40,9 +39,10 @@ from nemo_advrm.quiet import quiet_libraries
 from nemo_advrm.rewards.ensemble import UncertaintyReward
 from nemo_advrm.rewards.local import build_gold
 from nemo_advrm.rewards.sources import load_members
-from nemo_advrm.stages.fit import fit
-from nemo_advrm.stages.rlhf import rlhf_prompts
-from nemo_advrm.stages.sft import encode_responses, sft_rows
+from nemo_advrm.training.callbacks.rollouts import OveroptimizationTracker
+from nemo_advrm.training.rlhf import rlhf_prompts
+from nemo_advrm.training.run_training import fit
+from nemo_advrm.training.sft import encode_responses, sft_rows
 
 KINDS = ("sft", "train_rm", "rlhf")
 _SFT_STEPS = 100  # of the policy that RL starts from: it then ends its responses

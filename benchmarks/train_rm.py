@@ -96,7 +96,7 @@ def ours(options: Options) -> Side:
     from lightning.pytorch import Callback, Trainer
 
     from nemo_advrm.data.encoding import EncodedPair
-    from nemo_advrm.megatron.strategy import MegatronStrategy
+    from nemo_advrm.engine.strategy import MegatronStrategy
     from nemo_advrm.models.reward_model import RewardModel
 
     start_runtime()

@@ -7,9 +7,9 @@ import sys
 from nemo.core.config import hydra_runner
 from omegaconf import DictConfig
 
+from nemo_advrm.attacks.adversarial_rl import main
 from nemo_advrm.cli import guarded
 from nemo_advrm.config import from_hydra
-from nemo_advrm.stages.attack import main
 
 
 @hydra_runner(config_path="../conf", config_name="config")

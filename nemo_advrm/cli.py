@@ -89,19 +89,19 @@ _RL = (
 
 STAGES: dict[str, Stage] = {
     "sft": Stage(
-        "nemo_advrm.stages.sft:main",
+        "nemo_advrm.training.sft:main",
         "train the policy on text",
         (*_COMMON, *_ROWS, *_TRAINING, *_PARALLEL),
         "nemo-advrm sft model=tiny data.train_path=text.jsonl",
     ),
     "train_rm": Stage(
-        "nemo_advrm.stages.train_rm:main",
+        "nemo_advrm.training.reward_model:main",
         "train a reward model on preference pairs",
         (*_COMMON, *_DATA, "reward_model.", *_TRAINING, "augmentation.", *_PARALLEL),
         "nemo-advrm train_rm model=tiny data.train_path=preferences.jsonl",
     ),
     "attack": Stage(
-        "nemo_advrm.stages.attack:main",
+        "nemo_advrm.attacks.adversarial_rl:main",
         "train an adversarial policy against the first reward model of an ensemble",
         (
             *_COMMON,
@@ -118,13 +118,13 @@ STAGES: dict[str, Stage] = {
         "pretrained_checkpoint.restore_from_path=runs/sft/model data.prompts_path=prompts.jsonl",
     ),
     "select": Stage(
-        "nemo_advrm.stages.select:main",
+        "nemo_advrm.attacks.select:main",
         "turn the adversarial samples of an attack into preference pairs",
         ("run_dir", "seed", "selection."),
         "nemo-advrm select run_dir=runs/a selection.max_pairs=500",
     ),
     "rlhf": Stage(
-        "nemo_advrm.stages.rlhf:main",
+        "nemo_advrm.training.rlhf:main",
         "train a policy on a reward: one model or an ensemble",
         (
             *_COMMON,
@@ -146,7 +146,7 @@ STAGES: dict[str, Stage] = {
         "pretrained_checkpoint.restore_from_path=runs/sft/model data.prompts_path=prompts.jsonl",
     ),
     "best_of_n": Stage(
-        "nemo_advrm.stages.best_of_n:main",
+        "nemo_advrm.evaluation.best_of_n:main",
         "gold and proxy of the best of n responses by a reward, against KL; trains nothing",
         (
             *_COMMON,
@@ -168,7 +168,7 @@ STAGES: dict[str, Stage] = {
         "pretrained_checkpoint.restore_from_path=runs/sft/model data.prompts_path=prompts.jsonl",
     ),
     "evaluate": Stage(
-        "nemo_advrm.stages.evaluate:main",
+        "nemo_advrm.commands.evaluate:main",
         "measure a reward model on held-out preference pairs",
         (
             *_COMMON,
@@ -186,7 +186,7 @@ STAGES: dict[str, Stage] = {
         "data.validation_path=held_out.jsonl",
     ),
     "serve": Stage(
-        "nemo_advrm.stages.serve:main",
+        "nemo_advrm.commands.serve:main",
         "serve a reward model, an ensemble or the adversarial reward over HTTP",
         (
             "run_dir",
@@ -201,39 +201,39 @@ STAGES: dict[str, Stage] = {
         "nemo-advrm serve run_dir=runs/server 'ensemble.members=[runs/rm_1/model,hf:models/rm]' serve.port=8000",
     ),
     "report": Stage(
-        "nemo_advrm.stages.report:main",
+        "nemo_advrm.commands.report:main",
         "write report/index.html of a run, or of several runs together, and print its tables",
         ("run_dir", "report."),
         "nemo-advrm report runs/seed_0 runs/seed_1 runs/seed_2",
     ),
     "pipeline": Stage(
-        "nemo_advrm.stages.pipeline:main",
+        "nemo_advrm.pipeline.rounds:main",
         "all of it: reward models, rounds of attack and retraining, RLHF, report; resumes where it stopped",
         (*_COMMON, "pipeline.", *_DATA, "ensemble.size", "adversarial.", "selection.", "augmentation.", "rl.algorithm"),
         "nemo-advrm pipeline experiment=synthetic",
     ),
     "stages": Stage(
-        "nemo_advrm.stages.order:main",
+        "nemo_advrm.pipeline.dag:main",
         "list the pipeline's stages, what each waits for and which are complete (for job schedulers)",
         ("run_dir", "pipeline."),
         "nemo-advrm stages experiment=synthetic run_dir=runs/synthetic",
     ),
     "convert": Stage(
-        "nemo_advrm.stages.convert:main",
+        "nemo_advrm.commands.convert:main",
         "convert a checkpoint between Hugging Face, Megatron and .nemo",
         (),
         "nemo-advrm convert from=hf path=DIR to=megatron out=checkpoints/base",
         settings="ConvertConfig",
     ),
     "export_pairs": Stage(
-        "nemo_advrm.stages.export_pairs:main",
+        "nemo_advrm.commands.export_pairs:main",
         "write adversarial pairs as the jsonl that NeMo-Aligner trains reward models on",
         (),
         "nemo-advrm export_pairs pairs=runs/a/pairs.jsonl with=train.jsonl template=transcript out=augmented.jsonl",
         settings="ExportPairsConfig",
     ),
     "plan": Stage(
-        "nemo_advrm.stages.plan:main",
+        "nemo_advrm.commands.plan:main",
         "say whether a stage fits its GPUs, how long a step takes, and which layout is faster; starts nothing",
         (
             "plan.",
@@ -252,7 +252,7 @@ STAGES: dict[str, Stage] = {
         "nemo-advrm plan model=nemotron4_340b parallel=nemotron4_340b_96xh100_tp8_pp12",
     ),
     "doctor": Stage(
-        "nemo_advrm.stages.doctor:main",
+        "nemo_advrm.commands.doctor:main",
         "print what this machine has and what each absence means",
         (),
         "nemo-advrm doctor",
@@ -339,7 +339,7 @@ def _stopped_without_saving(reason: object) -> int:
 
 def _lost_process(error: Exception) -> str | None:
     """What to tell when a collective failed because another process is gone; None for any other error."""
-    peers = sys.modules.get("nemo_advrm.megatron.peers")
+    peers = sys.modules.get("nemo_advrm.engine.peers")
     return peers.lost(error) if peers is not None else None
 
 

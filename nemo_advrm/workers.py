@@ -56,7 +56,7 @@ def plan(cfg: Config) -> list[Worker]:
     Raises ConfigError for a ``pipeline.jobs`` that is no number, or needs more GPUs than there are, and for arms and
     branches that cannot be.
     """
-    from nemo_advrm.stages.order import most_at_once, of_run
+    from nemo_advrm.pipeline.dag import most_at_once, of_run
 
     wanted = _wanted(cfg.pipeline.jobs)
     if cfg.pipeline.only or wanted == 1:

@@ -15,7 +15,7 @@ import pytest
 if TYPE_CHECKING:
     from distributed import Worlds
 
-    from nemo_advrm.megatron.runtime import Runtime
+    from nemo_advrm.engine.runtime import Runtime
 
 
 # the files that take longest begin first: else one of pytest's processes ends long after the others
@@ -39,7 +39,7 @@ def worlds() -> Iterator[Worlds]:
 @pytest.fixture(scope="session")
 def single() -> Runtime:
     """Megatron-Core running in the test process itself, alone."""
-    from nemo_advrm.megatron import runtime
+    from nemo_advrm.engine import runtime
     from nemo_advrm.quiet import quiet_libraries
 
     quiet_libraries()

@@ -26,7 +26,7 @@ from typing import Any
 
 from ports import free_port
 
-from nemo_advrm.megatron.runtime import Layout
+from nemo_advrm.engine.runtime import Layout
 
 LIMIT_SECONDS = 240.0
 # once one rank has failed the others stand in a collective for ever: they get this long to fail by themselves

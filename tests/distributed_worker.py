@@ -21,9 +21,9 @@ from typing import Any
 def main() -> None:
     import torch
 
-    from nemo_advrm.megatron import cpu, runtime  # noqa: F401 (imported once for all worlds)
+    from nemo_advrm.engine import cpu, runtime  # noqa: F401 (imported once for all worlds)
     from nemo_advrm.quiet import quiet_libraries
-    from nemo_advrm.stages import train_rm  # noqa: F401 (with NeMo, which takes seconds)
+    from nemo_advrm.training import reward_model  # noqa: F401 (with NeMo, which takes seconds)
 
     quiet_libraries()
     torch.set_num_threads(1)
@@ -52,7 +52,7 @@ def _become(rank: int, world: dict[str, Any]) -> None:
 
 
 def _work(host: str, port: int, key: bytes) -> None:
-    from nemo_advrm.megatron import runtime
+    from nemo_advrm.engine import runtime
 
     connection = Client((host, port), authkey=key)
     connection.send((int(os.environ["RANK"]), os.getpid()))

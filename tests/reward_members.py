@@ -13,8 +13,8 @@ from tiny import TOKENIZER, VOCABULARY, tiny_config
 
 from nemo_advrm.data.messages import Message
 from nemo_advrm.data.tokenizers import Tokenizer
-from nemo_advrm.megatron import checkpoint
-from nemo_advrm.megatron.model import build_model
+from nemo_advrm.engine import checkpoint
+from nemo_advrm.engine.model import build_model
 from nemo_advrm.rewards.base import Rollouts
 
 PROMPTS = ("this river", "these clouds", "this garden")

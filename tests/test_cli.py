@@ -12,11 +12,11 @@ from types import ModuleType
 import pytest
 
 from nemo_advrm import __version__, cli
+from nemo_advrm.commands import doctor
 from nemo_advrm.config.keys import all_keys
 from nemo_advrm.config.schema import Config, ModelConfig
+from nemo_advrm.engine import engine
 from nemo_advrm.errors import DataError
-from nemo_advrm.megatron import engine
-from nemo_advrm.stages import doctor
 
 HOST = socket.gethostname()
 
@@ -24,7 +24,7 @@ HOST = socket.gethostname()
 @pytest.fixture
 def stage(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """A stage ``train_rm`` whose ``main`` a test sets."""
-    module = ModuleType("nemo_advrm.stages.train_rm")
+    module = ModuleType("nemo_advrm.training.reward_model")
     monkeypatch.setitem(sys.modules, module.__name__, module)
     return module
 

@@ -18,14 +18,14 @@ from nemo_advrm.convert.nemo_tokenizer_files import pack_tokenizer
 from nemo_advrm.convert.safetensors_files import indexed_files
 from nemo_advrm.data.nemo_tokenizer import NemoTokenizer
 from nemo_advrm.data.reading import ReadingRule, rule_in_config
+from nemo_advrm.engine import manifest
 from nemo_advrm.errors import ConfigError, DataError, UserError
 from nemo_advrm.foreign_files import decode_json, read_json_object
-from nemo_advrm.megatron import manifest
+from nemo_advrm.pipeline.state import read_state
 from nemo_advrm.report.collect_rlhf import read_settings
 from nemo_advrm.report.files import read_json, read_jsonl
 from nemo_advrm.rewards.hf_directory import read_config
-from nemo_advrm.stages import results, run_files
-from nemo_advrm.stages.state import read_state
+from nemo_advrm.run_directory import results, run_files
 
 DEEP, LONG = "[" * 100_000, '{"a": %s}' % ("9" * 5_000)
 PAYLOADS = {

@@ -7,7 +7,7 @@ from typing import Any
 
 from nemo_advrm.config.schema import Config, ModelConfig
 from nemo_advrm.data.encoding import EncodedPair
-from nemo_advrm.megatron.runtime import Layout
+from nemo_advrm.engine.runtime import Layout
 from nemo_advrm.models.language_model import EncodedResponse
 from nemo_advrm.models.rollout_batch import RolloutBatch
 from nemo_advrm.rewards.base import Rollouts

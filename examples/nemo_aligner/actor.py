@@ -1,6 +1,6 @@
 """What the two actor scripts share: the order of calls of NeMo-Aligner's train_gpt_{reinforce,ppo}_actor.py.
 
-Lines that are not NeMo-Aligner's own come from nemo_advrm.aligner.
+Lines that are not NeMo-Aligner's own come from nemo_advrm.integrations.nemo_aligner.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from nemo_aligner.utils.train_script_utils import (
 from nemo_aligner.utils.utils import load_and_override_model_config, load_from_nemo, retrieve_model_state_dict_in_cpu
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_advrm.aligner import EnsembleRewardClient, MegatronGPTAdversarialActorModel
-from nemo_advrm.aligner.members import build_reward, open_members, read_reference
-from nemo_advrm.aligner.reference import prompt_texts, write_reference
-from nemo_advrm.aligner.rollouts import RolloutReader
+from nemo_advrm.integrations.nemo_aligner import EnsembleRewardClient, MegatronGPTAdversarialActorModel
+from nemo_advrm.integrations.nemo_aligner.members import build_reward, open_members, read_reference
+from nemo_advrm.integrations.nemo_aligner.reference import prompt_texts, write_reference
+from nemo_advrm.integrations.nemo_aligner.rollouts import RolloutReader
 
 
 @dataclass

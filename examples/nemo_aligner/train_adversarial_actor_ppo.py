@@ -9,7 +9,7 @@ from nemo.core.config import hydra_runner
 from nemo_aligner.algorithms.ppo import PPOTrainer
 from omegaconf import DictConfig
 
-from nemo_advrm.aligner import CriticClient
+from nemo_advrm.integrations.nemo_aligner import CriticClient
 
 mp.set_start_method("spawn", force=True)
 

@@ -32,8 +32,8 @@ from torch.distributed.checkpoint.storage import WriteResult
 from nemo_advrm.config.schema import ModelConfig
 from nemo_advrm.convert.names import LAYERS_WITH_EXTRA_STATE, layer_of, stacked_name
 from nemo_advrm.convert.tensors import TensorSpec
+from nemo_advrm.engine.file_readers import WeightsReader
 from nemo_advrm.errors import CheckpointError
-from nemo_advrm.megatron.file_readers import WeightsReader
 
 PREFIX = "model."  # what a model is called in a checkpoint
 _LAYERS = "decoder.layers."
@@ -45,7 +45,7 @@ class StackedReader:
 
     Args:
         directory: holds ``.metadata`` and the data files.
-        metadata: what ``.metadata`` says (:func:`nemo_advrm.megatron.weights_metadata.read_metadata`).
+        metadata: what ``.metadata`` says (:func:`nemo_advrm.engine.weights_metadata.read_metadata`).
         source: named in errors, in place of ``directory``.
 
     Raises CheckpointError for a tensor without dimensions, or with more layers than any model.

@@ -9,10 +9,10 @@ from typing import Any
 from nemo_advrm.config.keys import nearest
 from nemo_advrm.config.schema import ModelConfig
 from nemo_advrm.convert.tables import ARCHITECTURES, Architecture
+from nemo_advrm.engine.architecture import first_difference
+from nemo_advrm.engine.gpt import Head
+from nemo_advrm.engine.transformer import ffn_size, head_size, query_groups
 from nemo_advrm.errors import CheckpointError
-from nemo_advrm.megatron.architecture import first_difference
-from nemo_advrm.megatron.gpt import Head
-from nemo_advrm.megatron.transformer import ffn_size, head_size, query_groups
 from nemo_advrm.rewards import hf_directory
 
 CLASSES: dict[str, Head] = {"ForCausalLM": "lm", "ForSequenceClassification": "reward"}

@@ -21,13 +21,13 @@ from nemo_advrm.convert.tokenizer_files import check_tokenizer, copy_tokenizer
 from nemo_advrm.convert.transforms import pad_vocabulary, unpad_vocabulary
 from nemo_advrm.data.reading import KEY, ReadingRule, rule_of
 from nemo_advrm.data.tokenizers import Tokenizer, build_tokenizer
+from nemo_advrm.engine import manifest
+from nemo_advrm.engine.checkpoint import FORMAT, WEIGHTS, read_meta
+from nemo_advrm.engine.file_readers import reason
+from nemo_advrm.engine.model import padded_vocab_size
+from nemo_advrm.engine.weights_metadata import open_metadata
 from nemo_advrm.errors import CheckpointError, ConfigError, DataError
 from nemo_advrm.foreign_files import read_json_object
-from nemo_advrm.megatron import manifest
-from nemo_advrm.megatron.checkpoint import FORMAT, WEIGHTS, read_meta
-from nemo_advrm.megatron.file_readers import reason
-from nemo_advrm.megatron.model import padded_vocab_size
-from nemo_advrm.megatron.weights_metadata import open_metadata
 
 TOKENIZER, HF_CONFIG = "tokenizer", "hf_config.json"
 MODEL_FILE = Path("conf", "model", "imported.yaml")  # selected by hydra.searchpath=[DIR/conf] model=imported
@@ -115,7 +115,7 @@ class MegatronSource:
 
 
 class MegatronSink:
-    """A checkpoint that :mod:`nemo_advrm.megatron.checkpoint` opens at any layout.
+    """A checkpoint that :mod:`nemo_advrm.engine.checkpoint` opens at any layout.
 
     Beside the weights it holds what it needs to be used and exported later: ``tokenizer/`` and ``hf_config.json``.
     """

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from nemo_advrm.config.schema import ModelConfig
-from nemo_advrm.megatron.gpt import Head
-from nemo_advrm.megatron.transformer import ACTIVATIONS, ffn_size, head_size, query_groups
+from nemo_advrm.engine.gpt import Head
+from nemo_advrm.engine.transformer import ACTIVATIONS, ffn_size, head_size, query_groups
 
 Shape = tuple[int, ...]
 

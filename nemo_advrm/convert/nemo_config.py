@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from nemo_advrm.config.schema import ModelConfig
+from nemo_advrm.engine.description import check_texts
+from nemo_advrm.engine.gpt import Head
 from nemo_advrm.errors import CheckpointError
-from nemo_advrm.megatron.description import check_texts
-from nemo_advrm.megatron.gpt import Head
 
 REWARD_TARGET = "nemo_aligner.models.nlp.gpt.megatron_gpt_reward_model.MegatronGPTRewardModel"
 REGRESSION_TARGET = "nemo_aligner.models.nlp.gpt.megatron_gpt_regression_reward_model.MegatronGPTRegressionRewardModel"

@@ -26,13 +26,13 @@ from nemo_advrm.convert.tensors import Description, TensorSpec
 from nemo_advrm.convert.transforms import pad_vocabulary, unpad_vocabulary
 from nemo_advrm.data.tokenizers import Tokenizer, build_tokenizer
 from nemo_advrm.data.vocabulary import check_vocabulary
+from nemo_advrm.engine.file_readers import reason
+from nemo_advrm.engine.gpt import Head
+from nemo_advrm.engine.model import padded_vocab_size
+from nemo_advrm.engine.weights_metadata import check_places, read_metadata
 from nemo_advrm.errors import CheckpointError, DataError
 from nemo_advrm.files import put
 from nemo_advrm.foreign_files import decode_json, parse_yaml
-from nemo_advrm.megatron.file_readers import reason
-from nemo_advrm.megatron.gpt import Head
-from nemo_advrm.megatron.model import padded_vocab_size
-from nemo_advrm.megatron.weights_metadata import check_places, read_metadata
 
 CONFIG, WEIGHTS = "model_config.yaml", "model_weights"
 # canonical name -> NeMo-Aligner's

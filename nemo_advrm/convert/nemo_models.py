@@ -2,7 +2,7 @@
 
 NeMo restores only classes of its own packages, by importing what a file names. Here a file can name one of the few
 classes of a table, and its weights are read without unpickling anything
-(see :mod:`nemo_advrm.megatron.weights_metadata`).
+(see :mod:`nemo_advrm.engine.weights_metadata`).
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from nemo_advrm.convert.nemo_file import CONFIG, WEIGHTS, archived_weights, chec
 from nemo_advrm.convert.partial import hold_output, release_output
 from nemo_advrm.convert.tokenizer_files import copy_tokenizer
 from nemo_advrm.data.tokenizers import build_tokenizer
+from nemo_advrm.engine import checkpoint, runtime
+from nemo_advrm.engine.description import check_description, check_section, check_texts
+from nemo_advrm.engine.gpt import Head
 from nemo_advrm.errors import CheckpointError
 from nemo_advrm.files import put
-from nemo_advrm.megatron import checkpoint, runtime
-from nemo_advrm.megatron.description import check_description, check_section, check_texts
-from nemo_advrm.megatron.gpt import Head
 
 if TYPE_CHECKING:
     from nemo_advrm.models.trainable import TrainableModel

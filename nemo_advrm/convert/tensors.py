@@ -35,7 +35,7 @@ from torch import Tensor
 
 from nemo_advrm.config.schema import ModelConfig
 from nemo_advrm.data.reading import ReadingRule
-from nemo_advrm.megatron.gpt import Head
+from nemo_advrm.engine.gpt import Head
 
 
 @dataclass(frozen=True)

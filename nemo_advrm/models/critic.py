@@ -9,10 +9,10 @@ from torch import Tensor
 
 from nemo_advrm.config.schema import Config
 from nemo_advrm.data.tokenizers import Tokenizer
-from nemo_advrm.megatron import checkpoint, phases
-from nemo_advrm.megatron.model import build_model
-from nemo_advrm.megatron.optim import MegatronOptimizer
-from nemo_advrm.megatron.schedule import Microbatch, Sums, forward, forward_backward, microbatch_rows
+from nemo_advrm.engine import checkpoint, phases
+from nemo_advrm.engine.model import build_model
+from nemo_advrm.engine.optim import MegatronOptimizer
+from nemo_advrm.engine.schedule import Microbatch, Sums, forward, forward_backward, microbatch_rows
 from nemo_advrm.models.rollout_batch import RolloutBatch, per_token
 from nemo_advrm.models.trainable import derive_seed
 from nemo_advrm.objectives.losses import clipped_value

@@ -12,11 +12,11 @@ from torch import Tensor
 from nemo_advrm.config.schema import Config
 from nemo_advrm.data.batching import BatchSchedule
 from nemo_advrm.data.tokenizers import Tokenizer
-from nemo_advrm.megatron import checkpoint, runtime
-from nemo_advrm.megatron.log_probs import log_probs_and_entropy
-from nemo_advrm.megatron.model import MegatronModel, build_model
-from nemo_advrm.megatron.optim import MegatronOptimizer
-from nemo_advrm.megatron.schedule import Microbatch, Sums, forward_backward, microbatch_rows
+from nemo_advrm.engine import checkpoint, runtime
+from nemo_advrm.engine.log_probs import log_probs_and_entropy
+from nemo_advrm.engine.model import MegatronModel, build_model
+from nemo_advrm.engine.optim import MegatronOptimizer
+from nemo_advrm.engine.schedule import Microbatch, Sums, forward_backward, microbatch_rows
 from nemo_advrm.models.scoring import rows_to_microbatch
 from nemo_advrm.models.trainable import TrainableModel, derive_seed, shard_rows, total_steps
 

@@ -18,14 +18,14 @@ from nemo_advrm.data.jsonl import BadRow
 from nemo_advrm.data.messages import Message, place_of
 from nemo_advrm.data.preferences import raise_or_count
 from nemo_advrm.data.tokenizers import Tokenizer
+from nemo_advrm.engine import phases, runtime
+from nemo_advrm.engine.generation import generate, uniforms
+from nemo_advrm.engine.log_probs import log_probs_and_entropy
+from nemo_advrm.engine.model import MegatronModel
+from nemo_advrm.engine.optim import MegatronOptimizer
+from nemo_advrm.engine.sampling import Sampling
+from nemo_advrm.engine.schedule import Sums, forward_backward, microbatch_rows
 from nemo_advrm.errors import ConfigError, DataError
-from nemo_advrm.megatron import phases, runtime
-from nemo_advrm.megatron.generation import generate, uniforms
-from nemo_advrm.megatron.log_probs import log_probs_and_entropy
-from nemo_advrm.megatron.model import MegatronModel
-from nemo_advrm.megatron.optim import MegatronOptimizer
-from nemo_advrm.megatron.sampling import Sampling
-from nemo_advrm.megatron.schedule import Sums, forward_backward, microbatch_rows
 from nemo_advrm.models.critic import Critic
 from nemo_advrm.models.language_model import build_policy
 from nemo_advrm.models.rollout_batch import RolloutBatch, response_log_probs

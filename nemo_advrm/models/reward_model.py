@@ -13,11 +13,10 @@ from nemo_advrm.config.schema import Config
 from nemo_advrm.data.batching import BatchSchedule, pad_rows
 from nemo_advrm.data.encoding import EncodedPair
 from nemo_advrm.data.tokenizers import Tokenizer
-from nemo_advrm.errors import ConfigError
-from nemo_advrm.megatron import checkpoint, runtime
-from nemo_advrm.megatron.model import MegatronModel, build_model
-from nemo_advrm.megatron.optim import MegatronOptimizer
-from nemo_advrm.megatron.schedule import (
+from nemo_advrm.engine import checkpoint, runtime
+from nemo_advrm.engine.model import MegatronModel, build_model
+from nemo_advrm.engine.optim import MegatronOptimizer
+from nemo_advrm.engine.schedule import (
     Microbatch,
     Sums,
     evaluate,
@@ -26,6 +25,7 @@ from nemo_advrm.megatron.schedule import (
     reduce_metrics,
     sequence_multiple,
 )
+from nemo_advrm.errors import ConfigError
 from nemo_advrm.models.trainable import Batches, TrainableModel, derive_seed, shard_rows, total_steps
 from nemo_advrm.objectives.accuracy import right_of_pairs
 from nemo_advrm.objectives.losses import preference_loss, regression

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nemo_advrm.megatron import runtime
-from nemo_advrm.megatron.log_probs import log_probs_and_entropy
-from nemo_advrm.megatron.model import MegatronModel
-from nemo_advrm.megatron.schedule import Microbatch, forward, microbatch_rows
+from nemo_advrm.engine import runtime
+from nemo_advrm.engine.log_probs import log_probs_and_entropy
+from nemo_advrm.engine.model import MegatronModel
+from nemo_advrm.engine.schedule import Microbatch, forward, microbatch_rows
 from nemo_advrm.models.language_model import EncodedResponse, response_microbatch
 from nemo_advrm.rewards.base import Rollouts
 

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from nemo_advrm.data.batching import pad_rows
-from nemo_advrm.megatron import runtime
-from nemo_advrm.megatron.model import MegatronModel
-from nemo_advrm.megatron.schedule import Microbatch, forward, microbatch_rows, sequence_multiple
+from nemo_advrm.engine import runtime
+from nemo_advrm.engine.model import MegatronModel
+from nemo_advrm.engine.schedule import Microbatch, forward, microbatch_rows, sequence_multiple
 
 
 def rows_to_microbatch(model: MegatronModel, rows: list[list[int]], pad_id: int) -> Microbatch:

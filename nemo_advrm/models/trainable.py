@@ -17,11 +17,11 @@ from omegaconf import OmegaConf
 from nemo_advrm.config.schema import Config
 from nemo_advrm.data.batching import BatchSchedule, shard
 from nemo_advrm.data.tokenizers import Tokenizer
+from nemo_advrm.engine import phases, runtime, throughput
+from nemo_advrm.engine.model import MegatronModel
+from nemo_advrm.engine.optim import MegatronOptimizer, learning_rate
+from nemo_advrm.engine.strategy import StepCounter
 from nemo_advrm.errors import TrainingDiverged
-from nemo_advrm.megatron import phases, runtime, throughput
-from nemo_advrm.megatron.model import MegatronModel
-from nemo_advrm.megatron.optim import MegatronOptimizer, learning_rate
-from nemo_advrm.megatron.strategy import StepCounter
 from nemo_advrm.seeds import derive_seed
 
 Row = TypeVar("Row")

@@ -120,7 +120,7 @@ class Rlhf:
 
 @dataclass(frozen=True)
 class BestOfN:
-    """One reward's curve of best-of-n (see `stages.best_of_n`); gold_S is NaN without a gold reward."""
+    """One reward's curve of best-of-n (see `evaluation.best_of_n`); gold_S is NaN without a gold reward."""
 
     name: str
     n_S: NDArray[np.int64]

@@ -56,8 +56,8 @@ class SourceSpec:
 
 
 def reward_meta(spec: SourceSpec) -> dict[str, Any]:
-    from nemo_advrm.megatron import checkpoint
-    from nemo_advrm.megatron.description import check_size
+    from nemo_advrm.engine import checkpoint
+    from nemo_advrm.engine.description import check_size
 
     meta = checkpoint.read_meta(spec.path)
     if meta["head"] != "reward":

@@ -16,8 +16,8 @@ from nemo_advrm.data.encoding import EncodedPair
 from nemo_advrm.data.messages import Message, prompt_key
 from nemo_advrm.data.preference_rows import PreferencePair
 from nemo_advrm.data.tokenizers import HFTokenizer, Tokenizer
+from nemo_advrm.engine import checkpoint, manifest, runtime
 from nemo_advrm.errors import CheckpointError, ConfigError, DataError
-from nemo_advrm.megatron import checkpoint, manifest, runtime
 from nemo_advrm.models.language_model import build_policy
 from nemo_advrm.objectives.bradley_terry import fit_weights
 from nemo_advrm.rewards.base import Rollouts

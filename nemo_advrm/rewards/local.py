@@ -16,7 +16,7 @@ from nemo_advrm.rewards.base import Rollouts, as_scores
 from nemo_advrm.rewards.encoding import token_sequences
 
 if TYPE_CHECKING:
-    from nemo_advrm.megatron.model import MegatronModel
+    from nemo_advrm.engine.model import MegatronModel
 
 
 class MegatronReward:

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from nemo_advrm.engine import phases, runtime
 from nemo_advrm.errors import RewardSourceError, UserError
-from nemo_advrm.megatron import phases, runtime
 
 
 def once_per_replica(name: str, work: Callable[[], Tensor]) -> Tensor:

@@ -226,7 +226,7 @@ def _check_nemo(spec: SourceSpec, cfg: Config, world_size: int) -> None:
 
 
 def _takes_engine(cfg: Config) -> bool:
-    from nemo_advrm.megatron import engine, runtime
+    from nemo_advrm.engine import engine, runtime
 
     return engine.usable(runtime.uses_gpu(cfg.trainer.accelerator))
 
@@ -234,7 +234,7 @@ def _takes_engine(cfg: Config) -> bool:
 def _converted(spec: SourceSpec, cfg: Config) -> Path:
     """The .nemo file as a checkpoint below ``run_dir``, made when it is first used; another file is converted anew."""
     from nemo_advrm.convert.conversion import convert
-    from nemo_advrm.megatron import runtime
+    from nemo_advrm.engine import runtime
 
     try:
         stat = spec.path.stat()

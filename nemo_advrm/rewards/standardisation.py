@@ -12,8 +12,8 @@ from torch import Tensor
 
 from nemo_advrm.data.jsonl import write_jsonl_atomic
 from nemo_advrm.data.tokenizers import Tokenizer
+from nemo_advrm.engine import runtime
 from nemo_advrm.errors import ConfigError, DataError, UserError
-from nemo_advrm.megatron import runtime
 from nemo_advrm.objectives.reference import MemberStatistics, fit_members
 from nemo_advrm.objectives.uncertainty import FORMULAS, same_as
 from nemo_advrm.rewards.base import RewardSource, Rollouts, checked_scores

@@ -20,8 +20,8 @@ def compare(path: str, out: str, texts: list[str]) -> dict[str, Any]:
     from nemo_aligner.models.nlp.gpt.megatron_gpt_reward_model import MegatronGPTRewardModel
     from nemo_aligner.utils.train_script_utils import init_distributed
 
-    from nemo_advrm.aligner import MegatronGPTFP8RewardModel, fp8
     from nemo_advrm.errors import ConfigError
+    from nemo_advrm.integrations.nemo_aligner import MegatronGPTFP8RewardModel, fp8
 
     def opened(cls: Any, settings: dict[str, Any], path: str = path) -> Any:
         rm, trainer = _load(path, cls, "rm", settings)

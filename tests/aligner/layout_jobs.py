@@ -16,7 +16,7 @@ def refusals(ranks: int) -> dict[str, str]:
     from nemo_aligner.utils import parallel_state
     from omegaconf import OmegaConf
 
-    import nemo_advrm.aligner as plug_in
+    import nemo_advrm.integrations.nemo_aligner as plug_in
 
     def told(make: Callable[..., Any], *arguments: Any) -> str:
         try:

@@ -23,7 +23,7 @@ from nemo_advrm.data.nemo_aligner_rows import write_nemo_aligner
 from nemo_advrm.data.pair_store import AdversarialPair, PairStore, Provenance
 from nemo_advrm.data.preferences import load_preferences
 from nemo_advrm.data.tokenizers import build_tokenizer
-from nemo_advrm.megatron.runtime import Layout, Runtime
+from nemo_advrm.engine.runtime import Layout, Runtime
 
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
 TEXT = "the cat sat on a mat and dog ran to red big house with small blue tree good bad answer yes no why because"

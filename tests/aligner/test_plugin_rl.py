@@ -19,7 +19,7 @@ from nemo_advrm.config import load_config
 from nemo_advrm.config.schema import ConvertConfig
 from nemo_advrm.convert.conversion import convert
 from nemo_advrm.data.pair_store import PairStore
-from nemo_advrm.megatron.runtime import Runtime
+from nemo_advrm.engine.runtime import Runtime
 from nemo_advrm.objectives.adversarial import apply_length_penalty, paper_reward
 from nemo_advrm.objectives.reference import z_scores
 from nemo_advrm.rewards.reference import Reference
@@ -212,7 +212,7 @@ def test_a_critic_that_dies_ends_the_training_with_its_name(
 
 def select_pairs_of(out: Path) -> None:
     """``nemo-advrm select`` reads what the actor recorded."""
-    from nemo_advrm.stages import select
+    from nemo_advrm.attacks import select
 
     cfg = load_config([f"run_dir={out}", "selection.threshold_z=-100"])
     counts = select.select_round(cfg, out, 0, 0)

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from nemo_advrm.aligner.layout import refuse_shared_sequences
 from nemo_advrm.errors import ConfigError
+from nemo_advrm.integrations.nemo_aligner.layout import refuse_shared_sequences
 
 
 def test_one_rank_a_sequence_is_taken() -> None:

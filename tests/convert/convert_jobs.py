@@ -11,11 +11,11 @@ from tiny import TOKENIZER, tiny_config
 from nemo_advrm.config.layout import at_layout
 from nemo_advrm.config.schema import PrecisionConfig
 from nemo_advrm.convert.megatron import read_model
-from nemo_advrm.megatron import checkpoint, runtime
-from nemo_advrm.megatron.generation import generate
-from nemo_advrm.megatron.model import MegatronModel, build_model
-from nemo_advrm.megatron.sampling import Sampling
-from nemo_advrm.megatron.schedule import Microbatch, forward
+from nemo_advrm.engine import checkpoint, runtime
+from nemo_advrm.engine.generation import generate
+from nemo_advrm.engine.model import MegatronModel, build_model
+from nemo_advrm.engine.sampling import Sampling
+from nemo_advrm.engine.schedule import Microbatch, forward
 from nemo_advrm.models.scoring import score_sequences
 
 

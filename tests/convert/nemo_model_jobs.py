@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from tiny import TOKENIZER, pairs, sequences, tiny_config
 
+from nemo_advrm.engine import runtime
 from nemo_advrm.errors import CheckpointError
-from nemo_advrm.megatron import runtime
 from nemo_advrm.models.policy import PolicyModel
 from nemo_advrm.models.reward_model import RewardModel
 from nemo_advrm.models.scoring import score_sequences

@@ -25,8 +25,8 @@ from nemo_advrm.convert import hf_sink, megatron
 from nemo_advrm.convert.dist_weights import StackedReader, StackedWriter
 from nemo_advrm.convert.partial import PartialDirectory
 from nemo_advrm.convert.tensors import TensorSpec
+from nemo_advrm.engine import checkpoint
 from nemo_advrm.errors import CheckpointError, ConfigError, LayoutError, UserError
-from nemo_advrm.megatron import checkpoint
 from nemo_advrm.place import host_name
 
 Tensors = dict[str, torch.Tensor]

@@ -10,9 +10,9 @@ import convert_jobs
 import pytest
 from conftest import run
 
+from nemo_advrm.engine import manifest
+from nemo_advrm.engine.runtime import Runtime
 from nemo_advrm.errors import CheckpointError
-from nemo_advrm.megatron import manifest
-from nemo_advrm.megatron.runtime import Runtime
 
 
 @pytest.fixture

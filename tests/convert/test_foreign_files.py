@@ -19,10 +19,10 @@ from nemo_advrm.convert.conversion import _config_facts
 from nemo_advrm.data.nemo_tokenizer import NemoTokenizer
 from nemo_advrm.data.reading import ReadingRule, rule_in_config
 from nemo_advrm.data.tokenizers import build_tokenizer
+from nemo_advrm.engine import checkpoint, manifest
+from nemo_advrm.engine.runtime import Runtime
 from nemo_advrm.errors import CheckpointError, DataError, UserError
 from nemo_advrm.foreign_files import parse_yaml, read_json_object
-from nemo_advrm.megatron import checkpoint, manifest
-from nemo_advrm.megatron.runtime import Runtime
 from nemo_advrm.rewards.sources import load_members
 
 DEEP, LONG = "[" * 100_000, "9" * 5_000

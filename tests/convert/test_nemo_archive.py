@@ -16,8 +16,8 @@ from conftest import run
 from nemo_advrm.convert import nemo_archive
 from nemo_advrm.convert.nemo_archive import NemoArchive
 from nemo_advrm.convert.nemo_file import NemoSource
+from nemo_advrm.engine.weights_metadata import read_metadata
 from nemo_advrm.errors import CheckpointError
-from nemo_advrm.megatron.weights_metadata import read_metadata
 
 REAL = Path(__file__).parent / "nemo_aligner" / "reward_model.nemo"
 

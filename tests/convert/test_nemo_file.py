@@ -29,8 +29,8 @@ from nemo_advrm.convert.nemo_config import read_model, write_config
 from nemo_advrm.convert.nemo_file import NemoSource
 from nemo_advrm.convert.nemo_tokenizer_files import pack_tokenizer, unpack_tokenizer
 from nemo_advrm.data.tokenizers import ByteTokenizer, build_tokenizer
+from nemo_advrm.engine.runtime import Layout, Runtime
 from nemo_advrm.errors import CheckpointError, LayoutError
-from nemo_advrm.megatron.runtime import Layout, Runtime
 from nemo_advrm.rewards.base import Rollouts
 from nemo_advrm.rewards.encoding import encode_rendered
 from nemo_advrm.rewards.sources import check, load_members, parse

@@ -19,8 +19,8 @@ from tiny import pairs, tiny_config
 
 from nemo_advrm import cli
 from nemo_advrm.convert.nemo_file import NemoSource
+from nemo_advrm.engine.runtime import Layout, Runtime
 from nemo_advrm.errors import CheckpointError
-from nemo_advrm.megatron.runtime import Layout, Runtime
 from nemo_advrm.models.language_model import SupervisedModel
 from nemo_advrm.models.policy import PolicyModel
 from nemo_advrm.models.reward_model import RewardModel

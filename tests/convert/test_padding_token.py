@@ -16,7 +16,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from nemo_advrm.convert.padding_token import NEW_TOKEN
 from nemo_advrm.data.messages import Message
 from nemo_advrm.data.tokenizers import HFTokenizer
-from nemo_advrm.megatron.runtime import Runtime
+from nemo_advrm.engine.runtime import Runtime
 
 CONVERSATIONS = [("Hi", "Hello."), ("What is two and two?", "It is four, I think."), ("Sing", "La la la"), ("So", "")]
 END = 2  # <|im_end|>, with which the template ends a turn

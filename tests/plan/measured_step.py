@@ -19,11 +19,11 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from nemo_advrm.config.schema import ModelConfig, OptimConfig, PrecisionConfig
-from nemo_advrm.megatron import runtime
-from nemo_advrm.megatron.log_probs import log_probs_and_entropy
-from nemo_advrm.megatron.model import MegatronModel, build_model
-from nemo_advrm.megatron.optim import MegatronOptimizer
-from nemo_advrm.megatron.schedule import Microbatch, Sums, forward_backward
+from nemo_advrm.engine import runtime
+from nemo_advrm.engine.log_probs import log_probs_and_entropy
+from nemo_advrm.engine.model import MegatronModel, build_model
+from nemo_advrm.engine.optim import MegatronOptimizer
+from nemo_advrm.engine.schedule import Microbatch, Sums, forward_backward
 from nemo_advrm.quiet import quiet_libraries
 
 VOCABULARY = 512

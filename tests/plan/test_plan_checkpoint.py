@@ -9,13 +9,13 @@ import pytest
 from tiny import TOKENIZER, pairs, tiny_config
 
 from nemo_advrm.config import load_config
-from nemo_advrm.megatron import checkpoint
-from nemo_advrm.megatron.file_writers import FileWriters
-from nemo_advrm.megatron.planner.jobs import job_of
-from nemo_advrm.megatron.planner.memory import GIB, all_stages, checkpoint_copy_bytes
-from nemo_advrm.megatron.planner.text import memory_table
-from nemo_advrm.megatron.runtime import Runtime
+from nemo_advrm.engine import checkpoint
+from nemo_advrm.engine.file_writers import FileWriters
+from nemo_advrm.engine.runtime import Runtime
 from nemo_advrm.models.reward_model import RewardModel
+from nemo_advrm.plan.jobs import job_of
+from nemo_advrm.plan.memory import GIB, all_stages, checkpoint_copy_bytes
+from nemo_advrm.plan.text import memory_table
 
 LLAMA_70B = ["model=llama3_70b", "parallel=llama3_70b_32xh100_tp8_pp4"]
 

@@ -14,7 +14,7 @@ import pytest
 from megatron.core.pipeline_parallel.schedules import get_pp_rank_microbatches
 
 from nemo_advrm.config.schema import Config, ModelConfig
-from nemo_advrm.megatron.planner.activations import (
+from nemo_advrm.plan.activations import (
     ON_CPU,
     PLAIN,
     Microbatch,
@@ -25,8 +25,8 @@ from nemo_advrm.megatron.planner.activations import (
     on_gpu,
     peak_bytes,
 )
-from nemo_advrm.megatron.planner.memory import in_flight, optimizer_bytes, weight_bytes
-from nemo_advrm.megatron.planner.parameters import Parameters, model_parameters
+from nemo_advrm.plan.memory import in_flight, optimizer_bytes, weight_bytes
+from nemo_advrm.plan.parameters import Parameters, model_parameters
 
 VOCABULARY = 512
 

@@ -10,18 +10,18 @@ from typing import Any
 import pytest
 from recipes import RECIPES, Recipe
 
+from nemo_advrm.commands import plan
 from nemo_advrm.config import load_config
 from nemo_advrm.config.layout import layers_per_stage, validate_layout
 from nemo_advrm.config.schema import Config, ModelConfig
 from nemo_advrm.errors import ConfigError, LayoutError
-from nemo_advrm.megatron.planner.activations import Microbatch
-from nemo_advrm.megatron.planner.flops import Clock, layer_flops, step_tokens
-from nemo_advrm.megatron.planner.jobs import job_of, models_of
-from nemo_advrm.megatron.planner.memory import GIB, all_stages, cache_bytes, rank_memory
-from nemo_advrm.megatron.planner.parameters import model_parameters
-from nemo_advrm.megatron.planner.search import budget, greatest_memory, search, single_changes
-from nemo_advrm.megatron.planner.text import memory_table
-from nemo_advrm.stages import plan
+from nemo_advrm.plan.activations import Microbatch
+from nemo_advrm.plan.flops import Clock, layer_flops, step_tokens
+from nemo_advrm.plan.jobs import job_of, models_of
+from nemo_advrm.plan.memory import GIB, all_stages, cache_bytes, rank_memory
+from nemo_advrm.plan.parameters import model_parameters
+from nemo_advrm.plan.search import budget, greatest_memory, search, single_changes
+from nemo_advrm.plan.text import memory_table
 
 by_name = pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name)
 LLAMA_70B = ("model=llama3_70b", "parallel=llama3_70b_32xh100_tp8_pp4")

@@ -7,7 +7,7 @@ from tiny import TOKENIZER, tiny_config
 
 from nemo_advrm.data.encoding import encode_pairs
 from nemo_advrm.data.preference_rows import PreferencePair
-from nemo_advrm.megatron import runtime
+from nemo_advrm.engine import runtime
 from nemo_advrm.rewards.features import HybridReward
 from nemo_advrm.rewards.hybrid import fit_features
 from nemo_advrm.rewards.sources import load_members

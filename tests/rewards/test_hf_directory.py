@@ -15,17 +15,17 @@ from reward_members import rollouts, save_hf_reward
 from safetensors.torch import load_file, save_file
 from tiny import TOKENIZER, tiny_config
 
+from nemo_advrm.commands.evaluate import _rollouts
 from nemo_advrm.convert.hf_source import HFSource
 from nemo_advrm.data.messages import Message
 from nemo_advrm.data.tokenizers import HFTokenizer
 from nemo_advrm.data.vocabulary import check_vocabulary
+from nemo_advrm.engine.runtime import Runtime
 from nemo_advrm.errors import CheckpointError, ConfigError, DataError
-from nemo_advrm.megatron.runtime import Runtime
 from nemo_advrm.models.policy import Prompt
 from nemo_advrm.rewards.hf import HFReward, check_directory
 from nemo_advrm.rewards.limits import longest_row, prompts_with_room
 from nemo_advrm.rewards.sources import check, load_members, parse
-from nemo_advrm.stages.evaluate import _rollouts
 
 
 @pytest.fixture(scope="module")

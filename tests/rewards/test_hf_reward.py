@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_config
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from nemo_advrm.engine.runtime import Runtime
 from nemo_advrm.errors import CheckpointError, RewardSourceError
-from nemo_advrm.megatron.runtime import Runtime
 from nemo_advrm.rewards.hf import HFReward
 
 

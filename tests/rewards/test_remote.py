@@ -16,8 +16,8 @@ from reward_members import rollouts
 from tiny import TOKENIZER
 
 from nemo_advrm.config.schema import RemoteConfig
+from nemo_advrm.engine.runtime import Layout
 from nemo_advrm.errors import RewardSourceError
-from nemo_advrm.megatron.runtime import Layout
 from nemo_advrm.rewards.remote import ServerReward, TritonReward, connect
 
 FAST = RemoteConfig(timeout_seconds=1.0, deadline_seconds=4.0, connect_seconds=1.0, rows_per_request=3)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from nemo_advrm.commands import evaluate
 from nemo_advrm.config.schema import AdversarialConfig
 from nemo_advrm.errors import CheckpointError, ConfigError, RewardSourceError
 from nemo_advrm.objectives.reference import MemberStatistics, fit_members
@@ -22,7 +23,6 @@ from nemo_advrm.rewards.base import Rollouts, as_scores, checked_scores, source_
 from nemo_advrm.rewards.ensemble import AdversarialReward, UncertaintyReward
 from nemo_advrm.rewards.local import FunctionReward, build_gold
 from nemo_advrm.rewards.reference import Reference, standardise
-from nemo_advrm.stages import evaluate
 
 # scores of members A, B, C for the responses "a" and "b"
 SCORES = {"A": {"a": 3.0, "b": -2.0}, "B": {"a": 1.0, "b": 0.0}, "C": {"a": 2.0, "b": 5.0}}

@@ -12,10 +12,10 @@ from reward_members import rollouts, save_hf_reward, save_megatron
 from tiny import TOKENIZER, VOCABULARY, tiny_config
 
 from nemo_advrm.data.tokenizers import ByteTokenizer
+from nemo_advrm.engine import checkpoint
+from nemo_advrm.engine.model import build_model
+from nemo_advrm.engine.runtime import Runtime
 from nemo_advrm.errors import CheckpointError, ConfigError, LayoutError
-from nemo_advrm.megatron import checkpoint
-from nemo_advrm.megatron.model import build_model
-from nemo_advrm.megatron.runtime import Runtime
 from nemo_advrm.rewards.sources import build, check, for_scoring, load_members, parse, parse_members
 
 

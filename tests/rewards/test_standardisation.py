@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from nemo_advrm.commands import evaluate
 from nemo_advrm.config import load_config
 from nemo_advrm.data.jsonl import write_jsonl_atomic
 from nemo_advrm.data.tokenizers import ByteTokenizer
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.rewards.local import FunctionReward
 from nemo_advrm.rewards.standardisation import described, read_statistics, write_statistics
-from nemo_advrm.stages import evaluate
 
 pytestmark = pytest.mark.usefixtures("single")
 

@@ -22,8 +22,8 @@ from nemo_advrm.config.schema import ConvertConfig
 from nemo_advrm.convert.conversion import convert
 from nemo_advrm.data.reading import ANSWER, KEY, ReadingRule, say_old_rule
 from nemo_advrm.data.tokenizers import HFTokenizer
+from nemo_advrm.engine.runtime import Runtime
 from nemo_advrm.errors import CheckpointError
-from nemo_advrm.megatron.runtime import Runtime
 from nemo_advrm.rewards.base import RewardSource, Rollouts
 from nemo_advrm.rewards.checkpoints import member_tokenizer
 from nemo_advrm.rewards.hf import HFReward

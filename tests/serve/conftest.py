@@ -19,7 +19,7 @@ import torch
 from reward_members import rollouts, save_megatron
 from tiny import TOKENIZER, tiny_config
 
-from nemo_advrm.megatron.runtime import Runtime
+from nemo_advrm.engine.runtime import Runtime
 from nemo_advrm.rewards.ensemble import UncertaintyReward
 from nemo_advrm.rewards.sources import load_members
 

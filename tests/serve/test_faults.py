@@ -20,7 +20,7 @@ from tiny import tiny_config
 
 from nemo_advrm import cli
 from nemo_advrm.config.schema import Config
-from nemo_advrm.megatron.runtime import Runtime
+from nemo_advrm.engine.runtime import Runtime
 from nemo_advrm.rewards.sources import build, parse
 
 JSON = {"content-type": "application/json"}

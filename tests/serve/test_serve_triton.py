@@ -11,12 +11,12 @@ import pytest
 from conftest import ServerProcess
 
 from nemo_advrm import cli
+from nemo_advrm.commands import serve
 from nemo_advrm.config.schema import ServeConfig
 from nemo_advrm.serve import kserve
 from nemo_advrm.serve.bounds import Bounds
 from nemo_advrm.serve.samples import Sample
 from nemo_advrm.serve.triton_bridge import encode
-from nemo_advrm.stages import serve
 
 BOUNDS = Bounds.of(ServeConfig())
 

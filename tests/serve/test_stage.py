@@ -16,17 +16,18 @@ from reward_members import one_step_of_rl, rollouts, save_hf_reward
 from tiny import TOKENIZER, tiny_config
 
 from nemo_advrm import cli
+from nemo_advrm.commands import serve
 from nemo_advrm.config import load_config
 from nemo_advrm.config.schema import AdversarialConfig
 from nemo_advrm.data.jsonl import read_jsonl, write_jsonl_atomic
+from nemo_advrm.engine.runtime import Runtime
 from nemo_advrm.errors import ConfigError
-from nemo_advrm.megatron.runtime import Runtime
 from nemo_advrm.objectives.reference import fit_members
 from nemo_advrm.place import host_name
 from nemo_advrm.rewards.ensemble import AdversarialReward, UncertaintyReward
 from nemo_advrm.rewards.reference import Reference
 from nemo_advrm.rewards.sources import load_members
-from nemo_advrm.stages import serve, session
+from nemo_advrm.run_directory import run_dir
 from nemo_advrm.writers import release_all
 
 
@@ -47,7 +48,7 @@ def test_what_cannot_be_served_is_refused(
     assert "the token file" in _fails(capsys, run, member, f"serve.token_file={tmp_path / 'none'}")
     assert "serve.reference_path" in _fails(capsys, run, member, "serve.reward=adversarial")
     assert "no such checkpoint" in _fails(capsys, run, "ensemble.members=[nowhere/model]")
-    monkeypatch.setattr(session, "start", lambda cfg: SimpleNamespace(world_size=4, dp_size=2))
+    monkeypatch.setattr(run_dir, "start", lambda cfg: SimpleNamespace(world_size=4, dp_size=2))
     assert re.search("4 holds 2 replicas.*tensor.*pipeline.*context_parallel_size", _fails(capsys, run, member))
     assert not (tmp_path / "run").exists()
 

@@ -1,0 +1,198 @@
+"""Stage ``attack``: trains adversarial policies against an ensemble of reward models and records what they find."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback
+
+from nemo_advrm.attacks import summary_file
+from nemo_advrm.attacks.success import HELD_OUT_REFERENCE, HeldOut, held_out_set
+from nemo_advrm.attacks.summary import check_samples, line, of_adversary, of_direction
+from nemo_advrm.config.schema import Config
+from nemo_advrm.config.validation import check_held_out
+from nemo_advrm.data import inputs
+from nemo_advrm.data.jsonl import read_jsonl, write_jsonl_atomic
+from nemo_advrm.data.messages import Message
+from nemo_advrm.data.tokenizers import Tokenizer, build_tokenizer
+from nemo_advrm.engine import checkpoint, manifest, runtime, stopping
+from nemo_advrm.errors import ConfigError
+from nemo_advrm.models.language_model import build_policy
+from nemo_advrm.models.policy import AdversarialPolicy, Prompt, encode_prompts
+from nemo_advrm.models.trainable import derive_seed
+from nemo_advrm.pipeline.dag import policy_name
+from nemo_advrm.rewards.base import RewardSource
+from nemo_advrm.rewards.ensemble import AdversarialReward
+from nemo_advrm.rewards.finds import FindRule, asks_others
+from nemo_advrm.rewards.limits import prompts_with_room
+from nemo_advrm.rewards.local import build_gold
+from nemo_advrm.rewards.reference import Reference
+from nemo_advrm.rewards.sources import load_members
+from nemo_advrm.rollouts.sft_responses import read_reference, sample, write_reference
+from nemo_advrm.run_directory import results, run_dir
+from nemo_advrm.training.callbacks.finds import EnoughFinds
+from nemo_advrm.training.callbacks.rollouts import TrajectoryRecorder
+from nemo_advrm.training.run_training import drop_training_checkpoints, fit, records, tokenizer_meta
+
+
+def main(cfg: Config) -> int:
+    """Attack ``ensemble.members`` from the policy ``pretrained_checkpoint.restore_from_path``."""
+    if len(cfg.ensemble.members) < 2:
+        raise ConfigError("ensemble.members must name at least 2 reward models, the attacked one first")
+    if not cfg.pretrained_checkpoint.restore_from_path:
+        raise ConfigError("pretrained_checkpoint.restore_from_path is not set: name the policy the attack starts from")
+    check_directions(cfg, len(cfg.ensemble.members))
+    check_held_out(cfg, "adversarial.held_out_prompts", cfg.adversarial.held_out_prompts)
+    run_dir.start(cfg)
+    directory = Path(cfg.run_dir)
+    tokenizer = build_tokenizer(cfg.model.tokenizer)
+    prompts = encode_prompts(attack_prompts(cfg), tokenizer, cfg)
+    members = load_members(cfg, cfg.ensemble.members, tokenizer)
+    prompts = prompts_with_room(prompts, tokenizer.fingerprint, members, cfg)
+    run_dir.claim(cfg, directory, "attack")
+    gold = build_gold(cfg.pipeline.gold)
+    if not runtime.on_writer((directory / "reference.jsonl").exists):
+        policy = build_policy(cfg, tokenizer, cfg.pretrained_checkpoint.restore_from_path, 0, trainable=False)
+        count = cfg.reference.samples_per_prompt
+        rollouts = sample(cfg, tokenizer, policy, prompts, count, derive_seed(cfg.seed, "reference"))
+        write_reference(directory / "reference.jsonl", rollouts, count, members, gold)
+    reference = runtime.on_writer(lambda: read_reference(directory / "reference.jsonl", prompts))
+    attack = Attack(cfg, tokenizer, directory / "attack", prompts, members, reference, gold, cfg.seed)
+    summary = attack.run()
+    if runtime.current().is_writer:
+        for direction, found in summary["directions"].items():
+            print(line(direction, found))
+        print(f"samples: {directory / 'attack' / 'samples.jsonl'}  (next: nemo-advrm select run_dir={cfg.run_dir})")
+    return 0
+
+
+def check_directions(cfg: Config, members: int) -> None:
+    """Raise ConfigError when a member that is to be attacked does not exist."""
+    for direction in cfg.adversarial.directions:
+        if not 1 <= direction <= members:
+            raise ConfigError(
+                f"adversarial.directions={cfg.adversarial.directions}: there is no member {direction}, the ensemble "
+                f"has {members} (ensemble.size, ensemble.members)"
+            )
+
+
+def attack_prompts(cfg: Config) -> list[tuple[Message, ...]]:
+    """The prompts of the reference and the attack, at most ``reference.num_prompts``."""
+    if cfg.data.prompts_path or cfg.data.train_path:
+        return inputs.prompts(cfg)[: cfg.reference.num_prompts]
+    if cfg.pipeline.gold == "synthetic":
+        from nemo_advrm.synthetic.corpus import sample_prompts
+
+        return sample_prompts(cfg.reference.num_prompts, derive_seed(cfg.seed, "attack prompts"))
+    raise ConfigError("data.prompts_path is not set: name a file of prompts")
+
+
+@dataclass(frozen=True)
+class Attack:
+    """Adversaries of every direction in ``directory``: what they attack, from which prompts, by which random numbers.
+
+    Args:
+        prompts: those of ``reference``, in its order.
+        gold: measures success; None where there is none.
+        seed: of the adversaries; those of two directions, and of one, differ.
+    """
+
+    cfg: Config
+    tokenizer: Tokenizer
+    directory: Path
+    prompts: list[Prompt]
+    members: list[RewardSource]
+    reference: Reference
+    gold: RewardSource | None
+    seed: int
+
+    def run(self) -> dict[str, Any]:
+        """Train all adversaries that are not trained yet, one after the other, and join what they leave."""
+        again = "what the attacks have left is joined again"
+        finished = results.finished(self.directory, "summary.json", (), summary_file.wrong_attack, again)
+        if finished is not None:
+            runtime.on_writer(lambda: check_samples(self.directory))
+            return finished
+        for direction in self.cfg.adversarial.directions:
+            for number in range(self.cfg.adversarial.policies):
+                name = policy_name(direction, number)
+                stopping.leave_if_asked(f"before the attack of {name}: the same command goes on there")
+                self.train(direction, number)
+        return join_attacks(self.cfg, self.directory)
+
+    def train(self, direction: int, number: int) -> None:
+        """Train one adversary into its own directory below ``directory``; a finished one is not redone.
+
+        Adversaries are independent of each other: several processes may train in one ``directory``.
+        """
+        home = self.directory / policy_name(direction, number)
+        if _finished_adversary(home) is None:
+            held_out = held_out_set(
+                self.cfg, self.tokenizer, self.directory, self.prompts, self.members, self.gold
+            )
+            self._train(home, direction, derive_seed(self.seed, "attack", direction, number), held_out)
+
+    def _train(self, home: Path, direction: int, seed: int, held_out: HeldOut | None) -> None:
+        """One adversary, into ``home``."""
+        started = time.monotonic()
+        cfg = self.cfg
+        reward = AdversarialReward(self.members, cfg.adversarial, self.reference, direction - 1)
+        start = cfg.pretrained_checkpoint.restore_from_path
+        module = AdversarialPolicy(cfg, self.tokenizer, self.prompts, reward, start, seed)
+        recorder = TrajectoryRecorder(home / "samples.jsonl", direction, self.reference, self.gold)
+        fit(module, cfg, home, f"attack on R_{direction}", [recorder, *self._early_end(recorder)], 0)
+        measured = None
+        if held_out is not None:
+            measured = held_out.measure(module.model, direction, home)
+        limit = cfg.trainer.timeout_minutes
+        checkpoint.save(home / "model", module.model, meta=tokenizer_meta(module), limit_minutes=limit)
+        seconds = time.monotonic() - started
+        summary = runtime.on_writer(lambda: of_adversary(home, seconds, measured))
+        results.mark(home, "summary.json", summary, records(home))
+        drop_training_checkpoints(home)
+        module.release()
+
+    def _early_end(self, recorder: TrajectoryRecorder) -> list[Callback]:
+        """What ends an adversary's training when it has found its share of ``adversarial.enough``."""
+        options = self.cfg.adversarial
+        if not options.enough:
+            return []
+        rule = FindRule(self.cfg, self.reference, recorder.direction, self.tokenizer)
+        return [EnoughFinds(recorder, rule, -(-options.enough // options.policies))]
+
+
+def _finished_adversary(home: Path) -> dict[str, Any] | None:
+    return results.finished(home, "summary.json", (), summary_file.wrong_adversary)
+
+
+def join_attacks(cfg: Config, directory: Path) -> dict[str, Any]:
+    """Join what the adversaries have left: ``samples.jsonl``, ``metrics.jsonl``, the ``summary.json`` of all."""
+    homes: dict[int, list[Path]] = {
+        direction: [directory / policy_name(direction, i) for i in range(cfg.adversarial.policies)]
+        for direction in cfg.adversarial.directions
+    }
+    found = {
+        str(direction): of_direction([_finished_adversary(home) or {} for home in own])
+        for direction, own in homes.items()
+    }
+    result = {
+        "directions": found,
+        "threshold_z": cfg.selection.threshold_z,
+        "by_disagreement": asks_others(cfg.adversarial),
+    }
+    everyone = [home for own in homes.values() for home in own]
+    runtime.on_writer(lambda: _join_records(directory, everyone))
+    # not samples.jsonl, in which selection marks rows; its rows are counted
+    left = [f"{home.name}/{name}" for home in everyone for name in (manifest.NAME, "summary.json")]
+    left += [name for name in ("metrics.jsonl", HELD_OUT_REFERENCE) if (directory / name).exists()]
+    results.mark(directory, "summary.json", result, left)
+    return result
+
+
+def _join_records(directory: Path, homes: list[Path]) -> None:
+    for name in ("samples.jsonl", "metrics.jsonl"):
+        files = [home / name for home in homes]
+        write_jsonl_atomic(directory / name, (row for file in files for _, row in read_jsonl(file)))

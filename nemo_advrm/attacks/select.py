@@ -1,0 +1,269 @@
+"""Stage ``select``: picks adversarial samples, pairs them with SFT responses and writes the pair store."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
+from pathlib import Path
+from types import NoneType
+from typing import Any
+
+import torch
+
+from nemo_advrm import writers
+from nemo_advrm.attacks.pairing import ChosenSide, wrong_labels
+from nemo_advrm.attacks.summary import add_to_summary, check_rule, check_samples, has_summary, success_rates
+from nemo_advrm.config.schema import Config
+from nemo_advrm.data.jsonl import read_jsonl, write_jsonl_atomic
+from nemo_advrm.data.pair_store import AdversarialPair, PairStore
+from nemo_advrm.data.tokenizers import build_tokenizer
+from nemo_advrm.errors import ConfigError, DataError
+from nemo_advrm.objectives.selection import AFTER_FINDS, first_step, select_pairs, text_signature
+from nemo_advrm.rewards.finds import FindRule, falls_short
+from nemo_advrm.rewards.reference import Reference
+from nemo_advrm.seeds import derive_seed
+
+RANDOM_PAIRS = "random_pairs.jsonl"
+# what selection reads of every sample, and of which type
+_TYPES: dict[str, tuple[type, ...]] = {
+    "direction": (int,),
+    "prompt_id": (int,),
+    "step": (int,),
+    "policy": (str,),
+    "response": (str,),
+    "scores": (list,),
+    "z": (list,),
+    "disagreement_z": (int, float),
+    "gold": (int, float, NoneType),
+}
+
+
+def main(cfg: Config) -> int:
+    """Select from the attack in ``run_dir`` (``attack/samples.jsonl`` beside ``reference.jsonl``)."""
+    directory = Path(cfg.run_dir)
+    samples = directory / "attack" / "samples.jsonl"
+    if not samples.exists():
+        raise ConfigError(f"run_dir={cfg.run_dir}: no attack/samples.jsonl there; run nemo-advrm attack first")
+    writers.hold(directory)
+    if has_summary(directory / "attack"):
+        check_samples(directory / "attack")
+    counts = select_round(cfg, directory, 0, cfg.seed)
+    print(f"{counts['selected']} pairs: {directory / 'pairs.jsonl'}  ({dropped(counts)})")
+    print(*found_lines(counts), sep="\n")
+    return 0
+
+
+def select_round(cfg: Config, directory: Path, round_number: int, seed: int) -> dict[str, Any]:
+    """Select from every direction of an attack; marks the samples and writes ``pairs.jsonl``.
+
+    Returns the number of ``selected`` samples and of those that were dropped for each reason, over all directions; and
+    under ``directions``, for each by its number, ``selected``, ``found`` (different finds, before near-duplicates and
+    caps), ``null`` (how many of as many SFT responses would be finds) and ``wrong_labels`` (share of the pairs whose
+    rejected side has the higher gold; None without gold). The latter are written to ``attack/summary.json`` too.
+
+    Raises ConfigError when the attack maximised another reward than ``adversarial`` says.
+    """
+    check_rule(cfg, directory / "attack")
+    tokenizer = build_tokenizer(cfg.model.tokenizer)  # the policy's, whose tokens the responses were
+    reference = Reference.read(directory / "reference.jsonl")
+    path = directory / "attack" / "samples.jsonl"
+    members = reference.scores_PNK.size(-1)
+    # a selection that is repeated starts anew
+    rows: list[dict[str, Any]] = []
+    for n, row in read_jsonl(path):
+        rows.append({**_checked(row, f"{path}:{n}", members), "selected": False})
+        _check_reference(rows[-1], f"{path}:{n}", reference)
+    totals: Counter[str] = Counter()
+    pairs: list[AdversarialPair] = []
+    by_direction: dict[str, dict[str, Any]] = {}
+    for direction in sorted({row["direction"] for row in rows}):
+        own = [row for row in rows if row["direction"] == direction]
+        late = late_rows(own, cfg.selection.last_fraction)
+        rule = FindRule(cfg, reference, direction, tokenizer)
+        chosen, counts, facts = _select_direction(cfg, late, rule, direction, seed)
+        totals.update({"selected": len(chosen), "early": len(own) - len(late), **counts})
+        side = ChosenSide(cfg.selection, reference, rule.usable_PI, direction, seed)
+        made = [side.pair(row, round_number, f"attack/{row['policy']}/model") for row in chosen]
+        by_direction[str(direction)] = {"selected": len(made), **facts, "wrong_labels": wrong_labels(made)}
+        pairs += made
+        for row in chosen:
+            row["selected"] = True
+    store = directory / "pairs.jsonl"
+    store.unlink(missing_ok=True)
+    PairStore(store).append(pairs)
+    write_jsonl_atomic(path, rows)
+    add_to_summary(directory / "attack", by_direction)
+    return {**totals, "directions": by_direction}
+
+
+def late_rows(rows: list[dict[str, Any]], last_fraction: float) -> list[dict[str, Any]]:
+    """The rows of the last part of every adversary's steps, in their order."""
+    steps: Counter[str] = Counter()
+    for row in rows:
+        steps[row["policy"]] = max(steps[row["policy"]], row["step"] + 1)
+    first = {policy: first_step(count, last_fraction) for policy, count in steps.items()}
+    return [row for row in rows if row["step"] >= first[row["policy"]]]
+
+
+def _checked(row: Any, source: str, members: int) -> dict[str, Any]:
+    """``row`` itself; DataError that names ``source`` and what is wrong when it is no sample of this attack."""
+    lacking = sorted(_TYPES.keys() - row.keys()) if isinstance(row, dict) else ["all keys"]
+    if lacking:
+        raise DataError(f"{source}: no row of an attack (it lacks {', '.join(lacking)}): restore the file")
+    wrong = [key for key, types in _TYPES.items() if not _is(row[key], types)]
+    wrong += [
+        key
+        for key in ("scores", "z")
+        if key not in wrong and not all(_is(value, (int, float)) for value in row[key])
+    ]
+    if "direction" not in wrong and not 1 <= row["direction"] <= members:
+        wrong.append("direction")
+    if wrong:
+        shown = f"{wrong[0]}={row[wrong[0]]!r}"[:80]
+        raise DataError(
+            f"{source}: no row of this attack on {members} members ({shown}): restore the file"
+        )
+    return row
+
+
+def _is(value: Any, types: tuple[type, ...]) -> bool:
+    """Whether a JSON value has one of the types; numbers are finite (read_jsonl limits their digits)."""
+    if isinstance(value, bool) or not isinstance(value, types):
+        return False
+    return not isinstance(value, int | float) or math.isfinite(value)
+
+
+def _check_reference(row: dict[str, Any], source: str, reference: Reference) -> None:
+    """Raise DataError for a row of an attack on another reference."""
+    prompts, _, members = reference.scores_PNK.shape
+    number = row["prompt_id"]
+    if not isinstance(number, int) or not 0 <= number < prompts:
+        raise DataError(f"{source}: prompt_id={number!r}, the reference has {prompts} prompts: restore both files")
+    for key in ("scores", "z"):
+        if not isinstance(row[key], list) or len(row[key]) != members:
+            raise DataError(f"{source}: {key}={row[key]!r}, the reference has {members} members: restore both files")
+
+
+def _select_direction(
+    cfg: Config, rows: list[dict[str, Any]], rule: FindRule, direction: int, seed: int
+) -> tuple[list[dict[str, Any]], dict[str, int], dict[str, float]]:
+    """The rows to keep, how many were dropped for each reason, and the finds beside the null count."""
+    options = cfg.selection
+    signature = _signature(cfg)
+    qualified_B = rule.qualified(rows)
+    taken, counts = select_pairs(
+        qualified_B,
+        rule.ranking(rows),
+        [row["prompt_id"] for row in rows],
+        [row["response"] for row in rows],
+        lambda i: signature(rows[i]["response"]),
+        unusable=[rule.unusable(row) if ok else None for row, ok in zip(rows, qualified_B.tolist(), strict=True)],
+        per_signature=options.per_signature,
+        per_prompt=options.per_prompt,
+        total=options.max_pairs,
+        top_fraction=options.top_fraction,
+        generator=_generator(seed, direction) if options.random_within_top else None,
+    )
+    found = len(taken) + sum(counts[reason] for reason in AFTER_FINDS)
+    if rule.falls_short(found, len(rows)):
+        taken, counts = [], {**counts, **dict.fromkeys(AFTER_FINDS, 0), "below_null": found}
+    return [rows[i] for i in taken], counts, {"found": found, "null": rule.null(len(rows))}
+
+
+def _generator(seed: int, direction: int) -> torch.Generator:
+    return torch.Generator().manual_seed(derive_seed(seed, "select", direction))
+
+
+def _signature(cfg: Config) -> Callable[[str], Hashable]:
+    if cfg.model.tokenizer == "synthetic":
+        from nemo_advrm.synthetic.signature import token_class_signature
+
+        return token_class_signature
+    return text_signature
+
+
+def dropped(counts: dict[str, Any]) -> str:
+    """What selection left out, by reason."""
+    shown = {k: v for k, v in counts.items() if k not in ("selected", "directions") and v}
+    return ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in shown.items())
+
+
+def found_lines(counts: dict[str, Any]) -> list[str]:
+    """A line for every direction: its finds beside those of SFT responses, and the share of wrong labels."""
+    lines = []
+    for direction, facts in counts["directions"].items():
+        wrong = "" if facts["wrong_labels"] is None else f", wrong labels {facts['wrong_labels']:.2f}"
+        lines.append(
+            f"direction {direction}: {facts['found']} different finds, as many SFT responses would give "
+            f"{facts['null']:.1f}; {facts['selected']} pairs{wrong}"
+        )
+    return lines
+
+
+def reason_to_stop(cfg: Config, home: Path, counts: dict[str, Any]) -> str:
+    """Why the rounds end with the one in ``home``, whose ``counts`` :func:`select_round` gave; "" when they go on."""
+    options, found = cfg.selection, counts["directions"]
+    if found and all(falls_short(facts["found"], facts["null"], options) for facts in found.values()):
+        told = "; ".join(
+            f"direction {direction}: {facts['found']}, null count {facts['null']:.1f}"
+            for direction, facts in found.items()
+        )
+        return f"the attack found less than selection.null_ratio={options.null_ratio:g} times the null count ({told})"
+    if counts["selected"] < options.min_pairs:
+        return f"{counts['selected']} pairs were selected, fewer than selection.min_pairs={options.min_pairs}"
+    cure = f"restore it, or remove {home / 'attack'} and it is done again"
+    rates = success_rates(home / "attack" / "summary.json", cure)
+    if rates and max(rates) < cfg.pipeline.stop_success_rate:
+        return f"attack success {max(rates):.2f} is below pipeline.stop_success_rate"
+    return ""
+
+
+def random_pairs(cfg: Config, home: Path, count: int, seed: int, round_number: int = 0) -> dict[str, Any]:
+    """Write ``count`` pairs of SFT responses alone to ``home/random_pairs.jsonl``: the control of adversarial ones.
+
+    The chosen sides follow the same rule (``selection.chosen``), the rejected ones are drawn from the prompt's other
+    SFT responses that ended and are text. Prompts and ``adversarial.directions`` take turns. Returns ``selected`` and
+    ``wrong_labels``. Raises ConfigError when the reference in ``home`` has too few such responses.
+    """
+    tokenizer = build_tokenizer(cfg.model.tokenizer)
+    reference = Reference.read(home / "reference.jsonl")
+    rules = [FindRule(cfg, reference, direction, tokenizer) for direction in cfg.adversarial.directions]
+    usable_PI, sft_PN = rules[0].usable_PI, reference.responses_PN
+    sides = [ChosenSide(cfg.selection, reference, usable_PI, rule.target + 1, seed) for rule in rules]
+    draw = torch.Generator().manual_seed(derive_seed(seed, "random pairs"))
+    # of equal responses to a prompt one
+    different_PI = [list({sft_PN[p][i]: i for i in usable}.values()) for p, usable in enumerate(usable_PI)]
+    left = [_shuffled(usable, draw) for usable in different_PI]
+    pairs: list[AdversarialPair] = []
+    while len(pairs) < count and any(left):
+        for prompt in _shuffled(range(len(left)), draw):
+            turn = len(pairs) % len(sides)
+            pair = _random_pair(rules[turn], sides[turn], prompt, left[prompt], round_number)
+            if pair is not None and len(pairs) < count:
+                pairs.append(pair)
+    if len(pairs) < count:
+        raise ConfigError(
+            f"{home / 'reference.jsonl'}: {len(pairs)} different pairs can be made of its SFT responses, "
+            f"{count} are wanted: raise reference.num_prompts or reference.samples_per_prompt"
+        )
+    store = home / RANDOM_PAIRS
+    store.unlink(missing_ok=True)
+    PairStore(store).append(pairs)
+    return {"selected": len(pairs), "wrong_labels": wrong_labels(pairs)}
+
+
+def _random_pair(
+    rule: FindRule, side: ChosenSide, prompt: int, left: list[int], round_number: int
+) -> AdversarialPair | None:
+    """A pair with the next SFT response of those ``left`` of a prompt as its rejected side, None when there is none."""
+    while left:
+        row = rule.sft_row(prompt, left.pop())
+        pair = side.pair(row, round_number, "")
+        if pair.chosen != pair.rejected:
+            return pair
+    return None
+
+
+def _shuffled(values: Sequence[int], draw: torch.Generator) -> list[int]:
+    return [values[i] for i in torch.randperm(len(values), generator=draw).tolist()]

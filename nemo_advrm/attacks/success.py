@@ -1,0 +1,131 @@
+"""How often a finished adversary succeeds on prompts that it was not trained on, and how often SFT responses do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nemo_advrm.config.schema import Config
+from nemo_advrm.data.jsonl import write_jsonl_atomic
+from nemo_advrm.data.tokenizers import Tokenizer
+from nemo_advrm.engine import runtime
+from nemo_advrm.engine.model import MegatronModel
+from nemo_advrm.evaluation.held_out import held_out_prompts
+from nemo_advrm.models.language_model import build_policy
+from nemo_advrm.models.policy import Prompt, encode_prompts
+from nemo_advrm.objectives.success import standard_success, strict_success
+from nemo_advrm.rewards.base import RewardSource, checked_scores
+from nemo_advrm.rewards.ensemble import AdversarialReward
+from nemo_advrm.rewards.finds import FindRule
+from nemo_advrm.rewards.limits import prompts_with_room
+from nemo_advrm.rewards.records import trajectory_rows
+from nemo_advrm.rewards.reference import Reference
+from nemo_advrm.rollouts.sft_responses import read_reference, sample, write_reference
+from nemo_advrm.seeds import derive_seed
+
+HELD_OUT_REFERENCE = "held_out_reference.jsonl"
+# what is measured of responses, all means over them
+RATES = ("success_standard", "success_strict", "finds", "gold")
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Held-out prompts with their SFT responses, ``reference``, by which an adversary's responses are measured."""
+
+    cfg: Config
+    tokenizer: Tokenizer
+    prompts: list[Prompt]
+    members: list[RewardSource]
+    reference: Reference
+    gold: RewardSource | None
+
+    def measure(self, adversary: MegatronModel, direction: int, home: Path) -> dict[str, Any]:
+        """RATES of the adversary's responses, and under ``null`` of the SFT responses; all ranks call.
+
+        As many responses as there are SFT responses are sampled, by the same random numbers for every adversary, and
+        written to ``home/held_out.jsonl``. Rates that need gold are None without it.
+        """
+        target, index = direction - 1, [p.index for p in self.prompts for _ in range(self._per_prompt)]
+        rollouts = sample(self.cfg, self.tokenizer, adversary, self.prompts, self._per_prompt, sampling_seed(self.cfg))
+        judgement = AdversarialReward(self.members, self.cfg.adversarial, self.reference, target).judge(rollouts)
+        gold_N = checked_scores(self.gold, rollouts) if self.gold is not None else None
+        gold_z_N = self.reference.gold_z(gold_N, index) if gold_N is not None else None
+        rows = trajectory_rows(rollouts, judgement, direction, home.name, 0, gold_N, gold_z_N)
+        runtime.on_writer(lambda: write_jsonl_atomic(home / "held_out.jsonl", rows))
+        rule = FindRule(self.cfg, self.reference, direction, self.tokenizer)
+        z_N = judgement.details["z"][:, target]
+        return {
+            "prompts": len(self.prompts),
+            "responses": len(rows),
+            **self._rates(judgement.scores_NK[:, target], z_N, gold_N, gold_z_N, rule.share(rows)),
+            "null": self.null(rule),
+        }
+
+    def null(self, rule: FindRule) -> dict[str, float | None]:
+        """RATES of the SFT responses, each measured by the others to its prompt."""
+        scores_PN = self.reference.scores_PNK[..., rule.target]
+        gold_PN, gold_z_PN = self.reference.gold_PN, self.reference.own_gold_z()
+        return self._rates(
+            scores_PN.flatten(),
+            rule.own_z_PNK[..., rule.target].flatten(),
+            None if gold_PN is None else gold_PN.flatten(),
+            None if gold_z_PN is None else gold_z_PN.flatten(),
+            rule.null_share,
+        )
+
+    @property
+    def _per_prompt(self) -> int:
+        return self.reference.scores_PNK.size(1)
+
+    def _rates(
+        self, scores_N: Tensor, z_N: Tensor, gold_N: Tensor | None, gold_z_N: Tensor | None, finds: float
+    ) -> dict[str, float | None]:
+        """RATES of responses that stand in the order of the prompts."""
+        sft_gold_PN = self.reference.gold_PN
+        if gold_N is None or gold_z_N is None or sft_gold_PN is None:
+            return {"success_standard": None, "success_strict": None, "finds": finds, "gold": None}
+        # z is positive where the score is above the mean of the prompt's (other) SFT responses
+        sft_gold_N = sft_gold_PN.mean(1).repeat_interleave(self._per_prompt)
+        standard_N = standard_success(z_N, torch.zeros_like(z_N), gold_N, sft_gold_N)
+        return {
+            "success_standard": standard_N.float().mean().item(),
+            "success_strict": strict_success(z_N, gold_z_N).float().mean().item(),
+            "finds": finds,
+            "gold": gold_N.mean().item(),
+        }
+
+
+def sampling_seed(cfg: Config) -> int:
+    """Of all responses to the held-out prompts: rounds, directions and adversaries differ by the policy alone."""
+    return derive_seed(cfg.seed, "attack held out")
+
+
+def held_out_set(
+    cfg: Config,
+    tokenizer: Tokenizer,
+    directory: Path,
+    prompts: list[Prompt],
+    members: list[RewardSource],
+    gold: RewardSource | None,
+) -> HeldOut | None:
+    """``adversarial.held_out_prompts`` prompts that are none of the attack's ``prompts``; None where that is 0.
+
+    Their SFT responses are sampled once, to ``directory/held_out_reference.jsonl``; all ranks call.
+    """
+    count = cfg.adversarial.held_out_prompts
+    if not count:
+        return None
+    kept = held_out_prompts(cfg, count, [prompt.messages for prompt in prompts])
+    encoded = prompts_with_room(encode_prompts(kept, tokenizer, cfg), tokenizer.fingerprint, members, cfg)
+    path = directory / HELD_OUT_REFERENCE
+    if not runtime.on_writer(path.exists):
+        policy = build_policy(cfg, tokenizer, cfg.pretrained_checkpoint.restore_from_path, 0, trainable=False)
+        per_prompt = cfg.reference.samples_per_prompt
+        rollouts = sample(cfg, tokenizer, policy, encoded, per_prompt, sampling_seed(cfg))
+        write_reference(path, rollouts, per_prompt, members, gold)
+    reference = runtime.on_writer(lambda: read_reference(path, encoded))
+    return HeldOut(cfg, tokenizer, encoded, members, reference, gold)

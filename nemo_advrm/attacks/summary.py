@@ -1,0 +1,146 @@
+"""What an attack leaves in its ``summary.json``, what selection adds to it, and what the rounds are judged by."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from nemo_advrm import files
+from nemo_advrm.attacks import summary_file
+from nemo_advrm.attacks.success import RATES
+from nemo_advrm.config.schema import Config
+from nemo_advrm.data.jsonl import read_jsonl
+from nemo_advrm.engine import manifest
+from nemo_advrm.errors import ConfigError, DataError
+from nemo_advrm.rewards.finds import asks_others
+from nemo_advrm.run_directory import results
+
+_RESTORE = "restore it, or run the attack again"
+
+
+def of_adversary(directory: Path, seconds: float, held_out: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The summary of one adversary's training, by its records."""
+    path = directory / "metrics.jsonl"
+    rows = [_metrics(row, f"{path}:{number}") for number, row in read_jsonl(path)]
+    return {
+        "samples": sum(1 for _ in read_jsonl(directory / "samples.jsonl")),
+        "success_standard": _mean(rows, "success"),
+        "success_strict": _mean(rows, "success_strict"),
+        "ended": _mean(rows, "ended"),
+        "steps": len(rows),
+        "seconds": seconds,
+        **({"held_out": held_out} if held_out else {}),
+    }
+
+
+def _metrics(row: Any, source: str) -> dict[str, Any]:
+    """A row of metrics; DataError that names ``source`` for one of another type."""
+    if not isinstance(row, dict):
+        raise DataError(f"{source}: no row of metrics: restore or remove the line")
+    for key in ("success", "success_strict", "ended"):
+        if not isinstance(row.get(key), int | float | None):
+            raise DataError(f"{source}: no row of metrics ({key}={str(row[key])[:40]!r}): restore or remove the line")
+    return row
+
+
+def of_direction(adversaries: list[dict[str, Any]]) -> dict[str, Any]:
+    """One direction's adversaries together: counts and seconds add up, rates are averaged."""
+    result = {key: sum(s[key] for s in adversaries) for key in ("samples", "steps", "seconds")}
+    for key in ("success_standard", "success_strict", "ended"):
+        result[key] = _mean(adversaries, key)
+    held_out = [s["held_out"] for s in adversaries if s.get("held_out")]
+    if held_out:  # SFT responses are the same for all
+        rates = {key: _mean(held_out, key) for key in RATES}
+        result["held_out"] = {**held_out[0], **rates, "responses": sum(h["responses"] for h in held_out)}
+    return result
+
+
+def has_summary(directory: Path) -> bool:
+    """Whether an attack has a ``summary.json``, which rows of another origin have not.
+
+    Raises DataError when it is missing beside what only a finished attack has.
+    """
+    path = directory / "summary.json"
+    if not path.exists() and (directory / manifest.NAME).exists():
+        raise DataError(f"{path} is missing: {_RESTORE}")
+    return path.exists()
+
+
+def check_samples(directory: Path) -> None:
+    """Raise DataError when ``samples.jsonl`` has not as many rows as its attack has written."""
+    path = directory / "samples.jsonl"
+    cure = f"remove {directory / 'summary.json'} and run the attack again, which joins the rows of its policies"
+    directions = summary_file.read_directions(directory / "summary.json", cure)
+    wanted = sum(found["samples"] for found in directions.values())
+    rows = sum(1 for _ in read_jsonl(path))
+    if rows != wanted:
+        raise DataError(f"{path} has {rows} rows, the attack has written {wanted}: restore it, or {cure}")
+
+
+def check_rule(cfg: Config, directory: Path) -> None:
+    """Raise ConfigError when the attack in ``directory`` had a reward of another kind than ``adversarial`` says.
+
+    Attacks of earlier versions and of NeMo-Aligner do not tell.
+    """
+    if not has_summary(directory):
+        return
+    summary = results.read_object(directory / "summary.json", (), _RESTORE, summary_file.wrong_attack)
+    asked = summary.get("by_disagreement")
+    if asked is None or asked == asks_others(cfg.adversarial):
+        return
+    options = cfg.adversarial
+    key = f"coefficient={options.coefficient:g}" if options.preset == "paper" else f"lam2={options.lam2:g}"
+    done = "asked for the others' dislike" if asked else "maximised the target alone"
+    raise ConfigError(f"adversarial.{key}: the attack in {directory} {done}; give the value that it had")
+
+
+def add_to_summary(directory: Path, by_direction: dict[str, dict[str, Any]]) -> None:
+    """Add what selection found of every direction to the attack's ``summary.json``, where it has one."""
+    path = directory / "summary.json"
+    if not has_summary(directory):
+        return
+    summary = results.read_object(path, (), _RESTORE, summary_file.wrong_attack)
+    for direction, facts in by_direction.items():
+        if direction in summary["directions"]:
+            summary["directions"][direction].update(facts)
+    files.write_text(path, json.dumps(summary, indent=1))
+
+
+def success_rates(path: Path, cure: str) -> list[float]:
+    """Standard success of every direction that has one in an attack's ``summary.json``.
+
+    It is that of the finished adversary on held-out prompts where it was measured there, else the mean over its
+    training. Raises DataError with the ``cure`` when the file cannot be read or is no summary of an attack.
+    """
+    found = summary_file.read_directions(path, cure).values()
+    rates = [one.get("held_out", one)["success_standard"] for one in found]
+    return [float(rate) for rate in rates if rate is not None]
+
+
+def line(direction: str, found: dict[str, Any]) -> str:
+    """What a direction's attack came to, in one line."""
+    share = found.get("ended")  # summaries of earlier versions do not have it
+    ended = "" if share is None else f", {share:.0%} of them ended"
+    told = f"direction {direction}: {found['samples']} samples{ended}, {_rates(found)}"
+    held_out = found.get("held_out")
+    if held_out is None:
+        return told
+    finds = f"finds {held_out['finds']:.2f}, of SFT responses {held_out['null']['finds']:.2f}"
+    if held_out["success_standard"] is None:
+        return f"{told}\n  finished adversary on {held_out['prompts']} held-out prompts: {finds}"
+    return (
+        f"{told}\n  finished adversary on {held_out['prompts']} held-out prompts: {_rates(held_out)}, "
+        f"of SFT responses {_rates(held_out['null'])}; {finds}"
+    )
+
+
+def _mean(rows: list[dict[str, Any]], key: str) -> float | None:
+    values = [row[key] for row in rows if row.get(key) is not None]
+    return sum(values) / len(values) if values else None
+
+
+def _rates(found: dict[str, Any]) -> str:
+    if found["success_standard"] is None:
+        return "no gold reward to tell success by"
+    return f"success {found['success_standard']:.2f} (strict {found['success_strict']:.2f})"

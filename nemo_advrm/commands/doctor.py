@@ -1,0 +1,196 @@
+"""Stage ``doctor``: what this machine has, and what each absence means for the user."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from nemo_advrm.config.schema import Config, ModelConfig
+from nemo_advrm.engine import engine
+
+FP8_CAPABILITY, MXFP8_CAPABILITY = (8, 9), (10, 0)
+
+REQUIRED = ("torch", "megatron-core", "nemo-toolkit", "lightning", "transformers")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the table."""
+
+    what: str
+    found: str
+    meaning: str
+    present: bool = True
+
+
+def main(cfg: Config) -> int:
+    """Print the table; always 0, because an absence is information, not a failure."""
+    table = Table(show_lines=False, expand=False)
+    for title in ("", "what", "found", "what it means"):
+        table.add_column(title, overflow="fold")
+    for finding in findings(cfg.model):
+        table.add_row("+" if finding.present else "-", finding.what, escape(finding.found), escape(finding.meaning))
+    Console(width=None if os.isatty(1) else 120).print(table)
+    return 0
+
+
+def findings(model: ModelConfig) -> list[Finding]:
+    """Everything found, the required parts first, and which fused kernels ``model`` takes here."""
+    rows = [Finding("Python", platform.python_version(), "3.11 is the version that is tested")]
+    rows += [_required(package) for package in REQUIRED]
+    rows += [_transformer_engine(), _apex()]
+    try:
+        import torch
+    except ImportError:
+        return [*rows, _cpu(_cpu_flags())]
+    capabilities = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
+    rows += _gpus(torch)
+    rows.append(fp8_finding(capabilities, not engine.fault()))
+    rows += _backends(torch.distributed)
+    rows += [_kernels(bool(capabilities)), _fusions(model, bool(capabilities)), _resiliency()]
+    return [*rows, _cpu(_cpu_flags())]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _required(package: str) -> Finding:
+    version = _version(package)
+    if version is None:
+        return Finding(package, "absent", "required: run make setup, or pip install nemo_advrm", False)
+    return Finding(package, version, "")
+
+
+def _transformer_engine() -> Finding:
+    name, version = "Transformer Engine", _version("transformer-engine")
+    if version is None:
+        lost = "no FP8, no fused layers; Megatron-Core's own layers are used (same results)"
+        return Finding(name, "absent", f"{lost}. On a GPU: pip install 'nemo_advrm[gpu]'", False)
+    if fault := engine.fault():
+        return Finding(name, version, f"{fault}; treated as absent", False)
+    return Finding(name, version, "FP8 and fused layers can be used by runs on a GPU")
+
+
+def _apex() -> Finding:
+    if _version("apex") is None:
+        meaning = (
+            "no fused Adam and no fused weight-gradient accumulation unless Transformer Engine brings them: slower on "
+            "a GPU, same results. It is not on the package index; NVIDIA/apex is built from source"
+        )
+        return Finding("Apex", "absent", meaning, False)
+    return Finding("Apex", _version("apex") or "", "fused optimizer and gradient accumulation can be used")
+
+
+def _gpus(torch) -> list[Finding]:  # type: ignore[no-untyped-def]
+    if torch.cuda.is_available():
+        rows = []
+        for index in range(torch.cuda.device_count()):
+            device = torch.cuda.get_device_properties(index)
+            memory = device.total_memory / 2**30
+            found = f"{device.name}, {memory:.0f} GiB, compute capability {device.major}.{device.minor}"
+            rows.append(Finding(f"GPU {index}", found, "used when trainer.accelerator is auto or gpu"))
+        return rows
+    why = "no device or driver was found" if torch.version.cuda else "torch is a build without CUDA"
+    return [Finding("GPU", "none", f"{why}; everything runs on the CPU with gloo: right for small models", False)]
+
+
+def fp8_finding(capabilities: list[tuple[int, int]], transformer_engine: bool) -> Finding:
+    """FP8 support from the GPUs' compute capabilities: the weakest one decides."""
+    if not capabilities:
+        return Finding("FP8", "no", "needs a GPU; use precision=fp32", False)
+    weakest = min(capabilities)
+    if weakest < FP8_CAPABILITY:
+        return Finding("FP8", "no", "needs compute capability 8.9 or more; use precision=bf16", False)
+    if not transformer_engine:
+        return Finding("FP8", "hardware only", "install Transformer Engine to use precision=fp8_*", False)
+    if weakest < MXFP8_CAPABILITY:
+        usable = "precision=fp8_delayed, fp8_current" + (", fp8_blockwise" if weakest >= (9, 0) else "")
+        return Finding("FP8", "yes", f"{usable}; mxfp8 needs compute capability 10.0")
+    return Finding("FP8", "yes, MXFP8 too", "precision=fp8_delayed, fp8_current, fp8_blockwise, mxfp8")
+
+
+def _backends(distributed) -> list[Finding]:  # type: ignore[no-untyped-def]
+    available = distributed.is_available()
+    if available and distributed.is_nccl_available():
+        nccl = Finding("NCCL", "yes", "collectives between GPUs")
+    else:
+        nccl = Finding("NCCL", "no", "no collectives between GPUs; a CPU job does not need it", False)
+    if available and distributed.is_gloo_available():
+        return [nccl, Finding("gloo", "yes", "collectives between processes on CPUs")]
+    return [nccl, Finding("gloo", "no", "no CPU job, of one process or several, can run", False)]
+
+
+def _kernels(on_gpu: bool) -> Finding:
+    """The layers' kernels and the optimizer's."""
+    from nemo_advrm.engine.fusions import loads
+
+    if engine.usable(on_gpu):
+        adam, layers = "Adam (Transformer Engine)", "linear layers with norms and attention (Transformer Engine)"
+    else:
+        adam = "Adam (Apex)" if on_gpu and loads("apex.optimizers") else ""
+        layers = "attention (PyTorch)"
+        if not on_gpu:
+            from nemo_advrm.engine.cpu_linear import takes_onednn
+
+            layers += f", linear layers ({'oneDNN' if takes_onednn() else 'MKL'})"
+    missing = "" if adam else "Adam is PyTorch's, which keeps a temporary copy of what it updates"
+    return Finding("Fused kernels", ", ".join(filter(None, (layers, adam))), missing)
+
+
+def _fusions(model: ModelConfig, on_gpu: bool) -> Finding:
+    """Megatron-Core's fused operations for the configured model."""
+    from nemo_advrm.engine.fusions import fusions
+
+    every = fusions(model, on_gpu)
+    active = ", ".join(fusion.title for fusion in every if fusion.active)
+    reasons = "; ".join(f"{fusion.title}: {fusion.reason}" for fusion in every if not fusion.active)
+    return Finding("Megatron's fusions", active or "none", f"not active: {reasons}", bool(active))
+
+
+def _resiliency() -> Finding:
+    version = _version("nvidia-resiliency-ext")
+    if version is None:
+        meaning = "hangs are found all the same; no restart by ft_launcher, no comparison of the GPUs' kernels. "
+        meaning += "pip install nvidia-resiliency-ext"
+        return Finding("nvidia-resiliency-ext", "absent", meaning, False)
+    from nemo_advrm.engine.resiliency import detector
+
+    try:
+        detector()
+    except Exception as error:
+        kernels = f"trainer.compare_gpu_kernels does nothing: {error}"
+    else:
+        kernels = "trainer.compare_gpu_kernels=true logs slow GPUs"
+    return Finding("nvidia-resiliency-ext", version, f"under ft_launcher heartbeats go to its monitor; {kernels}")
+
+
+def _cpu_flags() -> set[str]:
+    """Instruction sets of the first processor, empty where the system does not say."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return set()
+    flags = (line.partition(":")[2].split() for line in lines if line.startswith(("flags", "Features")))
+    return set(next(flags, []))
+
+
+def _cpu(flags: set[str]) -> Finding:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    found = f"{cores} cores; " + ", ".join(
+        f"{name} {'yes' if flag in flags else 'no'}"
+        for name, flag in (("AVX-512", "avx512f"), ("AVX-512 bf16", "avx512_bf16"), ("AMX bf16", "amx_bf16"))
+    )
+    if flags & {"avx512_bf16", "amx_bf16"}:
+        return Finding("CPU", found, "precision=bf16 is faster than fp32 for models whose layers are wide")
+    return Finding("CPU", found, "training on a CPU is in fp32")

@@ -1,0 +1,150 @@
+"""Stage ``serve``: a reward model, an ensemble or the adversarial reward as a server for any RLHF framework."""
+
+from __future__ import annotations
+
+import signal
+import socket
+from pathlib import Path
+
+from nemo_advrm import signals, writers
+from nemo_advrm.config.schema import Config
+from nemo_advrm.data.tokenizers import build_tokenizer
+from nemo_advrm.engine import runtime
+from nemo_advrm.errors import ConfigError
+from nemo_advrm.extras import require_extra
+from nemo_advrm.rewards import sources
+from nemo_advrm.rewards.base import RewardSource
+from nemo_advrm.rewards.ensemble import AdversarialReward, PolicyReward
+from nemo_advrm.rewards.reference import Reference
+from nemo_advrm.rewards.standardisation import check_members, combined, read_statistics
+from nemo_advrm.run_directory import run_dir
+
+RAW_SCORES = (
+    "warning: the members' raw scores are combined, whose offsets and scales are arbitrary: the member with the "
+    "largest scale decides. Set serve.reference_path to the reference.jsonl of an attack on these members, or "
+    "ensemble.standardise=false when they are on one scale"
+)
+
+
+def main(cfg: Config) -> int:
+    """Serve the reward of ``ensemble.members`` until TERM. Rank 0 speaks HTTP, other ranks compute along."""
+    require_extra("serve", "fastapi", "uvicorn", "httpx", "tenacity", "prometheus_client")
+    if not cfg.ensemble.members:
+        raise ConfigError("ensemble.members must name at least one reward model")
+    reference = _reference(cfg)
+    statistics_path = _statistics_path(cfg)
+    cfg = sources.for_scoring(cfg, cfg.ensemble.members)
+    rt = run_dir.start(cfg)
+    if rt.dp_size > 1:
+        raise ConfigError(
+            f"trainer.devices={rt.world_size} holds {rt.dp_size} replicas of the model; a server has one: set "
+            "model.tensor_model_parallel_size, model.pipeline_model_parallel_size or model.context_parallel_size, or "
+            "start more servers"
+        )
+    listening: list[tuple[socket.socket, str]] = []
+    runtime.on_writer(lambda: listening.append(_listen(cfg)))  # what is wrong with the address is told before loading
+    members = sources.load_members(cfg, cfg.ensemble.members, build_tokenizer(cfg.model.tokenizer))
+    reward = _reward(cfg, members, reference, statistics_path)
+    if rt.is_writer:
+        with signals.recorded():  # from here on a signal lets the server answer what it was asked before
+            return _serve(cfg, members, reward, reference, *listening[0])
+    # the launcher passes TERM to every process; the first one lets the others go when its requests are done
+    for number in (*signals.SIGNALS, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    from nemo_advrm.serve.scorer import follow
+
+    follow(reward)
+    return 0
+
+
+def _listen(cfg: Config) -> tuple[socket.socket, str]:
+    from nemo_advrm.rewards.http_client import bearer_token
+    from nemo_advrm.serve.server import bind
+
+    token = bearer_token(cfg.serve.token_file)
+    sock = bind(cfg.serve, token)
+    try:
+        _hold_announcement(Path(cfg.run_dir))
+    except BaseException:
+        sock.close()
+        raise
+    return sock, token
+
+
+def _hold_announcement(directory: Path) -> None:
+    """Be the one server of ``directory``, where other jobs may write too; raises ConfigError that names another."""
+    announced = directory / "server.json"
+    writers.hold(directory, "server", announced)
+    try:
+        announced.unlink(missing_ok=True)  # of a server that was killed
+    except OSError as error:
+        raise writers.cannot_write(directory, error) from error
+
+
+def _serve(
+    cfg: Config,
+    members: list[RewardSource],
+    reward: PolicyReward,
+    reference: Reference | None,
+    sock: socket.socket,
+    token: str,
+) -> int:
+    from nemo_advrm.serve import server
+    from nemo_advrm.serve.batcher import Batcher
+    from nemo_advrm.serve.metrics import Metrics
+    from nemo_advrm.serve.samples import Preparer
+    from nemo_advrm.serve.scorer import Scorer
+    from nemo_advrm.serve.service import Service
+
+    options, metrics = cfg.serve, Metrics()
+    preparer = Preparer(members, options.max_sample_tokens, reference)
+    batcher = Batcher(
+        Scorer(reward, preparer.fingerprint),
+        metrics,
+        options.batch_tokens,
+        options.batch_wait_ms / 1000,
+        options.queue_tokens,
+        options.timeout_seconds,
+        idle_seconds=min(60.0, 15 * cfg.trainer.timeout_minutes),
+    )
+    if options.reward == "ensemble":
+        named = cfg.ensemble.aggregate + (" of standardised scores" if _statistics_path(cfg) else "")
+    else:
+        named = f"adversarial ({cfg.adversarial.preset})"
+    service = Service(options, preparer, batcher, [member.name for member in members], named)
+    server.run(service, metrics, token, sock, Path(cfg.run_dir))
+    return 0
+
+
+def _reference(cfg: Config) -> Reference | None:
+    """The reference of the adversarial reward, which it is relative to; None for an ensemble's."""
+    if cfg.serve.reward == "ensemble":
+        return None
+    path = cfg.serve.reference_path or cfg.ensemble.reference_path
+    if not path:
+        raise ConfigError("serve.reward=adversarial needs serve.reference_path: the reference.jsonl of an attack")
+    reference = Reference.read(Path(path))
+    if reference.scores_PNK.size(-1) != len(cfg.ensemble.members):
+        raise ConfigError(
+            f"serve.reference_path={path} has scores of {reference.scores_PNK.size(-1)} members, "
+            f"ensemble.members names {len(cfg.ensemble.members)}"
+        )
+    return reference
+
+
+def _statistics_path(cfg: Config) -> str:
+    """The reference that an ensemble's members are standardised by; empty where they are not."""
+    if cfg.serve.reward != "ensemble" or len(cfg.ensemble.members) < 2 or not cfg.ensemble.standardise:
+        return ""
+    return cfg.serve.reference_path or cfg.ensemble.reference_path
+
+
+def _reward(cfg: Config, members: list[RewardSource], reference: Reference | None, path: str) -> PolicyReward:
+    if reference is not None:
+        given = cfg.serve.reference_path or cfg.ensemble.reference_path
+        check_members(reference, members, f"serve.reference_path={given}")
+        return AdversarialReward(members, cfg.adversarial, reference, cfg.adversarial.directions[0] - 1)
+    statistics = read_statistics(Path(path), members, "serve.reference_path") if path else None
+    if len(members) > 1 and cfg.ensemble.standardise and not path:
+        runtime.on_writer(lambda: print(RAW_SCORES, flush=True))
+    return combined(members, cfg.ensemble.aggregate, cfg.ensemble.coefficient, statistics, Path(cfg.run_dir))

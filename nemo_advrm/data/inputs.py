@@ -1,0 +1,121 @@
+"""What the stages read: pairs, prompts and SFT rows of ``data.*``, each with one line on what was read and left out."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from nemo_advrm.config.schema import Config
+from nemo_advrm.data.messages import Message
+from nemo_advrm.data.preferences import LoadReport, PreferencePair, load_preferences
+from nemo_advrm.data.prompts import group_key, load_prompts, split_train_validation
+from nemo_advrm.data.sft_rows import SftRow, load_sft
+from nemo_advrm.engine import runtime
+from nemo_advrm.errors import ConfigError, DataError
+
+
+def training_and_validation_pairs(cfg: Config) -> tuple[list[PreferencePair], list[PreferencePair]]:
+    """(training, validation) pairs: of two files, of two splits of one directory, or of one file that is split here.
+
+    Raises DataError when both would be the same split; prompts that both have are told once, with their number.
+    """
+    if not cfg.data.train_path:
+        raise ConfigError("data.train_path is not set: name a file of preference pairs")
+    train = _pairs(cfg, cfg.data.train_path, "train")
+    rows = train.rows
+    if cfg.data.validation_path or cfg.data.validation_split:
+        held_out = _pairs(cfg, cfg.data.validation_path or cfg.data.train_path, "validation")
+        validation = held_out.rows
+        # a file that is named twice is meant so; of a directory it would be chance
+        if held_out.path == train.path and not Path(train.path).is_file():
+            raise DataError(
+                f"{train.path}: training and validation are the same rows; choose with data.train_split and "
+                "data.validation_split, or leave data.validation_path empty to hold out a part"
+            )
+        _say(_shared(rows, validation, held_out.path))
+    else:
+        rows, validation = split_train_validation(rows, cfg.data.validation_fraction, cfg.seed)
+    return rows[: cfg.data.limit_train_rows or None], validation
+
+
+def evaluation_pairs(cfg: Config) -> list[PreferencePair]:
+    """The pairs of ``data.validation_path``, or of ``data.train_path`` when that is all there is."""
+    data = cfg.data
+    held_out = data.validation_path or data.validation_split or not data.train_split
+    return _pairs(cfg, data.validation_path or data.train_path, "validation" if held_out else "train").rows
+
+
+def prompts(cfg: Config) -> list[tuple[Message, ...]]:
+    """The different prompts of ``data.prompts_path``, or of ``data.train_path``."""
+    data = cfg.data
+    report = load_prompts(
+        data.prompts_path or data.train_path,
+        on_bad_row=data.on_bad_row,
+        split=data.prompts_split if data.prompts_path else data.prompts_split or data.train_split,
+        ignore_columns=data.ignore_columns,
+    )
+    _say(report.summary())
+    return report.prompts
+
+
+def held_out(cfg: Config) -> list[tuple[Message, ...]]:
+    """The different prompts of ``data.held_out_prompts_path``."""
+    data = cfg.data
+    report = load_prompts(data.held_out_prompts_path, on_bad_row=data.on_bad_row, ignore_columns=data.ignore_columns)
+    _say(report.summary())
+    return report.prompts
+
+
+def sft(cfg: Config) -> list[SftRow]:
+    """Prompts and answers of ``data.train_path``, at most ``data.limit_train_rows``."""
+    data = cfg.data
+    report = load_sft(
+        data.train_path,
+        format=data.format,
+        on_bad_row=data.on_bad_row,
+        split=data.train_split,
+        ignore_columns=data.ignore_columns,
+    )
+    _say(report.summary())
+    return report.rows[: data.limit_train_rows or None]
+
+
+def leaving_out(cfg: Config) -> Config:
+    """`cfg` for pairs made of rows that were read already: one that is too long only now is left out, no error."""
+    data = replace(cfg.data, on_bad_row="skip")
+    if data.on_overlong == "error":
+        data.on_overlong = "skip"
+    return replace(cfg, data=data)
+
+
+def say_changed(what: str, counts: dict[str, int]) -> None:
+    """One line of the counts of an encoding, unless all rows were encoded as they are."""
+    changed = ", ".join(f"{count} {name}" for name, count in counts.items() if name != "encoded" and count)
+    _say(f"{what}: {changed}" if changed else "")
+
+
+def _pairs(cfg: Config, path: str, role: str) -> LoadReport:
+    data = cfg.data
+    report = load_preferences(
+        path,
+        format=data.format,
+        on_bad_row=data.on_bad_row,
+        split=data.train_split if role == "train" else data.validation_split,
+        role=role,
+        ignore_columns=data.ignore_columns,
+    )
+    _say(report.summary())
+    return report
+
+
+def _shared(train: list[PreferencePair], validation: list[PreferencePair], name: str) -> str:
+    known = set(map(group_key, train))
+    shared = sum(group_key(row) in known for row in validation)
+    if not shared:
+        return ""
+    return f"{name}: the prompts of {shared} of {len(validation)} pairs are in the training data too"
+
+
+def _say(line: str) -> None:
+    if line and runtime.current().is_writer:
+        print(line, flush=True)

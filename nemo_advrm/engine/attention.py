@@ -1,0 +1,232 @@
+"""The attention of a layer: its product of queries and keys, and its use of the key/value cache.
+
+They replace two of Megatron-Core's modules: the product (PyTorch's fused one instead of explicit score matrices, with
+sliding windows, soft-caps and sequences that several ranks share) and self-attention (rows of one batch may be at
+different positions of the cache, and cached keys are already rotated).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import is_layer_window_attention
+from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
+
+from nemo_advrm.engine import context
+from nemo_advrm.engine.kv_cache import KVCache
+from nemo_advrm.engine.rotation import rotate
+
+# rows of one attention call when decoding on CPU, which generation orders by length: so many, or more while they hold
+# less of the cache than this. A call costs about as much as reading half a MiB.
+_DECODED_TOGETHER = 16
+_FEWEST_BYTES = 4 << 20
+
+
+class FusedCoreAttention(MegatronModule):
+    """softmax(QK' * scale)V through ``scaled_dot_product_attention``, with grouped queries.
+
+    Rows are padded on the right, so the causal mask alone keeps real tokens from seeing padding;
+    decoding from a cache passes an explicit mask (True = hidden) with ``AttnMaskType.arbitrary``.
+    Layers with a sliding window (``config.window_size``) hide the keys before it too.
+
+    Args:
+        softcap: bounds the scores by ``softcap * tanh(score / softcap)`` (Gemma 2), which no fused kernel
+            of PyTorch does: the scores [b, heads, sq, sk] are then made. 0 leaves them as they are.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: Any = None,
+        softcap: float = 0.0,
+    ) -> None:
+        super().__init__(config=config)
+        self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        self.softmax_scale = softmax_scale
+        self.softcap = softcap
+        # keys that a query sees, itself included; 0 for all. layer_number counts from 1 over all pipeline stages
+        self.window = 0
+        if config.window_size and is_layer_window_attention(
+            config.window_size, config.window_attn_skip_freq, layer_number
+        ):
+            self.window = config.window_size[0] + 1
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: Any = None,
+    ) -> Tensor:
+        """query [sq, b, heads, d], key and value [sk, b, groups, d] -> context [sq, b, heads * d]."""
+        if self.config.context_parallel_size > 1:
+            return self._attend_over_ranks(query, key, value)
+        length = query.size(0)
+        q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
+        if length == 1:
+            # one token a row: the heads of a group stand as its queries, so that its keys are read once
+            q = q.reshape(q.size(0), k.size(1), -1, q.size(3))
+        if attn_mask_type == AttnMaskType.arbitrary:
+            visible = None if attention_mask is None else self._seen_from_the_end(~attention_mask)
+            is_causal = False
+        else:
+            visible = self._causal(length, length, query.device)
+            is_causal = visible is None and length > 1
+        if visible is not None and length == 1 and query.device.type == "cpu":
+            row_bytes = 2 * k[0].numel() * k.element_size()
+            rows = max(_DECODED_TOGETHER, _FEWEST_BYTES // max(1, row_bytes))
+            groups = _row_groups(visible, rows, bool(self.window))
+            result = torch.cat(
+                [self._product(q[i], k[i, :, keys], v[i, :, keys], visible[i, ..., keys], False) for i, keys in groups]
+            )
+        else:
+            result = self._product(q, k, v, visible, is_causal)
+        if length == 1:
+            return result.reshape(1, query.size(1), -1)
+        return result.permute(2, 0, 1, 3).reshape(length, query.size(1), -1)
+
+    def _attend_over_ranks(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Like :meth:`forward` for this rank's part of sequences, whose keys and values all ranks hold together.
+
+        They are gathered before attention, as in Llama 3 (arXiv 2407.21783, section 3.3.2): with grouped queries they
+        are small beside the rest, and windows and soft-caps are those of whole sequences. Each of the rank's two chunks
+        of queries then attends to the keys up to its own end.
+        """
+        gathered = context.gather_chunks(torch.cat([key, value], -1), used_whole=False)
+        length = query.size(0) // 2
+        results = []
+        for chunk, part in zip(context.own_chunks(), query.permute(1, 2, 0, 3).chunk(2, 2), strict=True):
+            first = max(0, chunk * length - self.window + 1) // length if self.window else 0
+            seen = torch.cat(gathered[first : chunk + 1]).permute(1, 2, 0, 3)
+            k, v = seen.split(key.size(-1), -1)
+            visible = self._causal(length, k.size(2), query.device)
+            if visible is None and not self.softcap:
+                visible = causal_lower_right(length, k.size(2))
+            results.append(self._product(part, k, v, visible, False))
+        return torch.cat(results, 2).permute(2, 0, 1, 3).reshape(query.size(0), query.size(1), -1)
+
+    def _product(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, is_causal: bool) -> Tensor:
+        """q [b, heads, sq, d], k and v [b, groups, sk, d], ``visible`` broadcast to [b, heads, sq, sk] -> as q."""
+        from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+        dropout = self.dropout if self.training else 0.0
+        own_stream = dropout and not self.config.sequence_parallel
+        with get_cuda_rng_tracker().fork() if own_stream else contextlib.nullcontext():
+            if self.softcap:
+                return capped_attention(q, k, v, visible, self.softcap, self.softmax_scale, dropout)
+            return F.scaled_dot_product_attention(
+                q,
+                k,
+                v,
+                attn_mask=visible,
+                is_causal=is_causal,
+                dropout_p=dropout,
+                scale=self.softmax_scale,
+                enable_gqa=q.size(1) != k.size(1),
+            )
+
+    def _causal(self, queries: int, keys: int, device: torch.device) -> Tensor | None:
+        """[queries, keys], True = visible; queries are those of the last keys. None where a fused mask does it."""
+        windowed = 0 < self.window < keys
+        if keys == 1 or not (windowed or self.softcap):
+            return None
+        at_keys = torch.arange(keys, device=device)
+        at_queries = at_keys[keys - queries :, None]
+        visible = at_queries >= at_keys
+        return visible & (at_queries < at_keys + self.window) if windowed else visible
+
+    def _seen_from_the_end(self, visible: Tensor) -> Tensor:
+        """[b, 1, 1, sk], True in front up to each row's new token -> True on the last ``window`` of those."""
+        if not 0 < self.window < visible.size(-1):
+            return visible
+        positions = torch.arange(visible.size(-1), device=visible.device)
+        return visible & (positions >= visible.sum(-1, keepdim=True) - self.window)
+
+
+def capped_attention(
+    q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, cap: float, scale: float | None, dropout: float
+) -> Tensor:
+    """softmax(cap * tanh(QK' * scale / cap))V, the softmax in fp32.
+
+    Args:
+        q: [b, heads, sq, d].
+        k, v: [b, groups, sk, d]; heads h * (heads / groups) and following share group h.
+        visible: [sq, sk] or [b, 1, 1, sk], True = seen; None sees all.
+        scale: of the scores; None is 1 / sqrt(d).
+
+    Returns:
+        [b, heads, sq, d].
+    """
+    b, heads, length, d = q.shape
+    groups = k.size(1)
+    # the heads of a group stand under each other as its queries
+    scores = q.reshape(b, groups, -1, d) @ k.transpose(-1, -2)
+    scores = scores * (d**-0.5 if scale is None else scale)
+    scores = (cap * torch.tanh(scores / cap)).view(b, heads, length, -1)
+    if visible is not None:
+        scores = scores.masked_fill(~visible, float("-inf"))
+    weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
+    weights = F.dropout(weights, dropout)
+    return (weights.view(b, groups, -1, weights.size(-1)) @ v).view(b, heads, length, d)
+
+
+def _row_groups(visible: Tensor, together: int, windowed: bool) -> list[tuple[slice, slice]]:
+    """(rows, keys to read) of a step of decoding: on CPU the step waits for the cache to come from memory.
+
+    ``visible`` is [b, 1, 1, keys], True in one piece, which starts at the first key unless ``windowed``; a group has
+    ``together`` rows.
+    """
+    if visible.size(0) <= together:  # all keys: the cache shows no more of them than its longest row holds
+        return [(slice(None), slice(None))]
+    counts = visible.sum(-1).flatten()
+    if windowed:
+        firsts = visible.int().argmax(-1).flatten()
+        first, last = firsts.tolist(), (firsts + counts).tolist()
+    else:
+        first, last = [0] * counts.numel(), counts.tolist()
+    groups = [slice(i, i + together) for i in range(0, len(first), together)]
+    return [(rows, slice(min(first[rows]), max(last[rows]))) for rows in groups]
+
+
+class CachedSelfAttention(SelfAttention):
+    """Self-attention whose cache holds rotated keys and whose rows may be at different positions."""
+
+    def _adjust_key_value_for_inference(
+        self,
+        inference_context: KVCache | None,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        rotary_pos_emb: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor, Tensor, Any, AttnMaskType, None]:
+        if rotary_pos_emb is not None and not self.config.apply_rope_fusion:
+            # of this call's tokens, see HeadedGPT.forward: the same for queries and keys
+            query, key = rotate(query, rotary_pos_emb[0]), rotate(key, rotary_pos_emb[1])
+            rotary_pos_emb = None
+        if inference_context is None:
+            return super()._adjust_key_value_for_inference(
+                inference_context, query, key, value, rotary_pos_emb, *args, **kwargs
+            )
+        cache = inference_context
+        key, value = cache.update(self.layer_number, key, value)
+        mask_type = AttnMaskType.causal if cache.prefilling else AttnMaskType.arbitrary
+        return query, key, value, None, mask_type, None

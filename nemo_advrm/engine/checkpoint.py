@@ -1,0 +1,361 @@
+"""Megatron distributed checkpoints of model and optimizer: atomic, checked, loadable at any layout.
+
+A checkpoint is a directory ``{meta.json, manifest.json, weights/}``. It is written under another name and renamed
+when every rank is done, so a directory of the right name is complete; the manifest tells if it was damaged since.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
+from torch.distributed.checkpoint.api import CheckpointException  # not an Exception, but a BaseException
+
+from nemo_advrm import files
+from nemo_advrm.config.schema import ModelConfig
+from nemo_advrm.data.tokenizers import Tokenizer
+from nemo_advrm.data.vocabulary import check_vocabulary
+from nemo_advrm.engine import manifest, phases, runtime
+from nemo_advrm.engine.architecture import first_difference
+from nemo_advrm.engine.description import check_description
+from nemo_advrm.engine.file_readers import load_weights
+from nemo_advrm.engine.file_writers import FileWriters, write_common
+from nemo_advrm.engine.fp8_states import check_fp8_states
+from nemo_advrm.engine.model import MegatronModel, padded_vocab_size
+from nemo_advrm.engine.optim import MegatronOptimizer
+from nemo_advrm.errors import CheckpointError
+from nemo_advrm.foreign_files import read_json_object
+from nemo_advrm.place import one_line
+
+FORMAT = 1
+WEIGHTS = "weights"  # directory of Megatron's files
+# how often the ranks ask each other whether all are done while one waits for a save
+LOOK_SECONDS = 1.0
+# how long a save that is given up may take to write the tensors in work
+DROP_SECONDS = 60.0
+# how torch.save tells of a full disk
+_WRITE_FAILED = re.compile("inline_container|iostream error")
+
+_log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+def _meta(model: MegatronModel, extra: dict[str, Any]) -> dict[str, Any]:
+    own = {"head": model.head, "head_outputs": model.head_outputs, "vocab_size": model.vocab_size}
+    return {"format": FORMAT, **own, "model": asdict(model.model), **extra}
+
+
+def _optimizer_meta(optimizer: MegatronOptimizer | None) -> dict[str, bool]:
+    if optimizer is None:
+        return {"has_optimizer": False}
+    return {"has_optimizer": True, "optimizer_started": optimizer.started}
+
+
+class Saving:
+    """A checkpoint on its way to ``path``; all ranks make it, and end it with :meth:`finish` or :meth:`drop`.
+
+    Args:
+        model, optimizer: whose state is saved as it is now.
+        meta: anything JSON holds (step, tokenizer, history).
+        in_background: copy the state to host memory, so that training may go on while threads write the copy. Without
+            it nothing may change the state before :meth:`finish` has returned.
+
+    Raises:
+        CheckpointError: it cannot be written; nothing is left of it then.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        model: MegatronModel,
+        optimizer: MegatronOptimizer | None = None,
+        meta: dict[str, Any] | None = None,
+        *,
+        in_background: bool,
+    ) -> None:
+        self.path = path
+        self._partial = path.with_name(path.name + ".partial")
+        self._writers: FileWriters | None = None
+        described = _meta(model, {**(meta or {}), **_optimizer_meta(optimizer)})
+        with self._failing():
+            # the state itself has no name here: it would outlive its copy
+            sharded, common = save_preprocess(_state(model, optimizer))
+            on_writer(path, lambda: self._begin(described, common))
+            self._writers = FileWriters(sharded, self._partial / WEIGHTS, copy=in_background)
+
+    @property
+    def written(self) -> bool:
+        """Whether the files of this rank are written, or could not be; :meth:`finish` need not wait for them then."""
+        return self._writers is not None and self._writers.ended
+
+    def finish(self, limit_minutes: float) -> None:
+        """Wait until all ranks have written their files, then give the checkpoint its name; all ranks call.
+
+        An existing checkpoint of that name is replaced only once the new one is complete.
+
+        Raises CheckpointError on every rank when any cannot write, or needs more than ``limit_minutes``.
+        """
+        assert self._writers is not None
+        with self._failing():
+            self._wait(self._writers, limit_minutes)
+            gathered = self._writers.gather()
+            on_writer(self.path, lambda: self._writers.write_metadata(gathered))  # type: ignore[union-attr]
+            files = self._measured({f"{WEIGHTS}/{k}": v for k, v in self._writers.entries.items()})
+            on_writer(self.path, lambda: manifest.write(self._partial, files))
+            on_writer(self.path, lambda: put_in_place(self._partial, self.path))
+
+    def drop(self) -> None:
+        """Stop writing and remove what was written; each rank for itself, whatever has become of the others."""
+        if self._writers is not None and not self._writers.stop(DROP_SECONDS):
+            _log.warning("%s: its files are given up, but the file system does not end the last write", self.path)
+        if runtime.current().is_writer:
+            shutil.rmtree(self._partial, ignore_errors=True)  # a full disk is not left fuller
+
+    def _begin(self, described: dict[str, Any], common: dict[str, Any]) -> None:
+        make_empty(self._partial / WEIGHTS, self._partial)
+        manifest.write_json(self._partial / "meta.json", described)
+        write_common(self._partial / WEIGHTS, common)
+
+    def _measured(self, known: dict[str, manifest.Entry]) -> dict[str, manifest.Entry]:
+        try:
+            return manifest.measure(self._partial, known)
+        except OSError as error:  # on every rank
+            raise could_not_write(self.path, error, everywhere=True) from error
+
+    def _wait(self, writers: FileWriters, limit_minutes: float) -> None:
+        """The ranks ask each other every ``LOOK_SECONDS``, so that none is left in a collective for long."""
+        rank = runtime.current().rank
+        deadline = time.monotonic() + 60 * limit_minutes
+        while True:
+            ended = writers.wait(LOOK_SECONDS)
+            phases.tick()  # this wait has a limit of its own
+            slowest = greatest(0 if ended else rank + 1)
+            if not slowest:
+                return
+            if greatest(int(time.monotonic() > deadline)):
+                overdue = TimeoutError(f"rank {slowest - 1} is still writing after {limit_minutes:g} minutes")
+                raise could_not_write(self.path, overdue, everywhere=True)
+
+    @contextlib.contextmanager
+    def _failing(self) -> Iterator[None]:
+        """Leave nothing behind when the block fails; what the disk or Megatron says becomes a CheckpointError."""
+        try:
+            yield
+        except (OSError, RuntimeError, CheckpointException) as error:
+            self.drop()
+            if isinstance(error, RuntimeError) and not _WRITE_FAILED.search(str(error)):
+                raise
+            raise could_not_write(self.path, error) from error
+        except BaseException:
+            self.drop()
+            raise
+
+
+def save(
+    path: Path,
+    model: MegatronModel,
+    optimizer: MegatronOptimizer | None = None,
+    meta: dict[str, Any] | None = None,
+    limit_minutes: float = 30.0,
+) -> None:
+    """Write a checkpoint and wait for it; see :class:`Saving`."""
+    Saving(Path(path), model, optimizer, meta, in_background=False).finish(limit_minutes)
+
+
+def make_empty(directory: Path, top: Path) -> None:
+    """Make ``directory`` below ``top``, of which nothing is left."""
+    shutil.rmtree(top, ignore_errors=True)
+    directory.mkdir(parents=True)
+
+
+def on_writer(path: Path, work: Callable[[], T]) -> T:
+    """``work`` on the writing rank; a failing disk is a CheckpointError that names ``path``, on every rank."""
+
+    def told() -> T:
+        try:
+            return work()
+        except OSError as error:
+            raise could_not_write(path, error) from error
+
+    return runtime.on_writer(told)
+
+
+def could_not_write(path: Path, error: BaseException, everywhere: bool = False) -> CheckpointError:
+    """The error of a failed save; ``everywhere``: every rank raises it."""
+    reason = _reason(error, path.parent)
+    told = CheckpointError(f"{path}: could not be written ({reason}); the checkpoint before it is untouched")
+    told.everywhere = everywhere
+    return told
+
+
+def _state(model: MegatronModel, optimizer: MegatronOptimizer | None) -> dict[str, Any]:
+    model_state = model.sharded_state_dict()
+    if optimizer is None or not optimizer.started:
+        return {"model": model_state}
+    return {"model": model_state, "optimizer": optimizer.sharded_state_dict(model_state)}
+
+
+def greatest(value: int) -> int:
+    """The greatest of all ranks' values."""
+    rt = runtime.current()
+    if rt.world_size == 1:
+        return value
+    box = torch.tensor(value, device=rt.device)
+    dist.all_reduce(box, op=dist.ReduceOp.MAX)
+    return int(box)
+
+
+def _reason(error: BaseException, directory: Path) -> str:
+    """One line: of a failure on several ranks, the first one's."""
+    failures: dict[int, Any] = getattr(error, "failures", {})
+    said = next((f"rank {rank}: {one_line(failure)}" for rank, (failure, _) in sorted(failures.items())), None)
+    reason = said or one_line(error)
+    if _WRITE_FAILED.search(reason):
+        usage = shutil.disk_usage(directory)
+        return f"is the disk full? {usage.free / 1e6:.1f} of {usage.total / 1e6:.1f} MB are free; {reason}"
+    return reason
+
+
+def put_in_place(partial: Path, path: Path) -> None:
+    """Give a complete directory its name; one of that name is replaced.
+
+    A kill at any moment leaves the old one or the new one, under its name or where :func:`recover` finds it.
+    """
+    recover(path)
+    new, old = _aside(path)
+    shutil.rmtree(new, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+    files.sync_tree(partial, written=".distcp")
+    partial.rename(new)
+    if path.exists():
+        path.rename(old)
+    with contextlib.suppress(FileNotFoundError):  # a reader recovered it
+        files.rename(new, path)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def recover(path: Path) -> None:
+    """Finish a replacement that was killed when nothing bore the name; any rank may call, also several at once."""
+    for left in _aside(path):
+        if not path.exists():
+            with contextlib.suppress(OSError):
+                left.rename(path)
+
+
+def _aside(path: Path) -> tuple[Path, Path]:
+    """Names of a complete checkpoint that is to replace ``path``, and of the one that it replaces."""
+    return path.with_name(path.name + ".new"), path.with_name(path.name + ".old")
+
+
+def read_meta(path: Path) -> dict[str, Any]:
+    """The description of a checkpoint; raises CheckpointError when it is missing or incomplete."""
+    path = Path(path)
+    recover(path)
+    if not path.exists():
+        raise CheckpointError(f"{path}: there is no such checkpoint")
+    try:
+        meta = read_json_object(path / "meta.json")
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: not a complete checkpoint ({error})") from None
+    if not {"format", "head", "model"} <= set(meta):
+        raise CheckpointError(f"{path}: not a checkpoint of nemo_advrm (meta.json lacks format, head or model)")
+    if type(meta["format"]) is int and meta["format"] > FORMAT:
+        raise CheckpointError(f"{path}: written by a newer version (format {meta['format']}, this one knows {FORMAT})")
+    check_description(meta, str(path / "meta.json"))
+    return meta
+
+
+def check_tokenizer(tokenizer: Tokenizer, model: ModelConfig, path: str = "") -> None:
+    """Raise CheckpointError for a tokenizer with ids beyond the embedding of the checkpoint ``path``, or of ``model``.
+
+    ``path``: what the weights come from; empty for random ones.
+    """
+    if path and (rows := read_meta(Path(path)).get("vocab_size")) is not None:
+        check_vocabulary(tokenizer, int(rows), path)
+    check_vocabulary(tokenizer, padded_vocab_size(model, tokenizer.vocab_size), f"model.vocab_size={model.vocab_size}")
+
+
+def _check_architecture(path: Path, meta: dict[str, Any], model: MegatronModel) -> None:
+    difference = first_difference(meta["model"], asdict(model.model), meta["head"], model.head)
+    if difference:
+        key, theirs, mine = difference
+        raise CheckpointError(f"{path}: model.{key} is {theirs!r} in the checkpoint and {mine!r} in the configuration")
+    if meta["vocab_size"] != model.vocab_size:
+        raise CheckpointError(
+            f"{path}: the vocabulary has {meta['vocab_size']} entries in the checkpoint and {model.vocab_size} in the "
+            "configuration (model.tokenizer, model.make_vocab_size_divisible_by)"
+        )
+
+
+def load(
+    path: Path, model: MegatronModel, optimizer: MegatronOptimizer | None = None, *, new_head: bool = False
+) -> dict[str, Any]:
+    """Read weights (and optimizer state) into ``model`` at its own layout; returns the checkpoint's description.
+
+    Args:
+        new_head: keep the model's own head and take only the trunk. Without it the head must be the
+            checkpoint's: a head is never re-initialised silently.
+
+    Raises:
+        CheckpointError: missing, incomplete or damaged checkpoint, another architecture or head.
+    """
+    path = Path(path)
+    meta = read_meta(path)
+    _check_architecture(path, meta, model)
+    if meta["head"] != model.head and not new_head:
+        raise CheckpointError(
+            f"{path}: holds a model with the head {meta['head']!r}, but one with {model.head!r} is wanted"
+        )
+    if optimizer is not None and not meta.get("has_optimizer"):
+        raise CheckpointError(f"{path}: has no optimizer state, so training cannot continue from it")
+    if runtime.on_writer((path / manifest.NAME).exists):  # converted checkpoints have none
+        problem = manifest.damage(path, full=False, except_for="meta.json")  # which was just read
+        if problem is not None:
+            raise CheckpointError(f"{path}: could not be read ({problem})")
+    model_state = model.sharded_state_dict()
+    if new_head:
+        model_state = {k: v for k, v in model_state.items() if not _is_head(k)}
+    state: dict[str, Any] = {"model": model_state}
+    started = bool(meta.get("optimizer_started", True))
+    if optimizer is not None and started:
+        state["optimizer"] = optimizer.sharded_state_dict(model_state, is_loading=True)
+    try:
+        loaded = load_weights(state, path / WEIGHTS)
+        check_fp8_states(loaded["model"], str(path / WEIGHTS))
+    except (Exception, CheckpointException) as error:  # many types for a damaged directory; the user needs one sentence
+        raise _could_not_read(path, error) from error
+    _load_model_state(model, loaded["model"], strict=not new_head)
+    if optimizer is not None and started:
+        optimizer.load_state_dict(loaded["optimizer"])
+    elif optimizer is not None:
+        optimizer.reset()
+    return meta
+
+
+def _could_not_read(path: Path, error: BaseException) -> CheckpointError:
+    """One line: of a failure on several ranks, the first one's."""
+    failures: dict[int, Any] = getattr(error, "failures", {})
+    first = next((failure for _, (failure, _) in sorted(failures.items())), error)
+    kind = "" if isinstance(first, CheckpointError) else f"{type(first).__name__}: "
+    return CheckpointError(f"{path}: could not be read ({kind}{one_line(first, 400)})")
+
+
+def _is_head(key: str) -> bool:
+    return ".head." in f".{key}" or "output_layer." in key
+
+
+def _load_model_state(model: MegatronModel, state: dict[str, Any], strict: bool) -> None:
+    missing, unexpected = model.load_state_dict(state)
+    lost = [k for k in missing if "_extra_state" not in k and (strict or not _is_head(k))]
+    if lost or unexpected:
+        raise CheckpointError(f"tensors do not match: missing {lost}, unexpected {list(unexpected)}")

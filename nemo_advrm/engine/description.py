@@ -1,0 +1,129 @@
+"""What a checkpoint says of itself (``meta.json``), checked before anything is built from it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import typing
+from pathlib import Path
+from typing import Any
+
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from nemo_advrm.config.schema import ModelConfig
+from nemo_advrm.config.validation import CHOICES, RANGES
+from nemo_advrm.engine.transformer import head_size, query_groups
+from nemo_advrm.engine.weights_metadata import open_metadata
+from nemo_advrm.errors import CheckpointError
+from nemo_advrm.place import one_line
+from nemo_advrm.plan.parameters import model_parameters
+
+_HEADS = ("lm", "reward", "value")
+_FIELDS: dict[str, tuple[type, ...]] = {
+    "format": (int,),
+    "head": (str,),
+    "head_outputs": (int,),
+    "vocab_size": (int,),
+    "model": (dict,),
+    "tokenizer": (str, type(None)),
+    "tokenizer_spec": (str, type(None)),
+    "has_optimizer": (bool,),
+    "optimizer_started": (bool,),
+    "conversion": (dict,),
+}
+_NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", dict: "an object"}
+_MOST = 1 << 40  # of any size in a model
+_DEPTH = 20
+
+
+def check_description(meta: dict[str, Any], source: str) -> None:
+    """Raise CheckpointError that names ``source`` and the key for a value of another type, size or kind.
+
+    No text may hold ``${``: it would be replaced, for instance by a variable of the environment, once it stands in a
+    configuration.
+    """
+    for key, types in _FIELDS.items():
+        if key in meta and type(meta[key]) not in types:
+            raise CheckpointError(f"{source}: {key} is {_shown(meta[key])}, {_NAMES[types[0]]} was expected")
+    if meta.get("head", "lm") not in _HEADS:
+        raise CheckpointError(f"{source}: head is {_shown(meta['head'])}, not one of {', '.join(_HEADS)}")
+    for key in ("head_outputs", "vocab_size"):
+        if key in meta and not 0 < meta[key] < _MOST:
+            raise CheckpointError(f"{source}: {key} is {_shown(meta[key])}, which no model has")
+    check_section(ModelConfig, meta["model"], "model", source)
+    check_texts(meta, source)
+
+
+def check_size(path: Path, meta: dict[str, Any], model: ModelConfig) -> None:
+    """Raise CheckpointError when ``meta`` describes a larger model than the weights hold, before memory is taken."""
+    stored = open_metadata(path / "weights").state_dict_metadata
+    held = sum(
+        math.prod(item.size)
+        for key, item in stored.items()
+        if key.startswith("model.") and isinstance(item, TensorStorageMetadata)
+    )
+    heads, groups = model.num_attention_heads, query_groups(model)
+    if head_size(model) < 1 or heads % groups:
+        raise CheckpointError(f"{path}: describes {heads} attention heads, which its other sizes do not allow")
+    rows, outputs = meta.get("vocab_size", 1), meta.get("head_outputs", 1)
+    described = model_parameters(model, meta["head"], rows, outputs).total
+    if described > held:
+        raise CheckpointError(f"{path}: describes a model of {described} parameters, its weights have {held}")
+
+
+def check_section(kind: Any, settings: dict[str, Any], place: str, source: str) -> None:
+    """Raise CheckpointError for a value of another type or range than the dataclass ``kind`` has for it.
+
+    Args:
+        settings: values of ``kind``; keys that it lacks are for whoever reads them.
+        place: where the values stand in a configuration, as ``model.optim``.
+        source: what an error names.
+    """
+    hints = typing.get_type_hints(kind)
+    for name in (field.name for field in dataclasses.fields(kind)):
+        if name not in settings:
+            continue
+        value, hint, key = settings[name], hints[name], f"{place}.{name}"
+        if dataclasses.is_dataclass(hint):
+            if not isinstance(value, dict):
+                raise CheckpointError(f"{source}: {key} is {_shown(value)}, an object was expected")
+            check_section(hint, value, key, source)
+            continue
+        element = (typing.get_args(hint) or (hint,))[0]
+        if element is not hint and not isinstance(value, list):
+            raise CheckpointError(f"{source}: {key} is {_shown(value)}, a list was expected")
+        for item in value if isinstance(value, list) else [value]:
+            if not _is(item, element) or (isinstance(value, list) and element is hint):
+                raise CheckpointError(f"{source}: {key} is {_shown(value)}, {_NAMES[element]} was expected")
+            if (key in RANGES and item not in RANGES[key]) or (isinstance(item, int) and abs(item) > _MOST):
+                raise CheckpointError(f"{source}: {key} is {_shown(item)}, which no model has")
+            if key in CHOICES and item not in CHOICES[key]:
+                raise CheckpointError(f"{source}: {key} is {_shown(item)}, not one of {', '.join(CHOICES[key])}")
+
+
+def _is(value: Any, kind: type) -> bool:
+    if kind is float:
+        # a whole number beyond the largest float would end in an error of Python's own
+        return type(value) is float or (type(value) is int and abs(value) <= _MOST)
+    return type(value) is kind
+
+
+def check_texts(value: Any, source: str) -> None:
+    """Raise CheckpointError that names ``source`` for a text with ``${`` in a list or object, keys included."""
+    level: list[Any] = [value]
+    for _ in range(_DEPTH):
+        inner = [i for item in level for i in (([*item, *item.values()]) if isinstance(item, dict) else item)]
+        text = next((item for item in inner if isinstance(item, str) and "${" in item), None)
+        if text is not None:
+            raise CheckpointError(f"{source}: {_shown(text)} would be replaced by something else, which is not done")
+        level = [item for item in inner if isinstance(item, dict | list)]
+        if not level:
+            return
+    raise CheckpointError(f"{source}: nested too deeply")
+
+
+def _shown(value: Any) -> str:
+    """A value for a message; a number of thousands of digits, which Python does not write, by its length."""
+    if isinstance(value, int) and value.bit_length() > 200:
+        return "a number of more than 60 digits"
+    return one_line(repr(value) if not isinstance(value, dict | list) else f"a {type(value).__name__}", 80)

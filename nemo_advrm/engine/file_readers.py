@@ -1,0 +1,201 @@
+"""The one door through which the files of a Megatron checkpoint are read: nothing in them is run.
+
+Megatron and PyTorch unpickle the table of contents of the weights, what is not sharded (``common.pt``) and every item
+that is not a tensor, which lets a file run any code. Here the table is read inertly
+(:mod:`nemo_advrm.engine.weights_metadata`) and all else by ``torch.load(weights_only=True)``, which knows tensors and
+plain containers only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import pickle
+import warnings
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CONFIG_FNAME
+from megatron.core.dist_checkpointing.strategies import torch as strategies
+from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME, TorchCommonLoadStrategy
+from megatron.core.dist_checkpointing.validation import StrictHandling
+from torch.distributed.checkpoint import FileSystemReader, Metadata
+from torch.distributed.checkpoint._nested_dict import set_element
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
+from torch.futures import Future
+
+from nemo_advrm.engine.weights_metadata import open_metadata
+from nemo_advrm.errors import CheckpointError
+from nemo_advrm.foreign_files import read_json_object
+from nemo_advrm.place import one_line
+
+
+def load_weights(state: dict[str, Any], directory: Path) -> dict[str, Any]:
+    """What ``directory`` holds for the sharded ``state``; all ranks call.
+
+    Raises CheckpointError that names a file which is damaged or not to be trusted, and what Megatron raises for a
+    state that does not fit.
+    """
+    backend = read_json_object(directory / CONFIG_FNAME).get("sharded_backend")
+    if backend != "torch_dist":
+        raise CheckpointError(f"{directory / CONFIG_FNAME}: the format {one_line(repr(backend), 40)} is not supported")
+    common, sharded = _Common(), strategies.TorchDistLoadShardedStrategy()
+    with warnings.catch_warnings(), _our_readers(directory), only_torch_classes():
+        warnings.simplefilter("ignore")
+        return dist_checkpointing.load(  # type: ignore[return-value]
+            state, str(directory), sharded, common, strict=StrictHandling.RAISE_UNEXPECTED
+        )
+
+
+def load_plain(stream: IO[bytes], source: str) -> Any:
+    """Tensors, numbers, texts and containers of them that ``torch.save`` wrote.
+
+    Raises CheckpointError that names ``source`` for anything else, and for an archive that unpacks to more than it has
+    bytes.
+    """
+    try:
+        check_archive(stream, 0, stream.seek(0, io.SEEK_END))
+        stream.seek(0)
+        with only_torch_classes():
+            return torch.load(stream, map_location="cpu", weights_only=True)
+    except Exception as error:  # damaged bytes make it raise many types
+        raise CheckpointError(f"{source}: {reason(error)}") from None
+
+
+def check_archive(file: IO[bytes], offset: int, length: int) -> None:
+    """Raise ValueError unless this part of ``file`` is an uncompressed archive as ``torch.save`` writes it.
+
+    Its older format, and compressed archives, can have more memory taken than they have bytes.
+    """
+    try:
+        with zipfile.ZipFile(io.BufferedReader(_Part(file, offset, length))) as archive:
+            members = archive.infolist()
+    except Exception as error:  # zipfile too raises many types
+        raise ValueError(f"no archive of PyTorch ({error})") from None
+    if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+        raise ValueError("a compressed archive, which PyTorch does not write")
+    if sum(member.file_size for member in members) > length:
+        raise ValueError("an archive that claims more than it has bytes")
+
+
+class _Part(io.RawIOBase):
+    """Some bytes of a file as a file; PyTorch's own view of them cannot seek from the end."""
+
+    def __init__(self, file: IO[bytes], offset: int, length: int) -> None:
+        self._file, self._offset, self._length, self._at = file, offset, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        start = (0, self._at, self._length)[whence]
+        if start + offset < 0:
+            raise OSError("before the beginning")
+        self._at = start + offset
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        self._file.seek(self._offset + self._at)
+        data = self._file.read(max(0, min(len(buffer), self._length - self._at)))
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
+
+
+def reason(error: BaseException) -> str:
+    """Why a file could not be read, in one line and without PyTorch's advice to trust it."""
+    if isinstance(error, CheckpointError):
+        return str(error)
+    if isinstance(error, pickle.UnpicklingError):
+        return "holds a pickle of more than tensors and plain values, which is not loaded"
+    return f"could not be read ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+
+
+@contextlib.contextmanager
+def only_torch_classes() -> Iterator[None]:
+    """Inside, ``weights_only`` knows PyTorch's own classes: libraries add others for the whole process."""
+    added = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    try:
+        yield
+    finally:
+        torch.serialization.add_safe_globals(added)
+
+
+class _Common(TorchCommonLoadStrategy):
+    def load_common(self, checkpoint_dir: str | Path) -> dict[str, Any]:
+        path = Path(checkpoint_dir) / COMMON_STATE_FNAME
+        try:
+            with open(path, "rb") as file:
+                state = load_plain(file, str(path))
+        except OSError as error:
+            raise CheckpointError(f"{path}: could not be read ({error.strerror})") from None
+        if not isinstance(state, dict):
+            raise CheckpointError(f"{path}: holds no state of a training")
+        return state
+
+
+class WeightsReader(FileSystemReader):
+    """PyTorch's reader of a directory, with a table of contents that was read inertly; errors name the file."""
+
+    def __init__(self, directory: Path, metadata: Metadata) -> None:
+        super().__init__(directory)
+        self._metadata = metadata
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        return self._metadata
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """File by file, so that an error can name the file."""
+        per_file: dict[str, list[ReadItem]] = {}
+        for item in plan.items:
+            per_file.setdefault(self.storage_data[item.storage_index].relative_path, []).append(item)
+        for name, items in per_file.items():
+            try:
+                super().read_data(dataclasses.replace(plan, items=items), planner).wait()
+            except CheckpointError:
+                raise
+            except Exception as error:  # damaged bytes make it raise many types
+                raise CheckpointError(f"{Path(self.path) / name}: {reason(error)}") from None
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    def _slice_file(self, file: IO[bytes], sinfo: _StorageInfo) -> IO[bytes]:
+        check_archive(file, sinfo.offset, sinfo.length)
+        return super()._slice_file(file, sinfo)
+
+
+class _Planner(strategies.MCoreLoadPlanner):
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        loaded, name = torch.load(value, map_location="cpu", weights_only=True), read_item.dest_index.fqn
+        if self.flatten_state_dict:
+            set_element(self.original_state_dict, self.mappings[name], loaded)
+        else:
+            self.state_dict[name] = loaded
+
+
+@contextlib.contextmanager
+def _our_readers(directory: Path) -> Iterator[None]:
+    """Inside, Megatron's strategy reads by the classes above, which it takes from these names of its module.
+
+    A Megatron that has other names raises AttributeError instead of reading by its own.
+    """
+    metadata = open_metadata(directory)
+    theirs = {name: getattr(strategies, name) for name in ("_get_filesystem_reader", "MCoreLoadPlanner")}
+    strategies._get_filesystem_reader = lambda *_args, **_kwargs: WeightsReader(directory, metadata)
+    strategies.MCoreLoadPlanner = _Planner
+    try:
+        yield
+    finally:
+        for name, value in theirs.items():
+            setattr(strategies, name, value)

@@ -1,0 +1,183 @@
+"""Writes one rank's files of a Megatron checkpoint in threads of the training process.
+
+Threads, and not Megatron's writer processes. Its queue forks (``TemporalAsyncCaller``) or spawns
+(``PersistentAsyncCaller``) a process per rank, which forks one more per file. In a forked child the threads of gloo,
+NCCL and CUDA do not exist, while the locks that they held stay locked; a spawned one imports everything anew on every
+rank; both outlive a killed training, and Megatron waits without limit for one that was killed itself. A thread ends
+with its process. PyTorch releases the GIL while it computes a tensor's checksum and while the kernel writes, and
+hashlib while it hashes, so that training goes on meanwhile.
+"""
+
+from __future__ import annotations
+
+import inspect
+import io
+import os
+import queue
+import threading
+import time
+import warnings
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.storage import WriteResult
+
+from nemo_advrm.engine import manifest, runtime
+from nemo_advrm.place import one_line
+
+# without Megatron's wrapper, which turns the garbage collector of the whole process off
+_write_file = inspect.unwrap(filesystem_async.FileSystemWriterAsync.write_preloaded_data)
+_BACKEND, _VERSION = "torch_dist", 1
+
+
+class _Plan(TorchDistSaveShardedStrategy):
+    """Megatron's strategy up to the moment when each rank knows what it has to write."""
+
+    writer: filesystem_async.FileSystemWriterAsync
+    metadata: Metadata | None  # on the coordinator
+
+    def _get_save_and_finalize_callbacks(self, writer: Any, planned: Any) -> AsyncRequest:
+        self.writer = writer
+        self.metadata = planned[1]
+        return AsyncRequest(None, (), [])
+
+
+def write_common(directory: Path, state: dict[str, Any]) -> None:
+    """Write what is not sharded; on the writing rank.
+
+    ``dist_checkpointing.save`` does it between its collectives, in which the other ranks would wait for a writer whose
+    disk is full.
+    """
+    contents = io.BytesIO()  # torch.save tells of a failing file by a RuntimeError
+    torch.save(state, contents)
+    with open(directory / COMMON_STATE_FNAME, "wb") as file:
+        file.write(contents.getbuffer())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+class FileWriters:
+    """The threads, one a file, that write what this rank holds of a sharded state; started at once.
+
+    Args:
+        state: the sharded part of Megatron's state dict (``save_preprocess``), emptied here; all ranks make their
+            writers together.
+        directory: where the files go; it exists and is empty.
+        copy: the state may change as soon as this returns. Without it, it must not before the writers have ended.
+
+    Attributes:
+        written: what Megatron's metadata needs to know of every item.
+        entries: size and hash of each file by its name, for the manifest.
+        failure: what went wrong first; the files are useless then.
+    """
+
+    def __init__(self, state: dict[str, Any], directory: Path, copy: bool) -> None:
+        self.directory = directory
+        self.written: list[WriteResult] = []
+        self.entries: dict[str, manifest.Entry] = {}
+        self.failure: BaseException | None = None
+        self._stopped = threading.Event()
+        self._plan = _Plan(_BACKEND, _VERSION)
+        if filesystem_async._results_queue is None:  # else Megatron starts a process for it
+            filesystem_async._results_queue = queue.Queue()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self._plan.async_save(state, directory)
+        state.clear()  # what was gathered for saving lives no longer than it takes to copy it
+        buckets, self._plan.writer.write_buckets = self._plan.writer.write_buckets or [], []
+        self._threads: list[threading.Thread] = []
+        try:
+            files = [(path, name, (blobs, _to_host(tensors, copy))) for path, name, (blobs, tensors) in buckets]
+        except (RuntimeError, MemoryError) as error:
+            self.failure = error
+            return
+        for file in files:
+            thread = threading.Thread(target=self._write, args=file, name="checkpoint writer", daemon=True)
+            self._threads.append(thread)
+            thread.start()
+
+    @property
+    def ended(self) -> bool:
+        """Whether all files of this rank are written and hashed, or given up."""
+        return not any(thread.is_alive() for thread in self._threads)
+
+    def wait(self, seconds: float) -> bool:
+        """Wait at most ``seconds``; returns :attr:`ended`."""
+        deadline = time.monotonic() + seconds
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        return self.ended
+
+    def stop(self, seconds: float) -> bool:
+        """Give the files up after the tensors in work; returns whether that took at most ``seconds``."""
+        self._stopped.set()
+        return self.wait(seconds)
+
+    def gather(self) -> list[list[WriteResult] | str]:
+        """On the writing rank, what every rank wrote or why it failed; all ranks call, after their threads ended."""
+        rt = runtime.current()
+        mine: list[WriteResult] | str = self.written if self.failure is None else one_line(self.failure)
+        if rt.world_size == 1:
+            return [mine]
+        gathered: list[Any] | None = [None] * rt.world_size if rt.is_writer else None
+        dist.gather_object(mine, gathered)
+        return gathered or []
+
+    def write_metadata(self, gathered: list[list[WriteResult] | str]) -> None:
+        """Write Megatron's own files, which make it a checkpoint; on the writing rank.
+
+        Raises OSError with rank and reason when a rank's files could not be written.
+        """
+        results = []
+        for rank, outcome in enumerate(gathered):
+            if isinstance(outcome, str):
+                raise OSError(f"rank {rank}: {outcome}")
+            results.append(outcome)
+        assert self._plan.metadata is not None
+        self._plan.writer.finish(self._plan.metadata, results)
+        save_config(CheckpointingConfig(_BACKEND, _VERSION), str(self.directory))
+
+    def _write(self, path: str, name: str, contents: tuple[list[Any], deque[Any]]) -> None:
+        blobs, tensors = contents
+        outcome: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        count: queue.Queue[int] = queue.Queue()  # of files in work, for Megatron's function
+        count.put(1)
+        try:
+            transforms = [self._plan.writer.transforms]
+            _write_file(transforms, 0, (path, name, (blobs, self._each(tensors))), outcome, count, use_fsync=True)
+            _, written = outcome.get_nowait()
+            if isinstance(written, BaseException):
+                raise written
+            self.entries.update(manifest.describe(self.directory, [name]))
+            self.written.extend(written)
+        except BaseException as error:  # nobody else would see it
+            self.failure = self.failure or error
+            tensors.clear()
+
+    def _each(self, tensors: deque[Any]) -> Iterator[Any]:
+        """The items one by one; their memory is free when the next is taken."""
+        while tensors:
+            if self._stopped.is_set():
+                raise InterruptedError("given up")
+            yield tensors.popleft()
+
+
+def _to_host(tensors: list[Any], copy: bool) -> deque[Any]:
+    """The items with tensors in host memory; the list is emptied on the way, so that both never lie there whole."""
+    left = deque(tensors)
+    tensors.clear()
+    moved: deque[Any] = deque()
+    while left:
+        item, tensor = left.popleft()
+        moved.append((item, tensor.detach().to("cpu", copy=copy)))
+    return moved

@@ -1,0 +1,124 @@
+"""Which of Megatron-Core's fused operations a model takes on this machine, and why not the others."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from nemo_advrm.config.schema import ModelConfig
+from nemo_advrm.engine import engine
+
+# name -> what Megatron's configuration calls it. Its fused operation for F.gelu computes the tanh form, so that exact
+# GELU has none; neither have the ReLUs.
+FUSED_ACTIVATIONS: dict[str, Callable[..., torch.Tensor]] = {"swiglu": F.silu, "geglu_tanh": F.gelu}
+OFF = "model.fused_kernels=false"
+_NO_GPU = "there is no GPU"
+_NO_COMPILER = "torch.compile has no Triton for this GPU"
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """One option of Megatron's TransformerConfig.
+
+    Attributes:
+        title: what is fused.
+        reason: why it is not active; empty where it is.
+    """
+
+    option: str
+    title: str
+    reason: str
+
+    @property
+    def active(self) -> bool:
+        return not self.reason
+
+
+def fusions(model: ModelConfig, on_gpu: bool) -> list[Fusion]:
+    """Every fused operation of Megatron's layers; on a CPU none is active."""
+    found = [
+        Fusion("bias_activation_fusion", "gated activation", _activation(model) or _compiled(on_gpu)),
+        Fusion("bias_dropout_fusion", "bias and residual", _bias(model) or _compiled(on_gpu)),
+        Fusion("apply_rope_fusion", "rotary positions", _rotation(model, on_gpu)),
+        Fusion("gradient_accumulation_fusion", "weight gradients", _weight_gradients(on_gpu)),
+        Fusion("masked_softmax_fusion", "masked softmax", "attention as a whole is fused, by PyTorch or TE"),
+        Fusion("persist_layer_norm", "Apex's layer norm", "norms are PyTorch's, or parts of TE's linear layers"),
+    ]
+    if model.fused_kernels:
+        return found
+    return [Fusion(fusion.option, fusion.title, OFF) for fusion in found]
+
+
+def settings(model: ModelConfig, on_gpu: bool) -> dict[str, bool]:
+    """The options as Megatron's configuration takes them."""
+    return {fusion.option: fusion.active for fusion in fusions(model, on_gpu)}
+
+
+@contextlib.contextmanager
+def without_fused_rotation(config: Any) -> Iterator[None]:
+    """Rotate unfused inside: the kernel turns all rows by the same angles; those of a cache are at unlike positions.
+
+    ``config`` is the TransformerConfig that all layers share.
+    """
+    chosen, config.apply_rope_fusion = config.apply_rope_fusion, False
+    try:
+        yield
+    finally:
+        config.apply_rope_fusion = chosen
+
+
+def fuses_activation(model: ModelConfig) -> bool:
+    """Whether a GPU with torch.compile fuses the model's activation, which then keeps its input alone."""
+    return model.fused_kernels and not _activation(model)
+
+
+def _activation(model: ModelConfig) -> str:
+    return "" if model.activation in FUSED_ACTIVATIONS else f"Megatron has none that computes {model.activation}"
+
+
+def _bias(model: ModelConfig) -> str:
+    if not model.bias:
+        return "without biases there is one addition"
+    if model.hidden_dropout:
+        return "it would draw other random numbers for dropout"
+    return ""
+
+
+def _compiled(on_gpu: bool) -> str:
+    """These two are torch.compile's, which on a CPU takes longer to compile them than small models train."""
+    if not on_gpu:
+        return _NO_GPU
+    return "" if importlib.util.find_spec("triton") is not None else _NO_COMPILER
+
+
+def _rotation(model: ModelConfig, on_gpu: bool) -> str:
+    if not on_gpu:
+        return _NO_GPU
+    if model.position_embedding_type != "rope":
+        return "positions are not rotary"
+    return "" if engine.usable(on_gpu) else f"Transformer Engine {engine.fault()}"
+
+
+def _weight_gradients(on_gpu: bool) -> str:
+    if not on_gpu:
+        return _NO_GPU
+    # the embedding and the output layer are Megatron's own, which ask for it even where all else is TE's
+    return "" if loads("fused_weight_gradient_mlp_cuda") else "Apex is not installed with its CUDA extensions"
+
+
+@cache
+def loads(module: str) -> bool:
+    """Whether an optional package can be imported: one built for another CUDA or PyTorch fails in many ways."""
+    try:
+        importlib.import_module(module)
+    except Exception:
+        return False
+    return True

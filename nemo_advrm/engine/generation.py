@@ -1,0 +1,200 @@
+"""Generates responses with a key/value cache, over tensor and pipeline parallel ranks; context parallel ranks share the
+prompts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import Tensor
+
+from nemo_advrm.data.batching import microbatch_cost
+from nemo_advrm.engine import runtime, throughput
+from nemo_advrm.engine.context import without_context_parallel
+from nemo_advrm.engine.fusions import without_fused_rotation
+from nemo_advrm.engine.gpt import without_sequence_parallel
+from nemo_advrm.engine.kv_cache import KVCache
+from nemo_advrm.engine.model import MegatronModel
+from nemo_advrm.engine.precision import without_fp8
+from nemo_advrm.engine.sampling import Sampling, pick
+from nemo_advrm.errors import ConfigError
+
+# finished rows are dropped once they are this share of the batch: copying the cache costs about one step
+_DROP_SHARE = 0.25
+# prompts are read together while the longest is at most this times the shortest, or there are few tokens: those of so
+# many passes that cost nothing but their launches
+_LIKE = 1.25
+_FEWEST_PASSES = 4
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Responses in the order of their prompts; ``ended`` is False where the length ran out first.
+
+    A response holds its stop token as its last one when it ended.
+    """
+
+    responses: list[list[int]]
+    ended: list[bool]
+
+
+def uniforms(seed: int, rows: int, tokens: int) -> Tensor:
+    """[rows, tokens] numbers in [0, 1) that depend on ``seed`` alone; row i is the same for any ``rows`` > i."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(rows, tokens, generator=generator)
+
+
+@torch.no_grad()
+def generate(
+    model: MegatronModel, prompts: list[list[int]], sampling: Sampling, uniforms_BT: Tensor, max_rows: int = 0
+) -> Generation:
+    """Continue every prompt; all ranks of one model replica call with the same prompts and get the same result.
+
+    Every replica calls, one without prompts too: weights may have to be gathered. Otherwise replicas exchange nothing
+    here (no FP8), and each makes as many passes as its own responses need.
+
+    Args:
+        prompts: token ids, none empty; lengths may differ.
+        uniforms_BT: [len(prompts), max_new_tokens] (see :func:`uniforms`); not read when greedy.
+        max_rows: most rows in one batch; 0 takes all at once. Batches are made of similar lengths.
+
+    Raises:
+        ConfigError: a prompt is empty or prompt plus response exceed the model's context.
+    """
+    limit = model.model.encoder_seq_length
+    for i, prompt in enumerate(prompts):
+        if not prompt:
+            raise ConfigError(f"prompt {i} is empty")
+        if len(prompt) + sampling.max_new_tokens > limit:
+            raise ConfigError(
+                f"prompt {i} has {len(prompt)} tokens; with rl.max_new_tokens={sampling.max_new_tokens} that exceeds "
+                f"model.encoder_seq_length={limit}"
+            )
+    model.gather_parameters()
+    model.eval()
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    # a row in decoding has one token, which ranks cannot share: they share the rows, each with its part of all lengths
+    ranks = parallel_state.get_context_parallel_world_size()
+    own = order[parallel_state.get_context_parallel_rank() :: ranks]
+    step = max_rows or len(own) or 1
+    made: dict[int, tuple[list[int], bool]] = {}
+    with (
+        model.resident(),
+        without_context_parallel(model.parts),
+        without_sequence_parallel(model.parts),
+        without_fp8(model.config),
+        without_fused_rotation(model.config),
+    ):
+        for start in range(0, len(own), step):
+            rows = own[start : start + step]
+            tokens, ended = _generate_batch(model, [prompts[i] for i in rows], sampling, uniforms_BT[rows])
+            made.update(zip(rows, zip(tokens, ended, strict=True), strict=True))
+    if ranks > 1:
+        parts: list[dict[int, tuple[list[int], bool]]] = [{} for _ in range(ranks)]
+        dist.all_gather_object(parts, made, group=parallel_state.get_context_parallel_group())
+        made = {row: answer for part in parts for row, answer in part.items()}
+    answers = [made[i] for i in range(len(prompts))]
+    return Generation([tokens for tokens, _ in answers], [ended for _, ended in answers])
+
+
+def _generate_batch(
+    model: MegatronModel, prompts: list[list[int]], sampling: Sampling, uniforms_BT: Tensor
+) -> tuple[list[list[int]], list[bool]]:
+    device = runtime.current().device
+    lengths_B = torch.tensor([len(p) for p in prompts], device=device)
+    tokens_BS = torch.zeros(len(prompts), int(lengths_B.max()), dtype=torch.int64, device=device)
+    for row, prompt in zip(tokens_BS, prompts, strict=True):
+        row[: len(prompt)] = torch.tensor(prompt, device=device)
+    uniforms_BT = uniforms_BT.to(device)
+    stops = torch.tensor(sampling.stop_tokens, device=device)
+    cache = KVCache(lengths_B, int(lengths_B.max()) + sampling.max_new_tokens)
+
+    logits = _prefill(model, tokens_BS, lengths_B, cache)
+    cache.start_decoding()
+    alive = torch.arange(len(prompts), device=device)  # rows of the cache -> rows of the batch
+    running = torch.ones_like(alive, dtype=torch.bool)
+    written_BT = torch.full((len(prompts), sampling.max_new_tokens), -1, dtype=torch.int64, device=device)
+    ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+    for t in range(sampling.max_new_tokens):
+        picked = pick(logits, uniforms_BT[alive, t], sampling) if logits is not None else None
+        picked = runtime.current().broadcast_from_last_stage(picked, ((alive.numel(),), torch.int64))
+        written_BT[alive[running], t] = picked[running]
+        stopped = torch.isin(picked, stops) & running
+        ended[alive[stopped]] = True
+        running &= ~stopped
+        left = int(running.sum())
+        if left == 0 or t + 1 == sampling.max_new_tokens:
+            break
+        if left <= running.numel() * (1 - _DROP_SHARE):
+            keep = running.nonzero().squeeze(-1)
+            cache.keep_rows(keep)
+            alive, picked, running = alive[keep], picked[keep], running[keep]
+        positions = cache.lengths_B[:, None]
+        read_at = torch.zeros_like(cache.lengths_B)
+        logits = _call_pipeline(model, picked[:, None], positions, read_at, cache.hidden_mask(), cache)
+        cache.advance()
+    rows = [row[row >= 0].tolist() for row in written_BT]
+    return rows, ended.tolist()
+
+
+def _prefill(model: MegatronModel, tokens_BS: Tensor, lengths_B: Tensor, cache: KVCache) -> Tensor | None:
+    """Read the prompts, those of similar length together; gives logits as :func:`_call_pipeline` does."""
+    parts = []
+    start = 0
+    fewest = _FEWEST_PASSES * microbatch_cost(tokens_BS.device)
+    for stop in _similar_lengths(lengths_B.tolist(), model.model.micro_batch_tokens, fewest):
+        width = int(lengths_B[start:stop].max())
+        cache.prefill_rows(start, stop)
+        positions = torch.arange(width, device=tokens_BS.device).expand(stop - start, width)
+        read_at_B = lengths_B[start:stop] - 1
+        parts.append(_call_pipeline(model, tokens_BS[start:stop, :width], positions, read_at_B, None, cache))
+        start = stop
+    logits = [part for part in parts if part is not None]
+    return torch.cat(logits) if logits else None
+
+
+def _similar_lengths(lengths: list[int], max_tokens: int, fewest_tokens: int) -> list[int]:
+    """Ends of the groups of rows (in order of rising length) that are read together: little padding, enough work."""
+    cuts = []
+    start = 0
+    for row in range(1, len(lengths)):
+        padded = (row - start) * lengths[row - 1]
+        padding_grows = lengths[row] > _LIKE * lengths[start] and padded >= fewest_tokens
+        if padding_grows or (row + 1 - start) * lengths[row] > max_tokens:
+            cuts.append(row)
+            start = row
+    return [*cuts, len(lengths)]
+
+
+def _call_pipeline(
+    model: MegatronModel,
+    tokens_BS: Tensor,
+    positions_BS: Tensor,
+    read_at_B: Tensor,
+    mask: Tensor | None,
+    cache: KVCache,
+) -> Tensor | None:
+    """One pass through all stages, chunk after chunk; [B, V] logits on the last stage, None before it."""
+    rt = runtime.current()
+    rows, length = tokens_BS.shape
+    # context-parallel ranks have rows of their own
+    ranks = rt.layout.tensor * rt.layout.pipeline
+    throughput.count_pass(model.model, model.head, rows, length, rows, model.vocab_size, ranks)
+    group = parallel_state.get_pipeline_model_parallel_group() if rt.layout.pipeline > 1 else None
+    output = None
+    for part in model.parts:
+        if not part.pre_process:
+            hidden = torch.empty(
+                length, rows, model.config.hidden_size, dtype=model.config.params_dtype, device=rt.device
+            )
+            dist.recv(hidden, parallel_state.get_pipeline_model_parallel_prev_rank(), group=group)
+            part.set_input_tensor(hidden)
+        output = part(tokens_BS, positions_BS, mask, read_at_B=read_at_B, inference_context=cache, gather_logits=True)
+        if not part.pre_process:
+            part.set_input_tensor(None)
+        if not part.post_process:
+            dist.send(output.contiguous(), parallel_state.get_pipeline_model_parallel_next_rank(), group=group)
+            output = None
+    return output

@@ -1,0 +1,241 @@
+"""Megatron-Core's GPT with one of three heads: next-token logits, one reward, or a value per token."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from nemo_advrm.config.schema import ModelConfig
+from nemo_advrm.engine import context
+from nemo_advrm.engine.context import SplitLogits
+from nemo_advrm.engine.kv_cache import KVCache
+from nemo_advrm.engine.layers import Norm
+from nemo_advrm.engine.rotation import rotation
+from nemo_advrm.engine.transformer import layer_spec
+
+Head = Literal["lm", "reward", "value"]
+
+
+class ScalarHead(nn.Module):
+    """Linear map from the last hidden state to ``outputs`` numbers, in fp32 on every rank.
+
+    It is replicated over tensor-parallel ranks, which all see the same hidden state and so the same
+    gradient, and lives on the last pipeline stage.
+    """
+
+    def __init__(self, hidden_size: int, outputs: int, init_std: float, bias: bool = False) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(outputs, hidden_size, dtype=torch.float32))
+        self.bias = nn.Parameter(torch.zeros(outputs, dtype=torch.float32)) if bias else None
+        nn.init.normal_(self.weight, std=init_std)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[..., hidden] in any dtype -> [..., outputs] in fp32."""
+        return nn.functional.linear(hidden.float(), self.weight, self.bias)
+
+
+class HeadedGPT(GPTModel):
+    """A GPT model chunk whose last stage ends in ``head``.
+
+    Under sequence parallelism the last hidden state is gathered first and the head then works on the
+    tokens that are asked for, so every head sees whole sequences and no logits are made for prompts. Context
+    parallelism stays inside: inputs are whole sequences, and outputs are those of whole sequences on every rank, but
+    for the logits of a language model's training, of which each rank makes its share.
+    ``hidden_tokens`` have no probability: padding of the vocabulary, and control tokens in answers.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        model: ModelConfig,
+        head: Head,
+        vocab_size: int,
+        on_gpu: bool,
+        pre_process: bool,
+        post_process: bool,
+        hidden_tokens: tuple[int, ...] = (),
+        head_outputs: int = 1,
+        head_init_std: float = 0.02,
+        vp_stage: int | None = None,
+    ) -> None:
+        spec = layer_spec(model, config.params_dtype, on_gpu)
+        local = spec.submodules.input_layernorm is Norm
+        layers = get_num_layers_to_build(config, vp_stage)
+        block = TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=Norm) if local else spec
+        super().__init__(
+            config=config,
+            transformer_layer_spec=block,
+            vocab_size=vocab_size,
+            max_sequence_length=model.encoder_seq_length,
+            pre_process=pre_process,
+            post_process=post_process,
+            share_embeddings_and_output_weights=model.share_embeddings_and_output_weights and head == "lm",
+            position_embedding_type=model.position_embedding_type,
+            rotary_percent=model.rotary_percent,
+            rotary_base=model.rotary_base,
+            vp_stage=vp_stage,
+        )
+        if model.position_embedding_type == "rope":
+            self.rotary_pos_emb.cp_group = None  # it keeps the whole sequence's angles; forward takes its part
+        if model.rope_scaling:
+            self._scale_rotation(model)
+        # rounded to the embeddings' format first, as in transformers
+        self.embedding_scale = torch.tensor(model.embedding_scale, dtype=config.params_dtype, device="cpu").item()
+        self.logit_softcap = model.logit_softcap
+        self.head_kind = head
+        if not post_process:
+            return
+        if head == "lm":
+            # hidden states arrive gathered (see class docstring): the layer is told so
+            self.output_layer.sequence_parallel = False
+            self.output_layer.allreduce_dgrad = config.tensor_model_parallel_size > 1
+            self.hidden_V = torch.zeros(vocab_size, dtype=torch.bool)
+            self.hidden_V[list(hidden_tokens)] = True
+            part = vocab_size // config.tensor_model_parallel_size
+            rank = self.pg_collection.tp.rank()
+            self.own_hidden_V = self.hidden_V[rank * part : (rank + 1) * part]
+        else:
+            del self.output_layer
+            self.head = ScalarHead(config.hidden_size, head_outputs, head_init_std, model.head_bias)
+
+    def _scale_rotation(self, model: ModelConfig) -> None:
+        """Llama 3.1's frequencies; the constructor would take the first of the four numbers only."""
+        rotary = self.rotary_pos_emb
+        rotary.inv_freq = rotary._apply_scaling(
+            rotary.inv_freq,
+            factor=model.rope_scaling_factor,
+            low_freq_factor=model.rope_scaling_low_freq_factor,
+            high_freq_factor=model.rope_scaling_high_freq_factor,
+            original_max_position_embeddings=model.rope_scaling_original_context,
+        )
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        read_at_B: Tensor | None = None,
+        predict_BS: Tensor | None = None,
+        inference_context: KVCache | None = None,
+        gather_logits: bool = False,
+    ) -> Tensor | SplitLogits:
+        """One pipeline stage.
+
+        Args:
+            input_ids, position_ids: [B, S] int64.
+            attention_mask: True = hidden, only used when decoding from a cache.
+            read_at_B: position of each row's last real token (reward; lm when generating).
+            predict_BS: positions whose next-token logits are wanted (lm when training).
+            gather_logits: gather the vocabulary over tensor-parallel ranks.
+
+        Returns:
+            Before the last stage: hidden states [S, B, H]. On it, reward: [B, outputs] at ``read_at_B``;
+            value: [B, S]; lm: [N, V / tp] at ``predict_BS`` in row order (:class:`SplitLogits` where ranks share
+            sequences) or [B, V] at ``read_at_B``.
+        """
+        length = input_ids.size(1)
+        shared = self.config.context_parallel_size > 1
+        if shared:
+            input_ids, position_ids = context.own_part(input_ids, 1), context.own_part(position_ids, 1)
+        embedded = None  # Megatron embeds
+        if self.pre_process and self.embedding_scale != 1:
+            embedded = self.embedding(input_ids=input_ids, position_ids=position_ids) * self.embedding_scale
+        decoder_input, rotary, rotary_cos, rotary_sin, offset, _ = self._preprocess(
+            input_ids=input_ids,
+            position_ids=position_ids,
+            decoder_input=embedded,
+            inference_context=inference_context,
+        )[:6]
+        if shared and rotary is not None:
+            rotary = context.own_part(rotary, 0)
+        if rotary is not None and not self.config.apply_rope_fusion:
+            if inference_context is not None:
+                rotary = inference_context.rotary_angles(rotary, length)
+            rotary = rotation(rotary, self.config.params_dtype)
+        hidden_SBH = self.decoder(
+            hidden_states=decoder_input,
+            attention_mask=attention_mask,
+            inference_context=inference_context,
+            rotary_pos_emb=rotary,
+            rotary_pos_cos=rotary_cos,
+            rotary_pos_sin=rotary_sin,
+            sequence_len_offset=offset,
+        )
+        if not self.post_process:
+            return hidden_SBH
+        if self.config.sequence_parallel:
+            hidden_SBH = gather_from_sequence_parallel_region(
+                hidden_SBH, tensor_parallel_output_grad=False, group=self.pg_collection.tp
+            )
+        if self.head_kind == "value":
+            values_SB = self.head(hidden_SBH).squeeze(-1)
+            return (context.gather_sequence(values_SB) if shared else values_SB).transpose(0, 1)
+        if read_at_B is None:
+            assert predict_BS is not None
+            own_BS = context.own_part(predict_BS, 1) if shared else predict_BS
+            logits_NV = self._apply_head(hidden_SBH.transpose(0, 1)[own_BS], gather_logits)
+            return SplitLogits.of(logits_NV, predict_BS) if shared else logits_NV
+        rows_B = torch.arange(hidden_SBH.size(1), device=hidden_SBH.device)
+        if not shared:
+            return self._apply_head(hidden_SBH[read_at_B, rows_B], gather_logits)
+        index_B, held_B = context.own_index(read_at_B, length)
+        own = self._apply_head(hidden_SBH[index_B, rows_B], gather_logits)
+        return context.add_up(own.masked_fill(~held_B[:, None], 0.0))
+
+    def _apply_head(self, picked_NH: Tensor, gather_logits: bool) -> Tensor:
+        """Rewards [N, outputs] or logits [N, V / tp] ([N, V] gathered) of hidden states."""
+        if self.head_kind == "reward":
+            return self.head(picked_NH)  # type: ignore[no-any-return]
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        logits, _ = self.output_layer(picked_NH.unsqueeze(1), weight=weight, runtime_gather_output=gather_logits)
+        logits = logits.squeeze(1)
+        if self.logit_softcap:
+            logits = self.logit_softcap * torch.tanh(logits / self.logit_softcap)
+        hidden_V = self.hidden_V if gather_logits else self.own_hidden_V
+        return logits.masked_fill(hidden_V.to(logits.device), -1e9)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Megatron's sharded tensors; without an output layer the plain module rules apply."""
+        if self.head_kind == "lm":
+            return super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        return MegatronModule.sharded_state_dict(self, prefix, sharded_offsets, metadata)
+
+
+_SEQUENCE_PARALLEL_SWITCHES = ("sequence_parallel", "scatter_to_sequence_parallel", "reduce_scatter_embeddings")
+
+
+@contextlib.contextmanager
+def without_sequence_parallel(parts: list[HeadedGPT]) -> Iterator[None]:
+    """Turn sequence parallelism off for decoding, where one token cannot be split over ranks."""
+    config = parts[0].config  # all chunks of a model share it
+    if not config.sequence_parallel:
+        yield
+        return
+    switched = [
+        (module, name)
+        for part in parts
+        for module in part.modules()
+        for name in _SEQUENCE_PARALLEL_SWITCHES
+        if getattr(module, name, False) is True
+    ]
+    for module, name in switched:
+        setattr(module, name, False)
+    config.sequence_parallel = False
+    try:
+        yield
+    finally:
+        for module, name in switched:
+            setattr(module, name, True)
+        config.sequence_parallel = True

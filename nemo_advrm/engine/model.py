@@ -1,0 +1,211 @@
+"""Builds this rank's part of a model and wraps it for training."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from nemo_advrm.config.schema import ModelConfig, PrecisionConfig
+from nemo_advrm.engine import phases, runtime
+from nemo_advrm.engine.cpu_linear import use_cpu_products
+from nemo_advrm.engine.gpt import Head, HeadedGPT
+from nemo_advrm.engine.transformer import transformer_config
+
+
+@dataclass
+class MegatronModel:
+    """This rank's part of one model: one chunk, or several under an interleaved pipeline.
+
+    Attributes:
+        chunks: what schedules call: wrapped by Megatron's DDP if the model is trained.
+        parts: the bare :class:`HeadedGPT` of each chunk.
+        gathered: False while weights that the optimizer has updated are still spread over data-parallel ranks.
+    """
+
+    chunks: list[Any]
+    parts: list[HeadedGPT]
+    config: TransformerConfig
+    model: ModelConfig
+    head: Head
+    vocab_size: int
+    head_outputs: int = 1
+    gathered: bool = True
+
+    @property
+    def trainable(self) -> bool:
+        return isinstance(self.chunks[0], DistributedDataParallel)
+
+    def train(self) -> None:
+        for chunk in self.chunks:
+            chunk.train()
+
+    def eval(self) -> None:
+        for chunk in self.chunks:
+            chunk.eval()
+
+    @contextlib.contextmanager
+    def resident(self) -> Iterator[None]:
+        """The weights on the device: those of a frozen model may wait in CPU memory between uses."""
+        if self.trainable or not self.model.offload_reference:
+            yield
+            return
+        waiting = [(p, p.data) for part in self.parts for p in part.parameters()]
+        device = runtime.current().device
+        for parameter, data in waiting:
+            parameter.data = data.to(device, non_blocking=True)
+        try:
+            yield
+        finally:
+            for parameter, data in waiting:  # they do not change: nothing is copied back
+                parameter.data = data
+
+    def gather_parameters(self) -> None:
+        """Complete the weights of every rank; training does so by itself, layer by layer (overlap_param_gather)."""
+        if not self.gathered:
+            for chunk in self.chunks:
+                chunk.start_param_sync(force_sync=True)
+            self.gathered = True
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """This rank's tensors."""
+        self.gather_parameters()
+        return self._merge([part.state_dict() for part in self.parts])
+
+    def sharded_state_dict(self) -> dict[str, Any]:
+        """Megatron's sharded tensors, valid for loading at any other layout."""
+        self.gather_parameters()
+        return self._merge([part.sharded_state_dict(prefix="model.") for part in self.parts])
+
+    def load_state_dict(self, state: dict[str, Any]) -> tuple[list[str], list[str]]:
+        """Copy tensors under the names of :meth:`sharded_state_dict`; returns the missing and the unexpected names."""
+        missing: list[str] = []
+        unexpected: list[str] = []
+        for prefix, part in zip(self._prefixes, self.parts, strict=True):
+            start = f"{prefix}model."
+            own = {name.removeprefix(start): tensor for name, tensor in state.items() if name.startswith(start)}
+            result = part.load_state_dict(own, strict=False)
+            missing += [prefix + name for name in result.missing_keys]
+            unexpected += [prefix + name for name in result.unexpected_keys]
+        return missing, unexpected
+
+    @property
+    def _prefixes(self) -> list[str]:
+        """Every chunk counts its layers from 0: names of several chunks are told apart by the chunk's number."""
+        return [""] if len(self.parts) == 1 else [f"{i}." for i in range(len(self.parts))]
+
+    def _merge(self, states: list[dict[str, Any]]) -> dict[str, Any]:
+        return {
+            prefix + name: value
+            for prefix, state in zip(self._prefixes, states, strict=True)
+            for name, value in state.items()
+        }
+
+
+def padded_vocab_size(model: ModelConfig, tokenizer_size: int) -> int:
+    """The vocabulary padded so that tensor-parallel ranks get equal parts.
+
+    The unit does not depend on small tensor-parallel sizes, so that a checkpoint opens at TP 1, 2, 4 and 8.
+    """
+    wanted = model.vocab_size or tokenizer_size
+    unit = model.make_vocab_size_divisible_by
+    if unit % model.tensor_model_parallel_size:
+        unit *= model.tensor_model_parallel_size
+    return -(-wanted // unit) * unit
+
+
+def build_model(
+    model: ModelConfig,
+    precision: PrecisionConfig,
+    head: Head,
+    tokenizer_size: int,
+    *,
+    seed: int,
+    trainable: bool = True,
+    hidden_tokens: tuple[int, ...] = (),
+    head_outputs: int = 1,
+    head_init_std: float = 0.02,
+) -> MegatronModel:
+    """Build this rank's part with weights drawn from ``seed``.
+
+    A model that is not trainable has no gradient buffers and is in eval mode. A language model gives
+    ``hidden_tokens`` no probability.
+    """
+    rt = runtime.current()
+    config = transformer_config(model, precision, rt.on_gpu)
+    config.finalize_model_grads_func = _finish_gradients
+    vocab_size = padded_vocab_size(model, tokenizer_size)
+    rt.seed(seed)
+    chunks = model.virtual_pipeline_model_parallel_size
+    parts = [
+        HeadedGPT(
+            config,
+            model,
+            head,
+            vocab_size,
+            on_gpu=rt.on_gpu,
+            pre_process=rt.is_first_stage and chunk == 0,
+            post_process=rt.is_last_stage and chunk == chunks - 1,
+            hidden_tokens=(*hidden_tokens, *range(min(tokenizer_size, vocab_size), vocab_size)),
+            head_outputs=head_outputs,
+            head_init_std=head_init_std,
+            vp_stage=chunk if chunks > 1 else None,
+        )
+        for chunk in range(chunks)
+    ]
+    for part in parts:
+        _place(part, config, rt)
+        part.register_forward_pre_hook(lambda *_: phases.tick())
+    wrapped: list[Any] = list(parts)
+    if trainable:
+        wrapped = [_wrap(part, config, model, bucketing=i == 0) for i, part in enumerate(parts)]
+        if model.overlap_grad_reduce:
+            held = [chunk.no_sync for chunk in wrapped]  # no reduction before the last microbatch
+            config.no_sync_func = held if len(held) > 1 else held[0]
+    else:
+        for part in parts:
+            part.requires_grad_(False)
+            part.eval()
+            if model.offload_reference:
+                for parameter in part.parameters():
+                    parameter.data = parameter.data.cpu()
+    return MegatronModel(wrapped, parts, config, model, head, vocab_size, head_outputs)
+
+
+def _finish_gradients(*args: Any, **kwargs: Any) -> None:
+    """Megatron's sums over ranks after the last microbatch: from here on model replicas wait for each other."""
+    phases.enter("update")
+    finalize_model_grads(*args, **kwargs)
+
+
+def _place(part: HeadedGPT, config: TransformerConfig, rt: runtime.Runtime) -> None:
+    """Move a chunk to its device and number format; the scalar head stays in fp32."""
+    if rt.on_gpu:
+        part.to(rt.device)
+    else:
+        use_cpu_products(part)
+    keep_heads_in_fp32 = [p for n, p in part.named_parameters() if n.startswith("head.")]
+    if config.bf16:
+        part.bfloat16()
+        for parameter in keep_heads_in_fp32:
+            parameter.data = parameter.data.float()
+
+
+def _wrap(part: HeadedGPT, config: TransformerConfig, model: ModelConfig, bucketing: bool) -> DistributedDataParallel:
+    ddp = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=model.overlap_grad_reduce,
+        overlap_param_gather=model.overlap_param_gather,
+        use_distributed_optimizer=model.use_distributed_optimizer,
+        fp8_param_gather=config.fp8_param,
+        check_for_nan_in_grad=False,  # the step itself checks loss and gradient norm and names the step
+    )
+    # the later chunks' communication hides behind the first one's computation: one bucket each
+    chunk = DistributedDataParallel(config, ddp, part, disable_bucketing=not bucketing)
+    chunk.broadcast_params()
+    return chunk

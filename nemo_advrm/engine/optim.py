@@ -1,0 +1,210 @@
+"""Megatron-Core's optimizer and the learning-rate schedule as a function of the step alone."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+from nemo_advrm.config.schema import OptimConfig
+from nemo_advrm.engine import runtime
+from nemo_advrm.engine.cpu import types_of_cuda_tensors
+from nemo_advrm.engine.model import MegatronModel
+from nemo_advrm.errors import TrainingDiverged
+
+# the form of the distributed optimizer's state that any other layout can read
+_ANY_LAYOUT = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+
+
+def learning_rate(step: int, optim: OptimConfig, max_steps: int) -> float:
+    """Rate of optimizer step ``step`` (counted from 0): linear warm-up, then constant or cosine to ``min_lr``.
+
+    ``max_steps`` is the step at which the cosine ends. A restarted run needs no scheduler state.
+    """
+    schedule = optim.sched
+    if step < schedule.warmup_steps:
+        return optim.lr * (step + 1) / schedule.warmup_steps
+    if schedule.name == "constant":
+        return optim.lr
+    span = max(1, max_steps - schedule.warmup_steps)
+    progress = min(1.0, (step - schedule.warmup_steps) / span)
+    return schedule.min_lr + (optim.lr - schedule.min_lr) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+class MegatronOptimizer:
+    """Megatron-Core's optimizer over all chunks of a model, with clipping by the global norm."""
+
+    def __init__(self, model: MegatronModel, optim: OptimConfig, clip: float) -> None:
+        self.model = model
+        self.optim = optim
+        config = OptimizerConfig(
+            optimizer=optim.name,
+            lr=optim.lr,
+            min_lr=optim.sched.min_lr,
+            weight_decay=optim.weight_decay,
+            adam_beta1=optim.betas[0],
+            adam_beta2=optim.betas[1],
+            adam_eps=optim.eps,
+            clip_grad=clip if clip > 0 else math.inf,  # the norm is wanted even when nothing is clipped
+            bf16=model.config.bf16,
+            params_dtype=model.config.params_dtype,
+            fp8_recipe=model.config.fp8_recipe if model.config.fp8 else None,
+            use_distributed_optimizer=model.model.use_distributed_optimizer,
+            overlap_param_gather=model.model.overlap_param_gather,
+        )
+        on_gpu = runtime.current().on_gpu
+        with contextlib.nullcontext() if on_gpu else types_of_cuda_tensors():
+            self.core = get_megatron_optimizer(config, model.chunks, use_gloo_process_groups=on_gpu)
+        for part in self._distributed:
+            _number_parameters(part)
+
+    def zero_grad(self) -> None:
+        """Clear gradients; to be called before every accumulation.
+
+        Both are needed: the optimizer points ``param.grad`` at the buffer, and a gradient left there
+        would be counted twice.
+        """
+        for chunk in self.model.chunks:
+            chunk.zero_grad_buffer()
+        self.core.zero_grad()
+
+    def step(self, learning_rate: float, step: int) -> float:
+        """Clip and update; returns the gradient norm before clipping.
+
+        Raises TrainingDiverged, naming ``step``, when the norm is NaN or infinite.
+        """
+        for group in self.core.param_groups:
+            group["lr"] = learning_rate * group.get("lr_mult", 1.0)
+            group["weight_decay"] = self.optim.weight_decay * group.get("wd_mult", 1.0)
+        _, norm, _ = self.core.step()
+        self.model.gathered = not self.model.model.overlap_param_gather
+        norm = float(norm)
+        if not math.isfinite(norm):
+            raise TrainingDiverged(f"the gradient norm is {norm} at step {step}; the last checkpoint is untouched")
+        return norm
+
+    @property
+    def _inner(self) -> list[torch.optim.Optimizer]:
+        """PyTorch's optimizers below Megatron's: several when parameters are split into groups."""
+        parts = getattr(self.core, "chained_optimizers", [self.core])
+        return [part.optimizer for part in parts if part.optimizer is not None]
+
+    @property
+    def started(self) -> bool:
+        """False before the first step, when there is no state yet (a policy while its critic warms up)."""
+        return any(optimizer.state for optimizer in self._inner)
+
+    def reset(self) -> None:
+        """Forget all state, as before the first step; to be called after the weights have changed."""
+        for optimizer in self._inner:
+            optimizer.state.clear()
+        self.core.reload_model_params()
+
+    def sharded_state_dict(self, model_state: dict[str, Any], is_loading: bool = False) -> dict[str, Any]:
+        if is_loading:
+            for part in self._split_adams:
+                _start_adam(part.optimizer)
+        return self.core.sharded_state_dict(model_state, is_loading=is_loading, metadata=_ANY_LAYOUT)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        with contextlib.ExitStack() as stack:
+            for part in self._split_adams:
+                stack.enter_context(_keeping_steps(part))
+            self.core.load_state_dict(state)
+
+    @property
+    def _distributed(self) -> list[DistributedOptimizer]:
+        parts = getattr(self.core, "chained_optimizers", [self.core])
+        return [part for part in parts if isinstance(part, DistributedOptimizer)]
+
+    @property
+    def _split_adams(self) -> list[Any]:
+        """Those over PyTorch's Adam, which stands where no fused one is installed."""
+        return [part for part in self._distributed if isinstance(part.optimizer, torch.optim.Adam)]
+
+    @contextlib.contextmanager
+    def offloaded(self) -> Iterator[None]:
+        """Let the state, and the fp32 weights behind those of 16 bits, wait in CPU memory inside."""
+        if not self.model.model.offload_optimizer_while_generating:
+            yield
+            return
+        device = runtime.current().device
+        main = [
+            shard
+            for part in self._distributed
+            for group in part.shard_fp32_from_float16_groups
+            for shard in group
+            if shard is not None
+        ]
+        states = [state for optimizer in self._inner for state in optimizer.state.values()]
+        away = {id(state): [k for k, v in state.items() if _is_on(v, device)] for state in states}
+
+        def move(target: torch.device) -> None:
+            for shard in main:
+                shard.data = shard.data.to(target)
+            for state in states:
+                state.update({key: state[key].to(target) for key in away[id(state)]})
+
+        move(torch.device("cpu"))
+        try:
+            yield
+        finally:
+            move(device)
+
+    def state_tensors(self) -> list[torch.Tensor]:
+        """All tensors of the optimizer state by parameter and name, for memory accounting and tests."""
+        states = (state for optimizer in self._inner for state in optimizer.state.values())
+        return [t for state in states for _, t in sorted(state.items()) if isinstance(t, torch.Tensor)]
+
+
+def _is_on(value: Any, device: torch.device) -> bool:
+    return isinstance(value, torch.Tensor) and value.device.type == device.type
+
+
+def _number_parameters(part: DistributedOptimizer) -> None:
+    """Correct the optimizer's table of where each parameter's part stands in its group.
+
+    Megatron puts fp32 parameters (our scalar heads) before those of 16 bits, but numbers them as they come.
+    """
+    for index, group in enumerate(part.opt_group_ranges):
+        order = sorted(group["params"], key=lambda parameter: parameter.dtype != torch.float32)
+        part.model_param_group_index_map.update({parameter: (index, i) for i, parameter in enumerate(order)})
+
+
+def _start_adam(adam: torch.optim.Optimizer) -> None:
+    """State as before the first step: Megatron's distributed optimizer asks for a step count before it loads one."""
+    for group in adam.param_groups:
+        for parameter in group["params"]:
+            if not adam.state[parameter]:
+                adam.state[parameter] = {
+                    "step": torch.tensor(0.0),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
+
+
+@contextlib.contextmanager
+def _keeping_steps(part: Any) -> Iterator[None]:
+    """Let a distributed optimizer load the state of PyTorch's Adam, whose step count is a tensor per parameter.
+
+    Megatron gives all parameters one tensor, which every one of them would then count up, and looks for a step among
+    the tensors that a checkpoint holds for a parameter.
+    """
+    fill = part._set_main_param_and_optimizer_states
+
+    def fill_all_but_step(model_param: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
+        group, place = part.model_param_group_index_map[model_param]
+        state = part.optimizer.state[part.optimizer.param_groups[group]["params"][place]]
+        state["step"] = state["step"].clone()
+        fill(model_param, {**tensors, "step": state["step"]})
+
+    part._set_main_param_and_optimizer_states = fill_all_but_step
+    try:
+        yield
+    finally:
+        del part._set_main_param_and_optimizer_states

@@ -1,0 +1,337 @@
+"""Starts and stops Megatron-Core's process groups from torchrun, SLURM variables or a single process."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from nemo_advrm.engine import peers, phases
+from nemo_advrm.errors import ConfigError, FailedElsewhere, LayoutError, UserError
+from nemo_advrm.place import one_line, place
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Parallel sizes of a job; what is left of the world is data parallel."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    context: int = 1
+
+    @property
+    def model_parallel(self) -> int:
+        """Processes of one model replica, which all work on the same rows."""
+        return self.tensor * self.pipeline * self.context
+
+
+class Runtime:
+    """The process's place in the job: device, ranks and groups. Made by :func:`start`.
+
+    Everything that is the same on all ranks of one model replica (rollouts, rewards, decisions) is
+    decided on one rank and sent with :meth:`broadcast_from_last_stage`.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        device: torch.device,
+        rank: int,
+        world_size: int,
+        replica: dist.ProcessGroup | None = None,
+    ) -> None:
+        self.layout = layout
+        self.replica = replica
+        self.device = device
+        self.rank = rank
+        self.world_size = world_size
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.device.type == "cuda"
+
+    @property
+    def dp_rank(self) -> int:
+        from megatron.core import parallel_state
+
+        return parallel_state.get_data_parallel_rank()
+
+    @property
+    def dp_size(self) -> int:
+        from megatron.core import parallel_state
+
+        return parallel_state.get_data_parallel_world_size()
+
+    def own_part(self, count: int) -> slice:
+        """This data-parallel rank's part of ``count`` rows: neighbours, those of all ranks in rank order."""
+        return slice(count * self.dp_rank // self.dp_size, count * (self.dp_rank + 1) // self.dp_size)
+
+    @property
+    def is_first_stage(self) -> bool:
+        from megatron.core import parallel_state
+
+        return parallel_state.is_pipeline_first_stage(ignore_virtual=True)
+
+    @property
+    def is_last_stage(self) -> bool:
+        from megatron.core import parallel_state
+
+        return parallel_state.is_pipeline_last_stage(ignore_virtual=True)
+
+    @property
+    def is_writer(self) -> bool:
+        """True on the one rank that writes text files and prints."""
+        return self.rank == 0
+
+    @property
+    def is_replica_source(self) -> bool:
+        """True on the first rank of each model replica."""
+        return self.layout.model_parallel == 1 or dist.get_rank(self.replica) == 0
+
+    def broadcast_in_replica(self, value: Any) -> Any:
+        """The picklable ``value`` of the replica's first rank, on all its ranks."""
+        if self.layout.model_parallel == 1:
+            return value
+        values = [detached(value)]
+        dist.broadcast_object_list(values, group=self.replica, group_src=0)
+        return values[0]
+
+    def broadcast_from_last_stage(self, value: torch.Tensor | None, like: tuple[tuple[int, ...], torch.dtype]):
+        """Give every pipeline stage the tensor that the last one holds; ``like`` is its shape and dtype."""
+        from megatron.core import parallel_state
+
+        if self.layout.pipeline == 1:
+            assert value is not None
+            return value
+        shape, dtype = like
+        if self.is_last_stage:
+            assert value is not None
+            buffer = value.to(self.device, dtype).contiguous()
+        else:
+            buffer = torch.empty(shape, dtype=dtype, device=self.device)
+        dist.broadcast(
+            buffer,
+            parallel_state.get_pipeline_model_parallel_last_rank(),
+            group=parallel_state.get_pipeline_model_parallel_group(),
+        )
+        return buffer
+
+    def gather_data_parallel(self, value: Any) -> list[Any]:
+        """Every data-parallel rank's picklable ``value``, in rank order, on all of them."""
+        from megatron.core import parallel_state
+
+        if self.dp_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.dp_size
+        dist.all_gather_object(values, detached(value), group=parallel_state.get_data_parallel_group())
+        return values
+
+    def gather_to_writer(self, value: Any) -> list[Any]:
+        """Every data-parallel rank's picklable ``value``, in rank order, on the writer; an empty list elsewhere.
+
+        All ranks call. Ranks of one model replica hold the same: those that stand as the writer does send theirs.
+        """
+        from megatron.core import parallel_state
+
+        if self.dp_size == 1:
+            return [value] if self.is_writer else []
+        group = parallel_state.get_data_parallel_group()
+        if 0 not in dist.get_process_group_ranks(group):
+            return []
+        values: list[Any] | None = [None] * self.dp_size if self.is_writer else None
+        dist.gather_object(detached(value), values, dst=0, group=group)
+        return values or []
+
+    def most_over_replicas(self, count: int) -> int:
+        """The greatest ``count`` of all data-parallel ranks, on all of them; the wait is not this rank's own work."""
+        from megatron.core import parallel_state
+
+        if self.dp_size == 1:
+            return count
+        # gloo's groups on GPUs too: the wait then concerns the host alone, and the GPU goes on with what it has
+        groups = parallel_state.get_data_parallel_group_gloo if self.on_gpu else parallel_state.get_data_parallel_group
+        most = torch.tensor(count)
+        with phases.exchange():
+            dist.all_reduce(most, op=dist.ReduceOp.MAX, group=groups())
+        return int(most)
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()
+
+    def seed(self, seed: int) -> None:
+        """Set every generator from ``seed``; tensor-parallel ranks get their own dropout streams.
+
+        Called at the start of every training step with a value made of the run's seed and the step,
+        so that a restarted run continues with the very numbers the unbroken one would have drawn.
+        """
+        from megatron.core import tensor_parallel
+
+        torch.manual_seed(seed)
+        if not self.on_gpu:
+            tensor_parallel.get_cuda_rng_tracker().reset()
+        tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+
+_current: Runtime | None = None
+
+
+def is_running() -> bool:
+    """Whether :func:`start` has been called."""
+    return _current is not None
+
+
+def current() -> Runtime:
+    """The running :class:`Runtime`; raises RuntimeError before :func:`start`."""
+    if _current is None:
+        raise RuntimeError("Megatron-Core is not running: call nemo_advrm.engine.runtime.start first")
+    return _current
+
+
+def uses_gpu(accelerator: str) -> bool:
+    """Whether a run with ``trainer.accelerator`` is on a GPU."""
+    return accelerator != "cpu" and torch.cuda.is_available()
+
+
+def start(layout: Layout | None = None, accelerator: str = "auto", timeout_minutes: float = 30.0) -> Runtime:
+    """Join the job and build Megatron's process groups for ``layout``.
+
+    Starting again with the same layout returns the running one; another layout rebuilds the groups.
+
+    Raises LayoutError when the layout does not divide the number of processes, ConfigError when a
+    GPU is asked for and none is there, ProcessLost when other processes do not join in time.
+    """
+    global _current
+    layout = layout or Layout()
+    if _current is not None and _current.layout == layout:
+        return _current
+    if accelerator not in ("auto", "cpu", "gpu"):
+        raise ConfigError(f"trainer.accelerator: {accelerator!r} is not one of auto, cpu, gpu")
+    if accelerator == "gpu" and not torch.cuda.is_available():
+        raise ConfigError("trainer.accelerator=gpu: PyTorch sees no GPU; use accelerator=cpu or check the driver")
+    on_gpu = uses_gpu(accelerator)
+    here = place()
+    if here.world_size % layout.model_parallel:
+        raise LayoutError(
+            f"{here.world_size} processes cannot be split into model replicas of tensor {layout.tensor} x pipeline "
+            f"{layout.pipeline} x context {layout.context} = {layout.model_parallel} processes"
+        )
+    device = torch.device("cuda", here.local_rank) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        peers.join(here, "nccl" if on_gpu else "gloo", timeout_minutes)
+    replica = _initialize_groups(layout, on_gpu, timeout_minutes)
+    _current = Runtime(layout, device, here.rank, here.world_size, replica)
+    return _current
+
+
+def _initialize_groups(layout: Layout, on_gpu: bool, timeout_minutes: float) -> dist.ProcessGroup:
+    """Make Megatron's groups; returns that of this process's model replica."""
+    from megatron.core import parallel_state
+
+    groups_made: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    if not on_gpu:
+        from nemo_advrm.engine import cpu
+
+        cpu.keep_freed_memory()
+        cpu.redirect_megatron_to_cpu()
+        groups_made = cpu.one_group_per_set_of_ranks()
+    if parallel_state.model_parallel_is_initialized():
+        # Megatron forgets its groups, and ends only the gloo twins of NCCL's: the rest would keep threads and sockets
+        groups = parallel_state._global_process_group_list or []
+        parallel_state.destroy_model_parallel()
+        for group in groups:
+            if group in dist.distributed_c10d._world.pg_map:
+                dist.destroy_process_group(group)
+    with groups_made:
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=layout.tensor,
+            pipeline_model_parallel_size=layout.pipeline,
+            context_parallel_size=layout.context,
+            distributed_timeout_minutes=max(1, round(timeout_minutes)),
+            create_gloo_process_groups=on_gpu,
+        )
+        return _replica_group(layout, timeout_minutes)
+
+
+def _replica_group(layout: Layout, timeout_minutes: float) -> dist.ProcessGroup:
+    """The ranks that share rows. Megatron's model-parallel group leaves context-parallel ranks out."""
+    from megatron.core import parallel_state
+
+    if layout.context == 1:
+        return parallel_state.get_model_parallel_group()
+    replicas = dist.get_world_size() // layout.model_parallel
+    # the order of ranks in which Megatron makes its own groups
+    ranks = parallel_state.RankGenerator(
+        layout.tensor, 1, replicas, layout.pipeline, layout.context, "tp-cp-ep-dp-pp"
+    ).get_ranks("tp-cp-pp")
+    groups = [
+        parallel_state.create_group(own, timeout=timedelta(minutes=timeout_minutes), group_desc="REPLICA_GROUP")
+        for own in ranks
+    ]
+    return next(group for own, group in zip(ranks, groups, strict=True) if dist.get_rank() in own)
+
+
+def detached(value: Any) -> Any:
+    """``value`` with every tensor that is a view copied: pickling a view takes its whole storage along.
+
+    Looks into lists, tuples and dictionaries.
+    """
+    if isinstance(value, torch.Tensor):
+        held = value.untyped_storage().nbytes()
+        return value.detach().clone() if held > value.numel() * value.element_size() else value
+    if isinstance(value, dict):
+        return {key: detached(item) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(detached(item) for item in value)
+    return value
+
+
+def on_writer(work: Callable[[], T]) -> T:
+    """Result of ``work``, done by the writing rank alone, on every rank; all ranks call.
+
+    What it raises is raised on every rank, so that none is left waiting for the writer: a UserError as itself,
+    anything else on the other ranks as FailedElsewhere. The result must be picklable.
+    """
+    rt = current()
+    if rt.world_size == 1:
+        return work()
+    outcome: list[Any] = [None, None]
+    failure: Exception | None = None
+    if rt.is_writer:
+        try:
+            outcome[0] = detached(work())
+        except Exception as error:
+            failure = error
+            shown = FailedElsewhere(f"rank 0 failed: {type(error).__name__}: {one_line(error)}")
+            shown.by_system = isinstance(error, OSError) and bool(error.filename)
+            outcome[1] = error if isinstance(error, UserError) else shown
+    dist.broadcast_object_list(outcome, 0)
+    if failure is not None:
+        raise failure
+    if outcome[1] is not None:
+        outcome[1].everywhere = True
+        raise outcome[1]
+    return outcome[0]  # type: ignore[no-any-return]
+
+
+def stop() -> None:
+    """Leave the job; every group is destroyed."""
+    global _current
+    from megatron.core import parallel_state
+
+    if _current is None:
+        return
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    peers.leave()
+    _current = None

@@ -1,0 +1,20 @@
+"""Agrees among all ranks that the job stops because a signal came to one of them."""
+
+from __future__ import annotations
+
+from nemo_advrm import signals
+from nemo_advrm.engine import checkpoint
+from nemo_advrm.errors import Preempted
+
+
+def asked() -> str:
+    """Why the job is to stop, "" while it is not; all ranks call, and it is empty on all of them or on none."""
+    own = signals.received()
+    return (own or "a signal to another rank") if checkpoint.greatest(int(bool(own))) else ""
+
+
+def leave_if_asked(told: str) -> None:
+    """Raise Preempted on every rank, which says ``told``, when a signal has come to any; all ranks call."""
+    reason = asked()
+    if reason:
+        raise Preempted(f"stopped by {reason} {told}")

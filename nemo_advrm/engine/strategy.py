@@ -1,0 +1,172 @@
+"""Lightning strategy over Megatron-Core: lets ``lightning.pytorch.Trainer.fit`` drive the engine.
+
+Megatron owns devices, process groups, gradients, optimizers and checkpoints; Lightning owns the
+loop, the callbacks and the loggers.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch.strategies import Strategy
+from torch import Tensor
+
+from nemo_advrm.engine import runtime
+from nemo_advrm.engine.loop_state import check_loop_state
+from nemo_advrm.engine.training_state import TRAINER_STATE, TrainingSave, load_training_state
+from nemo_advrm.errors import CheckpointError
+from nemo_advrm.foreign_files import read_json_object
+
+if TYPE_CHECKING:
+    from nemo_advrm.models.trainable import TrainableModel
+
+IN_BACKGROUND = "in background"  # as storage_options of Trainer.save_checkpoint
+# what Lightning needs back to continue its loops; weights and optimizers are Megatron's
+_KEPT = ("epoch", "global_step", "pytorch-lightning_version", "loops", "callbacks")
+
+
+class StepCounter(torch.optim.Optimizer):
+    """Stands for the Megatron optimizers in Lightning, which counts training steps by ``step()``.
+
+    One training step may hold several Megatron updates (PPO epochs, a critic), so the model calls
+    those itself and this once.
+    """
+
+    def __init__(self) -> None:
+        super().__init__([torch.nn.Parameter(torch.zeros(1))], {"lr": 0.0})
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        return None
+
+
+class MegatronStrategy(Strategy):
+    """Runs a :class:`~nemo_advrm.models.trainable.TrainableModel` on the running Megatron layout.
+
+    Attributes:
+        limit_minutes: how long a checkpoint's files may take once they are waited for.
+        saving: the one save that is under way in the background.
+    """
+
+    def __init__(self, limit_minutes: float = 30.0) -> None:
+        super().__init__()
+        self.runtime = runtime.current()
+        self.limit_minutes = limit_minutes
+        self.saving: TrainingSave | None = None
+
+    @property
+    def global_rank(self) -> int:
+        return self.runtime.rank
+
+    @property
+    def local_rank(self) -> int:
+        return self.runtime.device.index or 0
+
+    @property
+    def node_rank(self) -> int:
+        return 0
+
+    @property
+    def world_size(self) -> int:
+        return self.runtime.world_size
+
+    @property
+    def root_device(self) -> torch.device:
+        return self.runtime.device
+
+    @property
+    def is_global_zero(self) -> bool:
+        return self.runtime.is_writer
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        return False
+
+    def model_to_device(self) -> None:
+        """Megatron models are built where they live."""
+
+    def barrier(self, name: str | None = None) -> None:
+        self.runtime.barrier()
+
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        if self.runtime.world_size == 1:
+            return obj
+        box = [obj]
+        dist.broadcast_object_list(box, src)
+        return box[0]
+
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        """Metrics arrive reduced (:func:`nemo_advrm.engine.schedule.reduce_metrics`)."""
+        return tensor
+
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        if self.runtime.world_size == 1:
+            return decision
+        flag = torch.tensor(int(decision), device=self.runtime.device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MIN if all else dist.ReduceOp.MAX)
+        return bool(flag)
+
+    def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
+        return tensor
+
+    # checkpoints
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        return {}
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
+        """Save now, or begin to with ``storage_options`` IN_BACKGROUND: see :meth:`end_saving`."""
+        assert self.saving is None
+        module: TrainableModel = self.lightning_module  # type: ignore[assignment]
+        state = {k: checkpoint[k] for k in _KEPT if k in checkpoint}
+        background = storage_options == IN_BACKGROUND
+        saving = TrainingSave(Path(filepath), module, state, in_background=background, limit_minutes=self.limit_minutes)
+        if background:
+            self.saving = saving
+        else:
+            saving.finish()
+
+    def end_saving(self, wait: bool) -> bool:
+        """Complete the save under way once all ranks have written their files, or ``wait`` for them; all ranks call.
+
+        Returns whether a checkpoint was completed. Raises CheckpointError when it could not be written.
+        """
+        if self.saving is None or not (wait or self.saving.written_everywhere()):
+            return False
+        saving, self.saving = self.saving, None
+        saving.finish()
+        return True
+
+    def drop_saving(self) -> None:
+        """Give up a save under way: nothing is left of it, nor of its threads. Each rank for itself."""
+        saving, self.saving = self.saving, None
+        if saving is not None:
+            saving.drop()
+
+    def load_checkpoint(self, checkpoint_path: str | Path) -> dict[str, Any]:
+        path = Path(checkpoint_path)
+        try:
+            state = read_json_object(path / TRAINER_STATE)
+        except CheckpointError as error:
+            raise CheckpointError(f"{path}: not a complete training checkpoint ({error})") from None
+        if self.lightning_module is not None:
+            check_loop_state(state, self.lightning_module.trainer, path)
+        return {**state, "state_dict": {}, "optimizer_states": [], "lr_schedulers": [], "path": str(path)}
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        module: TrainableModel = self.lightning_module  # type: ignore[assignment]
+        load_training_state(Path(checkpoint["path"]), module)
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Loaded with the weights."""
+
+    def remove_checkpoint(self, filepath: str | Path) -> None:
+        if self.is_global_zero:
+            shutil.rmtree(filepath, ignore_errors=True)

@@ -1,0 +1,69 @@
+"""Speed of training steps: seconds, tokens per second, and the share of the GPU's peak that the model makes use of."""
+
+from __future__ import annotations
+
+import torch
+
+from nemo_advrm.config.schema import ModelConfig
+from nemo_advrm.engine import phases, runtime
+from nemo_advrm.plan.activations import Microbatch
+from nemo_advrm.plan.flops import head_flops, layer_flops
+from nemo_advrm.plan.gpus import GPUS
+
+
+def training_flops_per_token(model: ModelConfig) -> float:
+    """FLOPs that the matrices of the layers take for a token: 2 per weight forward, twice that backward.
+
+    Products of queries and keys, whose number depends on lengths, and what is recomputed are left out.
+    """
+    return 3 * model.num_layers * layer_flops(model, Microbatch(1, 1)).matrices
+
+
+def count_pass(
+    model: ModelConfig, head: str, rows: int, length: int, logits: int, vocab_size: int, ranks: int, passes: int = 1
+) -> None:
+    """Count this process's share of a pass in :attr:`phases.Standing.flops`.
+
+    Counted are the matrices of the layers, attention within the rows and the output layer, padding included, as the
+    hardware computes it too. What is recomputed, element-wise operations, the optimizer, and attention to tokens that a
+    cache holds are left out.
+
+    Args:
+        head: lm, reward or value.
+        rows, length: of the padded microbatch.
+        logits: tokens whose logits are computed.
+        ranks: that share the pass evenly.
+        passes: 1 forward, 3 with the backward pass.
+    """
+    flops = model.num_layers * layer_flops(model, Microbatch(rows, length)).total
+    flops += head_flops(model, head, logits, vocab_size)
+    phases.worked(passes * flops / ranks)
+
+
+def gpu_peak(precision: str) -> float | None:
+    """FLOP/s of this process's GPU by its data sheet; None on a CPU and where the GPU is not known."""
+    if not torch.cuda.is_available():
+        return None
+    name = torch.cuda.get_device_name().lower()
+    return next((gpu.peak(precision) for key, gpu in GPUS.items() if key.split("_")[0] in name), None)
+
+
+def of_step(model: ModelConfig, precision: str, tokens: float | None, seconds: float) -> dict[str, float]:
+    """Metrics of a step of one model replica.
+
+    Args:
+        tokens: that it trained on, over all pipeline stages once; None where a step is more than training (RL).
+
+    Returns:
+        step_seconds; with ``tokens`` also tokens_per_second; mfu where the peak is known and positive.
+    """
+    metrics = {"step_seconds": seconds}
+    if tokens is None:
+        return metrics
+    metrics["tokens_per_second"] = tokens / seconds
+    rt = runtime.current()
+    peak = gpu_peak(precision) if rt.on_gpu else None
+    if peak:
+        flops = tokens * training_flops_per_token(model)
+        metrics["mfu"] = flops / (seconds * peak * rt.layout.model_parallel)
+    return metrics

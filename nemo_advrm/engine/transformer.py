@@ -1,0 +1,207 @@
+"""From our model configuration to Megatron-Core's transformer configuration and layer spec."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from nemo_advrm.config.schema import ModelConfig, PrecisionConfig
+from nemo_advrm.engine import engine, fusions
+from nemo_advrm.engine.attention import CachedSelfAttention, FusedCoreAttention
+from nemo_advrm.engine.layers import Norm, PostNormLayer
+from nemo_advrm.engine.precision import check_machine, check_model, options
+from nemo_advrm.errors import ConfigError
+
+
+def squared_relu(x: torch.Tensor) -> torch.Tensor:
+    return F.relu(x).square()
+
+
+def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+# name -> (function, gated linear unit)
+ACTIVATIONS: dict[str, tuple[Any, bool]] = {
+    "swiglu": (F.silu, True),
+    "geglu": (F.gelu, True),
+    "geglu_tanh": (gelu_tanh, True),
+    "gelu": (F.gelu, False),
+    "relu": (F.relu, False),
+    "squared_relu": (squared_relu, False),
+}
+# name -> (Megatron's normalization, whether the stored weight is the scale minus one)
+NORMALIZATIONS: dict[str, tuple[str, bool]] = {
+    "RMSNorm": ("RMSNorm", False),
+    "rmsnorm1p": ("RMSNorm", True),
+    "LayerNorm": ("LayerNorm", False),
+    "layernorm1p": ("LayerNorm", True),
+}
+
+
+def ffn_size(model: ModelConfig) -> int:
+    return model.ffn_hidden_size or 4 * model.hidden_size
+
+
+def head_size(model: ModelConfig) -> int:
+    return model.kv_channels or model.hidden_size // model.num_attention_heads
+
+
+def query_groups(model: ModelConfig) -> int:
+    return model.num_query_groups or model.num_attention_heads
+
+
+def _sliding_window(model: ModelConfig) -> dict[str, Any]:
+    """Megatron counts the keys before the query and takes a switch per layer."""
+    if not model.sliding_window:
+        return {}
+    switches = [int(layer % model.sliding_window_every == 0) for layer in range(model.num_layers)]
+    return {"window_size": (model.sliding_window - 1, 0), "window_attn_skip_freq": switches}
+
+
+def _recompute(model: ModelConfig) -> dict[str, Any]:
+    """Which activations are computed again in the backward pass instead of being kept."""
+    if model.recompute == "none":
+        return {}
+    if model.recompute == "selective":
+        return {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
+    return {
+        "recompute_granularity": "full",
+        "recompute_method": "uniform" if model.recompute == "full" else "block",
+        "recompute_num_layers": model.recompute_num_layers,
+    }
+
+
+def _stages(model: ModelConfig, on_gpu: bool) -> dict[str, Any]:
+    """How the layers are spread over pipeline stages and how stages exchange hidden states."""
+    chunks = model.virtual_pipeline_model_parallel_size
+    if chunks == 1:
+        exchange: dict[str, Any] = {"variable_seq_lengths": model.pipeline_model_parallel_size > 1}
+    else:
+        exchange = {
+            "virtual_pipeline_model_parallel_size": chunks,
+            # two stages are each other's neighbours on both sides: in one batch of sends and receives Megatron
+            # would take an activation for a gradient
+            "overlap_p2p_comm": True,
+            "batch_p2p_comm": False,
+        }
+    return {
+        **exchange,
+        "num_layers_in_first_pipeline_stage": model.num_layers_in_first_pipeline_stage or None,
+        "num_layers_in_last_pipeline_stage": model.num_layers_in_last_pipeline_stage or None,
+        # gloo may still read a tensor that was sent when the schedule frees it
+        "deallocate_pipeline_outputs": on_gpu or chunks == 1,
+    }
+
+
+def transformer_config(model: ModelConfig, precision: PrecisionConfig, on_gpu: bool) -> TransformerConfig:
+    """Megatron-Core's configuration of ``model``.
+
+    Losses come from :mod:`nemo_advrm.engine.schedule` as sums with counts, which Megatron divides
+    by the count over all data-parallel ranks (``calculate_per_token_loss``), so that a loss does not
+    depend on how rows are spread over microbatches and ranks.
+    """
+    activation, gated = ACTIVATIONS[model.activation]
+    normalization, zero_centered = NORMALIZATIONS[model.normalization]
+    fused = fusions.settings(model, on_gpu)
+    if fused["bias_activation_fusion"]:
+        activation = fusions.FUSED_ACTIVATIONS[model.activation]
+    check_machine(precision, on_gpu)
+    check_model(
+        precision,
+        model,
+        ffn_size(model),
+        head_size(model) * model.num_attention_heads,
+        head_size(model) * query_groups(model),
+    )
+    if precision.name != "fp32" and not model.use_distributed_optimizer:
+        # Megatron's plain mixed-precision optimizer cannot save a model whose head is fp32
+        raise ConfigError(f"precision={precision.name} needs model.use_distributed_optimizer=true")
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=ffn_size(model),
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=query_groups(model),
+        kv_channels=head_size(model),
+        softmax_scale=model.query_scale**-0.5 if model.query_scale else None,
+        normalization=normalization,
+        layernorm_zero_centered_gamma=zero_centered,
+        layernorm_epsilon=model.layernorm_epsilon,
+        activation_func=activation,
+        gated_linear_unit=gated,
+        add_bias_linear=model.bias,
+        add_qkv_bias=model.qkv_bias or model.bias,
+        qk_layernorm=model.qk_layernorm,
+        init_method_std=model.init_method_std,
+        hidden_dropout=model.hidden_dropout,
+        attention_dropout=model.attention_dropout,
+        tensor_model_parallel_size=model.tensor_model_parallel_size,
+        pipeline_model_parallel_size=model.pipeline_model_parallel_size,
+        context_parallel_size=model.context_parallel_size,
+        sequence_parallel=model.sequence_parallel,
+        use_cpu_initialization=not on_gpu,
+        # has no effect without experts, but the default refuses variable lengths even then
+        moe_token_dispatcher_type="alltoall",
+        calculate_per_token_loss=True,
+        **fused,
+        **_stages(model, on_gpu),
+        **_recompute(model),
+        **_sliding_window(model),
+        **options(precision),
+    )
+
+
+def layer_spec(model: ModelConfig, dtype: torch.dtype, on_gpu: bool) -> ModuleSpec:
+    """Transformer Engine's layer on a GPU that has it, else Megatron's local one with our parts.
+
+    ``dtype``: in which attention computes.
+    """
+    if engine.usable(on_gpu):
+        return _transformer_engine_spec(model, dtype)
+    spec = get_gpt_layer_local_spec(qk_layernorm=model.qk_layernorm, normalization="RMSNorm")
+    spec.submodules.input_layernorm = Norm
+    spec.submodules.pre_mlp_layernorm = Norm
+    attention = spec.submodules.self_attention
+    attention.module = CachedSelfAttention
+    attention.submodules.core_attention = partial(FusedCoreAttention, softcap=model.attention_softcap)
+    if model.qk_layernorm:
+        attention.submodules.q_layernorm = Norm
+        attention.submodules.k_layernorm = Norm
+    return _with_post_norms(spec, model, Norm)
+
+
+def _transformer_engine_spec(model: ModelConfig, dtype: torch.dtype) -> ModuleSpec:
+    """Not yet run: no machine with Transformer Engine was at hand.
+
+    Its attention takes no soft-cap and no window for each row of a cache, and shares no sequence between ranks in fp32
+    (its fused kernels take no fp32, the others no shared sequences). Such models have our attention between its linear
+    layers.
+    """
+    spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=model.qk_layernorm)
+    attention = spec.submodules.self_attention
+    attention.module = CachedSelfAttention
+    shared_fp32 = model.context_parallel_size > 1 and dtype == torch.float32
+    if model.attention_softcap or model.sliding_window or shared_fp32:
+        attention.submodules.core_attention = partial(FusedCoreAttention, softcap=model.attention_softcap)
+    if not model.post_norms:
+        return spec
+    from megatron.core.extensions.transformer_engine import TENorm
+
+    return _with_post_norms(spec, model, TENorm)
+
+
+def _with_post_norms(spec: ModuleSpec, model: ModelConfig, norm: type) -> ModuleSpec:
+    if model.post_norms:
+        spec.module = PostNormLayer
+        spec.params = {**spec.params, "norm": norm}
+    return spec

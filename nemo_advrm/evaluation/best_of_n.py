@@ -1,0 +1,229 @@
+"""Stage ``best_of_n``: gold and proxy of the best of n responses by a reward, against KL; nothing is trained.
+
+``best_of_n/samples.jsonl`` holds ``best_of_n.samples`` responses of the SFT policy to each of ``best_of_n.prompts``
+fixed held-out prompts, with their gold. They are sampled once and scored by every reward, each of which gets a
+``best_of_n/NAME.json``:
+
+    {"reward": in words, "prompts": P, "samples": N, "n": [int], "kl": [nats], "proxy": [f], "gold": [f | null],
+     "measures": {"start": f, "area": f, "final": f, "peak": f}, "sampled": SHA-256 of samples.jsonl}
+
+The best is the response with the highest proxy, whether the length limit cut it off or not.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nemo_advrm import files
+from nemo_advrm.config.schema import Config
+from nemo_advrm.data import inputs
+from nemo_advrm.data.jsonl import read_jsonl, write_jsonl_atomic
+from nemo_advrm.data.messages import Message, ReadPrompt
+from nemo_advrm.data.tokenizers import Tokenizer, build_tokenizer
+from nemo_advrm.engine import manifest, runtime
+from nemo_advrm.engine.model import MegatronModel
+from nemo_advrm.errors import ConfigError, DataError
+from nemo_advrm.evaluation.held_out import held_out_prompts
+from nemo_advrm.models.language_model import build_policy
+from nemo_advrm.models.policy import Prompt, encode_prompts
+from nemo_advrm.objectives.best_of_n import best_of_n_curve, best_of_n_measures, curve_points
+from nemo_advrm.rewards.base import RewardSource, Rollouts, checked_scores
+from nemo_advrm.rewards.ensemble import UncertaintyReward
+from nemo_advrm.rewards.limits import prompts_with_room
+from nemo_advrm.rewards.local import build_gold
+from nemo_advrm.rewards.sources import load_members
+from nemo_advrm.rewards.standardisation import combined, read_statistics
+from nemo_advrm.rollouts.sft_responses import as_rollouts, sample
+from nemo_advrm.run_directory import results, run_dir
+from nemo_advrm.seeds import derive_seed
+
+SAMPLES = "samples.jsonl"
+_CURVE_KEYS = ("samples", "n", "kl", "proxy", "gold", "measures", "sampled")
+
+
+def main(cfg: Config) -> int:
+    """Judge samples of the policy ``pretrained_checkpoint.restore_from_path``, or those of ``best_of_n.samples_path``.
+
+    The reward is that of ``ensemble.members``, combined by ``ensemble.aggregate``.
+    """
+    given = cfg.best_of_n.samples_path
+    if not cfg.ensemble.members:
+        raise ConfigError("ensemble.members must name at least one reward model")
+    if not given and not cfg.pretrained_checkpoint.restore_from_path:
+        raise ConfigError(
+            "pretrained_checkpoint.restore_from_path is not set: name the policy that is sampled, or samples that an "
+            "earlier run has left by best_of_n.samples_path"
+        )
+    several = len(cfg.ensemble.members) > 1 and cfg.ensemble.standardise
+    if several and not cfg.ensemble.reference_path:
+        raise ConfigError(
+            "ensemble.reference_path is not set: several members are standardised by SFT responses; name the "
+            "reference.jsonl of an attack on them, or set ensemble.standardise=false"
+        )
+    run_dir.start(cfg)
+    directory = Path(cfg.run_dir)
+    tokenizer = build_tokenizer(cfg.model.tokenizer)
+    members = load_members(cfg, cfg.ensemble.members, tokenizer)
+    prompts = [] if given else prompts_with_room(_own_prompts(cfg, tokenizer), tokenizer.fingerprint, members, cfg)
+    run_dir.claim(cfg, directory, "best_of_n")
+    statistics = None
+    if several:
+        statistics = read_statistics(Path(cfg.ensemble.reference_path), members, "ensemble.reference_path")
+    reward = combined(members, cfg.ensemble.aggregate, cfg.ensemble.coefficient, statistics, directory)
+    home = directory / "best_of_n"
+    samples = Path(given) if given else home / SAMPLES
+    if not given and not runtime.on_writer(samples.exists):
+        policy = build_policy(cfg, tokenizer, cfg.pretrained_checkpoint.restore_from_path, 0, trainable=False)
+        sample_best_of_n(cfg, tokenizer, samples, policy, prompts, build_gold(cfg.pipeline.gold))
+    curve = curve_of_reward(cfg, tokenizer, home / f"{cfg.best_of_n.name}.json", samples, reward)
+    if runtime.current().is_writer:
+        print("\n".join(_table(curve)))
+        print(f"curve: {home / cfg.best_of_n.name}.json  samples: {samples}")
+    return 0
+
+
+def _own_prompts(cfg: Config, tokenizer: Tokenizer) -> list[Prompt]:
+    """``data.held_out_prompts_path``, or the prompts that are named for RLHF: this command trains on none."""
+    if cfg.data.held_out_prompts_path or not (cfg.data.prompts_path or cfg.data.train_path):
+        return best_of_n_prompts(cfg, tokenizer, [])
+    return encode_prompts(inputs.prompts(cfg)[: cfg.best_of_n.prompts], tokenizer, cfg)
+
+
+def best_of_n_prompts(cfg: Config, tokenizer: Tokenizer, trained: Iterable[tuple[Message, ...]]) -> list[Prompt]:
+    """The ``best_of_n.prompts`` fixed held-out prompts, none of them in ``trained``."""
+    return encode_prompts(held_out_prompts(cfg, cfg.best_of_n.prompts, trained), tokenizer, cfg)
+
+
+def sample_best_of_n(
+    cfg: Config,
+    tokenizer: Tokenizer,
+    path: Path,
+    policy: MegatronModel,
+    prompts: list[Prompt],
+    gold: RewardSource | None,
+) -> None:
+    """Write ``best_of_n.samples`` responses of ``policy`` to every prompt, with their gold; all ranks call."""
+    rollouts = sample(cfg, tokenizer, policy, prompts, cfg.best_of_n.samples, derive_seed(cfg.seed, "best of n"))
+    scores = checked_scores(gold, rollouts).tolist() if gold is not None else [None] * len(rollouts)
+    rows = (
+        {
+            "prompt_id": i // cfg.best_of_n.samples,
+            "messages": rollouts.prompts[i],
+            "response": rollouts.responses[i],
+            "ended": rollouts.ended[i],
+            "tokens": rollouts.response_tokens[i],
+            "gold": scores[i],
+        }
+        for i in range(len(rollouts))
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    runtime.on_writer(lambda: write_jsonl_atomic(path, rows))
+
+
+def curve_of_reward(
+    cfg: Config, tokenizer: Tokenizer, path: Path, samples: Path, reward: UncertaintyReward
+) -> dict[str, Any]:
+    """Score all samples by ``reward``, write its curve to ``path`` and return it; all ranks call.
+
+    A curve of the same samples that is there is not computed again. Raises DataError where ``samples`` is missing or is
+    no file of samples, and where the curve at ``path`` is of other samples.
+    """
+    sampled = runtime.on_writer(lambda: _digest(samples))
+    found = runtime.on_writer(lambda: _read_curve(path, samples, sampled))
+    if found is not None:
+        return found
+    rollouts, count, gold = _read_samples(samples, cfg, tokenizer)
+    rt = runtime.current()
+    own = rollouts.select(range(len(rollouts))[rt.own_part(len(rollouts))])
+    proxy_PN = torch.cat(rt.gather_data_parallel(reward.judge(own).proxy_N)).reshape(-1, count)
+    gold_PN = None if gold is None else torch.tensor(gold).reshape(-1, count)
+    curve = best_of_n_curve(proxy_PN, gold_PN)
+    result = {
+        "reward": reward.name,
+        "prompts": proxy_PN.size(0),
+        "samples": count,
+        **curve,
+        "measures": best_of_n_measures(curve["kl"], curve["gold"]),
+        "sampled": sampled,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    runtime.on_writer(lambda: files.write_text(path, json.dumps(result, indent=1, allow_nan=False) + "\n"))
+    return result
+
+
+def _digest(path: Path) -> str:
+    try:
+        digest = manifest.digest(path)
+    except OSError as error:
+        raise DataError(f"{path}: the samples of best-of-n cannot be read: {error.strerror or error}") from None
+    if not path.is_file():
+        raise DataError(f"{path}: the samples of best-of-n cannot be read: there is no such file")
+    return digest
+
+
+def _read_curve(path: Path, samples: Path, sampled: str) -> dict[str, Any] | None:
+    if not path.exists():
+        return None
+    found = results.read_object(path, _CURVE_KEYS, "remove it, and the curve is computed again", _wrong_curve)
+    if found["sampled"] != sampled:
+        raise DataError(
+            f"{path} is the curve of other samples than {samples} holds: restore them, or remove it and it is computed "
+            "again"
+        )
+    return found
+
+
+def _wrong_curve(found: dict[str, Any]) -> str:
+    """What is wrong with the values of a curve, in a few words, "" for nothing."""
+    samples, columns = found["samples"], [found[key] for key in ("n", "kl", "proxy", "gold")]
+    if type(samples) is not int or not 0 < samples < 2**31:
+        return "samples is no count"
+    points = curve_points(samples)
+    if columns[0] != points or any(type(n) is not int for n in columns[0]):
+        return f"n is not that of {samples} samples"
+    if not all(isinstance(column, list) and len(column) == len(points) for column in columns):
+        return "kl, proxy and gold are no lists as long as n"
+    numbers = [*columns[1], *columns[2], *(gold for gold in columns[3] if gold is not None)]
+    if not all(type(value) in (int, float) and math.isfinite(value) for value in numbers):
+        return "kl, proxy or gold holds what is no number"
+    if found["measures"] != best_of_n_measures(columns[1], columns[3]):
+        return "its measures are not those of its curve"
+    return ""
+
+
+def _read_samples(path: Path, cfg: Config, tokenizer: Tokenizer) -> tuple[Rollouts, int, list[float] | None]:
+    """(responses, how many each prompt has, gold or None); DataError for rows that are no samples."""
+    numbered = list(read_jsonl(path))
+    rows = [row for _, row in numbered]
+    try:
+        counts: dict[int, int] = {}
+        for row in rows:
+            counts[row["prompt_id"]] = counts.get(row["prompt_id"], 0) + 1
+        if len(set(counts.values())) != 1 or [row["prompt_id"] for row in rows] != sorted(
+            row["prompt_id"] for row in rows
+        ):
+            raise ValueError("prompts have unequal numbers of samples, or are not in order")
+        count = next(iter(counts.values()))
+        prompts = encode_prompts(
+            [ReadPrompt(row["messages"], f"{path}:{number}") for number, row in numbered[::count]], tokenizer, cfg
+        )
+        gold = [row["gold"] for row in rows]
+        rollouts = as_rollouts(rows, [prompt for prompt in prompts for _ in range(count)], tokenizer)
+    except (KeyError, TypeError, ValueError) as error:
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+        raise DataError(f"{path}: no samples of best-of-n ({reason}); remove it, and they are sampled again") from error
+    return rollouts, count, None if any(value is None for value in gold) else gold
+
+
+def _table(curve: dict[str, Any]) -> list[str]:
+    """The curve in a few aligned lines."""
+    lines = ["     n  KL (nats)    proxy     gold"]
+    for n, kl, proxy, gold in zip(curve["n"], curve["kl"], curve["proxy"], curve["gold"], strict=True):
+        lines.append(f"{n:6d}  {kl:9.2f}  {proxy:7.2f}  " + ("      –" if gold is None else f"{gold:7.2f}"))
+    return lines

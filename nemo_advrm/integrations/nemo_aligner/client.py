@@ -1,0 +1,167 @@
+"""The reward client of NeMo-Aligner's trainers: an ensemble in place of its one reward model server."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from nemo_aligner.utils import parallel_state
+from nemo_aligner.utils.distributed import run_if_model_parallel_src
+from nemo_aligner.utils.server_utils import FutureResult
+from torch import Tensor
+
+from nemo_advrm.errors import RewardSourceError
+from nemo_advrm.integrations.nemo_aligner.agreement import WAIT_SECONDS, in_replica
+from nemo_advrm.integrations.nemo_aligner.critic import CriticClient
+from nemo_advrm.integrations.nemo_aligner.layout import refuse_shared_sequences
+from nemo_advrm.integrations.nemo_aligner.rollouts import RolloutReader
+from nemo_advrm.objectives.adversarial import apply_length_penalty
+from nemo_advrm.rewards.base import Rollouts
+from nemo_advrm.rewards.ensemble import Judgement, PolicyReward
+
+
+@dataclass
+class Judged:
+    """A rollout batch and what the ensemble said of it; ``rollouts`` only on the rank that asked."""
+
+    rollouts: Rollouts | None
+    judgement: Judgement
+
+
+class EnsembleRewardClient:
+    """``rm`` of NeMo-Aligner's ReinforceTrainer and ``rm_critic`` of its PPOTrainer.
+
+    The first rank of each model replica asks the members, in threads, while the actor goes on; the other ranks are
+    given the result. A failure there is raised on every rank of the replica, when the trainer asks for the rewards.
+
+    Args:
+        reward: of the responses, from any members; members that are functions of this process are asked by one thread
+            at a time.
+        reader: of the actor's batches.
+        unended_penalty: reward of a response that did not end within its length limit; None leaves the ensemble's.
+        critic: values for PPO; needed by ``infer_rm_critic``, ``train`` and ``save``.
+        threads: batches that are scored at once.
+        wait_seconds: longest wait for the rewards of one batch.
+    """
+
+    def __init__(
+        self,
+        reward: PolicyReward,
+        reader: RolloutReader,
+        unended_penalty: float | None = None,
+        critic: CriticClient | None = None,
+        threads: int = 1,
+        wait_seconds: float = WAIT_SECONDS,
+    ) -> None:
+        refuse_shared_sequences(parallel_state.get_context_parallel_world_size())
+        self.reward = reward
+        self.reader = reader
+        self.unended_penalty = unended_penalty
+        self.critic = critic
+        self.wait_seconds = wait_seconds
+        self.keep_judged = False  # set by who calls take(): nobody else would ever empty the list
+        self.judged: list[Judged] = []
+        self.communicator = _Communicator(self)
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="reward")
+
+    def infer_rm(self, rollout_batch: Any) -> RewardFuture:
+        """A future of the rewards [B, 1] of a batch, see :meth:`RolloutReader.read`."""
+        return RewardFuture(self, *self._ask(rollout_batch))
+
+    def infer_rm_critic(self, rollout_batch: Any) -> RewardValueFuture:
+        """A future of (rewards [B], values [B, S - 1])."""
+        values = self._critic().infer_values(rollout_batch)
+        return RewardValueFuture(self.infer_rm(rollout_batch), values)
+
+    def train(self, ppo_rollout_data: Any) -> Any:
+        """One critic update; the future of its loss on rank 0."""
+        return self._critic().train(ppo_rollout_data)
+
+    def save(self) -> Any:
+        """The future of the critic's checkpoint."""
+        return self._critic().save()
+
+    def take(self) -> list[Judged]:
+        """What was judged since the last call, on every rank, where ``keep_judged`` is set."""
+        judged, self.judged = self.judged, []
+        return judged
+
+    def close(self) -> None:
+        """Let go of threads and connections; work that has not begun is dropped."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        ensemble = getattr(self.reward, "ensemble", self.reward)
+        for source in getattr(ensemble, "sources", []):
+            if hasattr(source, "close"):
+                source.close()
+        if self.critic is not None:
+            self.critic.communicator.close()
+
+    def _ask(self, rollout_batch: Any) -> tuple[Rollouts | None, Future[Judgement] | None]:
+        # the tokens are read now: NeMo-Aligner pads and moves the batch's tensors later
+        work: Any = run_if_model_parallel_src(self._read, rollout_batch)
+        if work is None:
+            return None, None
+        rollouts, failure = work
+        if failure is not None:  # told where the other ranks are told too
+            failed: Future[Judgement] = Future()
+            failed.set_exception(failure)
+            return None, failed
+        return rollouts, self._pool.submit(self._judge, rollouts)
+
+    def _read(self, rollout_batch: Any) -> tuple[Rollouts | None, Exception | None]:
+        try:
+            return self.reader.read(rollout_batch), None
+        except Exception as error:
+            return None, error
+
+    def _judge(self, rollouts: Rollouts) -> Judgement:
+        judgement = self.reward.judge(rollouts)
+        if self.unended_penalty is not None:
+            ended = torch.tensor(rollouts.ended)
+            judgement.rewards_N = apply_length_penalty(judgement.rewards_N, ended, self.unended_penalty)
+        return judgement
+
+    def _critic(self) -> CriticClient:
+        if self.critic is None:
+            raise RewardSourceError("this reward client has no critic: PPO needs one, give it critic=CriticClient(cfg)")
+        return self.critic
+
+
+class RewardFuture(FutureResult):
+    """Rewards [B, 1] on the actor's device; all ranks of a replica call ``result``."""
+
+    def __init__(self, client: EnsembleRewardClient, rollouts: Rollouts | None, work: Future[Judgement] | None) -> None:
+        self._client = client
+        self._rollouts = rollouts
+        self._work = work
+
+    def result(self) -> Tensor:
+        work, wait = self._work, self._client.wait_seconds
+        judgement = in_replica(None if work is None else lambda: work.result(timeout=wait), "the ensemble's reward")
+        if self._client.keep_judged:
+            self._client.judged.append(Judged(self._rollouts, judgement))
+        return judgement.rewards_N[:, None].to(torch.cuda.current_device())
+
+
+class RewardValueFuture(FutureResult):
+    """(rewards [B], values [B, S - 1]) on the actor's device."""
+
+    def __init__(self, rewards: RewardFuture, values: Callable[[], Tensor]) -> None:
+        self._rewards = rewards
+        self._values = values
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        return self._rewards.result().flatten(), self._values()
+
+
+class _Communicator:
+    """What NeMo-Aligner's scripts close at their end."""
+
+    def __init__(self, client: EnsembleRewardClient) -> None:
+        self._client = client
+
+    def close(self) -> None:
+        self._client.close()

@@ -1,0 +1,131 @@
+"""The ensemble of a NeMo-Aligner run: servers, by the addresses that ``ensemble.members`` names, and functions."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from torch import Tensor
+
+from nemo_advrm.config.schema import AdversarialConfig, RemoteConfig
+from nemo_advrm.errors import ConfigError
+from nemo_advrm.extras import require_extra
+from nemo_advrm.integrations.nemo_aligner.rollouts import FINGERPRINT
+from nemo_advrm.objectives.reference import fit_members
+from nemo_advrm.rewards.base import RewardSource, Rollouts
+from nemo_advrm.rewards.ensemble import AdversarialReward, PolicyReward, UncertaintyReward
+from nemo_advrm.rewards.reference import Reference
+from nemo_advrm.rewards.remote import ServerReward, TritonReward, connect, written_out
+from nemo_advrm.rewards.sources import parse
+
+EXPECTED = (
+    "members",
+    "tokens",
+    "reward",
+    "aggregate",
+    "coefficient",
+    "standardise",
+    "remote",
+    "adversarial",
+    "reference_path",
+)
+
+
+class ServedMember:
+    """A reward model server asked with what the actor wrote.
+
+    Args:
+        tokens: the server has the actor's tokenizer and is sent its tokens, as NeMo-Aligner's own client does; else
+            the text of prompt and response is sent, which the server encodes for itself.
+    """
+
+    def __init__(self, source: ServerReward | TritonReward, tokens: bool, pad_id: int) -> None:
+        self.name = source.name
+        self.source = source
+        self.tokens = tokens
+        if tokens and isinstance(source, TritonReward) and source.tokenizer is None:
+            # rollouts of the same tokenizer are sent as they are: of it only the padding is asked
+            source.tokenizer = SimpleNamespace(fingerprint=FINGERPRINT, pad_id=pad_id)  # type: ignore[assignment]
+
+    def score(self, rollouts: Rollouts) -> Tensor:
+        if self.tokens:
+            known = self.source.fingerprint if isinstance(self.source, ServerReward) else FINGERPRINT
+            return self.source.score(dataclasses.replace(rollouts, fingerprint=known, tokens_only=True))
+        return self.source.score(written_out(rollouts))
+
+    def close(self) -> None:
+        self.source.server.close()
+
+
+def open_members(cfg: DictConfig, pad_id: int) -> list[RewardSource]:
+    """The servers of ``ensemble.members``, R_1 first; waits until they are ready.
+
+    Raises ConfigError for a member that is no server, RewardSourceError for one that does not answer.
+    """
+    require_extra("serve", "httpx", "tenacity")
+    check_keys(cfg)
+    if not cfg.get("members"):
+        raise ConfigError("ensemble.members must name at least one reward model server")
+    options = _typed(RemoteConfig, cfg.get("remote"), "ensemble.remote")
+    members: list[RewardSource] = []
+    for k, text in enumerate(cfg.members):
+        spec = parse(text, f"ensemble.members[{k}]")
+        if not spec.is_remote:
+            raise ConfigError(
+                f"{spec.place}={text}: NeMo-Aligner's processes ask servers; serve the model by nemo-advrm serve or "
+                "serve_reward_model.py and name its address"
+            )
+        source: Any = connect(f"R_{k + 1} ({text})", spec.kind, spec.location.split("|"), options)
+        tokens = bool(cfg.get("tokens", True))
+        if tokens and isinstance(source, ServerReward) and not source.fingerprint:
+            raise ConfigError(f"{spec.place}={text}: the server takes no tokens; set ensemble.tokens=False")
+        members.append(ServedMember(source, tokens, pad_id))
+    return members
+
+
+def build_reward(cfg: DictConfig, members: Sequence[RewardSource], reference: Reference | None = None) -> PolicyReward:
+    """The reward that ``ensemble.reward`` names: ``adversarial``, relative to the reference, or ``ensemble``.
+
+    Several members of an ensemble are standardised by the SFT responses of the reference, where there is one.
+    """
+    kind = cfg.get("reward", "adversarial")
+    if kind == "ensemble":
+        standardise = reference is not None and len(members) > 1 and cfg.get("standardise", True)
+        statistics = fit_members(reference.scores_PNK.flatten(0, 1)) if standardise and reference is not None else None
+        return UncertaintyReward(members, cfg.get("aggregate", "mean"), cfg.get("coefficient", 1.0), statistics)
+    if kind != "adversarial":
+        raise ConfigError(f"ensemble.reward={kind!r}: it is adversarial or ensemble")
+    if reference is None:
+        raise ConfigError("ensemble.reward=adversarial needs a reference: set ensemble.reference_path")
+    options = _typed(AdversarialConfig, cfg.get("adversarial"), "ensemble.adversarial")
+    return AdversarialReward(members, options, reference, options.directions[0] - 1)
+
+
+def read_reference(cfg: DictConfig, members: Sequence[RewardSource]) -> Reference:
+    """The reference of ``ensemble.reference_path``; ConfigError when it is of another number of members."""
+    reference = Reference.read(Path(cfg.reference_path))
+    if reference.scores_PNK.size(-1) != len(members):
+        raise ConfigError(
+            f"ensemble.reference_path={cfg.reference_path} has scores of {reference.scores_PNK.size(-1)} members, "
+            f"ensemble.members names {len(members)}"
+        )
+    return reference
+
+
+def check_keys(cfg: DictConfig) -> None:
+    """Raise ConfigError for a key of ``ensemble`` that does not exist."""
+    for key in map(str, cfg):
+        if key not in EXPECTED:
+            raise ConfigError(f"ensemble.{key} does not exist; keys: {', '.join(EXPECTED)}")
+
+
+def _typed(kind: Any, values: DictConfig | None, place: str) -> Any:
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), values or {}))
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{place}: {str(error).splitlines()[0]}") from error

@@ -1,0 +1,89 @@
+"""Keeps what a NeMo-Aligner actor found: rows for ``nemo-advrm select`` and the step's adversarial metrics."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nemo_advrm.config.schema import SelectionConfig
+from nemo_advrm.data.jsonl import JsonlWriter
+from nemo_advrm.errors import ConfigError
+from nemo_advrm.integrations.nemo_aligner.client import EnsembleRewardClient
+from nemo_advrm.objectives.selection import qualifies
+from nemo_advrm.objectives.uncertainty import others_mean
+from nemo_advrm.rewards.ensemble import AdversarialReward
+from nemo_advrm.rewards.records import trajectory_rows
+
+
+class AdversarialRecorder:
+    """Appends every training response to ``RUN/attack/samples.jsonl``; all ranks call its methods.
+
+    Args:
+        client: whose reward is an ``AdversarialReward``.
+        path: of the file; its rows are written by rank 0.
+        policy: name of the adversary in the rows, by which a pair's provenance says where it comes from.
+        step: of the trainer when it starts; rows of later steps are removed, as a resumed run writes them again.
+    """
+
+    def __init__(self, client: EnsembleRewardClient, path: Path, policy: str, step: int = 0) -> None:
+        if not isinstance(client.reward, AdversarialReward):
+            raise ConfigError("samples are recorded of an adversarial reward: set ensemble.reward=adversarial")
+        self.client = client
+        client.keep_judged = True
+        self.policy = policy
+        self.step = step
+        self.target = client.reward.target
+        self._fresh = False
+        self._writer = JsonlWriter(path, resume_step=step - 1) if torch.distributed.get_rank() == 0 else None
+
+    def begin(self) -> None:
+        """New rollouts begin; what was judged and not recorded belonged to a validation."""
+        self.client.take()
+        self._fresh = True
+
+    def record(self) -> dict[str, float] | None:
+        """Write the rollouts of the step that is trained now; its metrics, None when that was done already."""
+        if not self._fresh:
+            return None
+        self._fresh = False
+        own = [judged for judged in self.client.take() if judged.rollouts is not None]
+        rows: list[dict[str, Any]] = []
+        for judged in own:
+            assert judged.rollouts is not None
+            rows += trajectory_rows(judged.rollouts, judged.judgement, self.target + 1, self.policy, self.step)
+        # only the first rank of a replica has rows, and with TensorRT-LLM's resharding a replica has several of them
+        writes = self._writer is not None
+        parts: list[Any] | None = [None] * torch.distributed.get_world_size() if writes else None
+        torch.distributed.gather_object(rows, parts, 0)
+        outcome: list[dict[str, float]] = [{}]
+        if self._writer is not None and parts is not None:
+            everyone = [row for part in parts for row in part]
+            for row in everyone:
+                self._writer.write(row)
+            outcome[0] = self._metrics(everyone)
+        torch.distributed.broadcast_object_list(outcome, 0)
+        self.step += 1
+        return outcome[0]
+
+    def _metrics(self, rows: list[dict[str, Any]]) -> dict[str, float]:
+        """Means over all responses of the step; ``qualified`` is the share that selection's rule would take."""
+        if not rows:
+            return {}
+        reward = self.client.reward
+        assert isinstance(reward, AdversarialReward)
+        z_BK, scores_BK, ranking_B, rewards_B = (
+            torch.tensor([row[key] for row in rows]) for key in ("z", "scores", "disagreement_z", "reward")
+        )
+        mean_B = reward.reference.prompt_mean([row["prompt_id"] for row in rows])[:, self.target]
+        threshold = SelectionConfig().threshold_z
+        qualified_B = qualifies(scores_BK, z_BK, mean_B, ranking_B, threshold, self.target)
+        return {
+            "adversarial_reward": rewards_B.mean().item(),
+            "target_z": z_BK[:, self.target].mean().item(),
+            "others_z": others_mean(z_BK, self.target).mean().item(),
+            "disagreement_z": ranking_B.mean().item(),
+            "qualified": qualified_B.float().mean().item(),
+            "unended": 1.0 - sum(row["ended"] for row in rows) / len(rows),
+        }

@@ -1,0 +1,109 @@
+"""The reference of an attack, made of what the actor answers before its training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from nemo_aligner.utils import parallel_state
+
+from nemo_advrm.data.jsonl import write_jsonl_atomic
+from nemo_advrm.errors import ConfigError, RewardSourceError, UserError
+from nemo_advrm.integrations.nemo_aligner.rollouts import FINGERPRINT, RolloutReader, as_prompt
+from nemo_advrm.rewards.base import RewardSource, Rollouts
+from nemo_advrm.rewards.records import score_reference
+
+
+def prompt_texts(*datasets: Any) -> list[str]:
+    """The prompts of NeMo-Aligner's ``RLHFDataset``, each once, without those that are too long to be answered.
+
+    Raises ConfigError for data that is not jsonl.
+    """
+    texts: dict[str, None] = {}
+    for dataset in datasets:
+        if not dataset.use_json:
+            raise ConfigError("model.data.data_impl must be jsonl: the reference needs the prompts' texts")
+        for sample in dataset.data:
+            if dataset.encode(sample["text"])[1] <= dataset.max_sample_length:
+                texts.setdefault(sample["text"])
+    return list(texts)
+
+
+def write_reference(
+    path: Path, actor: Any, texts: Sequence[str], members: Sequence[RewardSource], per_prompt: int, rows: int
+) -> None:
+    """Let the actor answer every prompt ``per_prompt`` times, score the answers and write ``reference.jsonl``.
+
+    All ranks call, after ``init_using_ptl`` and before training; replicas share the prompts, rank 0 asks the members.
+
+    Args:
+        actor: of NeMo-Aligner, with the weights of the SFT policy.
+        rows: answers that are generated at once.
+
+    Raises:
+        RewardSourceError: a member failed; on every rank.
+    """
+    if per_prompt < 2:
+        raise ConfigError(f"reference.samples_per_prompt must be at least 2, not {per_prompt}")
+    replicas, replica = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
+    share = [(i, text) for i, text in enumerate(texts) for _ in range(per_prompt)][replica::replicas]
+    # every replica makes as many batches: their collectives then meet
+    size = -(-len(texts) * per_prompt // replicas)
+    share += share[:1] * (size - len(share)) if share else [(0, texts[0])] * size
+    actor.prepare_for_inference()
+    answers: list[tuple[int, str, list[int], bool]] = []
+    for start in range(0, size, rows):
+        answers += _answer(actor, share[start : start + rows])
+    actor.finish_inference()
+    own = answers if torch.distributed.get_rank() == parallel_state.get_model_parallel_src_rank() else []
+    parts: list[Any] | None = [None] * torch.distributed.get_world_size() if torch.distributed.get_rank() == 0 else None
+    torch.distributed.gather_object(own, parts, 0)
+    outcome = ["" if parts is None else _score(path, texts, actor.tokenizer, parts, members, per_prompt)]
+    torch.distributed.broadcast_object_list(outcome, 0)
+    if outcome[0]:
+        raise RewardSourceError(outcome[0])
+
+
+def _answer(actor: Any, prompts: list[tuple[int, str]]) -> list[tuple[int, str, list[int], bool]]:
+    """(prompt, response, its tokens, ended) of each."""
+    tokenizer = actor.tokenizer
+    ids = [tokenizer.text_to_ids(text) for _, text in prompts]
+    lengths = torch.tensor([len(row) for row in ids])
+    room = actor._length_params["max_length"]
+    text = torch.full((len(ids), int(lengths.max()) + room), tokenizer.eos_id)
+    for row, tokens in zip(text, ids, strict=True):
+        row[: len(tokens)] = torch.tensor(tokens)
+    rollouts = RolloutReader(tokenizer).read(actor.infer({"text": text, "length": lengths}))
+    found = zip(rollouts.responses, rollouts.response_tokens, rollouts.ended, strict=True)
+    return [(index, *answer) for (index, _), answer in zip(prompts, found, strict=True)]
+
+
+def _score(
+    path: Path, texts: Sequence[str], tokenizer: Any, parts: list[Any], members: Sequence[RewardSource], per_prompt: int
+) -> str:
+    """Score and write; the reason of a failure."""
+    answers: list[list[tuple[str, list[int], bool]]] = [[] for _ in texts]
+    for part in parts:
+        for index, *answer in part:
+            if len(answers[index]) < per_prompt:  # more were made to fill the last batch
+                answers[index].append(tuple(answer))
+    flat = [(i, *answer) for i, own in enumerate(answers) for answer in own]
+    rollouts = Rollouts(
+        prompts=[as_prompt(texts[i]) for i, *_ in flat],
+        responses=[response for _, response, _, _ in flat],
+        ended=[ended for *_, ended in flat],
+        prompt_tokens=[tokenizer.text_to_ids(texts[i]) for i, *_ in flat],
+        response_tokens=[tokens for _, _, tokens, _ in flat],
+        prompt_index=[i for i, *_ in flat],
+        fingerprint=FINGERPRINT,
+    )
+    try:
+        _, rows = score_reference(rollouts, per_prompt, list(members))
+        write_jsonl_atomic(path, rows)
+    except UserError as error:
+        return str(error)
+    except Exception as error:  # the other ranks wait for what comes of it
+        return f"{path} was not written: {type(error).__name__}: {error}"
+    return ""

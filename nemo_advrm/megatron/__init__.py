@@ -1,5 +1,0 @@
-"""Megatron-Core as this package uses it; what imports it first is safe from a broken Transformer Engine."""
-
-from nemo_advrm.megatron.engine import hide_broken
-
-hide_broken()

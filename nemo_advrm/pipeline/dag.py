@@ -1,0 +1,276 @@
+"""The stages of a pipeline in their order and what each waits for; stage ``stages`` prints them for job schedulers."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from nemo_advrm.config.keys import nearest
+from nemo_advrm.config.schema import BranchConfig, Config, RLHFRunConfig
+from nemo_advrm.errors import ConfigError
+from nemo_advrm.pipeline import held_arms
+from nemo_advrm.pipeline.branches import (
+    MAIN,
+    all_branches,
+    arm_round,
+    attack_home,
+    check,
+    home,
+    is_standardised,
+    last_round,
+    member_step,
+    member_steps,
+    reward_of,
+    trunk_step,
+)
+
+# stages that compute nothing with a model: one process is enough
+LIGHT = ("join", "select", "random", "report")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One stage of the pipeline. ``name`` is its name in ``state.json``, ``after`` are the names it waits for."""
+
+    name: str
+    # sft | preferences | train_rm | reference | attack (one adversary) | join (all of them) | select | random | rlhf |
+    # samples (of best-of-n) | best_of_n (one reward's curve) | room | report
+    kind: str
+    after: tuple[str, ...] = ()
+    round: int = 0
+    member: int = 0  # of train_rm and sft, from 1
+    branch: str = MAIN  # of pipeline.branches
+    adversary: tuple[int, int] = (0, 0)  # of attack: direction, from 1, and number, from 0
+    arm: str = ""  # of rlhf, best_of_n and room, a name of pipeline.rlhf
+    seed: int = 1  # of rlhf: which of the arm's runs
+
+
+def labels_by_gold(cfg: Config) -> bool:
+    """Whether the first preference pairs are those of the embedded language, whose annotators judge by gold."""
+    return cfg.pipeline.gold == "synthetic" and not cfg.data.train_path
+
+
+def order(cfg: Config) -> list[Step]:
+    """Every stage, each after those it waits for; the rounds as if none ended them early."""
+    steps: list[Step] = []
+    if cfg.pipeline.sft:
+        trunks = {trunk_step(cfg, name, k) for name in all_branches(cfg) for k in range(1, cfg.ensemble.size + 1)}
+        steps += [Step(name, "sft", member=int(name.partition("_")[2] or 1)) for name in sorted(trunks)]
+    if labels_by_gold(cfg):
+        steps.append(Step("preferences", "preferences"))
+    for branch, options in all_branches(cfg).items():
+        steps += _branch(cfg, branch, options)
+    measured = [step.name for step in steps if step.kind == "join" and step.branch == MAIN][-1:]
+    runs = [step for arm in cfg.pipeline.rlhf for step in _arm(cfg, arm)]
+    runs += [*_best_of_n(cfg), *_room(cfg, runs)]
+    return [*steps, *runs, Step("report", "report", (*measured, *(step.name for step in runs)))]
+
+
+def of_run(cfg: Config) -> tuple[Config, list[Step]]:
+    """``cfg`` with the arms and branches that its run directory holds besides, and the stages that ``cfg`` asks for.
+
+    Raises ConfigError for branches and arms that cannot be.
+    """
+    run = held_arms.whole(cfg, Path(cfg.run_dir))
+    check(run)
+    return run, asked(cfg, run)
+
+
+def asked(cfg: Config, whole: Config) -> list[Step]:
+    """The stages of a run that ``cfg`` asks for; ``whole`` has the arms and branches that the run holds besides.
+
+    The branches of arms that are asked for are, too. The curve of a reward has the name of the run's first arm with it.
+    """
+    arms = cfg.pipeline.rlhf
+    named = {*cfg.pipeline.branches, *(arm.branch for arm in arms.values())}
+    parts = {name: options for name, options in whole.pipeline.branches.items() if name in named}
+    own = {step.name for step in order(replace(cfg, pipeline=replace(cfg.pipeline, branches=parts)))}
+    rewards = {reward_of(whole, arm) for arm in arms.values()}
+
+    def is_asked(step: Step) -> bool:
+        if step.kind == "best_of_n":
+            return reward_of(whole, whole.pipeline.rlhf[step.arm]) in rewards
+        if step.kind == "room":
+            return step.arm in arms
+        return step.name in own
+
+    steps = [step for step in order(whole) if is_asked(step)]
+    names = {step.name for step in steps}
+    return [replace(step, after=tuple(name for name in step.after if name in names)) for step in steps]
+
+
+def _branch(cfg: Config, branch: str, options: BranchConfig) -> list[Step]:
+    """The rounds of a branch, without what it shares with the main ones. The main rounds end with an attack, too."""
+    steps = []
+    for number in range(options.rounds + 1):
+        members = member_steps(cfg, branch, number)
+        for k, name in enumerate(members, 1):
+            if name.startswith(f"{home(branch, number)}/") and (k == 1 or _are_all_used(cfg, branch, number)):
+                steps.append(Step(name, "train_rm", _before_training(cfg, branch, number, k), number, k, branch))
+        place = attack_home(cfg, branch, number)
+        is_attacked = number < options.rounds or branch == MAIN
+        if place != home(branch, number) or not is_attacked or options.pairs == "none":
+            continue
+        reference = Step(f"{place}/reference", "reference", _with_responses(members, number, branch), number, 0, branch)
+        steps.append(reference)
+        if options.pairs == "random":
+            as_many = f"{attack_home(cfg, MAIN, number)}/select"
+            steps.append(Step(f"{place}/select", "random", (reference.name, as_many), number, 0, branch))
+            continue
+        adversaries = [
+            Step(f"{place}/attack/{policy_name(d, i)}", "attack", (reference.name,), number, 0, branch, (d, i))
+            for d in cfg.adversarial.directions
+            for i in range(cfg.adversarial.policies)
+        ]
+        steps += adversaries
+        names = tuple(step.name for step in adversaries)
+        steps.append(Step(f"{place}/attack", "join", names, number, 0, branch))
+        if number < options.rounds:
+            steps.append(Step(f"{place}/select", "select", (f"{place}/attack",), number, 0, branch))
+    return steps
+
+
+def _are_all_used(cfg: Config, branch: str, number: int) -> bool:
+    """Whether more than R_1 is used of a round's members: they are attacked, or some arm combines them."""
+    combine = (arm for arm in cfg.pipeline.rlhf.values() if arm.reward == "ensemble" and arm.branch == branch)
+    return (
+        branch == MAIN
+        or number < all_branches(cfg)[branch].rounds
+        or any(arm_round(cfg, arm) == number for arm in combine)
+    )
+
+
+def _before_training(cfg: Config, branch: str, number: int, member: int) -> tuple[str, ...]:
+    """What the training of a member waits for: its pairs, and the model it starts from."""
+    if number:
+        before = [f"{attack_home(cfg, branch, number - 1)}/select"]
+        if all_branches(cfg)[branch].pairs == "none":
+            before = [member_step(cfg, branch, number - 1, member)]
+        return tuple(before)
+    trunk = trunk_step(cfg, branch, member) if cfg.pipeline.sft else ""
+    if labels_by_gold(cfg):
+        return ("preferences", trunk) if trunk else ("preferences",)
+    return (trunk,) if trunk else ()
+
+
+def _with_responses(members: tuple[str, ...], number: int, branch: str) -> tuple[str, ...]:
+    """What a reference waits for: the members that score it, and the SFT responses, which are sampled once."""
+    return members if (number, branch) == (0, MAIN) else (*members, "round_0/reference")
+
+
+def _arm(cfg: Config, name: str) -> list[Step]:
+    arm = cfg.pipeline.rlhf[name]
+    needed = _before_arm(cfg, arm)
+    runs = arm.seeds or cfg.pipeline.rlhf_seeds
+    names = [f"rlhf/{name}"] if runs == 1 else [f"rlhf/{name}/seed_{i}" for i in range(1, runs + 1)]
+    return [Step(each, "rlhf", needed, branch=arm.branch, arm=name, seed=i) for i, each in enumerate(names, 1)]
+
+
+def _before_arm(cfg: Config, arm: RLHFRunConfig) -> tuple[str, ...]:
+    """What the reward of an arm is made of."""
+    needed = member_steps(cfg, arm.branch, arm_round(cfg, arm))[: None if arm.reward == "ensemble" else 1]
+    # by whose responses the members are standardised
+    return (*needed, "round_0/reference") if is_standardised(cfg, arm) else needed
+
+
+def _best_of_n(cfg: Config) -> list[Step]:
+    """The samples, and a curve for every reward, under the name of the first arm that has it."""
+    if not cfg.pipeline.best_of_n:
+        return []
+    arms: dict[Any, str] = {}
+    for name, arm in cfg.pipeline.rlhf.items():
+        arms.setdefault(reward_of(cfg, arm), name)
+    curves = [
+        Step(f"best_of_n/{name}", "best_of_n", ("best_of_n", *_before_arm(cfg, arm)), branch=arm.branch, arm=name)
+        for name, arm in ((name, cfg.pipeline.rlhf[name]) for name in arms.values())
+    ]
+    return [Step("best_of_n", "samples", ("sft",) if cfg.pipeline.sft else ()), *curves]
+
+
+def _room(cfg: Config, runs: list[Step]) -> list[Step]:
+    name = cfg.pipeline.room
+    if not name:
+        return []
+    finished = [step.name for step in runs if step.kind == "rlhf" and step.arm == name]
+    return [Step("room", "room", (*finished, *member_steps(cfg, MAIN, 0), "round_0/reference"), arm=name)]
+
+
+def policy_name(direction: int, number: int) -> str:
+    """Directory of one adversary."""
+    return f"direction_{direction}_policy_{number + 1}"
+
+
+def most_at_once(steps: list[Step]) -> int:
+    """At most how many steps can be worked on side by side: the widest level of steps that wait for each other."""
+    level: dict[str, int] = {}
+    for step in steps:
+        level[step.name] = 1 + max((level[name] for name in step.after), default=0)
+    return max(Counter(level.values()).values())
+
+
+def added_since(step: Step, detail: Callable[[str, str], Any]) -> list[str]:
+    """The RLHF runs of the room's arm that it was not measured on, as far as that is known; of no other step."""
+    known = detail(step.name, "runs")
+    if step.kind != "room" or not known:
+        return []
+    return [name for name in step.after if name.startswith("rlhf/") and name not in known]
+
+
+def find(among: list[Step], name: str) -> Step:
+    """The stage of that name; ConfigError when there is none."""
+    steps = {step.name: step for step in among}
+    if name not in steps:
+        raise ConfigError(
+            f"pipeline.only={name}: did you mean {nearest(name, list(steps))}? stages: {', '.join(steps)}"
+        )
+    return steps[name]
+
+
+def is_skipped(cfg: Config, step: Step, detail: Callable[[str, str], Any]) -> bool:
+    """Whether a step belongs to a round that is left out; ``detail(step, key)`` reads ``state.json``."""
+    return step.round > last_round(cfg, step.branch, detail)
+
+
+def main(cfg: Config) -> int:
+    """Print a line per stage: name, kind, state (complete, skipped or to do) and the names it waits for, with tabs."""
+    directory = Path(cfg.run_dir)
+    state = _read_state(directory / "state.json")
+
+    def detail(name: str, key: str) -> Any:
+        return state.get(name, {}).get(key)
+
+    report = directory / "report" / "index.html"
+    reported = bool(state) and report.exists() and _written_at(report) >= _written_at(directory / "state.json")
+    run, steps = of_run(cfg)
+    for step in steps:
+        if is_skipped(run, step, detail):
+            status = "skipped"
+        elif (detail(step.name, "status") == "complete" and not added_since(step, detail)) or (
+            step.kind == "report" and reported
+        ):
+            status = "complete"
+        else:
+            status = "todo"
+        print(step.name, step.kind, status, ",".join(step.after) or "-", sep="\t")
+    return 0
+
+
+def _written_at(path: Path) -> float:
+    return path.stat().st_mtime
+
+
+def _read_state(path: Path) -> dict[str, dict[str, Any]]:
+    from nemo_advrm.pipeline.state import read_state
+    from nemo_advrm.run_directory import run_files
+
+    if not path.exists():
+        if run_files.products(path.parent):
+            print(f"{path} is missing: every stage counts as to be done", file=sys.stderr)
+        return {}
+
+    stages: dict[str, dict[str, Any]] = read_state(path)["stages"]
+    return stages

@@ -1,0 +1,112 @@
+"""What a stage holds and does on its GPUs: the models, the microbatches and the data-parallel replicas."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nemo_advrm.config.layout import data_parallel_size
+from nemo_advrm.config.schema import Config
+from nemo_advrm.engine.gpt import Head
+from nemo_advrm.engine.model import padded_vocab_size
+from nemo_advrm.plan.activations import Microbatch
+
+
+@dataclass(frozen=True)
+class Held:
+    """Models of one kind that a stage holds at once."""
+
+    title: str
+    head: Head
+    trained: bool
+    count: int = 1
+
+
+@dataclass(frozen=True)
+class Job:
+    """One stage on a number of GPUs, every sequence at ``model.encoder_seq_length``.
+
+    Attributes:
+        cfg: its configuration.
+        gpus: of the whole job.
+        replicas: data-parallel size.
+        vocab_size: padded.
+        models: what it holds.
+        training: a microbatch of training.
+        microbatches: of one step on one replica.
+        scoring: a microbatch of forward passes alone (RL).
+        rollouts: responses of one step on one replica; 0 where none are made.
+        generated: most responses that a rank makes at once; context-parallel ranks share out the rollouts.
+    """
+
+    cfg: Config
+    gpus: int
+    replicas: int
+    vocab_size: int
+    models: tuple[Held, ...]
+    training: Microbatch
+    microbatches: int
+    scoring: Microbatch
+    rollouts: int = 0
+    generated: int = 0
+
+    @property
+    def head_outputs(self) -> int:
+        options = self.cfg.reward_model
+        return options.num_attributes if options.loss == "regression" else 1
+
+
+def models_of(cfg: Config) -> tuple[Held, ...]:
+    """The models that the stage ``cfg.plan.stage`` holds; members of an ensemble behind an address are elsewhere."""
+    stage = cfg.plan.stage
+    if stage == "sft":
+        return (Held("policy", "lm", True),)
+    if stage == "train_rm":
+        return (Held("reward model", "reward", True),)
+    members = cfg.ensemble.size
+    if cfg.ensemble.members:
+        members = sum("://" not in member for member in cfg.ensemble.members)
+    held = [Held("policy", "lm", True)]
+    if cfg.rl.algorithm == "ppo":
+        held.append(Held("critic", "value", True))
+    held.append(Held("reference policy", "lm", False))
+    return (*held, Held("reward model", "reward", False, members)) if members else tuple(held)
+
+
+def _rows_at_once(cfg: Config, most: int, sequences: int = 1) -> int:
+    """Rows of a microbatch whose every row has ``sequences`` sequences of the greatest length, as batching forms it."""
+    model = cfg.model
+    return max(1, min(most, model.micro_batch_tokens // (sequences * model.encoder_seq_length)))
+
+
+def job_of(cfg: Config, gpus: int, tokenizer_size: int) -> Job:
+    """The job that ``cfg.plan.stage`` would be on ``gpus`` GPUs; raises LayoutError where they cannot be divided."""
+    replicas = data_parallel_size(cfg, gpus)
+    model = cfg.model
+    length = model.encoder_seq_length
+    single = _rows_at_once(cfg, model.micro_batch_size)
+    scoring = Microbatch(_rows_at_once(cfg, 4 * model.micro_batch_size), length)
+    share = max(1, model.global_batch_size // replicas)
+    rollouts = 0
+    if cfg.plan.stage == "train_rm":  # a row is a pair
+        pairs = min(share, _rows_at_once(cfg, model.micro_batch_size, 2))
+        training = Microbatch(2 * pairs, length)
+        steps = -(-share // pairs)
+    elif cfg.plan.stage == "sft":
+        training = Microbatch(min(share, single), length)
+        steps = -(-share // training.rows)
+    else:
+        rollouts = max(1, cfg.rl.prompts_per_step * cfg.rl.group_size // replicas)
+        training = Microbatch(min(single, rollouts), length)
+        steps = -(-rollouts // training.rows)
+    return Job(
+        cfg,
+        gpus,
+        replicas,
+        padded_vocab_size(model, tokenizer_size),
+        models_of(cfg),
+        training,
+        steps,
+        scoring,
+        rollouts,
+        min(-(-rollouts // model.context_parallel_size), 4 * model.micro_batch_size),
+    )

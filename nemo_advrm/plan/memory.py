@@ -1,0 +1,189 @@
+"""Memory of one rank of every pipeline stage: what stands there all the time, and the phase that needs most."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from nemo_advrm.config.layout import layers_per_stage
+from nemo_advrm.config.schema import Config, ModelConfig
+from nemo_advrm.plan.activations import Microbatch, head_bytes, layer_terms, on_gpu, peak_bytes
+from nemo_advrm.plan.jobs import Held, Job
+from nemo_advrm.plan.parameters import Parameters, Sizes, stage_parameters
+
+GIB = 2**30
+_GRADIENT = 4  # bytes: gradients are added up in fp32
+
+
+@dataclass
+class RankMemory:
+    """Bytes on one rank of a pipeline stage.
+
+    Attributes:
+        stage: pipeline stage.
+        parameters: of the trained models.
+        weights, gradients, optimizer: of the trained models.
+        frozen: weights of models that are not trained, all of them.
+        activations: most that training keeps, without the head's.
+        head: what the last stage keeps for head and logits.
+        cache: keys and values of the responses that are made at once.
+        phases: name -> total of that phase; the greatest counts.
+    """
+
+    stage: int
+    parameters: int = 0
+    weights: float = 0.0
+    gradients: float = 0.0
+    optimizer: float = 0.0
+    frozen: float = 0.0
+    activations: float = 0.0
+    head: float = 0.0
+    cache: float = 0.0
+    phases: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def total(self) -> float:
+        return max(self.phases.values())
+
+    @property
+    def phase(self) -> str:
+        """The phase that needs most."""
+        return max(self.phases, key=lambda name: self.phases[name])
+
+
+def element_bytes(cfg: Config) -> int:
+    """Of activations and weights outside FP8."""
+    return 4 if cfg.precision.name == "fp32" else 2
+
+
+def weight_bytes(cfg: Config, counts: Parameters) -> float:
+    """Weights of one model. FP8 matrices: a copy and its transpose, and the bf16 original unless kept in FP8 alone."""
+    element = element_bytes(cfg)
+    inner = float(element * (counts.linear + counts.other))
+    if cfg.precision.name.startswith(("fp8", "mxfp8")):
+        layers = cfg.model.num_layers
+        share = max(0, layers - 2 * cfg.precision.bf16_first_last_layers) / layers
+        extra = 0 if cfg.precision.fp8_params else 2  # 1 byte + 1 byte in place of, or beside, 2
+        inner += extra * counts.linear * share
+    return inner + element * (counts.embedding + counts.output) + 4 * counts.head
+
+
+def optimizer_bytes(cfg: Config, counts: Parameters, replicas: int) -> float:
+    """Adam's two moments and, where weights are not fp32, their fp32 original; split by the distributed optimizer."""
+    moments = 8 if cfg.model.optim.name == "adam" else 4
+    master = 0 if cfg.precision.name == "fp32" else 4
+    split = replicas * cfg.model.context_parallel_size if cfg.model.use_distributed_optimizer else 1
+    return ((moments + master) * (counts.total - counts.head) + moments * counts.head) / split
+
+
+def in_flight(model: ModelConfig, stage: int, microbatches: int) -> int:
+    """Forward passes of a model chunk that wait for their backward pass, at most.
+
+    1F1B: as many microbatches as there are stages from here on. Interleaved: the warm-up of Megatron's schedule,
+    2 (p - 1 - stage) + (v - 1) p chunks, and the one in work.
+    """
+    stages, chunks = model.pipeline_model_parallel_size, model.virtual_pipeline_model_parallel_size
+    if chunks == 1:
+        return min(microbatches, stages - stage)
+    return min(microbatches * chunks, 2 * (stages - 1 - stage) + (chunks - 1) * stages + 1)
+
+
+def _training(job: Job, held: Held, stage: int) -> tuple[float, float]:
+    """(most that training this model keeps on the stage, the head's part of it)."""
+    model, element = job.cfg.model, element_bytes(job.cfg)
+    layers = layers_per_stage(model)
+    last = stage == len(layers) - 1
+    head = head_bytes(model, held.head, job.training, job.vocab_size, element, on_gpu(model)) if last else 0.0
+    chunk = layers[stage] // model.virtual_pipeline_model_parallel_size
+    waiting = in_flight(model, stage, job.microbatches)
+    return peak_bytes(model, chunk, waiting, head, job.training, element, on_gpu(model)), head
+
+
+def cache_bytes(job: Job, stage: int) -> float:
+    """Keys and values of one stage's layers for every response made at once, at full length."""
+    model = job.cfg.model
+    per_token = 2 * Sizes.of(model).key / model.tensor_model_parallel_size * element_bytes(job.cfg)
+    return job.generated * model.encoder_seq_length * per_token * layers_per_stage(model)[stage]
+
+
+def _generation(job: Job, stage: int) -> float:
+    """Cache, one layer at work on the prompts (whole on every rank), and the gathered logits of a token."""
+    model, element = job.cfg.model, element_bytes(job.cfg)
+    whole = replace(model, sequence_parallel=False, context_parallel_size=1)
+    length = model.encoder_seq_length
+    prompts = Microbatch(max(1, min(job.generated, model.micro_batch_tokens // length)), length)
+    working = layer_terms(whole, prompts, element, on_gpu(whole)).total
+    last = stage == model.pipeline_model_parallel_size - 1
+    logits = job.generated * job.vocab_size * (element + 2 * _GRADIENT) if last else 0.0
+    return cache_bytes(job, stage) + working + logits
+
+
+def _scoring(job: Job, stage: int) -> float:
+    """One layer at work, without anything kept, and the logits of the policies' log-probabilities."""
+    model, element = job.cfg.model, element_bytes(job.cfg)
+    working = layer_terms(model, job.scoring, element, on_gpu(model)).total
+    last = stage == model.pipeline_model_parallel_size - 1
+    rows = Microbatch(min(job.scoring.rows, job.training.rows), job.scoring.length)
+    return working + (head_bytes(model, "lm", rows, job.vocab_size, element, on_gpu(model)) if last else 0.0)
+
+
+def rank_memory(job: Job, stage: int) -> RankMemory:
+    """Memory of every rank of pipeline stage ``stage``; all its tensor- and data-parallel ranks are equal."""
+    cfg = job.cfg
+    memory = RankMemory(stage)
+    largest_frozen = training = 0.0
+    for held in job.models:
+        counts = stage_parameters(cfg.model, held.head, job.vocab_size, stage, job.head_outputs)
+        weights = weight_bytes(cfg, counts)
+        if not held.trained:
+            memory.frozen += held.count * weights
+            largest_frozen = max(largest_frozen, weights)
+            continue
+        memory.parameters += counts.total
+        memory.weights += weights
+        memory.gradients += _GRADIENT * counts.total
+        memory.optimizer += optimizer_bytes(cfg, counts, job.replicas)
+        kept, head = _training(job, held, stage)
+        if kept > training:
+            training, memory.head = kept, head
+    memory.activations = training - memory.head
+    standing = memory.weights + memory.gradients + memory.optimizer
+    waiting = 0.0 if cfg.model.offload_reference else memory.frozen
+    memory.phases["train"] = standing + waiting + training
+    if job.rollouts:
+        memory.cache = cache_bytes(job, stage)
+        asleep = memory.optimizer if cfg.model.offload_optimizer_while_generating else 0.0
+        memory.phases["generate"] = standing - asleep + waiting + _generation(job, stage)
+        used = largest_frozen if cfg.model.offload_reference else memory.frozen
+        memory.phases["score"] = standing - asleep + used + _scoring(job, stage)
+    return memory
+
+
+def all_stages(job: Job) -> list[RankMemory]:
+    return [rank_memory(job, stage) for stage in range(job.cfg.model.pipeline_model_parallel_size)]
+
+
+def host_bytes(job: Job, memory: RankMemory) -> float:
+    """CPU memory that offloading takes for one rank."""
+    model = job.cfg.model
+    frozen = memory.frozen if model.offload_reference else 0.0
+    return frozen + (memory.optimizer if model.offload_optimizer_while_generating and job.rollouts else 0.0)
+
+
+def checkpoint_copy_bytes(job: Job, stage: int) -> float:
+    """CPU memory that one rank of the first replica needs to save in the background: all that it writes.
+
+    The distributed optimizer's parts are put together on that replica, with the weights in fp32 once more.
+    """
+    cfg = job.cfg
+    if not cfg.trainer.async_checkpoint:
+        return 0.0
+    total = 0.0
+    for held in job.models:
+        if held.trained:
+            counts = stage_parameters(cfg.model, held.head, job.vocab_size, stage, job.head_outputs)
+            total += element_bytes(cfg) * (counts.total - counts.head) + 4 * counts.head
+            if cfg.model.use_distributed_optimizer:
+                total += (12 if cfg.model.optim.name == "adam" else 8) * counts.total
+            else:
+                total += optimizer_bytes(cfg, counts, 1)
+    return total

@@ -1,0 +1,123 @@
+"""Counts a model's parameters from its configuration: of a whole model and of one rank's part of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from nemo_advrm.config.layout import layers_per_stage
+from nemo_advrm.config.schema import ModelConfig
+from nemo_advrm.engine.gpt import Head
+from nemo_advrm.engine.transformer import ACTIVATIONS, ffn_size, head_size, query_groups
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Widths of a transformer layer in elements per token.
+
+    Attributes:
+        hidden, ffn: of the residual stream and of the MLP between its two matrices.
+        query, key: of all queries and of all keys (the values have as many).
+        heads, groups: attention heads, and heads of keys and values.
+        gated: whether the MLP's first matrix has two halves.
+    """
+
+    hidden: int
+    ffn: int
+    query: int
+    key: int
+    heads: int
+    groups: int
+    gated: bool
+
+    @classmethod
+    def of(cls, model: ModelConfig) -> Sizes:
+        channels, groups = head_size(model), query_groups(model)
+        return cls(
+            hidden=model.hidden_size,
+            ffn=ffn_size(model),
+            query=model.num_attention_heads * channels,
+            key=groups * channels,
+            heads=model.num_attention_heads,
+            groups=groups,
+            gated=ACTIVATIONS[model.activation][1],
+        )
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Parameters of a part of a model.
+
+    Attributes:
+        linear: weights of the matrices inside layers (what FP8 is for).
+        other: norms and biases inside layers.
+        embedding: token and learned position embeddings, and the last stage's copy of a tied embedding.
+        output: the output layer of a language model, where it is not tied.
+        head: the fp32 head of a reward or value model.
+    """
+
+    linear: int = 0
+    other: int = 0
+    embedding: int = 0
+    output: int = 0
+    head: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.linear + self.other + self.embedding + self.output + self.head
+
+
+def _layer(model: ModelConfig, tensor: int) -> tuple[int, int]:
+    """(matrix weights, norms and biases) of one layer on one of ``tensor`` ranks."""
+    size = Sizes.of(model)
+    first = size.ffn * (2 if size.gated else 1)
+    projections = size.query + 2 * size.key
+    matrices = size.hidden * (projections + size.query + first + size.ffn) // tensor
+    per_norm = 1 if model.normalization.lower().startswith("rms") else 2
+    other = per_norm * size.hidden * (4 if model.post_norms else 2)
+    if model.qk_layernorm:
+        other += 2 * per_norm * head_size(model)
+    if model.qkv_bias or model.bias:
+        other += projections // tensor
+    if model.bias:  # biases of the two row-parallel matrices are on every rank
+        other += first // tensor + 2 * size.hidden
+    return matrices, other
+
+
+def stage_parameters(model: ModelConfig, head: Head, vocab_size: int, stage: int, head_outputs: int = 1) -> Parameters:
+    """Parameters of one rank of pipeline stage ``stage`` at the layout of ``model``.
+
+    ``vocab_size`` is the padded one (:func:`nemo_advrm.engine.model.padded_vocab_size`). Ranks of one stage have
+    equal parts.
+    """
+    tensor, layers = model.tensor_model_parallel_size, layers_per_stage(model)
+    matrices, other = (count * layers[stage] for count in _layer(model, tensor))
+    tied = model.share_embeddings_and_output_weights and head == "lm"
+    tokens = vocab_size * model.hidden_size // tensor
+    embedding = output = scalar = 0
+    if stage == 0:
+        embedding = tokens
+        if model.position_embedding_type == "learned_absolute":
+            embedding += model.encoder_seq_length * model.hidden_size
+    if stage == len(layers) - 1:
+        other += model.hidden_size * (1 if model.normalization.lower().startswith("rms") else 2)
+        if head != "lm":
+            bias = head_outputs if model.head_bias else 0
+            scalar = head_outputs * model.hidden_size + bias
+        elif not tied:
+            output = tokens
+        elif len(layers) > 1:
+            embedding += tokens
+    return Parameters(matrices, other, embedding, output, scalar)
+
+
+def model_parameters(model: ModelConfig, head: Head, vocab_size: int, head_outputs: int = 1) -> Parameters:
+    """Parameters of the whole model, each counted once, whatever its layout."""
+    whole = replace(
+        model,
+        tensor_model_parallel_size=1,
+        pipeline_model_parallel_size=1,
+        virtual_pipeline_model_parallel_size=1,
+        num_layers_in_first_pipeline_stage=0,
+        num_layers_in_last_pipeline_stage=0,
+    )
+    return stage_parameters(whole, head, vocab_size, 0, head_outputs)

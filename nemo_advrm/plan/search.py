@@ -1,0 +1,189 @@
+"""Looks for layouts: the single changes that make a job fit, and the fastest layout of a number of GPUs."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from nemo_advrm.config.layout import layers_per_stage, validate_layout
+from nemo_advrm.config.schema import Config, ModelConfig
+from nemo_advrm.errors import LayoutError
+from nemo_advrm.plan.flops import Clock, StepTime
+from nemo_advrm.plan.gpus import GPUS, GPUS_PER_NODE
+from nemo_advrm.plan.jobs import Job, job_of
+from nemo_advrm.plan.memory import GIB, rank_memory
+
+_MICRO_BATCHES = (1, 2, 4, 8)
+_CHUNKS = (1, 2, 3, 4, 5, 6, 8, 10, 12)
+_EVEN = {"num_layers_in_first_pipeline_stage": 0, "num_layers_in_last_pipeline_stage": 0}
+# tokens of a sequence for every rank that shares it: below it a rank has too little to do between exchanges
+_LEAST_TOKENS = 4096
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A layout: the keys that make it, dotted, where they differ from the configuration's, and what comes of them."""
+
+    changes: dict[str, Any]
+    job: Job
+    memory: float
+    time: StepTime
+
+    @property
+    def fits(self) -> bool:
+        return self.memory <= budget(self.job.cfg)
+
+    def overrides(self) -> list[str]:
+        """The changes as they are written on the command line."""
+        return [f"{key}={str(value).lower()}" for key, value in self.changes.items()]
+
+
+def budget(cfg: Config) -> float:
+    """Bytes of one GPU that a job may use."""
+    return (GPUS[cfg.plan.gpu].memory - cfg.plan.reserve_gib) * GIB
+
+
+def greatest_memory(job: Job) -> float:
+    """Bytes of the fullest rank. Stages between the second and the last have no more than the second."""
+    last = job.cfg.model.pipeline_model_parallel_size - 1
+    return max(rank_memory(job, stage).total for stage in {0, min(1, last), last})
+
+
+def candidate(cfg: Config, gpus: int, tokenizer_size: int, settings: dict[str, Any]) -> Candidate | None:
+    """``cfg`` with other settings of its model; None where they cannot be built."""
+    changed = copy.copy(cfg)
+    changed.model = dataclasses.replace(cfg.model, **settings)
+    try:
+        validate_layout(changed, gpus, planning=True)
+    except LayoutError:
+        return None
+    job = job_of(changed, gpus, tokenizer_size)
+    model = changed.model
+    chunks = model.virtual_pipeline_model_parallel_size
+    if chunks > 1 and job.microbatches % model.pipeline_model_parallel_size:
+        return None  # Megatron's interleaved schedule passes microbatches in groups of the pipeline's size
+    changes = {f"model.{key}": value for key, value in settings.items() if getattr(cfg.model, key) != value}
+    return Candidate(changes, job, greatest_memory(job), Clock(job).step())
+
+
+def _rows(cfg: Config, rows: int) -> dict[str, Any]:
+    """Settings that make a microbatch of ``rows`` rows of the greatest length."""
+    sequences = 2 if cfg.plan.stage == "train_rm" else 1
+    return {"micro_batch_size": rows, "micro_batch_tokens": rows * sequences * cfg.model.encoder_seq_length}
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def _powers_of_2(most: int) -> Iterator[int]:
+    return itertools.takewhile(lambda n: n <= most, (2**i for i in itertools.count()))
+
+
+def _context_sizes(model: ModelConfig) -> Iterator[int]:
+    return _powers_of_2(max(1, model.encoder_seq_length // _LEAST_TOKENS))
+
+
+def _splits(layers: int, stages: int) -> tuple[int, dict[str, int]] | None:
+    """(most layers of a stage, keys) of ``stages`` stages; the first and the last take what the others leave."""
+    if layers % stages == 0:
+        return layers // stages, _EVEN
+    each = -(-layers // stages)
+    left = layers - each * (stages - 2)
+    if left < 2:
+        return None
+    first, last = left // 2, left - left // 2  # embedding and head stand beside them
+    return each, {"num_layers_in_first_pipeline_stage": first, "num_layers_in_last_pipeline_stage": last}
+
+
+def _single_settings(cfg: Config, rows_at_once: int) -> Iterator[list[dict[str, Any]]]:
+    """Kinds of single changes, each with its settings from the mildest on."""
+    model = cfg.model
+    yield [{"use_distributed_optimizer": True}]
+    if model.tensor_model_parallel_size > 1:
+        yield [{"sequence_parallel": True}]
+    if cfg.plan.stage in ("attack", "rlhf"):
+        yield [{"offload_reference": True}]
+        yield [{"offload_optimizer_while_generating": True}]
+    yield [_rows(cfg, rows) for rows in reversed(_MICRO_BATCHES) if rows < rows_at_once]
+    if model.recompute in ("none", "selective"):
+        yield [{"recompute": "selective"}]
+        chunk = max(layers_per_stage(model)) // model.virtual_pipeline_model_parallel_size
+        yield [{"recompute": "block", "recompute_num_layers": layers} for layers in range(1, chunk)]
+    yield [{"recompute": "full", "recompute_num_layers": 1}]
+    yield [{"virtual_pipeline_model_parallel_size": 1}]
+    more_stages = [n for n in _divisors(model.num_layers) if n > model.pipeline_model_parallel_size]
+    yield [{"pipeline_model_parallel_size": stages, **_EVEN} for stages in more_stages]
+    sizes = [n for n in _powers_of_2(GPUS_PER_NODE) if n > model.tensor_model_parallel_size]
+    yield [{"tensor_model_parallel_size": tensor, "sequence_parallel": True} for tensor in sizes]
+    yield [{"context_parallel_size": ranks} for ranks in _context_sizes(model) if ranks > model.context_parallel_size]
+
+
+def single_changes(cfg: Config, gpus: int, tokenizer_size: int) -> list[Candidate]:
+    """Layouts that fit and differ from ``cfg`` in one respect: of each kind of change the mildest."""
+    sequences = 2 if cfg.plan.stage == "train_rm" else 1
+    rows_at_once = job_of(cfg, gpus, tokenizer_size).training.rows // sequences
+    found = []
+    for kind in _single_settings(cfg, rows_at_once):
+        options = (candidate(cfg, gpus, tokenizer_size, settings) for settings in kind)
+        fitting = next((c for c in options if c is not None and c.changes and c.fits), None)
+        if fitting is not None:
+            found.append(fitting)
+    for factor in (2, 4, 8, 16):  # more replicas, which split the optimizer's state further
+        option = candidate(cfg, factor * gpus, tokenizer_size, {})
+        if option is not None and option.fits:
+            return [*found, dataclasses.replace(option, changes={"plan.gpus": factor * gpus})]
+    return found
+
+
+def _offloads(cfg: Config) -> list[dict[str, Any]]:
+    """What may wait in CPU memory: nothing in training alone."""
+    names = ("offload_reference", "offload_optimizer_while_generating")
+    choices = (False, True) if cfg.plan.stage in ("attack", "rlhf") else (False,)
+    return [dict(zip(names, values, strict=True)) for values in itertools.product(choices, repeat=2)]
+
+
+def _candidates(cfg: Config, gpus: int) -> Iterator[dict[str, Any]]:
+    model = cfg.model
+    node = min(GPUS_PER_NODE, gpus)
+    layouts = itertools.product(_powers_of_2(node), _divisors(gpus), _context_sizes(model))
+    for tensor, stages, ranks in layouts:
+        split = _splits(model.num_layers, stages) if stages <= model.num_layers else None
+        if split is None or gpus % (tensor * stages * ranks):
+            continue
+        layers, ends = split
+        replicas = gpus // (tensor * stages * ranks)
+        supervised = cfg.plan.stage in ("sft", "train_rm")
+        batch = model.global_batch_size if supervised else cfg.rl.prompts_per_step * cfg.rl.group_size
+        most = max(1, batch // replicas)  # rows of a replica in a step: a larger microbatch is the same job
+        for chunks, rows in itertools.product(_CHUNKS if stages > 1 else (1,), _MICRO_BATCHES):
+            if layers % chunks or rows > most:
+                continue
+            parts = layers // chunks
+            again = sorted({parts // 4, parts // 2, 3 * parts // 4} - {0, parts})
+            recomputes = [("none", 1), ("full", 1), *(("block", n) for n in again)]
+            for (recompute, count), offload in itertools.product(recomputes, _offloads(cfg)):
+                yield {
+                    **offload,
+                    "tensor_model_parallel_size": tensor,
+                    "pipeline_model_parallel_size": stages,
+                    "virtual_pipeline_model_parallel_size": chunks,
+                    "context_parallel_size": ranks,
+                    **ends,
+                    "sequence_parallel": tensor > 1,
+                    "use_distributed_optimizer": True,
+                    **_rows(cfg, rows),
+                    "recompute": recompute,
+                    "recompute_num_layers": count,
+                }
+
+
+def search(cfg: Config, gpus: int, tokenizer_size: int, best: int = 5) -> list[Candidate]:
+    """The ``best`` fastest layouts of ``gpus`` GPUs that fit, fastest first; empty where none fits."""
+    found = (candidate(cfg, gpus, tokenizer_size, settings) for settings in _candidates(cfg, gpus))
+    fitting = [c for c in found if c is not None and c.fits]
+    return sorted(fitting, key=lambda c: (c.time.seconds, c.memory))[:best]

@@ -1,0 +1,111 @@
+"""Builds the real Megatron model of every pipeline stage without memory, on a fake process group of the whole world."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from nemo_advrm.config.schema import ModelConfig, PrecisionConfig
+from nemo_advrm.engine.gpt import Head, HeadedGPT
+from nemo_advrm.engine.transformer import transformer_config
+
+
+@dataclass
+class Built:
+    """Parameters that one rank of a stage holds.
+
+    Attributes:
+        sharded: split over tensor-parallel ranks.
+        replicated: equal on all tensor-parallel ranks.
+        copied: the last stage's copy of a tied embedding.
+    """
+
+    sharded: int = 0
+    replicated: int = 0
+    copied: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.sharded + self.replicated + self.copied
+
+
+@contextmanager
+def _rank(model: ModelConfig, rank: int, world_size: int) -> Iterator[None]:
+    """Be rank ``rank`` of a world of which no other process exists: its collectives do nothing."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    if dist.is_initialized():
+        raise RuntimeError("the planner builds its models in a process of its own, before Megatron-Core is started")
+    chunks = model.virtual_pipeline_model_parallel_size
+    hook = sys.excepthook  # PyTorch wraps it at every start to name the rank
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+    try:
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=model.tensor_model_parallel_size,
+            pipeline_model_parallel_size=model.pipeline_model_parallel_size,
+            virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None,
+            context_parallel_size=model.context_parallel_size,
+            create_gloo_process_groups=False,
+        )
+        yield
+    finally:
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+        sys.excepthook = hook
+
+
+def _build(model: ModelConfig, head: Head, vocab_size: int, head_outputs: int, stage: int) -> Built:
+    """All chunks of the stage that this process stands for."""
+    config = transformer_config(model, PrecisionConfig(), on_gpu=False)  # number formats change no count
+    chunks = model.virtual_pipeline_model_parallel_size
+    last = model.pipeline_model_parallel_size - 1
+    built = Built()
+    for chunk in range(chunks):
+        # tied embeddings of a pipeline move their weight to a GPU by name
+        with torch.device("meta"), mock.patch.object(torch.Tensor, "cuda", lambda self, *args, **kwargs: self):
+            part = HeadedGPT(
+                config,
+                model,
+                head,
+                vocab_size,
+                on_gpu=False,
+                pre_process=stage == 0 and chunk == 0,
+                post_process=stage == last and chunk == chunks - 1,
+                head_outputs=head_outputs,
+                vp_stage=chunk if chunks > 1 else None,
+            )
+        for parameter in part.parameters():
+            if stage and getattr(parameter, "shared_embedding", False):
+                built.copied += parameter.numel()
+            elif getattr(parameter, "tensor_model_parallel", False):
+                built.sharded += parameter.numel()
+            else:
+                built.replicated += parameter.numel()
+    return built
+
+
+def build_stages(
+    model: ModelConfig, head: Head, vocab_size: int, world_size: int, head_outputs: int = 1
+) -> list[Built]:
+    """One rank of each pipeline stage as real :class:`HeadedGPT` chunks on the meta device, counted.
+
+    Raises RuntimeError in a process that runs Megatron-Core already.
+    """
+    stages = model.pipeline_model_parallel_size
+    built = []
+    for stage in range(stages):
+        with _rank(model, stage * (world_size // stages), world_size):
+            built.append(_build(model, head, vocab_size, head_outputs, stage))
+    return built
+
+
+def whole_model(built: list[Built], tensor: int) -> int:
+    """Parameters of the model that the parts of all ranks make up, each counted once."""
+    return sum(part.sharded * tensor + part.replicated for part in built)

@@ -1,0 +1,94 @@
+"""SFT responses and their scores: what an attack measures itself against."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from nemo_advrm.config.schema import Config
+from nemo_advrm.data.jsonl import write_jsonl_atomic
+from nemo_advrm.data.tokenizers import Tokenizer
+from nemo_advrm.engine import runtime
+from nemo_advrm.engine.generation import uniforms
+from nemo_advrm.engine.model import MegatronModel
+from nemo_advrm.errors import DataError
+from nemo_advrm.models.policy import Prompt, roll_out, sampling_of
+from nemo_advrm.rewards.base import RewardSource, Rollouts
+from nemo_advrm.rewards.records import score_reference
+from nemo_advrm.rewards.reference import Reference
+
+
+def sample(
+    cfg: Config, tokenizer: Tokenizer, model: MegatronModel, prompts: list[Prompt], per_prompt: int, seed: int
+) -> Rollouts:
+    """``per_prompt`` responses to every prompt, those of one prompt together, the same on every rank.
+
+    Every data-parallel rank writes its share; the shares are then joined.
+    """
+    rt = runtime.current()
+    repeated = [p for p in prompts for _ in range(per_prompt)]
+    numbers = uniforms(seed, len(repeated), cfg.rl.max_new_tokens)
+    own = rt.own_part(len(repeated))
+    part = roll_out(model, tokenizer, repeated[own], sampling_of(cfg.rl, tokenizer), numbers[own])
+    parts: list[Rollouts] = rt.gather_data_parallel(part)
+    names = ("prompts", "responses", "ended", "prompt_tokens", "response_tokens", "prompt_index")
+    joined: dict[str, Any] = {name: [x for p in parts for x in getattr(p, name)] for name in names}
+    return Rollouts(**joined, fingerprint=tokenizer.fingerprint)
+
+
+def write_reference(
+    path: Path, rollouts: Rollouts, per_prompt: int, sources: list[RewardSource], gold: RewardSource | None
+) -> Reference:
+    """Score SFT responses with every member (and gold, for evaluation) and write ``reference.jsonl``."""
+    reference, rows = score_reference(rollouts, per_prompt, sources, gold)
+    runtime.on_writer(lambda: write_jsonl_atomic(path, rows))
+    runtime.on_writer(lambda: print(finished_line(reference), flush=True))
+    return reference
+
+
+def finished_line(reference: Reference) -> str:
+    """How many SFT responses ended by themselves; a warning where most did not."""
+    share, count = reference.finished_share, sum(map(len, reference.responses_PN))
+    line = f"reference: {count} SFT responses, {share:.0%} of them ended within rl.max_new_tokens"
+    if share >= 0.5:
+        return line
+    return f"{line}\nwarning: most were cut off, and a cut-off one is never chosen: raise rl.max_new_tokens"
+
+
+def read_reference(path: Path, prompts: list[Prompt]) -> Reference:
+    """The ``reference.jsonl`` of a run's prompts; DataError for one of other prompts, else as ``Reference.read``."""
+    reference = Reference.read(path)
+    cure = "restore it, or remove it and it is sampled again"
+    if len(reference.prompts_P) != len(prompts):
+        raise DataError(f"{path} has {len(reference.prompts_P)} prompts, the run has {len(prompts)}: {cure}")
+    for prompt, found in zip(prompts, reference.prompts_P, strict=True):
+        if prompt.messages != found:
+            raise DataError(f"{path}: prompt_id={prompt.index} is another prompt than the run's: {cure}")
+    return reference
+
+
+def read_rollouts(path: Path, prompts: list[Prompt], tokenizer: Tokenizer) -> Rollouts:
+    """The SFT responses of an earlier ``reference.jsonl``, to be scored by other members."""
+    reference = read_reference(path, prompts)
+    if reference.tokens_PN is None:
+        raise DataError(f"{path}: its rows have no tokens: restore it")
+    rows = [
+        {"response": response, "ended": i in reference.finished(p), "tokens": reference.tokens_PN[p][i]}
+        for p, responses in enumerate(reference.responses_PN)
+        for i, response in enumerate(responses)
+    ]
+    per_prompt = len(rows) // len(prompts)
+    return as_rollouts(rows, [prompt for prompt in prompts for _ in range(per_prompt)], tokenizer)
+
+
+def as_rollouts(rows: list[dict[str, Any]], prompts: list[Prompt], tokenizer: Tokenizer) -> Rollouts:
+    """Rows of sampled responses, each to the prompt at its place, as the policy wrote them."""
+    return Rollouts(
+        prompts=[p.messages for p in prompts],
+        responses=[row["response"] for row in rows],
+        ended=[row["ended"] for row in rows],
+        prompt_tokens=[p.tokens for p in prompts],
+        response_tokens=[row["tokens"] for row in rows],
+        prompt_index=[p.index for p in prompts],
+        fingerprint=tokenizer.fingerprint,
+    )

@@ -1,0 +1,109 @@
+"""Marks finished work in a run's directory, and finds out whether all that it left is still there."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from nemo_advrm import files
+from nemo_advrm.engine import checkpoint, manifest, runtime
+from nemo_advrm.errors import DataError
+from nemo_advrm.foreign_files import read_json
+
+# says what is wrong with the content of a file, in a few words, "" for nothing
+Check = Callable[[dict[str, Any]], str]
+_log = logging.getLogger(__name__)
+
+
+def mark(directory: Path, name: str, value: dict[str, Any], left: list[str]) -> None:
+    """Write ``value`` to ``directory/name``, which says that the work is finished; all ranks call.
+
+    ``left`` are the files that the work has left, by their relative names; a listed manifest stands for what it lists.
+    They are on the disk, and their sizes and hashes listed, before the mark is.
+    """
+
+    def write() -> None:
+        for file in left:
+            files.sync(directory / file)
+        manifest.write(directory, manifest.describe(directory, left))
+        files.write_text(directory / name, json.dumps(value, indent=1))
+
+    runtime.on_writer(write)
+
+
+def finished(
+    directory: Path,
+    name: str,
+    keys: tuple[str, ...] = (),
+    wrong: Check | None = None,
+    again: str = "the work is done again",
+) -> dict[str, Any] | None:
+    """What ``mark`` has written, None while the work is not finished; all ranks call.
+
+    ``again`` says what follows when the mark alone is missing. Raises DataError, on every rank, that names the file
+    and the cure when the mark cannot be read, lacks one of ``keys`` or is ``wrong``, and when something that the work
+    left is missing or has another size.
+    """
+
+    def read() -> dict[str, Any] | None:
+        found = read_finished(directory, name, keys, wrong)
+        if found is None and (directory / manifest.NAME).exists():  # written right before the mark
+            _log.warning("%s is missing, beside what it stands for: %s", directory / name, again)
+        return found
+
+    return runtime.on_writer(read)
+
+
+def read_finished(
+    directory: Path, name: str, keys: tuple[str, ...] = (), wrong: Check | None = None
+) -> dict[str, Any] | None:
+    """:func:`finished` by this process alone."""
+    path = directory / name
+    if not path.exists():
+        return None
+    value = read_object(path, keys, f"restore it, or remove {directory} and it is done again", wrong)
+    for model in (directory / "model", *directory.glob("*/model")):
+        checkpoint.recover(model)
+    if not (directory / manifest.NAME).exists():  # older versions wrote none
+        lost = directory / manifest.NAME
+        _log.warning("%s is missing: nobody knows whether all is there that %s stands for", lost, name)
+        return value
+    problem = manifest.wrong_size(directory)
+    if problem is not None:
+        raise DataError(
+            f"{directory} is finished, but {problem}: restore it, or remove {directory} and it is done again"
+        )
+    return value
+
+
+def read_object(path: Path, keys: tuple[str, ...], cure: str, wrong: Check | None = None) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises DataError with the ``cure`` for anything else, and for one without ``keys`` or that is ``wrong``.
+    """
+    try:
+        value = read_json(path)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read ({' '.join(str(error).split())}): {cure}") from error
+    if isinstance(value, dict):
+        lacking = [key for key in keys if key not in value]
+        problem = f"it lacks {', '.join(lacking)}" if lacking else wrong(value) if wrong else ""
+    else:
+        problem = f"it holds a {type(value).__name__}"
+    if problem:
+        raise DataError(f"{path} cannot be read ({problem}): {cure}")
+    return value  # type: ignore[no-any-return]
+
+
+def wrong_metrics(metrics: dict[str, Any], finite: tuple[str, ...] = ()) -> str:
+    """What is wrong with the metrics of a training: all are numbers, ``finite`` ones none that a training refuses."""
+    for key, value in metrics.items():
+        if type(value) not in (int, float):
+            return f"{key[:40]!r} is no number"
+        if key in finite and not -math.inf < value < math.inf:
+            return f"{key!r} is not finite"
+    return ""

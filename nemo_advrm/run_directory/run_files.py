@@ -1,0 +1,111 @@
+"""What stands in a run's directory: what is in the way, what a kill has left, and what the run's data looked like."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from nemo_advrm import files
+from nemo_advrm.config import for_stage
+from nemo_advrm.config.keys import stages_with_settings
+from nemo_advrm.config.schema import Config
+from nemo_advrm.engine import checkpoint, manifest
+from nemo_advrm.errors import ConfigError
+from nemo_advrm.foreign_files import decode_yaml, read_bytes
+from nemo_advrm.rewards import sources
+
+_DIRECTORIES = (
+    *("checkpoints", "model", "logs", "attack", "report", "sft", "preferences", "rlhf", "best_of_n"),
+    *("locks", "branches"),
+)
+_FILES = (
+    *("config.yaml", "versions.yaml", "state.json", "metrics.jsonl", "samples.jsonl", "reference.jsonl", "pairs.jsonl"),
+    *("result.json", "summary.json", "manifest.json"),
+)
+# what only a run writes, and what says which run it is comes before it
+_PRODUCTS = re.compile(
+    r"checkpoints|model|metrics\.jsonl|result\.json|sft(_\d+)?|preferences|attack|rlhf|best_of_n|round_\d+|branches"
+)
+_DATA_KEYS = ("train_path", "validation_path", "prompts_path", "held_out_prompts_path")
+
+
+def check_places(directory: Path) -> None:
+    """Raise ConfigError when something else is where files of a run are to be written."""
+    for names, is_directory in ((_DIRECTORIES, True), (_FILES, False)):
+        for path in (directory / name for name in names):
+            if path.is_symlink() and not path.exists():
+                raise ConfigError(f"{path} is in the way: it is a link to {os.readlink(path)}, which does not exist")
+            if path.exists() and path.is_dir() != is_directory:
+                there, wanted = ("a directory", "a file") if path.is_dir() else ("a file", "a directory")
+                raise ConfigError(f"{path} is in the way: it is {there}, where {wanted} is to be written; move it away")
+
+
+def products(directory: Path) -> list[str]:
+    """Names in ``directory`` that a run has written after it had said which run it is."""
+    if not directory.is_dir():
+        return []
+    return sorted(path.name for path in directory.iterdir() if _PRODUCTS.fullmatch(path.name))
+
+
+def clean(directory: Path) -> None:
+    """Remove what killed processes have left half-written below ``directory``, which nobody else writes into."""
+    for folder, names, _ in os.walk(directory):
+        home = Path(folder)
+        for left in files.left_behind(home):
+            left.unlink(missing_ok=True)
+        checkpoint.recover(home / "model")
+        for name in ("model.partial", "model.new", "model.old"):
+            shutil.rmtree(home / name, ignore_errors=True)
+        names[:] = [name for name in names if name not in ("checkpoints", "model", "logs") and (home / name).is_dir()]
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping that a file holds; raises ValueError, in one line, for anything else."""
+    try:
+        found = decode_yaml(read_bytes(path))
+    except (OSError, ValueError) as error:
+        raise ValueError(" ".join(str(error).split())) from error
+    if not isinstance(found, dict) or not found:
+        raise ValueError("it is empty" if not found else f"it holds a {type(found).__name__}, not keys")
+    level: list[Any] = [found]
+    while level:
+        if not all(isinstance(key, str) for item in level if isinstance(item, dict) for key in item):
+            raise ValueError("its keys are no names")
+        inner = (item.values() if isinstance(item, dict) else item for item in level if isinstance(item, dict | list))
+        level = [value for values in inner for value in values]
+    return found
+
+
+def inputs(cfg: Config) -> dict[str, str]:
+    """SHA-256 of what a run reads, by its path: data files, and checkpoints of ours by the list of their hashes.
+
+    A store of adversarial pairs may grow while a run goes on and has a check of its own. What is not on this machine
+    (an address, a missing file) is left out: whoever reads it tells.
+    """
+    paths = {path for each in _with_stages(cfg) for path in _paths(each) if path}
+    found = {}
+    for path in sorted(paths):
+        with contextlib.suppress(OSError):
+            digest = manifest.digest(Path(path))
+            if digest:
+                found[path] = digest
+    return found
+
+
+def _with_stages(cfg: Config) -> Iterator[Config]:
+    yield cfg
+    for name in stages_with_settings():
+        if getattr(cfg.stage, name):
+            yield for_stage(cfg, name)
+
+
+def _paths(cfg: Config) -> list[str]:
+    data = [getattr(cfg.data, key) for key in _DATA_KEYS]
+    members = [spec.location for spec in sources.parse_members(cfg.ensemble.members) if not spec.is_remote]
+    policies = [cfg.pretrained_checkpoint.restore_from_path, cfg.reward_model.feature_policy]
+    return [*data, *policies, *members]

@@ -1,0 +1,131 @@
+"""Saves training checkpoints at a set interval and finds the newest one that is whole."""
+
+from __future__ import annotations
+
+import logging
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+
+from nemo_advrm.engine import checkpoint, manifest, phases, runtime, stopping
+from nemo_advrm.engine.strategy import IN_BACKGROUND, MegatronStrategy
+from nemo_advrm.errors import CheckpointError
+from nemo_advrm.training.callbacks.preemption import stopped_and_saved
+
+_log = logging.getLogger(__name__)
+_NAME = re.compile(r"step_(\d+)")
+
+
+def saved_steps(directory: Path) -> list[Path]:
+    """Complete checkpoints in ``directory``, oldest first. Half-written ones bear another name."""
+    if not directory.is_dir():
+        return []
+    found = [(int(match[1]), p) for p in directory.iterdir() if (match := _NAME.fullmatch(p.name))]
+    return [path for _, path in sorted(found)]
+
+
+def newest_usable(directory: Path, verify: bool) -> Path | None:
+    """The newest whole checkpoint in ``directory``, None when there is none at all; all ranks call.
+
+    Damaged ones that are newer are renamed to ``step_NNNNNNNN.damaged``, with a warning that says what is wrong.
+    ``verify`` compares the contents of every file with the checkpoint's hashes, and not the sizes alone.
+
+    Raises CheckpointError when there are checkpoints, but none is whole: a training must not start again unnoticed.
+    """
+    damaged: list[tuple[Path, str]] = []
+    for path in reversed(runtime.on_writer(lambda: _tidy(directory))):
+        problem = manifest.damage(path, verify)
+        if problem is None:
+            runtime.on_writer(lambda: _set_aside(damaged, path))  # noqa: B023 (called at once)
+            return path
+        damaged.append((path, problem))
+    if damaged:
+        told = "; ".join(f"{path.name}: {problem}" for path, problem in damaged)
+        raise CheckpointError(
+            f"{directory}: every checkpoint is damaged ({told}); remove the directory to train from the start"
+        )
+    return None
+
+
+def _tidy(directory: Path) -> list[Path]:
+    """Remove what killed saves left half-written; returns the complete checkpoints, oldest first."""
+    for left in [*directory.glob("step_*.new"), *directory.glob("step_*.old")]:
+        checkpoint.recover(left.with_suffix(""))
+    for suffix in ("partial", "new", "old"):
+        for left in directory.glob(f"step_*.{suffix}"):
+            shutil.rmtree(left, ignore_errors=True)
+    return saved_steps(directory)
+
+
+def _set_aside(damaged: list[tuple[Path, str]], used: Path) -> None:
+    for path, problem in damaged:
+        aside = path.with_name(path.name + ".damaged")
+        shutil.rmtree(aside, ignore_errors=True)
+        path.rename(aside)
+        _log.warning("%s is damaged (%s): going on from %s; it was renamed to %s", path, problem, used.name, aside.name)
+
+
+class PeriodicCheckpoint(Checkpoint):
+    """Saves ``step_NNNNNNNN`` every ``every`` steps and keeps the newest ``keep``.
+
+    With ``in_background`` training goes on while a copy is written. One save is under way at a time: the end of every
+    step asks whether it is written (an all-reduce of one number, while there is one), completes it if so, and waits for
+    it when the next is due.
+
+    A signal that came during a save stops the training (Preempted) at the step that was saved.
+    """
+
+    def __init__(self, directory: Path, every: int, keep: int, in_background: bool = False) -> None:
+        self.directory = directory
+        self.every = every
+        self.keep = max(1, keep)
+        self.in_background = in_background
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        strategy: MegatronStrategy = trainer.strategy  # type: ignore[assignment]
+        step = trainer.global_step
+        self._end_saving(strategy, wait=False)
+        if not self.every or step % self.every or step >= pl_module.max_steps:  # type: ignore[operator]
+            return
+        if strategy.saving is not None:
+            if runtime.current().is_writer:
+                _log.warning(
+                    "%s is still being written at step %d, when the next save is due: training waits for it (a disk "
+                    "too slow for trainer.checkpoint_every_n_steps=%d)",
+                    strategy.saving.path,
+                    step,
+                    self.every,
+                )
+            phases.enter("checkpoint")
+            self._end_saving(strategy, wait=True)
+        path = self.directory / f"step_{step:08d}"
+        if self.in_background:
+            trainer.save_checkpoint(path, storage_options=IN_BACKGROUND)
+        else:
+            trainer.save_checkpoint(path)
+            runtime.on_writer(self._remove_oldest)
+        reason = stopping.asked()
+        if reason:
+            self._end_saving(strategy, wait=True)
+            raise stopped_and_saved(reason, path, step)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        phases.enter("checkpoint")
+        self._end_saving(trainer.strategy, wait=True)  # type: ignore[arg-type]
+
+    def _end_saving(self, strategy: MegatronStrategy, wait: bool) -> None:
+        if strategy.end_saving(wait):
+            runtime.on_writer(self._remove_oldest)
+
+    def _remove_oldest(self) -> None:
+        for old in saved_steps(self.directory)[: -self.keep]:
+            # renamed first: what a kill leaves half-removed must not look like a checkpoint
+            leaving = old.with_name(old.name + ".partial")
+            old.rename(leaving)
+            shutil.rmtree(leaving, ignore_errors=True)

@@ -1,0 +1,74 @@
+"""Evaluates a policy on fixed held-out prompts while RL trains it on others."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from nemo_advrm.engine import phases, runtime
+from nemo_advrm.engine.generation import uniforms
+from nemo_advrm.models.policy import PolicyModel, Prompt, roll_out
+from nemo_advrm.models.rollout_batch import RolloutBatch, response_log_probs
+from nemo_advrm.objectives.kl import response_kl
+from nemo_advrm.rewards.base import RewardSource, checked_scores
+
+
+class HeldOutEvaluation(Callback):
+    """Adds ``held_out/proxy``, ``held_out/kl`` and, with ``gold``, ``held_out/gold`` to the metrics of a step.
+
+    The policy is evaluated as it is before the step's update, as all metrics of the step are: at step 0 it is the one
+    that RL starts from. Prompts and random numbers are the same each time, so that two evaluations differ by the policy
+    alone. Nothing of it reaches training: random numbers are drawn from a generator of its own, and a step of training
+    seeds its own.
+
+    Args:
+        prompts: none of which training has; one response is sampled to each.
+        every: steps between evaluations; the last step is evaluated too.
+        gold: judges for evaluation only; None where there is none.
+        seed: of the random numbers.
+    """
+
+    def __init__(self, prompts: list[Prompt], every: int, gold: RewardSource | None, seed: int) -> None:
+        self.prompts = prompts
+        self.every = every
+        self.gold = gold
+        self.seed = seed
+        self._found: dict[str, float] = {}
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        assert isinstance(pl_module, PolicyModel)
+        step = trainer.global_step
+        due = step % self.every == 0 or step + 1 == pl_module.max_steps
+        self._found = self._evaluate(pl_module) if due else {}
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        assert isinstance(pl_module, PolicyModel)
+        pl_module.step_metrics |= self._found
+
+    @torch.no_grad()
+    def _evaluate(self, policy: PolicyModel) -> dict[str, float]:
+        rl, rt = policy.config.rl, runtime.current()
+        count, pad_id = len(self.prompts), policy.tokenizer.pad_id
+        numbers = uniforms(self.seed, count, rl.max_new_tokens)
+        own = rt.own_part(count)
+        with contextlib.ExitStack() as stack:
+            for _, optimizer in policy.trained().values():
+                stack.enter_context(optimizer.offloaded())
+            phases.enter("rollout")
+            rollouts = roll_out(policy.model, policy.tokenizer, self.prompts[own], policy.sampling, numbers[own])
+            phases.enter("scoring")
+            columns = {"proxy": policy.reward.judge(rollouts).proxy_N}
+            if self.gold is not None:
+                columns["gold"] = checked_scores(self.gold, rollouts)
+            phases.enter("log_probs")
+            data = RolloutBatch.of(rollouts)
+            log_probs_BT, _ = response_log_probs(policy.model, data, pad_id, rl.temperature)
+            reference_BT, _ = response_log_probs(policy.reference, data, pad_id, rl.temperature)
+        columns["kl"] = response_kl(log_probs_BT, reference_BT, data.mask_BT, "k1", "sum")
+        table = torch.cat(rt.gather_data_parallel(torch.stack([column.float() for column in columns.values()], -1)))
+        return {f"held_out/{name}": value for name, value in zip(columns, table.mean(0).tolist(), strict=True)}

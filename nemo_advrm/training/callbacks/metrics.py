@@ -1,0 +1,67 @@
+"""Writes every step's metrics to ``metrics.jsonl``, once each, also across restarts."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from nemo_advrm.data.jsonl import JsonlWriter
+from nemo_advrm.engine import runtime
+from nemo_advrm.training.callbacks.rows import has_validation, lost_steps, open_rows
+
+_log = logging.getLogger(__name__)
+
+
+class MetricsWriter(Callback):
+    """One JSON line per step; ``step`` counts completed steps of training, or rollouts' policy updates for RL.
+
+    Args:
+        path: the file; rows after the step a restart begins at are removed first.
+        first_step: number of the first training step's row (RL rows describe the policy before the update: 0).
+    """
+
+    def __init__(self, path: Path, first_step: int = 1) -> None:
+        self.path = path
+        self.first_step = first_step
+        self._writer: JsonlWriter | None = None
+        self._validated: int | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        resume_step = trainer.global_step + self.first_step - 1
+        self._writer = open_rows(self.path, resume_step)
+        if self._writer is not None:
+            lost = lost_steps(self.path, range(self.first_step, resume_step + 1))
+            if lost:
+                _log.warning("%s; training goes on after step %d", lost, trainer.global_step)
+            # Lightning repeats the validation of the step at which training goes on
+            if has_validation(self.path, resume_step):
+                self._validated = resume_step
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if self._writer is not None:
+            self._writer.sync()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._writer is not None:
+            step = trainer.global_step - 1 + self.first_step
+            self._writer.write({"step": step, **pl_module.step_metrics})  # type: ignore[arg-type]
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        step = trainer.global_step - 1 + self.first_step
+        if not runtime.current().is_writer or step == self._validated:
+            return
+        if self._writer is None:  # the validation after training
+            self._writer = JsonlWriter(self.path)
+        metrics: dict[str, float] = pl_module.validation_metrics  # type: ignore[assignment]
+        self._writer.write({"step": step, **metrics})
+        self._validated = step
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None

@@ -1,0 +1,57 @@
+"""Stops a training that a signal asked to end: all ranks agree at a step, save, and leave with Preempted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+
+from nemo_advrm.engine import stopping
+from nemo_advrm.engine.strategy import MegatronStrategy
+from nemo_advrm.errors import Preempted
+
+
+def keep_signals(trainer: Trainer) -> None:
+    """Keep Lightning's handler of SIGTERM out: it would end the training wherever it stands, with status 0."""
+    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+
+
+class PreemptionCheckpoint(Checkpoint):
+    """Saves ``step_NNNNNNNN`` at the end of the step in which any rank got a signal, and raises Preempted on all.
+
+    This save is waited for. One that is under way in the background is completed if it is written, else given up: it
+    would take from the time that is left.
+
+    The last step of a training is not stopped: what follows it is short. Must come after whatever writes the step's
+    records, and before PeriodicCheckpoint, which would wait for the save under way and begin one of its own.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        step = trainer.global_step
+        start = f"goes on after step {step}" if step else "starts over"
+        stopping.leave_if_asked(f"before step {step + 1}: nothing is lost, the same command {start}")
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        # the signal may reach one rank only, or different ranks at different steps: the decision is everybody's
+        reason = stopping.asked()
+        if not reason or step >= pl_module.max_steps:  # type: ignore[operator]
+            return
+        path = self.directory / f"step_{step:08d}"
+        strategy: MegatronStrategy = trainer.strategy  # type: ignore[assignment]
+        strategy.end_saving(wait=False)
+        strategy.drop_saving()
+        trainer.save_checkpoint(path)
+        raise stopped_and_saved(reason, path, step)
+
+
+def stopped_and_saved(reason: str, path: Path, step: int) -> Preempted:
+    """What ends a training at ``step``, which is saved in ``path``."""
+    return Preempted(f"stopped by {reason} after step {step}, saved in {path}; the same command goes on from there")

@@ -1,0 +1,149 @@
+"""Records what a policy wrote: the adversary's whole trajectory, and RLHF's gold reward and samples."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from nemo_advrm.config.schema import RLConfig
+from nemo_advrm.data.jsonl import JsonlWriter
+from nemo_advrm.engine import runtime
+from nemo_advrm.errors import DataError
+from nemo_advrm.models.policy import PolicyModel
+from nemo_advrm.objectives.success import standard_success, strict_success
+from nemo_advrm.rewards.base import RewardSource, checked_scores
+from nemo_advrm.rewards.records import prompt_text, trajectory_rows
+from nemo_advrm.rewards.reference import Reference
+from nemo_advrm.training.callbacks.rows import lost_steps, open_rows
+
+_log = logging.getLogger(__name__)
+
+
+class _RolloutWriter(Callback):
+    """Appends rows made of the last rollouts of all data-parallel ranks to a JSON-lines file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._writer: JsonlWriter | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._writer = open_rows(self.path, trainer.global_step - 1)
+        assert isinstance(pl_module, PolicyModel)
+        runtime.on_writer(lambda: self._check_rows(trainer.global_step, pl_module.config.rl))
+
+    def _check_rows(self, steps: int, rl: RLConfig) -> None:
+        """Called when training begins after so many ``steps``: their rows must be there."""
+        raise NotImplementedError
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if self._writer is not None:
+            self._writer.sync()
+
+    def _write(self, rows: list[dict[str, Any]]) -> None:
+        for part in runtime.current().gather_to_writer(rows):
+            for row in part:
+                assert self._writer is not None
+                self._writer.write(row)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+
+class TrajectoryRecorder(_RolloutWriter):
+    """Every response of the adversary with its scores, z and Z(U); gold is computed for evaluation only.
+
+    ``last_rows`` are this data-parallel rank's rows of the last step.
+    """
+
+    def __init__(self, path: Path, direction: int, reference: Reference, gold: RewardSource | None) -> None:
+        super().__init__(path)
+        self.direction = direction
+        self.reference = reference
+        self.gold = gold
+        self.last_rows: list[dict[str, Any]] = []
+
+    def _check_rows(self, steps: int, rl: RLConfig) -> None:
+        # samples are what an attack is for
+        lost = lost_steps(self.path, range(steps), rl.prompts_per_step * rl.group_size, exact=True)
+        if lost:
+            raise DataError(f"{lost}: restore the file, or remove {self.path.parent} and this attack starts over")
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        assert isinstance(pl_module, PolicyModel)
+        rollouts, judgement = pl_module.last_rollouts, pl_module.last_judgement
+        assert rollouts is not None and judgement is not None
+        details, index = judgement.details, rollouts.prompt_index
+        gold = checked_scores(self.gold, rollouts) if self.gold is not None else None
+        gold_z = self.reference.gold_z(gold, index) if gold is not None else None
+        policy = self.path.parent.name
+        step = trainer.global_step - 1
+        self.last_rows = trajectory_rows(rollouts, judgement, self.direction, policy, step, gold, gold_z)
+        self._write(self.last_rows)
+        metrics = pl_module.step_metrics
+        metrics["direction"] = self.direction
+        if gold is not None and gold_z is not None and self.reference.gold_PN is not None:
+            target = self.direction - 1
+            success = standard_success(
+                judgement.scores_NK[:, target],
+                details["prompt_mean"][:, target],
+                gold,
+                self.reference.gold_PN.mean(1)[index],
+            )
+            strict = strict_success(details["z"][:, target], gold_z)
+            table = torch.stack([gold, success.float(), strict.float()], -1)
+            means = torch.cat(runtime.current().gather_data_parallel(table)).mean(0).tolist()
+            metrics["gold"], metrics["success"], metrics["success_strict"] = means
+
+
+class OveroptimizationTracker(_RolloutWriter):
+    """Follows gold beside the proxy that RLHF optimises: adds ``gold`` to the step's metrics, keeps a few samples."""
+
+    def __init__(self, path: Path, gold: RewardSource | None, every: int, samples: int) -> None:
+        super().__init__(path)
+        self.gold = gold
+        self.every = max(1, every)
+        self.samples = samples
+
+    def _check_rows(self, steps: int, rl: RLConfig) -> None:
+        # how many rows a step has depends on the number of replicas, which may be another now
+        lost = lost_steps(self.path, range(0, steps, self.every)) if self.samples else ""
+        if lost:
+            _log.warning("%s; training goes on after step %d", lost, steps)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        assert isinstance(pl_module, PolicyModel)
+        step = trainer.global_step - 1
+        if step % self.every and trainer.global_step < pl_module.max_steps:
+            return
+        rollouts, judgement = pl_module.last_rollouts, pl_module.last_judgement
+        assert rollouts is not None and judgement is not None
+        gold = checked_scores(self.gold, rollouts) if self.gold is not None else None
+        if gold is not None:
+            everyone = torch.cat(runtime.current().gather_data_parallel(gold))
+            pl_module.step_metrics["gold"] = everyone.mean().item()
+        kept = min(self.samples, len(rollouts))
+        proxies, rewards = judgement.proxy_N.tolist(), judgement.rewards_N.tolist()
+        golds = [None] * kept if gold is None else gold.tolist()
+        rows = [
+            {
+                "step": step,
+                "prompt": prompt_text(rollouts.prompts[i]),
+                "response": rollouts.responses[i],
+                "ended": rollouts.ended[i],
+                "proxy": proxies[i],
+                "reward": rewards[i],
+                "gold": golds[i],
+            }
+            for i in range(kept)
+        ]
+        self._write(rows)

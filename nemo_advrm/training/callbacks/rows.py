@@ -1,0 +1,45 @@
+"""Rows that a training appends to a file, which a restart must find there up to the step it goes on from."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+from nemo_advrm.data.jsonl import JsonlWriter, read_appended_jsonl
+from nemo_advrm.engine import runtime
+
+
+def open_rows(path: Path, resume_step: int) -> JsonlWriter | None:
+    """The writer of ``path`` on the writing rank, None on the others; all ranks call.
+
+    Rows of later steps than ``resume_step`` are removed. Raises DataError on every rank when the file cannot be used.
+    """
+    opened: list[JsonlWriter] = []
+    runtime.on_writer(lambda: opened.append(JsonlWriter(path, resume_step=resume_step)))
+    return opened[0] if opened else None
+
+
+def lost_steps(path: Path, steps: Iterable[int], rows: int = 1, exact: bool = False) -> str:
+    """Which of ``steps`` have fewer than ``rows`` rows in ``path``, in words; "" when none has.
+
+    With ``exact`` more rows are wrong, too: they would count twice.
+    """
+    found = read_appended_jsonl(path)[0] if path.exists() else []
+    there = Counter(row.get("step") for _, row in found if isinstance(row, dict))
+    wrong = [step for step in steps if there[step] < rows or (exact and there[step] > rows)]
+    if not wrong:
+        return ""
+    named = f"step {wrong[0]}" if len(wrong) == 1 else f"{len(wrong)} steps from {wrong[0]} to {wrong[-1]}"
+    if not any(there[step] for step in wrong):
+        return f"{path}: the rows of {named} are lost"
+    first = next(step for step in wrong if there[step])
+    others = "" if len(wrong) == 1 else f" ({named} are wrong)"
+    return f"{path}: step {first} has {there[first]} of {rows} rows{others}"
+
+
+def has_validation(path: Path, step: int) -> bool:
+    """Whether ``path`` has the row of the validation after ``step``."""
+    rows = read_appended_jsonl(path)[0] if path.exists() else []
+    of_step = [row for _, row in rows if isinstance(row, dict) and row.get("step") == step]
+    return any(key.startswith("val/") for row in of_step for key in row)

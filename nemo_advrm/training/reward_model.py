@@ -1,0 +1,257 @@
+"""Stage ``train_rm``: trains a reward model on preference pairs and reports its accuracy on held-out ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Callback
+
+from nemo_advrm.config.schema import Config
+from nemo_advrm.data import inputs
+from nemo_advrm.data.encoding import EncodedPair, encode_pairs
+from nemo_advrm.data.messages import Message
+from nemo_advrm.data.mismatch import mismatch_line, mismatched_pairs
+from nemo_advrm.data.pair_store import PairStore
+from nemo_advrm.data.preferences import PreferencePair
+from nemo_advrm.data.prompts import split_train_validation
+from nemo_advrm.data.tokenizers import Tokenizer, build_tokenizer
+from nemo_advrm.engine import runtime
+from nemo_advrm.errors import ConfigError, DataError
+from nemo_advrm.models.reward_model import RewardModel
+from nemo_advrm.models.scoring import score_sequences
+from nemo_advrm.models.trainable import derive_seed
+from nemo_advrm.objectives.accuracy import accuracy
+from nemo_advrm.rewards.features import HybridReward
+from nemo_advrm.rewards.hybrid import fit_features, fixed_prompts, frozen_policy, rollouts_of, with_prompts
+from nemo_advrm.rewards.local import MegatronReward
+from nemo_advrm.run_directory import run_dir
+from nemo_advrm.training.callbacks.augmentation import AdversarialAugmentation
+from nemo_advrm.training.run_training import fit, read_result, write_result
+
+
+def main(cfg: Config) -> int:
+    """Train one reward model into ``run_dir``; prints loss and accuracy on the validation split."""
+    directory = Path(cfg.run_dir)
+    run_dir.start(cfg)
+    tokenizer = build_tokenizer(cfg.model.tokenizer)
+    train, validation = inputs.training_and_validation_pairs(cfg)
+    data = keep_back(cfg, encode_rows(cfg, tokenizer, train, validation))
+    run_dir.claim(cfg, directory, "train_rm")
+    metrics = train_reward_model(
+        cfg,
+        tokenizer,
+        directory,
+        data,
+        cfg.seed,
+        "train_rm",
+        restore_from=cfg.pretrained_checkpoint.restore_from_path,
+    )
+    if runtime.current().is_writer:
+        print(
+            f"validation: accuracy {metrics['val/accuracy']:.3f}  loss {metrics['val/loss']:.4f}  "
+            f"margin {metrics['val/margin']:.3f}  ({len(data.validation)} pairs)\n"
+            f"{mismatch_line(metrics.get('val/mismatch_accuracy'), len(data.mismatched), data.no_mismatch)}\n"
+            f"{_hybrid_line(metrics)}reward model: {directory / 'model'}"
+        )
+    return 0
+
+
+def _hybrid_line(metrics: dict[str, float]) -> str:
+    if "val/hybrid_accuracy" not in metrics:
+        return ""
+    mismatch = metrics.get("val/hybrid_mismatch_accuracy")
+    told = "" if mismatch is None else f"  mismatched prompts {mismatch:.3f}"
+    return f"with reference features: accuracy {metrics['val/hybrid_accuracy']:.3f}{told}\n"
+
+
+@dataclass(frozen=True)
+class EncodedPreferences:
+    """Encoded pairs to train on, to validate on, and the validation rows as mismatched pairs.
+
+    `no_mismatch` says why there are no mismatched pairs (see `data.mismatch`), empty where there are. `held_out` are
+    pairs kept from training, on which the weights of reference features are fitted, `prompts` the fixed other prompts
+    of these (see `rewards.features`).
+    """
+
+    train: list[EncodedPair]
+    validation: list[EncodedPair]
+    mismatched: list[EncodedPair]
+    no_mismatch: str = ""
+    held_out: list[EncodedPair] = field(default_factory=list)
+    prompts: tuple[tuple[Message, ...], ...] = ()
+
+
+def encode_rows(
+    cfg: Config, tokenizer: Tokenizer, train: list[PreferencePair], validation: list[PreferencePair]
+) -> EncodedPreferences:
+    """Encode all parts; prints how many rows were over-long or refused."""
+    limit, data = cfg.model.encoder_seq_length, cfg.data
+    encoded = []
+    for name, part in (("training", train), ("validation", validation)):
+        pairs, counts = encode_pairs(part, tokenizer, limit, data.on_overlong, data.on_bad_row)
+        inputs.say_changed(f"{name} pairs", counts)
+        encoded.append(pairs)
+    rows, reason = mismatched_pairs(validation)
+    rows = rows[: cfg.trainer.limit_val_batches * cfg.model.global_batch_size or None]
+    mismatched: list[EncodedPair] = []
+    if rows:
+        lenient = inputs.leaving_out(cfg).data
+        try:
+            mismatched, _ = encode_pairs(rows, tokenizer, limit, lenient.on_overlong, lenient.on_bad_row)
+        except DataError as error:  # none is left
+            reason = str(error)
+    options = cfg.reward_model
+    prompts = fixed_prompts(train, tokenizer, options.feature_prompts) if options.reference_features else ()
+    return EncodedPreferences(encoded[0], encoded[1], mismatched, reason, prompts=prompts)
+
+
+def keep_back(cfg: Config, data: EncodedPreferences) -> EncodedPreferences:
+    """Take `reward_model.feature_share` of the training pairs out, whole prompts, where features are to be fitted.
+
+    Which ones depends on the run's seed and the prompts alone: they are the same for every member and round.
+    """
+    if not cfg.reward_model.reference_features:
+        return data
+    rows = [pair.row for pair in data.train if pair.row is not None]
+    _, held_rows = split_train_validation(rows, cfg.reward_model.feature_share, derive_seed(cfg.seed, "features"))
+    held = set(map(id, held_rows))
+    return replace(
+        data,
+        train=[pair for pair in data.train if id(pair.row) not in held],
+        held_out=[pair for pair in data.train if id(pair.row) in held],
+    )
+
+
+def bootstrap(data: EncodedPreferences, seed: int) -> EncodedPreferences:
+    """As many training pairs, drawn with replacement; held out are those that were not drawn, in no copy either."""
+    draw = torch.Generator().manual_seed(seed)
+    rows = torch.randint(len(data.train), (len(data.train),), generator=draw).tolist()
+    train = [data.train[i] for i in rows]
+    known = {(*pair.chosen, -1, *pair.rejected) for pair in train}
+    held_out = [pair for pair in data.train if (*pair.chosen, -1, *pair.rejected) not in known]
+    return replace(data, train=train, held_out=held_out)
+
+
+def train_reward_model(
+    cfg: Config,
+    tokenizer: Tokenizer,
+    directory: Path,
+    data: EncodedPreferences,
+    seed: int,
+    title: str,
+    restore_from: str,
+) -> dict[str, float]:
+    """Train into ``directory/model``; returns the validation metrics. A finished training is not redone.
+
+    ``augmentation.pairs_path`` names the adversarial pairs that are brought in as ``augmentation.mode`` says.
+    """
+    finished = read_result(directory, "val/accuracy", "val/loss", "val/margin")
+    if finished is not None:
+        return finished
+    policy = frozen_policy(cfg, restore_from)
+    train_rows = data.train
+    stores = [Path(p) for p in cfg.augmentation.pairs_path.split(",") if p]
+    callbacks: list[Callback] = []
+    if stores and cfg.augmentation.mode == "append":
+        train_rows = train_rows + _encoded_stores(cfg, tokenizer, stores)
+    elif stores:
+        callbacks.append(_augmentation(cfg, tokenizer, stores, seed))
+    module = RewardModel(cfg, tokenizer, train_rows, data.validation, restore_from, seed)
+    fit(module, cfg, directory, title, callbacks, validate=True)
+    metrics = {**module.validation_metrics, **_mismatch(module, data.mismatched)}
+    hybrid = _fit_features(module, data, policy)
+    if hybrid is not None:
+        metrics |= _hybrid_metrics(hybrid, data, cfg)
+    write_result(directory, module, metrics, hybrid.weights if hybrid else None, steps=module.max_steps, **metrics)
+    return metrics
+
+
+def retrain_warm(
+    cfg: Config,
+    tokenizer: Tokenizer,
+    directory: Path,
+    data: EncodedPreferences,
+    seed: int,
+    title: str,
+    previous: str,
+    pairs: Sequence[Path],
+) -> dict[str, float]:
+    """Train the reward model ``previous`` on for ``augmentation.warm_steps`` steps into ``directory/model``.
+
+    The adversarial ``pairs`` (stores) come in as ``augmentation.mode`` says, beside those of
+    ``augmentation.pairs_path``. Without any this is the control of a training with them: as many steps on the same
+    batches, which ``augmentation.mode=on_top`` leaves as they are. ``seed`` must be the same for both. Returns the
+    validation metrics. Raises ConfigError for ``augmentation.warm_steps=0``.
+    """
+    return train_reward_model(warm(cfg, pairs), tokenizer, directory, data, seed, title, previous)
+
+
+def warm(cfg: Config, pairs: Sequence[Path]) -> Config:
+    """The configuration of a warm retraining with ``pairs``: its steps, its learning rate."""
+    options = cfg.augmentation
+    if not options.warm_steps:
+        raise ConfigError("augmentation.warm_steps=0: a warm retraining needs at least 1 step")
+    optim = replace(cfg.model.optim, lr=options.warm_lr or cfg.model.optim.lr)
+    stores = ",".join(filter(None, [options.pairs_path, *map(str, pairs)]))
+    return replace(
+        cfg,
+        trainer=replace(cfg.trainer, max_steps=options.warm_steps),
+        model=replace(cfg.model, optim=optim),
+        augmentation=replace(options, pairs_path=stores),
+    )
+
+
+def _encoded_stores(cfg: Config, tokenizer: Tokenizer, stores: list[Path]) -> list[EncodedPair]:
+    pairs = [p for store in stores for p in PairStore(store).to_preferences(cfg.augmentation.weight)]
+    return encode_pairs(pairs, tokenizer, cfg.model.encoder_seq_length, "truncate_prompt")[0] if pairs else []
+
+
+def _augmentation(cfg: Config, tokenizer: Tokenizer, stores: list[Path], seed: int) -> AdversarialAugmentation:
+    if cfg.reward_model.loss == "regression":
+        raise ConfigError("reward_model.loss=regression: adversarial pairs have no labels to learn")
+    options, on_top = cfg.augmentation, cfg.augmentation.mode == "on_top"
+    return AdversarialAugmentation(
+        stores,
+        tokenizer,
+        None if on_top else options.ratio,
+        cfg.model.encoder_seq_length,
+        seed=derive_seed(seed, "augmentation"),
+        weight=options.weight,
+        pairs_per_step=options.pairs_per_step if on_top else 0,
+    )
+
+
+def _fit_features(module: RewardModel, data: EncodedPreferences, policy: str) -> HybridReward | None:
+    """The trained model with the features that are configured; None without any."""
+    cfg = module.config
+    if not cfg.reward_model.reference_features:
+        return None
+    member = MegatronReward("the trained model", module.model, module.tokenizer)
+    hybrid = fit_features(cfg, member, data.held_out, data.prompts, policy)
+    if runtime.current().is_writer:
+        for line in hybrid.weights.warnings():
+            print(line, flush=True)
+    return hybrid
+
+
+def _hybrid_metrics(hybrid: HybridReward, data: EncodedPreferences, cfg: Config) -> dict[str, float]:
+    """Accuracy of the hybrid on the pairs that the plain model was validated on, and on mismatched ones."""
+    validated = data.validation[: cfg.trainer.limit_val_batches * cfg.model.global_batch_size or None]
+    found = {}
+    for name, pairs in (("hybrid_accuracy", validated), ("hybrid_mismatch_accuracy", data.mismatched)):
+        pairs = with_prompts(pairs)
+        if pairs:
+            found[f"val/{name}"] = accuracy(hybrid.score(rollouts_of(pairs, hybrid.tokenizer)))
+    return found
+
+
+def _mismatch(module: RewardModel, pairs: list[EncodedPair]) -> dict[str, float]:
+    """Accuracy on mismatched pairs, nothing where there are none."""
+    if not pairs:
+        return {}
+    sequences = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
+    scores = score_sequences(module.model, sequences, module.tokenizer.pad_id)
+    return {"val/mismatch_accuracy": accuracy(scores.mean(-1) if scores.ndim > 1 else scores)}

@@ -1,0 +1,166 @@
+"""Runs one training: Lightning's Trainer on the Megatron strategy, loggers, checkpoints, exact restart."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, Trainer
+from nemo.utils.exp_manager import exp_manager
+
+from nemo_advrm import signals
+from nemo_advrm.config.schema import Config
+from nemo_advrm.data.reading import KEY, ReadingRule
+from nemo_advrm.engine import checkpoint, memory, resiliency, runtime
+from nemo_advrm.engine.strategy import MegatronStrategy
+from nemo_advrm.models.trainable import TrainableModel
+from nemo_advrm.rewards.feature_file import FeatureWeights
+from nemo_advrm.run_directory import results, run_files
+from nemo_advrm.training.callbacks.checkpoints import PeriodicCheckpoint, newest_usable
+from nemo_advrm.training.callbacks.metrics import MetricsWriter
+from nemo_advrm.training.callbacks.preemption import PreemptionCheckpoint, keep_signals
+from nemo_advrm.training.callbacks.progress import PhaseMarks, StepProgress
+
+# rows that a training writes
+RECORDS = ("metrics.jsonl", "samples.jsonl", "held_out.jsonl")
+
+
+def fit(
+    module: TrainableModel,
+    cfg: Config,
+    directory: Path,
+    title: str,
+    callbacks: list[Callback] | None = None,
+    first_step: int = 1,
+    validate: bool = False,
+) -> None:
+    """Train ``module`` to the end, from the newest whole checkpoint in ``directory`` if there is one.
+
+    Raises Preempted on every rank when SIGUSR1 or SIGTERM came to any of them; the next call goes on from there.
+    Writes ``metrics.jsonl``, ``checkpoints/`` and the loggers' files below ``directory``.
+    """
+    checkpoints = directory / "checkpoints"
+    runtime.on_writer(lambda: run_files.check_places(directory))
+    strategy = MegatronStrategy(cfg.trainer.timeout_minutes)
+    trainer = Trainer(
+        accelerator="gpu" if runtime.current().on_gpu else "cpu",
+        devices=1,  # processes are Megatron's, see MegatronStrategy
+        strategy=strategy,
+        max_steps=module.max_steps,
+        max_epochs=-1,
+        logger=False,
+        callbacks=[
+            *(callbacks or []),
+            MetricsWriter(directory / "metrics.jsonl", first_step),
+            StepProgress(title, cfg.trainer.log_every_n_steps),
+            PhaseMarks(cfg.trainer.log_every_n_steps, cfg.trainer.straggler_ratio),
+            *_installed(cfg),
+            PreemptionCheckpoint(checkpoints),
+            PeriodicCheckpoint(
+                checkpoints,
+                cfg.trainer.checkpoint_every_n_steps,
+                cfg.trainer.keep_checkpoints,
+                cfg.trainer.async_checkpoint,
+            ),
+        ],
+        enable_checkpointing=True,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+        limit_val_batches=1.0 if validate else 0,
+        val_check_interval=cfg.trainer.val_check_interval or None,
+        check_val_every_n_epoch=None if cfg.trainer.val_check_interval else 10**9,
+        log_every_n_steps=cfg.trainer.log_every_n_steps,
+        inference_mode=False,
+        default_root_dir=str(directory),
+    )
+    with contextlib.redirect_stdout(io.StringIO()):
+        exp_manager(trainer, _exp_manager_options(cfg, directory / "logs"))
+    newest = newest_usable(checkpoints, cfg.trainer.verify_checkpoints)
+    keep_signals(trainer)
+    with signals.owned(), memory.explained(directory, cfg, module.stage, module.model.vocab_size):
+        try:
+            trainer.fit(module, ckpt_path=str(newest) if newest else None)
+        finally:
+            strategy.drop_saving()  # whatever ends a training, no save goes on behind its back
+    if validate:
+        trainer.validate(module, verbose=False)
+
+
+def _installed(cfg: Config) -> list[Callback]:
+    """Callbacks of optional packages; NVIDIA's detector of slow GPUs alone."""
+    rt = runtime.current()
+    if not (cfg.trainer.compare_gpu_kernels and cfg.trainer.straggler_ratio and rt.on_gpu and rt.world_size > 1):
+        return []
+    callback = resiliency.straggler_callback(cfg.trainer.straggler_ratio)
+    return [callback] if callback is not None else []
+
+
+def drop_training_checkpoints(directory: Path) -> None:
+    """Remove the checkpoints of a training whose result is written."""
+    runtime.on_writer(lambda: shutil.rmtree(directory / "checkpoints", ignore_errors=True))
+
+
+def read_result(directory: Path, *keys: str) -> dict[str, float] | None:
+    """The metrics of a finished training, finite ``keys`` among them, None while it is not; see results.finished."""
+    found = results.finished(
+        directory, "result.json", keys, lambda metrics: results.wrong_metrics(metrics, finite=keys)
+    )
+    if found is not None:
+        drop_training_checkpoints(directory)  # a kill may have come before
+    return found
+
+
+def write_result(
+    directory: Path,
+    module: TrainableModel,
+    metrics: dict[str, float],
+    features: FeatureWeights | None = None,
+    **meta: float,
+) -> None:
+    """Save the trained weights in ``directory/model`` and mark the training finished; it is then not redone.
+
+    ``features`` are stored with a hybrid reward model. The module's models are released.
+    """
+    limit = module.config.trainer.timeout_minutes
+    checkpoint.save(directory / "model", module.model, meta={**tokenizer_meta(module), **meta}, limit_minutes=limit)
+    if features is not None:
+        stored = features
+        checkpoint.on_writer(directory / "model", lambda: stored.write(directory / "model"))
+    results.mark(directory, "result.json", metrics, records(directory))
+    drop_training_checkpoints(directory)
+    module.release()
+
+
+def records(directory: Path) -> list[str]:
+    """What a training leaves beside its result, by its relative names."""
+    return ["model/manifest.json", *(name for name in RECORDS if (directory / name).exists())]
+
+
+def tokenizer_meta(module: TrainableModel) -> dict[str, Any]:
+    """What a checkpoint says of its tokenizer: its fingerprint, and the specification that opens it from anywhere.
+
+    Beside them stands the rule by which conversations were read in training.
+    """
+    spec = module.config.model.tokenizer
+    if spec.startswith("hf:"):
+        spec = f"hf:{Path(spec.removeprefix('hf:')).resolve()}"
+    rule = getattr(module.tokenizer, "rule", None) or ReadingRule()
+    return {"tokenizer": module.tokenizer.fingerprint, "tokenizer_spec": spec, KEY: rule.meta()}
+
+
+def _exp_manager_options(cfg: Config, directory: Path) -> dict[str, object]:
+    return {
+        **asdict(cfg.exp_manager),
+        "explicit_log_dir": str(directory),
+        "create_checkpoint_callback": False,  # PeriodicCheckpoint and the strategy save
+        "disable_validation_on_resume": False,
+        "log_step_timing": False,
+        "log_tflops_per_sec_per_gpu": False,
+        "seconds_to_sleep": 0,
+    }

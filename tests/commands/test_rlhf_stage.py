@@ -1,0 +1,72 @@
+"""The stage ``rlhf`` on several members: they are standardised by responses of the policy that it starts from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from reward_members import one_step_of_rl, save_megatron
+
+from nemo_advrm import cli
+from nemo_advrm.engine.runtime import Runtime
+from nemo_advrm.rewards.reference import Reference
+from nemo_advrm.rollouts.sft_responses import finished_line
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def settings(single: Runtime, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    home = tmp_path_factory.mktemp("rlhf")
+    members = [save_megatron(home / "one", seed=3), save_megatron(home / "two", seed=4, num_layers=2)]
+    return one_step_of_rl(home, members)
+
+
+def test_members_are_standardised_by_the_starting_policys_responses(
+    settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    assert cli.main(["rlhf", *settings, f"run_dir={run}", "ensemble.aggregate=lcb", "rl.log_samples=8"]) == 0
+    out = capsys.readouterr().out
+    assert "reference: 6 SFT responses, " in out
+    assert "reward: lcb of 2 members, on standardised scores" in out and "exactly the min" in out
+    reference, used = _rows(run / "reference.jsonl"), _rows(run / "standardisation.jsonl")
+    assert len(reference) == 2 * 3 and len(used) == 2
+    for k, row in enumerate(used):
+        scores = [line["scores"][k] for line in reference]
+        mean = sum(scores) / 6
+        assert row["mean"] == pytest.approx(mean, abs=1e-5)
+        variance = sum((s - mean) ** 2 for s in scores) / 5 * 7 / 6
+        assert row["std"] == pytest.approx(variance**0.5, rel=1e-4)
+    # a given reference of the same members gives the same statistics, and nothing is sampled
+    again = tmp_path / "again"
+    given = f"ensemble.reference_path={run / 'reference.jsonl'}"
+    assert cli.main(["rlhf", *settings, f"run_dir={again}", given]) == 0
+    assert not (again / "reference.jsonl").exists()
+    assert [row["std"] for row in _rows(again / "standardisation.jsonl")] == [row["std"] for row in used]
+
+
+def test_raw_scores_are_combined_where_that_is_asked_for(
+    settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    assert cli.main(["rlhf", *settings, f"run_dir={run}", "ensemble.standardise=false"]) == 0
+    assert "reward: mean of 2 members, on raw scores" in capsys.readouterr().out
+    assert not (run / "reference.jsonl").exists() and not (run / "standardisation.jsonl").exists()
+    (metrics,) = _rows(run / "metrics.jsonl")
+    assert metrics["proxy"] == pytest.approx((metrics["scores/1"] + metrics["scores/2"]) / 2, abs=1e-5)
+
+
+def test_the_share_of_sft_responses_that_ended_is_told() -> None:
+    def line(ended: list[list[bool]]) -> str:
+        return finished_line(Reference([(), ()], [["a", "b"]] * 2, torch.zeros(2, 2, 2), None, ended))
+
+    most = "reference: 4 SFT responses, 75% of them ended within rl.max_new_tokens"
+    assert line([[True, True], [True, False]]) == most
+    assert "25% of them ended" in line([[False, False], [True, False]])
+    assert "warning: most were cut off" in line([[False, False], [True, False]])

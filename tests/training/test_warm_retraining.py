@@ -1,0 +1,64 @@
+"""Warm retraining: on from the model of the round before, by its own steps and rate, with pairs or without."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from augmentation_jobs import store_of
+from reward_members import save_megatron
+from tiny import TOKENIZER, pairs, tiny_config
+
+from nemo_advrm.engine.runtime import Runtime
+from nemo_advrm.errors import ConfigError
+from nemo_advrm.models.reward_model import RewardModel
+from nemo_advrm.training.reward_model import EncodedPreferences, retrain_warm, warm
+
+
+def test_steps_and_rate_are_those_of_warm_retraining_and_the_pairs_come_in_beside_others(tmp_path: Path) -> None:
+    cfg = tiny_config()
+    cfg.augmentation.warm_steps, cfg.augmentation.pairs_path = 4, "others.jsonl"
+    found = warm(cfg, [tmp_path / "a", tmp_path / "b"])
+    assert found.augmentation.pairs_path == f"others.jsonl,{tmp_path}/a,{tmp_path}/b"
+    assert (found.trainer.max_steps, found.model.optim.lr) == (4, cfg.model.optim.lr)
+    cfg.augmentation.warm_lr = 0.25
+    assert warm(cfg, []).model.optim.lr == 0.25
+    assert (cfg.trainer.max_steps, cfg.model.optim.lr) == (1000, 1e-3), "the configuration itself is left alone"
+    cfg.augmentation.warm_steps = 0
+    with pytest.raises(ConfigError, match=r"augmentation\.warm_steps=0"):
+        warm(cfg, [])
+
+
+def test_with_and_without_pairs_a_member_goes_on_from_the_same_weights_on_the_same_batches(
+    single: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    previous = save_megatron(tmp_path / "previous", seed=3)
+    store = store_of(tmp_path / "pairs.jsonl", 6)
+    cfg = tiny_config()
+    cfg.exp_manager.create_tensorboard_logger = False
+    cfg.augmentation.warm_steps, cfg.augmentation.warm_lr = 3, 0.01
+    cfg.augmentation.mode, cfg.augmentation.pairs_per_step = "on_top", 4
+    data = EncodedPreferences(pairs(20), pairs(8, seed=1), [])
+    seen: list[list[str]] = []
+    train_on = RewardModel.train_on
+
+    def recording(self: RewardModel, batch: list[Any], step: int) -> dict[str, float]:
+        seen.append([row.source for row in batch])
+        return train_on(self, batch, step)
+
+    monkeypatch.setattr(RewardModel, "train_on", recording)
+    results = {}
+    for name, stores in (("pairs", [store]), ("control", [])):
+        retrain_warm(cfg, TOKENIZER, tmp_path / name, data, 5, name, str(previous), stores)
+        results[name] = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+    with_pairs, control = seen[:3], seen[3:]
+    assert [len(batch) for batch in with_pairs] == [12] * 3 and [len(batch) for batch in control] == [8] * 3
+    assert [[s for s in batch if not s.startswith(str(store))] for batch in with_pairs] == control
+    for rows in results.values():
+        assert [row["learning_rate"] for row in rows if "learning_rate" in row] == [0.01] * 3
+    # the previous model is where the control starts: its loss on the first batch is that of the saved weights
+    fresh = RewardModel(warm(cfg, []), TOKENIZER, data.train, data.validation, str(previous), seed=5)
+    first = train_on(fresh, next(fresh.steps(0)), 0)["train/loss"]
+    assert results["control"][0]["train/loss"] == pytest.approx(first, rel=1e-6)
