@@ -130,7 +130,7 @@ def our_config(shape: Llama) -> Config:
 def start_runtime() -> None:
     """Start our engine in this process, on one thread."""
     from nemo_advrm.engine import runtime
-    from nemo_advrm.quiet import quiet_libraries
+    from nemo_advrm.logging_setup import quiet_libraries
 
     quiet_libraries()
     runtime.start(accelerator="cpu")

@@ -32,10 +32,10 @@ from nemo_advrm.config.schema import Config
 from nemo_advrm.data.encoding import EncodedPair
 from nemo_advrm.data.tokenizers import build_tokenizer
 from nemo_advrm.engine import checkpoint, runtime
+from nemo_advrm.logging_setup import quiet_libraries
 from nemo_advrm.models.language_model import SupervisedModel
 from nemo_advrm.models.policy import PolicyModel, Prompt, encode_prompts
 from nemo_advrm.models.reward_model import RewardModel
-from nemo_advrm.quiet import quiet_libraries
 from nemo_advrm.rewards.ensemble import UncertaintyReward
 from nemo_advrm.rewards.local import build_gold
 from nemo_advrm.rewards.sources import load_members

@@ -21,8 +21,9 @@ from nemo_advrm.errors import (
     ProcessLost,
     RewardSourceError,
     UserError,
+    printable,
 )
-from nemo_advrm.place import host_name, place, printable, worker
+from nemo_advrm.rank_info import RankInfo, worker
 
 _SINGLE_PROCESS = ("report", "doctor", "select", "stages", "plan")
 # stages that stop at a signal where they can go on; the others, of which a half is worth nothing, end at once
@@ -278,7 +279,7 @@ def guarded(call: Callable[[], int | None]) -> int:
     An error that every process meets is so told once; one that only a later process meets is not lost. A bug leaves
     with its traceback, after a line that names the process.
     """
-    here = place()
+    here = RankInfo.from_environment()
     try:
         status = call() or 0
         sys.stdout.flush()
@@ -293,7 +294,7 @@ def guarded(call: Callable[[], int | None]) -> int:
             print(f"error: {printable(error)}", file=sys.stderr)
         elif not error.everywhere:
             time.sleep(OTHERS_WAIT)
-            print(f"error (rank {here.rank} on {host_name()}): {printable(error)}", file=sys.stderr)
+            print(f"error (rank {here.rank} on {here.node}): {printable(error)}", file=sys.stderr)
         return EXIT_USER_ERROR
     except Preempted as stop:
         if here.rank == 0:
@@ -315,7 +316,7 @@ def guarded(call: Callable[[], int | None]) -> int:
             print(f"error: {error}; make room, and the same command goes on", file=sys.stderr)
             return EXIT_USER_ERROR
         if isinstance(error, OSError) and error.errno and error.filename:  # what the system refuses is no bug
-            where = "" if here.rank == 0 else f" (rank {here.rank} on {host_name()})"
+            where = "" if here.rank == 0 else f" (rank {here.rank} on {here.node})"
             print(f"error{where}: {printable(os.fsdecode(error.filename))}: {error.strerror}", file=sys.stderr)
             return EXIT_USER_ERROR
         stopped = signals.received()  # asked first: a launcher soon ends what is left of a job whose process died
@@ -326,7 +327,7 @@ def guarded(call: Callable[[], int | None]) -> int:
             print(f"error: {told}", file=sys.stderr)
             return EXIT_PROCESS_LOST
         if here.world_size > 1:
-            print(f"rank {here.rank} on {host_name()} failed:", file=sys.stderr)
+            print(f"rank {here.rank} on {here.node} failed:", file=sys.stderr)
         raise
 
 
@@ -345,7 +346,7 @@ def _lost_process(error: Exception) -> str | None:
 
 def run_stage(name: str, overrides: Sequence[str]) -> int | None:
     """Load the configuration of a stage and call its main, in as many processes as it asks for."""
-    from nemo_advrm.quiet import quiet_libraries
+    from nemo_advrm.logging_setup import quiet_libraries
 
     cfg: Any
     if STAGES[name].settings:

@@ -50,3 +50,14 @@ class FailedElsewhere(Exception):
 
     # True where the system refused something (exit status 2), else it is a bug (exit status 1)
     by_system = False
+
+
+def one_line(text: object, limit: int = 300) -> str:
+    """``text``, such as a library's error message, on one line of at most ``limit`` characters."""
+    line = " ".join(str(text).split())
+    return line if len(line) <= limit else f"{line[: limit - 3]}..."
+
+
+def printable(text: object) -> str:
+    """``text`` with control characters escaped: names chosen by others may contain line ends or terminal commands."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))

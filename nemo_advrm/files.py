@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from nemo_advrm.place import host_name
+from nemo_advrm.rank_info import host_name
 
 # of a file that is being written beside the one that it is to replace; jobs on several hosts may write the same one
 _TEMPORARY = re.compile(r"\..+\.tmp")

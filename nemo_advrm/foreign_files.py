@@ -12,8 +12,7 @@ from typing import Any
 
 import yaml
 
-from nemo_advrm.errors import CheckpointError, UserError
-from nemo_advrm.place import one_line
+from nemo_advrm.errors import CheckpointError, UserError, one_line
 
 # the index of a model of a hundred thousand tensors has some 10 MB
 MAX_BYTES = 64 << 20

@@ -12,8 +12,7 @@ import struct
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from nemo_advrm.errors import CheckpointError
-from nemo_advrm.place import one_line
+from nemo_advrm.errors import CheckpointError, one_line
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9

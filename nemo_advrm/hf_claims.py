@@ -8,8 +8,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from nemo_advrm.errors import CheckpointError
-from nemo_advrm.place import one_line
+from nemo_advrm.errors import CheckpointError, one_line
 
 # of these a model makes as many modules: transformers makes lists of their length when it reads them
 _COUNTS = re.compile(r"^(?!max_).*?(^|_)(layers?|blocks?|experts|depths?|num_labels|stages)$")

@@ -16,7 +16,7 @@ from typing import Any
 from nemo_advrm import signals
 from nemo_advrm.config.schema import Config
 from nemo_advrm.errors import EXIT_PREEMPTED, ConfigError
-from nemo_advrm.place import host_name, place
+from nemo_advrm.rank_info import RankInfo, host_name
 
 # seconds that the processes have after a TERM to save their state before they are killed
 SHUTDOWN_SECONDS = 90
@@ -30,7 +30,7 @@ def relaunch(cfg: Config, argv: list[str]) -> int | None:
     Under torchrun or in a SLURM step of several tasks the processes are there already; otherwise one command on one
     node starts them. Returns the exit status of the first process that failed (128 + N for one ended by signal N).
     """
-    if "RANK" in os.environ or place().world_size > 1:
+    if "RANK" in os.environ or RankInfo.from_environment().world_size > 1:
         return None
     if cfg.trainer.num_nodes > 1:
         raise ConfigError(
@@ -49,7 +49,7 @@ def _run(command: list[str], processes: int) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    from nemo_advrm.quiet import quiet_libraries
+    from nemo_advrm.logging_setup import quiet_libraries
 
     quiet_libraries()
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # failures are told below

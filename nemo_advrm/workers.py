@@ -21,7 +21,7 @@ from nemo_advrm import signals
 from nemo_advrm.config.schema import Config
 from nemo_advrm.errors import EXIT_PREEMPTED, ConfigError, Preempted
 from nemo_advrm.launch import LOOK_SECONDS, SHUTDOWN_SECONDS, told_status
-from nemo_advrm.place import WORKER, is_distributed, worker
+from nemo_advrm.rank_info import WORKER, is_distributed, worker
 
 _PR_SET_PDEATHSIG = 1
 

@@ -40,7 +40,7 @@ def worlds() -> Iterator[Worlds]:
 def single() -> Runtime:
     """Megatron-Core running in the test process itself, alone."""
     from nemo_advrm.engine import runtime
-    from nemo_advrm.quiet import quiet_libraries
+    from nemo_advrm.logging_setup import quiet_libraries
 
     quiet_libraries()
     return runtime.start(runtime.Layout(), "cpu")

@@ -22,7 +22,7 @@ def main() -> None:
     import torch
 
     from nemo_advrm.engine import cpu, runtime  # noqa: F401 (imported once for all worlds)
-    from nemo_advrm.quiet import quiet_libraries
+    from nemo_advrm.logging_setup import quiet_libraries
     from nemo_advrm.training import reward_model  # noqa: F401 (with NeMo, which takes seconds)
 
     quiet_libraries()

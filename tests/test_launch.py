@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_advrm.place import Place, place
+from nemo_advrm.rank_info import RankInfo
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 VARIABLES = (*TORCHRUN, "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS")
@@ -20,25 +20,28 @@ VARIABLES = (*TORCHRUN, "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_
 @pytest.mark.parametrize(
     ("variables", "expected"),
     [
-        ({}, Place(0, 1, 0)),
-        ({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}, Place(5, 8, 1)),
+        ({}, RankInfo(0, 1, 0)),
+        ({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}, RankInfo(5, 8, 1)),
         # a step that srun started
-        ({"SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "4"}, Place(3, 4, 1)),
+        (
+            {"SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "4"},
+            RankInfo(3, 4, 1),
+        ),
         # torchrun inside a step of one task a node
         (
             {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"},
-            Place(5, 8, 1),
+            RankInfo(5, 8, 1),
         ),
         # a batch script without srun is one process, however many tasks were allocated
-        ({"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "4"}, Place(0, 1, 0)),
+        ({"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "4"}, RankInfo(0, 1, 0)),
     ],
 )
-def test_place_of_a_process(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], expected: Place) -> None:
+def test_rank_of_a_process(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], expected: RankInfo) -> None:
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert place() == expected
+    assert RankInfo.from_environment() == expected
 
 
 def launch(script: str, **options: object) -> subprocess.Popen[str]:

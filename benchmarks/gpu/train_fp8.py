@@ -50,11 +50,11 @@ from nemo_advrm.engine.generation import generate, uniforms
 from nemo_advrm.engine.model import build_model
 from nemo_advrm.engine.sampling import Sampling
 from nemo_advrm.engine.throughput import gpu_peak
+from nemo_advrm.logging_setup import quiet_libraries
 from nemo_advrm.models.reward_model import RewardModel
 from nemo_advrm.models.scoring import score_sequences
 from nemo_advrm.plan.activations import Microbatch
 from nemo_advrm.plan.flops import layer_flops
-from nemo_advrm.quiet import quiet_libraries
 from nemo_advrm.synthetic.tokenizer import SyntheticTokenizer
 
 TOKENIZER = SyntheticTokenizer()

@@ -11,7 +11,7 @@ from nemo_advrm.config.schema import Config
 from nemo_advrm.data.tokenizers import build_tokenizer
 from nemo_advrm.engine import runtime
 from nemo_advrm.errors import ConfigError
-from nemo_advrm.extras import require_extra
+from nemo_advrm.optional_deps import require_extra
 from nemo_advrm.rewards import sources
 from nemo_advrm.rewards.base import RewardSource
 from nemo_advrm.rewards.ensemble import AdversarialReward, PolicyReward

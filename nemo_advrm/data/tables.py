@@ -14,8 +14,7 @@ from typing import Any
 
 from nemo_advrm.data import jsonl
 from nemo_advrm.data.jsonl import BadRow, check_depth, most_unpacked
-from nemo_advrm.errors import DataError
-from nemo_advrm.place import one_line
+from nemo_advrm.errors import DataError, one_line
 
 MAX_BATCH_BYTES = 64 << 20  # made into Python values at once; one row may have MAX_LINE_BYTES
 MAX_TYPE_DEPTH = 200  # of a column's type: twice that of a row; the library recurses into it

@@ -31,9 +31,8 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
 from nemo_advrm.engine.weights_metadata import open_metadata
-from nemo_advrm.errors import CheckpointError
+from nemo_advrm.errors import CheckpointError, one_line
 from nemo_advrm.foreign_files import read_json_object
-from nemo_advrm.place import one_line
 
 
 def load_weights(state: dict[str, Any], directory: Path) -> dict[str, Any]:

@@ -33,7 +33,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.storage import WriteResult
 
 from nemo_advrm.engine import manifest, runtime
-from nemo_advrm.place import one_line
+from nemo_advrm.errors import one_line
 
 # without Megatron's wrapper, which turns the garbage collector of the whole process off
 _write_file = inspect.unwrap(filesystem_async.FileSystemWriterAsync.write_preloaded_data)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field
 
-from nemo_advrm.place import host_name
+from nemo_advrm.rank_info import host_name
 
 
 @dataclass(frozen=True)

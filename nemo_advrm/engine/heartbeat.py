@@ -27,7 +27,7 @@ import torch.distributed as dist
 
 from nemo_advrm.engine import peers, phases, resiliency
 from nemo_advrm.engine.hangs import Beat, Watch
-from nemo_advrm.place import Place, host_name, place
+from nemo_advrm.rank_info import RankInfo, host_name
 
 _log = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ class Heartbeat:
     def __init__(
         self,
         store: dist.Store,
-        here: Place,
+        here: RankInfo,
         limit_seconds: float,
         directory: Path,
         on_progress: Callable[[], None] | None = None,
@@ -224,7 +224,7 @@ def start(limit_minutes: float, directory: Path) -> None:
     if _running is not None or not (watched or launcher):
         return
     limit_seconds = 60 * limit_minutes if watched else math.inf
-    _running = Heartbeat(store or dist.HashStore(), place(), limit_seconds, directory, launcher)
+    _running = Heartbeat(store or dist.HashStore(), RankInfo.from_environment(), limit_seconds, directory, launcher)
     _running.start()
     atexit.register(stop)
 

@@ -13,8 +13,8 @@ import torch.distributed as dist
 
 from nemo_advrm import signals
 from nemo_advrm.engine.hangs import Beat
-from nemo_advrm.errors import ConfigError, ProcessLost
-from nemo_advrm.place import Place, host_name, one_line
+from nemo_advrm.errors import ConfigError, ProcessLost, one_line
+from nemo_advrm.rank_info import RankInfo, host_name
 
 # how long a process whose collective failed waits for the others to say the same
 ANSWER_SECONDS = 8.0
@@ -23,11 +23,11 @@ LOOK_SECONDS = 1.0
 _COLLECTIVE_FAILED = re.compile(r"gloo|nccl|connection (closed|reset|refused)|socket", re.IGNORECASE)
 # the processes' own key-value store; rank 0 (or torchrun's agent) keeps it
 _store: dist.Store | None = None
-_here = Place()
+_here = RankInfo()
 _first_host = ""
 
 
-def join(here: Place, backend: str, timeout_minutes: float) -> None:
+def join(here: RankInfo, backend: str, timeout_minutes: float) -> None:
     """Build the default process group.
 
     Raises ConfigError when the address of the first process is not known or taken, ProcessLost that names the ranks
@@ -153,23 +153,23 @@ def _address() -> tuple[str, int]:
     return env["MASTER_ADDR"], int(env["MASTER_PORT"])
 
 
-def job(here: Place, host: str, port: int) -> str:
+def job(here: RankInfo, host: str, port: int) -> str:
     """A name that all processes of this job know and, where a launcher gives one, no other job has."""
     env = os.environ
     size = here.world_size
-    if "RANK" in env:  # as in place(): a step of SLURM may be several launches by torchrun
+    if "RANK" in env:  # as in RankInfo.from_environment(): a step of SLURM may be several launches by torchrun
         return f"{env.get('TORCHELASTIC_RUN_ID', '')}@{host}:{port}x{size}"
     return f"{env.get('SLURM_JOB_ID', '')}.{env.get('SLURM_STEP_ID', '')}@{host}:{port}x{size}"
 
 
-def _open_store(here: Place, host: str, port: int, timeout: datetime.timedelta) -> dist.Store:
+def _open_store(here: RankInfo, host: str, port: int, timeout: datetime.timedelta) -> dist.Store:
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         return next(dist.rendezvous(f"tcp://{host}:{port}", here.rank, here.world_size, timeout=timeout))[0]
     # without waiting for all: the roll call says who is missing
     return dist.TCPStore(host, port, here.world_size, is_master=here.rank == 0, timeout=timeout, wait_for_workers=False)
 
 
-def _roll_call(store: dist.Store, here: Place, timeout: datetime.timedelta, place: str) -> None:
+def _roll_call(store: dist.Store, here: RankInfo, timeout: datetime.timedelta, place: str) -> None:
     if store.add("joined", 1) == here.world_size:
         store.set("all joined", "1")
     deadline = time.monotonic() + timeout.total_seconds()

@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 
 from nemo_advrm.engine import peers, phases
-from nemo_advrm.errors import ConfigError, FailedElsewhere, LayoutError, UserError
-from nemo_advrm.place import one_line, place
+from nemo_advrm.errors import ConfigError, FailedElsewhere, LayoutError, UserError, one_line
+from nemo_advrm.rank_info import RankInfo
 
 T = TypeVar("T")
 
@@ -217,7 +217,7 @@ def start(layout: Layout | None = None, accelerator: str = "auto", timeout_minut
     if accelerator == "gpu" and not torch.cuda.is_available():
         raise ConfigError("trainer.accelerator=gpu: PyTorch sees no GPU; use accelerator=cpu or check the driver")
     on_gpu = uses_gpu(accelerator)
-    here = place()
+    here = RankInfo.from_environment()
     if here.world_size % layout.model_parallel:
         raise LayoutError(
             f"{here.world_size} processes cannot be split into model replicas of tensor {layout.tensor} x pipeline "

@@ -25,8 +25,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from nemo_advrm.errors import CheckpointError
-from nemo_advrm.place import one_line
+from nemo_advrm.errors import CheckpointError, one_line
 
 NAME = ".metadata"
 # of a model on thousands of ranks it has tens of MB

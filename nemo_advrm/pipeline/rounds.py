@@ -23,7 +23,7 @@ from nemo_advrm.pipeline import artefacts, branches
 from nemo_advrm.pipeline.dag import LIGHT, Step, added_since, find, is_skipped, of_run
 from nemo_advrm.pipeline.state import RunState
 from nemo_advrm.pipeline.steps import Inputs, Steps
-from nemo_advrm.place import worker
+from nemo_advrm.rank_info import worker
 from nemo_advrm.run_directory import cost, run_dir
 
 # between looks of a worker for a step that has become ready

@@ -26,7 +26,7 @@ from nemo_advrm.config.layout import validate_layout
 from nemo_advrm.config.schema import Config, ConvertConfig, PretrainedConfig, RewardModelConfig
 from nemo_advrm.data.tokenizers import Tokenizer
 from nemo_advrm.errors import CheckpointError, ConfigError, LayoutError
-from nemo_advrm.extras import require_extra
+from nemo_advrm.optional_deps import require_extra
 from nemo_advrm.rewards import hf
 from nemo_advrm.rewards.attributes import check_attributes, parse_weights
 from nemo_advrm.rewards.base import RewardSource

@@ -18,8 +18,8 @@ from nemo_advrm.config.layout import validate_layout
 from nemo_advrm.config.schema import Config
 from nemo_advrm.engine import checkpoint, engine, heartbeat, runtime, stopping
 from nemo_advrm.errors import ConfigError
-from nemo_advrm.place import host_name, place
-from nemo_advrm.quiet import quiet_libraries
+from nemo_advrm.logging_setup import quiet_libraries
+from nemo_advrm.rank_info import RankInfo, host_name
 from nemo_advrm.rewards import sources
 from nemo_advrm.run_directory import identity, run_files
 
@@ -41,7 +41,7 @@ def start(cfg: Config) -> runtime.Runtime:
     """
     quiet_libraries()  # again: libraries set their own levels when they are imported
     model = cfg.model
-    world_size = place().world_size
+    world_size = RankInfo.from_environment().world_size
     validate_layout(cfg, world_size, engine.usable(runtime.uses_gpu(cfg.trainer.accelerator)))
     layout = runtime.Layout(
         model.tensor_model_parallel_size, model.pipeline_model_parallel_size, model.context_parallel_size

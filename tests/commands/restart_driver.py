@@ -24,7 +24,7 @@ from nemo_advrm.data.jsonl import write_jsonl_atomic
 from nemo_advrm.data.pair_store import AdversarialPair, PairStore, Provenance
 from nemo_advrm.engine import checkpoint
 from nemo_advrm.engine.file_writers import FileWriters
-from nemo_advrm.quiet import quiet_libraries
+from nemo_advrm.logging_setup import quiet_libraries
 from nemo_advrm.synthetic.corpus import sample_prompts, sample_response
 from nemo_advrm.synthetic.preferences import annotated_pairs
 from nemo_advrm.training import reward_model, rlhf, sft

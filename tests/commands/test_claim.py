@@ -18,7 +18,7 @@ from nemo_advrm.config import load_config
 from nemo_advrm.config.schema import Config
 from nemo_advrm.engine.runtime import Runtime
 from nemo_advrm.errors import ConfigError
-from nemo_advrm.place import host_name
+from nemo_advrm.rank_info import host_name
 from nemo_advrm.run_directory import run_dir
 
 

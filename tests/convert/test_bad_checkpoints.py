@@ -27,7 +27,7 @@ from nemo_advrm.convert.partial import PartialDirectory
 from nemo_advrm.convert.tensors import TensorSpec
 from nemo_advrm.engine import checkpoint
 from nemo_advrm.errors import CheckpointError, ConfigError, LayoutError, UserError
-from nemo_advrm.place import host_name
+from nemo_advrm.rank_info import host_name
 
 Tensors = dict[str, torch.Tensor]
 Q = "model.layers.1.self_attn.q_proj.weight"

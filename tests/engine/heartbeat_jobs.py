@@ -11,7 +11,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from nemo_advrm.engine import heartbeat
-from nemo_advrm.place import Place
+from nemo_advrm.rank_info import RankInfo
 
 LIMIT_SECONDS = 30.0
 
@@ -35,7 +35,7 @@ def end(directory: Path, readers: int) -> tuple[int, str]:
         os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT, 0o666), 2)
         heartbeat.LAST_WORDS_SECONDS = 0.3
         store = SilentStore() if readers else dist.HashStore()
-        beats = heartbeat.Heartbeat(store, Place(rank=0, world_size=2), 1.0, directory)
+        beats = heartbeat.Heartbeat(store, RankInfo(rank=0, world_size=2), 1.0, directory)
         beats._end("rank 1 is lost", tell=True, readers=readers)
         os._exit(0)
     deadline = time.monotonic() + LIMIT_SECONDS

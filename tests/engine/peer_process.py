@@ -12,11 +12,11 @@ import torch.distributed as dist
 from nemo_advrm.engine import peers
 from nemo_advrm.engine.hangs import Beat
 from nemo_advrm.errors import ProcessLost
-from nemo_advrm.place import place
+from nemo_advrm.rank_info import RankInfo
 
 
 def main(fate: str, minutes: float) -> None:
-    here = place()
+    here = RankInfo.from_environment()
     if fate == "absent" and here.rank == 1:
         return
     try:

@@ -19,7 +19,7 @@ from nemo_advrm.engine import heartbeat
 from nemo_advrm.engine.hangs import Beat
 from nemo_advrm.engine.heartbeat import EXIT_HANG, Heartbeat
 from nemo_advrm.engine.runtime import Layout
-from nemo_advrm.place import Place
+from nemo_advrm.rank_info import RankInfo
 
 LIMIT = 10.0
 IN_TRAINING = Beat(phase="scoring", step=3, host="node")
@@ -29,7 +29,7 @@ class Observed(Heartbeat):
     """Of ``world_size`` processes the one at ``rank``; tells of its end, at times that the test sets."""
 
     def __init__(self, rank: int, world_size: int, directory: Path) -> None:
-        super().__init__(dist.HashStore(), Place(rank=rank, world_size=world_size), LIMIT, directory)
+        super().__init__(dist.HashStore(), RankInfo(rank=rank, world_size=world_size), LIMIT, directory)
         self.ends: list[tuple[str, int]] = []
         self.own = replace(IN_TRAINING, waits_in="all_gather_object" if rank else "")
 
@@ -121,7 +121,7 @@ def test_a_process_speaks_and_ends_although_file_system_and_store_never_answer(
 def test_heartbeats_go_on_after_a_bug_that_is_told_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    beats = Heartbeat(dist.HashStore(), Place(rank=1, world_size=2), 0.2, tmp_path)
+    beats = Heartbeat(dist.HashStore(), RankInfo(rank=1, world_size=2), 0.2, tmp_path)
     healthy, calls = beats.beat, []
 
     def beat(left: bool = False) -> Beat:

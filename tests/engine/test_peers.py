@@ -18,7 +18,7 @@ from ports import free_port
 
 from nemo_advrm.engine import peers
 from nemo_advrm.errors import ConfigError, ProcessLost
-from nemo_advrm.place import Place
+from nemo_advrm.rank_info import RankInfo
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ class _SlowStore:
 
 def test_processes_that_come_late_are_looked_for_without_waits_in_vain() -> None:
     store = _SlowStore()
-    peers._roll_call(store, Place(1, 2, 1), timedelta(minutes=1), "rank 1")  # type: ignore[arg-type]
+    peers._roll_call(store, RankInfo(1, 2, 1), timedelta(minutes=1), "rank 1")  # type: ignore[arg-type]
     assert store.looks == 6
 
 
@@ -93,7 +93,7 @@ def test_a_port_that_another_program_has_is_named_with_the_setting(monkeypatch: 
         monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
         monkeypatch.setenv("MASTER_PORT", str(port))
         with pytest.raises(ConfigError, match=rf"rank 0 on .* cannot listen at 127.0.0.1:{port}, .* set MASTER_PORT"):
-            peers.join(Place(rank=0, world_size=2), "gloo", 0.1)
+            peers.join(RankInfo(rank=0, world_size=2), "gloo", 0.1)
 
 
 def test_a_process_that_reaches_another_job_does_not_count_as_one_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,7 +104,7 @@ def test_a_process_that_reaches_another_job_does_not_count_as_one_of_it(monkeypa
     for job, rank in (("7", 0), ("8", 1)):
         monkeypatch.setenv("SLURM_JOB_ID", job)
         with pytest.raises(ProcessLost, match=f"in vain for rank {1 - rank}"):
-            peers.join(Place(rank, 2, rank), "gloo", 0.002)
+            peers.join(RankInfo(rank, 2, rank), "gloo", 0.002)
 
 
 def test_processes_of_a_job_agree_on_its_name_and_jobs_of_a_launcher_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,7 +114,7 @@ def test_processes_of_a_job_agree_on_its_name_and_jobs_of_a_launcher_do_not(monk
                 m.delenv(each, raising=False)
             for each, value in env.items():
                 m.setenv(each, value)
-            return peers.job(Place(rank, 2, rank), "h", 1)
+            return peers.job(RankInfo(rank, 2, rank), "h", 1)
 
     for one, other in [
         ({"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0"}, {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "1"}),

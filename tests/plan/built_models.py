@@ -9,8 +9,8 @@ import json
 import sys
 
 from nemo_advrm.config.schema import ModelConfig, OptimConfig
+from nemo_advrm.logging_setup import quiet_libraries
 from nemo_advrm.plan.shards import build_stages, whole_model
-from nemo_advrm.quiet import quiet_libraries
 
 
 def main() -> None:

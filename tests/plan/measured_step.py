@@ -24,7 +24,7 @@ from nemo_advrm.engine.log_probs import log_probs_and_entropy
 from nemo_advrm.engine.model import MegatronModel, build_model
 from nemo_advrm.engine.optim import MegatronOptimizer
 from nemo_advrm.engine.schedule import Microbatch, Sums, forward_backward
-from nemo_advrm.quiet import quiet_libraries
+from nemo_advrm.logging_setup import quiet_libraries
 
 VOCABULARY = 512
 

@@ -23,7 +23,7 @@ from nemo_advrm.data.jsonl import read_jsonl, write_jsonl_atomic
 from nemo_advrm.engine.runtime import Runtime
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.objectives.reference import fit_members
-from nemo_advrm.place import host_name
+from nemo_advrm.rank_info import host_name
 from nemo_advrm.rewards.ensemble import AdversarialReward, UncertaintyReward
 from nemo_advrm.rewards.reference import Reference
 from nemo_advrm.rewards.sources import load_members

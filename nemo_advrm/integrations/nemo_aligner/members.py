@@ -14,9 +14,9 @@ from torch import Tensor
 
 from nemo_advrm.config.schema import AdversarialConfig, RemoteConfig
 from nemo_advrm.errors import ConfigError
-from nemo_advrm.extras import require_extra
 from nemo_advrm.integrations.nemo_aligner.rollouts import FINGERPRINT
 from nemo_advrm.objectives.reference import fit_members
+from nemo_advrm.optional_deps import require_extra
 from nemo_advrm.rewards.base import RewardSource, Rollouts
 from nemo_advrm.rewards.ensemble import AdversarialReward, PolicyReward, UncertaintyReward
 from nemo_advrm.rewards.reference import Reference

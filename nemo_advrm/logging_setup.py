@@ -1,4 +1,4 @@
-"""Silences what libraries say about absent accelerators and their own set-up; our own lines would drown in it."""
+"""Log levels: hides library messages about absent accelerators and their own set-up, which would bury ours."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _LOGGERS = (
 
 
 def quiet_libraries() -> None:
-    """Called by the command line before a stage is imported; a program that imports the package is left alone."""
+    """Set the log level of noisy libraries to ERROR. Called by the command line only, never on import."""
     warnings.filterwarnings("ignore")
     for name in _LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
