@@ -7,8 +7,8 @@ import sys
 from nemo.core.config import hydra_runner
 from omegaconf import DictConfig
 
-from nemo_advrm.attacks.adversarial_rl import main
 from nemo_advrm.cli import guarded
+from nemo_advrm.commands.attack import main
 from nemo_advrm.config import from_hydra
 
 

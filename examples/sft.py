@@ -8,8 +8,8 @@ from nemo.core.config import hydra_runner
 from omegaconf import DictConfig
 
 from nemo_advrm.cli import guarded
+from nemo_advrm.commands.sft import main
 from nemo_advrm.config import from_hydra
-from nemo_advrm.training.sft import main
 
 
 @hydra_runner(config_path="../conf", config_name="config")

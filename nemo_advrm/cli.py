@@ -90,19 +90,19 @@ _RL = (
 
 STAGES: dict[str, Stage] = {
     "sft": Stage(
-        "nemo_advrm.training.sft:main",
+        "nemo_advrm.commands.sft:main",
         "train the policy on text",
         (*_COMMON, *_ROWS, *_TRAINING, *_PARALLEL),
         "nemo-advrm sft model=tiny data.train_path=text.jsonl",
     ),
     "train_rm": Stage(
-        "nemo_advrm.training.reward_model:main",
+        "nemo_advrm.commands.train_rm:main",
         "train a reward model on preference pairs",
         (*_COMMON, *_DATA, "reward_model.", *_TRAINING, "augmentation.", *_PARALLEL),
         "nemo-advrm train_rm model=tiny data.train_path=preferences.jsonl",
     ),
     "attack": Stage(
-        "nemo_advrm.attacks.adversarial_rl:main",
+        "nemo_advrm.commands.attack:main",
         "train an adversarial policy against the first reward model of an ensemble",
         (
             *_COMMON,
@@ -119,13 +119,13 @@ STAGES: dict[str, Stage] = {
         "pretrained_checkpoint.restore_from_path=runs/sft/model data.prompts_path=prompts.jsonl",
     ),
     "select": Stage(
-        "nemo_advrm.attacks.select:main",
+        "nemo_advrm.commands.select:main",
         "turn the adversarial samples of an attack into preference pairs",
         ("run_dir", "seed", "selection."),
         "nemo-advrm select run_dir=runs/a selection.max_pairs=500",
     ),
     "rlhf": Stage(
-        "nemo_advrm.training.rlhf:main",
+        "nemo_advrm.commands.rlhf:main",
         "train a policy on a reward: one model or an ensemble",
         (
             *_COMMON,
@@ -147,7 +147,7 @@ STAGES: dict[str, Stage] = {
         "pretrained_checkpoint.restore_from_path=runs/sft/model data.prompts_path=prompts.jsonl",
     ),
     "best_of_n": Stage(
-        "nemo_advrm.evaluation.best_of_n:main",
+        "nemo_advrm.commands.best_of_n:main",
         "gold and proxy of the best of n responses by a reward, against KL; trains nothing",
         (
             *_COMMON,
@@ -208,13 +208,13 @@ STAGES: dict[str, Stage] = {
         "nemo-advrm report runs/seed_0 runs/seed_1 runs/seed_2",
     ),
     "pipeline": Stage(
-        "nemo_advrm.pipeline.rounds:main",
+        "nemo_advrm.commands.pipeline:main",
         "all of it: reward models, rounds of attack and retraining, RLHF, report; resumes where it stopped",
         (*_COMMON, "pipeline.", *_DATA, "ensemble.size", "adversarial.", "selection.", "augmentation.", "rl.algorithm"),
         "nemo-advrm pipeline experiment=synthetic",
     ),
     "stages": Stage(
-        "nemo_advrm.pipeline.dag:main",
+        "nemo_advrm.commands.stages:main",
         "list the pipeline's stages, what each waits for and which are complete (for job schedulers)",
         ("run_dir", "pipeline."),
         "nemo-advrm stages experiment=synthetic run_dir=runs/synthetic",

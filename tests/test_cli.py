@@ -24,7 +24,7 @@ HOST = socket.gethostname()
 @pytest.fixture
 def stage(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """A stage ``train_rm`` whose ``main`` a test sets."""
-    module = ModuleType("nemo_advrm.training.reward_model")
+    module = ModuleType("nemo_advrm.commands.train_rm")
     monkeypatch.setitem(sys.modules, module.__name__, module)
     return module
 

@@ -11,9 +11,8 @@ from typing import Any
 
 import torch
 
-from nemo_advrm import writers
 from nemo_advrm.attacks.pairing import ChosenSide, wrong_labels
-from nemo_advrm.attacks.summary import add_to_summary, check_rule, check_samples, has_summary, success_rates
+from nemo_advrm.attacks.summary import add_to_summary, check_rule, success_rates
 from nemo_advrm.config.schema import Config
 from nemo_advrm.data.jsonl import read_jsonl, write_jsonl_atomic
 from nemo_advrm.data.pair_store import AdversarialPair, PairStore
@@ -37,21 +36,6 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "disagreement_z": (int, float),
     "gold": (int, float, NoneType),
 }
-
-
-def main(cfg: Config) -> int:
-    """Select from the attack in ``run_dir`` (``attack/samples.jsonl`` beside ``reference.jsonl``)."""
-    directory = Path(cfg.run_dir)
-    samples = directory / "attack" / "samples.jsonl"
-    if not samples.exists():
-        raise ConfigError(f"run_dir={cfg.run_dir}: no attack/samples.jsonl there; run nemo-advrm attack first")
-    writers.hold(directory)
-    if has_summary(directory / "attack"):
-        check_samples(directory / "attack")
-    counts = select_round(cfg, directory, 0, cfg.seed)
-    print(f"{counts['selected']} pairs: {directory / 'pairs.jsonl'}  ({dropped(counts)})")
-    print(*found_lines(counts), sep="\n")
-    return 0
 
 
 def select_round(cfg: Config, directory: Path, round_number: int, seed: int) -> dict[str, Any]:

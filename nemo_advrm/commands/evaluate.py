@@ -1,34 +1,24 @@
-"""Stage ``evaluate``: accuracy of reward models of any kind on preference pairs."""
+"""Command ``evaluate``: accuracy of reward models of any kind on preference pairs."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import torch
-from torch import Tensor
-
 from nemo_advrm.config.schema import Config
 from nemo_advrm.data import inputs
-from nemo_advrm.data.encoding import encode_pairs
-from nemo_advrm.data.mismatch import mismatch_line, mismatched_pairs
-from nemo_advrm.data.preferences import PreferencePair
+from nemo_advrm.data.mismatch import mismatched_pairs
 from nemo_advrm.data.tokenizers import build_tokenizer
 from nemo_advrm.engine import runtime
-from nemo_advrm.errors import ConfigError, DataError, RewardSourceError
-from nemo_advrm.objectives.accuracy import accuracy
-from nemo_advrm.objectives.reference import standardise_members
-from nemo_advrm.objectives.uncertainty import combine
+from nemo_advrm.errors import ConfigError
+from nemo_advrm.evaluation.accuracy import (
+    Scored,
+    accuracy_line,
+    check_swapped,
+    combined_line,
+    mismatch_line_of,
+    rollouts_for,
+)
 from nemo_advrm.rewards import sources
-from nemo_advrm.rewards.base import RewardSource, Rollouts, checked_scores
-from nemo_advrm.rewards.hybrid import rollouts_of
-from nemo_advrm.rewards.limits import longest_row
-from nemo_advrm.rewards.standardisation import described, read_statistics
+from nemo_advrm.rewards.base import checked_scores
 from nemo_advrm.run_directory import run_dir
-
-# pairs that are scored a second time, spread evenly over the file
-SWAPPED_PAIRS = 256
-# two batches of one bf16 model differ by less, scores that depend on the batch by more
-ROUNDING = 2.0**-5
 
 
 def main(cfg: Config) -> int:
@@ -43,115 +33,18 @@ def main(cfg: Config) -> int:
     run_dir.start(cfg)
     rows = inputs.evaluation_pairs(cfg)
     members = sources.load_members(cfg, cfg.ensemble.members, build_tokenizer(cfg.model.tokenizer))
-    scored: list[_Scored] = []
+    scored: list[Scored] = []
     mismatched, reason = mismatched_pairs(rows) if cfg.evaluate.mismatch else ([], "evaluate.mismatch=false")
     for member in members:
-        rollouts, kept = _rollouts(member, rows, cfg)
+        rollouts, kept = rollouts_for(member, rows, cfg)
         scores = checked_scores(member, rollouts)
         check_swapped(member, rollouts, scores)
         scored.append((kept, scores))
-        lines = [_line(scores), _mismatch(member, mismatched, reason, cfg)]
+        lines = [accuracy_line(scores), mismatch_line_of(member, mismatched, reason, cfg)]
         if runtime.current().is_writer:
             print("\n".join(line if len(members) == 1 else f"{member.name}: {line}" for line in lines), flush=True)
     if len(members) > 1:
-        line = _combined(cfg, members, scored)
+        line = combined_line(cfg, members, scored)
         if runtime.current().is_writer:
             print(line)
     return 0
-
-
-# the pairs that a member could score, by their source, and its scores [2 N]: all chosen, then all rejected
-_Scored = tuple[list[str], Tensor]
-
-
-def _combined(cfg: Config, members: list[RewardSource], scored: list[_Scored]) -> str:
-    """The line of ``ensemble.aggregate``; all ranks call, as members may be asked to score some of the reference."""
-    options = cfg.ensemble
-    if any(kept != scored[0][0] for kept, _ in scored):
-        return "not combined: the members left out different pairs (too long, or refused by a template)"
-    scores_NK = torch.stack([scores for _, scores in scored], -1)
-    if options.standardise:
-        if not options.reference_path:
-            return (
-                "not combined: the members' raw scores are on different scales; set ensemble.reference_path to the "
-                "reference.jsonl of an attack on these members, or ensemble.standardise=false"
-            )
-        statistics = read_statistics(Path(options.reference_path), members, "ensemble.reference_path")
-        scores_NK = standardise_members(scores_NK, statistics)
-    combined_N = combine(options.aggregate, scores_NK, options.coefficient)
-    told = described(options.aggregate, options.coefficient, len(members), options.standardise)
-    return "\n".join([f"{options.aggregate} of the members: {_line(combined_N)}", *told])
-
-
-def _mismatch(source: RewardSource, rows: list[PreferencePair], reason: str, cfg: Config) -> str:
-    """The line on pairs whose rejected answer belongs to another prompt; all ranks call."""
-    if not rows:
-        return mismatch_line(None, 0, reason)
-    try:
-        rollouts, kept = _rollouts(source, rows, inputs.leaving_out(cfg), tell=False)
-    except DataError as error:  # none is left
-        return mismatch_line(None, 0, str(error))
-    return mismatch_line(accuracy(checked_scores(source, rollouts)), len(kept), "")
-
-
-def _rollouts(
-    source: RewardSource, rows: list[PreferencePair], cfg: Config, tell: bool = True
-) -> tuple[Rollouts, list[str]]:
-    """All chosen responses, then all rejected ones, as tokens where the source's tokenizer is known here; and the
-    pairs that they are of. `tell` prints how many were left out or cut."""
-    tokenizer = getattr(source, "tokenizer", None)
-    if tokenizer is None:
-        texts = [row.chosen for row in rows] + [row.rejected for row in rows]
-        ended = [row.chosen_ended for row in rows] + [row.rejected_ended for row in rows]
-        return _texts([row.prompt for row in rows] * 2, texts, ended), [row.source for row in rows]
-    limit, own, data = cfg.model.encoder_seq_length, longest_row(source), cfg.data
-    try:
-        pairs, counts = encode_pairs(rows, tokenizer, min(limit, own or limit), data.on_overlong, data.on_bad_row)
-    except DataError as error:
-        if not own or own > limit:
-            raise
-        raise DataError(f"{source.name}, which takes {own} tokens: {error}") from error
-    if tell:
-        inputs.say_changed(f"pairs for {source.name}", counts)
-    return rollouts_of(pairs, tokenizer), [pair.source for pair in pairs]
-
-
-def _texts(prompts: list, texts: list[str], ended: list[bool]) -> Rollouts:
-    none: list[list[int]] = [[] for _ in texts]
-    return Rollouts(prompts, texts, ended, none, none, [0] * len(texts), fingerprint="")
-
-
-def _line(scores: Tensor) -> str:
-    chosen, rejected = scores.chunk(2)
-    return f"accuracy {accuracy(scores):.4f}  margin {(chosen - rejected).mean():.4f}  ({len(chosen)} pairs)"
-
-
-def check_swapped(source: RewardSource, rollouts: Rollouts, scores: Tensor) -> None:
-    """Score up to SWAPPED_PAIRS pairs again with chosen and rejected exchanged, in the reverse order.
-
-    The accuracy must then be one minus what it was: a scorer that looks at the place of a response, or at what it is
-    batched with, has no accuracy. Raises RewardSourceError where a response's second score is another one. Scores may
-    differ by the rounding of another batch: by ROUNDING of the larger of their size and their spread.
-
-    Args:
-        rollouts: all chosen responses, then all rejected ones.
-        scores: [2 N], those of ``rollouts``.
-    """
-    pairs = len(rollouts) // 2
-    count = min(pairs, SWAPPED_PAIRS)
-    sample = [pairs * i // count for i in range(count)][::-1]
-    places = [*(pairs + i for i in sample), *sample]
-    before, again = scores[places], checked_scores(source, rollouts.select(places))
-    spread = before.std(correction=0) if len(places) > 1 else before.new_zeros(())
-    allowed = ROUNDING * torch.maximum(before.abs(), again.abs()).clamp(min=float(spread))
-    moved = (again - before).abs()
-    if (moved <= allowed).all():
-        return
-    worst = int((moved - allowed).argmax())
-    raise RewardSourceError(
-        f"reward source {source.name}: the accuracy of {count} pairs with chosen and rejected exchanged is "
-        f"{accuracy(again):.4f}, not one minus the {1 - accuracy(before):.4f} of before: in another order "
-        f"{int((moved > allowed).sum())} of {len(places)} responses have another score, one of them "
-        f"{again[worst]:.4g} after {before[worst]:.4g}. It has no accuracy while a score depends on the place or the "
-        "neighbours of a response"
-    )

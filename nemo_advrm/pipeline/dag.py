@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -233,44 +232,3 @@ def find(among: list[Step], name: str) -> Step:
 def is_skipped(cfg: Config, step: Step, detail: Callable[[str, str], Any]) -> bool:
     """Whether a step belongs to a round that is left out; ``detail(step, key)`` reads ``state.json``."""
     return step.round > last_round(cfg, step.branch, detail)
-
-
-def main(cfg: Config) -> int:
-    """Print a line per stage: name, kind, state (complete, skipped or to do) and the names it waits for, with tabs."""
-    directory = Path(cfg.run_dir)
-    state = _read_state(directory / "state.json")
-
-    def detail(name: str, key: str) -> Any:
-        return state.get(name, {}).get(key)
-
-    report = directory / "report" / "index.html"
-    reported = bool(state) and report.exists() and _written_at(report) >= _written_at(directory / "state.json")
-    run, steps = of_run(cfg)
-    for step in steps:
-        if is_skipped(run, step, detail):
-            status = "skipped"
-        elif (detail(step.name, "status") == "complete" and not added_since(step, detail)) or (
-            step.kind == "report" and reported
-        ):
-            status = "complete"
-        else:
-            status = "todo"
-        print(step.name, step.kind, status, ",".join(step.after) or "-", sep="\t")
-    return 0
-
-
-def _written_at(path: Path) -> float:
-    return path.stat().st_mtime
-
-
-def _read_state(path: Path) -> dict[str, dict[str, Any]]:
-    from nemo_advrm.pipeline.state import read_state
-    from nemo_advrm.run_directory import run_files
-
-    if not path.exists():
-        if run_files.products(path.parent):
-            print(f"{path} is missing: every stage counts as to be done", file=sys.stderr)
-        return {}
-
-    stages: dict[str, dict[str, Any]] = read_state(path)["stages"]
-    return stages

@@ -8,19 +8,17 @@ on, so that several workers of one command (``pipeline.jobs``) share the steps: 
 from __future__ import annotations
 
 import time
-from dataclasses import replace
 from pathlib import Path
 
 from nemo_advrm import writers
 from nemo_advrm.attacks.adversarial_rl import check_directions
 from nemo_advrm.config import for_stage
-from nemo_advrm.config.layout import at_layout
 from nemo_advrm.config.schema import Config
 from nemo_advrm.config.validation import check_held_out
 from nemo_advrm.engine import runtime, stopping
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.pipeline import artefacts, branches
-from nemo_advrm.pipeline.dag import LIGHT, Step, added_since, find, is_skipped, of_run
+from nemo_advrm.pipeline.dag import Step, added_since, is_skipped, of_run
 from nemo_advrm.pipeline.state import RunState
 from nemo_advrm.pipeline.steps import Inputs, Steps
 from nemo_advrm.rank_info import worker
@@ -28,21 +26,6 @@ from nemo_advrm.run_directory import cost, run_dir
 
 # between looks of a worker for a step that has become ready
 LOOK_SECONDS = 0.25
-
-
-def main(cfg: Config) -> int:
-    """Run all that is not complete in ``run_dir`` and print the report's table; or the one stage ``pipeline.only``."""
-    only = None
-    if cfg.pipeline.only:
-        only = find(of_run(cfg)[1], cfg.pipeline.only)
-    run_dir.start(_one_process(cfg) if only and only.kind in LIGHT else cfg)
-    Pipeline(cfg).run(only)
-    return 0
-
-
-def _one_process(cfg: Config) -> Config:
-    """The layout of a stage that uses no model."""
-    return replace(cfg, model=at_layout(cfg.model))
 
 
 class Pipeline:

@@ -13,11 +13,11 @@ from nemo_advrm.config.schema import Config
 from nemo_advrm.data import inputs
 from nemo_advrm.data.encoding import EncodedPair, encode_pairs
 from nemo_advrm.data.messages import Message
-from nemo_advrm.data.mismatch import mismatch_line, mismatched_pairs
+from nemo_advrm.data.mismatch import mismatched_pairs
 from nemo_advrm.data.pair_store import PairStore
 from nemo_advrm.data.preferences import PreferencePair
 from nemo_advrm.data.prompts import split_train_validation
-from nemo_advrm.data.tokenizers import Tokenizer, build_tokenizer
+from nemo_advrm.data.tokenizers import Tokenizer
 from nemo_advrm.engine import runtime
 from nemo_advrm.errors import ConfigError, DataError
 from nemo_advrm.models.reward_model import RewardModel
@@ -27,44 +27,8 @@ from nemo_advrm.objectives.accuracy import accuracy
 from nemo_advrm.rewards.features import HybridReward
 from nemo_advrm.rewards.hybrid import fit_features, fixed_prompts, frozen_policy, rollouts_of, with_prompts
 from nemo_advrm.rewards.local import MegatronReward
-from nemo_advrm.run_directory import run_dir
 from nemo_advrm.training.callbacks.augmentation import AdversarialAugmentation
 from nemo_advrm.training.run_training import fit, read_result, write_result
-
-
-def main(cfg: Config) -> int:
-    """Train one reward model into ``run_dir``; prints loss and accuracy on the validation split."""
-    directory = Path(cfg.run_dir)
-    run_dir.start(cfg)
-    tokenizer = build_tokenizer(cfg.model.tokenizer)
-    train, validation = inputs.training_and_validation_pairs(cfg)
-    data = keep_back(cfg, encode_rows(cfg, tokenizer, train, validation))
-    run_dir.claim(cfg, directory, "train_rm")
-    metrics = train_reward_model(
-        cfg,
-        tokenizer,
-        directory,
-        data,
-        cfg.seed,
-        "train_rm",
-        restore_from=cfg.pretrained_checkpoint.restore_from_path,
-    )
-    if runtime.current().is_writer:
-        print(
-            f"validation: accuracy {metrics['val/accuracy']:.3f}  loss {metrics['val/loss']:.4f}  "
-            f"margin {metrics['val/margin']:.3f}  ({len(data.validation)} pairs)\n"
-            f"{mismatch_line(metrics.get('val/mismatch_accuracy'), len(data.mismatched), data.no_mismatch)}\n"
-            f"{_hybrid_line(metrics)}reward model: {directory / 'model'}"
-        )
-    return 0
-
-
-def _hybrid_line(metrics: dict[str, float]) -> str:
-    if "val/hybrid_accuracy" not in metrics:
-        return ""
-    mismatch = metrics.get("val/hybrid_mismatch_accuracy")
-    told = "" if mismatch is None else f"  mismatched prompts {mismatch:.3f}"
-    return f"with reference features: accuracy {metrics['val/hybrid_accuracy']:.3f}{told}\n"
 
 
 @dataclass(frozen=True)

@@ -9,26 +9,11 @@ from nemo_advrm.data import inputs
 from nemo_advrm.data.jsonl import BadRow
 from nemo_advrm.data.preferences import raise_or_count
 from nemo_advrm.data.sft_rows import SftRow
-from nemo_advrm.data.tokenizers import Tokenizer, build_tokenizer
-from nemo_advrm.engine import runtime
+from nemo_advrm.data.tokenizers import Tokenizer
 from nemo_advrm.errors import ConfigError, DataError
 from nemo_advrm.models.language_model import EncodedResponse, SupervisedModel
 from nemo_advrm.models.trainable import derive_seed
-from nemo_advrm.run_directory import run_dir
 from nemo_advrm.training.run_training import fit, read_result, write_result
-
-
-def main(cfg: Config) -> int:
-    """Fine-tune into ``run_dir/model``."""
-    run_dir.start(cfg)
-    tokenizer = build_tokenizer(cfg.model.tokenizer)
-    rows = encode_responses(cfg, tokenizer, sft_rows(cfg))
-    directory = Path(cfg.run_dir)
-    run_dir.claim(cfg, directory, "sft")
-    metrics = train_sft(cfg, tokenizer, directory, rows)
-    if runtime.current().is_writer:
-        print(f"loss {metrics['train/loss']:.4f}\npolicy: {directory / 'model'}")
-    return 0
 
 
 def sft_rows(cfg: Config) -> list[SftRow]:

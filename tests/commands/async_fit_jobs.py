@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from nemo_advrm.commands import train_rm
 from nemo_advrm.config import load_config
 from nemo_advrm.engine import runtime
 from nemo_advrm.engine.file_writers import FileWriters
 from nemo_advrm.errors import Preempted
 from nemo_advrm.models.reward_model import RewardModel
-from nemo_advrm.training import reward_model
 
 
 def train(run_dir: str, data: str, *overrides: str) -> None:
@@ -32,7 +32,7 @@ def train(run_dir: str, data: str, *overrides: str) -> None:
         "model.global_batch_size=4",
         f"run_dir={run_dir}",
     ]
-    reward_model.main(load_config([*fixed, *overrides], "train_rm"))
+    train_rm.main(load_config([*fixed, *overrides], "train_rm"))
 
 
 def train_in_parallel(run_dir: str, data: str, overrides: list[str], killed: int = 0, signalled: int = 0) -> list[str]:

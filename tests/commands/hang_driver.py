@@ -20,13 +20,13 @@ import torch
 from ports import free_port
 
 from nemo_advrm.cli import guarded
+from nemo_advrm.commands import train_rm
 from nemo_advrm.config import load_config
 from nemo_advrm.config.schema import SyntheticConfig
 from nemo_advrm.data.jsonl import write_jsonl_atomic
 from nemo_advrm.engine import heartbeat
 from nemo_advrm.models.reward_model import RewardModel
 from nemo_advrm.synthetic.preferences import annotated_pairs
-from nemo_advrm.training import reward_model
 
 HANG_SECONDS = 6.0
 STEPS = 8
@@ -117,7 +117,7 @@ def start(case: str, rank: int, port: int, home: Path) -> int:
     ]
     status = 1
     try:
-        status = guarded(lambda: reward_model.main(load_config(overrides, "train_rm")))
+        status = guarded(lambda: train_rm.main(load_config(overrides, "train_rm")))
         heartbeat.stop()  # as at the end of an interpreter, which a world's process does not come to
     except Exception:
         traceback.print_exc()

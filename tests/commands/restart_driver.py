@@ -18,6 +18,7 @@ from random import Random
 
 import torch
 
+from nemo_advrm.commands import rlhf, sft, train_rm
 from nemo_advrm.config import load_config
 from nemo_advrm.config.schema import SyntheticConfig
 from nemo_advrm.data.jsonl import write_jsonl_atomic
@@ -27,7 +28,6 @@ from nemo_advrm.engine.file_writers import FileWriters
 from nemo_advrm.logging_setup import quiet_libraries
 from nemo_advrm.synthetic.corpus import sample_prompts, sample_response
 from nemo_advrm.synthetic.preferences import annotated_pairs
-from nemo_advrm.training import reward_model, rlhf, sft
 from nemo_advrm.training.callbacks.metrics import MetricsWriter
 
 KILLED = -signal.SIGKILL
@@ -181,7 +181,7 @@ def main(home: Path) -> None:
             "model.hidden_dropout=0.1",
             *extra,
         ]
-        return reward_model.main(load_config(overrides, "train_rm"))
+        return train_rm.main(load_config(overrides, "train_rm"))
 
     def policy(out: Path, *extra: str) -> int:
         overrides = [

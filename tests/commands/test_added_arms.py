@@ -16,6 +16,7 @@ import yaml
 from reward_members import PROMPTS, RESPONSES, one_step_of_rl
 
 from nemo_advrm import cli, files, workers, writers
+from nemo_advrm.commands import stages
 from nemo_advrm.config import load_config
 from nemo_advrm.engine.runtime import Runtime
 from nemo_advrm.errors import ConfigError
@@ -287,12 +288,12 @@ def test_an_added_arm_may_be_of_a_branch_that_the_run_holds(
     assert len(workers.plan(cfg)) == 2
     monkeypatch.setattr(rounds, "check_directions", lambda *args: None)
     rounds.check(cfg)
-    assert dag.main(cfg) == 0
+    assert stages.main(cfg) == 0
     names = [line.split("\t")[0] for line in capsys.readouterr().out.splitlines()]
     assert {"rlhf/steps", "branches/steps/round_1/rm_1"} <= set(names) and "rlhf/plain" not in names
 
     unknown = load_config([*base, f"run_dir={run}", "pipeline.rlhf.x={reward: r1, branch: nosuch}"], "pipeline")
-    for look in (workers.plan, rounds.check, dag.main):
+    for look in (workers.plan, rounds.check, stages.main):
         with pytest.raises(ConfigError, match=r"pipeline\.rlhf\.x\.branch=nosuch: is not among .*\(steps\)"):
             look(unknown)
 
@@ -429,7 +430,7 @@ def test_the_room_is_measured_again_when_its_arm_has_got_more_runs(
     work._reopen(steps(2))
     assert done.is_complete("room") and capsys.readouterr().out == ""
 
-    dag.main(load_config([*base, FIRST, "pipeline.rlhf_seeds=3"], "pipeline"))
+    stages.main(load_config([*base, FIRST, "pipeline.rlhf_seeds=3"], "pipeline"))
     listed = {line.split("\t")[0]: line.split("\t")[2] for line in capsys.readouterr().out.splitlines()}
     assert (listed["room"], listed["rlhf/plain/seed_2"], listed["rlhf/plain/seed_3"]) == ("todo", "complete", "todo")
     work._reopen(steps(3))

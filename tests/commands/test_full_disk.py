@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 import yaml
 
+from nemo_advrm.commands import train_rm
 from nemo_advrm.config import load_config
 from nemo_advrm.config.schema import SyntheticConfig
 from nemo_advrm.data.jsonl import write_jsonl_atomic
 from nemo_advrm.engine.runtime import Runtime
 from nemo_advrm.errors import CheckpointError, ConfigError
 from nemo_advrm.synthetic.preferences import annotated_pairs
-from nemo_advrm.training import reward_model
 
 STEPS = 6
 
@@ -61,7 +61,7 @@ def _train(run_dir: Path, data: Path, *overrides: str) -> list[dict[str, float]]
         "model.attention_dropout=0.0",
         f"run_dir={run_dir}",
     ]
-    reward_model.main(load_config([*fixed, *overrides], "train_rm"))
+    train_rm.main(load_config([*fixed, *overrides], "train_rm"))
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 

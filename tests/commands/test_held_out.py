@@ -10,13 +10,13 @@ import pytest
 from reward_members import one_step_of_rl, save_megatron
 
 from nemo_advrm import cli
+from nemo_advrm.commands import rlhf
 from nemo_advrm.config import load_config
 from nemo_advrm.data.messages import Message, prompt_key
 from nemo_advrm.engine.runtime import Runtime
 from nemo_advrm.errors import ConfigError, DataError
 from nemo_advrm.evaluation.held_out import held_out_prompts
 from nemo_advrm.report.measures import measures
-from nemo_advrm.training import rlhf
 from nemo_advrm.training.callbacks.held_out import HeldOutEvaluation
 
 NAMES = ("held_out/gold", "held_out/kl", "held_out/proxy")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from nemo_advrm.commands import stages
 from nemo_advrm.config import load_config
 from nemo_advrm.config.schema import BranchConfig
 from nemo_advrm.errors import ConfigError
@@ -19,7 +20,7 @@ TWO_ROUNDS = ["pipeline.sft=true", "data.train_path=pairs.jsonl", "pipeline.roun
 
 def printed(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
     """Stage name to state."""
-    assert dag.main(load_config([*TWO_ROUNDS, f"run_dir={run_dir}"])) == 0
+    assert stages.main(load_config([*TWO_ROUNDS, f"run_dir={run_dir}"])) == 0
     rows = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
     return {name: status for name, _, status, _ in rows}
 

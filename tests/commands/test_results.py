@@ -12,12 +12,13 @@ import pytest
 
 from nemo_advrm.attacks import select, summary
 from nemo_advrm.attacks.summary import check_samples
+from nemo_advrm.commands import stages
 from nemo_advrm.config import load_config
 from nemo_advrm.config.schema import RLConfig
 from nemo_advrm.data.jsonl import JsonlWriter, write_jsonl_atomic
 from nemo_advrm.engine import manifest
 from nemo_advrm.errors import CheckpointError, DataError
-from nemo_advrm.pipeline import artefacts, dag
+from nemo_advrm.pipeline import artefacts
 from nemo_advrm.pipeline.dag import Step
 from nemo_advrm.pipeline.state import RunState
 from nemo_advrm.rewards.reference import Reference
@@ -162,7 +163,7 @@ def test_a_state_that_cannot_be_read_names_the_cure(tmp_path: Path, content: str
     with pytest.raises(DataError, match=told):
         RunState(tmp_path / "state.json", 1)
     with pytest.raises(DataError, match=told):
-        dag.main(load_config([f"run_dir={tmp_path}"]))
+        stages.main(load_config([f"run_dir={tmp_path}"]))
 
 
 def test_a_lost_state_is_begun_anew_with_a_word(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,13 +12,13 @@ from megatron.core.transformer.enums import AttnMaskType
 from tiny import TOKENIZER, sequences, tiny_config
 from torch import Tensor
 
+from nemo_advrm.commands import train_rm
 from nemo_advrm.config import load_config
 from nemo_advrm.config.schema import ModelConfig, PrecisionConfig
 from nemo_advrm.engine import context, runtime
 from nemo_advrm.engine.attention import FusedCoreAttention
 from nemo_advrm.engine.transformer import transformer_config
 from nemo_advrm.models.language_model import EncodedResponse, SupervisedModel
-from nemo_advrm.training import reward_model
 
 
 def place() -> dict[str, Any]:
@@ -106,5 +106,5 @@ def train_on_ends() -> list[dict[str, float]]:
 
 def train_rm_stage(overrides: list[str], run_dir: str) -> dict[str, Any]:
     """The result that stage ``train_rm`` writes."""
-    assert reward_model.main(load_config([*overrides, f"run_dir={run_dir}"], "train_rm")) == 0
+    assert train_rm.main(load_config([*overrides, f"run_dir={run_dir}"], "train_rm")) == 0
     return json.loads((Path(run_dir) / "result.json").read_text())  # type: ignore[no-any-return]

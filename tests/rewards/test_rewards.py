@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from nemo_advrm.commands import evaluate
 from nemo_advrm.config.schema import AdversarialConfig
 from nemo_advrm.errors import CheckpointError, ConfigError, RewardSourceError
+from nemo_advrm.evaluation import accuracy
 from nemo_advrm.objectives.reference import MemberStatistics, fit_members
 from nemo_advrm.objectives.spread import rounding
 from nemo_advrm.objectives.success import strict_success
@@ -280,9 +280,9 @@ def test_swapping_chosen_and_rejected_gives_one_minus_the_accuracy() -> None:
     values = {"c3": 1.0, "r3": 1.0, "r4": 9.0}
     source, data = _labelled(lambda _, text: values.get(text, 2.0 if text[0] == "c" else 0.0))
     scores = checked_scores(source, data)
-    evaluate.check_swapped(source, data, scores)
-    assert evaluate.accuracy(scores) == 6.5 / 8
-    assert evaluate.accuracy(scores.roll(8)) == 1 - 6.5 / 8
+    accuracy.check_swapped(source, data, scores)
+    assert accuracy.accuracy(scores) == 6.5 / 8
+    assert accuracy.accuracy(scores.roll(8)) == 1 - 6.5 / 8
 
 
 @pytest.mark.parametrize(
@@ -297,12 +297,12 @@ def test_swapping_chosen_and_rejected_gives_one_minus_the_accuracy() -> None:
 def test_a_scorer_that_looks_at_the_place_of_a_response_has_no_accuracy(score: Callable[[int, str], float]) -> None:
     source, data = _labelled(score)
     with pytest.raises(RewardSourceError, match=r"judge.*one minus.*depends on the place"):
-        evaluate.check_swapped(source, data, checked_scores(source, data))
+        accuracy.check_swapped(source, data, checked_scores(source, data))
 
 
 def test_the_rounding_of_another_batch_is_no_difference() -> None:
     source, data = _labelled(lambda place, text: {"c": 8.0, "r": 7.0}[text[0]] * (1 + place * 2.0**-11))
-    evaluate.check_swapped(source, data, checked_scores(source, data))
+    accuracy.check_swapped(source, data, checked_scores(source, data))
 
 
 def test_impossible_ensembles_are_refused() -> None:

@@ -1,0 +1,52 @@
+"""Command ``attack``: trains adversarial policies against an ensemble and records what they find."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nemo_advrm.attacks.adversarial_rl import Attack, attack_prompts, check_directions
+from nemo_advrm.attacks.summary import line
+from nemo_advrm.config.schema import Config
+from nemo_advrm.config.validation import check_held_out
+from nemo_advrm.data.tokenizers import build_tokenizer
+from nemo_advrm.engine import runtime
+from nemo_advrm.errors import ConfigError
+from nemo_advrm.models.language_model import build_policy
+from nemo_advrm.models.policy import encode_prompts
+from nemo_advrm.models.trainable import derive_seed
+from nemo_advrm.rewards.limits import prompts_with_room
+from nemo_advrm.rewards.local import build_gold
+from nemo_advrm.rewards.sources import load_members
+from nemo_advrm.rollouts.sft_responses import read_reference, sample, write_reference
+from nemo_advrm.run_directory import run_dir
+
+
+def main(cfg: Config) -> int:
+    """Attack ``ensemble.members`` from the policy ``pretrained_checkpoint.restore_from_path``."""
+    if len(cfg.ensemble.members) < 2:
+        raise ConfigError("ensemble.members must name at least 2 reward models, the attacked one first")
+    if not cfg.pretrained_checkpoint.restore_from_path:
+        raise ConfigError("pretrained_checkpoint.restore_from_path is not set: name the policy the attack starts from")
+    check_directions(cfg, len(cfg.ensemble.members))
+    check_held_out(cfg, "adversarial.held_out_prompts", cfg.adversarial.held_out_prompts)
+    run_dir.start(cfg)
+    directory = Path(cfg.run_dir)
+    tokenizer = build_tokenizer(cfg.model.tokenizer)
+    prompts = encode_prompts(attack_prompts(cfg), tokenizer, cfg)
+    members = load_members(cfg, cfg.ensemble.members, tokenizer)
+    prompts = prompts_with_room(prompts, tokenizer.fingerprint, members, cfg)
+    run_dir.claim(cfg, directory, "attack")
+    gold = build_gold(cfg.pipeline.gold)
+    if not runtime.on_writer((directory / "reference.jsonl").exists):
+        policy = build_policy(cfg, tokenizer, cfg.pretrained_checkpoint.restore_from_path, 0, trainable=False)
+        count = cfg.reference.samples_per_prompt
+        rollouts = sample(cfg, tokenizer, policy, prompts, count, derive_seed(cfg.seed, "reference"))
+        write_reference(directory / "reference.jsonl", rollouts, count, members, gold)
+    reference = runtime.on_writer(lambda: read_reference(directory / "reference.jsonl", prompts))
+    attack = Attack(cfg, tokenizer, directory / "attack", prompts, members, reference, gold, cfg.seed)
+    summary = attack.run()
+    if runtime.current().is_writer:
+        for direction, found in summary["directions"].items():
+            print(line(direction, found))
+        print(f"samples: {directory / 'attack' / 'samples.jsonl'}  (next: nemo-advrm select run_dir={cfg.run_dir})")
+    return 0

@@ -1,0 +1,26 @@
+"""Command ``pipeline``: all rounds of Adv-RM, then RLHF and the report."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from nemo_advrm.config.layout import at_layout
+from nemo_advrm.config.schema import Config
+from nemo_advrm.pipeline.dag import LIGHT, find, of_run
+from nemo_advrm.pipeline.rounds import Pipeline
+from nemo_advrm.run_directory import run_dir
+
+
+def main(cfg: Config) -> int:
+    """Run all that is not complete in ``run_dir`` and print the report's table; or the one stage ``pipeline.only``."""
+    only = None
+    if cfg.pipeline.only:
+        only = find(of_run(cfg)[1], cfg.pipeline.only)
+    run_dir.start(_one_process(cfg) if only and only.kind in LIGHT else cfg)
+    Pipeline(cfg).run(only)
+    return 0
+
+
+def _one_process(cfg: Config) -> Config:
+    """The layout of a stage that uses no model."""
+    return replace(cfg, model=at_layout(cfg.model))

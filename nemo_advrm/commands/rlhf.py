@@ -1,0 +1,67 @@
+"""Command ``rlhf``: trains a policy against a reward and tracks the gold reward, where there is one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nemo_advrm.config.schema import Config
+from nemo_advrm.config.validation import check_held_out
+from nemo_advrm.data.tokenizers import Tokenizer, build_tokenizer
+from nemo_advrm.engine import runtime
+from nemo_advrm.errors import ConfigError
+from nemo_advrm.models.language_model import build_policy
+from nemo_advrm.models.policy import Prompt, encode_prompts
+from nemo_advrm.models.trainable import derive_seed
+from nemo_advrm.objectives.reference import MemberStatistics
+from nemo_advrm.rewards.base import RewardSource
+from nemo_advrm.rewards.limits import prompts_with_room
+from nemo_advrm.rewards.local import build_gold
+from nemo_advrm.rewards.sources import load_members
+from nemo_advrm.rewards.standardisation import combined, read_statistics
+from nemo_advrm.rollouts.sft_responses import sample, write_reference
+from nemo_advrm.run_directory import run_dir
+from nemo_advrm.training.rlhf import rlhf_prompts, run_rlhf
+
+
+def main(cfg: Config) -> int:
+    """Train into ``run_dir/model`` against ``ensemble.members`` combined by ``ensemble.aggregate``."""
+    if not cfg.ensemble.members:
+        raise ConfigError("ensemble.members must name at least one reward model")
+    if not cfg.pretrained_checkpoint.restore_from_path:
+        raise ConfigError("pretrained_checkpoint.restore_from_path is not set: name the policy RLHF starts from")
+    check_held_out(cfg, "rl.held_out_prompts", cfg.rl.held_out_prompts)
+    run_dir.start(cfg)
+    directory = Path(cfg.run_dir)
+    tokenizer = build_tokenizer(cfg.model.tokenizer)
+    prompts = encode_prompts(rlhf_prompts(cfg), tokenizer, cfg)
+    members = load_members(cfg, cfg.ensemble.members, tokenizer)
+    prompts = prompts_with_room(prompts, tokenizer.fingerprint, members, cfg)
+    run_dir.claim(cfg, directory, "rlhf")
+    statistics = _statistics(cfg, tokenizer, directory, prompts, members)
+    reward = combined(members, cfg.ensemble.aggregate, cfg.ensemble.coefficient, statistics, directory)
+    metrics = run_rlhf(cfg, tokenizer, directory, prompts, reward, build_gold(cfg.pipeline.gold), cfg.seed, "rlhf")
+    if runtime.current().is_writer:
+        gold = f"  gold {metrics['gold']:.3f}" if "gold" in metrics else ""
+        print(f"reward {metrics['proxy']:.3f}{gold}  kl {metrics['kl']:.2f}\npolicy: {directory / 'model'}")
+    return 0
+
+
+def _statistics(
+    cfg: Config, tokenizer: Tokenizer, directory: Path, prompts: list[Prompt], members: list[RewardSource]
+) -> MemberStatistics | None:
+    """By what several members are standardised: a given reference, or responses of the starting policy.
+
+    The latter are sampled once, to ``directory/reference.jsonl``, as an attack samples its own.
+    """
+    if len(members) < 2 or not cfg.ensemble.standardise:
+        return None
+    if cfg.ensemble.reference_path:
+        return read_statistics(Path(cfg.ensemble.reference_path), members, "ensemble.reference_path")
+    path = directory / "reference.jsonl"
+    if not runtime.on_writer(path.exists):
+        count = cfg.reference.samples_per_prompt
+        policy = build_policy(cfg, tokenizer, cfg.pretrained_checkpoint.restore_from_path, 0, trainable=False)
+        seed = derive_seed(cfg.seed, "reference")
+        rollouts = sample(cfg, tokenizer, policy, prompts[: cfg.reference.num_prompts], count, seed)
+        write_reference(path, rollouts, count, members, None)
+    return read_statistics(path, members, "reference")

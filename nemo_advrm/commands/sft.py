@@ -1,0 +1,24 @@
+"""Command ``sft``: fine-tunes a policy on prompts with responses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nemo_advrm.config.schema import Config
+from nemo_advrm.data.tokenizers import build_tokenizer
+from nemo_advrm.engine import runtime
+from nemo_advrm.run_directory import run_dir
+from nemo_advrm.training.sft import encode_responses, sft_rows, train_sft
+
+
+def main(cfg: Config) -> int:
+    """Fine-tune into ``run_dir/model``."""
+    run_dir.start(cfg)
+    tokenizer = build_tokenizer(cfg.model.tokenizer)
+    rows = encode_responses(cfg, tokenizer, sft_rows(cfg))
+    directory = Path(cfg.run_dir)
+    run_dir.claim(cfg, directory, "sft")
+    metrics = train_sft(cfg, tokenizer, directory, rows)
+    if runtime.current().is_writer:
+        print(f"loss {metrics['train/loss']:.4f}\npolicy: {directory / 'model'}")
+    return 0

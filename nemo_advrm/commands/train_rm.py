@@ -1,0 +1,48 @@
+"""Command ``train_rm``: trains a reward model on preference pairs and prints its accuracy on held-out ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nemo_advrm.config.schema import Config
+from nemo_advrm.data import inputs
+from nemo_advrm.data.mismatch import mismatch_line
+from nemo_advrm.data.tokenizers import build_tokenizer
+from nemo_advrm.engine import runtime
+from nemo_advrm.run_directory import run_dir
+from nemo_advrm.training.reward_model import encode_rows, keep_back, train_reward_model
+
+
+def main(cfg: Config) -> int:
+    """Train one reward model into ``run_dir``; prints loss and accuracy on the validation split."""
+    directory = Path(cfg.run_dir)
+    run_dir.start(cfg)
+    tokenizer = build_tokenizer(cfg.model.tokenizer)
+    train, validation = inputs.training_and_validation_pairs(cfg)
+    data = keep_back(cfg, encode_rows(cfg, tokenizer, train, validation))
+    run_dir.claim(cfg, directory, "train_rm")
+    metrics = train_reward_model(
+        cfg,
+        tokenizer,
+        directory,
+        data,
+        cfg.seed,
+        "train_rm",
+        restore_from=cfg.pretrained_checkpoint.restore_from_path,
+    )
+    if runtime.current().is_writer:
+        print(
+            f"validation: accuracy {metrics['val/accuracy']:.3f}  loss {metrics['val/loss']:.4f}  "
+            f"margin {metrics['val/margin']:.3f}  ({len(data.validation)} pairs)\n"
+            f"{mismatch_line(metrics.get('val/mismatch_accuracy'), len(data.mismatched), data.no_mismatch)}\n"
+            f"{_hybrid_line(metrics)}reward model: {directory / 'model'}"
+        )
+    return 0
+
+
+def _hybrid_line(metrics: dict[str, float]) -> str:
+    if "val/hybrid_accuracy" not in metrics:
+        return ""
+    mismatch = metrics.get("val/hybrid_mismatch_accuracy")
+    told = "" if mismatch is None else f"  mismatched prompts {mismatch:.3f}"
+    return f"with reference features: accuracy {metrics['val/hybrid_accuracy']:.3f}{told}\n"
