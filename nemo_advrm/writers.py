@@ -26,8 +26,8 @@ from pathlib import Path
 import psutil
 
 from nemo_advrm.errors import ConfigError
-from nemo_advrm.foreign_files import read_json
 from nemo_advrm.rank_info import host_name
+from nemo_advrm.untrusted_files import read_json
 
 BEAT_SECONDS = 5.0
 # an owner on another host that has not been heard of for so long is dead

@@ -24,9 +24,9 @@ from typing import Any
 from nemo_advrm import signals
 from nemo_advrm.data.jsonl import plain
 from nemo_advrm.errors import CheckpointError
-from nemo_advrm.foreign_files import read_json, read_yaml
 from nemo_advrm.report.lines import lines_of, this_machine
 from nemo_advrm.report.study import GATES, RLHF, Line, read, write_line
+from nemo_advrm.untrusted_files import read_json, read_yaml
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results.jsonl"

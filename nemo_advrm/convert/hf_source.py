@@ -20,7 +20,7 @@ from nemo_advrm.convert.tensors import Description, TensorSpec
 from nemo_advrm.convert.transforms import Transform
 from nemo_advrm.data.reading import rule_in_config
 from nemo_advrm.errors import CheckpointError
-from nemo_advrm.gguf_claims import check_header
+from nemo_advrm.gguf_limits import check_header
 from nemo_advrm.rewards.hf_directory import explained
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "spiece.model")

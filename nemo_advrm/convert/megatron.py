@@ -27,7 +27,7 @@ from nemo_advrm.engine.file_readers import reason
 from nemo_advrm.engine.model import padded_vocab_size
 from nemo_advrm.engine.weights_metadata import open_metadata
 from nemo_advrm.errors import CheckpointError, ConfigError, DataError
-from nemo_advrm.foreign_files import read_json_object
+from nemo_advrm.untrusted_files import read_json_object
 
 TOKENIZER, HF_CONFIG = "tokenizer", "hf_config.json"
 MODEL_FILE = Path("conf", "model", "imported.yaml")  # selected by hydra.searchpath=[DIR/conf] model=imported

@@ -32,7 +32,7 @@ from nemo_advrm.engine.model import padded_vocab_size
 from nemo_advrm.engine.weights_metadata import check_places, read_metadata
 from nemo_advrm.errors import CheckpointError, DataError
 from nemo_advrm.files import put
-from nemo_advrm.foreign_files import decode_json, parse_yaml
+from nemo_advrm.untrusted_files import decode_json, parse_yaml
 
 CONFIG, WEIGHTS = "model_config.yaml", "model_weights"
 # canonical name -> NeMo-Aligner's

@@ -15,7 +15,7 @@ from nemo_advrm.convert.nemo_archive import NemoArchive
 from nemo_advrm.convert.tokenizer_files import copy_tokenizer
 from nemo_advrm.data.nemo_tokenizer import SENTENCEPIECE, SETTINGS
 from nemo_advrm.errors import CheckpointError
-from nemo_advrm.foreign_files import read_json_object
+from nemo_advrm.untrusted_files import read_json_object
 
 TEMPORARY = "nemo_advrm_"  # how directories begin that live as long as an opened .nemo
 _GPT2_NAMES = ("GPT2BPETokenizer", "gpt2")

@@ -18,7 +18,7 @@ from torch import Tensor
 from nemo_advrm.convert.differences import listed
 from nemo_advrm.convert.tensors import TensorSpec
 from nemo_advrm.errors import CheckpointError, one_line
-from nemo_advrm.foreign_files import read_json_object
+from nemo_advrm.untrusted_files import read_json_object
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

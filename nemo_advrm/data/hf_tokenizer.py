@@ -14,7 +14,7 @@ from nemo_advrm.data.messages import Message
 from nemo_advrm.data.reading import ANSWER, ReadingRule, concatenate
 from nemo_advrm.data.special_tokens import SpecialTokens
 from nemo_advrm.errors import DataError
-from nemo_advrm.gguf_claims import check_header
+from nemo_advrm.gguf_limits import check_header
 
 _NO_LIMIT = 10**9
 

@@ -13,9 +13,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from nemo_advrm import files, foreign_files
+from nemo_advrm import files, untrusted_files
 from nemo_advrm.errors import DataError
-from nemo_advrm.foreign_files import DECODER, TooDeep, decode_json
+from nemo_advrm.untrusted_files import DECODER, TooDeep, decode_json
 
 # Text of a byte-level policy or of JSON escapes may hold half a surrogate pair, which UTF-8 cannot: Python's backslash
 # form of it is also its JSON escape.
@@ -146,7 +146,7 @@ def parse_json(text: str, source: str) -> Any:
 def check_depth(value: Any, source: str) -> Any:
     """``value`` itself; BadRow when lists and objects stand too deep in each other."""
     try:
-        foreign_files.check_depth(value)
+        untrusted_files.check_depth(value)
     except TooDeep as error:
         raise BadRow(source, "broken_json", f"broken JSON: {error}") from None
     return value

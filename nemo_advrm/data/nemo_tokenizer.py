@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from nemo_advrm.data.messages import Message
 from nemo_advrm.data.reading import concatenate
 from nemo_advrm.errors import DataError
-from nemo_advrm.foreign_files import read_json_object
+from nemo_advrm.untrusted_files import read_json_object
 
 SETTINGS = "tokenizer_nemo.json"
 SENTENCEPIECE = "tokenizer.model"

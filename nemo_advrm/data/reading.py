@@ -12,7 +12,7 @@ from typing import Any
 
 from nemo_advrm.data.messages import Message
 from nemo_advrm.errors import CheckpointError
-from nemo_advrm.foreign_files import read_json_object
+from nemo_advrm.untrusted_files import read_json_object
 
 CONVERSATION, ANSWER = "conversation", "answer"
 KEY = "reading_rule"  # in meta.json of a checkpoint

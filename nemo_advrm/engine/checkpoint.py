@@ -34,7 +34,7 @@ from nemo_advrm.engine.fp8_states import check_fp8_states
 from nemo_advrm.engine.model import MegatronModel, padded_vocab_size
 from nemo_advrm.engine.optim import MegatronOptimizer
 from nemo_advrm.errors import CheckpointError, one_line
-from nemo_advrm.foreign_files import read_json_object
+from nemo_advrm.untrusted_files import read_json_object
 
 FORMAT = 1
 WEIGHTS = "weights"  # directory of Megatron's files

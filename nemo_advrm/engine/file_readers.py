@@ -32,7 +32,7 @@ from torch.futures import Future
 
 from nemo_advrm.engine.weights_metadata import open_metadata
 from nemo_advrm.errors import CheckpointError, one_line
-from nemo_advrm.foreign_files import read_json_object
+from nemo_advrm.untrusted_files import read_json_object
 
 
 def load_weights(state: dict[str, Any], directory: Path) -> dict[str, Any]:

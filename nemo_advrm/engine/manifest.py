@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from nemo_advrm import files
 from nemo_advrm.engine import runtime
-from nemo_advrm.foreign_files import read_json
+from nemo_advrm.untrusted_files import read_json
 
 NAME = "manifest.json"
 _WRITTEN_BY = re.compile(r"__(\d+)_\d+\.distcp$")

@@ -20,7 +20,7 @@ from nemo_advrm.engine import runtime
 from nemo_advrm.engine.loop_state import check_loop_state
 from nemo_advrm.engine.training_state import TRAINER_STATE, TrainingSave, load_training_state
 from nemo_advrm.errors import CheckpointError
-from nemo_advrm.foreign_files import read_json_object
+from nemo_advrm.untrusted_files import read_json_object
 
 if TYPE_CHECKING:
     from nemo_advrm.models.trainable import TrainableModel

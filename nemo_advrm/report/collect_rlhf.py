@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from nemo_advrm.foreign_files import decode_yaml, read_bytes
 from nemo_advrm.report.files import Row, as_object, count, number, numbers, read_json, read_jsonl
 from nemo_advrm.report.measures import MATCHED_KL, SMOOTHING_WINDOW, TOLERANCE, Options, column, curves
 from nemo_advrm.report.records import BestOfN, Reward, Rlhf, RlhfRun
+from nemo_advrm.untrusted_files import decode_yaml, read_bytes
 
 PLAIN, HARDENED = "r1", "adv_rm"
 RLHF_ORDER = (PLAIN, "ensemble_mean", "lcb", HARDENED)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_advrm.data.jsonl import MAX_LINE_BYTES
-from nemo_advrm.foreign_files import decode_json, read_bytes
+from nemo_advrm.untrusted_files import decode_json, read_bytes
 
 Row = dict[str, Any]
 Scores = tuple[float | None, ...]

@@ -13,7 +13,7 @@ from nemo_advrm.data.jsonl import BadRow
 from nemo_advrm.data.messages import Message, check_messages
 from nemo_advrm.engine import manifest
 from nemo_advrm.errors import CheckpointError, ConfigError
-from nemo_advrm.foreign_files import read_json_object
+from nemo_advrm.untrusted_files import read_json_object
 
 FILE = "reference_features.json"
 FORMAT = 1

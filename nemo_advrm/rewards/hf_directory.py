@@ -17,9 +17,9 @@ from typing import Any
 from torch import nn
 
 from nemo_advrm.errors import CheckpointError
-from nemo_advrm.foreign_files import read_json
-from nemo_advrm.hf_claims import check_counts
+from nemo_advrm.hf_limits import check_counts
 from nemo_advrm.rewards.attributes import check_attributes
+from nemo_advrm.untrusted_files import read_json
 
 CLASSIFIER = "ForSequenceClassification"
 _ADAPTER = re.compile(r"adapter_(config\.json|model.*)|non_lora_trainables\.bin|lora.*")

@@ -15,7 +15,7 @@ import tenacity
 
 from nemo_advrm.config.schema import RemoteConfig
 from nemo_advrm.errors import ConfigError, RewardSourceError
-from nemo_advrm.foreign_files import decode_json
+from nemo_advrm.untrusted_files import decode_json
 
 TOKEN_VARIABLE = "NEMO_ADVRM_TOKEN"
 _LARGEST_ANSWER = 256 * 2**20

@@ -12,7 +12,7 @@ from typing import Any
 from nemo_advrm import files
 from nemo_advrm.engine import checkpoint, manifest, runtime
 from nemo_advrm.errors import DataError
-from nemo_advrm.foreign_files import read_json
+from nemo_advrm.untrusted_files import read_json
 
 # says what is wrong with the content of a file, in a few words, "" for nothing
 Check = Callable[[dict[str, Any]], str]

@@ -16,8 +16,8 @@ from nemo_advrm.config.keys import stages_with_settings
 from nemo_advrm.config.schema import Config
 from nemo_advrm.engine import checkpoint, manifest
 from nemo_advrm.errors import ConfigError
-from nemo_advrm.foreign_files import decode_yaml, read_bytes
 from nemo_advrm.rewards import sources
+from nemo_advrm.untrusted_files import decode_yaml, read_bytes
 
 _DIRECTORIES = (
     *("checkpoints", "model", "logs", "attack", "report", "sft", "preferences", "rlhf", "best_of_n"),

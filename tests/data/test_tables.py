@@ -58,7 +58,7 @@ def test_a_row_over_a_limit_is_a_bad_row_of_its_number(
 
 @pytest.mark.parametrize("kind", ("parquet", "saved"))
 def test_a_row_that_nests_too_deeply_is_a_bad_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
-    monkeypatch.setattr("nemo_advrm.foreign_files.MAX_DEPTH", 4)
+    monkeypatch.setattr("nemo_advrm.untrusted_files.MAX_DEPTH", 4)
     rows = [{**GOOD, "note": None}, {**GOOD, "note": [[[[["deep"]]]]]}, {**GOOD, "note": [[]]}]
     path = write(tmp_path, pyarrow.Table.from_pylist(rows), kind)
     first, deep, last = rows_of(path)

@@ -22,15 +22,15 @@ from nemo_advrm.data.tokenizers import build_tokenizer
 from nemo_advrm.engine import checkpoint, manifest
 from nemo_advrm.engine.runtime import Runtime
 from nemo_advrm.errors import CheckpointError, DataError, UserError
-from nemo_advrm.foreign_files import parse_yaml, read_json_object
 from nemo_advrm.rewards.sources import load_members
+from nemo_advrm.untrusted_files import parse_yaml, read_json_object
 
 DEEP, LONG = "[" * 100_000, "9" * 5_000
 
 
 @pytest.fixture(scope="module")
 def saved(single: Runtime, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_megatron(tmp_path_factory.mktemp("foreign") / "rm")
+    return save_megatron(tmp_path_factory.mktemp("untrusted") / "rm")
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def ours(saved: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_hf_reward(tmp_path_factory.mktemp("foreign_hf") / "rm")
+    return save_hf_reward(tmp_path_factory.mktemp("untrusted_hf") / "rm")
 
 
 @pytest.mark.parametrize("text", [DEEP, f'{{"a": {LONG}}}', "[1]", '{"a"', "\ud83d"])

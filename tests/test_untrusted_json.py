@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_advrm import foreign_files, writers
+from nemo_advrm import untrusted_files, writers
 from nemo_advrm.config.schema import ConvertConfig
 from nemo_advrm.convert.conversion import _card_facts
 from nemo_advrm.convert.nemo_file import archived_weights
@@ -20,12 +20,12 @@ from nemo_advrm.data.nemo_tokenizer import NemoTokenizer
 from nemo_advrm.data.reading import ReadingRule, rule_in_config
 from nemo_advrm.engine import manifest
 from nemo_advrm.errors import ConfigError, DataError, UserError
-from nemo_advrm.foreign_files import decode_json, read_json_object
 from nemo_advrm.pipeline.state import read_state
 from nemo_advrm.report.collect_rlhf import read_settings
 from nemo_advrm.report.files import read_json, read_jsonl
 from nemo_advrm.rewards.hf_directory import read_config
 from nemo_advrm.run_directory import results, run_files
+from nemo_advrm.untrusted_files import decode_json, read_json_object
 
 DEEP, LONG = "[" * 100_000, '{"a": %s}' % ("9" * 5_000)
 PAYLOADS = {
@@ -42,7 +42,7 @@ PAYLOADS = {
 @pytest.fixture(params=PAYLOADS)
 def payload(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bytes:
     if request.param == "large":
-        monkeypatch.setattr(foreign_files.read_bytes, "__defaults__", (1_000,))
+        monkeypatch.setattr(untrusted_files.read_bytes, "__defaults__", (1_000,))
     return PAYLOADS[request.param].encode("utf-8", "surrogateescape")
 
 
