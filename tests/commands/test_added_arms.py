@@ -196,7 +196,7 @@ def test_arms_of_several_runs_get_more_of_them(
     run = tmp_path / "run"
     for count in (2, 3, 3):
         _claim(run, FIRST, f"pipeline.rlhf_seeds={count}")
-    assert capsys.readouterr().out.count(f"{run} goes on with rounds.rlhf_seeds=3 (before: 2)\n") == 1
+    assert capsys.readouterr().out.count(f"{run} goes on with pipeline.rlhf_seeds=3 (before: 2)\n") == 1
     assert _changes(run) == [("pipeline.rlhf_seeds", 2, 3)]
     two, three = (dag.order(load_config([FIRST, f"pipeline.rlhf_seeds={count}"], "pipeline")) for count in (2, 3))
     assert [step.name for step in three if step not in two] == ["rlhf/plain/seed_3", "report"]
