@@ -1,3 +1,7 @@
 """nemo_advrm: adversarial training of reward models (arXiv 2504.06141) on NeMo and Megatron-Core."""
 
+from nemo_advrm.config.moved import serve_moved_modules
+
 __version__ = "0.1.0"
+
+serve_moved_modules()

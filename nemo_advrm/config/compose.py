@@ -25,6 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from nemo_advrm import files
 from nemo_advrm.config.keys import expected_type, is_section, nearest, nearest_key, stages_with_settings, type_name
+from nemo_advrm.config.moved import moved_key
 from nemo_advrm.config.schema import Config
 from nemo_advrm.config.validation import check_values
 from nemo_advrm.errors import ConfigError
@@ -230,7 +231,7 @@ def _checked_line(override: Override, roots: Sequence[Path]) -> str:
         return line.lstrip("+")
     expected = expected_type(key)
     if expected is None:
-        raise ConfigError(f"unknown key {key}: did you mean {nearest_key(key)}?")
+        raise _unknown(key)
     if is_section(key) and not isinstance(value, dict):
         raise ConfigError(f"{line}: {key} is a section of keys, not a value (as in {key}.{_first_field(expected)}=...)")
     # ++ adds or changes: a key inside stage.* or pipeline.rlhf.* need not be there yet. A section that need not be
@@ -243,6 +244,11 @@ def _checked_line(override: Override, roots: Sequence[Path]) -> str:
                 inner = f"{{{name}:{inner}}}"
             return f"++{'.'.join(parts[: depth - 1])}={inner}"
     return f"++{key}={text}"
+
+
+def _unknown(key: str) -> ConfigError:
+    """The error for a key that the schema lacks: what replaced it, or the nearest key."""
+    return ConfigError(moved_key(key) or f"unknown key {key}: did you mean {nearest_key(key)}?")
 
 
 def _first_field(section: Any) -> str:
@@ -260,7 +266,7 @@ def _check_names(node: dict[str, Any], prefix: str = "") -> None:
     for name, value in node.items():
         dotted = f"{prefix}{name}"
         if expected_type(dotted) is None:
-            raise ConfigError(f"unknown key {dotted}: did you mean {nearest_key(dotted)}?")
+            raise _unknown(dotted)
         if isinstance(value, dict):
             _check_names(value, dotted + ".")
 
@@ -320,5 +326,5 @@ def _explained(error: BaseException) -> ConfigError:
         return ConfigError(" ".join(str(error).split()))
     expected = expected_type(key)
     if expected is None:
-        return ConfigError(f"unknown key {key}: did you mean {nearest_key(key)}?")
+        return _unknown(key)
     return ConfigError(f"{key}: {reason} (expected {type_name(expected)})")

@@ -1,0 +1,101 @@
+"""The one table of everything that was renamed or removed, and what serves the old names.
+
+Configuration keys are refused with what replaces them: a setting that silently means something else is worse than an
+error. Files and imports stay readable: class paths in .nemo files and imports of earlier documentation are served by an
+import hook, fields of data files by :func:`current_fields`.
+
+The import hook is our own because the standard library has none; a stub module in every old place would keep the old
+layout alive in the tree.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.abc
+import importlib.machinery
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+from types import ModuleType
+from typing import Any
+
+# Old dotted key -> what to tell: "is now NEW.KEY" or "was removed: ...". A key that names a section covers its keys:
+# "is now X" then means X.REST for OLD.REST.
+MOVED_KEYS: dict[str, str] = {}
+
+# Old module or package -> its new place; a package covers the modules below it, the longest match counts. Serves old
+# documented imports and class paths of .nemo files ("target: nemo_advrm.aligner....") alike.
+MOVED_MODULES: dict[str, str] = {}
+
+# Kind of file (pairs | samples | reference) -> old field -> new field.
+MOVED_FIELDS: dict[str, dict[str, str]] = {}
+
+
+def moved_key(name: str) -> str:
+    """The sentence that refuses a renamed or removed key, "" for any other; ``stage.NAME.KEY`` is looked up as KEY."""
+    parts = name.split(".")
+    prefix = ".".join(parts[:2]) + "." if parts[0] == "stage" and len(parts) > 2 else ""
+    parts = parts[2:] if prefix else parts
+    for end in range(len(parts), 0, -1):
+        told = MOVED_KEYS.get(".".join(parts[:end]))
+        if told is None:
+            continue
+        action, is_renamed, new = told.partition("is now ")
+        if is_renamed and not action:
+            return f"{name} is now {'.'.join([prefix + new, *parts[end:]])}"
+        return f"{name} {told}"
+    return ""
+
+
+def current_fields(kind: str, row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of a data file with the fields' present names; ``kind`` is a key of :data:`MOVED_FIELDS`."""
+    names = MOVED_FIELDS.get(kind, {})
+    return {names.get(field, field): value for field, value in row.items()}
+
+
+def moved_module(name: str) -> str:
+    """The present name of a module that was moved, "" for any other."""
+    parts = name.split(".")
+    for end in range(len(parts), 1, -1):
+        new = MOVED_MODULES.get(".".join(parts[:end]))
+        if new is not None:
+            return ".".join([new, *parts[end:]])
+    return ""
+
+
+class _MovedModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Imports a moved module under its old name, with a DeprecationWarning; both names are the same module.
+
+    It must stand first in ``sys.meta_path``: below a moved package the path finder would find the file in the new
+    folder and load it a second time under the old name.
+    """
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if not fullname.startswith("nemo_advrm."):
+            return None
+        if moved_module(fullname):
+            return importlib.machinery.ModuleSpec(fullname, self)
+        # A package whose modules all went elsewhere has no folder any more, but is imported on the way to them.
+        if any(old.startswith(fullname + ".") for old in MOVED_MODULES):
+            found = importlib.machinery.PathFinder.find_spec(fullname, path)
+            return found or importlib.machinery.ModuleSpec(fullname, self, is_package=True)
+        return None
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
+        return None
+
+    def exec_module(self, module: ModuleType) -> None:
+        old = module.__name__
+        new = moved_module(old)
+        if new:
+            warnings.warn(f"{old} is now {new}", DeprecationWarning, stacklevel=2)
+            # the import system hands out what stands in sys.modules after this call
+            sys.modules[old] = importlib.import_module(new)
+
+
+def serve_moved_modules() -> None:
+    """Install the import hook, once; called when ``nemo_advrm`` is imported."""
+    if not any(isinstance(finder, _MovedModules) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _MovedModules())

@@ -1,0 +1,86 @@
+"""Renamed and removed names: keys are refused with their replacement, old imports and fields are read."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from nemo_advrm.config import load_config, moved
+from nemo_advrm.config.keys import expected_type
+from nemo_advrm.errors import ConfigError
+
+
+@pytest.fixture
+def moved_names(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """Tables of examples; modules imported under old names are forgotten afterwards."""
+    before = set(sys.modules)
+    monkeypatch.setattr(
+        moved,
+        "MOVED_MODULES",
+        {"nemo_advrm.scores": "nemo_advrm.objectives", "nemo_advrm.lost.place": "nemo_advrm.errors"},
+    )
+    monkeypatch.setattr(
+        moved, "MOVED_KEYS", {"steps": "is now trainer.max_steps", "opt": "is now model.optim", "fast": "was removed"}
+    )
+    monkeypatch.setattr(moved, "MOVED_FIELDS", {"pairs": {"good": "chosen"}})
+    yield monkeypatch
+    for name in set(sys.modules) - before:
+        if name.startswith(("nemo_advrm.scores", "nemo_advrm.lost")):
+            del sys.modules[name]
+
+
+@pytest.mark.usefixtures("moved_names")
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("nemo_advrm.scores", "nemo_advrm.objectives"),
+        ("nemo_advrm.scores.masked", "nemo_advrm.objectives.masked"),
+        ("nemo_advrm.lost.place", "nemo_advrm.errors"),
+    ],
+)
+def test_an_old_import_is_the_same_module_with_a_warning(old: str, new: str) -> None:
+    with pytest.warns(DeprecationWarning, match=f"{old} is now {new}"):
+        module = importlib.import_module(old)
+    assert module is importlib.import_module(new)
+    assert module.__name__ == new and module.__spec__ is not None and module.__spec__.name == new
+
+
+def test_an_unknown_module_is_still_an_error() -> None:
+    with pytest.raises(ModuleNotFoundError, match="No module named"):
+        importlib.import_module("nemo_advrm.nothing")
+
+
+@pytest.mark.usefixtures("moved_names")
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("steps=3", "steps is now trainer.max_steps"),
+        ("opt.lr=3", "opt.lr is now model.optim.lr"),
+        ("opt={lr: 3}", "opt is now model.optim"),
+        ("stage.sft.opt.lr=3", "stage.sft.opt.lr is now stage.sft.model.optim.lr"),
+        ("fast=true", "fast was removed"),
+    ],
+)
+def test_a_moved_key_is_refused_with_what_replaces_it(override: str, told: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_config([override])
+    assert str(error.value) == told
+
+
+@pytest.mark.usefixtures("moved_names")
+def test_fields_of_rows_get_their_present_names() -> None:
+    assert moved.current_fields("pairs", {"good": "a", "rejected": "b"}) == {"chosen": "a", "rejected": "b"}
+    assert moved.current_fields("samples", {"good": "a"}) == {"good": "a"}
+
+
+def test_the_tables_name_what_exists() -> None:
+    for old, told in moved.MOVED_KEYS.items():
+        assert expected_type(old) is None, f"{old} is a key of the schema"
+        if told.startswith("is now "):
+            assert expected_type(told.split()[2].rstrip(",;:")) is not None, f"{old} {told}"
+    for old, new in moved.MOVED_MODULES.items():
+        assert importlib.util.find_spec(new) is not None, f"{old} -> {new}"
