@@ -34,11 +34,11 @@ from nemo_advrm.training.run_training import drop_training_checkpoints, fit, rec
 
 def check_directions(cfg: Config, members: int) -> None:
     """Raise ConfigError when a member that is to be attacked does not exist."""
-    for direction in cfg.adversarial.directions:
+    for direction in cfg.adversarial.target_members:
         if not 1 <= direction <= members:
             raise ConfigError(
-                f"adversarial.directions={cfg.adversarial.directions}: there is no member {direction}, the ensemble "
-                f"has {members} (ensemble.size, ensemble.members)"
+                f"adversarial.target_members={cfg.adversarial.target_members}: there is no member {direction}, the "
+                f"ensemble has {members} (ensemble.size, ensemble.members)"
             )
 
 
@@ -79,8 +79,8 @@ class Attack:
         if finished is not None:
             runtime.on_writer(lambda: check_samples(self.directory))
             return finished
-        for direction in self.cfg.adversarial.directions:
-            for number in range(self.cfg.adversarial.policies):
+        for direction in self.cfg.adversarial.target_members:
+            for number in range(self.cfg.adversarial.num_adversaries):
                 name = policy_name(direction, number)
                 stopping.leave_if_asked(f"before the attack of {name}: the same command goes on there")
                 self.train(direction, number)
@@ -124,7 +124,7 @@ class Attack:
         if not options.enough:
             return []
         rule = FindRule(self.cfg, self.reference, recorder.direction, self.tokenizer)
-        return [EnoughFinds(recorder, rule, -(-options.enough // options.policies))]
+        return [EnoughFinds(recorder, rule, -(-options.enough // options.num_adversaries))]
 
 
 def _finished_adversary(home: Path) -> dict[str, Any] | None:
@@ -134,8 +134,8 @@ def _finished_adversary(home: Path) -> dict[str, Any] | None:
 def join_attacks(cfg: Config, directory: Path) -> dict[str, Any]:
     """Join what the adversaries have left: ``samples.jsonl``, ``metrics.jsonl``, the ``summary.json`` of all."""
     homes: dict[int, list[Path]] = {
-        direction: [directory / policy_name(direction, i) for i in range(cfg.adversarial.policies)]
-        for direction in cfg.adversarial.directions
+        direction: [directory / policy_name(direction, i) for i in range(cfg.adversarial.num_adversaries)]
+        for direction in cfg.adversarial.target_members
     }
     found = {
         str(direction): of_direction([_finished_adversary(home) or {} for home in own])

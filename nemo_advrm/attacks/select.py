@@ -207,12 +207,12 @@ def random_pairs(cfg: Config, home: Path, count: int, seed: int, round_number: i
     """Write ``count`` pairs of SFT responses alone to ``home/random_pairs.jsonl``: the control of adversarial ones.
 
     The chosen sides follow the same rule (``selection.chosen``), the rejected ones are drawn from the prompt's other
-    SFT responses that ended and are text. Prompts and ``adversarial.directions`` take turns. Returns ``selected`` and
-    ``wrong_labels``. Raises ConfigError when the reference in ``home`` has too few such responses.
+    SFT responses that ended and are text. Prompts and ``adversarial.target_members`` take turns. Returns ``selected``
+    and ``wrong_labels``. Raises ConfigError when the reference in ``home`` has too few such responses.
     """
     tokenizer = build_tokenizer(cfg.model.tokenizer)
     reference = Reference.read(home / "reference.jsonl")
-    rules = [FindRule(cfg, reference, direction, tokenizer) for direction in cfg.adversarial.directions]
+    rules = [FindRule(cfg, reference, direction, tokenizer) for direction in cfg.adversarial.target_members]
     usable_PI, sft_PN = rules[0].usable_PI, reference.responses_PN
     sides = [ChosenSide(cfg.selection, reference, usable_PI, rule.target + 1, seed) for rule in rules]
     draw = torch.Generator().manual_seed(derive_seed(seed, "random pairs"))

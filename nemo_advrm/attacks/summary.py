@@ -90,9 +90,10 @@ def check_rule(cfg: Config, directory: Path) -> None:
     if asked is None or asked == asks_others(cfg.adversarial):
         return
     options = cfg.adversarial
-    key = f"coefficient={options.coefficient:g}" if options.preset == "paper" else f"lam2={options.lam2:g}"
+    name = "coefficient" if options.preset == "paper" else "others_weight"
     done = "asked for the others' dislike" if asked else "maximised the target alone"
-    raise ConfigError(f"adversarial.{key}: the attack in {directory} {done}; give the value that it had")
+    setting = f"adversarial.{name}={getattr(options, name):g}"
+    raise ConfigError(f"{setting}: the attack in {directory} {done}; give the value that it had")
 
 
 def add_to_summary(directory: Path, by_direction: dict[str, dict[str, Any]]) -> None:

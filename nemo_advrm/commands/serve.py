@@ -143,7 +143,7 @@ def _reward(cfg: Config, members: list[RewardSource], reference: Reference | Non
     if reference is not None:
         given = cfg.serve.reference_path or cfg.ensemble.reference_path
         check_members(reference, members, f"serve.reference_path={given}")
-        return AdversarialReward(members, cfg.adversarial, reference, cfg.adversarial.directions[0] - 1)
+        return AdversarialReward(members, cfg.adversarial, reference, cfg.adversarial.target_members[0] - 1)
     statistics = read_statistics(Path(path), members, "serve.reference_path") if path else None
     if len(members) > 1 and cfg.ensemble.standardise and not path:
         runtime.on_writer(lambda: print(RAW_SCORES, flush=True))

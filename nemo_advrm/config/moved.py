@@ -21,7 +21,13 @@ from typing import Any
 
 # Old dotted key -> what to tell: "is now NEW.KEY" or "was removed: ...". A key that names a section covers its keys:
 # "is now X" then means X.REST for OLD.REST.
-MOVED_KEYS: dict[str, str] = {}
+MOVED_KEYS: dict[str, str] = {
+    "adversarial.lam1": "is now adversarial.target_weight",
+    "adversarial.lam2": "is now adversarial.others_weight",
+    "adversarial.anchor": "is now adversarial.min_target_score",
+    "adversarial.directions": "is now adversarial.target_members",
+    "adversarial.policies": "is now adversarial.num_adversaries",
+}
 
 # Old module or package -> its new place; a package covers the modules below it, the longest match counts. Serves old
 # documented imports and class paths of .nemo files ("target: nemo_advrm.aligner....") alike.

@@ -214,12 +214,12 @@ class AdversarialConfig:
     preset: str = "paper"  # paper (z-scored, per prompt) | raw (constants on raw scores)
     coefficient: float = 1.5  # lambda of the paper preset; 0: the adversary maximises the target alone
     penalty: float = -4.0  # reward of the paper preset where R_1 <= T_1(x)
-    raw_penalty: float = -25.0  # added by the raw preset where R_1 < anchor
-    lam1: float = 1.0
-    lam2: float = 1.0
-    anchor: float = -3.0
-    directions: list[int] = field(default_factory=lambda: [1])  # members attacked in turn, 1 is R_1
-    policies: int = 1  # adversaries per direction, which differ by seed and so in what they find
+    raw_penalty: float = -25.0  # added by the raw preset where R_1 < min_target_score
+    target_weight: float = 1.0  # of the target's score in the raw preset
+    others_weight: float = 1.0  # of the other members' mean score in the raw preset
+    min_target_score: float = -3.0  # raw preset: the others count above this score of the target only
+    target_members: list[int] = field(default_factory=lambda: [1])  # members attacked in turn, 1 is R_1
+    num_adversaries: int = 1  # adversaries per target member, which differ by seed and so in what they find
     enough: int = 0  # different finds of a direction in selection.last_fraction at which its attack ends; 0: never
     held_out_prompts: int = 0  # prompts beside the attack's own, on which finished adversaries are measured; 0: none
 

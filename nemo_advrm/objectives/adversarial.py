@@ -28,21 +28,22 @@ def paper_reward(
 
 def raw_reward(
     scores_BK: Tensor,
-    lam1: float = 1.0,
-    lam2: float = 1.0,
-    anchor: float = -3.0,
+    target_weight: float = 1.0,
+    others_weight: float = 1.0,
+    min_target_score: float = -3.0,
     penalty: float = -25.0,
     target: int = 0,
 ) -> Tensor:
-    """lam1 * R_1 - lam2 * R_2 * [R_1 > anchor] + penalty * [R_1 < anchor]; [B].
+    """target_weight * R_1 - others_weight * R_2 * [R_1 > m] + penalty * [R_1 < m], m = min_target_score; [B].
 
-    Works on unstandardised scores with one constant for all prompts, so it needs no reference statistics; below the
-    anchor R_1 itself still guides the adversary upwards. Raises ConfigError unless K > 1 and `target` exists.
+    Works on unstandardised scores with one constant for all prompts, so it needs no SFT statistics. Below m R_1 itself
+    still guides the adversary upwards. Raises ConfigError unless K > 1 and `target` exists.
     """
     other_B = others_mean(scores_BK, target)
     target_B = scores_BK[:, target]
-    reward_B = lam1 * target_B - lam2 * torch.where(target_B > anchor, other_B, torch.zeros_like(other_B))
-    return torch.where(target_B < anchor, reward_B + penalty, reward_B)
+    counted_B = torch.where(target_B > min_target_score, other_B, torch.zeros_like(other_B))
+    reward_B = target_weight * target_B - others_weight * counted_B
+    return torch.where(target_B < min_target_score, reward_B + penalty, reward_B)
 
 
 def length_penalty(rewards_N: Tensor, ended_N: Tensor, noise_N: Tensor | None = None) -> float:

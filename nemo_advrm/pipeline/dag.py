@@ -122,8 +122,8 @@ def _branch(cfg: Config, branch: str, options: BranchConfig) -> list[Step]:
             continue
         adversaries = [
             Step(f"{place}/attack/{policy_name(d, i)}", "attack", (reference.name,), number, 0, branch, (d, i))
-            for d in cfg.adversarial.directions
-            for i in range(cfg.adversarial.policies)
+            for d in cfg.adversarial.target_members
+            for i in range(cfg.adversarial.num_adversaries)
         ]
         steps += adversaries
         names = tuple(step.name for step in adversaries)

@@ -134,7 +134,8 @@ class AdversarialReward:
     ) -> None:
         self.ensemble = UncertaintyReward(sources)
         if not 0 <= target < len(sources):
-            raise ConfigError(f"adversarial.directions: member {target + 1} does not exist, there are {len(sources)}")
+            told = f"member {target + 1} does not exist, there are {len(sources)}"
+            raise ConfigError(f"adversarial.target_members: {told}")
         if options.preset not in PRESETS:
             raise unknown_name("adversarial.preset", options.preset, PRESETS)
         self.options = options
@@ -153,10 +154,15 @@ class AdversarialReward:
             )
         else:
             rewards_N = raw_reward(
-                scores_NK, options.lam1, options.lam2, options.anchor, options.raw_penalty, self.target
+                scores_NK,
+                options.target_weight,
+                options.others_weight,
+                options.min_target_score,
+                options.raw_penalty,
+                self.target,
             )
         noise_NK = self.ensemble.member_noise(scores_NK)
-        weights = (options.lam1, options.lam2)
+        weights = (options.target_weight, options.others_weight)
         if options.preset == "paper":
             noise_NK, weights = noise_NK / self._statistics.std_K, (1.0, options.coefficient)
         noise_N = weights[0] * noise_NK[:, self.target] + weights[1] * others_mean(noise_NK, self.target)

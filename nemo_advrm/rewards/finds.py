@@ -23,7 +23,7 @@ Find = tuple[int, str]
 
 def asks_others(options: AdversarialConfig) -> bool:
     """Whether an adversary is paid for what the members beside the target dislike, or maximises the target alone."""
-    return bool(options.coefficient if options.preset == "paper" else options.lam2)
+    return bool(options.coefficient if options.preset == "paper" else options.others_weight)
 
 
 def falls_short(found: int, null: float, options: SelectionConfig) -> bool:

@@ -56,7 +56,7 @@ SMALL = [
     *("stage.attack.rl.prompts_per_step=4", "stage.rlhf.rl.prompts_per_step=2", "rl.evaluation_every=1"),
     *("stage.rlhf.rl.held_out_every=1", "stage.rlhf.rl.held_out_prompts=2"),
     *("reference.num_prompts=4", "reference.samples_per_prompt=4", "best_of_n.prompts=2", "best_of_n.samples=2"),
-    *("adversarial.directions=[1]", "stage.attack.adversarial.held_out_prompts=2"),
+    *("adversarial.target_members=[1]", "stage.attack.adversarial.held_out_prompts=2"),
     *("selection.threshold_z=-9", "selection.null_ratio=0", "selection.last_fraction=1", "selection.min_pairs=0"),
     *("synthetic.sft_rows=40", "synthetic.preference_pairs=24", "synthetic.validation_pairs=8"),
     *("augmentation.warm_steps=1", "augmentation.pairs_per_step=1", "pipeline.stop_success_rate=0"),

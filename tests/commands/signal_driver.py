@@ -41,8 +41,8 @@ _POLICY = ["rl.prompts_per_step=4", "rl.max_new_tokens=8", "trainer.val_check_in
 _ATTACK = [
     "reference.num_prompts=8",
     "reference.samples_per_prompt=2",
-    "adversarial.directions=[1]",
-    "adversarial.policies=1",
+    "adversarial.target_members=[1]",
+    "adversarial.num_adversaries=1",
 ]
 _PIPELINE = ["synthetic.sft_rows=100", "synthetic.preference_pairs=40", "synthetic.validation_pairs=16"]
 _PIPELINE += ["pipeline.rounds=0", "pipeline.rlhf={r1:{reward:r1}}", "pipeline.jobs=1"]

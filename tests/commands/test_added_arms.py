@@ -62,7 +62,7 @@ def settings(single: Runtime, tmp_path_factory: pytest.TempPathFactory) -> list[
         "ensemble.size=2",
         "best_of_n.prompts=1",
         "best_of_n.samples=4",
-        "adversarial.directions=[1]",
+        "adversarial.target_members=[1]",
         "model.global_batch_size=2",
         "stage.train_rm.trainer.max_steps=1",
         "rl.group_size=2",

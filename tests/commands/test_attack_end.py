@@ -119,7 +119,7 @@ def test_an_attack_that_finds_no_more_than_sft_responses_give_goes_on(settings: 
 
 def test_each_of_two_adversaries_finds_its_half(settings: list[str], tmp_path: Path) -> None:
     run = tmp_path / "run"
-    attack(settings, run, "adversarial.enough=4", "adversarial.policies=2")
+    attack(settings, run, "adversarial.enough=4", "adversarial.num_adversaries=2")
     for number in (1, 2):
         rows = rows_of(run, f"attack/direction_1_policy_{number}/metrics.jsonl")
         assert rows[-1]["finds"] >= 2 and all(row["finds"] < 2 for row in rows[:-1])

@@ -191,7 +191,7 @@ def test_an_attack_that_maximised_the_target_alone_is_selected_by_the_targets_z(
     assert [pair.rejected for pair in pairs_of(tmp_path)] == ["most liked", "liked by both"]
     run(tmp_path, samples)
     assert [pair.rejected for pair in pairs_of(tmp_path)] == ["far apart"]
-    run(tmp_path, samples, "adversarial.preset=raw", "adversarial.lam2=0")
+    run(tmp_path, samples, "adversarial.preset=raw", "adversarial.others_weight=0")
     assert [pair.rejected for pair in pairs_of(tmp_path)] == ["most liked", "liked by both"]
 
 
@@ -222,7 +222,7 @@ def test_random_pairs_have_the_same_chosen_rule_and_a_random_sft_response_as_rej
     tmp_path: Path, chosen: str
 ) -> None:
     write_jsonl_atomic(tmp_path / "reference.jsonl", _wide_reference())
-    settings = ["model=tiny", f"selection.chosen={chosen}", "adversarial.directions=[1,2]"]
+    settings = ["model=tiny", f"selection.chosen={chosen}", "adversarial.target_members=[1,2]"]
     cfg = load_config(settings)
     counts = random_pairs(cfg, tmp_path, 30, seed=3)
     text = (tmp_path / RANDOM_PAIRS).read_text()

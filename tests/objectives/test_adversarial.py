@@ -33,13 +33,13 @@ def test_paper_reward_averages_all_other_members() -> None:
 
 def test_raw_reward_above_on_and_below_the_anchor() -> None:
     scores = torch.tensor([[4.0, 1.0], [-3.0, 2.0], [-5.0, 2.0]])
-    # above: 4 - 1; on the anchor neither bracket holds: -3; below: -5 - 25
+    # above: 4 - 1; on min_target_score neither bracket holds: -3; below: -5 - 25
     torch.testing.assert_close(raw_reward(scores), torch.tensor([3.0, -3.0, -30.0]))
 
 
 def test_raw_reward_weights_anchor_and_target() -> None:
     scores = torch.tensor([[1.0, 4.0, 3.0], [1.0, -4.0, 3.0]])
-    reward = raw_reward(scores, lam1=2.0, lam2=0.5, anchor=0.0, penalty=-10.0, target=1)
+    reward = raw_reward(scores, target_weight=2.0, others_weight=0.5, min_target_score=0.0, penalty=-10.0, target=1)
     torch.testing.assert_close(reward, torch.tensor([2 * 4 - 0.5 * (1 + 3) / 2, 2 * -4 - 10.0]))
 
 

@@ -146,7 +146,9 @@ REWARDS = {name: lambda sources, name=name: UncertaintyReward(sources, name, 0.7
 REWARDS |= {
     "standardised": lambda sources: UncertaintyReward(sources, "mean", statistics=_statistics()),
     "paper": lambda sources: AdversarialReward(sources, AdversarialConfig(penalty=-4.0), _reference()),
-    "raw": lambda sources: AdversarialReward(sources, AdversarialConfig(preset="raw", anchor=-9.0), _reference()),
+    "raw": lambda sources: AdversarialReward(
+        sources, AdversarialConfig(preset="raw", min_target_score=-9.0), _reference()
+    ),
 }
 
 
@@ -192,7 +194,7 @@ def test_the_paper_preset_is_the_one_computed_by_hand(
 @pytest.mark.parametrize(
     ("members", "target", "expected"),
     [
-        # a: 1 * 3 - .5 * R_2;  b: below the anchor of -1: -2 and the penalty
+        # a: 1 * 3 - .5 * R_2;  b: below min_target_score, -1: -2 and the penalty
         (2, 0, [3 - 0.5 * 1, -2 - 25]),
         (3, 0, [3 - 0.5 * 1.5, -2 - 25]),
         (2, 1, [1 - 0.5 * 3, 0 - 0.5 * -2]),
@@ -200,7 +202,7 @@ def test_the_paper_preset_is_the_one_computed_by_hand(
     ],
 )
 def test_the_raw_preset_is_the_one_computed_by_hand(members: int, target: int, expected: list[float]) -> None:
-    options = AdversarialConfig(preset="raw", lam1=1.0, lam2=0.5, anchor=-1.0, penalty=-25.0)
+    options = AdversarialConfig(preset="raw", others_weight=0.5, min_target_score=-1.0)
     sources = [_source(name) for name in "ABC"[:members]]
     judgement = AdversarialReward(sources, options, _reference(members), target).judge(_rollouts())
     assert judgement.rewards_N.tolist() == pytest.approx(expected)

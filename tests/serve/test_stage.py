@@ -178,7 +178,7 @@ def test_an_attack_on_a_mixed_ensemble(served: Served, single: Runtime, tmp_path
     members = [f"hf:{hf}", str(served.members[0]), served.server.address, str(served.members[1])]
     run = tmp_path / "run"
     settings = one_step_of_rl(tmp_path, members)
-    status = cli.main(["attack", f"run_dir={run}", *settings, "adversarial.directions=[1,3]"])
+    status = cli.main(["attack", f"run_dir={run}", *settings, "adversarial.target_members=[1,3]"])
     assert status == 0
     rows = [row for _, row in read_jsonl(run / "reference.jsonl")] + [
         row for _, row in read_jsonl(run / "attack" / "samples.jsonl")

@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 
+from nemo_advrm.config.moved import moved_key
 from nemo_advrm.config.schema import AdversarialConfig, RemoteConfig
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.integrations.nemo_aligner.rollouts import FINGERPRINT
@@ -103,7 +104,7 @@ def build_reward(cfg: DictConfig, members: Sequence[RewardSource], reference: Re
     if reference is None:
         raise ConfigError("ensemble.reward=adversarial needs a reference: set ensemble.reference_path")
     options = _typed(AdversarialConfig, cfg.get("adversarial"), "ensemble.adversarial")
-    return AdversarialReward(members, options, reference, options.directions[0] - 1)
+    return AdversarialReward(members, options, reference, options.target_members[0] - 1)
 
 
 def read_reference(cfg: DictConfig, members: Sequence[RewardSource]) -> Reference:
@@ -125,6 +126,10 @@ def check_keys(cfg: DictConfig) -> None:
 
 
 def _typed(kind: Any, values: DictConfig | None, place: str) -> Any:
+    for key in [str(name) for name in values or ()]:
+        told = moved_key(f"{place.rpartition('.')[2]}.{key}")
+        if told:
+            raise ConfigError(f"ensemble: {told}")
     try:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), values or {}))
     except OmegaConfBaseException as error:
