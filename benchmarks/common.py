@@ -157,12 +157,12 @@ def copy_weights(model: MegatronModel, weights: dict[str, torch.Tensor]) -> None
     llama = next(table for table in ARCHITECTURES if table.family == "Llama")
     parameters = dict(model.parts[0].named_parameters())
     with torch.no_grad():
-        for name in canonical_shapes(model.model, model.head, model.vocab_size):
+        for name in canonical_shapes(model.model_config, model.head, model.vocab_size):
             entry = llama.entry(name)
             assert entry is not None, name
             transform, theirs = entry
             parameters.pop(parameter_name(name)).copy_(
-                transform.merge([weights[part] for part in theirs], model.model)
+                transform.merge([weights[part] for part in theirs], model.model_config)
             )
     if parameters:
         raise RuntimeError(f"tensors do not match: {sorted(parameters)}")

@@ -51,7 +51,7 @@ T = TypeVar("T")
 
 def _meta(model: MegatronModel, extra: dict[str, Any]) -> dict[str, Any]:
     own = {"head": model.head, "head_outputs": model.head_outputs, "vocab_size": model.vocab_size}
-    return {"format": FORMAT, **own, "model": asdict(model.model), **extra}
+    return {"format": FORMAT, **own, "model": asdict(model.model_config), **extra}
 
 
 def _optimizer_meta(optimizer: MegatronOptimizer | None) -> dict[str, bool]:
@@ -285,7 +285,7 @@ def check_tokenizer(tokenizer: Tokenizer, model: ModelConfig, path: str = "") ->
 
 
 def _check_architecture(path: Path, meta: dict[str, Any], model: MegatronModel) -> None:
-    difference = first_difference(meta["model"], asdict(model.model), meta["head"], model.head)
+    difference = first_difference(meta["model"], asdict(model.model_config), meta["head"], model.head)
     if difference:
         key, theirs, mine = difference
         raise CheckpointError(f"{path}: model.{key} is {theirs!r} in the checkpoint and {mine!r} in the configuration")

@@ -63,7 +63,7 @@ def generate(
     Raises:
         ConfigError: a prompt is empty or prompt plus response exceed the model's context.
     """
-    limit = model.model.encoder_seq_length
+    limit = model.model_config.encoder_seq_length
     for i, prompt in enumerate(prompts):
         if not prompt:
             raise ConfigError(f"prompt {i} is empty")
@@ -144,7 +144,7 @@ def _prefill(model: MegatronModel, tokens_BS: Tensor, lengths_B: Tensor, cache: 
     parts = []
     start = 0
     fewest = _FEWEST_PASSES * microbatch_cost(tokens_BS.device)
-    for stop in _similar_lengths(lengths_B.tolist(), model.model.micro_batch_tokens, fewest):
+    for stop in _similar_lengths(lengths_B.tolist(), model.model_config.micro_batch_tokens, fewest):
         width = int(lengths_B[start:stop].max())
         cache.prefill_rows(start, stop)
         positions = torch.arange(width, device=tokens_BS.device).expand(stop - start, width)
@@ -181,7 +181,7 @@ def _call_pipeline(
     rows, length = tokens_BS.shape
     # context-parallel ranks have rows of their own
     ranks = rt.layout.tensor * rt.layout.pipeline
-    throughput.count_pass(model.model, model.head, rows, length, rows, model.vocab_size, ranks)
+    throughput.count_pass(model.model_config, model.head, rows, length, rows, model.vocab_size, ranks)
     group = parallel_state.get_pipeline_model_parallel_group() if rt.layout.pipeline > 1 else None
     output = None
     for part in model.parts:

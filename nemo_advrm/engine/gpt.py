@@ -50,7 +50,7 @@ class HeadedGPT(GPTModel):
     tokens that are asked for, so every head sees whole sequences and no logits are made for prompts. Context
     parallelism stays inside: inputs are whole sequences, and outputs are those of whole sequences on every rank, but
     for the logits of a language model's training, of which each rank makes its share.
-    ``hidden_tokens`` have no probability: padding of the vocabulary, and control tokens in answers.
+    ``banned_token_ids`` have no probability: padding of the vocabulary, and control tokens in answers.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class HeadedGPT(GPTModel):
         on_gpu: bool,
         pre_process: bool,
         post_process: bool,
-        hidden_tokens: tuple[int, ...] = (),
+        banned_token_ids: tuple[int, ...] = (),
         head_outputs: int = 1,
         head_init_std: float = 0.02,
         vp_stage: int | None = None,
@@ -99,7 +99,7 @@ class HeadedGPT(GPTModel):
             self.output_layer.sequence_parallel = False
             self.output_layer.allreduce_dgrad = config.tensor_model_parallel_size > 1
             self.hidden_V = torch.zeros(vocab_size, dtype=torch.bool)
-            self.hidden_V[list(hidden_tokens)] = True
+            self.hidden_V[list(banned_token_ids)] = True
             part = vocab_size // config.tensor_model_parallel_size
             rank = self.pg_collection.tp.rank()
             self.own_hidden_V = self.hidden_V[rank * part : (rank + 1) * part]

@@ -31,7 +31,7 @@ class MegatronModel:
     chunks: list[Any]
     parts: list[HeadedGPT]
     config: TransformerConfig
-    model: ModelConfig
+    model_config: ModelConfig
     head: Head
     vocab_size: int
     head_outputs: int = 1
@@ -52,7 +52,7 @@ class MegatronModel:
     @contextlib.contextmanager
     def resident(self) -> Iterator[None]:
         """The weights on the device: those of a frozen model may wait in CPU memory between uses."""
-        if self.trainable or not self.model.offload_reference:
+        if self.trainable or not self.model_config.offload_reference:
             yield
             return
         waiting = [(p, p.data) for part in self.parts for p in part.parameters()]
@@ -127,14 +127,14 @@ def build_model(
     *,
     seed: int,
     trainable: bool = True,
-    hidden_tokens: tuple[int, ...] = (),
+    banned_token_ids: tuple[int, ...] = (),
     head_outputs: int = 1,
     head_init_std: float = 0.02,
 ) -> MegatronModel:
     """Build this rank's part with weights drawn from ``seed``.
 
     A model that is not trainable has no gradient buffers and is in eval mode. A language model gives
-    ``hidden_tokens`` no probability.
+    ``banned_token_ids`` no probability.
     """
     rt = runtime.current()
     config = transformer_config(model, precision, rt.on_gpu)
@@ -151,7 +151,7 @@ def build_model(
             on_gpu=rt.on_gpu,
             pre_process=rt.is_first_stage and chunk == 0,
             post_process=rt.is_last_stage and chunk == chunks - 1,
-            hidden_tokens=(*hidden_tokens, *range(min(tokenizer_size, vocab_size), vocab_size)),
+            banned_token_ids=(*banned_token_ids, *range(min(tokenizer_size, vocab_size), vocab_size)),
             head_outputs=head_outputs,
             head_init_std=head_init_std,
             vp_stage=chunk if chunks > 1 else None,

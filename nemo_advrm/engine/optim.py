@@ -54,8 +54,8 @@ class MegatronOptimizer:
             bf16=model.config.bf16,
             params_dtype=model.config.params_dtype,
             fp8_recipe=model.config.fp8_recipe if model.config.fp8 else None,
-            use_distributed_optimizer=model.model.use_distributed_optimizer,
-            overlap_param_gather=model.model.overlap_param_gather,
+            use_distributed_optimizer=model.model_config.use_distributed_optimizer,
+            overlap_param_gather=model.model_config.overlap_param_gather,
         )
         on_gpu = runtime.current().on_gpu
         with contextlib.nullcontext() if on_gpu else types_of_cuda_tensors():
@@ -82,7 +82,7 @@ class MegatronOptimizer:
             group["lr"] = learning_rate * group.get("lr_mult", 1.0)
             group["weight_decay"] = self.optim.weight_decay * group.get("wd_mult", 1.0)
         _, norm, _ = self.core.step()
-        self.model.gathered = not self.model.model.overlap_param_gather
+        self.model.gathered = not self.model.model_config.overlap_param_gather
         norm = float(norm)
         if not math.isfinite(norm):
             raise TrainingDiverged(f"the gradient norm is {norm} at step {step}; the last checkpoint is untouched")
@@ -130,7 +130,7 @@ class MegatronOptimizer:
     @contextlib.contextmanager
     def offloaded(self) -> Iterator[None]:
         """Let the state, and the fp32 weights behind those of 16 bits, wait in CPU memory inside."""
-        if not self.model.model.offload_optimizer_while_generating:
+        if not self.model.model_config.offload_optimizer_while_generating:
             yield
             return
         device = runtime.current().device

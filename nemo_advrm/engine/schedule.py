@@ -68,7 +68,7 @@ def microbatch_rows(model: MegatronModel, lengths: Sequence[int], sequences: int
         sequences: of each row, padded to the longer one (a pair has two).
         rows: times ``micro_batch_size`` is the most rows (forward passes alone keep less, and take more).
     """
-    settings = model.model
+    settings = model.model_config
     return split_by_tokens(
         lengths,
         settings.micro_batch_tokens // sequences,
@@ -111,7 +111,7 @@ def _count(model: MegatronModel, turns: list[_Turn], passes: int) -> None:
         rows, length = turn.read.tokens_BS.shape
         targets = turn.read.extra.get("targets_N")  # the tokens whose logits are wanted, known without the device
         logits = 0 if targets is None else targets.numel()
-        throughput.count_pass(model.model, model.head, rows, length, logits, model.vocab_size, ranks, passes)
+        throughput.count_pass(model.model_config, model.head, rows, length, logits, model.vocab_size, ranks, passes)
 
 
 def _turns(model: MegatronModel, microbatches: list[Microbatch]) -> list[_Turn]:

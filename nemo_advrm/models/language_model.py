@@ -108,7 +108,7 @@ def build_policy(cfg: Config, tokenizer: Tokenizer, restore_from: str, seed: int
         tokenizer.vocab_size,
         seed=seed,
         trainable=trainable,
-        hidden_tokens=tokenizer.control_ids,
+        banned_token_ids=tokenizer.control_ids,
     )
     if restore_from:
         checkpoint.load(Path(restore_from), model)

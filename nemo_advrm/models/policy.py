@@ -101,7 +101,7 @@ def roll_out(
 ) -> Rollouts:
     """One response to every prompt in the list (repeat a prompt to get several)."""
     # as many rows at once as scoring takes; how rows are grouped does not change what is sampled
-    rows = 4 * model.model.micro_batch_size
+    rows = 4 * model.model_config.micro_batch_size
     made = generate(model, [p.tokens for p in prompts], sampling, uniforms_NT, max_rows=rows)
     return Rollouts(
         prompts=[p.messages for p in prompts],

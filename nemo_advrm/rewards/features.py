@@ -104,7 +104,7 @@ class ReferenceFeatures:
             )
 
     def _row(self, prompt: list[int], answer: list[int]) -> EncodedResponse:
-        settings = self.model.model
+        settings = self.model.model_config
         room = settings.encoder_seq_length - len(answer)
         if room < 1 and settings.position_embedding_type == "learned_absolute":
             raise RewardSourceError(

@@ -36,7 +36,7 @@ class MegatronReward:
     @property
     def longest(self) -> int:
         """Most tokens of a row: positions end where they were learned, rotary ones nowhere (0)."""
-        settings = self.model.model
+        settings = self.model.model_config
         return settings.encoder_seq_length if settings.position_embedding_type == "learned_absolute" else 0
 
     @property

@@ -23,7 +23,7 @@ NEW = 12
 @pytest.fixture(scope="module", params=ARCHITECTURES)
 def model(request: pytest.FixtureRequest, single: Runtime) -> MegatronModel:
     cfg = tiny_config(request.param, init_method_std=0.3)
-    return build_model(cfg.model, cfg.precision, "lm", 64, seed=2, trainable=False, hidden_tokens=HIDDEN)
+    return build_model(cfg.model, cfg.precision, "lm", 64, seed=2, trainable=False, banned_token_ids=HIDDEN)
 
 
 @torch.no_grad()
@@ -100,7 +100,7 @@ def test_samples_do_not_depend_on_the_batch_they_are_made_in(model: MegatronMode
 
 def test_hidden_tokens_and_vocabulary_padding_never_appear(single: Runtime) -> None:
     cfg = tiny_config("llama", init_method_std=1e-4)  # all tokens nearly equally likely
-    model = build_model(cfg.model, cfg.precision, "lm", 59, seed=2, trainable=False, hidden_tokens=HIDDEN)
+    model = build_model(cfg.model, cfg.precision, "lm", 59, seed=2, trainable=False, banned_token_ids=HIDDEN)
     assert model.vocab_size == 64
     prompts = [[5, 6]] * 64
     made = generate(model, prompts, Sampling(20, (1,), temperature=5.0), uniforms(0, 64, 20))

@@ -47,7 +47,7 @@ def policy_config(algorithm: str, **rl: Any) -> Config:
 def save_policy(path: Path) -> str:
     cfg = tiny_config()
     hidden = TOKENIZER.control_ids
-    model = build_model(cfg.model, cfg.precision, "lm", VOCABULARY, seed=1, trainable=False, hidden_tokens=hidden)
+    model = build_model(cfg.model, cfg.precision, "lm", VOCABULARY, seed=1, trainable=False, banned_token_ids=hidden)
     checkpoint.save(path, model)
     return str(path)
 

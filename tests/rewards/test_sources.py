@@ -82,7 +82,7 @@ def test_members_have_their_own_architecture_whatever_the_run_has(checkpoints: d
     own = load_members(tiny_config(), [str(checkpoints["rm"])], TOKENIZER)
     scores = [member.score(rollouts()) for member in members]
     torch.testing.assert_close(scores[0], own[0].score(rollouts()))
-    assert members[1].model.model.hidden_size == 16  # type: ignore[attr-defined]
+    assert members[1].model.model_config.hidden_size == 16  # type: ignore[attr-defined]
     assert (scores[0] - scores[1]).abs().min() > 1e-3
 
 
