@@ -53,7 +53,7 @@ def one_step_of_rl(home: Path, members: Sequence[str | Path]) -> list[str]:
         "rl.max_steps=1",
         "rl.prompts_per_step=2",
         "rl.max_new_tokens=6",
-        "reference.samples_per_prompt=3",
+        "sft_statistics.samples_per_prompt=3",
         "trainer.accelerator=cpu",
         "exp_manager.create_tensorboard_logger=false",
     ]

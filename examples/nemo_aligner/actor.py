@@ -34,9 +34,9 @@ from nemo_aligner.utils.utils import load_and_override_model_config, load_from_n
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_advrm.integrations.nemo_aligner import EnsembleRewardClient, MegatronGPTAdversarialActorModel
-from nemo_advrm.integrations.nemo_aligner.members import build_reward, open_members, read_reference
-from nemo_advrm.integrations.nemo_aligner.reference import prompt_texts, write_reference
+from nemo_advrm.integrations.nemo_aligner.members import build_reward, open_members, read_sft_scores
 from nemo_advrm.integrations.nemo_aligner.rollouts import RolloutReader
+from nemo_advrm.integrations.nemo_aligner.sft_scores import prompt_texts, write_sft_scores
 
 
 @dataclass
@@ -138,8 +138,8 @@ def ensemble_client(cfg: DictConfig, setup: Setup, kind: str, critic: Any = None
         if not exists[0]:
             rows = cfg.model[kind].rollout_micro_batch_size
             texts = prompt_texts(*setup.datasets)
-            write_reference(path, actor, texts, members, cfg.reference.samples_per_prompt, rows)
-        reference = read_reference(cfg.ensemble, members)
+            write_sft_scores(path, actor, texts, members, cfg.sft_statistics.samples_per_prompt, rows)
+        reference = read_sft_scores(cfg.ensemble, members)
     client = EnsembleRewardClient(
         build_reward(cfg.ensemble, members, reference),
         RolloutReader(actor.tokenizer, reference.prompts_P if adversarial and reference is not None else None),

@@ -25,7 +25,7 @@ from nemo_advrm.pipeline.dag import policy_name
 from nemo_advrm.rewards.base import RewardSource
 from nemo_advrm.rewards.ensemble import AdversarialReward
 from nemo_advrm.rewards.finds import FindRule, asks_others
-from nemo_advrm.rewards.reference import Reference
+from nemo_advrm.rewards.sft_scores import SFTScores
 from nemo_advrm.run_directory import results
 from nemo_advrm.training.callbacks.finds import EnoughFinds
 from nemo_advrm.training.callbacks.rollouts import TrajectoryRecorder
@@ -43,13 +43,13 @@ def check_directions(cfg: Config, members: int) -> None:
 
 
 def attack_prompts(cfg: Config) -> list[tuple[Message, ...]]:
-    """The prompts of the reference and the attack, at most ``reference.num_prompts``."""
+    """The prompts of the reference and the attack, at most ``sft_statistics.num_prompts``."""
     if cfg.data.prompts_path or cfg.data.train_path:
-        return inputs.prompts(cfg)[: cfg.reference.num_prompts]
+        return inputs.prompts(cfg)[: cfg.sft_statistics.num_prompts]
     if cfg.pipeline.gold == "synthetic":
         from nemo_advrm.synthetic.corpus import sample_prompts
 
-        return sample_prompts(cfg.reference.num_prompts, derive_seed(cfg.seed, "attack prompts"))
+        return sample_prompts(cfg.sft_statistics.num_prompts, derive_seed(cfg.seed, "attack prompts"))
     raise ConfigError("data.prompts_path is not set: name a file of prompts")
 
 
@@ -68,7 +68,7 @@ class Attack:
     directory: Path
     prompts: list[Prompt]
     members: list[RewardSource]
-    reference: Reference
+    reference: SFTScores
     gold: RewardSource | None
     seed: int
 

@@ -9,9 +9,9 @@ import torch
 
 from nemo_advrm.config.schema import SelectionConfig
 from nemo_advrm.data.pair_store import AdversarialPair, Provenance
-from nemo_advrm.objectives.reference import own_z_scores
+from nemo_advrm.objectives.sft_statistics import own_z_scores
 from nemo_advrm.objectives.uncertainty import others_mean
-from nemo_advrm.rewards.reference import Reference
+from nemo_advrm.rewards.sft_scores import SFTScores
 from nemo_advrm.seeds import derive_seed
 
 
@@ -23,7 +23,7 @@ class ChosenSide:
     """
 
     def __init__(
-        self, options: SelectionConfig, reference: Reference, usable_PI: list[list[int]], direction: int, seed: int
+        self, options: SelectionConfig, reference: SFTScores, usable_PI: list[list[int]], direction: int, seed: int
     ) -> None:
         self.options = options
         self.reference = reference

@@ -20,7 +20,7 @@ from nemo_advrm.data.tokenizers import build_tokenizer
 from nemo_advrm.errors import ConfigError, DataError
 from nemo_advrm.objectives.selection import AFTER_FINDS, first_step, select_pairs, text_signature
 from nemo_advrm.rewards.finds import FindRule, falls_short
-from nemo_advrm.rewards.reference import Reference
+from nemo_advrm.rewards.sft_scores import SFTScores
 from nemo_advrm.seeds import derive_seed
 
 RANDOM_PAIRS = "random_pairs.jsonl"
@@ -50,7 +50,7 @@ def select_round(cfg: Config, directory: Path, round_number: int, seed: int) -> 
     """
     check_rule(cfg, directory / "attack")
     tokenizer = build_tokenizer(cfg.model.tokenizer)  # the policy's, whose tokens the responses were
-    reference = Reference.read(directory / "reference.jsonl")
+    reference = SFTScores.read(directory / "reference.jsonl")
     path = directory / "attack" / "samples.jsonl"
     members = reference.scores_PNK.size(-1)
     # a selection that is repeated starts anew
@@ -118,7 +118,7 @@ def _is(value: Any, types: tuple[type, ...]) -> bool:
     return not isinstance(value, int | float) or math.isfinite(value)
 
 
-def _check_reference(row: dict[str, Any], source: str, reference: Reference) -> None:
+def _check_reference(row: dict[str, Any], source: str, reference: SFTScores) -> None:
     """Raise DataError for a row of an attack on another reference."""
     prompts, _, members = reference.scores_PNK.shape
     number = row["prompt_id"]
@@ -211,7 +211,7 @@ def random_pairs(cfg: Config, home: Path, count: int, seed: int, round_number: i
     and ``wrong_labels``. Raises ConfigError when the reference in ``home`` has too few such responses.
     """
     tokenizer = build_tokenizer(cfg.model.tokenizer)
-    reference = Reference.read(home / "reference.jsonl")
+    reference = SFTScores.read(home / "reference.jsonl")
     rules = [FindRule(cfg, reference, direction, tokenizer) for direction in cfg.adversarial.target_members]
     usable_PI, sft_PN = rules[0].usable_PI, reference.responses_PN
     sides = [ChosenSide(cfg.selection, reference, usable_PI, rule.target + 1, seed) for rule in rules]
@@ -229,7 +229,7 @@ def random_pairs(cfg: Config, home: Path, count: int, seed: int, round_number: i
     if len(pairs) < count:
         raise ConfigError(
             f"{home / 'reference.jsonl'}: {len(pairs)} different pairs can be made of its SFT responses, "
-            f"{count} are wanted: raise reference.num_prompts or reference.samples_per_prompt"
+            f"{count} are wanted: raise sft_statistics.num_prompts or sft_statistics.samples_per_prompt"
         )
     store = home / RANDOM_PAIRS
     store.unlink(missing_ok=True)

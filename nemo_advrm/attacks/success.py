@@ -23,8 +23,8 @@ from nemo_advrm.rewards.ensemble import AdversarialReward
 from nemo_advrm.rewards.finds import FindRule
 from nemo_advrm.rewards.limits import prompts_with_room
 from nemo_advrm.rewards.records import trajectory_rows
-from nemo_advrm.rewards.reference import Reference
-from nemo_advrm.rollouts.sft_responses import read_reference, sample, write_reference
+from nemo_advrm.rewards.sft_scores import SFTScores
+from nemo_advrm.rollouts.sft_responses import read_sft_scores, sample, write_sft_scores
 from nemo_advrm.seeds import derive_seed
 
 HELD_OUT_REFERENCE = "held_out_reference.jsonl"
@@ -40,7 +40,7 @@ class HeldOut:
     tokenizer: Tokenizer
     prompts: list[Prompt]
     members: list[RewardSource]
-    reference: Reference
+    reference: SFTScores
     gold: RewardSource | None
 
     def measure(self, adversary: MegatronModel, direction: int, home: Path) -> dict[str, Any]:
@@ -124,8 +124,8 @@ def held_out_set(
     path = directory / HELD_OUT_REFERENCE
     if not runtime.on_writer(path.exists):
         policy = build_policy(cfg, tokenizer, cfg.pretrained_checkpoint.restore_from_path, 0, trainable=False)
-        per_prompt = cfg.reference.samples_per_prompt
+        per_prompt = cfg.sft_statistics.samples_per_prompt
         rollouts = sample(cfg, tokenizer, policy, encoded, per_prompt, sampling_seed(cfg))
-        write_reference(path, rollouts, per_prompt, members, gold)
-    reference = runtime.on_writer(lambda: read_reference(path, encoded))
+        write_sft_scores(path, rollouts, per_prompt, members, gold)
+    reference = runtime.on_writer(lambda: read_sft_scores(path, encoded))
     return HeldOut(cfg, tokenizer, encoded, members, reference, gold)

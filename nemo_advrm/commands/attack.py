@@ -17,7 +17,7 @@ from nemo_advrm.models.trainable import derive_seed
 from nemo_advrm.rewards.limits import prompts_with_room
 from nemo_advrm.rewards.local import build_gold
 from nemo_advrm.rewards.sources import load_members
-from nemo_advrm.rollouts.sft_responses import read_reference, sample, write_reference
+from nemo_advrm.rollouts.sft_responses import read_sft_scores, sample, write_sft_scores
 from nemo_advrm.run_directory import run_dir
 
 
@@ -39,10 +39,10 @@ def main(cfg: Config) -> int:
     gold = build_gold(cfg.pipeline.gold)
     if not runtime.on_writer((directory / "reference.jsonl").exists):
         policy = build_policy(cfg, tokenizer, cfg.pretrained_checkpoint.restore_from_path, 0, trainable=False)
-        count = cfg.reference.samples_per_prompt
+        count = cfg.sft_statistics.samples_per_prompt
         rollouts = sample(cfg, tokenizer, policy, prompts, count, derive_seed(cfg.seed, "reference"))
-        write_reference(directory / "reference.jsonl", rollouts, count, members, gold)
-    reference = runtime.on_writer(lambda: read_reference(directory / "reference.jsonl", prompts))
+        write_sft_scores(directory / "reference.jsonl", rollouts, count, members, gold)
+    reference = runtime.on_writer(lambda: read_sft_scores(directory / "reference.jsonl", prompts))
     attack = Attack(cfg, tokenizer, directory / "attack", prompts, members, reference, gold, cfg.seed)
     summary = attack.run()
     if runtime.current().is_writer:

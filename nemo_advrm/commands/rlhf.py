@@ -12,13 +12,13 @@ from nemo_advrm.errors import ConfigError
 from nemo_advrm.models.language_model import build_policy
 from nemo_advrm.models.policy import Prompt, encode_prompts
 from nemo_advrm.models.trainable import derive_seed
-from nemo_advrm.objectives.reference import MemberStatistics
+from nemo_advrm.objectives.sft_statistics import MemberStatistics
 from nemo_advrm.rewards.base import RewardSource
 from nemo_advrm.rewards.limits import prompts_with_room
 from nemo_advrm.rewards.local import build_gold
 from nemo_advrm.rewards.sources import load_members
 from nemo_advrm.rewards.standardisation import combined, read_statistics
-from nemo_advrm.rollouts.sft_responses import sample, write_reference
+from nemo_advrm.rollouts.sft_responses import sample, write_sft_scores
 from nemo_advrm.run_directory import run_dir
 from nemo_advrm.training.rlhf import rlhf_prompts, run_rlhf
 
@@ -59,9 +59,9 @@ def _statistics(
         return read_statistics(Path(cfg.ensemble.reference_path), members, "ensemble.reference_path")
     path = directory / "reference.jsonl"
     if not runtime.on_writer(path.exists):
-        count = cfg.reference.samples_per_prompt
+        count = cfg.sft_statistics.samples_per_prompt
         policy = build_policy(cfg, tokenizer, cfg.pretrained_checkpoint.restore_from_path, 0, trainable=False)
         seed = derive_seed(cfg.seed, "reference")
-        rollouts = sample(cfg, tokenizer, policy, prompts[: cfg.reference.num_prompts], count, seed)
-        write_reference(path, rollouts, count, members, None)
+        rollouts = sample(cfg, tokenizer, policy, prompts[: cfg.sft_statistics.num_prompts], count, seed)
+        write_sft_scores(path, rollouts, count, members, None)
     return read_statistics(path, members, "reference")

@@ -15,7 +15,7 @@ from nemo_advrm.optional_deps import require_extra
 from nemo_advrm.rewards import sources
 from nemo_advrm.rewards.base import RewardSource
 from nemo_advrm.rewards.ensemble import AdversarialReward, PolicyReward
-from nemo_advrm.rewards.reference import Reference
+from nemo_advrm.rewards.sft_scores import SFTScores
 from nemo_advrm.rewards.standardisation import check_members, combined, read_statistics
 from nemo_advrm.run_directory import run_dir
 
@@ -85,7 +85,7 @@ def _serve(
     cfg: Config,
     members: list[RewardSource],
     reward: PolicyReward,
-    reference: Reference | None,
+    reference: SFTScores | None,
     sock: socket.socket,
     token: str,
 ) -> int:
@@ -116,14 +116,14 @@ def _serve(
     return 0
 
 
-def _reference(cfg: Config) -> Reference | None:
+def _reference(cfg: Config) -> SFTScores | None:
     """The reference of the adversarial reward, which it is relative to; None for an ensemble's."""
     if cfg.serve.reward == "ensemble":
         return None
     path = cfg.serve.reference_path or cfg.ensemble.reference_path
     if not path:
         raise ConfigError("serve.reward=adversarial needs serve.reference_path: the reference.jsonl of an attack")
-    reference = Reference.read(Path(path))
+    reference = SFTScores.read(Path(path))
     if reference.scores_PNK.size(-1) != len(cfg.ensemble.members):
         raise ConfigError(
             f"serve.reference_path={path} has scores of {reference.scores_PNK.size(-1)} members, "
@@ -139,7 +139,7 @@ def _statistics_path(cfg: Config) -> str:
     return cfg.serve.reference_path or cfg.ensemble.reference_path
 
 
-def _reward(cfg: Config, members: list[RewardSource], reference: Reference | None, path: str) -> PolicyReward:
+def _reward(cfg: Config, members: list[RewardSource], reference: SFTScores | None, path: str) -> PolicyReward:
     if reference is not None:
         given = cfg.serve.reference_path or cfg.ensemble.reference_path
         check_members(reference, members, f"serve.reference_path={given}")

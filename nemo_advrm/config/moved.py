@@ -22,6 +22,7 @@ from typing import Any
 # Old dotted key -> what to tell: "is now NEW.KEY" or "was removed: ...". A key that names a section covers its keys:
 # "is now X" then means X.REST for OLD.REST.
 MOVED_KEYS: dict[str, str] = {
+    "reference": "is now sft_statistics",
     "adversarial.lam1": "is now adversarial.target_weight",
     "adversarial.lam2": "is now adversarial.others_weight",
     "adversarial.anchor": "is now adversarial.min_target_score",

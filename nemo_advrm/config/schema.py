@@ -200,7 +200,7 @@ class RemoteConfig:
 
 
 @dataclass
-class ReferenceConfig:
+class SFTStatisticsConfig:
     """SFT samples behind T_k(x), s_k and Z(U)."""
 
     num_prompts: int = 512
@@ -460,7 +460,7 @@ class Config:
     reward_model: RewardModelConfig = field(default_factory=RewardModelConfig)
     ensemble: EnsembleConfig = field(default_factory=EnsembleConfig)
     remote: RemoteConfig = field(default_factory=RemoteConfig)
-    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
+    sft_statistics: SFTStatisticsConfig = field(default_factory=SFTStatisticsConfig)
     adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
     rl: RLConfig = field(default_factory=RLConfig)
     selection: SelectionConfig = field(default_factory=SelectionConfig)

@@ -193,10 +193,10 @@ def _round_facts(path: Path) -> dict[str, Any]:
     file = directory / "reference.jsonl"
     if not file.exists():
         return facts
-    from nemo_advrm.objectives.reference import fresh_std
-    from nemo_advrm.rewards.reference import Reference
+    from nemo_advrm.objectives.sft_statistics import fresh_std
+    from nemo_advrm.rewards.sft_scores import SFTScores
 
-    scores_PNK = Reference.read(file).scores_PNK.double()
+    scores_PNK = SFTScores.read(file).scores_PNK.double()
     if not 0 <= member < scores_PNK.size(2):
         raise CheckpointError(f"{file}: holds scores of {scores_PNK.size(2)} members, not of rm_{member + 1}")
     scores_PN = scores_PNK[:, :, member]

@@ -60,7 +60,7 @@ class Description:
         tokenizer: directory or file of the tokenizer that travels with the weights, None when there is none.
         hf_config: the config.json the model came from, {} when it never was a Hugging Face model.
         rule: how conversations are read, where the tokenizer has a chat template.
-        provenance: anything JSON holds: what it was converted from, training data, rounds, reference statistics.
+        provenance: anything JSON holds: what it was converted from, training data, rounds, SFT statistics.
     """
 
     model: ModelConfig

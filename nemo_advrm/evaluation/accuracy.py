@@ -14,7 +14,7 @@ from nemo_advrm.data.mismatch import mismatch_line
 from nemo_advrm.data.preferences import PreferencePair
 from nemo_advrm.errors import DataError, RewardSourceError
 from nemo_advrm.objectives.accuracy import accuracy
-from nemo_advrm.objectives.reference import standardise_members
+from nemo_advrm.objectives.sft_statistics import standardise_members
 from nemo_advrm.objectives.uncertainty import combine
 from nemo_advrm.rewards.base import RewardSource, Rollouts, checked_scores
 from nemo_advrm.rewards.hybrid import rollouts_of

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_advrm.objectives.reference import MemberStatistics, standardise_members
+from nemo_advrm.objectives.sft_statistics import MemberStatistics, standardise_members
 from nemo_advrm.rewards.base import RewardSource, Rollouts, checked_scores
 
 # z above which R_1 likes a response, and below which the other members do not

@@ -28,7 +28,7 @@ from nemo_advrm.evaluation.best_of_n import SAMPLES, best_of_n_prompts, curve_of
 from nemo_advrm.evaluation.room import measure_room
 from nemo_advrm.models.language_model import EncodedResponse, build_policy
 from nemo_advrm.models.policy import Prompt, encode_prompts
-from nemo_advrm.objectives.reference import MemberStatistics, fit_members
+from nemo_advrm.objectives.sft_statistics import MemberStatistics, fit_members
 from nemo_advrm.pipeline import branches
 from nemo_advrm.pipeline.dag import Step, labels_by_gold, order
 from nemo_advrm.pipeline.state import RunState
@@ -37,7 +37,7 @@ from nemo_advrm.rewards.ensemble import UncertaintyReward
 from nemo_advrm.rewards.local import build_gold
 from nemo_advrm.rewards.sources import load_members
 from nemo_advrm.rewards.standardisation import combined
-from nemo_advrm.rollouts.sft_responses import read_reference, read_rollouts, sample, write_reference
+from nemo_advrm.rollouts.sft_responses import read_rollouts, read_sft_scores, sample, write_sft_scores
 from nemo_advrm.seeds import derive_seed
 from nemo_advrm.training.reward_model import (
     EncodedPreferences,
@@ -176,13 +176,13 @@ class Steps:
 
     def _reference(self, step: Step) -> None:
         cfg = for_stage(self.cfg, "attack")
-        count = cfg.reference.samples_per_prompt
+        count = cfg.sft_statistics.samples_per_prompt
         if (step.round, step.branch) == (0, branches.MAIN):
             seed = derive_seed(self.cfg.seed, "reference")
             rollouts = sample(cfg, self.tokenizer, self._policy(), self.inputs.prompts, count, seed)
         else:  # the same responses, scored by these members
             rollouts = self._sft_responses()
-        write_reference(
+        write_sft_scores(
             self._home(step.branch, step.round) / "reference.jsonl", rollouts, count, self._attacked(step), self.gold
         )
 
@@ -196,7 +196,7 @@ class Steps:
             home / "attack",
             self.inputs.prompts,
             self._attacked(step),
-            runtime.on_writer(lambda: read_reference(home / "reference.jsonl", self.inputs.prompts)),
+            runtime.on_writer(lambda: read_sft_scores(home / "reference.jsonl", self.inputs.prompts)),
             self.gold,
             derive_seed(self.cfg.seed, "attack", step.round),
         )
@@ -265,7 +265,7 @@ class Steps:
         """Of responses of the arm's final policies to RLHF's first prompts."""
         cfg = for_stage(self.cfg, "rlhf")
         members = self._members(branches.MAIN, 0, self._plain(cfg.pipeline.rlhf[step.arm]))
-        prompts = self.inputs.rlhf_prompts[: cfg.reference.num_prompts]
+        prompts = self.inputs.rlhf_prompts[: cfg.sft_statistics.num_prompts]
         names = [each.name for each in order(self.cfg) if each.kind == "rlhf" and each.arm == step.arm]
         runs = []
         for name in names:

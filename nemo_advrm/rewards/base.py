@@ -24,7 +24,7 @@ class Rollouts:
         responses: response texts.
         ended: False where the length limit cut the response off.
         prompt_tokens, response_tokens: the policy's token ids; a response that ended holds its end token.
-        prompt_index: place of the prompt in the run's prompt list (reference statistics are looked up by it).
+        prompt_index: place of the prompt in the run's prompt list (SFT statistics are looked up by it).
         fingerprint: of the policy's tokenizer.
         rendered: the responses are whole conversations that a chat template has written out, and the prompts are empty.
         tokens_only: the tokens are what is scored, by sources whose tokenizer has ``fingerprint``. Else it is the text.

@@ -13,11 +13,11 @@ from nemo_advrm.config.schema import AdversarialConfig
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.objectives.adversarial import paper_reward, raw_reward
 from nemo_advrm.objectives.names import unknown_name
-from nemo_advrm.objectives.reference import MemberStatistics, standardise_members
+from nemo_advrm.objectives.sft_statistics import MemberStatistics, standardise_members
 from nemo_advrm.objectives.spread import rounding, rounding_of
 from nemo_advrm.objectives.uncertainty import combine, disagreement, others_mean
 from nemo_advrm.rewards.base import RewardSource, Rollouts, checked_scores, source_dtype
-from nemo_advrm.rewards.reference import Reference, standardise
+from nemo_advrm.rewards.sft_scores import SFTScores, standardise
 
 PRESETS = ("paper", "raw")
 
@@ -130,7 +130,7 @@ class AdversarialReward:
     """
 
     def __init__(
-        self, sources: Sequence[RewardSource], options: AdversarialConfig, reference: Reference, target: int = 0
+        self, sources: Sequence[RewardSource], options: AdversarialConfig, reference: SFTScores, target: int = 0
     ) -> None:
         self.ensemble = UncertaintyReward(sources)
         if not 0 <= target < len(sources):

@@ -13,9 +13,9 @@ from torch import Tensor
 from nemo_advrm.config.schema import AdversarialConfig, Config, SelectionConfig
 from nemo_advrm.data.plain_text import stands_as_text
 from nemo_advrm.data.tokenizers import Tokenizer
-from nemo_advrm.objectives.reference import ReferenceStatistics, disagreement_z, own_z_scores
 from nemo_advrm.objectives.selection import qualifies
-from nemo_advrm.rewards.reference import Reference
+from nemo_advrm.objectives.sft_statistics import SFTStatistics, disagreement_z, own_z_scores
+from nemo_advrm.rewards.sft_scores import SFTScores
 
 Find = tuple[int, str]
 """(prompt_id, response)"""
@@ -41,7 +41,7 @@ class FindRule:
     prompt's SFT responses.
     """
 
-    def __init__(self, cfg: Config, reference: Reference, direction: int, tokenizer: Tokenizer) -> None:
+    def __init__(self, cfg: Config, reference: SFTScores, direction: int, tokenizer: Tokenizer) -> None:
         self.options = cfg.selection
         self.reference = reference
         self.tokenizer = tokenizer
@@ -128,7 +128,7 @@ class FindRule:
         return own_z_scores(self.reference.scores_PNK, self._statistics)
 
     @cached_property
-    def _statistics(self) -> ReferenceStatistics:
+    def _statistics(self) -> SFTStatistics:
         return self.reference.statistics(self.target)
 
     @cached_property

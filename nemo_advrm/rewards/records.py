@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from nemo_advrm.data.messages import Message
-from nemo_advrm.objectives.reference import own_z_scores
+from nemo_advrm.objectives.sft_statistics import own_z_scores
 from nemo_advrm.rewards.base import RewardSource, Rollouts, checked_scores
 from nemo_advrm.rewards.ensemble import Judgement
-from nemo_advrm.rewards.reference import Reference
+from nemo_advrm.rewards.sft_scores import SFTScores
 
 
 def prompt_text(messages: tuple[Message, ...]) -> str:
@@ -66,9 +66,9 @@ def _column(values_N: Tensor | None, count: int) -> list[float | None]:
     return [None] * count if values_N is None else values_N.tolist()
 
 
-def score_reference(
+def score_sft_responses(
     rollouts: Rollouts, per_prompt: int, sources: list[RewardSource], gold: RewardSource | None = None
-) -> tuple[Reference, list[dict[str, Any]]]:
+) -> tuple[SFTScores, list[dict[str, Any]]]:
     """The reference that ``per_prompt`` SFT responses of every prompt make, and its rows of ``reference.jsonl``.
 
     Responses of one prompt stand together. Every member scores, and gold where it is given, for evaluation.
@@ -77,7 +77,7 @@ def score_reference(
     gold_N = checked_scores(gold, rollouts) if gold is not None else None
     count = len(rollouts) // per_prompt
     responses = [rollouts.responses[i * per_prompt : (i + 1) * per_prompt] for i in range(count)]
-    reference = Reference(
+    reference = SFTScores(
         rollouts.prompts[::per_prompt],
         responses,
         scores_NK.reshape(count, per_prompt, -1),

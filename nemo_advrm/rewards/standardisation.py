@@ -14,13 +14,13 @@ from nemo_advrm.data.jsonl import write_jsonl_atomic
 from nemo_advrm.data.tokenizers import Tokenizer
 from nemo_advrm.engine import runtime
 from nemo_advrm.errors import ConfigError, DataError, UserError
-from nemo_advrm.objectives.reference import MemberStatistics, fit_members
+from nemo_advrm.objectives.sft_statistics import MemberStatistics, fit_members
 from nemo_advrm.objectives.uncertainty import FORMULAS, same_as
 from nemo_advrm.rewards.base import RewardSource, Rollouts, checked_scores
 from nemo_advrm.rewards.ensemble import UncertaintyReward
 from nemo_advrm.rewards.limits import places_that_fit
-from nemo_advrm.rewards.reference import Reference
 from nemo_advrm.rewards.remote import plain_text, written_out
+from nemo_advrm.rewards.sft_scores import SFTScores
 
 FILE = "standardisation.jsonl"
 # SFT responses that are scored anew to see that a file's scores are those of the members at hand
@@ -39,12 +39,12 @@ def read_statistics(path: Path, sources: Sequence[RewardSource], key: str) -> Me
         ConfigError: the file has scores of another number of members, or of other members: some of its responses are
             scored anew and compared.
     """
-    reference = runtime.on_writer(lambda: Reference.read(path))  # other nodes may see a new file later
+    reference = runtime.on_writer(lambda: SFTScores.read(path))  # other nodes may see a new file later
     check_members(reference, sources, f"{key}={path}")
     return fit_members(reference.scores_PNK.flatten(0, 1))
 
 
-def check_members(reference: Reference, sources: Sequence[RewardSource], place: str) -> None:
+def check_members(reference: SFTScores, sources: Sequence[RewardSource], place: str) -> None:
     """Raise ConfigError, naming ``place``, where the scores of a reference are not those of ``sources``."""
     count = reference.scores_PNK.size(-1)
     if count != len(sources):
@@ -107,7 +107,7 @@ def _as_texts(source: RewardSource, probes: Rollouts) -> Iterator[Rollouts]:
     yield written_out(probes)
 
 
-def _probes(reference: Reference) -> tuple[Rollouts, Tensor]:
+def _probes(reference: SFTScores) -> tuple[Rollouts, Tensor]:
     """A few responses, spread over the prompts, as text; and their scores [N, K] in the file."""
     prompts = len(reference.prompts_P)
     places = [(prompts * i // PROBES, i % reference.scores_PNK.size(1)) for i in range(PROBES)]

@@ -14,8 +14,8 @@ from nemo_advrm.engine.model import MegatronModel
 from nemo_advrm.errors import DataError
 from nemo_advrm.models.policy import Prompt, roll_out, sampling_of
 from nemo_advrm.rewards.base import RewardSource, Rollouts
-from nemo_advrm.rewards.records import score_reference
-from nemo_advrm.rewards.reference import Reference
+from nemo_advrm.rewards.records import score_sft_responses
+from nemo_advrm.rewards.sft_scores import SFTScores
 
 
 def sample(
@@ -36,17 +36,17 @@ def sample(
     return Rollouts(**joined, fingerprint=tokenizer.fingerprint)
 
 
-def write_reference(
+def write_sft_scores(
     path: Path, rollouts: Rollouts, per_prompt: int, sources: list[RewardSource], gold: RewardSource | None
-) -> Reference:
+) -> SFTScores:
     """Score SFT responses with every member (and gold, for evaluation) and write ``reference.jsonl``."""
-    reference, rows = score_reference(rollouts, per_prompt, sources, gold)
+    reference, rows = score_sft_responses(rollouts, per_prompt, sources, gold)
     runtime.on_writer(lambda: write_jsonl_atomic(path, rows))
     runtime.on_writer(lambda: print(finished_line(reference), flush=True))
     return reference
 
 
-def finished_line(reference: Reference) -> str:
+def finished_line(reference: SFTScores) -> str:
     """How many SFT responses ended by themselves; a warning where most did not."""
     share, count = reference.finished_share, sum(map(len, reference.responses_PN))
     line = f"reference: {count} SFT responses, {share:.0%} of them ended within rl.max_new_tokens"
@@ -55,9 +55,9 @@ def finished_line(reference: Reference) -> str:
     return f"{line}\nwarning: most were cut off, and a cut-off one is never chosen: raise rl.max_new_tokens"
 
 
-def read_reference(path: Path, prompts: list[Prompt]) -> Reference:
-    """The ``reference.jsonl`` of a run's prompts; DataError for one of other prompts, else as ``Reference.read``."""
-    reference = Reference.read(path)
+def read_sft_scores(path: Path, prompts: list[Prompt]) -> SFTScores:
+    """The ``reference.jsonl`` of a run's prompts; DataError for one of other prompts, else as ``SFTScores.read``."""
+    reference = SFTScores.read(path)
     cure = "restore it, or remove it and it is sampled again"
     if len(reference.prompts_P) != len(prompts):
         raise DataError(f"{path} has {len(reference.prompts_P)} prompts, the run has {len(prompts)}: {cure}")
@@ -69,7 +69,7 @@ def read_reference(path: Path, prompts: list[Prompt]) -> Reference:
 
 def read_rollouts(path: Path, prompts: list[Prompt], tokenizer: Tokenizer) -> Rollouts:
     """The SFT responses of an earlier ``reference.jsonl``, to be scored by other members."""
-    reference = read_reference(path, prompts)
+    reference = read_sft_scores(path, prompts)
     if reference.tokens_PN is None:
         raise DataError(f"{path}: its rows have no tokens: restore it")
     rows = [

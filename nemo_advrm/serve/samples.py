@@ -13,8 +13,8 @@ from nemo_advrm.errors import DataError, UserError
 from nemo_advrm.rewards.base import RewardSource, Rollouts
 from nemo_advrm.rewards.encoding import encode_rendered
 from nemo_advrm.rewards.limits import longest_row
-from nemo_advrm.rewards.reference import Reference
 from nemo_advrm.rewards.remote import plain_text
+from nemo_advrm.rewards.sft_scores import SFTScores
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Preparer:
     """
 
     def __init__(
-        self, sources: Sequence[RewardSource], max_tokens: int = 0, reference: Reference | None = None
+        self, sources: Sequence[RewardSource], max_tokens: int = 0, reference: SFTScores | None = None
     ) -> None:
         self._tokenizers: dict[str, tuple[Tokenizer, int]] = {}
         for source in sources:
@@ -163,7 +163,7 @@ class Preparer:
         return index
 
 
-def _by_tokens(tokenizer: Tokenizer, reference: Reference) -> dict[tuple[int, ...], int]:
+def _by_tokens(tokenizer: Tokenizer, reference: SFTScores) -> dict[tuple[int, ...], int]:
     """Index of every prompt by its ids: as the template writes it, else as a text that has its template already."""
     found: dict[tuple[int, ...], int] = {}
     # a policy's tokens, and a conversation that the template has written out: they may begin the answer differently

@@ -26,9 +26,9 @@ from nemo_advrm.data.tokenizers import build_tokenizer
 from nemo_advrm.engine.runtime import Runtime
 from nemo_advrm.integrations.nemo_aligner.rollouts import FINGERPRINT, as_prompt
 from nemo_advrm.objectives.adversarial import paper_reward
-from nemo_advrm.objectives.reference import z_scores
+from nemo_advrm.objectives.sft_statistics import z_scores
 from nemo_advrm.rewards.base import Rollouts
-from nemo_advrm.rewards.reference import Reference
+from nemo_advrm.rewards.sft_scores import SFTScores
 from nemo_advrm.rewards.sources import build, parse
 
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
@@ -107,7 +107,7 @@ def attack(files: plugin.Files, stock_server: str, tmp_path_factory: pytest.Temp
         "rl.prompts_per_step=2",
         "rl.max_new_tokens=10",
         "rl.apply_unended_penalty=false",
-        "reference.samples_per_prompt=3",
+        "sft_statistics.samples_per_prompt=3",
         "model.optim.lr=1e-3",
         "trainer.accelerator=cpu",
         "exp_manager.create_tensorboard_logger=false",
@@ -168,7 +168,7 @@ def test_its_reinforce_is_rewarded_by_our_server(
     """RemoteGPTRMClient, MegatronGPTReinforceActorModel and ReinforceTrainer as they are."""
     batches = trained.batches[address]
     assert len(batches) == STEPS
-    tokenizer, known = build_tokenizer(f"hf:{files.checkpoints[0] / 'tokenizer'}"), Reference.read(reference)
+    tokenizer, known = build_tokenizer(f"hf:{files.checkpoints[0] / 'tokenizer'}"), SFTScores.read(reference)
     index = {tuple(tokenizer.encode(prompt)): i for i, prompt in enumerate(plugin.PROMPTS)}
     for batch, logged in zip(batches, trained.logged[address], strict=True):
         rows = plugin.trained_sequences([batch])

@@ -21,8 +21,8 @@ from nemo_advrm.convert.conversion import convert
 from nemo_advrm.data.pair_store import PairStore
 from nemo_advrm.engine.runtime import Runtime
 from nemo_advrm.objectives.adversarial import apply_length_penalty, paper_reward
-from nemo_advrm.objectives.reference import z_scores
-from nemo_advrm.rewards.reference import Reference
+from nemo_advrm.objectives.sft_statistics import z_scores
+from nemo_advrm.rewards.sft_scores import SFTScores
 
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
 STEPS = 3
@@ -43,7 +43,7 @@ def settings(files: plugin.Files, members: list[str], kind: str, tensor: int = 1
     return [
         f"pretrained_checkpoint.restore_from_path={files.actor}",
         f"ensemble.members=[{','.join(members)}]",
-        "reference.samples_per_prompt=3",
+        "sft_statistics.samples_per_prompt=3",
         f"model.data.data_prefix={data}",
         "model.encoder_seq_length=64",
         f"++model.tensor_model_parallel_size={tensor}",
@@ -78,7 +78,7 @@ def check_attack(
     found = torch.tensor([reward for batch in batches for reward in torch.tensor(batch["rewards"]).flatten().tolist()])
     ended = torch.tensor([end for batch in batches for end in batch["is_end"]])
     scores_NK = in_process(files, batches)
-    reference = Reference.read(out / "reference.jsonl")
+    reference = SFTScores.read(out / "reference.jsonl")
     samples = [json.loads(line) for line in (out / "attack" / "samples.jsonl").read_text().splitlines()]
     assert len(samples) == len(found) and {row["step"] for row in samples} == set(range(STEPS))
     recorded = torch.tensor([row["scores"] for row in samples])

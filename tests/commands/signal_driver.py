@@ -39,8 +39,8 @@ SETTINGS = [
 ]
 _POLICY = ["rl.prompts_per_step=4", "rl.max_new_tokens=8", "trainer.val_check_interval=0"]
 _ATTACK = [
-    "reference.num_prompts=8",
-    "reference.samples_per_prompt=2",
+    "sft_statistics.num_prompts=8",
+    "sft_statistics.samples_per_prompt=2",
     "adversarial.target_members=[1]",
     "adversarial.num_adversaries=1",
 ]

@@ -22,7 +22,7 @@ from nemo_advrm.engine.runtime import Runtime
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.objectives.selection import first_step
 from nemo_advrm.rewards.finds import FindRule
-from nemo_advrm.rewards.reference import Reference
+from nemo_advrm.rewards.sft_scores import SFTScores
 from nemo_advrm.training.callbacks.metrics import MetricsWriter
 
 Row = dict[str, Any]
@@ -40,7 +40,7 @@ def settings(single: Runtime, tmp_path_factory: pytest.TempPathFactory) -> list[
         "pipeline.gold=synthetic",
         f"rl.max_steps={STEPS}",
         "rl.max_new_tokens=16",
-        f"reference.samples_per_prompt={SFT}",  # of which some end, and can be chosen
+        f"sft_statistics.samples_per_prompt={SFT}",  # of which some end, and can be chosen
         "rl.apply_unended_penalty=false",
         "trainer.checkpoint_every_n_steps=3",
         "model.optim.lr=0.001",
@@ -72,7 +72,7 @@ def whole(settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path
 def finds_after(run: Path, settings: list[str]) -> list[int]:
     """Different finds in the last part of the steps, had the attack ended after each."""
     cfg = load_config(settings, "attack")
-    rule = FindRule(cfg, Reference.read(run / "reference.jsonl"), 1, TOKENIZER)
+    rule = FindRule(cfg, SFTScores.read(run / "reference.jsonl"), 1, TOKENIZER)
     rows = rows_of(run)
     counts = []
     for steps in range(1, STEPS + 1):
@@ -174,7 +174,7 @@ def test_fresh_sft_responses_succeed_as_often_as_the_null_rate_says() -> None:
     sft_PNK = hard_P1K + torch.randn(prompts, count, 3, generator=generator)
     fresh_PNK = hard_P1K + torch.randn(prompts, count, 3, generator=generator)
     names = [[f"sft {p} {i}" for i in range(count)] for p in range(prompts)]
-    reference = Reference([()] * prompts, names, sft_PNK[..., :2], sft_PNK[..., 2])
+    reference = SFTScores([()] * prompts, names, sft_PNK[..., :2], sft_PNK[..., 2])
     cfg = load_config(["model=tiny"])
     held_out = HeldOut(cfg, TOKENIZER, [], [], reference, None)
     null = held_out.null(FindRule(cfg, reference, 1, TOKENIZER))

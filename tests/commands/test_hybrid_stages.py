@@ -21,7 +21,7 @@ from nemo_advrm.errors import ConfigError
 from nemo_advrm.rewards.base import Rollouts
 from nemo_advrm.rewards.feature_file import FILE, FeatureWeights, policy_fingerprint
 from nemo_advrm.rewards.hybrid import fixed_prompts, frozen_policy
-from nemo_advrm.rewards.reference import Reference
+from nemo_advrm.rewards.sft_scores import SFTScores
 from nemo_advrm.rewards.sources import load_members
 from nemo_advrm.synthetic.tokenizer import SyntheticTokenizer
 from nemo_advrm.training.reward_model import EncodedPreferences, bootstrap, keep_back
@@ -173,7 +173,7 @@ def test_an_attack_and_rlhf_score_by_the_hybrids(single: Runtime, tmp_path: Path
         fingerprint = policy_fingerprint(policy)
         FeatureWeights(names, (1.0, weight, 2.0), str(policy), fingerprint, prompts, 4).write(member)
     assert cli.main([stage, *arguments, f"run_dir={tmp_path / 'run'}"]) == 0
-    reference = Reference.read(tmp_path / "run" / "reference.jsonl")
+    reference = SFTScores.read(tmp_path / "run" / "reference.jsonl")
     count = len(reference.responses_PN[0])
     made = Rollouts(
         prompts=[prompt for prompt in reference.prompts_P for _ in range(count)],

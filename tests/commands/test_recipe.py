@@ -16,7 +16,7 @@ from nemo_advrm.data.pair_store import AdversarialPair, PairStore
 from nemo_advrm.data.tokenizers import ByteTokenizer
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.rewards.finds import FindRule
-from nemo_advrm.rewards.reference import Reference, standardise
+from nemo_advrm.rewards.sft_scores import SFTScores, standardise
 
 Row = dict[str, Any]
 UNCAPPED = ("selection.per_prompt=99", "selection.per_signature=99")  # numbers make no difference to a signature
@@ -110,7 +110,7 @@ def test_fresh_sft_responses_are_as_many_finds_as_the_null_count_says(tmp_path: 
     hard_P1K = torch.randn(prompts, 1, 2, generator=generator) * 3
     scores_PNK = hard_P1K + torch.randn(prompts, count, 2, generator=generator) * torch.tensor([1.0, 50.0])
     names = [[f"sft {p} {i}" for i in range(count)] for p in range(prompts)]
-    reference = Reference([()] * prompts, names, scores_PNK, None)
+    reference = SFTScores([()] * prompts, names, scores_PNK, None)
     fresh_BK = hard_P1K[:, 0] + torch.randn(prompts, 2, generator=generator) * torch.tensor([1.0, 50.0])
     own = standardise(reference, reference.statistics(0), fresh_BK, range(prompts), 0)
     rows = [
@@ -228,7 +228,7 @@ def test_random_pairs_have_the_same_chosen_rule_and_a_random_sft_response_as_rej
     text = (tmp_path / RANDOM_PAIRS).read_text()
     pairs = PairStore(tmp_path / RANDOM_PAIRS).load()
     assert counts["selected"] == len(pairs) == 30
-    reference = Reference.read(tmp_path / "reference.jsonl")
+    reference = SFTScores.read(tmp_path / "reference.jsonl")
     wrong = 0
     for pair in pairs:
         source = pair.provenance

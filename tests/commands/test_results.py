@@ -21,7 +21,7 @@ from nemo_advrm.errors import CheckpointError, DataError
 from nemo_advrm.pipeline import artefacts
 from nemo_advrm.pipeline.dag import Step
 from nemo_advrm.pipeline.state import RunState
-from nemo_advrm.rewards.reference import Reference
+from nemo_advrm.rewards.sft_scores import SFTScores
 from nemo_advrm.run_directory import results
 from nemo_advrm.training.callbacks.metrics import MetricsWriter
 from nemo_advrm.training.callbacks.rollouts import TrajectoryRecorder
@@ -208,7 +208,7 @@ def test_rows_of_another_type_in_a_reference_or_among_samples_are_named(tmp_path
     for name in ("reference.jsonl", "attack/samples.jsonl"):
         (tmp_path / name).write_text(f"{row}\n")
     with pytest.raises(CheckpointError, match=r"reference\.jsonl:1: no row of a reference \("):
-        Reference.read(tmp_path / "reference.jsonl")
+        SFTScores.read(tmp_path / "reference.jsonl")
     with pytest.raises(DataError, match=r"samples\.jsonl:7: no row of an attack \(it lacks .+\)"):
         select._checked(json.loads(row), f"{tmp_path / 'attack' / 'samples.jsonl'}:7", 2)
 

@@ -12,7 +12,7 @@ from reward_members import one_step_of_rl, save_megatron
 
 from nemo_advrm import cli
 from nemo_advrm.engine.runtime import Runtime
-from nemo_advrm.rewards.reference import Reference
+from nemo_advrm.rewards.sft_scores import SFTScores
 from nemo_advrm.rollouts.sft_responses import finished_line
 
 
@@ -64,7 +64,7 @@ def test_raw_scores_are_combined_where_that_is_asked_for(
 
 def test_the_share_of_sft_responses_that_ended_is_told() -> None:
     def line(ended: list[list[bool]]) -> str:
-        return finished_line(Reference([(), ()], [["a", "b"]] * 2, torch.zeros(2, 2, 2), None, ended))
+        return finished_line(SFTScores([(), ()], [["a", "b"]] * 2, torch.zeros(2, 2, 2), None, ended))
 
     most = "reference: 4 SFT responses, 75% of them ended within rl.max_new_tokens"
     assert line([[True, True], [True, False]]) == most

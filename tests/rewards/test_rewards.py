@@ -15,14 +15,14 @@ import torch
 from nemo_advrm.config.schema import AdversarialConfig
 from nemo_advrm.errors import CheckpointError, ConfigError, RewardSourceError
 from nemo_advrm.evaluation import accuracy
-from nemo_advrm.objectives.reference import MemberStatistics, fit_members
+from nemo_advrm.objectives.sft_statistics import MemberStatistics, fit_members
 from nemo_advrm.objectives.spread import rounding
 from nemo_advrm.objectives.success import strict_success
 from nemo_advrm.objectives.uncertainty import COMBINATIONS
 from nemo_advrm.rewards.base import Rollouts, as_scores, checked_scores, source_dtype
 from nemo_advrm.rewards.ensemble import AdversarialReward, UncertaintyReward
 from nemo_advrm.rewards.local import FunctionReward, build_gold
-from nemo_advrm.rewards.reference import Reference, standardise
+from nemo_advrm.rewards.sft_scores import SFTScores, standardise
 
 # scores of members A, B, C for the responses "a" and "b"
 SCORES = {"A": {"a": 3.0, "b": -2.0}, "B": {"a": 1.0, "b": 0.0}, "C": {"a": 2.0, "b": 5.0}}
@@ -47,11 +47,11 @@ def _statistics() -> MemberStatistics:
     return MemberStatistics(torch.tensor([1.0, -1.0, 2.0]), torch.tensor([2.0, 0.5, 4.0]))
 
 
-def _reference(members: int = 3) -> Reference:
+def _reference(members: int = 3) -> SFTScores:
     """Two prompts, two responses each. T: (0, 1, 2) and (10, 3, 2); deviations of +-(1, 2, 1), so s: (S, 2 S, S)."""
     scores_PNK = torch.tensor([[[1.0, 3.0, 3.0], [-1.0, -1.0, 1.0]], [[9.0, 5.0, 1.0], [11.0, 1.0, 3.0]]])
     gold_PN = torch.tensor([[1.0, 3.0], [7.0, 5.0]])  # means 2 and 6, std of the deviations 1
-    return Reference([(), ()], [["", ""], ["", ""]], scores_PNK[..., :members], gold_PN)
+    return SFTScores([(), ()], [["", ""], ["", ""]], scores_PNK[..., :members], gold_PN)
 
 
 @pytest.mark.parametrize(
@@ -322,7 +322,7 @@ def test_impossible_ensembles_are_refused() -> None:
 
 def test_members_that_are_copies_of_each_other_are_refused() -> None:
     scores_PN1 = _reference().scores_PNK[..., :1]
-    copies = Reference([(), ()], [["", ""]] * 2, scores_PN1.expand(-1, -1, 2), None)
+    copies = SFTScores([(), ()], [["", ""]] * 2, scores_PN1.expand(-1, -1, 2), None)
     with pytest.raises(RewardSourceError, match="copies of each other"):
         AdversarialReward([_source("A"), _source("A")], AdversarialConfig(), copies)
 
@@ -331,7 +331,7 @@ def test_gold_is_standardised_like_the_members(single: object) -> None:
     reference = _reference()
     z = reference.gold_z(torch.tensor([4.0, 5.0]), [0, 1])
     assert z is not None and z.tolist() == pytest.approx([2 / S, -1 / S])
-    assert Reference([], [], reference.scores_PNK, None).gold_z(torch.zeros(1), [0]) is None
+    assert SFTScores([], [], reference.scores_PNK, None).gold_z(torch.zeros(1), [0]) is None
     assert strict_success(torch.tensor([1.0]), torch.tensor([-2.0])).tolist() == [True]
 
 
@@ -352,7 +352,7 @@ def test_a_reference_is_read_from_its_file_whatever_the_order_of_prompts(tmp_pat
     second = [_row(1, "c", "[5, 6]", "3"), _row(1, "d", "[7, 8]", "4")]
     first = [_row(0, "a", "[1, 2]", "1"), _row(0, "b", "[3, 4]", "2")]
     path.write_text("".join([second[0], *first, second[1]]))
-    reference = Reference.read(path)
+    reference = SFTScores.read(path)
     assert reference.scores_PNK.tolist() == [[[1, 2], [3, 4]], [[5, 6], [7, 8]]]
     assert reference.responses_PN == [["a", "b"], ["c", "d"]]
     assert reference.gold_PN is not None and reference.gold_PN.tolist() == [[1, 2], [3, 4]]
@@ -364,7 +364,7 @@ def test_a_reference_with_missing_samples_or_prompts_is_refused(tmp_path: Path, 
     path = tmp_path / "reference.jsonl"
     path.write_text("".join(_row(p, "x", "[1, 2]") for p in prompts))
     with pytest.raises(CheckpointError, match=r"reference\.jsonl: not a complete reference"):
-        Reference.read(path)
+        SFTScores.read(path)
 
 
 @pytest.mark.parametrize(
@@ -390,10 +390,10 @@ def test_a_reference_that_would_be_read_as_something_else_is_refused(
     rows = [json.loads(_row(0, response, "[1, 2]", "1")) for response in "ab"]
     path = tmp_path / "reference.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert Reference.read(path).finished(0) == [0, 1]
+    assert SFTScores.read(path).finished(0) == [0, 1]
     path.write_text("".join(json.dumps(row) + "\n" for row in (rows[0], rows[1] | changed)))
     with pytest.raises(CheckpointError, match=rf"reference\.jsonl:2: no row of a reference \(.*{words}"):
-        Reference.read(path)
+        SFTScores.read(path)
 
 
 def test_only_known_gold_rewards_exist() -> None:

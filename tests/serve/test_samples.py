@@ -13,7 +13,7 @@ from template_traits import TEMPLATES
 
 from nemo_advrm.data.messages import Message
 from nemo_advrm.data.tokenizers import HFTokenizer
-from nemo_advrm.rewards.reference import Reference
+from nemo_advrm.rewards.sft_scores import SFTScores
 from nemo_advrm.serve.samples import Preparer, Refused, Sample
 
 PROMPTS = ("the question", "the question is the answer", "is the answer")
@@ -21,7 +21,7 @@ PROMPTS = ("the question", "the question is the answer", "is the answer")
 
 def _preparer(tokenizer: HFTokenizer) -> Preparer:
     prompts = [(Message(role="user", content=text),) for text in PROMPTS]
-    reference = Reference(prompts, [["x"]] * len(prompts), torch.zeros(len(prompts), 1, 1), None)
+    reference = SFTScores(prompts, [["x"]] * len(prompts), torch.zeros(len(prompts), 1, 1), None)
     return Preparer([SimpleNamespace(tokenizer=tokenizer)], reference=reference)  # type: ignore[list-item]
 
 

@@ -22,10 +22,10 @@ from nemo_advrm.config.schema import AdversarialConfig
 from nemo_advrm.data.jsonl import read_jsonl, write_jsonl_atomic
 from nemo_advrm.engine.runtime import Runtime
 from nemo_advrm.errors import ConfigError
-from nemo_advrm.objectives.reference import fit_members
+from nemo_advrm.objectives.sft_statistics import fit_members
 from nemo_advrm.rank_info import host_name
 from nemo_advrm.rewards.ensemble import AdversarialReward, UncertaintyReward
-from nemo_advrm.rewards.reference import Reference
+from nemo_advrm.rewards.sft_scores import SFTScores
 from nemo_advrm.rewards.sources import load_members
 from nemo_advrm.run_directory import run_dir
 from nemo_advrm.writers import release_all
@@ -99,7 +99,7 @@ def test_models_on_two_processes_give_the_same_scores_and_stop_without_a_hang(se
             assert "Traceback" not in server.log.read_text()
 
 
-def _write_reference(path: Path, members: list[Path]) -> Reference:
+def _write_reference(path: Path, members: list[Path]) -> SFTScores:
     """Two prompts with two responses each, scored by the members."""
     data = rollouts()
     scores = [m.score(data) for m in load_members(tiny_config(), [str(p) for p in members], TOKENIZER)]
@@ -114,7 +114,7 @@ def _write_reference(path: Path, members: list[Path]) -> Reference:
         for i in range(4)
     ]
     write_jsonl_atomic(path, rows)
-    return Reference.read(path)
+    return SFTScores.read(path)
 
 
 def test_the_adversarial_reward_is_served_to_prompts_of_its_reference(

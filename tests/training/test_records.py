@@ -18,8 +18,8 @@ from nemo_advrm.models.policy import PolicyModel
 from nemo_advrm.rewards.base import Rollouts
 from nemo_advrm.rewards.ensemble import Judgement
 from nemo_advrm.rewards.local import FunctionReward
-from nemo_advrm.rewards.records import score_reference, trajectory_rows
-from nemo_advrm.rewards.reference import Reference
+from nemo_advrm.rewards.records import score_sft_responses, trajectory_rows
+from nemo_advrm.rewards.sft_scores import SFTScores
 from nemo_advrm.training.callbacks.checkpoints import PeriodicCheckpoint, saved_steps
 from nemo_advrm.training.callbacks.metrics import MetricsWriter
 from nemo_advrm.training.callbacks.progress import StepProgress
@@ -220,7 +220,7 @@ def test_the_trajectory_holds_every_response_and_the_share_of_successes(single: 
     # gold of the SFT responses: means 0 and 6, deviations of +-1, so a fresh response's std is sqrt(4 / 2 * 3 / 2)
     std = math.sqrt(3)
     gold_PN = torch.tensor([[1.0, -1.0], [7.0, 5.0]])
-    reference = Reference([(), ()], [["", ""]] * 2, torch.zeros(2, 2, 2), gold_PN)
+    reference = SFTScores([(), ()], [["", ""]] * 2, torch.zeros(2, 2, 2), gold_PN)
     recorder: Any = TrajectoryRecorder(tmp_path / "samples.jsonl", 1, reference, _gold())
     module: Any = _Policy()
     recorder.on_train_start(SimpleNamespace(global_step=0), module)
@@ -286,6 +286,6 @@ def test_rows_for_other_ranks_hold_plain_numbers_and_pickle_to_what_they_say() -
     assert len(pickle.dumps(rows)) < 400 * count  # 20 kB a row where it holds views
     torch.testing.assert_close(torch.tensor([row["z"] for row in rows]), details["z"])
     source = FunctionReward("score", lambda prompts, responses, ended: [float(i) for i in range(count)])
-    _, rows = score_reference(rollouts, count, [source], source)
+    _, rows = score_sft_responses(rollouts, count, [source], source)
     assert not any(torch.is_tensor(value) for row in rows for value in row.values())
     assert [(row["scores"], row["gold"]) for row in rows[:2]] == [([0.0], 0.0), ([1.0], 1.0)]

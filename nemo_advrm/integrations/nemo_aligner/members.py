@@ -16,12 +16,12 @@ from nemo_advrm.config.moved import moved_key
 from nemo_advrm.config.schema import AdversarialConfig, RemoteConfig
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.integrations.nemo_aligner.rollouts import FINGERPRINT
-from nemo_advrm.objectives.reference import fit_members
+from nemo_advrm.objectives.sft_statistics import fit_members
 from nemo_advrm.optional_deps import require_extra
 from nemo_advrm.rewards.base import RewardSource, Rollouts
 from nemo_advrm.rewards.ensemble import AdversarialReward, PolicyReward, UncertaintyReward
-from nemo_advrm.rewards.reference import Reference
 from nemo_advrm.rewards.remote import ServerReward, TritonReward, connect, written_out
+from nemo_advrm.rewards.sft_scores import SFTScores
 from nemo_advrm.rewards.sources import parse
 
 EXPECTED = (
@@ -89,7 +89,7 @@ def open_members(cfg: DictConfig, pad_id: int) -> list[RewardSource]:
     return members
 
 
-def build_reward(cfg: DictConfig, members: Sequence[RewardSource], reference: Reference | None = None) -> PolicyReward:
+def build_reward(cfg: DictConfig, members: Sequence[RewardSource], reference: SFTScores | None = None) -> PolicyReward:
     """The reward that ``ensemble.reward`` names: ``adversarial``, relative to the reference, or ``ensemble``.
 
     Several members of an ensemble are standardised by the SFT responses of the reference, where there is one.
@@ -107,9 +107,9 @@ def build_reward(cfg: DictConfig, members: Sequence[RewardSource], reference: Re
     return AdversarialReward(members, options, reference, options.target_members[0] - 1)
 
 
-def read_reference(cfg: DictConfig, members: Sequence[RewardSource]) -> Reference:
+def read_sft_scores(cfg: DictConfig, members: Sequence[RewardSource]) -> SFTScores:
     """The reference of ``ensemble.reference_path``; ConfigError when it is of another number of members."""
-    reference = Reference.read(Path(cfg.reference_path))
+    reference = SFTScores.read(Path(cfg.reference_path))
     if reference.scores_PNK.size(-1) != len(members):
         raise ConfigError(
             f"ensemble.reference_path={cfg.reference_path} has scores of {reference.scores_PNK.size(-1)} members, "

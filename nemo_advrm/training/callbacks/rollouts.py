@@ -17,7 +17,7 @@ from nemo_advrm.models.policy import PolicyModel
 from nemo_advrm.objectives.success import standard_success, strict_success
 from nemo_advrm.rewards.base import RewardSource, checked_scores
 from nemo_advrm.rewards.records import prompt_text, trajectory_rows
-from nemo_advrm.rewards.reference import Reference
+from nemo_advrm.rewards.sft_scores import SFTScores
 from nemo_advrm.training.callbacks.rows import lost_steps, open_rows
 
 _log = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ class TrajectoryRecorder(_RolloutWriter):
     ``last_rows`` are this data-parallel rank's rows of the last step.
     """
 
-    def __init__(self, path: Path, direction: int, reference: Reference, gold: RewardSource | None) -> None:
+    def __init__(self, path: Path, direction: int, reference: SFTScores, gold: RewardSource | None) -> None:
         super().__init__(path)
         self.direction = direction
         self.reference = reference

@@ -1,4 +1,4 @@
-"""Reference statistics from SFT samples, z-scores and Z(U)."""
+"""SFT statistics from SFT samples, z-scores and Z(U)."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from nemo_advrm.errors import RewardSourceError, UserError
-from nemo_advrm.objectives.reference import (
+from nemo_advrm.objectives.sft_statistics import (
     disagreement_z,
     fit_members,
-    fit_reference,
+    fit_sft_statistics,
     fresh_std,
     own_z_scores,
     standardise_members,
@@ -23,7 +23,7 @@ SCORES = torch.tensor([[[1.0, 0.0], [3.0, 4.0]], [[10.0, 5.0], [16.0, 7.0]]])
 
 
 def test_statistics_by_hand() -> None:
-    reference = fit_reference(SCORES)
+    reference = fit_sft_statistics(SCORES)
     torch.testing.assert_close(reference.prompt_mean_PK, torch.tensor([[2.0, 2.0], [13.0, 6.0]]))
     # residuals of member 1: -1 1 -3 3; of member 2: -2 2 -1 1; 4 less 2 means leave 2, and T_k(x) errs by 1 / 2 more
     torch.testing.assert_close(reference.std_K, torch.tensor([math.sqrt(20 / 2 * 3 / 2), math.sqrt(10 / 2 * 3 / 2)]))
@@ -34,7 +34,7 @@ def test_statistics_by_hand() -> None:
 
 
 def test_z_scores_use_the_mean_of_the_prompt_and_the_global_spread() -> None:
-    reference = fit_reference(SCORES)
+    reference = fit_sft_statistics(SCORES)
     scores = torch.tensor([[2.0, 7.0], [13.0, 6.0]])
     z = z_scores(scores, reference.prompt_mean_PK[torch.tensor([0, 1])], reference.std_K)
     torch.testing.assert_close(z, torch.tensor([[0.0, 5 / math.sqrt(7.5)], [0.0, 0.0]]))
@@ -42,14 +42,14 @@ def test_z_scores_use_the_mean_of_the_prompt_and_the_global_spread() -> None:
 
 def test_the_samples_own_z_scores_have_zero_mean_and_unit_spread() -> None:
     scores = torch.randn(50, 4, 3, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 10.0, 0.01])
-    z = own_z_scores(scores, fit_reference(scores)).flatten(0, 1)
+    z = own_z_scores(scores, fit_sft_statistics(scores)).flatten(0, 1)
     torch.testing.assert_close(z.mean(0), torch.zeros(3), atol=1e-5, rtol=0)
     torch.testing.assert_close(z.std(0, correction=0), torch.ones(3))
 
 
 def test_a_samples_own_z_is_that_of_a_fresh_response_to_the_others() -> None:
     scores = torch.randn(40, 3, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    reference = fit_reference(scores)
+    reference = fit_sft_statistics(scores)
     s_K = reference.std_K / math.sqrt(1 + 1 / 3)
     others_mean = scores[:, 1:].mean(1)
     by_hand = (scores[:, 0] - others_mean) / (s_K * math.sqrt(1 + 1 / 2))
@@ -67,7 +67,7 @@ def test_a_fresh_sft_response_has_a_z_of_variance_one(samples: int) -> None:
     def responses(count: int) -> torch.Tensor:
         return scale_K * (level_P1K + torch.randn(prompts, count, 2, generator=draw))
 
-    reference = fit_reference(responses(samples))
+    reference = fit_sft_statistics(responses(samples))
     fresh_PK = responses(1)[:, 0]
     z_PK = z_scores(fresh_PK, reference.prompt_mean_PK, reference.std_K)
     # 6000 draws: a std is known to within 3 / sqrt(2 * 6000) = 0.027; without the correction 1.73, 1.41 and 1.18
@@ -104,14 +104,14 @@ def test_members_that_cannot_be_standardised_are_named() -> None:
 
 
 def test_z_of_u_uses_the_distribution_over_all_prompts() -> None:
-    reference = fit_reference(SCORES)
+    reference = fit_sft_statistics(SCORES)
     u_z = disagreement_z(torch.tensor([[9.0, 2.0]]), reference.disagreement_mean, reference.disagreement_std)
     # U = 7: 3.5 above the global mean. Against the second prompt alone (U: 5 and 9) it would have been 0.
     torch.testing.assert_close(u_z, torch.tensor([3.5 / math.sqrt(59 / 3 * 5 / 4)]))
 
 
 def test_the_other_direction_mirrors_u_for_two_members() -> None:
-    forward, backward = fit_reference(SCORES), fit_reference(SCORES, target=1)
+    forward, backward = fit_sft_statistics(SCORES), fit_sft_statistics(SCORES, target=1)
     assert backward.disagreement_mean == -forward.disagreement_mean
     assert backward.disagreement_std == forward.disagreement_std
     z = disagreement_z(torch.tensor([[2.0, 9.0]]), backward.disagreement_mean, backward.disagreement_std, target=1)
@@ -123,14 +123,14 @@ def test_a_member_that_tells_nothing_apart_is_named(constant: float) -> None:
     scores = torch.randn(3, 7, 2)
     scores[:, :, 1] = constant
     with pytest.raises(UserError, match="reward model 2 has a spread of 0"):
-        fit_reference(scores)
+        fit_sft_statistics(scores)
 
 
 def test_a_spread_of_rounding_noise_counts_as_none() -> None:
     scores = torch.randn(3, 7, 2, generator=torch.Generator().manual_seed(0))
     scores[:, :, 0] = 100 + 1e-5 * scores[:, :, 1]
     with pytest.raises(UserError, match="reward model 1 has a spread"):
-        fit_reference(scores)
+        fit_sft_statistics(scores)
 
 
 @pytest.mark.parametrize("std", [0.0, math.nan, math.inf])
@@ -144,17 +144,17 @@ def test_an_unusable_std_from_a_file_is_an_error_and_not_a_division(std: float) 
 def test_members_that_are_copies_are_an_error() -> None:
     scores = torch.randn(3, 4, 1).repeat(1, 1, 2)
     with pytest.raises(RewardSourceError, match="copies of each other"):
-        fit_reference(scores)
+        fit_sft_statistics(scores)
 
 
 def test_scores_that_are_not_finite_name_the_member() -> None:
     scores = torch.randn(3, 4, 2)
     scores[1, 2, 1] = math.nan
     with pytest.raises(RewardSourceError, match="reward model 2 gave a NaN"):
-        fit_reference(scores)
+        fit_sft_statistics(scores)
 
 
 @pytest.mark.parametrize("shape", [(0, 4, 2), (3, 1, 2)])
 def test_too_few_samples_are_an_error(shape: tuple[int, int, int]) -> None:
     with pytest.raises(RewardSourceError, match="at least 2 SFT responses"):
-        fit_reference(torch.zeros(shape))
+        fit_sft_statistics(torch.zeros(shape))

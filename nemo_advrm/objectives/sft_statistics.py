@@ -28,12 +28,12 @@ RELATIVE_NOISE = 1e-6
 
 
 @dataclass(frozen=True)
-class ReferenceStatistics:
+class SFTStatistics:
     """Statistics of n SFT responses for each of P prompts under K members.
 
     prompt_mean_PK: T_k(x). std_K: s_k, the std of R_k - T_k(x) of a fresh response. disagreement_mean and
-    disagreement_std: of U over all responses of all prompts, for the target that `fit_reference` was given. Both stds
-    are those of `fresh_std`.
+    disagreement_std: of U over all responses of all prompts, for the target that `fit_sft_statistics` was given. Both
+    stds are those of `fresh_std`.
     """
 
     prompt_mean_PK: Tensor
@@ -65,7 +65,7 @@ def fresh_std(deviations_SK: Tensor, per_mean: int) -> Tensor:
 
 
 @torch.no_grad()
-def fit_reference(scores_PNK: Tensor, target: int = 0) -> ReferenceStatistics:
+def fit_sft_statistics(scores_PNK: Tensor, target: int = 0) -> SFTStatistics:
     """Statistics from the scores [P, n, K] of n SFT responses per prompt, with U seen from member `target`.
 
     Raises RewardSourceError if n < 2, if a score is not finite, if a member does not tell the responses of a prompt
@@ -74,7 +74,7 @@ def fit_reference(scores_PNK: Tensor, target: int = 0) -> ReferenceStatistics:
     prompts, samples, members = scores_PNK.shape
     if prompts < 1 or samples < 2:
         raise RewardSourceError(
-            f"reference statistics need at least 2 SFT responses for 1 prompt, not {samples} for {prompts}"
+            f"SFT statistics need at least 2 SFT responses for 1 prompt, not {samples} for {prompts}"
         )
     for k in range(members):
         if not scores_PNK[:, :, k].isfinite().all():
@@ -87,20 +87,20 @@ def fit_reference(scores_PNK: Tensor, target: int = 0) -> ReferenceStatistics:
     u_mean = u_S.mean().item()
     u_std = fresh_std((u_S - u_mean)[:, None], len(u_S)).item()
     _require_disagreement(u_std, RELATIVE_NOISE * scores64_PNK.square().mean().sqrt().item())
-    return ReferenceStatistics(prompt_mean_PK.to(scores_PNK.dtype), std_K.to(scores_PNK.dtype), u_mean, u_std)
+    return SFTStatistics(prompt_mean_PK.to(scores_PNK.dtype), std_K.to(scores_PNK.dtype), u_mean, u_std)
 
 
 def z_scores(scores_BK: Tensor, prompt_mean_BK: Tensor, std_K: Tensor) -> Tensor:
     """z_k = (R_k - T_k(x)) / s_k, [B, K], with row b of `prompt_mean_BK` holding T_k of the prompt of response b.
 
-    For fresh responses, with `ReferenceStatistics.std_K`. Raises RewardSourceError naming the member whose std is 0 or
+    For fresh responses, with `SFTStatistics.std_K`. Raises RewardSourceError naming the member whose std is 0 or
     not finite.
     """
     _require_spread(std_K, torch.zeros_like(std_K))
     return (scores_BK - prompt_mean_BK) / std_K
 
 
-def own_z_scores(scores_PNK: Tensor, statistics: ReferenceStatistics) -> Tensor:
+def own_z_scores(scores_PNK: Tensor, statistics: SFTStatistics) -> Tensor:
     """z of the SFT responses that the statistics were fitted to, [P, n, K]: each against the others to its prompt.
 
     Leaving response i out of T_k(x) gives (R_k - T_k(x)) n / (n - 1), whose std is s sqrt(1 + 1 / (n - 1)) where that

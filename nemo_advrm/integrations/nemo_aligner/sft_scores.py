@@ -13,7 +13,7 @@ from nemo_advrm.data.jsonl import write_jsonl_atomic
 from nemo_advrm.errors import ConfigError, RewardSourceError, UserError
 from nemo_advrm.integrations.nemo_aligner.rollouts import FINGERPRINT, RolloutReader, as_prompt
 from nemo_advrm.rewards.base import RewardSource, Rollouts
-from nemo_advrm.rewards.records import score_reference
+from nemo_advrm.rewards.records import score_sft_responses
 
 
 def prompt_texts(*datasets: Any) -> list[str]:
@@ -31,7 +31,7 @@ def prompt_texts(*datasets: Any) -> list[str]:
     return list(texts)
 
 
-def write_reference(
+def write_sft_scores(
     path: Path, actor: Any, texts: Sequence[str], members: Sequence[RewardSource], per_prompt: int, rows: int
 ) -> None:
     """Let the actor answer every prompt ``per_prompt`` times, score the answers and write ``reference.jsonl``.
@@ -46,7 +46,7 @@ def write_reference(
         RewardSourceError: a member failed; on every rank.
     """
     if per_prompt < 2:
-        raise ConfigError(f"reference.samples_per_prompt must be at least 2, not {per_prompt}")
+        raise ConfigError(f"sft_statistics.samples_per_prompt must be at least 2, not {per_prompt}")
     replicas, replica = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
     share = [(i, text) for i, text in enumerate(texts) for _ in range(per_prompt)][replica::replicas]
     # every replica makes as many batches: their collectives then meet
@@ -100,7 +100,7 @@ def _score(
         fingerprint=FINGERPRINT,
     )
     try:
-        _, rows = score_reference(rollouts, per_prompt, list(members))
+        _, rows = score_sft_responses(rollouts, per_prompt, list(members))
         write_jsonl_atomic(path, rows)
     except UserError as error:
         return str(error)

@@ -1,4 +1,4 @@
-"""Reference statistics of a run: SFT responses, their scores under every member, T_k(x), s_k and Z(U)."""
+"""SFT statistics of a run: SFT responses, their scores under every member, T_k(x), s_k and Z(U)."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from torch import Tensor
 from nemo_advrm.data.jsonl import read_jsonl
 from nemo_advrm.data.messages import Message
 from nemo_advrm.errors import CheckpointError, RewardSourceError
-from nemo_advrm.objectives.reference import (
-    ReferenceStatistics,
+from nemo_advrm.objectives.sft_statistics import (
+    SFTStatistics,
     disagreement_z,
-    fit_reference,
+    fit_sft_statistics,
     fresh_std,
     z_scores,
 )
@@ -25,7 +25,7 @@ from nemo_advrm.rewards.base import as_scores
 
 
 @dataclass(frozen=True)
-class Reference:
+class SFTScores:
     """SFT responses to P prompts with n responses each, scored by K members.
 
     Attributes:
@@ -55,8 +55,8 @@ class Reference:
         counts = [len(self.finished(i)) for i in range(len(self.responses_PN))]
         return sum(counts) / max(1, sum(map(len, self.responses_PN)))
 
-    def statistics(self, target: int = 0) -> ReferenceStatistics:
-        return fit_reference(self.scores_PNK, target)
+    def statistics(self, target: int = 0) -> SFTStatistics:
+        return fit_sft_statistics(self.scores_PNK, target)
 
     def prompt_mean(self, prompt_index: Sequence[int]) -> Tensor:
         """[N, K]: T_k of the prompt of each response."""
@@ -81,7 +81,7 @@ class Reference:
         return z_B.reshape(prompts, count) * ((count + 1) / (count - 1)) ** 0.5
 
     @classmethod
-    def read(cls, path: Path) -> Reference:
+    def read(cls, path: Path) -> SFTScores:
         """Read ``reference.jsonl``.
 
         Raises CheckpointError when prompts have unequal numbers of samples, or for rows that are none of a reference.
@@ -144,7 +144,7 @@ class Standardised:
 
 
 def standardise(
-    reference: Reference, statistics: ReferenceStatistics, scores_NK: Tensor, prompt_index: Sequence[int], target: int
+    reference: SFTScores, statistics: SFTStatistics, scores_NK: Tensor, prompt_index: Sequence[int], target: int
 ) -> Standardised:
     """z_k and Z(U) of the scores of fresh responses; ``statistics`` must be those of ``target``."""
     prompt_mean_NK = reference.prompt_mean(prompt_index)
