@@ -78,7 +78,7 @@ class Training:
 
 
 def wait_for(training: Training, path: Path) -> float:
-    from nemo_advrm.engine.training_state import save_training_state
+    from nemo_advrm.training.training_state import save_training_state
 
     started = time.perf_counter()
     save_training_state(path, training.module, {})
@@ -86,7 +86,7 @@ def wait_for(training: Training, path: Path) -> float:
 
 
 def in_background(training: Training, path: Path, step_seconds: float) -> Stall:
-    from nemo_advrm.engine.training_state import TrainingSave
+    from nemo_advrm.training.training_state import TrainingSave
 
     started = time.perf_counter()
     saving = TrainingSave(path, training.module, {}, in_background=True)

@@ -27,7 +27,7 @@ from nemo_advrm.data.preferences import load_preferences
 from nemo_advrm.data.prompts import split_train_validation
 from nemo_advrm.data.tokenizers import Tokenizer, build_tokenizer
 from nemo_advrm.engine import runtime
-from nemo_advrm.models.language_model import build_policy
+from nemo_advrm.engine.builders import build_policy
 from nemo_advrm.models.reward_model import RewardModel
 from nemo_advrm.objectives.accuracy import accuracy
 from nemo_advrm.objectives.bradley_terry import fit_weights

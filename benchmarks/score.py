@@ -34,7 +34,7 @@ def data(options: Options) -> list[list[int]]:
 
 
 def ours(options: Options) -> Side:
-    from nemo_advrm.models.scoring import score_sequences
+    from nemo_advrm.engine.scoring import score_sequences
 
     sequences = data(options)
     model = our_model(options.shape, "reward", random_weights(options.shape, "reward"))

@@ -50,7 +50,7 @@ def offline_scores(path: Path, texts: list[str]) -> list[float]:
     """One text at a time, without any batch."""
     from nemo_advrm.config.schema import Config
     from nemo_advrm.data.tokenizers import build_tokenizer
-    from nemo_advrm.models.scoring import score_sequences
+    from nemo_advrm.engine.scoring import score_sequences
     from nemo_advrm.rewards.encoding import encode_rendered
     from nemo_advrm.rewards.local import MegatronReward
     from nemo_advrm.rewards.sources import build, parse

@@ -96,8 +96,8 @@ def ours(options: Options) -> Side:
     from lightning.pytorch import Callback, Trainer
 
     from nemo_advrm.data.encoding import EncodedPair
-    from nemo_advrm.engine.strategy import MegatronStrategy
     from nemo_advrm.models.reward_model import RewardModel
+    from nemo_advrm.training.strategy import MegatronStrategy
 
     start_runtime()
     cfg = our_config(options.shape)

@@ -355,9 +355,9 @@ def run_stage(name: str, overrides: Sequence[str]) -> int | None:
 
         cfg = parse_settings(getattr(schema, STAGES[name].settings), overrides)
     else:
-        from nemo_advrm import workers
         from nemo_advrm.config import load_config
         from nemo_advrm.launch import relaunch
+        from nemo_advrm.pipeline import workers
 
         cfg = load_config(overrides, name)
         status = workers.supervise(cfg, [name, *overrides]) if name == "pipeline" else None

@@ -6,7 +6,7 @@ import os
 import socket
 from dataclasses import dataclass, field
 
-# "NUMBER PID" in a worker of a pipeline (see nemo_advrm.workers): its number, from 1, and the process that started it
+# "NUMBER PID" in a worker of a pipeline (see nemo_advrm.pipeline.workers): its number, from 1, and its parent process
 WORKER = "NEMO_ADVRM_WORKER"
 
 

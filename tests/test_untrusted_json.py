@@ -13,6 +13,7 @@ import pytest
 from nemo_advrm import untrusted_files, writers
 from nemo_advrm.config.schema import ConvertConfig
 from nemo_advrm.convert.conversion import _card_facts
+from nemo_advrm.convert.hf_directory import read_config
 from nemo_advrm.convert.nemo_file import archived_weights
 from nemo_advrm.convert.nemo_tokenizer_files import pack_tokenizer
 from nemo_advrm.convert.safetensors_files import indexed_files
@@ -23,7 +24,6 @@ from nemo_advrm.errors import ConfigError, DataError, UserError
 from nemo_advrm.pipeline.state import read_state
 from nemo_advrm.report.collect_rlhf import read_settings
 from nemo_advrm.report.files import read_json, read_jsonl
-from nemo_advrm.rewards.hf_directory import read_config
 from nemo_advrm.run_directory import results, run_files
 from nemo_advrm.untrusted_files import decode_json, read_json_object
 

@@ -12,10 +12,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from nemo_advrm import workers
 from nemo_advrm.config import load_config
 from nemo_advrm.errors import ConfigError
-from nemo_advrm.workers import Worker
+from nemo_advrm.pipeline import workers
+from nemo_advrm.pipeline.workers import Worker
 
 DISTRIBUTED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_STEP_NUM_TASKS")
 SAYS_PID = "import os, sys, time; from pathlib import Path\n"
@@ -31,7 +31,7 @@ SAVES += ".write_text(signals.received())\n    sys.exit(75)"
 
 def launch(script: str, home: Path) -> subprocess.Popen[str]:
     """A process that runs ``script`` in two workers and exits with their status."""
-    code = "import sys; from nemo_advrm import cli, signals; from nemo_advrm.workers import Worker, _run\n"
+    code = "import sys; from nemo_advrm import cli, signals; from nemo_advrm.pipeline.workers import Worker, _run\n"
     code += "with signals.owned(): sys.exit(cli.guarded(lambda: _run("
     code += f"[sys.executable, '-c', {script!r}], [Worker(1), Worker(2)])))"
     environment = {k: v for k, v in os.environ.items() if k not in DISTRIBUTED} | {"HOME_OF_TEST": str(home)}

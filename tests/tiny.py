@@ -7,8 +7,8 @@ from typing import Any
 
 from nemo_advrm.config.schema import Config, ModelConfig
 from nemo_advrm.data.encoding import EncodedPair
+from nemo_advrm.engine.microbatches import EncodedResponse
 from nemo_advrm.engine.runtime import Layout
-from nemo_advrm.models.language_model import EncodedResponse
 from nemo_advrm.models.rollout_batch import RolloutBatch
 from nemo_advrm.rewards.base import Rollouts
 from nemo_advrm.synthetic.tokenizer import SyntheticTokenizer

@@ -45,16 +45,15 @@ import torch
 from nemo_advrm.config.schema import Config
 from nemo_advrm.data.encoding import EncodedPair
 from nemo_advrm.engine import runtime
+from nemo_advrm.engine.flops import Microbatch, layer_flops
 from nemo_advrm.engine.fusions import settings
 from nemo_advrm.engine.generation import generate, uniforms
 from nemo_advrm.engine.model import build_model
 from nemo_advrm.engine.sampling import Sampling
+from nemo_advrm.engine.scoring import score_sequences
 from nemo_advrm.engine.throughput import gpu_peak
 from nemo_advrm.logging_setup import quiet_libraries
 from nemo_advrm.models.reward_model import RewardModel
-from nemo_advrm.models.scoring import score_sequences
-from nemo_advrm.plan.activations import Microbatch
-from nemo_advrm.plan.flops import layer_flops
 from nemo_advrm.synthetic.tokenizer import SyntheticTokenizer
 
 TOKENIZER = SyntheticTokenizer()

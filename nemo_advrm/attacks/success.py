@@ -13,9 +13,9 @@ from nemo_advrm.config.schema import Config
 from nemo_advrm.data.jsonl import write_jsonl_atomic
 from nemo_advrm.data.tokenizers import Tokenizer
 from nemo_advrm.engine import runtime
+from nemo_advrm.engine.builders import build_policy
 from nemo_advrm.engine.model import MegatronModel
 from nemo_advrm.evaluation.held_out import held_out_prompts
-from nemo_advrm.models.language_model import build_policy
 from nemo_advrm.models.policy import Prompt, encode_prompts
 from nemo_advrm.objectives.success import standard_success, strict_success
 from nemo_advrm.rewards.base import RewardSource, checked_scores

@@ -10,8 +10,8 @@ from nemo_advrm.config.schema import Config
 from nemo_advrm.config.validation import check_held_out
 from nemo_advrm.data.tokenizers import build_tokenizer
 from nemo_advrm.engine import runtime
+from nemo_advrm.engine.builders import build_policy
 from nemo_advrm.errors import ConfigError
-from nemo_advrm.models.language_model import build_policy
 from nemo_advrm.models.policy import encode_prompts
 from nemo_advrm.models.trainable import derive_seed
 from nemo_advrm.rewards.limits import prompts_with_room

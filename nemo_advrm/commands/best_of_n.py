@@ -9,9 +9,9 @@ from nemo_advrm.config.schema import Config
 from nemo_advrm.data import inputs
 from nemo_advrm.data.tokenizers import Tokenizer, build_tokenizer
 from nemo_advrm.engine import runtime
+from nemo_advrm.engine.builders import build_policy
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.evaluation.best_of_n import SAMPLES, best_of_n_prompts, curve_of_reward, sample_best_of_n
-from nemo_advrm.models.language_model import build_policy
 from nemo_advrm.models.policy import Prompt, encode_prompts
 from nemo_advrm.rewards.limits import prompts_with_room
 from nemo_advrm.rewards.local import build_gold

@@ -19,8 +19,8 @@ from nemo_advrm.convert.safetensors_files import parse_size
 from nemo_advrm.convert.tensors import TensorSink, TensorSource, TensorSpec
 from nemo_advrm.data.tokenizers import build_tokenizer
 from nemo_advrm.data.vocabulary import check_vocabulary
+from nemo_advrm.engine.feature_file import FILE, refuse_features
 from nemo_advrm.errors import CheckpointError, ConfigError, DataError
-from nemo_advrm.rewards.feature_file import FILE, refuse_features
 from nemo_advrm.untrusted_files import read_json_object, read_yaml
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

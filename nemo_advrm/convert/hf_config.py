@@ -8,12 +8,12 @@ from typing import Any
 
 from nemo_advrm.config.keys import nearest
 from nemo_advrm.config.schema import ModelConfig
+from nemo_advrm.convert import hf_directory
 from nemo_advrm.convert.tables import ARCHITECTURES, Architecture
 from nemo_advrm.engine.architecture import first_difference
 from nemo_advrm.engine.gpt import Head
 from nemo_advrm.engine.transformer import ffn_size, head_size, query_groups
 from nemo_advrm.errors import CheckpointError
-from nemo_advrm.rewards import hf_directory
 
 CLASSES: dict[str, Head] = {"ForCausalLM": "lm", "ForSequenceClassification": "reward"}
 
@@ -207,7 +207,6 @@ def choose_architecture(model: ModelConfig, head: Head, base: dict[str, Any], wa
         except CheckpointError as error:
             reasons.append(str(error))
     raise CheckpointError(f"no Hugging Face architecture computes this model: {'; '.join(reasons)}")
-
 
 
 def _rope(table: Architecture, config: dict[str, Any], where: str) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from nemo_advrm.config.schema import ModelConfig
 from nemo_advrm.convert.differences import listed
 from nemo_advrm.convert.hf_config import described, find_architecture, model_config, read_config
+from nemo_advrm.convert.hf_directory import explained
 from nemo_advrm.convert.names import canonical_shapes
 from nemo_advrm.convert.safetensors_files import SafetensorsDirectory
 from nemo_advrm.convert.tables import EMBEDDING, IGNORED, LM_HEAD, Architecture
@@ -21,7 +22,6 @@ from nemo_advrm.convert.transforms import Transform
 from nemo_advrm.data.reading import rule_in_config
 from nemo_advrm.errors import CheckpointError
 from nemo_advrm.gguf_limits import check_header
-from nemo_advrm.rewards.hf_directory import explained
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "spiece.model")
 

@@ -10,8 +10,8 @@ from nemo_advrm.data.messages import Message
 from nemo_advrm.data.preferences import LoadReport, PreferencePair, load_preferences
 from nemo_advrm.data.prompts import group_key, load_prompts, split_train_validation
 from nemo_advrm.data.sft_rows import SftRow, load_sft
-from nemo_advrm.engine import runtime
 from nemo_advrm.errors import ConfigError, DataError
+from nemo_advrm.rank_info import RankInfo
 
 
 def training_and_validation_pairs(cfg: Config) -> tuple[list[PreferencePair], list[PreferencePair]]:
@@ -117,5 +117,5 @@ def _shared(train: list[PreferencePair], validation: list[PreferencePair], name:
 
 
 def _say(line: str) -> None:
-    if line and runtime.current().is_writer:
+    if line and RankInfo.from_environment().rank == 0:
         print(line, flush=True)

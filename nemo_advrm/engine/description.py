@@ -12,10 +12,10 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from nemo_advrm.config.schema import ModelConfig
 from nemo_advrm.config.validation import CHOICES, RANGES
+from nemo_advrm.engine.parameters import model_parameters
 from nemo_advrm.engine.transformer import head_size, query_groups
 from nemo_advrm.engine.weights_metadata import open_metadata
 from nemo_advrm.errors import CheckpointError, one_line
-from nemo_advrm.plan.parameters import model_parameters
 
 _HEADS = ("lm", "reward", "value")
 _FIELDS: dict[str, tuple[type, ...]] = {

@@ -6,9 +6,8 @@ import torch
 
 from nemo_advrm.config.schema import ModelConfig
 from nemo_advrm.engine import phases, runtime
-from nemo_advrm.plan.activations import Microbatch
-from nemo_advrm.plan.flops import head_flops, layer_flops
-from nemo_advrm.plan.gpus import GPUS
+from nemo_advrm.engine.flops import Microbatch, head_flops, layer_flops
+from nemo_advrm.engine.gpus import GPUS
 
 
 def training_flops_per_token(model: ModelConfig) -> float:

@@ -3,49 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from nemo_advrm.config.schema import Config
 from nemo_advrm.data.batching import BatchSchedule
 from nemo_advrm.data.tokenizers import Tokenizer
-from nemo_advrm.engine import checkpoint, runtime
+from nemo_advrm.engine import runtime
+from nemo_advrm.engine.builders import build_policy
 from nemo_advrm.engine.log_probs import log_probs_and_entropy
-from nemo_advrm.engine.model import MegatronModel, build_model
+from nemo_advrm.engine.microbatches import EncodedResponse, response_microbatch
+from nemo_advrm.engine.model import MegatronModel
 from nemo_advrm.engine.optim import MegatronOptimizer
 from nemo_advrm.engine.schedule import Microbatch, Sums, forward_backward, microbatch_rows
-from nemo_advrm.models.scoring import rows_to_microbatch
 from nemo_advrm.models.trainable import TrainableModel, derive_seed, shard_rows, total_steps
-
-
-@dataclass(frozen=True)
-class EncodedResponse:
-    """One sequence, prompt and response with its end token; loss is taken from ``prompt_length`` on."""
-
-    tokens: list[int]
-    prompt_length: int
-
-
-def response_microbatch(model: MegatronModel, rows: list[EncodedResponse], pad_id: int) -> Microbatch:
-    """Rows whose response tokens are to be predicted.
-
-    ``extra`` holds ``targets_N`` [N] (all response tokens, row by row) and ``rows_N`` [N], the row of each.
-    """
-    microbatch = rows_to_microbatch(model, [r.tokens for r in rows], pad_id)
-    tokens_BS, lengths_B = microbatch.tokens_BS, microbatch.lengths_B
-    prompts_B = torch.tensor([r.prompt_length for r in rows], device=tokens_BS.device)
-    positions_S = torch.arange(tokens_BS.size(1), device=tokens_BS.device)
-    # the token at position s is predicted from position s - 1
-    predict_BS = (positions_S >= prompts_B[:, None] - 1) & (positions_S < lengths_B[:, None] - 1)
-    microbatch.forward = {"predict_BS": predict_BS}
-    microbatch.extra = {
-        "targets_N": tokens_BS[:, 1:][predict_BS[:, :-1]],
-        "rows_N": predict_BS.nonzero()[:, 0],
-    }
-    return microbatch
 
 
 class SupervisedModel(TrainableModel):
@@ -93,23 +64,3 @@ def _next_token_loss(logits_NV: Tensor, microbatch: Microbatch) -> tuple[Tensor,
     log_probs_N, entropy_N = log_probs_and_entropy(logits_NV, microbatch.extra["targets_N"])
     count = log_probs_N.numel()
     return -log_probs_N.sum(), count, {"entropy": (entropy_N.detach().sum(), count)}
-
-
-def build_policy(cfg: Config, tokenizer: Tokenizer, restore_from: str, seed: int, trainable: bool) -> MegatronModel:
-    """A language model with the weights of ``restore_from``, or random ones from ``seed``.
-
-    Raises CheckpointError for a tokenizer with ids beyond the embedding.
-    """
-    checkpoint.check_tokenizer(tokenizer, cfg.model, restore_from)
-    model = build_model(
-        cfg.model,
-        cfg.precision,
-        "lm",
-        tokenizer.vocab_size,
-        seed=seed,
-        trainable=trainable,
-        banned_token_ids=tokenizer.control_ids,
-    )
-    if restore_from:
-        checkpoint.load(Path(restore_from), model)
-    return model

@@ -19,6 +19,7 @@ from nemo_advrm.data.messages import Message, place_of
 from nemo_advrm.data.preferences import raise_or_count
 from nemo_advrm.data.tokenizers import Tokenizer
 from nemo_advrm.engine import phases, runtime
+from nemo_advrm.engine.builders import build_policy
 from nemo_advrm.engine.generation import generate, uniforms
 from nemo_advrm.engine.log_probs import log_probs_and_entropy
 from nemo_advrm.engine.model import MegatronModel
@@ -27,7 +28,6 @@ from nemo_advrm.engine.sampling import Sampling
 from nemo_advrm.engine.schedule import Sums, forward_backward, microbatch_rows
 from nemo_advrm.errors import ConfigError, DataError
 from nemo_advrm.models.critic import Critic
-from nemo_advrm.models.language_model import build_policy
 from nemo_advrm.models.rollout_batch import RolloutBatch, response_log_probs
 from nemo_advrm.models.trainable import TrainableModel, derive_seed
 from nemo_advrm.objectives import advantages

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,8 +12,9 @@ from nemo_advrm.config.schema import Config
 from nemo_advrm.data.batching import BatchSchedule, pad_rows
 from nemo_advrm.data.encoding import EncodedPair
 from nemo_advrm.data.tokenizers import Tokenizer
-from nemo_advrm.engine import checkpoint, runtime
-from nemo_advrm.engine.model import MegatronModel, build_model
+from nemo_advrm.engine import runtime
+from nemo_advrm.engine.builders import build_reward_model
+from nemo_advrm.engine.model import MegatronModel
 from nemo_advrm.engine.optim import MegatronOptimizer
 from nemo_advrm.engine.schedule import (
     Microbatch,
@@ -160,32 +160,6 @@ class RewardModel(TrainableModel):
             sums[f"{name}_mean"] = (scores_B.sum(), count)
             sums[f"{name}_square"] = (scores_B.square().sum(), count)
         return (losses_B * microbatch.extra["weight"]).sum(), count, sums
-
-
-def build_reward_model(
-    cfg: Config, tokenizer: Tokenizer, restore_from: str, seed: int, trainable: bool
-) -> MegatronModel:
-    """A reward model with the weights of ``restore_from`` (see :class:`RewardModel`).
-
-    A model that is not trained must find its head in the checkpoint: CheckpointError for a language model's, and for a
-    tokenizer with ids beyond the embedding.
-    """
-    options = cfg.reward_model
-    checkpoint.check_tokenizer(tokenizer, cfg.model, restore_from)
-    model = build_model(
-        cfg.model,
-        cfg.precision,
-        "reward",
-        tokenizer.vocab_size,
-        seed=seed,
-        trainable=trainable,
-        head_outputs=options.num_attributes if options.loss == "regression" else 1,
-        head_init_std=options.head_init_std,
-    )
-    if restore_from:
-        path = Path(restore_from)
-        checkpoint.load(path, model, new_head=trainable and checkpoint.read_meta(path)["head"] != "reward")
-    return model
 
 
 def pair_microbatch(model: MegatronModel, rows: list[EncodedPair], pad_id: int, loss: str) -> Microbatch:

@@ -20,9 +20,9 @@ from nemo_advrm.data.tokenizers import Tokenizer
 from nemo_advrm.engine import phases, runtime, throughput
 from nemo_advrm.engine.model import MegatronModel
 from nemo_advrm.engine.optim import MegatronOptimizer, learning_rate
-from nemo_advrm.engine.strategy import StepCounter
 from nemo_advrm.errors import TrainingDiverged
 from nemo_advrm.seeds import derive_seed
+from nemo_advrm.training.strategy import StepCounter
 
 Row = TypeVar("Row")
 

@@ -2,7 +2,7 @@
 
 Every step reads and writes files of the run directory only. ``state.json`` says which are complete; a run that was
 stopped goes on with those that are not. A process takes the first step that is ready and that no other process works
-on, so that several workers of one command (``pipeline.jobs``) share the steps: see :mod:`nemo_advrm.workers`.
+on, so that several workers of one command (``pipeline.jobs``) share the steps: see :mod:`nemo_advrm.pipeline.workers`.
 """
 
 from __future__ import annotations

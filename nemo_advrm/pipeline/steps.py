@@ -24,9 +24,10 @@ from nemo_advrm.data.jsonl import write_jsonl_atomic
 from nemo_advrm.data.preferences import load_preferences
 from nemo_advrm.data.tokenizers import build_tokenizer
 from nemo_advrm.engine import runtime
+from nemo_advrm.engine.builders import build_policy
+from nemo_advrm.engine.microbatches import EncodedResponse
 from nemo_advrm.evaluation.best_of_n import SAMPLES, best_of_n_prompts, curve_of_reward, sample_best_of_n
 from nemo_advrm.evaluation.room import measure_room
-from nemo_advrm.models.language_model import EncodedResponse, build_policy
 from nemo_advrm.models.policy import Prompt, encode_prompts
 from nemo_advrm.objectives.sft_statistics import MemberStatistics, fit_members
 from nemo_advrm.pipeline import branches

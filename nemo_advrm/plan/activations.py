@@ -21,23 +21,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from nemo_advrm.config.schema import ModelConfig
+from nemo_advrm.engine.flops import Microbatch
 from nemo_advrm.engine.fusions import fuses_activation
+from nemo_advrm.engine.parameters import Sizes
 from nemo_advrm.engine.transformer import head_size
-from nemo_advrm.plan.parameters import Sizes
 
 _SUM_BYTES = 4  # softmax sums and means are fp32
-
-
-@dataclass(frozen=True)
-class Microbatch:
-    """Rows of equal length that pass the pipeline together."""
-
-    rows: int
-    length: int
-
-    @property
-    def tokens(self) -> int:
-        return self.rows * self.length
 
 
 @dataclass(frozen=True)

@@ -6,35 +6,12 @@ from dataclasses import dataclass
 
 from nemo_advrm.config.layout import layers_per_stage
 from nemo_advrm.config.schema import ModelConfig
-from nemo_advrm.plan.activations import Microbatch, boundary_bytes
-from nemo_advrm.plan.gpus import GPU, GPUS, GPUS_PER_NODE
+from nemo_advrm.engine.flops import Microbatch, head_flops, layer_flops
+from nemo_advrm.engine.gpus import GPU, GPUS, GPUS_PER_NODE
+from nemo_advrm.engine.parameters import Sizes, stage_parameters
+from nemo_advrm.plan.activations import boundary_bytes
 from nemo_advrm.plan.jobs import Held, Job
 from nemo_advrm.plan.memory import cache_bytes, element_bytes, rank_memory, weight_bytes
-from nemo_advrm.plan.parameters import Sizes, stage_parameters
-
-
-@dataclass(frozen=True)
-class LayerFlops:
-    """FLOPs of one layer's forward pass over a microbatch, over all its ranks."""
-
-    matrices: float
-    attention: float
-
-    @property
-    def total(self) -> float:
-        return self.matrices + self.attention
-
-
-def layer_flops(model: ModelConfig, batch: Microbatch) -> LayerFlops:
-    """2 FLOPs per weight and token, and half of 4 s^2 q per row: a causal attention computes half its scores."""
-    size = Sizes.of(model)
-    matrices = size.hidden * (2 * size.query + 2 * size.key + size.ffn * (3 if size.gated else 2))
-    return LayerFlops(2.0 * matrices * batch.tokens, 2.0 * batch.tokens * batch.length * size.query)
-
-
-def head_flops(model: ModelConfig, head: str, tokens: float, vocab_size: int) -> float:
-    """Of the output layer; a scalar head has next to none."""
-    return 2.0 * tokens * model.hidden_size * vocab_size if head == "lm" else 0.0
 
 
 def _recomputed_share(model: ModelConfig, layers: int) -> tuple[float, float]:

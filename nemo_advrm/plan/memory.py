@@ -6,9 +6,10 @@ from dataclasses import dataclass, field, replace
 
 from nemo_advrm.config.layout import layers_per_stage
 from nemo_advrm.config.schema import Config, ModelConfig
-from nemo_advrm.plan.activations import Microbatch, head_bytes, layer_terms, on_gpu, peak_bytes
+from nemo_advrm.engine.flops import Microbatch
+from nemo_advrm.engine.parameters import Parameters, Sizes, stage_parameters
+from nemo_advrm.plan.activations import head_bytes, layer_terms, on_gpu, peak_bytes
 from nemo_advrm.plan.jobs import Held, Job
-from nemo_advrm.plan.parameters import Parameters, Sizes, stage_parameters
 
 GIB = 2**30
 _GRADIENT = 4  # bytes: gradients are added up in fp32

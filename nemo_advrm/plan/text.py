@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from itertools import groupby
 
 from nemo_advrm.config.schema import ModelConfig
+from nemo_advrm.engine.gpus import GPUS, GPUS_PER_NODE
 from nemo_advrm.plan.flops import StepTime, step_tokens
-from nemo_advrm.plan.gpus import GPUS, GPUS_PER_NODE
 from nemo_advrm.plan.jobs import Job
 from nemo_advrm.plan.memory import GIB, RankMemory, checkpoint_copy_bytes, host_bytes
 from nemo_advrm.plan.search import Candidate, budget

@@ -15,14 +15,14 @@ from torch import Tensor
 from nemo_advrm.data.answers import opening_of_answers, split_at_answer, until_end
 from nemo_advrm.data.tokenizers import Tokenizer
 from nemo_advrm.engine import runtime
+from nemo_advrm.engine.feature_file import FeatureWeights
 from nemo_advrm.engine.log_probs import log_probs_and_entropy
+from nemo_advrm.engine.microbatches import EncodedResponse, response_microbatch
 from nemo_advrm.engine.model import MegatronModel
 from nemo_advrm.engine.schedule import Microbatch, forward, microbatch_rows
 from nemo_advrm.errors import DataError, RewardSourceError
-from nemo_advrm.models.language_model import EncodedResponse, response_microbatch
 from nemo_advrm.rewards.base import Rollouts
 from nemo_advrm.rewards.encoding import encode_rendered
-from nemo_advrm.rewards.feature_file import FeatureWeights
 from nemo_advrm.rewards.local import MegatronReward
 
 

@@ -17,12 +17,12 @@ from nemo_advrm.data.messages import Message, prompt_key
 from nemo_advrm.data.preference_rows import PreferencePair
 from nemo_advrm.data.tokenizers import HFTokenizer, Tokenizer
 from nemo_advrm.engine import checkpoint, manifest, runtime
+from nemo_advrm.engine.builders import build_policy
+from nemo_advrm.engine.feature_file import FeatureWeights, policy_fingerprint
 from nemo_advrm.errors import CheckpointError, ConfigError, DataError
-from nemo_advrm.models.language_model import build_policy
 from nemo_advrm.objectives.bradley_terry import fit_weights
 from nemo_advrm.rewards.base import Rollouts
 from nemo_advrm.rewards.checkpoints import SourceSpec, member_config, member_tokenizer
-from nemo_advrm.rewards.feature_file import FeatureWeights, policy_fingerprint
 from nemo_advrm.rewards.features import HybridReward, ReferenceFeatures
 from nemo_advrm.rewards.local import MegatronReward
 

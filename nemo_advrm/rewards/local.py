@@ -11,7 +11,7 @@ from torch import Tensor
 from nemo_advrm.data.messages import Message
 from nemo_advrm.data.tokenizers import Tokenizer
 from nemo_advrm.errors import ConfigError, RewardSourceError
-from nemo_advrm.rewards.attributes import combine
+from nemo_advrm.objectives.attributes import combine
 from nemo_advrm.rewards.base import Rollouts, as_scores
 from nemo_advrm.rewards.encoding import token_sequences
 
@@ -45,7 +45,7 @@ class MegatronReward:
 
     def score(self, rollouts: Rollouts) -> Tensor:
         """Raises RewardSourceError for a row beyond the last position that the model has learned."""
-        from nemo_advrm.models.scoring import score_sequences  # a function alone needs no Megatron-Core
+        from nemo_advrm.engine.scoring import score_sequences
 
         rows = token_sequences(rollouts, self.tokenizer, self.longest or None)
         longest = max(map(len, rows), default=0)

@@ -26,9 +26,9 @@ from nemo_advrm.config.layout import validate_layout
 from nemo_advrm.config.schema import Config, ConvertConfig, PretrainedConfig, RewardModelConfig
 from nemo_advrm.data.tokenizers import Tokenizer
 from nemo_advrm.errors import CheckpointError, ConfigError, LayoutError
+from nemo_advrm.objectives.attributes import check_attributes, parse_weights
 from nemo_advrm.optional_deps import require_extra
 from nemo_advrm.rewards import hf
-from nemo_advrm.rewards.attributes import check_attributes, parse_weights
 from nemo_advrm.rewards.base import RewardSource
 from nemo_advrm.rewards.checkpoints import (
     LOCAL_KINDS,
@@ -167,7 +167,7 @@ def build(
     """
     if spec.kind == "megatron":
         # servers alone are asked without Megatron-Core, by NeMo-Aligner's processes too, whose version is another
-        from nemo_advrm.models.reward_model import build_reward_model
+        from nemo_advrm.engine.builders import build_reward_model
         from nemo_advrm.rewards import hybrid
         from nemo_advrm.rewards.local import MegatronReward
 

@@ -19,9 +19,9 @@ from nemo_advrm.data.preferences import PreferencePair
 from nemo_advrm.data.prompts import split_train_validation
 from nemo_advrm.data.tokenizers import Tokenizer
 from nemo_advrm.engine import runtime
+from nemo_advrm.engine.scoring import score_sequences
 from nemo_advrm.errors import ConfigError, DataError
 from nemo_advrm.models.reward_model import RewardModel
-from nemo_advrm.models.scoring import score_sequences
 from nemo_advrm.models.trainable import derive_seed
 from nemo_advrm.objectives.accuracy import accuracy
 from nemo_advrm.rewards.features import HybridReward

@@ -15,15 +15,16 @@ from nemo.utils.exp_manager import exp_manager
 from nemo_advrm import signals
 from nemo_advrm.config.schema import Config
 from nemo_advrm.data.reading import KEY, ReadingRule
-from nemo_advrm.engine import checkpoint, memory, resiliency, runtime
-from nemo_advrm.engine.strategy import MegatronStrategy
+from nemo_advrm.engine import checkpoint, resiliency, runtime
+from nemo_advrm.engine.feature_file import FeatureWeights
 from nemo_advrm.models.trainable import TrainableModel
-from nemo_advrm.rewards.feature_file import FeatureWeights
 from nemo_advrm.run_directory import results, run_files
+from nemo_advrm.training import memory
 from nemo_advrm.training.callbacks.checkpoints import PeriodicCheckpoint, newest_usable
 from nemo_advrm.training.callbacks.metrics import MetricsWriter
 from nemo_advrm.training.callbacks.preemption import PreemptionCheckpoint, keep_signals
 from nemo_advrm.training.callbacks.progress import PhaseMarks, StepProgress
+from nemo_advrm.training.strategy import MegatronStrategy
 
 # rows that a training writes
 RECORDS = ("metrics.jsonl", "samples.jsonl", "held_out.jsonl")

@@ -10,8 +10,9 @@ from nemo_advrm.data.jsonl import BadRow
 from nemo_advrm.data.preferences import raise_or_count
 from nemo_advrm.data.sft_rows import SftRow
 from nemo_advrm.data.tokenizers import Tokenizer
+from nemo_advrm.engine.microbatches import EncodedResponse
 from nemo_advrm.errors import ConfigError, DataError
-from nemo_advrm.models.language_model import EncodedResponse, SupervisedModel
+from nemo_advrm.models.language_model import SupervisedModel
 from nemo_advrm.models.trainable import derive_seed
 from nemo_advrm.training.run_training import fit, read_result, write_result
 

@@ -8,8 +8,8 @@ from nemo_advrm.engine import runtime
 from nemo_advrm.engine.generation import generate, uniforms
 from nemo_advrm.engine.model import build_model
 from nemo_advrm.engine.sampling import Sampling
+from nemo_advrm.engine.scoring import score_sequences
 from nemo_advrm.models.reward_model import RewardModel
-from nemo_advrm.models.scoring import score_sequences
 from nemo_advrm.run_directory import cost
 
 PROMPT, NEW = [3, 4, 5], 4

@@ -15,12 +15,12 @@ import pytest
 import yaml
 from reward_members import PROMPTS, RESPONSES, one_step_of_rl
 
-from nemo_advrm import cli, files, workers, writers
+from nemo_advrm import cli, files, writers
 from nemo_advrm.commands import stages
 from nemo_advrm.config import load_config
 from nemo_advrm.engine.runtime import Runtime
 from nemo_advrm.errors import ConfigError
-from nemo_advrm.pipeline import dag, held_arms, rounds, state
+from nemo_advrm.pipeline import dag, held_arms, rounds, state, workers
 from nemo_advrm.report.collect import collect
 from nemo_advrm.report.lines import lines_of
 from nemo_advrm.report.summary import summarise

@@ -16,10 +16,10 @@ from nemo_advrm.data.encoding import encode_pairs
 from nemo_advrm.data.preference_rows import PreferencePair
 from nemo_advrm.data.tokenizers import ByteTokenizer
 from nemo_advrm.engine import manifest
+from nemo_advrm.engine.feature_file import FILE, FeatureWeights, policy_fingerprint
 from nemo_advrm.engine.runtime import Runtime
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.rewards.base import Rollouts
-from nemo_advrm.rewards.feature_file import FILE, FeatureWeights, policy_fingerprint
 from nemo_advrm.rewards.hybrid import fixed_prompts, frozen_policy
 from nemo_advrm.rewards.sft_scores import SFTScores
 from nemo_advrm.rewards.sources import load_members

@@ -16,7 +16,7 @@ from nemo_advrm.engine.generation import generate
 from nemo_advrm.engine.model import MegatronModel, build_model
 from nemo_advrm.engine.sampling import Sampling
 from nemo_advrm.engine.schedule import Microbatch, forward
-from nemo_advrm.models.scoring import score_sequences
+from nemo_advrm.engine.scoring import score_sequences
 
 
 def build(path: str) -> MegatronModel:

@@ -8,10 +8,10 @@ import torch
 from tiny import TOKENIZER, pairs, sequences, tiny_config
 
 from nemo_advrm.engine import runtime
+from nemo_advrm.engine.scoring import score_sequences
 from nemo_advrm.errors import CheckpointError
 from nemo_advrm.models.policy import PolicyModel
 from nemo_advrm.models.reward_model import RewardModel
-from nemo_advrm.models.scoring import score_sequences
 
 ROWS = sequences(6)
 

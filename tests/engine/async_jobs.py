@@ -19,9 +19,9 @@ import torch
 
 from nemo_advrm.engine import checkpoint, manifest, runtime
 from nemo_advrm.engine.file_writers import FileWriters
-from nemo_advrm.engine.training_state import TrainingSave
 from nemo_advrm.errors import CheckpointError
 from nemo_advrm.models.reward_model import RewardModel
+from nemo_advrm.training.training_state import TrainingSave
 
 
 @contextlib.contextmanager

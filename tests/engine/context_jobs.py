@@ -17,8 +17,9 @@ from nemo_advrm.config import load_config
 from nemo_advrm.config.schema import ModelConfig, PrecisionConfig
 from nemo_advrm.engine import context, runtime
 from nemo_advrm.engine.attention import FusedCoreAttention
+from nemo_advrm.engine.microbatches import EncodedResponse
 from nemo_advrm.engine.transformer import transformer_config
-from nemo_advrm.models.language_model import EncodedResponse, SupervisedModel
+from nemo_advrm.models.language_model import SupervisedModel
 
 
 def place() -> dict[str, Any]:

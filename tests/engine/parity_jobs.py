@@ -16,14 +16,15 @@ from tiny import TOKENIZER, pairs, responses, rollout_batch, sequences, tiny_con
 from nemo_advrm.config.schema import Config
 from nemo_advrm.data.batching import split_by_tokens
 from nemo_advrm.engine import checkpoint, runtime
+from nemo_advrm.engine.builders import build_policy, build_reward_model
 from nemo_advrm.engine.generation import generate, uniforms
 from nemo_advrm.engine.model import build_model
 from nemo_advrm.engine.sampling import Sampling
+from nemo_advrm.engine.scoring import score_sequences
 from nemo_advrm.models.critic import Critic
-from nemo_advrm.models.language_model import SupervisedModel, build_policy
-from nemo_advrm.models.reward_model import RewardModel, build_reward_model
+from nemo_advrm.models.language_model import SupervisedModel
+from nemo_advrm.models.reward_model import RewardModel
 from nemo_advrm.models.rollout_batch import response_log_probs
-from nemo_advrm.models.scoring import score_sequences
 
 Metrics = dict[str, float]
 

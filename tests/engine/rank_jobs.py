@@ -10,13 +10,14 @@ import torch
 from tiny import TOKENIZER, VOCABULARY, pairs, responses, rollout_batch, sequences, tiny_config
 
 from nemo_advrm.engine import checkpoint, runtime
+from nemo_advrm.engine.builders import build_policy, build_reward_model
 from nemo_advrm.engine.model import MegatronModel, build_model
 from nemo_advrm.engine.runtime import detached
+from nemo_advrm.engine.scoring import score_sequences
 from nemo_advrm.models.critic import Critic
-from nemo_advrm.models.language_model import SupervisedModel, build_policy
-from nemo_advrm.models.reward_model import RewardModel, build_reward_model
+from nemo_advrm.models.language_model import SupervisedModel
+from nemo_advrm.models.reward_model import RewardModel
 from nemo_advrm.models.rollout_batch import response_log_probs
-from nemo_advrm.models.scoring import score_sequences
 
 Result = tuple[dict[str, float], list[Any], int]
 """(metrics over all ranks, what this rank's own rows gave, passes through this rank's part of the model)"""

@@ -14,9 +14,9 @@ import torch
 from distributed import Worlds
 
 from nemo_advrm.engine.runtime import Layout, Runtime
-from nemo_advrm.engine.training_state import load_training_state, save_training_state
 from nemo_advrm.errors import CheckpointError
 from nemo_advrm.training.callbacks.checkpoints import newest_usable
+from nemo_advrm.training.training_state import load_training_state, save_training_state
 
 OLDER, NEWEST = "step_00000001", "step_00000002"
 LARGEST = "the largest file of the weights"

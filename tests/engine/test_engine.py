@@ -14,8 +14,9 @@ from megatron.core.optimizer import clip_grads, distrib_optimizer, optimizer
 from tiny import TOKENIZER, tiny_config
 
 from nemo_advrm.engine import cpu, engine
+from nemo_advrm.engine.microbatches import EncodedResponse
 from nemo_advrm.engine.runtime import Runtime
-from nemo_advrm.models.language_model import EncodedResponse, SupervisedModel
+from nemo_advrm.models.language_model import SupervisedModel
 
 # takes the step of a training on a CPU and says what took it
 _TRAIN = """

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from lightning.pytorch import Trainer
 
-from nemo_advrm.engine.loop_state import check_loop_state
 from nemo_advrm.errors import CheckpointError
+from nemo_advrm.training.loop_state import check_loop_state
 
 WRONG = ("x", None, [1], {"a": 1}, True, -1, 1.5, 10**30)
 CHECKPOINT = Path("checkpoints/step_00000002")

@@ -10,10 +10,10 @@ import torch
 from nemo_advrm.commands import sft
 from nemo_advrm.config import load_config
 from nemo_advrm.config.schema import Config
-from nemo_advrm.engine import memory
 from nemo_advrm.engine.runtime import Runtime
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.models.language_model import SupervisedModel
+from nemo_advrm.training import memory
 
 # 2.4 GB of weights, gradients and optimizer state, and the activations of 4 pairs of 8192 tokens in one microbatch
 LONG = ["model=smollm2_135m", "precision=bf16", "plan.gpu=rtx4090", "model.encoder_seq_length=8192"]

@@ -24,11 +24,11 @@ from nemo_advrm.convert.conversion import convert
 from nemo_advrm.engine.file_readers import load_plain
 from nemo_advrm.engine.fp8_states import check_fp8_states
 from nemo_advrm.engine.runtime import Runtime
-from nemo_advrm.engine.strategy import MegatronStrategy
-from nemo_advrm.engine.training_state import load_training_state, save_training_state
 from nemo_advrm.errors import CheckpointError, UserError
 from nemo_advrm.models.reward_model import RewardModel
 from nemo_advrm.rewards.sources import load_members
+from nemo_advrm.training.strategy import MegatronStrategy
+from nemo_advrm.training.training_state import load_training_state, save_training_state
 
 MODEL = "reward_model"
 SIZES = (

@@ -17,12 +17,12 @@ from tiny import TOKENIZER, VOCABULARY
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from nemo_advrm.engine import optim
+from nemo_advrm.engine.microbatches import EncodedResponse
 from nemo_advrm.engine.model import MegatronModel
 from nemo_advrm.engine.precision import cpu_has_bf16
 from nemo_advrm.engine.runtime import Layout, Runtime
 from nemo_advrm.engine.schedule import forward_backward
 from nemo_advrm.errors import ConfigError, DataError, TrainingDiverged
-from nemo_advrm.models.language_model import EncodedResponse
 from nemo_advrm.models.policy import PolicyModel, encode_prompts
 from nemo_advrm.models.rollout_batch import RolloutBatch
 

@@ -11,13 +11,14 @@ from tiny import ARCHITECTURES, TOKENIZER, VOCABULARY, pairs, sequences, tiny_co
 
 from nemo_advrm.config.schema import Config
 from nemo_advrm.data.encoding import EncodedPair
+from nemo_advrm.engine.microbatches import rows_to_microbatch
 from nemo_advrm.engine.model import MegatronModel, build_model
 from nemo_advrm.engine.runtime import Runtime
-from nemo_advrm.engine.strategy import StepCounter
+from nemo_advrm.engine.scoring import score_sequences
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.models.reward_model import RewardModel
-from nemo_advrm.models.scoring import rows_to_microbatch, score_sequences
 from nemo_advrm.models.trainable import derive_seed, total_steps
+from nemo_advrm.training.strategy import StepCounter
 
 LOSSES = ("bt", "margin_bt", "scaled_bt", "regression")
 
@@ -227,7 +228,7 @@ def test_rounding_the_padded_length_up_changes_no_score(
 ) -> None:
     rows = sequences(5)
     expected = score_sequences(scorer, rows, 0)
-    monkeypatch.setattr("nemo_advrm.models.scoring.sequence_multiple", lambda model: multiple)
+    monkeypatch.setattr("nemo_advrm.engine.scoring.sequence_multiple", lambda model: multiple)
     assert rows_to_microbatch(scorer, rows, 0).tokens_BS.size(1) % multiple == 0
     torch.testing.assert_close(score_sequences(scorer, rows, 0), expected, rtol=1e-5, atol=1e-5)
 

@@ -9,8 +9,9 @@ import pytest
 from distributed import World
 
 from nemo_advrm.config.schema import ModelConfig
+from nemo_advrm.engine.flops import Microbatch
 from nemo_advrm.engine.runtime import Layout
-from nemo_advrm.plan.activations import ON_CPU, Microbatch, head_bytes, peak_bytes
+from nemo_advrm.plan.activations import ON_CPU, head_bytes, peak_bytes
 
 VOCABULARY = 512
 BASE = {

@@ -14,10 +14,11 @@ import pytest
 from megatron.core.pipeline_parallel.schedules import get_pp_rank_microbatches
 
 from nemo_advrm.config.schema import Config, ModelConfig
+from nemo_advrm.engine.flops import Microbatch
+from nemo_advrm.engine.parameters import Parameters, model_parameters
 from nemo_advrm.plan.activations import (
     ON_CPU,
     PLAIN,
-    Microbatch,
     boundary_bytes,
     chunk_bytes,
     head_bytes,
@@ -26,7 +27,6 @@ from nemo_advrm.plan.activations import (
     peak_bytes,
 )
 from nemo_advrm.plan.memory import in_flight, optimizer_bytes, weight_bytes
-from nemo_advrm.plan.parameters import Parameters, model_parameters
 
 VOCABULARY = 512
 

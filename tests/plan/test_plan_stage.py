@@ -14,12 +14,12 @@ from nemo_advrm.commands import plan
 from nemo_advrm.config import load_config
 from nemo_advrm.config.layout import layers_per_stage, validate_layout
 from nemo_advrm.config.schema import Config, ModelConfig
+from nemo_advrm.engine.flops import Microbatch, layer_flops
+from nemo_advrm.engine.parameters import model_parameters
 from nemo_advrm.errors import ConfigError, LayoutError
-from nemo_advrm.plan.activations import Microbatch
-from nemo_advrm.plan.flops import Clock, layer_flops, step_tokens
+from nemo_advrm.plan.flops import Clock, step_tokens
 from nemo_advrm.plan.jobs import job_of, models_of
 from nemo_advrm.plan.memory import GIB, all_stages, cache_bytes, rank_memory
-from nemo_advrm.plan.parameters import model_parameters
 from nemo_advrm.plan.search import budget, greatest_memory, search, single_changes
 from nemo_advrm.plan.text import memory_table
 

@@ -19,11 +19,12 @@ from nemo_advrm.data.answers import opening_of_answers, split_at_answer
 from nemo_advrm.data.messages import Message
 from nemo_advrm.data.reading import KEY
 from nemo_advrm.data.tokenizers import ByteTokenizer, HFTokenizer
+from nemo_advrm.engine.builders import build_policy
+from nemo_advrm.engine.feature_file import FILE, FeatureWeights, policy_fingerprint
+from nemo_advrm.engine.microbatches import EncodedResponse
 from nemo_advrm.engine.runtime import Layout, Runtime
 from nemo_advrm.errors import CheckpointError, ConfigError, DataError
-from nemo_advrm.models.language_model import EncodedResponse, build_policy
 from nemo_advrm.models.rollout_batch import response_log_probs
-from nemo_advrm.rewards.feature_file import FILE, FeatureWeights, policy_fingerprint
 from nemo_advrm.rewards.features import HybridReward, ReferenceFeatures
 from nemo_advrm.rewards.local import MegatronReward
 from nemo_advrm.rewards.sources import build, check, load_members, parse

@@ -235,8 +235,7 @@ def test_training_and_members_refuse_a_tokenizer_that_is_larger_than_the_checkpo
     from reward_members import save_megatron
 
     from nemo_advrm.data.tokenizers import ByteTokenizer
-    from nemo_advrm.models.language_model import build_policy
-    from nemo_advrm.models.reward_model import build_reward_model
+    from nemo_advrm.engine.builders import build_policy, build_reward_model
 
     base = str(save_megatron(tmp_path / "lm", head="lm", num_layers=1))  # 104 rows
     rm = save_megatron(tmp_path / "rm", num_layers=1, meta={})

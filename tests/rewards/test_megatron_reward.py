@@ -13,8 +13,8 @@ from tiny import TOKENIZER, VOCABULARY, tiny_config
 from nemo_advrm.engine import checkpoint
 from nemo_advrm.engine.model import build_model
 from nemo_advrm.engine.runtime import Runtime
+from nemo_advrm.engine.scoring import score_sequences
 from nemo_advrm.errors import CheckpointError
-from nemo_advrm.models.scoring import score_sequences
 from nemo_advrm.rewards.base import Rollouts
 from nemo_advrm.rewards.local import MegatronReward
 from nemo_advrm.rewards.sources import build, parse

@@ -6,9 +6,9 @@ import pytest
 from reward_members import rollouts, save_megatron
 from tiny import TOKENIZER, tiny_config
 
+from nemo_advrm.engine.feature_file import FeatureWeights, policy_fingerprint
 from nemo_advrm.engine.runtime import Runtime
 from nemo_advrm.rewards.ensemble import UncertaintyReward
-from nemo_advrm.rewards.feature_file import FeatureWeights, policy_fingerprint
 from nemo_advrm.rewards.sources import load_members
 
 pytest.importorskip("fastapi", reason="needs the extra serve")

@@ -12,9 +12,9 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
 from nemo_advrm.engine import checkpoint, manifest, phases, runtime, stopping
-from nemo_advrm.engine.strategy import IN_BACKGROUND, MegatronStrategy
 from nemo_advrm.errors import CheckpointError
 from nemo_advrm.training.callbacks.preemption import stopped_and_saved
+from nemo_advrm.training.strategy import IN_BACKGROUND, MegatronStrategy
 
 _log = logging.getLogger(__name__)
 _NAME = re.compile(r"step_(\d+)")

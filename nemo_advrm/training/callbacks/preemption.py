@@ -9,8 +9,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
 from nemo_advrm.engine import stopping
-from nemo_advrm.engine.strategy import MegatronStrategy
 from nemo_advrm.errors import Preempted
+from nemo_advrm.training.strategy import MegatronStrategy
 
 
 def keep_signals(trainer: Trainer) -> None:

@@ -17,9 +17,9 @@ from lightning.pytorch.strategies import Strategy
 from torch import Tensor
 
 from nemo_advrm.engine import runtime
-from nemo_advrm.engine.loop_state import check_loop_state
-from nemo_advrm.engine.training_state import TRAINER_STATE, TrainingSave, load_training_state
 from nemo_advrm.errors import CheckpointError
+from nemo_advrm.training.loop_state import check_loop_state
+from nemo_advrm.training.training_state import TRAINER_STATE, TrainingSave, load_training_state
 from nemo_advrm.untrusted_files import read_json_object
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ import torch
 
 from nemo_advrm.config.schema import Config
 from nemo_advrm.engine import runtime
+from nemo_advrm.engine.gpus import GPUS
 from nemo_advrm.errors import ConfigError
-from nemo_advrm.plan.gpus import GPUS
 from nemo_advrm.plan.jobs import job_of
 from nemo_advrm.plan.search import Candidate, greatest_memory, single_changes
 

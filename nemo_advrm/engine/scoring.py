@@ -5,17 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nemo_advrm.data.batching import pad_rows
 from nemo_advrm.engine import runtime
+from nemo_advrm.engine.microbatches import rows_to_microbatch
 from nemo_advrm.engine.model import MegatronModel
-from nemo_advrm.engine.schedule import Microbatch, forward, microbatch_rows, sequence_multiple
-
-
-def rows_to_microbatch(model: MegatronModel, rows: list[list[int]], pad_id: int) -> Microbatch:
-    """Pad ``rows`` on the right to what the layout needs."""
-    device = runtime.current().device
-    tokens_BS, lengths_B = pad_rows(rows, pad_id, sequence_multiple(model))
-    return Microbatch(tokens_BS.to(device), lengths_B.to(device))
+from nemo_advrm.engine.schedule import forward, microbatch_rows
 
 
 def score_sequences(model: MegatronModel, sequences: list[list[int]], pad_id: int) -> Tensor:

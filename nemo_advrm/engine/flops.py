@@ -1,0 +1,44 @@
+"""FLOPs of the forward pass of one layer and of the output layer, from the architecture alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nemo_advrm.config.schema import ModelConfig
+from nemo_advrm.engine.parameters import Sizes
+
+
+@dataclass(frozen=True)
+class Microbatch:
+    """Rows of equal length that pass the pipeline together."""
+
+    rows: int
+    length: int
+
+    @property
+    def tokens(self) -> int:
+        return self.rows * self.length
+
+
+@dataclass(frozen=True)
+class LayerFlops:
+    """FLOPs of one layer's forward pass over a microbatch, over all its ranks."""
+
+    matrices: float
+    attention: float
+
+    @property
+    def total(self) -> float:
+        return self.matrices + self.attention
+
+
+def layer_flops(model: ModelConfig, batch: Microbatch) -> LayerFlops:
+    """2 FLOPs per weight and token, and half of 4 s^2 q per row: a causal attention computes half its scores."""
+    size = Sizes.of(model)
+    matrices = size.hidden * (2 * size.query + 2 * size.key + size.ffn * (3 if size.gated else 2))
+    return LayerFlops(2.0 * matrices * batch.tokens, 2.0 * batch.tokens * batch.length * size.query)
+
+
+def head_flops(model: ModelConfig, head: str, tokens: float, vocab_size: int) -> float:
+    """Of the output layer; a scalar head has next to none."""
+    return 2.0 * tokens * model.hidden_size * vocab_size if head == "lm" else 0.0
