@@ -34,13 +34,14 @@ from nemo_advrm.data.tokenizers import build_tokenizer
 from nemo_advrm.engine import checkpoint, runtime
 from nemo_advrm.logging_setup import quiet_libraries
 from nemo_advrm.models.language_model import SupervisedModel
-from nemo_advrm.models.policy import PolicyModel, Prompt, encode_prompts
+from nemo_advrm.models.policy import PolicyModel
 from nemo_advrm.models.reward_model import RewardModel
 from nemo_advrm.rewards.ensemble import UncertaintyReward
 from nemo_advrm.rewards.local import build_gold
 from nemo_advrm.rewards.sources import load_members
+from nemo_advrm.rollouts.prompts import encode_prompts, rlhf_prompts
+from nemo_advrm.rollouts.types import Prompt
 from nemo_advrm.training.callbacks.rollouts import OveroptimizationTracker
-from nemo_advrm.training.rlhf import rlhf_prompts
 from nemo_advrm.training.run_training import fit
 from nemo_advrm.training.sft import encode_responses, sft_rows
 

@@ -15,7 +15,7 @@ from nemo_advrm.data.messages import Message
 from nemo_advrm.data.tokenizers import Tokenizer
 from nemo_advrm.engine import checkpoint
 from nemo_advrm.engine.model import build_model
-from nemo_advrm.rewards.base import Rollouts
+from nemo_advrm.rollouts.types import Rollouts
 
 PROMPTS = ("this river", "these clouds", "this garden")
 RESPONSES = ("birds sing .", "birds sing", "this river sleeps .", "these old clouds")

@@ -10,7 +10,7 @@ from nemo_advrm.data.encoding import EncodedPair
 from nemo_advrm.engine.microbatches import EncodedResponse
 from nemo_advrm.engine.runtime import Layout
 from nemo_advrm.models.rollout_batch import RolloutBatch
-from nemo_advrm.rewards.base import Rollouts
+from nemo_advrm.rollouts.types import Rollouts
 from nemo_advrm.synthetic.tokenizer import SyntheticTokenizer
 
 TOKENIZER = SyntheticTokenizer()

@@ -13,19 +13,18 @@ from nemo_advrm.attacks import summary_file
 from nemo_advrm.attacks.success import HELD_OUT_REFERENCE, HeldOut, held_out_set
 from nemo_advrm.attacks.summary import check_samples, of_adversary, of_direction
 from nemo_advrm.config.schema import Config
-from nemo_advrm.data import inputs
 from nemo_advrm.data.jsonl import read_jsonl, write_jsonl_atomic
-from nemo_advrm.data.messages import Message
 from nemo_advrm.data.tokenizers import Tokenizer
 from nemo_advrm.engine import checkpoint, manifest, runtime, stopping
 from nemo_advrm.errors import ConfigError
-from nemo_advrm.models.policy import AdversarialPolicy, Prompt
+from nemo_advrm.models.policy import AdversarialPolicy
 from nemo_advrm.models.trainable import derive_seed
 from nemo_advrm.pipeline.dag import policy_name
 from nemo_advrm.rewards.base import RewardSource
 from nemo_advrm.rewards.ensemble import AdversarialReward
 from nemo_advrm.rewards.finds import FindRule, asks_others
 from nemo_advrm.rewards.sft_scores import SFTScores
+from nemo_advrm.rollouts.types import Prompt
 from nemo_advrm.run_directory import results
 from nemo_advrm.training.callbacks.finds import EnoughFinds
 from nemo_advrm.training.callbacks.rollouts import TrajectoryRecorder
@@ -40,17 +39,6 @@ def check_directions(cfg: Config, members: int) -> None:
                 f"adversarial.target_members={cfg.adversarial.target_members}: there is no member {direction}, the "
                 f"ensemble has {members} (ensemble.size, ensemble.members)"
             )
-
-
-def attack_prompts(cfg: Config) -> list[tuple[Message, ...]]:
-    """The prompts of the reference and the attack, at most ``sft_statistics.num_prompts``."""
-    if cfg.data.prompts_path or cfg.data.train_path:
-        return inputs.prompts(cfg)[: cfg.sft_statistics.num_prompts]
-    if cfg.pipeline.gold == "synthetic":
-        from nemo_advrm.synthetic.corpus import sample_prompts
-
-        return sample_prompts(cfg.sft_statistics.num_prompts, derive_seed(cfg.seed, "attack prompts"))
-    raise ConfigError("data.prompts_path is not set: name a file of prompts")
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nemo_advrm.attacks.adversarial_rl import Attack, attack_prompts, check_directions
+from nemo_advrm.attacks.adversarial_rl import Attack, check_directions
 from nemo_advrm.attacks.summary import line
 from nemo_advrm.config.schema import Config
 from nemo_advrm.config.validation import check_held_out
@@ -12,12 +12,13 @@ from nemo_advrm.data.tokenizers import build_tokenizer
 from nemo_advrm.engine import runtime
 from nemo_advrm.engine.builders import build_policy
 from nemo_advrm.errors import ConfigError
-from nemo_advrm.models.policy import encode_prompts
 from nemo_advrm.models.trainable import derive_seed
 from nemo_advrm.rewards.limits import prompts_with_room
 from nemo_advrm.rewards.local import build_gold
+from nemo_advrm.rewards.sft_responses import read_sft_scores, write_sft_scores
 from nemo_advrm.rewards.sources import load_members
-from nemo_advrm.rollouts.sft_responses import read_sft_scores, sample, write_sft_scores
+from nemo_advrm.rollouts.prompts import attack_prompts, encode_prompts
+from nemo_advrm.rollouts.sample import sample
 from nemo_advrm.run_directory import run_dir
 
 

@@ -12,11 +12,12 @@ from nemo_advrm.engine import runtime
 from nemo_advrm.engine.builders import build_policy
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.evaluation.best_of_n import SAMPLES, best_of_n_prompts, curve_of_reward, sample_best_of_n
-from nemo_advrm.models.policy import Prompt, encode_prompts
 from nemo_advrm.rewards.limits import prompts_with_room
 from nemo_advrm.rewards.local import build_gold
 from nemo_advrm.rewards.sources import load_members
 from nemo_advrm.rewards.standardisation import combined, read_statistics
+from nemo_advrm.rollouts.prompts import encode_prompts
+from nemo_advrm.rollouts.types import Prompt
 from nemo_advrm.run_directory import run_dir
 
 

@@ -10,17 +10,19 @@ from nemo_advrm.data.tokenizers import Tokenizer, build_tokenizer
 from nemo_advrm.engine import runtime
 from nemo_advrm.engine.builders import build_policy
 from nemo_advrm.errors import ConfigError
-from nemo_advrm.models.policy import Prompt, encode_prompts
 from nemo_advrm.models.trainable import derive_seed
 from nemo_advrm.objectives.sft_statistics import MemberStatistics
 from nemo_advrm.rewards.base import RewardSource
 from nemo_advrm.rewards.limits import prompts_with_room
 from nemo_advrm.rewards.local import build_gold
+from nemo_advrm.rewards.sft_responses import write_sft_scores
 from nemo_advrm.rewards.sources import load_members
 from nemo_advrm.rewards.standardisation import combined, read_statistics
-from nemo_advrm.rollouts.sft_responses import sample, write_sft_scores
+from nemo_advrm.rollouts.prompts import encode_prompts, rlhf_prompts
+from nemo_advrm.rollouts.sample import sample
+from nemo_advrm.rollouts.types import Prompt
 from nemo_advrm.run_directory import run_dir
-from nemo_advrm.training.rlhf import rlhf_prompts, run_rlhf
+from nemo_advrm.training.rlhf import run_rlhf
 
 
 def main(cfg: Config) -> int:

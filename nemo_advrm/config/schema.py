@@ -235,6 +235,7 @@ class RLConfig:
     """Policy optimisation."""
 
     algorithm: str = "rloo"  # rloo | reinforce | grpo | ppo
+    rollout_engine: str = "megatron"  # what writes the responses: megatron | python:MODULE:CLASS
     max_steps: int = 100
     prompts_per_step: int = 32
     group_size: int = 4  # rollouts per prompt

@@ -16,10 +16,11 @@ from nemo_advrm.errors import DataError, RewardSourceError
 from nemo_advrm.objectives.accuracy import accuracy
 from nemo_advrm.objectives.sft_statistics import standardise_members
 from nemo_advrm.objectives.uncertainty import combine
-from nemo_advrm.rewards.base import RewardSource, Rollouts, checked_scores
+from nemo_advrm.rewards.base import RewardSource, checked_scores
 from nemo_advrm.rewards.hybrid import rollouts_of
 from nemo_advrm.rewards.limits import longest_row
 from nemo_advrm.rewards.standardisation import described, read_statistics
+from nemo_advrm.rollouts.types import Rollouts
 
 # pairs that are scored a second time, spread evenly over the file
 SWAPPED_PAIRS = 256

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from nemo_advrm.objectives.sft_statistics import MemberStatistics, standardise_members
-from nemo_advrm.rewards.base import RewardSource, Rollouts, checked_scores
+from nemo_advrm.rewards.base import RewardSource, checked_scores
+from nemo_advrm.rollouts.types import Rollouts
 
 # z above which R_1 likes a response, and below which the other members do not
 LIKED, DISLIKED = 1.0, 0.0

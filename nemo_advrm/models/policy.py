@@ -6,27 +6,22 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nemo_advrm.config.schema import Config, RLConfig
+from nemo_advrm.config.schema import Config
 from nemo_advrm.data.batching import BatchSchedule
-from nemo_advrm.data.jsonl import BadRow
-from nemo_advrm.data.messages import Message, place_of
-from nemo_advrm.data.preferences import raise_or_count
 from nemo_advrm.data.tokenizers import Tokenizer
 from nemo_advrm.engine import phases, runtime
 from nemo_advrm.engine.builders import build_policy
-from nemo_advrm.engine.generation import generate, uniforms
+from nemo_advrm.engine.generation import uniforms
 from nemo_advrm.engine.log_probs import log_probs_and_entropy
 from nemo_advrm.engine.model import MegatronModel
 from nemo_advrm.engine.optim import MegatronOptimizer
-from nemo_advrm.engine.sampling import Sampling
 from nemo_advrm.engine.schedule import Sums, forward_backward, microbatch_rows
-from nemo_advrm.errors import ConfigError, DataError
+from nemo_advrm.errors import ConfigError
 from nemo_advrm.models.critic import Critic
 from nemo_advrm.models.rollout_batch import RolloutBatch, response_log_probs
 from nemo_advrm.models.trainable import TrainableModel, derive_seed
@@ -36,82 +31,9 @@ from nemo_advrm.objectives.kl import kl_noise, per_token_kl, response_kl
 from nemo_advrm.objectives.losses import clipped_policy_gradient, policy_gradient
 from nemo_advrm.objectives.masked import masked_mean, masked_whiten
 from nemo_advrm.objectives.spread import rounding_of
-from nemo_advrm.rewards.base import Rollouts
 from nemo_advrm.rewards.ensemble import Judgement, PolicyReward
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A prompt of the run, encoded; ``index`` is its place in the run's prompt list."""
-
-    index: int
-    messages: tuple[Message, ...]
-    tokens: list[int]
-
-
-def encode_prompts(prompts: list[tuple[Message, ...]], tokenizer: Tokenizer, cfg: Config) -> list[Prompt]:
-    """Encode prompts; one that leaves no room for the response is treated as ``data.on_overlong`` says, one that the
-    chat template refuses as ``data.on_bad_row`` says.
-
-    Raises DataError for such a prompt (the default), and when none is left.
-    """
-    room = cfg.model.encoder_seq_length - cfg.rl.max_new_tokens
-    choice = cfg.data.on_overlong
-    encoded: list[Prompt] = []
-    refused: list[BadRow] = []
-    overlong = truncated = 0
-    for i, messages in enumerate(prompts):
-        try:
-            tokens = tokenizer.encode_prompt(messages)
-        except DataError as error:
-            refused.append(BadRow(place_of(messages, i + 1), "refused", str(error)))
-            continue
-        if len(tokens) > room and choice == "truncate_prompt" and room > 0:
-            tokens = tokens[-room:]
-            truncated += 1
-        if len(tokens) > room:
-            if choice == "skip":
-                overlong += 1
-                continue
-            raise DataError(
-                f"{place_of(messages, i + 1)}: the prompt has {len(tokens)} tokens; "
-                f"model.encoder_seq_length={cfg.model.encoder_seq_length} less "
-                f"rl.max_new_tokens={cfg.rl.max_new_tokens} leaves {room} (or set data.on_overlong=skip or "
-                "truncate_prompt)"
-            )
-        encoded.append(Prompt(len(encoded), messages, tokens))
-    if refused:
-        usable = len(prompts) - len(refused)
-        raise_or_count(refused, usable=usable, on_bad_row=cfg.data.on_bad_row, path="prompts")
-        if runtime.current().is_writer:
-            print(f"prompts: {len(refused)} of {len(prompts)} left out: {refused[0]}", flush=True)
-    if (overlong or truncated) and runtime.current().is_writer:
-        print(f"prompts: {overlong} overlong, {truncated} truncated, of {len(prompts)}", flush=True)
-    if not encoded:
-        raise DataError(f"no prompt leaves room for rl.max_new_tokens={cfg.rl.max_new_tokens}")
-    return encoded
-
-
-def sampling_of(rl: RLConfig, tokenizer: Tokenizer) -> Sampling:
-    return Sampling(rl.max_new_tokens, (tokenizer.eos_id,), rl.temperature, rl.top_k, rl.top_p)
-
-
-def roll_out(
-    model: MegatronModel, tokenizer: Tokenizer, prompts: list[Prompt], sampling: Sampling, uniforms_NT: Tensor
-) -> Rollouts:
-    """One response to every prompt in the list (repeat a prompt to get several)."""
-    # as many rows at once as scoring takes; how rows are grouped does not change what is sampled
-    rows = 4 * model.model_config.micro_batch_size
-    made = generate(model, [p.tokens for p in prompts], sampling, uniforms_NT, max_rows=rows)
-    return Rollouts(
-        prompts=[p.messages for p in prompts],
-        responses=[tokenizer.decode_response(r) for r in made.responses],
-        ended=made.ended,
-        prompt_tokens=[p.tokens for p in prompts],
-        response_tokens=made.responses,
-        prompt_index=[p.index for p in prompts],
-        fingerprint=tokenizer.fingerprint,
-    )
+from nemo_advrm.rollouts.base import rollout_engine
+from nemo_advrm.rollouts.types import Prompt, Rollouts
 
 
 class PolicyModel(TrainableModel):
@@ -151,7 +73,7 @@ class PolicyModel(TrainableModel):
         self.reference = build_policy(cfg, tokenizer, restore_from, derive_seed(seed, "weights"), trainable=False)
         self.optimizer = MegatronOptimizer(self.model, cfg.model.optim, cfg.trainer.gradient_clip_val)
         self.critic = Critic(cfg, tokenizer, restore_from, seed) if cfg.rl.algorithm == "ppo" else None
-        self.sampling = sampling_of(cfg.rl, tokenizer)
+        self.engine = rollout_engine(cfg, tokenizer)
         self.last_rollouts: Rollouts | None = None
         self.last_judgement: Judgement | None = None
 
@@ -199,7 +121,7 @@ class PolicyModel(TrainableModel):
         numbers = uniforms(derive_seed(self.seed, "sampling", step), total, rl.max_new_tokens)
         repeated = [prompt for prompt in batch for _ in range(rl.group_size)]
         own = numbers[rt.dp_rank * rows : (rt.dp_rank + 1) * rows]
-        return roll_out(self.model, self.tokenizer, repeated, self.sampling, own)
+        return self.engine.roll_out(self.model, repeated, own)
 
     def _judge(self, rollouts: Rollouts) -> Judgement:
         """The rewards to train on: the length penalty in place of those of unended responses, on all ranks the same."""

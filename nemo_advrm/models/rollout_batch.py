@@ -12,7 +12,7 @@ from nemo_advrm.engine.log_probs import log_probs_and_entropy
 from nemo_advrm.engine.microbatches import EncodedResponse, response_microbatch
 from nemo_advrm.engine.model import MegatronModel
 from nemo_advrm.engine.schedule import Microbatch, forward, microbatch_rows
-from nemo_advrm.rewards.base import Rollouts
+from nemo_advrm.rollouts.types import Rollouts
 
 # per-token tensors that a loss reads, taken along into microbatches when they are set
 _PER_TOKEN = ("advantages", "old_log_probs", "old_values", "returns")

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from nemo_advrm import files
-from nemo_advrm.attacks.adversarial_rl import Attack, attack_prompts, join_attacks
+from nemo_advrm.attacks.adversarial_rl import Attack, join_attacks
 from nemo_advrm.attacks.select import RANDOM_PAIRS, dropped, found_lines, random_pairs, reason_to_stop, select_round
 from nemo_advrm.config import for_stage
 from nemo_advrm.config.schema import Config, RLHFRunConfig
@@ -28,17 +28,19 @@ from nemo_advrm.engine.builders import build_policy
 from nemo_advrm.engine.microbatches import EncodedResponse
 from nemo_advrm.evaluation.best_of_n import SAMPLES, best_of_n_prompts, curve_of_reward, sample_best_of_n
 from nemo_advrm.evaluation.room import measure_room
-from nemo_advrm.models.policy import Prompt, encode_prompts
 from nemo_advrm.objectives.sft_statistics import MemberStatistics, fit_members
 from nemo_advrm.pipeline import branches
 from nemo_advrm.pipeline.dag import Step, labels_by_gold, order
 from nemo_advrm.pipeline.state import RunState
-from nemo_advrm.rewards.base import RewardSource, Rollouts, checked_scores
+from nemo_advrm.rewards.base import RewardSource, checked_scores
 from nemo_advrm.rewards.ensemble import UncertaintyReward
 from nemo_advrm.rewards.local import build_gold
+from nemo_advrm.rewards.sft_responses import read_rollouts, read_sft_scores, write_sft_scores
 from nemo_advrm.rewards.sources import load_members
 from nemo_advrm.rewards.standardisation import combined
-from nemo_advrm.rollouts.sft_responses import read_rollouts, read_sft_scores, sample, write_sft_scores
+from nemo_advrm.rollouts.prompts import attack_prompts, encode_prompts, rlhf_prompts
+from nemo_advrm.rollouts.sample import sample
+from nemo_advrm.rollouts.types import Prompt, Rollouts
 from nemo_advrm.seeds import derive_seed
 from nemo_advrm.training.reward_model import (
     EncodedPreferences,
@@ -48,7 +50,7 @@ from nemo_advrm.training.reward_model import (
     retrain_warm,
     train_reward_model,
 )
-from nemo_advrm.training.rlhf import rlhf_prompts, run_rlhf
+from nemo_advrm.training.rlhf import run_rlhf
 from nemo_advrm.training.sft import encode_responses, sft_rows, train_sft
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from nemo_advrm.data.tokenizers import HFTokenizer, Tokenizer
 from nemo_advrm.errors import DataError
-from nemo_advrm.rewards.base import Rollouts
+from nemo_advrm.rollouts.types import Rollouts
 
 
 def token_sequences(rollouts: Rollouts, tokenizer: Tokenizer, limit: int | None = None) -> list[list[int]]:

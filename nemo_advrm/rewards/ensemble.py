@@ -16,8 +16,9 @@ from nemo_advrm.objectives.names import unknown_name
 from nemo_advrm.objectives.sft_statistics import MemberStatistics, standardise_members
 from nemo_advrm.objectives.spread import rounding, rounding_of
 from nemo_advrm.objectives.uncertainty import combine, disagreement, others_mean
-from nemo_advrm.rewards.base import RewardSource, Rollouts, checked_scores, source_dtype
+from nemo_advrm.rewards.base import RewardSource, checked_scores, source_dtype
 from nemo_advrm.rewards.sft_scores import SFTScores, standardise
+from nemo_advrm.rollouts.types import Rollouts
 
 PRESETS = ("paper", "raw")
 

@@ -17,9 +17,9 @@ from nemo_advrm.data.vocabulary import check_vocabulary
 from nemo_advrm.engine import phases, runtime
 from nemo_advrm.errors import RewardSourceError
 from nemo_advrm.objectives.attributes import combine
-from nemo_advrm.rewards.base import Rollouts
 from nemo_advrm.rewards.encoding import token_sequences
 from nemo_advrm.rewards.replica import once_per_replica
+from nemo_advrm.rollouts.types import Rollouts
 
 
 class HFReward:

@@ -21,10 +21,10 @@ from nemo_advrm.engine.builders import build_policy
 from nemo_advrm.engine.feature_file import FeatureWeights, policy_fingerprint
 from nemo_advrm.errors import CheckpointError, ConfigError, DataError
 from nemo_advrm.objectives.bradley_terry import fit_weights
-from nemo_advrm.rewards.base import Rollouts
 from nemo_advrm.rewards.checkpoints import SourceSpec, member_config, member_tokenizer
 from nemo_advrm.rewards.features import HybridReward, ReferenceFeatures
 from nemo_advrm.rewards.local import MegatronReward
+from nemo_advrm.rollouts.types import Rollouts
 
 # features by the policy and its prompts: members that are opened together share them
 Opened = dict[tuple[Any, ...], ReferenceFeatures]

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 from nemo_advrm.config.schema import Config
 from nemo_advrm.data.messages import place_of
 from nemo_advrm.errors import DataError
-from nemo_advrm.rewards.base import RewardSource, Rollouts
+from nemo_advrm.rewards.base import RewardSource
 from nemo_advrm.rewards.encoding import token_sequences
+from nemo_advrm.rollouts.types import Rollouts
 
 if TYPE_CHECKING:
-    from nemo_advrm.models.policy import Prompt
+    from nemo_advrm.rollouts.types import Prompt
 
 
 def longest_row(source: Any) -> int:

@@ -12,8 +12,9 @@ from nemo_advrm.data.messages import Message
 from nemo_advrm.data.tokenizers import Tokenizer
 from nemo_advrm.errors import ConfigError, RewardSourceError
 from nemo_advrm.objectives.attributes import combine
-from nemo_advrm.rewards.base import Rollouts, as_scores
+from nemo_advrm.rewards.base import as_scores
 from nemo_advrm.rewards.encoding import token_sequences
+from nemo_advrm.rollouts.types import Rollouts
 
 if TYPE_CHECKING:
     from nemo_advrm.engine.model import MegatronModel

@@ -16,11 +16,12 @@ from nemo_advrm.engine import runtime
 from nemo_advrm.errors import ConfigError, DataError, UserError
 from nemo_advrm.objectives.sft_statistics import MemberStatistics, fit_members
 from nemo_advrm.objectives.uncertainty import FORMULAS, same_as
-from nemo_advrm.rewards.base import RewardSource, Rollouts, checked_scores
+from nemo_advrm.rewards.base import RewardSource, checked_scores
 from nemo_advrm.rewards.ensemble import UncertaintyReward
 from nemo_advrm.rewards.limits import places_that_fit
 from nemo_advrm.rewards.remote import plain_text, written_out
 from nemo_advrm.rewards.sft_scores import SFTScores
+from nemo_advrm.rollouts.types import Rollouts
 
 FILE = "standardisation.jsonl"
 # SFT responses that are scored anew to see that a file's scores are those of the members at hand

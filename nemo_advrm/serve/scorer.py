@@ -11,8 +11,8 @@ import torch.distributed as dist
 
 from nemo_advrm.engine import runtime
 from nemo_advrm.errors import UserError
-from nemo_advrm.rewards.base import Rollouts
 from nemo_advrm.rewards.ensemble import Judgement, PolicyReward
+from nemo_advrm.rollouts.types import Rollouts
 from nemo_advrm.serve.samples import Prepared, to_rollouts
 
 _IDLE, _STOP = "idle", "stop"

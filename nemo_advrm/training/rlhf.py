@@ -5,30 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 from nemo_advrm.config.schema import Config
-from nemo_advrm.data import inputs
-from nemo_advrm.data.messages import Message
 from nemo_advrm.data.tokenizers import Tokenizer
-from nemo_advrm.errors import ConfigError
-from nemo_advrm.evaluation.held_out import held_out_prompts
-from nemo_advrm.models.policy import PolicyModel, Prompt, encode_prompts
+from nemo_advrm.models.policy import PolicyModel
 from nemo_advrm.models.trainable import derive_seed
 from nemo_advrm.rewards.base import RewardSource
 from nemo_advrm.rewards.ensemble import PolicyReward
 from nemo_advrm.rewards.limits import prompts_with_room
+from nemo_advrm.rollouts.prompts import encode_prompts, held_out_prompts
+from nemo_advrm.rollouts.types import Prompt
 from nemo_advrm.training.callbacks.held_out import HeldOutEvaluation
 from nemo_advrm.training.callbacks.rollouts import OveroptimizationTracker
 from nemo_advrm.training.run_training import fit, read_result, write_result
-
-
-def rlhf_prompts(cfg: Config) -> list[tuple[Message, ...]]:
-    """Prompts of RLHF."""
-    if cfg.data.prompts_path or cfg.data.train_path:
-        return inputs.prompts(cfg)
-    if cfg.pipeline.gold == "synthetic":
-        from nemo_advrm.synthetic.corpus import sample_prompts
-
-        return sample_prompts(cfg.synthetic.prompts, derive_seed(cfg.seed, "rlhf prompts"))
-    raise ConfigError("data.prompts_path is not set: name a file of prompts")
 
 
 def run_rlhf(

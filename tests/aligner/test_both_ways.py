@@ -27,9 +27,9 @@ from nemo_advrm.engine.runtime import Runtime
 from nemo_advrm.integrations.nemo_aligner.rollouts import FINGERPRINT, as_prompt
 from nemo_advrm.objectives.adversarial import paper_reward
 from nemo_advrm.objectives.sft_statistics import z_scores
-from nemo_advrm.rewards.base import Rollouts
 from nemo_advrm.rewards.sft_scores import SFTScores
 from nemo_advrm.rewards.sources import build, parse
+from nemo_advrm.rollouts.types import Rollouts
 
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
 STEPS = 3

@@ -34,7 +34,7 @@ CALLS: dict[str, tuple[str, int, bool]] = {
     "end": ("nemo_advrm.training.run_training.drop_training_checkpoints", 1, True),
     "rollout": ("nemo_advrm.models.policy.PolicyModel._roll_out", 3, False),
     "scoring": ("nemo_advrm.rewards.ensemble.checked_scores", 2, False),
-    "reference": ("nemo_advrm.rollouts.sft_responses.score_sft_responses", 1, False),
+    "reference": ("nemo_advrm.rewards.sft_responses.score_sft_responses", 1, False),
     "evaluation": ("nemo_advrm.commands.export_pairs.main", 1, False),
     "between stages": ("nemo_advrm.pipeline.state.RunState.set_detail", 2, True),
     "end of the last stage": ("nemo_advrm.report.write_report", 1, False),

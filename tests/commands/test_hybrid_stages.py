@@ -19,10 +19,10 @@ from nemo_advrm.engine import manifest
 from nemo_advrm.engine.feature_file import FILE, FeatureWeights, policy_fingerprint
 from nemo_advrm.engine.runtime import Runtime
 from nemo_advrm.errors import ConfigError
-from nemo_advrm.rewards.base import Rollouts
 from nemo_advrm.rewards.hybrid import fixed_prompts, frozen_policy
 from nemo_advrm.rewards.sft_scores import SFTScores
 from nemo_advrm.rewards.sources import load_members
+from nemo_advrm.rollouts.types import Rollouts
 from nemo_advrm.synthetic.tokenizer import SyntheticTokenizer
 from nemo_advrm.training.reward_model import EncodedPreferences, bootstrap, keep_back
 

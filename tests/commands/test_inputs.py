@@ -10,17 +10,14 @@ from typing import Any
 
 import pytest
 
-from nemo_advrm.attacks.adversarial_rl import attack_prompts
 from nemo_advrm.config import load_config
 from nemo_advrm.data import inputs
 from nemo_advrm.data.encoding import encode_pairs
 from nemo_advrm.data.sft_rows import SftRow
 from nemo_advrm.data.tokenizers import ByteTokenizer
 from nemo_advrm.errors import DataError
-from nemo_advrm.evaluation.held_out import held_out_prompts
-from nemo_advrm.models.policy import encode_prompts
 from nemo_advrm.rewards.limits import prompts_with_room
-from nemo_advrm.training.rlhf import rlhf_prompts
+from nemo_advrm.rollouts.prompts import attack_prompts, encode_prompts, held_out_prompts, rlhf_prompts
 from nemo_advrm.training.sft import encode_responses
 
 pytestmark = pytest.mark.usefixtures("single")

@@ -31,9 +31,9 @@ from nemo_advrm.convert.nemo_tokenizer_files import pack_tokenizer, unpack_token
 from nemo_advrm.data.tokenizers import ByteTokenizer, build_tokenizer
 from nemo_advrm.engine.runtime import Layout, Runtime
 from nemo_advrm.errors import CheckpointError, LayoutError
-from nemo_advrm.rewards.base import Rollouts
 from nemo_advrm.rewards.encoding import encode_rendered
 from nemo_advrm.rewards.sources import check, load_members, parse
+from nemo_advrm.rollouts.types import Rollouts
 
 KNOWN = json.loads(REAL.with_suffix(".json").read_text())
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}

@@ -12,9 +12,10 @@ from tiny import TOKENIZER, VOCABULARY, tiny_config
 from nemo_advrm.config.schema import Config
 from nemo_advrm.engine import checkpoint, runtime
 from nemo_advrm.engine.model import build_model
-from nemo_advrm.models.policy import PolicyModel, Prompt
+from nemo_advrm.models.policy import PolicyModel
 from nemo_advrm.rewards.ensemble import UncertaintyReward
 from nemo_advrm.rewards.local import FunctionReward
+from nemo_advrm.rollouts.types import Prompt
 
 WORD = "river"
 Score = Callable[[str], float]

@@ -22,10 +22,10 @@ from nemo_advrm.data.vocabulary import check_vocabulary
 from nemo_advrm.engine.runtime import Runtime
 from nemo_advrm.errors import CheckpointError, ConfigError, DataError
 from nemo_advrm.evaluation.accuracy import rollouts_for
-from nemo_advrm.models.policy import Prompt
 from nemo_advrm.rewards.hf import HFReward, check_directory
 from nemo_advrm.rewards.limits import longest_row, prompts_with_room
 from nemo_advrm.rewards.sources import check, load_members, parse
+from nemo_advrm.rollouts.types import Prompt
 
 
 @pytest.fixture(scope="module")

@@ -15,9 +15,9 @@ from nemo_advrm.engine.model import build_model
 from nemo_advrm.engine.runtime import Runtime
 from nemo_advrm.engine.scoring import score_sequences
 from nemo_advrm.errors import CheckpointError
-from nemo_advrm.rewards.base import Rollouts
 from nemo_advrm.rewards.local import MegatronReward
 from nemo_advrm.rewards.sources import build, parse
+from nemo_advrm.rollouts.types import Rollouts
 
 
 @pytest.fixture(scope="module")

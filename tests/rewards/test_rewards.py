@@ -19,10 +19,11 @@ from nemo_advrm.objectives.sft_statistics import MemberStatistics, fit_members
 from nemo_advrm.objectives.spread import rounding
 from nemo_advrm.objectives.success import strict_success
 from nemo_advrm.objectives.uncertainty import COMBINATIONS
-from nemo_advrm.rewards.base import Rollouts, as_scores, checked_scores, source_dtype
+from nemo_advrm.rewards.base import as_scores, checked_scores, source_dtype
 from nemo_advrm.rewards.ensemble import AdversarialReward, UncertaintyReward
 from nemo_advrm.rewards.local import FunctionReward, build_gold
 from nemo_advrm.rewards.sft_scores import SFTScores, standardise
+from nemo_advrm.rollouts.types import Rollouts
 
 # scores of members A, B, C for the responses "a" and "b"
 SCORES = {"A": {"a": 3.0, "b": -2.0}, "B": {"a": 1.0, "b": 0.0}, "C": {"a": 2.0, "b": 5.0}}

@@ -10,8 +10,8 @@ from tiny import TOKENIZER as WORDS
 from nemo_advrm.data.messages import Message
 from nemo_advrm.data.tokenizers import ByteTokenizer
 from nemo_advrm.errors import DataError
-from nemo_advrm.rewards.base import Rollouts
 from nemo_advrm.rewards.encoding import token_sequences
+from nemo_advrm.rollouts.types import Rollouts
 
 TOKENIZER = ByteTokenizer()
 PROMPT = (Message(role="user", content="hi"),)

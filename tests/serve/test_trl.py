@@ -14,9 +14,9 @@ from hf_models import tiny_hf
 from tiny import TOKENIZER, tiny_config
 
 from nemo_advrm.data.messages import Message
-from nemo_advrm.rewards.base import Rollouts
 from nemo_advrm.rewards.ensemble import UncertaintyReward
 from nemo_advrm.rewards.sources import load_members
+from nemo_advrm.rollouts.types import Rollouts
 from nemo_advrm.synthetic.language import WORDS
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "trl" / "grpo.py"

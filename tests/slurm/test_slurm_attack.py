@@ -16,8 +16,8 @@ from tiny import TOKENIZER, tiny_config
 from nemo_advrm.data.jsonl import read_jsonl
 from nemo_advrm.data.messages import Message
 from nemo_advrm.engine.runtime import Runtime
-from nemo_advrm.rewards.base import Rollouts
 from nemo_advrm.rewards.sources import load_members
+from nemo_advrm.rollouts.types import Rollouts
 
 pytestmark = pytest.mark.timeout(1800)
 STEPS = 60

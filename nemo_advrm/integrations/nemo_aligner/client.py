@@ -19,8 +19,8 @@ from nemo_advrm.integrations.nemo_aligner.critic import CriticClient
 from nemo_advrm.integrations.nemo_aligner.layout import refuse_shared_sequences
 from nemo_advrm.integrations.nemo_aligner.rollouts import RolloutReader
 from nemo_advrm.objectives.adversarial import apply_length_penalty
-from nemo_advrm.rewards.base import Rollouts
 from nemo_advrm.rewards.ensemble import Judgement, PolicyReward
+from nemo_advrm.rollouts.types import Rollouts
 
 
 @dataclass

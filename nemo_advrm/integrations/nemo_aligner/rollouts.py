@@ -7,8 +7,8 @@ from typing import Any
 
 from nemo_advrm.data.messages import Message
 from nemo_advrm.errors import RewardSourceError
-from nemo_advrm.rewards.base import Rollouts
 from nemo_advrm.rewards.remote import plain_text
+from nemo_advrm.rollouts.types import Rollouts
 
 FINGERPRINT = "nemo_aligner actor"
 

@@ -12,8 +12,9 @@ from nemo_aligner.utils import parallel_state
 from nemo_advrm.data.jsonl import write_jsonl_atomic
 from nemo_advrm.errors import ConfigError, RewardSourceError, UserError
 from nemo_advrm.integrations.nemo_aligner.rollouts import FINGERPRINT, RolloutReader, as_prompt
-from nemo_advrm.rewards.base import RewardSource, Rollouts
+from nemo_advrm.rewards.base import RewardSource
 from nemo_advrm.rewards.records import score_sft_responses
+from nemo_advrm.rollouts.types import Rollouts
 
 
 def prompt_texts(*datasets: Any) -> list[str]:

@@ -10,10 +10,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from nemo_advrm.engine import phases, runtime
 from nemo_advrm.engine.generation import uniforms
-from nemo_advrm.models.policy import PolicyModel, Prompt, roll_out
+from nemo_advrm.models.policy import PolicyModel
 from nemo_advrm.models.rollout_batch import RolloutBatch, response_log_probs
 from nemo_advrm.objectives.kl import response_kl
 from nemo_advrm.rewards.base import RewardSource, checked_scores
+from nemo_advrm.rollouts.types import Prompt
 
 
 class HeldOutEvaluation(Callback):
@@ -60,7 +61,7 @@ class HeldOutEvaluation(Callback):
             for _, optimizer in policy.trained().values():
                 stack.enter_context(optimizer.offloaded())
             phases.enter("rollout")
-            rollouts = roll_out(policy.model, policy.tokenizer, self.prompts[own], policy.sampling, numbers[own])
+            rollouts = policy.engine.roll_out(policy.model, self.prompts[own], numbers[own])
             phases.enter("scoring")
             columns = {"proxy": policy.reward.judge(rollouts).proxy_N}
             if self.gold is not None:

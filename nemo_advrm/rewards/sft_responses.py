@@ -5,35 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from nemo_advrm.config.schema import Config
 from nemo_advrm.data.jsonl import write_jsonl_atomic
 from nemo_advrm.data.tokenizers import Tokenizer
 from nemo_advrm.engine import runtime
-from nemo_advrm.engine.generation import uniforms
-from nemo_advrm.engine.model import MegatronModel
 from nemo_advrm.errors import DataError
-from nemo_advrm.models.policy import Prompt, roll_out, sampling_of
-from nemo_advrm.rewards.base import RewardSource, Rollouts
+from nemo_advrm.rewards.base import RewardSource
 from nemo_advrm.rewards.records import score_sft_responses
 from nemo_advrm.rewards.sft_scores import SFTScores
-
-
-def sample(
-    cfg: Config, tokenizer: Tokenizer, model: MegatronModel, prompts: list[Prompt], per_prompt: int, seed: int
-) -> Rollouts:
-    """``per_prompt`` responses to every prompt, those of one prompt together, the same on every rank.
-
-    Every data-parallel rank writes its share; the shares are then joined.
-    """
-    rt = runtime.current()
-    repeated = [p for p in prompts for _ in range(per_prompt)]
-    numbers = uniforms(seed, len(repeated), cfg.rl.max_new_tokens)
-    own = rt.own_part(len(repeated))
-    part = roll_out(model, tokenizer, repeated[own], sampling_of(cfg.rl, tokenizer), numbers[own])
-    parts: list[Rollouts] = rt.gather_data_parallel(part)
-    names = ("prompts", "responses", "ended", "prompt_tokens", "response_tokens", "prompt_index")
-    joined: dict[str, Any] = {name: [x for p in parts for x in getattr(p, name)] for name in names}
-    return Rollouts(**joined, fingerprint=tokenizer.fingerprint)
+from nemo_advrm.rollouts.types import Prompt, Rollouts
 
 
 def write_sft_scores(

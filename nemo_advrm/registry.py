@@ -1,0 +1,75 @@
+"""Implementations of an interface by the name in a setting: preference losses, detectors, attacks, rollout engines.
+
+An entry-point mechanism such as ``importlib.metadata`` was rejected: it needs an installed package for every trial.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Callable, Iterator
+from typing import Any, Generic, TypeVar
+
+from nemo_advrm.errors import ConfigError
+
+T = TypeVar("T")
+PYTHON = "python:"
+
+
+class Registry(Generic[T]):
+    """Maps names to implementations, which are imported at their first use.
+
+    A name is a built-in one, one that code has registered, or ``python:MODULE:NAME``, which needs no registration.
+
+    Args:
+        key: the configuration key that holds the name, for error messages.
+        builtin: name -> ``"module:attribute"``.
+    """
+
+    def __init__(self, key: str, builtin: dict[str, str]) -> None:
+        self.key = key
+        self._places = dict(builtin)
+        self._found: dict[str, T] = {}
+
+    def register(self, name: str) -> Callable[[T], T]:
+        """Decorator that makes an implementation known as ``name``. Raises ConfigError for a name that is taken."""
+
+        def add(implementation: T) -> T:
+            if name in self:
+                raise ConfigError(f"{self.key}: {name!r} is registered already")
+            self._found[name] = implementation
+            return implementation
+
+        return add
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._places or name in self._found
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted({*self._places, *self._found}))
+
+    def check(self, name: str) -> None:
+        """Raise ConfigError for a name that is not known, without importing anything."""
+        if name in self or name.startswith(PYTHON):
+            return
+        nearest = difflib.get_close_matches(name, list(self), n=1, cutoff=0.0)
+        hint = f"did you mean {nearest[0]!r}? " if nearest else ""
+        raise ConfigError(f"{self.key}={name}: {hint}(known: {', '.join(self)}, python:MODULE:NAME)")
+
+    def __getitem__(self, name: str) -> T:
+        """The implementation called ``name``. Raises ConfigError for an unknown one and one that cannot be imported."""
+        self.check(name)
+        if name not in self._found:
+            place = self._places.get(name, name.removeprefix(PYTHON))
+            self._found[name] = _imported(place, f"{self.key}={name}")
+        return self._found[name]
+
+
+def _imported(place: str, setting: str) -> Any:
+    module, _, attribute = place.partition(":")
+    if not module or not attribute:
+        raise ConfigError(f"{setting}: must be python:MODULE:NAME")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"{setting}: cannot be imported: {error}") from error

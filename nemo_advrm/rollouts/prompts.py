@@ -1,0 +1,109 @@
+"""The prompts of a run: of the attack, of RLHF and held-out ones, and their encoding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from nemo_advrm.config.schema import Config
+from nemo_advrm.config.validation import samples_prompts
+from nemo_advrm.data import inputs
+from nemo_advrm.data.jsonl import BadRow
+from nemo_advrm.data.messages import Message, place_of, prompt_key
+from nemo_advrm.data.preferences import raise_or_count
+from nemo_advrm.data.tokenizers import Tokenizer
+from nemo_advrm.engine import runtime
+from nemo_advrm.errors import ConfigError, DataError
+from nemo_advrm.rollouts.types import Prompt
+from nemo_advrm.seeds import derive_seed
+
+
+def encode_prompts(prompts: list[tuple[Message, ...]], tokenizer: Tokenizer, cfg: Config) -> list[Prompt]:
+    """Encode prompts; one that leaves no room for the response is treated as ``data.on_overlong`` says, one that the
+    chat template refuses as ``data.on_bad_row`` says.
+
+    Raises DataError for such a prompt (the default), and when none is left.
+    """
+    room = cfg.model.encoder_seq_length - cfg.rl.max_new_tokens
+    choice = cfg.data.on_overlong
+    encoded: list[Prompt] = []
+    refused: list[BadRow] = []
+    overlong = truncated = 0
+    for i, messages in enumerate(prompts):
+        try:
+            tokens = tokenizer.encode_prompt(messages)
+        except DataError as error:
+            refused.append(BadRow(place_of(messages, i + 1), "refused", str(error)))
+            continue
+        if len(tokens) > room and choice == "truncate_prompt" and room > 0:
+            tokens = tokens[-room:]
+            truncated += 1
+        if len(tokens) > room:
+            if choice == "skip":
+                overlong += 1
+                continue
+            raise DataError(
+                f"{place_of(messages, i + 1)}: the prompt has {len(tokens)} tokens; "
+                f"model.encoder_seq_length={cfg.model.encoder_seq_length} less "
+                f"rl.max_new_tokens={cfg.rl.max_new_tokens} leaves {room} (or set data.on_overlong=skip or "
+                "truncate_prompt)"
+            )
+        encoded.append(Prompt(len(encoded), messages, tokens))
+    if refused:
+        usable = len(prompts) - len(refused)
+        raise_or_count(refused, usable=usable, on_bad_row=cfg.data.on_bad_row, path="prompts")
+        if runtime.current().is_writer:
+            print(f"prompts: {len(refused)} of {len(prompts)} left out: {refused[0]}", flush=True)
+    if (overlong or truncated) and runtime.current().is_writer:
+        print(f"prompts: {overlong} overlong, {truncated} truncated, of {len(prompts)}", flush=True)
+    if not encoded:
+        raise DataError(f"no prompt leaves room for rl.max_new_tokens={cfg.rl.max_new_tokens}")
+    return encoded
+
+
+# prompts of the embedded language that are drawn for one that is wanted: some repeat
+_DRAWN_FOR_ONE = 4
+
+
+def held_out_prompts(cfg: Config, count: int, trained: Iterable[tuple[Message, ...]]) -> list[tuple[Message, ...]]:
+    """At most ``count`` different prompts, none of them in ``trained``; the same for the same ``seed`` and data.
+
+    They are those of ``data.held_out_prompts_path`` in the order of the file, or of the embedded language. Raises
+    ConfigError where there is neither, DataError where all of them are trained on.
+    """
+    if cfg.data.held_out_prompts_path:
+        offered = inputs.held_out(cfg)
+        source = f"data.held_out_prompts_path={cfg.data.held_out_prompts_path}"
+    elif samples_prompts(cfg):
+        from nemo_advrm.synthetic.corpus import sample_prompts
+
+        offered = sample_prompts(_DRAWN_FOR_ONE * count, derive_seed(cfg.seed, "held-out prompts"), held_out=True)
+        source = "the embedded language"
+    else:
+        raise ConfigError("data.held_out_prompts_path is not set: name a file of prompts that training does not have")
+    known = {prompt_key(prompt) for prompt in trained}
+    left = {key: prompt for prompt in offered if (key := prompt_key(prompt)) not in known}
+    if not left:
+        raise DataError(f"{source}: each of its {len(offered)} prompts is one that training has")
+    return list(left.values())[:count]
+
+
+def attack_prompts(cfg: Config) -> list[tuple[Message, ...]]:
+    """The prompts of the reference and the attack, at most ``sft_statistics.num_prompts``."""
+    if cfg.data.prompts_path or cfg.data.train_path:
+        return inputs.prompts(cfg)[: cfg.sft_statistics.num_prompts]
+    if cfg.pipeline.gold == "synthetic":
+        from nemo_advrm.synthetic.corpus import sample_prompts
+
+        return sample_prompts(cfg.sft_statistics.num_prompts, derive_seed(cfg.seed, "attack prompts"))
+    raise ConfigError("data.prompts_path is not set: name a file of prompts")
+
+
+def rlhf_prompts(cfg: Config) -> list[tuple[Message, ...]]:
+    """Prompts of RLHF."""
+    if cfg.data.prompts_path or cfg.data.train_path:
+        return inputs.prompts(cfg)
+    if cfg.pipeline.gold == "synthetic":
+        from nemo_advrm.synthetic.corpus import sample_prompts
+
+        return sample_prompts(cfg.synthetic.prompts, derive_seed(cfg.seed, "rlhf prompts"))
+    raise ConfigError("data.prompts_path is not set: name a file of prompts")
