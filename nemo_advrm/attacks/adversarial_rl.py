@@ -10,6 +10,7 @@ from typing import Any
 from lightning.pytorch import Callback
 
 from nemo_advrm.attacks import summary_file
+from nemo_advrm.attacks.names import policy_name
 from nemo_advrm.attacks.success import HELD_OUT_REFERENCE, HeldOut, held_out_set
 from nemo_advrm.attacks.summary import check_samples, of_adversary, of_direction
 from nemo_advrm.config.schema import Config
@@ -19,7 +20,6 @@ from nemo_advrm.engine import checkpoint, manifest, runtime, stopping
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.models.policy import AdversarialPolicy
 from nemo_advrm.models.trainable import derive_seed
-from nemo_advrm.pipeline.dag import policy_name
 from nemo_advrm.rewards.base import RewardSource
 from nemo_advrm.rewards.ensemble import AdversarialReward
 from nemo_advrm.rewards.finds import FindRule, asks_others

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import ClassVar, Protocol, runtime_checkable
 
@@ -12,6 +12,7 @@ from nemo_advrm.data.hf_tokenizer import HFTokenizer, before, digest, load_hf_to
 from nemo_advrm.data.messages import Message
 from nemo_advrm.data.reading import ReadingRule, concatenate
 from nemo_advrm.errors import ConfigError
+from nemo_advrm.registry import Registry
 
 __all__ = ["ByteTokenizer", "HFTokenizer", "Tokenizer", "build_tokenizer", "load_hf_tokenizer"]
 
@@ -120,18 +121,24 @@ class ByteTokenizer:
         return self.decode(before(ids, {self.eos_id}))
 
 
+# tokenizers that need no files
+TOKENIZERS: Registry[Callable[[], Tokenizer]] = Registry(
+    "model.tokenizer",
+    {
+        "byte": "nemo_advrm.data.tokenizers:ByteTokenizer",
+        "synthetic": "nemo_advrm.synthetic.tokenizer:SyntheticTokenizer",
+    },
+)
+
+
 def build_tokenizer(spec: str, rule: ReadingRule | None = None) -> Tokenizer:
     """The tokenizer named by `spec`: "byte", "synthetic" or "hf:DIR" (of Hugging Face, or taken out of a .nemo).
 
     `rule` says how a tokenizer with a chat template reads conversations; None is the rule of new models.
     Raises ConfigError, for a bad DIR DataError.
     """
-    if spec == "byte":
-        return ByteTokenizer()
-    if spec == "synthetic":
-        from nemo_advrm.synthetic.tokenizer import SyntheticTokenizer
-
-        return SyntheticTokenizer()
+    if spec in TOKENIZERS:
+        return TOKENIZERS[spec]()
     if spec.startswith("hf:") and spec != "hf:":
         directory = Path(spec.removeprefix("hf:"))
         if (directory / "tokenizer_nemo.json").exists():
@@ -139,7 +146,7 @@ def build_tokenizer(spec: str, rule: ReadingRule | None = None) -> Tokenizer:
 
             return NemoTokenizer(directory)
         return HFTokenizer(directory, rule)
-    near = difflib.get_close_matches(spec, ("byte", "synthetic"), n=1)
+    near = difflib.get_close_matches(spec, list(TOKENIZERS), n=1)
     hint = f"did you mean {near[0]!r}?" if near else "known: 'byte', 'synthetic', 'hf:DIR'"
     if Path(spec).is_dir():
         hint = f"did you mean 'hf:{spec}'?"

@@ -21,8 +21,8 @@ from nemo_advrm.engine import phases, runtime, throughput
 from nemo_advrm.engine.model import MegatronModel
 from nemo_advrm.engine.optim import MegatronOptimizer, learning_rate
 from nemo_advrm.errors import TrainingDiverged
+from nemo_advrm.models.step_counter import StepCounter
 from nemo_advrm.seeds import derive_seed
-from nemo_advrm.training.strategy import StepCounter
 
 Row = TypeVar("Row")
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from nemo_advrm.attacks.names import policy_name
 from nemo_advrm.config.keys import nearest
 from nemo_advrm.config.schema import BranchConfig, Config, RLHFRunConfig
 from nemo_advrm.errors import ConfigError
-from nemo_advrm.pipeline import held_arms
 from nemo_advrm.pipeline.branches import (
     MAIN,
     all_branches,
@@ -26,6 +26,7 @@ from nemo_advrm.pipeline.branches import (
     reward_of,
     trunk_step,
 )
+from nemo_advrm.run_directory import held_arms
 
 # stages that compute nothing with a model: one process is enough
 LIGHT = ("join", "select", "random", "report")
@@ -196,11 +197,6 @@ def _room(cfg: Config, runs: list[Step]) -> list[Step]:
         return []
     finished = [step.name for step in runs if step.kind == "rlhf" and step.arm == name]
     return [Step("room", "room", (*finished, *member_steps(cfg, MAIN, 0), "round_0/reference"), arm=name)]
-
-
-def policy_name(direction: int, number: int) -> str:
-    """Directory of one adversary."""
-    return f"direction_{direction}_policy_{number + 1}"
 
 
 def most_at_once(steps: list[Step]) -> int:

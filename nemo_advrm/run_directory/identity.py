@@ -26,10 +26,9 @@ from nemo_advrm.config import resolved, versions
 from nemo_advrm.config.schema import Config
 from nemo_advrm.engine import manifest
 from nemo_advrm.errors import ConfigError
-from nemo_advrm.pipeline import held_arms
-from nemo_advrm.pipeline.held_arms import ADDABLE
 from nemo_advrm.rewards import sources
-from nemo_advrm.run_directory import run_files
+from nemo_advrm.run_directory import held_arms, run_files
+from nemo_advrm.run_directory.held_arms import ADDABLE
 
 # keys that may differ between the runs of one directory: they do not change what is computed
 _FREE_KEYS = (

@@ -30,20 +30,6 @@ IN_BACKGROUND = "in background"  # as storage_options of Trainer.save_checkpoint
 _KEPT = ("epoch", "global_step", "pytorch-lightning_version", "loops", "callbacks")
 
 
-class StepCounter(torch.optim.Optimizer):
-    """Stands for the Megatron optimizers in Lightning, which counts training steps by ``step()``.
-
-    One training step may hold several Megatron updates (PPO epochs, a critic), so the model calls
-    those itself and this once.
-    """
-
-    def __init__(self) -> None:
-        super().__init__([torch.nn.Parameter(torch.zeros(1))], {"lr": 0.0})
-
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        return None
-
-
 class MegatronStrategy(Strategy):
     """Runs a :class:`~nemo_advrm.models.trainable.TrainableModel` on the running Megatron layout.
 

@@ -20,11 +20,11 @@ from nemo_advrm.commands import stages
 from nemo_advrm.config import load_config
 from nemo_advrm.engine.runtime import Runtime
 from nemo_advrm.errors import ConfigError
-from nemo_advrm.pipeline import dag, held_arms, rounds, state, workers
+from nemo_advrm.pipeline import dag, rounds, state, workers
 from nemo_advrm.report.collect import collect
 from nemo_advrm.report.lines import lines_of
 from nemo_advrm.report.summary import summarise
-from nemo_advrm.run_directory import identity, run_dir
+from nemo_advrm.run_directory import held_arms, identity, run_dir
 
 FIRST = "pipeline.rlhf.plain={reward: r1, standardise: true}"
 # its best-of-n curve is that of the first arm
