@@ -228,7 +228,7 @@ def test_rounding_the_padded_length_up_changes_no_score(
 ) -> None:
     rows = sequences(5)
     expected = score_sequences(scorer, rows, 0)
-    monkeypatch.setattr("nemo_advrm.engine.scoring.sequence_multiple", lambda model: multiple)
+    monkeypatch.setattr("nemo_advrm.engine.microbatches.sequence_multiple", lambda model: multiple)
     assert rows_to_microbatch(scorer, rows, 0).tokens_BS.size(1) % multiple == 0
     torch.testing.assert_close(score_sequences(scorer, rows, 0), expected, rtol=1e-5, atol=1e-5)
 
