@@ -58,8 +58,6 @@ EXTRAS = {
     # other optional accelerator; it is not on the package index and is installed from NVIDIA's repository.
     # These bounds are the ones megatron-core 0.16 names for it; unlike all others here they have not been tried.
     "gpu": ["transformer-engine[pytorch]>=2.9,<2.12"],
-    # ft_launcher, which restarts a job that hangs, and its own heartbeats
-    "resiliency": ["nvidia-resiliency-ext>=0.4.1,<0.5"],
     "dev": [
         *DOCS,
         "gguf>=0.19.0,<0.20",  # writes the damaged GGUF files of the tests

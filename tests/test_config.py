@@ -286,12 +286,12 @@ def test_value_out_of_range_names_the_key(override: str) -> None:
     assert message(override).startswith(override.partition("=")[0] + "=")
 
 
-def test_a_scoring_by_servers_must_be_able_to_end_before_it_is_taken_for_a_hang() -> None:
+def test_a_scoring_by_servers_must_end_before_the_other_processes_stop_waiting() -> None:
     members = "ensemble.members=[runs/rm/model,http://127.0.0.1:8000]"
-    told = message(members, "trainer.hang_minutes=5")
-    assert told.startswith("remote.deadline_seconds=300: must be less than trainer.hang_minutes=5 (300 seconds)")
-    for others in (["trainer.hang_minutes=6"], ["trainer.hang_minutes=0"], ["ensemble.members=[runs/rm/model]"]):
-        load_config([members, "trainer.hang_minutes=5", *others])
+    told = message(members, "trainer.timeout_minutes=5")
+    assert told.startswith("remote.deadline_seconds=300: must be less than trainer.timeout_minutes=5 (300 seconds)")
+    for others in (["trainer.timeout_minutes=6"], ["ensemble.members=[runs/rm/model]"]):
+        load_config([members, "trainer.timeout_minutes=5", *others])
 
 
 def test_stage_settings_are_checked_whichever_stage_runs() -> None:

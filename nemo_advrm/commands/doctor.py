@@ -54,7 +54,7 @@ def findings(model: ModelConfig) -> list[Finding]:
     rows += _gpus(torch)
     rows.append(fp8_finding(capabilities, not engine.fault()))
     rows += _backends(torch.distributed)
-    rows += [_kernels(bool(capabilities)), _fusions(model, bool(capabilities)), _resiliency()]
+    rows += [_kernels(bool(capabilities)), _fusions(model, bool(capabilities))]
     return [*rows, _cpu(_cpu_flags())]
 
 
@@ -156,23 +156,6 @@ def _fusions(model: ModelConfig, on_gpu: bool) -> Finding:
     active = ", ".join(fusion.title for fusion in every if fusion.active)
     reasons = "; ".join(f"{fusion.title}: {fusion.reason}" for fusion in every if not fusion.active)
     return Finding("Megatron's fusions", active or "none", f"not active: {reasons}", bool(active))
-
-
-def _resiliency() -> Finding:
-    version = _version("nvidia-resiliency-ext")
-    if version is None:
-        meaning = "hangs are found all the same; no restart by ft_launcher, no comparison of the GPUs' kernels. "
-        meaning += "pip install nvidia-resiliency-ext"
-        return Finding("nvidia-resiliency-ext", "absent", meaning, False)
-    from nemo_advrm.engine.resiliency import detector
-
-    try:
-        detector()
-    except Exception as error:
-        kernels = f"trainer.compare_gpu_kernels does nothing: {error}"
-    else:
-        kernels = "trainer.compare_gpu_kernels=true logs slow GPUs"
-    return Finding("nvidia-resiliency-ext", version, f"under ft_launcher heartbeats go to its monitor; {kernels}")
 
 
 def _cpu_flags() -> set[str]:

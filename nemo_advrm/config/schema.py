@@ -29,10 +29,7 @@ class TrainerConfig:
     keep_checkpoints: int = 2  # newest checkpoints kept while training
     async_checkpoint: bool = False  # train on while a copy in host memory is written; docs/checkpoints.md
     verify_checkpoints: bool = True  # compare all files with their hashes before training goes on; false: sizes only
-    timeout_minutes: float = 30.0  # limit of every collective wait
-    hang_minutes: float = 20.0  # without progress of any process a training of several is ended by name; 0 never
-    straggler_ratio: float = 1.5  # a rank whose own work takes so many times the median rank's is logged; 0 none
-    compare_gpu_kernels: bool = False  # find slow GPUs by nvidia-resiliency-ext, which profiles every kernel
+    timeout_minutes: float = 30.0  # longest wait for another process; then the job ends and names it
     memory_snapshot: bool = False  # record allocations on a GPU, for a snapshot of them when its memory runs out
 
 
@@ -192,7 +189,7 @@ class RemoteConfig:
     """Requests to reward servers."""
 
     timeout_seconds: float = 60.0  # of one request
-    deadline_seconds: float = 300.0  # of one scoring with all its retries; less than trainer.hang_minutes
+    deadline_seconds: float = 300.0  # of one scoring with all its retries; less than trainer.timeout_minutes
     connect_seconds: float = 30.0  # that a server may take to become ready when a stage starts
     connections: int = 8  # requests under way at once
     rows_per_request: int = 64

@@ -87,8 +87,6 @@ RANGES: dict[str, Range] = {
     "trainer.cpu_threads": COUNT_OR_ZERO,
     "trainer.keep_checkpoints": COUNT,
     "trainer.timeout_minutes": POSITIVE,
-    "trainer.hang_minutes": NOT_NEGATIVE,
-    "trainer.straggler_ratio": NOT_NEGATIVE,
     "model.num_layers": COUNT,
     "model.hidden_size": COUNT,
     "model.ffn_hidden_size": COUNT_OR_ZERO,
@@ -285,13 +283,13 @@ def _check_features(cfg: Config) -> None:
         raise ConfigError("reward_model.loss=regression: reference_features are weighed on pairs, against one score")
 
 
-def _check_scoring_is_no_hang(cfg: Config) -> None:
-    """A scoring by servers may take its whole deadline, in which no process gets on."""
-    limit, deadline = 60 * cfg.trainer.hang_minutes, cfg.remote.deadline_seconds
-    if limit and deadline >= limit and any("://" in member for member in cfg.ensemble.members):
+def _check_scoring_deadline(cfg: Config) -> None:
+    """The other ranks wait for the scores of a server in a collective, so the server's deadline must end first."""
+    limit, deadline = 60 * cfg.trainer.timeout_minutes, cfg.remote.deadline_seconds
+    if deadline >= limit and any("://" in member for member in cfg.ensemble.members):
         raise ConfigError(
-            f"remote.deadline_seconds={deadline:g}: must be less than trainer.hang_minutes={limit / 60:g} "
-            f"({limit:g} seconds), or a scoring that is waited for is ended as a hang"
+            f"remote.deadline_seconds={deadline:g}: must be less than trainer.timeout_minutes={limit / 60:g} "
+            f"({limit:g} seconds): the other processes wait that long for the scores"
         )
 
 
@@ -325,7 +323,7 @@ def check_values(cfg: Config) -> None:
                 raise ConfigError(f"{key}={value}: must be {allowed}")
     _check_architecture(cfg.model)
     _check_features(cfg)
-    _check_scoring_is_no_hang(cfg)
+    _check_scoring_deadline(cfg)
     if len(cfg.model.optim.betas) != 2:
         raise ConfigError(f"model.optim.betas={cfg.model.optim.betas}: must be two numbers")
     if cfg.rl.algorithm in ("rloo", "grpo") and cfg.rl.group_size < 2:

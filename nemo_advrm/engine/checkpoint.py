@@ -25,7 +25,7 @@ from nemo_advrm import files
 from nemo_advrm.config.schema import ModelConfig
 from nemo_advrm.data.tokenizers import Tokenizer
 from nemo_advrm.data.vocabulary import check_vocabulary
-from nemo_advrm.engine import manifest, phases, runtime
+from nemo_advrm.engine import manifest, runtime
 from nemo_advrm.engine.architecture import first_difference
 from nemo_advrm.engine.description import check_description
 from nemo_advrm.engine.file_readers import load_weights
@@ -137,7 +137,6 @@ class Saving:
         deadline = time.monotonic() + 60 * limit_minutes
         while True:
             ended = writers.wait(LOOK_SECONDS)
-            phases.tick()  # this wait has a limit of its own
             slowest = greatest(0 if ended else rank + 1)
             if not slowest:
                 return

@@ -12,7 +12,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from nemo_advrm.config.schema import ModelConfig, PrecisionConfig
-from nemo_advrm.engine import phases, runtime
+from nemo_advrm.engine import runtime
 from nemo_advrm.engine.cpu_linear import use_cpu_products
 from nemo_advrm.engine.gpt import Head, HeadedGPT
 from nemo_advrm.engine.transformer import transformer_config
@@ -138,7 +138,7 @@ def build_model(
     """
     rt = runtime.current()
     config = transformer_config(model, precision, rt.on_gpu)
-    config.finalize_model_grads_func = _finish_gradients
+    config.finalize_model_grads_func = finalize_model_grads
     vocab_size = padded_vocab_size(model, tokenizer_size)
     rt.seed(seed)
     chunks = model.virtual_pipeline_model_parallel_size
@@ -160,7 +160,6 @@ def build_model(
     ]
     for part in parts:
         _place(part, config, rt)
-        part.register_forward_pre_hook(lambda *_: phases.tick())
     wrapped: list[Any] = list(parts)
     if trainable:
         wrapped = [_wrap(part, config, model, bucketing=i == 0) for i, part in enumerate(parts)]
@@ -175,12 +174,6 @@ def build_model(
                 for parameter in part.parameters():
                     parameter.data = parameter.data.cpu()
     return MegatronModel(wrapped, parts, config, model, head, vocab_size, head_outputs)
-
-
-def _finish_gradients(*args: Any, **kwargs: Any) -> None:
-    """Megatron's sums over ranks after the last microbatch: from here on model replicas wait for each other."""
-    phases.enter("update")
-    finalize_model_grads(*args, **kwargs)
 
 
 def _place(part: HeadedGPT, config: TransformerConfig, rt: runtime.Runtime) -> None:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from nemo_advrm.engine import peers, phases
+from nemo_advrm.engine import peers
 from nemo_advrm.errors import ConfigError, FailedElsewhere, LayoutError, UserError, one_line
 from nemo_advrm.rank_info import RankInfo
 
@@ -158,8 +158,7 @@ class Runtime:
         # gloo's groups on GPUs too: the wait then concerns the host alone, and the GPU goes on with what it has
         groups = parallel_state.get_data_parallel_group_gloo if self.on_gpu else parallel_state.get_data_parallel_group
         most = torch.tensor(count)
-        with phases.exchange():
-            dist.all_reduce(most, op=dist.ReduceOp.MAX, group=groups())
+        dist.all_reduce(most, op=dist.ReduceOp.MAX, group=groups())
         return int(most)
 
     def barrier(self) -> None:
@@ -256,7 +255,7 @@ def _initialize_groups(layout: Layout, on_gpu: bool, timeout_minutes: float) -> 
             tensor_model_parallel_size=layout.tensor,
             pipeline_model_parallel_size=layout.pipeline,
             context_parallel_size=layout.context,
-            distributed_timeout_minutes=max(1, round(timeout_minutes)),
+            distributed_timeout_minutes=timeout_minutes,  # type: ignore[arg-type]  # goes into a timedelta
             create_gloo_process_groups=on_gpu,
         )
         return _replica_group(layout, timeout_minutes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from nemo_advrm.config.schema import ModelConfig
-from nemo_advrm.engine import phases, runtime
+from nemo_advrm.engine import runtime
 from nemo_advrm.engine.flops import Microbatch, head_flops, layer_flops
 from nemo_advrm.engine.gpus import GPUS
 
@@ -18,10 +18,24 @@ def training_flops_per_token(model: ModelConfig) -> float:
     return 3 * model.num_layers * layer_flops(model, Microbatch(1, 1)).matrices
 
 
+_flops = 0.0
+
+
+def add_flops(flops: float) -> None:
+    """Add to :func:`flops_so_far`."""
+    global _flops
+    _flops += flops
+
+
+def flops_so_far() -> float:
+    """FLOPs of this process's passes through models since it started."""
+    return _flops
+
+
 def count_pass(
     model: ModelConfig, head: str, rows: int, length: int, logits: int, vocab_size: int, ranks: int, passes: int = 1
 ) -> None:
-    """Count this process's share of a pass in :attr:`phases.Standing.flops`.
+    """Add this process's share of a pass to :func:`flops_so_far`.
 
     Counted are the matrices of the layers, attention within the rows and the output layer, padding included, as the
     hardware computes it too. What is recomputed, element-wise operations, the optimizer, and attention to tokens that a
@@ -36,7 +50,7 @@ def count_pass(
     """
     flops = model.num_layers * layer_flops(model, Microbatch(rows, length)).total
     flops += head_flops(model, head, logits, vocab_size)
-    phases.worked(passes * flops / ranks)
+    add_flops(passes * flops / ranks)
 
 
 def gpu_peak(precision: str) -> float | None:

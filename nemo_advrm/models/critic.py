@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nemo_advrm.config.schema import Config
 from nemo_advrm.data.tokenizers import Tokenizer
-from nemo_advrm.engine import checkpoint, phases
+from nemo_advrm.engine import checkpoint
 from nemo_advrm.engine.model import build_model
 from nemo_advrm.engine.optim import MegatronOptimizer
 from nemo_advrm.engine.schedule import Microbatch, Sums, forward, forward_backward, microbatch_rows
@@ -51,7 +51,6 @@ class Critic:
         norm = 0.0
         for _ in range(passes):
             self.optimizer.zero_grad()
-            phases.enter("forward_backward")
             metrics = forward_backward(self.model, microbatches, self._loss)
             norm = self.optimizer.step(self.rl.critic_lr, step)
         mean_return = metrics["return_mean"]

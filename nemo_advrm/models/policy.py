@@ -14,7 +14,7 @@ from torch import Tensor
 from nemo_advrm.config.schema import Config
 from nemo_advrm.data.batching import BatchSchedule
 from nemo_advrm.data.tokenizers import Tokenizer
-from nemo_advrm.engine import phases, runtime
+from nemo_advrm.engine import runtime
 from nemo_advrm.engine.builders import build_policy
 from nemo_advrm.engine.generation import uniforms
 from nemo_advrm.engine.log_probs import log_probs_and_entropy
@@ -98,11 +98,8 @@ class PolicyModel(TrainableModel):
         with contextlib.ExitStack() as stack:
             for _, optimizer in self.trained().values():
                 stack.enter_context(optimizer.offloaded())
-            phases.enter("rollout")
             rollouts = self._roll_out(batch, step)
-            phases.enter("scoring")
             judgement = self._judge(rollouts)
-            phases.enter("log_probs")
             data = self._prepare(rollouts, judgement)
         self.last_rollouts, self.last_judgement = rollouts, judgement
         metrics = self._update(data, step)
@@ -132,8 +129,7 @@ class PolicyModel(TrainableModel):
         penalty = rl.unended_penalty
         if penalty is None:
             own = torch.stack([judgement.rewards_N, judgement.noise_N, ended_B.float()])
-            with phases.exchange():
-                rewards_N, noise_N, ended_N = torch.cat(runtime.current().gather_data_parallel(own), 1)
+            rewards_N, noise_N, ended_N = torch.cat(runtime.current().gather_data_parallel(own), 1)
             penalty = length_penalty(rewards_N, ended_N.bool(), noise_N)
         rewards_B = apply_length_penalty(judgement.rewards_N, ended_B, penalty)
         noise_B = torch.where(ended_B, judgement.noise_N, rounding_of(rewards_B))
@@ -177,8 +173,7 @@ class PolicyModel(TrainableModel):
     def _advantages(self, rewards_B: Tensor, noise_B: Tensor) -> Tensor:
         """Advantages of this rank's rows, computed over all data-parallel ranks."""
         rl, rt = self.config.rl, runtime.current()
-        with phases.exchange():
-            rewards_N, noise_N = torch.cat(rt.gather_data_parallel(torch.stack([rewards_B, noise_B])), 1)
+        rewards_N, noise_N = torch.cat(rt.gather_data_parallel(torch.stack([rewards_B, noise_B])), 1)
         if rl.algorithm == "rloo":
             values_N = advantages.rloo(rewards_N, rl.group_size, noise_N)
         elif rl.algorithm == "grpo":
@@ -194,8 +189,7 @@ class PolicyModel(TrainableModel):
         """Zero mean and unit variance over the tokens of all data-parallel ranks."""
         rt = runtime.current()
         own = torch.stack([advantages_BT[mask_BT], noise_BT[mask_BT]])
-        with phases.exchange():
-            parts = rt.gather_data_parallel(own)
+        parts = rt.gather_data_parallel(own)
         everyone, noise = torch.cat(parts, 1)
         floor = noise.square().mean().sqrt().item()
         whitened = masked_whiten(everyone, torch.ones_like(everyone, dtype=torch.bool), noise=floor)
@@ -216,7 +210,6 @@ class PolicyModel(TrainableModel):
         norm = 0.0
         for _ in range(rl.updates_per_rollout):
             self.optimizer.zero_grad()
-            phases.enter("forward_backward")
             metrics = forward_backward(self.model, microbatches, self._loss)
             norm = self.optimizer.step(lr, step)
         return {**metrics, "grad_norm": norm, "learning_rate": lr}

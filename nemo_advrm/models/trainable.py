@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from nemo_advrm.config.schema import Config
 from nemo_advrm.data.batching import BatchSchedule, shard
 from nemo_advrm.data.tokenizers import Tokenizer
-from nemo_advrm.engine import phases, runtime, throughput
+from nemo_advrm.engine import runtime, throughput
 from nemo_advrm.engine.model import MegatronModel
 from nemo_advrm.engine.optim import MegatronOptimizer, learning_rate
 from nemo_advrm.errors import TrainingDiverged
@@ -96,7 +96,6 @@ class TrainableModel(ModelPT):
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
         step = self.global_step
-        phases.enter("forward_backward", step + 1)
         runtime.current().seed(derive_seed(self.seed, "step", step))
         started = time.perf_counter()
         metrics = self.train_on(batch, step)
@@ -178,13 +177,7 @@ class _Steps:
         self.model = model
 
     def __iter__(self) -> Iterator[Any]:
-        steps = self.model.steps(self.model.global_step)
-        while True:
-            phases.enter("data")
-            batch = next(steps, None)
-            if batch is None:
-                return
-            yield batch
+        return self.model.steps(self.model.global_step)
 
 
 class Batches:

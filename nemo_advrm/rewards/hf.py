@@ -14,7 +14,7 @@ from nemo_advrm.data.batching import microbatch_cost, pad_rows, split_by_tokens
 from nemo_advrm.data.reading import rule_in_config
 from nemo_advrm.data.tokenizers import HFTokenizer
 from nemo_advrm.data.vocabulary import check_vocabulary
-from nemo_advrm.engine import phases, runtime
+from nemo_advrm.engine import runtime
 from nemo_advrm.errors import RewardSourceError
 from nemo_advrm.objectives.attributes import combine
 from nemo_advrm.rewards.encoding import token_sequences
@@ -101,7 +101,6 @@ class HFReward:
     def _forward(self, tokens_BS: Tensor, mask_BS: Tensor, lengths_B: Tensor) -> Tensor:
         """[B, A], what the head gives for each row."""
         assert self.model is not None
-        phases.tick()
         trunk = getattr(self.model, self.model.base_model_prefix, None)
         if trunk is None or not hasattr(self.model, "score"):
             # encoders pool at their own first token and look for no padding

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from nemo_advrm.engine import phases, runtime
+from nemo_advrm.engine import runtime
 from nemo_advrm.errors import RewardSourceError, UserError
 
 
@@ -22,8 +22,7 @@ def once_per_replica(name: str, work: Callable[[], Tensor]) -> Tensor:
     outcome: tuple[Tensor | None, str] | None = _attempt(name, work) if rt.is_replica_source else None
     outcome = rt.broadcast_in_replica(outcome)
     assert outcome is not None
-    with phases.exchange():
-        failures = [failure for failure in rt.gather_data_parallel(outcome[1]) if failure]
+    failures = [failure for failure in rt.gather_data_parallel(outcome[1]) if failure]
     if failures:
         raise RewardSourceError(failures[0])
     assert outcome[0] is not None

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from nemo_advrm.engine import phases, runtime
+from nemo_advrm.engine import runtime, throughput
 
 
 @dataclass
@@ -55,4 +55,4 @@ def measured() -> Iterator[Spent]:
 def _own() -> tuple[float, float]:
     """(CPU seconds, FLOPs) of this process so far."""
     times = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(one.ru_utime + one.ru_stime for one in times), phases.here().flops
+    return sum(one.ru_utime + one.ru_stime for one in times), throughput.flops_so_far()

@@ -16,7 +16,7 @@ from nemo_advrm import writers
 from nemo_advrm.config import save_resolved, versions
 from nemo_advrm.config.layout import validate_layout
 from nemo_advrm.config.schema import Config
-from nemo_advrm.engine import checkpoint, engine, heartbeat, runtime, stopping
+from nemo_advrm.engine import checkpoint, engine, runtime, stopping
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.logging_setup import quiet_libraries
 from nemo_advrm.rank_info import RankInfo, host_name
@@ -49,7 +49,6 @@ def start(cfg: Config) -> runtime.Runtime:
     if cfg.trainer.cpu_threads:
         torch.set_num_threads(cfg.trainer.cpu_threads)
     started = runtime.start(layout, cfg.trainer.accelerator, cfg.trainer.timeout_minutes)
-    heartbeat.start(cfg.trainer.hang_minutes, Path(cfg.run_dir))
     stopping.leave_if_asked(NOT_BEGUN)
     # what is missing or incomplete is told before anything is written
     if cfg.pretrained_checkpoint.restore_from_path:

@@ -15,7 +15,7 @@ from nemo.utils.exp_manager import exp_manager
 from nemo_advrm import signals
 from nemo_advrm.config.schema import Config
 from nemo_advrm.data.reading import KEY, ReadingRule
-from nemo_advrm.engine import checkpoint, resiliency, runtime
+from nemo_advrm.engine import checkpoint, runtime
 from nemo_advrm.engine.feature_file import FeatureWeights
 from nemo_advrm.models.trainable import TrainableModel
 from nemo_advrm.run_directory import results, run_files
@@ -23,7 +23,7 @@ from nemo_advrm.training import memory
 from nemo_advrm.training.callbacks.checkpoints import PeriodicCheckpoint, newest_usable
 from nemo_advrm.training.callbacks.metrics import MetricsWriter
 from nemo_advrm.training.callbacks.preemption import PreemptionCheckpoint, keep_signals
-from nemo_advrm.training.callbacks.progress import PhaseMarks, StepProgress
+from nemo_advrm.training.callbacks.progress import StepProgress
 from nemo_advrm.training.strategy import MegatronStrategy
 
 # rows that a training writes
@@ -58,8 +58,6 @@ def fit(
             *(callbacks or []),
             MetricsWriter(directory / "metrics.jsonl", first_step),
             StepProgress(title, cfg.trainer.log_every_n_steps),
-            PhaseMarks(cfg.trainer.log_every_n_steps, cfg.trainer.straggler_ratio),
-            *_installed(cfg),
             PreemptionCheckpoint(checkpoints),
             PeriodicCheckpoint(
                 checkpoints,
@@ -91,15 +89,6 @@ def fit(
             strategy.drop_saving()  # whatever ends a training, no save goes on behind its back
     if validate:
         trainer.validate(module, verbose=False)
-
-
-def _installed(cfg: Config) -> list[Callback]:
-    """Callbacks of optional packages; NVIDIA's detector of slow GPUs alone."""
-    rt = runtime.current()
-    if not (cfg.trainer.compare_gpu_kernels and cfg.trainer.straggler_ratio and rt.on_gpu and rt.world_size > 1):
-        return []
-    callback = resiliency.straggler_callback(cfg.trainer.straggler_ratio)
-    return [callback] if callback is not None else []
 
 
 def drop_training_checkpoints(directory: Path) -> None:

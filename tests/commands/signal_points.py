@@ -26,7 +26,7 @@ CALLS: dict[str, tuple[str, int, bool]] = {
     "save": ("nemo_advrm.engine.checkpoint.Saving.finish", 1, False),
     "end of a save": ("nemo_advrm.training.training_state.TrainingSave._complete", 1, True),
     "old checkpoint": ("nemo_advrm.training.callbacks.checkpoints.PeriodicCheckpoint._remove_oldest", 1, False),
-    "validation": ("nemo_advrm.training.callbacks.progress.PhaseMarks.on_validation_batch_start", 1, False),
+    "validation": ("nemo_advrm.models.reward_model.RewardModel.validation_step", 1, False),
     "last step": ("nemo_advrm.models.trainable.TrainableModel.training_step", 6, False),
     "final save": ("nemo_advrm.engine.checkpoint.save", 1, False),
     "final save written": ("nemo_advrm.engine.checkpoint.save", 1, True),

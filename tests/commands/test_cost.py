@@ -8,7 +8,7 @@ import cost_jobs
 import pytest
 from distributed import Worlds
 
-from nemo_advrm.engine import phases
+from nemo_advrm.engine import throughput
 from nemo_advrm.engine.runtime import Layout, Runtime
 from nemo_advrm.run_directory import cost
 
@@ -43,7 +43,7 @@ def test_processes_that_share_a_model_spend_its_flops_together(
 
 def test_a_training_step_costs_three_forward_passes(single: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
     passes = []
-    monkeypatch.setattr(phases, "worked", passes.append)
+    monkeypatch.setattr(throughput, "add_flops", passes.append)
     cost_jobs.spent_by("train")
     rows = [3 * _forward(rows, length) for rows in (2, 4, 6) for length in range(2, 65)]
     assert passes and all(flops in rows for flops in passes)

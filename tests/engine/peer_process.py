@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 
 from nemo_advrm.engine import peers
-from nemo_advrm.engine.hangs import Beat
 from nemo_advrm.errors import ProcessLost
 from nemo_advrm.rank_info import RankInfo
 
@@ -25,12 +24,9 @@ def main(fate: str, minutes: float) -> None:
         print(error)
         return
     dist.all_reduce(torch.ones(1))
-    if here.rank == 1 and fate == "stopped":  # its heartbeats tell where it stood
-        store = peers.connection()
-        assert store is not None
-        store.set(peers.beat_key(1), Beat(step=3, phase="data").to_json())
-    if here.rank == 1 and fate != "fine":
-        os.kill(os.getpid(), {"killed": signal.SIGKILL, "stopped": signal.SIGSTOP}[fate])
+    victim = 0 if fate == "first_stopped" else 1
+    if here.rank == victim and fate != "fine":
+        os.kill(os.getpid(), signal.SIGKILL if fate == "killed" else signal.SIGSTOP)
     try:
         dist.all_reduce(torch.ones(1))
         print("sum")

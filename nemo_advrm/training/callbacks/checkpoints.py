@@ -11,7 +11,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
-from nemo_advrm.engine import checkpoint, manifest, phases, runtime, stopping
+from nemo_advrm.engine import checkpoint, manifest, runtime, stopping
 from nemo_advrm.errors import CheckpointError
 from nemo_advrm.training.callbacks.preemption import stopped_and_saved
 from nemo_advrm.training.strategy import IN_BACKGROUND, MegatronStrategy
@@ -102,7 +102,6 @@ class PeriodicCheckpoint(Checkpoint):
                     step,
                     self.every,
                 )
-            phases.enter("checkpoint")
             self._end_saving(strategy, wait=True)
         path = self.directory / f"step_{step:08d}"
         if self.in_background:
@@ -116,7 +115,6 @@ class PeriodicCheckpoint(Checkpoint):
             raise stopped_and_saved(reason, path, step)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        phases.enter("checkpoint")
         self._end_saving(trainer.strategy, wait=True)  # type: ignore[arg-type]
 
     def _end_saving(self, strategy: MegatronStrategy, wait: bool) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from nemo_advrm.engine import phases, runtime
+from nemo_advrm.engine import runtime
 from nemo_advrm.engine.generation import uniforms
 from nemo_advrm.models.policy import PolicyModel
 from nemo_advrm.models.rollout_batch import RolloutBatch, response_log_probs
@@ -60,13 +60,10 @@ class HeldOutEvaluation(Callback):
         with contextlib.ExitStack() as stack:
             for _, optimizer in policy.trained().values():
                 stack.enter_context(optimizer.offloaded())
-            phases.enter("rollout")
             rollouts = policy.engine.roll_out(policy.model, self.prompts[own], numbers[own])
-            phases.enter("scoring")
             columns = {"proxy": policy.reward.judge(rollouts).proxy_N}
             if self.gold is not None:
                 columns["gold"] = checked_scores(self.gold, rollouts)
-            phases.enter("log_probs")
             data = RolloutBatch.of(rollouts)
             log_probs_BT, _ = response_log_probs(policy.model, data, pad_id, rl.temperature)
             reference_BT, _ = response_log_probs(policy.reference, data, pad_id, rl.temperature)

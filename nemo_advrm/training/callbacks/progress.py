@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 import time
 from typing import Any
@@ -10,10 +9,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from nemo_advrm.engine import phases, runtime
-from nemo_advrm.engine.stragglers import Stragglers
-
-_log = logging.getLogger(__name__)
+from nemo_advrm.engine import runtime
 
 # shown when present, in this order
 _SHOWN = [
@@ -35,45 +31,6 @@ def _line(metrics: dict[str, Any]) -> str:
     return "  ".join(
         f"{name.removeprefix('train/')} {metrics[name]:.3f}" for name in _SHOWN if metrics.get(name) is not None
     )
-
-
-class PhaseMarks(Callback):
-    """Tells the phase of training, for heartbeats, and every ``every`` steps which rank is slow.
-
-    Args:
-        every: steps between comparisons of the ranks.
-        ratio: see :func:`nemo_advrm.engine.stragglers.slowest`; 0 compares nothing.
-    """
-
-    def __init__(self, every: int, ratio: float) -> None:
-        self.every = max(1, every)
-        self.ratio = ratio
-        self._steps = 0
-        self._stragglers: Stragglers | None = None
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.ratio and runtime.current().world_size > 1:
-            self._stragglers = Stragglers(self.ratio)
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        self._steps += 1
-        if self._stragglers is not None and self._steps % self.every == 0:
-            told = self._stragglers.report(self.every)
-            if told and runtime.current().is_writer:
-                _log.warning("step %d: %s", trainer.global_step, told)
-
-    def on_validation_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        phases.enter("validation")
-
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        phases.enter("checkpoint")
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        phases.enter("")
 
 
 class StepProgress(Callback):
