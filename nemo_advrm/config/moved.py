@@ -28,6 +28,9 @@ MOVED_KEYS: dict[str, str] = {
     "adversarial.anchor": "is now adversarial.min_target_score",
     "adversarial.directions": "is now adversarial.target_members",
     "adversarial.policies": "is now adversarial.num_adversaries",
+    "trainer.hang_minutes": "was removed: trainer.timeout_minutes ends a job that hangs (docs/scale.md)",
+    "trainer.straggler_ratio": "was removed: nvidia-resiliency-ext finds slow ranks (docs/scale.md)",
+    "trainer.compare_gpu_kernels": "was removed: nvidia-resiliency-ext compares the GPUs' kernels (docs/scale.md)",
 }
 
 # Old module or package -> its new place; a package covers the modules below it, the longest match counts. Serves old

@@ -1,8 +1,8 @@
 """Joins the processes of a job, and names the ranks and hosts that are missing at the start or lost later.
 
 torch's own errors do not say who is missing: a rendezvous that times out gives a count, a failed collective an address.
-So ranks register in the job's key-value store when they start, and report in it that their collective failed. Ranks that
-stay silent are the lost ones. ``torch.distributed.monitored_barrier`` names a missing rank too, but only for
+So ranks register in the job's key-value store when they start, and report in it that their collective failed. Ranks
+that stay silent are the lost ones. ``torch.distributed.monitored_barrier`` names a missing rank too, but only for
 gloo and only at a barrier, which would cost every step a synchronisation.
 
 Hang detection is left to the timeout of the process groups, NCCL's watchdog and the launcher (docs/scale.md).

@@ -50,6 +50,10 @@ _FREE_KEYS = (
     "best_of_n.name",
     "report",
     "pipeline.jobs",
+    # removed, but in the config.yaml of older runs
+    "trainer.hang_minutes",
+    "trainer.straggler_ratio",
+    "trainer.compare_gpu_kernels",
 )
 # keys that change results by rounding alone (and which units drop out): a run that does not fit into memory goes on
 # with others. Each change is recorded in versions.yaml.
