@@ -33,6 +33,7 @@ from nemo_aligner.utils.train_script_utils import (
 from nemo_aligner.utils.utils import load_and_override_model_config, load_from_nemo, retrieve_model_state_dict_in_cpu
 from omegaconf import DictConfig, OmegaConf
 
+from nemo_advrm.engine.rank_zero import run_on_rank_zero
 from nemo_advrm.integrations.nemo_aligner import EnsembleRewardClient, MegatronGPTAdversarialActorModel
 from nemo_advrm.integrations.nemo_aligner.members import build_reward, open_members, read_sft_scores
 from nemo_advrm.integrations.nemo_aligner.rollouts import RolloutReader
@@ -133,9 +134,7 @@ def ensemble_client(cfg: DictConfig, setup: Setup, kind: str, critic: Any = None
     adversarial = cfg.ensemble.reward == "adversarial"
     if adversarial or (len(members) > 1 and cfg.ensemble.get("standardise", True)):
         path = Path(cfg.ensemble.reference_path)
-        exists = [path.exists()]
-        torch.distributed.broadcast_object_list(exists, 0)
-        if not exists[0]:
+        if not run_on_rank_zero(path.exists):
             rows = cfg.model[kind].rollout_micro_batch_size
             texts = prompt_texts(*setup.datasets)
             write_sft_scores(path, actor, texts, members, cfg.sft_statistics.samples_per_prompt, rows)

@@ -16,7 +16,8 @@ from nemo_advrm.attacks.summary import check_samples, of_adversary, of_direction
 from nemo_advrm.config.schema import Config
 from nemo_advrm.data.jsonl import read_jsonl, write_jsonl_atomic
 from nemo_advrm.data.tokenizers import Tokenizer
-from nemo_advrm.engine import checkpoint, manifest, runtime, stopping
+from nemo_advrm.engine import checkpoint, manifest, stopping
+from nemo_advrm.engine.rank_zero import run_on_rank_zero
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.models.policy import AdversarialPolicy
 from nemo_advrm.models.trainable import derive_seed
@@ -65,7 +66,7 @@ class Attack:
         again = "what the attacks have left is joined again"
         finished = results.finished(self.directory, "summary.json", (), summary_file.wrong_attack, again)
         if finished is not None:
-            runtime.on_writer(lambda: check_samples(self.directory))
+            run_on_rank_zero(check_samples, self.directory)
             return finished
         for direction in self.cfg.adversarial.target_members:
             for number in range(self.cfg.adversarial.num_adversaries):
@@ -101,7 +102,7 @@ class Attack:
         limit = cfg.trainer.timeout_minutes
         checkpoint.save(home / "model", module.model, meta=tokenizer_meta(module), limit_minutes=limit)
         seconds = time.monotonic() - started
-        summary = runtime.on_writer(lambda: of_adversary(home, seconds, measured))
+        summary = run_on_rank_zero(of_adversary, home, seconds, measured)
         results.mark(home, "summary.json", summary, records(home))
         drop_training_checkpoints(home)
         module.release()
@@ -135,7 +136,7 @@ def join_attacks(cfg: Config, directory: Path) -> dict[str, Any]:
         "by_disagreement": asks_others(cfg.adversarial),
     }
     everyone = [home for own in homes.values() for home in own]
-    runtime.on_writer(lambda: _join_records(directory, everyone))
+    run_on_rank_zero(_join_records, directory, everyone)
     # not samples.jsonl, in which selection marks rows; its rows are counted
     left = [f"{home.name}/{name}" for home in everyone for name in (manifest.NAME, "summary.json")]
     left += [name for name in ("metrics.jsonl", HELD_OUT_REFERENCE) if (directory / name).exists()]

@@ -12,9 +12,9 @@ from torch import Tensor
 from nemo_advrm.config.schema import Config
 from nemo_advrm.data.jsonl import write_jsonl_atomic
 from nemo_advrm.data.tokenizers import Tokenizer
-from nemo_advrm.engine import runtime
 from nemo_advrm.engine.builders import build_policy
 from nemo_advrm.engine.model import MegatronModel
+from nemo_advrm.engine.rank_zero import run_on_rank_zero
 from nemo_advrm.objectives.success import standard_success, strict_success
 from nemo_advrm.rewards.base import RewardSource, checked_scores
 from nemo_advrm.rewards.ensemble import AdversarialReward
@@ -56,7 +56,7 @@ class HeldOut:
         gold_N = checked_scores(self.gold, rollouts) if self.gold is not None else None
         gold_z_N = self.reference.gold_z(gold_N, index) if gold_N is not None else None
         rows = trajectory_rows(rollouts, judgement, direction, home.name, 0, gold_N, gold_z_N)
-        runtime.on_writer(lambda: write_jsonl_atomic(home / "held_out.jsonl", rows))
+        run_on_rank_zero(write_jsonl_atomic, home / "held_out.jsonl", rows)
         rule = FindRule(self.cfg, self.reference, direction, self.tokenizer)
         z_N = judgement.details["z"][:, target]
         return {
@@ -123,10 +123,10 @@ def held_out_set(
     kept = held_out_prompts(cfg, count, [prompt.messages for prompt in prompts])
     encoded = prompts_with_room(encode_prompts(kept, tokenizer, cfg), tokenizer.fingerprint, members, cfg)
     path = directory / HELD_OUT_REFERENCE
-    if not runtime.on_writer(path.exists):
+    if not run_on_rank_zero(path.exists):
         policy = build_policy(cfg, tokenizer, cfg.pretrained_checkpoint.restore_from_path, 0, trainable=False)
         per_prompt = cfg.sft_statistics.samples_per_prompt
         rollouts = sample(cfg, tokenizer, policy, encoded, per_prompt, sampling_seed(cfg))
         write_sft_scores(path, rollouts, per_prompt, members, gold)
-    reference = runtime.on_writer(lambda: read_sft_scores(path, encoded))
+    reference = run_on_rank_zero(read_sft_scores, path, encoded)
     return HeldOut(cfg, tokenizer, encoded, members, reference, gold)

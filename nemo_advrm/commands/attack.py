@@ -11,6 +11,7 @@ from nemo_advrm.config.validation import check_held_out
 from nemo_advrm.data.tokenizers import build_tokenizer
 from nemo_advrm.engine import runtime
 from nemo_advrm.engine.builders import build_policy
+from nemo_advrm.engine.rank_zero import run_on_rank_zero
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.models.trainable import derive_seed
 from nemo_advrm.rewards.limits import prompts_with_room
@@ -38,12 +39,12 @@ def main(cfg: Config) -> int:
     prompts = prompts_with_room(prompts, tokenizer.fingerprint, members, cfg)
     run_dir.claim(cfg, directory, "attack")
     gold = build_gold(cfg.pipeline.gold)
-    if not runtime.on_writer((directory / "reference.jsonl").exists):
+    if not run_on_rank_zero((directory / "reference.jsonl").exists):
         policy = build_policy(cfg, tokenizer, cfg.pretrained_checkpoint.restore_from_path, 0, trainable=False)
         count = cfg.sft_statistics.samples_per_prompt
         rollouts = sample(cfg, tokenizer, policy, prompts, count, derive_seed(cfg.seed, "reference"))
         write_sft_scores(directory / "reference.jsonl", rollouts, count, members, gold)
-    reference = runtime.on_writer(lambda: read_sft_scores(directory / "reference.jsonl", prompts))
+    reference = run_on_rank_zero(read_sft_scores, directory / "reference.jsonl", prompts)
     attack = Attack(cfg, tokenizer, directory / "attack", prompts, members, reference, gold, cfg.seed)
     summary = attack.run()
     if runtime.current().is_writer:

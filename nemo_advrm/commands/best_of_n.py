@@ -10,6 +10,7 @@ from nemo_advrm.data import inputs
 from nemo_advrm.data.tokenizers import Tokenizer, build_tokenizer
 from nemo_advrm.engine import runtime
 from nemo_advrm.engine.builders import build_policy
+from nemo_advrm.engine.rank_zero import run_on_rank_zero
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.evaluation.best_of_n import SAMPLES, best_of_n_prompts, curve_of_reward, sample_best_of_n
 from nemo_advrm.rewards.limits import prompts_with_room
@@ -52,7 +53,7 @@ def main(cfg: Config) -> int:
     reward = combined(members, cfg.ensemble.aggregate, cfg.ensemble.coefficient, statistics, directory)
     home = directory / "best_of_n"
     samples = Path(given) if given else home / SAMPLES
-    if not given and not runtime.on_writer(samples.exists):
+    if not given and not run_on_rank_zero(samples.exists):
         policy = build_policy(cfg, tokenizer, cfg.pretrained_checkpoint.restore_from_path, 0, trainable=False)
         sample_best_of_n(cfg, tokenizer, samples, policy, prompts, build_gold(cfg.pipeline.gold))
     curve = curve_of_reward(cfg, tokenizer, home / f"{cfg.best_of_n.name}.json", samples, reward)

@@ -9,6 +9,7 @@ from nemo_advrm.config.validation import check_held_out
 from nemo_advrm.data.tokenizers import Tokenizer, build_tokenizer
 from nemo_advrm.engine import runtime
 from nemo_advrm.engine.builders import build_policy
+from nemo_advrm.engine.rank_zero import run_on_rank_zero
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.models.trainable import derive_seed
 from nemo_advrm.objectives.sft_statistics import MemberStatistics
@@ -60,7 +61,7 @@ def _statistics(
     if cfg.ensemble.reference_path:
         return read_statistics(Path(cfg.ensemble.reference_path), members, "ensemble.reference_path")
     path = directory / "reference.jsonl"
-    if not runtime.on_writer(path.exists):
+    if not run_on_rank_zero(path.exists):
         count = cfg.sft_statistics.samples_per_prompt
         policy = build_policy(cfg, tokenizer, cfg.pretrained_checkpoint.restore_from_path, 0, trainable=False)
         seed = derive_seed(cfg.seed, "reference")

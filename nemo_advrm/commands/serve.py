@@ -9,7 +9,7 @@ from pathlib import Path
 from nemo_advrm import signals, writers
 from nemo_advrm.config.schema import Config
 from nemo_advrm.data.tokenizers import build_tokenizer
-from nemo_advrm.engine import runtime
+from nemo_advrm.engine.rank_zero import run_on_rank_zero
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.optional_deps import require_extra
 from nemo_advrm.rewards import sources
@@ -42,7 +42,7 @@ def main(cfg: Config) -> int:
             "start more servers"
         )
     listening: list[tuple[socket.socket, str]] = []
-    runtime.on_writer(lambda: listening.append(_listen(cfg)))  # what is wrong with the address is told before loading
+    run_on_rank_zero(lambda: listening.append(_listen(cfg)))  # what is wrong with the address is told before loading
     members = sources.load_members(cfg, cfg.ensemble.members, build_tokenizer(cfg.model.tokenizer))
     reward = _reward(cfg, members, reference, statistics_path)
     if rt.is_writer:
@@ -146,5 +146,5 @@ def _reward(cfg: Config, members: list[RewardSource], reference: SFTScores | Non
         return AdversarialReward(members, cfg.adversarial, reference, cfg.adversarial.target_members[0] - 1)
     statistics = read_statistics(Path(path), members, "serve.reference_path") if path else None
     if len(members) > 1 and cfg.ensemble.standardise and not path:
-        runtime.on_writer(lambda: print(RAW_SCORES, flush=True))
+        run_on_rank_zero(lambda: print(RAW_SCORES, flush=True))
     return combined(members, cfg.ensemble.aggregate, cfg.ensemble.coefficient, statistics, Path(cfg.run_dir))

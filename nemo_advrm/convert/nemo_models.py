@@ -34,6 +34,7 @@ from nemo_advrm.data.tokenizers import build_tokenizer
 from nemo_advrm.engine import checkpoint, runtime
 from nemo_advrm.engine.description import check_description, check_section, check_texts
 from nemo_advrm.engine.gpt import Head
+from nemo_advrm.engine.rank_zero import run_on_rank_zero
 from nemo_advrm.errors import CheckpointError
 from nemo_advrm.files import put
 
@@ -65,11 +66,11 @@ def save_model(model: TrainableModel, path: Path) -> None:
     rt = runtime.current()
     partial = path.with_name(path.name + ".partial")
     network, _ = next(iter(model.trained().values()))
-    runtime.on_writer(lambda: hold_output(path))
+    run_on_rank_zero(hold_output, path)
     try:
-        runtime.on_writer(lambda: _written(path, lambda: checkpoint.make_empty(partial, partial)))
+        run_on_rank_zero(lambda: _written(path, lambda: checkpoint.make_empty(partial, partial)))
         checkpoint.save(partial / "checkpoint", network)
-        runtime.on_writer(lambda: _written(path, lambda: _pack(model, partial, path)))
+        run_on_rank_zero(lambda: _written(path, lambda: _pack(model, partial, path)))
     finally:
         if rt.is_writer:
             shutil.rmtree(partial, ignore_errors=True)
@@ -132,10 +133,10 @@ def restore_model(
         files = tempfile.TemporaryDirectory(prefix="nemo_advrm_")
         spec = _tokenizer(archive, settings, Path(files.name))
         # of this job alone: another one may restore the same file
-        job = runtime.on_writer(lambda: uuid.uuid4().hex[:8])
+        job = run_on_rank_zero(lambda: uuid.uuid4().hex[:8])
         weights = path.with_name(f"{path.name}.restoring-{job}")
         try:
-            runtime.on_writer(lambda: _unpack_weights(archive, settings, weights))
+            run_on_rank_zero(_unpack_weights, archive, settings, weights)
             cfg = override_config or _config(settings, path)
             cfg = replace(cfg, model=replace(cfg.model, tokenizer=spec))
             tokenizer = build_tokenizer(spec)

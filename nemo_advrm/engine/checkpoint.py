@@ -33,6 +33,7 @@ from nemo_advrm.engine.file_writers import FileWriters, write_common
 from nemo_advrm.engine.fp8_states import check_fp8_states
 from nemo_advrm.engine.model import MegatronModel, padded_vocab_size
 from nemo_advrm.engine.optim import MegatronOptimizer
+from nemo_advrm.engine.rank_zero import run_on_rank_zero
 from nemo_advrm.errors import CheckpointError, one_line
 from nemo_advrm.untrusted_files import read_json_object
 
@@ -89,7 +90,7 @@ class Saving:
         with self._failing():
             # the state itself has no name here: it would outlive its copy
             sharded, common = save_preprocess(_state(model, optimizer))
-            on_writer(path, lambda: self._begin(described, common))
+            write_on_rank_zero(path, lambda: self._begin(described, common))
             self._writers = FileWriters(sharded, self._partial / WEIGHTS, copy=in_background)
 
     @property
@@ -108,10 +109,10 @@ class Saving:
         with self._failing():
             self._wait(self._writers, limit_minutes)
             gathered = self._writers.gather()
-            on_writer(self.path, lambda: self._writers.write_metadata(gathered))  # type: ignore[union-attr]
+            write_on_rank_zero(self.path, lambda: self._writers.write_metadata(gathered))  # type: ignore[union-attr]
             files = self._measured({f"{WEIGHTS}/{k}": v for k, v in self._writers.entries.items()})
-            on_writer(self.path, lambda: manifest.write(self._partial, files))
-            on_writer(self.path, lambda: put_in_place(self._partial, self.path))
+            write_on_rank_zero(self.path, lambda: manifest.write(self._partial, files))
+            write_on_rank_zero(self.path, lambda: put_in_place(self._partial, self.path))
 
     def drop(self) -> None:
         """Stop writing and remove what was written; each rank for itself, whatever has become of the others."""
@@ -176,7 +177,7 @@ def make_empty(directory: Path, top: Path) -> None:
     directory.mkdir(parents=True)
 
 
-def on_writer(path: Path, work: Callable[[], T]) -> T:
+def write_on_rank_zero(path: Path, work: Callable[[], T]) -> T:
     """``work`` on the writing rank; a failing disk is a CheckpointError that names ``path``, on every rank."""
 
     def told() -> T:
@@ -185,7 +186,7 @@ def on_writer(path: Path, work: Callable[[], T]) -> T:
         except OSError as error:
             raise could_not_write(path, error) from error
 
-    return runtime.on_writer(told)
+    return run_on_rank_zero(told)
 
 
 def could_not_write(path: Path, error: BaseException, everywhere: bool = False) -> CheckpointError:
@@ -316,7 +317,7 @@ def load(
         )
     if optimizer is not None and not meta.get("has_optimizer"):
         raise CheckpointError(f"{path}: has no optimizer state, so training cannot continue from it")
-    if runtime.on_writer((path / manifest.NAME).exists):  # converted checkpoints have none
+    if run_on_rank_zero((path / manifest.NAME).exists):  # converted checkpoints have none
         problem = manifest.damage(path, full=False, except_for="meta.json")  # which was just read
         if problem is not None:
             raise CheckpointError(f"{path}: could not be read ({problem})")

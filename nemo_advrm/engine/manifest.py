@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from nemo_advrm import files
 from nemo_advrm.engine import runtime
+from nemo_advrm.engine.rank_zero import run_on_rank_zero
 from nemo_advrm.untrusted_files import read_json
 
 NAME = "manifest.json"
@@ -105,7 +106,7 @@ def damage(directory: Path, full: bool, except_for: str = "") -> str | None:
     A listed manifest stands for the files that it lists in turn. The sizes are looked at by one rank; with ``full``
     the contents are read too, a share of the files by every rank. ``except_for`` names a file that may be changed.
     """
-    found: str | dict[str, Entry] = runtime.on_writer(lambda: _sizes_wrong(directory, except_for))
+    found: str | dict[str, Entry] = run_on_rank_zero(_sizes_wrong, directory, except_for)
     if isinstance(found, str) or not full:
         return found if isinstance(found, str) else None
     rt = runtime.current()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -12,7 +11,8 @@ import torch
 import torch.distributed as dist
 
 from nemo_advrm.engine import peers
-from nemo_advrm.errors import ConfigError, FailedElsewhere, LayoutError, UserError, one_line
+from nemo_advrm.engine.rank_zero import without_views
+from nemo_advrm.errors import ConfigError, LayoutError
 from nemo_advrm.rank_info import RankInfo
 
 T = TypeVar("T")
@@ -99,7 +99,7 @@ class Runtime:
         """The picklable ``value`` of the replica's first rank, on all its ranks."""
         if self.layout.model_parallel == 1:
             return value
-        values = [detached(value)]
+        values = [without_views(value)]
         dist.broadcast_object_list(values, group=self.replica, group_src=0)
         return values[0]
 
@@ -130,7 +130,7 @@ class Runtime:
         if self.dp_size == 1:
             return [value]
         values: list[Any] = [None] * self.dp_size
-        dist.all_gather_object(values, detached(value), group=parallel_state.get_data_parallel_group())
+        dist.all_gather_object(values, without_views(value), group=parallel_state.get_data_parallel_group())
         return values
 
     def gather_to_writer(self, value: Any) -> list[Any]:
@@ -146,7 +146,7 @@ class Runtime:
         if 0 not in dist.get_process_group_ranks(group):
             return []
         values: list[Any] | None = [None] * self.dp_size if self.is_writer else None
-        dist.gather_object(detached(value), values, dst=0, group=group)
+        dist.gather_object(without_views(value), values, dst=0, group=group)
         return values or []
 
     def most_over_replicas(self, count: int) -> int:
@@ -277,49 +277,6 @@ def _replica_group(layout: Layout, timeout_minutes: float) -> dist.ProcessGroup:
         for own in ranks
     ]
     return next(group for own, group in zip(ranks, groups, strict=True) if dist.get_rank() in own)
-
-
-def detached(value: Any) -> Any:
-    """``value`` with every tensor that is a view copied: pickling a view takes its whole storage along.
-
-    Looks into lists, tuples and dictionaries.
-    """
-    if isinstance(value, torch.Tensor):
-        held = value.untyped_storage().nbytes()
-        return value.detach().clone() if held > value.numel() * value.element_size() else value
-    if isinstance(value, dict):
-        return {key: detached(item) for key, item in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(detached(item) for item in value)
-    return value
-
-
-def on_writer(work: Callable[[], T]) -> T:
-    """Result of ``work``, done by the writing rank alone, on every rank; all ranks call.
-
-    What it raises is raised on every rank, so that none is left waiting for the writer: a UserError as itself,
-    anything else on the other ranks as FailedElsewhere. The result must be picklable.
-    """
-    rt = current()
-    if rt.world_size == 1:
-        return work()
-    outcome: list[Any] = [None, None]
-    failure: Exception | None = None
-    if rt.is_writer:
-        try:
-            outcome[0] = detached(work())
-        except Exception as error:
-            failure = error
-            shown = FailedElsewhere(f"rank 0 failed: {type(error).__name__}: {one_line(error)}")
-            shown.by_system = isinstance(error, OSError) and bool(error.filename)
-            outcome[1] = error if isinstance(error, UserError) else shown
-    dist.broadcast_object_list(outcome, 0)
-    if failure is not None:
-        raise failure
-    if outcome[1] is not None:
-        outcome[1].everywhere = True
-        raise outcome[1]
-    return outcome[0]  # type: ignore[no-any-return]
 
 
 def stop() -> None:

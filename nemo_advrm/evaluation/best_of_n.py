@@ -27,6 +27,7 @@ from nemo_advrm.data.messages import Message, ReadPrompt
 from nemo_advrm.data.tokenizers import Tokenizer
 from nemo_advrm.engine import manifest, runtime
 from nemo_advrm.engine.model import MegatronModel
+from nemo_advrm.engine.rank_zero import run_on_rank_zero
 from nemo_advrm.errors import DataError
 from nemo_advrm.objectives.best_of_n import best_of_n_curve, best_of_n_measures, curve_points
 from nemo_advrm.rewards.base import RewardSource, checked_scores
@@ -70,7 +71,7 @@ def sample_best_of_n(
         for i in range(len(rollouts))
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    runtime.on_writer(lambda: write_jsonl_atomic(path, rows))
+    run_on_rank_zero(write_jsonl_atomic, path, rows)
 
 
 def curve_of_reward(
@@ -81,8 +82,8 @@ def curve_of_reward(
     A curve of the same samples that is there is not computed again. Raises DataError where ``samples`` is missing or is
     no file of samples, and where the curve at ``path`` is of other samples.
     """
-    sampled = runtime.on_writer(lambda: _digest(samples))
-    found = runtime.on_writer(lambda: _read_curve(path, samples, sampled))
+    sampled = run_on_rank_zero(_digest, samples)
+    found = run_on_rank_zero(_read_curve, path, samples, sampled)
     if found is not None:
         return found
     rollouts, count, gold = _read_samples(samples, cfg, tokenizer)
@@ -100,7 +101,7 @@ def curve_of_reward(
         "sampled": sampled,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    runtime.on_writer(lambda: files.write_text(path, json.dumps(result, indent=1, allow_nan=False) + "\n"))
+    run_on_rank_zero(lambda: files.write_text(path, json.dumps(result, indent=1, allow_nan=False) + "\n"))
     return result
 
 

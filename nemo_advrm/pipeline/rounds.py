@@ -16,6 +16,7 @@ from nemo_advrm.config import for_stage
 from nemo_advrm.config.schema import Config
 from nemo_advrm.config.validation import check_held_out
 from nemo_advrm.engine import runtime, stopping
+from nemo_advrm.engine.rank_zero import run_on_rank_zero
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.pipeline import artefacts, branches
 from nemo_advrm.pipeline.dag import Step, added_since, is_skipped, of_run
@@ -41,7 +42,7 @@ class Pipeline:
         if worker() <= 1:
             found.check()
         run_dir.claim(cfg, self.directory, "pipeline", shared=True)
-        self.cfg, self.order = runtime.on_writer(lambda: of_run(cfg))
+        self.cfg, self.order = run_on_rank_zero(of_run, cfg)
         self.state = RunState(self.directory / "state.json", cfg.seed)
         self.steps = Steps(self.cfg, self.state, found)
 
@@ -82,7 +83,7 @@ class Pipeline:
         Raises ConfigError when a process has it that does not belong to this command.
         """
         try:
-            runtime.on_writer(lambda: writers.hold(self.directory / "locks", _lock(step), self.directory / step.name))
+            run_on_rank_zero(lambda: writers.hold(self.directory / "locks", _lock(step), self.directory / step.name))
         except writers.Taken:
             if worker():
                 return False
@@ -101,7 +102,7 @@ class Pipeline:
                 with cost.measured() as spent:
                     self.steps.do(step)
                 self.state.set_detail(step.name, **spent.details())
-                left = runtime.on_writer(lambda: artefacts.describe(self.directory, step))
+                left = run_on_rank_zero(artefacts.describe, self.directory, step)
                 self.state.set_detail(step.name, files=left)
         finally:
             writers.release(self.directory / "locks", _lock(step))
@@ -115,7 +116,7 @@ class Pipeline:
             if not self.state.is_complete(step.name):
                 continue
             written = self.state.detail(step.name, "files")
-            if not runtime.on_writer(lambda: artefacts.are_there(self.directory, step, written)):  # noqa: B023
+            if not run_on_rank_zero(artefacts.are_there, self.directory, step, written):
                 if runtime.current().is_writer:
                     print(f"{step.name} was complete, but nothing of it is left: it is done again", flush=True)
                 self.state.set_detail(step.name, status="lost")
@@ -153,7 +154,7 @@ class Pipeline:
             print(render_summary(self.directory))
             print(f"report: {self.directory / 'report' / 'index.html'}")
 
-        runtime.on_writer(write)
+        run_on_rank_zero(write)
 
 
 def _lock(step: Step) -> str:
@@ -175,4 +176,4 @@ def check(cfg: Config) -> None:
     rl, attack = for_stage(cfg, "rlhf"), for_stage(cfg, "attack")
     check_held_out(rl, "rl.held_out_prompts", rl.rl.held_out_prompts)
     check_held_out(attack, "adversarial.held_out_prompts", attack.adversarial.held_out_prompts)
-    runtime.on_writer(lambda: of_run(cfg))
+    run_on_rank_zero(of_run, cfg)

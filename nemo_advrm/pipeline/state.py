@@ -16,6 +16,7 @@ from typing import Any
 from nemo_advrm import files
 from nemo_advrm.config import versions
 from nemo_advrm.engine import manifest, runtime
+from nemo_advrm.engine.rank_zero import run_on_rank_zero
 from nemo_advrm.errors import DataError
 from nemo_advrm.run_directory import results, run_files
 
@@ -37,13 +38,13 @@ class RunState:
         self.path = path
         self.data: dict[str, Any] = {"stages": {}, "versions": versions(), "seed": seed}
         self._git: str = self.data["versions"].get("git", "")
-        if runtime.on_writer(lambda: self._is_missing()):
+        if run_on_rank_zero(self._is_missing):
             self._update({})
         self.reload()
 
     def reload(self) -> None:
         """Read the file again."""
-        self.data = runtime.on_writer(self._read)
+        self.data = run_on_rank_zero(self._read)
 
     def is_complete(self, name: str) -> bool:
         return self.data["stages"].get(name, {}).get("status") == "complete"
@@ -80,7 +81,7 @@ class RunState:
         return True
 
     def _update(self, changes: dict[str, dict[str, Any]]) -> None:
-        self.data = runtime.on_writer(lambda: self._write(changes))
+        self.data = run_on_rank_zero(self._write, changes)
 
     def _read(self) -> dict[str, Any]:
         return read_state(self.path)

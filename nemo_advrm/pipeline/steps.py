@@ -26,6 +26,7 @@ from nemo_advrm.data.tokenizers import build_tokenizer
 from nemo_advrm.engine import runtime
 from nemo_advrm.engine.builders import build_policy
 from nemo_advrm.engine.microbatches import EncodedResponse
+from nemo_advrm.engine.rank_zero import run_on_rank_zero
 from nemo_advrm.evaluation.best_of_n import SAMPLES, best_of_n_prompts, curve_of_reward, sample_best_of_n
 from nemo_advrm.evaluation.room import measure_room
 from nemo_advrm.objectives.sft_statistics import MemberStatistics, fit_members
@@ -143,11 +144,11 @@ class Steps:
         home = self.directory / step.name
         seed = derive_seed(self.cfg.seed, "preferences", "validation")
         rows = annotated_pairs(options.validation_pairs, seed, options, held_out=True)
-        runtime.on_writer(lambda: write_jsonl_atomic(home / "validation.jsonl", rows))
+        run_on_rank_zero(write_jsonl_atomic, home / "validation.jsonl", rows)
         for k in range(1, members + 1):
             seed = derive_seed(self.cfg.seed, "preferences", k)
             rows = annotated_pairs(options.preference_pairs, seed, options, favourites_of(k, members))
-            runtime.on_writer(lambda k=k, rows=rows: write_jsonl_atomic(home / f"train_{k}.jsonl", rows))  # type: ignore[misc]
+            run_on_rank_zero(write_jsonl_atomic, home / f"train_{k}.jsonl", rows)
 
     def _train_member(self, step: Step) -> None:
         """A member has the same seed in all rounds and branches: what differs between them are its pairs alone."""
@@ -199,7 +200,7 @@ class Steps:
             home / "attack",
             self.inputs.prompts,
             self._attacked(step),
-            runtime.on_writer(lambda: read_sft_scores(home / "reference.jsonl", self.inputs.prompts)),
+            run_on_rank_zero(read_sft_scores, home / "reference.jsonl", self.inputs.prompts),
             self.gold,
             derive_seed(self.cfg.seed, "attack", step.round),
         )
@@ -211,8 +212,8 @@ class Steps:
     def _select(self, step: Step) -> None:
         cfg, home = self._attack_settings(step), self._home(step.branch, step.round)
         seed = derive_seed(self.cfg.seed, "select", step.round)
-        counts = runtime.on_writer(lambda: select_round(cfg, home, step.round, seed))
-        stop = runtime.on_writer(lambda: reason_to_stop(cfg, home, counts))
+        counts = run_on_rank_zero(select_round, cfg, home, step.round, seed)
+        stop = run_on_rank_zero(reason_to_stop, cfg, home, counts)
         if runtime.current().is_writer:
             place = branches.home(step.branch, step.round)
             print(f"{place}: {counts['selected']} adversarial pairs  ({dropped(counts)})", flush=True)
@@ -225,7 +226,7 @@ class Steps:
         wanted = self.state.detail(f"{branches.home(branches.MAIN, step.round)}/select", "selected")
         seed = derive_seed(self.cfg.seed, "select", step.round)
         cfg = self._attack_settings(step)
-        counts = runtime.on_writer(lambda: random_pairs(cfg, home, int(wanted or 0), seed, step.round))
+        counts = run_on_rank_zero(lambda: random_pairs(cfg, home, int(wanted or 0), seed, step.round))
         self.state.set_detail(step.name, **counts)
 
     def _attack_settings(self, step: Step) -> Config:
@@ -276,7 +277,7 @@ class Steps:
             runs.append(sample(cfg, self.tokenizer, policy, prompts, 1, derive_seed(cfg.seed, "room")))
         found = {"arm": step.arm, "runs": names, **measure_room(runs, members, self._statistics(members))}
         path = self.directory / "room.json"
-        runtime.on_writer(lambda: files.write_text(path, json.dumps(found, indent=1) + "\n"))
+        run_on_rank_zero(lambda: files.write_text(path, json.dumps(found, indent=1) + "\n"))
         self.state.set_detail(step.name, runs=names)
 
     def _members_of(self, arm: RLHFRunConfig) -> list[RewardSource]:

@@ -16,9 +16,10 @@ from nemo_advrm.data.encoding import EncodedPair
 from nemo_advrm.data.messages import Message, prompt_key
 from nemo_advrm.data.preference_rows import PreferencePair
 from nemo_advrm.data.tokenizers import HFTokenizer, Tokenizer
-from nemo_advrm.engine import checkpoint, manifest, runtime
+from nemo_advrm.engine import checkpoint, manifest
 from nemo_advrm.engine.builders import build_policy
 from nemo_advrm.engine.feature_file import FeatureWeights, policy_fingerprint
+from nemo_advrm.engine.rank_zero import run_on_rank_zero
 from nemo_advrm.errors import CheckpointError, ConfigError, DataError
 from nemo_advrm.objectives.bradley_terry import fit_weights
 from nemo_advrm.rewards.checkpoints import SourceSpec, member_config, member_tokenizer
@@ -47,10 +48,10 @@ def open_hybrid(member: MegatronReward, spec: SourceSpec, cfg: Config, opened: O
 
     Raises CheckpointError, naming the member and the policy, for a policy that was moved or changed.
     """
-    weights = runtime.on_writer(lambda: FeatureWeights.read(spec.path))
+    weights = run_on_rank_zero(FeatureWeights.read, spec.path)
     if weights is None:
         return member
-    runtime.on_writer(lambda: weights.check_policy(spec.text))
+    run_on_rank_zero(weights.check_policy, spec.text)
     features = _open(weights.policy, weights.prompts, member.tokenizer, spec.text, cfg, opened)
     return HybridReward(member, features, weights)
 
@@ -82,7 +83,7 @@ def fit_features(
     if not pairs:
         raise DataError("no pair with a prompt was kept from training, to fit the weights of reference_features on")
     names = tuple(cfg.reward_model.reference_features)
-    fingerprint = runtime.on_writer(lambda: policy_fingerprint(Path(policy)))
+    fingerprint = run_on_rank_zero(lambda: policy_fingerprint(Path(policy)))
     place = "reward_model.feature_policy"
     features = _open(policy, prompts, member.tokenizer, place, cfg, {} if opened is None else opened)
     rollouts = rollouts_of(pairs, member.tokenizer)
@@ -174,7 +175,7 @@ def _open(
         if isinstance(tokenizer, HFTokenizer) and isinstance(running, HFTokenizer) and tokenizer.path == running.path:
             tokenizer = running  # the rule by which finished conversations are read is the reward model's
         problem = None
-        if runtime.on_writer((Path(policy) / manifest.NAME).exists):
+        if run_on_rank_zero((Path(policy) / manifest.NAME).exists):
             problem = manifest.damage(Path(policy), full=cfg.trainer.verify_checkpoints)
         if problem is not None:
             raise CheckpointError(f"{place}: the frozen policy {policy} is damaged ({problem})")

@@ -1,4 +1,4 @@
-"""Scores that one process of a model replica obtains for all of them."""
+"""Scores that one rank of a model replica computes for all ranks of the replica."""
 
 from __future__ import annotations
 
@@ -7,32 +7,35 @@ from collections.abc import Callable
 from torch import Tensor
 
 from nemo_advrm.engine import runtime
+from nemo_advrm.engine.rank_zero import run_on_first_rank
 from nemo_advrm.errors import RewardSourceError, UserError
 
 
 def once_per_replica(name: str, work: Callable[[], Tensor]) -> Tensor:
-    """``work()`` of the replica's first rank, given to all its ranks; every rank of the job must call.
+    """``work()``, called by the first rank of each model replica, on all its ranks; every rank of the job must call.
 
-    Raises RewardSourceError on every rank, of the other data-parallel replicas too, where the work failed on one:
-    no rank is left waiting. Without a running Megatron-Core it just works.
+    Raises RewardSourceError on every rank of the job if the work of any replica failed, so that no rank is left
+    waiting. Without a running Megatron-Core it only calls ``work``.
     """
     if not runtime.is_running():
         return work()
     rt = runtime.current()
-    outcome: tuple[Tensor | None, str] | None = _attempt(name, work) if rt.is_replica_source else None
-    outcome = rt.broadcast_in_replica(outcome)
-    assert outcome is not None
-    failures = [failure for failure in rt.gather_data_parallel(outcome[1]) if failure]
+    scores, failure = None, ""
+    try:
+        scores = run_on_first_rank(rt.replica, _attempt, name, work)
+    except RewardSourceError as error:
+        failure = str(error)
+    failures = [told for told in rt.gather_data_parallel(failure) if told]
     if failures:
         raise RewardSourceError(failures[0])
-    assert outcome[0] is not None
-    return outcome[0]
+    assert scores is not None
+    return scores
 
 
-def _attempt(name: str, work: Callable[[], Tensor]) -> tuple[Tensor | None, str]:
+def _attempt(name: str, work: Callable[[], Tensor]) -> Tensor:
     try:
-        return work(), ""
+        return work()
     except UserError as error:
-        return None, str(error)
-    except Exception as error:  # whatever it is, the other ranks must hear of it
-        return None, f"reward source {name} failed ({type(error).__name__}: {error})"
+        raise RewardSourceError(str(error)) from error
+    except Exception as error:  # of a server or a user's function: any type
+        raise RewardSourceError(f"reward source {name} failed ({type(error).__name__}: {error})") from error

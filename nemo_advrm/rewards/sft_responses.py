@@ -7,7 +7,7 @@ from typing import Any
 
 from nemo_advrm.data.jsonl import write_jsonl_atomic
 from nemo_advrm.data.tokenizers import Tokenizer
-from nemo_advrm.engine import runtime
+from nemo_advrm.engine.rank_zero import run_on_rank_zero
 from nemo_advrm.errors import DataError
 from nemo_advrm.rewards.base import RewardSource
 from nemo_advrm.rewards.records import score_sft_responses
@@ -20,8 +20,8 @@ def write_sft_scores(
 ) -> SFTScores:
     """Score SFT responses with every member (and gold, for evaluation) and write ``reference.jsonl``."""
     reference, rows = score_sft_responses(rollouts, per_prompt, sources, gold)
-    runtime.on_writer(lambda: write_jsonl_atomic(path, rows))
-    runtime.on_writer(lambda: print(finished_line(reference), flush=True))
+    run_on_rank_zero(write_jsonl_atomic, path, rows)
+    run_on_rank_zero(lambda: print(finished_line(reference), flush=True))
     return reference
 
 

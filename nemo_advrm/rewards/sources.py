@@ -25,6 +25,7 @@ from nemo_advrm.config.keys import nearest
 from nemo_advrm.config.layout import validate_layout
 from nemo_advrm.config.schema import Config, ConvertConfig, PretrainedConfig, RewardModelConfig
 from nemo_advrm.data.tokenizers import Tokenizer
+from nemo_advrm.engine.rank_zero import run_on_rank_zero
 from nemo_advrm.errors import CheckpointError, ConfigError, LayoutError
 from nemo_advrm.objectives.attributes import check_attributes, parse_weights
 from nemo_advrm.optional_deps import require_extra
@@ -234,7 +235,6 @@ def _takes_engine(cfg: Config) -> bool:
 def _converted(spec: SourceSpec, cfg: Config) -> Path:
     """The .nemo file as a checkpoint below ``run_dir``, made when it is first used; another file is converted anew."""
     from nemo_advrm.convert.conversion import convert
-    from nemo_advrm.engine import runtime
 
     try:
         stat = spec.path.stat()
@@ -249,5 +249,5 @@ def _converted(spec: SourceSpec, cfg: Config) -> Path:
             out.parent.mkdir(parents=True, exist_ok=True)
             convert(settings, report=lambda _: None)
 
-    runtime.on_writer(make)
+    run_on_rank_zero(make)
     return out

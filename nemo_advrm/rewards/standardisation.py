@@ -13,6 +13,7 @@ from torch import Tensor
 from nemo_advrm.data.jsonl import write_jsonl_atomic
 from nemo_advrm.data.tokenizers import Tokenizer
 from nemo_advrm.engine import runtime
+from nemo_advrm.engine.rank_zero import run_on_rank_zero
 from nemo_advrm.errors import ConfigError, DataError, UserError
 from nemo_advrm.objectives.sft_statistics import MemberStatistics, fit_members
 from nemo_advrm.objectives.uncertainty import FORMULAS, same_as
@@ -40,7 +41,7 @@ def read_statistics(path: Path, sources: Sequence[RewardSource], key: str) -> Me
         ConfigError: the file has scores of another number of members, or of other members: some of its responses are
             scored anew and compared.
     """
-    reference = runtime.on_writer(lambda: SFTScores.read(path))  # other nodes may see a new file later
+    reference = run_on_rank_zero(SFTScores.read, path)  # other nodes may see a new file later
     check_members(reference, sources, f"{key}={path}")
     return fit_members(reference.scores_PNK.flatten(0, 1))
 
@@ -147,7 +148,7 @@ def combined(
         if used is not None:
             write_statistics(directory, used, members)
 
-    runtime.on_writer(tell)
+    run_on_rank_zero(tell)
     return reward
 
 

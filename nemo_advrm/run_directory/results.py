@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from nemo_advrm import files
-from nemo_advrm.engine import checkpoint, manifest, runtime
+from nemo_advrm.engine import checkpoint, manifest
+from nemo_advrm.engine.rank_zero import run_on_rank_zero
 from nemo_advrm.errors import DataError
 from nemo_advrm.untrusted_files import read_json
 
@@ -32,7 +33,7 @@ def mark(directory: Path, name: str, value: dict[str, Any], left: list[str]) -> 
         manifest.write(directory, manifest.describe(directory, left))
         files.write_text(directory / name, json.dumps(value, indent=1))
 
-    runtime.on_writer(write)
+    run_on_rank_zero(write)
 
 
 def finished(
@@ -55,7 +56,7 @@ def finished(
             _log.warning("%s is missing, beside what it stands for: %s", directory / name, again)
         return found
 
-    return runtime.on_writer(read)
+    return run_on_rank_zero(read)
 
 
 def read_finished(

@@ -17,6 +17,7 @@ from nemo_advrm.config import save_resolved, versions
 from nemo_advrm.config.layout import validate_layout
 from nemo_advrm.config.schema import Config
 from nemo_advrm.engine import checkpoint, engine, runtime, stopping
+from nemo_advrm.engine.rank_zero import run_on_rank_zero
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.logging_setup import quiet_libraries
 from nemo_advrm.rank_info import RankInfo, host_name
@@ -72,7 +73,7 @@ def claim(cfg: Config, directory: Path, stage: str, *, shared: bool = False) -> 
     What a kill has left half-written is removed.
     """
     stopping.leave_if_asked(NOT_BEGUN)
-    runtime.on_writer(lambda: _claim(cfg, directory, stage, shared))
+    run_on_rank_zero(_claim, cfg, directory, stage, shared)
 
 
 def _claim(cfg: Config, directory: Path, stage: str, shared: bool) -> None:

@@ -17,6 +17,7 @@ from nemo_advrm.config.schema import Config
 from nemo_advrm.data.reading import KEY, ReadingRule
 from nemo_advrm.engine import checkpoint, runtime
 from nemo_advrm.engine.feature_file import FeatureWeights
+from nemo_advrm.engine.rank_zero import run_on_rank_zero
 from nemo_advrm.models.trainable import TrainableModel
 from nemo_advrm.run_directory import results, run_files
 from nemo_advrm.training import memory
@@ -45,7 +46,7 @@ def fit(
     Writes ``metrics.jsonl``, ``checkpoints/`` and the loggers' files below ``directory``.
     """
     checkpoints = directory / "checkpoints"
-    runtime.on_writer(lambda: run_files.check_places(directory))
+    run_on_rank_zero(run_files.check_places, directory)
     strategy = MegatronStrategy(cfg.trainer.timeout_minutes)
     trainer = Trainer(
         accelerator="gpu" if runtime.current().on_gpu else "cpu",
@@ -93,7 +94,7 @@ def fit(
 
 def drop_training_checkpoints(directory: Path) -> None:
     """Remove the checkpoints of a training whose result is written."""
-    runtime.on_writer(lambda: shutil.rmtree(directory / "checkpoints", ignore_errors=True))
+    run_on_rank_zero(lambda: shutil.rmtree(directory / "checkpoints", ignore_errors=True))
 
 
 def read_result(directory: Path, *keys: str) -> dict[str, float] | None:
@@ -121,7 +122,7 @@ def write_result(
     checkpoint.save(directory / "model", module.model, meta={**tokenizer_meta(module), **meta}, limit_minutes=limit)
     if features is not None:
         stored = features
-        checkpoint.on_writer(directory / "model", lambda: stored.write(directory / "model"))
+        checkpoint.write_on_rank_zero(directory / "model", lambda: stored.write(directory / "model"))
     results.mark(directory, "result.json", metrics, records(directory))
     drop_training_checkpoints(directory)
     module.release()

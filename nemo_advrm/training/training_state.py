@@ -42,7 +42,7 @@ class TrainingSave:
         self._names = list(module.trained())
         self._parts: list[checkpoint.Saving] = []
         try:
-            checkpoint.on_writer(path, lambda: self._begin(trainer_state))
+            checkpoint.write_on_rank_zero(path, lambda: self._begin(trainer_state))
             for name, (model, optimizer) in module.trained().items():
                 meta = {"tokenizer": module.tokenizer.fingerprint}
                 part = checkpoint.Saving(self._partial / name, model, optimizer, meta, in_background=in_background)
@@ -64,7 +64,7 @@ class TrainingSave:
         """
         try:
             self._finish_parts()
-            checkpoint.on_writer(self.path, self._complete)
+            checkpoint.write_on_rank_zero(self.path, self._complete)
         except BaseException:
             self.drop()
             raise

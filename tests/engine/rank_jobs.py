@@ -12,7 +12,7 @@ from tiny import TOKENIZER, VOCABULARY, pairs, responses, rollout_batch, sequenc
 from nemo_advrm.engine import checkpoint, runtime
 from nemo_advrm.engine.builders import build_policy, build_reward_model
 from nemo_advrm.engine.model import MegatronModel, build_model
-from nemo_advrm.engine.runtime import detached
+from nemo_advrm.engine.rank_zero import without_views
 from nemo_advrm.engine.scoring import score_sequences
 from nemo_advrm.models.critic import Critic
 from nemo_advrm.models.language_model import SupervisedModel
@@ -105,5 +105,5 @@ def gathered(size: int) -> tuple[list[Any], int]:
     row = torch.full((size,), float(rt.dp_rank))[:3]
     rows = rt.gather_to_writer([{"z": row}])
     return [[{key: value.tolist() for key, value in row.items()} for row in part] for part in rows], len(
-        pickle.dumps(detached([{"z": row}]))
+        pickle.dumps(without_views([{"z": row}]))
     )

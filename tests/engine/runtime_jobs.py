@@ -8,11 +8,12 @@ import torch
 import torch.distributed as dist
 
 from nemo_advrm.engine import runtime
+from nemo_advrm.engine.rank_zero import run_on_rank_zero
 from nemo_advrm.errors import DataError
 
 
-def on_writer(fate: str) -> tuple[str, str, bool]:
-    """What :func:`runtime.on_writer` returns or raises: (result, error, told by the first process)."""
+def on_rank_zero(fate: str) -> tuple[str, str, bool]:
+    """What :func:`run_on_rank_zero` returns or raises: (result, error, told by the first process)."""
 
     def work() -> str:
         assert runtime.current().is_writer
@@ -24,7 +25,7 @@ def on_writer(fate: str) -> tuple[str, str, bool]:
 
     started = time.monotonic()
     try:
-        result = runtime.on_writer(work)
+        result = run_on_rank_zero(work)
     except Exception as error:
         assert time.monotonic() - started < 10
         return "", f"{type(error).__name__}: {error}", getattr(error, "everywhere", False)

@@ -20,7 +20,7 @@ from nemo_advrm.engine.runtime import Layout
 def test_what_the_writer_returns_or_raises_reaches_every_rank(
     worlds: Worlds, layout: Layout, fate: str, first: tuple, second: tuple
 ) -> None:
-    assert worlds.run(layout, "runtime_jobs", "on_writer", world_size=2, fate=fate) == [first, second]
+    assert worlds.run(layout, "runtime_jobs", "on_rank_zero", world_size=2, fate=fate) == [first, second]
 
 
 def test_groups_with_gloo_twins_are_ended_before_others_are_made() -> None:

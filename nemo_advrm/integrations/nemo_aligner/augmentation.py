@@ -14,6 +14,7 @@ from nemo_aligner.utils import parallel_state
 from nemo_advrm.data.mixing import draw_replacements
 from nemo_advrm.data.nemo_aligner_rows import Render, as_transcript
 from nemo_advrm.data.pair_store import AdversarialPair, PairStore, merge
+from nemo_advrm.engine.rank_zero import run_on_rank_zero
 from nemo_advrm.errors import ConfigError, DataError, UserError
 from nemo_advrm.integrations.nemo_aligner.layout import refuse_shared_sequences
 
@@ -57,7 +58,7 @@ class AdversarialAugmentation:
         self.batch_sampler = dataloader.batch_sampler
         self.ratio = ratio
         self.seed = seed
-        self.pairs = _encoded(self.dataset, _same_everywhere(stores, snapshot), render)
+        self.pairs = _encoded(self.dataset, run_on_rank_zero(_read_or_refuse, stores, snapshot), render)
 
     def __len__(self) -> int:
         return len(self.dataloader)
@@ -82,18 +83,11 @@ class AdversarialAugmentation:
         return batch
 
 
-def _same_everywhere(stores: Sequence[str | Path], snapshot: Path | None) -> list[AdversarialPair]:
-    """The pairs as rank 0 reads them, on all ranks; DataError on all of them."""
-    outcome: list[Any] = [None, None]
-    if torch.distributed.get_rank() == 0:
-        try:
-            outcome[0] = _read(stores, snapshot)
-        except (UserError, OSError) as error:
-            outcome[1] = str(error)
-    torch.distributed.broadcast_object_list(outcome, 0)
-    if outcome[1] is not None:
-        raise DataError(outcome[1])
-    return outcome[0]
+def _read_or_refuse(stores: Sequence[str | Path], snapshot: Path | None) -> list[AdversarialPair]:
+    try:
+        return _read(stores, snapshot)
+    except (UserError, OSError) as error:
+        raise DataError(str(error)) from error
 
 
 def _read(stores: Sequence[str | Path], snapshot: Path | None) -> list[AdversarialPair]:

@@ -9,6 +9,7 @@ import torch
 
 from nemo_advrm.config.schema import SelectionConfig
 from nemo_advrm.data.jsonl import JsonlWriter
+from nemo_advrm.engine.rank_zero import run_on_rank_zero
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.integrations.nemo_aligner.client import EnsembleRewardClient
 from nemo_advrm.objectives.selection import qualifies
@@ -54,18 +55,18 @@ class AdversarialRecorder:
             assert judged.rollouts is not None
             rows += trajectory_rows(judged.rollouts, judged.judgement, self.target + 1, self.policy, self.step)
         # only the first rank of a replica has rows, and with TensorRT-LLM's resharding a replica has several of them
-        writes = self._writer is not None
-        parts: list[Any] | None = [None] * torch.distributed.get_world_size() if writes else None
+        first = torch.distributed.get_rank() == 0
+        parts: list[Any] | None = [None] * torch.distributed.get_world_size() if first else None
         torch.distributed.gather_object(rows, parts, 0)
-        outcome: list[dict[str, float]] = [{}]
-        if self._writer is not None and parts is not None:
-            everyone = [row for part in parts for row in part]
-            for row in everyone:
-                self._writer.write(row)
-            outcome[0] = self._metrics(everyone)
-        torch.distributed.broadcast_object_list(outcome, 0)
+        metrics = run_on_rank_zero(lambda: self._write([row for part in parts or [] for row in part]))
         self.step += 1
-        return outcome[0]
+        return metrics
+
+    def _write(self, rows: list[dict[str, Any]]) -> dict[str, float]:
+        assert self._writer is not None
+        for row in rows:
+            self._writer.write(row)
+        return self._metrics(rows)
 
     def _metrics(self, rows: list[dict[str, Any]]) -> dict[str, float]:
         """Means over all responses of the step; ``qualified`` is the share that selection's rule would take."""

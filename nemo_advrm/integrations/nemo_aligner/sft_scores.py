@@ -10,6 +10,7 @@ import torch
 from nemo_aligner.utils import parallel_state
 
 from nemo_advrm.data.jsonl import write_jsonl_atomic
+from nemo_advrm.engine.rank_zero import run_on_rank_zero
 from nemo_advrm.errors import ConfigError, RewardSourceError, UserError
 from nemo_advrm.integrations.nemo_aligner.rollouts import FINGERPRINT, RolloutReader, as_prompt
 from nemo_advrm.rewards.base import RewardSource
@@ -61,10 +62,7 @@ def write_sft_scores(
     own = answers if torch.distributed.get_rank() == parallel_state.get_model_parallel_src_rank() else []
     parts: list[Any] | None = [None] * torch.distributed.get_world_size() if torch.distributed.get_rank() == 0 else None
     torch.distributed.gather_object(own, parts, 0)
-    outcome = ["" if parts is None else _score(path, texts, actor.tokenizer, parts, members, per_prompt)]
-    torch.distributed.broadcast_object_list(outcome, 0)
-    if outcome[0]:
-        raise RewardSourceError(outcome[0])
+    run_on_rank_zero(lambda: _score(path, texts, actor.tokenizer, parts or [], members, per_prompt))
 
 
 def _answer(actor: Any, prompts: list[tuple[int, str]]) -> list[tuple[int, str, list[int], bool]]:
@@ -83,8 +81,8 @@ def _answer(actor: Any, prompts: list[tuple[int, str]]) -> list[tuple[int, str, 
 
 def _score(
     path: Path, texts: Sequence[str], tokenizer: Any, parts: list[Any], members: Sequence[RewardSource], per_prompt: int
-) -> str:
-    """Score and write; the reason of a failure."""
+) -> None:
+    """Score the responses and write the file; raises RewardSourceError."""
     answers: list[list[tuple[str, list[int], bool]]] = [[] for _ in texts]
     for part in parts:
         for index, *answer in part:
@@ -104,7 +102,6 @@ def _score(
         _, rows = score_sft_responses(rollouts, per_prompt, list(members))
         write_jsonl_atomic(path, rows)
     except UserError as error:
-        return str(error)
-    except Exception as error:  # the other ranks wait for what comes of it
-        return f"{path} was not written: {type(error).__name__}: {error}"
-    return ""
+        raise RewardSourceError(str(error)) from error
+    except Exception as error:  # of a member: any type
+        raise RewardSourceError(f"{path} was not written: {type(error).__name__}: {error}") from error

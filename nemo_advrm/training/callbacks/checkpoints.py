@@ -12,6 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
 from nemo_advrm.engine import checkpoint, manifest, runtime, stopping
+from nemo_advrm.engine.rank_zero import run_on_rank_zero
 from nemo_advrm.errors import CheckpointError
 from nemo_advrm.training.callbacks.preemption import stopped_and_saved
 from nemo_advrm.training.strategy import IN_BACKGROUND, MegatronStrategy
@@ -37,10 +38,10 @@ def newest_usable(directory: Path, verify: bool) -> Path | None:
     Raises CheckpointError when there are checkpoints, but none is whole: a training must not start again unnoticed.
     """
     damaged: list[tuple[Path, str]] = []
-    for path in reversed(runtime.on_writer(lambda: _tidy(directory))):
+    for path in reversed(run_on_rank_zero(_tidy, directory)):
         problem = manifest.damage(path, verify)
         if problem is None:
-            runtime.on_writer(lambda: _set_aside(damaged, path))  # noqa: B023 (called at once)
+            run_on_rank_zero(_set_aside, damaged, path)
             return path
         damaged.append((path, problem))
     if damaged:
@@ -108,7 +109,7 @@ class PeriodicCheckpoint(Checkpoint):
             trainer.save_checkpoint(path, storage_options=IN_BACKGROUND)
         else:
             trainer.save_checkpoint(path)
-            runtime.on_writer(self._remove_oldest)
+            run_on_rank_zero(self._remove_oldest)
         reason = stopping.asked()
         if reason:
             self._end_saving(strategy, wait=True)
@@ -119,7 +120,7 @@ class PeriodicCheckpoint(Checkpoint):
 
     def _end_saving(self, strategy: MegatronStrategy, wait: bool) -> None:
         if strategy.end_saving(wait):
-            runtime.on_writer(self._remove_oldest)
+            run_on_rank_zero(self._remove_oldest)
 
     def _remove_oldest(self) -> None:
         for old in saved_steps(self.directory)[: -self.keep]:

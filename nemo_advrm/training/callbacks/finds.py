@@ -8,6 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from nemo_advrm.data.jsonl import read_appended_jsonl
 from nemo_advrm.engine import runtime
+from nemo_advrm.engine.rank_zero import run_on_rank_zero
 from nemo_advrm.models.policy import PolicyModel
 from nemo_advrm.objectives.selection import first_step
 from nemo_advrm.rewards.finds import Find, FindRule
@@ -36,7 +37,7 @@ class EnoughFinds(Callback):
         self._steps: list[tuple[set[Find], int]] = []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._steps = runtime.on_writer(lambda: self._read(trainer.global_step))
+        self._steps = run_on_rank_zero(self._read, trainer.global_step)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

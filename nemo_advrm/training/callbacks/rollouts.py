@@ -12,6 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from nemo_advrm.config.schema import RLConfig
 from nemo_advrm.data.jsonl import JsonlWriter
 from nemo_advrm.engine import runtime
+from nemo_advrm.engine.rank_zero import run_on_rank_zero
 from nemo_advrm.errors import DataError
 from nemo_advrm.models.policy import PolicyModel
 from nemo_advrm.objectives.success import standard_success, strict_success
@@ -33,7 +34,7 @@ class _RolloutWriter(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._writer = open_rows(self.path, trainer.global_step - 1)
         assert isinstance(pl_module, PolicyModel)
-        runtime.on_writer(lambda: self._check_rows(trainer.global_step, pl_module.config.rl))
+        run_on_rank_zero(self._check_rows, trainer.global_step, pl_module.config.rl)
 
     def _check_rows(self, steps: int, rl: RLConfig) -> None:
         """Called when training begins after so many ``steps``: their rows must be there."""

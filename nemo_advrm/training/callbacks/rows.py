@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from nemo_advrm.data.jsonl import JsonlWriter, read_appended_jsonl
-from nemo_advrm.engine import runtime
+from nemo_advrm.engine.rank_zero import run_on_rank_zero
 
 
 def open_rows(path: Path, resume_step: int) -> JsonlWriter | None:
@@ -16,7 +16,7 @@ def open_rows(path: Path, resume_step: int) -> JsonlWriter | None:
     Rows of later steps than ``resume_step`` are removed. Raises DataError on every rank when the file cannot be used.
     """
     opened: list[JsonlWriter] = []
-    runtime.on_writer(lambda: opened.append(JsonlWriter(path, resume_step=resume_step)))
+    run_on_rank_zero(lambda: opened.append(JsonlWriter(path, resume_step=resume_step)))
     return opened[0] if opened else None
 
 
