@@ -15,7 +15,7 @@ from nemo_advrm import __version__, cli
 from nemo_advrm.commands import doctor
 from nemo_advrm.config.keys import all_keys
 from nemo_advrm.config.schema import Config, ModelConfig
-from nemo_advrm.engine import engine
+from nemo_advrm.engine import transformer_engine
 from nemo_advrm.errors import DataError
 
 HOST = socket.gethostname()
@@ -170,11 +170,11 @@ def test_doctor_says_what_every_absence_means(monkeypatch: pytest.MonkeyPatch) -
 
 def test_doctor_says_why_transformer_engine_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "_version", lambda package: "2.9.0")
-    monkeypatch.setattr(engine, "fault", lambda: "cannot be imported (OSError: libcuda.so.1)")
+    monkeypatch.setattr(transformer_engine, "import_error", lambda: "cannot be imported (OSError: libcuda.so.1)")
     found = doctor._transformer_engine()
     assert not found.present and found.found == "2.9.0"
     assert found.meaning == "cannot be imported (OSError: libcuda.so.1); treated as absent"
-    monkeypatch.setattr(engine, "fault", lambda: "")
+    monkeypatch.setattr(transformer_engine, "import_error", lambda: "")
     assert doctor._transformer_engine().present
     assert "Transformer Engine" not in doctor._kernels(on_gpu=False).found  # what runs on a CPU takes none of it
     assert "Transformer Engine" in doctor._kernels(on_gpu=True).found

@@ -64,14 +64,6 @@ def test_impossible_layout_names_the_keys(model: dict[str, object], world: int, 
     assert all(part in str(error.value) for part in named), str(error.value)
 
 
-def test_fp8_needs_transformer_engine() -> None:
-    cfg = config()
-    cfg.precision.name = "fp8_delayed"
-    with pytest.raises(LayoutError, match=r"precision\.name=fp8_delayed.*Transformer Engine"):
-        validate_layout(cfg, 1)
-    validate_layout(cfg, 1, transformer_engine=True)
-
-
 def test_explicit_head_size_frees_the_hidden_size() -> None:
     validate_layout(config(hidden_size=66, kv_channels=16), 1)
 
@@ -127,9 +119,9 @@ def test_rows_are_not_padded_beyond_learned_positions(
 ) -> None:
     cfg = config(**model, position_embedding_type="learned_absolute", encoder_seq_length=3 * multiple)
     cfg.precision.name = precision
-    validate_layout(cfg, 8, planning=True)
+    validate_layout(cfg, 8)
     cfg.model.encoder_seq_length += multiple // 2
     with pytest.raises(LayoutError, match=rf"encoder_seq_length=\d+ must be a multiple of {multiple}, .*{named}"):
-        validate_layout(cfg, 8, planning=True)
+        validate_layout(cfg, 8)
     cfg.model.position_embedding_type = "rope"
-    validate_layout(cfg, 8, planning=True)
+    validate_layout(cfg, 8)

@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from nemo_advrm.config.schema import Config, ModelConfig
-from nemo_advrm.engine import engine
+from nemo_advrm.engine import transformer_engine
 
 FP8_CAPABILITY, MXFP8_CAPABILITY = (8, 9), (10, 0)
 
@@ -52,7 +52,7 @@ def findings(model: ModelConfig) -> list[Finding]:
         return [*rows, _cpu(_cpu_flags())]
     capabilities = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
     rows += _gpus(torch)
-    rows.append(fp8_finding(capabilities, not engine.fault()))
+    rows.append(fp8_finding(capabilities, not transformer_engine.import_error()))
     rows += _backends(torch.distributed)
     rows += [_kernels(bool(capabilities)), _fusions(model, bool(capabilities))]
     return [*rows, _cpu(_cpu_flags())]
@@ -77,7 +77,7 @@ def _transformer_engine() -> Finding:
     if version is None:
         lost = "no FP8, no fused layers; Megatron-Core's own layers are used (same results)"
         return Finding(name, "absent", f"{lost}. On a GPU: pip install 'nemo_advrm[gpu]'", False)
-    if fault := engine.fault():
+    if fault := transformer_engine.import_error():
         return Finding(name, version, f"{fault}; treated as absent", False)
     return Finding(name, version, "FP8 and fused layers can be used by runs on a GPU")
 
@@ -135,7 +135,7 @@ def _kernels(on_gpu: bool) -> Finding:
     """The layers' kernels and the optimizer's."""
     from nemo_advrm.engine.fusions import loads
 
-    if engine.usable(on_gpu):
+    if transformer_engine.is_usable(on_gpu):
         adam, layers = "Adam (Transformer Engine)", "linear layers with norms and attention (Transformer Engine)"
     else:
         adam = "Adam (Apex)" if on_gpu and loads("apex.optimizers") else ""

@@ -32,7 +32,7 @@ def main(cfg: Config) -> int:
     size = tokenizer_size(cfg)
     if cfg.plan.search:
         return _search(cfg, gpus, size)
-    validate_layout(cfg, gpus, planning=True)
+    validate_layout(cfg, gpus)
     job = job_of(cfg, gpus, size)
     _check_by_building(job)
     stages = all_stages(job)

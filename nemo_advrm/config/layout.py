@@ -127,11 +127,11 @@ def _check_optimizer(model: ModelConfig) -> None:
         raise LayoutError(f"{distributed} needs model.optim.name=adam, not {model.optim.name}")
 
 
-def validate_layout(cfg: Config, world_size: int, transformer_engine: bool = False, planning: bool = False) -> None:
-    """Raise :class:`LayoutError` that names the keys when the layout cannot be built.
+def validate_layout(cfg: Config, world_size: int) -> None:
+    """Raise :class:`LayoutError` that names the keys if the layout does not fit the model or ``world_size`` processes.
 
-    ``world_size``: processes of the job. ``transformer_engine``: whether the run can use it; FP8 needs it.
-    ``planning`` checks the arithmetic alone, without asking what this installation can run.
+    Pure arithmetic: whether this machine can run the precision is checked by
+    :func:`nemo_advrm.engine.precision.check_machine`.
     """
     model = cfg.model
     tensor = model.tensor_model_parallel_size
@@ -152,8 +152,6 @@ def validate_layout(cfg: Config, world_size: int, transformer_engine: bool = Fal
     _check_positions(cfg)
     layers_per_stage(model)
     _check_optimizer(model)
-    if cfg.precision.name not in ("fp32", "bf16") and not (transformer_engine or planning):
-        raise LayoutError(f"precision.name={cfg.precision.name} needs Transformer Engine on a GPU (nemo-advrm doctor)")
     if model.global_batch_size % replicas:
         raise LayoutError(
             f"model.global_batch_size={model.global_batch_size} cannot be divided by {replicas} data-parallel replicas "

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from nemo_advrm.config.schema import ModelConfig
-from nemo_advrm.engine import engine
+from nemo_advrm.engine import transformer_engine
 
 # name -> what Megatron's configuration calls it. Its fused operation for F.gelu computes the tanh form, so that exact
 # GELU has none; neither have the ReLUs.
@@ -104,7 +104,7 @@ def _rotation(model: ModelConfig, on_gpu: bool) -> str:
         return _NO_GPU
     if model.position_embedding_type != "rope":
         return "positions are not rotary"
-    return "" if engine.usable(on_gpu) else f"Transformer Engine {engine.fault()}"
+    return "" if transformer_engine.is_usable(on_gpu) else f"Transformer Engine {transformer_engine.import_error()}"
 
 
 def _weight_gradients(on_gpu: bool) -> str:

@@ -16,7 +16,7 @@ import torch
 
 from nemo_advrm.config.layout import FP8_ALIGNMENT, sequence_multiple
 from nemo_advrm.config.schema import ModelConfig, PrecisionConfig
-from nemo_advrm.engine import engine
+from nemo_advrm.engine import transformer_engine
 from nemo_advrm.errors import ConfigError
 
 
@@ -67,7 +67,7 @@ def check_machine(precision: PrecisionConfig, on_gpu: bool) -> None:
         return
     needed, found = FP8[name].capability, capability() if on_gpu else None
     lacks = []
-    if fault := engine.fault():
+    if fault := transformer_engine.import_error():
         lacks.append(f"Transformer Engine, which {fault}")
     if found is None or found < needed:
         have = f"this one has {found[0]}.{found[1]}" if found else "none is used"

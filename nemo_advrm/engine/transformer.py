@@ -15,7 +15,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from nemo_advrm.config.schema import ModelConfig, PrecisionConfig
-from nemo_advrm.engine import engine, fusions
+from nemo_advrm.engine import fusions, transformer_engine
 from nemo_advrm.engine.attention import CachedSelfAttention, FusedCoreAttention
 from nemo_advrm.engine.layers import Norm, PostNormLayer
 from nemo_advrm.engine.precision import check_machine, check_model, options
@@ -166,7 +166,7 @@ def layer_spec(model: ModelConfig, dtype: torch.dtype, on_gpu: bool) -> ModuleSp
 
     ``dtype``: in which attention computes.
     """
-    if engine.usable(on_gpu):
+    if transformer_engine.is_usable(on_gpu):
         return _transformer_engine_spec(model, dtype)
     spec = get_gpt_layer_local_spec(qk_layernorm=model.qk_layernorm, normalization="RMSNorm")
     spec.submodules.input_layernorm = Norm

@@ -58,7 +58,7 @@ def candidate(cfg: Config, gpus: int, tokenizer_size: int, settings: dict[str, A
     changed = copy.copy(cfg)
     changed.model = dataclasses.replace(cfg.model, **settings)
     try:
-        validate_layout(changed, gpus, planning=True)
+        validate_layout(changed, gpus)
     except LayoutError:
         return None
     job = job_of(changed, gpus, tokenizer_size)

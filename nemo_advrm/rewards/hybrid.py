@@ -33,14 +33,14 @@ Opened = dict[tuple[Any, ...], ReferenceFeatures]
 _CANDIDATES = 16
 
 
-def check_hybrid(spec: SourceSpec, cfg: Config, world_size: int, engine: bool) -> None:
+def check_hybrid(spec: SourceSpec, cfg: Config, world_size: int) -> None:
     """What can be known to fail before a hybrid member is opened: a policy that was moved, changed or does not fit."""
     weights = FeatureWeights.read(spec.path)
     if weights is None:
         return
     weights.check_policy(spec.text)
     meta = _policy_meta(weights.policy, spec.text)
-    validate_layout(dataclasses.replace(cfg, model=member_config(meta, cfg.model)), world_size, engine)
+    validate_layout(dataclasses.replace(cfg, model=member_config(meta, cfg.model)), world_size)
 
 
 def open_hybrid(member: MegatronReward, spec: SourceSpec, cfg: Config, opened: Opened) -> MegatronReward | HybridReward:

@@ -146,9 +146,9 @@ def check(spec: SourceSpec, cfg: Config, world_size: int) -> None:
             meta = reward_meta(spec)
             check_attributes(spec.text.partition("?")[0], meta.get("head_outputs", 1), spec.attributes)
             member = dataclasses.replace(cfg, model=member_config(meta, cfg.model))
-            validate_layout(member, world_size, _takes_engine(cfg))
+            validate_layout(member, world_size)
             if spec.features:
-                hybrid.check_hybrid(spec, cfg, world_size, _takes_engine(cfg))
+                hybrid.check_hybrid(spec, cfg, world_size)
         elif spec.kind == "hf":
             hf.check_directory(spec.path, spec.attributes)
         elif spec.kind == "nemo":
@@ -223,13 +223,7 @@ def _check_nemo(spec: SourceSpec, cfg: Config, world_size: int) -> None:
         head = source.tensors()["head.weight"]
         check_attributes(spec.text.partition("?")[0], head.shape[0], spec.attributes)
         own = dataclasses.replace(described.model, **{key: getattr(cfg.model, key) for key in OF_THE_JOB})
-        validate_layout(dataclasses.replace(cfg, model=own), world_size, _takes_engine(cfg))
-
-
-def _takes_engine(cfg: Config) -> bool:
-    from nemo_advrm.engine import engine, runtime
-
-    return engine.usable(runtime.uses_gpu(cfg.trainer.accelerator))
+        validate_layout(dataclasses.replace(cfg, model=own), world_size)
 
 
 def _converted(spec: SourceSpec, cfg: Config) -> Path:

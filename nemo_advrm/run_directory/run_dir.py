@@ -16,7 +16,8 @@ from nemo_advrm import writers
 from nemo_advrm.config import save_resolved, versions
 from nemo_advrm.config.layout import validate_layout
 from nemo_advrm.config.schema import Config
-from nemo_advrm.engine import checkpoint, engine, runtime, stopping
+from nemo_advrm.engine import checkpoint, runtime, stopping
+from nemo_advrm.engine.precision import FP8, check_machine
 from nemo_advrm.engine.rank_zero import run_on_rank_zero
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.logging_setup import quiet_libraries
@@ -43,7 +44,9 @@ def start(cfg: Config) -> runtime.Runtime:
     quiet_libraries()  # again: libraries set their own levels when they are imported
     model = cfg.model
     world_size = RankInfo.from_environment().world_size
-    validate_layout(cfg, world_size, engine.usable(runtime.uses_gpu(cfg.trainer.accelerator)))
+    validate_layout(cfg, world_size)
+    if cfg.precision.name in FP8:  # other formats are checked when a model is built: a stage may build none
+        check_machine(cfg.precision, runtime.uses_gpu(cfg.trainer.accelerator))
     layout = runtime.Layout(
         model.tensor_model_parallel_size, model.pipeline_model_parallel_size, model.context_parallel_size
     )

@@ -16,7 +16,7 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from tiny import tiny_config
 
 from nemo_advrm.config.schema import ModelConfig
-from nemo_advrm.engine import checkpoint, engine, transformer
+from nemo_advrm.engine import checkpoint, transformer, transformer_engine
 from nemo_advrm.engine.attention import FusedCoreAttention
 from nemo_advrm.engine.precision import alignment
 from nemo_advrm.engine.runtime import Layout, Runtime
@@ -181,7 +181,7 @@ def test_transformer_engine_attends_where_it_can(
 ) -> None:
     """Its DotProductAttention has no backend for sequences that ranks share in fp32."""
     spec = get_gpt_layer_local_spec(normalization="RMSNorm")
-    monkeypatch.setattr(engine, "fault", lambda: "")
+    monkeypatch.setattr(transformer_engine, "import_error", lambda: "")
     monkeypatch.setattr(transformer, "get_gpt_layer_with_transformer_engine_spec", lambda **_: spec)
     its_own = spec.submodules.self_attention.submodules.core_attention
     chosen = transformer.layer_spec(ModelConfig(**settings), dtype, on_gpu=True)

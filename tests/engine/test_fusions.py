@@ -10,7 +10,7 @@ from megatron.core.models.common.embeddings import rope_utils
 from tiny import TOKENIZER, pairs, tiny_config
 
 from nemo_advrm.config.schema import ModelConfig
-from nemo_advrm.engine import engine, fusions, schedule
+from nemo_advrm.engine import fusions, schedule, transformer_engine
 from nemo_advrm.engine.generation import generate, uniforms
 from nemo_advrm.engine.gpt import HeadedGPT
 from nemo_advrm.engine.model import build_model
@@ -30,7 +30,7 @@ def gpu_with(monkeypatch: pytest.MonkeyPatch) -> Any:
     def install(*modules: str, triton: bool = True) -> None:
         monkeypatch.setattr(fusions, "loads", lambda module: module in modules)
         absent = "" if "transformer_engine.pytorch" in modules else "is not installed"
-        monkeypatch.setattr(engine, "fault", lambda: absent)
+        monkeypatch.setattr(transformer_engine, "import_error", lambda: absent)
         monkeypatch.setattr(fusions.importlib.util, "find_spec", lambda name: object() if triton else None)
 
     return install

@@ -12,7 +12,7 @@ from distributed import Worlds
 from tiny import TOKENIZER, sequences, tiny_config
 
 from nemo_advrm.config.schema import ModelConfig, PrecisionConfig
-from nemo_advrm.engine import checkpoint, engine, fusions, precision
+from nemo_advrm.engine import checkpoint, fusions, precision, transformer_engine
 from nemo_advrm.engine.generation import generate, uniforms
 from nemo_advrm.engine.microbatches import rows_to_microbatch
 from nemo_advrm.engine.model import MegatronModel, build_model
@@ -26,7 +26,7 @@ from nemo_advrm.errors import ConfigError
 
 @pytest.fixture
 def blackwell(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "fault", lambda: "")
+    monkeypatch.setattr(transformer_engine, "import_error", lambda: "")
     monkeypatch.setattr(fusions, "_rotation", lambda *_: "not here")  # Megatron-Core itself looks for the kernel
     monkeypatch.setattr(precision, "capability", lambda: (10, 0))
 
@@ -95,7 +95,8 @@ def test_lengths_are_multiples_of_what_fp8_and_sequence_parallelism_need(
 def test_what_the_machine_lacks_is_one_error(
     monkeypatch: pytest.MonkeyPatch, name: str, present: bool, capability: tuple[int, int] | None, message: str
 ) -> None:
-    monkeypatch.setattr(engine, "fault", lambda: "" if present else "is not installed (pip install it)")
+    error = "" if present else "is not installed (pip install it)"
+    monkeypatch.setattr(transformer_engine, "import_error", lambda: error)
     monkeypatch.setattr(precision, "capability", lambda: capability)
     with pytest.raises(ConfigError, match=message):
         transformer_config(_model(), PrecisionConfig(name), on_gpu=capability is not None)

@@ -48,7 +48,7 @@ def test_a_recipe_is_what_its_name_says(recipe: Recipe) -> None:
     sizes = (model.tensor_model_parallel_size, model.pipeline_model_parallel_size, model.context_parallel_size)
     assert sizes == (recipe.tensor, recipe.pipeline, recipe.context)
     assert recipe.length in (0, model.encoder_seq_length)
-    validate_layout(cfg, recipe.gpus, planning=True)
+    validate_layout(cfg, recipe.gpus)
 
 
 @by_name
@@ -240,7 +240,7 @@ def test_search_finds_layouts_that_fit_and_none_slower_than_the_recipe() -> None
     assert seconds == sorted(seconds) and seconds[0] <= Clock(here).step().seconds
     for option in found:
         there = job(*LLAMA_70B, *option.overrides())
-        validate_layout(there.cfg, 32, planning=True)
+        validate_layout(there.cfg, 32)
         assert max(stage.total for stage in all_stages(there)) == option.memory <= budget(there.cfg)
         assert Clock(there).step().seconds == pytest.approx(option.time.seconds)
 

@@ -15,7 +15,7 @@ from nemo_aligner.models.nlp.gpt.megatron_gpt_reward_model import MegatronGPTRew
 from omegaconf import DictConfig, open_dict
 from torch import Tensor
 
-from nemo_advrm.engine import engine
+from nemo_advrm.engine import transformer_engine
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.integrations.nemo_aligner.layout import refuse_shared_sequences
 
@@ -79,8 +79,8 @@ def check(cfg: DictConfig) -> None:
     Needed are Transformer Engine, a format (``fp8_hybrid`` or ``fp8_e4m3``), a head in fp32, and sizes, of the sequence
     and of every layer on one tensor-parallel rank, that are multiples of 16.
     """
-    if not cfg.get("transformer_engine", False) or engine.fault():
-        reason = engine.fault() if cfg.get("transformer_engine", False) else "is off (model.transformer_engine)"
+    is_off = "" if cfg.get("transformer_engine", False) else "is off (model.transformer_engine)"
+    if reason := is_off or transformer_engine.import_error():
         raise ConfigError(f"model.fp8=True needs Transformer Engine, which {reason}")
     if not (cfg.get("fp8_hybrid", False) or cfg.get("fp8_e4m3", False)):
         raise ConfigError("model.fp8=True needs a format: set model.fp8_hybrid=True or model.fp8_e4m3=True")

@@ -13,7 +13,7 @@ import torch
 from megatron.core.optimizer import clip_grads, distrib_optimizer, optimizer
 from tiny import TOKENIZER, tiny_config
 
-from nemo_advrm.engine import cpu, engine
+from nemo_advrm.engine import cpu, transformer_engine
 from nemo_advrm.engine.microbatches import EncodedResponse
 from nemo_advrm.engine.runtime import Runtime
 from nemo_advrm.models.language_model import SupervisedModel
@@ -23,7 +23,7 @@ _TRAIN = """
 import sys
 sys.path.insert(0, "tests")
 from nemo_advrm.models.language_model import EncodedResponse, SupervisedModel  # as a stage begins
-from nemo_advrm.engine import engine, runtime
+from nemo_advrm.engine import transformer_engine, runtime
 from tiny import TOKENIZER, tiny_config
 runtime.start(runtime.Layout(), "cpu")
 cfg = tiny_config(num_layers=1)
@@ -31,7 +31,8 @@ cfg.trainer.max_steps = 1
 model = SupervisedModel(cfg, TOKENIZER, [EncodedResponse([5, 6, 7, 8], 2)])
 metrics = model.train_on([EncodedResponse([5, 6, 7, 8], 2)], 0)
 print("norm", metrics["grad_norm"] > 0, type(model.optimizer._inner[0]).__module__)
-print("usable", engine.usable(False), engine.usable(True), engine.fault())
+te = transformer_engine
+print("usable", te.is_usable(False), te.is_usable(True), te.import_error())
 """
 _WORKING = {
     "__init__.py": "__version__ = '2.9.0'\n",
@@ -99,32 +100,32 @@ def test_training_on_a_cpu_takes_pytorchs_adam(
 def planted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A directory on the path; what is planted there is forgotten afterwards."""
     monkeypatch.syspath_prepend(str(tmp_path))
-    for name in [m for m in sys.modules if m.partition(".")[0] == engine.PACKAGE]:
+    for name in [m for m in sys.modules if m.partition(".")[0] == transformer_engine.PACKAGE]:
         monkeypatch.delitem(sys.modules, name)
-    fault = engine.fault.__wrapped__
-    monkeypatch.setattr(engine, "fault", fault)
+    fault = transformer_engine.import_error.__wrapped__
+    monkeypatch.setattr(transformer_engine, "import_error", fault)
     return tmp_path
 
 
 @pytest.mark.parametrize("error", ["FileNotFoundError('a.so')", "OSError('libcuda.so.1')", "RuntimeError('CUDA')"])
 def test_what_cannot_be_imported_looks_absent(planted: Path, error: str) -> None:
     _plant({"__init__.py": f"raise {error}\n"}, planted)
-    assert engine.fault().startswith(f"cannot be imported ({error.partition('(')[0]}: ")
-    assert not engine.usable(on_gpu=True)
-    engine.hide_broken()
+    assert transformer_engine.import_error().startswith(f"cannot be imported ({error.partition('(')[0]}: ")
+    assert not transformer_engine.is_usable(on_gpu=True)
+    transformer_engine.hide_if_broken()
     try:
         with pytest.raises(ImportError):
             __import__("transformer_engine.pytorch")
     finally:
-        del sys.modules[engine.PACKAGE]
+        del sys.modules[transformer_engine.PACKAGE]
 
 
 def test_what_can_be_imported_is_for_runs_on_a_gpu(planted: Path) -> None:
-    assert engine.fault().startswith("is not installed")
-    engine.hide_broken()
-    assert engine.PACKAGE not in sys.modules
+    assert transformer_engine.import_error().startswith("is not installed")
+    transformer_engine.hide_if_broken()
+    assert transformer_engine.PACKAGE not in sys.modules
     _plant(_WORKING, planted)
-    assert engine.fault() == ""
-    assert engine.usable(on_gpu=True) and not engine.usable(on_gpu=False)
-    engine.hide_broken()
-    assert sys.modules[engine.PACKAGE] is not None
+    assert transformer_engine.import_error() == ""
+    assert transformer_engine.is_usable(on_gpu=True) and not transformer_engine.is_usable(on_gpu=False)
+    transformer_engine.hide_if_broken()
+    assert sys.modules[transformer_engine.PACKAGE] is not None
