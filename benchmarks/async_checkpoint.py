@@ -78,10 +78,10 @@ class Training:
 
 
 def wait_for(training: Training, path: Path) -> float:
-    from nemo_advrm.training.training_state import save_training_state
+    from nemo_advrm.training.training_state import TrainingSave
 
     started = time.perf_counter()
-    save_training_state(path, training.module, {})
+    TrainingSave(path, training.module, {}, in_background=False).finish()
     return time.perf_counter() - started
 
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import random
 from typing import Any
 
+import torch
+
 from nemo_advrm.config.schema import Config, ModelConfig
 from nemo_advrm.data.encoding import EncodedPair
 from nemo_advrm.engine.microbatches import EncodedResponse
+from nemo_advrm.engine.optim import MegatronOptimizer
 from nemo_advrm.engine.runtime import Layout
 from nemo_advrm.models.rollout_batch import RolloutBatch
 from nemo_advrm.rollouts.types import Rollouts
@@ -108,3 +111,9 @@ def rollout_batch(rows: list[EncodedResponse]) -> RolloutBatch:
             fingerprint="",
         )
     )
+
+
+def optimizer_state(optimizer: MegatronOptimizer) -> list[torch.Tensor]:
+    """All tensors of an optimizer's state, by parameter and name."""
+    states = (state for inner in optimizer._inner for state in inner.state.values())
+    return [tensor for state in states for _, tensor in sorted(state.items()) if isinstance(tensor, torch.Tensor)]

@@ -33,7 +33,7 @@ from nemo_aligner.utils.train_script_utils import (
 from nemo_aligner.utils.utils import load_and_override_model_config, load_from_nemo, retrieve_model_state_dict_in_cpu
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_advrm.engine.rank_zero import run_on_rank_zero
+from nemo_advrm.engine.collectives import run_on_rank_zero
 from nemo_advrm.integrations.nemo_aligner import EnsembleRewardClient, MegatronGPTAdversarialActorModel
 from nemo_advrm.integrations.nemo_aligner.members import build_reward, open_members, read_sft_scores
 from nemo_advrm.integrations.nemo_aligner.rollouts import RolloutReader

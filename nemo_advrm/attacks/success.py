@@ -13,8 +13,8 @@ from nemo_advrm.config.schema import Config
 from nemo_advrm.data.jsonl import write_jsonl_atomic
 from nemo_advrm.data.tokenizers import Tokenizer
 from nemo_advrm.engine.builders import build_policy
+from nemo_advrm.engine.collectives import run_on_rank_zero
 from nemo_advrm.engine.model import MegatronModel
-from nemo_advrm.engine.rank_zero import run_on_rank_zero
 from nemo_advrm.objectives.success import standard_success, strict_success
 from nemo_advrm.rewards.base import RewardSource, checked_scores
 from nemo_advrm.rewards.ensemble import AdversarialReward

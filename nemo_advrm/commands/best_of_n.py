@@ -10,7 +10,7 @@ from nemo_advrm.data import inputs
 from nemo_advrm.data.tokenizers import Tokenizer, build_tokenizer
 from nemo_advrm.engine import runtime
 from nemo_advrm.engine.builders import build_policy
-from nemo_advrm.engine.rank_zero import run_on_rank_zero
+from nemo_advrm.engine.collectives import run_on_rank_zero
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.evaluation.best_of_n import SAMPLES, best_of_n_prompts, curve_of_reward, sample_best_of_n
 from nemo_advrm.rewards.limits import prompts_with_room

@@ -9,7 +9,7 @@ from nemo_advrm.config.validation import check_held_out
 from nemo_advrm.data.tokenizers import Tokenizer, build_tokenizer
 from nemo_advrm.engine import runtime
 from nemo_advrm.engine.builders import build_policy
-from nemo_advrm.engine.rank_zero import run_on_rank_zero
+from nemo_advrm.engine.collectives import run_on_rank_zero
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.models.trainable import derive_seed
 from nemo_advrm.objectives.sft_statistics import MemberStatistics

@@ -9,7 +9,7 @@ from pathlib import Path
 from nemo_advrm import signals, writers
 from nemo_advrm.config.schema import Config
 from nemo_advrm.data.tokenizers import build_tokenizer
-from nemo_advrm.engine.rank_zero import run_on_rank_zero
+from nemo_advrm.engine.collectives import run_on_rank_zero
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.optional_deps import require_extra
 from nemo_advrm.rewards import sources

@@ -32,9 +32,9 @@ from nemo_advrm.convert.partial import hold_output, release_output
 from nemo_advrm.convert.tokenizer_files import copy_tokenizer
 from nemo_advrm.data.tokenizers import build_tokenizer
 from nemo_advrm.engine import checkpoint, runtime
+from nemo_advrm.engine.collectives import run_on_rank_zero
 from nemo_advrm.engine.description import check_description, check_section, check_texts
 from nemo_advrm.engine.gpt import Head
-from nemo_advrm.engine.rank_zero import run_on_rank_zero
 from nemo_advrm.errors import CheckpointError
 from nemo_advrm.files import put
 

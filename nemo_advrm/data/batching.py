@@ -57,10 +57,6 @@ class BatchSchedule:
         """The least number of steps in which `epochs` passes over the data are drawn (at least 1)."""
         return max(1, -int(-epochs * self.num_rows // self.global_batch_size))
 
-    def epoch_of_step(self, step: int) -> float:
-        """Passes over the data that are complete before the 0-based `step`."""
-        return step * self.global_batch_size / self.num_rows
-
 
 @lru_cache(maxsize=4)
 def _permutation(num_rows: int, seed: int, epoch: int) -> np.ndarray:

@@ -109,7 +109,7 @@ class FusedCoreAttention(MegatronModule):
         are small beside the rest, and windows and soft-caps are those of whole sequences. Each of the rank's two chunks
         of queries then attends to the keys up to its own end.
         """
-        gathered = context.gather_chunks(torch.cat([key, value], -1), used_whole=False)
+        gathered = context.cp_all_gather(torch.cat([key, value], -1), used_whole=False)
         length = query.size(0) // 2
         results = []
         for chunk, part in zip(context.own_chunks(), query.permute(1, 2, 0, 3).chunk(2, 2), strict=True):

@@ -16,8 +16,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
-import torch.distributed as dist
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from torch.distributed.checkpoint.api import CheckpointException  # not an Exception, but a BaseException
 
@@ -27,13 +25,13 @@ from nemo_advrm.data.tokenizers import Tokenizer
 from nemo_advrm.data.vocabulary import check_vocabulary
 from nemo_advrm.engine import manifest, runtime
 from nemo_advrm.engine.architecture import first_difference
+from nemo_advrm.engine.collectives import all_reduce_max, run_on_rank_zero
 from nemo_advrm.engine.description import check_description
 from nemo_advrm.engine.file_readers import load_weights
 from nemo_advrm.engine.file_writers import FileWriters, write_common
 from nemo_advrm.engine.fp8_states import check_fp8_states
 from nemo_advrm.engine.model import MegatronModel, padded_vocab_size
 from nemo_advrm.engine.optim import MegatronOptimizer
-from nemo_advrm.engine.rank_zero import run_on_rank_zero
 from nemo_advrm.errors import CheckpointError, one_line
 from nemo_advrm.untrusted_files import read_json_object
 
@@ -138,10 +136,10 @@ class Saving:
         deadline = time.monotonic() + 60 * limit_minutes
         while True:
             ended = writers.wait(LOOK_SECONDS)
-            slowest = greatest(0 if ended else rank + 1)
+            slowest = all_reduce_max(0 if ended else rank + 1)
             if not slowest:
                 return
-            if greatest(int(time.monotonic() > deadline)):
+            if all_reduce_max(int(time.monotonic() > deadline)):
                 overdue = TimeoutError(f"rank {slowest - 1} is still writing after {limit_minutes:g} minutes")
                 raise could_not_write(self.path, overdue, everywhere=True)
 
@@ -202,16 +200,6 @@ def _state(model: MegatronModel, optimizer: MegatronOptimizer | None) -> dict[st
     if optimizer is None or not optimizer.started:
         return {"model": model_state}
     return {"model": model_state, "optimizer": optimizer.sharded_state_dict(model_state)}
-
-
-def greatest(value: int) -> int:
-    """The greatest of all ranks' values."""
-    rt = runtime.current()
-    if rt.world_size == 1:
-        return value
-    box = torch.tensor(value, device=rt.device)
-    dist.all_reduce(box, op=dist.ReduceOp.MAX)
-    return int(box)
 
 
 def _reason(error: BaseException, directory: Path) -> str:

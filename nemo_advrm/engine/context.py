@@ -31,7 +31,7 @@ def own_chunks() -> tuple[int, int]:
     return rank, 2 * size - 1 - rank
 
 
-def own_part(whole: Tensor, dim: int) -> Tensor:
+def cp_slice(whole: Tensor, dim: int) -> Tensor:
     """This rank's part of a tensor whose dimension ``dim`` is the sequence.
 
     Raises ValueError where chunks would not be equal (see ``schedule.sequence_multiple``).
@@ -44,7 +44,7 @@ def own_part(whole: Tensor, dim: int) -> Tensor:
     return torch.cat([chunks[first], chunks[second]], dim)
 
 
-def gather_chunks(part: Tensor, *, used_whole: bool) -> list[Tensor]:
+def cp_all_gather(part: Tensor, *, used_whole: bool) -> list[Tensor]:
     """[S / size, ...] of every rank -> its 2 * size chunks in the order of the sequence, on every rank.
 
     ``used_whole``: every rank computes the same from the result, so that its own part of the gradient is all of it.
@@ -58,10 +58,10 @@ def gather_chunks(part: Tensor, *, used_whole: bool) -> list[Tensor]:
 
 def gather_sequence(part: Tensor) -> Tensor:
     """[S / size, ...] of every rank -> [S, ...] on every rank, each of which computes the same from it."""
-    return torch.cat(gather_chunks(part, used_whole=True))
+    return torch.cat(cp_all_gather(part, used_whole=True))
 
 
-def add_up(own: Tensor) -> Tensor:
+def cp_all_reduce(own: Tensor) -> Tensor:
     """Sum over ranks of what is zero on all of them but one; every rank computes the same from it."""
     summed = own.clone(memory_format=torch.contiguous_format)  # Megatron adds up in place
     return reduce_from_tensor_model_parallel_region(summed, parallel_state.get_context_parallel_group())
@@ -96,7 +96,7 @@ class SplitLogits:
         """[K, n] numbers of every rank's positions -> [K, N] on every rank."""
         everyone = own_KN.new_zeros(own_KN.size(0), self.own_N.numel())
         everyone[:, self.own_N] = own_KN
-        return add_up(everyone)
+        return cp_all_reduce(everyone)
 
     @classmethod
     def of(cls, own_NV: Tensor, predict_BS: Tensor) -> SplitLogits:

@@ -146,7 +146,7 @@ class HeadedGPT(GPTModel):
         length = input_ids.size(1)
         shared = self.config.context_parallel_size > 1
         if shared:
-            input_ids, position_ids = context.own_part(input_ids, 1), context.own_part(position_ids, 1)
+            input_ids, position_ids = context.cp_slice(input_ids, 1), context.cp_slice(position_ids, 1)
         embedded = None  # Megatron embeds
         if self.pre_process and self.embedding_scale != 1:
             embedded = self.embedding(input_ids=input_ids, position_ids=position_ids) * self.embedding_scale
@@ -157,7 +157,7 @@ class HeadedGPT(GPTModel):
             inference_context=inference_context,
         )[:6]
         if shared and rotary is not None:
-            rotary = context.own_part(rotary, 0)
+            rotary = context.cp_slice(rotary, 0)
         if rotary is not None and not self.config.apply_rope_fusion:
             if inference_context is not None:
                 rotary = inference_context.rotary_angles(rotary, length)
@@ -182,7 +182,7 @@ class HeadedGPT(GPTModel):
             return (context.gather_sequence(values_SB) if shared else values_SB).transpose(0, 1)
         if read_at_B is None:
             assert predict_BS is not None
-            own_BS = context.own_part(predict_BS, 1) if shared else predict_BS
+            own_BS = context.cp_slice(predict_BS, 1) if shared else predict_BS
             logits_NV = self._apply_head(hidden_SBH.transpose(0, 1)[own_BS], gather_logits)
             return SplitLogits.of(logits_NV, predict_BS) if shared else logits_NV
         rows_B = torch.arange(hidden_SBH.size(1), device=hidden_SBH.device)
@@ -190,7 +190,7 @@ class HeadedGPT(GPTModel):
             return self._apply_head(hidden_SBH[read_at_B, rows_B], gather_logits)
         index_B, held_B = context.own_index(read_at_B, length)
         own = self._apply_head(hidden_SBH[index_B, rows_B], gather_logits)
-        return context.add_up(own.masked_fill(~held_B[:, None], 0.0))
+        return context.cp_all_reduce(own.masked_fill(~held_B[:, None], 0.0))
 
     def _apply_head(self, picked_NH: Tensor, gather_logits: bool) -> Tensor:
         """Rewards [N, outputs] or logits [N, V / tp] ([N, V] gathered) of hidden states."""

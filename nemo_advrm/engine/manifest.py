@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from nemo_advrm import files
 from nemo_advrm.engine import runtime
-from nemo_advrm.engine.rank_zero import run_on_rank_zero
+from nemo_advrm.engine.collectives import run_on_rank_zero
 from nemo_advrm.untrusted_files import read_json
 
 NAME = "manifest.json"

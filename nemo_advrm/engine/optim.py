@@ -156,11 +156,6 @@ class MegatronOptimizer:
         finally:
             move(device)
 
-    def state_tensors(self) -> list[torch.Tensor]:
-        """All tensors of the optimizer state by parameter and name, for memory accounting and tests."""
-        states = (state for optimizer in self._inner for state in optimizer.state.values())
-        return [t for state in states for _, t in sorted(state.items()) if isinstance(t, torch.Tensor)]
-
 
 def _is_on(value: Any, device: torch.device) -> bool:
     return isinstance(value, torch.Tensor) and value.device.type == device.type

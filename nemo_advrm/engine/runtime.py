@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from nemo_advrm.engine import peers
-from nemo_advrm.engine.rank_zero import without_views
+from nemo_advrm.engine.collectives import without_views
 from nemo_advrm.errors import ConfigError, LayoutError
 from nemo_advrm.rank_info import RankInfo
 
@@ -69,7 +69,7 @@ class Runtime:
 
         return parallel_state.get_data_parallel_world_size()
 
-    def own_part(self, count: int) -> slice:
+    def dp_slice(self, count: int) -> slice:
         """This data-parallel rank's part of ``count`` rows: neighbours, those of all ranks in rank order."""
         return slice(count * self.dp_rank // self.dp_size, count * (self.dp_rank + 1) // self.dp_size)
 
@@ -94,14 +94,6 @@ class Runtime:
     def is_replica_source(self) -> bool:
         """True on the first rank of each model replica."""
         return self.layout.model_parallel == 1 or dist.get_rank(self.replica) == 0
-
-    def broadcast_in_replica(self, value: Any) -> Any:
-        """The picklable ``value`` of the replica's first rank, on all its ranks."""
-        if self.layout.model_parallel == 1:
-            return value
-        values = [without_views(value)]
-        dist.broadcast_object_list(values, group=self.replica, group_src=0)
-        return values[0]
 
     def broadcast_from_last_stage(self, value: torch.Tensor | None, like: tuple[tuple[int, ...], torch.dtype]):
         """Give every pipeline stage the tensor that the last one holds; ``like`` is its shape and dtype."""

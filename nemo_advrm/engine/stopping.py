@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from nemo_advrm import signals
-from nemo_advrm.engine import checkpoint
+from nemo_advrm.engine.collectives import all_reduce_max
 from nemo_advrm.errors import Preempted
 
 
 def asked() -> str:
     """Why the job is to stop, "" while it is not; all ranks call, and it is empty on all of them or on none."""
     own = signals.received()
-    return (own or "a signal to another rank") if checkpoint.greatest(int(bool(own))) else ""
+    return (own or "a signal to another rank") if all_reduce_max(int(bool(own))) else ""
 
 
 def leave_if_asked(told: str) -> None:

@@ -26,8 +26,8 @@ from nemo_advrm.data.jsonl import read_jsonl, write_jsonl_atomic
 from nemo_advrm.data.messages import Message, ReadPrompt
 from nemo_advrm.data.tokenizers import Tokenizer
 from nemo_advrm.engine import manifest, runtime
+from nemo_advrm.engine.collectives import run_on_rank_zero
 from nemo_advrm.engine.model import MegatronModel
-from nemo_advrm.engine.rank_zero import run_on_rank_zero
 from nemo_advrm.errors import DataError
 from nemo_advrm.objectives.best_of_n import best_of_n_curve, best_of_n_measures, curve_points
 from nemo_advrm.rewards.base import RewardSource, checked_scores
@@ -88,7 +88,7 @@ def curve_of_reward(
         return found
     rollouts, count, gold = _read_samples(samples, cfg, tokenizer)
     rt = runtime.current()
-    own = rollouts.select(range(len(rollouts))[rt.own_part(len(rollouts))])
+    own = rollouts.select(range(len(rollouts))[rt.dp_slice(len(rollouts))])
     proxy_PN = torch.cat(rt.gather_data_parallel(reward.judge(own).proxy_N)).reshape(-1, count)
     gold_PN = None if gold is None else torch.tensor(gold).reshape(-1, count)
     curve = best_of_n_curve(proxy_PN, gold_PN)

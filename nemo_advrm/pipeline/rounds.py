@@ -16,7 +16,7 @@ from nemo_advrm.config import for_stage
 from nemo_advrm.config.schema import Config
 from nemo_advrm.config.validation import check_held_out
 from nemo_advrm.engine import runtime, stopping
-from nemo_advrm.engine.rank_zero import run_on_rank_zero
+from nemo_advrm.engine.collectives import run_on_rank_zero
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.pipeline import artefacts, branches
 from nemo_advrm.pipeline.dag import Step, added_since, is_skipped, of_run

@@ -16,7 +16,7 @@ from typing import Any
 from nemo_advrm import files
 from nemo_advrm.config import versions
 from nemo_advrm.engine import manifest, runtime
-from nemo_advrm.engine.rank_zero import run_on_rank_zero
+from nemo_advrm.engine.collectives import run_on_rank_zero
 from nemo_advrm.errors import DataError
 from nemo_advrm.run_directory import results, run_files
 

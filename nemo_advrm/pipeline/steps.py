@@ -25,8 +25,8 @@ from nemo_advrm.data.preferences import load_preferences
 from nemo_advrm.data.tokenizers import build_tokenizer
 from nemo_advrm.engine import runtime
 from nemo_advrm.engine.builders import build_policy
+from nemo_advrm.engine.collectives import run_on_rank_zero
 from nemo_advrm.engine.microbatches import EncodedResponse
-from nemo_advrm.engine.rank_zero import run_on_rank_zero
 from nemo_advrm.evaluation.best_of_n import SAMPLES, best_of_n_prompts, curve_of_reward, sample_best_of_n
 from nemo_advrm.evaluation.room import measure_room
 from nemo_advrm.objectives.sft_statistics import MemberStatistics, fit_members

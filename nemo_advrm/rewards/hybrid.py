@@ -18,8 +18,8 @@ from nemo_advrm.data.preference_rows import PreferencePair
 from nemo_advrm.data.tokenizers import HFTokenizer, Tokenizer
 from nemo_advrm.engine import checkpoint, manifest
 from nemo_advrm.engine.builders import build_policy
+from nemo_advrm.engine.collectives import run_on_rank_zero
 from nemo_advrm.engine.feature_file import FeatureWeights, policy_fingerprint
-from nemo_advrm.engine.rank_zero import run_on_rank_zero
 from nemo_advrm.errors import CheckpointError, ConfigError, DataError
 from nemo_advrm.objectives.bradley_terry import fit_weights
 from nemo_advrm.rewards.checkpoints import SourceSpec, member_config, member_tokenizer

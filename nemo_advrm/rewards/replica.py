@@ -7,7 +7,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from nemo_advrm.engine import runtime
-from nemo_advrm.engine.rank_zero import run_on_first_rank
+from nemo_advrm.engine.collectives import run_on_first_rank
 from nemo_advrm.errors import RewardSourceError, UserError
 
 

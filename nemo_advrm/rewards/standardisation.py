@@ -13,7 +13,7 @@ from torch import Tensor
 from nemo_advrm.data.jsonl import write_jsonl_atomic
 from nemo_advrm.data.tokenizers import Tokenizer
 from nemo_advrm.engine import runtime
-from nemo_advrm.engine.rank_zero import run_on_rank_zero
+from nemo_advrm.engine.collectives import run_on_rank_zero
 from nemo_advrm.errors import ConfigError, DataError, UserError
 from nemo_advrm.objectives.sft_statistics import MemberStatistics, fit_members
 from nemo_advrm.objectives.uncertainty import FORMULAS, same_as

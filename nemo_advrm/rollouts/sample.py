@@ -23,7 +23,7 @@ def sample(
     rt = runtime.current()
     repeated = [p for p in prompts for _ in range(per_prompt)]
     numbers = uniforms(seed, len(repeated), cfg.rl.max_new_tokens)
-    own = rt.own_part(len(repeated))
+    own = rt.dp_slice(len(repeated))
     part = rollout_engine(cfg, tokenizer).roll_out(model, repeated[own], numbers[own])
     parts: list[Rollouts] = rt.gather_data_parallel(part)
     names = ("prompts", "responses", "ended", "prompt_tokens", "response_tokens", "prompt_index")

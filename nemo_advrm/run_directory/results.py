@@ -11,7 +11,7 @@ from typing import Any
 
 from nemo_advrm import files
 from nemo_advrm.engine import checkpoint, manifest
-from nemo_advrm.engine.rank_zero import run_on_rank_zero
+from nemo_advrm.engine.collectives import run_on_rank_zero
 from nemo_advrm.errors import DataError
 from nemo_advrm.untrusted_files import read_json
 

@@ -17,8 +17,8 @@ from nemo_advrm.config import save_resolved, versions
 from nemo_advrm.config.layout import validate_layout
 from nemo_advrm.config.schema import Config
 from nemo_advrm.engine import checkpoint, runtime, stopping
+from nemo_advrm.engine.collectives import run_on_rank_zero
 from nemo_advrm.engine.precision import FP8, check_machine
-from nemo_advrm.engine.rank_zero import run_on_rank_zero
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.logging_setup import quiet_libraries
 from nemo_advrm.rank_info import RankInfo, host_name

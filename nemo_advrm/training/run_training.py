@@ -16,8 +16,8 @@ from nemo_advrm import signals
 from nemo_advrm.config.schema import Config
 from nemo_advrm.data.reading import KEY, ReadingRule
 from nemo_advrm.engine import checkpoint, runtime
+from nemo_advrm.engine.collectives import run_on_rank_zero
 from nemo_advrm.engine.feature_file import FeatureWeights
-from nemo_advrm.engine.rank_zero import run_on_rank_zero
 from nemo_advrm.models.trainable import TrainableModel
 from nemo_advrm.run_directory import results, run_files
 from nemo_advrm.training import memory

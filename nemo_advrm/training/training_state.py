@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_advrm.engine import checkpoint, manifest, runtime
+from nemo_advrm.engine.collectives import all_reduce_max
 
 if TYPE_CHECKING:
     from nemo_advrm.models.trainable import TrainableModel
@@ -55,7 +56,7 @@ class TrainingSave:
 
     def written_everywhere(self) -> bool:
         """Whether :meth:`finish` need not wait, on any rank; all ranks call. Costs an all-reduce of one number."""
-        return not checkpoint.greatest(int(not all(part.written for part in self._parts)))
+        return not all_reduce_max(int(not all(part.written for part in self._parts)))
 
     def finish(self) -> None:
         """Wait for the files, then give the checkpoint its name; all ranks call.
@@ -89,11 +90,6 @@ class TrainingSave:
         files = [TRAINER_STATE, *(f"{name}/{manifest.NAME}" for name in self._names)]
         manifest.write(self._partial, manifest.describe(self._partial, files))
         checkpoint.put_in_place(self._partial, self.path)
-
-
-def save_training_state(path: Path, module: TrainableModel, trainer_state: dict[str, Any]) -> None:
-    """Write a training checkpoint and wait for it; see :class:`TrainingSave`."""
-    TrainingSave(path, module, trainer_state, in_background=False).finish()
 
 
 def load_training_state(path: Path, module: TrainableModel) -> None:

@@ -43,10 +43,9 @@ def test_the_order_is_pinned() -> None:
     assert [schedule.rows_for_step(step) for step in range(3)] == [[3, 2, 5, 4], [0, 1, 1, 4], [3, 0, 2, 5]]
 
 
-def test_steps_and_epochs() -> None:
+def test_steps_for_epochs() -> None:
     schedule = BatchSchedule(10, 4, seed=0)
     assert [schedule.steps_for_epochs(epochs) for epochs in (0.1, 1, 2, 3)] == [1, 3, 5, 8]
-    assert schedule.epoch_of_step(5) == 2.0
 
 
 def test_impossible_schedules_name_the_key() -> None:

@@ -17,6 +17,7 @@ from nemo_advrm.config import load_config
 from nemo_advrm.config.schema import ModelConfig, PrecisionConfig
 from nemo_advrm.engine import context, runtime
 from nemo_advrm.engine.attention import FusedCoreAttention
+from nemo_advrm.engine.collectives import run_on_first_rank
 from nemo_advrm.engine.microbatches import EncodedResponse
 from nemo_advrm.engine.transformer import transformer_config
 from nemo_advrm.models.language_model import SupervisedModel
@@ -27,7 +28,7 @@ def place() -> dict[str, Any]:
     rt = runtime.current()
     return {
         "source": rt.is_replica_source,
-        "heard": rt.broadcast_in_replica(f"rank {rt.rank}"),
+        "heard": run_on_first_rank(rt.replica, lambda: f"rank {rt.rank}"),
         "replicas": rt.gather_data_parallel(rt.rank),
         "data": (rt.dp_rank, rt.dp_size),
     }
@@ -36,10 +37,10 @@ def place() -> dict[str, Any]:
 def parts(length: int) -> dict[str, Any]:
     """The part of 0 ... length - 1 that the rank holds; the whole made of the parts, and gradients through it."""
     rank = runtime.current().rank
-    own = context.own_part(torch.arange(length, dtype=torch.float32), 0).requires_grad_()
+    own = context.cp_slice(torch.arange(length, dtype=torch.float32), 0).requires_grad_()
     gradients = {}
     for used_whole in (True, False):
-        whole = torch.cat(context.gather_chunks(own, used_whole=used_whole))
+        whole = torch.cat(context.cp_all_gather(own, used_whole=used_whole))
         gradients[used_whole] = torch.autograd.grad(whole @ (torch.arange(length) + 100.0 * rank), own)[0].tolist()
     index_B, held_B = context.own_index(torch.arange(length), length)
     return {
@@ -57,7 +58,7 @@ def sum_of_parts() -> tuple[list[float], list[float]]:
     own = torch.zeros(3)
     own[rank] = rank + 1.0
     own.requires_grad_()
-    total = context.add_up(own)
+    total = context.cp_all_reduce(own)
     (total * torch.tensor([1.0, 10.0, 100.0])).sum().backward()
     assert own.grad is not None
     return total.tolist(), own.grad.tolist()
@@ -69,7 +70,7 @@ def attention(settings: dict[str, Any], softcap: float, qkvg: list[Tensor]) -> l
     model = ModelConfig(num_layers=2, hidden_size=32, num_attention_heads=4, context_parallel_size=ranks, **settings)
     config = transformer_config(model, PrecisionConfig(), on_gpu=False)
     product = FusedCoreAttention(config, 1, AttnMaskType.causal, "self", softcap=softcap)
-    parts = [context.own_part(t, 0) if ranks > 1 else t.clone() for t in qkvg]
+    parts = [context.cp_slice(t, 0) if ranks > 1 else t.clone() for t in qkvg]
     q, k, v = (t.requires_grad_() for t in parts[:3])
     result = product(q, k, v, None)
     found = [result, *torch.autograd.grad(result, (q, k, v), parts[3])]

@@ -11,8 +11,8 @@ from tiny import TOKENIZER, VOCABULARY, pairs, responses, rollout_batch, sequenc
 
 from nemo_advrm.engine import checkpoint, runtime
 from nemo_advrm.engine.builders import build_policy, build_reward_model
+from nemo_advrm.engine.collectives import without_views
 from nemo_advrm.engine.model import MegatronModel, build_model
-from nemo_advrm.engine.rank_zero import without_views
 from nemo_advrm.engine.scoring import score_sequences
 from nemo_advrm.models.critic import Critic
 from nemo_advrm.models.language_model import SupervisedModel

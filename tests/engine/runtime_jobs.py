@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from nemo_advrm.engine import runtime
-from nemo_advrm.engine.rank_zero import run_on_rank_zero
+from nemo_advrm.engine.collectives import run_on_rank_zero
 from nemo_advrm.errors import DataError
 
 

@@ -16,7 +16,7 @@ from distributed import Worlds
 from nemo_advrm.engine.runtime import Layout, Runtime
 from nemo_advrm.errors import CheckpointError
 from nemo_advrm.training.callbacks.checkpoints import newest_usable
-from nemo_advrm.training.training_state import load_training_state, save_training_state
+from nemo_advrm.training.training_state import TrainingSave, load_training_state
 
 OLDER, NEWEST = "step_00000001", "step_00000002"
 LARGEST = "the largest file of the weights"
@@ -29,7 +29,7 @@ def saved(single: Runtime, tmp_path_factory: pytest.TempPathFactory) -> Path:
     module = checkpoint_jobs.reward_model()
     for step, name in enumerate((OLDER, NEWEST)):
         checkpoint_jobs.train(module, step, step + 1)
-        save_training_state(directory / name, module, {"global_step": step + 1})
+        TrainingSave(directory / name, module, {"global_step": step + 1}, in_background=False).finish()
     return directory
 
 

@@ -28,7 +28,7 @@ from nemo_advrm.errors import CheckpointError, UserError
 from nemo_advrm.models.reward_model import RewardModel
 from nemo_advrm.rewards.sources import load_members
 from nemo_advrm.training.strategy import MegatronStrategy
-from nemo_advrm.training.training_state import load_training_state, save_training_state
+from nemo_advrm.training.training_state import TrainingSave, load_training_state
 
 MODEL = "reward_model"
 SIZES = (
@@ -73,7 +73,7 @@ def saved(single: Runtime, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("planted") / "step_00000001"
     module = checkpoint_jobs.reward_model()
     checkpoint_jobs.train(module, 0, 1)
-    save_training_state(path, module, {"global_step": 1})
+    TrainingSave(path, module, {"global_step": 1}, in_background=False).finish()
     return path
 
 

@@ -13,7 +13,7 @@ import pytest
 import rl
 import torch
 from distributed import WorkerError, Worlds
-from tiny import TOKENIZER, VOCABULARY
+from tiny import TOKENIZER, VOCABULARY, optimizer_state
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from nemo_advrm.engine import optim
@@ -333,7 +333,7 @@ def test_the_optimizer_leaves_the_device_while_responses_are_made_and_comes_back
     def tensors() -> list[torch.Tensor]:
         [part] = module.optimizer._distributed
         main = [shard for group in part.shard_fp32_from_float16_groups for shard in group if shard is not None]
-        return [*main, *module.optimizer.state_tensors()]
+        return [*main, *optimizer_state(module.optimizer)]
 
     memories = _Memories(single, monkeypatch)
     for tensor in tensors():

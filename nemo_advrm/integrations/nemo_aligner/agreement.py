@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from nemo_aligner.utils import parallel_state
 
-from nemo_advrm.engine.rank_zero import run_on_first_rank, run_on_rank_zero
+from nemo_advrm.engine.collectives import run_on_first_rank, run_on_rank_zero
 from nemo_advrm.errors import RewardSourceError, UserError
 
 Result = TypeVar("Result")

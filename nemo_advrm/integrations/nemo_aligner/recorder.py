@@ -9,7 +9,7 @@ import torch
 
 from nemo_advrm.config.schema import SelectionConfig
 from nemo_advrm.data.jsonl import JsonlWriter
-from nemo_advrm.engine.rank_zero import run_on_rank_zero
+from nemo_advrm.engine.collectives import run_on_rank_zero
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.integrations.nemo_aligner.client import EnsembleRewardClient
 from nemo_advrm.objectives.selection import qualifies

@@ -10,7 +10,7 @@ import torch
 from nemo_aligner.utils import parallel_state
 
 from nemo_advrm.data.jsonl import write_jsonl_atomic
-from nemo_advrm.engine.rank_zero import run_on_rank_zero
+from nemo_advrm.engine.collectives import run_on_rank_zero
 from nemo_advrm.errors import ConfigError, RewardSourceError, UserError
 from nemo_advrm.integrations.nemo_aligner.rollouts import FINGERPRINT, RolloutReader, as_prompt
 from nemo_advrm.rewards.base import RewardSource

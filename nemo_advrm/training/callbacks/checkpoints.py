@@ -12,7 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
 from nemo_advrm.engine import checkpoint, manifest, runtime, stopping
-from nemo_advrm.engine.rank_zero import run_on_rank_zero
+from nemo_advrm.engine.collectives import run_on_rank_zero
 from nemo_advrm.errors import CheckpointError
 from nemo_advrm.training.callbacks.preemption import stopped_and_saved
 from nemo_advrm.training.strategy import IN_BACKGROUND, MegatronStrategy

@@ -8,7 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from nemo_advrm.data.jsonl import read_appended_jsonl
 from nemo_advrm.engine import runtime
-from nemo_advrm.engine.rank_zero import run_on_rank_zero
+from nemo_advrm.engine.collectives import run_on_rank_zero
 from nemo_advrm.models.policy import PolicyModel
 from nemo_advrm.objectives.selection import first_step
 from nemo_advrm.rewards.finds import Find, FindRule

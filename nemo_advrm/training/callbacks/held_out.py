@@ -56,7 +56,7 @@ class HeldOutEvaluation(Callback):
         rl, rt = policy.config.rl, runtime.current()
         count, pad_id = len(self.prompts), policy.tokenizer.pad_id
         numbers = uniforms(self.seed, count, rl.max_new_tokens)
-        own = rt.own_part(count)
+        own = rt.dp_slice(count)
         with contextlib.ExitStack() as stack:
             for _, optimizer in policy.trained().values():
                 stack.enter_context(optimizer.offloaded())

@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from nemo_advrm.config.schema import RLConfig
 from nemo_advrm.data.jsonl import JsonlWriter
 from nemo_advrm.engine import runtime
-from nemo_advrm.engine.rank_zero import run_on_rank_zero
+from nemo_advrm.engine.collectives import run_on_rank_zero
 from nemo_advrm.errors import DataError
 from nemo_advrm.models.policy import PolicyModel
 from nemo_advrm.objectives.success import standard_success, strict_success

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from nemo_advrm.data.jsonl import JsonlWriter, read_appended_jsonl
-from nemo_advrm.engine.rank_zero import run_on_rank_zero
+from nemo_advrm.engine.collectives import run_on_rank_zero
 
 
 def open_rows(path: Path, resume_step: int) -> JsonlWriter | None:

@@ -1,4 +1,4 @@
-"""Runs work on one rank and gives its result, or its error, to all ranks that wait for it."""
+"""Collectives of Python values: work done on one rank for all, and the maximum of an integer over ranks."""
 
 from __future__ import annotations
 
@@ -68,3 +68,13 @@ def without_views(value: Any) -> Any:
     if type(value) in (list, tuple):
         return type(value)(without_views(item) for item in value)
     return value
+
+
+def all_reduce_max(value: int) -> int:
+    """The maximum of ``value`` over all ranks, on all of them."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return value
+    on_gpu = dist.get_backend() == "nccl"
+    maximum = torch.tensor(value, device=torch.device("cuda", torch.cuda.current_device()) if on_gpu else None)
+    dist.all_reduce(maximum, op=dist.ReduceOp.MAX)
+    return int(maximum)
