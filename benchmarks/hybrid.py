@@ -19,7 +19,7 @@ from torch import Tensor
 
 from nemo_advrm.config import load_config
 from nemo_advrm.config.schema import Config
-from nemo_advrm.config.validation import REFERENCE_FEATURES
+from nemo_advrm.config.schema_data import REFERENCE_FEATURES
 from nemo_advrm.data.encoding import EncodedPair, encode_pairs
 from nemo_advrm.data.mismatch import mismatched_pairs
 from nemo_advrm.data.preference_rows import PreferencePair

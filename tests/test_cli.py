@@ -12,6 +12,7 @@ from types import ModuleType
 import pytest
 
 from nemo_advrm import __version__, cli
+from nemo_advrm.command_table import COMMANDS
 from nemo_advrm.commands import doctor
 from nemo_advrm.config.keys import all_keys
 from nemo_advrm.config.schema import Config, ModelConfig
@@ -56,20 +57,20 @@ def test_a_reader_that_leaves_is_no_error() -> None:
 def test_help_names_every_stage(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["--help"]) == 0
     out = capsys.readouterr().out
-    assert all(name in out and stage.summary in out for name, stage in cli.STAGES.items())
+    assert all(name in out and stage.summary in out for name, stage in COMMANDS.items())
 
 
 def test_no_stage_shows_help_and_fails(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([]) == 2
-    assert "usage: nemo-advrm STAGE" in capsys.readouterr().out
+    assert "usage: nemo-advrm COMMAND" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", list(cli.STAGES))
+@pytest.mark.parametrize("name", list(COMMANDS))
 def test_stage_help_shows_only_keys_that_exist(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    for key in cli.STAGES[name].keys:
+    for key in COMMANDS[name].keys:
         assert key in all_keys() or any(other.startswith(key) and key.endswith(".") for other in all_keys()), key
     assert cli.main([name, "--help"]) == 0
-    assert cli.STAGES[name].example in capsys.readouterr().out
+    assert COMMANDS[name].example in capsys.readouterr().out
 
 
 def test_stage_help_shows_defaults_and_comments(capsys: pytest.CaptureFixture[str]) -> None:
@@ -88,7 +89,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_unknown_stage_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["train-rm"]) == 2
-    assert "error: unknown stage train-rm: did you mean train_rm?" in capsys.readouterr().err
+    assert "error: unknown command train-rm: did you mean train_rm?" in capsys.readouterr().err
 
 
 def test_stage_gets_its_configuration_and_its_status_is_returned(stage: ModuleType) -> None:

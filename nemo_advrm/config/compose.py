@@ -12,7 +12,7 @@ import subprocess
 import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from hydra import compose, initialize_config_dir
@@ -24,15 +24,24 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nemo_advrm import files
-from nemo_advrm.config.keys import expected_type, is_section, nearest, nearest_key, stages_with_settings, type_name
+from nemo_advrm.config.keys import (
+    expected_type,
+    is_section,
+    nearest,
+    nearest_key,
+    stages_with_settings,
+    type_name,
+)
 from nemo_advrm.config.moved import moved_key
 from nemo_advrm.config.schema import Config
-from nemo_advrm.config.validation import check_values
+from nemo_advrm.config.validation import check_fields, check_values
 from nemo_advrm.errors import ConfigError
 
 # conf/config.yaml starts from this node, so that every key of the schema exists and has a type, for Hydra's own
 # entry points (hydra_runner) too.
 ConfigStore.instance().store(name="nemo_advrm_schema", node=Config)
+
+Flat = TypeVar("Flat")
 
 VERSIONED = ("torch", "megatron-core", "nemo-toolkit", "lightning", "transformers", "numpy")
 
@@ -138,7 +147,44 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _parse(overrides: Sequence[str]) -> list[Override]:
+def load_flat(kind: type[Flat], words: Sequence[str]) -> Flat:
+    """Configuration of a command whose keys are the fields of one class of the schema and in no file.
+
+    ``words`` are ``key=value``, read as those of :func:`load_config`, and ``--flag`` for a boolean. A field ``from_``
+    is typed ``from``, which Python does not allow as a name. Raises ConfigError as :func:`load_config` does, and for a
+    key given twice.
+    """
+    names = {key_name(field.name): field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    lines = []
+    for word in words:
+        name, _, text = word.partition("=")
+        if word.startswith("--"):
+            name, text = word[2:].replace("-", "_"), "true"
+            if name in names and expected_type(names[name], kind) is not bool:
+                raise ConfigError(f"{word}: {name} takes a value: write {name}=value")
+        if name and name not in names and ("=" in word or word.startswith("--")):
+            raise ConfigError(f"unknown key {name}: did you mean {nearest(name, list(names))}?")
+        lines.append(f"{names[name]}={text}" if name in names and (text or "=" in word) else word)
+    values: dict[str, Any] = {}
+    for override in _parse(lines, kind):
+        if override.key_or_group in values:
+            raise ConfigError(f"{key_name(override.key_or_group)} is given twice")
+        values[override.key_or_group] = override.value()
+    try:
+        cfg = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), values))
+    except OmegaConfBaseException as error:
+        raise _explained(error, kind) from error
+    assert isinstance(cfg, kind)
+    check_fields(cfg)
+    return cfg
+
+
+def key_name(field: str) -> str:
+    """How a field of the schema is typed: ``from_`` is ``from``."""
+    return field.rstrip("_")
+
+
+def _parse(overrides: Sequence[str], root: type = Config) -> list[Override]:
     parser = OverridesParser.create()
     parsed = []
     for line in overrides:
@@ -149,11 +195,12 @@ def _parse(overrides: Sequence[str]) -> list[Override]:
         if any("\ud800" <= letter <= "\udfff" for letter in line):
             raise ConfigError(f"cannot read the setting {line!a}: it holds bytes that are no text in this locale")
         try:
-            parsed.append(_parse_as_typed(parser, line))
+            parsed.append(_parse_as_typed(parser, line, root))
         except HydraException as error:
             reason = str(error).splitlines()[0]
             key = line.partition("=")[0].lstrip("+~").strip()
-            near = "" if not key or expected_type(key) is not None else f"; the nearest key is {nearest_key(key)}"
+            known = not key or expected_type(key, root) is not None
+            near = "" if known else f"; the nearest key is {key_name(nearest_key(key, root))}"
             raise ConfigError(
                 f"cannot read the setting {line!r} ({reason}){near}; write key=value, and quote a value that "
                 "holds any of , = : { } [ ] ( ) or a space, as in 'key=\"a,b\"'"
@@ -161,7 +208,7 @@ def _parse(overrides: Sequence[str]) -> list[Override]:
     return parsed
 
 
-def _parse_as_typed(parser: OverridesParser, line: str) -> Override:
+def _parse_as_typed(parser: OverridesParser, line: str, root: type) -> Override:
     """The override as Hydra reads it; but a text without quotes, alone or in a list, means itself.
 
     Hydra drops backslashes before signs of its grammar, reads numbers anew (1.50), refuses letters beyond ASCII and
@@ -169,7 +216,7 @@ def _parse_as_typed(parser: OverridesParser, line: str) -> Override:
     """
     name, _, text = line.partition("=")
     text = text.strip(" \t")
-    expected = expected_type(name.lstrip("+~").strip())
+    expected = expected_type(name.lstrip("+~").strip(), root)
     if text and expected is str:
         return parser.parse_override(f"{name}={_in_grammar(text)}")
     is_list = typing.get_origin(expected) is list and typing.get_args(expected) == (str,)
@@ -315,7 +362,7 @@ def _to_object(*layers: dict[str, Any]) -> Config:
     return cfg
 
 
-def _explained(error: BaseException) -> ConfigError:
+def _explained(error: BaseException, root: type = Config) -> ConfigError:
     """A message in terms of keys for what Hydra or OmegaConf raised."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, OmegaConfBaseException):
@@ -324,7 +371,7 @@ def _explained(error: BaseException) -> ConfigError:
     key = str(getattr(cause, "full_key", None) or "").partition("[")[0]  # without the place in a list
     if not key:
         return ConfigError(" ".join(str(error).split()))
-    expected = expected_type(key)
+    expected = expected_type(key, root)
     if expected is None:
         return _unknown(key)
-    return ConfigError(f"{key}: {reason} (expected {type_name(expected)})")
+    return ConfigError(f"{key_name(key)}: {reason} (expected {type_name(expected)})")

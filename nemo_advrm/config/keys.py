@@ -1,17 +1,16 @@
-"""The configuration keys as the schema declares them: names, types, comments, and the nearest name to a wrong one."""
+"""The configuration keys that the schema declares: names, types, metadata, and the nearest name to a wrong one."""
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import difflib
 import functools
 import typing
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from nemo_advrm.config import schema
+from nemo_advrm.config.fields import About, Restart, Role
 
 # The component of a dotted key that a user chooses freely, as in pipeline.rlhf.*.reward.
 ANY_NAME = "*"
@@ -24,7 +23,7 @@ class Key:
     name: str  # dotted; ANY_NAME stands for a name the user chooses
     annotation: Any
     default: Any
-    comment: str  # the schema's own comment, "" when it has none
+    about: About
 
 
 @functools.cache
@@ -33,20 +32,9 @@ def _fields(cls: type) -> dict[str, Any]:
     return typing.get_type_hints(cls)
 
 
-@functools.cache
-def _comments() -> dict[tuple[str, str], str]:
-    """(class, field) -> the comment at the end of the field's source line."""
-    source = Path(schema.__file__).read_text(encoding="utf-8")
-    lines = source.splitlines()
-    comments = {}
-    for node in ast.parse(source).body:
-        if not isinstance(node, ast.ClassDef):
-            continue
-        for field in node.body:
-            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
-                end = lines[(field.end_lineno or field.lineno) - 1][field.end_col_offset :]
-                comments[node.name, field.target.id] = end.partition("#")[2].strip()
-    return comments
+def about(cls: Any, name: str) -> About:
+    """What the schema says of a field; nothing for a dataclass that is no part of it."""
+    return cls.__dataclass_fields__[name].metadata.get("about", About())
 
 
 def _walk(cls: type, prefix: str, default: Any) -> typing.Iterator[Key]:
@@ -56,21 +44,31 @@ def _walk(cls: type, prefix: str, default: Any) -> typing.Iterator[Key]:
         if dataclasses.is_dataclass(annotation):
             yield from _walk(typing.cast(type, annotation), dotted + ".", value)
             continue
-        yield Key(dotted, annotation, value, _comments().get((cls.__name__, name), ""))
+        yield Key(dotted, annotation, value, about(cls, name))
         inner = typing.get_args(annotation)[-1] if typing.get_origin(annotation) is dict else None
         if dataclasses.is_dataclass(inner):
             yield from _walk(typing.cast(type, inner), f"{dotted}.{ANY_NAME}.", typing.cast(type, inner)())
 
 
-def keys_of(cls: type) -> list[Key]:
-    """The leaf keys of one class of the schema, in its order."""
-    return list(_walk(cls, "", cls()))
+@functools.cache
+def all_keys(root: Any = schema.Config) -> dict[str, Key]:
+    """Every leaf key below a class of the schema by dotted name, in the schema's order."""
+    return {key.name: key for key in _walk(root, "", root())}
 
 
 @functools.cache
-def all_keys() -> dict[str, Key]:
-    """Every leaf key of the schema by dotted name, in the schema's order."""
-    return {key.name: key for key in _walk(schema.Config, "", schema.Config())}
+def architecture_keys() -> tuple[str, ...]:
+    """Fields of ModelConfig that a checkpoint carries. One that has a meaning only beside another stands after it."""
+    model = schema.ModelConfig
+    return tuple(name for name in _fields(model) if about(model, name).role is Role.ARCHITECTURE)
+
+
+@functools.cache
+def keys_at_restart(kind: Restart) -> frozenset[str]:
+    """Dotted keys and sections that may differ in this way when a run is started again in its directory."""
+    leaves = {name for name, key in all_keys().items() if key.about.restart is kind}
+    sections = {name for name in _fields(schema.Config) if about(schema.Config, name).restart is kind}
+    return frozenset(leaves | sections)
 
 
 def stages_with_settings() -> list[str]:
@@ -78,16 +76,16 @@ def stages_with_settings() -> list[str]:
     return list(_fields(schema.StageConfig))
 
 
-def expected_type(name: str) -> Any | None:
+def expected_type(name: str, root: type = schema.Config) -> Any | None:
     """Type that the schema gives to a dotted key (a leaf or a section), or None when there is no such key.
 
     ``stage.NAME.KEY`` has the type of the root key KEY. Below a free-form dictionary every key has type Any.
     """
     parts = name.split(".")
-    if parts[0] == "stage" and len(parts) > 2:
+    if parts[0] == "stage" and len(parts) > 2 and root is schema.Config:
         known = parts[1] in _fields(schema.StageConfig) and parts[2] != "stage"
         return expected_type(".".join(parts[2:])) if known else None
-    node: Any = schema.Config
+    node: Any = root
     for part in parts:
         if dataclasses.is_dataclass(node):
             node = _fields(typing.cast(type, node)).get(part)
@@ -103,14 +101,14 @@ def is_section(name: str) -> bool:
     return dataclasses.is_dataclass(expected_type(name))
 
 
-def nearest_key(name: str) -> str:
+def nearest_key(name: str, root: type = schema.Config) -> str:
     """The valid dotted key nearest to a wrong one: by the whole name, or by its last component alone (``lr``)."""
     parts = name.split(".")
-    if parts[0] == "stage" and len(parts) > 1:
+    if parts[0] == "stage" and len(parts) > 1 and root is schema.Config:
         stage = nearest(parts[1], stages_with_settings())
         return ".".join(["stage", stage, *([nearest_key(".".join(parts[2:]))] if len(parts) > 2 else [])])
     names: set[str] = set()
-    for key in all_keys():
+    for key in all_keys(root):
         filled = key.split(".")
         if ANY_NAME in filled:  # it takes what the user wrote in its place, so that only the rest is compared
             place = filled.index(ANY_NAME)

@@ -57,6 +57,23 @@ def moved_key(name: str) -> str:
     return ""
 
 
+def current_config(plain: Mapping[str, Any]) -> dict[str, Any]:
+    """The ``config.yaml`` of an earlier version's run with the present keys; removed keys are left out."""
+    return _current(plain, "")
+
+
+def _current(section: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in section.items():
+        told = moved_key(f"{prefix}{name}")
+        if told.startswith(f"{prefix}{name} is now {prefix}"):
+            name = told.split()[3].removeprefix(prefix)
+        elif told:
+            continue  # removed, or now in another section, where its default counts
+        found[name] = _current(value, f"{prefix}{name}.") if isinstance(value, dict) else value
+    return found
+
+
 def current_fields(kind: str, row: Mapping[str, Any]) -> dict[str, Any]:
     """A row of a data file with the fields' present names; ``kind`` is a key of :data:`MOVED_FIELDS`."""
     names = MOVED_FIELDS.get(kind, {})

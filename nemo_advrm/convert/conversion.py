@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from nemo_advrm import __version__
-from nemo_advrm.config.keys import nearest
 from nemo_advrm.config.layout import at_layout, validate_layout
 from nemo_advrm.config.schema import Config, ConvertConfig
+from nemo_advrm.config.validation import check_fields
 from nemo_advrm.convert.safetensors_files import parse_size
 from nemo_advrm.convert.tensors import TensorSink, TensorSource, TensorSpec
 from nemo_advrm.data.tokenizers import build_tokenizer
@@ -30,23 +30,17 @@ _MEMBER = re.compile(r"/round_(\d+)/rm_(\d+)/model$")  # where a pipeline keeps 
 
 def check_settings(settings: ConvertConfig) -> None:
     """Raise ConfigError for a missing or impossible value, before anything is opened."""
+    check_fields(settings)
     for key, value in (("from", settings.from_), ("to", settings.to)):
         if not value:
             raise ConfigError(f"{key} is not set: {key}={' | '.join(FORMATS)}")
-        if value not in FORMATS:
-            raise ConfigError(f"{key}={value}: did you mean {nearest(value, FORMATS)}?")
     for key, value in (("path", settings.path), ("out", settings.out)):
         if not value and not (key == "out" and settings.dry_run):
             raise ConfigError(f"{key} is not set")
-    if settings.dtype and settings.dtype not in DTYPES:
-        raise ConfigError(f"dtype={settings.dtype}: did you mean {nearest(settings.dtype, list(DTYPES))}?")
     try:
         parse_size(settings.max_shard_size)
     except ValueError:
         raise ConfigError(f"max_shard_size={settings.max_shard_size}: not a size as 5GB or 500MB") from None
-    for key in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
-        if getattr(settings, key) < 1:
-            raise ConfigError(f"{key}={getattr(settings, key)}: must be at least 1")
     if settings.tokenizer and not Path(settings.tokenizer).exists():
         raise ConfigError(f"tokenizer={settings.tokenizer}: there is no such file or directory")
 

@@ -6,42 +6,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from nemo_advrm.config.keys import architecture_keys
 from nemo_advrm.config.schema import ModelConfig
 from nemo_advrm.engine.transformer import ffn_size, head_size, query_groups
-
-# a key that has a meaning only beside another one stands after it
-_KEYS = (
-    "num_layers",
-    "hidden_size",
-    "ffn_hidden_size",
-    "num_attention_heads",
-    "num_query_groups",
-    "kv_channels",
-    "normalization",
-    "layernorm_epsilon",
-    "post_norms",
-    "activation",
-    "position_embedding_type",
-    "rotary_base",
-    "rotary_percent",
-    "rope_scaling",
-    "rope_scaling_factor",
-    "rope_scaling_low_freq_factor",
-    "rope_scaling_high_freq_factor",
-    "rope_scaling_original_context",
-    "encoder_seq_length",
-    "sliding_window",
-    "sliding_window_every",
-    "attention_softcap",
-    "query_scale",
-    "embedding_scale",
-    "bias",
-    "qkv_bias",
-    "qk_layernorm",
-    "share_embeddings_and_output_weights",
-    "logit_softcap",
-    "head_bias",
-)
 
 _OF_HEAD = {
     "share_embeddings_and_output_weights": ("lm",),
@@ -56,8 +23,8 @@ def meaning(settings: Mapping[str, Any]) -> dict[str, Any]:
     Absent keys count as their defaults, zeros that stand for a size become that size, and keys without effect
     on this architecture are left out.
     """
-    model = ModelConfig(**{key: settings[key] for key in _KEYS if key in settings})
-    described = {key: getattr(model, key) for key in _KEYS} | {
+    model = ModelConfig(**{key: settings[key] for key in architecture_keys() if key in settings})
+    described = {key: getattr(model, key) for key in architecture_keys()} | {
         "ffn_hidden_size": ffn_size(model),
         "num_query_groups": query_groups(model),
         "kv_channels": head_size(model),
@@ -85,7 +52,7 @@ def first_difference(
     bias of the head between reward models, and between critics.
     """
     a, b = meaning(theirs), meaning(mine)
-    for key in _KEYS:
+    for key in architecture_keys():
         counts = key not in _OF_HEAD or (their_head == my_head and my_head in _OF_HEAD[key])
         if counts and not _equal(a.get(key), b.get(key)):
             return key, a.get(key), b.get(key)

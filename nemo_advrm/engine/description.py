@@ -10,8 +10,8 @@ from typing import Any
 
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from nemo_advrm.config.keys import about
 from nemo_advrm.config.schema import ModelConfig
-from nemo_advrm.config.validation import CHOICES, RANGES
 from nemo_advrm.engine.parameters import model_parameters
 from nemo_advrm.engine.transformer import head_size, query_groups
 from nemo_advrm.engine.weights_metadata import open_metadata
@@ -82,7 +82,7 @@ def check_section(kind: Any, settings: dict[str, Any], place: str, source: str) 
     for name in (field.name for field in dataclasses.fields(kind)):
         if name not in settings:
             continue
-        value, hint, key = settings[name], hints[name], f"{place}.{name}"
+        value, hint, key, told = settings[name], hints[name], f"{place}.{name}", about(kind, name)
         if dataclasses.is_dataclass(hint):
             if not isinstance(value, dict):
                 raise CheckpointError(f"{source}: {key} is {_shown(value)}, an object was expected")
@@ -94,10 +94,11 @@ def check_section(kind: Any, settings: dict[str, Any], place: str, source: str) 
         for item in value if isinstance(value, list) else [value]:
             if not _is(item, element) or (isinstance(value, list) and element is hint):
                 raise CheckpointError(f"{source}: {key} is {_shown(value)}, {_NAMES[element]} was expected")
-            if (key in RANGES and item not in RANGES[key]) or (isinstance(item, int) and abs(item) > _MOST):
+            outside = told.limits is not None and item not in told.limits
+            if outside or (isinstance(item, int) and abs(item) > _MOST):
                 raise CheckpointError(f"{source}: {key} is {_shown(item)}, which no model has")
-            if key in CHOICES and item not in CHOICES[key]:
-                raise CheckpointError(f"{source}: {key} is {_shown(item)}, not one of {', '.join(CHOICES[key])}")
+            if told.choices and item not in told.choices:
+                raise CheckpointError(f"{source}: {key} is {_shown(item)}, not one of {', '.join(told.choices)}")
 
 
 def _is(value: Any, kind: type) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nemo_advrm.config.validation import REFERENCE_FEATURES
+from nemo_advrm.config.schema_data import REFERENCE_FEATURES
 from nemo_advrm.data.jsonl import BadRow
 from nemo_advrm.data.messages import Message, check_messages
 from nemo_advrm.engine import manifest

@@ -23,6 +23,9 @@ from omegaconf import OmegaConf
 
 from nemo_advrm import files, writers
 from nemo_advrm.config import resolved, versions
+from nemo_advrm.config.fields import Restart
+from nemo_advrm.config.keys import keys_at_restart
+from nemo_advrm.config.moved import current_config
 from nemo_advrm.config.schema import Config
 from nemo_advrm.engine import manifest
 from nemo_advrm.errors import ConfigError
@@ -30,51 +33,6 @@ from nemo_advrm.rewards import sources
 from nemo_advrm.run_directory import held_arms, run_files
 from nemo_advrm.run_directory.held_arms import ADDABLE
 
-# keys that may differ between the runs of one directory: they do not change what is computed
-_FREE_KEYS = (
-    "name",
-    "run_dir",
-    "exp_manager",
-    "trainer.devices",
-    "trainer.num_nodes",
-    "trainer.accelerator",
-    "trainer.val_check_interval",
-    "trainer.log_every_n_steps",
-    "trainer.checkpoint_every_n_steps",
-    "trainer.keep_checkpoints",
-    "trainer.async_checkpoint",
-    "trainer.verify_checkpoints",
-    "trainer.timeout_minutes",
-    "trainer.memory_snapshot",
-    "pipeline.only",
-    "best_of_n.name",
-    "report",
-    "pipeline.jobs",
-    # removed, but in the config.yaml of older runs
-    "trainer.hang_minutes",
-    "trainer.straggler_ratio",
-    "trainer.compare_gpu_kernels",
-)
-# keys that change results by rounding alone (and which units drop out): a run that does not fit into memory goes on
-# with others. Each change is recorded in versions.yaml.
-_LAYOUT_KEYS = (
-    "model.tensor_model_parallel_size",
-    "model.pipeline_model_parallel_size",
-    "model.virtual_pipeline_model_parallel_size",
-    "model.num_layers_in_first_pipeline_stage",
-    "model.num_layers_in_last_pipeline_stage",
-    "model.context_parallel_size",
-    "model.sequence_parallel",
-    "model.overlap_grad_reduce",
-    "model.overlap_param_gather",
-    "model.fused_kernels",
-    "model.recompute",
-    "model.recompute_num_layers",
-    "model.offload_reference",
-    "model.offload_optimizer_while_generating",
-    "model.micro_batch_size",
-    "model.micro_batch_tokens",
-)
 _STAGE_PREFIX = re.compile(r"stage\.[^.]+\.")
 _ADDED = re.compile(rf"pipeline\.({'|'.join(ADDABLE)})\.(.+)")
 LOCK_SECONDS = 60.0
@@ -143,8 +101,8 @@ def _is_change(change: Any) -> bool:
 
 
 def _completed(held: dict[str, Any]) -> dict[str, Any]:
-    """What an older version wrote, with the keys that it did not know at their defaults, which change nothing."""
-    found: dict[str, Any] = _laid_over(held, yaml.safe_load(resolved(Config())))  # noqa: TID251 (just written)
+    """What an older version wrote with the present keys; those that it did not know have their defaults."""
+    found: dict[str, Any] = _laid_over(current_config(held), yaml.safe_load(resolved(Config())))  # noqa: TID251 (just written)
     for section, (_, kind) in ADDABLE.items():
         parts, defaults = found["pipeline"][section], dataclasses.asdict(kind())
         found["pipeline"][section] = {name: {**defaults, **options} for name, options in parts.items()}
@@ -246,7 +204,7 @@ def _kind(key: str, old: Any, new: Any, stage: str) -> _Difference:
             return _Difference.HELD
     plain = _STAGE_PREFIX.sub("", key)
     moved = plain == "ensemble.members" and sources.only_addresses_differ(old or [], new or [])
-    is_allowed = plain in _LAYOUT_KEYS or moved or _only_adds_runs(key, old, new)
+    is_allowed = plain in keys_at_restart(Restart.RECORDED) or moved or _only_adds_runs(key, old, new)
     return _Difference.ALLOWED if is_allowed else _Difference.REFUSED
 
 
@@ -302,7 +260,7 @@ def _differences(before: Any, now: Any, prefix: str = "") -> Iterator[tuple[str,
         before, now = ({} if x is None and isinstance(y, dict) else x for x, y in ((before, now), (now, before)))
     if isinstance(before, dict) and isinstance(now, dict):
         for key in sorted(before.keys() | now.keys()):
-            if _STAGE_PREFIX.sub("", f"{prefix}{key}") not in _FREE_KEYS:
+            if _STAGE_PREFIX.sub("", f"{prefix}{key}") not in keys_at_restart(Restart.FREE):
                 yield from _differences(before.get(key), now.get(key), f"{prefix}{key}.")
     elif before != now:
         yield prefix.rstrip("."), before, now

@@ -10,9 +10,8 @@ from hf_models import tiny_hf
 
 from nemo_advrm import cli
 from nemo_advrm.cli import _named_runs
-from nemo_advrm.config import load_config, quoted, schema
+from nemo_advrm.config import load_config, load_flat, quoted, schema
 from nemo_advrm.config.schema import SyntheticConfig
-from nemo_advrm.config.settings import parse_settings
 from nemo_advrm.data.jsonl import write_jsonl_atomic
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.synthetic.preferences import annotated_pairs
@@ -41,7 +40,7 @@ def test_a_path_means_itself_but_that_a_comma_in_a_list_needs_quotes(name: str) 
     assert cfg.ensemble.members == [*path.split(","), "/b", *bare.split(",")]
     assert cfg.data.ignore_columns == [path, *bare.split(",")]
     assert (cfg.report.runs, cfg.seed) == ([path, "./b=c"], 3)
-    assert parse_settings(schema.ConvertConfig, [f"path={path}", "to=hf", f"out={bare}"]).path == path
+    assert load_flat(schema.ConvertConfig, [f"path={path}", "to=hf", f"out={bare}"]).path == path
 
 
 def _members(text: str) -> list[str]:

@@ -72,6 +72,14 @@ def test_a_moved_key_is_refused_with_what_replaces_it(override: str, told: str) 
 
 
 @pytest.mark.usefixtures("moved_names")
+def test_the_configuration_of_an_old_run_gets_the_present_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(moved.MOVED_KEYS, "rl.size", "is now rl.group_size")
+    old = {"rl": {"size": 3, "top_k": 1}, "fast": True, "stage": {"attack": {"rl": {"size": 4}, "fast": False}}}
+    new = {"rl": {"group_size": 3, "top_k": 1}, "stage": {"attack": {"rl": {"group_size": 4}}}}
+    assert moved.current_config(old) == new
+
+
+@pytest.mark.usefixtures("moved_names")
 def test_fields_of_rows_get_their_present_names() -> None:
     assert moved.current_fields("pairs", {"good": "a", "rejected": "b"}) == {"chosen": "a", "rejected": "b"}
     assert moved.current_fields("samples", {"good": "a"}) == {"good": "a"}

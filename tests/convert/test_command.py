@@ -8,17 +8,17 @@ from pathlib import Path
 import pytest
 
 from nemo_advrm import cli
+from nemo_advrm.config import load_flat
 from nemo_advrm.config.schema import ConvertConfig
-from nemo_advrm.config.settings import parse_settings
 from nemo_advrm.errors import ConfigError
 
 
 def test_words_become_typed_settings() -> None:
     words = ["from=hf", "path=a=b/007", "to=megatron", "tensor_model_parallel_size=8", "--dry-run"]
-    assert parse_settings(ConvertConfig, words) == ConvertConfig(
+    assert load_flat(ConvertConfig, words) == ConvertConfig(
         from_="hf", path="a=b/007", to="megatron", tensor_model_parallel_size=8, dry_run=True
     )
-    assert parse_settings(ConvertConfig, ["drop_head_bias=True", "dtype="]) == ConvertConfig(drop_head_bias=True)
+    assert load_flat(ConvertConfig, ["drop_head_bias=True", "dtype="]) == ConvertConfig(drop_head_bias=True)
 
 
 @pytest.mark.parametrize(
@@ -28,16 +28,16 @@ def test_words_become_typed_settings() -> None:
         ("tensor_model_paralel_size=2", "did you mean tensor_model_parallel_size?"),
         ("--dryrun", "unknown key dryrun: did you mean dry_run?"),
         ("--path", "--path: path takes a value"),
-        ("hf", "cannot read 'hf'"),
-        ("=hf", "cannot read '=hf'"),
+        ("hf", "cannot read the setting 'hf'"),
+        ("=hf", "cannot read the setting '=hf'"),
         ("tensor_model_parallel_size=two", "expected int"),
-        ("dry_run=maybe", "expected true or false"),
+        ("dry_run=maybe", "expected bool"),
         ("to=hf", "to is given twice"),
     ],
 )
 def test_a_wrong_word_is_explained(word: str, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        parse_settings(ConvertConfig, ["to=megatron", word])
+        load_flat(ConvertConfig, ["to=megatron", word])
     assert message in str(caught.value)
 
 
