@@ -1,4 +1,4 @@
-"""Megatron-Core as this package uses it; what imports it first is safe from a broken Transformer Engine."""
+"""Everything that knows Megatron-Core. Importing it first hides a broken Transformer Engine from Megatron-Core."""
 
 from nemo_advrm.engine.transformer_engine import hide_if_broken
 

@@ -1,4 +1,4 @@
-"""What of a model configuration decides the tensors of a checkpoint and what they compute."""
+"""Compares architectures: the keys of a model configuration that decide a checkpoint's tensors and their meaning."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _OF_HEAD = {
 
 
 def meaning(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The architecture that keys of a ModelConfig describe, in one form for all ways to write it.
+    """Canonical form of the architecture that keys of a ModelConfig describe.
 
-    Absent keys count as their defaults, zeros that stand for a size become that size, and keys without effect
-    on this architecture are left out.
+    Absent keys get their defaults, zeros that stand for a size become that size, and keys without effect on this
+    architecture are left out.
     """
     model = ModelConfig(**{key: settings[key] for key in architecture_keys() if key in settings})
     described = {key: getattr(model, key) for key in architecture_keys()} | {
@@ -33,7 +33,7 @@ def meaning(settings: Mapping[str, Any]) -> dict[str, Any]:
     }
     rope = model.position_embedding_type == "rope"
     without_effect = {
-        "encoder_seq_length": rope,  # else the number of position embeddings
+        "encoder_seq_length": rope,  # otherwise it is the number of position embeddings
         "rotary_": not rope,
         "rope_scaling": not rope,
         "rope_scaling_": not model.rope_scaling,
@@ -46,10 +46,10 @@ def meaning(settings: Mapping[str, Any]) -> dict[str, Any]:
 def first_difference(
     theirs: Mapping[str, Any], mine: Mapping[str, Any], their_head: str, my_head: str
 ) -> tuple[str, Any, Any] | None:
-    """(key, their value, my value) of the first key of ModelConfig in which two architectures differ.
+    """(key, their value, my value) of the first key of ModelConfig in which two architectures differ, else None.
 
-    Keys of a head count where both models have it: those of the output layer between language models, the
-    bias of the head between reward models, and between critics.
+    Keys of a head count only if both models have that head: the output layer's between language models, the head
+    bias between reward models and between critics.
     """
     a, b = meaning(theirs), meaning(mine)
     for key in architecture_keys():

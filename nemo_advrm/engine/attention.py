@@ -1,8 +1,8 @@
-"""The attention of a layer: its product of queries and keys, and its use of the key/value cache.
+"""Attention of a layer, with sliding windows, soft-caps, context parallelism and a key/value cache.
 
-They replace two of Megatron-Core's modules: the product (PyTorch's fused one instead of explicit score matrices, with
-sliding windows, soft-caps and sequences that several ranks share) and self-attention (rows of one batch may be at
-different positions of the cache, and cached keys are already rotated).
+It replaces two of Megatron-Core's modules. Core attention: Megatron's own computes explicit score matrices and has none
+of these features; this one calls PyTorch's fused kernel. Self-attention: Megatron's static cache has one position for
+the whole batch; here rows may be at different positions, and cached keys are already rotated.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from nemo_advrm.engine import context
 from nemo_advrm.engine.kv_cache import KVCache
 from nemo_advrm.engine.rotation import rotate
 
-# rows of one attention call when decoding on CPU, which generation orders by length: so many, or more while they hold
-# less of the cache than this. A call costs about as much as reading half a MiB.
+# when decoding on CPU, one attention call takes this many rows, or more if they hold fewer bytes of the cache.
+# Generation orders rows by length. A call costs about as much as reading half a MiB.
 _DECODED_TOGETHER = 16
 _FEWEST_BYTES = 4 << 20
 
@@ -33,13 +33,13 @@ _FEWEST_BYTES = 4 << 20
 class FusedCoreAttention(MegatronModule):
     """softmax(QK' * scale)V through ``scaled_dot_product_attention``, with grouped queries.
 
-    Rows are padded on the right, so the causal mask alone keeps real tokens from seeing padding;
-    decoding from a cache passes an explicit mask (True = hidden) with ``AttnMaskType.arbitrary``.
-    Layers with a sliding window (``config.window_size``) hide the keys before it too.
+    Rows are padded on the right, so the causal mask also hides padding from real tokens. Decoding from a cache passes
+    an explicit mask (True = hidden) with ``AttnMaskType.arbitrary``. Layers with a sliding window
+    (``config.window_size``) also hide the keys before the window.
 
     Args:
-        softcap: bounds the scores by ``softcap * tanh(score / softcap)`` (Gemma 2), which no fused kernel
-            of PyTorch does: the scores [b, heads, sq, sk] are then made. 0 leaves them as they are.
+        softcap: bounds scores by ``softcap * tanh(score / softcap)`` (Gemma 2); 0 means no bound. No fused kernel of
+            PyTorch computes it, so the scores [b, heads, sq, sk] are materialised.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class FusedCoreAttention(MegatronModule):
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.softmax_scale = softmax_scale
         self.softcap = softcap
-        # keys that a query sees, itself included; 0 for all. layer_number counts from 1 over all pipeline stages
+        # number of keys that a query sees, its own included; 0 means all. layer_number counts from 1 over all stages
         self.window = 0
         if config.window_size and is_layer_window_attention(
             config.window_size, config.window_attn_skip_freq, layer_number
@@ -77,14 +77,14 @@ class FusedCoreAttention(MegatronModule):
     ) -> Tensor:
         """query [sq, b, heads, d], key and value [sk, b, groups, d] -> context [sq, b, heads * d]."""
         if self.config.context_parallel_size > 1:
-            return self._attend_over_ranks(query, key, value)
+            return self._context_parallel(query, key, value)
         length = query.size(0)
         q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
         if length == 1:
-            # one token a row: the heads of a group stand as its queries, so that its keys are read once
+            # one token per row: the heads of a group become its queries, so that its keys are read once
             q = q.reshape(q.size(0), k.size(1), -1, q.size(3))
         if attn_mask_type == AttnMaskType.arbitrary:
-            visible = None if attention_mask is None else self._seen_from_the_end(~attention_mask)
+            visible = None if attention_mask is None else self._within_window(~attention_mask)
             is_causal = False
         else:
             visible = self._causal(length, length, query.device)
@@ -94,20 +94,20 @@ class FusedCoreAttention(MegatronModule):
             rows = max(_DECODED_TOGETHER, _FEWEST_BYTES // max(1, row_bytes))
             groups = _row_groups(visible, rows, bool(self.window))
             result = torch.cat(
-                [self._product(q[i], k[i, :, keys], v[i, :, keys], visible[i, ..., keys], False) for i, keys in groups]
+                [self._attend(q[i], k[i, :, keys], v[i, :, keys], visible[i, ..., keys], False) for i, keys in groups]
             )
         else:
-            result = self._product(q, k, v, visible, is_causal)
+            result = self._attend(q, k, v, visible, is_causal)
         if length == 1:
             return result.reshape(1, query.size(1), -1)
         return result.permute(2, 0, 1, 3).reshape(length, query.size(1), -1)
 
-    def _attend_over_ranks(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Like :meth:`forward` for this rank's part of sequences, whose keys and values all ranks hold together.
+    def _context_parallel(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """:meth:`forward` for this rank's slice of the sequences, under context parallelism.
 
-        They are gathered before attention, as in Llama 3 (arXiv 2407.21783, section 3.3.2): with grouped queries they
-        are small beside the rest, and windows and soft-caps are those of whole sequences. Each of the rank's two chunks
-        of queries then attends to the keys up to its own end.
+        Keys and values are gathered before attention, as in Llama 3 (arXiv 2407.21783, section 3.3.2): with grouped
+        queries they are small beside the other activations, and windows and soft-caps need no special case. Each of
+        the rank's two query chunks then attends to the keys up to its own end.
         """
         gathered = context.cp_all_gather(torch.cat([key, value], -1), used_whole=False)
         length = query.size(0) // 2
@@ -119,11 +119,11 @@ class FusedCoreAttention(MegatronModule):
             visible = self._causal(length, k.size(2), query.device)
             if visible is None and not self.softcap:
                 visible = causal_lower_right(length, k.size(2))
-            results.append(self._product(part, k, v, visible, False))
+            results.append(self._attend(part, k, v, visible, False))
         return torch.cat(results, 2).permute(2, 0, 1, 3).reshape(query.size(0), query.size(1), -1)
 
-    def _product(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, is_causal: bool) -> Tensor:
-        """q [b, heads, sq, d], k and v [b, groups, sk, d], ``visible`` broadcast to [b, heads, sq, sk] -> as q."""
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, is_causal: bool) -> Tensor:
+        """q [b, heads, sq, d], k and v [b, groups, sk, d], ``visible`` broadcast to [b, heads, sq, sk] -> like q."""
         from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
         dropout = self.dropout if self.training else 0.0
@@ -143,7 +143,7 @@ class FusedCoreAttention(MegatronModule):
             )
 
     def _causal(self, queries: int, keys: int, device: torch.device) -> Tensor | None:
-        """[queries, keys], True = visible; queries are those of the last keys. None where a fused mask does it."""
+        """Mask [queries, keys], True = visible, of the last ``queries`` positions; None if the fused mask is enough."""
         windowed = 0 < self.window < keys
         if keys == 1 or not (windowed or self.softcap):
             return None
@@ -152,8 +152,8 @@ class FusedCoreAttention(MegatronModule):
         visible = at_queries >= at_keys
         return visible & (at_queries < at_keys + self.window) if windowed else visible
 
-    def _seen_from_the_end(self, visible: Tensor) -> Tensor:
-        """[b, 1, 1, sk], True in front up to each row's new token -> True on the last ``window`` of those."""
+    def _within_window(self, visible: Tensor) -> Tensor:
+        """Mask [b, 1, 1, sk] that is True up to each row's new token -> True only in the last ``window`` of these."""
         if not 0 < self.window < visible.size(-1):
             return visible
         positions = torch.arange(visible.size(-1), device=visible.device)
@@ -163,20 +163,20 @@ class FusedCoreAttention(MegatronModule):
 def capped_attention(
     q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, cap: float, scale: float | None, dropout: float
 ) -> Tensor:
-    """softmax(cap * tanh(QK' * scale / cap))V, the softmax in fp32.
+    """softmax(cap * tanh(QK' * scale / cap))V with an fp32 softmax.
 
     Args:
         q: [b, heads, sq, d].
-        k, v: [b, groups, sk, d]; heads h * (heads / groups) and following share group h.
-        visible: [sq, sk] or [b, 1, 1, sk], True = seen; None sees all.
-        scale: of the scores; None is 1 / sqrt(d).
+        k, v: [b, groups, sk, d]; heads g * heads / groups to (g + 1) * heads / groups - 1 share group g.
+        visible: [sq, sk] or [b, 1, 1, sk], True = visible; None shows all keys.
+        scale: factor of the scores; None means 1 / sqrt(d).
 
     Returns:
         [b, heads, sq, d].
     """
     b, heads, length, d = q.shape
     groups = k.size(1)
-    # the heads of a group stand under each other as its queries
+    # the heads of a group are stacked as its queries
     scores = q.reshape(b, groups, -1, d) @ k.transpose(-1, -2)
     scores = scores * (d**-0.5 if scale is None else scale)
     scores = (cap * torch.tanh(scores / cap)).view(b, heads, length, -1)
@@ -188,12 +188,12 @@ def capped_attention(
 
 
 def _row_groups(visible: Tensor, together: int, windowed: bool) -> list[tuple[slice, slice]]:
-    """(rows, keys to read) of a step of decoding: on CPU the step waits for the cache to come from memory.
+    """(rows, keys) slices of the calls of one decoding step on CPU, where reading the cache dominates the time.
 
-    ``visible`` is [b, 1, 1, keys], True in one piece, which starts at the first key unless ``windowed``; a group has
-    ``together`` rows.
+    ``visible`` [b, 1, 1, keys] is True in one contiguous range, which starts at the first key unless ``windowed``. Each
+    group has ``together`` rows and reads only the keys that one of its rows sees.
     """
-    if visible.size(0) <= together:  # all keys: the cache shows no more of them than its longest row holds
+    if visible.size(0) <= together:  # all keys: the cache returns no more than its longest row holds
         return [(slice(None), slice(None))]
     counts = visible.sum(-1).flatten()
     if windowed:
@@ -206,7 +206,7 @@ def _row_groups(visible: Tensor, together: int, windowed: bool) -> list[tuple[sl
 
 
 class CachedSelfAttention(SelfAttention):
-    """Self-attention whose cache holds rotated keys and whose rows may be at different positions."""
+    """Self-attention with a cache of rotated keys, whose rows may be at different positions."""
 
     def _adjust_key_value_for_inference(
         self,
@@ -219,7 +219,7 @@ class CachedSelfAttention(SelfAttention):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor, Tensor, Any, AttnMaskType, None]:
         if rotary_pos_emb is not None and not self.config.apply_rope_fusion:
-            # of this call's tokens, see HeadedGPT.forward: the same for queries and keys
+            # angles of this call's tokens (see HeadedGPT.forward), the same for queries and keys
             query, key = rotate(query, rotary_pos_emb[0]), rotate(key, rotary_pos_emb[1])
             rotary_pos_emb = None
         if inference_context is None:

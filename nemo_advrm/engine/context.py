@@ -1,12 +1,11 @@
-"""Context parallelism: which part of every sequence a rank holds, and how the ranks' parts become one again.
+"""Context parallelism: slices sequences over ranks and gathers the results.
 
-A sequence of S tokens is cut into 2 * size chunks, of which rank i holds chunk i and chunk 2 * size - 1 - i, one behind
-the other: under a causal mask early queries see few keys and late ones many, and so every rank has the same work.
-It is the cut of Megatron-Core (``get_batch_on_this_cp_rank``) and of Transformer Engine's attention.
+A sequence of S tokens is cut into 2 * size chunks. Rank i holds chunks i and 2 * size - 1 - i, concatenated: under a
+causal mask early queries see few keys and late ones many, so this balances the work. Megatron-Core
+(``get_batch_on_this_cp_rank``) and Transformer Engine's attention use the same cut.
 
-Gradients: every rank computes the whole loss from results that were put together over all of them, and sends back
-the gradient of its own part alone. A weight's gradient is then the sum over the ranks, which Megatron's reduction over
-data- and context-parallel ranks makes.
+Gradients: every rank computes the whole loss from gathered results, and backpropagates only through its own slice.
+Megatron's reduction over data- and context-parallel ranks then sums these to the gradient of a weight.
 """
 
 from __future__ import annotations
@@ -26,15 +25,15 @@ from torch import Tensor
 
 
 def own_chunks() -> tuple[int, int]:
-    """The two chunks of this rank, of 2 * size in a sequence."""
+    """Indices of this rank's two chunks among the 2 * size chunks of a sequence."""
     size, rank = parallel_state.get_context_parallel_world_size(), parallel_state.get_context_parallel_rank()
     return rank, 2 * size - 1 - rank
 
 
 def cp_slice(whole: Tensor, dim: int) -> Tensor:
-    """This rank's part of a tensor whose dimension ``dim`` is the sequence.
+    """This rank's slice of a tensor whose dimension ``dim`` is the sequence.
 
-    Raises ValueError where chunks would not be equal (see ``schedule.sequence_multiple``).
+    Raises ValueError if the sequence does not divide into equal chunks (see ``schedule.sequence_multiple``).
     """
     number = 2 * parallel_state.get_context_parallel_world_size()
     if whole.size(dim) % number:
@@ -45,10 +44,10 @@ def cp_slice(whole: Tensor, dim: int) -> Tensor:
 
 
 def cp_all_gather(part: Tensor, *, used_whole: bool) -> list[Tensor]:
-    """[S / size, ...] of every rank -> its 2 * size chunks in the order of the sequence, on every rank.
+    """Gather [S / size, ...] of every rank: the 2 * size chunks in sequence order, on every rank.
 
-    ``used_whole``: every rank computes the same from the result, so that its own part of the gradient is all of it.
-    Else ranks compute different things from it (attention), and their gradients are added up.
+    ``used_whole``: every rank computes the same from the result, so its own slice of the gradient is complete.
+    Otherwise ranks compute different things from it (attention), and the backward pass sums their gradients.
     """
     group, size = parallel_state.get_context_parallel_group(), parallel_state.get_context_parallel_world_size()
     gathered = gather_from_sequence_parallel_region(part, tensor_parallel_output_grad=not used_whole, group=group)
@@ -57,18 +56,18 @@ def cp_all_gather(part: Tensor, *, used_whole: bool) -> list[Tensor]:
 
 
 def gather_sequence(part: Tensor) -> Tensor:
-    """[S / size, ...] of every rank -> [S, ...] on every rank, each of which computes the same from it."""
+    """[S / size, ...] of every rank -> [S, ...] on every rank. Every rank must compute the same from the result."""
     return torch.cat(cp_all_gather(part, used_whole=True))
 
 
 def cp_all_reduce(own: Tensor) -> Tensor:
-    """Sum over ranks of what is zero on all of them but one; every rank computes the same from it."""
-    summed = own.clone(memory_format=torch.contiguous_format)  # Megatron adds up in place
+    """Sum over context-parallel ranks. Every rank must compute the same from the result."""
+    summed = own.clone(memory_format=torch.contiguous_format)  # Megatron reduces in place
     return reduce_from_tensor_model_parallel_region(summed, parallel_state.get_context_parallel_group())
 
 
 def own_index(positions_B: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """Where this rank's part holds ``positions_B`` of sequences of ``length``, and whether it does (else index 0)."""
+    """(index of ``positions_B`` in this rank's slice, else 0; whether they are in it) for sequences of ``length``."""
     chunk = length // (2 * parallel_state.get_context_parallel_world_size())
     first, second = own_chunks()
     chunk_B, offset_B = positions_B // chunk, positions_B % chunk
@@ -78,29 +77,29 @@ def own_index(positions_B: Tensor, length: int) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class SplitLogits:
-    """Next-token logits of this rank's positions, of all N that were asked for.
+    """Next-token logits of the positions in this rank's slice, out of N requested ones.
 
-    The head would otherwise make N x V logits on every rank, the largest tensor of a long sequence: this way a rank
-    makes its share, and what is put together over ranks is [N] (:meth:`whole`), made by
-    :func:`nemo_advrm.engine.log_probs.log_probs_and_entropy`.
+    Otherwise every rank would compute N x V logits, the largest tensor of a long sequence. This way a rank computes its
+    share, and only [N] tensors, made by :func:`nemo_advrm.engine.log_probs.log_probs_and_entropy`, are gathered
+    (:meth:`whole`).
 
     Attributes:
-        own_NV: [n, V / tp] of the n positions that this rank holds, in their order among the N.
-        own_N: [N] bool, which those are.
+        own_NV: [n, V / tp] logits of the n requested positions in this rank's slice, in their order among the N.
+        own_N: [N] bool mask of those n.
     """
 
     own_NV: Tensor
     own_N: Tensor
 
     def whole(self, own_KN: Tensor) -> Tensor:
-        """[K, n] numbers of every rank's positions -> [K, N] on every rank."""
+        """[K, n] values of every rank's positions -> [K, N] on every rank."""
         everyone = own_KN.new_zeros(own_KN.size(0), self.own_N.numel())
         everyone[:, self.own_N] = own_KN
         return cp_all_reduce(everyone)
 
     @classmethod
     def of(cls, own_NV: Tensor, predict_BS: Tensor) -> SplitLogits:
-        """``own_NV`` row by row at the rank's own part of ``predict_BS`` [B, S]."""
+        """``own_NV`` row by row at this rank's slice of the bool mask ``predict_BS`` [B, S]."""
         held_S = torch.zeros(predict_BS.size(1), dtype=torch.bool, device=predict_BS.device)
         chunks = held_S.chunk(2 * parallel_state.get_context_parallel_world_size())
         for chunk in own_chunks():
@@ -110,7 +109,7 @@ class SplitLogits:
 
 @contextlib.contextmanager
 def without_context_parallel(parts: list[Any]) -> Iterator[None]:
-    """Let every rank compute whole sequences by itself inside: one new token a row cannot be split over ranks.
+    """Switch context parallelism off inside, for decoding: one new token per row cannot be split over ranks.
 
     ``parts`` are the chunks of one model, which share their configuration.
     """
@@ -119,7 +118,7 @@ def without_context_parallel(parts: list[Any]) -> Iterator[None]:
     if size == 1:
         yield
         return
-    # Transformer Engine's attention has its group from its construction
+    # Transformer Engine's attention keeps the group that it was constructed with
     switched = [m for part in parts for m in part.modules() if hasattr(m, "set_context_parallel_group")]
     groups = [(m.cp_group, m.cp_global_ranks, m.cp_stream, m.cp_comm_type) for m in switched]
     for module, (*_, kind) in zip(switched, groups, strict=True):

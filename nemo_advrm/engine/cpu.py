@@ -1,9 +1,8 @@
-"""Runs Megatron-Core on CPU: the one module that redirects its CUDA calls.
+"""Runs Megatron-Core on CPU: the only module that redirects its CUDA calls.
 
-Megatron-Core asks for ``device="cuda"`` by name in many places. Inside its modules (and nowhere
-else in the process) the name ``torch`` is replaced by a stand-in whose factory functions take such
-a request as "the CPU" and whose ``cuda`` answers for the CPU. :func:`redirect_megatron_to_cpu` is
-called by the runtime when no GPU is used; importing this module changes nothing.
+Megatron-Core requests ``device="cuda"`` by name in many places. In its modules, and nowhere else in the process, the
+name ``torch`` is replaced by a stand-in: its factory functions take a CUDA device as the CPU, and its ``cuda`` answers
+for the CPU. The runtime calls :func:`redirect_megatron_to_cpu` if no GPU is used; importing this changes nothing.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ _FACTORIES = [
     "full_like",
 ]
 
-# what this package calls, so that nothing is loaded, unredirected, later
+# all modules that this package calls: one that is imported later would not be redirected
 _USED_MODULES = (
     "megatron.core.distributed",
     "megatron.core.dist_checkpointing.strategies.filesystem_async",
@@ -75,7 +74,7 @@ def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _NoStream:
-    """Stands for a CUDA stream: every method does nothing."""
+    """Replaces a CUDA stream; every method does nothing."""
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         return lambda *args, **kwargs: None
@@ -118,13 +117,13 @@ def _torch_stand_in() -> types.ModuleType:
     for name in _FACTORIES:
         stand_in.__dict__[name] = _on_cpu(getattr(torch, name))
     stand_in.__dict__["cuda"] = _cuda_stand_in()
-    # names that torch resolves lazily are looked up in the real module
+    # names that torch resolves lazily come from the real module
     stand_in.__dict__["__getattr__"] = lambda name: getattr(torch, name)
     return stand_in
 
 
 class CpuRNGStatesTracker:
-    """Named random streams over the CPU generator, with the interface of Megatron's CUDA tracker."""
+    """Named random streams of the CPU generator, with the interface of Megatron's CUDA tracker."""
 
     def __init__(self) -> None:
         self.reset()
@@ -165,7 +164,7 @@ class CpuRNGStatesTracker:
 def _clip_grad_by_total_norm(
     parameters: Any, max_norm: float, total_norm: float, use_decoupled_grad: bool = False
 ) -> None:
-    """Megatron's clipping without its assertion that gradients are CUDA tensors."""
+    """Megatron's gradient clipping without its assertion that gradients are CUDA tensors."""
     name = "decoupled_grad" if use_decoupled_grad else "grad"
     grads = [g for p in parameters if (g := getattr(p, name, None)) is not None]
     coefficient = max_norm / (total_norm + 1.0e-6)
@@ -175,9 +174,9 @@ def _clip_grad_by_total_norm(
 
 @contextlib.contextmanager
 def types_of_cuda_tensors() -> Iterator[None]:
-    """Inside, a tensor on the CPU names its type as one on a GPU would.
+    """Make ``Tensor.type()`` of a CPU tensor return the CUDA name inside.
 
-    Megatron's distributed optimizer sorts parameters by the names of their types when it is built.
+    Megatron's distributed optimizer sorts parameters by these names when it is constructed.
     """
     own = torch.Tensor.type
 
@@ -189,14 +188,14 @@ def types_of_cuda_tensors() -> Iterator[None]:
     try:
         yield
     finally:
-        del torch.Tensor.type  # what PyTorch's base class has shows again
+        del torch.Tensor.type  # uncovers the method of PyTorch's base class
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep freed blocks below 1 GiB for the next tensors instead of giving them back to the kernel.
+    """Make glibc keep freed blocks below 1 GiB for the next tensors instead of returning them to the kernel.
 
-    By default every activation of some size is mapped anew and its pages are zeroed at first touch, which took a third
-    of the time of a forward pass. What the user says by glibc's own variables (``MALLOC_TRIM_THRESHOLD_``) stands.
+    By default every large activation is mapped anew and its pages are zeroed at first touch, which took a third of the
+    time of a forward pass. Does nothing if the user sets a variable of glibc's (``MALLOC_TRIM_THRESHOLD_``).
     """
     if any(name.startswith("MALLOC_") for name in os.environ):
         return
@@ -208,11 +207,11 @@ def keep_freed_memory() -> None:
 
 @contextlib.contextmanager
 def one_group_per_set_of_ranks() -> Iterator[None]:
-    """Inside, Megatron's process groups of the same ranks are one group.
+    """Make Megatron's process groups of the same ranks one group inside.
 
-    Megatron makes some thirty groups, most of them of the same few sets of ranks. Every gloo group keeps three threads,
-    one of which wakes a hundred times a second: the groups of four processes kept half a core busy with waiting.
-    All ranks issue their collectives in the same order, whatever they call the group, so that sharing is safe.
+    Megatron makes some thirty groups of a few sets of ranks. Every gloo group has three threads, one of which wakes a
+    hundred times a second: the groups of four idle processes used half a core. Sharing is safe because all ranks issue
+    their collectives in the same order.
     """
     from megatron.core import parallel_state
 
@@ -233,9 +232,9 @@ def one_group_per_set_of_ranks() -> Iterator[None]:
 
 
 def _take_torch_optimizers() -> None:
-    """Give Megatron's optimizer PyTorch's Adam and SGD, and its own loops over tensors, as where nothing else is there.
+    """Make Megatron's optimizer use PyTorch's Adam and SGD and plain loops over tensors.
 
-    It decides when it is imported: with Transformer Engine or Apex installed it has theirs, which are for GPUs alone.
+    It chooses at import: Transformer Engine's or Apex's if installed, which work only on GPUs.
     """
     import megatron.core.optimizer as optimizers
     from megatron.core import utils
@@ -256,14 +255,14 @@ _stand_in: types.ModuleType | None = None
 
 
 def redirect_megatron_to_cpu() -> None:
-    """Point Megatron-Core's modules at the CPU. Safe to call again."""
+    """Redirect Megatron-Core's modules to the CPU. Calling it again has no effect."""
     global _stand_in
     for name in _USED_MODULES:
         importlib.import_module(name)
     if _stand_in is None:
         _stand_in = _torch_stand_in()
-        # the only method call that cannot be reached through a module's names: tied embeddings of
-        # a pipeline (LanguageModule) move their weight with Tensor.cuda()
+        # the only call that no module's name reaches: LanguageModule moves the weight of a pipeline's tied
+        # embeddings with Tensor.cuda()
         torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign,assignment]
     for name, module in list(sys.modules.items()):
         if name.startswith("megatron.core") and getattr(module, "torch", None) is torch:

@@ -1,8 +1,8 @@
-"""Linear layers on CPU: on processors that are not Intel's through oneDNN, in fp32, forward and backward.
+"""Linear layers on CPU: fp32 products through oneDNN on processors that are not Intel's, forward and backward.
 
-PyTorch gives fp32 matrix products to MKL, which takes AVX-512 on Intel's processors only; oneDNN takes it wherever it
-is. On an AMD EPYC (Zen 5) that is 230 against 105 GFLOP/s on one core, in the same precision. On an Intel Xeon with
-AVX-512 MKL is the faster one: 10 to 25% forward at widths of 64 to 336, and twice for gradients of weights.
+PyTorch computes fp32 matrix products by MKL, which uses AVX-512 on Intel's processors only; oneDNN uses it on all. On
+an AMD EPYC (Zen 5) oneDNN reaches 230 GFLOP/s on one core, MKL 105. On an Intel Xeon with AVX-512 MKL is faster: by 10
+to 25% forward at widths of 64 to 336, and twice as fast for weight gradients.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from megatron.core.tensor_parallel import (
 )
 from torch import Tensor, nn
 
-# with fewer rows setting up oneDNN's kernel costs more than it saves
+# with fewer rows the set-up of oneDNN's kernel costs more than it saves
 _FEWEST_ROWS = 16
 
 
 @functools.cache
 def takes_onednn() -> bool:
-    """Whether fp32 products go through oneDNN: PyTorch has it, and MKL does not take this processor's vector units."""
+    """Whether fp32 products use oneDNN: PyTorch has it, and the processor is not Intel's."""
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return False
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:  # no Linux
+    except OSError:  # not Linux
         return True
     return not any(line.startswith("vendor_id") and line.endswith("GenuineIntel") for line in lines)
 
 
 def use_cpu_products(part: nn.Module) -> None:
-    """Let the tensor-parallel linear layers of a model chunk on CPU compute by the faster library."""
+    """Make the tensor-parallel linear layers of a model chunk on CPU use the faster library."""
     for module in part.modules():
         if isinstance(module, ColumnParallelLinear | RowParallelLinear):
             module._forward_impl = _linear
@@ -52,7 +52,7 @@ def _linear(
     tp_group: Any,
     **_: Any,
 ) -> Tensor:
-    """Stands for Megatron's two linear functions, with the same communication."""
+    """Replaces Megatron's two linear functions; the communication is the same."""
     if sequence_parallel:
         input = gather_from_sequence_parallel_region(input, tensor_parallel_output_grad=True, group=tp_group)
     elif allreduce_dgrad:
@@ -86,7 +86,7 @@ class _Linear(torch.autograd.Function):
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x W' + bias; both may be transposed views."""
+    """x W' + bias; x and W may be transposed views."""
     if x.dtype != torch.float32 or x.numel() < _FEWEST_ROWS * max(1, x.size(-1)):
         return nn.functional.linear(x, weight, bias)
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")

@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself (``meta.json``), checked before anything is built from it."""
+"""Validates a checkpoint's description (``meta.json``) before anything is built from it."""
 
 from __future__ import annotations
 
@@ -31,15 +31,14 @@ _FIELDS: dict[str, tuple[type, ...]] = {
     "conversion": (dict,),
 }
 _NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", dict: "an object"}
-_MOST = 1 << 40  # of any size in a model
+_MOST = 1 << 40  # no dimension of a model is larger
 _DEPTH = 20
 
 
 def check_description(meta: dict[str, Any], source: str) -> None:
-    """Raise CheckpointError that names ``source`` and the key for a value of another type, size or kind.
+    """Raise CheckpointError with ``source`` and the key for a value of a wrong type, size or kind.
 
-    No text may hold ``${``: it would be replaced, for instance by a variable of the environment, once it stands in a
-    configuration.
+    No string may contain ``${``: OmegaConf would interpolate it, for instance with an environment variable.
     """
     for key, types in _FIELDS.items():
         if key in meta and type(meta[key]) not in types:
@@ -54,7 +53,7 @@ def check_description(meta: dict[str, Any], source: str) -> None:
 
 
 def check_size(path: Path, meta: dict[str, Any], model: ModelConfig) -> None:
-    """Raise CheckpointError when ``meta`` describes a larger model than the weights hold, before memory is taken."""
+    """Raise CheckpointError if ``meta`` describes a larger model than the weights hold, before memory is allocated."""
     stored = open_metadata(path / "weights").state_dict_metadata
     held = sum(
         math.prod(item.size)
@@ -71,12 +70,12 @@ def check_size(path: Path, meta: dict[str, Any], model: ModelConfig) -> None:
 
 
 def check_section(kind: Any, settings: dict[str, Any], place: str, source: str) -> None:
-    """Raise CheckpointError for a value of another type or range than the dataclass ``kind`` has for it.
+    """Raise CheckpointError for a value whose type or range is not that of the field of the dataclass ``kind``.
 
     Args:
-        settings: values of ``kind``; keys that it lacks are for whoever reads them.
-        place: where the values stand in a configuration, as ``model.optim``.
-        source: what an error names.
+        settings: values of ``kind``; unknown keys are ignored.
+        place: dotted prefix of the keys in a configuration, such as ``model.optim``.
+        source: named in errors.
     """
     hints = typing.get_type_hints(kind)
     for name in (field.name for field in dataclasses.fields(kind)):
@@ -103,19 +102,19 @@ def check_section(kind: Any, settings: dict[str, Any], place: str, source: str) 
 
 def _is(value: Any, kind: type) -> bool:
     if kind is float:
-        # a whole number beyond the largest float would end in an error of Python's own
+        # float() of a larger integer raises OverflowError
         return type(value) is float or (type(value) is int and abs(value) <= _MOST)
     return type(value) is kind
 
 
 def check_texts(value: Any, source: str) -> None:
-    """Raise CheckpointError that names ``source`` for a text with ``${`` in a list or object, keys included."""
+    """Raise CheckpointError with ``source`` for a string with ``${`` anywhere in a list or object, keys included."""
     level: list[Any] = [value]
     for _ in range(_DEPTH):
         inner = [i for item in level for i in (([*item, *item.values()]) if isinstance(item, dict) else item)]
         text = next((item for item in inner if isinstance(item, str) and "${" in item), None)
         if text is not None:
-            raise CheckpointError(f"{source}: {_shown(text)} would be replaced by something else, which is not done")
+            raise CheckpointError(f"{source}: {_shown(text)} contains ${{, which is not allowed")
         level = [item for item in inner if isinstance(item, dict | list)]
         if not level:
             return
@@ -123,7 +122,7 @@ def check_texts(value: Any, source: str) -> None:
 
 
 def _shown(value: Any) -> str:
-    """A value for a message; a number of thousands of digits, which Python does not write, by its length."""
+    """A value as text for a message. Python refuses to print integers of thousands of digits."""
     if isinstance(value, int) and value.bit_length() > 200:
         return "a number of more than 60 digits"
     return one_line(repr(value) if not isinstance(value, dict | list) else f"a {type(value).__name__}", 80)
