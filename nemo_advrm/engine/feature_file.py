@@ -1,4 +1,4 @@
-"""``reference_features.json`` of a hybrid reward model: its weights, and the frozen policy that they belong to."""
+"""Reads and writes ``reference_features.json`` of a hybrid reward model: feature weights and their frozen policy."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class FeatureWeights:
 
     Attributes:
         names: features, in the order of their weights.
-        weights: of the plain score first, then of each feature, for values as they are (nats).
+        weights: weight of the plain score, then of each feature (of its unscaled value, in nats).
         policy: directory of the frozen policy.
-        fingerprint: of what that directory holds.
+        fingerprint: hash of that directory's content.
         prompts: the other prompts of ``prompt_gain``.
-        pairs: on how many pairs the weights were fitted.
+        pairs: number of pairs that the weights were fitted on.
     """
 
     names: tuple[str, ...]
@@ -40,7 +40,7 @@ class FeatureWeights:
     pairs: int
 
     def warnings(self) -> list[str]:
-        """What is said of weights that do not make the reward that was meant."""
+        """Warnings about weights with the wrong sign."""
         counts = {"prompt_gain": "responses that fit other prompts as well", "reward": "what the reward model dislikes"}
         return [
             f"warning: the fitted weight of {name} is {weight:.3g}: in the {self.pairs} pairs it was fitted on, people "
@@ -50,7 +50,7 @@ class FeatureWeights:
         ]
 
     def write(self, model: Path) -> None:
-        """Store in the directory of a reward model, whose manifest lists the file then; this rank alone."""
+        """Write the file into a reward model's directory and add it to its manifest; call on one rank."""
         policy = Path(self.policy).absolute()
         manifest.add(
             model,
@@ -69,9 +69,9 @@ class FeatureWeights:
 
     @classmethod
     def read(cls, model: Path) -> FeatureWeights | None:
-        """What a reward model's directory holds, None where it has no features.
+        """Read the file of a reward model's directory; None if it has none.
 
-        Raises CheckpointError, naming the file, for one that cannot be used.
+        Raises CheckpointError, naming the file, if it cannot be used.
         """
         path = model / FILE
         if not path.exists():
@@ -103,7 +103,7 @@ class FeatureWeights:
         return cls(names, weights, str(policy), fingerprint, prompts, int(found["pairs"]))
 
     def check_policy(self, place: str) -> None:
-        """Raise CheckpointError, naming ``place`` and the policy's directory, where that was moved or changed."""
+        """Raise CheckpointError, naming ``place`` and the policy's directory, if the policy was moved or changed."""
         if not Path(self.policy).exists():
             raise CheckpointError(
                 f"{place}: the frozen policy {self.policy} of its {FILE} is not there: move it back, or score without "
@@ -117,7 +117,7 @@ class FeatureWeights:
 
 
 def refuse_features(model: Path, drop: bool) -> None:
-    """Raise ConfigError for a hybrid reward model that is to be converted, unless its features may be dropped."""
+    """Raise ConfigError if a reward model that is to be converted is hybrid, unless its features may be dropped."""
     if (model / FILE).exists() and not drop:
         raise ConfigError(
             f"{model} is a hybrid reward model: its score is made of its weights and of {FILE}, which no other format "
@@ -130,7 +130,7 @@ def policy_fingerprint(policy: Path) -> str:
 
 
 def _find(named: Path, beside: Path, fingerprint: str) -> Path:
-    """The policy's directory: where it was, or at the same place seen from the model, if it is the policy."""
+    """The policy's directory: the recorded one, else the one at the same path relative to the model, if unchanged."""
     if not named.exists() and beside.exists() and policy_fingerprint(beside) == fingerprint:
         return beside.resolve()
     return named

@@ -1,4 +1,4 @@
-"""FLOPs of the forward pass of one layer and of the output layer, from the architecture alone."""
+"""FLOPs of the forward pass of one layer and of the output layer, computed from the architecture."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from nemo_advrm.engine.parameters import Sizes
 
 @dataclass(frozen=True)
 class Microbatch:
-    """Rows of equal length that pass the pipeline together."""
+    """Rows of equal length in one microbatch."""
 
     rows: int
     length: int
@@ -22,7 +22,7 @@ class Microbatch:
 
 @dataclass(frozen=True)
 class LayerFlops:
-    """FLOPs of one layer's forward pass over a microbatch, over all its ranks."""
+    """FLOPs of one layer's forward pass over a microbatch, summed over its ranks."""
 
     matrices: float
     attention: float
@@ -33,12 +33,12 @@ class LayerFlops:
 
 
 def layer_flops(model: ModelConfig, batch: Microbatch) -> LayerFlops:
-    """2 FLOPs per weight and token, and half of 4 s^2 q per row: a causal attention computes half its scores."""
+    """2 FLOPs per weight and token, and half of 4 s^2 q per row, as causal attention computes half of the scores."""
     size = Sizes.of(model)
     matrices = size.hidden * (2 * size.query + 2 * size.key + size.ffn * (3 if size.gated else 2))
     return LayerFlops(2.0 * matrices * batch.tokens, 2.0 * batch.tokens * batch.length * size.query)
 
 
 def head_flops(model: ModelConfig, head: str, tokens: float, vocab_size: int) -> float:
-    """Of the output layer; a scalar head has next to none."""
+    """FLOPs of the output layer; those of a scalar head are negligible."""
     return 2.0 * tokens * model.hidden_size * vocab_size if head == "lm" else 0.0

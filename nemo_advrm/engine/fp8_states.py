@@ -1,4 +1,4 @@
-"""Transformer Engine's FP8 states in a checkpoint: tensors of bytes that it unpickles, checked before it does."""
+"""Checks Transformer Engine's FP8 states in a checkpoint, byte tensors that it unpickles, before it reads them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from nemo_advrm.engine.file_readers import only_torch_classes, reason
 from nemo_advrm.errors import CheckpointError
 
-# what its states hold beside tensors and plain values (transformer_engine/common/recipe)
+# classes in these states beside tensors and plain values (transformer_engine/common/recipe)
 _RECIPES = (
     "DelayedScaling",
     "Float8BlockScaling",
@@ -29,9 +29,9 @@ _RECIPES = (
 
 
 def check_fp8_states(state: Mapping[str, Any], source: str) -> None:
-    """Raise CheckpointError that names ``source`` and the key of an ``_extra_state`` that names more than FP8 recipes.
+    """Raise CheckpointError, naming ``source`` and key, for an ``_extra_state`` with other classes than FP8 recipes.
 
-    Transformer Engine reads such a state by ``pickle.loads``, which lets it run any code.
+    Transformer Engine reads such a state by ``pickle.loads``, which can run any code.
     """
     for key, value in state.items():
         if "_extra_state" not in key or value is None:
@@ -48,14 +48,14 @@ def check_fp8_states(state: Mapping[str, Any], source: str) -> None:
 
 class _Inert:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """Keeps nothing."""
+        """Ignores all arguments."""
 
     def __setstate__(self, state: Any) -> None:
         """Does nothing."""
 
 
 class _Checked(pickle._Unpickler):
-    """Runs nothing but what rebuilds tensors; raises for a name that is not known."""
+    """Unpickler that only rebuilds tensors; raises for every other name."""
 
     def find_class(self, module: str, name: str) -> Any:
         if module == "transformer_engine.common.recipe" and name in _RECIPES:
@@ -74,7 +74,7 @@ class _Checked(pickle._Unpickler):
 
 
 def _load_from_bytes(data: bytes) -> Any:
-    """PyTorch unpickles these bytes without ``weights_only``."""
+    """Replaces the function of PyTorch, which unpickles these bytes without ``weights_only``."""
     with only_torch_classes():
         torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     return _Inert()

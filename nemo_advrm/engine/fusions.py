@@ -1,4 +1,4 @@
-"""Which of Megatron-Core's fused operations a model takes on this machine, and why not the others."""
+"""Which fused operations of Megatron-Core a model uses on this machine, and why it does not use the others."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from nemo_advrm.config.schema import ModelConfig
 from nemo_advrm.engine import transformer_engine
 
-# name -> what Megatron's configuration calls it. Its fused operation for F.gelu computes the tanh form, so that exact
-# GELU has none; neither have the ReLUs.
+# name -> the function in Megatron's configuration. Its fused operation for F.gelu computes the tanh form, so exact GELU
+# has none, and neither have the ReLUs.
 FUSED_ACTIVATIONS: dict[str, Callable[..., torch.Tensor]] = {"swiglu": F.silu, "geglu_tanh": F.gelu}
 OFF = "model.fused_kernels=false"
 _NO_GPU = "there is no GPU"
@@ -30,7 +30,7 @@ class Fusion:
 
     Attributes:
         title: what is fused.
-        reason: why it is not active; empty where it is.
+        reason: why it is not active; empty if it is.
     """
 
     option: str
@@ -58,13 +58,13 @@ def fusions(model: ModelConfig, on_gpu: bool) -> list[Fusion]:
 
 
 def settings(model: ModelConfig, on_gpu: bool) -> dict[str, bool]:
-    """The options as Megatron's configuration takes them."""
+    """The options as keys of Megatron's TransformerConfig."""
     return {fusion.option: fusion.active for fusion in fusions(model, on_gpu)}
 
 
 @contextlib.contextmanager
 def without_fused_rotation(config: Any) -> Iterator[None]:
-    """Rotate unfused inside: the kernel turns all rows by the same angles; those of a cache are at unlike positions.
+    """Switch the fused rotation off inside: its kernel uses the same angles for all rows, but rows of a cache differ.
 
     ``config`` is the TransformerConfig that all layers share.
     """
@@ -76,12 +76,12 @@ def without_fused_rotation(config: Any) -> Iterator[None]:
 
 
 def fuses_activation(model: ModelConfig) -> bool:
-    """Whether a GPU with torch.compile fuses the model's activation, which then keeps its input alone."""
+    """Whether torch.compile fuses the activation on a GPU; the backward pass then only needs its input."""
     return model.fused_kernels and not _activation(model)
 
 
 def _activation(model: ModelConfig) -> str:
-    return "" if model.activation in FUSED_ACTIVATIONS else f"Megatron has none that computes {model.activation}"
+    return "" if model.activation in FUSED_ACTIVATIONS else f"Megatron has none for {model.activation}"
 
 
 def _bias(model: ModelConfig) -> str:
@@ -93,7 +93,7 @@ def _bias(model: ModelConfig) -> str:
 
 
 def _compiled(on_gpu: bool) -> str:
-    """These two are torch.compile's, which on a CPU takes longer to compile them than small models train."""
+    """Both use torch.compile. On a CPU compiling takes longer than training a small model."""
     if not on_gpu:
         return _NO_GPU
     return "" if importlib.util.find_spec("triton") is not None else _NO_COMPILER
@@ -110,13 +110,13 @@ def _rotation(model: ModelConfig, on_gpu: bool) -> str:
 def _weight_gradients(on_gpu: bool) -> str:
     if not on_gpu:
         return _NO_GPU
-    # the embedding and the output layer are Megatron's own, which ask for it even where all else is TE's
+    # the embedding and the output layer are Megatron's own, which need Apex even with Transformer Engine
     return "" if loads("fused_weight_gradient_mlp_cuda") else "Apex is not installed with its CUDA extensions"
 
 
 @cache
 def loads(module: str) -> bool:
-    """Whether an optional package can be imported: one built for another CUDA or PyTorch fails in many ways."""
+    """Whether an optional module can be imported: a build for another CUDA or PyTorch fails in many ways."""
     try:
         importlib.import_module(module)
     except Exception:

@@ -1,5 +1,7 @@
-"""Generates responses with a key/value cache, over tensor and pipeline parallel ranks; context parallel ranks share the
-prompts."""
+"""Generates responses with a key/value cache under tensor and pipeline parallelism.
+
+Context-parallel ranks generate for different prompts, because one new token per row cannot be split over ranks.
+"""
 
 from __future__ import annotations
 
@@ -21,19 +23,19 @@ from nemo_advrm.engine.precision import without_fp8
 from nemo_advrm.engine.sampling import Sampling, pick
 from nemo_advrm.errors import ConfigError
 
-# finished rows are dropped once they are this share of the batch: copying the cache costs about one step
+# drop finished rows once they are this share of the batch: copying the cache costs about as much as one step
 _DROP_SHARE = 0.25
-# prompts are read together while the longest is at most this times the shortest, or there are few tokens: those of so
-# many passes that cost nothing but their launches
+# prompts share a prefill pass if the longest is at most this many times as long as the shortest, or if the pass has
+# fewer tokens than this many passes whose cost is only their launches
 _LIKE = 1.25
 _FEWEST_PASSES = 4
 
 
 @dataclass(frozen=True)
 class Generation:
-    """Responses in the order of their prompts; ``ended`` is False where the length ran out first.
+    """Responses in the order of their prompts.
 
-    A response holds its stop token as its last one when it ended.
+    ``ended`` is False for a response that reached the length limit. Otherwise its last token is the stop token.
     """
 
     responses: list[list[int]]
@@ -41,7 +43,7 @@ class Generation:
 
 
 def uniforms(seed: int, rows: int, tokens: int) -> Tensor:
-    """[rows, tokens] numbers in [0, 1) that depend on ``seed`` alone; row i is the same for any ``rows`` > i."""
+    """[rows, tokens] random numbers in [0, 1). Row i depends on ``seed`` and i only, not on ``rows``."""
     generator = torch.Generator().manual_seed(seed)
     return torch.rand(rows, tokens, generator=generator)
 
@@ -50,18 +52,18 @@ def uniforms(seed: int, rows: int, tokens: int) -> Tensor:
 def generate(
     model: MegatronModel, prompts: list[list[int]], sampling: Sampling, uniforms_BT: Tensor, max_rows: int = 0
 ) -> Generation:
-    """Continue every prompt; all ranks of one model replica call with the same prompts and get the same result.
+    """Generate a response to every prompt. All ranks of a replica call with the same prompts and get the same result.
 
-    Every replica calls, one without prompts too: weights may have to be gathered. Otherwise replicas exchange nothing
-    here (no FP8), and each makes as many passes as its own responses need.
+    Every replica must call, even without prompts, because weights may have to be gathered. Apart from that replicas do
+    not communicate (there is no FP8 here), so each makes only the passes that its own responses need.
 
     Args:
         prompts: token ids, none empty; lengths may differ.
-        uniforms_BT: [len(prompts), max_new_tokens] (see :func:`uniforms`); not read when greedy.
-        max_rows: most rows in one batch; 0 takes all at once. Batches are made of similar lengths.
+        uniforms_BT: [len(prompts), max_new_tokens] (see :func:`uniforms`); not used if greedy.
+        max_rows: largest batch; 0 means all rows. Rows of similar length share a batch.
 
     Raises:
-        ConfigError: a prompt is empty or prompt plus response exceed the model's context.
+        ConfigError: a prompt is empty, or prompt plus response exceed the model's context.
     """
     limit = model.model_config.encoder_seq_length
     for i, prompt in enumerate(prompts):
@@ -75,7 +77,7 @@ def generate(
     model.gather_parameters()
     model.eval()
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    # a row in decoding has one token, which ranks cannot share: they share the rows, each with its part of all lengths
+    # context-parallel ranks take different rows, interleaved by length for equal work
     ranks = parallel_state.get_context_parallel_world_size()
     own = order[parallel_state.get_context_parallel_rank() :: ranks]
     step = max_rows or len(own) or 1
@@ -113,7 +115,7 @@ def _generate_batch(
 
     logits = _prefill(model, tokens_BS, lengths_B, cache)
     cache.start_decoding()
-    alive = torch.arange(len(prompts), device=device)  # rows of the cache -> rows of the batch
+    alive = torch.arange(len(prompts), device=device)  # row of the cache -> row of the batch
     running = torch.ones_like(alive, dtype=torch.bool)
     written_BT = torch.full((len(prompts), sampling.max_new_tokens), -1, dtype=torch.int64, device=device)
     ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
@@ -140,7 +142,7 @@ def _generate_batch(
 
 
 def _prefill(model: MegatronModel, tokens_BS: Tensor, lengths_B: Tensor, cache: KVCache) -> Tensor | None:
-    """Read the prompts, those of similar length together; gives logits as :func:`_call_pipeline` does."""
+    """Fill the cache with the prompts, in passes of similar lengths; returns what :func:`_call_pipeline` returns."""
     parts = []
     start = 0
     fewest = _FEWEST_PASSES * microbatch_cost(tokens_BS.device)
@@ -156,7 +158,7 @@ def _prefill(model: MegatronModel, tokens_BS: Tensor, lengths_B: Tensor, cache: 
 
 
 def _similar_lengths(lengths: list[int], max_tokens: int, fewest_tokens: int) -> list[int]:
-    """Ends of the groups of rows (in order of rising length) that are read together: little padding, enough work."""
+    """Ends of the groups of rows, sorted by length, that share a prefill pass: little padding, enough work each."""
     cuts = []
     start = 0
     for row in range(1, len(lengths)):
@@ -176,10 +178,10 @@ def _call_pipeline(
     mask: Tensor | None,
     cache: KVCache,
 ) -> Tensor | None:
-    """One pass through all stages, chunk after chunk; [B, V] logits on the last stage, None before it."""
+    """One pass through all stages and chunks; [B, V] logits on the last stage, None on the others."""
     rt = runtime.current()
     rows, length = tokens_BS.shape
-    # context-parallel ranks have rows of their own
+    # not context-parallel ranks: each has its own rows
     ranks = rt.layout.tensor * rt.layout.pipeline
     throughput.count_pass(model.model_config, model.head, rows, length, rows, model.vocab_size, ranks)
     group = parallel_state.get_pipeline_model_parallel_group() if rt.layout.pipeline > 1 else None

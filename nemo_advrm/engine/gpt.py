@@ -1,4 +1,4 @@
-"""Megatron-Core's GPT with one of three heads: next-token logits, one reward, or a value per token."""
+"""Megatron-Core's GPT with one of three heads: next-token logits, a reward per row, or a value per token."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ Head = Literal["lm", "reward", "value"]
 class ScalarHead(nn.Module):
     """Linear map from the last hidden state to ``outputs`` numbers, in fp32 on every rank.
 
-    It is replicated over tensor-parallel ranks, which all see the same hidden state and so the same
-    gradient, and lives on the last pipeline stage.
+    It is on the last pipeline stage. Tensor-parallel ranks have replicas, whose gradients are equal because they see
+    the same hidden state.
     """
 
     def __init__(self, hidden_size: int, outputs: int, init_std: float, bias: bool = False) -> None:
@@ -44,13 +44,15 @@ class ScalarHead(nn.Module):
 
 
 class HeadedGPT(GPTModel):
-    """A GPT model chunk whose last stage ends in ``head``.
+    """A GPT model chunk with ``head`` on the last stage.
 
-    Under sequence parallelism the last hidden state is gathered first and the head then works on the
-    tokens that are asked for, so every head sees whole sequences and no logits are made for prompts. Context
-    parallelism stays inside: inputs are whole sequences, and outputs are those of whole sequences on every rank, but
-    for the logits of a language model's training, of which each rank makes its share.
-    ``banned_token_ids`` have no probability: padding of the vocabulary, and control tokens in answers.
+    Sequence parallelism: the last hidden state is gathered before the head, which then computes only the requested
+    tokens, so that no logits are computed for prompts.
+
+    Context parallelism: inputs are whole sequences, and so are outputs, on every rank. Only the logits for training a
+    language model stay split (:class:`SplitLogits`).
+
+    ``banned_token_ids`` get no probability: padding of the vocabulary, and control tokens in responses.
     """
 
     def __init__(
@@ -85,30 +87,30 @@ class HeadedGPT(GPTModel):
             vp_stage=vp_stage,
         )
         if model.position_embedding_type == "rope":
-            self.rotary_pos_emb.cp_group = None  # it keeps the whole sequence's angles; forward takes its part
+            self.rotary_pos_emb.cp_group = None  # keep the angles of the whole sequence; forward slices them
         if model.rope_scaling:
             self._scale_rotation(model)
-        # rounded to the embeddings' format first, as in transformers
+        # rounded to the dtype of the embeddings, as in transformers
         self.embedding_scale = torch.tensor(model.embedding_scale, dtype=config.params_dtype, device="cpu").item()
         self.logit_softcap = model.logit_softcap
         self.head_kind = head
         if not post_process:
             return
         if head == "lm":
-            # hidden states arrive gathered (see class docstring): the layer is told so
+            # hidden states arrive gathered (see the class docstring)
             self.output_layer.sequence_parallel = False
             self.output_layer.allreduce_dgrad = config.tensor_model_parallel_size > 1
-            self.hidden_V = torch.zeros(vocab_size, dtype=torch.bool)
-            self.hidden_V[list(banned_token_ids)] = True
+            self.banned_V = torch.zeros(vocab_size, dtype=torch.bool)
+            self.banned_V[list(banned_token_ids)] = True
             part = vocab_size // config.tensor_model_parallel_size
             rank = self.pg_collection.tp.rank()
-            self.own_hidden_V = self.hidden_V[rank * part : (rank + 1) * part]
+            self.own_banned_V = self.banned_V[rank * part : (rank + 1) * part]
         else:
             del self.output_layer
             self.head = ScalarHead(config.hidden_size, head_outputs, head_init_std, model.head_bias)
 
     def _scale_rotation(self, model: ModelConfig) -> None:
-        """Llama 3.1's frequencies; the constructor would take the first of the four numbers only."""
+        """Set Llama 3.1's frequencies; Megatron's constructor takes only the first of the four numbers."""
         rotary = self.rotary_pos_emb
         rotary.inv_freq = rotary._apply_scaling(
             rotary.inv_freq,
@@ -133,21 +135,21 @@ class HeadedGPT(GPTModel):
 
         Args:
             input_ids, position_ids: [B, S] int64.
-            attention_mask: True = hidden, only used when decoding from a cache.
-            read_at_B: position of each row's last real token (reward; lm when generating).
-            predict_BS: positions whose next-token logits are wanted (lm when training).
+            attention_mask: True = hidden; only used when decoding from a cache.
+            read_at_B: position of each row's last real token (reward, and lm when generating).
+            predict_BS: mask of the positions whose next-token logits are requested (lm when training).
             gather_logits: gather the vocabulary over tensor-parallel ranks.
 
         Returns:
-            Before the last stage: hidden states [S, B, H]. On it, reward: [B, outputs] at ``read_at_B``;
-            value: [B, S]; lm: [N, V / tp] at ``predict_BS`` in row order (:class:`SplitLogits` where ranks share
-            sequences) or [B, V] at ``read_at_B``.
+            Hidden states [S, B, H] before the last stage. On the last stage: [B, outputs] at ``read_at_B`` (reward),
+            [B, S] (value), [N, V / tp] at ``predict_BS`` in row order (lm; :class:`SplitLogits` under context
+            parallelism) or [B, V] at ``read_at_B`` (lm).
         """
         length = input_ids.size(1)
-        shared = self.config.context_parallel_size > 1
-        if shared:
+        sliced = self.config.context_parallel_size > 1
+        if sliced:
             input_ids, position_ids = context.cp_slice(input_ids, 1), context.cp_slice(position_ids, 1)
-        embedded = None  # Megatron embeds
+        embedded = None  # then Megatron embeds
         if self.pre_process and self.embedding_scale != 1:
             embedded = self.embedding(input_ids=input_ids, position_ids=position_ids) * self.embedding_scale
         decoder_input, rotary, rotary_cos, rotary_sin, offset, _ = self._preprocess(
@@ -156,7 +158,7 @@ class HeadedGPT(GPTModel):
             decoder_input=embedded,
             inference_context=inference_context,
         )[:6]
-        if shared and rotary is not None:
+        if sliced and rotary is not None:
             rotary = context.cp_slice(rotary, 0)
         if rotary is not None and not self.config.apply_rope_fusion:
             if inference_context is not None:
@@ -179,21 +181,21 @@ class HeadedGPT(GPTModel):
             )
         if self.head_kind == "value":
             values_SB = self.head(hidden_SBH).squeeze(-1)
-            return (context.gather_sequence(values_SB) if shared else values_SB).transpose(0, 1)
+            return (context.gather_sequence(values_SB) if sliced else values_SB).transpose(0, 1)
         if read_at_B is None:
             assert predict_BS is not None
-            own_BS = context.cp_slice(predict_BS, 1) if shared else predict_BS
+            own_BS = context.cp_slice(predict_BS, 1) if sliced else predict_BS
             logits_NV = self._apply_head(hidden_SBH.transpose(0, 1)[own_BS], gather_logits)
-            return SplitLogits.of(logits_NV, predict_BS) if shared else logits_NV
+            return SplitLogits.of(logits_NV, predict_BS) if sliced else logits_NV
         rows_B = torch.arange(hidden_SBH.size(1), device=hidden_SBH.device)
-        if not shared:
+        if not sliced:
             return self._apply_head(hidden_SBH[read_at_B, rows_B], gather_logits)
         index_B, held_B = context.own_index(read_at_B, length)
         own = self._apply_head(hidden_SBH[index_B, rows_B], gather_logits)
         return context.cp_all_reduce(own.masked_fill(~held_B[:, None], 0.0))
 
     def _apply_head(self, picked_NH: Tensor, gather_logits: bool) -> Tensor:
-        """Rewards [N, outputs] or logits [N, V / tp] ([N, V] gathered) of hidden states."""
+        """Rewards [N, outputs] or logits [N, V / tp] (gathered: [N, V]) of hidden states."""
         if self.head_kind == "reward":
             return self.head(picked_NH)  # type: ignore[no-any-return]
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
@@ -201,13 +203,13 @@ class HeadedGPT(GPTModel):
         logits = logits.squeeze(1)
         if self.logit_softcap:
             logits = self.logit_softcap * torch.tanh(logits / self.logit_softcap)
-        hidden_V = self.hidden_V if gather_logits else self.own_hidden_V
-        return logits.masked_fill(hidden_V.to(logits.device), -1e9)
+        banned_V = self.banned_V if gather_logits else self.own_banned_V
+        return logits.masked_fill(banned_V.to(logits.device), -1e9)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        """Megatron's sharded tensors; without an output layer the plain module rules apply."""
+        """Megatron's sharded tensors. GPTModel's method needs an output layer, so other heads use the base class's."""
         if self.head_kind == "lm":
             return super().sharded_state_dict(prefix, sharded_offsets, metadata)
         return MegatronModule.sharded_state_dict(self, prefix, sharded_offsets, metadata)
@@ -218,7 +220,7 @@ _SEQUENCE_PARALLEL_SWITCHES = ("sequence_parallel", "scatter_to_sequence_paralle
 
 @contextlib.contextmanager
 def without_sequence_parallel(parts: list[HeadedGPT]) -> Iterator[None]:
-    """Turn sequence parallelism off for decoding, where one token cannot be split over ranks."""
+    """Switch sequence parallelism off inside, for decoding: one token per row cannot be split over ranks."""
     config = parts[0].config  # all chunks of a model share it
     if not config.sequence_parallel:
         yield

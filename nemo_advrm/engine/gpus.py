@@ -1,4 +1,4 @@
-"""GPUs the planner knows: memory, peak rates and links, from their makers' data sheets."""
+"""GPUs that the planner knows: memory, peak rates and links, from the manufacturers' data sheets."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ class GPU:
     """One GPU type.
 
     Attributes:
-        title: as people write it.
-        memory: GiB that CUDA reports, which is less than the GB on the box.
-        bf16, fp8, fp32: peak of dense matrix products, TFLOP/s; 0 where the format is not supported.
-        bandwidth: of its memory, TB/s.
-        link: to the other GPUs of its node (NVLink, or PCIe where there is none), GB/s in one direction.
-        network: its share of the node's network, GB/s in one direction.
-        host: to the CPU's memory (PCIe), GB/s in one direction.
+        title: name for people.
+        memory: GiB as CUDA reports it, less than the nominal GB.
+        bf16, fp8, fp32: peak of dense matrix products, TFLOP/s; 0 if the format is not supported.
+        bandwidth: memory bandwidth, TB/s.
+        link: to the other GPUs of the node (NVLink, else PCIe), GB/s in one direction.
+        network: share of the node's network, GB/s in one direction.
+        host: to CPU memory (PCIe), GB/s in one direction.
     """
 
     title: str
@@ -30,12 +30,12 @@ class GPU:
     host: float
 
     def peak(self, precision: str) -> float:
-        """FLOP/s of matrix products in a ``precision.name``; 0 where the GPU has no such unit."""
+        """FLOP/s of matrix products in ``precision.name``; 0 if the GPU does not support it."""
         rate = {"fp32": self.fp32, "bf16": self.bf16}.get(precision, self.fp8)
         return rate * 1e12
 
 
-# FP8 on Blackwell includes MXFP8; no other GPU here has that (see supports)
+# of these GPUs only Blackwell supports MXFP8 (see supports)
 GPUS: dict[str, GPU] = {
     "a100_40": GPU("A100 40 GB", 39.4, 312, 0, 19.5, 1.555, 300, 25, 25),
     "a100_80": GPU("A100 80 GB", 79.2, 312, 0, 19.5, 2.039, 300, 25, 25),
@@ -49,7 +49,7 @@ GPUS_PER_NODE = 8
 
 
 def supports(gpu: str, precision: str) -> bool:
-    """Whether the GPU has the precision's units."""
+    """Whether the GPU supports the precision."""
     if precision == "mxfp8":
         return gpu == "b200"
     if precision == "fp8_blockwise":

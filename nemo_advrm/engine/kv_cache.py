@@ -1,4 +1,4 @@
-"""Key/value cache for generation in which every row of the batch has its own length."""
+"""Key/value cache for generation, with its own length for every row of the batch."""
 
 from __future__ import annotations
 
@@ -10,14 +10,13 @@ from torch import Tensor
 
 
 class KVCache(StaticInferenceContext):
-    """Cache of one batch: prompts are padded on the right, each row then grows from its own end.
+    """Cache of one batch whose prompts are padded on the right; each row then grows from its own end.
 
-    Compared with Megatron's static context (one position for the whole batch) prompts of different
-    lengths decode together, positions are those of training, and rows can be dropped with
-    :meth:`keep_rows` once they are finished.
+    Megatron's static context has one position for the whole batch. Here prompts of different lengths decode together,
+    positions are those of training, and finished rows can be dropped (:meth:`keep_rows`).
 
     Attributes:
-        lengths_B: tokens held per row (int64).
+        lengths_B: tokens in the cache per row (int64).
         prefilling: True during the pass over the prompts.
     """
 
@@ -31,17 +30,17 @@ class KVCache(StaticInferenceContext):
         self._prefill = slice(0, lengths_B.numel())
 
     def prefill_rows(self, start: int, stop: int) -> None:
-        """The next pass over prompts holds the rows ``start`` to ``stop``; without this call it holds all."""
+        """The next prefill pass holds rows ``start`` to ``stop``; by default it holds all."""
         self._prefill = slice(start, stop)
 
     def rotary_angles(self, angles: Tensor, query_length: int) -> Tensor:
-        """Rotary angles [max, 1, 1, d] -> those of the tokens of this call, [s, 1 or b, 1, d]."""
+        """Select from rotary angles [max, 1, 1, d] those of this call's tokens, [s, 1 or b, 1, d]."""
         if self.prefilling:
             return angles[:query_length]
         return angles[self.lengths_B].transpose(0, 1)
 
     def update(self, layer_number: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Store this call's keys and values [s, b, groups, d]; return all that are to be attended to."""
+        """Store this call's keys and values [s, b, groups, d]; return all keys and values to attend to."""
         if layer_number not in self.key_value_memory_dict:
             self.key_value_memory_dict[layer_number] = (self._allocate(key), self._allocate(value))
         keys, values = self.key_value_memory_dict[layer_number]
@@ -60,9 +59,9 @@ class KVCache(StaticInferenceContext):
         return like.new_zeros(self.lengths_B.numel(), groups, self.max_sequence_length, channels)
 
     def start_decoding(self) -> None:
-        """End the pass over the prompts; from here each call holds one new token a row."""
+        """End the prefill; from now on each call holds one new token per row."""
         self.prefilling = False
-        self.sequence_len_offset = 1  # tells Megatron that the prompts are past
+        self.sequence_len_offset = 1  # tells Megatron that the prefill is over
         self.enable_decode_mode()
         self.attended = int(self.lengths_B.max()) + 1
 
@@ -72,7 +71,7 @@ class KVCache(StaticInferenceContext):
         self.attended = int(self.lengths_B.max()) + 1
 
     def hidden_mask(self) -> Tensor:
-        """[b, 1, 1, attended]: True where the row has no token yet (the new token included as visible)."""
+        """Mask [b, 1, 1, attended]: True after the row's new token."""
         positions = torch.arange(self.attended, device=self.lengths_B.device)
         return (positions[None, :] > self.lengths_B[:, None])[:, None, None, :]
 

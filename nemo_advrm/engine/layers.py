@@ -1,4 +1,4 @@
-"""Norms, and the layer that has norms after its parts too, for Megatron-Core's layer spec."""
+"""Norms, and a layer with norms after attention and MLP, for Megatron-Core's layer spec."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from torch import Tensor, nn
 class Norm(nn.Module):
     """RMSNorm or LayerNorm over the last dimension, by ``config.normalization``.
 
-    It stands where Transformer Engine's is absent, because Megatron's own refuses sequence parallelism.
-    With ``layernorm_zero_centered_gamma`` the stored weight is the scale minus one (Nemotron's
-    layernorm1p, Gemma's RMSNorm). Under sequence parallelism the gradients of the weights are summed over
-    tensor parallel ranks, which Megatron does for parameters that carry ``sequence_parallel``.
+    Used without Transformer Engine, because Megatron's own norm refuses sequence parallelism. With
+    ``layernorm_zero_centered_gamma`` the stored weight is the scale minus one (Nemotron's layernorm1p, Gemma's
+    RMSNorm). Under sequence parallelism Megatron sums the gradients of parameters with the attribute
+    ``sequence_parallel`` over tensor-parallel ranks.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
@@ -35,7 +35,7 @@ class Norm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.rms and self.zero_centered:
-            # Gemma multiplies before it rounds: in bf16 the sum with one would lose most of the weight
+            # as Gemma, add one and multiply in fp32: in bf16 the sum with one would lose most of the weight's bits
             return F.rms_norm(x.float(), self.weight.shape, self.weight.float() + 1, self.eps).type_as(x)
         weight = self.weight + 1 if self.zero_centered else self.weight
         if self.rms:
@@ -44,7 +44,7 @@ class Norm(nn.Module):
 
 
 class PostNormLayer(TransformerLayer):
-    """A layer whose attention and MLP outputs are normalised before they join the residual stream (Gemma 2).
+    """A layer that normalises the outputs of attention and MLP before it adds them to the residual stream (Gemma 2).
 
     Args:
         norm: class of the two norms, ``post_self_attn_layernorm`` and ``post_mlp_layernorm``.
@@ -61,7 +61,7 @@ class PostNormLayer(TransformerLayer):
 
 
 AddToResidual = Callable[[tuple[Tensor, Tensor | None], Tensor, float], Tensor]
-"""((output, bias or None), residual, dropout probability) -> the sum; Megatron's "bias dropout add"."""
+"""((output, bias or None), residual, dropout probability) -> sum; Megatron's "bias dropout add"."""
 
 
 def _after_norm(norm: nn.Module, bias_dropout_add: Callable[..., AddToResidual]) -> Callable[..., AddToResidual]:

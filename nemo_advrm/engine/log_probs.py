@@ -1,4 +1,4 @@
-"""Log-probabilities and entropy over vocabulary-parallel logits, differentiable, in one pass."""
+"""Log-probabilities and entropy of vocabulary-parallel logits, differentiable, in one pass."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ def log_probs_and_entropy(
     """log softmax(logits / temperature) at the targets, and the entropy of that distribution.
 
     Args:
-        logits_NV: [N, V / tp], this rank's part of the (padded) vocabulary; of some of the N tokens, where ranks
-            share sequences.
+        logits_NV: [N, V / tp], this rank's part of the (padded) vocabulary; under context parallelism
+            :class:`SplitLogits`.
         targets_N: [N] int64 token ids.
 
     Returns:

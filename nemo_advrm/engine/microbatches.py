@@ -1,4 +1,4 @@
-"""Microbatches of token rows: whole sequences, and rows whose response tokens are predicted."""
+"""Builds microbatches from token rows: whole sequences, or prompts with responses to predict."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from nemo_advrm.engine.schedule import Microbatch, sequence_multiple
 
 @dataclass(frozen=True)
 class EncodedResponse:
-    """One sequence, prompt and response with its end token; loss is taken from ``prompt_length`` on."""
+    """Prompt and response with its end token; the loss covers the tokens from ``prompt_length`` on."""
 
     tokens: list[int]
     prompt_length: int
 
 
 def response_microbatch(model: MegatronModel, rows: list[EncodedResponse], pad_id: int) -> Microbatch:
-    """Rows whose response tokens are to be predicted.
+    """Microbatch that predicts the response tokens of ``rows``.
 
-    ``extra`` holds ``targets_N`` [N] (all response tokens, row by row) and ``rows_N`` [N], the row of each.
+    ``extra`` holds ``targets_N`` [N], all response tokens row by row, and ``rows_N`` [N], the row of each.
     """
     microbatch = rows_to_microbatch(model, [r.tokens for r in rows], pad_id)
     tokens_BS, lengths_B = microbatch.tokens_BS, microbatch.lengths_B
     prompts_B = torch.tensor([r.prompt_length for r in rows], device=tokens_BS.device)
     positions_S = torch.arange(tokens_BS.size(1), device=tokens_BS.device)
-    # the token at position s is predicted from position s - 1
+    # position s - 1 predicts the token at position s
     predict_BS = (positions_S >= prompts_B[:, None] - 1) & (positions_S < lengths_B[:, None] - 1)
     microbatch.forward = {"predict_BS": predict_BS}
     microbatch.extra = {
@@ -40,7 +40,7 @@ def response_microbatch(model: MegatronModel, rows: list[EncodedResponse], pad_i
 
 
 def rows_to_microbatch(model: MegatronModel, rows: list[list[int]], pad_id: int) -> Microbatch:
-    """Pad ``rows`` on the right to what the layout needs."""
+    """Microbatch of ``rows``, padded on the right to a multiple that the layout needs."""
     device = runtime.current().device
     tokens_BS, lengths_B = pad_rows(rows, pad_id, sequence_multiple(model))
     return Microbatch(tokens_BS.to(device), lengths_B.to(device))
