@@ -23,9 +23,9 @@ class MegatronModel:
     """This rank's part of one model: one chunk, or several under an interleaved pipeline.
 
     Attributes:
-        chunks: what schedules call: wrapped by Megatron's DDP if the model is trained.
-        parts: the bare :class:`HeadedGPT` of each chunk.
-        gathered: False while weights that the optimizer has updated are still spread over data-parallel ranks.
+        chunks: modules that the schedules call, wrapped by Megatron's DDP if the model is trained.
+        parts: the unwrapped :class:`HeadedGPT` of each chunk.
+        gathered: False while updated weights are still sharded over data-parallel ranks.
     """
 
     chunks: list[Any]
@@ -51,7 +51,7 @@ class MegatronModel:
 
     @contextlib.contextmanager
     def resident(self) -> Iterator[None]:
-        """The weights on the device: those of a frozen model may wait in CPU memory between uses."""
+        """Keep the weights on the device inside. Between uses those of a frozen model may be in CPU memory."""
         if self.trainable or not self.model_config.offload_reference:
             yield
             return
@@ -62,11 +62,11 @@ class MegatronModel:
         try:
             yield
         finally:
-            for parameter, data in waiting:  # they do not change: nothing is copied back
+            for parameter, data in waiting:  # they did not change, so nothing is copied back
                 parameter.data = data
 
     def gather_parameters(self) -> None:
-        """Complete the weights of every rank; training does so by itself, layer by layer (overlap_param_gather)."""
+        """All-gather updated weights, if training with overlap_param_gather has not done so yet."""
         if not self.gathered:
             for chunk in self.chunks:
                 chunk.start_param_sync(force_sync=True)
@@ -78,7 +78,7 @@ class MegatronModel:
         return self._merge([part.state_dict() for part in self.parts])
 
     def sharded_state_dict(self) -> dict[str, Any]:
-        """Megatron's sharded tensors, valid for loading at any other layout."""
+        """Megatron's sharded tensors, which load at any other layout."""
         self.gather_parameters()
         return self._merge([part.sharded_state_dict(prefix="model.") for part in self.parts])
 
@@ -96,7 +96,7 @@ class MegatronModel:
 
     @property
     def _prefixes(self) -> list[str]:
-        """Every chunk counts its layers from 0: names of several chunks are told apart by the chunk's number."""
+        """Prefix of each chunk's names: the chunk's number if there are several, as each counts its layers from 0."""
         return [""] if len(self.parts) == 1 else [f"{i}." for i in range(len(self.parts))]
 
     def _merge(self, states: list[dict[str, Any]]) -> dict[str, Any]:
@@ -108,9 +108,9 @@ class MegatronModel:
 
 
 def padded_vocab_size(model: ModelConfig, tokenizer_size: int) -> int:
-    """The vocabulary padded so that tensor-parallel ranks get equal parts.
+    """Vocabulary size, padded so that tensor-parallel ranks get equal parts.
 
-    The unit does not depend on small tensor-parallel sizes, so that a checkpoint opens at TP 1, 2, 4 and 8.
+    The padding is the same for TP 1, 2, 4 and 8, so that a checkpoint opens at each of them.
     """
     wanted = model.vocab_size or tokenizer_size
     unit = model.make_vocab_size_divisible_by
@@ -131,7 +131,7 @@ def build_model(
     head_outputs: int = 1,
     head_init_std: float = 0.02,
 ) -> MegatronModel:
-    """Build this rank's part with weights drawn from ``seed``.
+    """Build this rank's part of a model with weights drawn from ``seed``.
 
     A model that is not trainable has no gradient buffers and is in eval mode. A language model gives
     ``banned_token_ids`` no probability.
@@ -159,7 +159,7 @@ def build_model(
         for chunk in range(chunks)
     ]
     for part in parts:
-        _place(part, config, rt)
+        _move_to_device(part, config, rt)
     wrapped: list[Any] = list(parts)
     if trainable:
         wrapped = [_wrap(part, config, model, bucketing=i == 0) for i, part in enumerate(parts)]
@@ -176,8 +176,8 @@ def build_model(
     return MegatronModel(wrapped, parts, config, model, head, vocab_size, head_outputs)
 
 
-def _place(part: HeadedGPT, config: TransformerConfig, rt: runtime.Runtime) -> None:
-    """Move a chunk to its device and number format; the scalar head stays in fp32."""
+def _move_to_device(part: HeadedGPT, config: TransformerConfig, rt: runtime.Runtime) -> None:
+    """Move a chunk to its device and dtype; a scalar head stays in fp32."""
     if rt.on_gpu:
         part.to(rt.device)
     else:
@@ -196,9 +196,9 @@ def _wrap(part: HeadedGPT, config: TransformerConfig, model: ModelConfig, bucket
         overlap_param_gather=model.overlap_param_gather,
         use_distributed_optimizer=model.use_distributed_optimizer,
         fp8_param_gather=config.fp8_param,
-        check_for_nan_in_grad=False,  # the step itself checks loss and gradient norm and names the step
+        check_for_nan_in_grad=False,  # the training step checks loss and gradient norm, and names the step
     )
-    # the later chunks' communication hides behind the first one's computation: one bucket each
+    # one bucket for each later chunk: its communication overlaps with the first one's computation
     chunk = DistributedDataParallel(config, ddp, part, disable_bucketing=not bucketing)
     chunk.broadcast_params()
     return chunk

@@ -1,4 +1,4 @@
-"""Megatron-Core's optimizer and the learning-rate schedule as a function of the step alone."""
+"""Megatron-Core's optimizer, and the learning-rate schedule as a function of the step."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from nemo_advrm.engine.cpu import types_of_cuda_tensors
 from nemo_advrm.engine.model import MegatronModel
 from nemo_advrm.errors import TrainingDiverged
 
-# the form of the distributed optimizer's state that any other layout can read
+# saves the distributed optimizer's state in the form that any other layout can read
 _ANY_LAYOUT = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
 
 def learning_rate(step: int, optim: OptimConfig, max_steps: int) -> float:
-    """Rate of optimizer step ``step`` (counted from 0): linear warm-up, then constant or cosine to ``min_lr``.
+    """Learning rate of step ``step``, counted from 0: linear warm-up, then constant, or cosine to ``min_lr``.
 
-    ``max_steps`` is the step at which the cosine ends. A restarted run needs no scheduler state.
+    The cosine ends at ``max_steps``. There is no scheduler state to save.
     """
     schedule = optim.sched
     if step < schedule.warmup_steps:
@@ -37,7 +37,7 @@ def learning_rate(step: int, optim: OptimConfig, max_steps: int) -> float:
 
 
 class MegatronOptimizer:
-    """Megatron-Core's optimizer over all chunks of a model, with clipping by the global norm."""
+    """Megatron-Core's optimizer of all chunks of a model, with clipping by the global gradient norm."""
 
     def __init__(self, model: MegatronModel, optim: OptimConfig, clip: float) -> None:
         self.model = model
@@ -50,7 +50,7 @@ class MegatronOptimizer:
             adam_beta1=optim.betas[0],
             adam_beta2=optim.betas[1],
             adam_eps=optim.eps,
-            clip_grad=clip if clip > 0 else math.inf,  # the norm is wanted even when nothing is clipped
+            clip_grad=clip if clip > 0 else math.inf,  # the norm is logged even if nothing is clipped
             bf16=model.config.bf16,
             params_dtype=model.config.params_dtype,
             fp8_recipe=model.config.fp8_recipe if model.config.fp8 else None,
@@ -64,10 +64,9 @@ class MegatronOptimizer:
             _number_parameters(part)
 
     def zero_grad(self) -> None:
-        """Clear gradients; to be called before every accumulation.
+        """Clear gradients; call it before every accumulation.
 
-        Both are needed: the optimizer points ``param.grad`` at the buffer, and a gradient left there
-        would be counted twice.
+        Both the buffer and ``param.grad``, which the optimizer points at it: what is left in one is counted twice.
         """
         for chunk in self.model.chunks:
             chunk.zero_grad_buffer()
@@ -76,7 +75,7 @@ class MegatronOptimizer:
     def step(self, learning_rate: float, step: int) -> float:
         """Clip and update; returns the gradient norm before clipping.
 
-        Raises TrainingDiverged, naming ``step``, when the norm is NaN or infinite.
+        Raises TrainingDiverged with the step if the norm is NaN or infinite.
         """
         for group in self.core.param_groups:
             group["lr"] = learning_rate * group.get("lr_mult", 1.0)
@@ -90,13 +89,13 @@ class MegatronOptimizer:
 
     @property
     def _inner(self) -> list[torch.optim.Optimizer]:
-        """PyTorch's optimizers below Megatron's: several when parameters are split into groups."""
+        """PyTorch's optimizers inside Megatron's; several if parameters are split into groups."""
         parts = getattr(self.core, "chained_optimizers", [self.core])
         return [part.optimizer for part in parts if part.optimizer is not None]
 
     @property
     def started(self) -> bool:
-        """False before the first step, when there is no state yet (a policy while its critic warms up)."""
+        """False before the first step, when there is no state yet (a policy during its critic's warm-up)."""
         return any(optimizer.state for optimizer in self._inner)
 
     def reset(self) -> None:
@@ -124,12 +123,12 @@ class MegatronOptimizer:
 
     @property
     def _split_adams(self) -> list[Any]:
-        """Those over PyTorch's Adam, which stands where no fused one is installed."""
+        """Distributed optimizers on PyTorch's Adam, which is used if no fused one is installed."""
         return [part for part in self._distributed if isinstance(part.optimizer, torch.optim.Adam)]
 
     @contextlib.contextmanager
     def offloaded(self) -> Iterator[None]:
-        """Let the state, and the fp32 weights behind those of 16 bits, wait in CPU memory inside."""
+        """Move the state, and the fp32 copies of 16-bit weights, to CPU memory inside, if the configuration says so."""
         if not self.model.model_config.offload_optimizer_while_generating:
             yield
             return
@@ -162,9 +161,9 @@ def _is_on(value: Any, device: torch.device) -> bool:
 
 
 def _number_parameters(part: DistributedOptimizer) -> None:
-    """Correct the optimizer's table of where each parameter's part stands in its group.
+    """Correct the optimizer's table of each parameter's index in its group.
 
-    Megatron puts fp32 parameters (our scalar heads) before those of 16 bits, but numbers them as they come.
+    Megatron puts fp32 parameters (our scalar heads) before 16-bit ones, but numbers them in their original order.
     """
     for index, group in enumerate(part.opt_group_ranges):
         order = sorted(group["params"], key=lambda parameter: parameter.dtype != torch.float32)
@@ -172,7 +171,7 @@ def _number_parameters(part: DistributedOptimizer) -> None:
 
 
 def _start_adam(adam: torch.optim.Optimizer) -> None:
-    """State as before the first step: Megatron's distributed optimizer asks for a step count before it loads one."""
+    """Make Adam's initial state: Megatron's distributed optimizer reads a step count before it loads one."""
     for group in adam.param_groups:
         for parameter in group["params"]:
             if not adam.state[parameter]:
@@ -185,10 +184,10 @@ def _start_adam(adam: torch.optim.Optimizer) -> None:
 
 @contextlib.contextmanager
 def _keeping_steps(part: Any) -> Iterator[None]:
-    """Let a distributed optimizer load the state of PyTorch's Adam, whose step count is a tensor per parameter.
+    """Make a distributed optimizer load the state of PyTorch's Adam, which has a step count tensor per parameter.
 
-    Megatron gives all parameters one tensor, which every one of them would then count up, and looks for a step among
-    the tensors that a checkpoint holds for a parameter.
+    Megatron gives all parameters the same tensor, which each of them would then increment, and expects a step among the
+    tensors that a checkpoint holds for a parameter.
     """
     fill = part._set_main_param_and_optimizer_states
 

@@ -1,4 +1,4 @@
-"""Counts a model's parameters from its configuration: of a whole model and of one rank's part of it."""
+"""Counts the parameters of a model, or of one rank's part of it, from the configuration."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ class Sizes:
     """Widths of a transformer layer in elements per token.
 
     Attributes:
-        hidden, ffn: of the residual stream and of the MLP between its two matrices.
-        query, key: of all queries and of all keys (the values have as many).
-        heads, groups: attention heads, and heads of keys and values.
-        gated: whether the MLP's first matrix has two halves.
+        hidden, ffn: width of the residual stream, and of the MLP between its two matrices.
+        query, key: width of all queries, and of all keys (equal to that of the values).
+        heads, groups: number of attention heads, and of key/value heads.
+        gated: whether the MLP's first matrix has two halves (gated linear unit).
     """
 
     hidden: int
@@ -45,13 +45,13 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Parameters:
-    """Parameters of a part of a model.
+    """Numbers of parameters of a model or a part of it.
 
     Attributes:
-        linear: weights of the matrices inside layers (what FP8 is for).
+        linear: weights of the matrices inside layers, those that FP8 applies to.
         other: norms and biases inside layers.
         embedding: token and learned position embeddings, and the last stage's copy of a tied embedding.
-        output: the output layer of a language model, where it is not tied.
+        output: the output layer of a language model, if it is not tied.
         head: the fp32 head of a reward or value model.
     """
 
@@ -78,7 +78,7 @@ def _layer(model: ModelConfig, tensor: int) -> tuple[int, int]:
         other += 2 * per_norm * head_size(model)
     if model.qkv_bias or model.bias:
         other += projections // tensor
-    if model.bias:  # biases of the two row-parallel matrices are on every rank
+    if model.bias:  # every rank has the biases of the two row-parallel matrices
         other += first // tensor + 2 * size.hidden
     return matrices, other
 
@@ -86,8 +86,8 @@ def _layer(model: ModelConfig, tensor: int) -> tuple[int, int]:
 def stage_parameters(model: ModelConfig, head: Head, vocab_size: int, stage: int, head_outputs: int = 1) -> Parameters:
     """Parameters of one rank of pipeline stage ``stage`` at the layout of ``model``.
 
-    ``vocab_size`` is the padded one (:func:`nemo_advrm.engine.model.padded_vocab_size`). Ranks of one stage have
-    equal parts.
+    ``vocab_size`` is the padded size (:func:`nemo_advrm.engine.model.padded_vocab_size`). All ranks of a stage have
+    the same number.
     """
     tensor, layers = model.tensor_model_parallel_size, layers_per_stage(model)
     matrices, other = (count * layers[stage] for count in _layer(model, tensor))
@@ -111,7 +111,7 @@ def stage_parameters(model: ModelConfig, head: Head, vocab_size: int, stage: int
 
 
 def model_parameters(model: ModelConfig, head: Head, vocab_size: int, head_outputs: int = 1) -> Parameters:
-    """Parameters of the whole model, each counted once, whatever its layout."""
+    """Parameters of the whole model, each counted once, for any layout."""
     whole = replace(
         model,
         tensor_model_parallel_size=1,

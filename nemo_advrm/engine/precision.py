@@ -1,8 +1,8 @@
-"""Number formats: what each needs of the machine, and which of Megatron-Core's options it stands for.
+"""Number formats: the requirements of each, and the options of Megatron-Core that it sets.
 
-FP8 concerns the matrix products of the layers alone, which are Transformer Engine's: embeddings, the output layer and
-the norms stay in bf16, the scalar head in fp32. Responses are generated in bf16, because one token a row is no shape
-for FP8. None of the FP8 formats has been measured by us: no machine with Transformer Engine was at hand.
+FP8 applies only to the matrix products of layers, which Transformer Engine computes. Embeddings, the output layer and
+norms stay in bf16, the scalar head in fp32. Responses are generated in bf16, because FP8 products need more than one
+token per row. The FP8 formats are not measured.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Fp8:
     Attributes:
         recipe: its name in Megatron-Core.
         format: hybrid (E4M3 forward, E5M2 gradients) or e4m3.
-        capability: least compute capability of the GPU.
+        capability: lowest compute capability of a GPU that supports it.
     """
 
     recipe: str
@@ -41,22 +41,22 @@ FP8 = {
     "fp8_blockwise": Fp8("blockwise", "e4m3", (9, 0)),
     "mxfp8": Fp8("mxfp8", "e4m3", (10, 0)),
 }
-# steps over which delayed scaling looks back for the largest value (Transformer Engine's default)
+# number of past steps whose largest value sets the scale in delayed scaling (Transformer Engine's default)
 _HISTORY = 1024
 
 
 def capability() -> tuple[int, int] | None:
-    """Compute capability of this process's GPU."""
+    """Compute capability of this process's GPU, None without one."""
     return torch.cuda.get_device_capability() if torch.cuda.is_available() else None
 
 
 def cpu_has_bf16() -> bool:
-    """Whether the processor multiplies bf16 matrices itself."""
+    """Whether the processor has instructions for bf16 matrix products."""
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def check_machine(precision: PrecisionConfig, on_gpu: bool) -> None:
-    """Raise ConfigError that names everything the format needs and this machine lacks."""
+    """Raise ConfigError with everything that the format needs and this machine lacks."""
     name = precision.name
     if name == "bf16" and not on_gpu and not cpu_has_bf16():
         raise ConfigError(
@@ -78,16 +78,16 @@ def check_machine(precision: PrecisionConfig, on_gpu: bool) -> None:
 
 
 def check_model(precision: PrecisionConfig, model: ModelConfig, ffn: int, query: int, key: int) -> None:
-    """Raise ConfigError when the format does not go with the model or its layout.
+    """Raise ConfigError if the format does not support the model or its layout.
 
-    ``ffn``, ``query`` and ``key`` are widths over all tensor-parallel ranks.
+    ``ffn``, ``query`` and ``key`` are widths summed over tensor-parallel ranks.
     """
     ends = precision.bf16_first_last_layers
     name = precision.name
     if name not in FP8:
         if precision.fp8_params or ends:
             key_name = "fp8_params" if precision.fp8_params else "bf16_first_last_layers"
-            raise ConfigError(f"precision.{key_name} has a meaning with an FP8 format only, not with {name}")
+            raise ConfigError(f"precision.{key_name} only applies to FP8 formats, not to {name}")
         return
     if ends and name == "fp8_delayed":
         raise ConfigError("precision.bf16_first_last_layers: fp8_delayed has one format for all layers (fp8_current)")
@@ -103,7 +103,7 @@ def check_model(precision: PrecisionConfig, model: ModelConfig, ffn: int, query:
 
 
 def options(precision: PrecisionConfig) -> dict[str, Any]:
-    """Keys of Megatron-Core's TransformerConfig."""
+    """The format as keys of Megatron-Core's TransformerConfig."""
     dtype = torch.float32 if precision.name == "fp32" else torch.bfloat16
     chosen: dict[str, Any] = {"params_dtype": dtype, "pipeline_dtype": dtype, "bf16": dtype == torch.bfloat16}
     if precision.name not in FP8:
@@ -123,7 +123,7 @@ def options(precision: PrecisionConfig) -> dict[str, Any]:
 
 
 def alignment(config: Any) -> int:
-    """Tokens of a row must be a multiple of this; ``config`` is a TransformerConfig."""
+    """Padded row lengths must be a multiple of this; ``config`` is a TransformerConfig."""
     chosen = (name for name, fp8 in FP8.items() if config.fp8 and fp8.recipe == config.fp8_recipe)
     return sequence_multiple(
         config.tensor_model_parallel_size,
@@ -135,7 +135,7 @@ def alignment(config: Any) -> int:
 
 @contextlib.contextmanager
 def without_fp8(config: Any) -> Iterator[None]:
-    """Compute in bf16 inside: decoding has as many tokens as rows, which FP8's products do not take."""
+    """Compute in bf16 inside, for decoding: FP8 products do not support one token per row."""
     chosen, config.fp8 = config.fp8, None
     try:
         yield

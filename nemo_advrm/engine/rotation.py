@@ -1,4 +1,4 @@
-"""Rotary positions without Megatron-Core's fused kernel: sines and cosines once a pass, one node of the graph each."""
+"""Rotary embedding without Megatron-Core's fused kernel: sines and cosines once per pass, one autograd node per use."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from torch import Tensor
 
 
 def rotation(angles: Tensor, dtype: torch.dtype) -> Tensor:
-    """Cosines and sines [2, s, 1 or b, 1, r] of angles [s, 1 or b, 1, r] in radians, whose halves are equal."""
+    """Cosines and sines [2, s, 1 or b, 1, r] of angles [s, 1 or b, 1, r] in radians, whose two halves are equal."""
     return torch.stack([angles.cos(), angles.sin()]).to(dtype)
 
 
 def rotate(x: Tensor, turn: Tensor) -> Tensor:
-    """x [s, b, heads, d] with its first r channels turned by a :func:`rotation`: channel i goes with i + r / 2."""
+    """Rotate the first r channels of x [s, b, heads, d] by a :func:`rotation`; channel i pairs with i + r / 2."""
     return _Rotate.apply(x, turn)  # type: ignore[no-any-return]
 
 

@@ -1,4 +1,4 @@
-"""Starts and stops Megatron-Core's process groups from torchrun, SLURM variables or a single process."""
+"""Starts and stops Megatron-Core's process groups under torchrun, under SLURM or in a single process."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Layout:
-    """Parallel sizes of a job; what is left of the world is data parallel."""
+    """Parallel sizes of a job; the remaining factor of the world size is the data-parallel size."""
 
     tensor: int = 1
     pipeline: int = 1
@@ -28,16 +28,12 @@ class Layout:
 
     @property
     def model_parallel(self) -> int:
-        """Processes of one model replica, which all work on the same rows."""
+        """Number of processes of one model replica, which all work on the same rows."""
         return self.tensor * self.pipeline * self.context
 
 
 class Runtime:
-    """The process's place in the job: device, ranks and groups. Made by :func:`start`.
-
-    Everything that is the same on all ranks of one model replica (rollouts, rewards, decisions) is
-    decided on one rank and sent with :meth:`broadcast_from_last_stage`.
-    """
+    """Device, ranks and groups of this process. Made by :func:`start`."""
 
     def __init__(
         self,
@@ -70,7 +66,7 @@ class Runtime:
         return parallel_state.get_data_parallel_world_size()
 
     def dp_slice(self, count: int) -> slice:
-        """This data-parallel rank's part of ``count`` rows: neighbours, those of all ranks in rank order."""
+        """This data-parallel rank's contiguous share of ``count`` rows, in rank order."""
         return slice(count * self.dp_rank // self.dp_size, count * (self.dp_rank + 1) // self.dp_size)
 
     @property
@@ -87,7 +83,7 @@ class Runtime:
 
     @property
     def is_writer(self) -> bool:
-        """True on the one rank that writes text files and prints."""
+        """True on rank 0, which writes text files and prints."""
         return self.rank == 0
 
     @property
@@ -96,7 +92,7 @@ class Runtime:
         return self.layout.model_parallel == 1 or dist.get_rank(self.replica) == 0
 
     def broadcast_from_last_stage(self, value: torch.Tensor | None, like: tuple[tuple[int, ...], torch.dtype]):
-        """Give every pipeline stage the tensor that the last one holds; ``like`` is its shape and dtype."""
+        """Broadcast a tensor of the last pipeline stage to all stages; ``like`` is its shape and dtype."""
         from megatron.core import parallel_state
 
         if self.layout.pipeline == 1:
@@ -116,7 +112,7 @@ class Runtime:
         return buffer
 
     def gather_data_parallel(self, value: Any) -> list[Any]:
-        """Every data-parallel rank's picklable ``value``, in rank order, on all of them."""
+        """All-gather a picklable ``value`` over data-parallel ranks, in rank order."""
         from megatron.core import parallel_state
 
         if self.dp_size == 1:
@@ -126,9 +122,9 @@ class Runtime:
         return values
 
     def gather_to_writer(self, value: Any) -> list[Any]:
-        """Every data-parallel rank's picklable ``value``, in rank order, on the writer; an empty list elsewhere.
+        """Gather a picklable ``value`` of every data-parallel rank, in rank order, on rank 0; other ranks get [].
 
-        All ranks call. Ranks of one model replica hold the same: those that stand as the writer does send theirs.
+        All ranks call. Only rank 0's data-parallel group communicates, as all ranks of a replica have the same value.
         """
         from megatron.core import parallel_state
 
@@ -141,13 +137,13 @@ class Runtime:
         dist.gather_object(without_views(value), values, dst=0, group=group)
         return values or []
 
-    def most_over_replicas(self, count: int) -> int:
-        """The greatest ``count`` of all data-parallel ranks, on all of them; the wait is not this rank's own work."""
+    def dp_all_reduce_max(self, count: int) -> int:
+        """Maximum of ``count`` over data-parallel ranks, on all of them."""
         from megatron.core import parallel_state
 
         if self.dp_size == 1:
             return count
-        # gloo's groups on GPUs too: the wait then concerns the host alone, and the GPU goes on with what it has
+        # by gloo on GPUs too: then only the host waits, and the GPU continues with its queued work
         groups = parallel_state.get_data_parallel_group_gloo if self.on_gpu else parallel_state.get_data_parallel_group
         most = torch.tensor(count)
         dist.all_reduce(most, op=dist.ReduceOp.MAX, group=groups())
@@ -158,10 +154,10 @@ class Runtime:
             dist.barrier()
 
     def seed(self, seed: int) -> None:
-        """Set every generator from ``seed``; tensor-parallel ranks get their own dropout streams.
+        """Seed every generator; tensor-parallel ranks get dropout streams of their own.
 
-        Called at the start of every training step with a value made of the run's seed and the step,
-        so that a restarted run continues with the very numbers the unbroken one would have drawn.
+        Every training step calls it with a value derived from the run's seed and the step, so that a restarted run
+        draws the same numbers as an uninterrupted one.
         """
         from megatron.core import tensor_parallel
 
@@ -187,17 +183,17 @@ def current() -> Runtime:
 
 
 def uses_gpu(accelerator: str) -> bool:
-    """Whether a run with ``trainer.accelerator`` is on a GPU."""
+    """Whether a run with this ``trainer.accelerator`` uses a GPU."""
     return accelerator != "cpu" and torch.cuda.is_available()
 
 
 def start(layout: Layout | None = None, accelerator: str = "auto", timeout_minutes: float = 30.0) -> Runtime:
     """Join the job and build Megatron's process groups for ``layout``.
 
-    Starting again with the same layout returns the running one; another layout rebuilds the groups.
+    A second call with the same layout returns the running Runtime; another layout rebuilds the groups.
 
-    Raises LayoutError when the layout does not divide the number of processes, ConfigError when a
-    GPU is asked for and none is there, ProcessLost when other processes do not join in time.
+    Raises LayoutError if the layout does not divide the number of processes, ConfigError if a GPU is requested and
+    none is found, ProcessLost if other processes do not join in time.
     """
     global _current
     layout = layout or Layout()
@@ -208,24 +204,24 @@ def start(layout: Layout | None = None, accelerator: str = "auto", timeout_minut
     if accelerator == "gpu" and not torch.cuda.is_available():
         raise ConfigError("trainer.accelerator=gpu: PyTorch sees no GPU; use accelerator=cpu or check the driver")
     on_gpu = uses_gpu(accelerator)
-    here = RankInfo.from_environment()
-    if here.world_size % layout.model_parallel:
+    rank_info = RankInfo.from_environment()
+    if rank_info.world_size % layout.model_parallel:
         raise LayoutError(
-            f"{here.world_size} processes cannot be split into model replicas of tensor {layout.tensor} x pipeline "
-            f"{layout.pipeline} x context {layout.context} = {layout.model_parallel} processes"
+            f"{rank_info.world_size} processes cannot be split into model replicas of tensor {layout.tensor} x "
+            f"pipeline {layout.pipeline} x context {layout.context} = {layout.model_parallel} processes"
         )
-    device = torch.device("cuda", here.local_rank) if on_gpu else torch.device("cpu")
+    device = torch.device("cuda", rank_info.local_rank) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        peers.join(here, "nccl" if on_gpu else "gloo", timeout_minutes)
+        peers.join(rank_info, "nccl" if on_gpu else "gloo", timeout_minutes)
     replica = _initialize_groups(layout, on_gpu, timeout_minutes)
-    _current = Runtime(layout, device, here.rank, here.world_size, replica)
+    _current = Runtime(layout, device, rank_info.rank, rank_info.world_size, replica)
     return _current
 
 
 def _initialize_groups(layout: Layout, on_gpu: bool, timeout_minutes: float) -> dist.ProcessGroup:
-    """Make Megatron's groups; returns that of this process's model replica."""
+    """Make Megatron's process groups; returns that of this process's model replica."""
     from megatron.core import parallel_state
 
     groups_made: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
@@ -236,7 +232,7 @@ def _initialize_groups(layout: Layout, on_gpu: bool, timeout_minutes: float) -> 
         cpu.redirect_megatron_to_cpu()
         groups_made = cpu.one_group_per_set_of_ranks()
     if parallel_state.model_parallel_is_initialized():
-        # Megatron forgets its groups, and ends only the gloo twins of NCCL's: the rest would keep threads and sockets
+        # Megatron only drops its references (but destroys the gloo twins): threads and sockets would leak
         groups = parallel_state._global_process_group_list or []
         parallel_state.destroy_model_parallel()
         for group in groups:
@@ -254,13 +250,13 @@ def _initialize_groups(layout: Layout, on_gpu: bool, timeout_minutes: float) -> 
 
 
 def _replica_group(layout: Layout, timeout_minutes: float) -> dist.ProcessGroup:
-    """The ranks that share rows. Megatron's model-parallel group leaves context-parallel ranks out."""
+    """Group of the ranks that share rows. Megatron's model-parallel group does not include context-parallel ranks."""
     from megatron.core import parallel_state
 
     if layout.context == 1:
         return parallel_state.get_model_parallel_group()
     replicas = dist.get_world_size() // layout.model_parallel
-    # the order of ranks in which Megatron makes its own groups
+    # the rank order of Megatron's own groups
     ranks = parallel_state.RankGenerator(
         layout.tensor, 1, replicas, layout.pipeline, layout.context, "tp-cp-ep-dp-pp"
     ).get_ranks("tp-cp-pp")
@@ -272,7 +268,7 @@ def _replica_group(layout: Layout, timeout_minutes: float) -> dist.ProcessGroup:
 
 
 def stop() -> None:
-    """Leave the job; every group is destroyed."""
+    """Leave the job and destroy every process group."""
     global _current
     from megatron.core import parallel_state
 

@@ -1,7 +1,7 @@
-"""Picks next tokens from logits: temperature, top-k, top-p, by inverse transform of given uniforms.
+"""Samples next tokens from logits with temperature, top-k and top-p, by inverse transform of given uniform numbers.
 
-One uniform number decides one token, so a sample depends on its logits and its number alone: not on
-the other rows, on rows that left the batch, or on how the job is laid out.
+One uniform number decides one token, so a sample depends only on its logits and its number: not on other rows, on rows
+that left the batch, or on the parallel layout.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from nemo_advrm.errors import ConfigError
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to generate.
+    """Sampling parameters.
 
     Attributes:
-        max_new_tokens: longest response, its stop token included.
+        max_new_tokens: longest response, including its stop token.
         stop_tokens: ids that end a response.
         temperature: 0 is greedy.
-        top_k: keep the k likeliest tokens; 0 keeps all.
-        top_p: keep the smallest set of likeliest tokens that holds this probability.
+        top_k: keep the k most likely tokens; 0 keeps all.
+        top_p: keep the smallest set of most likely tokens with at least this total probability.
     """
 
     max_new_tokens: int
@@ -59,7 +59,7 @@ def pick(logits_BV: Tensor, uniforms_B: Tensor, sampling: Sampling) -> Tensor:
     cumulative_BV = probs_BV.cumsum(-1)
     wanted_B1 = uniforms_B[:, None] * cumulative_BV[:, -1:]
     index_B1 = torch.searchsorted(cumulative_BV, wanted_B1, right=True)
-    # rounding can point one past the last token that has any probability
+    # rounding can yield the index after the last token with nonzero probability
     last_B1 = (probs_BV > 0).cumsum(-1).argmax(-1, keepdim=True)
     index_B1 = torch.minimum(index_B1, last_B1)
     picked = index_B1 if tokens_BV is None else tokens_BV.gather(-1, index_B1)

@@ -1,4 +1,4 @@
-"""Runs microbatches through Megatron-Core's pipeline schedules, training or forward only."""
+"""Runs microbatches through Megatron-Core's pipeline schedules, with or without the backward pass."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from nemo_advrm.engine.model import MegatronModel
 from nemo_advrm.engine.precision import alignment
 
 Sums = dict[str, tuple[Tensor, Tensor | float]]
-"""Metric name -> (sum, count); the mean is taken over all microbatches and data-parallel ranks."""
+"""Metric name -> (sum, count); the mean is over all microbatches and data-parallel ranks."""
 
 LossFunction = Callable[[Any, "Microbatch"], tuple[Tensor, int, Sums]]
 """(output of the last stage, microbatch) -> (sum of losses, number of terms, metrics).
 
-Every context-parallel rank computes the same of the whole microbatch.
+All context-parallel ranks compute the same values, of the whole microbatch.
 """
 
 
@@ -36,8 +36,8 @@ class Microbatch:
 
     Attributes:
         tokens_BS: int64 token ids.
-        lengths_B: int64 real tokens per row.
-        forward: keyword tensors for the model's forward (``read_at_B``, ``predict_BS``).
+        lengths_B: int64 number of real tokens per row.
+        forward: keyword arguments of the model's forward (``read_at_B``, ``predict_BS``).
         extra: tensors for the loss.
     """
 
@@ -48,25 +48,25 @@ class Microbatch:
 
 
 @dataclass
-class _Turn:
-    """One microbatch of a schedule: what the model reads, and what of it is real (None: it only fills a step up)."""
+class _Scheduled:
+    """One microbatch of a schedule: what the model reads, and its real content (None for a filler)."""
 
     read: Microbatch
     real: Microbatch | None
 
 
 def sequence_multiple(model: MegatronModel) -> int:
-    """Padded lengths must be a multiple of this: ranks share sequences, and FP8 wants the parts aligned."""
+    """Padded lengths must be a multiple of this, for sequence and context parallelism and FP8's alignment."""
     return alignment(model.config)
 
 
 def microbatch_rows(model: MegatronModel, lengths: Sequence[int], sequences: int = 1, rows: int = 1) -> list[list[int]]:
-    """Places in ``lengths``, grouped into microbatches within the model's limits, at the least cost on this device.
+    """Group indices into ``lengths`` into microbatches within the model's limits, at the lowest cost on this device.
 
     Args:
-        model: whose ``micro_batch_tokens`` and ``micro_batch_size`` hold.
-        sequences: of each row, padded to the longer one (a pair has two).
-        rows: times ``micro_batch_size`` is the most rows (forward passes alone keep less, and take more).
+        model: its ``micro_batch_tokens`` and ``micro_batch_size`` are the limits.
+        sequences: sequences per row, padded to the longest (a pair has two).
+        rows: factor of ``micro_batch_size``; forward passes need less memory and so allow more rows.
     """
     settings = model.model_config
     return split_by_tokens(
@@ -84,19 +84,19 @@ def _call(chunk: Any, microbatch: Microbatch) -> Tensor:
 
 
 def _run(
-    model: MegatronModel, turns: list[_Turn], step: Callable[..., Any], forward_only: bool, **options: Any
+    model: MegatronModel, scheduled: list[_Scheduled], step: Callable[..., Any], forward_only: bool, **options: Any
 ) -> list[Any]:
-    shape = max((turn.read.tokens_BS.shape for turn in turns), key=lambda shape: shape.numel())
+    shape = max((item.read.tokens_BS.shape for item in scheduled), key=lambda shape: shape.numel())
     interleaved = len(model.chunks) > 1
-    _count(model, turns, passes=1 if forward_only else 3)
+    _count(model, scheduled, passes=1 if forward_only else 3)
     return get_forward_backward_func(
         pp_size=parallel_state.get_pipeline_model_parallel_world_size(),
         vp_size=len(model.chunks) if interleaved else None,
     )(
         forward_step_func=step,
-        data_iterator=[iter(turns) for _ in model.chunks] if interleaved else iter(turns),
+        data_iterator=[iter(scheduled) for _ in model.chunks] if interleaved else iter(scheduled),
         model=model.chunks if interleaved else model.chunks[0],
-        num_microbatches=len(turns),
+        num_microbatches=len(scheduled),
         seq_length=shape[1],
         micro_batch_size=shape[0],
         forward_only=forward_only,
@@ -104,39 +104,39 @@ def _run(
     )
 
 
-def _count(model: MegatronModel, turns: list[_Turn], passes: int) -> None:
-    """Count the FLOPs of a schedule: every rank of a replica does its share of each microbatch."""
+def _count(model: MegatronModel, scheduled: list[_Scheduled], passes: int) -> None:
+    """Count the FLOPs of a schedule; the ranks of a replica share each microbatch evenly."""
     ranks = runtime.current().layout.model_parallel
-    for turn in turns:
-        rows, length = turn.read.tokens_BS.shape
-        targets = turn.read.extra.get("targets_N")  # the tokens whose logits are wanted, known without the device
+    for item in scheduled:
+        rows, length = item.read.tokens_BS.shape
+        targets = item.read.extra.get("targets_N")  # tokens whose logits are computed
         logits = 0 if targets is None else targets.numel()
         throughput.count_pass(model.model_config, model.head, rows, length, logits, model.vocab_size, ranks, passes)
 
 
-def _turns(model: MegatronModel, microbatches: list[Microbatch]) -> list[_Turn]:
-    """Microbatches as the schedule takes them, as many on every data-parallel rank; all of these ranks call.
+def _with_fillers(model: MegatronModel, microbatches: list[Microbatch]) -> list[_Scheduled]:
+    """Microbatches with fillers, so that every data-parallel rank has the same number; all of these ranks call.
 
-    Layers may exchange something between replicas in each pass (FP8's largest values, experts), so no rank makes fewer
-    passes than another. The interleaved schedule needs one shape, and full rounds of the stages.
+    Layers may communicate between replicas in each pass (FP8's largest values), so all ranks must make equally many
+    passes. The interleaved schedule needs equal shapes and a multiple of the number of stages.
     """
-    count = runtime.current().most_over_replicas(len(microbatches))
+    count = runtime.current().dp_all_reduce_max(len(microbatches))
     interleaved = len(model.chunks) > 1
     if interleaved:
         count += -count % parallel_state.get_pipeline_model_parallel_world_size()
     if count == 0:
         return []
-    turns = [_Turn(microbatch, microbatch) for microbatch in microbatches]
-    if len(turns) < count:
-        turns += [_Turn(_filler(model), None)] * (count - len(turns))
+    scheduled = [_Scheduled(microbatch, microbatch) for microbatch in microbatches]
+    if len(scheduled) < count:
+        scheduled += [_Scheduled(_filler(model), None)] * (count - len(scheduled))
     if interleaved:
-        rows, length = (max(turn.read.tokens_BS.size(dim) for turn in turns) for dim in (0, 1))
-        turns = [replace(turn, read=_padded(turn.read, rows, length)) for turn in turns]
-    return turns
+        rows, length = (max(item.read.tokens_BS.size(dim) for item in scheduled) for dim in (0, 1))
+        scheduled = [replace(item, read=_padded(item.read, rows, length)) for item in scheduled]
+    return scheduled
 
 
 def _filler(model: MegatronModel) -> Microbatch:
-    """The shortest microbatch that the model takes: one row of a token, of which one output is read."""
+    """The smallest microbatch that the model accepts: one row of one token, with one output."""
     device = runtime.current().device
     tokens_BS = torch.zeros(1, sequence_multiple(model), dtype=torch.int64, device=device)
     lengths_B = torch.ones(1, dtype=torch.int64, device=device)
@@ -147,7 +147,7 @@ def _filler(model: MegatronModel) -> Microbatch:
 
 
 def _padded(microbatch: Microbatch, rows: int, length: int) -> Microbatch:
-    """The microbatch with rows and columns of zeros behind its own."""
+    """The microbatch padded with zeros to ``rows`` and ``length``."""
     own_rows, own_length = microbatch.tokens_BS.shape
 
     def grown(tensor: Tensor) -> Tensor:
@@ -158,49 +158,49 @@ def _padded(microbatch: Microbatch, rows: int, length: int) -> Microbatch:
     return replace(microbatch, tokens_BS=grown(microbatch.tokens_BS), forward=forward)
 
 
-def _real_part(output: Any, turn: _Turn, head: Head) -> Any:
+def _real_part(output: Any, item: _Scheduled, head: Head) -> Any:
     """What the last stage computed of the real microbatch."""
-    if turn.real is None or turn.real is turn.read or head == "lm":  # logits are made where predict_BS asks for them
+    if item.real is None or item.real is item.read or head == "lm":  # logits are made where predict_BS asks for them
         return output
-    rows, length = turn.real.tokens_BS.shape
+    rows, length = item.real.tokens_BS.shape
     return output[:rows, :length] if head == "value" else output[:rows]
 
 
 def forward_backward(
     model: MegatronModel, microbatches: list[Microbatch], loss_function: LossFunction
 ) -> dict[str, float]:
-    """Accumulate gradients of sum(losses) / count(terms), both over all data-parallel ranks; all ranks call.
+    """Accumulate gradients of sum(losses) / count(terms) over all data-parallel ranks; all ranks call.
 
-    Returns the metrics of ``loss_function`` plus ``loss``, the same on every rank.
+    Returns the metrics of ``loss_function`` and ``loss``, the same on every rank.
     """
-    # context-parallel ranks compute one loss together, while Megatron adds up their counts
+    # all context-parallel ranks compute the same loss, but Megatron sums their counts
     counts = parallel_state.get_context_parallel_rank() == 0
 
-    def step(data: Iterator[_Turn], chunk: Any) -> tuple[Tensor, Callable[..., Any]]:
-        turn = next(data)
+    def step(data: Iterator[_Scheduled], chunk: Any) -> tuple[Tensor, Callable[..., Any]]:
+        item = next(data)
 
         def loss(output: Tensor | SplitLogits) -> tuple[Tensor, Tensor, Sums]:
-            if turn.real is None:
+            if item.real is None:
                 own = output.own_NV if isinstance(output, SplitLogits) else output
                 return own.sum() * 0, torch.tensor(0, dtype=torch.int, device=own.device), {}
-            total, count, sums = loss_function(_real_part(output, turn, model.head), turn.real)
+            total, count, sums = loss_function(_real_part(output, item, model.head), item.real)
             sums["loss"] = (total.detach(), float(count))
             return total, torch.tensor(count if counts else 0, dtype=torch.int, device=total.device), sums
 
-        return _call(chunk, turn.read), loss
+        return _call(chunk, item.read), loss
 
-    turns = _turns(model, microbatches)
-    if not turns:
+    scheduled = _with_fillers(model, microbatches)
+    if not scheduled:
         raise ValueError("no rank has rows to train on")
     model.train()
-    parts = _run(model, turns, step, forward_only=False)
-    model.gathered = True  # every layer has waited for its weights
+    parts = _run(model, scheduled, step, forward_only=False)
+    model.gathered = True  # the forward pass has gathered every layer's weights
     return reduce_metrics(parts)
 
 
 @torch.no_grad()
 def evaluate(model: MegatronModel, microbatches: list[Microbatch], loss_function: LossFunction) -> list[Sums]:
-    """Metrics of each microbatch without gradients; empty before the last stage. See :func:`reduce_metrics`."""
+    """Metrics of each microbatch, without gradients, for :func:`reduce_metrics`; [] before the last stage."""
 
     def collect(output: Any, microbatch: Microbatch) -> Sums:
         total, count, sums = loss_function(output, microbatch)
@@ -214,35 +214,35 @@ def evaluate(model: MegatronModel, microbatches: list[Microbatch], loss_function
 def forward(
     model: MegatronModel, microbatches: list[Microbatch], collect: Callable[[Any, Microbatch], Any]
 ) -> list[Any]:
-    """``collect(output, microbatch)`` of every microbatch in order; an empty list before the last stage.
+    """Results of ``collect(output, microbatch)`` for every microbatch in order; an empty list before the last stage.
 
-    All ranks call as often as each other, those without microbatches too.
+    All ranks must call equally often, also those without microbatches.
     """
 
-    def step(data: Iterator[_Turn], chunk: Any) -> tuple[Tensor, Callable[..., Any]]:
-        turn = next(data)
+    def step(data: Iterator[_Scheduled], chunk: Any) -> tuple[Tensor, Callable[..., Any]]:
+        item = next(data)
 
         def collected(output: Any, non_loss_data: bool = True) -> Any:
-            return None if turn.real is None else collect(_real_part(output, turn, model.head), turn.real)
+            return None if item.real is None else collect(_real_part(output, item, model.head), item.real)
 
-        return _call(chunk, turn.read), collected
+        return _call(chunk, item.read), collected
 
-    turns = _turns(model, microbatches)
+    scheduled = _with_fillers(model, microbatches)
     model.gather_parameters()
-    if not turns:
+    if not scheduled:
         return []
     was_training = model.parts[0].training
     model.eval()
     try:
         with model.resident():
-            return _run(model, turns, step, forward_only=True, collect_non_loss_data=True)[: len(microbatches)]
+            return _run(model, scheduled, step, forward_only=True, collect_non_loss_data=True)[: len(microbatches)]
     finally:
         if was_training:
             model.train()
 
 
 def reduce_metrics(parts: list[Sums]) -> dict[str, float]:
-    """Means over the last stage's microbatches and all data-parallel ranks, known to every rank."""
+    """Means over microbatches and data-parallel ranks, on every rank; ``parts`` come from the last stage."""
     rt = runtime.current()
     totals: dict[str, list[float]] = {}
     for sums in parts:
@@ -260,7 +260,7 @@ def reduce_metrics(parts: list[Sums]) -> dict[str, float]:
         known = names[0]
     else:
         known = sorted(totals)
-    # a rank without rows (few validation rows) knows no names, but takes part in the sum
+    # a rank without validation rows has no metric names, but takes part in the reduction
     order = sorted({name for ranks_names in rt.gather_data_parallel(known) for name in ranks_names})
     table = torch.tensor([totals.get(n, [0.0, 0.0]) for n in order], dtype=torch.float64, device=rt.device)
     if rt.dp_size > 1 and (rt.is_last_stage or rt.layout.pipeline == 1):

@@ -1,4 +1,4 @@
-"""Scores token sequences with a Megatron reward model, whatever their number, order and padding."""
+"""Scores token sequences with a Megatron reward model."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from nemo_advrm.engine.schedule import forward, microbatch_rows
 def score_sequences(model: MegatronModel, sequences: list[list[int]], pad_id: int) -> Tensor:
     """Reward of each whole sequence (prompt, response and its end token), read at its last token.
 
-    All ranks of a model replica call with the same sequences and get the same answer; every replica calls as often as
-    the others.
+    A score does not depend on the other sequences. All ranks of a replica call with the same sequences and get the same
+    result; all replicas must call equally often.
 
     Returns:
-        [N] fp32 on the CPU, in the order given; [N, outputs] for heads with several outputs.
+        [N] fp32 on the CPU in the given order; [N, outputs] for heads with several outputs.
     """
     groups = microbatch_rows(model, [len(s) for s in sequences], rows=4)
     microbatches = []
@@ -26,9 +26,9 @@ def score_sequences(model: MegatronModel, sequences: list[list[int]], pad_id: in
         microbatch = rows_to_microbatch(model, [sequences[i] for i in group], pad_id)
         microbatch.forward = {"read_at_B": microbatch.lengths_B - 1}
         microbatches.append(microbatch)
-    width = model.head_outputs  # known before the last pipeline stage too, which has no head
+    width = model.head_outputs  # also known on earlier pipeline stages, which have no head
     scores = torch.zeros(len(sequences), width)
-    # without sequences too: other data-parallel ranks may have some
+    # also without sequences: other data-parallel ranks may have some
     results = forward(model, microbatches, lambda output, _: output)
     if microbatches:
         if results:

@@ -1,4 +1,4 @@
-"""Speed of training steps: seconds, tokens per second, and the share of the GPU's peak that the model makes use of."""
+"""Speed of training steps: seconds, tokens per second, model FLOPs utilisation; and the FLOPs of passes so far."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from nemo_advrm.engine.gpus import GPUS
 
 
 def training_flops_per_token(model: ModelConfig) -> float:
-    """FLOPs that the matrices of the layers take for a token: 2 per weight forward, twice that backward.
+    """FLOPs of the layers' matrices per token: 2 per weight forward, twice that backward.
 
-    Products of queries and keys, whose number depends on lengths, and what is recomputed are left out.
+    Attention scores, which depend on the length, and recomputation are not counted.
     """
     return 3 * model.num_layers * layer_flops(model, Microbatch(1, 1)).matrices
 
@@ -37,16 +37,16 @@ def count_pass(
 ) -> None:
     """Add this process's share of a pass to :func:`flops_so_far`.
 
-    Counted are the matrices of the layers, attention within the rows and the output layer, padding included, as the
-    hardware computes it too. What is recomputed, element-wise operations, the optimizer, and attention to tokens that a
-    cache holds are left out.
+    Counted are the matrices of the layers, attention within the rows, and the output layer, padding included, because
+    the hardware computes it too. Not counted are recomputation, element-wise operations, the optimizer, and attention
+    to cached tokens.
 
     Args:
         head: lm, reward or value.
-        rows, length: of the padded microbatch.
-        logits: tokens whose logits are computed.
-        ranks: that share the pass evenly.
-        passes: 1 forward, 3 with the backward pass.
+        rows, length: shape of the padded microbatch.
+        logits: number of tokens whose logits are computed.
+        ranks: number of ranks that share the pass evenly.
+        passes: 1 for a forward pass, 3 with the backward pass.
     """
     flops = model.num_layers * layer_flops(model, Microbatch(rows, length)).total
     flops += head_flops(model, head, logits, vocab_size)
@@ -54,7 +54,7 @@ def count_pass(
 
 
 def gpu_peak(precision: str) -> float | None:
-    """FLOP/s of this process's GPU by its data sheet; None on a CPU and where the GPU is not known."""
+    """Peak FLOP/s of this process's GPU by its data sheet; None on a CPU and for an unknown GPU."""
     if not torch.cuda.is_available():
         return None
     name = torch.cuda.get_device_name().lower()
@@ -65,10 +65,10 @@ def of_step(model: ModelConfig, precision: str, tokens: float | None, seconds: f
     """Metrics of a step of one model replica.
 
     Args:
-        tokens: that it trained on, over all pipeline stages once; None where a step is more than training (RL).
+        tokens: tokens that the step trained on; None if the step does more than train (RL).
 
     Returns:
-        step_seconds; with ``tokens`` also tokens_per_second; mfu where the peak is known and positive.
+        step_seconds; with ``tokens`` also tokens_per_second, and mfu if the GPU's peak is known.
     """
     metrics = {"step_seconds": seconds}
     if tokens is None:

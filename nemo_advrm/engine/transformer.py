@@ -1,4 +1,4 @@
-"""From our model configuration to Megatron-Core's transformer configuration and layer spec."""
+"""Translates our model configuration into Megatron-Core's transformer configuration and layer spec."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def query_groups(model: ModelConfig) -> int:
 
 
 def _sliding_window(model: ModelConfig) -> dict[str, Any]:
-    """Megatron counts the keys before the query and takes a switch per layer."""
+    """Sliding-window options: Megatron counts the keys before the query, and has a switch per layer."""
     if not model.sliding_window:
         return {}
     switches = [int(layer % model.sliding_window_every == 0) for layer in range(model.num_layers)]
@@ -69,7 +69,7 @@ def _sliding_window(model: ModelConfig) -> dict[str, Any]:
 
 
 def _recompute(model: ModelConfig) -> dict[str, Any]:
-    """Which activations are computed again in the backward pass instead of being kept."""
+    """Options of activation recomputation in the backward pass."""
     if model.recompute == "none":
         return {}
     if model.recompute == "selective":
@@ -82,15 +82,15 @@ def _recompute(model: ModelConfig) -> dict[str, Any]:
 
 
 def _stages(model: ModelConfig, on_gpu: bool) -> dict[str, Any]:
-    """How the layers are spread over pipeline stages and how stages exchange hidden states."""
+    """Options of pipeline parallelism: layers per stage, and how stages exchange hidden states."""
     chunks = model.virtual_pipeline_model_parallel_size
     if chunks == 1:
         exchange: dict[str, Any] = {"variable_seq_lengths": model.pipeline_model_parallel_size > 1}
     else:
         exchange = {
             "virtual_pipeline_model_parallel_size": chunks,
-            # two stages are each other's neighbours on both sides: in one batch of sends and receives Megatron
-            # would take an activation for a gradient
+            # with two stages each is the other's next and previous one: in a batch of sends and receives Megatron
+            # would confuse activations with gradients
             "overlap_p2p_comm": True,
             "batch_p2p_comm": False,
         }
@@ -98,7 +98,7 @@ def _stages(model: ModelConfig, on_gpu: bool) -> dict[str, Any]:
         **exchange,
         "num_layers_in_first_pipeline_stage": model.num_layers_in_first_pipeline_stage or None,
         "num_layers_in_last_pipeline_stage": model.num_layers_in_last_pipeline_stage or None,
-        # gloo may still read a tensor that was sent when the schedule frees it
+        # gloo may still be sending a tensor when the schedule frees it
         "deallocate_pipeline_outputs": on_gpu or chunks == 1,
     }
 
@@ -106,9 +106,9 @@ def _stages(model: ModelConfig, on_gpu: bool) -> dict[str, Any]:
 def transformer_config(model: ModelConfig, precision: PrecisionConfig, on_gpu: bool) -> TransformerConfig:
     """Megatron-Core's configuration of ``model``.
 
-    Losses come from :mod:`nemo_advrm.engine.schedule` as sums with counts, which Megatron divides
-    by the count over all data-parallel ranks (``calculate_per_token_loss``), so that a loss does not
-    depend on how rows are spread over microbatches and ranks.
+    :mod:`nemo_advrm.engine.schedule` gives losses as sums with counts, and Megatron divides by the count over all
+    data-parallel ranks (``calculate_per_token_loss``). So a loss does not depend on how rows are distributed over
+    microbatches and ranks.
     """
     activation, gated = ACTIVATIONS[model.activation]
     normalization, zero_centered = NORMALIZATIONS[model.normalization]
@@ -124,7 +124,7 @@ def transformer_config(model: ModelConfig, precision: PrecisionConfig, on_gpu: b
         head_size(model) * query_groups(model),
     )
     if precision.name != "fp32" and not model.use_distributed_optimizer:
-        # Megatron's plain mixed-precision optimizer cannot save a model whose head is fp32
+        # Megatron's plain mixed-precision optimizer cannot save a model with an fp32 head
         raise ConfigError(f"precision={precision.name} needs model.use_distributed_optimizer=true")
     return TransformerConfig(
         num_layers=model.num_layers,
@@ -150,7 +150,7 @@ def transformer_config(model: ModelConfig, precision: PrecisionConfig, on_gpu: b
         context_parallel_size=model.context_parallel_size,
         sequence_parallel=model.sequence_parallel,
         use_cpu_initialization=not on_gpu,
-        # has no effect without experts, but the default refuses variable lengths even then
+        # no effect without experts, but the default refuses variable lengths even then
         moe_token_dispatcher_type="alltoall",
         calculate_per_token_loss=True,
         **fused,
@@ -162,9 +162,9 @@ def transformer_config(model: ModelConfig, precision: PrecisionConfig, on_gpu: b
 
 
 def layer_spec(model: ModelConfig, dtype: torch.dtype, on_gpu: bool) -> ModuleSpec:
-    """Transformer Engine's layer on a GPU that has it, else Megatron's local one with our parts.
+    """Transformer Engine's layer if usable, else Megatron's local layer with our attention and norms.
 
-    ``dtype``: in which attention computes.
+    ``dtype``: dtype of attention.
     """
     if transformer_engine.is_usable(on_gpu):
         return _transformer_engine_spec(model, dtype)
@@ -181,17 +181,16 @@ def layer_spec(model: ModelConfig, dtype: torch.dtype, on_gpu: bool) -> ModuleSp
 
 
 def _transformer_engine_spec(model: ModelConfig, dtype: torch.dtype) -> ModuleSpec:
-    """Not yet run: no machine with Transformer Engine was at hand.
+    """Transformer Engine's layer; not run in the present version.
 
-    Its attention takes no soft-cap and no window for each row of a cache, and shares no sequence between ranks in fp32
-    (its fused kernels take no fp32, the others no shared sequences). Such models have our attention between its linear
-    layers.
+    Its attention supports neither soft-caps, nor a sliding window per row of a cache, nor context parallelism in fp32.
+    Such models use our attention between its linear layers.
     """
     spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=model.qk_layernorm)
     attention = spec.submodules.self_attention
     attention.module = CachedSelfAttention
-    shared_fp32 = model.context_parallel_size > 1 and dtype == torch.float32
-    if model.attention_softcap or model.sliding_window or shared_fp32:
+    context_parallel_fp32 = model.context_parallel_size > 1 and dtype == torch.float32
+    if model.attention_softcap or model.sliding_window or context_parallel_fp32:
         attention.submodules.core_attention = partial(FusedCoreAttention, softcap=model.attention_softcap)
     if not model.post_norms:
         return spec

@@ -1,8 +1,9 @@
-"""Reads the table of contents of ``torch_dist`` weights, which is a pickle, without running anything it names.
+"""Reads ``.metadata`` of ``torch_dist`` weights, a pickle of torch.distributed.checkpoint, without running its code.
 
-``.metadata`` is written by torch.distributed.checkpoint. Whatever class it names becomes an inert record here; the
-few records that say where tensors lie are then checked and rebuilt. A pickle that names anything else is refused.
-What the table claims is compared with the files before anybody takes memory for it.
+Every class in it becomes an inert record. The records that describe where tensors are stored are then validated and
+rebuilt; a pickle with any other class is refused. The described sizes are compared with the files before memory is
+allocated. ``torch.load(weights_only=True)`` is no alternative: it refuses these classes unless they are allowed, and
+then builds them unchecked.
 """
 
 from __future__ import annotations
@@ -28,14 +29,14 @@ from torch.distributed.checkpoint.metadata import (
 from nemo_advrm.errors import CheckpointError, one_line
 
 NAME = ".metadata"
-# of a model on thousands of ranks it has tens of MB
+# a model saved by thousands of ranks has tens of MB
 MAX_BYTES = 512 << 20
-# packages whose classes such a pickle may name; they are not imported
+# packages whose classes the pickle may name; they are never imported
 _KNOWN = ("torch.distributed.", "megatron.core.dist_checkpointing.", "pathlib")
 
 
 class _Record:
-    """Stands for an object of any class: keeps what it was made of and does nothing."""
+    """Replaces an object of any class: keeps the constructor arguments and state, and does nothing."""
 
     kind = ""
     state: Any = None
@@ -48,10 +49,10 @@ class _Record:
 
 
 class _Size(tuple):
-    """Stands for torch.Size."""
+    """Replaces torch.Size."""
 
 
-class _Inert(pickle._Unpickler):  # not the one in C, which takes memory for any number that a file gives its memo
+class _Inert(pickle._Unpickler):  # not the C unpickler, which allocates a memo of any size that the file names
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("torch", "Size"):
             return type("Size", (_Size,), {})
@@ -63,9 +64,9 @@ class _Inert(pickle._Unpickler):  # not the one in C, which takes memory for any
 
 
 def open_metadata(directory: Path) -> Metadata:
-    """What the weights in ``directory`` are and where they lie.
+    """Shapes and storage locations of the weights in ``directory``.
 
-    Raises CheckpointError that names the file: missing, damaged, not to be trusted, or describing more than there is.
+    Raises CheckpointError, naming the file, if it is missing, damaged, unsafe or describes more than the files hold.
     """
     path = directory / NAME
     try:
@@ -85,14 +86,14 @@ def open_metadata(directory: Path) -> Metadata:
 
 
 def read_metadata(data: bytes, source: str, renamed: dict[str, str] | None = None) -> Metadata:
-    """Where each tensor of a checkpoint lies, from the bytes of its ``.metadata``.
+    """Shapes and storage locations from the bytes of a ``.metadata`` file.
 
     Args:
         source: named in errors.
-        renamed: keys that the result shall hold under another name.
+        renamed: old key -> key in the result.
 
     Raises:
-        CheckpointError: damaged, not such a table, or one that names what no checkpoint does.
+        CheckpointError: damaged, not such a file, or with classes that no checkpoint has.
     """
     names = renamed or {}
     try:

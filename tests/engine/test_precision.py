@@ -107,7 +107,7 @@ def test_what_the_machine_lacks_is_one_error(
     [
         (PrecisionConfig("fp8_delayed", bf16_first_last_layers=1), {}, "bf16_first_last_layers"),
         (PrecisionConfig("mxfp8", fp8_params=True), {}, "fp8_params=true"),
-        (PrecisionConfig("bf16", fp8_params=True), {}, "fp8_params has a meaning with an FP8 format only"),
+        (PrecisionConfig("bf16", fp8_params=True), {}, "fp8_params only applies to FP8 formats"),
         (PrecisionConfig("fp8_current"), {"hidden_size": 72}, r"hidden_size to be a multiple of 16, not 72"),
         (
             PrecisionConfig("mxfp8"),

@@ -16,7 +16,7 @@ from nemo_advrm.engine import checkpoint
 from nemo_advrm.engine.attention import FusedCoreAttention
 from nemo_advrm.engine.cpu import types_of_cuda_tensors
 from nemo_advrm.engine.runtime import Layout, Runtime
-from nemo_advrm.engine.schedule import Microbatch, _turns, forward_backward
+from nemo_advrm.engine.schedule import Microbatch, _with_fillers, forward_backward
 
 OVERLAP = {"use_distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True}
 
@@ -83,7 +83,7 @@ def test_microbatches_of_an_interleaved_step_have_one_shape_and_fill_rounds(sing
         Microbatch(torch.ones(shape, dtype=torch.int64), torch.tensor([1]), {"read_at_B": torch.ones(shape[0])})
         for shape in shapes
     ]
-    turns = _turns(module.model, made)
+    turns = _with_fillers(module.model, made)
     assert [turn.read.tokens_BS.shape for turn in turns] == [(4, 7)] * 3
     assert [int(turn.read.tokens_BS.sum()) for turn in turns] == [10, 12, 21]
     assert turns[0].read.forward["read_at_B"].tolist() == [1, 1, 0, 0]
