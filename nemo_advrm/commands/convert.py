@@ -8,14 +8,14 @@ from nemo_advrm.config.schema import ConvertConfig
 from nemo_advrm.convert.conversion import convert
 
 
-def main(settings: ConvertConfig) -> int:
+def main(cfg: ConvertConfig) -> int:
     """Convert one checkpoint in this process; prints its size and where it was written."""
-    convert(settings)
-    if settings.to == "megatron" and not settings.dry_run:
+    convert(cfg)
+    if cfg.to == "megatron" and not cfg.dry_run:
         words = (
-            f"hydra.searchpath=[{settings.out}/conf]",
+            f"hydra.searchpath=[{cfg.out}/conf]",
             "model=imported",
-            f"pretrained_checkpoint.restore_from_path={settings.out}",
+            f"pretrained_checkpoint.restore_from_path={cfg.out}",
         )
         print(f"train with: {shlex.join(words)}")
     return 0

@@ -42,28 +42,28 @@ class Exported:
     rows: int
 
 
-def main(settings: ExportPairsConfig) -> int:
+def main(cfg: ExportPairsConfig) -> int:
     """Write one file in this process; prints what it holds."""
-    done = export_pairs(settings)
+    done = export_pairs(cfg)
     known = f", without {done.known} that it held already" if done.known else ""
-    beside = f" and {done.rows} lines of {settings.with_}{known}" if settings.with_ else ""
-    print(f"{done.pairs} adversarial pairs{beside}: {settings.out}")
+    beside = f" and {done.rows} lines of {cfg.with_}{known}" if cfg.with_ else ""
+    print(f"{done.pairs} adversarial pairs{beside}: {cfg.out}")
     return 0
 
 
-def export_pairs(settings: ExportPairsConfig) -> Exported:
+def export_pairs(cfg: ExportPairsConfig) -> Exported:
     """Write ``out``, whole or not at all.
 
     Raises:
         ConfigError: a setting that is absent or impossible.
         DataError: a file that cannot be read, rendered or trained on; names the line.
     """
-    labels = _check(settings)
-    render, end = _template(settings.template)
-    if settings.end:
-        end = settings.end
-    pairs = _pairs(settings.pairs.split(","))
-    kept = read_nemo_aligner(settings.with_, len(labels[0]) if labels else 0) if settings.with_ else []
+    labels = _check(cfg)
+    render, end = _template(cfg.template)
+    if cfg.end:
+        end = cfg.end
+    pairs = _pairs(cfg.pairs.split(","))
+    kept = read_nemo_aligner(cfg.with_, len(labels[0]) if labels else 0) if cfg.with_ else []
     known = {_texts(group) for group in kept}
     new: list[tuple[Row, ...]] = []
     count = 0
@@ -76,29 +76,29 @@ def export_pairs(settings: ExportPairsConfig) -> Exported:
         new += own
         count += bool(own)
     if kept and new:
-        _check_template(settings, kept[0][0], new[0][0])
+        _check_template(cfg, kept[0][0], new[0][0])
     groups = kept + new
-    if settings.shuffle:
-        random.Random(settings.seed).shuffle(groups)
+    if cfg.shuffle:
+        random.Random(cfg.seed).shuffle(groups)
     try:
-        write_jsonl_atomic(settings.out, (row for group in groups for row in group))
+        write_jsonl_atomic(cfg.out, (row for group in groups for row in group))
     except OSError as error:
-        raise ConfigError(f"out={settings.out} cannot be written: {error.strerror or error}") from error
+        raise ConfigError(f"out={cfg.out} cannot be written: {error.strerror or error}") from error
     return Exported(count, len(pairs) - count, sum(map(len, kept)))
 
 
-def _check(settings: ExportPairsConfig) -> _Labels | None:
+def _check(cfg: ExportPairsConfig) -> _Labels | None:
     """Labels of the chosen and the rejected answers, for regression."""
-    for key, value in (("pairs", settings.pairs), ("out", settings.out)):
+    for key, value in (("pairs", cfg.pairs), ("out", cfg.out)):
         if not value:
             raise ConfigError(f"{key} is not set: nemo-advrm export_pairs pairs=RUN/pairs.jsonl out=FILE.jsonl")
-    if Path(settings.out).exists():
-        raise ConfigError(f"out={settings.out} exists already: choose another file, or remove it")
+    if Path(cfg.out).exists():
+        raise ConfigError(f"out={cfg.out} exists already: choose another file, or remove it")
     kinds = ("binary_ranking", "regression")
-    if settings.reward_model_type not in kinds:
-        raise ConfigError(f"reward_model_type={settings.reward_model_type}: it is {' or '.join(kinds)}")
-    given = {key: getattr(settings, key) for key in ("chosen_label", "rejected_label")}
-    if settings.reward_model_type == "binary_ranking":
+    if cfg.reward_model_type not in kinds:
+        raise ConfigError(f"reward_model_type={cfg.reward_model_type}: it is {' or '.join(kinds)}")
+    given = {key: getattr(cfg, key) for key in ("chosen_label", "rejected_label")}
+    if cfg.reward_model_type == "binary_ranking":
         for key, value in given.items():
             if value:
                 raise ConfigError(f"{key}={value}: labels belong to reward_model_type=regression")
@@ -158,13 +158,13 @@ def _texts(group: tuple[Row, ...]) -> tuple[str, ...]:
     return tuple(row["text"] for row in group)
 
 
-def _check_template(settings: ExportPairsConfig, theirs: Row, ours: Row) -> None:
+def _check_template(cfg: ExportPairsConfig, theirs: Row, ours: Row) -> None:
     """Raise ConfigError when the two files do not begin alike: a reward model would learn to tell them apart by it."""
     for name, starts in (("transcript", starts_as_transcript), ("extra_id", _starts_as_extra_id)):
         if starts(theirs["text"]) != starts(ours["text"]):
             which = "are not" if starts(ours["text"]) else "are"
             raise ConfigError(
-                f"template={settings.template}: the texts of {settings.with_} {which} of the template {name}; "
+                f"template={cfg.template}: the texts of {cfg.with_} {which} of the template {name}; "
                 "both must be written alike"
             )
 

@@ -28,35 +28,35 @@ FORMATS = ("hf", "megatron", "nemo")
 _MEMBER = re.compile(r"/round_(\d+)/rm_(\d+)/model$")  # where a pipeline keeps the reward models of a round
 
 
-def check_settings(settings: ConvertConfig) -> None:
+def check_settings(cfg: ConvertConfig) -> None:
     """Raise ConfigError for a missing or impossible value, before anything is opened."""
-    check_fields(settings)
-    for key, value in (("from", settings.from_), ("to", settings.to)):
+    check_fields(cfg)
+    for key, value in (("from", cfg.from_), ("to", cfg.to)):
         if not value:
             raise ConfigError(f"{key} is not set: {key}={' | '.join(FORMATS)}")
-    for key, value in (("path", settings.path), ("out", settings.out)):
-        if not value and not (key == "out" and settings.dry_run):
+    for key, value in (("path", cfg.path), ("out", cfg.out)):
+        if not value and not (key == "out" and cfg.dry_run):
             raise ConfigError(f"{key} is not set")
     try:
-        parse_size(settings.max_shard_size)
+        parse_size(cfg.max_shard_size)
     except ValueError:
-        raise ConfigError(f"max_shard_size={settings.max_shard_size}: not a size as 5GB or 500MB") from None
-    if settings.tokenizer and not Path(settings.tokenizer).exists():
-        raise ConfigError(f"tokenizer={settings.tokenizer}: there is no such file or directory")
+        raise ConfigError(f"max_shard_size={cfg.max_shard_size}: not a size as 5GB or 500MB") from None
+    if cfg.tokenizer and not Path(cfg.tokenizer).exists():
+        raise ConfigError(f"tokenizer={cfg.tokenizer}: there is no such file or directory")
 
 
-def open_source(settings: ConvertConfig) -> TensorSource:
+def open_source(cfg: ConvertConfig) -> TensorSource:
     """The checkpoint ``path`` in the format ``from``; raises CheckpointError when it cannot be converted."""
-    path, tokenizer = Path(settings.path), Path(settings.tokenizer) if settings.tokenizer else None
+    path, tokenizer = Path(cfg.path), Path(cfg.tokenizer) if cfg.tokenizer else None
     source: TensorSource
-    if settings.from_ == "hf":
+    if cfg.from_ == "hf":
         from nemo_advrm.convert.hf_source import HFSource
 
         source = HFSource(path, tokenizer)
-    elif settings.from_ == "megatron":
+    elif cfg.from_ == "megatron":
         from nemo_advrm.convert.megatron import MegatronSource
 
-        refuse_features(path, settings.drop_reference_features)
+        refuse_features(path, cfg.drop_reference_features)
         source = MegatronSource(path, tokenizer)
     else:
         from nemo_advrm.convert.nemo_file import NemoSource
@@ -65,14 +65,14 @@ def open_source(settings: ConvertConfig) -> TensorSource:
     return source
 
 
-def open_sink(settings: ConvertConfig, source: TensorSource) -> TensorSink:
+def open_sink(cfg: ConvertConfig, source: TensorSource) -> TensorSink:
     """What will be written at ``out`` in the format ``to``; checks all and writes nothing yet."""
-    specs = target_specs(settings, source)
-    out = Path(settings.out or f"{settings.path}.{settings.to}")
+    specs = target_specs(cfg, source)
+    out = Path(cfg.out or f"{cfg.path}.{cfg.to}")
     if out.absolute() == source.path.absolute():
         raise CheckpointError(f"{out}: is also what is converted")
     sink: TensorSink
-    if settings.to == "hf":
+    if cfg.to == "hf":
         from nemo_advrm.convert.hf_sink import HEAD_BIAS, HFSink
         from nemo_advrm.convert.nemo_tokenizer_files import check_exportable
 
@@ -82,11 +82,11 @@ def open_sink(settings: ConvertConfig, source: TensorSource) -> TensorSink:
             source.description,
             specs,
             head_bias=source.read(HEAD_BIAS) if HEAD_BIAS in specs else None,
-            drop_head_bias=settings.drop_head_bias,
-            architecture=settings.architecture,
-            max_shard_bytes=parse_size(settings.max_shard_size),
+            drop_head_bias=cfg.drop_head_bias,
+            architecture=cfg.architecture,
+            max_shard_bytes=parse_size(cfg.max_shard_size),
         )
-    elif settings.to == "megatron":
+    elif cfg.to == "megatron":
         from nemo_advrm.convert.megatron import MegatronSink
 
         sink = MegatronSink(out, source.description, specs)
@@ -97,14 +97,14 @@ def open_sink(settings: ConvertConfig, source: TensorSource) -> TensorSink:
     return sink
 
 
-def target_specs(settings: ConvertConfig, source: TensorSource) -> dict[str, TensorSpec]:
+def target_specs(cfg: ConvertConfig, source: TensorSource) -> dict[str, TensorSpec]:
     """The source's tensors in the number format ``dtype``."""
-    dtype = DTYPES.get(settings.dtype)
+    dtype = DTYPES.get(cfg.dtype)
     specs = source.tensors()
     return {name: replace(spec, dtype=dtype or spec.dtype) for name, spec in specs.items()}
 
 
-def convert(settings: ConvertConfig, report: Any = print) -> None:
+def convert(cfg: ConvertConfig, report: Any = print) -> None:
     """Convert one checkpoint; with ``dry_run`` only show what would be done.
 
     At any time at most the parts of one canonical tensor are in memory. An error leaves nothing at ``out``.
@@ -112,17 +112,17 @@ def convert(settings: ConvertConfig, report: Any = print) -> None:
     Raises:
         ConfigError, CheckpointError, LayoutError: one sentence on what does not fit, before anything is written.
     """
-    check_settings(settings)
-    with open_source(settings) as source:
-        source.description.provenance |= {"converted_by": f"nemo_advrm {__version__}", **_card_facts(settings)}
+    check_settings(cfg)
+    with open_source(cfg) as source:
+        source.description.provenance |= {"converted_by": f"nemo_advrm {__version__}", **_card_facts(cfg)}
         _check_vocabulary(source)
-        _lay_out(settings, source)
-        sink = open_sink(settings, source)
-        for line in _summary(settings, source, sink):
+        _lay_out(cfg, source)
+        sink = open_sink(cfg, source)
+        for line in _summary(cfg, source, sink):
             report(line)
-        if settings.dry_run:
+        if cfg.dry_run:
             return
-        specs = target_specs(settings, source)
+        specs = target_specs(cfg, source)
         try:
             with sink:
                 for name, spec in specs.items():
@@ -154,12 +154,12 @@ def _check_vocabulary(source: TensorSource) -> None:
     check_vocabulary(tokenizer, about.model.vocab_size, str(source.path))
 
 
-def _lay_out(settings: ConvertConfig, source: TensorSource) -> None:
+def _lay_out(cfg: ConvertConfig, source: TensorSource) -> None:
     """Give the model the wanted layout, which pads the vocabulary; LayoutError where it cannot be divided."""
-    tensor, pipeline = settings.tensor_model_parallel_size, settings.pipeline_model_parallel_size
+    tensor, pipeline = cfg.tensor_model_parallel_size, cfg.pipeline_model_parallel_size
     model = at_layout(source.description.model, tensor, pipeline)
     validate_layout(Config(model=model), tensor * pipeline)
-    if settings.to == "megatron":
+    if cfg.to == "megatron":
         # a checkpoint opens at any layout: the model itself names none
         if model.make_vocab_size_divisible_by % tensor:
             model.make_vocab_size_divisible_by *= tensor
@@ -167,13 +167,13 @@ def _lay_out(settings: ConvertConfig, source: TensorSource) -> None:
     source.description.model = model
 
 
-def _card_facts(settings: ConvertConfig) -> dict[str, Any]:
+def _card_facts(cfg: ConvertConfig) -> dict[str, Any]:
     """Facts on training for the model card: of the file ``card``, else of the run that trained the checkpoint."""
-    if settings.card:
-        return read_json_object(Path(settings.card), ConfigError, f"card={settings.card}")
-    if settings.from_ != "megatron":
+    if cfg.card:
+        return read_json_object(Path(cfg.card), ConfigError, f"card={cfg.card}")
+    if cfg.from_ != "megatron":
         return {}
-    path = Path(settings.path).absolute()
+    path = Path(cfg.path).absolute()
     return _config_facts(path.parent / "config.yaml") | _round_facts(path)
 
 
@@ -216,9 +216,9 @@ def _config_facts(run: Path) -> dict[str, Any]:
     return {fact: value for fact, value in found.items() if isinstance(value, str) and value}
 
 
-def _summary(settings: ConvertConfig, source: TensorSource, sink: TensorSink) -> Iterator[str]:
+def _summary(cfg: ConvertConfig, source: TensorSource, sink: TensorSink) -> Iterator[str]:
     specs = source.tensors()
-    if settings.dry_run:
+    if cfg.dry_run:
         for name, spec in specs.items():
             yield f"{source.native(name)} -> {sink.native(name)} {list(spec.shape)}"
     total = sum(spec.nbytes for spec in specs.values())
@@ -227,5 +227,5 @@ def _summary(settings: ConvertConfig, source: TensorSource, sink: TensorSink) ->
     kind = {"lm": "language model", "reward": "reward model", "value": "critic"}[source.description.head]
     yield (
         f"{kind}, {len(specs)} tensors: {total / 1e9:.3f} GB at {source.path} -> {sink.nbytes / 1e9:.3f} GB"
-        f"{f' at {sink.path}' if settings.out else ''}{' (dry run: nothing is written)' if settings.dry_run else ''}"
+        f"{f' at {sink.path}' if cfg.out else ''}{' (dry run: nothing is written)' if cfg.dry_run else ''}"
     )

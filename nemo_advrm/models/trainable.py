@@ -69,7 +69,7 @@ class TrainableModel(ModelPT):
         # NeMo keeps the configuration of a model under this name; "model" as a key is reserved by it
         settings = dict(asdict(cfg.model).items())
         super().__init__(cfg=OmegaConf.create({"architecture": settings, "seed": seed}))
-        self.config = cfg
+        self.config = cfg  # "cfg" is a property of ModelPT that holds its own DictConfig
         self.tokenizer = tokenizer
         self.max_steps = max_steps
         self.seed = seed
