@@ -1,1 +1,1 @@
-"""What a layout needs: memory of every rank, FLOPs and time of a step, and the layouts that fit."""
+"""The planner: memory per rank, FLOPs and time of a step for a parallel layout, and a search for layouts that fit."""

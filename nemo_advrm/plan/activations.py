@@ -1,4 +1,4 @@
-"""What a forward pass keeps for its backward pass: the formula of Korthikanti et al. for this engine's layers.
+"""Activation memory: the formula of Korthikanti et al., adapted to this engine's layers.
 
 Korthikanti et al. 2022 (arXiv 2205.05198, section 4) count, per layer of s tokens in b rows of width h with a heads
 and 2-byte elements, s b h (34 + 5 a s / h) bytes: 11 s b h + 5 a s^2 b in attention, 19 s b h in the MLP, 4 s b h in
@@ -9,11 +9,11 @@ the two norms. Here the same tensors are counted in elements, so that the formul
     MLP        h (input) + f' (first product, activation and second product's input)
 
 q = heads * d and k = groups * d (grouped queries), f' = 2f (gelu), 5f (gated), and so on, see :func:`_mlp`. Attention
-is fused: it keeps one fp32 sum per token and head in place of the 5 a s^2 b bytes of its score matrix. The masks of
-dropout count only where dropout is used. Tensor parallelism divides what lies between a column-parallel and a
-row-parallel matrix; sequence parallelism divides the rest too; context parallelism divides the tokens. Our own
-attention, which stands in for Transformer Engine's on a CPU and for windows and soft-caps, keeps the keys and values
-that it gathered from all context-parallel ranks.
+is fused: it keeps one fp32 sum per token and head instead of the 5 a s^2 b bytes of the score matrix. Dropout masks
+count only if dropout is used. Tensor parallelism divides the tensors between a column-parallel and a row-parallel
+matrix, sequence parallelism the others too, and context parallelism the tokens. Our own attention, which replaces
+Transformer Engine's on a CPU and for windows and soft-caps, keeps the keys and values that it gathered from all
+context-parallel ranks.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ _SUM_BYTES = 4  # softmax sums and means are fp32
 
 @dataclass(frozen=True)
 class Kernels:
-    """How layers are computed, which decides what they keep.
+    """Kernels of the layers, which determine the activations that are kept.
 
     Attributes:
-        fused_activation: Megatron's fused gated activation, which keeps its input alone.
+        fused_activation: Megatron's fused gated activation, which keeps only its input.
         fused_rotation: rotary positions are applied without a copy of queries and keys.
-        stepwise_rms_norm: PyTorch's RMSNorm on a CPU, which keeps the normalised input too.
-        own_attention: keys and values are gathered from context-parallel ranks before attention, and kept.
+        stepwise_rms_norm: PyTorch's RMSNorm on a CPU, which also keeps the normalised input.
+        own_attention: keeps the keys and values that it gathers from context-parallel ranks.
     """
 
     fused_activation: bool = False
@@ -46,13 +46,13 @@ class Kernels:
     own_attention: bool = False
 
 
-# what the engine runs on a GPU without any fusion and on a CPU
+# the engine's kernels on a GPU without fusions, and on a CPU
 PLAIN = Kernels()
 ON_CPU = Kernels(stepwise_rms_norm=True, own_attention=True)
 
 
 def on_gpu(model: ModelConfig) -> Kernels:
-    """What the engine runs on a GPU; rotary positions as without Transformer Engine, whose kernel keeps less."""
+    """The engine's kernels on a GPU, without Transformer Engine's fused rotation, which would keep less."""
     return Kernels(fused_activation=fuses_activation(model))
 
 
@@ -63,9 +63,9 @@ def _is_rms(model: ModelConfig) -> bool:
 def _mlp(model: ModelConfig, kernels: Kernels) -> float:
     """Elements kept between the MLP's matrices, in units of f.
 
-    Gated: both halves of the first product (2) and the product of the activation and the linear half (1); not fused
-    the activation and the linear half, which Megatron adds an offset to, as well (2). gelu: its input and its output.
-    ReLU keeps its output alone, squared ReLU its square too.
+    Gated: both halves of the first product (2) and the product of activation and linear half (1); without fusion also
+    the activation and the linear half, to which Megatron adds an offset (2). gelu: input and output. ReLU: its output;
+    squared ReLU: also the square.
     """
     if Sizes.of(model).gated:
         return 3 if kernels.fused_activation else 5
@@ -74,18 +74,18 @@ def _mlp(model: ModelConfig, kernels: Kernels) -> float:
 
 @dataclass(frozen=True)
 class LayerTerms:
-    """Bytes that one layer keeps on one rank, by part."""
+    """Bytes of activations that one layer keeps on one rank, by part."""
 
     norms: float
     attention: float
-    scores: float  # explicit score matrices: soft-capped attention alone
+    scores: float  # explicit score matrices, only in soft-capped attention
     mlp: float
     dropout: float
     gathered: float = 0.0  # keys and values of all context-parallel ranks
 
     @property
     def in_attention(self) -> float:
-        """What recomputing the product of queries and keys saves, but for the softmax sums."""
+        """Bytes that recomputing attention saves, without the softmax sums."""
         return self.scores + self.gathered
 
     @property
@@ -94,7 +94,7 @@ class LayerTerms:
 
 
 def layer_terms(model: ModelConfig, batch: Microbatch, element: int, kernels: Kernels) -> LayerTerms:
-    """What one layer keeps of one microbatch on one rank when nothing is recomputed; ``element`` in bytes."""
+    """Activations of one layer for one microbatch on one rank without recomputation; ``element`` in bytes."""
     size, tensor = Sizes.of(model), model.tensor_model_parallel_size
     tokens = batch.tokens / model.context_parallel_size
     outside = tensor if model.sequence_parallel else 1
@@ -107,24 +107,24 @@ def layer_terms(model: ModelConfig, batch: Microbatch, element: int, kernels: Ke
     if rotated:
         projections += size.query + size.key
     if model.qk_layernorm:
-        projections += size.query  # regrouped by head before its norm
+        projections += size.query  # copy grouped by head, before the norm
         if kernels.stepwise_rms_norm and _is_rms(model):
             projections += size.query + size.key
     attention = kept * size.hidden / outside + kept * (projections + size.query) / tensor
     attention += _SUM_BYTES * tokens * size.heads / tensor
-    if rotated:  # cos and sin, for queries and for keys
+    if rotated:  # cosines and sines, for queries and for keys
         length = batch.length / model.context_parallel_size
         attention += 4 * element * length * head_size(model) * model.rotary_percent
     gathered = 0.0
-    fp32 = element == 4  # in which Transformer Engine shares no sequences
+    fp32 = element == 4  # Transformer Engine has no context parallelism in fp32
     own = kernels.own_attention or model.attention_softcap or model.sliding_window or fp32
     if model.context_parallel_size > 1 and own:
-        # the early chunk of queries on rank i keeps i + 1 of 2 cp chunks of keys, the late one 2 cp - i
+        # of 2 cp chunks of keys, rank i keeps i + 1 for its early query chunk and 2 cp - i for the late one
         share = 1 + 1 / (2 * model.context_parallel_size)
         gathered = element * batch.tokens * 2 * size.key / tensor * share
     scores = 0.0
     if model.attention_softcap:
-        # tanh, the softmax in fp32 and its copy in the elements' format, and the mask's bytes
+        # tanh, the fp32 softmax and its copy in the dtype of the elements
         scores = tokens * batch.length * size.heads / tensor * _capped_bytes(element)
     mlp = kept * (size.hidden / outside + size.ffn * _mlp(model, kernels) / tensor)
     dropout = 2 * tokens * size.hidden / outside if model.hidden_dropout else 0.0
@@ -136,13 +136,13 @@ def _capped_bytes(element: int) -> int:
 
 
 def boundary_bytes(model: ModelConfig, batch: Microbatch, element: int) -> float:
-    """One copy of the residual stream on one rank: what a recomputed unit keeps, and what stages exchange."""
+    """Bytes of the residual stream on one rank: kept per recomputed unit, and exchanged between stages."""
     outside = model.tensor_model_parallel_size if model.sequence_parallel else 1
     return element * batch.tokens / model.context_parallel_size * model.hidden_size / outside
 
 
 def chunk_bytes(model: ModelConfig, layers: int, batch: Microbatch, element: int, kernels: Kernels) -> float:
-    """What ``layers`` layers keep of one microbatch, with the recompute of ``model``."""
+    """Bytes that ``layers`` layers keep for one microbatch, with the recomputation of ``model``."""
     layer = layer_terms(model, batch, element, kernels)
     unit = boundary_bytes(model, batch, element)
     count = model.recompute_num_layers
@@ -157,26 +157,26 @@ def chunk_bytes(model: ModelConfig, layers: int, batch: Microbatch, element: int
 
 
 def _fused_sums(model: ModelConfig, batch: Microbatch) -> float:
-    """Softmax sums of one layer: all that recomputing a fused attention saves."""
+    """Bytes of the softmax sums of one layer, all that recomputing fused attention saves."""
     tokens = batch.tokens / model.context_parallel_size
     return _SUM_BYTES * tokens * model.num_attention_heads / model.tensor_model_parallel_size
 
 
 def recomputed_bytes(model: ModelConfig, layers: int, batch: Microbatch, element: int, kernels: Kernels) -> float:
-    """What is kept for a moment while the backward pass makes a recomputed unit's activations again."""
+    """Bytes held while the backward pass recomputes the activations of one unit."""
     layer = layer_terms(model, batch, element, kernels)
     if model.recompute == "full":
         return min(model.recompute_num_layers, layers) * layer.total
-    if model.recompute == "block":  # the layers that are not recomputed come first, and are let go by then
+    if model.recompute == "block":  # the backward pass of the other layers comes first, and has freed theirs
         return layer.total if layers <= model.recompute_num_layers else 0.0
     return layer.in_attention if model.recompute == "selective" else 0.0
 
 
 def backward_bytes(model: ModelConfig, batch: Microbatch, element: int, gradient: int) -> float:
-    """Largest set of gradients that exist at once inside one layer's backward pass, less what it has let go by then.
+    """Peak bytes of gradients inside one layer's backward pass, less the activations freed by then.
 
-    In the MLP: the residual stream's gradient twice, with either the gradients inside the activation (2f where
-    gated, 3f where squared, else f) or one f and the gradient of the second matrix, ``gradient`` bytes an element.
+    The peak is in the MLP: the residual stream's gradient twice, and either the gradients inside the activation (2f if
+    gated, 3f if squared, else f), or f and the gradient of the second matrix with ``gradient`` bytes per element.
     """
     size, tensor = Sizes.of(model), model.tensor_model_parallel_size
     inner = element * batch.tokens / model.context_parallel_size * size.ffn / tensor
@@ -188,10 +188,10 @@ def backward_bytes(model: ModelConfig, batch: Microbatch, element: int, gradient
 def head_bytes(
     model: ModelConfig, head: str, batch: Microbatch, vocab_size: int, element: int, kernels: Kernels
 ) -> float:
-    """What the last stage keeps after its layers: the last norm's input, the gathered hidden state, logits.
+    """Bytes that the last stage keeps after its layers: the last norm's input, the gathered hidden state, and logits.
 
-    A language model's logits are [tokens, V / tp] for every token that is predicted (at most all): once in the
-    elements' format and, while log-probabilities and their gradient are made, four times in fp32.
+    Logits of a language model are [tokens, V / tp] for every predicted token (at most all): once in the dtype of the
+    elements and, while log-probabilities and their gradient are computed, four times in fp32.
     """
     tokens = batch.tokens / model.context_parallel_size
     norm = boundary_bytes(model, batch, element) * (2 if kernels.stepwise_rms_norm and _is_rms(model) else 1)
@@ -208,9 +208,9 @@ def head_bytes(
 def peak_bytes(
     model: ModelConfig, layers: int, in_flight: float, head: float, batch: Microbatch, element: int, kernels: Kernels
 ) -> float:
-    """Most that training holds at once on one stage: ``in_flight`` microbatches, and one in its backward pass.
+    """Peak activation bytes of training on one stage: ``in_flight`` microbatches, and one in its backward pass.
 
-    ``layers`` are those of one model chunk, ``head`` is :func:`head_bytes` on the last stage, else 0.
+    ``layers`` counts one model chunk; ``head`` is :func:`head_bytes` on the last stage, else 0.
     """
     kept = in_flight * chunk_bytes(model, layers, batch, element, kernels)
     again = recomputed_bytes(model, layers, batch, element, kernels)

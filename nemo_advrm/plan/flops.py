@@ -1,4 +1,4 @@
-"""FLOPs of a forward pass and the time of a step: arithmetic, communication between ranks and the pipeline's bubble."""
+"""Estimates the time of a step: arithmetic, communication between ranks and the pipeline bubble."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nemo_advrm.plan.memory import cache_bytes, element_bytes, rank_memory, weig
 
 
 def _recomputed_share(model: ModelConfig, layers: int) -> tuple[float, float]:
-    """Shares of the layers' (matrices, attention) that are computed a second time."""
+    """Shares of the layers' (matrices, attention) that are recomputed."""
     if model.recompute == "full":
         return 1.0, 1.0
     if model.recompute == "block":
@@ -26,15 +26,15 @@ def _recomputed_share(model: ModelConfig, layers: int) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of one step and the FLOPs it is for.
+    """Seconds and FLOPs of one step.
 
     Attributes:
-        flops: of the model over the whole job: what a step needs, without recomputation.
+        flops: model FLOPs of the step over the whole job, without recomputation.
         compute: matrix products of the slowest stage.
-        tensor, pipeline, data: communication of tensor-parallel ranks, between stages, of data-parallel ranks.
+        tensor, pipeline, data: communication of tensor-parallel ranks, pipeline stages and data-parallel ranks.
         bubble: idle time of the pipeline.
-        generate, score: making and scoring the responses (RL).
-        offload: moving what waits in CPU memory there and back.
+        generate, score: generating and scoring responses (RL).
+        offload: transfers to and from CPU memory.
         context: communication of context-parallel ranks.
     """
 
@@ -55,13 +55,13 @@ class StepTime:
         return training + self.generate + self.score + self.offload
 
     def utilization(self, job: Job) -> float:
-        """Model FLOPs utilization: FLOPs that the step needs over what the GPUs could do in its time."""
+        """Model FLOPs utilization: FLOPs of the step over the peak FLOPs of the GPUs in its time."""
         peak = GPUS[job.cfg.plan.gpu].peak(job.cfg.precision.name)
         return self.flops / (self.seconds * job.gpus * peak)
 
 
 class Clock:
-    """Times of one job's parts at ``plan.efficiency`` of its GPU's peak."""
+    """Times of the parts of a job's step, at ``plan.efficiency`` of the GPU's peak."""
 
     def __init__(self, job: Job) -> None:
         self.job = job
@@ -70,7 +70,7 @@ class Clock:
         self.efficiency = job.cfg.plan.efficiency
         precision = job.cfg.precision.name
         self.rate = self.gpu.peak(precision) * self.efficiency
-        # FP8 is for the matrices of the layers alone
+        # FP8 applies only to the matrices of layers
         self.other_rate = self.gpu.peak(precision if precision == "fp32" else "bf16") * self.efficiency
         self.layers = layers_per_stage(self.model)
         self.ranks = self.model.tensor_model_parallel_size * self.model.context_parallel_size
@@ -82,7 +82,7 @@ class Clock:
         return flops
 
     def _compute_seconds(self, stage: int, batch: Microbatch, head: str, matrices: float, attention: float) -> float:
-        """Of one rank; ``matrices`` and ``attention`` say how often each is computed in units of a forward pass."""
+        """Compute time of one rank; ``matrices`` and ``attention`` count their forward-pass equivalents."""
         layer, layers = layer_flops(self.model, batch), self.layers[stage]
         flops = self._stage_flops(stage, batch, head) - layers * layer.total  # the head
         passes = 3 if matrices >= 3 else 1
@@ -91,7 +91,7 @@ class Clock:
         return seconds / self.ranks
 
     def _tensor_seconds(self, stage: int, batch: Microbatch, passes: float) -> float:
-        """All-gathers and reduce-scatters (or all-reduces) of a layer: four per pass over it."""
+        """All-gathers and reduce-scatters (or all-reduces) of the layers: four per layer and pass."""
         tensor = self.model.tensor_model_parallel_size
         if tensor == 1:
             return 0.0
@@ -100,9 +100,9 @@ class Clock:
         return passes * self.layers[stage] * 4 * whole * (tensor - 1) / tensor / (link * 1e9)
 
     def _context_seconds(self, stage: int, batch: Microbatch, passes: float) -> float:
-        """Keys and values of the other ranks, for every layer and pass, behind no computation.
+        """Transfer of the other ranks' keys and values, per layer and pass, not overlapped with computation.
 
-        Tensor-parallel ranks stand next to each other, so that context-parallel ones leave the node first.
+        Tensor-parallel ranks have consecutive numbers, so context-parallel groups are the first to span nodes.
         """
         ranks, tensor = self.model.context_parallel_size, self.model.tensor_model_parallel_size
         whole = element_bytes(self.job.cfg) * batch.tokens * 2 * Sizes.of(self.model).key / tensor
@@ -110,14 +110,14 @@ class Clock:
         return passes * self.layers[stage] * whole * (ranks - 1) / ranks / (link * 1e9)
 
     def _exchange_seconds(self, batch: Microbatch) -> float:
-        """One hidden state from a stage to the next over the network; tensor ranks send their parts."""
+        """Transfer of a hidden state between stages over the network; tensor-parallel ranks send their parts."""
         if len(self.layers) == 1:
             return 0.0
         part = boundary_bytes(self.model, batch, element_bytes(self.job.cfg))
         return part / (self.gpu.network * 1e9)
 
     def _training(self, held: Held, microbatches: int) -> StepTime:
-        """A step of one trained model: forward, twice that backward, and what is recomputed."""
+        """A training step of one model: forward, twice that backward, and recomputation."""
         model, batch, replicas = self.model, self.job.training, self.job.replicas
         stages, chunks = len(self.layers), model.virtual_pipeline_model_parallel_size
         slowest = tensor = context = model_flops = 0.0
@@ -126,12 +126,12 @@ class Clock:
             model_flops += 3 * forward
             again_m, again_a = _recomputed_share(model, self.layers[stage])
             seconds = self._compute_seconds(stage, batch, held.head, 3 + again_m, 3 + again_a)
-            # the backward pass gathers the inputs of its matrices again: 1 + 1.5 passes
+            # the backward pass gathers the inputs of the matrices again: 1 + 1.5 passes
             wire = self._tensor_seconds(stage, batch, 2.5 + again_m)
-            # forward, and backward once more with the gradients (Transformer Engine's ring)
-            shared = self._context_seconds(stage, batch, 3 + again_a)
-            if seconds + wire + shared > slowest + tensor + context:
-                slowest, tensor, context = seconds, wire, shared
+            # forward, and backward with the gradients too (Transformer Engine's ring)
+            ring = self._context_seconds(stage, batch, 3 + again_a)
+            if seconds + wire + ring > slowest + tensor + context:
+                slowest, tensor, context = seconds, wire, ring
         exchange = 2 * chunks * self._exchange_seconds(batch)
         bubble = (stages - 1) / (microbatches * chunks)
         busy = microbatches * (slowest + tensor + context + exchange)
@@ -148,7 +148,7 @@ class Clock:
         )
 
     def _data_seconds(self, held: Held, busy: float) -> float:
-        """Reduction of fp32 gradients and, split optimizer, gathering of new weights; hidden as far as overlapped."""
+        """Reduction of fp32 gradients and, with a distributed optimizer, all-gather of weights, less what overlaps."""
         model, replicas = self.model, self.job.replicas * self.model.context_parallel_size
         if replicas == 1:
             return 0.0
@@ -163,10 +163,10 @@ class Clock:
             gather = max(0.0, gather - busy / 4)
         return reduce + gather
 
-    def _forward(self, head: str, rows: int, batch: Microbatch, shared: bool = True) -> tuple[float, float]:
+    def _forward(self, head: str, rows: int, batch: Microbatch, sliced: bool = True) -> tuple[float, float]:
         """(seconds, FLOPs of one replica) of forward passes over ``rows`` rows.
 
-        ``shared``: context-parallel ranks share every row; else they share out the rows.
+        ``sliced``: context-parallel ranks hold slices of every row; otherwise they hold different rows.
         """
         microbatches = -(-rows // batch.rows)
         stages = range(len(self.layers))
@@ -174,17 +174,17 @@ class Clock:
         times = [
             self._compute_seconds(stage, batch, head, 1, 1)
             + self._tensor_seconds(stage, batch, 1.0)
-            + (self._context_seconds(stage, batch, 1.0) if shared else 0.0)
+            + (self._context_seconds(stage, batch, 1.0) if sliced else 0.0)
             for stage in stages
         ]
         slowest = max(times) + self._exchange_seconds(batch)
         return (microbatches + len(self.layers) - 1) * slowest, microbatches * sum(flops)
 
     def _generation(self) -> tuple[float, float]:
-        """(seconds, FLOPs of one replica) of a step's responses, all of full length.
+        """(seconds, FLOPs of one replica) of generating a step's responses, all of full length.
 
-        A token of one batch passes the stages in turn; each reads its weights and cache, which takes longer than its
-        arithmetic. The prompts are read once. Context-parallel ranks share out the rows.
+        A token passes the stages one after another. Each stage reads its weights and cache, which usually takes longer
+        than its arithmetic. Prompts are read once. Context-parallel ranks hold different rows.
         """
         job, model, cfg = self.job, self.model, self.job.cfg
         new = min(cfg.rl.max_new_tokens, model.encoder_seq_length)
@@ -198,12 +198,12 @@ class Clock:
             token = self._compute_seconds(stage, Microbatch(job.generated * ranks, 1), "lm", 1, 1)
             per_token += max(read / bandwidth, token)
         prompt = Microbatch(1, max(1, model.encoder_seq_length - new))
-        reading, flops = self._forward("reward", job.rollouts, prompt, shared=False)
+        reading, flops = self._forward("reward", job.rollouts, prompt, sliced=False)
         flops += sum(self._stage_flops(s, Microbatch(1, 1), "lm") for s in range(len(self.layers))) * new * job.rollouts
         return reading + batches * new * per_token, flops
 
     def step(self) -> StepTime:
-        """One step of the job."""
+        """Time of one step of the job."""
         job = self.job
         parts: list[StepTime] = []
         for held in job.models:
@@ -213,7 +213,7 @@ class Clock:
         generate = score = flops = 0.0
         if job.rollouts:
             generate, flops = self._generation()
-            # log-probabilities of the policy and of its reference, values of a critic, scores of the reward models
+            # log-probabilities of policy and reference, values of the critic, scores of the reward models
             for held in job.models:
                 seconds, more = self._forward(held.head, job.rollouts, job.scoring)
                 score += held.count * seconds
@@ -232,7 +232,7 @@ class Clock:
         )
 
     def _offload_seconds(self) -> float:
-        """Frozen weights come once a step (they need not be written back), optimizer state goes and comes."""
+        """Frozen weights are copied once per step (never back), optimizer state in both directions."""
         if not self.job.rollouts:
             return 0.0
         memory = rank_memory(self.job, 0)
@@ -242,5 +242,5 @@ class Clock:
 
 
 def step_tokens(job: Job) -> int:
-    """Tokens that are trained on in one step of the whole job."""
+    """Number of tokens that one step of the whole job trains on."""
     return job.training.tokens * job.microbatches * job.replicas

@@ -1,4 +1,4 @@
-"""What a stage holds and does on its GPUs: the models, the microbatches and the data-parallel replicas."""
+"""The job that a stage is on its GPUs: its models, microbatches and data-parallel replicas."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from nemo_advrm.engine.model import padded_vocab_size
 
 @dataclass(frozen=True)
 class Held:
-    """Models of one kind that a stage holds at once."""
+    """Models of one kind that a stage holds."""
 
     title: str
     head: Head
@@ -26,16 +26,16 @@ class Job:
     """One stage on a number of GPUs, every sequence at ``model.encoder_seq_length``.
 
     Attributes:
-        cfg: its configuration.
-        gpus: of the whole job.
+        cfg: configuration of the stage.
+        gpus: number of GPUs of the job.
         replicas: data-parallel size.
-        vocab_size: padded.
-        models: what it holds.
-        training: a microbatch of training.
-        microbatches: of one step on one replica.
-        scoring: a microbatch of forward passes alone (RL).
-        rollouts: responses of one step on one replica; 0 where none are made.
-        generated: most responses that a rank makes at once; context-parallel ranks share out the rollouts.
+        vocab_size: padded vocabulary size.
+        models: models that the stage holds.
+        training: a training microbatch.
+        microbatches: number of training microbatches per step and replica.
+        scoring: a microbatch of forward passes without gradients (RL).
+        rollouts: responses per step and replica; 0 in stages without RL.
+        generated: most responses that a rank generates at once; context-parallel ranks divide the rollouts.
     """
 
     cfg: Config
@@ -56,7 +56,7 @@ class Job:
 
 
 def models_of(cfg: Config) -> tuple[Held, ...]:
-    """The models that the stage ``cfg.plan.stage`` holds; members of an ensemble behind an address are elsewhere."""
+    """The models that the stage ``cfg.plan.stage`` holds, without ensemble members on servers."""
     stage = cfg.plan.stage
     if stage == "sft":
         return (Held("policy", "lm", True),)
@@ -73,13 +73,13 @@ def models_of(cfg: Config) -> tuple[Held, ...]:
 
 
 def _rows_at_once(cfg: Config, most: int, sequences: int = 1) -> int:
-    """Rows of a microbatch whose every row has ``sequences`` sequences of the greatest length, as batching forms it."""
+    """Rows of a microbatch if every row has ``sequences`` sequences of full length."""
     model = cfg.model
     return max(1, min(most, model.micro_batch_tokens // (sequences * model.encoder_seq_length)))
 
 
 def job_of(cfg: Config, gpus: int, tokenizer_size: int) -> Job:
-    """The job that ``cfg.plan.stage`` would be on ``gpus`` GPUs; raises LayoutError where they cannot be divided."""
+    """The job of ``cfg.plan.stage`` on ``gpus`` GPUs; raises LayoutError if the layout does not divide them."""
     replicas = data_parallel_size(cfg, gpus)
     model = cfg.model
     length = model.encoder_seq_length

@@ -1,4 +1,4 @@
-"""Memory of one rank of every pipeline stage: what stands there all the time, and the phase that needs most."""
+"""Memory of one rank of every pipeline stage: permanent tensors, and the phase that needs most."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from nemo_advrm.plan.activations import head_bytes, layer_terms, on_gpu, peak_by
 from nemo_advrm.plan.jobs import Held, Job
 
 GIB = 2**30
-_GRADIENT = 4  # bytes: gradients are added up in fp32
+_GRADIENT = 4  # bytes: gradients are accumulated in fp32
 
 
 @dataclass
@@ -21,13 +21,13 @@ class RankMemory:
 
     Attributes:
         stage: pipeline stage.
-        parameters: of the trained models.
-        weights, gradients, optimizer: of the trained models.
-        frozen: weights of models that are not trained, all of them.
-        activations: most that training keeps, without the head's.
-        head: what the last stage keeps for head and logits.
-        cache: keys and values of the responses that are made at once.
-        phases: name -> total of that phase; the greatest counts.
+        parameters: number of parameters of the trained models.
+        weights, gradients, optimizer: those of the trained models.
+        frozen: weights of all models that are not trained.
+        activations: peak of training, without the head's.
+        head: activations of head and logits on the last stage.
+        cache: keys and values of the responses that are generated at once.
+        phases: name -> total of that phase.
     """
 
     stage: int
@@ -47,29 +47,29 @@ class RankMemory:
 
     @property
     def phase(self) -> str:
-        """The phase that needs most."""
+        """The phase that needs most memory."""
         return max(self.phases, key=lambda name: self.phases[name])
 
 
 def element_bytes(cfg: Config) -> int:
-    """Of activations and weights outside FP8."""
+    """Bytes of an element of activations and of weights that are not in FP8."""
     return 4 if cfg.precision.name == "fp32" else 2
 
 
 def weight_bytes(cfg: Config, counts: Parameters) -> float:
-    """Weights of one model. FP8 matrices: a copy and its transpose, and the bf16 original unless kept in FP8 alone."""
+    """Bytes of a model's weights. FP8 matrices: copy and transpose, and the bf16 original unless fp8_params is set."""
     element = element_bytes(cfg)
     inner = float(element * (counts.linear + counts.other))
     if cfg.precision.name.startswith(("fp8", "mxfp8")):
         layers = cfg.model.num_layers
         share = max(0, layers - 2 * cfg.precision.bf16_first_last_layers) / layers
-        extra = 0 if cfg.precision.fp8_params else 2  # 1 byte + 1 byte in place of, or beside, 2
+        extra = 0 if cfg.precision.fp8_params else 2  # 1 byte + 1 byte instead of, or in addition to, 2
         inner += extra * counts.linear * share
     return inner + element * (counts.embedding + counts.output) + 4 * counts.head
 
 
 def optimizer_bytes(cfg: Config, counts: Parameters, replicas: int) -> float:
-    """Adam's two moments and, where weights are not fp32, their fp32 original; split by the distributed optimizer."""
+    """Bytes of Adam's moments and of fp32 copies of 16-bit weights; sharded by the distributed optimizer."""
     moments = 8 if cfg.model.optim.name == "adam" else 4
     master = 0 if cfg.precision.name == "fp32" else 4
     split = replicas * cfg.model.context_parallel_size if cfg.model.use_distributed_optimizer else 1
@@ -77,10 +77,10 @@ def optimizer_bytes(cfg: Config, counts: Parameters, replicas: int) -> float:
 
 
 def in_flight(model: ModelConfig, stage: int, microbatches: int) -> int:
-    """Forward passes of a model chunk that wait for their backward pass, at most.
+    """Largest number of forward passes of a model chunk that wait for their backward pass.
 
-    1F1B: as many microbatches as there are stages from here on. Interleaved: the warm-up of Megatron's schedule,
-    2 (p - 1 - stage) + (v - 1) p chunks, and the one in work.
+    1F1B: the number of stages from this one on. Interleaved: the warm-up of Megatron's schedule,
+    2 (p - 1 - stage) + (v - 1) p chunks, plus one.
     """
     stages, chunks = model.pipeline_model_parallel_size, model.virtual_pipeline_model_parallel_size
     if chunks == 1:
@@ -89,7 +89,7 @@ def in_flight(model: ModelConfig, stage: int, microbatches: int) -> int:
 
 
 def _training(job: Job, held: Held, stage: int) -> tuple[float, float]:
-    """(most that training this model keeps on the stage, the head's part of it)."""
+    """(peak activations of training this model on the stage, the head's part of it)."""
     model, element = job.cfg.model, element_bytes(job.cfg)
     layers = layers_per_stage(model)
     last = stage == len(layers) - 1
@@ -100,14 +100,14 @@ def _training(job: Job, held: Held, stage: int) -> tuple[float, float]:
 
 
 def cache_bytes(job: Job, stage: int) -> float:
-    """Keys and values of one stage's layers for every response made at once, at full length."""
+    """Bytes of keys and values of one stage's layers for all responses generated at once, at full length."""
     model = job.cfg.model
     per_token = 2 * Sizes.of(model).key / model.tensor_model_parallel_size * element_bytes(job.cfg)
     return job.generated * model.encoder_seq_length * per_token * layers_per_stage(model)[stage]
 
 
 def _generation(job: Job, stage: int) -> float:
-    """Cache, one layer at work on the prompts (whole on every rank), and the gathered logits of a token."""
+    """Bytes of the cache, one layer's activations in prefill (whole rows on every rank), and one token's logits."""
     model, element = job.cfg.model, element_bytes(job.cfg)
     whole = replace(model, sequence_parallel=False, context_parallel_size=1)
     length = model.encoder_seq_length
@@ -119,7 +119,7 @@ def _generation(job: Job, stage: int) -> float:
 
 
 def _scoring(job: Job, stage: int) -> float:
-    """One layer at work, without anything kept, and the logits of the policies' log-probabilities."""
+    """Bytes of one layer's activations, and of the logits for log-probabilities of the policies."""
     model, element = job.cfg.model, element_bytes(job.cfg)
     working = layer_terms(model, job.scoring, element, on_gpu(model)).total
     last = stage == model.pipeline_model_parallel_size - 1
@@ -128,7 +128,7 @@ def _scoring(job: Job, stage: int) -> float:
 
 
 def rank_memory(job: Job, stage: int) -> RankMemory:
-    """Memory of every rank of pipeline stage ``stage``; all its tensor- and data-parallel ranks are equal."""
+    """Memory of each rank of pipeline stage ``stage``; its tensor- and data-parallel ranks have equal parts."""
     cfg = job.cfg
     memory = RankMemory(stage)
     largest_frozen = training = 0.0
@@ -164,16 +164,16 @@ def all_stages(job: Job) -> list[RankMemory]:
 
 
 def host_bytes(job: Job, memory: RankMemory) -> float:
-    """CPU memory that offloading takes for one rank."""
+    """Bytes of CPU memory that offloading needs per rank."""
     model = job.cfg.model
     frozen = memory.frozen if model.offload_reference else 0.0
     return frozen + (memory.optimizer if model.offload_optimizer_while_generating and job.rollouts else 0.0)
 
 
 def checkpoint_copy_bytes(job: Job, stage: int) -> float:
-    """CPU memory that one rank of the first replica needs to save in the background: all that it writes.
+    """Bytes of CPU memory that a rank of the first replica needs for a background save: a copy of all that it writes.
 
-    The distributed optimizer's parts are put together on that replica, with the weights in fp32 once more.
+    That replica gathers the distributed optimizer's shards, with another fp32 copy of the weights.
     """
     cfg = job.cfg
     if not cfg.trainer.async_checkpoint:

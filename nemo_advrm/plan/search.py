@@ -1,4 +1,4 @@
-"""Looks for layouts: the single changes that make a job fit, and the fastest layout of a number of GPUs."""
+"""Searches layouts: single changes that make a job fit, and the fastest layouts of a number of GPUs."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from nemo_advrm.plan.memory import GIB, rank_memory
 _MICRO_BATCHES = (1, 2, 4, 8)
 _CHUNKS = (1, 2, 3, 4, 5, 6, 8, 10, 12)
 _EVEN = {"num_layers_in_first_pipeline_stage": 0, "num_layers_in_last_pipeline_stage": 0}
-# tokens of a sequence for every rank that shares it: below it a rank has too little to do between exchanges
+# fewest tokens of a sequence per context-parallel rank: with fewer, communication dominates
 _LEAST_TOKENS = 4096
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A layout: the keys that make it, dotted, where they differ from the configuration's, and what comes of them."""
+    """A layout: the dotted keys that differ from the configuration, with the resulting job, memory and time."""
 
     changes: dict[str, Any]
     job: Job
@@ -38,7 +38,7 @@ class Candidate:
         return self.memory <= budget(self.job.cfg)
 
     def overrides(self) -> list[str]:
-        """The changes as they are written on the command line."""
+        """The changes as command-line settings."""
         return [f"{key}={str(value).lower()}" for key, value in self.changes.items()]
 
 
@@ -47,14 +47,14 @@ def budget(cfg: Config) -> float:
     return (GPUS[cfg.plan.gpu].memory - cfg.plan.reserve_gib) * GIB
 
 
-def greatest_memory(job: Job) -> float:
-    """Bytes of the fullest rank. Stages between the second and the last have no more than the second."""
+def peak_memory(job: Job) -> float:
+    """Bytes of the fullest rank. Stages between the second and the last need no more than the second."""
     last = job.cfg.model.pipeline_model_parallel_size - 1
     return max(rank_memory(job, stage).total for stage in {0, min(1, last), last})
 
 
 def candidate(cfg: Config, gpus: int, tokenizer_size: int, settings: dict[str, Any]) -> Candidate | None:
-    """``cfg`` with other settings of its model; None where they cannot be built."""
+    """``cfg`` with changed model settings; None if the layout is impossible."""
     changed = copy.copy(cfg)
     changed.model = dataclasses.replace(cfg.model, **settings)
     try:
@@ -65,13 +65,13 @@ def candidate(cfg: Config, gpus: int, tokenizer_size: int, settings: dict[str, A
     model = changed.model
     chunks = model.virtual_pipeline_model_parallel_size
     if chunks > 1 and job.microbatches % model.pipeline_model_parallel_size:
-        return None  # Megatron's interleaved schedule passes microbatches in groups of the pipeline's size
+        return None  # Megatron's interleaved schedule needs a multiple of the number of stages
     changes = {f"model.{key}": value for key, value in settings.items() if getattr(cfg.model, key) != value}
-    return Candidate(changes, job, greatest_memory(job), Clock(job).step())
+    return Candidate(changes, job, peak_memory(job), Clock(job).step())
 
 
 def _rows(cfg: Config, rows: int) -> dict[str, Any]:
-    """Settings that make a microbatch of ``rows`` rows of the greatest length."""
+    """Settings for microbatches of ``rows`` rows of full length."""
     sequences = 2 if cfg.plan.stage == "train_rm" else 1
     return {"micro_batch_size": rows, "micro_batch_tokens": rows * sequences * cfg.model.encoder_seq_length}
 
@@ -89,19 +89,19 @@ def _context_sizes(model: ModelConfig) -> Iterator[int]:
 
 
 def _splits(layers: int, stages: int) -> tuple[int, dict[str, int]] | None:
-    """(most layers of a stage, keys) of ``stages`` stages; the first and the last take what the others leave."""
+    """(most layers per stage, keys) for ``stages`` stages; the first and last stage get the remaining layers."""
     if layers % stages == 0:
         return layers // stages, _EVEN
     each = -(-layers // stages)
     left = layers - each * (stages - 2)
     if left < 2:
         return None
-    first, last = left // 2, left - left // 2  # embedding and head stand beside them
+    first, last = left // 2, left - left // 2  # fewer, as they also hold embedding and head
     return each, {"num_layers_in_first_pipeline_stage": first, "num_layers_in_last_pipeline_stage": last}
 
 
 def _single_settings(cfg: Config, rows_at_once: int) -> Iterator[list[dict[str, Any]]]:
-    """Kinds of single changes, each with its settings from the mildest on."""
+    """Kinds of single changes, each with its settings in order, least drastic first."""
     model = cfg.model
     yield [{"use_distributed_optimizer": True}]
     if model.tensor_model_parallel_size > 1:
@@ -124,7 +124,7 @@ def _single_settings(cfg: Config, rows_at_once: int) -> Iterator[list[dict[str, 
 
 
 def single_changes(cfg: Config, gpus: int, tokenizer_size: int) -> list[Candidate]:
-    """Layouts that fit and differ from ``cfg`` in one respect: of each kind of change the mildest."""
+    """Layouts that fit and differ from ``cfg`` in one respect: the least drastic change of each kind."""
     sequences = 2 if cfg.plan.stage == "train_rm" else 1
     rows_at_once = job_of(cfg, gpus, tokenizer_size).training.rows // sequences
     found = []
@@ -133,7 +133,7 @@ def single_changes(cfg: Config, gpus: int, tokenizer_size: int) -> list[Candidat
         fitting = next((c for c in options if c is not None and c.changes and c.fits), None)
         if fitting is not None:
             found.append(fitting)
-    for factor in (2, 4, 8, 16):  # more replicas, which split the optimizer's state further
+    for factor in (2, 4, 8, 16):  # more replicas, which shard the optimizer state further
         option = candidate(cfg, factor * gpus, tokenizer_size, {})
         if option is not None and option.fits:
             return [*found, dataclasses.replace(option, changes={"plan.gpus": factor * gpus})]
@@ -141,7 +141,7 @@ def single_changes(cfg: Config, gpus: int, tokenizer_size: int) -> list[Candidat
 
 
 def _offloads(cfg: Config) -> list[dict[str, Any]]:
-    """What may wait in CPU memory: nothing in training alone."""
+    """Options of offloading to CPU memory, which only RL stages have."""
     names = ("offload_reference", "offload_optimizer_while_generating")
     choices = (False, True) if cfg.plan.stage in ("attack", "rlhf") else (False,)
     return [dict(zip(names, values, strict=True)) for values in itertools.product(choices, repeat=2)]
@@ -159,7 +159,7 @@ def _candidates(cfg: Config, gpus: int) -> Iterator[dict[str, Any]]:
         replicas = gpus // (tensor * stages * ranks)
         supervised = cfg.plan.stage in ("sft", "train_rm")
         batch = model.global_batch_size if supervised else cfg.rl.prompts_per_step * cfg.rl.group_size
-        most = max(1, batch // replicas)  # rows of a replica in a step: a larger microbatch is the same job
+        most = max(1, batch // replicas)  # rows per replica and step: larger microbatches give the same job
         for chunks, rows in itertools.product(_CHUNKS if stages > 1 else (1,), _MICRO_BATCHES):
             if layers % chunks or rows > most:
                 continue
@@ -183,7 +183,7 @@ def _candidates(cfg: Config, gpus: int) -> Iterator[dict[str, Any]]:
 
 
 def search(cfg: Config, gpus: int, tokenizer_size: int, best: int = 5) -> list[Candidate]:
-    """The ``best`` fastest layouts of ``gpus`` GPUs that fit, fastest first; empty where none fits."""
+    """The ``best`` fastest layouts of ``gpus`` GPUs that fit, fastest first; empty if none fits."""
     found = (candidate(cfg, gpus, tokenizer_size, settings) for settings in _candidates(cfg, gpus))
     fitting = [c for c in found if c is not None and c.fits]
     return sorted(fitting, key=lambda c: (c.time.seconds, c.memory))[:best]

@@ -1,4 +1,4 @@
-"""Builds the real Megatron model of every pipeline stage without memory, on a fake process group of the whole world."""
+"""Builds the real Megatron model of every pipeline stage on the meta device, in a fake process group."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ class Built:
 
 @contextmanager
 def _rank(model: ModelConfig, rank: int, world_size: int) -> Iterator[None]:
-    """Be rank ``rank`` of a world of which no other process exists: its collectives do nothing."""
+    """Act as rank ``rank`` inside, in a fake process group without other processes; its collectives do nothing."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     if dist.is_initialized():
-        raise RuntimeError("the planner builds its models in a process of its own, before Megatron-Core is started")
+        raise RuntimeError("the planner must build its models in a process that has not started Megatron-Core")
     chunks = model.virtual_pipeline_model_parallel_size
-    hook = sys.excepthook  # PyTorch wraps it at every start to name the rank
+    hook = sys.excepthook  # init_process_group wraps it to print the rank
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
     try:
         parallel_state.initialize_model_parallel(
@@ -62,13 +62,13 @@ def _rank(model: ModelConfig, rank: int, world_size: int) -> Iterator[None]:
 
 
 def _build(model: ModelConfig, head: Head, vocab_size: int, head_outputs: int, stage: int) -> Built:
-    """All chunks of the stage that this process stands for."""
-    config = transformer_config(model, PrecisionConfig(), on_gpu=False)  # number formats change no count
+    """Parameter counts of all chunks of this process's stage."""
+    config = transformer_config(model, PrecisionConfig(), on_gpu=False)  # the precision does not change the counts
     chunks = model.virtual_pipeline_model_parallel_size
     last = model.pipeline_model_parallel_size - 1
     built = Built()
     for chunk in range(chunks):
-        # tied embeddings of a pipeline move their weight to a GPU by name
+        # Megatron calls .cuda() on the weight of a pipeline's tied embeddings
         with torch.device("meta"), mock.patch.object(torch.Tensor, "cuda", lambda self, *args, **kwargs: self):
             part = HeadedGPT(
                 config,
@@ -94,9 +94,9 @@ def _build(model: ModelConfig, head: Head, vocab_size: int, head_outputs: int, s
 def build_stages(
     model: ModelConfig, head: Head, vocab_size: int, world_size: int, head_outputs: int = 1
 ) -> list[Built]:
-    """One rank of each pipeline stage as real :class:`HeadedGPT` chunks on the meta device, counted.
+    """Parameter counts of one rank of each pipeline stage, from real :class:`HeadedGPT` chunks on the meta device.
 
-    Raises RuntimeError in a process that runs Megatron-Core already.
+    Raises RuntimeError in a process that already runs Megatron-Core.
     """
     stages = model.pipeline_model_parallel_size
     built = []
@@ -107,5 +107,5 @@ def build_stages(
 
 
 def whole_model(built: list[Built], tensor: int) -> int:
-    """Parameters of the model that the parts of all ranks make up, each counted once."""
+    """Parameters of the whole model, each counted once, from the counts per stage."""
     return sum(part.sharded * tensor + part.replicated for part in built)

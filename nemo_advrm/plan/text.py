@@ -1,4 +1,4 @@
-"""A plan as text: the job, the table of memory per rank, the step's time, what does not fit and what would."""
+"""Formats a plan as text: the job, memory per rank, time of a step, and layouts that fit."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def recompute_words(model: ModelConfig) -> str:
 
 
 def describe_job(job: Job, models: Sequence[tuple[str, int]]) -> list[str]:
-    """The models with their parameters, the layout and the microbatch."""
+    """Lines about the models and their parameters, the layout and the microbatch."""
     cfg, model = job.cfg, job.cfg.model
     gpu = GPUS[cfg.plan.gpu]
     switches = [
@@ -61,7 +61,7 @@ def _count(number: int, noun: str) -> str:
 
 
 def memory_table(job: Job, stages: Sequence[RankMemory]) -> list[str]:
-    """One line per group of equal ranks, in GiB."""
+    """Lines of the memory table in GiB, one per group of equal ranks."""
     limit = budget(job.cfg)
     per_stage = job.gpus // len(stages)
     shown = [name for name in _COLUMNS if name in ("total", "weights") or any(getattr(s, name) for s in stages)]
@@ -117,12 +117,12 @@ def _outcome(option: Candidate) -> str:
 
 
 def change_line(option: Candidate) -> str:
-    """Memory, time and the settings that change."""
+    """Line with memory, time and the changed settings."""
     return f"{_outcome(option)}  {' '.join(option.overrides())}"
 
 
 def layout_line(option: Candidate) -> str:
-    """Memory, time and the whole layout."""
+    """Line with memory, time and the whole layout."""
     job, model = option.job, option.job.cfg.model
     words = [
         f"{layout_words(model)} x DP {job.replicas}",

@@ -1,4 +1,4 @@
-"""Checks the state of Lightning's loops that a training checkpoint holds, before Lightning takes it as it is."""
+"""Validates the state of Lightning's loops in a training checkpoint, which Lightning itself does not check."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _STEP = re.compile(r"step_(\d+)")
 
 
 def check_loop_state(state: dict[str, Any], trainer: Trainer, path: Path) -> None:
-    """Raise CheckpointError when ``state`` is not one that ``trainer`` could have written as ``path``.
+    """Raise CheckpointError if ``trainer`` could not have written ``state`` as ``path``.
 
-    Lightning would end in an error of its own, count from another step or, without a state of its loops, start the
-    steps again with the trained weights.
+    Lightning would fail with an unclear error, count from another step or, without a state of its loops, repeat the
+    steps with the trained weights.
     """
     expected = {
         "epoch": 0,
@@ -40,7 +40,7 @@ def check_loop_state(state: dict[str, Any], trainer: Trainer, path: Path) -> Non
 
 
 def _difference(found: Any, expected: Any, name: str) -> str:
-    """The first place where ``found`` lacks a key of ``expected`` or holds another type; "" when there is none."""
+    """First difference: a key of ``expected`` that ``found`` lacks, or a value of another type; "" if there is none."""
     if type(found) is not type(expected):
         return f"{name or 'it'} is a {type(found).__name__}, not a {type(expected).__name__}"
     if type(found) is int and not 0 <= found < 2**63:
@@ -54,7 +54,7 @@ def _difference(found: Any, expected: Any, name: str) -> str:
 
 
 def _wrong_step(state: dict[str, Any], path: Path) -> str:
-    """Whether the steps that the loops have counted are those of the checkpoint's name."""
+    """A message if the loops' step counts differ from the step in the checkpoint's name, else \"\"."""
     loop = state["loops"]["fit_loop"]
     counted = loop["epoch_loop.manual_optimization.optim_step_progress"]["total"]["completed"]
     counted += loop["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]["total"]["completed"]

@@ -1,4 +1,4 @@
-"""When memory runs out: what a GPU held, in files, and what to change, in one sentence."""
+"""Explains an out-of-memory error: files with the memory's content, and one sentence about what to change."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from nemo_advrm.engine import runtime
 from nemo_advrm.engine.gpus import GPUS
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.plan.jobs import job_of
-from nemo_advrm.plan.search import Candidate, greatest_memory, single_changes
+from nemo_advrm.plan.search import Candidate, peak_memory, single_changes
 
-# allocations and releases that a snapshot goes back
+# most recent allocations and releases in a snapshot
 _RECORDED_EVENTS = 100_000
 _HOST_MEMORY = "DefaultCPUAllocator"
 _USUAL = "model.recompute=full, a smaller model.micro_batch_tokens, a greater model.tensor_model_parallel_size"
@@ -24,14 +24,14 @@ _USUAL = "model.recompute=full, a smaller model.micro_batch_tokens, a greater mo
 
 @contextlib.contextmanager
 def explained(directory: Path, cfg: Config, stage: str, vocab_size: int) -> Iterator[None]:
-    """Raise ConfigError with the planner's advice when memory runs out inside.
+    """Turn an out-of-memory error inside into a ConfigError with the planner's advice.
 
-    PyTorch's table of a GPU's memory goes to ``directory``/out_of_memory_rank_N.txt and, with
-    ``trainer.memory_snapshot``, every allocation to out_of_memory_rank_N.pickle, for pytorch.org/memory_viz.
+    Writes PyTorch's table of the GPU's memory to ``directory``/out_of_memory_rank_N.txt and, with
+    ``trainer.memory_snapshot``, all allocations to out_of_memory_rank_N.pickle, for pytorch.org/memory_viz.
 
     Args:
-        stage: name of the stage for the planner.
-        vocab_size: of the model that is trained.
+        stage: name of the stage in the planner.
+        vocab_size: vocabulary of the trained model.
     """
     recorded = cfg.trainer.memory_snapshot and runtime.current().on_gpu
     if recorded:
@@ -59,10 +59,10 @@ def explained(directory: Path, cfg: Config, stage: str, vocab_size: int) -> Iter
 
 
 def advice(cfg: Config, stage: str, vocab_size: int) -> str:
-    """What to change, in words: by the planner for this job on this GPU (``plan.gpu`` where it is not known)."""
+    """One sentence: the planner's changes for this job on this GPU (``plan.gpu`` if the GPU is unknown)."""
     try:
         changes = _changes(cfg, stage, vocab_size)
-    except Exception:  # whatever the planner cannot do must not hide what happened
+    except Exception:  # an error of the planner must not hide the original one
         changes = []
     if not changes:
         return (
@@ -76,21 +76,21 @@ def advice(cfg: Config, stage: str, vocab_size: int) -> str:
 
 
 def _changes(cfg: Config, stage: str, vocab_size: int) -> list[str]:
-    """The planner's single changes that need less memory than the job as it is, whatever it thinks of that."""
+    """The planner's single changes that need less memory than the present job, even if by its estimate that fits."""
     planned = dataclasses.replace(cfg, plan=dataclasses.replace(cfg.plan, stage=stage, gpu=_gpu(cfg.plan.gpu)))
     gpus = runtime.current().world_size
-    present = greatest_memory(job_of(planned, gpus, vocab_size))
+    present = peak_memory(job_of(planned, gpus, vocab_size))
     options = single_changes(planned, gpus, vocab_size)
     return [_words(option) for option in options if option.memory < present]
 
 
 def _words(option: Candidate) -> str:
-    gpus = option.changes.get("plan.gpus")  # of a real job the number is no setting
+    gpus = option.changes.get("plan.gpus")  # not a setting of a running job
     return f"{gpus} GPUs" if gpus else " ".join(option.overrides())
 
 
 def _gpu(otherwise: str) -> str:
-    """The planner's name of this process's GPU: of those with its name the nearest in size."""
+    """The planner's key of this process's GPU: of the GPUs with its name the one nearest in memory size."""
     if not torch.cuda.is_available():
         return otherwise
     device = torch.cuda.get_device_properties(torch.cuda.current_device())

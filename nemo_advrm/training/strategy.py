@@ -1,7 +1,7 @@
-"""Lightning strategy over Megatron-Core: lets ``lightning.pytorch.Trainer.fit`` drive the engine.
+"""Lightning strategy over Megatron-Core, with which ``lightning.pytorch.Trainer.fit`` runs the engine.
 
-Megatron owns devices, process groups, gradients, optimizers and checkpoints; Lightning owns the
-loop, the callbacks and the loggers.
+Megatron owns devices, process groups, gradients, optimizers and checkpoints; Lightning owns the loop, callbacks and
+loggers.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ if TYPE_CHECKING:
     from nemo_advrm.models.trainable import TrainableModel
 
 IN_BACKGROUND = "in background"  # as storage_options of Trainer.save_checkpoint
-# what Lightning needs back to continue its loops; weights and optimizers are Megatron's
+# state that Lightning needs to continue its loops; weights and optimizers are saved by Megatron
 _KEPT = ("epoch", "global_step", "pytorch-lightning_version", "loops", "callbacks")
 
 
 class MegatronStrategy(Strategy):
-    """Runs a :class:`~nemo_advrm.models.trainable.TrainableModel` on the running Megatron layout.
+    """Runs a :class:`~nemo_advrm.models.trainable.TrainableModel` on the current Megatron layout.
 
     Attributes:
-        limit_minutes: how long a checkpoint's files may take once they are waited for.
-        saving: the one save that is under way in the background.
+        limit_minutes: longest wait for a checkpoint's files.
+        saving: the background save in progress, if any.
     """
 
     def __init__(self, limit_minutes: float = 30.0) -> None:
@@ -73,7 +73,7 @@ class MegatronStrategy(Strategy):
         return False
 
     def model_to_device(self) -> None:
-        """Megatron models are built where they live."""
+        """Nothing to do: Megatron models are built on their device."""
 
     def barrier(self, name: str | None = None) -> None:
         self.runtime.barrier()
@@ -86,7 +86,7 @@ class MegatronStrategy(Strategy):
         return box[0]
 
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
-        """Metrics arrive reduced (:func:`nemo_advrm.engine.schedule.reduce_metrics`)."""
+        """Nothing to do: metrics are reduced by :func:`nemo_advrm.engine.schedule.reduce_metrics`."""
         return tensor
 
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
@@ -108,7 +108,7 @@ class MegatronStrategy(Strategy):
         return {}
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
-        """Save now, or begin to with ``storage_options`` IN_BACKGROUND: see :meth:`end_saving`."""
+        """Save, or start a background save (``storage_options`` IN_BACKGROUND) that :meth:`end_saving` completes."""
         assert self.saving is None
         module: TrainableModel = self.lightning_module  # type: ignore[assignment]
         state = {k: checkpoint[k] for k in _KEPT if k in checkpoint}
@@ -120,9 +120,9 @@ class MegatronStrategy(Strategy):
             saving.finish()
 
     def end_saving(self, wait: bool) -> bool:
-        """Complete the save under way once all ranks have written their files, or ``wait`` for them; all ranks call.
+        """Complete the background save if all ranks have written their files, or ``wait`` for them; all ranks call.
 
-        Returns whether a checkpoint was completed. Raises CheckpointError when it could not be written.
+        Returns whether a checkpoint was completed. Raises CheckpointError if it could not be written.
         """
         if self.saving is None or not (wait or self.saving.written_everywhere()):
             return False
@@ -131,7 +131,7 @@ class MegatronStrategy(Strategy):
         return True
 
     def drop_saving(self) -> None:
-        """Give up a save under way: nothing is left of it, nor of its threads. Each rank for itself."""
+        """Abandon a background save and remove its files and threads; needs no other rank."""
         saving, self.saving = self.saving, None
         if saving is not None:
             saving.drop()
@@ -151,7 +151,7 @@ class MegatronStrategy(Strategy):
         load_training_state(Path(checkpoint["path"]), module)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Loaded with the weights."""
+        """Nothing to do: loaded with the weights."""
 
     def remove_checkpoint(self, filepath: str | Path) -> None:
         if self.is_global_zero:

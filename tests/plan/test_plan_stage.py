@@ -20,7 +20,7 @@ from nemo_advrm.errors import ConfigError, LayoutError
 from nemo_advrm.plan.flops import Clock, step_tokens
 from nemo_advrm.plan.jobs import job_of, models_of
 from nemo_advrm.plan.memory import GIB, all_stages, cache_bytes, rank_memory
-from nemo_advrm.plan.search import budget, greatest_memory, search, single_changes
+from nemo_advrm.plan.search import budget, peak_memory, search, single_changes
 from nemo_advrm.plan.text import memory_table
 
 by_name = pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name)
@@ -210,7 +210,7 @@ def test_alone_on_a_gpu_the_utilization_is_the_efficiency() -> None:
 def test_every_change_that_is_named_makes_it_fit() -> None:
     overrides = (*LLAMA_70B, "model.recompute=none")
     here = job(*overrides)
-    assert greatest_memory(here) > budget(here.cfg)
+    assert peak_memory(here) > budget(here.cfg)
     options = single_changes(here.cfg, here.gpus, 0)
     kinds = [next(iter(option.changes)) for option in options]
     assert "model.recompute" in kinds and len({tuple(option.overrides()) for option in options}) == len(options)
@@ -224,7 +224,7 @@ def test_block_recompute_is_named_with_the_fewest_layers() -> None:
     block = next(c for c in single_changes(here.cfg, 32, 0) if c.changes.get("model.recompute") == "block")
     fewer = block.changes["model.recompute_num_layers"] - 1
     there = job(*LLAMA_70B, "model.recompute=block", f"model.recompute_num_layers={fewer}")
-    assert greatest_memory(there) > budget(there.cfg)
+    assert peak_memory(there) > budget(there.cfg)
 
 
 def test_more_gpus_are_named_when_nothing_else_helps() -> None:
