@@ -12,7 +12,7 @@ sys.path.append(str(Path(__file__).parents[2]))
 
 
 def refusals(ranks: int) -> dict[str, str]:
-    """By class, with sequences that ``ranks`` ranks share."""
+    """Message by class, with a context-parallel size of ``ranks``."""
     from nemo_aligner.utils import parallel_state
     from omegaconf import OmegaConf
 

@@ -1,4 +1,4 @@
-"""What ranks that share sequences hold and compute; every function runs on all ranks of a layout."""
+"""What context-parallel ranks hold and compute; every function runs on all ranks of a layout."""
 
 from __future__ import annotations
 

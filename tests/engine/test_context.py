@@ -1,4 +1,4 @@
-"""Ranks that share sequences hold the right parts of them and compute what one process computes of the whole."""
+"""Context-parallel ranks hold the right slices of sequences, and compute what one process computes."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def _metrics_agree(
             assert there[name] == pytest.approx(here[name], rel=1e-4, abs=1e-4), name
 
 
-def test_training_goes_from_one_process_to_shared_sequences_and_back(
+def test_training_goes_from_one_process_to_context_parallelism_and_back(
     single: Runtime, worlds: Worlds, tmp_path: Path
 ) -> None:
     initial = scale_jobs.reward_model()
@@ -179,7 +179,7 @@ def test_transformer_engine_sees_whole_sequences_while_decoding() -> None:
 def test_transformer_engine_attends_where_it_can(
     monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], dtype: torch.dtype, ours: bool
 ) -> None:
-    """Its DotProductAttention has no backend for sequences that ranks share in fp32."""
+    """Its DotProductAttention has no backend for context parallelism in fp32."""
     spec = get_gpt_layer_local_spec(normalization="RMSNorm")
     monkeypatch.setattr(transformer_engine, "import_error", lambda: "")
     monkeypatch.setattr(transformer, "get_gpt_layer_with_transformer_engine_spec", lambda **_: spec)
@@ -189,7 +189,7 @@ def test_transformer_engine_attends_where_it_can(
     assert getattr(attention, "func", attention) is (FusedCoreAttention if ours else its_own)
 
 
-def test_a_stage_with_shared_sequences_gives_the_metrics_of_one_process(
+def test_a_stage_with_context_parallelism_gives_the_metrics_of_one_process(
     single: Runtime, worlds: Worlds, tmp_path: Path
 ) -> None:
     draw = random.Random(0)

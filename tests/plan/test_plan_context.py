@@ -1,4 +1,4 @@
-"""The memory model of shared sequences against real training steps of two ranks on a CPU."""
+"""The memory model of context parallelism against real training steps of two ranks on a CPU."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, open_dict
 
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.integrations.nemo_aligner.client import EnsembleRewardClient
-from nemo_advrm.integrations.nemo_aligner.layout import refuse_shared_sequences
+from nemo_advrm.integrations.nemo_aligner.layout import refuse_context_parallelism
 from nemo_advrm.integrations.nemo_aligner.recorder import AdversarialRecorder
 
 
@@ -39,7 +39,7 @@ class MegatronGPTAdversarialActorModel(NLPAdapterModelMixin, MegatronGPTModel, A
         return super().__new__(cls)
 
     def __init__(self, cfg: DictConfig, trainer: Any) -> None:
-        refuse_shared_sequences(cfg.get("context_parallel_size", 1))
+        refuse_context_parallelism(cfg.get("context_parallel_size", 1))
         assert self._file_class is not None
         with open_dict(cfg):
             cfg.target = f"{self._file_class.__module__}.{self._file_class.__name__}"

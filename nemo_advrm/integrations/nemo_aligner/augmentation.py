@@ -16,7 +16,7 @@ from nemo_advrm.data.nemo_aligner_rows import Render, as_transcript
 from nemo_advrm.data.pair_store import AdversarialPair, PairStore, merge
 from nemo_advrm.engine.collectives import run_on_rank_zero
 from nemo_advrm.errors import ConfigError, DataError, UserError
-from nemo_advrm.integrations.nemo_aligner.layout import refuse_shared_sequences
+from nemo_advrm.integrations.nemo_aligner.layout import refuse_context_parallelism
 
 
 class AdversarialAugmentation:
@@ -45,7 +45,7 @@ class AdversarialAugmentation:
         render: Render = as_transcript,
         snapshot: Path | None = None,
     ) -> None:
-        refuse_shared_sequences(parallel_state.get_context_parallel_world_size())
+        refuse_context_parallelism(parallel_state.get_context_parallel_world_size())
         if not 0 < ratio < 1:
             raise ConfigError(f"augmentation.ratio must lie between 0 and 1, not {ratio}")
         if type(dataloader.dataset) is not RewardModelDataset:

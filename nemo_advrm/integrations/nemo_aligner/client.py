@@ -16,7 +16,7 @@ from torch import Tensor
 from nemo_advrm.errors import RewardSourceError
 from nemo_advrm.integrations.nemo_aligner.agreement import WAIT_SECONDS, in_replica
 from nemo_advrm.integrations.nemo_aligner.critic import CriticClient
-from nemo_advrm.integrations.nemo_aligner.layout import refuse_shared_sequences
+from nemo_advrm.integrations.nemo_aligner.layout import refuse_context_parallelism
 from nemo_advrm.integrations.nemo_aligner.rollouts import RolloutReader
 from nemo_advrm.objectives.adversarial import apply_length_penalty
 from nemo_advrm.rewards.ensemble import Judgement, PolicyReward
@@ -56,7 +56,7 @@ class EnsembleRewardClient:
         threads: int = 1,
         wait_seconds: float = WAIT_SECONDS,
     ) -> None:
-        refuse_shared_sequences(parallel_state.get_context_parallel_world_size())
+        refuse_context_parallelism(parallel_state.get_context_parallel_world_size())
         self.reward = reward
         self.reader = reader
         self.unended_penalty = unended_penalty

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nemo_advrm.engine import transformer_engine
 from nemo_advrm.errors import ConfigError
-from nemo_advrm.integrations.nemo_aligner.layout import refuse_shared_sequences
+from nemo_advrm.integrations.nemo_aligner.layout import refuse_context_parallelism
 
 # Transformer Engine multiplies FP8 matrices whose sizes are multiples of this (of tokens: of 8)
 MULTIPLE = 16
@@ -39,7 +39,7 @@ class _InFP8(MegatronGPTRewardModel):
     _file_class: type | None = None
 
     def __init__(self, cfg: DictConfig, trainer: Any) -> None:
-        refuse_shared_sequences(cfg.get("context_parallel_size", 1))
+        refuse_context_parallelism(cfg.get("context_parallel_size", 1))
         if cfg.get("fp8", False):
             check(cfg)
         assert self._file_class is not None
