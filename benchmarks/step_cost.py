@@ -37,8 +37,7 @@ from nemo_advrm.models.language_model import SupervisedModel
 from nemo_advrm.models.policy import PolicyModel
 from nemo_advrm.models.reward_model import RewardModel
 from nemo_advrm.rewards.ensemble import UncertaintyReward
-from nemo_advrm.rewards.local import build_gold
-from nemo_advrm.rewards.sources import load_members
+from nemo_advrm.rewards.sources import build_gold, load_members
 from nemo_advrm.rollouts.prompts import encode_prompts, rlhf_prompts
 from nemo_advrm.rollouts.types import Prompt
 from nemo_advrm.training.callbacks.rollouts import OveroptimizationTracker
@@ -116,7 +115,7 @@ class Work:
             return self._fit(RewardModel(cfg, self.tokenizer, self.pairs, [], self.policy), cfg)
         reward = UncertaintyReward(load_members(cfg, self.members, self.tokenizer))
         module = PolicyModel(cfg, self.tokenizer, self.prompts, reward, self.policy)
-        gold = build_gold("synthetic")
+        gold = build_gold(cfg)
         tracker = OveroptimizationTracker(self.directory / "samples.jsonl", gold, 1, cfg.rl.log_samples)
         return self._fit(module, cfg, (tracker,))
 

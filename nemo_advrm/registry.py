@@ -61,11 +61,12 @@ class Registry(Generic[T]):
         self.check(name)
         if name not in self._found:
             place = self._places.get(name, name.removeprefix(PYTHON))
-            self._found[name] = _imported(place, f"{self.key}={name}")
+            self._found[name] = imported(place, f"{self.key}={name}")
         return self._found[name]
 
 
-def _imported(place: str, setting: str) -> Any:
+def imported(place: str, setting: str) -> Any:
+    """What ``MODULE:NAME`` names. Raises ConfigError that names ``setting`` when it cannot be imported."""
     module, _, attribute = place.partition(":")
     if not module or not attribute:
         raise ConfigError(f"{setting}: must be python:MODULE:NAME")
@@ -73,3 +74,31 @@ def _imported(place: str, setting: str) -> Any:
         return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"{setting}: cannot be imported: {error}") from error
+
+
+# All registries, so that a new built-in is its own file and a line here. Nothing is imported before it is asked for.
+PREFERENCE_LOSSES: Registry[Any] = Registry(  # of nemo_advrm.objectives.losses.PreferenceLoss
+    "reward_model.loss",
+    {
+        "bt": "nemo_advrm.objectives.losses:BT",
+        "margin_bt": "nemo_advrm.objectives.losses:MARGIN_BT",
+        "scaled_bt": "nemo_advrm.objectives.losses:SCALED_BT",
+        "regression": "nemo_advrm.objectives.losses:REGRESSION",
+    },
+)
+DETECTORS: Registry[Any] = Registry(  # of subclasses of nemo_advrm.detectors.base.Detector
+    "adversarial.detector", {"ensemble_disagreement": "nemo_advrm.detectors.disagreement:EnsembleDisagreement"}
+)
+ATTACKS: Registry[Any] = Registry(  # of subclasses of nemo_advrm.attacks.base.Attack
+    "adversarial.attack", {"adv_rm": "nemo_advrm.attacks.adv_rm:AdvRM"}
+)
+ROLLOUT_ENGINES: Registry[Any] = Registry(  # of subclasses of nemo_advrm.rollouts.base.RolloutEngine
+    "rl.rollout_engine", {"megatron": "nemo_advrm.rollouts.megatron:MegatronEngine"}
+)
+TOKENIZERS: Registry[Any] = Registry(  # of nemo_advrm.data.tokenizers.Tokenizer, those that need no files
+    "model.tokenizer",
+    {
+        "byte": "nemo_advrm.data.tokenizers:ByteTokenizer",
+        "synthetic": "nemo_advrm.synthetic.tokenizer:SyntheticTokenizer",
+    },
+)

@@ -15,9 +15,8 @@ from nemo_advrm.engine.collectives import run_on_rank_zero
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.models.trainable import derive_seed
 from nemo_advrm.rewards.limits import prompts_with_room
-from nemo_advrm.rewards.local import build_gold
 from nemo_advrm.rewards.sft_responses import read_sft_scores, write_sft_scores
-from nemo_advrm.rewards.sources import load_members
+from nemo_advrm.rewards.sources import build_gold, load_members
 from nemo_advrm.rollouts.prompts import attack_prompts, encode_prompts
 from nemo_advrm.rollouts.sample import sample
 from nemo_advrm.run_directory import run_dir
@@ -38,7 +37,7 @@ def main(cfg: Config) -> int:
     members = load_members(cfg, cfg.ensemble.members, tokenizer)
     prompts = prompts_with_room(prompts, tokenizer.fingerprint, members, cfg)
     run_dir.claim(cfg, directory, "attack")
-    gold = build_gold(cfg.pipeline.gold)
+    gold = build_gold(cfg, tokenizer)
     if not run_on_rank_zero((directory / "reference.jsonl").exists):
         policy = build_policy(cfg, tokenizer, cfg.pretrained_checkpoint.restore_from_path, 0, trainable=False)
         count = cfg.sft_statistics.samples_per_prompt

@@ -14,8 +14,7 @@ from nemo_advrm.engine.collectives import run_on_rank_zero
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.evaluation.best_of_n import SAMPLES, best_of_n_prompts, curve_of_reward, sample_best_of_n
 from nemo_advrm.rewards.limits import prompts_with_room
-from nemo_advrm.rewards.local import build_gold
-from nemo_advrm.rewards.sources import load_members
+from nemo_advrm.rewards.sources import build_gold, load_members
 from nemo_advrm.rewards.standardisation import combined, read_statistics
 from nemo_advrm.rollouts.prompts import encode_prompts
 from nemo_advrm.rollouts.types import Prompt
@@ -55,7 +54,7 @@ def main(cfg: Config) -> int:
     samples = Path(given) if given else home / SAMPLES
     if not given and not run_on_rank_zero(samples.exists):
         policy = build_policy(cfg, tokenizer, cfg.pretrained_checkpoint.restore_from_path, 0, trainable=False)
-        sample_best_of_n(cfg, tokenizer, samples, policy, prompts, build_gold(cfg.pipeline.gold))
+        sample_best_of_n(cfg, tokenizer, samples, policy, prompts, build_gold(cfg, tokenizer))
     curve = curve_of_reward(cfg, tokenizer, home / f"{cfg.best_of_n.name}.json", samples, reward)
     if runtime.current().is_writer:
         print("\n".join(_table(curve)))

@@ -15,9 +15,8 @@ from nemo_advrm.models.trainable import derive_seed
 from nemo_advrm.objectives.sft_statistics import MemberStatistics
 from nemo_advrm.rewards.base import RewardSource
 from nemo_advrm.rewards.limits import prompts_with_room
-from nemo_advrm.rewards.local import build_gold
 from nemo_advrm.rewards.sft_responses import write_sft_scores
-from nemo_advrm.rewards.sources import load_members
+from nemo_advrm.rewards.sources import build_gold, load_members
 from nemo_advrm.rewards.standardisation import combined, read_statistics
 from nemo_advrm.rollouts.prompts import encode_prompts, rlhf_prompts
 from nemo_advrm.rollouts.sample import sample
@@ -42,7 +41,7 @@ def main(cfg: Config) -> int:
     run_dir.claim(cfg, directory, "rlhf")
     statistics = _statistics(cfg, tokenizer, directory, prompts, members)
     reward = combined(members, cfg.ensemble.aggregate, cfg.ensemble.coefficient, statistics, directory)
-    metrics = run_rlhf(cfg, tokenizer, directory, prompts, reward, build_gold(cfg.pipeline.gold), cfg.seed, "rlhf")
+    metrics = run_rlhf(cfg, tokenizer, directory, prompts, reward, build_gold(cfg, tokenizer), cfg.seed, "rlhf")
     if runtime.current().is_writer:
         gold = f"  gold {metrics['gold']:.3f}" if "gold" in metrics else ""
         print(f"reward {metrics['proxy']:.3f}{gold}  kl {metrics['kl']:.2f}\npolicy: {directory / 'model'}")

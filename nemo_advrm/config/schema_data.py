@@ -48,7 +48,7 @@ class DataConfig:
 class RewardModelConfig:
     """Objective of reward-model training."""
 
-    loss: str = key("bt", "objective (docs/method.md)", choices=("bt", "margin_bt", "scaled_bt", "regression"))
+    loss: str = key("bt", "bt, margin_bt, scaled_bt, regression (docs/method.md) or python:MODULE:NAME")
     centering_coefficient: float = key(0.0, "c of c * (r_chosen + r_rejected)^2", NOT_NEGATIVE)
     score_l2_coefficient: float = key(0.0, "c of c * (r_chosen^2 + r_rejected^2) / 2", NOT_NEGATIVE)
     head_init_std: float = key(0.02, "std of the head's initial weights", NOT_NEGATIVE)

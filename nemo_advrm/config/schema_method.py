@@ -29,8 +29,13 @@ class SFTStatisticsConfig:
 
 @dataclass
 class AdversarialConfig:
-    """Adversarial reward."""
+    """The attack and its reward."""
 
+    attack: str = key("adv_rm", "how bad responses are found: adv_rm (by RL) or python:MODULE:CLASS")
+    detector: str = key(
+        "ensemble_disagreement",
+        "what marks a response as unknown to the target: ensemble_disagreement or python:MODULE:CLASS",
+    )
     preset: str = key(
         "paper",
         "form of the adversarial reward",
@@ -69,7 +74,7 @@ class RLConfig:
     """Policy optimisation."""
 
     algorithm: str = key("rloo", "policy gradient", choices=("rloo", "reinforce", "grpo", "ppo"))
-    rollout_engine: str = key("megatron", "what writes the responses: megatron | python:MODULE:CLASS")
+    rollout_engine: str = key("megatron", "what writes the responses: megatron or python:MODULE:CLASS")
     max_steps: int = key(100, "optimizer steps", COUNT)
     prompts_per_step: int = key(32, "prompts of one batch of rollouts", COUNT)
     group_size: int = key(4, "rollouts per prompt", COUNT)
@@ -214,7 +219,7 @@ class PipelineConfig:
         restart=Restart.FREE,
     )
     stop_success_rate: float = key(0.0, "stop when attack success falls below this", FRACTION)
-    gold: str = key("", "gold reward, which labels and evaluates; empty: none", choices=("", "synthetic"))
+    gold: str = key("", "scorer that evaluates: synthetic (which labels, too) or as in ensemble.members; empty: none")
     stable_window: int = key(5, "evaluations in the smoothing window of gold", COUNT)
     stable_tolerance: float = key(0.1, "loss of gold from its peak that still counts as stable", NOT_NEGATIVE)
     plain_members: list[int] = key([], "members that attacks see without their reference features", COUNT)

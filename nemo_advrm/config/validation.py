@@ -8,6 +8,7 @@ from typing import Any
 from nemo_advrm.config.keys import ANY_NAME, all_keys, nearest
 from nemo_advrm.config.schema import Config, ModelConfig
 from nemo_advrm.errors import ConfigError
+from nemo_advrm.registry import ATTACKS, DETECTORS, PREFERENCE_LOSSES, ROLLOUT_ENGINES
 
 
 def _values(node: Any, parts: list[str], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -100,6 +101,10 @@ def check_fields(cfg: Any) -> None:
 def check_values(cfg: Config) -> None:
     """Raise :class:`ConfigError` that names the key of a value that is not allowed, alone or beside others."""
     check_fields(cfg)
+    PREFERENCE_LOSSES.check(cfg.reward_model.loss)
+    DETECTORS.check(cfg.adversarial.detector)
+    ATTACKS.check(cfg.adversarial.attack)
+    ROLLOUT_ENGINES.check(cfg.rl.rollout_engine)
     _check_architecture(cfg.model)
     _check_features(cfg)
     _check_scoring_deadline(cfg)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar, Protocol, runtime_checkable
 
@@ -12,7 +12,7 @@ from nemo_advrm.data.hf_tokenizer import HFTokenizer, before, digest, load_hf_to
 from nemo_advrm.data.messages import Message
 from nemo_advrm.data.reading import ReadingRule, concatenate
 from nemo_advrm.errors import ConfigError
-from nemo_advrm.registry import Registry
+from nemo_advrm.registry import TOKENIZERS
 
 __all__ = ["ByteTokenizer", "HFTokenizer", "Tokenizer", "build_tokenizer", "load_hf_tokenizer"]
 
@@ -121,16 +121,6 @@ class ByteTokenizer:
         return self.decode(before(ids, {self.eos_id}))
 
 
-# tokenizers that need no files
-TOKENIZERS: Registry[Callable[[], Tokenizer]] = Registry(
-    "model.tokenizer",
-    {
-        "byte": "nemo_advrm.data.tokenizers:ByteTokenizer",
-        "synthetic": "nemo_advrm.synthetic.tokenizer:SyntheticTokenizer",
-    },
-)
-
-
 def build_tokenizer(spec: str, rule: ReadingRule | None = None) -> Tokenizer:
     """The tokenizer named by `spec`: "byte", "synthetic" or "hf:DIR" (of Hugging Face, or taken out of a .nemo).
 
@@ -138,7 +128,8 @@ def build_tokenizer(spec: str, rule: ReadingRule | None = None) -> Tokenizer:
     Raises ConfigError, for a bad DIR DataError.
     """
     if spec in TOKENIZERS:
-        return TOKENIZERS[spec]()
+        tokenizer: Tokenizer = TOKENIZERS[spec]()
+        return tokenizer
     if spec.startswith("hf:") and spec != "hf:":
         directory = Path(spec.removeprefix("hf:"))
         if (directory / "tokenizer_nemo.json").exists():

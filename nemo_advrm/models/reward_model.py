@@ -28,8 +28,9 @@ from nemo_advrm.engine.schedule import (
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.models.trainable import Batches, TrainableModel, derive_seed, shard_rows, total_steps
 from nemo_advrm.objectives.accuracy import right_of_pairs
-from nemo_advrm.objectives.losses import preference_loss, regression
+from nemo_advrm.objectives.losses import PreferenceLoss, preference_loss
 from nemo_advrm.objectives.spread import variance_of
+from nemo_advrm.registry import PREFERENCE_LOSSES
 
 MixRows = Callable[[int, list[EncodedPair]], list[EncodedPair]]
 """(step, the global batch) -> the global batch with adversarial pairs mixed in."""
@@ -65,9 +66,10 @@ class RewardModel(TrainableModel):
         self.validation_rows = validation_rows
         self.mix: MixRows | None = None
         self.on_top: MoreRows | None = None
-        if cfg.reward_model.loss in ("margin_bt", "scaled_bt") and all(row.margin is None for row in train_rows):
+        loss: PreferenceLoss = PREFERENCE_LOSSES[cfg.reward_model.loss]
+        if loss.needs_margin and all(row.margin is None for row in train_rows):
             raise ConfigError(f"reward_model.loss={cfg.reward_model.loss} needs rows with the key margin: none has it")
-        if cfg.reward_model.loss == "regression":
+        if loss.of_labels is not None:
             for row in (*train_rows, *validation_rows):
                 labels = (row.chosen_labels, row.rejected_labels)
                 if any(x is None or len(x) != cfg.reward_model.num_attributes for x in labels):
@@ -141,9 +143,10 @@ class RewardModel(TrainableModel):
         options = self.config.reward_model
         chosen_BA, rejected_BA = output.chunk(2)
         count = chosen_BA.size(0)
-        if options.loss == "regression":
-            losses_B = regression(chosen_BA, microbatch.extra["chosen_labels"])
-            losses_B = (losses_B + regression(rejected_BA, microbatch.extra["rejected_labels"])) / 2
+        of_labels = PREFERENCE_LOSSES[options.loss].of_labels
+        if of_labels is not None:
+            losses_B = of_labels(chosen_BA, microbatch.extra["chosen_labels"])
+            losses_B = (losses_B + of_labels(rejected_BA, microbatch.extra["rejected_labels"])) / 2
         else:
             losses_B = preference_loss(
                 options.loss,
@@ -165,17 +168,17 @@ class RewardModel(TrainableModel):
 def pair_microbatch(model: MegatronModel, rows: list[EncodedPair], pad_id: int, loss: str) -> Microbatch:
     """All chosen rows, then all rejected ones, padded together on the right, with what ``loss`` reads.
 
-    A row without a margin, as adversarial pairs are, counts once (scaled_bt) or has the margin 0.
+    A row without a margin, as adversarial pairs are, has the loss's neutral one.
     """
     device = runtime.current().device
     sequences = [r.chosen for r in rows] + [r.rejected for r in rows]
     tokens_BS, lengths_B = (t.to(device) for t in pad_rows(sequences, pad_id, sequence_multiple(model)))
-    neutral = 1.0 if loss == "scaled_bt" else 0.0
+    neutral = PREFERENCE_LOSSES[loss].neutral_margin
     extra: dict[str, Any] = {
         "margin": torch.tensor([neutral if r.margin is None else r.margin for r in rows], device=device),
         "weight": torch.tensor([r.weight for r in rows], device=device),
     }
-    if loss == "regression":
+    if PREFERENCE_LOSSES[loss].of_labels is not None:
         extra["chosen_labels"] = torch.tensor([r.chosen_labels for r in rows], device=device)
         extra["rejected_labels"] = torch.tensor([r.rejected_labels for r in rows], device=device)
     return Microbatch(tokens_BS, lengths_B, {"read_at_B": lengths_B - 1}, extra)

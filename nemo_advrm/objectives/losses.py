@@ -6,15 +6,16 @@ Shapes: B rows, A attributes, T tokens. Masks are boolean or 0/1; what lies unde
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.objectives.masked import masked_mean, zero_masked
-from nemo_advrm.objectives.names import unknown_name
-
-PREFERENCE_LOSSES = ("bt", "margin_bt", "scaled_bt")
+from nemo_advrm.registry import PREFERENCE_LOSSES
 
 # exp(20) = 4.9e8: far outside any clipping range, yet neither it nor its gradient overflows.
 MAX_LOG_RATIO = 20.0
@@ -64,6 +65,30 @@ def score_l2(chosen_B: Tensor, rejected_B: Tensor, coefficient: float) -> Tensor
     return coefficient * (chosen_B.square() + rejected_B.square()) / 2
 
 
+@dataclass(frozen=True)
+class PreferenceLoss:
+    """A loss of preference pairs, registered in :data:`nemo_advrm.registry.PREFERENCE_LOSSES`.
+
+    Attributes:
+        of_pairs: (chosen_B, rejected_B, margin_B) -> loss of each pair, [B]; margin_B is None without margins.
+        needs_margin: training data without the key ``margin`` is refused.
+        neutral_margin: what stands for a missing margin, as adversarial pairs have none.
+        of_labels: (scores_BA, labels_BA) -> loss of each response, [B]; set where responses have labels and no pair
+            has a preferred side, and ``of_pairs`` is not used then.
+    """
+
+    of_pairs: Callable[[Tensor, Tensor, Tensor | None], Tensor] | None
+    needs_margin: bool = False
+    neutral_margin: float = 0.0
+    of_labels: Callable[[Tensor, Tensor], Tensor] | None = None
+
+
+BT = PreferenceLoss(lambda chosen_B, rejected_B, margin_B: bradley_terry(chosen_B, rejected_B))
+MARGIN_BT = PreferenceLoss(bradley_terry, needs_margin=True)
+SCALED_BT = PreferenceLoss(scaled_bradley_terry, needs_margin=True, neutral_margin=1.0)  # type: ignore[arg-type]
+REGRESSION = PreferenceLoss(None, of_labels=regression)
+
+
 def preference_loss(
     name: str,
     chosen: Tensor,
@@ -76,15 +101,12 @@ def preference_loss(
 
     "bt" ignores `margin`. Raises ConfigError for an unknown name, or if a loss that needs margins got none.
     """
-    if name not in PREFERENCE_LOSSES:
-        raise unknown_name("preference loss", name, PREFERENCE_LOSSES)
-    if name != "bt" and margin is None:
+    loss = PREFERENCE_LOSSES[name]
+    if loss.needs_margin and margin is None:
         raise ConfigError(f"preference loss {name!r} needs a margin on every pair, and the data has none")
-    if name == "scaled_bt":
-        assert margin is not None
-        loss_B = scaled_bradley_terry(chosen, rejected, margin)
-    else:
-        loss_B = bradley_terry(chosen, rejected, margin if name == "margin_bt" else None)
+    if loss.of_pairs is None:
+        raise ConfigError(f"preference loss {name!r} reads labels, not pairs")
+    loss_B = loss.of_pairs(chosen, rejected, margin)
     # Skipped at 0, so that an overflowing square cannot turn 0 * inf into NaN.
     if centering_coefficient:
         loss_B = loss_B + centering(chosen, rejected, centering_coefficient)

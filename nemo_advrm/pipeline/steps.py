@@ -35,9 +35,8 @@ from nemo_advrm.pipeline.dag import Step, labels_by_gold, order
 from nemo_advrm.pipeline.state import RunState
 from nemo_advrm.rewards.base import RewardSource, checked_scores
 from nemo_advrm.rewards.ensemble import UncertaintyReward
-from nemo_advrm.rewards.local import build_gold
 from nemo_advrm.rewards.sft_responses import read_rollouts, read_sft_scores, write_sft_scores
-from nemo_advrm.rewards.sources import load_members
+from nemo_advrm.rewards.sources import build_gold, load_members
 from nemo_advrm.rewards.standardisation import combined
 from nemo_advrm.rollouts.prompts import attack_prompts, encode_prompts, rlhf_prompts
 from nemo_advrm.rollouts.sample import sample
@@ -110,7 +109,7 @@ class Steps:
         self.inputs = found
         self.directory = Path(cfg.run_dir)
         self.tokenizer = found.tokenizer
-        self.gold = build_gold(cfg.pipeline.gold)
+        self.gold = build_gold(cfg, self.tokenizer)
 
     def do(self, step: Step) -> None:
         """Do the work of one step."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nemo_advrm.data.messages import Message
 from nemo_advrm.data.tokenizers import Tokenizer
-from nemo_advrm.errors import ConfigError, RewardSourceError
+from nemo_advrm.errors import RewardSourceError
 from nemo_advrm.objectives.attributes import combine
 from nemo_advrm.rewards.base import as_scores
 from nemo_advrm.rewards.encoding import token_sequences
@@ -72,14 +72,3 @@ class FunctionReward:
         """Raises RewardSourceError unless the function gives one finite number per response."""
         values = self.function(rollouts.prompts, rollouts.responses, rollouts.ended)
         return as_scores(self.name, values, len(rollouts))
-
-
-def build_gold(name: str) -> FunctionReward | None:
-    """The gold reward of ``pipeline.gold``; None when there is none. It labels and evaluates, nothing else."""
-    if not name:
-        return None
-    if name != "synthetic":
-        raise ConfigError(f"pipeline.gold={name!r} is not known; it can be synthetic or empty")
-    from nemo_advrm.synthetic.gold import GoldReward
-
-    return FunctionReward("gold", GoldReward().score)

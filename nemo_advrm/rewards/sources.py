@@ -3,6 +3,7 @@
 DIR, megatron:DIR                   a checkpoint of this package
 hf:DIR                              a Hugging Face reward model, scored in this process
 nemo:FILE                           a .nemo file of NeMo-Aligner
+python:MODULE:FUNCTION              a function (prompts, responses, ended) -> one number per response
 http://HOST:PORT                    the server of ``nemo-advrm serve``
 triton+http://HOST:PORT/MODEL       a KServe v2 server: NeMo-Aligner's reward model server, Triton
                                     (with ?tokenizer=SPEC tokens are sent, else text)
@@ -29,6 +30,7 @@ from nemo_advrm.engine.collectives import run_on_rank_zero
 from nemo_advrm.errors import CheckpointError, ConfigError, LayoutError
 from nemo_advrm.objectives.attributes import check_attributes, parse_weights
 from nemo_advrm.optional_deps import require_extra
+from nemo_advrm.registry import imported
 from nemo_advrm.rewards import hf
 from nemo_advrm.rewards.base import RewardSource
 from nemo_advrm.rewards.checkpoints import (
@@ -40,6 +42,8 @@ from nemo_advrm.rewards.checkpoints import (
     reward_meta,
 )
 
+PYTHON_KIND = "python"
+SYNTHETIC_GOLD = "python:nemo_advrm.synthetic.gold:gold_scores"
 _SCHEMES = {"http": "http", "https": "http", "triton+http": "triton", "triton+https": "triton"}
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
 def parse(text: str, place: str) -> SourceSpec:
@@ -52,12 +56,17 @@ def parse(text: str, place: str) -> SourceSpec:
     kind, rest = scheme[1], text[scheme.end() :]
     if kind in LOCAL_KINDS:
         return _local(kind, rest, text, place)
+    if kind == PYTHON_KIND:
+        module, _, function = rest.partition(":")
+        if not module or not function:
+            raise ConfigError(f"{place}={text}: must be python:MODULE:FUNCTION")
+        return SourceSpec(kind, rest, text, place)
     if kind in _SCHEMES:
         return _parse_addresses(text, place)
     if Path(text).exists() or Path(text.partition("?")[0]).exists():  # a directory with a colon in its name
         return _local("megatron", text, text, place)
-    near = nearest(kind, [*LOCAL_KINDS, *_SCHEMES])
-    raise ConfigError(f"{place}={text}: did you mean {near}:? kinds: {', '.join((*LOCAL_KINDS, *_SCHEMES))}")
+    kinds = (*LOCAL_KINDS, PYTHON_KIND, *_SCHEMES)
+    raise ConfigError(f"{place}={text}: did you mean {nearest(kind, list(kinds))}:? kinds: {', '.join(kinds)}")
 
 
 def _local(kind: str, rest: str, text: str, place: str) -> SourceSpec:
@@ -151,6 +160,8 @@ def check(spec: SourceSpec, cfg: Config, world_size: int) -> None:
                 hybrid.check_hybrid(spec, cfg, world_size)
         elif spec.kind == "hf":
             hf.check_directory(spec.path, spec.attributes)
+        elif spec.kind == PYTHON_KIND:
+            imported(spec.location, f"{spec.place}={spec.text}")
         elif spec.kind == "nemo":
             _check_nemo(spec, cfg, world_size)
     except (CheckpointError, LayoutError) as error:
@@ -184,6 +195,10 @@ def build(
     if spec.kind == "nemo":
         made = dataclasses.replace(spec, kind="megatron", location=str(_converted(spec, cfg)))
         return build(made, name, cfg, running, opened)
+    if spec.kind == PYTHON_KIND:
+        from nemo_advrm.rewards.local import FunctionReward
+
+        return FunctionReward(name, imported(spec.location, f"{spec.place}={spec.text}"))
     if spec.kind == "hf":
         return hf.HFReward.load(name, spec.path, cfg, spec.attributes)
     require_extra("serve", "httpx", "tenacity")
@@ -204,6 +219,20 @@ def for_scoring(cfg: Config, members: Sequence[str]) -> Config:
     if own:
         model = dataclasses.replace(member_config(own[0], cfg.model), tokenizer=cfg.model.tokenizer)
     return dataclasses.replace(cfg, ensemble=ensemble, model=model, pretrained_checkpoint=PretrainedConfig())
+
+
+def gold_spec(cfg: Config) -> SourceSpec | None:
+    """What ``pipeline.gold`` names, None where it is empty; ``synthetic`` is the gold of the embedded language."""
+    if not cfg.pipeline.gold:
+        return None
+    text = SYNTHETIC_GOLD if cfg.pipeline.gold == "synthetic" else cfg.pipeline.gold
+    return parse(text, "pipeline.gold")
+
+
+def build_gold(cfg: Config, running: Tokenizer | None = None) -> RewardSource | None:
+    """The gold reward, which labels and evaluates and trains nothing; None where there is none. All ranks call."""
+    spec = gold_spec(cfg)
+    return None if spec is None else build(spec, "gold", cfg, running)
 
 
 def load_members(cfg: Config, members: Sequence[str], running: Tokenizer | None = None) -> list[RewardSource]:

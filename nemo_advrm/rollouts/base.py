@@ -11,7 +11,7 @@ from nemo_advrm.data.tokenizers import Tokenizer
 from nemo_advrm.engine.generation import Generation
 from nemo_advrm.engine.model import MegatronModel
 from nemo_advrm.engine.sampling import Sampling
-from nemo_advrm.registry import Registry
+from nemo_advrm.registry import ROLLOUT_ENGINES
 from nemo_advrm.rollouts.types import Prompt, Rollouts
 
 
@@ -55,11 +55,7 @@ class RolloutEngine(ABC):
         )
 
 
-ENGINES: Registry[type[RolloutEngine]] = Registry(
-    "rl.rollout_engine", {"megatron": "nemo_advrm.rollouts.megatron:MegatronEngine"}
-)
-
-
 def rollout_engine(cfg: Config, tokenizer: Tokenizer) -> RolloutEngine:
     """The engine that ``rl.rollout_engine`` names. Raises ConfigError for an unknown one."""
-    return ENGINES[cfg.rl.rollout_engine](cfg, tokenizer)
+    engine: RolloutEngine = ROLLOUT_ENGINES[cfg.rl.rollout_engine](cfg, tokenizer)
+    return engine

@@ -57,8 +57,9 @@ def start(cfg: Config) -> runtime.Runtime:
     # what is missing or incomplete is told before anything is written
     if cfg.pretrained_checkpoint.restore_from_path:
         checkpoint.read_meta(Path(cfg.pretrained_checkpoint.restore_from_path))
-    for member in sources.parse_members(cfg.ensemble.members):
-        sources.check(member, cfg, world_size)
+    gold = sources.gold_spec(cfg)
+    for scorer in [*sources.parse_members(cfg.ensemble.members), *([gold] if gold else [])]:
+        sources.check(scorer, cfg, world_size)
     return started
 
 

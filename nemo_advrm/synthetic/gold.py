@@ -97,18 +97,6 @@ def gold_scores(prompts: Sequence[PromptLike], responses: Sequence[ResponseLike]
     return [gold_score(*row) for row in zip(prompts, responses, ended, strict=True)]
 
 
-class GoldReward:
-    """The gold reward as a reward source."""
-
-    name = "gold"
-
-    def score(
-        self, prompts: Sequence[PromptLike], responses: Sequence[ResponseLike], ended: Sequence[bool]
-    ) -> list[float]:
-        """Gold rewards in [-6, 9], one per response; see `gold_score`."""
-        return gold_scores(prompts, responses, ended)
-
-
 def _topics(prompt: PromptLike) -> set[int]:
     tokens = _as_ints(prompt)
     if tokens is None:

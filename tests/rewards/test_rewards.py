@@ -21,7 +21,8 @@ from nemo_advrm.objectives.success import strict_success
 from nemo_advrm.objectives.uncertainty import COMBINATIONS
 from nemo_advrm.rewards.base import as_scores, checked_scores, source_dtype
 from nemo_advrm.rewards.ensemble import AdversarialReward, UncertaintyReward
-from nemo_advrm.rewards.local import FunctionReward, build_gold
+from nemo_advrm.rewards.local import FunctionReward
+from nemo_advrm.rewards.sources import build_gold
 from nemo_advrm.rewards.sft_scores import SFTScores, standardise
 from nemo_advrm.rollouts.types import Rollouts
 
@@ -397,9 +398,23 @@ def test_a_reference_that_would_be_read_as_something_else_is_refused(
         SFTScores.read(path)
 
 
-def test_only_known_gold_rewards_exist() -> None:
-    assert build_gold("") is None
-    gold = build_gold("synthetic")
-    assert gold is not None and gold.name == "gold"
-    with pytest.raises(ConfigError, match=r"pipeline\.gold='other'"):
-        build_gold("other")
+def shortest_wins(prompts: list[Any], responses: list[str], ended: list[bool]) -> list[float]:
+    """A gold reward as a user writes it."""
+    return [float(-len(response)) for response in responses]
+
+
+def test_gold_is_any_scorer_by_a_setting() -> None:
+    def gold(setting: str) -> RewardSource | None:
+        return build_gold(load_config([f"pipeline.gold={setting}"]))
+
+    assert gold("") is None
+    synthetic = gold("synthetic")
+    assert synthetic is not None and synthetic.name == "gold"
+    own = gold("python:test_rewards:shortest_wins")
+    assert own is not None
+    data = _rollouts()
+    assert checked_scores(own, data).tolist() == [-len(response) for response in data.responses]
+    with pytest.raises(ConfigError, match=r"pipeline\.gold=python:test_rewards:none: cannot be imported"):
+        gold("python:test_rewards:none")
+    with pytest.raises(ConfigError, match=r"pipeline\.gold=python:test_rewards: must be python:MODULE:FUNCTION"):
+        gold("python:test_rewards")

@@ -10,7 +10,7 @@ import torch
 
 from nemo_advrm.errors import DataError
 from nemo_advrm.synthetic.corpus import sft_corpus
-from nemo_advrm.synthetic.gold import GoldReward, gold_score, gold_scores
+from nemo_advrm.synthetic.gold import gold_score, gold_scores
 from nemo_advrm.synthetic.tokenizer import SyntheticTokenizer
 
 PROMPT = ({"role": "user", "content": "river birds teacher"},)
@@ -121,13 +121,10 @@ def test_bad_input_is_named() -> None:
         gold_score([{"role": "system", "content": "river"}], "this", True)
 
 
-def test_many_equal_one_and_are_fast() -> None:
+def test_many_equal_one() -> None:
     corpus = sft_corpus(3000, seed=3)
     prompts, responses = [prompt for prompt, _ in corpus], [response for _, response in corpus]
     ended = [index % 3 > 0 for index in range(len(corpus))]
-    start = time.process_time()
     scores = gold_scores(prompts, responses, ended)
-    assert len(corpus) / (time.process_time() - start) > 5000
-    assert scores == GoldReward().score(prompts, responses, ended)
     assert scores == [gold_score(*row) for row in zip(prompts, responses, ended, strict=True)]
     assert all(-6.0 <= score <= 9.0 for score in scores)
