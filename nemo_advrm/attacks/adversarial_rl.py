@@ -15,6 +15,7 @@ from nemo_advrm.attacks.success import HELD_OUT_REFERENCE, HeldOut, held_out_set
 from nemo_advrm.attacks.summary import check_samples, of_adversary, of_direction
 from nemo_advrm.config.schema import Config
 from nemo_advrm.data.jsonl import read_jsonl, write_jsonl_atomic
+from nemo_advrm.data.sft_scores import SFTScores
 from nemo_advrm.data.tokenizers import Tokenizer
 from nemo_advrm.engine import checkpoint, manifest, stopping
 from nemo_advrm.engine.collectives import run_on_rank_zero
@@ -24,7 +25,6 @@ from nemo_advrm.models.trainable import derive_seed
 from nemo_advrm.rewards.base import RewardSource
 from nemo_advrm.rewards.ensemble import AdversarialReward
 from nemo_advrm.rewards.finds import FindRule, asks_others
-from nemo_advrm.rewards.sft_scores import SFTScores
 from nemo_advrm.rollouts.types import Prompt
 from nemo_advrm.run_directory import results
 from nemo_advrm.training.callbacks.finds import EnoughFinds

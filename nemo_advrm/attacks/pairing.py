@@ -9,9 +9,9 @@ import torch
 
 from nemo_advrm.config.schema import SelectionConfig
 from nemo_advrm.data.pair_store import AdversarialPair, Provenance
+from nemo_advrm.data.sft_scores import SFTScores
 from nemo_advrm.objectives.sft_statistics import own_z_scores
 from nemo_advrm.objectives.uncertainty import others_mean
-from nemo_advrm.rewards.sft_scores import SFTScores
 from nemo_advrm.seeds import derive_seed
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nemo_advrm.config.schema import Config
 from nemo_advrm.data.jsonl import write_jsonl_atomic
+from nemo_advrm.data.sft_scores import SFTScores
 from nemo_advrm.data.tokenizers import Tokenizer
 from nemo_advrm.engine.builders import build_policy
 from nemo_advrm.engine.collectives import run_on_rank_zero
@@ -22,7 +23,6 @@ from nemo_advrm.rewards.finds import FindRule
 from nemo_advrm.rewards.limits import prompts_with_room
 from nemo_advrm.rewards.records import trajectory_rows
 from nemo_advrm.rewards.sft_responses import read_sft_scores, write_sft_scores
-from nemo_advrm.rewards.sft_scores import SFTScores
 from nemo_advrm.rollouts.prompts import encode_prompts, held_out_prompts
 from nemo_advrm.rollouts.sample import sample
 from nemo_advrm.rollouts.types import Prompt

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from nemo_advrm import signals, writers
 from nemo_advrm.config.schema import Config
+from nemo_advrm.data.sft_scores import SFTScores
 from nemo_advrm.data.tokenizers import build_tokenizer
 from nemo_advrm.engine.collectives import run_on_rank_zero
 from nemo_advrm.errors import ConfigError
@@ -15,7 +16,6 @@ from nemo_advrm.optional_deps import require_extra
 from nemo_advrm.rewards import sources
 from nemo_advrm.rewards.base import RewardSource
 from nemo_advrm.rewards.ensemble import AdversarialReward, PolicyReward
-from nemo_advrm.rewards.sft_scores import SFTScores
 from nemo_advrm.rewards.standardisation import check_members, combined, read_statistics
 from nemo_advrm.run_directory import run_dir
 

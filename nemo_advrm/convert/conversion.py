@@ -187,8 +187,8 @@ def _round_facts(path: Path) -> dict[str, Any]:
     file = directory / "reference.jsonl"
     if not file.exists():
         return facts
+    from nemo_advrm.data.sft_scores import SFTScores
     from nemo_advrm.objectives.sft_statistics import fresh_std
-    from nemo_advrm.rewards.sft_scores import SFTScores
 
     scores_PNK = SFTScores.read(file).scores_PNK.double()
     if not 0 <= member < scores_PNK.size(2):

@@ -16,9 +16,9 @@ from typing import Any
 
 from torch import nn
 
+from nemo_advrm.data.attributes import check_attributes
 from nemo_advrm.errors import CheckpointError
 from nemo_advrm.hf_limits import check_counts
-from nemo_advrm.objectives.attributes import check_attributes
 from nemo_advrm.untrusted_files import read_json
 
 CLASSIFIER = "ForSequenceClassification"

@@ -43,8 +43,8 @@ class Detector(ABC):
 
     reads: ClassVar[Collection[str]] = (SCORES,)
 
-    def fit(self, features: Features) -> None:
-        """Learn from the SFT responses of all prompts, which count as known; by default nothing is learnt."""
+    def fit(self, features: Features) -> None:  # noqa: B027 (most detectors learn nothing)
+        """Learn from the SFT responses of all prompts, which count as known."""
 
     @abstractmethod
     def score(self, features: Features) -> Tensor:

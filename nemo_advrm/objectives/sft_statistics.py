@@ -1,9 +1,7 @@
 """What the ensemble says of ordinary SFT responses: the yardstick by which a response counts as unusual.
 
 Every prompt has its own mean T_k(x), because prompts differ in how well they can be answered; the spread s_k is one
-number per member over all prompts, because n responses of one prompt are too few for a spread of their own. Z(U), the
-standardised disagreement, instead uses the distribution of U over all SFT responses of all prompts together: U is
-already a difference of two scores of the same prompt, so what makes a prompt easy or hard has cancelled.
+number per member over all prompts, because n responses of one prompt are too few for a spread of their own.
 
 All spreads are those of a *fresh* response, one that was not among those that the statistics were taken from: a fresh
 SFT response has a z of variance 1. The SFT responses of the sample lie nearer to their own means, which they made
@@ -21,7 +19,6 @@ import torch
 from torch import Tensor
 
 from nemo_advrm.errors import RewardSourceError
-from nemo_advrm.objectives.uncertainty import disagreement
 
 # A spread below this fraction of the scores themselves is arithmetic noise, not an opinion.
 RELATIVE_NOISE = 1e-6
@@ -31,15 +28,11 @@ RELATIVE_NOISE = 1e-6
 class SFTStatistics:
     """Statistics of n SFT responses for each of P prompts under K members.
 
-    prompt_mean_PK: T_k(x). std_K: s_k, the std of R_k - T_k(x) of a fresh response. disagreement_mean and
-    disagreement_std: of U over all responses of all prompts, for the target that `fit_sft_statistics` was given. Both
-    stds are those of `fresh_std`.
+    prompt_mean_PK: T_k(x). std_K: s_k, the std of R_k - T_k(x) of a fresh response, by `fresh_std`.
     """
 
     prompt_mean_PK: Tensor
     std_K: Tensor
-    disagreement_mean: float
-    disagreement_std: float
 
 
 @dataclass(frozen=True)
@@ -65,11 +58,11 @@ def fresh_std(deviations_SK: Tensor, per_mean: int) -> Tensor:
 
 
 @torch.no_grad()
-def fit_sft_statistics(scores_PNK: Tensor, target: int = 0) -> SFTStatistics:
-    """Statistics from the scores [P, n, K] of n SFT responses per prompt, with U seen from member `target`.
+def fit_sft_statistics(scores_PNK: Tensor) -> SFTStatistics:
+    """Statistics from the scores [P, n, K] of n SFT responses per prompt.
 
-    Raises RewardSourceError if n < 2, if a score is not finite, if a member does not tell the responses of a prompt
-    apart, or if two members agree so exactly that U never varies; ConfigError unless K > 1.
+    Raises RewardSourceError if n < 2, if a score is not finite, or if a member does not tell the responses of a prompt
+    apart.
     """
     prompts, samples, members = scores_PNK.shape
     if prompts < 1 or samples < 2:
@@ -83,11 +76,7 @@ def fit_sft_statistics(scores_PNK: Tensor, target: int = 0) -> SFTStatistics:
     prompt_mean_PK = scores64_PNK.mean(1)
     std_K = fresh_std((scores64_PNK - prompt_mean_PK[:, None]).reshape(-1, members), samples)
     _require_spread(std_K, RELATIVE_NOISE * scores64_PNK.square().mean((0, 1)).sqrt())
-    u_S = disagreement(scores64_PNK.reshape(-1, members), target)
-    u_mean = u_S.mean().item()
-    u_std = fresh_std((u_S - u_mean)[:, None], len(u_S)).item()
-    _require_disagreement(u_std, RELATIVE_NOISE * scores64_PNK.square().mean().sqrt().item())
-    return SFTStatistics(prompt_mean_PK.to(scores_PNK.dtype), std_K.to(scores_PNK.dtype), u_mean, u_std)
+    return SFTStatistics(prompt_mean_PK.to(scores_PNK.dtype), std_K.to(scores_PNK.dtype))
 
 
 def z_scores(scores_BK: Tensor, prompt_mean_BK: Tensor, std_K: Tensor) -> Tensor:
@@ -136,15 +125,6 @@ def standardise_members(scores_BK: Tensor, statistics: MemberStatistics) -> Tens
     return (scores_BK - statistics.mean_K) / statistics.std_K
 
 
-def disagreement_z(scores_BK: Tensor, mean: float, std: float, target: int = 0) -> Tensor:
-    """Z(U) = (U - mean) / std, [B], with the mean and std of U over the SFT responses of all prompts.
-
-    `target` must be the one the statistics were fitted for. Raises RewardSourceError if the std is 0 or not finite.
-    """
-    _require_disagreement(std, 0.0)
-    return (disagreement(scores_BK, target) - mean) / std
-
-
 def _require_spread(std_K: Tensor, noise_K: Tensor) -> None:
     for k, (std, noise) in enumerate(zip(std_K.tolist(), noise_K.tolist(), strict=True)):
         if not noise < std < float("inf"):
@@ -152,11 +132,3 @@ def _require_spread(std_K: Tensor, noise_K: Tensor) -> None:
                 f"reward model {k + 1} has a spread of {std:g} over SFT responses, so its scores cannot"
                 " be standardised: all of them get the same score (untrained, collapsed, or the responses are equal)"
             )
-
-
-def _require_disagreement(std: float, noise: float) -> None:
-    if not noise < std < float("inf"):
-        raise RewardSourceError(
-            f"the reward models' disagreement has a spread of {std:g} over the SFT responses, so it cannot be"
-            " standardised: the members are copies of each other (give them different seeds or data)"
-        )

@@ -10,14 +10,15 @@ import torch
 from torch import Tensor
 
 from nemo_advrm.config.schema import AdversarialConfig
+from nemo_advrm.data.sft_scores import SFTScores
+from nemo_advrm.detectors.base import Features
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.objectives.adversarial import paper_reward, raw_reward
 from nemo_advrm.objectives.names import unknown_name
-from nemo_advrm.objectives.sft_statistics import MemberStatistics, standardise_members
+from nemo_advrm.objectives.sft_statistics import MemberStatistics, standardise_members, z_scores
 from nemo_advrm.objectives.spread import rounding, rounding_of
-from nemo_advrm.objectives.uncertainty import combine, disagreement, others_mean
+from nemo_advrm.objectives.uncertainty import combine, others_mean
 from nemo_advrm.rewards.base import RewardSource, checked_scores, source_dtype
-from nemo_advrm.rewards.sft_scores import SFTScores, standardise
 from nemo_advrm.rollouts.types import Rollouts
 
 PRESETS = ("paper", "raw")
@@ -142,16 +143,20 @@ class AdversarialReward:
         self.options = options
         self.reference = reference
         self.target = target
-        self._statistics = reference.statistics(target)
+        self._statistics = reference.statistics()
+        self._detector = reference.detector(options.detector, target)
 
     def judge(self, rollouts: Rollouts) -> Judgement:
-        """Details: ``z`` [N, K], ``disagreement`` [N] (U), ``disagreement_z`` [N] (Z(U)), ``prompt_mean`` [N, K]."""
+        """Details: ``z`` [N, K] and ``prompt_mean`` [N, K] of the members, and what the detector says of each response:
+        ``disagreement`` [N] in its own unit (U), ``disagreement_z`` [N] standardised (Z(U))."""
         scores_NK = self.ensemble.member_scores(rollouts)
-        own = standardise(self.reference, self._statistics, scores_NK, rollouts.prompt_index, self.target)
+        prompt_mean_NK = self.reference.prompt_mean(rollouts.prompt_index)
+        z_NK = z_scores(scores_NK, prompt_mean_NK, self._statistics.std_K)
+        features = Features(scores_NK, self.target)
         options = self.options
         if options.preset == "paper":
             rewards_N = paper_reward(
-                scores_NK, own.z_NK, own.prompt_mean_NK, options.coefficient, options.penalty, self.target
+                scores_NK, z_NK, prompt_mean_NK, options.coefficient, options.penalty, self.target
             )
         else:
             rewards_N = raw_reward(
@@ -168,12 +173,12 @@ class AdversarialReward:
             noise_NK, weights = noise_NK / self._statistics.std_K, (1.0, options.coefficient)
         noise_N = weights[0] * noise_NK[:, self.target] + weights[1] * others_mean(noise_NK, self.target)
         if options.preset == "paper":  # the penalty is exact
-            noise_N = torch.where(scores_NK[:, self.target] > own.prompt_mean_NK[:, self.target], noise_N, 0.0)
+            noise_N = torch.where(scores_NK[:, self.target] > prompt_mean_NK[:, self.target], noise_N, 0.0)
         details = {
-            "z": own.z_NK,
-            "disagreement": disagreement(scores_NK, self.target),
-            "disagreement_z": own.disagreement_z_N,
-            "prompt_mean": own.prompt_mean_NK,
+            "z": z_NK,
+            "disagreement": self._detector.raw(features),
+            "disagreement_z": self._detector.score(features),
+            "prompt_mean": prompt_mean_NK,
         }
         return Judgement(rewards_N, scores_NK, details, noise_N)
 

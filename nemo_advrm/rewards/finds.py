@@ -12,10 +12,11 @@ from torch import Tensor
 
 from nemo_advrm.config.schema import AdversarialConfig, Config, SelectionConfig
 from nemo_advrm.data.plain_text import stands_as_text
+from nemo_advrm.data.sft_scores import SFTScores
 from nemo_advrm.data.tokenizers import Tokenizer
+from nemo_advrm.detectors.base import Features
 from nemo_advrm.objectives.selection import qualifies
-from nemo_advrm.objectives.sft_statistics import SFTStatistics, disagreement_z, own_z_scores
-from nemo_advrm.rewards.sft_scores import SFTScores
+from nemo_advrm.objectives.sft_statistics import SFTStatistics, own_z_scores
 
 Find = tuple[int, str]
 """(prompt_id, response)"""
@@ -46,6 +47,7 @@ class FindRule:
         self.reference = reference
         self.tokenizer = tokenizer
         self.target = direction - 1
+        self.detector = cfg.adversarial.detector
         self.by_disagreement = asks_others(cfg.adversarial)
 
     @cached_property
@@ -129,13 +131,13 @@ class FindRule:
 
     @cached_property
     def _statistics(self) -> SFTStatistics:
-        return self.reference.statistics(self.target)
+        return self.reference.statistics()
 
     @cached_property
     def _own_disagreement_z_PN(self) -> Tensor:
-        scores_PNK, statistics = self.reference.scores_PNK, self._statistics
-        mean, std = statistics.disagreement_mean, statistics.disagreement_std
-        return disagreement_z(scores_PNK.flatten(0, 1), mean, std, self.target).reshape(scores_PNK.shape[:2])
+        scores_PNK = self.reference.scores_PNK
+        detector = self.reference.detector(self.detector, self.target)
+        return detector.score(Features(scores_PNK.flatten(0, 1), self.target)).reshape(scores_PNK.shape[:2])
 
     @cached_property
     def _ended_PI(self) -> list[set[int]]:

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from nemo_advrm.data.attributes import combine
 from nemo_advrm.data.messages import Message
+from nemo_advrm.data.scores import as_scores
 from nemo_advrm.data.tokenizers import Tokenizer
 from nemo_advrm.errors import RewardSourceError
-from nemo_advrm.objectives.attributes import combine
-from nemo_advrm.rewards.base import as_scores
 from nemo_advrm.rewards.encoding import token_sequences
 from nemo_advrm.rollouts.types import Rollouts
 

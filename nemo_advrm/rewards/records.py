@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from nemo_advrm.data.messages import Message
+from nemo_advrm.data.sft_scores import SFTScores
 from nemo_advrm.objectives.sft_statistics import own_z_scores
 from nemo_advrm.rewards.base import RewardSource, checked_scores
 from nemo_advrm.rewards.ensemble import Judgement
-from nemo_advrm.rewards.sft_scores import SFTScores
 from nemo_advrm.rollouts.types import Rollouts
 
 

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from nemo_advrm.data.jsonl import write_jsonl_atomic
+from nemo_advrm.data.sft_scores import SFTScores
 from nemo_advrm.data.tokenizers import Tokenizer
 from nemo_advrm.engine.collectives import run_on_rank_zero
 from nemo_advrm.errors import DataError
 from nemo_advrm.rewards.base import RewardSource
 from nemo_advrm.rewards.records import score_sft_responses
-from nemo_advrm.rewards.sft_scores import SFTScores
 from nemo_advrm.rollouts.types import Prompt, Rollouts
 
 

@@ -25,10 +25,10 @@ from urllib.parse import urlsplit
 from nemo_advrm.config.keys import nearest
 from nemo_advrm.config.layout import validate_layout
 from nemo_advrm.config.schema import Config, ConvertConfig, PretrainedConfig, RewardModelConfig
+from nemo_advrm.data.attributes import check_attributes, parse_weights
 from nemo_advrm.data.tokenizers import Tokenizer
 from nemo_advrm.engine.collectives import run_on_rank_zero
 from nemo_advrm.errors import CheckpointError, ConfigError, LayoutError
-from nemo_advrm.objectives.attributes import check_attributes, parse_weights
 from nemo_advrm.optional_deps import require_extra
 from nemo_advrm.registry import imported
 from nemo_advrm.rewards import hf

@@ -22,12 +22,12 @@ from nemo_advrm.config.schema import Config, ConvertConfig
 from nemo_advrm.convert.conversion import convert
 from nemo_advrm.data.jsonl import read_jsonl, write_jsonl_atomic
 from nemo_advrm.data.pair_store import PairStore
+from nemo_advrm.data.sft_scores import SFTScores
 from nemo_advrm.data.tokenizers import build_tokenizer
 from nemo_advrm.engine.runtime import Runtime
 from nemo_advrm.integrations.nemo_aligner.rollouts import FINGERPRINT, as_prompt
 from nemo_advrm.objectives.adversarial import paper_reward
 from nemo_advrm.objectives.sft_statistics import z_scores
-from nemo_advrm.rewards.sft_scores import SFTScores
 from nemo_advrm.rewards.sources import build, parse
 from nemo_advrm.rollouts.types import Rollouts
 

@@ -19,10 +19,10 @@ from nemo_advrm.config import load_config
 from nemo_advrm.config.schema import ConvertConfig
 from nemo_advrm.convert.conversion import convert
 from nemo_advrm.data.pair_store import PairStore
+from nemo_advrm.data.sft_scores import SFTScores
 from nemo_advrm.engine.runtime import Runtime
 from nemo_advrm.objectives.adversarial import apply_length_penalty, paper_reward
 from nemo_advrm.objectives.sft_statistics import z_scores
-from nemo_advrm.rewards.sft_scores import SFTScores
 
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
 STEPS = 3

@@ -18,11 +18,11 @@ from nemo_advrm.attacks.summary import line, success_rates
 from nemo_advrm.config import load_config
 from nemo_advrm.data.jsonl import read_jsonl
 from nemo_advrm.data.pair_store import PairStore
+from nemo_advrm.data.sft_scores import SFTScores
 from nemo_advrm.engine.runtime import Runtime
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.objectives.selection import first_step
 from nemo_advrm.rewards.finds import FindRule
-from nemo_advrm.rewards.sft_scores import SFTScores
 from nemo_advrm.training.callbacks.metrics import MetricsWriter
 
 Row = dict[str, Any]

@@ -14,13 +14,13 @@ from tiny import tiny_config
 from nemo_advrm import cli
 from nemo_advrm.data.encoding import encode_pairs
 from nemo_advrm.data.preference_rows import PreferencePair
+from nemo_advrm.data.sft_scores import SFTScores
 from nemo_advrm.data.tokenizers import ByteTokenizer
 from nemo_advrm.engine import manifest
 from nemo_advrm.engine.feature_file import FILE, FeatureWeights, policy_fingerprint
 from nemo_advrm.engine.runtime import Runtime
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.rewards.hybrid import fixed_prompts, frozen_policy
-from nemo_advrm.rewards.sft_scores import SFTScores
 from nemo_advrm.rewards.sources import load_members
 from nemo_advrm.rollouts.types import Rollouts
 from nemo_advrm.synthetic.tokenizer import SyntheticTokenizer

@@ -13,10 +13,12 @@ from nemo_advrm.attacks.select import RANDOM_PAIRS, found_lines, random_pairs, r
 from nemo_advrm.config import load_config
 from nemo_advrm.data.jsonl import read_jsonl, write_jsonl_atomic
 from nemo_advrm.data.pair_store import AdversarialPair, PairStore
+from nemo_advrm.data.sft_scores import SFTScores
 from nemo_advrm.data.tokenizers import ByteTokenizer
+from nemo_advrm.detectors.base import Features
 from nemo_advrm.errors import ConfigError
+from nemo_advrm.objectives.sft_statistics import z_scores
 from nemo_advrm.rewards.finds import FindRule
-from nemo_advrm.rewards.sft_scores import SFTScores, standardise
 
 Row = dict[str, Any]
 UNCAPPED = ("selection.per_prompt=99", "selection.per_signature=99")  # numbers make no difference to a signature
@@ -111,14 +113,15 @@ def test_fresh_sft_responses_are_as_many_finds_as_the_null_count_says(tmp_path: 
     scores_PNK = hard_P1K + torch.randn(prompts, count, 2, generator=generator) * torch.tensor([1.0, 50.0])
     names = [[f"sft {p} {i}" for i in range(count)] for p in range(prompts)]
     reference = SFTScores([()] * prompts, names, scores_PNK, None)
+    cfg = load_config(["model=tiny", f"adversarial.coefficient={coefficient}"])
     fresh_BK = hard_P1K[:, 0] + torch.randn(prompts, 2, generator=generator) * torch.tensor([1.0, 50.0])
-    own = standardise(reference, reference.statistics(0), fresh_BK, range(prompts), 0)
+    z_NK = z_scores(fresh_BK, reference.prompt_mean(range(prompts)), reference.statistics().std_K)
+    disagreement_z_N = reference.detector(cfg.adversarial.detector, 0).score(Features(fresh_BK, 0))
     rows = [
-        found(f"fresh {p}", prompt_id=p, scores=fresh_BK[p].tolist(), z=own.z_NK[p].tolist(),
-              disagreement_z=own.disagreement_z_N[p].item())
+        found(f"fresh {p}", prompt_id=p, scores=fresh_BK[p].tolist(), z=z_NK[p].tolist(),
+              disagreement_z=disagreement_z_N[p].item())
         for p in range(prompts)
     ]  # fmt: skip
-    cfg = load_config(["model=tiny", f"adversarial.coefficient={coefficient}"])
     rule = FindRule(cfg, reference, 1, ByteTokenizer())
     finds, null = len(rule.finds(rows)), rule.null(prompts)
     # R_2, whose scale is 50 times that of R_1, makes U: half of the 2.5 % with a large U have R_1 > T_1

@@ -16,12 +16,12 @@ from nemo_advrm.commands import stages
 from nemo_advrm.config import load_config
 from nemo_advrm.config.schema import RLConfig
 from nemo_advrm.data.jsonl import JsonlWriter, write_jsonl_atomic
+from nemo_advrm.data.sft_scores import SFTScores
 from nemo_advrm.engine import manifest
 from nemo_advrm.errors import CheckpointError, DataError
 from nemo_advrm.pipeline import artefacts
 from nemo_advrm.pipeline.dag import Step
 from nemo_advrm.pipeline.state import RunState
-from nemo_advrm.rewards.sft_scores import SFTScores
 from nemo_advrm.run_directory import results
 from nemo_advrm.training.callbacks.metrics import MetricsWriter
 from nemo_advrm.training.callbacks.rollouts import TrajectoryRecorder

@@ -11,9 +11,9 @@ import torch
 from reward_members import one_step_of_rl, save_megatron
 
 from nemo_advrm import cli
+from nemo_advrm.data.sft_scores import SFTScores
 from nemo_advrm.engine.runtime import Runtime
 from nemo_advrm.rewards.sft_responses import finished_line
-from nemo_advrm.rewards.sft_scores import SFTScores
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:

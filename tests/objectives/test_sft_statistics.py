@@ -9,7 +9,6 @@ import torch
 
 from nemo_advrm.errors import RewardSourceError, UserError
 from nemo_advrm.objectives.sft_statistics import (
-    disagreement_z,
     fit_members,
     fit_sft_statistics,
     fresh_std,
@@ -27,10 +26,6 @@ def test_statistics_by_hand() -> None:
     torch.testing.assert_close(reference.prompt_mean_PK, torch.tensor([[2.0, 2.0], [13.0, 6.0]]))
     # residuals of member 1: -1 1 -3 3; of member 2: -2 2 -1 1; 4 less 2 means leave 2, and T_k(x) errs by 1 / 2 more
     torch.testing.assert_close(reference.std_K, torch.tensor([math.sqrt(20 / 2 * 3 / 2), math.sqrt(10 / 2 * 3 / 2)]))
-    # U: 1 -1 5 9, with one mean of all four
-    assert reference.disagreement_mean == pytest.approx(3.5)
-    squares = 2.5**2 + 4.5**2 + 1.5**2 + 5.5**2
-    assert squares == 59 and reference.disagreement_std == pytest.approx(math.sqrt(59 / 3 * 5 / 4))
 
 
 def test_z_scores_use_the_mean_of_the_prompt_and_the_global_spread() -> None:
@@ -72,8 +67,6 @@ def test_a_fresh_sft_response_has_a_z_of_variance_one(samples: int) -> None:
     z_PK = z_scores(fresh_PK, reference.prompt_mean_PK, reference.std_K)
     # 6000 draws: a std is known to within 3 / sqrt(2 * 6000) = 0.027; without the correction 1.73, 1.41 and 1.18
     assert z_PK.std(0, correction=0).tolist() == pytest.approx([1.0, 1.0], abs=0.03)
-    u_z_P = disagreement_z(fresh_PK, reference.disagreement_mean, reference.disagreement_std)
-    assert u_z_P.std(correction=0).item() == pytest.approx(1.0, abs=0.03)
     members = fit_members(responses(samples).flatten(0, 1))
     assert standardise_members(fresh_PK, members).std(0, correction=0).tolist() == pytest.approx([1.0, 1.0], abs=0.03)
 
@@ -103,21 +96,6 @@ def test_members_that_cannot_be_standardised_are_named() -> None:
         fit_members(torch.tensor([[math.nan, 5.0], [2.0, 6.0]]))
 
 
-def test_z_of_u_uses_the_distribution_over_all_prompts() -> None:
-    reference = fit_sft_statistics(SCORES)
-    u_z = disagreement_z(torch.tensor([[9.0, 2.0]]), reference.disagreement_mean, reference.disagreement_std)
-    # U = 7: 3.5 above the global mean. Against the second prompt alone (U: 5 and 9) it would have been 0.
-    torch.testing.assert_close(u_z, torch.tensor([3.5 / math.sqrt(59 / 3 * 5 / 4)]))
-
-
-def test_the_other_direction_mirrors_u_for_two_members() -> None:
-    forward, backward = fit_sft_statistics(SCORES), fit_sft_statistics(SCORES, target=1)
-    assert backward.disagreement_mean == -forward.disagreement_mean
-    assert backward.disagreement_std == forward.disagreement_std
-    z = disagreement_z(torch.tensor([[2.0, 9.0]]), backward.disagreement_mean, backward.disagreement_std, target=1)
-    torch.testing.assert_close(z, torch.tensor([(7 + 3.5) / math.sqrt(59 / 3 * 5 / 4)]))
-
-
 @pytest.mark.parametrize("constant", [0.0, 0.1, -1234.567])
 def test_a_member_that_tells_nothing_apart_is_named(constant: float) -> None:
     scores = torch.randn(3, 7, 2)
@@ -137,14 +115,6 @@ def test_a_spread_of_rounding_noise_counts_as_none() -> None:
 def test_an_unusable_std_from_a_file_is_an_error_and_not_a_division(std: float) -> None:
     with pytest.raises(RewardSourceError, match="reward model 2"):
         z_scores(torch.zeros(1, 2), torch.zeros(1, 2), torch.tensor([1.0, std]))
-    with pytest.raises(RewardSourceError, match="disagreement has a spread"):
-        disagreement_z(torch.zeros(1, 2), 0.0, std)
-
-
-def test_members_that_are_copies_are_an_error() -> None:
-    scores = torch.randn(3, 4, 1).repeat(1, 1, 2)
-    with pytest.raises(RewardSourceError, match="copies of each other"):
-        fit_sft_statistics(scores)
 
 
 def test_scores_that_are_not_finite_name_the_member() -> None:

@@ -7,23 +7,26 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from nemo_advrm.config import load_config
 from nemo_advrm.config.schema import AdversarialConfig
+from nemo_advrm.data.scores import as_scores
+from nemo_advrm.data.sft_scores import SFTScores
 from nemo_advrm.errors import CheckpointError, ConfigError, RewardSourceError
 from nemo_advrm.evaluation import accuracy
-from nemo_advrm.objectives.sft_statistics import MemberStatistics, fit_members
+from nemo_advrm.objectives.sft_statistics import MemberStatistics, fit_members, z_scores
 from nemo_advrm.objectives.spread import rounding
 from nemo_advrm.objectives.success import strict_success
 from nemo_advrm.objectives.uncertainty import COMBINATIONS
-from nemo_advrm.rewards.base import as_scores, checked_scores, source_dtype
+from nemo_advrm.rewards.base import RewardSource, checked_scores, source_dtype
 from nemo_advrm.rewards.ensemble import AdversarialReward, UncertaintyReward
 from nemo_advrm.rewards.local import FunctionReward
 from nemo_advrm.rewards.sources import build_gold
-from nemo_advrm.rewards.sft_scores import SFTScores, standardise
 from nemo_advrm.rollouts.types import Rollouts
 
 # scores of members A, B, C for the responses "a" and "b"
@@ -337,10 +340,10 @@ def test_gold_is_standardised_like_the_members(single: object) -> None:
     assert strict_success(torch.tensor([1.0]), torch.tensor([-2.0])).tolist() == [True]
 
 
-def test_standardising_with_the_statistics_of_a_target() -> None:
+def test_z_scores_are_those_of_the_prompt() -> None:
     reference = _reference()
-    own = standardise(reference, reference.statistics(1), torch.tensor([[3.0, 1.0, 2.0]]), [0], 1)
-    assert own.z_NK.tolist() == [pytest.approx([3 / S, 0, 0])]
+    z_NK = z_scores(torch.tensor([[3.0, 1.0, 2.0]]), reference.prompt_mean([0]), reference.statistics().std_K)
+    assert z_NK.tolist() == [pytest.approx([3 / S, 0, 0])]
 
 
 def _row(prompt: int, response: str, scores: str, gold: str = "null") -> str:

@@ -12,8 +12,8 @@ from hf_tokenizers import CHATML, save_hf
 from template_traits import TEMPLATES
 
 from nemo_advrm.data.messages import Message
+from nemo_advrm.data.sft_scores import SFTScores
 from nemo_advrm.data.tokenizers import HFTokenizer
-from nemo_advrm.rewards.sft_scores import SFTScores
 from nemo_advrm.serve.samples import Preparer, Refused, Sample
 
 PROMPTS = ("the question", "the question is the answer", "is the answer")

@@ -20,12 +20,12 @@ from nemo_advrm.commands import serve
 from nemo_advrm.config import load_config
 from nemo_advrm.config.schema import AdversarialConfig
 from nemo_advrm.data.jsonl import read_jsonl, write_jsonl_atomic
+from nemo_advrm.data.sft_scores import SFTScores
 from nemo_advrm.engine.runtime import Runtime
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.objectives.sft_statistics import fit_members
 from nemo_advrm.rank_info import host_name
 from nemo_advrm.rewards.ensemble import AdversarialReward, UncertaintyReward
-from nemo_advrm.rewards.sft_scores import SFTScores
 from nemo_advrm.rewards.sources import load_members
 from nemo_advrm.run_directory import run_dir
 from nemo_advrm.writers import release_all

@@ -13,12 +13,12 @@ import pytest
 import torch
 from tiny import tiny_config
 
+from nemo_advrm.data.sft_scores import SFTScores
 from nemo_advrm.engine.runtime import Runtime
 from nemo_advrm.models.policy import PolicyModel
 from nemo_advrm.rewards.ensemble import Judgement
 from nemo_advrm.rewards.local import FunctionReward
 from nemo_advrm.rewards.records import score_sft_responses, trajectory_rows
-from nemo_advrm.rewards.sft_scores import SFTScores
 from nemo_advrm.rollouts.types import Rollouts
 from nemo_advrm.training.callbacks.checkpoints import PeriodicCheckpoint, saved_steps
 from nemo_advrm.training.callbacks.metrics import MetricsWriter

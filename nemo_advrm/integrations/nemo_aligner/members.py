@@ -14,6 +14,7 @@ from torch import Tensor
 
 from nemo_advrm.config.moved import moved_key
 from nemo_advrm.config.schema import AdversarialConfig, RemoteConfig
+from nemo_advrm.data.sft_scores import SFTScores
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.integrations.nemo_aligner.rollouts import FINGERPRINT
 from nemo_advrm.objectives.sft_statistics import fit_members
@@ -21,7 +22,6 @@ from nemo_advrm.optional_deps import require_extra
 from nemo_advrm.rewards.base import RewardSource
 from nemo_advrm.rewards.ensemble import AdversarialReward, PolicyReward, UncertaintyReward
 from nemo_advrm.rewards.remote import ServerReward, TritonReward, connect, written_out
-from nemo_advrm.rewards.sft_scores import SFTScores
 from nemo_advrm.rewards.sources import parse
 from nemo_advrm.rollouts.types import Rollouts
 

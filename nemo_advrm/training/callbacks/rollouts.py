@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from nemo_advrm.config.schema import RLConfig
 from nemo_advrm.data.jsonl import JsonlWriter
+from nemo_advrm.data.sft_scores import SFTScores
 from nemo_advrm.engine import runtime
 from nemo_advrm.engine.collectives import run_on_rank_zero
 from nemo_advrm.errors import DataError
@@ -18,7 +19,6 @@ from nemo_advrm.models.policy import PolicyModel
 from nemo_advrm.objectives.success import standard_success, strict_success
 from nemo_advrm.rewards.base import RewardSource, checked_scores
 from nemo_advrm.rewards.records import prompt_text, trajectory_rows
-from nemo_advrm.rewards.sft_scores import SFTScores
 from nemo_advrm.training.callbacks.rows import lost_steps, open_rows
 
 _log = logging.getLogger(__name__)

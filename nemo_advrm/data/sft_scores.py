@@ -1,4 +1,4 @@
-"""SFT statistics of a run: SFT responses, their scores under every member, T_k(x), s_k and Z(U)."""
+"""SFT responses of a run with their scores under every member, and the statistics of these: T_k(x) and s_k."""
 
 from __future__ import annotations
 
@@ -12,16 +12,15 @@ from torch import Tensor
 
 from nemo_advrm.data.jsonl import read_jsonl
 from nemo_advrm.data.messages import Message
+from nemo_advrm.data.scores import as_scores
+from nemo_advrm.detectors.base import Features, StandardisedDetector, build_detector
 from nemo_advrm.errors import CheckpointError, RewardSourceError
 from nemo_advrm.objectives.sft_statistics import (
     SFTStatistics,
-    disagreement_z,
     fit_sft_statistics,
     fresh_std,
-    z_scores,
 )
 from nemo_advrm.objectives.spread import divide_by_spread, rounding_of
-from nemo_advrm.rewards.base import as_scores
 
 
 @dataclass(frozen=True)
@@ -55,8 +54,12 @@ class SFTScores:
         counts = [len(self.finished(i)) for i in range(len(self.responses_PN))]
         return sum(counts) / max(1, sum(map(len, self.responses_PN)))
 
-    def statistics(self, target: int = 0) -> SFTStatistics:
-        return fit_sft_statistics(self.scores_PNK, target)
+    def statistics(self) -> SFTStatistics:
+        return fit_sft_statistics(self.scores_PNK)
+
+    def detector(self, name: str, target: int) -> StandardisedDetector:
+        """The detector ``name`` for the attacked member ``target``, fitted to these responses."""
+        return StandardisedDetector(build_detector(name), Features(self.scores_PNK.flatten(0, 1), target))
 
     def prompt_mean(self, prompt_index: Sequence[int]) -> Tensor:
         """[N, K]: T_k of the prompt of each response."""
@@ -132,24 +135,3 @@ def _check_row(row: dict[str, Any], first: dict[str, Any], members: int) -> None
     as_scores("of the row", row["scores"], members)
     if row.get("gold") is not None:
         as_scores("of gold", [row["gold"]], 1)
-
-
-@dataclass(frozen=True)
-class Standardised:
-    """Scores of a batch against the reference, all [N] or [N, K]."""
-
-    prompt_mean_NK: Tensor
-    z_NK: Tensor
-    disagreement_z_N: Tensor
-
-
-def standardise(
-    reference: SFTScores, statistics: SFTStatistics, scores_NK: Tensor, prompt_index: Sequence[int], target: int
-) -> Standardised:
-    """z_k and Z(U) of the scores of fresh responses; ``statistics`` must be those of ``target``."""
-    prompt_mean_NK = reference.prompt_mean(prompt_index)
-    return Standardised(
-        prompt_mean_NK,
-        z_scores(scores_NK, prompt_mean_NK, statistics.std_K),
-        disagreement_z(scores_NK, statistics.disagreement_mean, statistics.disagreement_std, target),
-    )
