@@ -5,10 +5,24 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from nemo_advrm.config.fields import COUNT, FRACTION, NOT_NEGATIVE, POSITIVE, Range, key
-from nemo_advrm.data.preference_forms import FORMATS
 
 AGGREGATES = ("mean", "min", "lcb", "uwo", "gap")
 REFERENCE_FEATURES = ("log_prob", "prompt_gain")
+
+# the forms of nemo_advrm.data.preference_forms, of which a test checks that it has one of each name
+PREFERENCE_FORMATS = (
+    "auto",
+    "best_of_n",
+    "messages",
+    "transcript",
+    "prompt",
+    "text",
+    "two_responses",
+    "ranked",
+    "rated_list",
+    "rated",
+    "nemo_aligner",
+)
 
 
 @dataclass
@@ -29,7 +43,7 @@ class DataConfig:
         "", "split of validation_path, or of train_path if that is empty; empty: validation or test"
     )
     prompts_split: str = key("", "split of prompts_path; empty: train")
-    format: str = key("auto", "form of the preference rows (docs/data.md)", choices=FORMATS)
+    format: str = key("auto", "form of the preference rows (docs/data.md)", choices=PREFERENCE_FORMATS)
     ignore_columns: list[str] = key([], "content that is left out knowingly: columns, message keys")
     on_bad_row: str = key(
         "error",

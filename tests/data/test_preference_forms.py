@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from nemo_advrm.config.schema import Config
+from nemo_advrm.config.schema_data import PREFERENCE_FORMATS
+from nemo_advrm.data.preference_forms import FORMATS
 from nemo_advrm.data.preferences import load_preferences
 from nemo_advrm.data.prompts import load_prompts, split_train_validation
 from nemo_advrm.data.sft_rows import load_sft
@@ -257,3 +259,7 @@ def test_a_bad_sft_row_is_named(tmp_path: Path, row: dict, words: str) -> None:
         load_sft(path)
     assert str(error.value).startswith(f"{path}:2: ") and words in str(error.value)
     assert load_sft(path, on_bad_row="skip").skipped.keys()
+
+
+def test_the_schema_offers_the_forms_that_exist() -> None:
+    assert FORMATS == PREFERENCE_FORMATS
