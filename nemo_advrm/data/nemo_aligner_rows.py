@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from nemo_advrm.data.jsonl import BadRow, read_jsonl, write_jsonl_atomic
+from nemo_advrm.data.jsonl import BadRow, read_jsonl
 from nemo_advrm.data.messages import Message
 from nemo_advrm.data.preference_rows import PreferencePair, read_labels, read_text
 from nemo_advrm.errors import DataError
@@ -69,28 +69,6 @@ def rows_of(pair: PreferencePair, render: Render, end: str = "") -> tuple[Row, R
     )
     chosen, rejected = (_row(prompt + text + (end if ended else ""), labels) for text, ended, labels in answers)
     return chosen, rejected
-
-
-def write_nemo_aligner(path: str | Path, pairs: Iterable[PreferencePair], render: Render = as_transcript) -> int:
-    """Write two lines a pair, see :func:`rows_of`, and return the number of pairs.
-
-    Margins and weights have no place in this format. The file appears whole or not at all.
-
-    Raises:
-        DataError: no pairs, or a conversation that cannot be rendered; names the pair's source.
-    """
-    count = 0
-
-    def rows() -> Iterator[Row]:
-        nonlocal count
-        for pair in pairs:
-            yield from rows_of(pair, render)
-            count += 1
-        if not count:
-            raise DataError(f"{path}: there are no pairs to write")
-
-    write_jsonl_atomic(path, rows())
-    return count
 
 
 def read_nemo_aligner(path: str | Path, labels: int = 0) -> list[tuple[Row, ...]]:

@@ -22,7 +22,7 @@ A tenth of all prompts is held out: no training of the experiment meets them (`s
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from random import Random
 from typing import Protocol
 
@@ -41,7 +41,6 @@ from nemo_advrm.synthetic.language import (
     WORDS,
     agreement_class,
 )
-from nemo_advrm.synthetic.tokenizer import SyntheticTokenizer
 
 Prompt = tuple[Message, ...]
 
@@ -70,17 +69,11 @@ def sample_topics(rng: Random, held_out: bool) -> list[int]:
             return topics
 
 
-def sample_response(prompt: Sequence[Mapping[str, str]], rng: UniformSource, quality: float | None = None) -> str:
-    """One response to `prompt` by the recipe above, without a flourish and without the end token (1 to 31 words).
+def sample_tokens(topics: Sequence[int], rng: UniformSource, quality: float | None = None) -> list[int]:
+    """Token ids of one response about `topics` by the recipe above, without flourish and end token (1 to 31 words).
 
     quality: q in [0, 1], 1 makes no errors; drawn from U(0, 1) if None.
     """
-    topics = [token for token in SyntheticTokenizer().encode_prompt(prompt) if token in NOUNS]
-    return text_of(sample_tokens(topics, rng, quality))
-
-
-def sample_tokens(topics: Sequence[int], rng: UniformSource, quality: float | None = None) -> list[int]:
-    """`sample_response` on token ids: the topics in, the response's words out."""
     quality = rng.random() if quality is None else quality
     error = 1.0 - quality
 

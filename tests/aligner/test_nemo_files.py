@@ -19,7 +19,7 @@ from distributed import Worlds
 from nemo_advrm.config.schema import ConvertConfig
 from nemo_advrm.convert.conversion import convert
 from nemo_advrm.data.jsonl import write_jsonl_atomic
-from nemo_advrm.data.nemo_aligner_rows import write_nemo_aligner
+from nemo_advrm.data.nemo_aligner_rows import as_transcript, rows_of
 from nemo_advrm.data.pair_store import AdversarialPair, PairStore, Provenance
 from nemo_advrm.data.preferences import load_preferences
 from nemo_advrm.data.tokenizers import build_tokenizer
@@ -120,7 +120,8 @@ def augmented(tmp_path_factory: pytest.TempPathFactory) -> Path:
     store = PairStore(directory / "pairs.jsonl")
     store.append(pairs)
     rows = [*load_preferences(directory / "original.jsonl").rows, *store.to_preferences()]
-    write_nemo_aligner(directory / "augmented.jsonl", rows)
+    lines = (row for pair in rows for row in rows_of(pair, as_transcript))
+    write_jsonl_atomic(directory / "augmented.jsonl", lines)
     return directory / "augmented.jsonl"
 
 

@@ -26,8 +26,10 @@ from nemo_advrm.data.pair_store import AdversarialPair, PairStore, Provenance
 from nemo_advrm.engine import checkpoint
 from nemo_advrm.engine.file_writers import FileWriters
 from nemo_advrm.logging_setup import quiet_libraries
-from nemo_advrm.synthetic.corpus import sample_prompts, sample_response
+from nemo_advrm.synthetic.corpus import sample_prompts, sample_tokens
+from nemo_advrm.synthetic.language import text_of
 from nemo_advrm.synthetic.preferences import annotated_pairs
+from nemo_advrm.synthetic.tokenizer import SyntheticTokenizer
 from nemo_advrm.training.callbacks.metrics import MetricsWriter
 
 KILLED = -signal.SIGKILL
@@ -162,8 +164,10 @@ def main(home: Path) -> None:
     prompts = sample_prompts(8, 1)
     write_jsonl_atomic(home / "pairs.jsonl", annotated_pairs(80, 1, SyntheticConfig()))
     provenance = Provenance(0, 0, 1, 0, (0.0, 0.0), (0.0, 0.0), 2.0, "", (0.0, 0.0))
+    topics = [SyntheticTokenizer().encode(prompt[0]["content"]) for prompt in prompts]
+    chosen = [text_of(sample_tokens(nouns, rng)) for nouns in topics]
     PairStore(home / "store.jsonl").append(
-        [AdversarialPair(tuple(p), sample_response(p, rng), ". . .", provenance) for p in prompts]
+        [AdversarialPair(tuple(p), text, ". . .", provenance) for p, text in zip(prompts, chosen, strict=True)]
     )
 
     def train(out: Path) -> int:

@@ -7,8 +7,9 @@ from random import Random
 
 import numpy as np
 import pytest
+from synthetic_text import sample_response
 
-from nemo_advrm.synthetic.corpus import Prompt, sample_prompts, sample_response, sft_corpus
+from nemo_advrm.synthetic.corpus import Prompt, sample_prompts, sft_corpus
 from nemo_advrm.synthetic.gold import gold_scores
 from nemo_advrm.synthetic.language import FILLERS, FLOURISHES, NOUNS, STOP, is_well_formed, kinds, segments
 from nemo_advrm.synthetic.tokenizer import SyntheticTokenizer
