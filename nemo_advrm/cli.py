@@ -50,7 +50,7 @@ def guarded(call: Callable[[], int | None]) -> int:
     An error that every process meets is so told once; one that only a later process meets is not lost. A bug leaves
     with its traceback, after a line that names the process.
     """
-    here = RankInfo.from_environment()
+    rank_info = RankInfo.from_environment()
     try:
         status = call() or 0
         sys.stdout.flush()
@@ -61,14 +61,14 @@ def guarded(call: Callable[[], int | None]) -> int:
     except UserError as error:
         if isinstance(error, RewardSourceError) and signals.received():  # its server got the signal too
             return _stopped_without_saving(error)
-        if here.rank == 0:
+        if rank_info.rank == 0:
             print(f"error: {printable(error)}", file=sys.stderr)
         elif not error.everywhere:
             time.sleep(OTHERS_WAIT)
-            print(f"error (rank {here.rank} on {here.node}): {printable(error)}", file=sys.stderr)
+            print(f"error (rank {rank_info.rank} on {rank_info.node}): {printable(error)}", file=sys.stderr)
         return EXIT_USER_ERROR
     except Preempted as stop:
-        if here.rank == 0:
+        if rank_info.rank == 0:
             print(stop, file=sys.stderr)
         return EXIT_PREEMPTED
     except ProcessLost as error:
@@ -79,7 +79,7 @@ def guarded(call: Callable[[], int | None]) -> int:
     except FailedElsewhere as error:
         return EXIT_USER_ERROR if error.by_system else EXIT_BUG
     except KeyboardInterrupt:
-        if here.rank == 0 and not worker():
+        if rank_info.rank == 0 and not worker():
             print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     except Exception as error:
@@ -87,7 +87,7 @@ def guarded(call: Callable[[], int | None]) -> int:
             print(f"error: {error}; make room, and the same command goes on", file=sys.stderr)
             return EXIT_USER_ERROR
         if isinstance(error, OSError) and error.errno and error.filename:  # what the system refuses is no bug
-            where = "" if here.rank == 0 else f" (rank {here.rank} on {here.node})"
+            where = "" if rank_info.rank == 0 else f" (rank {rank_info.rank} on {rank_info.node})"
             print(f"error{where}: {printable(os.fsdecode(error.filename))}: {error.strerror}", file=sys.stderr)
             return EXIT_USER_ERROR
         stopped = signals.received()  # asked first: a launcher soon ends what is left of a job whose process died
@@ -97,8 +97,8 @@ def guarded(call: Callable[[], int | None]) -> int:
         if told is not None:
             print(f"error: {told}", file=sys.stderr)
             return EXIT_PROCESS_LOST
-        if here.world_size > 1:
-            print(f"rank {here.rank} on {here.node} failed:", file=sys.stderr)
+        if rank_info.world_size > 1:
+            print(f"rank {rank_info.rank} on {rank_info.node} failed:", file=sys.stderr)
         raise
 
 

@@ -1,4 +1,4 @@
-"""Training checkpoints: weights and optimizers of all trained models and the state of the loop, complete or absent."""
+"""Training checkpoints: weights and optimizers of all trained models, and the state of the training loop."""
 
 from __future__ import annotations
 
@@ -16,16 +16,18 @@ TRAINER_STATE = "trainer.json"
 
 
 class TrainingSave:
-    """A training checkpoint on its way to ``path``; all ranks make it, and end it with :meth:`finish` or :meth:`drop`.
+    """Writes a training checkpoint to ``path``; all ranks construct it, and call :meth:`finish` or :meth:`drop`.
+
+    ``path`` appears only when the checkpoint is complete.
 
     Args:
-        trainer_state: state of the loop, anything JSON holds.
-        in_background: take a copy of everything as it is now and write that while training goes on; without it
-            everything is written when this returns, all but the name.
-        limit_minutes: how long writing may take once it is waited for.
+        trainer_state: state of the loop, serialisable as JSON.
+        in_background: copy everything now, and write the copy while training continues. Otherwise all files are written
+            when the constructor returns, and only the rename is left to :meth:`finish`.
+        limit_minutes: longest wait for the files.
 
     Raises:
-        CheckpointError: it cannot be written; nothing is left of it then.
+        CheckpointError: it cannot be written; its files are removed.
     """
 
     def __init__(
@@ -55,13 +57,13 @@ class TrainingSave:
             raise
 
     def written_everywhere(self) -> bool:
-        """Whether :meth:`finish` need not wait, on any rank; all ranks call. Costs an all-reduce of one number."""
+        """Whether all ranks have written their files, so that :meth:`finish` need not wait; all ranks call."""
         return not all_reduce_max(int(not all(part.written for part in self._parts)))
 
     def finish(self) -> None:
-        """Wait for the files, then give the checkpoint its name; all ranks call.
+        """Wait for the files, then rename the checkpoint to ``path``; all ranks call.
 
-        Raises CheckpointError when it could not be written; nothing is left of it then.
+        Raises CheckpointError if it could not be written; its files are removed.
         """
         try:
             self._finish_parts()
@@ -71,7 +73,7 @@ class TrainingSave:
             raise
 
     def drop(self) -> None:
-        """Stop writing and remove what was written; each rank for itself, whatever has become of the others."""
+        """Stop writing and remove the files; needs no other rank."""
         for part in self._parts:
             part.drop()
         if runtime.current().is_writer:
@@ -93,6 +95,6 @@ class TrainingSave:
 
 
 def load_training_state(path: Path, module: TrainableModel) -> None:
-    """Read weights and optimizers of a training checkpoint at the present layout."""
+    """Load weights and optimizers of a training checkpoint at the current layout."""
     for name, (model, optimizer) in module.trained().items():
         checkpoint.load(path / name, model, optimizer)

@@ -27,7 +27,7 @@ from nemo_advrm.data.jsonl import write_jsonl_atomic
 from nemo_advrm.models.reward_model import RewardModel
 from nemo_advrm.synthetic.preferences import annotated_pairs
 
-TIMEOUT_SECONDS = 15.0
+TIMEOUT_SECONDS = 20.0
 STEPS = 8
 # for all that a busy machine takes longer
 PATIENCE_SECONDS = 150.0
