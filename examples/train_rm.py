@@ -1,4 +1,9 @@
-"""Stage ``train_rm`` (train a reward model) as a NeMo script: python examples/train_rm.py key=value ..."""
+"""Command ``train_rm`` as a NeMo script: python examples/train_rm.py key=value ...
+
+It does what ``nemo-advrm train_rm`` does, under NeMo's own ``hydra_runner``. For another command (sft, attack, rlhf,
+pipeline, ...) put its name in the place of ``train_rm``. The command line starts one process per device by itself;
+start this script with torchrun or srun.
+"""
 
 from __future__ import annotations
 

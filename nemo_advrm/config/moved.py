@@ -15,7 +15,7 @@ import importlib.abc
 import importlib.machinery
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -35,7 +35,26 @@ MOVED_KEYS: dict[str, str] = {
 
 # Old module or package -> its new place; a package covers the modules below it, the longest match counts. Serves old
 # documented imports and class paths of .nemo files ("target: nemo_advrm.aligner....") alike.
-MOVED_MODULES: dict[str, str] = {}
+MOVED_MODULES: dict[str, str] = {
+    "nemo_advrm.aligner": "nemo_advrm.integrations.nemo_aligner",
+    "nemo_advrm.aligner.reference": "nemo_advrm.integrations.nemo_aligner.sft_scores",
+    "nemo_advrm.callbacks": "nemo_advrm.training.callbacks",
+    "nemo_advrm.checks": "nemo_advrm.config.validation",
+    "nemo_advrm.keys": "nemo_advrm.config.keys",
+    "nemo_advrm.layout": "nemo_advrm.config.layout",
+    "nemo_advrm.megatron": "nemo_advrm.engine",
+    "nemo_advrm.objectives.reference": "nemo_advrm.objectives.sft_statistics",
+    "nemo_advrm.rewards.reference": "nemo_advrm.rewards.sft_scores",
+    "nemo_advrm.schema": "nemo_advrm.config.schema",
+    "nemo_advrm.stages": "nemo_advrm.commands",
+}
+
+# Function or class by its present module and old name -> present name; a module that has some says
+# ``__getattr__ = old_names(__name__)``.
+MOVED_NAMES: dict[str, str] = {
+    "nemo_advrm.integrations.nemo_aligner.members.read_reference": "read_sft_scores",
+    "nemo_advrm.integrations.nemo_aligner.sft_scores.write_reference": "write_sft_scores",
+}
 
 # Kind of file (pairs | samples | reference) -> old field -> new field.
 MOVED_FIELDS: dict[str, dict[str, str]] = {}
@@ -88,6 +107,19 @@ def moved_module(name: str) -> str:
         if new is not None:
             return ".".join([new, *parts[end:]])
     return ""
+
+
+def old_names(module: str) -> Callable[[str], Any]:
+    """The ``__getattr__`` of a module that serves old names of its functions and classes."""
+
+    def find(name: str) -> Any:
+        new = MOVED_NAMES.get(f"{module}.{name}")
+        if new is None:
+            raise AttributeError(f"module {module} has no attribute {name}")
+        warnings.warn(f"{module}.{name} is now {new}", DeprecationWarning, stacklevel=2)
+        return getattr(sys.modules[module], new)
+
+    return find
 
 
 class _MovedModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):

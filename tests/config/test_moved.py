@@ -49,6 +49,32 @@ def test_an_old_import_is_the_same_module_with_a_warning(old: str, new: str) -> 
     assert module.__name__ == new and module.__spec__ is not None and module.__spec__.name == new
 
 
+# what README, docs and examples of 0.1.0 imported
+DOCUMENTED = (  # nemo_advrm.aligner.reference needs NeMo-Aligner
+    "nemo_advrm.aligner.rollouts:RolloutReader",
+    "nemo_advrm.aligner.members:read_reference",
+    "nemo_advrm.callbacks.augmentation:AdversarialAugmentation",
+    "nemo_advrm.cli:guarded",
+    "nemo_advrm.config:from_hydra",
+    "nemo_advrm.data.nemo_aligner_rows:as_transcript",
+    "nemo_advrm.models.policy:AdversarialPolicy",
+    "nemo_advrm.report.lines:lines_of",
+    "nemo_advrm.report.study:read",
+    "nemo_advrm.report.study_tables:render_study",
+    "nemo_advrm.rewards.ensemble:UncertaintyReward",
+    "nemo_advrm.rewards.remote:trl_reward",
+    "nemo_advrm.rewards.remote:text_reward",
+    "nemo_advrm.rewards.remote:plain_text",
+    *(f"nemo_advrm.stages.{name}:main" for name in ("sft", "train_rm", "attack", "rlhf", "pipeline")),
+)
+
+
+@pytest.mark.parametrize("path", DOCUMENTED)
+def test_documented_imports_of_old_versions_are_served(path: str) -> None:
+    module, _, name = path.partition(":")
+    assert callable(getattr(importlib.import_module(module), name))
+
+
 def test_an_unknown_module_is_still_an_error() -> None:
     with pytest.raises(ModuleNotFoundError, match="No module named"):
         importlib.import_module("nemo_advrm.nothing")

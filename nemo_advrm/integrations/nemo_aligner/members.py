@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 
-from nemo_advrm.config.moved import moved_key
+from nemo_advrm.config.moved import moved_key, old_names
 from nemo_advrm.config.schema import AdversarialConfig, RemoteConfig
 from nemo_advrm.data.sft_scores import SFTScores
 from nemo_advrm.errors import ConfigError
@@ -135,3 +135,6 @@ def _typed(kind: Any, values: DictConfig | None, place: str) -> Any:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), values or {}))
     except OmegaConfBaseException as error:
         raise ConfigError(f"{place}: {str(error).splitlines()[0]}") from error
+
+
+__getattr__ = old_names(__name__)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from nemo_aligner.utils import parallel_state
 
+from nemo_advrm.config.moved import old_names
 from nemo_advrm.data.jsonl import write_jsonl_atomic
 from nemo_advrm.engine.collectives import run_on_rank_zero
 from nemo_advrm.errors import ConfigError, RewardSourceError, UserError
@@ -105,3 +106,6 @@ def _score(
         raise RewardSourceError(str(error)) from error
     except Exception as error:  # of a member: any type
         raise RewardSourceError(f"{path} was not written: {type(error).__name__}: {error}") from error
+
+
+__getattr__ = old_names(__name__)
