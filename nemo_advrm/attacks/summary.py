@@ -22,7 +22,8 @@ _RESTORE = "restore it, or run the attack again"
 def of_adversary(directory: Path, seconds: float, held_out: dict[str, Any] | None = None) -> dict[str, Any]:
     """The summary of one adversary's training, by its records."""
     path = directory / "metrics.jsonl"
-    rows = [_metrics(row, f"{path}:{number}") for number, row in read_jsonl(path)]
+    # an attack that trains nothing has none
+    rows = [_metrics(row, f"{path}:{number}") for number, row in read_jsonl(path)] if path.exists() else []
     return {
         "samples": sum(1 for _ in read_jsonl(directory / "samples.jsonl")),
         "success_standard": _mean(rows, "success"),

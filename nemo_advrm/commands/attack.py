@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nemo_advrm.attacks.adversarial_rl import Attack, check_directions
+from nemo_advrm.attacks.run import AttackRun, check_directions
 from nemo_advrm.attacks.summary import line
 from nemo_advrm.config.schema import Config
 from nemo_advrm.config.validation import check_held_out
@@ -44,7 +44,7 @@ def main(cfg: Config) -> int:
         rollouts = sample(cfg, tokenizer, policy, prompts, count, derive_seed(cfg.seed, "reference"))
         write_sft_scores(directory / "reference.jsonl", rollouts, count, members, gold)
     reference = run_on_rank_zero(read_sft_scores, directory / "reference.jsonl", prompts)
-    attack = Attack(cfg, tokenizer, directory / "attack", prompts, members, reference, gold, cfg.seed)
+    attack = AttackRun(cfg, tokenizer, directory / "attack", prompts, members, reference, gold, cfg.seed)
     summary = attack.run()
     if runtime.current().is_writer:
         for direction, found in summary["directions"].items():

@@ -43,15 +43,17 @@ MOVED_MODULES: dict[str, str] = {
     "nemo_advrm.keys": "nemo_advrm.config.keys",
     "nemo_advrm.layout": "nemo_advrm.config.layout",
     "nemo_advrm.megatron": "nemo_advrm.engine",
+    "nemo_advrm.megatron.planner": "nemo_advrm.plan",
     "nemo_advrm.objectives.reference": "nemo_advrm.objectives.sft_statistics",
-    "nemo_advrm.rewards.reference": "nemo_advrm.rewards.sft_scores",
+    "nemo_advrm.rewards.reference": "nemo_advrm.data.sft_scores",
     "nemo_advrm.schema": "nemo_advrm.config.schema",
     "nemo_advrm.stages": "nemo_advrm.commands",
 }
 
-# Function or class by its present module and old name -> present name; a module that has some says
-# ``__getattr__ = old_names(__name__)``.
+# Function or class by its present module and old name -> present name, after "MODULE:" where it went elsewhere; a module
+# that has some says ``__getattr__ = old_names(__name__)``.
 MOVED_NAMES: dict[str, str] = {
+    "nemo_advrm.models.policy.AdversarialPolicy": "nemo_advrm.attacks.adversarial_policy:AdversarialPolicy",
     "nemo_advrm.integrations.nemo_aligner.members.read_reference": "read_sft_scores",
     "nemo_advrm.integrations.nemo_aligner.sft_scores.write_reference": "write_sft_scores",
 }
@@ -116,8 +118,9 @@ def old_names(module: str) -> Callable[[str], Any]:
         new = MOVED_NAMES.get(f"{module}.{name}")
         if new is None:
             raise AttributeError(f"module {module} has no attribute {name}")
-        warnings.warn(f"{module}.{name} is now {new}", DeprecationWarning, stacklevel=2)
-        return getattr(sys.modules[module], new)
+        home, _, name_now = new.rpartition(":")
+        warnings.warn(f"{module}.{name} is now {home or module}.{name_now}", DeprecationWarning, stacklevel=2)
+        return getattr(importlib.import_module(home or module), name_now)
 
     return find
 

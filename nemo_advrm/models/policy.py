@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nemo_advrm.config.moved import old_names
 from nemo_advrm.config.schema import Config
 from nemo_advrm.data.batching import BatchSchedule
 from nemo_advrm.data.tokenizers import Tokenizer
@@ -258,8 +259,4 @@ class PolicyModel(TrainableModel):
         return means
 
 
-class AdversarialPolicy(PolicyModel):
-    """A policy whose reward is an :class:`~nemo_advrm.rewards.ensemble.AdversarialReward`: it learns to write
-    responses that the target reward model likes and the other members do not."""
-
-    stage = "attack"
+__getattr__ = old_names(__name__)

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from nemo_advrm import writers
-from nemo_advrm.attacks.adversarial_rl import check_directions
+from nemo_advrm.attacks.run import check_directions
 from nemo_advrm.config import for_stage
 from nemo_advrm.config.schema import Config
 from nemo_advrm.config.validation import check_held_out

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from nemo_advrm import files
-from nemo_advrm.attacks.adversarial_rl import Attack, join_attacks
+from nemo_advrm.attacks.run import AttackRun, join_attacks
 from nemo_advrm.attacks.select import RANDOM_PAIRS, dropped, found_lines, random_pairs, reason_to_stop, select_round
 from nemo_advrm.config import for_stage
 from nemo_advrm.config.schema import Config, RLHFRunConfig
@@ -193,7 +193,7 @@ class Steps:
         cfg = self._attack_settings(step)
         cfg.pretrained_checkpoint.restore_from_path = self._policy_path
         home = self._home(step.branch, step.round)
-        attack = Attack(
+        attack = AttackRun(
             cfg,
             self.tokenizer,
             home / "attack",

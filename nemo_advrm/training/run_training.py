@@ -130,7 +130,7 @@ def write_result(
 
 def records(directory: Path) -> list[str]:
     """What a training leaves beside its result, by its relative names."""
-    return ["model/manifest.json", *(name for name in RECORDS if (directory / name).exists())]
+    return [name for name in ("model/manifest.json", *RECORDS) if (directory / name).exists()]
 
 
 def tokenizer_meta(module: TrainableModel) -> dict[str, Any]:

@@ -72,7 +72,7 @@ _BEFORE = {
 _AT_THE_END = {
     "sft": "training.sft.write_result",
     "train_rm": "training.reward_model.write_result",
-    "attack": "attacks.adversarial_rl.of_adversary",
+    "attack": "attacks.run.of_adversary",
     "rlhf": "training.rlhf.write_result",
 }
 

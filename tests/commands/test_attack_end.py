@@ -12,9 +12,9 @@ from reward_members import PROMPTS, one_step_of_rl, save_megatron
 from tiny import TOKENIZER
 
 from nemo_advrm import cli
-from nemo_advrm.attacks import adversarial_rl as attack_stage
 from nemo_advrm.attacks.success import RATES, HeldOut
 from nemo_advrm.attacks.summary import line, success_rates
+from nemo_advrm.commands import attack as attack_stage
 from nemo_advrm.config import load_config
 from nemo_advrm.data.jsonl import read_jsonl
 from nemo_advrm.data.pair_store import PairStore

@@ -118,3 +118,25 @@ def test_the_tables_name_what_exists() -> None:
             assert expected_type(told.split()[2].rstrip(",;:")) is not None, f"{old} {told}"
     for old, new in moved.MOVED_MODULES.items():
         assert importlib.util.find_spec(new) is not None, f"{old} -> {new}"
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "nemo_advrm.callbacks.augmentation:AdversarialAugmentation",
+        "nemo_advrm.models.policy:AdversarialPolicy",
+        "nemo_advrm.rewards.ensemble:UncertaintyReward",
+        "nemo_advrm.stages.train_rm:main",
+        "nemo_advrm.aligner.members:read_reference",
+        "nemo_advrm.megatron.planner.search:Candidate",
+    ],
+)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_imports_that_were_documented_are_served(place: str) -> None:
+    module, _, name = place.partition(":")
+    assert callable(getattr(importlib.import_module(module), name))
+
+
+def test_a_name_that_never_was_is_no_attribute() -> None:
+    with pytest.raises(AttributeError, match=r"nemo_advrm\.models\.policy has no attribute Nothing"):
+        importlib.import_module("nemo_advrm.models.policy").Nothing

@@ -1,4 +1,4 @@
-"""Stage ``attack``: trains adversarial policies against an ensemble of reward models and records what they find."""
+"""Runs the attacks on all target members, each with its own seed, and joins what they find."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback
-
 from nemo_advrm.attacks import summary_file
+from nemo_advrm.attacks.base import Attack, AttackInputs, Budget
 from nemo_advrm.attacks.names import policy_name
 from nemo_advrm.attacks.success import HELD_OUT_REFERENCE, HeldOut, held_out_set
 from nemo_advrm.attacks.summary import check_samples, of_adversary, of_direction
@@ -20,16 +19,13 @@ from nemo_advrm.data.tokenizers import Tokenizer
 from nemo_advrm.engine import checkpoint, manifest, stopping
 from nemo_advrm.engine.collectives import run_on_rank_zero
 from nemo_advrm.errors import ConfigError
-from nemo_advrm.models.policy import AdversarialPolicy
 from nemo_advrm.models.trainable import derive_seed
+from nemo_advrm.registry import ATTACKS
 from nemo_advrm.rewards.base import RewardSource
-from nemo_advrm.rewards.ensemble import AdversarialReward
-from nemo_advrm.rewards.finds import FindRule, asks_others
+from nemo_advrm.rewards.finds import asks_others
 from nemo_advrm.rollouts.types import Prompt
 from nemo_advrm.run_directory import results
-from nemo_advrm.training.callbacks.finds import EnoughFinds
-from nemo_advrm.training.callbacks.rollouts import TrajectoryRecorder
-from nemo_advrm.training.run_training import drop_training_checkpoints, fit, records, tokenizer_meta
+from nemo_advrm.training.run_training import drop_training_checkpoints, records, tokenizer_meta
 
 
 def check_directions(cfg: Config, members: int) -> None:
@@ -43,7 +39,7 @@ def check_directions(cfg: Config, members: int) -> None:
 
 
 @dataclass(frozen=True)
-class Attack:
+class AttackRun:
     """Adversaries of every direction in ``directory``: what they attack, from which prompts, by which random numbers.
 
     Args:
@@ -85,35 +81,31 @@ class Attack:
             held_out = held_out_set(
                 self.cfg, self.tokenizer, self.directory, self.prompts, self.members, self.gold
             )
-            self._train(home, direction, derive_seed(self.seed, "attack", direction, number), held_out)
+            self._find(home, direction, derive_seed(self.seed, "attack", direction, number), held_out)
 
-    def _train(self, home: Path, direction: int, seed: int, held_out: HeldOut | None) -> None:
-        """One adversary, into ``home``."""
+    def _find(self, home: Path, direction: int, seed: int, held_out: HeldOut | None) -> None:
+        """Run one attack into ``home`` and mark it finished."""
         started = time.monotonic()
-        cfg = self.cfg
-        reward = AdversarialReward(self.members, cfg.adversarial, self.reference, direction - 1)
+        cfg, rl = self.cfg, self.cfg.rl
         start = cfg.pretrained_checkpoint.restore_from_path
-        module = AdversarialPolicy(cfg, self.tokenizer, self.prompts, reward, start, seed)
-        recorder = TrajectoryRecorder(home / "samples.jsonl", direction, self.reference, self.gold)
-        fit(module, cfg, home, f"attack on R_{direction}", [recorder, *self._early_end(recorder)], 0)
-        measured = None
-        if held_out is not None:
-            measured = held_out.measure(module.model, direction, home)
-        limit = cfg.trainer.timeout_minutes
-        checkpoint.save(home / "model", module.model, meta=tokenizer_meta(module), limit_minutes=limit)
+        inputs = AttackInputs(
+            cfg, self.tokenizer, self.prompts, start, self.reference, self.members, direction, self.gold, seed, home
+        )
+        enough = -(-cfg.adversarial.enough // cfg.adversarial.num_adversaries)
+        attack: Attack = ATTACKS[cfg.adversarial.attack]()
+        found = attack.find(inputs, Budget(rl.max_steps, rl.prompts_per_step * rl.group_size, enough))
+        module, measured = found.adversary, None
+        if module is not None:
+            if held_out is not None:
+                measured = held_out.measure(module.model, direction, home)
+            limit = cfg.trainer.timeout_minutes
+            checkpoint.save(home / "model", module.model, meta=tokenizer_meta(module), limit_minutes=limit)
         seconds = time.monotonic() - started
         summary = run_on_rank_zero(of_adversary, home, seconds, measured)
         results.mark(home, "summary.json", summary, records(home))
         drop_training_checkpoints(home)
-        module.release()
-
-    def _early_end(self, recorder: TrajectoryRecorder) -> list[Callback]:
-        """What ends an adversary's training when it has found its share of ``adversarial.enough``."""
-        options = self.cfg.adversarial
-        if not options.enough:
-            return []
-        rule = FindRule(self.cfg, self.reference, recorder.direction, self.tokenizer)
-        return [EnoughFinds(recorder, rule, -(-options.enough // options.num_adversaries))]
+        if module is not None:
+            module.release()
 
 
 def _finished_adversary(home: Path) -> dict[str, Any] | None:
@@ -146,5 +138,5 @@ def join_attacks(cfg: Config, directory: Path) -> dict[str, Any]:
 
 def _join_records(directory: Path, homes: list[Path]) -> None:
     for name in ("samples.jsonl", "metrics.jsonl"):
-        files = [home / name for home in homes]
+        files = [home / name for home in homes if (home / name).exists()]
         write_jsonl_atomic(directory / name, (row for file in files for _, row in read_jsonl(file)))

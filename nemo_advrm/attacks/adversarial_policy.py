@@ -1,0 +1,80 @@
+"""The adversarial policy: trained by RL to write responses that the target member likes and the others do not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lightning.pytorch import Callback
+
+from nemo_advrm.attacks.base import AttackInputs
+from nemo_advrm.config.schema import Config
+from nemo_advrm.data.sft_scores import SFTScores
+from nemo_advrm.data.tokenizers import Tokenizer
+from nemo_advrm.models.policy import PolicyModel
+from nemo_advrm.rewards.base import RewardSource
+from nemo_advrm.rewards.ensemble import AdversarialReward
+from nemo_advrm.rewards.finds import FindRule
+from nemo_advrm.rollouts.types import Prompt
+from nemo_advrm.training.callbacks.finds import EnoughFinds
+from nemo_advrm.training.callbacks.rollouts import TrajectoryRecorder
+
+
+class AdversarialPolicy(PolicyModel):
+    """A :class:`PolicyModel` with the adversarial reward, the record of its samples and its stop rule.
+
+    Args:
+        cfg: configuration of the stage.
+        tokenizer: of the policy.
+        prompts: those of ``sft_responses``, in its order.
+        members: the ensemble, R_1 first; at least two.
+        sft_responses: SFT responses to the prompts with their scores.
+        target: the attacked member, from 1.
+        restore_from: checkpoint of the SFT policy.
+        seed: of prompt order and sampling.
+    """
+
+    stage = "attack"
+
+    def __init__(
+        self,
+        cfg: Config,
+        tokenizer: Tokenizer,
+        prompts: list[Prompt],
+        members: list[RewardSource],
+        sft_responses: SFTScores,
+        target: int,
+        restore_from: str,
+        seed: int = 0,
+    ) -> None:
+        reward = AdversarialReward(members, cfg.adversarial, sft_responses, target - 1)
+        super().__init__(cfg, tokenizer, prompts, reward, restore_from, seed)
+        self.sft_responses = sft_responses
+        self.target = target
+
+    @classmethod
+    def of(cls, inputs: AttackInputs) -> AdversarialPolicy:
+        """The policy of an attack that starts from ``inputs``."""
+        return cls(
+            inputs.cfg,
+            inputs.tokenizer,
+            inputs.prompts,
+            inputs.members,
+            inputs.sft_responses,
+            inputs.target,
+            inputs.policy,
+            inputs.seed,
+        )
+
+    def callbacks(self, samples: Path, gold: RewardSource | None, enough: int = 0) -> list[Callback]:
+        """Lightning callbacks that record all samples and end the training when there are enough finds.
+
+        Args:
+            samples: the file of JSON lines; the name of its directory is the ``policy`` of its rows.
+            gold: evaluates the samples; None where there is none.
+            enough: different finds at which the training ends; 0: it makes all its steps.
+        """
+        recorder = TrajectoryRecorder(samples, self.target, self.sft_responses, gold)
+        if not enough:
+            return [recorder]
+        rule = FindRule(self.config, self.sft_responses, self.target, self.tokenizer)
+        return [recorder, EnoughFinds(recorder, rule, enough)]

@@ -1,0 +1,134 @@
+"""The interface of an attack: a way to find responses that a target member scores high and the others do not."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from nemo_advrm.config.schema import Config
+from nemo_advrm.data.jsonl import write_jsonl_atomic
+from nemo_advrm.data.sft_scores import SFTScores
+from nemo_advrm.data.tokenizers import Tokenizer
+from nemo_advrm.engine import runtime
+from nemo_advrm.engine.collectives import run_on_rank_zero
+from nemo_advrm.models.trainable import TrainableModel
+from nemo_advrm.rewards.base import RewardSource, checked_scores
+from nemo_advrm.rewards.ensemble import AdversarialReward
+from nemo_advrm.rewards.finds import FindRule
+from nemo_advrm.rewards.records import trajectory_rows
+from nemo_advrm.rollouts.types import Prompt, Rollouts
+
+SAMPLES = "samples.jsonl"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long an attack may search.
+
+    Attributes:
+        steps: at most so many; RL makes one update in each.
+        samples_per_step: responses that are scored in a step, over all data-parallel ranks.
+        enough: different finds at which the attack may end; 0: it uses all its steps.
+    """
+
+    steps: int
+    samples_per_step: int
+    enough: int = 0
+
+
+@dataclass(frozen=True)
+class AttackInputs:
+    """What an attack on one target member starts from.
+
+    Attributes:
+        cfg: configuration of the stage.
+        tokenizer: of the policy.
+        prompts: those of ``sft_responses``, in its order.
+        policy: checkpoint of the SFT policy.
+        sft_responses: SFT responses to the prompts with their scores, which the reward is standardised by.
+        members: the ensemble, R_1 first.
+        target: the attacked member, from 1.
+        gold: evaluates the samples; None where there is none. No attack may use it to search.
+        seed: of this attack; equal seeds give equal samples.
+        directory: where ``samples.jsonl`` and everything else of this attack is written.
+    """
+
+    cfg: Config
+    tokenizer: Tokenizer
+    prompts: list[Prompt]
+    policy: str
+    sft_responses: SFTScores
+    members: list[RewardSource]
+    target: int
+    gold: RewardSource | None
+    seed: int
+    directory: Path
+
+    @cached_property
+    def reward(self) -> AdversarialReward:
+        """The adversarial reward, whose detector is ``adversarial.detector``."""
+        return AdversarialReward(self.members, self.cfg.adversarial, self.sft_responses, self.target - 1)
+
+    @cached_property
+    def rule(self) -> FindRule:
+        """Which samples selection would take."""
+        return FindRule(self.cfg, self.sft_responses, self.target, self.tokenizer)
+
+    def rows(self, rollouts: Rollouts, step: int) -> list[dict[str, Any]]:
+        """Rows of ``samples.jsonl``: the responses with their scores; all ranks of a model replica call."""
+        judgement = self.reward.judge(rollouts)
+        gold_N = checked_scores(self.gold, rollouts) if self.gold is not None else None
+        gold_z_N = self.sft_responses.gold_z(gold_N, rollouts.prompt_index) if gold_N is not None else None
+        return trajectory_rows(rollouts, judgement, self.target, self.directory.name, step, gold_N, gold_z_N)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What an attack has found.
+
+    Attributes:
+        samples: JSON lines, a row of :meth:`AttackInputs.rows` for every response.
+        adversary: the policy that was trained, to be measured on held-out prompts and saved; None where none was.
+    """
+
+    samples: Path
+    adversary: TrainableModel | None = None
+
+
+class Attack(ABC):
+    """Finds bad responses that the target member likes. ``adversarial.attack`` names the one that is used."""
+
+    @abstractmethod
+    def find(self, inputs: AttackInputs, budget: Budget) -> Found:
+        """Search, and write every response that was scored to ``samples.jsonl``; all ranks call.
+
+        A call in a directory where an earlier one was stopped goes on or starts over.
+        """
+
+
+class SearchAttack(Attack):
+    """An attack that trains nothing: it proposes responses step by step. A stopped one starts over."""
+
+    @abstractmethod
+    def propose(self, inputs: AttackInputs, budget: Budget) -> Iterator[Rollouts]:
+        """The responses of each step, those of this data-parallel rank; every rank makes as many steps."""
+
+    def find(self, inputs: AttackInputs, budget: Budget) -> Found:
+        """Score what is proposed until the budget is used up or there are ``budget.enough`` different finds."""
+        path = inputs.directory / SAMPLES
+        written: list[dict[str, Any]] = []
+        finds: set[tuple[int, str]] = set()
+        for step, rollouts in zip(range(budget.steps), self.propose(inputs, budget), strict=False):
+            parts = runtime.current().gather_data_parallel(inputs.rows(rollouts, step))
+            rows = [row for part in parts for row in part]
+            written += rows
+            finds |= inputs.rule.finds(rows)
+            if budget.enough and len(finds) >= budget.enough:
+                break
+        inputs.directory.mkdir(parents=True, exist_ok=True)
+        run_on_rank_zero(write_jsonl_atomic, path, written)
+        return Found(path)

@@ -1,0 +1,84 @@
+"""What is written outside the package runs by a setting: a loss, a detector, an attack, a rollout engine."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from reward_members import one_step_of_rl, save_megatron
+from toy_extensions import PHRASES
+
+from nemo_advrm import cli
+from nemo_advrm.config import load_config
+from nemo_advrm.data.jsonl import read_jsonl
+from nemo_advrm.engine.runtime import Runtime
+from nemo_advrm.errors import ConfigError
+from nemo_advrm.registry import Registry
+
+
+@pytest.fixture(scope="module")
+def settings(single: Runtime, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    home = tmp_path_factory.mktemp("toy")
+    members = [save_megatron(home / name, seed=seed) for name, seed in (("one", 3), ("two", 4))]
+    return [*one_step_of_rl(home, members), "rl.apply_unended_penalty=false"]
+
+
+def rows_of(path: Path) -> list[dict]:
+    return [row for _, row in read_jsonl(path)]
+
+
+def test_a_loss_from_outside_trains_a_reward_model(settings: list[str], tmp_path: Path) -> None:
+    pairs = tmp_path / "pairs.jsonl"
+    rows = [{"prompt": "this river", "chosen": "birds sing .", "rejected": "these old clouds ."}] * 4
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = [*settings, f"run_dir={tmp_path / 'run'}", f"data.train_path={pairs}", f"data.validation_path={pairs}"]
+    command = [word for word in command if not word.startswith(("data.prompts_path", "ensemble.members"))]
+    limits = ["trainer.max_steps=1", "model.global_batch_size=4", "reward_model.head_init_std=0"]
+    assert cli.main(["train_rm", *command, *limits, "reward_model.loss=python:toy_extensions:HINGE"]) == 0
+    # a head of zeros scores all alike: hinge says 1 where Bradley-Terry says log 2
+    assert rows_of(tmp_path / "run" / "metrics.jsonl")[0]["train/loss"] == pytest.approx(1.0)
+
+
+def test_an_attack_and_a_detector_from_outside_find_samples(settings: list[str], tmp_path: Path) -> None:
+    own = ["adversarial.attack=python:toy_extensions:FixedPhrases", "adversarial.detector=python:toy_extensions:Spread"]
+    run = tmp_path / "run"
+    assert cli.main(["attack", *settings, *own, "rl.max_steps=2", f"run_dir={run}"]) == 0
+    rows = rows_of(run / "attack" / "samples.jsonl")
+    assert [(row["step"], row["response"]) for row in rows] == [(step, PHRASES[step]) for step in (0, 0, 1, 1)]
+    for row in rows:
+        assert row["disagreement"] == pytest.approx(torch.tensor(row["scores"]).std().item(), rel=1e-5)
+    summary = json.loads((run / "attack" / "summary.json").read_text())
+    assert summary["directions"]["1"]["samples"] == 4
+    assert cli.main(["select", *settings, *own, f"run_dir={run}", "selection.threshold_z=-100"]) == 0
+
+
+def test_a_rollout_engine_from_outside_writes_the_responses(settings: list[str], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    engine = "rl.rollout_engine=python:toy_extensions:Echo"
+    assert cli.main(["rlhf", *settings, engine, "ensemble.standardise=false", f"run_dir={run}"]) == 0
+    assert {row["response"] for row in rows_of(run / "samples.jsonl")} == {PHRASES[0].split()[0]}
+
+
+@pytest.mark.parametrize(
+    "key", ["reward_model.loss", "adversarial.detector", "adversarial.attack", "rl.rollout_engine"]
+)
+def test_an_unknown_name_is_refused_with_the_nearest_before_anything_is_imported(key: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{key}=nothing: did you mean '.*known: .*python:MODULE:NAME"):
+        load_config([f"{key}=nothing"])
+
+
+def test_a_registered_name_is_found_and_taken_once() -> None:
+    registry: Registry[type] = Registry("some.key", {"built_in": "collections:OrderedDict"})
+
+    @registry.register("mine")
+    class Mine:
+        pass
+
+    assert registry["mine"] is Mine and registry["built_in"].__name__ == "OrderedDict"
+    assert list(registry) == ["built_in", "mine"]
+    with pytest.raises(ConfigError, match=r"some\.key: 'mine' is registered already"):
+        registry.register("mine")(Mine)
+    with pytest.raises(ConfigError, match=r"some\.key=python:collections:Nothing: cannot be imported"):
+        registry["python:collections:Nothing"]
