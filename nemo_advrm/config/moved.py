@@ -50,8 +50,8 @@ MOVED_MODULES: dict[str, str] = {
     "nemo_advrm.stages": "nemo_advrm.commands",
 }
 
-# Function or class by its present module and old name -> present name, after "MODULE:" where it went elsewhere; a module
-# that has some says ``__getattr__ = old_names(__name__)``.
+# Function or class by its present module and old name -> present name, after "MODULE:" where it went elsewhere; a
+# module that has some says ``__getattr__ = old_names(__name__)``.
 MOVED_NAMES: dict[str, str] = {
     "nemo_advrm.models.policy.AdversarialPolicy": "nemo_advrm.attacks.adversarial_policy:AdversarialPolicy",
     "nemo_advrm.integrations.nemo_aligner.members.read_reference": "read_sft_scores",

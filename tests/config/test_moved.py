@@ -139,4 +139,4 @@ def test_imports_that_were_documented_are_served(place: str) -> None:
 
 def test_a_name_that_never_was_is_no_attribute() -> None:
     with pytest.raises(AttributeError, match=r"nemo_advrm\.models\.policy has no attribute Nothing"):
-        importlib.import_module("nemo_advrm.models.policy").Nothing
+        _ = importlib.import_module("nemo_advrm.models.policy").Nothing
