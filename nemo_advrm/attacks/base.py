@@ -80,10 +80,10 @@ class AttackInputs:
 
     def rows(self, rollouts: Rollouts, step: int) -> list[dict[str, Any]]:
         """Rows of ``samples.jsonl``: the responses with their scores; all ranks of a model replica call."""
-        judgement = self.reward.judge(rollouts)
+        reward_output = self.reward.compute_rewards(rollouts)
         gold_N = checked_scores(self.gold, rollouts) if self.gold is not None else None
         gold_z_N = self.sft_responses.gold_z(gold_N, rollouts.prompt_index) if gold_N is not None else None
-        return trajectory_rows(rollouts, judgement, self.target, self.directory.name, step, gold_N, gold_z_N)
+        return trajectory_rows(rollouts, reward_output, self.target, self.directory.name, step, gold_N, gold_z_N)
 
 
 @dataclass(frozen=True)

@@ -52,17 +52,18 @@ class HeldOut:
         """
         target, index = direction - 1, [p.index for p in self.prompts for _ in range(self._per_prompt)]
         rollouts = sample(self.cfg, self.tokenizer, adversary, self.prompts, self._per_prompt, sampling_seed(self.cfg))
-        judgement = AdversarialReward(self.members, self.cfg.adversarial, self.reference, target).judge(rollouts)
+        reward = AdversarialReward(self.members, self.cfg.adversarial, self.reference, target)
+        reward_output = reward.compute_rewards(rollouts)
         gold_N = checked_scores(self.gold, rollouts) if self.gold is not None else None
         gold_z_N = self.reference.gold_z(gold_N, index) if gold_N is not None else None
-        rows = trajectory_rows(rollouts, judgement, direction, home.name, 0, gold_N, gold_z_N)
+        rows = trajectory_rows(rollouts, reward_output, direction, home.name, 0, gold_N, gold_z_N)
         run_on_rank_zero(write_jsonl_atomic, home / "held_out.jsonl", rows)
         rule = FindRule(self.cfg, self.reference, direction, self.tokenizer)
-        z_N = judgement.details["z"][:, target]
+        z_N = reward_output.details["z"][:, target]
         return {
             "prompts": len(self.prompts),
             "responses": len(rows),
-            **self._rates(judgement.scores_NK[:, target], z_N, gold_N, gold_z_N, rule.share(rows)),
+            **self._rates(reward_output.scores_NK[:, target], z_N, gold_N, gold_z_N, rule.share(rows)),
             "null": self.null(rule),
         }
 

@@ -112,7 +112,7 @@ def _read_best_of_n(reader: RowReader) -> Judged:
         whole = not isinstance(value, list) or isinstance(value[0], dict)
         for index, item in enumerate([value] if whole else value):
             answers.append((key if whole else f"{key}[{index}]", item, score, None))
-    return replace(_judge(reader, answers), compares_all=False)
+    return replace(_compute_rewards(reader, answers), compares_all=False)
 
 
 def _list_column(row: Row) -> str | None:
@@ -146,12 +146,12 @@ def _is_rated_list(row: Row) -> bool:
 
 def _read_ranked(reader: RowReader) -> Judged:
     """NeMo-RL's `completions`, Nectar's `answers`: the answer with the lower `rank` is better."""
-    return _judge(reader, _listed(reader, (_RANK,), _RANK_LISTS, -1.0))
+    return _compute_rewards(reader, _listed(reader, (_RANK,), _RANK_LISTS, -1.0))
 
 
 def _read_rated_list(reader: RowReader) -> Judged:
     """UltraFeedback: the `completions` of a prompt with ratings, of which the differences are the margins."""
-    return _judge(reader, _listed(reader, _RATINGS, _RATING_LISTS, 1.0), graded=True)
+    return _compute_rewards(reader, _listed(reader, _RATINGS, _RATING_LISTS, 1.0), graded=True)
 
 
 def _listed(reader: RowReader, names: tuple[str, ...], lists: tuple[str, ...], sign: float) -> list[Given]:
@@ -204,7 +204,7 @@ def _read_two_responses(reader: RowReader) -> Judged:
     name = next(key for key in _PREFERENCES if reader.row.get(key) is not None)
     preference = reader.number(name) or 0.0
     answers: list[Given] = [(first, reader.get(first), -preference, None), (second, reader.get(second), 0.0, None)]
-    return _judge(reader, answers, graded=True)
+    return _compute_rewards(reader, answers, graded=True)
 
 
 def _is_rated(row: Row) -> bool:
@@ -217,10 +217,10 @@ def _read_rated(reader: RowReader) -> Judged:
     rating = str(_first_number(reader.row, _RATINGS))
     score = reader.number(rating) or 0.0
     labels = tuple(number for attribute in ATTRIBUTES if (number := reader.number(attribute)) is not None)
-    return _judge(reader, [(name, value, score, labels or None)], graded=True, merged=True)
+    return _compute_rewards(reader, [(name, value, score, labels or None)], graded=True, merged=True)
 
 
-def _judge(
+def _compute_rewards(
     reader: RowReader,
     answers: list[Given],
     *,

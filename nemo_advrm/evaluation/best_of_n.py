@@ -89,7 +89,7 @@ def curve_of_reward(
     rollouts, count, gold = _read_samples(samples, cfg, tokenizer)
     rt = runtime.current()
     own = rollouts.select(range(len(rollouts))[rt.dp_slice(len(rollouts))])
-    proxy_PN = torch.cat(rt.gather_data_parallel(reward.judge(own).proxy_N)).reshape(-1, count)
+    proxy_PN = torch.cat(rt.gather_data_parallel(reward.compute_rewards(own).proxy_N)).reshape(-1, count)
     gold_PN = None if gold is None else torch.tensor(gold).reshape(-1, count)
     curve = best_of_n_curve(proxy_PN, gold_PN)
     result = {

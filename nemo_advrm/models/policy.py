@@ -32,7 +32,7 @@ from nemo_advrm.objectives.kl import kl_noise, per_token_kl, response_kl
 from nemo_advrm.objectives.losses import clipped_policy_gradient, policy_gradient
 from nemo_advrm.objectives.masked import masked_mean, masked_whiten
 from nemo_advrm.objectives.spread import rounding_of
-from nemo_advrm.rewards.ensemble import Judgement, PolicyReward
+from nemo_advrm.rewards.ensemble import PolicyReward, RewardOutput
 from nemo_advrm.rollouts.base import rollout_engine
 from nemo_advrm.rollouts.types import Prompt, Rollouts
 
@@ -48,7 +48,7 @@ class PolicyModel(TrainableModel):
         restore_from: checkpoint of the initial policy, which is also the reference of the KL.
         seed: of prompt order and sampling.
 
-    After each step ``last_rollouts`` and ``last_judgement`` hold this data-parallel rank's rollouts.
+    After each step ``last_rollouts`` and ``last_reward_output`` hold this data-parallel rank's rollouts.
     """
 
     stage = "rlhf"
@@ -76,7 +76,7 @@ class PolicyModel(TrainableModel):
         self.critic = Critic(cfg, tokenizer, restore_from, seed) if cfg.rl.algorithm == "ppo" else None
         self.engine = rollout_engine(cfg, tokenizer)
         self.last_rollouts: Rollouts | None = None
-        self.last_judgement: Judgement | None = None
+        self.last_reward_output: RewardOutput | None = None
 
     def trained(self) -> dict[str, tuple[MegatronModel, MegatronOptimizer]]:
         models = {"policy": (self.model, self.optimizer)}
@@ -100,13 +100,13 @@ class PolicyModel(TrainableModel):
             for _, optimizer in self.trained().values():
                 stack.enter_context(optimizer.offloaded())
             rollouts = self._roll_out(batch, step)
-            judgement = self._judge(rollouts)
-            data = self._prepare(rollouts, judgement)
-        self.last_rollouts, self.last_judgement = rollouts, judgement
+            reward_output = self._compute_rewards(rollouts)
+            data = self._prepare(rollouts, reward_output)
+        self.last_rollouts, self.last_reward_output = rollouts, reward_output
         metrics = self._update(data, step)
         if self.critic is not None:
             metrics |= self.critic.update(data, self.config.rl.updates_per_rollout, step)
-        metrics |= self._describe(rollouts, judgement, data)
+        metrics |= self._describe(rollouts, reward_output, data)
         metrics["samples_per_second"] = metrics["samples"] / (time.perf_counter() - started)
         return metrics
 
@@ -121,25 +121,25 @@ class PolicyModel(TrainableModel):
         own = numbers[rt.dp_rank * rows : (rt.dp_rank + 1) * rows]
         return self.engine.roll_out(self.model, repeated, own)
 
-    def _judge(self, rollouts: Rollouts) -> Judgement:
+    def _compute_rewards(self, rollouts: Rollouts) -> RewardOutput:
         """The rewards to train on: the length penalty in place of those of unended responses, on all ranks the same."""
-        rl, judgement = self.config.rl, self.reward.judge(rollouts)
+        rl, reward_output = self.config.rl, self.reward.compute_rewards(rollouts)
         if not rl.apply_unended_penalty:
-            return judgement
+            return reward_output
         ended_B = torch.tensor(rollouts.ended)
         penalty = rl.unended_penalty
         if penalty is None:
-            own = torch.stack([judgement.rewards_N, judgement.noise_N, ended_B.float()])
+            own = torch.stack([reward_output.rewards_N, reward_output.noise_N, ended_B.float()])
             rewards_N, noise_N, ended_N = torch.cat(runtime.current().gather_data_parallel(own), 1)
             penalty = length_penalty(rewards_N, ended_N.bool(), noise_N)
-        rewards_B = apply_length_penalty(judgement.rewards_N, ended_B, penalty)
-        noise_B = torch.where(ended_B, judgement.noise_N, rounding_of(rewards_B))
+        rewards_B = apply_length_penalty(reward_output.rewards_N, ended_B, penalty)
+        noise_B = torch.where(ended_B, reward_output.noise_N, rounding_of(rewards_B))
         return dataclasses.replace(
-            judgement, rewards_N=rewards_B, noise_N=noise_B, unpenalised_N=judgement.rewards_N
+            reward_output, rewards_N=rewards_B, noise_N=noise_B, unpenalised_N=reward_output.rewards_N
         )
 
     @torch.no_grad()
-    def _prepare(self, rollouts: Rollouts, judgement: Judgement) -> RolloutBatch:
+    def _prepare(self, rollouts: Rollouts, reward_output: RewardOutput) -> RolloutBatch:
         """Log-probabilities, KL and advantages of the rollouts.
 
         Beside the rewards goes their noise, so that what rounding makes of equal ones is not taken for a difference.
@@ -150,7 +150,7 @@ class PolicyModel(TrainableModel):
         data.old_log_probs_BT, data.entropy_BT = response_log_probs(self.model, data, pad_id, rl.temperature)
         data.reference_log_probs_BT, _ = response_log_probs(self.reference, data, pad_id, rl.temperature)
         pair = (data.old_log_probs_BT, data.reference_log_probs_BT, data.mask_BT)
-        rewards_B, noise_B = judgement.rewards_N, judgement.noise_N
+        rewards_B, noise_B = reward_output.rewards_N, reward_output.noise_N
         kl_noise_BT = kl_noise(*pair, rl.kl.estimator, self.model.config.params_dtype)
         if self.critic is not None:
             kl_BT = per_token_kl(*pair, rl.kl.estimator)
@@ -236,22 +236,22 @@ class PolicyModel(TrainableModel):
         }
         return (loss_N - rl.entropy_coefficient * entropy_N).sum(), count, sums
 
-    def _describe(self, rollouts: Rollouts, judgement: Judgement, data: RolloutBatch) -> dict[str, float]:
+    def _describe(self, rollouts: Rollouts, reward_output: RewardOutput, data: RolloutBatch) -> dict[str, float]:
         """Means over the rollouts of all data-parallel ranks."""
         rt = runtime.current()
         k1_B = response_kl(data.old_log_probs_BT, data.reference_log_probs_BT, data.mask_BT, "k1", "sum")
         columns = {
-            "proxy": judgement.proxy_N,  # of the reward models
-            "reward": judgement.rewards_N,  # with the length penalty: what is trained on
+            "proxy": reward_output.proxy_N,  # of the reward models
+            "reward": reward_output.rewards_N,  # with the length penalty: what is trained on
             "kl": k1_B,
             "entropy": masked_mean(data.entropy_BT, data.mask_BT, dim=-1),
             "response_length": data.mask_BT.sum(-1).float(),
             "ended": torch.tensor(rollouts.ended, dtype=torch.float32),
         }
-        for k in range(judgement.scores_NK.size(-1)):
-            columns[f"scores/{k + 1}"] = judgement.scores_NK[:, k]
-            if "z" in judgement.details:
-                columns[f"z/{k + 1}"] = judgement.details["z"][:, k]
+        for k in range(reward_output.scores_NK.size(-1)):
+            columns[f"scores/{k + 1}"] = reward_output.scores_NK[:, k]
+            if "z" in reward_output.details:
+                columns[f"z/{k + 1}"] = reward_output.details["z"][:, k]
         table = torch.cat(rt.gather_data_parallel(torch.stack([c.float() for c in columns.values()], -1)))
         means = dict(zip(columns, table.mean(0).tolist(), strict=True))
         means["proxy_std"] = table[:, 0].std(correction=0).item()

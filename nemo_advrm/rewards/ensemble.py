@@ -25,7 +25,7 @@ PRESETS = ("paper", "raw")
 
 
 @dataclass
-class Judgement:
+class RewardOutput:
     """Rewards of a batch and what they were made of.
 
     Attributes:
@@ -55,7 +55,7 @@ class Judgement:
 class PolicyReward(Protocol):
     """What a policy asks for its rollouts."""
 
-    def judge(self, rollouts: Rollouts) -> Judgement: ...
+    def compute_rewards(self, rollouts: Rollouts) -> RewardOutput: ...
 
 
 class UncertaintyReward:
@@ -106,7 +106,7 @@ class UncertaintyReward:
             [rounding_of(scores_NK[:, k], source_dtype(source)) for k, source in enumerate(self.sources)], -1
         )
 
-    def judge(self, rollouts: Rollouts) -> Judgement:
+    def compute_rewards(self, rollouts: Rollouts) -> RewardOutput:
         scores_NK = self.member_scores(rollouts)
         values_NK, noise_NK = scores_NK, self.member_noise(scores_NK)
         if self.statistics is not None:
@@ -114,11 +114,11 @@ class UncertaintyReward:
             noise_NK = noise_NK / self.statistics.std_K
         rewards_N = combine(self.aggregate, values_NK, self.coefficient)
         noise_N = _combined_noise(self.aggregate, values_NK, noise_NK, self.coefficient)
-        return Judgement(rewards_N, scores_NK, noise_N=noise_N)
+        return RewardOutput(rewards_N, scores_NK, noise_N=noise_N)
 
     def score(self, rollouts: Rollouts) -> Tensor:
         """An ensemble is itself a reward source."""
-        return self.judge(rollouts).rewards_N
+        return self.compute_rewards(rollouts).rewards_N
 
 
 class AdversarialReward:
@@ -146,7 +146,7 @@ class AdversarialReward:
         self._statistics = reference.statistics()
         self._detector = reference.detector(options.detector, target)
 
-    def judge(self, rollouts: Rollouts) -> Judgement:
+    def compute_rewards(self, rollouts: Rollouts) -> RewardOutput:
         """Details: ``z`` [N, K] and ``prompt_mean`` [N, K] of the members, and what the detector says of each response:
         ``disagreement`` [N] in its own unit (U), ``disagreement_z`` [N] standardised (Z(U))."""
         scores_NK = self.ensemble.member_scores(rollouts)
@@ -180,7 +180,7 @@ class AdversarialReward:
             "disagreement_z": self._detector.score(features),
             "prompt_mean": prompt_mean_NK,
         }
-        return Judgement(rewards_N, scores_NK, details, noise_N)
+        return RewardOutput(rewards_N, scores_NK, details, noise_N)
 
 
 def _combined_noise(aggregate: str, values_NK: Tensor, noise_NK: Tensor, coefficient: float) -> Tensor:

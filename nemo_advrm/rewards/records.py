@@ -11,7 +11,7 @@ from nemo_advrm.data.messages import Message
 from nemo_advrm.data.sft_scores import SFTScores
 from nemo_advrm.objectives.sft_statistics import own_z_scores
 from nemo_advrm.rewards.base import RewardSource, checked_scores
-from nemo_advrm.rewards.ensemble import Judgement
+from nemo_advrm.rewards.ensemble import RewardOutput
 from nemo_advrm.rollouts.types import Rollouts
 
 
@@ -24,7 +24,7 @@ def prompt_text(messages: tuple[Message, ...]) -> str:
 
 def trajectory_rows(
     rollouts: Rollouts,
-    judgement: Judgement,
+    reward_output: RewardOutput,
     direction: int,
     policy: str,
     step: int,
@@ -37,8 +37,8 @@ def trajectory_rows(
     Rows have ``selected`` = False; selection marks them later. They hold plain numbers: a row of a tensor is a view,
     and pickling a view for other ranks takes all of its storage along.
     """
-    index, lists = rollouts.prompt_index, {name: table.tolist() for name, table in judgement.details.items()}
-    scores, rewards = judgement.scores_NK.tolist(), judgement.rewards_N.tolist()
+    index, lists = rollouts.prompt_index, {name: table.tolist() for name, table in reward_output.details.items()}
+    scores, rewards = reward_output.scores_NK.tolist(), reward_output.rewards_N.tolist()
     gold, gold_z = _column(gold_N, len(rollouts)), _column(gold_z_N, len(rollouts))
     return [
         {

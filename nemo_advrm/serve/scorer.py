@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from nemo_advrm.engine import runtime
 from nemo_advrm.errors import UserError
-from nemo_advrm.rewards.ensemble import Judgement, PolicyReward
+from nemo_advrm.rewards.ensemble import PolicyReward, RewardOutput
 from nemo_advrm.rollouts.types import Rollouts
 from nemo_advrm.serve.samples import Prepared, to_rollouts
 
@@ -38,16 +38,16 @@ class Scorer:
         """Raises RewardSourceError when a member fails."""
         results: list[Scored | None] = [None] * len(batch)
         for places, rollouts in to_rollouts(batch, self.fingerprint):
-            judgement = self._judge(rollouts)
-            rows = zip(places, judgement.rewards_N.tolist(), judgement.scores_NK.tolist(), strict=True)
+            reward_output = self._compute_rewards(rollouts)
+            rows = zip(places, reward_output.rewards_N.tolist(), reward_output.scores_NK.tolist(), strict=True)
             for place, reward, members in rows:
                 results[place] = Scored(reward, members)
         return [result for result in results if result is not None]
 
-    def _judge(self, rollouts: Rollouts) -> Judgement:
+    def _compute_rewards(self, rollouts: Rollouts) -> RewardOutput:
         with self._lock:
             _tell(rollouts)
-            return self.reward.judge(rollouts)
+            return self.reward.compute_rewards(rollouts)
 
     def keep_alive(self) -> None:
         """Let the other ranks wait anew, before their wait for orders reaches its limit."""
@@ -75,7 +75,7 @@ def follow(reward: PolicyReward) -> None:
             return
         if isinstance(order, Rollouts):
             try:
-                reward.judge(order)
+                reward.compute_rewards(order)
             except UserError:
                 continue
 

@@ -69,7 +69,7 @@ def expected(checkpoints: list[Path]) -> list[float]:
     ended.ended = [True] * 4
     ended.response_tokens = [TOKENIZER.encode_response(r) for r in ended.responses]
     members = load_members(tiny_config(), [str(p) for p in checkpoints], TOKENIZER)
-    return UncertaintyReward(members).judge(ended).rewards_N.tolist()
+    return UncertaintyReward(members).compute_rewards(ended).rewards_N.tolist()
 
 
 @pytest.fixture

@@ -120,13 +120,13 @@ def test_ppo_pays_kl_by_the_token_and_the_reward_at_the_last_one(initial: str) -
     with torch.no_grad():
         module.critic.model.parts[0].head.weight.zero_()
     rollouts = module._roll_out(next(module.steps(0)), 0)
-    judgement = module.reward.judge(rollouts)
-    data = module._prepare(rollouts, judgement)
+    reward_output = module.reward.compute_rewards(rollouts)
+    data = module._prepare(rollouts, reward_output)
     ours, theirs = (_log_probs(model, data.rows) for model in (module.model, module.reference))
-    assert judgement.rewards_N.std() > 0.1 and len({len(row) for row in ours}) > 1
+    assert reward_output.rewards_N.std() > 0.1 and len({len(row) for row in ours}) > 1
     for i, (own, reference) in enumerate(zip(ours, theirs, strict=True)):
         rewards = -0.5 * (own - reference).abs()
-        rewards[-1] += judgement.rewards_N[i]
+        rewards[-1] += reward_output.rewards_N[i]
         expected = rewards.flip(0).cumsum(0).flip(0)
         torch.testing.assert_close(data.advantages_BT[i, : len(own)], expected, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(data.returns_BT[i, : len(own)], expected, rtol=1e-4, atol=1e-4)
@@ -181,7 +181,7 @@ def test_the_first_of_several_updates_has_the_gradient_of_a_single_one(initial: 
     for updates in (1, 2):
         module = _learner(algorithm, initial, updates_per_rollout=updates)
         rollouts = module._roll_out(next(module.steps(0)), 0)
-        data = module._prepare(rollouts, module.reward.judge(rollouts))
+        data = module._prepare(rollouts, module.reward.compute_rewards(rollouts))
         everything = [data.microbatch(module.model, list(range(len(rollouts))), TOKENIZER.pad_id)]
         module.optimizer.zero_grad()
         forward_backward(module.model, everything, module._loss)
@@ -220,10 +220,10 @@ def test_a_response_that_does_not_end_gets_the_penalty_in_place_of_its_reward(in
     batch = next(module.steps(0))
     rollouts = module._roll_out(batch, 0)
     rollouts.ended[:4] = [True, False, True, False]
-    judgement = module._judge(rollouts)
-    assert judgement.rewards_N[:4].tolist() == [3.0, -7.0, 3.0, -7.0]
-    assert judgement.proxy_N[:4].tolist() == [3.0] * 4
-    data = module._prepare(rollouts, judgement)
+    reward_output = module._compute_rewards(rollouts)
+    assert reward_output.rewards_N[:4].tolist() == [3.0, -7.0, 3.0, -7.0]
+    assert reward_output.proxy_N[:4].tolist() == [3.0] * 4
+    data = module._prepare(rollouts, reward_output)
     assert [data.advantages_BT[i, 0].item() for i in range(4)] == [3.0, -7.0, 3.0, -7.0]
     assert all((data.advantages_BT[i][~data.mask_BT[i]] == 0).all() for i in range(len(rollouts)))
 
@@ -231,12 +231,12 @@ def test_a_response_that_does_not_end_gets_the_penalty_in_place_of_its_reward(in
 def test_what_is_recorded_and_logged_is_the_reward_that_was_trained_on(initial: str) -> None:
     module = _learner("rloo", initial, apply_unended_penalty=True)
     (metrics,) = rl.train(module, 1)
-    rollouts, judgement = module.last_rollouts, module.last_judgement
-    assert rollouts is not None and judgement is not None and {True, False} == set(rollouts.ended)
+    rollouts, reward_output = module.last_rollouts, module.last_reward_output
+    assert rollouts is not None and reward_output is not None and {True, False} == set(rollouts.ended)
     counts = [rl.count_of_word(text) for text in rollouts.responses]
     penalty = min(c for c, ended in zip(counts, rollouts.ended, strict=True) if ended) - statistics.pstdev(counts)
     trained = [c if ended else penalty for c, ended in zip(counts, rollouts.ended, strict=True)]
-    assert judgement.rewards_N.tolist() == pytest.approx(trained)
+    assert reward_output.rewards_N.tolist() == pytest.approx(trained)
     assert metrics["reward"] == pytest.approx(statistics.fmean(trained))
     assert metrics["proxy"] == pytest.approx(statistics.fmean(counts))
 

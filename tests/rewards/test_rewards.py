@@ -74,9 +74,9 @@ def test_an_ensemble_of_three_is_combined_as_computed_by_hand(
     aggregate: str, coefficient: float, expected: list[float]
 ) -> None:
     reward = UncertaintyReward([_source(name) for name in "ABC"], aggregate, coefficient)
-    judgement = reward.judge(_rollouts())
-    assert judgement.rewards_N.tolist() == pytest.approx(expected)
-    assert judgement.scores_NK.tolist() == [[3, 1, 2], [-2, 0, 5]]
+    reward_output = reward.compute_rewards(_rollouts())
+    assert reward_output.rewards_N.tolist() == pytest.approx(expected)
+    assert reward_output.scores_NK.tolist() == [[3, 1, 2], [-2, 0, 5]]
     assert reward.score(_rollouts()).tolist() == pytest.approx(expected)
     assert reward.name == f"{aggregate}(A, B, C)"
 
@@ -85,9 +85,9 @@ def test_with_a_reference_members_of_different_scales_are_standardised_first() -
     sources = [_source(name) for name in "ABC"]
     # "a": (3 - 1) / 2, (1 + 1) / 0.5, (2 - 2) / 4; "b": (-2 - 1) / 2, (0 + 1) / 0.5, (5 - 2) / 4
     for aggregate, expected in (("mean", [5 / 3, 1.25 / 3]), ("min", [0.0, -1.5]), ("gap", [1 - 2, -1.5 - 1.375])):
-        judgement = UncertaintyReward(sources, aggregate, statistics=_statistics()).judge(_rollouts())
-        assert judgement.rewards_N.tolist() == pytest.approx(expected)
-        assert judgement.scores_NK.tolist() == [[3, 1, 2], [-2, 0, 5]]
+        reward_output = UncertaintyReward(sources, aggregate, statistics=_statistics()).compute_rewards(_rollouts())
+        assert reward_output.rewards_N.tolist() == pytest.approx(expected)
+        assert reward_output.scores_NK.tolist() == [[3, 1, 2], [-2, 0, 5]]
 
 
 def test_the_members_offsets_and_scales_do_not_change_what_an_ensemble_prefers() -> None:
@@ -116,9 +116,9 @@ def test_the_members_offsets_and_scales_do_not_change_what_an_ensemble_prefers()
 
 def test_one_member_alone_is_standardised_where_that_is_asked_for() -> None:
     statistics = MemberStatistics(torch.tensor([1.0]), torch.tensor([2.0]))
-    judgement = UncertaintyReward([_source("A")], statistics=statistics, one_too=True).judge(_rollouts())
-    assert judgement.rewards_N.tolist() == [(3.0 - 1.0) / 2, (-2.0 - 1.0) / 2]
-    assert judgement.scores_NK[:, 0].tolist() == [3.0, -2.0]
+    reward_output = UncertaintyReward([_source("A")], statistics=statistics, one_too=True).compute_rewards(_rollouts())
+    assert reward_output.rewards_N.tolist() == [(3.0 - 1.0) / 2, (-2.0 - 1.0) / 2]
+    assert reward_output.scores_NK[:, 0].tolist() == [3.0, -2.0]
 
 
 def test_one_member_alone_keeps_its_raw_scores() -> None:
@@ -159,18 +159,19 @@ REWARDS |= {
 
 @pytest.mark.parametrize("name", REWARDS)
 def test_the_noise_of_a_reward_is_what_the_rounding_of_its_members_can_make_of_it(name: str) -> None:
-    exact = REWARDS[name]([_Rounded(member) for member in "ABC"]).judge(_rollouts())
+    exact = REWARDS[name]([_Rounded(member) for member in "ABC"]).compute_rewards(_rollouts())
     moved = []
     for signs in itertools.product((-1, 0, 1), repeat=3):
         sources = [_Rounded(member, (sign, sign)) for member, sign in zip("ABC", signs, strict=True)]
-        moved.append(REWARDS[name](sources).judge(_rollouts()).rewards_N - exact.rewards_N)
+        moved.append(REWARDS[name](sources).compute_rewards(_rollouts()).rewards_N - exact.rewards_N)
     largest_N = torch.stack(moved).abs().amax(0)
     assert (largest_N <= 1.02 * exact.noise_N + 1e-6).all() and (exact.noise_N <= 4 * largest_N + 1e-6).all()
 
 
 def test_a_source_that_names_no_number_format_computes_in_fp32() -> None:
     plain = UncertaintyReward([_source("A"), _source("B")], "mean")
-    torch.testing.assert_close(plain.judge(_rollouts()).noise_N, torch.tensor([2.0, 1.0]) * rounding(torch.float32))
+    noise_N = plain.compute_rewards(_rollouts()).noise_N
+    torch.testing.assert_close(noise_N, torch.tensor([2.0, 1.0]) * rounding(torch.float32))
     assert source_dtype(plain) == torch.float32
     assert source_dtype(UncertaintyReward([_source("A"), _Rounded("B")], "mean")) == torch.bfloat16
 
@@ -192,8 +193,8 @@ def test_the_paper_preset_is_the_one_computed_by_hand(
 ) -> None:
     options = AdversarialConfig(preset="paper", coefficient=2.0, penalty=-4.0)
     sources = [_source(name) for name in "ABC"[:members]]
-    judgement = AdversarialReward(sources, options, _reference(members), target).judge(_rollouts(prompts))
-    assert judgement.rewards_N.tolist() == pytest.approx(expected)
+    reward_output = AdversarialReward(sources, options, _reference(members), target).compute_rewards(_rollouts(prompts))
+    assert reward_output.rewards_N.tolist() == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
@@ -209,8 +210,8 @@ def test_the_paper_preset_is_the_one_computed_by_hand(
 def test_the_raw_preset_is_the_one_computed_by_hand(members: int, target: int, expected: list[float]) -> None:
     options = AdversarialConfig(preset="raw", others_weight=0.5, min_target_score=-1.0)
     sources = [_source(name) for name in "ABC"[:members]]
-    judgement = AdversarialReward(sources, options, _reference(members), target).judge(_rollouts())
-    assert judgement.rewards_N.tolist() == pytest.approx(expected)
+    reward_output = AdversarialReward(sources, options, _reference(members), target).compute_rewards(_rollouts())
+    assert reward_output.rewards_N.tolist() == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
@@ -222,7 +223,7 @@ def test_the_raw_preset_is_the_one_computed_by_hand(members: int, target: int, e
 )
 def test_the_details_hold_z_disagreement_and_its_z(target: int, u: list[float], reference_u: list[float]) -> None:
     sources = [_source(name) for name in "ABC"]
-    details = AdversarialReward(sources, AdversarialConfig(), _reference(), target).judge(_rollouts()).details
+    details = AdversarialReward(sources, AdversarialConfig(), _reference(), target).compute_rewards(_rollouts()).details
     assert details["z"].tolist() == [pytest.approx([3 / S, 0, 0]), pytest.approx([-12 / S, -1.5 / S, 3 / S])]
     assert details["prompt_mean"].tolist() == [[0, 1, 2], [10, 3, 2]]
     assert details["disagreement"].tolist() == pytest.approx(u)
@@ -235,9 +236,9 @@ def test_the_details_hold_z_disagreement_and_its_z(target: int, u: list[float], 
 def test_a_source_that_returns_a_number_that_is_none_is_an_error_by_its_name(bad: float) -> None:
     broken = FunctionReward("third judge", lambda prompts, responses, ended: [1.0, bad])
     with pytest.raises(RewardSourceError, match="third judge returned 1 scores that are NaN or infinite"):
-        UncertaintyReward([_source("A"), broken]).judge(_rollouts())
+        UncertaintyReward([_source("A"), broken]).compute_rewards(_rollouts())
     with pytest.raises(RewardSourceError, match="third judge"):
-        AdversarialReward([_source("A"), broken], AdversarialConfig(), _reference(2)).judge(_rollouts())
+        AdversarialReward([_source("A"), broken], AdversarialConfig(), _reference(2)).compute_rewards(_rollouts())
 
 
 def test_a_source_that_returns_too_few_scores_is_an_error_by_its_name() -> None:
@@ -316,13 +317,11 @@ def test_impossible_ensembles_are_refused() -> None:
     with pytest.raises(ConfigError, match="at least one reward source"):
         UncertaintyReward([])
     with pytest.raises(ConfigError, match="average"):
-        UncertaintyReward([_source("A")], "average").judge(_rollouts())
+        UncertaintyReward([_source("A")], "average").compute_rewards(_rollouts())
     with pytest.raises(ConfigError, match="member 4 does not exist, there are 3"):
         AdversarialReward([_source(name) for name in "ABC"], AdversarialConfig(), _reference(), target=3)
     with pytest.raises(ConfigError, match="preset"):
-        AdversarialReward([_source("A"), _source("B")], AdversarialConfig(preset="papre"), _reference(2)).judge(
-            _rollouts()
-        )
+        AdversarialReward([_source("A"), _source("B")], AdversarialConfig(preset="papre"), _reference(2))
 
 
 def test_members_that_are_copies_of_each_other_are_refused() -> None:

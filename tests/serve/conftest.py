@@ -92,9 +92,9 @@ def served(checkpoints: list[Path], tmp_path_factory: pytest.TempPathFactory) ->
     ended = rollouts()
     ended.ended = [True] * 4
     ended.response_tokens = [TOKENIZER.encode_response(r) for r in ended.responses]
-    judgement = reward.judge(ended)
-    assert torch.isfinite(judgement.rewards_N).all()
+    reward_output = reward.compute_rewards(ended)
+    assert torch.isfinite(reward_output.rewards_N).all()
     with httpx.Client(base_url=server.address, timeout=30) as client:
-        yield Served(server, client, checkpoints, judgement.rewards_N.tolist(), judgement.scores_NK.tolist())
+        yield Served(server, client, checkpoints, reward_output.rewards_N.tolist(), reward_output.scores_NK.tolist())
     if server.process.poll() is None:
         server.terminate()

@@ -127,7 +127,7 @@ def test_the_adversarial_reward_is_served_to_prompts_of_its_reference(
     try:
         own = load_members(tiny_config(), [str(p) for p in checkpoints], TOKENIZER)
         data = rollouts()
-        expected = AdversarialReward(own, AdversarialConfig(), reference).judge(data).rewards_N.tolist()
+        expected = AdversarialReward(own, AdversarialConfig(), reference).compute_rewards(data).rewards_N.tolist()
         tokens = [p + r for p, r in zip(data.prompt_tokens, data.response_tokens, strict=True)]
         for samples in (
             [{"tokens": row} for row in tokens],  # the prompt is found as the beginning of the row
@@ -164,7 +164,8 @@ def test_an_ensemble_is_served_on_one_scale_where_a_reference_is_given(
         cfg = load_config([members, *settings, f"run_dir={tmp_path / 'run'}"])
         reward = serve._reward(cfg, own, None, serve._statistics_path(cfg))
         out = capsys.readouterr().out
-        assert reward.judge(rollouts()).rewards_N.tolist() == expected.judge(rollouts()).rewards_N.tolist(), out
+        wanted_N = expected.compute_rewards(rollouts()).rewards_N
+        assert reward.compute_rewards(rollouts()).rewards_N.tolist() == wanted_N.tolist(), out
         assert ("raw scores are combined" in out) == warned
         assert ("standardised scores" in out) == (expected is standardised)
     cfg = load_config([members, paths[0], "serve.reward=adversarial"])

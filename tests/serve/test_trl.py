@@ -80,7 +80,7 @@ def test_grpo_trains_on_the_rewards_of_the_server(
         prompt_index=[0] * len(asked),
         fingerprint="of TRL's tokenizer",
     )
-    expected = UncertaintyReward(members).judge(rollouts).rewards_N
+    expected = UncertaintyReward(members).compute_rewards(rollouts).rewards_N
     assert [reward for _, _, reward in asked] == pytest.approx(expected.tolist(), abs=1e-4)
 
     from transformers import AutoModelForCausalLM

@@ -16,7 +16,7 @@ from tiny import tiny_config
 from nemo_advrm.data.sft_scores import SFTScores
 from nemo_advrm.engine.runtime import Runtime
 from nemo_advrm.models.policy import PolicyModel
-from nemo_advrm.rewards.ensemble import Judgement
+from nemo_advrm.rewards.ensemble import RewardOutput
 from nemo_advrm.rewards.local import FunctionReward
 from nemo_advrm.rewards.records import score_sft_responses, trajectory_rows
 from nemo_advrm.rollouts.types import Rollouts
@@ -205,7 +205,7 @@ class _Policy(PolicyModel):
             "disagreement_z": zs[:, 0],
             "prompt_mean": torch.tensor([[0.0, 0.0], [2.5, 0.0], [0.0, 0.0]]),
         }
-        self.last_judgement = Judgement(torch.tensor([0.5, 0.6, -4.0]), zs, details)
+        self.last_reward_output = RewardOutput(torch.tensor([0.5, 0.6, -4.0]), zs, details)
         self.step_metrics = {"proxy": 0.0}
         self.max_steps = 10
         self.config = tiny_config()
@@ -280,8 +280,8 @@ def test_rows_for_other_ranks_hold_plain_numbers_and_pickle_to_what_they_say() -
     )
     names = ("disagreement", "disagreement_z")
     details = {"z": torch.randn(count, 2), **{name: torch.randn(count) for name in names}}
-    judgement = Judgement(torch.randn(count), torch.randn(count, 2), details)
-    rows = trajectory_rows(rollouts, judgement, 1, "policy", 0, torch.randn(count), torch.randn(count))
+    reward_output = RewardOutput(torch.randn(count), torch.randn(count, 2), details)
+    rows = trajectory_rows(rollouts, reward_output, 1, "policy", 0, torch.randn(count), torch.randn(count))
     assert not any(torch.is_tensor(value) for row in rows for value in row.values())
     assert len(pickle.dumps(rows)) < 400 * count  # 20 kB a row where it holds views
     torch.testing.assert_close(torch.tensor([row["z"] for row in rows]), details["z"])

@@ -19,16 +19,16 @@ from nemo_advrm.integrations.nemo_aligner.critic import CriticClient
 from nemo_advrm.integrations.nemo_aligner.layout import refuse_context_parallelism
 from nemo_advrm.integrations.nemo_aligner.rollouts import RolloutReader
 from nemo_advrm.objectives.adversarial import apply_length_penalty
-from nemo_advrm.rewards.ensemble import Judgement, PolicyReward
+from nemo_advrm.rewards.ensemble import PolicyReward, RewardOutput
 from nemo_advrm.rollouts.types import Rollouts
 
 
 @dataclass
-class Judged:
+class ScoredRollouts:
     """A rollout batch and what the ensemble said of it; ``rollouts`` only on the rank that asked."""
 
     rollouts: Rollouts | None
-    judgement: Judgement
+    reward_output: RewardOutput
 
 
 class EnsembleRewardClient:
@@ -62,8 +62,8 @@ class EnsembleRewardClient:
         self.unended_penalty = unended_penalty
         self.critic = critic
         self.wait_seconds = wait_seconds
-        self.keep_judged = False  # set by who calls take(): nobody else would ever empty the list
-        self.judged: list[Judged] = []
+        self.keep_scored = False  # set by who calls take(): nobody else would ever empty the list
+        self.scored: list[ScoredRollouts] = []
         self.communicator = _Communicator(self)
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="reward")
 
@@ -84,10 +84,10 @@ class EnsembleRewardClient:
         """The future of the critic's checkpoint."""
         return self._critic().save()
 
-    def take(self) -> list[Judged]:
-        """What was judged since the last call, on every rank, where ``keep_judged`` is set."""
-        judged, self.judged = self.judged, []
-        return judged
+    def take(self) -> list[ScoredRollouts]:
+        """What was scored since the last call, on every rank, where ``keep_scored`` is set."""
+        scored, self.scored = self.scored, []
+        return scored
 
     def close(self) -> None:
         """Let go of threads and connections; work that has not begun is dropped."""
@@ -99,17 +99,17 @@ class EnsembleRewardClient:
         if self.critic is not None:
             self.critic.communicator.close()
 
-    def _ask(self, rollout_batch: Any) -> tuple[Rollouts | None, Future[Judgement] | None]:
+    def _ask(self, rollout_batch: Any) -> tuple[Rollouts | None, Future[RewardOutput] | None]:
         # the tokens are read now: NeMo-Aligner pads and moves the batch's tensors later
         work: Any = run_if_model_parallel_src(self._read, rollout_batch)
         if work is None:
             return None, None
         rollouts, failure = work
         if failure is not None:  # told where the other ranks are told too
-            failed: Future[Judgement] = Future()
+            failed: Future[RewardOutput] = Future()
             failed.set_exception(failure)
             return None, failed
-        return rollouts, self._pool.submit(self._judge, rollouts)
+        return rollouts, self._pool.submit(self._compute_rewards, rollouts)
 
     def _read(self, rollout_batch: Any) -> tuple[Rollouts | None, Exception | None]:
         try:
@@ -117,12 +117,12 @@ class EnsembleRewardClient:
         except Exception as error:
             return None, error
 
-    def _judge(self, rollouts: Rollouts) -> Judgement:
-        judgement = self.reward.judge(rollouts)
+    def _compute_rewards(self, rollouts: Rollouts) -> RewardOutput:
+        reward_output = self.reward.compute_rewards(rollouts)
         if self.unended_penalty is not None:
             ended = torch.tensor(rollouts.ended)
-            judgement.rewards_N = apply_length_penalty(judgement.rewards_N, ended, self.unended_penalty)
-        return judgement
+            reward_output.rewards_N = apply_length_penalty(reward_output.rewards_N, ended, self.unended_penalty)
+        return reward_output
 
     def _critic(self) -> CriticClient:
         if self.critic is None:
@@ -133,17 +133,19 @@ class EnsembleRewardClient:
 class RewardFuture(FutureResult):
     """Rewards [B, 1] on the actor's device; all ranks of a replica call ``result``."""
 
-    def __init__(self, client: EnsembleRewardClient, rollouts: Rollouts | None, work: Future[Judgement] | None) -> None:
+    def __init__(
+        self, client: EnsembleRewardClient, rollouts: Rollouts | None, work: Future[RewardOutput] | None
+    ) -> None:
         self._client = client
         self._rollouts = rollouts
         self._work = work
 
     def result(self) -> Tensor:
         work, wait = self._work, self._client.wait_seconds
-        judgement = in_replica(None if work is None else lambda: work.result(timeout=wait), "the ensemble's reward")
-        if self._client.keep_judged:
-            self._client.judged.append(Judged(self._rollouts, judgement))
-        return judgement.rewards_N[:, None].to(torch.cuda.current_device())
+        reward_output = in_replica(None if work is None else lambda: work.result(timeout=wait), "the ensemble's reward")
+        if self._client.keep_scored:
+            self._client.scored.append(ScoredRollouts(self._rollouts, reward_output))
+        return reward_output.rewards_N[:, None].to(torch.cuda.current_device())
 
 
 class RewardValueFuture(FutureResult):

@@ -32,7 +32,7 @@ class AdversarialRecorder:
         if not isinstance(client.reward, AdversarialReward):
             raise ConfigError("samples are recorded of an adversarial reward: set ensemble.reward=adversarial")
         self.client = client
-        client.keep_judged = True
+        client.keep_scored = True
         self.policy = policy
         self.step = step
         self.target = client.reward.target
@@ -40,7 +40,7 @@ class AdversarialRecorder:
         self._writer = JsonlWriter(path, resume_step=step - 1) if torch.distributed.get_rank() == 0 else None
 
     def begin(self) -> None:
-        """New rollouts begin; what was judged and not recorded belonged to a validation."""
+        """New rollouts begin; what was scored and not recorded belonged to a validation."""
         self.client.take()
         self._fresh = True
 
@@ -49,11 +49,11 @@ class AdversarialRecorder:
         if not self._fresh:
             return None
         self._fresh = False
-        own = [judged for judged in self.client.take() if judged.rollouts is not None]
+        own = [scored for scored in self.client.take() if scored.rollouts is not None]
         rows: list[dict[str, Any]] = []
-        for judged in own:
-            assert judged.rollouts is not None
-            rows += trajectory_rows(judged.rollouts, judged.judgement, self.target + 1, self.policy, self.step)
+        for scored in own:
+            assert scored.rollouts is not None
+            rows += trajectory_rows(scored.rollouts, scored.reward_output, self.target + 1, self.policy, self.step)
         # only the first rank of a replica has rows, and with TensorRT-LLM's resharding a replica has several of them
         first = torch.distributed.get_rank() == 0
         parts: list[Any] | None = [None] * torch.distributed.get_world_size() if first else None

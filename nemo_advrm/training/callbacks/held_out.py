@@ -61,7 +61,7 @@ class HeldOutEvaluation(Callback):
             for _, optimizer in policy.trained().values():
                 stack.enter_context(optimizer.offloaded())
             rollouts = policy.engine.roll_out(policy.model, self.prompts[own], numbers[own])
-            columns = {"proxy": policy.reward.judge(rollouts).proxy_N}
+            columns = {"proxy": policy.reward.compute_rewards(rollouts).proxy_N}
             if self.gold is not None:
                 columns["gold"] = checked_scores(self.gold, rollouts)
             data = RolloutBatch.of(rollouts)

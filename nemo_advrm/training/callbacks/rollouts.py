@@ -79,21 +79,21 @@ class TrajectoryRecorder(_RolloutWriter):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         assert isinstance(pl_module, PolicyModel)
-        rollouts, judgement = pl_module.last_rollouts, pl_module.last_judgement
-        assert rollouts is not None and judgement is not None
-        details, index = judgement.details, rollouts.prompt_index
+        rollouts, reward_output = pl_module.last_rollouts, pl_module.last_reward_output
+        assert rollouts is not None and reward_output is not None
+        details, index = reward_output.details, rollouts.prompt_index
         gold = checked_scores(self.gold, rollouts) if self.gold is not None else None
         gold_z = self.reference.gold_z(gold, index) if gold is not None else None
         policy = self.path.parent.name
         step = trainer.global_step - 1
-        self.last_rows = trajectory_rows(rollouts, judgement, self.direction, policy, step, gold, gold_z)
+        self.last_rows = trajectory_rows(rollouts, reward_output, self.direction, policy, step, gold, gold_z)
         self._write(self.last_rows)
         metrics = pl_module.step_metrics
         metrics["direction"] = self.direction
         if gold is not None and gold_z is not None and self.reference.gold_PN is not None:
             target = self.direction - 1
             success = standard_success(
-                judgement.scores_NK[:, target],
+                reward_output.scores_NK[:, target],
                 details["prompt_mean"][:, target],
                 gold,
                 self.reference.gold_PN.mean(1)[index],
@@ -126,14 +126,14 @@ class OveroptimizationTracker(_RolloutWriter):
         step = trainer.global_step - 1
         if step % self.every and trainer.global_step < pl_module.max_steps:
             return
-        rollouts, judgement = pl_module.last_rollouts, pl_module.last_judgement
-        assert rollouts is not None and judgement is not None
+        rollouts, reward_output = pl_module.last_rollouts, pl_module.last_reward_output
+        assert rollouts is not None and reward_output is not None
         gold = checked_scores(self.gold, rollouts) if self.gold is not None else None
         if gold is not None:
             everyone = torch.cat(runtime.current().gather_data_parallel(gold))
             pl_module.step_metrics["gold"] = everyone.mean().item()
         kept = min(self.samples, len(rollouts))
-        proxies, rewards = judgement.proxy_N.tolist(), judgement.rewards_N.tolist()
+        proxies, rewards = reward_output.proxy_N.tolist(), reward_output.rewards_N.tolist()
         golds = [None] * kept if gold is None else gold.tolist()
         rows = [
             {
