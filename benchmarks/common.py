@@ -151,8 +151,8 @@ def copy_weights(model: MegatronModel, weights: dict[str, torch.Tensor]) -> None
     """Copy Hugging Face's tensors into one unsplit Megatron model."""
     import torch
 
-    from nemo_advrm.convert.names import canonical_shapes, parameter_name
-    from nemo_advrm.convert.tables import ARCHITECTURES
+    from nemo_advrm.convert.architecture_tables import ARCHITECTURES
+    from nemo_advrm.convert.tensor_names import canonical_shapes, parameter_name
 
     llama = next(table for table in ARCHITECTURES if table.family == "Llama")
     parameters = dict(model.parts[0].named_parameters())

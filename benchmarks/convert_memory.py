@@ -20,10 +20,10 @@ import psutil
 import torch
 
 from nemo_advrm.config.schema import ConvertConfig, ModelConfig
+from nemo_advrm.convert.architecture_tables import ARCHITECTURES
 from nemo_advrm.convert.hf_config import hf_config
-from nemo_advrm.convert.names import canonical_shapes
 from nemo_advrm.convert.safetensors_files import ShardWriter
-from nemo_advrm.convert.tables import ARCHITECTURES
+from nemo_advrm.convert.tensor_names import canonical_shapes
 from nemo_advrm.convert.tensors import TensorSpec
 
 LIMIT_BYTES = 10**9
@@ -68,7 +68,7 @@ def measure(settings: ConvertConfig, results: Any) -> None:
     """Convert; puts (bytes before, bytes at the peak, seconds) into the queue."""
     from transformers import AutoConfig
 
-    from nemo_advrm.convert import hf_sink, hf_source, megatron  # noqa: F401
+    from nemo_advrm.convert import hf_sink, hf_source, megatron_checkpoint  # noqa: F401
     from nemo_advrm.convert.conversion import convert
 
     torch.zeros(1).sum()

@@ -51,9 +51,9 @@ def offline_scores(path: Path, texts: list[str]) -> list[float]:
     from nemo_advrm.config.schema import Config
     from nemo_advrm.data.tokenizers import build_tokenizer
     from nemo_advrm.engine.scoring import score_sequences
-    from nemo_advrm.rewards.encoding import encode_rendered
     from nemo_advrm.rewards.local import MegatronReward
     from nemo_advrm.rewards.sources import build, parse
+    from nemo_advrm.rewards.token_sequences import encode_rendered
 
     source = build(parse(str(path), "model"), "offline", Config(), build_tokenizer("byte"))
     assert isinstance(source, MegatronReward)

@@ -38,11 +38,11 @@ from nemo_advrm.models.policy import PolicyModel
 from nemo_advrm.models.reward_model import RewardModel
 from nemo_advrm.rewards.ensemble import UncertaintyReward
 from nemo_advrm.rewards.sources import build_gold, load_members
-from nemo_advrm.rollouts.prompts import encode_prompts, rlhf_prompts
+from nemo_advrm.rollouts.run_prompts import encode_prompts, rlhf_prompts
 from nemo_advrm.rollouts.types import Prompt
-from nemo_advrm.training.callbacks.rollouts import OveroptimizationTracker
+from nemo_advrm.training.callbacks.rollout_records import OveroptimizationTracker
 from nemo_advrm.training.run_training import fit
-from nemo_advrm.training.sft import encode_responses, sft_rows
+from nemo_advrm.training.sft_training import encode_responses, sft_rows
 
 KINDS = ("sft", "train_rm", "rlhf")
 _SFT_STEPS = 100  # of the policy that RL starts from: it then ends its responses

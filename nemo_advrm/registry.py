@@ -93,7 +93,7 @@ ATTACKS: Registry[Any] = Registry(  # of subclasses of nemo_advrm.attacks.base.A
     "adversarial.attack", {"adv_rm": "nemo_advrm.attacks.adv_rm:AdvRM"}
 )
 ROLLOUT_ENGINES: Registry[Any] = Registry(  # of subclasses of nemo_advrm.rollouts.base.RolloutEngine
-    "rl.rollout_engine", {"megatron": "nemo_advrm.rollouts.megatron:MegatronEngine"}
+    "rl.rollout_engine", {"megatron": "nemo_advrm.rollouts.megatron_engine:MegatronEngine"}
 )
 TOKENIZERS: Registry[Any] = Registry(  # of nemo_advrm.data.tokenizers.Tokenizer, those that need no files
     "model.tokenizer",

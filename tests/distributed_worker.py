@@ -23,7 +23,7 @@ def main() -> None:
 
     from nemo_advrm.engine import cpu, runtime  # noqa: F401 (imported once for all worlds)
     from nemo_advrm.logging_setup import quiet_libraries
-    from nemo_advrm.training import reward_model  # noqa: F401 (with NeMo, which takes seconds)
+    from nemo_advrm.training import reward_model_training  # noqa: F401 (with NeMo, which takes seconds)
 
     quiet_libraries()
     torch.set_num_threads(1)

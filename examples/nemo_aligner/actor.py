@@ -36,7 +36,7 @@ from omegaconf import DictConfig, OmegaConf
 from nemo_advrm.engine.collectives import run_on_rank_zero
 from nemo_advrm.integrations.nemo_aligner import EnsembleRewardClient, MegatronGPTAdversarialActorModel
 from nemo_advrm.integrations.nemo_aligner.members import build_reward, open_members, read_sft_scores
-from nemo_advrm.integrations.nemo_aligner.rollouts import RolloutReader
+from nemo_advrm.integrations.nemo_aligner.rollout_reader import RolloutReader
 from nemo_advrm.integrations.nemo_aligner.sft_scores import prompt_texts, write_sft_scores
 
 

@@ -13,10 +13,10 @@ from nemo_advrm.data.tokenizers import Tokenizer
 from nemo_advrm.models.policy import PolicyModel
 from nemo_advrm.rewards.base import RewardSource
 from nemo_advrm.rewards.ensemble import AdversarialReward
-from nemo_advrm.rewards.finds import FindRule
+from nemo_advrm.rewards.find_rule import FindRule
 from nemo_advrm.rollouts.types import Prompt
-from nemo_advrm.training.callbacks.finds import EnoughFinds
-from nemo_advrm.training.callbacks.rollouts import TrajectoryRecorder
+from nemo_advrm.training.callbacks.enough_finds import EnoughFinds
+from nemo_advrm.training.callbacks.rollout_records import TrajectoryRecorder
 
 
 class AdversarialPolicy(PolicyModel):

@@ -18,8 +18,8 @@ from nemo_advrm.engine.collectives import run_on_rank_zero
 from nemo_advrm.models.trainable import TrainableModel
 from nemo_advrm.rewards.base import RewardSource, checked_scores
 from nemo_advrm.rewards.ensemble import AdversarialReward
-from nemo_advrm.rewards.finds import FindRule
-from nemo_advrm.rewards.records import trajectory_rows
+from nemo_advrm.rewards.find_rule import FindRule
+from nemo_advrm.rewards.sample_rows import trajectory_rows
 from nemo_advrm.rollouts.types import Prompt, Rollouts
 
 SAMPLES = "samples.jsonl"

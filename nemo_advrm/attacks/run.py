@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from nemo_advrm.attacks import summary_file
+from nemo_advrm.attacks.adversary_names import policy_name
+from nemo_advrm.attacks.attack_summary import check_samples, of_adversary, of_direction
 from nemo_advrm.attacks.base import Attack, AttackInputs, Budget
-from nemo_advrm.attacks.names import policy_name
-from nemo_advrm.attacks.success import HELD_OUT_REFERENCE, HeldOut, held_out_set
-from nemo_advrm.attacks.summary import check_samples, of_adversary, of_direction
+from nemo_advrm.attacks.held_out_success import HELD_OUT_REFERENCE, HeldOut, held_out_set
 from nemo_advrm.config.schema import Config
 from nemo_advrm.data.jsonl import read_jsonl, write_jsonl_atomic
 from nemo_advrm.data.sft_scores import SFTScores
@@ -22,7 +22,7 @@ from nemo_advrm.errors import ConfigError
 from nemo_advrm.models.trainable import derive_seed
 from nemo_advrm.registry import ATTACKS
 from nemo_advrm.rewards.base import RewardSource
-from nemo_advrm.rewards.finds import asks_others
+from nemo_advrm.rewards.find_rule import asks_others
 from nemo_advrm.rollouts.types import Prompt
 from nemo_advrm.run_directory import results
 from nemo_advrm.training.run_training import drop_training_checkpoints, records, tokenizer_meta

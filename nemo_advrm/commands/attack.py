@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from nemo_advrm.attacks.attack_summary import line
 from nemo_advrm.attacks.run import AttackRun, check_directions
-from nemo_advrm.attacks.summary import line
 from nemo_advrm.config.schema import Config
 from nemo_advrm.config.validation import check_held_out
 from nemo_advrm.data.tokenizers import build_tokenizer
@@ -17,7 +17,7 @@ from nemo_advrm.models.trainable import derive_seed
 from nemo_advrm.rewards.limits import prompts_with_room
 from nemo_advrm.rewards.sft_responses import read_sft_scores, write_sft_scores
 from nemo_advrm.rewards.sources import build_gold, load_members
-from nemo_advrm.rollouts.prompts import attack_prompts, encode_prompts
+from nemo_advrm.rollouts.run_prompts import attack_prompts, encode_prompts
 from nemo_advrm.rollouts.sample import sample
 from nemo_advrm.run_directory import run_dir
 

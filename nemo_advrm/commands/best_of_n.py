@@ -12,11 +12,11 @@ from nemo_advrm.engine import runtime
 from nemo_advrm.engine.builders import build_policy
 from nemo_advrm.engine.collectives import run_on_rank_zero
 from nemo_advrm.errors import ConfigError
-from nemo_advrm.evaluation.best_of_n import SAMPLES, best_of_n_prompts, curve_of_reward, sample_best_of_n
+from nemo_advrm.evaluation.best_of_n_sampling import SAMPLES, best_of_n_prompts, curve_of_reward, sample_best_of_n
 from nemo_advrm.rewards.limits import prompts_with_room
 from nemo_advrm.rewards.sources import build_gold, load_members
 from nemo_advrm.rewards.standardisation import combined, read_statistics
-from nemo_advrm.rollouts.prompts import encode_prompts
+from nemo_advrm.rollouts.run_prompts import encode_prompts
 from nemo_advrm.rollouts.types import Prompt
 from nemo_advrm.run_directory import run_dir
 

@@ -8,7 +8,7 @@ from nemo_advrm.data.mismatch import mismatched_pairs
 from nemo_advrm.data.tokenizers import build_tokenizer
 from nemo_advrm.engine import runtime
 from nemo_advrm.errors import ConfigError
-from nemo_advrm.evaluation.accuracy import (
+from nemo_advrm.evaluation.pair_accuracy import (
     Scored,
     accuracy_line,
     check_swapped,

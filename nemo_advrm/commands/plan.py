@@ -11,11 +11,11 @@ from nemo_advrm.config.schema import Config
 from nemo_advrm.engine.gpus import GPUS, GPUS_PER_NODE, supports
 from nemo_advrm.engine.parameters import model_parameters, stage_parameters
 from nemo_advrm.errors import ConfigError
-from nemo_advrm.plan.flops import Clock
 from nemo_advrm.plan.jobs import Job, job_of
 from nemo_advrm.plan.memory import RankMemory, all_stages
 from nemo_advrm.plan.search import Candidate, budget, search, single_changes
 from nemo_advrm.plan.shards import build_stages, whole_model
+from nemo_advrm.plan.step_time import Clock
 from nemo_advrm.plan.text import change_line, describe_job, layout_line, memory_table, nodes_of, time_lines
 
 DOES_NOT_FIT = 1

@@ -18,11 +18,11 @@ from nemo_advrm.rewards.limits import prompts_with_room
 from nemo_advrm.rewards.sft_responses import write_sft_scores
 from nemo_advrm.rewards.sources import build_gold, load_members
 from nemo_advrm.rewards.standardisation import combined, read_statistics
-from nemo_advrm.rollouts.prompts import encode_prompts, rlhf_prompts
+from nemo_advrm.rollouts.run_prompts import encode_prompts, rlhf_prompts
 from nemo_advrm.rollouts.sample import sample
 from nemo_advrm.rollouts.types import Prompt
 from nemo_advrm.run_directory import run_dir
-from nemo_advrm.training.rlhf import run_rlhf
+from nemo_advrm.training.rlhf_training import run_rlhf
 
 
 def main(cfg: Config) -> int:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from nemo_advrm import writers
-from nemo_advrm.attacks.select import dropped, found_lines, select_round
-from nemo_advrm.attacks.summary import check_samples, has_summary
+from nemo_advrm.attacks.attack_summary import check_samples, has_summary
+from nemo_advrm.attacks.pair_selection import dropped, found_lines, select_round
 from nemo_advrm.config.schema import Config
 from nemo_advrm.errors import ConfigError
 

@@ -8,7 +8,7 @@ from nemo_advrm.config.schema import Config
 from nemo_advrm.data.tokenizers import build_tokenizer
 from nemo_advrm.engine import runtime
 from nemo_advrm.run_directory import run_dir
-from nemo_advrm.training.sft import encode_responses, sft_rows, train_sft
+from nemo_advrm.training.sft_training import encode_responses, sft_rows, train_sft
 
 
 def main(cfg: Config) -> int:

@@ -10,7 +10,7 @@ from nemo_advrm.data.mismatch import mismatch_line
 from nemo_advrm.data.tokenizers import build_tokenizer
 from nemo_advrm.engine import runtime
 from nemo_advrm.run_directory import run_dir
-from nemo_advrm.training.reward_model import encode_rows, keep_back, train_reward_model
+from nemo_advrm.training.reward_model_training import encode_rows, keep_back, train_reward_model
 
 
 def main(cfg: Config) -> int:

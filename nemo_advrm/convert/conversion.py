@@ -54,7 +54,7 @@ def open_source(cfg: ConvertConfig) -> TensorSource:
 
         source = HFSource(path, tokenizer)
     elif cfg.from_ == "megatron":
-        from nemo_advrm.convert.megatron import MegatronSource
+        from nemo_advrm.convert.megatron_checkpoint import MegatronSource
 
         refuse_features(path, cfg.drop_reference_features)
         source = MegatronSource(path, tokenizer)
@@ -87,7 +87,7 @@ def open_sink(cfg: ConvertConfig, source: TensorSource) -> TensorSink:
             max_shard_bytes=parse_size(cfg.max_shard_size),
         )
     elif cfg.to == "megatron":
-        from nemo_advrm.convert.megatron import MegatronSink
+        from nemo_advrm.convert.megatron_checkpoint import MegatronSink
 
         sink = MegatronSink(out, source.description, specs)
     else:

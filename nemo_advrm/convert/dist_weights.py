@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from torch.distributed.checkpoint.storage import WriteResult
 
 from nemo_advrm.config.schema import ModelConfig
-from nemo_advrm.convert.names import LAYERS_WITH_EXTRA_STATE, layer_of, stacked_name
+from nemo_advrm.convert.tensor_names import LAYERS_WITH_EXTRA_STATE, layer_of, stacked_name
 from nemo_advrm.convert.tensors import TensorSpec
 from nemo_advrm.engine.file_readers import WeightsReader
 from nemo_advrm.errors import CheckpointError

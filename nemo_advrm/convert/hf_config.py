@@ -1,4 +1,4 @@
-"""config.json <-> ModelConfig, by the tables of :mod:`nemo_advrm.convert.tables`."""
+"""config.json <-> ModelConfig, by the tables of :mod:`nemo_advrm.convert.architecture_tables`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from nemo_advrm.config.keys import nearest
 from nemo_advrm.config.schema import ModelConfig
 from nemo_advrm.convert import hf_directory
-from nemo_advrm.convert.tables import ARCHITECTURES, Architecture
+from nemo_advrm.convert.architecture_tables import ARCHITECTURES, Architecture
 from nemo_advrm.engine.architecture import first_difference
 from nemo_advrm.engine.gpt import Head
 from nemo_advrm.engine.transformer import ffn_size, head_size, query_groups

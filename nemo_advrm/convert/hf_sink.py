@@ -15,10 +15,10 @@ from torch import Tensor
 from nemo_advrm.convert.differences import listed
 from nemo_advrm.convert.hf_config import check_config, choose_architecture, hf_config
 from nemo_advrm.convert.model_card import model_card
-from nemo_advrm.convert.names import VOCABULARY_ROWS
 from nemo_advrm.convert.padding_token import choose_padding_token, write_tokenizer
 from nemo_advrm.convert.partial import PartialDirectory
 from nemo_advrm.convert.safetensors_files import ShardWriter
+from nemo_advrm.convert.tensor_names import VOCABULARY_ROWS
 from nemo_advrm.convert.tensors import Description, TensorSpec
 from nemo_advrm.convert.tokenizer_files import check_tokenizer, copy_tokenizer, pin_date
 from nemo_advrm.convert.transforms import Transform, pad_vocabulary

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from nemo_advrm.config.schema import ModelConfig
+from nemo_advrm.convert.architecture_tables import EMBEDDING, IGNORED, LM_HEAD, Architecture
 from nemo_advrm.convert.differences import listed
 from nemo_advrm.convert.hf_config import described, find_architecture, model_config, read_config
 from nemo_advrm.convert.hf_directory import explained
-from nemo_advrm.convert.names import canonical_shapes
 from nemo_advrm.convert.safetensors_files import SafetensorsDirectory
-from nemo_advrm.convert.tables import EMBEDDING, IGNORED, LM_HEAD, Architecture
+from nemo_advrm.convert.tensor_names import canonical_shapes
 from nemo_advrm.convert.tensors import Description, TensorSpec
 from nemo_advrm.convert.transforms import Transform
 from nemo_advrm.data.reading import rule_in_config

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from nemo_advrm.convert.differences import check_tensors, listed
 from nemo_advrm.convert.dist_weights import PREFIX, StackedReader, StackedWriter, check_layers
-from nemo_advrm.convert.names import VOCABULARY_ROWS, Shape, canonical_shapes, layer_of, stacked_name
 from nemo_advrm.convert.nemo_archive import NemoArchive
 from nemo_advrm.convert.nemo_config import UnresolvedConfig, read_model, write_config
 from nemo_advrm.convert.nemo_tokenizer_files import TEMPORARY, pack_tokenizer, unpack_tokenizer
 from nemo_advrm.convert.partial import PartialDirectory
+from nemo_advrm.convert.tensor_names import VOCABULARY_ROWS, Shape, canonical_shapes, layer_of, stacked_name
 from nemo_advrm.convert.tensors import Description, TensorSpec
 from nemo_advrm.convert.transforms import pad_vocabulary, unpad_vocabulary
 from nemo_advrm.data.tokenizers import Tokenizer, build_tokenizer

@@ -24,11 +24,11 @@ from nemo_advrm import __version__
 from nemo_advrm.config.layout import at_layout
 from nemo_advrm.config.schema import Config, RewardModelConfig
 from nemo_advrm.convert.dist_weights import StackedWriter, check_layers
-from nemo_advrm.convert.megatron import TOKENIZER, read_model
-from nemo_advrm.convert.names import canonical_shapes
+from nemo_advrm.convert.megatron_checkpoint import TOKENIZER, read_model
 from nemo_advrm.convert.nemo_archive import NemoArchive
 from nemo_advrm.convert.nemo_file import CONFIG, WEIGHTS, archived_weights, check_complete, read_config
 from nemo_advrm.convert.partial import hold_output, release_output
+from nemo_advrm.convert.tensor_names import canonical_shapes
 from nemo_advrm.convert.tokenizer_files import copy_tokenizer
 from nemo_advrm.data.tokenizers import build_tokenizer
 from nemo_advrm.engine import checkpoint, runtime

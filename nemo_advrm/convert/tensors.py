@@ -1,7 +1,7 @@
 """What every weight format offers to conversion: tensors by canonical name, read and written one at a time.
 
 The canonical names are those of one unsplit Megatron-Core model without the prefix ``model.``, layers numbered over the
-whole model, the vocabulary unpadded (:mod:`nemo_advrm.convert.names` lists them for a ModelConfig)::
+whole model, the vocabulary unpadded (:mod:`nemo_advrm.convert.tensor_names` lists them for a ModelConfig)::
 
     embedding.word_embeddings.weight                       [vocabulary, hidden]
     embedding.position_embeddings.weight                   [positions, hidden]

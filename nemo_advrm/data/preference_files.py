@@ -9,7 +9,7 @@ from typing import Any
 
 from nemo_advrm.data.jsonl import BadRow, begins_array, check_depth, read_json_array, read_rows, require_path
 from nemo_advrm.data.splits import SUFFIXES, TABLE_SUFFIXES, choose_split, find_files, split_named
-from nemo_advrm.data.tables import BATCH_ROWS, check_arrow_claims, read_table, rows_of_batches
+from nemo_advrm.data.table_files import BATCH_ROWS, check_arrow_claims, read_table, rows_of_batches
 from nemo_advrm.errors import DataError, one_line
 
 # (source, row) per row; a line of broken JSON is a BadRow in place of its row.

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from nemo_advrm.attacks.names import policy_name
+from nemo_advrm.attacks.adversary_names import policy_name
 from nemo_advrm.config.keys import nearest
 from nemo_advrm.config.schema import BranchConfig, Config, RLHFRunConfig
 from nemo_advrm.errors import ConfigError

@@ -15,8 +15,15 @@ from typing import Any
 import torch
 
 from nemo_advrm import files
+from nemo_advrm.attacks.pair_selection import (
+    RANDOM_PAIRS,
+    dropped,
+    found_lines,
+    random_pairs,
+    reason_to_stop,
+    select_round,
+)
 from nemo_advrm.attacks.run import AttackRun, join_attacks
-from nemo_advrm.attacks.select import RANDOM_PAIRS, dropped, found_lines, random_pairs, reason_to_stop, select_round
 from nemo_advrm.config import for_stage
 from nemo_advrm.config.schema import Config, RLHFRunConfig
 from nemo_advrm.data import inputs
@@ -27,7 +34,7 @@ from nemo_advrm.engine import runtime
 from nemo_advrm.engine.builders import build_policy
 from nemo_advrm.engine.collectives import run_on_rank_zero
 from nemo_advrm.engine.microbatches import EncodedResponse
-from nemo_advrm.evaluation.best_of_n import SAMPLES, best_of_n_prompts, curve_of_reward, sample_best_of_n
+from nemo_advrm.evaluation.best_of_n_sampling import SAMPLES, best_of_n_prompts, curve_of_reward, sample_best_of_n
 from nemo_advrm.evaluation.room import measure_room
 from nemo_advrm.objectives.sft_statistics import MemberStatistics, fit_members
 from nemo_advrm.pipeline import branches
@@ -38,11 +45,11 @@ from nemo_advrm.rewards.ensemble import UncertaintyReward
 from nemo_advrm.rewards.sft_responses import read_rollouts, read_sft_scores, write_sft_scores
 from nemo_advrm.rewards.sources import build_gold, load_members
 from nemo_advrm.rewards.standardisation import combined
-from nemo_advrm.rollouts.prompts import attack_prompts, encode_prompts, rlhf_prompts
+from nemo_advrm.rollouts.run_prompts import attack_prompts, encode_prompts, rlhf_prompts
 from nemo_advrm.rollouts.sample import sample
 from nemo_advrm.rollouts.types import Prompt, Rollouts
 from nemo_advrm.seeds import derive_seed
-from nemo_advrm.training.reward_model import (
+from nemo_advrm.training.reward_model_training import (
     EncodedPreferences,
     bootstrap,
     encode_rows,
@@ -50,8 +57,8 @@ from nemo_advrm.training.reward_model import (
     retrain_warm,
     train_reward_model,
 )
-from nemo_advrm.training.rlhf import run_rlhf
-from nemo_advrm.training.sft import encode_responses, sft_rows, train_sft
+from nemo_advrm.training.rlhf_training import run_rlhf
+from nemo_advrm.training.sft_training import encode_responses, sft_rows, train_sft
 
 
 class Inputs:
@@ -137,7 +144,7 @@ class Steps:
 
     def _annotate_preferences(self, step: Step) -> None:
         """Pairs that annotators have labelled, each member's by its own, and pairs labelled by gold to validate on."""
-        from nemo_advrm.synthetic.preferences import annotated_pairs, favourites_of
+        from nemo_advrm.synthetic.annotated_pairs import annotated_pairs, favourites_of
 
         options, members = self.cfg.synthetic, self.cfg.ensemble.size
         home = self.directory / step.name

@@ -13,9 +13,9 @@ from nemo_advrm.config.layout import layers_per_stage, validate_layout
 from nemo_advrm.config.schema import Config, ModelConfig
 from nemo_advrm.engine.gpus import GPUS, GPUS_PER_NODE
 from nemo_advrm.errors import LayoutError
-from nemo_advrm.plan.flops import Clock, StepTime
 from nemo_advrm.plan.jobs import Job, job_of
 from nemo_advrm.plan.memory import GIB, rank_memory
+from nemo_advrm.plan.step_time import Clock, StepTime
 
 _MICRO_BATCHES = (1, 2, 4, 8)
 _CHUNKS = (1, 2, 3, 4, 5, 6, 8, 10, 12)

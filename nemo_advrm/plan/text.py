@@ -7,10 +7,10 @@ from itertools import groupby
 
 from nemo_advrm.config.schema import ModelConfig
 from nemo_advrm.engine.gpus import GPUS, GPUS_PER_NODE
-from nemo_advrm.plan.flops import StepTime, step_tokens
 from nemo_advrm.plan.jobs import Job
 from nemo_advrm.plan.memory import GIB, RankMemory, checkpoint_copy_bytes, host_bytes
 from nemo_advrm.plan.search import Candidate, budget
+from nemo_advrm.plan.step_time import StepTime, step_tokens
 
 _COLUMNS = ("weights", "gradients", "optimizer", "frozen", "activations", "head", "cache", "total")
 

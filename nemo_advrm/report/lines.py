@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import torch
 
-from nemo_advrm.objectives.best_of_n import best_of_n_measures
+from nemo_advrm.objectives.best_of_n_curve import best_of_n_measures
 from nemo_advrm.report.collect import collect
 from nemo_advrm.report.collect_rlhf import HARDENED, PLAIN
 from nemo_advrm.report.measures import measures_of

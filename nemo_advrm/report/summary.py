@@ -37,7 +37,7 @@ from typing import Any
 import numpy as np
 
 from nemo_advrm.errors import DataError
-from nemo_advrm.objectives.best_of_n import best_of_n_measures
+from nemo_advrm.objectives.best_of_n_curve import best_of_n_measures
 from nemo_advrm.objectives.overoptimization import fit_rl, predict_rl, r_squared
 from nemo_advrm.objectives.uncertainty import FORMULAS, same_as
 from nemo_advrm.report.conclusions import compare_all, conclude, study_beside

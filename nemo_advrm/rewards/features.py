@@ -21,8 +21,8 @@ from nemo_advrm.engine.microbatches import EncodedResponse, response_microbatch
 from nemo_advrm.engine.model import MegatronModel
 from nemo_advrm.engine.schedule import Microbatch, forward, microbatch_rows
 from nemo_advrm.errors import DataError, RewardSourceError
-from nemo_advrm.rewards.encoding import encode_rendered
 from nemo_advrm.rewards.local import MegatronReward
+from nemo_advrm.rewards.token_sequences import encode_rendered
 from nemo_advrm.rollouts.types import Rollouts
 
 

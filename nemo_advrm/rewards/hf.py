@@ -17,8 +17,8 @@ from nemo_advrm.data.tokenizers import HFTokenizer
 from nemo_advrm.data.vocabulary import check_vocabulary
 from nemo_advrm.engine import runtime
 from nemo_advrm.errors import RewardSourceError
-from nemo_advrm.rewards.encoding import token_sequences
 from nemo_advrm.rewards.replica import once_per_replica
+from nemo_advrm.rewards.token_sequences import token_sequences
 from nemo_advrm.rollouts.types import Rollouts
 
 

@@ -22,7 +22,7 @@ from nemo_advrm.engine.collectives import run_on_rank_zero
 from nemo_advrm.engine.feature_file import FeatureWeights, policy_fingerprint
 from nemo_advrm.errors import CheckpointError, ConfigError, DataError
 from nemo_advrm.objectives.bradley_terry import fit_weights
-from nemo_advrm.rewards.checkpoints import SourceSpec, member_config, member_tokenizer
+from nemo_advrm.rewards.checkpoint_members import SourceSpec, member_config, member_tokenizer
 from nemo_advrm.rewards.features import HybridReward, ReferenceFeatures
 from nemo_advrm.rewards.local import MegatronReward
 from nemo_advrm.rollouts.types import Rollouts

@@ -10,7 +10,7 @@ from nemo_advrm.config.schema import Config
 from nemo_advrm.data.messages import place_of
 from nemo_advrm.errors import DataError
 from nemo_advrm.rewards.base import RewardSource
-from nemo_advrm.rewards.encoding import token_sequences
+from nemo_advrm.rewards.token_sequences import token_sequences
 from nemo_advrm.rollouts.types import Rollouts
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from nemo_advrm.data.messages import Message
 from nemo_advrm.data.scores import as_scores
 from nemo_advrm.data.tokenizers import Tokenizer
 from nemo_advrm.errors import RewardSourceError
-from nemo_advrm.rewards.encoding import token_sequences
+from nemo_advrm.rewards.token_sequences import token_sequences
 from nemo_advrm.rollouts.types import Rollouts
 
 if TYPE_CHECKING:

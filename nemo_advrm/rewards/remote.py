@@ -18,9 +18,9 @@ from nemo_advrm.data.scores import as_scores
 from nemo_advrm.data.tokenizers import Tokenizer, build_tokenizer
 from nemo_advrm.errors import RewardSourceError
 from nemo_advrm.rewards.base import RewardSource
-from nemo_advrm.rewards.encoding import token_sequences
 from nemo_advrm.rewards.http_client import ReplicatedServer
 from nemo_advrm.rewards.replica import once_per_replica
+from nemo_advrm.rewards.token_sequences import token_sequences
 from nemo_advrm.rollouts.types import Rollouts
 
 

@@ -11,7 +11,7 @@ from nemo_advrm.data.tokenizers import Tokenizer
 from nemo_advrm.engine.collectives import run_on_rank_zero
 from nemo_advrm.errors import DataError
 from nemo_advrm.rewards.base import RewardSource
-from nemo_advrm.rewards.records import score_sft_responses
+from nemo_advrm.rewards.sample_rows import score_sft_responses
 from nemo_advrm.rollouts.types import Prompt, Rollouts
 
 

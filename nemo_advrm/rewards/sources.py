@@ -33,7 +33,7 @@ from nemo_advrm.optional_deps import require_extra
 from nemo_advrm.registry import imported
 from nemo_advrm.rewards import hf
 from nemo_advrm.rewards.base import RewardSource
-from nemo_advrm.rewards.checkpoints import (
+from nemo_advrm.rewards.checkpoint_members import (
     LOCAL_KINDS,
     OF_THE_JOB,
     SourceSpec,

@@ -20,9 +20,9 @@ from nemo_advrm.engine.collectives import run_on_rank_zero
 from nemo_advrm.engine.feature_file import FeatureWeights
 from nemo_advrm.models.trainable import TrainableModel
 from nemo_advrm.run_directory import results, run_files
-from nemo_advrm.training import memory
-from nemo_advrm.training.callbacks.checkpoints import PeriodicCheckpoint, newest_usable
-from nemo_advrm.training.callbacks.metrics import MetricsWriter
+from nemo_advrm.training import out_of_memory
+from nemo_advrm.training.callbacks.metrics_writer import MetricsWriter
+from nemo_advrm.training.callbacks.periodic_checkpoints import PeriodicCheckpoint, newest_usable
 from nemo_advrm.training.callbacks.preemption import PreemptionCheckpoint, keep_signals
 from nemo_advrm.training.callbacks.progress import StepProgress
 from nemo_advrm.training.strategy import MegatronStrategy
@@ -83,7 +83,7 @@ def fit(
         exp_manager(trainer, _exp_manager_options(cfg, directory / "logs"))
     newest = newest_usable(checkpoints, cfg.trainer.verify_checkpoints)
     keep_signals(trainer)
-    with signals.owned(), memory.explained(directory, cfg, module.stage, module.model.vocab_size):
+    with signals.owned(), out_of_memory.explained(directory, cfg, module.stage, module.model.vocab_size):
         try:
             trainer.fit(module, ckpt_path=str(newest) if newest else None)
         finally:

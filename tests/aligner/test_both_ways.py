@@ -25,7 +25,7 @@ from nemo_advrm.data.pair_store import PairStore
 from nemo_advrm.data.sft_scores import SFTScores
 from nemo_advrm.data.tokenizers import build_tokenizer
 from nemo_advrm.engine.runtime import Runtime
-from nemo_advrm.integrations.nemo_aligner.rollouts import FINGERPRINT, as_prompt
+from nemo_advrm.integrations.nemo_aligner.rollout_reader import FINGERPRINT, as_prompt
 from nemo_advrm.objectives.adversarial import paper_reward
 from nemo_advrm.objectives.sft_statistics import z_scores
 from nemo_advrm.rewards.sources import build, parse

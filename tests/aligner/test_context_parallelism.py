@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from nemo_advrm.errors import ConfigError
-from nemo_advrm.integrations.nemo_aligner.layout import refuse_context_parallelism
+from nemo_advrm.integrations.nemo_aligner.parallel_layout import refuse_context_parallelism
 
 
 def test_a_size_of_one_is_accepted() -> None:

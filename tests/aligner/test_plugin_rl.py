@@ -212,8 +212,8 @@ def test_a_critic_that_dies_ends_the_training_with_its_name(
 
 def select_pairs_of(out: Path) -> None:
     """``nemo-advrm select`` reads what the actor recorded."""
-    from nemo_advrm.attacks import select
+    from nemo_advrm.attacks import pair_selection
 
     cfg = load_config([f"run_dir={out}", "selection.threshold_z=-100"])
-    counts = select.select_round(cfg, out, 0, 0)
+    counts = pair_selection.select_round(cfg, out, 0, 0)
     assert counts["selected"] == len(PairStore(out / "pairs.jsonl").load())

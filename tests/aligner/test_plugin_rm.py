@@ -14,7 +14,7 @@ import torch
 
 from nemo_advrm.data.mixing import draw_replacements
 from nemo_advrm.data.pair_store import AdversarialPair, PairStore, Provenance
-from nemo_advrm.integrations.nemo_aligner.rollouts import as_prompt
+from nemo_advrm.integrations.nemo_aligner.rollout_reader import as_prompt
 
 STEPS, BATCH, RATIO = 3, 4, 0.5
 FACTS = Provenance(0, 1, 1, 0, (1.0, 0.0), (2.0, -1.0), 3.0, "attack/policy/model", (0.5, 0.5))

@@ -20,7 +20,7 @@ from nemo_advrm import cli
 from nemo_advrm.config.schema import SyntheticConfig
 from nemo_advrm.data.jsonl import write_jsonl_atomic
 from nemo_advrm.errors import UserError
-from nemo_advrm.synthetic.preferences import annotated_pairs
+from nemo_advrm.synthetic.annotated_pairs import annotated_pairs
 
 _WEIGHTS = r"(meta|manifest|weights/metadata)\.json|weights/(\.metadata|common\.pt|__\d+_\d+\.distcp)"
 _CHECKPOINT = r"checkpoints/step_\d+"

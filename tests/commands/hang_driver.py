@@ -25,7 +25,7 @@ from nemo_advrm.config import load_config
 from nemo_advrm.config.schema import SyntheticConfig
 from nemo_advrm.data.jsonl import write_jsonl_atomic
 from nemo_advrm.models.reward_model import RewardModel
-from nemo_advrm.synthetic.preferences import annotated_pairs
+from nemo_advrm.synthetic.annotated_pairs import annotated_pairs
 
 TIMEOUT_SECONDS = 20.0
 STEPS = 8

@@ -21,7 +21,7 @@ from nemo_advrm import cli
 from nemo_advrm.config.schema import SyntheticConfig
 from nemo_advrm.data.jsonl import write_jsonl_atomic
 from nemo_advrm.logging_setup import quiet_libraries
-from nemo_advrm.synthetic.preferences import annotated_pairs
+from nemo_advrm.synthetic.annotated_pairs import annotated_pairs
 
 STEPS = 6  # of every training
 SETTINGS = [

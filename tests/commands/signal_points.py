@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
+_CALLBACKS = "nemo_advrm.training.callbacks"
 # moment -> (where the function is, its call of which the signal comes, whether it comes when the call has returned)
 CALLS: dict[str, tuple[str, int, bool]] = {
     "start": ("nemo_advrm.cli._dispatch", 1, False),
@@ -21,11 +22,11 @@ CALLS: dict[str, tuple[str, int, bool]] = {
     "model": ("nemo_advrm.engine.optim.MegatronOptimizer.__init__", 1, False),
     "first step": ("nemo_advrm.models.trainable.TrainableModel.training_step", 1, False),
     "step": ("nemo_advrm.models.trainable.TrainableModel.training_step", 3, False),
-    "end of a step": ("nemo_advrm.training.callbacks.metrics.MetricsWriter.on_train_batch_end", 3, True),
+    "end of a step": ("nemo_advrm.training.callbacks.metrics_writer.MetricsWriter.on_train_batch_end", 3, True),
     "begin of a save": ("nemo_advrm.training.training_state.TrainingSave.__init__", 1, False),
     "save": ("nemo_advrm.engine.checkpoint.Saving.finish", 1, False),
     "end of a save": ("nemo_advrm.training.training_state.TrainingSave._complete", 1, True),
-    "old checkpoint": ("nemo_advrm.training.callbacks.checkpoints.PeriodicCheckpoint._remove_oldest", 1, False),
+    "old checkpoint": (f"{_CALLBACKS}.periodic_checkpoints.PeriodicCheckpoint._remove_oldest", 1, False),
     "validation": ("nemo_advrm.models.reward_model.RewardModel.validation_step", 1, False),
     "last step": ("nemo_advrm.models.trainable.TrainableModel.training_step", 6, False),
     "final save": ("nemo_advrm.engine.checkpoint.save", 1, False),

@@ -21,8 +21,8 @@ from nemo_advrm.engine.file_writers import FileWriters
 from nemo_advrm.engine.runtime import Layout, Runtime
 from nemo_advrm.errors import CheckpointError, Preempted
 from nemo_advrm.models.reward_model import RewardModel
-from nemo_advrm.synthetic.preferences import annotated_pairs
-from nemo_advrm.training.callbacks.checkpoints import saved_steps
+from nemo_advrm.synthetic.annotated_pairs import annotated_pairs
+from nemo_advrm.training.callbacks.periodic_checkpoints import saved_steps
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,7 @@ def test_the_next_save_waits_for_the_one_before_and_says_that_the_disk_is_slow(
             told.append(record.getMessage())
             gate.set()
 
-    logger, handler = logging.getLogger("nemo_advrm.training.callbacks.checkpoints"), Opens()
+    logger, handler = logging.getLogger("nemo_advrm.training.callbacks.periodic_checkpoints"), Opens()
     logger.addHandler(handler)
     try:
         metrics = _train(tmp_path / "run", data)

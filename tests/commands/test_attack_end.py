@@ -12,8 +12,8 @@ from reward_members import PROMPTS, one_step_of_rl, save_megatron
 from tiny import TOKENIZER
 
 from nemo_advrm import cli
-from nemo_advrm.attacks.success import RATES, HeldOut
-from nemo_advrm.attacks.summary import line, success_rates
+from nemo_advrm.attacks.attack_summary import line, success_rates
+from nemo_advrm.attacks.held_out_success import RATES, HeldOut
 from nemo_advrm.commands import attack as attack_stage
 from nemo_advrm.config import load_config
 from nemo_advrm.data.jsonl import read_jsonl
@@ -22,8 +22,8 @@ from nemo_advrm.data.sft_scores import SFTScores
 from nemo_advrm.engine.runtime import Runtime
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.objectives.selection import first_step
-from nemo_advrm.rewards.finds import FindRule
-from nemo_advrm.training.callbacks.metrics import MetricsWriter
+from nemo_advrm.rewards.find_rule import FindRule
+from nemo_advrm.training.callbacks.metrics_writer import MetricsWriter
 
 Row = dict[str, Any]
 STEPS, SFT, LAST = 8, 8, 0.7

@@ -17,7 +17,7 @@ from nemo_advrm.config.schema import SyntheticConfig
 from nemo_advrm.data.jsonl import write_jsonl_atomic
 from nemo_advrm.engine.runtime import Runtime
 from nemo_advrm.errors import CheckpointError, ConfigError
-from nemo_advrm.synthetic.preferences import annotated_pairs
+from nemo_advrm.synthetic.annotated_pairs import annotated_pairs
 
 STEPS = 6
 

@@ -16,7 +16,7 @@ from nemo_advrm.data.messages import Message, prompt_key
 from nemo_advrm.engine.runtime import Runtime
 from nemo_advrm.errors import ConfigError, DataError
 from nemo_advrm.report.measures import measures
-from nemo_advrm.rollouts.prompts import held_out_prompts
+from nemo_advrm.rollouts.run_prompts import held_out_prompts
 from nemo_advrm.training.callbacks.held_out import HeldOutEvaluation
 
 NAMES = ("held_out/gold", "held_out/kl", "held_out/proxy")

@@ -24,7 +24,7 @@ from nemo_advrm.rewards.hybrid import fixed_prompts, frozen_policy
 from nemo_advrm.rewards.sources import load_members
 from nemo_advrm.rollouts.types import Rollouts
 from nemo_advrm.synthetic.tokenizer import SyntheticTokenizer
-from nemo_advrm.training.reward_model import EncodedPreferences, bootstrap, keep_back
+from nemo_advrm.training.reward_model_training import EncodedPreferences, bootstrap, keep_back
 
 TOKENIZER = ByteTokenizer()
 BYTES = {"meta": {"tokenizer": TOKENIZER.fingerprint, "tokenizer_spec": "byte"}, "vocab_size": 264, "num_layers": 1}

@@ -17,8 +17,8 @@ from nemo_advrm.data.sft_rows import SftRow
 from nemo_advrm.data.tokenizers import ByteTokenizer
 from nemo_advrm.errors import DataError
 from nemo_advrm.rewards.limits import prompts_with_room
-from nemo_advrm.rollouts.prompts import attack_prompts, encode_prompts, held_out_prompts, rlhf_prompts
-from nemo_advrm.training.sft import encode_responses
+from nemo_advrm.rollouts.run_prompts import attack_prompts, encode_prompts, held_out_prompts, rlhf_prompts
+from nemo_advrm.training.sft_training import encode_responses
 
 pytestmark = pytest.mark.usefixtures("single")
 

@@ -14,7 +14,7 @@ from nemo_advrm.config import load_config, load_flat, quoted, schema
 from nemo_advrm.config.schema import SyntheticConfig
 from nemo_advrm.data.jsonl import write_jsonl_atomic
 from nemo_advrm.errors import ConfigError
-from nemo_advrm.synthetic.preferences import annotated_pairs
+from nemo_advrm.synthetic.annotated_pairs import annotated_pairs
 
 ODD = "modèle 模型 it's \"x\"=(1),{2}:[3] #%~@;&|"
 NAMES = [ODD, *ODD.split(" "), "a b", "a=b", "a,b", "$x", "u\u0301", "😀", "1e3", "-x", "+x", "~x", "x?"]

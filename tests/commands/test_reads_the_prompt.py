@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nemo_advrm import cli
 from nemo_advrm.data.tokenizers import ByteTokenizer
-from nemo_advrm.training import reward_model
+from nemo_advrm.training import reward_model_training
 
 TINY = ["model=tiny", "model.num_layers=1", "model.hidden_size=32", "model.ffn_hidden_size=64"]
 SMALL = [*TINY, "model.global_batch_size=4", "trainer.max_steps=1", "exp_manager.create_tensorboard_logger=false"]
@@ -42,7 +42,7 @@ def plant(monkeypatch: pytest.MonkeyPatch, scores: list[float] | None = None) ->
     def score(model: object, sequences: list[list[int]], pad_id: int) -> Tensor:
         return torch.tensor(reads(sequences) if scores is None else scores)
 
-    monkeypatch.setattr(reward_model, "score_sequences", score)
+    monkeypatch.setattr(reward_model_training, "score_sequences", score)
 
 
 def test_a_reward_model_that_reads_the_prompt_is_right_in_all_mismatched_pairs(tmp_path, capsys, monkeypatch) -> None:

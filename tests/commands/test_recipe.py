@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from nemo_advrm.attacks.select import RANDOM_PAIRS, found_lines, random_pairs, reason_to_stop, select_round
+from nemo_advrm.attacks.pair_selection import RANDOM_PAIRS, found_lines, random_pairs, reason_to_stop, select_round
 from nemo_advrm.config import load_config
 from nemo_advrm.data.jsonl import read_jsonl, write_jsonl_atomic
 from nemo_advrm.data.pair_store import AdversarialPair, PairStore
@@ -18,7 +18,7 @@ from nemo_advrm.data.tokenizers import ByteTokenizer
 from nemo_advrm.detectors.base import Features
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.objectives.sft_statistics import z_scores
-from nemo_advrm.rewards.finds import FindRule
+from nemo_advrm.rewards.find_rule import FindRule
 
 Row = dict[str, Any]
 UNCAPPED = ("selection.per_prompt=99", "selection.per_signature=99")  # numbers make no difference to a signature

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from nemo_advrm.attacks import select, summary
-from nemo_advrm.attacks.summary import check_samples
+from nemo_advrm.attacks import attack_summary, pair_selection
+from nemo_advrm.attacks.attack_summary import check_samples
 from nemo_advrm.commands import stages
 from nemo_advrm.config import load_config
 from nemo_advrm.config.schema import RLConfig
@@ -23,8 +23,8 @@ from nemo_advrm.pipeline import artefacts
 from nemo_advrm.pipeline.dag import Step
 from nemo_advrm.pipeline.state import RunState
 from nemo_advrm.run_directory import results
-from nemo_advrm.training.callbacks.metrics import MetricsWriter
-from nemo_advrm.training.callbacks.rollouts import TrajectoryRecorder
+from nemo_advrm.training.callbacks.metrics_writer import MetricsWriter
+from nemo_advrm.training.callbacks.rollout_records import TrajectoryRecorder
 from nemo_advrm.training.callbacks.rows import lost_steps
 from nemo_advrm.training.run_training import read_result
 
@@ -210,7 +210,7 @@ def test_rows_of_another_type_in_a_reference_or_among_samples_are_named(tmp_path
     with pytest.raises(CheckpointError, match=r"reference\.jsonl:1: no row of a reference \("):
         SFTScores.read(tmp_path / "reference.jsonl")
     with pytest.raises(DataError, match=r"samples\.jsonl:7: no row of an attack \(it lacks .+\)"):
-        select._checked(json.loads(row), f"{tmp_path / 'attack' / 'samples.jsonl'}:7", 2)
+        pair_selection._checked(json.loads(row), f"{tmp_path / 'attack' / 'samples.jsonl'}:7", 2)
 
 
 @pytest.mark.parametrize("row", ["3", "[]", '{"step": "x"}', '{"step": null}'])
@@ -235,10 +235,10 @@ def test_a_summary_of_another_type_is_named_before_a_round_is_judged_by_it(tmp_p
     path = tmp_path / "summary.json"
     no_gold = {**FOUND, "success_standard": None, "success_strict": None}
     path.write_text(json.dumps({"directions": {"1": FOUND, "2": no_gold}}))
-    assert summary.success_rates(path, "restore it") == [0.25]
+    assert attack_summary.success_rates(path, "restore it") == [0.25]
     path.write_text(json.dumps({"directions": directions}))
     with pytest.raises(DataError, match=r"summary\.json cannot be read \(.+\): restore it") as caught:
-        summary.success_rates(path, "restore it")
+        attack_summary.success_rates(path, "restore it")
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
 
 
@@ -246,7 +246,7 @@ def test_a_summary_of_another_type_is_named_before_a_round_is_judged_by_it(tmp_p
 def test_metrics_of_an_attack_of_another_type_are_named(tmp_path: Path, row: Any) -> None:
     write_jsonl_atomic(tmp_path / "metrics.jsonl", [{"step": 0, "success": 0.5}, row])
     with pytest.raises(DataError, match=r"metrics\.jsonl:2: no row of metrics"):
-        summary.of_adversary(tmp_path, 1.0)
+        attack_summary.of_adversary(tmp_path, 1.0)
 
 
 def test_a_step_with_a_part_of_its_rows_or_with_doubled_ones_is_told(tmp_path: Path) -> None:

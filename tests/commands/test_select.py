@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from nemo_advrm.attacks.select import select_round
+from nemo_advrm.attacks.pair_selection import select_round
 from nemo_advrm.config import load_config
 from nemo_advrm.data.encoding import encode_pairs
 from nemo_advrm.data.jsonl import write_jsonl_atomic

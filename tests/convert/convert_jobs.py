@@ -10,7 +10,7 @@ from tiny import TOKENIZER, tiny_config
 
 from nemo_advrm.config.layout import at_layout
 from nemo_advrm.config.schema import PrecisionConfig
-from nemo_advrm.convert.megatron import read_model
+from nemo_advrm.convert.megatron_checkpoint import read_model
 from nemo_advrm.engine import checkpoint, runtime
 from nemo_advrm.engine.generation import generate
 from nemo_advrm.engine.model import MegatronModel, build_model

@@ -21,7 +21,7 @@ from conftest import run
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.metadata import Metadata, TensorProperties, TensorStorageMetadata
 
-from nemo_advrm.convert import hf_sink, megatron
+from nemo_advrm.convert import hf_sink, megatron_checkpoint
 from nemo_advrm.convert.dist_weights import StackedReader, StackedWriter
 from nemo_advrm.convert.partial import PartialDirectory
 from nemo_advrm.convert.tensors import TensorSpec
@@ -361,7 +361,7 @@ def test_a_disk_that_fills_up_in_the_middle_is_one_error_and_leaves_nothing(
 def test_a_failure_in_the_middle_leaves_nothing(
     source: Path, tmp_path: Path, to: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sink: Any = megatron.MegatronSink if to == "megatron" else hf_sink.HFSink
+    sink: Any = megatron_checkpoint.MegatronSink if to == "megatron" else hf_sink.HFSink
     write, calls = sink.write, []
 
     def failing(self: Any, name: str, tensor: torch.Tensor) -> None:
@@ -382,7 +382,7 @@ import os, signal, sys
 from nemo_advrm.cli import main
 from nemo_advrm.convert import hf_sink, megatron
 
-for sink in (hf_sink.HFSink, megatron.MegatronSink):
+for sink in (hf_sink.HFSink, megatron_checkpoint.MegatronSink):
     def killed(self, name, tensor, write=sink.write):
         write(self, name, tensor)
         if name == "decoder.layers.2.mlp.linear_fc2.weight":

@@ -23,7 +23,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
 from nemo_advrm.config.schema import Config, ModelConfig
-from nemo_advrm.convert.megatron import MegatronSource
+from nemo_advrm.convert.megatron_checkpoint import MegatronSource
 from nemo_advrm.convert.nemo_archive import NemoArchive
 from nemo_advrm.convert.nemo_config import read_model, write_config
 from nemo_advrm.convert.nemo_file import NemoSource
@@ -31,8 +31,8 @@ from nemo_advrm.convert.nemo_tokenizer_files import pack_tokenizer, unpack_token
 from nemo_advrm.data.tokenizers import ByteTokenizer, build_tokenizer
 from nemo_advrm.engine.runtime import Layout, Runtime
 from nemo_advrm.errors import CheckpointError, LayoutError
-from nemo_advrm.rewards.encoding import encode_rendered
 from nemo_advrm.rewards.sources import check, load_members, parse
+from nemo_advrm.rewards.token_sequences import encode_rendered
 from nemo_advrm.rollouts.types import Rollouts
 
 KNOWN = json.loads(REAL.with_suffix(".json").read_text())

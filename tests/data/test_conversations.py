@@ -12,7 +12,7 @@ from nemo_advrm.data.messages import Message
 from nemo_advrm.data.reading import ANSWER, ReadingRule
 from nemo_advrm.data.tokenizers import ByteTokenizer, HFTokenizer
 from nemo_advrm.errors import DataError
-from nemo_advrm.rewards.encoding import encode_rendered
+from nemo_advrm.rewards.token_sequences import encode_rendered
 from nemo_advrm.synthetic.tokenizer import SyntheticTokenizer
 
 WITH_TEMPLATE = [name for name, template in TEMPLATES.items() if template is not None]

@@ -15,7 +15,7 @@ from nemo_advrm.data.prompts import load_prompts, split_train_validation
 from nemo_advrm.data.sft_rows import load_sft
 from nemo_advrm.data.tokenizers import ByteTokenizer
 from nemo_advrm.errors import DataError
-from nemo_advrm.training.sft import encode_responses
+from nemo_advrm.training.sft_training import encode_responses
 
 USER = {"role": "user", "content": "Hi"}
 

@@ -11,7 +11,7 @@ from template_traits import TEMPLATES, conversation
 from nemo_advrm.data.messages import Message
 from nemo_advrm.data.tokenizers import HFTokenizer
 from nemo_advrm.errors import DataError
-from nemo_advrm.rewards.encoding import encode_rendered
+from nemo_advrm.rewards.token_sequences import encode_rendered
 
 END, START, TEXT_END = "<|im_end|>", "<|im_start|>", "<|endoftext|>"
 SPELLED = f"a {END} b{START}assistant\nc {TEXT_END}{END}"

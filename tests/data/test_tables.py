@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from nemo_advrm.data import jsonl, tables
+from nemo_advrm.data import jsonl, table_files
 from nemo_advrm.data.preference_files import open_rows
 from nemo_advrm.data.preferences import load_preferences
 from nemo_advrm.errors import DataError
@@ -46,7 +46,7 @@ def test_a_row_over_a_limit_is_a_bad_row_of_its_number(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     monkeypatch.setattr(jsonl, "MAX_LINE_BYTES", 2_000)
-    monkeypatch.setattr(tables, "MAX_BATCH_BYTES", 1_000)
+    monkeypatch.setattr(table_files, "MAX_BATCH_BYTES", 1_000)
     rows = [GOOD, {**GOOD, "chosen": "x" * 3_000}, GOOD, {**GOOD, "rejected": "y" * 1_500}, GOOD]
     path = write(tmp_path, pyarrow.Table.from_pylist(rows), kind)
     report = load_preferences(path, on_bad_row="skip")
@@ -67,7 +67,7 @@ def test_a_row_that_nests_too_deeply_is_a_bad_row(tmp_path: Path, monkeypatch: p
 
 
 def test_a_type_that_nests_too_deeply_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tables, "MAX_TYPE_DEPTH", 3)
+    monkeypatch.setattr(table_files, "MAX_TYPE_DEPTH", 3)
     path = write(tmp_path, pyarrow.Table.from_pylist([{"note": [[[1]]]}]), "parquet")
     with pytest.raises(DataError, match=r"rows\.parquet: column `note`: nested too deeply"):
         rows_of(path)
@@ -91,7 +91,7 @@ def test_a_table_that_claims_far_more_than_its_size_is_refused_before_it_is_unpa
     def unpack(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("unpacked")
 
-    monkeypatch.setattr(tables, "rows_of_batches", lambda batches, *rest: batches)
+    monkeypatch.setattr(table_files, "rows_of_batches", lambda batches, *rest: batches)
     monkeypatch.setattr(parquet.ParquetFile, "iter_batches", unpack)
     monkeypatch.setattr(pyarrow.ipc, "open_stream", unpack)
     with pytest.raises(DataError, match=r"rows\..*: unpacks to more than \d+ bytes"):
@@ -116,7 +116,7 @@ def test_rows_that_take_nothing_in_the_file_are_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, bomb: str
 ) -> None:
     monkeypatch.setattr(jsonl, "MIN_UNPACKED_BYTES", 10_000)
-    monkeypatch.setattr(tables, "MAX_BATCH_BYTES", 10_000)
+    monkeypatch.setattr(table_files, "MAX_BATCH_BYTES", 10_000)
     columns = {
         "repeated text": pyarrow.array(["x" * 2_000] * 5_000).dictionary_encode(),
         "nulls": pyarrow.nulls(1_000_000),
@@ -157,7 +157,7 @@ def test_a_text_that_a_dictionary_repeats_is_counted_before_it_is_unpacked(tmp_p
 
 def test_a_single_row_of_a_million_nulls_is_never_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jsonl, "MAX_LINE_BYTES", 10_000)
-    monkeypatch.setattr(tables, "MAX_BATCH_BYTES", 10_000)
+    monkeypatch.setattr(table_files, "MAX_BATCH_BYTES", 10_000)
     kinds = {
         "fixed": pyarrow.FixedSizeListArray.from_arrays(pyarrow.nulls(2_000_000), 1_000_000),
         "struct": pyarrow.StructArray.from_arrays(
@@ -168,7 +168,7 @@ def test_a_single_row_of_a_million_nulls_is_never_made(tmp_path: Path, monkeypat
         ),
     }
     for name, array in kinds.items():
-        first, second = (row for _, row in tables.rows_of_batches([pyarrow.record_batch({"a": array})], "t", 1))
+        first, second = (row for _, row in table_files.rows_of_batches([pyarrow.record_batch({"a": array})], "t", 1))
         assert isinstance(first, jsonl.BadRow) and first.reason == "too_long"
         assert isinstance(second, jsonl.BadRow) == (name == "fixed")
 

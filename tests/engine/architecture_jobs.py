@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from nemo_advrm.config.schema import ModelConfig, OptimConfig, PrecisionConfig
 from nemo_advrm.convert.hf_config import find_architecture, model_config
-from nemo_advrm.convert.names import ATTENTION_NORM, MLP_NORM, VOCABULARY_ROWS, canonical_shapes
+from nemo_advrm.convert.tensor_names import ATTENTION_NORM, MLP_NORM, VOCABULARY_ROWS, canonical_shapes
 from nemo_advrm.convert.transforms import pad_vocabulary
 from nemo_advrm.engine import checkpoint, runtime
 from nemo_advrm.engine.context import SplitLogits

@@ -13,7 +13,7 @@ from tiny import TOKENIZER, pairs, tiny_config
 from nemo_advrm.engine import checkpoint, runtime
 from nemo_advrm.errors import CheckpointError
 from nemo_advrm.models.reward_model import RewardModel
-from nemo_advrm.training.callbacks.checkpoints import newest_usable
+from nemo_advrm.training.callbacks.periodic_checkpoints import newest_usable
 
 
 def reward_model(seed: int = 0, **model: Any) -> RewardModel:

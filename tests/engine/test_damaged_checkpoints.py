@@ -15,7 +15,7 @@ from distributed import Worlds
 
 from nemo_advrm.engine.runtime import Layout, Runtime
 from nemo_advrm.errors import CheckpointError
-from nemo_advrm.training.callbacks.checkpoints import newest_usable
+from nemo_advrm.training.callbacks.periodic_checkpoints import newest_usable
 from nemo_advrm.training.training_state import TrainingSave, load_training_state
 
 OLDER, NEWEST = "step_00000001", "step_00000002"

@@ -13,7 +13,7 @@ from nemo_advrm.config.schema import Config
 from nemo_advrm.engine.runtime import Runtime
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.models.language_model import SupervisedModel
-from nemo_advrm.training import memory
+from nemo_advrm.training import out_of_memory
 
 # 2.4 GB of weights, gradients and optimizer state, and the activations of 4 pairs of 8192 tokens in one microbatch
 LONG = ["model=smollm2_135m", "precision=bf16", "plan.gpu=rtx4090", "model.encoder_seq_length=8192"]
@@ -22,7 +22,7 @@ GENERAL = "nemo-advrm plan with the same settings and plan.stage shows what take
 
 def test_out_of_memory_names_rank_file_and_changes_that_fit(single: Runtime, tmp_path: Path) -> None:
     cfg = load_config([*LONG, "model.micro_batch_tokens=65536"], "train_rm")
-    with pytest.raises(ConfigError) as caught, memory.explained(tmp_path / "run", cfg, "train_rm", 49152):
+    with pytest.raises(ConfigError) as caught, out_of_memory.explained(tmp_path / "run", cfg, "train_rm", 49152):
         raise torch.OutOfMemoryError("tried to allocate 4 GiB")
     told = str(caught.value)
     path = tmp_path / "run" / "out_of_memory_rank_0.txt"
@@ -36,27 +36,27 @@ def test_out_of_memory_names_rank_file_and_changes_that_fit(single: Runtime, tmp
 def test_every_change_that_is_named_needs_less_memory_than_the_job_as_it_is(single: Runtime) -> None:
     # by the plan it fits, and microbatches are recomputed: were memory to run out all the same, few things are left
     cfg = load_config([*LONG, "model.recompute=full", "model.use_distributed_optimizer=true"], "train_rm")
-    assert ": 2 GPUs (nemo-advrm" in memory.advice(cfg, "train_rm", 49152)
+    assert ": 2 GPUs (nemo-advrm" in out_of_memory.advice(cfg, "train_rm", 49152)
 
 
 def test_what_the_planner_cannot_do_hides_nothing(single: Runtime, tmp_path: Path) -> None:
     cfg = Config()
     cfg.plan.gpu = "abacus"
-    with pytest.raises(ConfigError, match=GENERAL), memory.explained(tmp_path, cfg, "train_rm", 64):
+    with pytest.raises(ConfigError, match=GENERAL), out_of_memory.explained(tmp_path, cfg, "train_rm", 64):
         raise torch.OutOfMemoryError("tried to allocate 4 GiB")
 
 
 def test_memory_of_the_host_is_told_apart(single: Runtime, tmp_path: Path) -> None:
     with (
         pytest.raises(ConfigError, match="rank 0 ran out of memory of its host"),
-        memory.explained(tmp_path, Config(), "train_rm", 64),
+        out_of_memory.explained(tmp_path, Config(), "train_rm", 64),
     ):
         torch.empty(2**60)
 
 
 def test_other_errors_pass(single: Runtime, tmp_path: Path) -> None:
     for error in (ValueError("other"), RuntimeError("gloo: connection closed")):
-        with pytest.raises(type(error), match=str(error)), memory.explained(tmp_path, Config(), "train_rm", 64):
+        with pytest.raises(type(error), match=str(error)), out_of_memory.explained(tmp_path, Config(), "train_rm", 64):
             raise error
     assert not list(tmp_path.iterdir())
 

@@ -25,7 +25,7 @@ from nemo_advrm.engine.schedule import forward_backward
 from nemo_advrm.errors import ConfigError, DataError, TrainingDiverged
 from nemo_advrm.models.policy import PolicyModel
 from nemo_advrm.models.rollout_batch import RolloutBatch
-from nemo_advrm.rollouts.prompts import encode_prompts
+from nemo_advrm.rollouts.run_prompts import encode_prompts
 
 ALGORITHMS = ("rloo", "reinforce", "grpo", "ppo")
 ALWAYS = {"loss", "policy_loss", "grad_norm", "learning_rate", "approx_kl", "clipfrac", "entropy", "kl", "proxy"}

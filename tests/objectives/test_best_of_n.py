@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from nemo_advrm.errors import DataError
-from nemo_advrm.objectives.best_of_n import (
+from nemo_advrm.objectives.best_of_n_curve import (
     best_of_n_curve,
     best_of_n_kl,
     best_of_n_measures,

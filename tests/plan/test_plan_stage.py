@@ -17,10 +17,10 @@ from nemo_advrm.config.schema import Config, ModelConfig
 from nemo_advrm.engine.flops import Microbatch, layer_flops
 from nemo_advrm.engine.parameters import model_parameters
 from nemo_advrm.errors import ConfigError, LayoutError
-from nemo_advrm.plan.flops import Clock, step_tokens
 from nemo_advrm.plan.jobs import job_of, models_of
 from nemo_advrm.plan.memory import GIB, all_stages, cache_bytes, rank_memory
 from nemo_advrm.plan.search import budget, peak_memory, search, single_changes
+from nemo_advrm.plan.step_time import Clock, step_tokens
 from nemo_advrm.plan.text import memory_table
 
 by_name = pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name)

@@ -21,7 +21,7 @@ from nemo_advrm.data.tokenizers import HFTokenizer
 from nemo_advrm.data.vocabulary import check_vocabulary
 from nemo_advrm.engine.runtime import Runtime
 from nemo_advrm.errors import CheckpointError, ConfigError, DataError
-from nemo_advrm.evaluation.accuracy import rollouts_for
+from nemo_advrm.evaluation.pair_accuracy import rollouts_for
 from nemo_advrm.rewards.hf import HFReward, check_directory
 from nemo_advrm.rewards.limits import longest_row, prompts_with_room
 from nemo_advrm.rewards.sources import check, load_members, parse

@@ -18,7 +18,7 @@ from nemo_advrm.config.schema import AdversarialConfig
 from nemo_advrm.data.scores import as_scores
 from nemo_advrm.data.sft_scores import SFTScores
 from nemo_advrm.errors import CheckpointError, ConfigError, RewardSourceError
-from nemo_advrm.evaluation import accuracy
+from nemo_advrm.evaluation import pair_accuracy
 from nemo_advrm.objectives.sft_statistics import MemberStatistics, fit_members, z_scores
 from nemo_advrm.objectives.spread import rounding
 from nemo_advrm.objectives.success import strict_success
@@ -288,9 +288,9 @@ def test_swapping_chosen_and_rejected_gives_one_minus_the_accuracy() -> None:
     values = {"c3": 1.0, "r3": 1.0, "r4": 9.0}
     source, data = _labelled(lambda _, text: values.get(text, 2.0 if text[0] == "c" else 0.0))
     scores = checked_scores(source, data)
-    accuracy.check_swapped(source, data, scores)
-    assert accuracy.accuracy(scores) == 6.5 / 8
-    assert accuracy.accuracy(scores.roll(8)) == 1 - 6.5 / 8
+    pair_accuracy.check_swapped(source, data, scores)
+    assert pair_accuracy.accuracy(scores) == 6.5 / 8
+    assert pair_accuracy.accuracy(scores.roll(8)) == 1 - 6.5 / 8
 
 
 @pytest.mark.parametrize(
@@ -305,12 +305,12 @@ def test_swapping_chosen_and_rejected_gives_one_minus_the_accuracy() -> None:
 def test_a_scorer_that_looks_at_the_place_of_a_response_has_no_accuracy(score: Callable[[int, str], float]) -> None:
     source, data = _labelled(score)
     with pytest.raises(RewardSourceError, match=r"judge.*one minus.*depends on the place"):
-        accuracy.check_swapped(source, data, checked_scores(source, data))
+        pair_accuracy.check_swapped(source, data, checked_scores(source, data))
 
 
 def test_the_rounding_of_another_batch_is_no_difference() -> None:
     source, data = _labelled(lambda place, text: {"c": 8.0, "r": 7.0}[text[0]] * (1 + place * 2.0**-11))
-    accuracy.check_swapped(source, data, checked_scores(source, data))
+    pair_accuracy.check_swapped(source, data, checked_scores(source, data))
 
 
 def test_impossible_ensembles_are_refused() -> None:

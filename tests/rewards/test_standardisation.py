@@ -12,7 +12,7 @@ from nemo_advrm.config import load_config
 from nemo_advrm.data.jsonl import write_jsonl_atomic
 from nemo_advrm.data.tokenizers import ByteTokenizer
 from nemo_advrm.errors import ConfigError
-from nemo_advrm.evaluation import accuracy
+from nemo_advrm.evaluation import pair_accuracy
 from nemo_advrm.rewards.local import FunctionReward
 from nemo_advrm.rewards.standardisation import described, read_statistics, write_statistics
 
@@ -105,7 +105,7 @@ def test_evaluate_combines_members_on_one_scale_or_not_at_all(tmp_path: Path) ->
     scored = [(["f:1", "f:2"], first), (["f:1", "f:2"], second)]
 
     def line(*settings: str, parts: list = scored) -> str:
-        return accuracy.combined_line(load_config(settings), _sources(), parts)
+        return pair_accuracy.combined_line(load_config(settings), _sources(), parts)
 
     given = f"ensemble.reference_path={path}"
     # means: a 0.06 against c -0.24, b -0.06 against d 0.24

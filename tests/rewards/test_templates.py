@@ -25,7 +25,7 @@ from nemo_advrm.data.tokenizers import HFTokenizer
 from nemo_advrm.engine.runtime import Runtime
 from nemo_advrm.errors import CheckpointError
 from nemo_advrm.rewards.base import RewardSource
-from nemo_advrm.rewards.checkpoints import member_tokenizer
+from nemo_advrm.rewards.checkpoint_members import member_tokenizer
 from nemo_advrm.rewards.hf import HFReward
 from nemo_advrm.rewards.sources import build, parse
 from nemo_advrm.rollouts.types import Rollouts

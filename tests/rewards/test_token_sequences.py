@@ -10,7 +10,7 @@ from tiny import TOKENIZER as WORDS
 from nemo_advrm.data.messages import Message
 from nemo_advrm.data.tokenizers import ByteTokenizer
 from nemo_advrm.errors import DataError
-from nemo_advrm.rewards.encoding import token_sequences
+from nemo_advrm.rewards.token_sequences import token_sequences
 from nemo_advrm.rollouts.types import Rollouts
 
 TOKENIZER = ByteTokenizer()

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from nemo_advrm.config.schema import SyntheticConfig
+from nemo_advrm.synthetic.annotated_pairs import annotated_pairs, favourites_of
 from nemo_advrm.synthetic.corpus import sample_prompts, sft_corpus
 from nemo_advrm.synthetic.gold import gold_score
 from nemo_advrm.synthetic.language import FLOURISHES, MAX_RESPONSE_TOKENS, NOUNS
-from nemo_advrm.synthetic.preferences import annotated_pairs, favourites_of
 from nemo_advrm.synthetic.tokenizer import SyntheticTokenizer
 
 OPTIONS = SyntheticConfig(flip_probability=0.0)

@@ -18,12 +18,12 @@ from nemo_advrm.engine.runtime import Runtime
 from nemo_advrm.models.policy import PolicyModel
 from nemo_advrm.rewards.ensemble import RewardOutput
 from nemo_advrm.rewards.local import FunctionReward
-from nemo_advrm.rewards.records import score_sft_responses, trajectory_rows
+from nemo_advrm.rewards.sample_rows import score_sft_responses, trajectory_rows
 from nemo_advrm.rollouts.types import Rollouts
-from nemo_advrm.training.callbacks.checkpoints import PeriodicCheckpoint, saved_steps
-from nemo_advrm.training.callbacks.metrics import MetricsWriter
+from nemo_advrm.training.callbacks.metrics_writer import MetricsWriter
+from nemo_advrm.training.callbacks.periodic_checkpoints import PeriodicCheckpoint, saved_steps
 from nemo_advrm.training.callbacks.progress import StepProgress
-from nemo_advrm.training.callbacks.rollouts import OveroptimizationTracker, TrajectoryRecorder, prompt_text
+from nemo_advrm.training.callbacks.rollout_records import OveroptimizationTracker, TrajectoryRecorder, prompt_text
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:

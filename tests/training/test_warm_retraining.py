@@ -14,7 +14,7 @@ from tiny import TOKENIZER, pairs, tiny_config
 from nemo_advrm.engine.runtime import Runtime
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.models.reward_model import RewardModel
-from nemo_advrm.training.reward_model import EncodedPreferences, retrain_warm, warm
+from nemo_advrm.training.reward_model_training import EncodedPreferences, retrain_warm, warm
 
 
 def test_steps_and_rate_are_those_of_warm_retraining_and_the_pairs_come_in_beside_others(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, open_dict
 
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.integrations.nemo_aligner.client import EnsembleRewardClient
-from nemo_advrm.integrations.nemo_aligner.layout import refuse_context_parallelism
+from nemo_advrm.integrations.nemo_aligner.parallel_layout import refuse_context_parallelism
 from nemo_advrm.integrations.nemo_aligner.recorder import AdversarialRecorder
 
 

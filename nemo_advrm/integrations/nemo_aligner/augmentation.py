@@ -16,7 +16,7 @@ from nemo_advrm.data.nemo_aligner_rows import Render, as_transcript
 from nemo_advrm.data.pair_store import AdversarialPair, PairStore, merge
 from nemo_advrm.engine.collectives import run_on_rank_zero
 from nemo_advrm.errors import ConfigError, DataError, UserError
-from nemo_advrm.integrations.nemo_aligner.layout import refuse_context_parallelism
+from nemo_advrm.integrations.nemo_aligner.parallel_layout import refuse_context_parallelism
 
 
 class AdversarialAugmentation:

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from nemo_advrm.errors import RewardSourceError
 from nemo_advrm.integrations.nemo_aligner.agreement import WAIT_SECONDS, in_replica
-from nemo_advrm.integrations.nemo_aligner.critic import CriticClient
-from nemo_advrm.integrations.nemo_aligner.layout import refuse_context_parallelism
-from nemo_advrm.integrations.nemo_aligner.rollouts import RolloutReader
+from nemo_advrm.integrations.nemo_aligner.critic_client import CriticClient
+from nemo_advrm.integrations.nemo_aligner.parallel_layout import refuse_context_parallelism
+from nemo_advrm.integrations.nemo_aligner.rollout_reader import RolloutReader
 from nemo_advrm.objectives.adversarial import apply_length_penalty
 from nemo_advrm.rewards.ensemble import PolicyReward, RewardOutput
 from nemo_advrm.rollouts.types import Rollouts

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nemo_advrm.engine import transformer_engine
 from nemo_advrm.errors import ConfigError
-from nemo_advrm.integrations.nemo_aligner.layout import refuse_context_parallelism
+from nemo_advrm.integrations.nemo_aligner.parallel_layout import refuse_context_parallelism
 
 # Transformer Engine multiplies FP8 matrices whose sizes are multiples of this (of tokens: of 8)
 MULTIPLE = 16

@@ -16,7 +16,7 @@ from nemo_advrm.config.moved import moved_key, old_names
 from nemo_advrm.config.schema import AdversarialConfig, RemoteConfig
 from nemo_advrm.data.sft_scores import SFTScores
 from nemo_advrm.errors import ConfigError
-from nemo_advrm.integrations.nemo_aligner.rollouts import FINGERPRINT
+from nemo_advrm.integrations.nemo_aligner.rollout_reader import FINGERPRINT
 from nemo_advrm.objectives.sft_statistics import fit_members
 from nemo_advrm.optional_deps import require_extra
 from nemo_advrm.rewards.base import RewardSource

@@ -15,7 +15,7 @@ from nemo_advrm.integrations.nemo_aligner.client import EnsembleRewardClient
 from nemo_advrm.objectives.selection import qualifies
 from nemo_advrm.objectives.uncertainty import others_mean
 from nemo_advrm.rewards.ensemble import AdversarialReward
-from nemo_advrm.rewards.records import trajectory_rows
+from nemo_advrm.rewards.sample_rows import trajectory_rows
 
 
 class AdversarialRecorder:

@@ -13,9 +13,9 @@ from nemo_advrm.config.moved import old_names
 from nemo_advrm.data.jsonl import write_jsonl_atomic
 from nemo_advrm.engine.collectives import run_on_rank_zero
 from nemo_advrm.errors import ConfigError, RewardSourceError, UserError
-from nemo_advrm.integrations.nemo_aligner.rollouts import FINGERPRINT, RolloutReader, as_prompt
+from nemo_advrm.integrations.nemo_aligner.rollout_reader import FINGERPRINT, RolloutReader, as_prompt
 from nemo_advrm.rewards.base import RewardSource
-from nemo_advrm.rewards.records import score_sft_responses
+from nemo_advrm.rewards.sample_rows import score_sft_responses
 from nemo_advrm.rollouts.types import Rollouts
 
 

@@ -8,12 +8,12 @@ from typing import Any
 
 from nemo_advrm import files
 from nemo_advrm.attacks import summary_file
-from nemo_advrm.attacks.success import RATES
+from nemo_advrm.attacks.held_out_success import RATES
 from nemo_advrm.config.schema import Config
 from nemo_advrm.data.jsonl import read_jsonl
 from nemo_advrm.engine import manifest
 from nemo_advrm.errors import ConfigError, DataError
-from nemo_advrm.rewards.finds import asks_others
+from nemo_advrm.rewards.find_rule import asks_others
 from nemo_advrm.run_directory import results
 
 _RESTORE = "restore it, or run the attack again"

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
+from nemo_advrm.attacks.attack_summary import add_to_summary, check_rule, success_rates
 from nemo_advrm.attacks.pairing import ChosenSide, wrong_labels
-from nemo_advrm.attacks.summary import add_to_summary, check_rule, success_rates
 from nemo_advrm.config.schema import Config
 from nemo_advrm.data.jsonl import read_jsonl, write_jsonl_atomic
 from nemo_advrm.data.pair_store import AdversarialPair, PairStore
@@ -20,7 +20,7 @@ from nemo_advrm.data.sft_scores import SFTScores
 from nemo_advrm.data.tokenizers import build_tokenizer
 from nemo_advrm.errors import ConfigError, DataError
 from nemo_advrm.objectives.selection import AFTER_FINDS, first_step, select_pairs, text_signature
-from nemo_advrm.rewards.finds import FindRule, falls_short
+from nemo_advrm.rewards.find_rule import FindRule, falls_short
 from nemo_advrm.seeds import derive_seed
 
 RANDOM_PAIRS = "random_pairs.jsonl"

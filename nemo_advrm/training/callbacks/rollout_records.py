@@ -18,7 +18,7 @@ from nemo_advrm.errors import DataError
 from nemo_advrm.models.policy import PolicyModel
 from nemo_advrm.objectives.success import standard_success, strict_success
 from nemo_advrm.rewards.base import RewardSource, checked_scores
-from nemo_advrm.rewards.records import prompt_text, trajectory_rows
+from nemo_advrm.rewards.sample_rows import prompt_text, trajectory_rows
 from nemo_advrm.training.callbacks.rows import lost_steps, open_rows
 
 _log = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from nemo_advrm.convert.names import ATTENTION_NORM, MLP_NORM
+from nemo_advrm.convert.tensor_names import ATTENTION_NORM, MLP_NORM
 from nemo_advrm.convert.transforms import COPY, GATE_UP, QKV, Transform
 
 

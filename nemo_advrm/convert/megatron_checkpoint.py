@@ -14,8 +14,8 @@ from torch import Tensor
 from nemo_advrm.config.schema import ModelConfig, OptimConfig, ScheduleConfig
 from nemo_advrm.convert.differences import check_tensors, listed
 from nemo_advrm.convert.dist_weights import StackedReader, StackedWriter, check_layers
-from nemo_advrm.convert.names import VOCABULARY_ROWS, canonical_shapes, layer_of, stacked_name
 from nemo_advrm.convert.partial import PartialDirectory
+from nemo_advrm.convert.tensor_names import VOCABULARY_ROWS, canonical_shapes, layer_of, stacked_name
 from nemo_advrm.convert.tensors import Description, TensorSpec
 from nemo_advrm.convert.tokenizer_files import check_tokenizer, copy_tokenizer
 from nemo_advrm.convert.transforms import pad_vocabulary, unpad_vocabulary

@@ -11,8 +11,8 @@ from nemo_advrm.engine import runtime
 from nemo_advrm.engine.collectives import run_on_rank_zero
 from nemo_advrm.models.policy import PolicyModel
 from nemo_advrm.objectives.selection import first_step
-from nemo_advrm.rewards.finds import Find, FindRule
-from nemo_advrm.training.callbacks.rollouts import TrajectoryRecorder
+from nemo_advrm.rewards.find_rule import Find, FindRule
+from nemo_advrm.training.callbacks.rollout_records import TrajectoryRecorder
 
 
 class EnoughFinds(Callback):

@@ -19,11 +19,11 @@ from nemo_advrm.engine.model import MegatronModel
 from nemo_advrm.objectives.success import standard_success, strict_success
 from nemo_advrm.rewards.base import RewardSource, checked_scores
 from nemo_advrm.rewards.ensemble import AdversarialReward
-from nemo_advrm.rewards.finds import FindRule
+from nemo_advrm.rewards.find_rule import FindRule
 from nemo_advrm.rewards.limits import prompts_with_room
-from nemo_advrm.rewards.records import trajectory_rows
+from nemo_advrm.rewards.sample_rows import trajectory_rows
 from nemo_advrm.rewards.sft_responses import read_sft_scores, write_sft_scores
-from nemo_advrm.rollouts.prompts import encode_prompts, held_out_prompts
+from nemo_advrm.rollouts.run_prompts import encode_prompts, held_out_prompts
 from nemo_advrm.rollouts.sample import sample
 from nemo_advrm.rollouts.types import Prompt
 from nemo_advrm.seeds import derive_seed

@@ -29,11 +29,11 @@ from nemo_advrm.engine import manifest, runtime
 from nemo_advrm.engine.collectives import run_on_rank_zero
 from nemo_advrm.engine.model import MegatronModel
 from nemo_advrm.errors import DataError
-from nemo_advrm.objectives.best_of_n import best_of_n_curve, best_of_n_measures, curve_points
+from nemo_advrm.objectives.best_of_n_curve import best_of_n_curve, best_of_n_measures, curve_points
 from nemo_advrm.rewards.base import RewardSource, checked_scores
 from nemo_advrm.rewards.ensemble import UncertaintyReward
 from nemo_advrm.rewards.sft_responses import as_rollouts
-from nemo_advrm.rollouts.prompts import encode_prompts, held_out_prompts
+from nemo_advrm.rollouts.run_prompts import encode_prompts, held_out_prompts
 from nemo_advrm.rollouts.sample import sample
 from nemo_advrm.rollouts.types import Prompt, Rollouts
 from nemo_advrm.run_directory import results
