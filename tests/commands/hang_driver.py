@@ -1,7 +1,7 @@
-"""Trains on two processes of which one misbehaves. See test_hang.py, which runs :func:`run` in a world of one process.
+"""Trains on two processes, one of which stops or hangs. test_hang.py runs :func:`run` in a world of one process.
 
-Every process of a job is a fork of that one, which has imported all. A job starts when the one before stands still, so
-that only two processes work at a time and the limit can be short; they wait for the end of the limit at once.
+Every process of a job is a fork of that process, which has imported everything. A job starts once the one before waits,
+so that only two processes compute at a time; the jobs then wait for their timeouts together.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from nemo_advrm.synthetic.annotated_pairs import annotated_pairs
 
 TIMEOUT_SECONDS = 20.0
 STEPS = 8
-# for all that a busy machine takes longer
+# of the whole test, on a busy machine
 PATIENCE_SECONDS = 150.0
-REACHED = "REACHED"  # environment variable: the file that says that the misbehaviour begins
+REACHED = "REACHED"  # environment variable with the file that a process touches before it stops or hangs
 
 
 def at_step(step: int, act: Callable[[], None], rank: int = 1) -> None:
@@ -140,7 +140,7 @@ def run(home: Path) -> dict[str, dict[str, Any]]:
         for case in CASES:
             jobs.append(Job(case, home))
             stack.callback(jobs[-1].kill)
-            wait((home / f"{case}_reached").exists, deadline, f"{case} never came to its misbehaviour")
+            wait((home / f"{case}_reached").exists, deadline, f"{case} never reached its step")
         for job in jobs:
             survivor = 1 if job.case == "first_stopped" else 0
             wait(lambda job=job, rank=survivor: job.ended([rank]), deadline, f"{job.case} did not end")
