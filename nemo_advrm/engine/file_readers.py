@@ -1,9 +1,8 @@
-"""The one door through which the files of a Megatron checkpoint are read: nothing in them is run.
+"""Reads the files of a Megatron checkpoint without running code in them; all reading goes through this module.
 
-Megatron and PyTorch unpickle the table of contents of the weights, what is not sharded (``common.pt``) and every item
-that is not a tensor, which lets a file run any code. Here the table is read inertly
-(:mod:`nemo_advrm.engine.weights_metadata`) and all else by ``torch.load(weights_only=True)``, which knows tensors and
-plain containers only.
+Megatron and PyTorch unpickle the metadata of the weights, the unsharded state (``common.pt``) and every item that is
+not a tensor, so a file can run any code. Here :mod:`nemo_advrm.engine.weights_metadata` reads the metadata, and
+``torch.load(weights_only=True)``, which accepts only tensors and plain containers, reads everything else.
 """
 
 from __future__ import annotations
@@ -36,10 +35,10 @@ from nemo_advrm.untrusted_files import read_json_object
 
 
 def load_weights(state: dict[str, Any], directory: Path) -> dict[str, Any]:
-    """What ``directory`` holds for the sharded ``state``; all ranks call.
+    """Load the weights in ``directory`` into the sharded ``state``; all ranks call.
 
-    Raises CheckpointError that names a file which is damaged or not to be trusted, and what Megatron raises for a
-    state that does not fit.
+    Raises CheckpointError, naming the file, if a file is damaged or unsafe, and Megatron's own errors if the state does
+    not match.
     """
     backend = read_json_object(directory / CONFIG_FNAME).get("sharded_backend")
     if backend != "torch_dist":
@@ -53,29 +52,28 @@ def load_weights(state: dict[str, Any], directory: Path) -> dict[str, Any]:
 
 
 def load_plain(stream: IO[bytes], source: str) -> Any:
-    """Tensors, numbers, texts and containers of them that ``torch.save`` wrote.
+    """Load tensors, numbers, strings and containers of them, written by ``torch.save``.
 
-    Raises CheckpointError that names ``source`` for anything else, and for an archive that unpacks to more than it has
-    bytes.
+    Raises CheckpointError, naming ``source``, for anything else, and for an archive that unpacks to more than its size.
     """
     try:
         check_archive(stream, 0, stream.seek(0, io.SEEK_END))
         stream.seek(0)
         with only_torch_classes():
             return torch.load(stream, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged bytes make it raise many types
+    except Exception as error:  # damaged bytes raise many types of errors
         raise CheckpointError(f"{source}: {reason(error)}") from None
 
 
 def check_archive(file: IO[bytes], offset: int, length: int) -> None:
-    """Raise ValueError unless this part of ``file`` is an uncompressed archive as ``torch.save`` writes it.
+    """Raise ValueError unless this part of ``file`` is an uncompressed archive, as ``torch.save`` writes it.
 
-    Its older format, and compressed archives, can have more memory taken than they have bytes.
+    A compressed archive, or PyTorch's older format, can make the reader allocate far more than the file's size.
     """
     try:
         with zipfile.ZipFile(io.BufferedReader(_Part(file, offset, length))) as archive:
             members = archive.infolist()
-    except Exception as error:  # zipfile too raises many types
+    except Exception as error:  # zipfile raises many types of errors too
         raise ValueError(f"no archive of PyTorch ({error})") from None
     if any(member.compress_type != zipfile.ZIP_STORED for member in members):
         raise ValueError("a compressed archive, which PyTorch does not write")
@@ -84,7 +82,7 @@ def check_archive(file: IO[bytes], offset: int, length: int) -> None:
 
 
 class _Part(io.RawIOBase):
-    """Some bytes of a file as a file; PyTorch's own view of them cannot seek from the end."""
+    """File-like view of a byte range of a file; PyTorch's own view cannot seek from the end."""
 
     def __init__(self, file: IO[bytes], offset: int, length: int) -> None:
         self._file, self._offset, self._length, self._at = file, offset, length, 0
@@ -111,7 +109,7 @@ class _Part(io.RawIOBase):
 
 
 def reason(error: BaseException) -> str:
-    """Why a file could not be read, in one line and without PyTorch's advice to trust it."""
+    """Why a file could not be read, on one line, without PyTorch's advice to switch ``weights_only`` off."""
     if isinstance(error, CheckpointError):
         return str(error)
     if isinstance(error, pickle.UnpicklingError):
@@ -121,7 +119,7 @@ def reason(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def only_torch_classes() -> Iterator[None]:
-    """Inside, ``weights_only`` knows PyTorch's own classes: libraries add others for the whole process."""
+    """Restrict ``weights_only`` to PyTorch's own classes inside: libraries allow others for the whole process."""
     added = torch.serialization.get_safe_globals()
     torch.serialization.clear_safe_globals()
     try:
@@ -144,7 +142,7 @@ class _Common(TorchCommonLoadStrategy):
 
 
 class WeightsReader(FileSystemReader):
-    """PyTorch's reader of a directory, with a table of contents that was read inertly; errors name the file."""
+    """PyTorch's reader of a directory with metadata that is already read and validated; errors name the file."""
 
     def __init__(self, directory: Path, metadata: Metadata) -> None:
         super().__init__(directory)
@@ -154,7 +152,7 @@ class WeightsReader(FileSystemReader):
         return self._metadata
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """File by file, so that an error can name the file."""
+        """Read file by file, so that an error can name the file."""
         per_file: dict[str, list[ReadItem]] = {}
         for item in plan.items:
             per_file.setdefault(self.storage_data[item.storage_index].relative_path, []).append(item)
@@ -163,7 +161,7 @@ class WeightsReader(FileSystemReader):
                 super().read_data(dataclasses.replace(plan, items=items), planner).wait()
             except CheckpointError:
                 raise
-            except Exception as error:  # damaged bytes make it raise many types
+            except Exception as error:  # damaged bytes raise many types of errors
                 raise CheckpointError(f"{Path(self.path) / name}: {reason(error)}") from None
         done: Future[None] = Future()
         done.set_result(None)
@@ -185,9 +183,9 @@ class _Planner(strategies.MCoreLoadPlanner):
 
 @contextlib.contextmanager
 def _our_readers(directory: Path) -> Iterator[None]:
-    """Inside, Megatron's strategy reads by the classes above, which it takes from these names of its module.
+    """Make Megatron's loading strategy use the classes above inside, by replacing two names of its module.
 
-    A Megatron that has other names raises AttributeError instead of reading by its own.
+    A Megatron version without these names raises AttributeError, instead of silently using its own classes.
     """
     metadata = open_metadata(directory)
     theirs = {name: getattr(strategies, name) for name in ("_get_filesystem_reader", "MCoreLoadPlanner")}

@@ -110,22 +110,22 @@ def read_metadata(data: bytes, source: str, renamed: dict[str, str] | None = Non
 
 
 def check_places(metadata: Metadata, size_of: Callable[[str], int | None], source: str) -> None:
-    """Compare what a table of contents claims with the files.
+    """Compare the described storage locations with the files.
 
     Args:
-        size_of: bytes of the file of a name, None where there is none.
+        size_of: size of the file with a name in bytes, None if there is none.
         source: named in errors.
 
     Raises:
-        CheckpointError: a place outside its file or its directory, files that are counted twice, or a tensor that is
-            larger than what is stored of it.
+        CheckpointError: a location outside its file or the directory, bytes that are described more than once, or a
+            tensor that is larger than its stored bytes.
     """
     sizes: dict[str, int] = {}
     held: defaultdict[str, int] = defaultdict(int)
     for index, place in (metadata.storage_data or {}).items():
         name = place.relative_path
         if name not in sizes:
-            # a table could else have any file of the machine read
+            # otherwise the metadata could make us read any file of the machine
             if Path(name).name != name:
                 raise CheckpointError(f"{source}: names a file outside its directory ({name!r})")
             size = size_of(name)
