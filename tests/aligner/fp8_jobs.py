@@ -49,7 +49,7 @@ def compare(path: str, out: str, texts: list[str]) -> dict[str, Any]:
         found["rewards"] = [_of_tokens(ours, row) for row in rows]
         ours.cfg.fp8 = True  # pads, and computes in fp32 as it was built
         found["padded"] = [_of_tokens(ours, row) for row in rows]
-        with mock.patch.object(fp8.engine, "fault", return_value=""):
+        with mock.patch.object(fp8.transformer_engine, "import_error", return_value=""):
             wrong = {"fp8_hybrid": False}, {"force_head_dtype": "bf16"}, {"encoder_seq_length": 40}
             engine = {"transformer_engine": True}
             found["refused"] = [told(MegatronGPTFP8RewardModel, **engine, **settings) for settings in wrong]
