@@ -22,8 +22,7 @@ from nemo_advrm.data.reading import ReadingRule, rule_in_config
 from nemo_advrm.engine import manifest
 from nemo_advrm.errors import ConfigError, DataError, UserError
 from nemo_advrm.pipeline.state import read_state
-from nemo_advrm.report.collect_rlhf import read_settings
-from nemo_advrm.report.files import read_json, read_jsonl
+from nemo_advrm.report.files import read_json, read_jsonl, read_settings
 from nemo_advrm.run_directory import results, run_files
 from nemo_advrm.untrusted_files import decode_json, read_json_object
 

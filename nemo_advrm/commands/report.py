@@ -7,15 +7,14 @@ from pathlib import Path
 
 from nemo_advrm.config.schema import Config
 from nemo_advrm.errors import ConfigError
-from nemo_advrm.report import render_summary, write_report
-from nemo_advrm.report.table import as_text
+from nemo_advrm.report import write_joined, write_report
 
 
 def main(cfg: Config) -> int:
     """Write the report of the run in ``run_dir``, or of those in ``report.runs`` together.
 
-    Several runs are reported in ``report/`` of the directory that they have in common. Raises :class:`ConfigError`
-    when there is no run.
+    The report of several runs is written to ``report/`` in the directory that contains all of them. Raises
+    :class:`ConfigError` if a path is not a run.
     """
     runs = [Path(run) for run in cfg.report.runs or [cfg.run_dir]]
     for run in runs:
@@ -23,13 +22,10 @@ def main(cfg: Config) -> int:
             key = "report.runs" if cfg.report.runs else "run_dir"
             raise ConfigError(f"{key}={run}: no state.json there, so no run to report on")
     if len(runs) == 1:
-        page = write_report(runs[0])
-        print(render_summary(runs[0]))
+        report = write_report(runs[0])
     else:
-        from nemo_advrm.report.joined import joined_tables, write_joined
-
-        home = Path(os.path.commonpath([run.resolve().parent for run in runs]))
-        page, summary = write_joined(runs, home / "report")
-        print(as_text(summary["headline"], joined_tables(summary), summary["notes"]))
-    print(f"report: {page}")
+        common = Path(os.path.commonpath([run.resolve().parent for run in runs]))
+        report = write_joined(runs, common / "report")
+    print(report.text())
+    print(f"report: {report.page}")
     return 0

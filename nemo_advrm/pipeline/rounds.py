@@ -147,12 +147,12 @@ class Pipeline:
                 print(f"{rounds} end after round {number}: {reason}", flush=True)
 
     def _report(self) -> None:
-        from nemo_advrm.report import render_summary, write_report
+        from nemo_advrm.report import write_report
 
         def write() -> None:
-            write_report(self.directory)
-            print(render_summary(self.directory))
-            print(f"report: {self.directory / 'report' / 'index.html'}")
+            report = write_report(self.directory)
+            print(report.text())
+            print(f"report: {report.page}")
 
         run_on_rank_zero(write)
 

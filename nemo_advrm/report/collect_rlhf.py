@@ -1,46 +1,22 @@
-"""Reads the RLHF runs and best-of-n curves of a run directory, and what its configuration says of their rewards."""
+"""Reads the RLHF runs and best-of-n curves of a run directory, and the definitions of their rewards."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
-from nemo_advrm.report.files import Row, as_object, count, number, numbers, read_json, read_jsonl
-from nemo_advrm.report.measures import MATCHED_KL, SMOOTHING_WINDOW, TOLERANCE, Options, column, curves
-from nemo_advrm.report.records import BestOfN, Reward, Rlhf, RlhfRun
-from nemo_advrm.untrusted_files import decode_yaml, read_bytes
+from nemo_advrm.report.files import Row, as_object, column, count, number, numbered, numbers, read_json, read_jsonl
+from nemo_advrm.report.measures import MATCHED_KL, SMOOTHING_WINDOW, TOLERANCE, Options, curves
+from nemo_advrm.report.records import BestOfN, Reward, RlhfArm, RlhfRun
 
 PLAIN, HARDENED = "r1", "adv_rm"
 RLHF_ORDER = (PLAIN, "ensemble_mean", "lcb", HARDENED)
 
 
-def numbered(directory: Path, prefix: str) -> list[Path]:
-    """Subdirectories PREFIX_N in the order of N."""
-    found = [
-        (int(match[1]), path)
-        for path in directory.iterdir()
-        if path.is_dir() and (match := re.fullmatch(rf"{prefix}_(\d+)", path.name))
-    ]
-    return [path for _, path in sorted(found)]
-
-
-def read_settings(run_dir: Path, notes: list[str]) -> Row:
-    """config.yaml; empty where the run has none."""
-    path = run_dir / "config.yaml"
-    if not path.is_file():
-        return {}
-    try:
-        return as_object(decode_yaml(read_bytes(path)))
-    except (OSError, ValueError) as error:
-        notes.append(f"config.yaml cannot be read ({error}).")
-        return {}
-
-
 def read_options(settings: Row) -> Options:
-    """By what the run's own configuration takes measures, or the defaults."""
+    """The options of the measures in the run's configuration, or their defaults."""
     options = as_object(settings.get("pipeline"))
     window, tolerance = count(options.get("stable_window")), number(options.get("stable_tolerance"))
     kl = number(as_object(settings.get("report")).get("kl"))
@@ -48,7 +24,7 @@ def read_options(settings: Row) -> Options:
 
 
 def read_rewards(settings: Row) -> dict[str, Reward]:
-    """`pipeline.rlhf`: what each arm optimised; versions without `ensemble.standardise` combined raw scores."""
+    """The reward of each arm in `pipeline.rlhf`. Versions without `ensemble.standardise` combined raw scores."""
     standardised = as_object(settings.get("ensemble")).get("standardise") is True
     features = bool(as_object(settings.get("reward_model")).get("reference_features"))
     of_stage = as_object(as_object(settings.get("stage")).get("rlhf"))
@@ -78,21 +54,19 @@ def read_rewards(settings: Row) -> dict[str, Reward]:
 
 
 def in_order(names: Iterable[str], rewards: Iterable[str]) -> list[str]:
-    """Arms in the order of the configuration, else of earlier versions' experiment; the rest by name."""
+    """Arms in the order of the configuration, then of the experiment of earlier versions; the rest by name."""
     places = {name: place for place, name in enumerate(dict.fromkeys((*rewards, *RLHF_ORDER)))}
     return sorted(names, key=lambda name: (places.get(name, len(places)), name))
 
 
-def read_rlhf(run_dir: Path, rewards: Iterable[str], stages: Row, notes: list[str]) -> tuple[Rlhf, ...]:
-    """The arms in `rlhf/`: `rlhf/ARM` of one RLHF seed, or `rlhf/ARM/seed_I` of several."""
+def read_rlhf(run_dir: Path, rewards: Iterable[str], stages: Row, notes: list[str]) -> tuple[RlhfArm, ...]:
+    """The arms in `rlhf/`: `rlhf/ARM` for one RLHF seed, `rlhf/ARM/seed_I` for several."""
     root = run_dir / "rlhf"
     names = in_order((path.name for path in root.iterdir() if path.is_dir()) if root.is_dir() else (), rewards)
     found = []
     for name in names:
-        seeds = numbered(root / name, "seed")
-        homes = {int(path.name.rpartition("_")[2]): path for path in seeds} or {1: root / name}
         runs = []
-        for seed, home in homes.items():
+        for seed, home in numbered(root / name, "seed") or [(1, root / name)]:
             held_out, rollouts = curves(read_jsonl(home / "metrics.jsonl", run_dir, notes))
             if rollouts is None:
                 notes.append(f"{home.relative_to(run_dir)} has no metrics.")
@@ -100,7 +74,7 @@ def read_rlhf(run_dir: Path, rewards: Iterable[str], stages: Row, notes: list[st
             status = as_object(stages.get(home.relative_to(run_dir).as_posix())).get("status")
             runs.append(RlhfRun(seed, rollouts, held_out, status in (None, "complete")))
         if runs:
-            found.append(Rlhf(name, tuple(runs)))
+            found.append(RlhfArm(name, tuple(runs)))
     if not found:
         notes.append("No RLHF runs: over-optimisation curves and the comparison of rewards are absent.")
     elif not any(one.has_gold for one in found):
@@ -109,7 +83,7 @@ def read_rlhf(run_dir: Path, rewards: Iterable[str], stages: Row, notes: list[st
 
 
 def read_best_of_n(run_dir: Path, rewards: Iterable[str], notes: list[str]) -> tuple[BestOfN, ...]:
-    """The curves in `best_of_n/`, one file a reward."""
+    """The curves in `best_of_n/`, one file for each reward."""
     root = run_dir / "best_of_n"
     names = in_order((path.stem for path in root.glob("*.json")), rewards)
     found = []

@@ -1,8 +1,9 @@
-"""What runs and studies say of the rewards: every arm beside its baseline, and the headline in plain words."""
+"""Compares every arm with its baseline and states the result: the verdict and the headline of a report."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,46 +11,49 @@ from nemo_advrm.errors import DataError
 from nemo_advrm.report import study
 from nemo_advrm.report.names import reward_name
 from nemo_advrm.report.records import Run
-from nemo_advrm.report.statistics import Comparison, Interval
-from nemo_advrm.report.study_tables import COLUMNS, MAIN_MEASURE, sentence
+from nemo_advrm.report.statistics import Interval
 
 Summary = dict[str, Any]
 
+# The measures that are compared, by kind, with their column titles. The first one decides.
+COLUMNS = {
+    study.RLHF: {
+        "area": "Area",
+        "second_half": "Second half",
+        "final": "Final",
+        "peak": "Peak",
+        "gold_at_kl": "Gold at matched KL",
+    },
+    study.BEST_OF_N: {"area": "Area", "final": "Largest n", "peak": "Peak"},
+}
+MAIN_MEASURE = "area"
+
 
 def compare_all(lines: Sequence[study.Line]) -> list[Summary]:
-    """Every arm of every experiment with its baseline, in every measure that both have."""
+    """Every arm of every experiment against its baseline, in every measure that both have."""
     found = []
     for experiment in study.experiments(lines):
         for kind, columns in COLUMNS.items():
             arms = study.arms(lines, experiment, kind)
             for name, arm in arms.items():
-                for measure, _ in columns:
+                for measure in columns:
                     comparison = study.against_baseline(arms, name, measure)
                     if comparison is not None:
                         about = {"experiment": experiment, "kind": kind, "arm": name, "baseline": arm.baseline}
-                        found.append(about | {"measure": measure} | _comparison(comparison))
+                        values = asdict(comparison)
+                        interval = values.pop("interval")._asdict()
+                        values = {key: list(value) for key, value in values.items()} | interval
+                        found.append(about | {"measure": measure} | values | {"better": comparison.better})
     return found
 
 
-def _comparison(comparison: Comparison) -> Summary:
-    return {
-        "seeds": list(comparison.seeds),
-        "differences": list(comparison.differences),
-        "mean": comparison.interval.mean,
-        "low": comparison.interval.low,
-        "high": comparison.interval.high,
-        "better": comparison.better,
-    }
+def interval_of(entry: Summary) -> Interval:
+    """The interval of an entry of `comparisons`."""
+    return Interval(entry["mean"], entry["low"], entry["high"])
 
 
-def comparison_of(entry: Summary) -> Comparison:
-    """The comparison that an entry of `comparisons` holds."""
-    interval = Interval(entry["mean"], entry["low"], entry["high"])
-    return Comparison(tuple(entry["seeds"]), tuple(entry["differences"]), interval)
-
-
-def study_beside(run: Run, notes: list[str]) -> Summary | None:
-    """The comparisons of the study that `report.study_path` names, with a note where it cannot be read."""
+def compare_study(run: Run, notes: list[str]) -> Summary | None:
+    """The comparisons of the study in `report.study_path`; None, and a note, if it cannot be read."""
     if not run.study_path:
         return None
     try:
@@ -70,19 +74,17 @@ def conclude(
         )
     if all(one["start"] is None for one in rlhf.values()):
         return "open", "This run has no gold reward, so resistance to over-optimisation was not measured."
-    own = _main(comparisons, arm)
-    if own is None:
+    decisive = _main(comparisons, arm)
+    if decisive is None:
         return "open", (
             f"This run compares nothing: {reward_name(arm)} has no finished run beside one of the plain reward model "
             "at the same KL penalty."
         )
-    text, decided = _sentence(own), own
-    beside = _main(from_study["comparisons"], arm) if from_study else None
-    if beside is not None:
-        told = _sentence(beside)
+    text = sentence(decisive)
+    if from_study is not None and (in_study := _main(from_study["comparisons"], arm)) is not None:
+        decisive, told = in_study, sentence(in_study)
         text += f" In the study: {told[0].lower()}{told[1:]}"
-        decided = beside
-    interval = comparison_of(decided).interval
+    interval = interval_of(decisive)
     return ("open" if not interval.excludes_zero else "better" if interval.mean > 0 else "worse"), text
 
 
@@ -91,6 +93,20 @@ def _main(comparisons: list[Summary], arm: str) -> Summary | None:
     return next((one for one in comparisons if wanted.items() <= one.items()), None)
 
 
-def _sentence(entry: Summary) -> str:
-    names = reward_name(entry["arm"]), reward_name(entry["baseline"])
-    return sentence(comparison_of(entry), *names, entry["kind"])
+def sentence(entry: Summary) -> str:
+    """What an entry of `comparisons` says of mean gold, in one sentence with its interval."""
+    interval = interval_of(entry)
+    over = "over RLHF" if entry["kind"] == study.RLHF else "over the best-of-n curve"
+    text = (
+        f"With {reward_name(entry['arm'])}, mean gold {over} was {abs(interval.mean):.2f} "
+        f"{'higher' if interval.mean >= 0 else 'lower'} than with {reward_name(entry['baseline'])}"
+    )
+    if interval.low is None or interval.high is None:
+        return f"{text} in the one seed that was run, which cannot tell an effect from chance."
+    text += (
+        f" (95 % interval {interval.low:+.2f} to {interval.high:+.2f}, {entry['better']} of {len(entry['seeds'])} "
+        "seeds higher)"
+    )
+    if not interval.excludes_zero:
+        return f"{text}: the interval includes 0, so this does not show a difference."
+    return f"{text}: {'better' if interval.mean > 0 else 'worse'}, beyond chance."

@@ -3,67 +3,59 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from typing import Any
 
 from nemo_advrm.report.collect_rlhf import HARDENED, PLAIN
 from nemo_advrm.report.records import Run
 
 # Stages that every pipeline begins with: the first policy, and the labelled comparisons.
-SHARED_STAGES = ("sft", "preferences")
-
-
-def hardening_round(run: Run) -> int | None:
-    """The round whose first member is the hardened reward model: the last that was retrained on pairs."""
-    retrained = [one.number for one in run.rounds if one.number > 0 and any(rm.number == 1 for rm in one.members)]
-    return max(retrained, default=None)
+SHARED_STAGES = {"sft", "preferences"}
 
 
 def cost_of(run: Run) -> dict[str, Any]:
-    """What a user pays for plain RLHF (SFT, labels, one reward model, RLHF) and for Adv-RM (every stage that leads to
-    the hardened reward model, and RLHF with it). The last round's other members and its attack only measure: no cost.
+    """The cost of plain RLHF (SFT, labels, one reward model, RLHF) and of Adv-RM (every stage that leads to the
+    hardened reward model, and RLHF with it).
 
-    Of an arm with several RLHF seeds the first counts.
+    The other members of the last round and its attack only measure, so they do not count. Of an arm with several RLHF
+    seeds the first counts. The unit is GPU seconds or CPU seconds if all stages that took time have them, else
+    wall-clock.
     """
-    last = hardening_round(run)
-    unit, spent = run.cost
-    plain_arm, hardened = _cost_arms(run)
-    plain = [name for name in spent if name in (*SHARED_STAGES, "round_0/rm_1", *_rlhf_stages(plain_arm))]
-    adv_rm = [name for name in spent if last is not None and _leads_to_hardened(name, last, hardened)]
-    whole_plain = "round_0/rm_1" in plain and any(name in plain for name in _rlhf_stages(plain_arm))
-    whole = f"round_{last}/rm_1" in adv_rm and any(name in adv_rm for name in _rlhf_stages(hardened))
+    unit, spent = "seconds of wall-clock", run.seconds
+    for name, amounts in (("CPU seconds", run.cpu_seconds), ("GPU seconds", run.gpu_seconds)):
+        if amounts and run.seconds.keys() <= amounts.keys():
+            unit, spent = name, amounts
+    plain_arm = next((name for name, one in run.rewards.items() if one.is_plain), PLAIN)
+    adv_rm_arm = next(
+        (name for name, one in run.rewards.items() if one.kind == "hardened" and not one.branch), HARDENED
+    )
+    # the round whose first member is the hardened reward model: the last that was retrained
+    last = max((one.number for one in run.rounds if one.number and any(m.member == 1 for m in one.members)), default=0)
+    plain_rlhf, adv_rm_rlhf = ({f"rlhf/{arm}", f"rlhf/{arm}/seed_1"} for arm in (plain_arm, adv_rm_arm))
+
+    def leads_to_hardened(stage: str) -> bool:
+        if stage in {*SHARED_STAGES, *adv_rm_rlhf, f"round_{last}/rm_1"}:
+            return True
+        match = re.match(r"round_(\d+)/", stage)
+        # each member may have a trunk of its own, and all members are attacked
+        return re.fullmatch(r"sft_\d+", stage) is not None or (match is not None and int(match[1]) < last)
+
+    plain = [name for name in spent if name in {*SHARED_STAGES, "round_0/rm_1", *plain_rlhf}]
+    adv_rm = [name for name in spent if last and leads_to_hardened(name)]
+    whole_plain = "round_0/rm_1" in plain and not plain_rlhf.isdisjoint(plain)
+    whole_adv_rm = f"round_{last}/rm_1" in adv_rm and not adv_rm_rlhf.isdisjoint(adv_rm)
     return {
         "unit": unit,
         "plain": sum(spent[name] for name in plain) if whole_plain else None,
-        "adv_rm": sum(spent[name] for name in adv_rm) if whole else None,
+        "adv_rm": sum(spent[name] for name in adv_rm) if whole_adv_rm else None,
         "plain_flops": _flops(run, plain) if whole_plain else None,
-        "adv_rm_flops": _flops(run, adv_rm) if whole else None,
+        "adv_rm_flops": _flops(run, adv_rm) if whole_adv_rm else None,
         "plain_stages": plain,
         "adv_rm_stages": adv_rm,
         "stages": spent,
     }
 
 
-def _cost_arms(run: Run) -> tuple[str, str]:
-    """Names of the plain arm and of the one on the hardened reward model."""
-    plain = next((name for name, reward in run.rewards.items() if reward.is_plain), PLAIN)
-    hardened = next((name for name, one in run.rewards.items() if one.kind == "hardened" and not one.branch), HARDENED)
-    return plain, hardened
-
-
-def _rlhf_stages(arm: str) -> tuple[str, str]:
-    return f"rlhf/{arm}", f"rlhf/{arm}/seed_1"
-
-
-def _flops(run: Run, stages: Sequence[str]) -> float | None:
-    """FLOPs of the stages, None where one that trains or samples does not know them."""
+def _flops(run: Run, stages: list[str]) -> float | None:
+    """FLOPs of the stages; None if one of them does not know its FLOPs."""
     known = [run.flops[name] for name in stages if name in run.flops]
     return sum(known) if known and len(known) == len(stages) else None
-
-
-def _leads_to_hardened(stage: str, last: int, arm: str) -> bool:
-    if stage in (*SHARED_STAGES, *_rlhf_stages(arm), f"round_{last}/rm_1"):
-        return True
-    match = re.match(r"round_(\d+)/", stage)
-    # of an ensemble with a trunk each, all are attacked
-    return re.fullmatch(r"sft_\d+", stage) is not None or (match is not None and int(match[1]) < last)

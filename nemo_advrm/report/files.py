@@ -1,37 +1,53 @@
-"""Reads JSON files that may be absent, truncated or broken: what is wrong becomes a note, never an error."""
+"""Reads JSON files of a run that may be missing, truncated or damaged: a note says what is wrong, nothing is raised.
+
+The readers of `data.jsonl` raise for the first bad line instead; a report must show the rest of the run.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from nemo_advrm.data.jsonl import MAX_LINE_BYTES
-from nemo_advrm.untrusted_files import decode_json, read_bytes
+from nemo_advrm.untrusted_files import decode_json, decode_yaml, read_bytes
 
 Row = dict[str, Any]
-Scores = tuple[float | None, ...]
 
 
 def read_json(path: Path, run_dir: Path, notes: list[str]) -> Row:
-    """A JSON object, or {} with a note when the file is absent or broken."""
+    """A JSON object; {} and a note if the file is missing or damaged."""
     name = path.relative_to(run_dir)
     try:
-        value = decode_json(read_bytes(path).decode("utf-8", errors="replace"))
+        return as_object(decode_json(read_bytes(path).decode("utf-8", errors="replace")))
     except FileNotFoundError:
         notes.append(f"{name} is absent.")
-        return {}
     except (ValueError, OSError) as error:
         notes.append(f"{name} cannot be read ({error}).")
+    return {}
+
+
+def read_settings(run_dir: Path, notes: list[str]) -> Row:
+    """The configuration of a run, config.yaml; {} if it has none."""
+    path = run_dir / "config.yaml"
+    if not path.is_file():
         return {}
-    return value if isinstance(value, dict) else {}
+    try:
+        return as_object(decode_yaml(read_bytes(path)))
+    except (OSError, ValueError) as error:
+        notes.append(f"config.yaml cannot be read ({error}).")
+        return {}
 
 
 def read_jsonl(path: Path, run_dir: Path, notes: list[str]) -> list[Row]:
-    """Rows of a JSON-lines file; [] when it is absent. Broken lines are left out with a note.
+    """Rows of a JSON-lines file; [] if it is missing. Damaged lines are left out with a note.
 
-    A stage killed while it writes leaves half a last line: that is expected, and noted as such.
+    A stage that is killed while it writes leaves half a last line: that is expected, and the note says so.
     """
     if not path.is_file():
         return []
@@ -60,33 +76,54 @@ def read_jsonl(path: Path, run_dir: Path, notes: list[str]) -> list[Row]:
 
 
 def _lines(path: Path) -> Iterator[str]:
-    """One line at a time; one that is longer than a line may be comes in parts, which are no rows."""
+    """The lines, one at a time. A line over the limit comes in pieces, which do not decode as rows."""
     with open(path, "rb") as file:
         while raw := file.readline(MAX_LINE_BYTES):
             yield raw.decode("utf-8", errors="replace")
 
 
+def numbered(directory: Path, prefix: str) -> list[tuple[int, Path]]:
+    """(N, path) of the subdirectories PREFIX_N, in the order of N."""
+    matches = ((re.fullmatch(rf"{prefix}_(\d+)", path.name), path) for path in directory.iterdir() if path.is_dir())
+    return sorted((int(match[1]), path) for match, path in matches if match)
+
+
 def number(value: object) -> float | None:
-    """A finite float, or None for anything else (null, NaN, infinity, text, booleans)."""
+    """A finite float; None for anything else (null, NaN, infinity, text, booleans)."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:
         return float(value) if math.isfinite(value) else None
-    except OverflowError:  # a whole number that is no float
+    except OverflowError:  # a whole number too large for a float
         return None
 
 
-def numbers(value: object) -> Scores:
-    """Each entry of a JSON list as a finite float or None; () when it is not a list."""
+def numbers(value: object) -> tuple[float | None, ...]:
+    """The entries of a JSON list, each by `number`; () if it is not a list."""
     return tuple(number(entry) for entry in value) if isinstance(value, list) else ()
 
 
 def count(value: object) -> int | None:
-    """A whole number of 64 bits, or None for what `number` refuses."""
+    """A whole number that fits 64 bits, or None."""
     found = number(value)
     return None if found is None or abs(found) >= 2**63 else int(found)
 
 
 def as_object(value: object) -> Row:
-    """The value when it is a JSON object, else {}."""
+    """The value if it is a JSON object, else {}."""
     return value if isinstance(value, dict) else {}
+
+
+def column(rows: Iterable[Mapping[str, Any]], key: str) -> NDArray[np.float64]:
+    """[N] the finite numbers of one key; NaN where a row has none."""
+    values = [number(row.get(key)) for row in rows]
+    return np.array([np.nan if value is None else value for value in values], dtype=np.float64)
+
+
+def matrix(rows: Iterable[Mapping[str, Any]], key: str) -> NDArray[np.float64]:
+    """[N, K] the lists of numbers of one key, padded with NaN to the longest."""
+    lists = [numbers(row.get(key)) for row in rows]
+    matrix_NK = np.full((len(lists), max(map(len, lists), default=0)), np.nan)
+    for index, entry in enumerate(lists):
+        matrix_NK[index, : len(entry)] = [np.nan if value is None else value for value in entry]
+    return matrix_NK

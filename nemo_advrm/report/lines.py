@@ -1,4 +1,4 @@
-"""The lines of a study that a run directory gives: one for every RLHF run and for every best-of-n curve in it."""
+"""Makes lines of a study from a run directory: one for every finished RLHF run and every best-of-n curve."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import platform
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 import torch
 
@@ -18,9 +18,6 @@ from nemo_advrm.report.measures import measures_of
 from nemo_advrm.report.records import Reward, Run
 from nemo_advrm.report.study import BEST_OF_N, RLHF, Line
 
-T = TypeVar("T")
-U = TypeVar("U")
-
 
 def lines_of(run_dir: Path, experiment: str = "", hardware: str = "") -> list[Line]:
     """The lines of the finished RLHF runs and best-of-n curves of a run directory; see `lines_of_run`."""
@@ -28,11 +25,10 @@ def lines_of(run_dir: Path, experiment: str = "", hardware: str = "") -> list[Li
 
 
 def lines_of_run(run: Run, experiment: str = "", hardware: str = "") -> list[Line]:
-    """The lines of a run.
+    """The lines of a run; `experiment` defaults to the run's `name`.
 
-    `cpu_seconds`, `flops` and `commit` are those of the RLHF stage itself (`commit` the run's where versions before did
-    not keep it). An arm is compared with the plain one of the same KL
-    coefficient; `experiment` is the run's `name` unless it is given.
+    An arm is compared with the plain arm of the same KL coefficient. `cpu_seconds`, `flops` and `commit` are those of
+    the RLHF stage itself; runs of earlier versions know only the commit of the whole run.
     """
     name, seed = experiment or run.experiment or run.directory.resolve().name, run.seed or 0
     compared = baselines([one.name for one in run.rlhf], run.rewards)
@@ -40,27 +36,28 @@ def lines_of_run(run: Run, experiment: str = "", hardware: str = "") -> list[Lin
     for arm in run.rlhf:
         reward = run.rewards.get(arm.name)
         for one in arm.runs:
-            if one.finished:
-                lines.append(
-                    Line(
-                        name,
-                        RLHF,
-                        seed,
-                        arm.name,
-                        one.seed,
-                        kl=reward.kl if reward else None,
-                        baseline=compared[arm.name],
-                        measures=measures_of(one.measured, run.options),
-                        cpu_seconds=_of_stage(run.cpu_seconds, arm.name, one.seed, None),
-                        flops=_of_stage(run.flops, arm.name, one.seed, None),
-                        commit=_of_stage(run.commits, arm.name, one.seed, run.commit),
-                        hardware=hardware,
-                    )
+            if not one.finished:
+                continue
+            stages = (f"rlhf/{arm.name}/seed_{one.seed}", f"rlhf/{arm.name}")
+            lines.append(
+                Line(
+                    name,
+                    RLHF,
+                    seed,
+                    arm.name,
+                    one.seed,
+                    kl=reward.kl if reward else None,
+                    baseline=compared[arm.name],
+                    measures=measures_of(one.measured, run.options),
+                    cpu_seconds=_first(run.cpu_seconds, stages),
+                    flops=_first(run.flops, stages),
+                    commit=_first(run.commits, stages) or run.commit,
+                    hardware=hardware,
                 )
+            )
     compared = baselines([one.name for one in run.best_of_n], run.rewards, equal_kl=False)
     for curve in run.best_of_n:
         gold = [value if value == value else None for value in curve.gold_S.tolist()]
-        found = best_of_n_measures(curve.kl_S.tolist(), gold)
         lines.append(
             Line(
                 name,
@@ -68,7 +65,7 @@ def lines_of_run(run: Run, experiment: str = "", hardware: str = "") -> list[Lin
                 seed,
                 curve.name,
                 baseline=compared[curve.name],
-                measures=dict(found),
+                measures=dict(best_of_n_measures(curve.kl_S.tolist(), gold)),
                 commit=run.commits.get(f"best_of_n/{curve.name}", run.commit),
                 hardware=hardware,
             )
@@ -76,39 +73,38 @@ def lines_of_run(run: Run, experiment: str = "", hardware: str = "") -> list[Lin
     return lines
 
 
-def _of_stage(known: Mapping[str, T], arm: str, seed: int, otherwise: U) -> T | U:
-    """What is known of the stage of one RLHF run."""
-    stages = (f"rlhf/{arm}/seed_{seed}", f"rlhf/{arm}")
-    return next((known[stage] for stage in stages if stage in known), otherwise)
+def _first(by_stage: Mapping[str, Any], stages: Iterable[str]) -> Any:
+    return next((by_stage[stage] for stage in stages if stage in by_stage), None)
+
+
+def _is_plain(name: str, rewards: Mapping[str, Reward]) -> bool:
+    """Runs of earlier versions do not describe their arms: there the name decides."""
+    return rewards[name].is_plain if name in rewards else name == PLAIN
 
 
 def baselines(names: Iterable[str], rewards: Mapping[str, Reward], equal_kl: bool = True) -> dict[str, str]:
-    """The arm that each arm is compared with, "" for none: the first plain one, of the same KL coefficient.
-
-    Runs that do not say what their arms are have the names of earlier versions.
-    """
+    """The arm that each arm is compared with: the first plain one, of the same KL coefficient; "" if there is none."""
     names = list(names)
-    plain = [name for name in names if (rewards[name].is_plain if name in rewards else name == PLAIN)]
+    plain = [name for name in names if _is_plain(name, rewards)]
 
-    def of(name: str) -> str:
-        own = rewards.get(name)
-        for one in plain:
-            other = rewards.get(one)
-            if own is None or other is None or not equal_kl or own.kl == other.kl:
-                return one
-        return ""
+    def comparable(name: str, baseline: str) -> bool:
+        own, other = rewards.get(name), rewards.get(baseline)
+        return own is None or other is None or not equal_kl or own.kl == other.kl
 
-    return {name: "" if name in plain else of(name) for name in names}
+    return {name: "" if name in plain else next((one for one in plain if comparable(name, one)), "") for name in names}
 
 
 def hardened_arm(names: Iterable[str], rewards: Mapping[str, Reward]) -> str | None:
-    """The arm that the headline is about: the first on a hardened reward model, else the first that is not plain."""
+    """The arm of the headline: the first on a hardened reward model, the main rounds' before a branch's.
+
+    Without one, the arm with the name that earlier versions gave it, else the first that is not plain.
+    """
     names = list(names)
     hardened = [name for name in names if name in rewards and rewards[name].kind == "hardened"]
-    kinds = sorted(hardened, key=lambda name: bool(rewards[name].branch))  # those of the main rounds first
+    hardened.sort(key=lambda name: bool(rewards[name].branch))
     known = [name for name in names if name == HARDENED]
-    others = [name for name in names if not (rewards[name].is_plain if name in rewards else name == PLAIN)]
-    return next(iter([*kinds, *known, *others]), None)
+    others = [name for name in names if not _is_plain(name, rewards)]
+    return next(iter([*hardened, *known, *others]), None)
 
 
 def this_machine() -> str:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from nemo_advrm.data.jsonl import read_appended_jsonl
 from nemo_advrm.errors import DataError
 from nemo_advrm.objectives.overoptimization import stable_steps
-from nemo_advrm.report.files import count, number
+from nemo_advrm.report.files import column, count, number
 
 FloatArray = NDArray[np.float64]
 
@@ -82,12 +82,6 @@ def _curve(rows: Sequence[tuple[int, Mapping[str, Any]]], prefix: str, source: s
         return None
     gold_S, proxy_S, kl_S = (column([row for _, row in rows], prefix + name) for name in ("gold", "proxy", "kl"))
     return Curve(np.array([step for step, _ in rows], dtype=np.int64), gold_S, proxy_S, kl_S, source)
-
-
-def column(rows: Iterable[Mapping[str, Any]], key: str) -> FloatArray:
-    """[N] finite numbers of one key; NaN where a row has none."""
-    values = [number(row.get(key)) for row in rows]
-    return np.array([np.nan if value is None else value for value in values], dtype=np.float64)
 
 
 def measured_curve(held_out: Curve | None, rollouts: Curve | None) -> Curve | None:

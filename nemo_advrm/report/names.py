@@ -1,4 +1,4 @@
-"""The words a reader sees for rewards, stages and numbers, shared by the page, the figures and the console table."""
+"""How rewards, stages and numbers are written on the page, in the figures and in the tables."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ REWARD_NAMES = {
     "overoptimised": "Over-optimisation pairs",
     "mixed": "Hardened against a hybrid",
 }
-# of the penalty of an arm, by the end of its name
+# the KL penalty of an arm, by the end of its name
 KL_NAMES = {"no_kl": "no KL penalty", "kl": "more KL", "low_kl": "low KL", "middle_kl": "middle KL"}
+KIND_TITLES = {"rlhf": "RLHF", "best_of_n": "Best of n"}  # of study.KINDS
 ABSENT = "–"
 
 
 def reward_name(name: str) -> str:
-    """The reader's name of an RLHF run; an unknown one keeps its own name."""
+    """The name of an arm in words; an arm that is not known keeps its own name."""
     match = re.fullmatch(r"(.+?)_((?:no_|low_|middle_)?kl)", name)
     if match and match[1] in REWARD_NAMES:
         return f"{REWARD_NAMES[match[1]]}, {KL_NAMES[match[2]]}"
@@ -32,7 +33,7 @@ def reward_name(name: str) -> str:
 
 
 def stage_name(stage: str) -> str:
-    """`round_1/rm_2` -> `Round 1: reward model 2`; anything unknown keeps its own name."""
+    """The name of a stage in words, `Round 1: reward model 2` for `round_1/rm_2`; an unknown one keeps its own name."""
     if match := re.fullmatch(r"sft(?:_(\d+))?", stage):
         return "Supervised fine-tuning (SFT)" + (f", trunk of reward model {match[1]}" if match[1] else "")
     if stage == "preferences":

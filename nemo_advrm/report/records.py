@@ -1,4 +1,4 @@
-"""The typed contents of a run directory, as far as the report needs them; absent is None or NaN, never zero."""
+"""What the report reads from a run directory, as typed records. A missing value is None or NaN, never zero."""
 
 from __future__ import annotations
 
@@ -12,45 +12,43 @@ from nemo_advrm.report.measures import Curve, Options, measured_curve
 
 FloatArray = NDArray[np.float64]
 BoolArray = NDArray[np.bool_]
+Scores = tuple[float | None, ...]
 
 
 @dataclass(frozen=True)
 class Member:
-    """One reward model after training: its last validation row, on clean pairs.
+    """One reward model after training: the last row of its validation on clean pairs.
 
-    mismatch_accuracy: on pairs whose rejected answer is a good one to another prompt (see `data.mismatch`).
-    hybrid_accuracy, hybrid_mismatch_accuracy: the same with its reference features.
+    mismatch_accuracy: on pairs whose rejected answer is a good answer to another prompt (see `data.mismatch`).
+    hybrid_accuracy, hybrid_mismatch_accuracy: the same scores with the member's reference features.
     """
 
-    number: int
-    accuracy: float | None
-    loss: float | None
+    member: int
+    accuracy: float | None = None
+    loss: float | None = None
     mismatch_accuracy: float | None = None
     hybrid_accuracy: float | None = None
     hybrid_mismatch_accuracy: float | None = None
 
 
 @dataclass(frozen=True)
-class Direction:
-    """One attack: member `target` is pushed up while the others are held down. Rates are fractions in [0, 1].
+class AttackRates:
+    """The figures of the attack on one member, as they stand in report/summary.json. Rates are fractions in [0, 1].
 
-    z_NK: z-scores of the adversarial samples; disagreement_z_N: Z(U); selected_N: became a training pair.
-    held_out, held_out_null: success of the finished adversary on prompts that it was not trained on, and that of SFT
-    responses to them. found, null: finds, and how many of as many SFT responses would be. wrong_labels: share of the
-    pairs whose rejected side has the higher gold.
+    standard, strict: success over all samples. selected: samples that became a training pair.
+    selected_success: share of them whose gold is below the mean of the SFT responses to their prompt.
+    held_out, held_out_null: standard success of the finished adversary on prompts that it was not trained on, and the
+    rate at which SFT responses to them count as a success. found, null: samples that qualify for selection, and how
+    many of as many SFT responses would. wrong_labels: share of the pairs whose rejected side has the higher gold.
     """
 
-    target: int
-    samples: int | None
-    success_standard: float | None
-    success_strict: float | None
-    selected: int | None
-    selected_success: float | None
-    steps: int | None
-    seconds: float | None
-    z_NK: FloatArray
-    disagreement_z_N: FloatArray
-    selected_N: BoolArray
+    samples: int | None = None
+    selected: int | None = None
+    standard: float | None = None
+    strict: float | None = None
+    selected_success: float | None = None
+    steps: int | None = None
+    seconds: float | None = None
     held_out: float | None = None
     held_out_null: float | None = None
     found: float | None = None
@@ -59,40 +57,61 @@ class Direction:
 
 
 @dataclass(frozen=True)
+class Attack:
+    """The attack of one round on member `target`: its rates, and its N adversarial samples.
+
+    z_NK: z-scores of the samples under the K members. disagreement_z_N: Z(U). selected_N: became a training pair.
+    """
+
+    target: int
+    rates: AttackRates
+    z_NK: FloatArray
+    disagreement_z_N: FloatArray
+    selected_N: BoolArray
+
+
+@dataclass(frozen=True)
+class Side:
+    """One response of a pair, with its score and z under each member and its gold."""
+
+    text: str
+    scores: Scores
+    z: Scores
+    gold: float | None
+
+
+@dataclass(frozen=True)
 class Pair:
-    """One adversarial training pair: `rejected` is the adversarial response, `chosen` an SFT response."""
+    """One adversarial training pair: `rejected` is the adversarial response, `chosen` an SFT response.
+
+    target: the attacked member. step: of the attack.
+    """
 
     prompt: str
-    chosen: str
-    rejected: str
-    direction: int | None
+    chosen: Side
+    rejected: Side
+    target: int | None
     step: int | None
-    z: tuple[float | None, ...]
-    scores: tuple[float | None, ...]
     disagreement_z: float | None
-    rejected_gold: float | None
-    chosen_scores: tuple[float | None, ...]
-    chosen_z: tuple[float | None, ...]
-    chosen_gold: float | None
 
 
 @dataclass(frozen=True)
 class Round:
-    """Round 0 holds the clean reward models; round n those retrained on the pairs of the rounds before."""
+    """Round 0 holds the clean reward models; round n those that were retrained on the pairs of the rounds before."""
 
     number: int
     members: tuple[Member, ...]
     reference_z_NK: FloatArray
-    directions: tuple[Direction, ...]
+    attacks: tuple[Attack, ...]
     threshold_z: float
     pairs: tuple[Pair, ...]
 
 
 @dataclass(frozen=True)
 class RlhfRun:
-    """One RLHF run of an arm: what it logged of its rollouts, and of held-out prompts where it evaluated them.
+    """One RLHF run of an arm: its curve on the rollouts, and its curve on held-out prompts if it evaluated them.
 
-    finished: False where the run's state says that it is under way.
+    finished: False if the run's state says that it is still running.
     """
 
     seed: int
@@ -102,13 +121,13 @@ class RlhfRun:
 
     @property
     def measured(self) -> Curve:
-        """The curve of which measures are taken and which is drawn."""
+        """The curve that the measures and the figures use."""
         return measured_curve(self.held_out, self.rollouts) or self.rollouts
 
 
 @dataclass(frozen=True)
-class Rlhf:
-    """One arm: the RLHF runs against one reward, which differ by RLHF seed alone; at least one."""
+class RlhfArm:
+    """The RLHF runs against one reward, at least one; they differ by RLHF seed alone."""
 
     name: str
     runs: tuple[RlhfRun, ...]
@@ -120,7 +139,7 @@ class Rlhf:
 
 @dataclass(frozen=True)
 class BestOfN:
-    """One reward's curve of best-of-n (see `evaluation.best_of_n`); gold_S is NaN without a gold reward."""
+    """The best-of-n curve of one reward over S values of n; gold_S is NaN without a gold reward."""
 
     name: str
     n_S: NDArray[np.int64]
@@ -131,10 +150,10 @@ class BestOfN:
 
 @dataclass(frozen=True)
 class Reward:
-    """What the runs of an arm optimised, a key of `pipeline.rlhf`: `kind` is r1, ensemble or hardened.
+    """The reward that an arm optimised, from `pipeline.rlhf.ARM`. `kind` is r1, ensemble or hardened.
 
-    Only an ensemble has an aggregate and its coefficient, and scores that are standardised before they are combined.
-    kl: coefficient of the KL penalty. features: whether the members' reference features count.
+    aggregate, coefficient, standardised: only for an ensemble. kl: coefficient of the KL penalty. features: whether
+    the members' reference features count.
     """
 
     kind: str
@@ -148,26 +167,25 @@ class Reward:
 
     @property
     def is_plain(self) -> bool:
-        """One reward model as it was before any hardening: what the other arms are compared with."""
+        """Whether it is one reward model before any hardening: the baseline of the other arms."""
         return self.kind == "r1" and not self.branch and not self.round and not self.features
 
 
 @dataclass(frozen=True)
 class Run:
-    """A whole run; `notes` says in plain words what is absent or was left out.
+    """A whole run directory. `notes` says in sentences what is missing or was left out.
 
-    seconds, cpu_seconds, gpu_seconds, flops, commits: by stage, of those that know them.
-    commit: that the run was begun with.
+    seconds, cpu_seconds, gpu_seconds, flops, commits: by stage. commit: the one that the run started with.
     """
 
     directory: Path
     seed: int | None
     rounds: tuple[Round, ...]
-    rlhf: tuple[Rlhf, ...]
+    rlhf: tuple[RlhfArm, ...]
     seconds: dict[str, float]
     notes: list[str] = field(default_factory=list)
     options: Options = field(default_factory=Options)
-    rewards: dict[str, Reward] = field(default_factory=dict)  # of the arms, by name
+    rewards: dict[str, Reward] = field(default_factory=dict)
     best_of_n: tuple[BestOfN, ...] = ()
     cpu_seconds: dict[str, float] = field(default_factory=dict)
     gpu_seconds: dict[str, float] = field(default_factory=dict)
@@ -179,13 +197,5 @@ class Run:
 
     @property
     def ensemble_size(self) -> int | None:
-        """K, the largest number of members seen in any round."""
+        """K, the largest number of members of any round."""
         return max((len(one.members) for one in self.rounds), default=0) or None
-
-    @property
-    def cost(self) -> tuple[str, dict[str, float]]:
-        """(unit, by stage): GPU seconds or CPU seconds where all stages that took time know them, else wall-clock."""
-        for unit, spent in (("GPU seconds", self.gpu_seconds), ("CPU seconds", self.cpu_seconds)):
-            if spent and self.seconds.keys() <= spent.keys():
-                return unit, spent
-        return "seconds of wall-clock", self.seconds

@@ -1,15 +1,16 @@
-"""The results of a study, one finished run a line: how a line is written, read, joined and compared.
+"""The results of a study, one finished run per line: the format, reading and writing, and comparisons of its arms.
 
-A file of JSON lines, to which runs append as they finish:
+Runs append to a file of JSON lines as they finish:
 
     {"experiment": name of the design, "kind": "rlhf" | "best_of_n" | "gates", "seed": of the reward models,
      "arm": name in pipeline.rlhf, "rlhf_seed": int | null (best-of-n and gates have none), "kl": KL coefficient | null,
      "baseline": arm that this one is compared with, "" for none, "measures": {NAME: number | text | null},
      "cpu_seconds": f | null, "flops": f | null, "commit": git commit, "hardware": in words}
 
-Measures of `rlhf` are those of `report.measures`, of `best_of_n` those of `objectives.best_of_n`. A line of `gates`
-says what the reward models of a seed are like, whatever names its measures have; "met" is true or false there. A later
-line replaces an earlier one of the same experiment, kind, seed, arm and rlhf_seed: a run done again counts once.
+The measures of `rlhf` are those of `report.measures`, the measures of `best_of_n` those of `objectives.best_of_n`. A
+line of `gates` describes the reward models of a seed, with measures of any names; "met" is true or false there. A
+later line replaces an earlier one with the same experiment, kind, seed, arm and rlhf_seed, so a repeated run counts
+once.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ KINDS = (RLHF, BEST_OF_N, GATES)
 
 @dataclass(frozen=True)
 class Line:
-    """One finished run of a study; see the module."""
+    """One finished run of a study; the module docstring explains the fields."""
 
     experiment: str
     kind: str
@@ -49,20 +50,20 @@ class Line:
 
     @property
     def key(self) -> tuple[str, str, int, str, int | None]:
-        """What may stand in a study once."""
+        """A study has at most one line with this key."""
         return self.experiment, self.kind, self.seed, self.arm, self.rlhf_seed
 
 
 def write_line(path: Path, line: Line) -> None:
-    """Append a line, whole or not at all also when several processes write; it is on the disk at the return.
+    """Append a line, whole or not at all even if several processes write; it is on disk when the call returns.
 
-    What a kill left of an earlier line is removed first. Raises DataError for a line that could not be read back.
+    Half a line that a kill left is removed first. Raises DataError for a line that could not be read back.
     """
     row = asdict(line)
     parse(plain(row), str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "ab+") as file:
-        fcntl.lockf(file, fcntl.LOCK_EX)
+        fcntl.lockf(file, fcntl.LOCK_EX)  # on the file itself: a lock file would lie beside tracked results
         file.seek(0)
         whole = file.read()
         cut = whole.rfind(b"\n") + 1
@@ -74,28 +75,26 @@ def write_line(path: Path, line: Line) -> None:
 
 
 def read(path: Path) -> list[Line]:
-    """The lines of a study; of two with one key the later.
-
-    Raises DataError that names file and line for what is none of a study.
-    """
+    """The lines of a study; of two with the same key the later. Raises DataError that names file and line."""
     return join([[parse(row, f"{path}:{place}") for place, row in read_jsonl(path)]])
 
 
 def join(studies: Iterable[Iterable[Line]]) -> list[Line]:
-    """Several studies as one; of two lines with one key the later."""
+    """Several studies as one; of two lines with the same key the later."""
     return list({line.key: line for study in studies for line in study}.values())
 
 
 def parse(row: Any, source: str) -> Line:
-    """A line of a study; raises DataError that names `source` and the key for anything else."""
+    """A line of a study. Raises DataError that names `source` and the key if `row` is not one."""
     if not isinstance(row, dict):
-        raise DataError(f"{source}: no JSON object, so no line of a study")
+        raise DataError(f"{source}: not a JSON object, so not a line of a study")
     known = {one.name for one in fields(Line)}
     for name in row.keys() - known:
-        raise DataError(f"{source}: {name!r} is no key of a study's line ({', '.join(sorted(known))})")
-    for name, (is_right, what) in _TYPES.items():
-        if name in row and not is_right(row[name]):
-            raise DataError(f"{source}: {name}={str(row[name])[:40]!r} is not {what}")
+        raise DataError(f"{source}: {name!r} is not a key of a study's line ({', '.join(sorted(known))})")
+    for name, value in row.items():
+        is_right, what = _TYPES.get(name, (_is_text, "a text"))
+        if not is_right(value):
+            raise DataError(f"{source}: {name}={str(value)[:40]!r} is not {what}")
     for name in ("experiment", "kind", "seed", *(("arm",) if row.get("kind") != GATES else ())):
         if name not in row or row[name] == "":
             raise DataError(f"{source}: a line of a study needs {name!r}")
@@ -110,46 +109,34 @@ def _is_count(value: Any) -> bool:
     return type(value) is int and value >= 0
 
 
-def _or_none(is_right: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: value is None or is_right(value)
-
-
 def _is_amount(value: Any) -> bool:
     found = number(value)
-    return found is not None and found >= 0
+    return value is None or (found is not None and found >= 0)
 
 
 def _are_measures(value: Any) -> bool:
     return isinstance(value, dict) and all(one is None or isinstance(one, int | float | str) for one in value.values())
 
 
+_AMOUNT = (_is_amount, "a number of at least 0 or null")
+# The keys that are not texts: a check, and what is wanted in words.
 _TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "experiment": (_is_text, "a text"),
     "kind": (lambda value: value in KINDS, f"one of {', '.join(KINDS)}"),
     "seed": (_is_count, "a whole number of at least 0"),
-    "arm": (_is_text, "a text"),
-    "rlhf_seed": (_or_none(_is_count), "a whole number of at least 0 or null"),
-    "kl": (_or_none(_is_amount), "a number of at least 0 or null"),
-    "baseline": (_is_text, "a text"),
+    "rlhf_seed": (lambda value: value is None or _is_count(value), "a whole number of at least 0 or null"),
+    "kl": _AMOUNT,
     "measures": (_are_measures, "an object of numbers, texts and nulls"),
-    "cpu_seconds": (_or_none(_is_amount), "a number of at least 0 or null"),
-    "flops": (_or_none(_is_amount), "a number of at least 0 or null"),
-    "commit": (_is_text, "a text"),
-    "hardware": (_is_text, "a text"),
+    "cpu_seconds": _AMOUNT,
+    "flops": _AMOUNT,
 }
 
 
-# ---- comparisons
+# ---- arms and their comparison
 
 
 @dataclass(frozen=True)
 class Arm:
-    """The runs of one arm of one kind.
-
-    Attributes:
-        lines: its runs.
-        baseline: the arm that it is compared with; "" for none.
-    """
+    """The runs of one arm of one kind."""
 
     name: str
     kind: str
@@ -157,6 +144,7 @@ class Arm:
 
     @property
     def baseline(self) -> str:
+        """The arm that it is compared with; "" for none."""
         return self.lines[0].baseline
 
     @property
@@ -165,23 +153,28 @@ class Arm:
 
     @property
     def seeds(self) -> list[int]:
-        """Reward-model seeds, rising."""
+        """Reward-model seeds in rising order."""
         return sorted({line.seed for line in self.lines})
 
     def values(self, measure: str) -> Values:
-        """A measure by seed and RLHF seed; runs that do not have it are left out."""
+        """A measure by seed and RLHF seed, of the runs that have it."""
         found = {(line.seed, line.rlhf_seed): number(line.measures.get(measure)) for line in self.lines}
         return {key: value for key, value in found.items() if value is not None}
 
     def mean(self, measure: str) -> Interval | None:
-        """The mean over reward-model seeds of the means over RLHF seeds, with the interval of the former."""
+        """The mean over reward-model seeds of the means over RLHF seeds, with its interval."""
         seeds = by_seed(self.values(measure))
         return paired(list(seeds.values())) if seeds else None
 
     def cost(self, key: str) -> float | None:
-        """Mean `cpu_seconds` or `flops` of its runs; None where none has them."""
+        """Mean `cpu_seconds` or `flops` of its runs; None if none has them."""
         known = [value for line in self.lines if (value := getattr(line, key)) is not None]
         return sum(known) / len(known) if known else None
+
+
+def experiments(lines: Iterable[Line]) -> list[str]:
+    """Names of the experiments, in the order of their first lines."""
+    return list(dict.fromkeys(line.experiment for line in lines))
 
 
 def arms(lines: Iterable[Line], experiment: str, kind: str) -> dict[str, Arm]:
@@ -194,20 +187,15 @@ def arms(lines: Iterable[Line], experiment: str, kind: str) -> dict[str, Arm]:
 
 
 def against_baseline(found: dict[str, Arm], name: str, measure: str) -> Comparison | None:
-    """The arm less its baseline; None where it has none, or no run in common with it."""
+    """The arm minus its baseline; None if it has no baseline, or no run in common with it."""
     arm = found[name]
     if not arm.baseline or arm.baseline not in found or arm.baseline == name:
         return None
     return compare(arm.values(measure), found[arm.baseline].values(measure))
 
 
-def experiments(lines: Iterable[Line]) -> list[str]:
-    """Names of the experiments, in the order of their first lines."""
-    return list(dict.fromkeys(line.experiment for line in lines))
-
-
 def missed_gates(lines: Iterable[Line], experiment: str) -> list[int]:
-    """Seeds of the experiment whose reward models do not meet a gate, rising."""
+    """Seeds of the experiment whose reward models miss a gate, in rising order."""
     return sorted(
         line.seed
         for line in lines

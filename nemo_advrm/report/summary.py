@@ -22,16 +22,17 @@
               "stages": {STAGE: f}, "plain_flops": f, "adv_rm_flops": f}, "cost_ratio": f,
      "verdict": "better" | "worse" | "open", "headline": sentence, "notes": [sentence]}
 
-MEASURE is one of steps, start, area, second_half, final, peak, gold_at_kl, kl_final, proxy_start and proxy_final, see
-`report.measures`. Rates and accuracies are fractions. Without gold the measures of gold are null. `gao_fit`, of the
-first run of an arm, is R(d) = d (alpha - beta log d) of gold minus its start, d = sqrt(KL) (Gao et al. 2022, arXiv
-2210.10760), given only where R^2 >= 0.9. `verdict` says whether the interval of the headline's comparison is above 0,
-below it, or has 0 in it: then, and with one seed, nothing is decided.
+MEASURE is one of steps, start, area, second_half, final, peak, gold_at_kl, kl_final, proxy_start and proxy_final; see
+`report.measures`. Rates and accuracies are fractions. Without gold the measures of gold are null. `gao_fit` fits
+R(d) = d (alpha - beta log d), d = sqrt(KL), to gold minus its start in the first run of an arm (Gao et al. 2022, arXiv
+2210.10760); it is null unless R^2 >= 0.9. `verdict` is `better` or `worse` if the interval of the headline's comparison
+is above or below 0, and `open` if it includes 0 or there is one seed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -40,11 +41,11 @@ from nemo_advrm.errors import DataError
 from nemo_advrm.objectives.best_of_n_curve import best_of_n_measures
 from nemo_advrm.objectives.overoptimization import fit_rl, predict_rl, r_squared
 from nemo_advrm.objectives.uncertainty import FORMULAS, same_as
-from nemo_advrm.report.conclusions import compare_all, conclude, study_beside
+from nemo_advrm.report.conclusions import compare_all, compare_study, conclude
 from nemo_advrm.report.costs import cost_of
 from nemo_advrm.report.lines import baselines, hardened_arm, lines_of_run
 from nemo_advrm.report.measures import Curve, measures_of
-from nemo_advrm.report.records import BestOfN, Direction, Reward, Rlhf, Round, Run
+from nemo_advrm.report.records import Attack, BestOfN, Reward, RlhfArm, Run
 
 GOOD_FIT_R2 = 0.9
 # Below this many points two parameters describe almost anything.
@@ -61,11 +62,9 @@ def summarise(run: Run) -> Summary:
     names, notes = [one.name for one in run.rlhf], list(run.notes)
     compared = baselines(names, run.rewards)
     rlhf = {one.name: _rlhf(one, run, compared[one.name]) for one in run.rlhf}
-    lines = lines_of_run(run)
-    comparisons = compare_all(lines)
-    from_study = study_beside(run, notes)
+    comparisons = compare_all(lines_of_run(run))
+    from_study = compare_study(run, notes)
     cost = cost_of(run)
-    plain, hardened = cost["plain"], cost["adv_rm"]
     verdict, headline = conclude(comparisons, from_study, hardened_arm(names, run.rewards), rlhf)
     return {
         "version": 2,
@@ -77,7 +76,15 @@ def summarise(run: Run) -> Summary:
             "tolerance": run.options.tolerance,
             "kl": run.options.kl,
         },
-        "rounds": [_round(one) for one in run.rounds],
+        "rounds": [
+            {
+                "round": one.number,
+                "pairs": len(one.pairs),
+                "attack": _attack(one.attacks),
+                "rm": [asdict(member) for member in one.members],
+            }
+            for one in run.rounds
+        ],
         "rlhf": rlhf,
         "best_of_n": _best_of_n(run),
         "comparisons": comparisons,
@@ -87,76 +94,37 @@ def summarise(run: Run) -> Summary:
         "cpu_seconds": run.cpu_seconds,
         "flops": run.flops,
         "cost": cost,
-        "cost_ratio": hardened / plain if plain and hardened else None,
+        "cost_ratio": cost["adv_rm"] / cost["plain"] if cost["plain"] and cost["adv_rm"] else None,
         "verdict": verdict,
         "headline": headline,
         "notes": notes,
     }
 
 
-# ---- rounds
-
-
-def _round(one: Round) -> Summary:
-    return {
-        "round": one.number,
-        "pairs": len(one.pairs),
-        "attack": _attack(one.directions),
-        "rm": [
-            {
-                "member": rm.number,
-                "accuracy": rm.accuracy,
-                "loss": rm.loss,
-                "mismatch_accuracy": rm.mismatch_accuracy,
-                "hybrid_accuracy": rm.hybrid_accuracy,
-                "hybrid_mismatch_accuracy": rm.hybrid_mismatch_accuracy,
-            }
-            for rm in one.members
-        ],
-    }
-
-
-def _attack(directions: tuple[Direction, ...]) -> Summary | None:
-    if not directions:
+def _attack(attacks: Sequence[Attack]) -> Summary | None:
+    """The attacks of a round together, and each by its target."""
+    if not attacks:
         return None
+    rates = [one.rates for one in attacks]
     return {
-        "samples": sum(one.samples or 0 for one in directions),
-        "selected": sum(one.selected or 0 for one in directions),
-        "standard": _weighted((one.success_standard, one.samples) for one in directions),
-        "strict": _weighted((one.success_strict, one.samples) for one in directions),
-        "selected_success": _weighted((one.selected_success, one.selected) for one in directions),
-        "directions": {
-            str(one.target): {
-                "samples": one.samples,
-                "selected": one.selected,
-                "standard": one.success_standard,
-                "strict": one.success_strict,
-                "selected_success": one.selected_success,
-                "steps": one.steps,
-                "seconds": one.seconds,
-                "held_out": one.held_out,
-                "held_out_null": one.held_out_null,
-                "found": one.found,
-                "null": one.null,
-                "wrong_labels": one.wrong_labels,
-            }
-            for one in directions
-        },
+        "samples": sum(one.samples or 0 for one in rates),
+        "selected": sum(one.selected or 0 for one in rates),
+        "standard": _weighted((one.standard, one.samples) for one in rates),
+        "strict": _weighted((one.strict, one.samples) for one in rates),
+        "selected_success": _weighted((one.selected_success, one.selected) for one in rates),
+        "directions": {str(one.target): asdict(one.rates) for one in attacks},
     }
 
 
 def _weighted(rates: Iterable[tuple[float | None, int | None]]) -> float | None:
-    """Mean of the known rates, each weighted by how many samples it is a rate of; None when nothing is known."""
+    """Mean of the known rates, each weighted by its number of samples; None if no rate is known."""
     known = [(rate, count) for rate, count in rates if rate is not None and count]
     total = sum(count for _, count in known)
     return sum(rate * count for rate, count in known) / total if total else None
 
 
-# ---- RLHF
-
-
 def reward_text(reward: Reward | None, members: int | None) -> str | None:
-    """What a run optimised, with the name that papers give it; None where the run does not say."""
+    """The reward that an arm optimised, with its formula; None if the run does not say."""
     text = None if reward is None else _formula(reward, members)
     if reward is None or text is None:
         return None
@@ -180,7 +148,7 @@ def _formula(reward: Reward, members: int | None) -> str | None:
     return text if other is None else f"{text}; with {members} members exactly {other}"
 
 
-def _rlhf(arm: Rlhf, run: Run, baseline: str) -> Summary:
+def _rlhf(arm: RlhfArm, run: Run, baseline: str) -> Summary:
     reward = run.rewards.get(arm.name)
     measured = [measures_of(one.measured, run.options) for one in arm.runs]
     return {
@@ -198,7 +166,7 @@ def _rlhf(arm: Rlhf, run: Run, baseline: str) -> Summary:
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
-    """The mean; None unless all are known, for the mean of some of the runs is another number."""
+    """The mean; None unless all values are known: the mean of some of the runs is another number."""
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known and len(known) == len(values) else None
 
@@ -217,12 +185,12 @@ def _curve(one: BestOfN) -> Summary:
 
 
 def distance(curve: Curve) -> np.ndarray:
-    """d_S = sqrt(KL), in sqrt(nats). An estimate of a KL near 0 can be negative: it counts as 0."""
+    """d_S = sqrt(KL), in sqrt(nats). The estimate of a KL near 0 can be negative: it counts as 0."""
     return np.sqrt(np.maximum(curve.kl_S, 0.0))
 
 
 def gao_fit(curve: Curve) -> Summary | None:
-    """Fit of gold minus its start against sqrt(KL), or None when it explains less than 90% of the variance."""
+    """The fit of gold minus its start against sqrt(KL); None if it explains less than 90 % of the variance."""
     d_S = distance(curve)
     known_S = np.isfinite(curve.gold_S)
     usable_S = known_S & np.isfinite(d_S) & (d_S > 0)

@@ -1,4 +1,4 @@
-"""A table of a report, and tables as text for the console (rich on a terminal, plain when piped)."""
+"""A table of a report, and how it is written for the console and in Markdown (templates/report.html has the HTML)."""
 
 from __future__ import annotations
 
@@ -12,59 +12,47 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as RichTable
 
+PIPED_WIDTH = 10_000  # characters: a table in a file is never wrapped
+
 
 @dataclass(frozen=True)
 class Table:
-    """Cells are text, the first column names the row; `caption` explains the columns to a reader."""
+    """Cells are text; the first column names the row. `caption` explains the columns to a reader."""
 
     title: str
-    columns: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    caption: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    caption: str = ""
 
 
-def as_text(headline: str, tables: Sequence[Table], notes: Sequence[str], terminal: bool | None = None) -> str:
-    """The closing text of a report: with rich's rules and bold on a terminal, aligned plain text otherwise.
+def to_text(headline: str, tables: Sequence[Table], notes: Sequence[str], terminal: bool | None = None) -> str:
+    """The closing text of a report: with bold type and wrapped to the window on a terminal, else plain.
 
     terminal: None asks standard output.
     """
-    if terminal is None:
-        terminal = sys.stdout.isatty()
-    return (_rich if terminal else _plain)(headline, tables, notes)
-
-
-def _plain(headline: str, tables: Sequence[Table], notes: Sequence[str]) -> str:
-    blocks = [headline]
-    for table in tables:
-        widths = [max(len(row[index]) for row in (table.columns, *table.rows)) for index in range(len(table.columns))]
-        lines = [_aligned(row, widths) for row in (table.columns, *table.rows)]
-        lines.insert(1, "  ".join("-" * width for width in widths))
-        blocks.append("\n".join([table.title, *lines]))
-    if notes:
-        blocks.append("\n".join(["Notes", *(f"- {note}" for note in notes)]))
-    return "\n\n".join(blocks) + "\n"
-
-
-def _aligned(row: tuple[str, ...], widths: list[int]) -> str:
-    cells = [
-        cell.ljust(width) if index == 0 else cell.rjust(width)
-        for index, (cell, width) in enumerate(zip(row, widths, strict=True))
-    ]
-    return "  ".join(cells).rstrip()
-
-
-def _rich(headline: str, tables: Sequence[Table], notes: Sequence[str]) -> str:
+    terminal = sys.stdout.isatty() if terminal is None else terminal
     stream = io.StringIO()
-    # The width is asked of the real terminal, since the stream has none.
-    console = Console(file=stream, force_terminal=True, width=Console().width, highlight=False)
+    # the stream has no width: it is that of the real terminal
+    width = Console().width if terminal else PIPED_WIDTH
+    console = Console(file=stream, force_terminal=terminal, width=width, highlight=False)
     console.print(f"[bold]{escape(headline)}[/bold]")
     for table in tables:
-        drawn = RichTable(title=table.title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+        drawn = RichTable(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
         for index, column in enumerate(table.columns):
-            drawn.add_column(column, justify="left" if index == 0 else "right")
+            drawn.add_column(escape(column), justify="left" if index == 0 else "right")
         for row in table.rows:
             drawn.add_row(*(escape(cell) for cell in row))
+        console.print(f"\n[bold]{escape(table.title)}[/bold]")
         console.print(drawn)
+    if notes:
+        console.print("\n[bold]Notes[/bold]")
     for note in notes:
         console.print(f"[dim]- {escape(note)}[/dim]")
-    return stream.getvalue()
+    return "".join(f"{line.rstrip()}\n" for line in stream.getvalue().splitlines())
+
+
+def to_markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table whose first column is text and whose others are numbers."""
+    marks = ["---", *["---:"] * (len(columns) - 1)]
+    cells = [[cell.replace("|", "\\|") for cell in row] for row in (columns, *rows)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (cells[0], marks, *cells[1:]))

@@ -1,57 +1,196 @@
-"""The tables of the report of one run, made of its summary."""
+"""The tables of a report, made of its summary. Each function makes one table, or None if it has nothing to say."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 from nemo_advrm.data.mismatch import LOW_MISMATCH_ACCURACY
-from nemo_advrm.report.collect import collect
-from nemo_advrm.report.measure_tables import best_of_n, comparisons, measures
-from nemo_advrm.report.names import ABSENT, duration, fixed, flops_text, percent, reward_name, stage_name
-from nemo_advrm.report.summary import summarise
-from nemo_advrm.report.table import Table, as_text
+from nemo_advrm.report.conclusions import COLUMNS, interval_of
+from nemo_advrm.report.names import ABSENT, KIND_TITLES, duration, fixed, flops_text, percent, reward_name, stage_name
+from nemo_advrm.report.statistics import Interval, interval_text
+from nemo_advrm.report.study import RLHF
+from nemo_advrm.report.table import Table
+
+Summary = dict[str, Any]
+Rows = list[tuple[str, ...]]
+
+GOLD_MEASURES = ("start", *COLUMNS[RLHF])
+BEST_OF_N_POINTS = (1, 4, 16, 64, 256)
 
 
-def tables(summary: dict[str, Any]) -> list[Table]:
-    """Every table that has something to say, in reading order."""
+def tables(summary: Summary) -> list[Table]:
+    """Every table of a run that has something to say, in reading order; the longest, one row per stage, is last."""
     makers = (
-        *(measures, comparisons, best_of_n, _definitions),
-        *(_attacks, _finds, _accuracy, _mismatch, _cost, _stages),
+        *(_gold, _comparisons, _best_of_n, _definitions),
+        *(_attack_success, _selection, _accuracy, _mismatch, _cost, _stages),
     )
     return [table for table in (make(summary) for make in makers) if table is not None]
 
 
-def render_summary(run_dir: Path, terminal: bool | None = None) -> str:
-    """The closing tables of a run; see `table.as_text`. Raises DataError when `run_dir` is not a directory."""
-    summary = summarise(collect(Path(run_dir)))
-    return as_text(summary["headline"], tables(summary), summary["notes"], terminal)
+def joined_tables(summary: Summary) -> list[Table]:
+    """The tables of several runs together: the means of every arm, and every arm beside its baseline."""
+    return [table for table in (_means(summary), _comparisons(summary)) if table is not None]
 
 
-def _definitions(summary: dict[str, Any]) -> Table | None:
-    rows = [(reward_name(name), one["reward"]) for name, one in summary["rlhf"].items() if one.get("reward")]
+# ---- rewards
+
+
+def _gold(summary: Summary) -> Table | None:
+    arms = summary["rlhf"]
+    if not arms:
+        return None
+    kl = summary["settings"]["kl"]
+    sources = {one["source"] for one in arms.values()}
+    whose = "fixed held-out prompts"
+    if "rollouts" in sources:
+        whose = "the rollouts" if len(sources) == 1 else f"{whose}, or of the rollouts where there are none"
+    several = max(len(one["runs"]) for one in arms.values())
+    return Table(
+        "Gold over RLHF, per optimised reward",
+        ("Reward", "Start", "Area", "2nd half", "Final", "Peak", f"At KL {kl:g}", "KL final"),
+        [
+            (reward_name(name), *(fixed(one[key]) for key in GOLD_MEASURES), fixed(one["kl_final"], 1))
+            for name, one in arms.items()
+        ],
+        f"Gold of {whose}. Area: its mean over all steps; 2nd half: over the second half; final: over the last tenth; "
+        f"peak: the highest over any tenth. At KL {kl:g}: where the KL first reaches {kl:g} nats per response; "
+        f"{ABSENT} where it never does."
+        + (f" Means over up to {several} RLHF seeds." if several > 1 else "")
+        + _stable_steps(summary),
+    )
+
+
+def _stable_steps(summary: Summary) -> str:
+    """Stable steps as a footnote: one number that jumps with small changes of a curve."""
+    parts = []
+    for name, one in summary["rlhf"].items():
+        if one["start"] is not None:
+            shown = (
+                f"> {run['steps']}" if run["stable_steps"] is None else f"{run['stable_steps']}" for run in one["runs"]
+            )
+            parts.append(f"{reward_name(name)} {', '.join(shown)}")
+    if not parts:
+        return ""
+    options = summary["settings"]
+    return (
+        f" Footnote, stable steps (from where gold, smoothed over {options['smoothing_window']} evaluations, stays "
+        f"more than {options['tolerance']:g} below its start): {'; '.join(parts)}."
+    )
+
+
+def _means(summary: Summary) -> Table | None:
+    rows: Rows = []
+    for name, one in summary["rlhf"].items():
+        cells = [
+            ABSENT if one[key] is None else interval_text(Interval(**one[key]), absent="").removeprefix("+")
+            for key in ("area", "final", "peak")
+        ]
+        rows.append((reward_name(name), f"{len(one['seeds'])} ({one['runs']})", *cells))
+    if not rows:
+        return None
+    return Table(
+        "Gold over RLHF, per optimised reward",
+        ("Reward", "Seeds (runs)", "Area", "Final", "Peak"),
+        rows,
+        "Means over reward-model seeds with their 95 % intervals; RLHF seeds of one reward model are averaged first. "
+        "Area: mean gold over all steps; final: over the last tenth; peak: the highest over any tenth.",
+    )
+
+
+def _comparisons(summary: Summary) -> Table | None:
+    """Every arm minus its baseline, in this report and in the study."""
+    study = summary["study"]["comparisons"] if summary["study"] else []
+    rows = [*_comparison_rows(summary["comparisons"], ""), *_comparison_rows(study, "Study: ")]
+    if not rows:
+        return None
+    return Table(
+        "Rewards beside the plain one",
+        ("Difference", "Seeds", "Better", "Area", "Final"),
+        rows,
+        "Gold less that of the plain reward model at the same KL coefficient, with the same prompts and random "
+        "numbers; in brackets the 95 % interval over reward-model seeds (Student's t, RLHF seeds of one reward model "
+        "averaged first). One seed has no interval: it cannot tell an effect from chance.",
+    )
+
+
+def _comparison_rows(entries: Sequence[Summary], prefix: str) -> Rows:
+    """A row for every arm and kind; the number of better seeds is that of the area."""
+    grouped: dict[tuple[str, str, str, str], dict[str, Summary]] = {}
+    for one in entries:
+        key = (one["experiment"], one["kind"], one["arm"], one["baseline"])
+        grouped.setdefault(key, {})[one["measure"]] = one
+    rows: Rows = []
+    for (_, kind, arm, baseline), by_measure in grouped.items():
+        main = by_measure.get("area") or next(iter(by_measure.values()))
+        cells = [
+            interval_text(interval_of(by_measure[name]), absent="") if name in by_measure else ABSENT
+            for name in ("area", "final")
+        ]
+        title = f"{prefix}{KIND_TITLES[kind]}: {reward_name(arm)} − {reward_name(baseline)}"
+        rows.append((title, str(len(main["seeds"])), str(main["better"]), *cells))
+    return rows
+
+
+def _best_of_n(summary: Summary) -> Table | None:
+    curves = summary["best_of_n"]
+    if not curves:
+        return None
+    known = {n for one in curves.values() for n in one["n"]}
+    points = sorted({n for n in BEST_OF_N_POINTS if n in known} | {max(known)})
+    rows: Rows = []
+    for name, one in curves.items():
+        gold, found = dict(zip(one["n"], one["gold"], strict=True)), one["measures"]
+        rows.append(
+            (reward_name(name), *(fixed(gold.get(n)) for n in points), fixed(found["area"]), fixed(found["peak"]))
+        )
+    return Table(
+        "Gold of the best of n responses, per reward",
+        ("Reward", *(f"n = {n}" for n in points), "Area", "Peak"),
+        rows,
+        "The SFT policy writes many responses to each of a few fixed held-out prompts; the reward picks the best of n "
+        "of them. Exact expectations over all draws of n. Area: mean gold over the KL log n - (n - 1)/n. No training, "
+        "and so none of its noise.",
+    )
+
+
+def _definitions(summary: Summary) -> Table | None:
+    rows: Rows = [(reward_name(name), one["reward"]) for name, one in summary["rlhf"].items() if one["reward"]]
     if not rows:
         return None
     return Table(
         "What each reward is",
         ("Reward", "Definition"),
-        tuple(rows),
+        rows,
         "The names of ensemble rewards differ between papers: Adv-RM calls mean - standard deviation UWO, Coste et al. "
         "mean - variance; here they are lcb and uwo.",
     )
 
 
-def _attacks(summary: dict[str, Any]) -> Table | None:
-    rows = [
+# ---- rounds
+
+
+def _attacks(summary: Summary) -> list[tuple[str, Summary]]:
+    """(name, figures) of every attack on one member."""
+    return [
+        (f"Round {one['round']}, model {target} attacked", attack)
+        for one in summary["rounds"]
+        if one["attack"]
+        for target, attack in one["attack"]["directions"].items()
+    ]
+
+
+def _attack_success(summary: Summary) -> Table | None:
+    rows: Rows = [
         (name, *(percent(attack[key]) for key in ("standard", "strict", "held_out", "held_out_null")))
-        for name, attack in _directions(summary)
+        for name, attack in _attacks(summary)
     ]
     if not rows:
         return None
     return Table(
         "Attack success, per round",
         ("Attack", "Standard", "Strict", "Held-out", "SFT (null)"),
-        tuple(rows),
+        rows,
         "Standard: over all steps of the attack, scored above, yet by gold below, the normal responses to the prompt. "
         "Strict: scored above them, and gold more than 1.96 deviations below. Held-out: the standard success of the "
         "finished adversary on prompts that it was not trained on; SFT (null): that of normal responses to the same "
@@ -59,45 +198,34 @@ def _attacks(summary: dict[str, Any]) -> Table | None:
     )
 
 
-def _finds(summary: dict[str, Any]) -> Table | None:
-    rows = []
-    for name, attack in _directions(summary):
-        chosen, samples = attack["selected"], attack["samples"]
-        share = chosen / samples if samples and chosen is not None else None
-        count = ABSENT if chosen is None else str(chosen)
-        found, null = fixed(attack["found"], 0), fixed(attack["null"], 1)
+def _selection(summary: Summary) -> Table | None:
+    rows: Rows = []
+    for name, attack in _attacks(summary):
+        selected, samples = attack["selected"], attack["samples"]
         rows.append(
             (
                 name,
-                found,
-                null,
-                count,
-                percent(share),
+                fixed(attack["found"], 0),
+                fixed(attack["null"], 1),
+                ABSENT if selected is None else str(selected),
+                percent(selected / samples if samples and selected is not None else None),
                 percent(attack["selected_success"]),
                 percent(attack["wrong_labels"]),
             )
         )
-    if not rows or all(cell == ABSENT for row in rows for cell in row[1:]):
+    if all(cell == ABSENT for row in rows for cell in row[1:]):
         return None
     return Table(
         "What was selected for training, per round",
         ("Attack", "Finds", "Null", "Pairs", "Share", "Below SFT", "Wrong labels"),
-        tuple(rows),
+        rows,
         "Finds: adversarial responses that qualify. Null: how many of as many normal (SFT) responses would. Pairs: "
         "selected for training, and their share of all responses. Below SFT: selected responses whose gold is below "
         "the mean of normal responses to the prompt. Wrong labels: pairs whose rejected side has the higher gold.",
     )
 
 
-def _directions(summary: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    return [
-        (f"Round {one['round']}, model {target} attacked", attack)
-        for one in summary["rounds"]
-        for target, attack in (one["attack"] or {"directions": {}})["directions"].items()
-    ]
-
-
-def _accuracy(summary: dict[str, Any]) -> Table | None:
+def _accuracy(summary: Summary) -> Table | None:
     return _by_round(
         summary,
         "accuracy",
@@ -106,7 +234,7 @@ def _accuracy(summary: dict[str, Any]) -> Table | None:
     )
 
 
-def _mismatch(summary: dict[str, Any]) -> Table | None:
+def _mismatch(summary: Summary) -> Table | None:
     return _by_round(
         summary,
         "mismatch_accuracy",
@@ -117,8 +245,8 @@ def _mismatch(summary: dict[str, Any]) -> Table | None:
     )
 
 
-def _by_round(summary: dict[str, Any], key: str, title: str, note: str) -> Table | None:
-    """One value of every member, round by round; None where no member has it."""
+def _by_round(summary: Summary, key: str, title: str, caption: str) -> Table | None:
+    """One value of every member, round by round."""
     by_member: dict[tuple[int, str], dict[int, float]] = {}
     for one in summary["rounds"]:
         for rm in one["rm"]:
@@ -127,51 +255,45 @@ def _by_round(summary: dict[str, Any], key: str, title: str, note: str) -> Table
                     by_member.setdefault((rm["member"], name), {})[one["round"]] = value
     if not by_member:
         return None
-    numbers = [one["round"] for one in summary["rounds"]]
-    rows = []
+    rounds = [one["round"] for one in summary["rounds"]]
+    rows: Rows = []
     for (member, name), values in sorted(by_member.items()):
-        known = [values[number] for number in numbers if number in values]
+        known = [values[number] for number in rounds if number in values]
         change = f"{100 * (known[-1] - known[0]):+.1f} points" if len(known) > 1 else ABSENT
-        rows.append((f"Reward model {member}{name}", *(percent(values.get(number)) for number in numbers), change))
-    heads = ["Before" if number == 0 else f"After round {number - 1}" for number in numbers]
-    return Table(title, ("Member", *heads, "Change"), tuple(rows), note)
+        rows.append((f"Reward model {member}{name}", *(percent(values.get(number)) for number in rounds), change))
+    heads = ["Before" if number == 0 else f"After round {number - 1}" for number in rounds]
+    return Table(title, ("Member", *heads, "Change"), rows, caption)
 
 
-def _cost(summary: dict[str, Any]) -> Table | None:
+# ---- cost
+
+
+def _cost(summary: Summary) -> Table | None:
     cost, ratio = summary["cost"], summary["cost_ratio"]
     if cost["plain"] is None and cost["adv_rm"] is None:
         return None
-    rows = (
-        ("Plain RLHF", duration(cost["plain"]), flops_text(cost["plain_flops"]), "1.0x" if cost["plain"] else ABSENT),
-        (
-            "Adv-RM, then RLHF",
-            duration(cost["adv_rm"]),
-            flops_text(cost["adv_rm_flops"]),
-            ABSENT if ratio is None else f"{ratio:.1f}x",
-        ),
-    )
+    ratios = ("1.0x" if cost["plain"] else ABSENT, ABSENT if ratio is None else f"{ratio:.1f}x")
     return Table(
         "Cost of the Adv-RM pipeline",
         ("Pipeline", cost["unit"][0].upper() + cost["unit"][1:], "FLOPs", "Ratio"),
-        rows,
+        [
+            ("Plain RLHF", duration(cost["plain"]), flops_text(cost["plain_flops"]), ratios[0]),
+            ("Adv-RM, then RLHF", duration(cost["adv_rm"]), flops_text(cost["adv_rm_flops"]), ratios[1]),
+        ],
         "Plain: SFT, labelled pairs, one reward model, RLHF. Adv-RM: every stage that leads to the hardened reward "
         "model, and RLHF with it; the last round's other models and its attack only measure and are not counted. "
         f"The ratio is that of {cost['unit']}.",
     )
 
 
-def _stages(summary: dict[str, Any]) -> Table | None:
+def _stages(summary: Summary) -> Table | None:
     if not summary["seconds"]:
         return None
-    parts = ("seconds", "cpu_seconds", "flops")
-    rows = [
-        (
-            stage_name(stage),
-            *(duration(summary[part].get(stage)) for part in parts[:2]),
-            flops_text(summary["flops"].get(stage)),
-        )
-        for stage in summary["seconds"]
+    cpu, flops = summary["cpu_seconds"], summary["flops"]
+    rows: Rows = [
+        (stage_name(stage), duration(seconds), duration(cpu.get(stage)), flops_text(flops.get(stage)))
+        for stage, seconds in summary["seconds"].items()
     ]
-    cpu, flops = (sum(summary[part].values()) or None for part in parts[1:])
-    rows.append(("Total", duration(summary["seconds_total"]), duration(cpu), flops_text(flops)))
-    return Table("Time per stage", ("Stage", "Wall-clock", "CPU time", "FLOPs"), tuple(rows), "")
+    totals = (sum(part.values()) or None for part in (cpu, flops))
+    rows.append(("Total", duration(summary["seconds_total"]), duration(next(totals)), flops_text(next(totals))))
+    return Table("Time per stage", ("Stage", "Wall-clock", "CPU time", "FLOPs"), rows)

@@ -13,9 +13,9 @@ import pytest
 from fake_run import HOSTILE, pair, write_lines, write_rlhf, write_round
 
 from nemo_advrm.errors import DataError
-from nemo_advrm.report import render_summary, write_report
+from nemo_advrm.report import write_report
 from nemo_advrm.report.collect import collect
-from nemo_advrm.report.palette import STYLE
+from nemo_advrm.report.figures.style import STYLE
 from nemo_advrm.report.summary import summarise
 
 RLHF_FIGURES = {"overoptimization_steps", "overoptimization_kl", "differences"}
@@ -37,7 +37,7 @@ def drawn(run_dir: Path) -> set[str]:
 
 
 def test_the_page_holds_every_figure_and_loads_nothing(run_dir: Path) -> None:
-    index = write_report(run_dir)
+    index = write_report(run_dir).page
     assert index == run_dir / "report" / "index.html"
     page = index.read_text(encoding="utf-8")
     sources = re.findall(r'<img[^>]* src="([^"]*)"', page)
@@ -53,14 +53,14 @@ def test_the_page_holds_every_figure_and_loads_nothing(run_dir: Path) -> None:
 
 
 def test_text_of_the_run_is_escaped(run_dir: Path) -> None:
-    page = write_report(run_dir).read_text(encoding="utf-8")
+    page = write_report(run_dir).page.read_text(encoding="utf-8")
     assert HOSTILE not in page
-    assert "&lt;script&gt;alert(&#x27;x&#x27;)&lt;/script&gt; &amp; &quot;quoted&quot;" in page
+    assert "&lt;script&gt;alert(&#39;x&#39;)&lt;/script&gt; &amp; &#34;quoted&#34;" in page
     assert "What is &lt;b&gt;bold&lt;/b&gt;?" in page
 
 
 def test_the_ten_worst_examples_stand_beside_their_counterparts(run_dir: Path) -> None:
-    page = write_report(run_dir).read_text(encoding="utf-8")
+    page = write_report(run_dir).page.read_text(encoding="utf-8")
     assert page.count("<article>") == 10
     assert [int(found) for found in re.findall(r"number (\d+)\.", page)] == [11, 10, 9, 8, 7, 6, 5, 4, 3, 2]
     assert "R1 3.25 (z 2.50)" in page
@@ -87,7 +87,7 @@ def test_a_directory_that_does_not_exist_is_an_error(tmp_path: Path) -> None:
 
 
 def test_an_empty_directory_gives_a_page_that_says_so(tmp_path: Path) -> None:
-    page = write_report(tmp_path).read_text(encoding="utf-8")
+    page = write_report(tmp_path).page.read_text(encoding="utf-8")
     assert "No adversarial rounds" in page
     assert "No RLHF runs" in page
     assert "state.json is absent" in page
@@ -103,7 +103,7 @@ def test_real_data_has_no_gold(run_dir: Path) -> None:
         path.write_text(json.dumps({"directions": {"1": rates}, "threshold_z": 1.96}))
         samples = path.with_name("samples.jsonl")
         write_lines(samples, [json.loads(line) | {"gold": None} for line in samples.read_text().splitlines()])
-    page = write_report(run_dir).read_text(encoding="utf-8")
+    page = write_report(run_dir).page.read_text(encoding="utf-8")
     summary = summary_of(run_dir)
     assert "no gold reward" in summary["headline"]
     assert summary["rlhf"]["r1"]["area"] is None
@@ -117,7 +117,7 @@ def test_one_clean_round_alone(run_dir: Path) -> None:
     shutil.rmtree(run_dir / "rlhf")
     shutil.rmtree(run_dir / "round_1")
     (run_dir / "round_0" / "pairs.jsonl").write_text("")
-    page = write_report(run_dir).read_text(encoding="utf-8")
+    page = write_report(run_dir).page.read_text(encoding="utf-8")
     assert "No adversarial pairs in this run." in page
     assert summary_of(run_dir)["cost_ratio"] is None
     assert summary_of(run_dir)["rlhf"] == {}
@@ -176,7 +176,7 @@ def test_values_of_another_type_leave_a_report(run_dir: Path, value: Any) -> Non
     directions = {"directions": {"\u00b2": value, "1": value}}
     (run_dir / "round_0" / "attack" / "summary.json").write_text(json.dumps(directions))
     write_report(run_dir)
-    assert render_summary(run_dir, terminal=False)
+    assert write_report(run_dir).text(terminal=False)
 
 
 def test_numbers_and_brackets_without_end_are_unreadable_lines(run_dir: Path) -> None:
@@ -199,7 +199,7 @@ def test_a_stage_that_did_not_finish_is_named(run_dir: Path) -> None:
 
 
 def test_piped_output_is_plain_and_aligned(run_dir: Path) -> None:
-    text = render_summary(run_dir, terminal=False)
+    text = write_report(run_dir).text(terminal=False)
     assert "\x1b" not in text
     assert text.startswith("With Hardened reward model (Adv-RM), mean gold over RLHF was 3.40 higher")
     rows = {line.split("  ")[0]: line.split() for line in text.splitlines()}
@@ -212,6 +212,6 @@ def test_piped_output_is_plain_and_aligned(run_dir: Path) -> None:
 
 
 def test_a_terminal_gets_colour_and_the_same_numbers(run_dir: Path) -> None:
-    text = render_summary(run_dir, terminal=True)
+    text = write_report(run_dir).text(terminal=True)
     assert "\x1b[" in text
     assert "2.4x" in text

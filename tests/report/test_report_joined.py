@@ -10,9 +10,10 @@ from fake_run import write_rlhf, write_state
 
 from nemo_advrm import cli
 from nemo_advrm.errors import DataError
-from nemo_advrm.report.joined import join_runs, write_joined
+from nemo_advrm.report import write_joined
+from nemo_advrm.report.figures.style import STYLE
+from nemo_advrm.report.joined import join_runs
 from nemo_advrm.report.lines import lines_of, this_machine
-from nemo_advrm.report.palette import STYLE
 from nemo_advrm.report.study import read, write_line
 from nemo_advrm.report.study_tables import render_study
 
@@ -58,7 +59,7 @@ def test_the_command_joins_the_runs_that_it_names(runs: list[Path], capsys: pyte
     home = runs[0].parent / "report"
     assert f"report: {home / 'index.html'}" in capsys.readouterr().out
     page = (home / "index.html").read_text()
-    assert "4.48" in page and page.count("<img") == 1 and "it&#x27;s 2 (seed 2)" in page
+    assert "4.48" in page and page.count("<img") == 1 and "it&#39;s 2 (seed 2)" in page
     assert json.loads((home / "summary.json").read_text())["runs"][2]["seed"] == 2
     assert cli.main(["report", str(runs[1])]) == 0  # one run has a report of its own
     assert (runs[1] / "report" / "index.html").is_file()
@@ -67,7 +68,7 @@ def test_the_command_joins_the_runs_that_it_names(runs: list[Path], capsys: pyte
 
 
 def test_runs_that_have_become_incomparable_leave_no_old_figure(runs: list[Path], tmp_path: Path) -> None:
-    page, _ = write_joined(runs, tmp_path / "joined")
+    page = write_joined(runs, tmp_path / "joined").page
     assert (page.parent / "differences.png").is_file()
     for run in runs:
         write_rlhf(run, "r1", [None] * 10)

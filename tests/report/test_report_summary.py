@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 from fake_run import HARDENED_GOLD, PLAIN_GOLD, SECONDS, write_lines, write_rlhf, write_state
 
+from nemo_advrm.report import write_report
 from nemo_advrm.report.collect import collect
 from nemo_advrm.report.study import Line, write_line
 from nemo_advrm.report.summary import summarise
-from nemo_advrm.report.tables import render_summary, tables
+from nemo_advrm.report.tables import tables
 
 
 def test_measures_of_each_reward(run_dir: Path) -> None:
@@ -221,7 +222,7 @@ def test_cost_is_in_cpu_seconds_where_all_stages_know_them(run_dir: Path) -> Non
     assert (summary["cost"]["unit"], summary["cost"]["plain"]) == ("CPU seconds", pytest.approx(50))
     assert summary["cost_ratio"] == pytest.approx((120 + 40) / 50)
     assert summary["cost"]["plain_flops"] == 3e9
-    assert "CPU seconds" in render_summary(run_dir, terminal=False)
+    assert "CPU seconds" in write_report(run_dir).text(terminal=False)
     del state["stages"]["sft"]["cpu_seconds"]
     (run_dir / "state.json").write_text(json.dumps(state))
     assert summarise(collect(run_dir))["cost"]["unit"] == "seconds of wall-clock"
@@ -272,7 +273,7 @@ def test_each_reward_is_named_by_its_formula_and_by_what_it_equals(run_dir: Path
     text = summary["rlhf"]["adv_rm"]["reward"]
     assert text.startswith("mean - 1 * standard deviation over the members (the Adv-RM paper's UWO has b = 1)")
     assert text.endswith(", standardised by SFT responses; with 2 members exactly min")
-    assert "What each reward is" in render_summary(run_dir, terminal=False)
+    assert "What each reward is" in write_report(run_dir).text(terminal=False)
     settings["ensemble"] = {}
     runs["adv_rm"] = {"reward": "ensemble", "aggregate": "uwo", "coefficient": 0.5}
     (run_dir / "config.yaml").write_text(json.dumps(settings))

@@ -12,19 +12,19 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from nemo_advrm.objectives.overoptimization import predict_rl, smooth
+from nemo_advrm.report.figures.style import BLUE, GREY, INK, ORANGE, STYLE
 from nemo_advrm.report.measures import HELD_OUT, Curve
 from nemo_advrm.report.names import fixed, reward_name
-from nemo_advrm.report.palette import BLUE, GREY, INK, ORANGE, STYLE
-from nemo_advrm.report.records import FloatArray, Rlhf, Run
+from nemo_advrm.report.records import FloatArray, RlhfArm, Run
 from nemo_advrm.report.summary import Summary, distance
 
-Annotate = Callable[[Axes, Rlhf], str]
+Annotate = Callable[[Axes, RlhfArm], str]
 
 
 def against_steps(run: Run, summary: Summary) -> Figure | None:
     """Gold and proxy against RLHF steps: the mean over RLHF seeds, and their range."""
 
-    def annotate(axes: Axes, arm: Rlhf) -> str:
+    def annotate(axes: Axes, arm: RlhfArm) -> str:
         entry = summary["rlhf"][arm.name]
         if entry["start"] is None:
             return "no gold reward"
@@ -39,7 +39,7 @@ def against_kl(run: Run, summary: Summary) -> Figure | None:
     if not any(np.isfinite(one.measured.kl_S).any() for arm in run.rlhf for one in arm.runs):
         return None
 
-    def annotate(axes: Axes, arm: Rlhf) -> str:
+    def annotate(axes: Axes, arm: RlhfArm) -> str:
         entry = summary["rlhf"][arm.name]
         fit = entry["gao_fit"]
         if fit is None:
@@ -55,7 +55,7 @@ def against_kl(run: Run, summary: Summary) -> Figure | None:
 
 
 def _panels(run: Run, x_of: Callable[[Curve], FloatArray], x_label: str, annotate: Annotate) -> Figure | None:
-    """One panel per arm, gold axis shared on the left; each proxy has its own axis, for no two share a scale."""
+    """One panel per arm. They share the gold axis on the left; each proxy has its own, since no two share a scale."""
     if not run.rlhf:
         return None
     columns = min(2 if len(run.rlhf) <= 4 else 3, len(run.rlhf))
@@ -107,9 +107,9 @@ def _name(handles: dict[str, Any], label: str, line: Any) -> None:
 
 
 def _lines(
-    arm: Rlhf, x_of: Callable[[Curve], FloatArray], part: str, window: int
+    arm: RlhfArm, x_of: Callable[[Curve], FloatArray], part: str, window: int
 ) -> tuple[FloatArray, FloatArray] | None:
-    """(x_RT, y_RT) of the runs of an arm at the steps that all of them have evaluated; None where they have none.
+    """(x_RT, y_RT) of the R runs of an arm at the T steps that all of them evaluated; None if there is no such step.
 
     Rollouts are smoothed, the few evaluations on fixed held-out prompts are not.
     """
@@ -129,7 +129,9 @@ def _lines(
     return x_RT, np.stack([y[place] for (_, _, y), place in zip(found, places, strict=True)])
 
 
-def _mean_line(axes: Axes, arm: Rlhf, x_of: Callable[[Curve], FloatArray], part: str, window: int, **style: Any) -> Any:
+def _mean_line(
+    axes: Axes, arm: RlhfArm, x_of: Callable[[Curve], FloatArray], part: str, window: int, **style: Any
+) -> Any:
     lines = _lines(arm, x_of, part, window)
     if lines is None:
         return None
@@ -137,8 +139,8 @@ def _mean_line(axes: Axes, arm: Rlhf, x_of: Callable[[Curve], FloatArray], part:
     return line
 
 
-def _range(axes: Axes, arm: Rlhf, x_of: Callable[[Curve], FloatArray], window: int, handles: dict[str, Any]) -> None:
-    """The range of gold over RLHF seeds where they share their x, else each seed's own line."""
+def _range(axes: Axes, arm: RlhfArm, x_of: Callable[[Curve], FloatArray], window: int, handles: dict[str, Any]) -> None:
+    """The range of gold over RLHF seeds if they share their x, else a line for each seed."""
     lines = _lines(arm, x_of, "gold", window)
     if lines is None:
         return

@@ -8,14 +8,14 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from nemo_advrm.report import study
+from nemo_advrm.report.figures.style import BLUE, GREY, INK, ORANGE, line_style
 from nemo_advrm.report.names import reward_name
-from nemo_advrm.report.palette import BLUE, GREY, INK, ORANGE, line_style
 
 _KINDS = {study.RLHF: "mean gold over RLHF", study.BEST_OF_N: "mean gold over best-of-n"}
 
 
 def draw_differences(summary: dict[str, Any]) -> Figure | None:
-    """The differences of areas to the baseline: points a seed, mean and 95 % interval, those of a study beside."""
+    """The area of each arm minus its baseline's: a point for each seed, the mean and its interval."""
     own = _areas(summary["comparisons"])
     beside = _areas(summary["study"]["comparisons"]) if summary["study"] else {}
     kinds = [kind for kind in _KINDS if any(key[0] == kind for key in (*own, *beside))]

@@ -1,69 +1,43 @@
-"""Draws the figures of a run's report; those of rounds and of cost are here."""
+"""Draws the rounds of a run: attack success, accuracy on clean pairs, and the cost of each stage."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from pathlib import Path
+from typing import Any
 
-import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from nemo_advrm.report.comparison_figures import draw_best_of_n, draw_differences
-from nemo_advrm.report.curve_figures import against_kl, against_steps
+from nemo_advrm.report.figures.style import BLUE, GREEN, INK, MARKERS, ORANGE, PALETTE, PURPLE
 from nemo_advrm.report.names import stage_name
-from nemo_advrm.report.palette import BLUE, GREEN, INK, ORANGE, PALETTE, PURPLE, STYLE
-from nemo_advrm.report.records import Run
-from nemo_advrm.report.scatter import draw_scatter
-from nemo_advrm.report.summary import Summary
 
-Draw = Callable[[Run, Summary], Figure | None]
+Summary = dict[str, Any]
 
-
-def draw_figures(run: Run, summary: Summary, directory: Path) -> dict[str, Path]:
-    """Write each figure for which there is data as DIRECTORY/NAME.png; {NAME: path} in reading order.
-
-    A figure of an earlier report that has no data any more is removed, so that the directory never mixes two states.
-    """
-    drawn: dict[str, Path] = {}
-    with matplotlib.rc_context(STYLE):
-        for name, draw in FIGURES.items():
-            path = directory / f"{name}.png"
-            figure = draw(run, summary)
-            if figure is None:
-                path.unlink(missing_ok=True)
-                continue
-            figure.savefig(path, metadata={"Software": None})
-            drawn[name] = path
-    return drawn
+ATTACK_RATES = {
+    "standard": "standard, all steps",
+    "strict": "strict, all steps",
+    "selected_success": "selected",
+    "held_out": "finished adversary, held-out prompts",
+    "held_out_null": "SFT responses, held-out prompts (null)",
+}
 
 
-# ---- rounds
-
-
-def _attack_success(run: Run, summary: Summary) -> Figure | None:
-    kinds = {
-        "standard": "standard, all steps",
-        "strict": "strict, all steps",
-        "selected_success": "selected",
-        "held_out": "finished adversary, held-out prompts",
-        "held_out_null": "SFT responses, held-out prompts (null)",
-    }
+def draw_attack_success(summary: Summary) -> Figure | None:
+    """A group of bars for each round and attacked member."""
     attacked = [one for one in summary["rounds"] if one["attack"]]
     targets = sorted({target for one in attacked for target in one["attack"]["directions"]}, key=int)
     rates = {
         (target, kind): [(one["round"], one["attack"]["directions"].get(target, {}).get(kind)) for one in attacked]
         for target in targets
-        for kind in kinds
+        for kind in ATTACK_RATES
     }
-    if not any(rate is not None for points in rates.values() for _, rate in points):
-        return None
     kinds = {
         kind: label
-        for kind, label in kinds.items()
+        for kind, label in ATTACK_RATES.items()
         if any(rate is not None for target in targets for _, rate in rates[target, kind])
     }
+    if not kinds:
+        return None
     figure = Figure(figsize=(max(6.4, 3.6 * len(targets) + 1.4), 4.0), layout="constrained")
     panels = figure.subplots(1, len(targets), sharey=True, squeeze=False)[0]
     width = 0.8 / len(kinds)
@@ -89,7 +63,8 @@ def _attack_success(run: Run, summary: Summary) -> Figure | None:
     return figure
 
 
-def _accuracy(run: Run, summary: Summary) -> Figure | None:
+def draw_accuracy(summary: Summary) -> Figure | None:
+    """A line for each member, round by round."""
     lines: dict[int, list[tuple[int, float]]] = {}
     for one in summary["rounds"]:
         for rm in one["rm"]:
@@ -103,13 +78,12 @@ def _accuracy(run: Run, summary: Summary) -> Figure | None:
         axes.plot(
             *zip(*points, strict=True),
             color=PALETTE[index % len(PALETTE)],
-            marker="os^Dv"[index % 5],
+            marker=MARKERS[index % 5],
             linewidth=2,
             label=f"reward model {member}",
         )
-    low = min(accuracy for points in lines.values() for _, accuracy in points)
-    high = max(accuracy for points in lines.values() for _, accuracy in points)
-    axes.set_ylim(min(0.45, low - 0.05), min(1.02, max(0.9, high + 0.05)))
+    known = [accuracy for points in lines.values() for _, accuracy in points]
+    axes.set_ylim(min(0.45, min(known) - 0.05), min(1.02, max(0.9, max(known) + 0.05)))
     axes.axhline(0.5, color=INK, linewidth=1, linestyle=":")
     axes.annotate("chance", (0.99, 0.5), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=9)
     numbers = [one["round"] for one in summary["rounds"]]
@@ -121,12 +95,8 @@ def _accuracy(run: Run, summary: Summary) -> Figure | None:
     return figure
 
 
-# ---- cost
-
-
-def _cost(run: Run, summary: Summary) -> Figure | None:
-    """A bar a stage; RLHF runs of one arm are one bar."""
-    cost = summary["cost"]
+def draw_cost(cost: Summary) -> Figure | None:
+    """A bar for each stage; the RLHF runs of one arm are one bar."""
     if not cost["stages"]:
         return None
     spent: dict[str, float] = {}
@@ -166,15 +136,3 @@ def _cost(run: Run, summary: Summary) -> Figure | None:
 
 def _without_seed(stage: str) -> str:
     return re.sub(r"^(rlhf/[^/]+)/seed_\d+$", r"\1", stage)
-
-
-FIGURES: dict[str, Draw] = {
-    "overoptimization_steps": against_steps,
-    "overoptimization_kl": against_kl,
-    "best_of_n": lambda run, summary: draw_best_of_n(summary["best_of_n"]),
-    "differences": lambda run, summary: draw_differences(summary),
-    "scatter": draw_scatter,
-    "attack_success": _attack_success,
-    "accuracy": _accuracy,
-    "cost": _cost,
-}

@@ -8,19 +8,18 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from nemo_advrm.report.palette import BLUE, GREY, INK, ORANGE, VERMILLION
-from nemo_advrm.report.records import Direction, FloatArray, Round, Run
-from nemo_advrm.report.summary import Summary
+from nemo_advrm.report.figures.style import BLUE, GREY, INK, ORANGE, VERMILLION
+from nemo_advrm.report.records import Attack, FloatArray, Round, Run
 
 # More dots than this per kind and panel hide each other.
 MAX_DOTS = 1500
 MAX_SELECTED_DOTS = 400
 
 
-def draw_scatter(run: Run, summary: Summary) -> Figure | None:
+def draw_scatter(run: Run) -> Figure | None:
     """One column per round, one row per attacked model; x = z of the attacked model, y = mean z of the others."""
-    rounds = [one for one in run.rounds if any(_has_dots(direction.z_NK) for direction in one.directions)]
-    targets = sorted({direction.target for one in rounds for direction in one.directions if _has_dots(direction.z_NK)})
+    rounds = [one for one in run.rounds if any(_has_dots(attack.z_NK) for attack in one.attacks)]
+    targets = sorted({attack.target for one in rounds for attack in one.attacks if _has_dots(attack.z_NK)})
     if not rounds:
         return None
     figure = Figure(figsize=(max(6.6, 3.3 * len(rounds) + 0.6), 3.2 * len(targets) + 1.1), layout="constrained")
@@ -28,7 +27,7 @@ def draw_scatter(run: Run, summary: Summary) -> Figure | None:
     everything = []
     handles: dict[str, Any] = {}
     for column, one in enumerate(rounds):
-        by_target = {direction.target: direction for direction in one.directions}
+        by_target = {attack.target: attack for attack in one.attacks}
         for row, target in enumerate(targets):
             axes = panels[row, column]
             everything += _draw_panel(axes, one, by_target.get(target), target, handles)
@@ -52,7 +51,7 @@ def _has_dots(z_NK: FloatArray) -> bool:
 
 
 def _plane(z_NK: FloatArray, target: int) -> FloatArray:
-    """[N, 2]: z of the attacked member and the mean z of the rest; rows with a missing score are left out as NaN."""
+    """[N, 2]: z of the attacked member and the mean z of the others; NaN where a score is missing."""
     if not _has_dots(z_NK) or target > z_NK.shape[1]:
         return np.empty((0, 2))
     rest_NK = np.delete(z_NK, target - 1, axis=1)
@@ -60,15 +59,15 @@ def _plane(z_NK: FloatArray, target: int) -> FloatArray:
 
 
 def _draw_panel(
-    axes: Axes, one: Round, direction: Direction | None, target: int, handles: dict[str, Any]
+    axes: Axes, one: Round, attack: Attack | None, target: int, handles: dict[str, Any]
 ) -> list[FloatArray]:
     axes.axhline(0, color=INK, linewidth=0.6)
     sft_N2 = _plane(one.reference_z_NK, target)
     drawn = [sft_N2]
     _dots(axes, sft_N2, MAX_DOTS, handles, "SFT responses", color=GREY, s=7, alpha=0.5)
-    if direction is not None:
-        attack_N2 = _plane(direction.z_NK, target)
-        selected_N = direction.selected_N[: len(attack_N2)]
+    if attack is not None:
+        attack_N2 = _plane(attack.z_NK, target)
+        selected_N = attack.selected_N[: len(attack_N2)]
         drawn.append(attack_N2)
         _dots(axes, attack_N2[~selected_N], MAX_DOTS, handles, "adversarial responses", color=BLUE, s=7, alpha=0.45)
         _dots(
@@ -83,7 +82,7 @@ def _draw_panel(
             edgecolors=INK,
             linewidths=0.4,
         )
-        _boundary(axes, attack_N2, direction.disagreement_z_N[: len(attack_N2)], one.threshold_z, handles)
+        _boundary(axes, attack_N2, attack.disagreement_z_N[: len(attack_N2)], one.threshold_z, handles)
     handles.setdefault("z of the attacked model = 0", axes.axvline(0, color=VERMILLION, linewidth=1.3, linestyle=":"))
     return drawn
 
@@ -92,7 +91,7 @@ def _dots(axes: Axes, points_N2: FloatArray, at_most: int, handles: dict[str, An
     points_N2 = points_N2[np.isfinite(points_N2).all(axis=1)]
     if not len(points_N2):
         return
-    # Evenly spaced rows: the same picture every time, and all of the attack's steps are in it.
+    # Evenly spaced rows, not a random sample: the same picture every time, and every step of the attack is in it.
     kept = np.linspace(0, len(points_N2) - 1, min(at_most, len(points_N2))).astype(int)
     handles.setdefault(label, axes.scatter(*points_N2[kept].T, **style))
 
@@ -100,10 +99,10 @@ def _dots(axes: Axes, points_N2: FloatArray, at_most: int, handles: dict[str, An
 def _boundary(
     axes: Axes, points_N2: FloatArray, disagreement_z_N: FloatArray, threshold_z: float, handles: dict[str, Any]
 ) -> None:
-    """The line Z(U) = threshold, by least squares of Z(U) on the two z.
+    """The line Z(U) = threshold, from a least-squares fit of Z(U) to the two z.
 
-    U is a difference of raw scores, so the line shifts from prompt to prompt: this is its average place, and selected
-    responses may lie on its other side.
+    U is a difference of raw scores, so each prompt has a line of its own. This is their average, and some selected
+    responses lie on its other side.
     """
     usable_N = np.isfinite(points_N2).all(axis=1) & np.isfinite(disagreement_z_N)
     if usable_N.sum() < 3:
@@ -123,7 +122,7 @@ def _boundary(
 
 
 def _set_limits(axes: Axes, points_N2: FloatArray) -> None:
-    """Shared limits without the outer half percent on each side, so that one runaway score does not squash the rest."""
+    """Shared limits that leave out half a percent on each side, so that one extreme score does not squash the rest."""
     points_N2 = points_N2[np.isfinite(points_N2).all(axis=1)]
     if not len(points_N2):
         return

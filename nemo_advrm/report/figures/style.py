@@ -31,16 +31,16 @@ STYLE: dict[str, Any] = {
     "savefig.dpi": 130,
 }
 
-# Colours, dashes and markers repeat after different numbers of lines, so that many lines stay apart, also in grey.
+# Colours, dashes and markers repeat after different numbers of lines, so that many lines differ, even in grey.
 _DASHES = ("-", "--", "-.", (0, (1, 1.2)), (0, (5, 1, 1, 1, 1, 1)))
-_MARKERS = "os^Dv<>P"
+MARKERS = "os^Dv<>P"
 
 
 def line_style(place: int) -> dict[str, Any]:
-    """Colour, dashes and marker of the line at `place`; the first 6 have a colour of their own."""
-    colours = (BLUE, ORANGE, GREEN, VERMILLION, PURPLE, SKY, "#000000")
+    """Colour, dashes and marker of the line number `place`; the first 7 have a colour of their own."""
+    colours = (*PALETTE, "#000000")
     return {
         "color": colours[place % len(colours)],
         "linestyle": _DASHES[place % len(_DASHES)],
-        "marker": _MARKERS[place % len(_MARKERS)],
+        "marker": MARKERS[place % len(MARKERS)],
     }
