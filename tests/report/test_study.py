@@ -55,7 +55,7 @@ def test_a_run_that_was_done_again_counts_once() -> None:
         ({"kind": "sft"}, "kind='sft' is not one of rlhf, best_of_n, gates"),
         ({"kl": "much"}, "kl='much' is not a number"),
         ({"measures": [1]}, r"measures='\[1\]' is not an object"),
-        ({"area": 1}, "'area' is no key of a study's line"),
+        ({"area": 1}, "'area' is not a key of a study's line"),
         ({"arm": ""}, "a line of a study needs 'arm'"),
     ],
 )
