@@ -1,8 +1,8 @@
-"""Advantages: how much better a response, or a token, did than was expected. All are constants (no gradient).
+"""Advantages: how much better a response, or a token, was than expected. All are constants (no gradient).
 
-Per-response rewards are [N], with the rollouts of one prompt in consecutive rows. Baselines are taken in float64, so
-that equal rewards give advantages of exactly 0. So do rewards that differ by no more than their `noise`, [N]: how far
-each is off by rounding (see `objectives.spread`), by default that of their own size in fp32.
+Rewards of responses are [N], with the rollouts of one prompt in consecutive rows. Baselines are computed in float64, so
+that equal rewards give advantages of exactly 0. Rewards that differ by no more than their `noise`, [N], count as equal:
+the rounding error of each reward (see `objectives.spread`), by default that of its own size in fp32.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ def gae(
     """Generalised advantage estimates, and the returns a critic learns (advantage + value); [B, T], 0 where masked.
 
     A_t = delta_t + gamma lam A_{t+1}, delta_t = r_t + gamma V_{t+1} - V_t (Schulman et al. 2016, eq. 16), where t + 1
-    is the next kept token, whatever lies between. After the last kept token comes nothing: a response cut off at the
-    length limit ends there too, as its reward already says so. Token rewards under the mask are ignored.
+    is the next kept token, however far away. Nothing follows the last kept token, even if the length limit cut the
+    response off, because its reward already accounts for that. Masked token rewards are ignored.
     """
     keep_BT = mask_BT.bool()
     rewards_BT, values_BT = zero_masked(token_rewards_BT, keep_BT), zero_masked(values_BT, keep_BT)
@@ -80,10 +80,10 @@ def gae(
 def gae_noise(
     token_noise_BT: Tensor, values_noise_BT: Tensor, mask_BT: Tensor, gamma: float, lam: float
 ) -> Tensor:
-    """How far the advantages of `gae` may be off by rounding, [B, T], from the noise of token rewards and of values.
+    """The rounding error of the advantages of `gae`, [B, T], from that of token rewards and of values.
 
-    Errors of tokens are independent, so their squares add up, weighted like the rewards themselves. Of the values only
-    V_t counts: those of later tokens enter with 1 - lam at most.
+    The errors of tokens are independent, so their squares add up, weighted like the rewards themselves. Of the values
+    only V_t counts: those of later tokens have a weight of at most 1 - lam.
     """
     squares_BT, none_BT = token_noise_BT.square(), torch.zeros_like(token_noise_BT)
     later_BT, _ = gae(squares_BT, none_BT, mask_BT, gamma**2, lam**2)
@@ -92,10 +92,10 @@ def gae_noise(
 
 @torch.no_grad()
 def scale_by_std(advantages_N: Tensor) -> Tensor:
-    """Advantages divided by their population std over the batch, [N]; the mean stays, so signs do.
+    """Advantages divided by their population std over the batch, [N]; the mean is not subtracted, so signs stay.
 
-    Under data parallelism pass the advantages of all ranks. Advantages that are all equal but for the rounding of their
-    own size come back equal and not divided; what rounding the rewards had is gone by then (`rloo`, `reinforce`).
+    Under data parallelism pass the advantages of all ranks. Advantages that differ only by the rounding of their own
+    size are returned as equal and not divided. The rounding of the rewards was removed before (`rloo`, `reinforce`).
     """
     if advantages_N.numel() == 0:
         return advantages_N.clone()
@@ -105,9 +105,9 @@ def scale_by_std(advantages_N: Tensor) -> Tensor:
 
 
 def token_rewards(kl_BT: Tensor, rewards_B: Tensor, mask_BT: Tensor, coefficient: float) -> Tensor:
-    """PPO's reward of each token, [B, T]: -coefficient * KL of the token, and the response's reward at its last token.
+    """PPO's reward of each token, [B, T]: -coefficient * KL of the token, plus the response's reward at its last token.
 
-    The last token is the last that the mask keeps; 0 where masked (Ouyang et al. 2022, eq. 2, token by token).
+    The last token is the last one that the mask keeps; 0 where masked (Ouyang et al. 2022, eq. 2, token by token).
     """
     keep_BT = mask_BT.bool()
     later_BT = keep_BT.flip(1).cumsum(1).flip(1)  # kept tokens from here on
@@ -116,7 +116,7 @@ def token_rewards(kl_BT: Tensor, rewards_B: Tensor, mask_BT: Tensor, coefficient
 
 
 def _grouped(rewards_N: Tensor, group_size: int, noise_N: Tensor | None) -> Tensor:
-    """[P, group_size] in float64; a group whose rewards differ by rounding alone is equal."""
+    """[P, group_size] in float64. Rewards of a group that differ only by rounding are made equal."""
     if group_size < 2:
         raise ConfigError(f"a group baseline needs at least 2 rollouts per prompt, not {group_size}")
     if rewards_N.numel() % group_size:

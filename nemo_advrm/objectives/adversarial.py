@@ -1,7 +1,7 @@
-"""Rewards for an adversary that seeks responses one member of the ensemble likes and the others do not.
+"""Rewards for an adversary that looks for responses that one member of the ensemble likes and the others do not.
 
-Source: Adv-RM (arXiv 2504.06141). `target` is the index of the member that is attacked (R_1 in the text is target 0);
-scores are [B, K], and with K > 2 "the other" is the mean of all other members.
+Source: Adv-RM (arXiv 2504.06141). `target` is the index of the attacked member (R_1 in the text is target 0). Scores
+are [B, K]. With K > 2 "the other" is the mean of all other members.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ def paper_reward(
 ) -> Tensor:
     """z_1 - coefficient * mean of the other z_k where R_1 > T_1(x), else `penalty`; [B].
 
-    The condition keeps the adversary from winning by pushing the others down with a response nobody likes. Raises
-    ConfigError unless K > 1 and `target` exists.
+    The condition prevents a trivial solution: a response that no member likes, the others even less. Raises ConfigError
+    unless K > 1 and `target` exists.
     """
     rest_B = others_mean(z_BK, target)
     reward_B = z_BK[:, target] - coefficient * rest_B
@@ -36,8 +36,8 @@ def raw_reward(
 ) -> Tensor:
     """target_weight * R_1 - others_weight * R_2 * [R_1 > m] + penalty * [R_1 < m], m = min_target_score; [B].
 
-    Works on unstandardised scores with one constant for all prompts, so it needs no SFT statistics. Below m R_1 itself
-    still guides the adversary upwards. Raises ConfigError unless K > 1 and `target` exists.
+    It uses raw scores and one constant for all prompts, so it needs no SFT statistics. Below m the reward still rises
+    with R_1, which gives the adversary a direction. Raises ConfigError unless K > 1 and `target` exists.
     """
     other_B = others_mean(scores_BK, target)
     target_B = scores_BK[:, target]
@@ -47,15 +47,15 @@ def raw_reward(
 
 
 def length_penalty(rewards_N: Tensor, ended_N: Tensor, noise_N: Tensor | None = None) -> float:
-    """Reward of an unended response where none is set: one spread below the lowest reward of the batch's ended ones.
+    """Default reward of an unended response: one spread below the lowest reward of the batch's ended responses.
 
-    It is in the units of these rewards, whichever they are: z-scores, raw scores, the sum with a penalty. An unended
-    response is worse than every ended one, and yet no outlier beside which the ended ones' differences vanish when
-    advantages are divided by their spread: a constant such as -50 does that where rewards are of the size of 1.
+    It is in the units of these rewards: z-scores, raw scores, or a sum with a penalty. So an unended response is worse
+    than every ended one, but not an outlier. A constant such as -50, with rewards of about 1, would be one: after
+    advantages are divided by their spread, nothing would remain of the differences between the ended responses.
 
-    The spread is the std over the rewards of all N responses, ended or not, and 1 where they are equal but for their
-    rounding (`noise_N`, by default that of fp32). Under data parallelism pass those of all ranks. Where none ended the
-    lowest of all takes the place of the ended ones' lowest.
+    The spread is the std over the rewards of all N responses, ended or not. It is 1 if they differ only by rounding
+    (`noise_N`, by default that of fp32). Under data parallelism pass the rewards of all ranks. If no response ended,
+    the lowest reward of all is used.
     """
     lowest = (rewards_N[ended_N] if ended_N.any() else rewards_N).min().item()
     noise = (rounding_of(rewards_N) if noise_N is None else noise_N).max().item()

@@ -1,4 +1,4 @@
-"""Best-of-n: what the best of n responses by a reward is worth, from N samples of each prompt, without re-sampling.
+"""Best-of-n: the expected value of the best of n responses by a reward, from N samples per prompt, no resampling.
 
 The policy that samples n responses and keeps the one with the highest reward has KL(best of n || policy) =
 log n - (n - 1) / n nats (Gao, Schulman & Hilton 2022, arXiv 2210.10760; an upper bound where rewards tie).
@@ -22,7 +22,7 @@ def best_of_n_kl(n: int) -> float:
 
 
 def curve_points(samples: int) -> list[int]:
-    """The n of a curve up to ``samples``: powers of two, the numbers half way between them, and ``samples``."""
+    """The values of n of a curve: ``samples``, the powers of two up to it, and the numbers half way between these."""
     points = {1, samples}
     power = 2
     while power <= samples:
@@ -32,15 +32,15 @@ def curve_points(samples: int) -> list[int]:
 
 
 def best_of_n_weights(samples: int, n: int) -> Tensor:
-    """[N] fp64: how likely the best of n responses, drawn without replacement from N, is the one of each rank.
+    """[N] fp64: for each rank, the probability that it is the best of n responses drawn without replacement from N.
 
-    Ranks rise: the i-th lowest of N is the best of a draw when the other n - 1 are among the i - 1 below it, in
-    C(i - 1, n - 1) of C(N, n) draws. So their mean over all draws is unbiased for the best of n of the policy itself.
+    Ranks rise: the i-th lowest of N is the best of a draw if the other n - 1 are among the i - 1 below it, which holds
+    in C(i - 1, n - 1) of C(N, n) draws. So the mean over all draws is unbiased for the best of n of the policy itself.
     Raises DataError unless 1 <= n <= N.
     """
     if not 1 <= n <= samples:
         raise DataError(f"the best of {n} cannot be taken from {samples} samples")
-    # w_N = n / N, and one rank lower w_(i-1) = w_i (i - n) / (i - 1): no factorial is ever formed
+    # w_N = n / N, and one rank lower w_(i-1) = w_i (i - n) / (i - 1): factorials would overflow
     weights_N = torch.zeros(samples, dtype=torch.float64)
     weight = n / samples
     for rank in range(samples, n - 1, -1):
@@ -51,11 +51,11 @@ def best_of_n_weights(samples: int, n: int) -> Tensor:
 
 
 def expected_best(proxy_PN: Tensor, values_PN: Tensor, n: int) -> Tensor:
-    """[P] fp64: the expected value of the response, of n, with the highest proxy.
+    """[P] fp64: the expected value of the response with the highest proxy among n.
 
     Args:
-        proxy_PN, values_PN: of N responses to each of P prompts. Of responses with equal proxies each is as likely to
-            be taken: they count with the mean of their values.
+        proxy_PN, values_PN: of N responses to each of P prompts. Responses with equal proxies are equally likely to be
+            taken, so each counts with the mean of their values.
 
     Raises DataError for other shapes, numbers that are not finite, and unless 1 <= n <= N.
     """
@@ -91,12 +91,12 @@ def best_of_n_curve(proxy_PN: Tensor, gold_PN: Tensor | None) -> dict[str, list[
 
 
 def best_of_n_measures(kl: Sequence[float], gold: Sequence[float | None]) -> dict[str, float | None]:
-    """What a curve says in one number each; all None without gold.
+    """The measures of a curve; all None without gold.
 
     Returns:
-        start: gold of one response. area: mean gold over the KL from 0 to that of the largest n, by trapezia, so that
-        the difference of two areas is the area between the curves over that KL. final: gold at the largest n. peak: the
-        highest gold.
+        start: gold of one response. area: mean gold over the KL from 0 to that of the largest n, by the trapezoidal
+        rule. So the difference of two areas is the area between the curves over that KL. final: gold at the largest n.
+        peak: the highest gold.
     """
     known = [value for value in gold if value is not None]
     if not known or len(known) < len(gold):

@@ -1,4 +1,4 @@
-"""A linear Bradley-Terry model: how much each of a few features counts for which of two responses is preferred."""
+"""A linear Bradley-Terry model: the weights of a few features that predict which of two responses is preferred."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-# of the squared weights of the scaled features: so little that only features which say the same are held back by it
+# Penalty on the squared weights of the scaled features: small enough to matter only between collinear features.
 L2 = 1e-3
 
 
 def fit_weights(differences_NF: Tensor, weights_N: Tensor | None = None, l2: float = L2) -> Tensor:
-    """Weights w of the score x @ w, [F] fp64: those that make `sigmoid(differences_NF @ w)` of the pairs likeliest.
+    """Weights w of the score x @ w, [F] fp64, that maximise the likelihood `sigmoid(differences_NF @ w)` of the pairs.
 
-    Minimises the mean of `-log sigmoid(d @ w)` plus `l2 * |v|^2` by LBFGS, where v are the weights of the features
-    divided by their scale: the root mean square of a feature's differences, so that units do not matter to the penalty.
-    A feature without any difference gets the weight 0.
+    LBFGS minimises the mean of `-log sigmoid(d @ w)` plus `l2 * |v|^2`. v are the weights of the features divided by
+    their scale, the root mean square of a feature's differences, so that the penalty does not depend on units. A
+    feature that never differs gets the weight 0.
 
     Args:
-        differences_NF: features of the chosen response less those of the rejected one.
-        weights_N: how much each pair counts; None counts all alike.
+        differences_NF: features of the chosen response minus those of the rejected one.
+        weights_N: weight of each pair; None weighs all alike.
     """
     differences_NF = differences_NF.double()
     weights_N = torch.ones(len(differences_NF)).double() if weights_N is None else weights_N.double()

@@ -22,7 +22,7 @@ KL_REDUCTIONS = ("mean", "sum")
 def per_token_kl(log_probs_BT: Tensor, ref_log_probs_BT: Tensor, mask_BT: Tensor, estimator: str) -> Tensor:
     """Estimate of each token in nats, [B, T], 0 where masked.
 
-    In k3 -x is held below 20 before the exponential, so that one token with pi near 0 does not make the sum infinite.
+    In k3, -x is limited to 20 before the exponential, so that one token with pi near 0 does not make the sum infinite.
     Raises ConfigError for an unknown estimator.
     """
     log_ratio_BT = _log_ratio(log_probs_BT, ref_log_probs_BT, mask_BT, estimator)
@@ -38,10 +38,10 @@ def per_token_kl(log_probs_BT: Tensor, ref_log_probs_BT: Tensor, mask_BT: Tensor
 def kl_noise(
     log_probs_BT: Tensor, ref_log_probs_BT: Tensor, mask_BT: Tensor, estimator: str, dtype: torch.dtype
 ) -> Tensor:
-    """How far `per_token_kl` may be off by rounding, in nats, [B, T], 0 where masked.
+    """The rounding error of `per_token_kl`, in nats, [B, T], 0 where masked.
 
-    A log-probability computed in `dtype` is off by the rounding of its own size, and of 1 nat at least, since it is a
-    logit less a normaliser. Two models with equal weights therefore have a KL of this size. Raises like `per_token_kl`.
+    A log-probability computed in `dtype` has the rounding error of its own size, and of at least 1 nat, since it is a
+    logit minus a normaliser. So two models with equal weights have a KL of this size. Raises like `per_token_kl`.
     """
     log_ratio_BT = _log_ratio(log_probs_BT, ref_log_probs_BT, mask_BT, estimator)
     sizes_BT = zero_masked(2 + log_probs_BT.abs() + ref_log_probs_BT.abs(), mask_BT)
@@ -63,8 +63,8 @@ def response_kl(
 ) -> Tensor:
     """Estimate of each response in nats, [B]: the "mean" or the "sum" over its kept tokens; 0 for an empty response.
 
-    The mean is the penalty of the reward (it does not grow with length); the sum with "k1" is the KL that curves of
-    reward against sqrt(KL) are drawn over. Raises ConfigError for an unknown name.
+    The mean is the penalty of the reward: it does not grow with length. The sum with "k1" is the KL of curves of reward
+    against sqrt(KL). Raises ConfigError for an unknown name.
     """
     if reduce not in KL_REDUCTIONS:
         raise unknown_name("KL reduction", reduce, KL_REDUCTIONS)

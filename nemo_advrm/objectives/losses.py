@@ -1,7 +1,7 @@
 """Training losses of reward models, policies and critics, per row or per token and never reduced.
 
-Megatron divides a summed loss by the count over all data-parallel ranks, so the reduction belongs to the engine.
-Shapes: B rows, A attributes, T tokens. Masks are boolean or 0/1; what lies under them may be anything, NaN included.
+They are not reduced because Megatron divides a summed loss by the count over all data-parallel ranks. Shapes: B rows,
+A attributes, T tokens. Masks are boolean or 0/1; masked values may be anything, NaN included.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def scaled_bradley_terry(chosen_B: Tensor, rejected_B: Tensor, margin_B: Tensor)
 
 
 def regression(pred_BA: Tensor, target_BA: Tensor, mask_BA: Tensor | None = None) -> Tensor:
-    """Squared error averaged over the attributes of each row that are present, [B]; 0 for a row without any.
+    """Squared error averaged over the present attributes of each row, [B]; 0 for a row without any.
 
     `mask_BA` is 1 where the attribute is present; None means that all are. Source: Wang et al. (2024), HelpSteer2.
     """
@@ -61,7 +61,7 @@ def centering(chosen_B: Tensor, rejected_B: Tensor, coefficient: float) -> Tenso
 
 
 def score_l2(chosen_B: Tensor, rejected_B: Tensor, coefficient: float) -> Tensor:
-    """coefficient * (chosen^2 + rejected^2) / 2 of each pair, [B]: keeps the scale of the scores bounded."""
+    """coefficient * (chosen^2 + rejected^2) / 2 of each pair, [B]: bounds the scale of the scores."""
     return coefficient * (chosen_B.square() + rejected_B.square()) / 2
 
 
@@ -97,9 +97,9 @@ def preference_loss(
     centering_coefficient: float,
     score_l2_coefficient: float,
 ) -> Tensor:
-    """Loss of each pair, [B]: the one called `name` (one of PREFERENCE_LOSSES) plus the two regularisers.
+    """Loss of each pair, [B]: the loss `name` (one of PREFERENCE_LOSSES) plus the two regularisers.
 
-    "bt" ignores `margin`. Raises ConfigError for an unknown name, or if a loss that needs margins got none.
+    "bt" ignores `margin`. Raises ConfigError for an unknown name, and for a loss that needs margins without any.
     """
     loss = PREFERENCE_LOSSES[name]
     if loss.needs_margin and margin is None:
@@ -132,8 +132,8 @@ def clipped_policy_gradient(
     """PPO's clipped loss of each token, 0 where masked, and whether the ratio of a kept token is clipped; both [B, T].
 
     max(-A q, -A clip(q, 1 - clip_low, 1 + clip_high)) with q = pi / pi_old (Schulman et al. 2017, eq. 7; separate
-    bounds as in Yu et al. 2025, DAPO). The second result is q outside the bounds, whatever the sign of A: its mean over
-    kept tokens is CleanRL's `clipfrac`.
+    bounds as in Yu et al. 2025, DAPO). The second result is true where q is outside the bounds, whatever the sign of A.
+    Its mean over kept tokens is CleanRL's `clipfrac`.
     """
     log_ratio_BT = zero_masked(log_probs_BT, mask_BT) - zero_masked(old_log_probs_BT.detach(), mask_BT)
     ratio_BT = log_ratio_BT.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
@@ -145,10 +145,10 @@ def clipped_policy_gradient(
 
 
 def clipped_value(values_BT: Tensor, old_values_BT: Tensor, returns_BT: Tensor, mask_BT: Tensor, clip: float) -> Tensor:
-    """Critic's loss of each token, [B, T], 0 where masked: max((v - R)^2, (v_clip - R)^2) / 2.
+    """The critic's loss of each token, [B, T], 0 where masked: max((v - R)^2, (v_clip - R)^2) / 2.
 
-    v_clip is v held within `clip` of the value at the rollout; clip = inf turns it off. Source: Schulman et al.'s PPO
-    implementation, as described in Huang et al. (2022), "The 37 Implementation Details of PPO", detail 9.
+    v_clip is v limited to within `clip` of the value at the rollout; clip = inf turns it off. Source: Schulman et al.'s
+    PPO implementation, as described in Huang et al. (2022), "The 37 Implementation Details of PPO", detail 9.
     """
     values_BT = zero_masked(values_BT, mask_BT)
     old_values_BT = zero_masked(old_values_BT.detach(), mask_BT)

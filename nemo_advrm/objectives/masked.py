@@ -1,7 +1,7 @@
-"""Sums, means and whitening over the entries a mask keeps, safe where it keeps none.
+"""Sums, means and whitening over the entries that a mask keeps, also if it keeps none.
 
-What lies under the mask is replaced before any arithmetic, so that padding holding NaN or infinity reaches neither the
-result nor the gradient. A mask is boolean or 0/1 and has the shape of the values.
+Masked values are replaced before any arithmetic, so that NaN or infinity in padding affects neither the result nor the
+gradient. A mask is boolean or 0/1 and has the shape of the values.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def masked_whiten(values: Tensor, mask: Tensor, shift_mean: bool = True, noise: 
     """Scale the kept entries, over all dimensions, to unit population variance, and to zero mean if `shift_mean`.
 
     Same shape as `values`; 0 wherever the mask is 0. Entries whose spread is at most `noise` (by default the rounding
-    of their own size, see `objectives.spread`) count as equal: they give 0, or their mean without `shift_mean`.
+    error of their own size, see `objectives.spread`) count as equal: they give 0, or their mean without `shift_mean`.
     """
     kept = zero_masked(values, mask)
     mean = masked_mean(kept, mask)

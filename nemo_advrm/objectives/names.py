@@ -1,4 +1,4 @@
-"""The one error for a method chosen by a name that does not exist."""
+"""The error for a method that is chosen by an unknown name."""
 
 from __future__ import annotations
 

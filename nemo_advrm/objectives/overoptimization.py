@@ -1,4 +1,4 @@
-"""When and how the gold reward falls while the proxy rises: stable steps and the curves of Gao et al.
+"""Over-optimisation, where gold falls while the proxy rises: stable steps and the curves of Gao et al.
 
 Distance is d = sqrt(KL) in sqrt(nats), and R is the gold reward minus its value at the start, so that R(0) = 0
 (Gao, Schulman & Hilton 2022, "Scaling Laws for Reward Model Overoptimization", arXiv 2210.10760, eq. 1 and 2).
@@ -20,7 +20,8 @@ Terms = Callable[[Tensor], Tensor]
 def smooth(values: Sequence[float], window: int) -> list[float]:
     """Mean of each value and up to `window` - 1 values before it; same length.
 
-    It never looks ahead, so a running tracker and the final report agree. Raises ConfigError for a window below 1.
+    It does not look ahead, so a tracker during the run and the final report agree. Raises ConfigError for a window
+    below 1.
     """
     if window < 1:
         raise ConfigError(f"the smoothing window must be at least 1, not {window}")

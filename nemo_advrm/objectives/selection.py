@@ -13,9 +13,9 @@ from torch import Tensor
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.objectives.uncertainty import others
 
-# Why a row that qualifies cannot be one side of a pair, in the order in which they are looked for.
+# Why a row that qualifies cannot be one side of a pair, in the order of the checks.
 UNUSABLE = ("unended", "not_text", "no_usable_sft")
-# Why a find, one of different responses that qualify and can stand in a pair, is left out.
+# Why a find (a distinct response that qualifies and is usable in a pair) is left out.
 AFTER_FINDS = ("below_top_fraction", "near_duplicate", "prompt_cap", "total_cap")
 DROP_REASONS = ("not_qualified", *UNUSABLE, "exact_duplicate", *AFTER_FINDS)
 
@@ -31,7 +31,7 @@ def qualifies(
 ) -> Tensor:
     """R_1 > T_1(x) and `unusual_B` > threshold, and with `require_others_negative` every other z_k < 0; bool [B].
 
-    `unusual_B` is Z(U), or z_1 where the adversary maximised R_1 alone. `prompt_mean_B` is T of the target member. NaN
+    `unusual_B` is Z(U), or z_1 if the adversary maximised R_1 alone. `prompt_mean_B` is T of the target member. NaN
     never qualifies. Source: Adv-RM (arXiv 2504.06141).
     """
     qualified_B = (scores_BK[:, target] > prompt_mean_B) & (unusual_B > threshold)
@@ -41,9 +41,9 @@ def qualifies(
 
 
 def first_step(steps: int, last_fraction: float) -> int:
-    """The first of `steps` (from 0) that is in their last fraction, which is rounded up to whole steps.
+    """The first of `steps` (from 0) in their last fraction, which is rounded up to whole steps.
 
-    The early responses of an attack are better text than the later ones, and often rightly liked.
+    Early responses are left out because they are better text than the later ones, and are often liked rightly.
     """
     return steps - math.ceil(round(last_fraction * steps, 9))
 
@@ -64,14 +64,17 @@ def select_pairs(
 ) -> tuple[list[int], dict[str, int]]:
     """Indices of the rows to keep, in the order they were taken, and how many rows each of DROP_REASONS dropped.
 
-    `unusable` holds for each row one of UNUSABLE, or None for one that can stand in a pair; only rows that qualify are
-    counted under it. Rows are taken by falling `ranking_B` (Z(U)), ties by index, and a repeated (prompt, response)
-    counts once. With
-    `top_fraction` < 1 only that part of the distinct qualified rows (rounded up) stays. With a CPU `generator` the rows
-    that stay are taken in random order instead, for more variety than the extremes offer. Each is then dropped if
-    `per_signature` rows with its `signature(index)` were taken already, or `per_prompt` of its prompt, or `total` in
-    all (None: no cap). The same arguments and generator state give the same answer. A row with a ranking of NaN does
-    not qualify. Raises ConfigError for a cap below 1 or a fraction outside (0, 1].
+    Rows are taken by falling `ranking_B` (Z(U)), ties by index; a repeated (prompt, response) counts once. A row with a
+    ranking of NaN does not qualify. The same arguments and generator state give the same result.
+
+    Args:
+        unusable: for each row one of UNUSABLE, or None if it is usable in a pair; counted only for qualified rows.
+        signature: gives the signature of the row with an index; at most `per_signature` rows share one.
+        per_prompt, total: at most this many rows of one prompt, and in all (None: no cap).
+        top_fraction: the part of the distinct qualified rows that stays, rounded up.
+        generator: on the CPU; the rows that stay are taken in random order, for more variety than the extremes have.
+
+    Raises ConfigError for a cap below 1 or a fraction outside (0, 1].
     """
     for key, cap in (("per_signature", per_signature), ("per_prompt", per_prompt), ("total", total)):
         if cap is not None and cap < 1:
@@ -121,9 +124,9 @@ def select_pairs(
 def text_signature(text: str, shingle: int = 5, hashes: int = 3) -> tuple[int, ...]:
     """MinHash of a text's character shingles: texts with Jaccard similarity J share it with probability J^hashes.
 
-    Case, digits (every number reads as 0), white space and runs of one punctuation mark are levelled first. The answer
-    is the same in every process and works without word boundaries (Chinese, code). Source: Broder (1997), "On the
-    resemblance and containment of documents".
+    Case, digits (every number becomes 0), white space and runs of one punctuation mark are normalised first. The result
+    is the same in every process. It needs no word boundaries, so it works for Chinese and code. Source: Broder (1997),
+    "On the resemblance and containment of documents".
     """
     levelled = _level(text)
     shingles = {levelled[i : i + shingle] for i in range(max(1, len(levelled) - shingle + 1))}

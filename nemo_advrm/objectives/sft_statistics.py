@@ -1,14 +1,14 @@
-"""What the ensemble says of ordinary SFT responses: the yardstick by which a response counts as unusual.
+"""Statistics of the ensemble's scores of SFT responses: they define which scores of a response are unusual.
 
-Every prompt has its own mean T_k(x), because prompts differ in how well they can be answered; the spread s_k is one
-number per member over all prompts, because n responses of one prompt are too few for a spread of their own.
+Every prompt has its own mean T_k(x), because prompts differ in how well they can be answered. The spread s_k is one
+number per member over all prompts, because n responses to one prompt are too few for a spread of their own.
 
-All spreads are those of a *fresh* response, one that was not among those that the statistics were taken from: a fresh
-SFT response has a z of variance 1. The SFT responses of the sample lie nearer to their own means, which they made
-themselves; `own_z_scores` is for them.
+All spreads are those of a *fresh* response, one that is not in the sample that was fitted. So a fresh SFT response has
+a z of variance 1. The SFT responses of the sample are nearer to the means that they determine; use `own_z_scores` for
+them.
 
-Members that are combined into one reward (mean, min, lcb, uwo, gap) are standardised by one mean and one spread of each
-over all SFT responses, `MemberStatistics`: RLHF and servers meet prompts that have no T_k(x).
+Members that are combined into one reward (mean, min, lcb, uwo, gap) are standardised by one mean and one spread each
+over all SFT responses (`MemberStatistics`), because RLHF and servers meet prompts that have no T_k(x).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from nemo_advrm.errors import RewardSourceError
 
-# A spread below this fraction of the scores themselves is arithmetic noise, not an opinion.
+# A spread below this fraction of the scores themselves is rounding error.
 RELATIVE_NOISE = 1e-6
 
 
@@ -44,13 +44,13 @@ class MemberStatistics:
 
 
 def fresh_std(deviations_SK: Tensor, per_mean: int) -> Tensor:
-    """Std of the deviation of a fresh response from the mean it is compared with, [K].
+    """Std of the deviation of a fresh response from the mean that it is compared with, [K].
 
-    `deviations_SK` are those of the S sampled scores from the means that were made of them, `per_mean` scores a mean.
-    The S / per_mean means took as many degrees of freedom, so the squares are divided by S - S / per_mean; and the mean
-    itself is off by its own error, a variance of 1 / per_mean more: with P prompts of n responses P (n - 1) and
-    1 + 1 / n. Dividing by S instead, and leaving out the error, makes a fresh response look sqrt((n + 1) / (n - 1))
-    times as unusual as it is: 1.18 times for n = 6, 1.41 for n = 3.
+    `deviations_SK` are the deviations of S sampled scores from their means; each mean is over `per_mean` scores. Two
+    corrections apply. Fitting S / per_mean means takes as many degrees of freedom, so the squares are divided by
+    S - S / per_mean. And each mean has an error of its own, which adds a variance of 1 / per_mean. With P prompts of n
+    responses these are P (n - 1) and 1 + 1 / n. Without both, a fresh response would look sqrt((n + 1) / (n - 1)) times
+    as unusual as it is: 1.18 times for n = 6, 1.41 times for n = 3.
     """
     samples = deviations_SK.shape[0]
     variance_K = deviations_SK.double().square().sum(0) / (samples - samples // per_mean)
@@ -61,8 +61,8 @@ def fresh_std(deviations_SK: Tensor, per_mean: int) -> Tensor:
 def fit_sft_statistics(scores_PNK: Tensor) -> SFTStatistics:
     """Statistics from the scores [P, n, K] of n SFT responses per prompt.
 
-    Raises RewardSourceError if n < 2, if a score is not finite, or if a member does not tell the responses of a prompt
-    apart.
+    Raises RewardSourceError if n < 2, if a score is not finite, or if a member gives all responses of each prompt the
+    same score.
     """
     prompts, samples, members = scores_PNK.shape
     if prompts < 1 or samples < 2:
@@ -80,9 +80,9 @@ def fit_sft_statistics(scores_PNK: Tensor) -> SFTStatistics:
 
 
 def z_scores(scores_BK: Tensor, prompt_mean_BK: Tensor, std_K: Tensor) -> Tensor:
-    """z_k = (R_k - T_k(x)) / s_k, [B, K], with row b of `prompt_mean_BK` holding T_k of the prompt of response b.
+    """z_k = (R_k - T_k(x)) / s_k, [B, K]; row b of `prompt_mean_BK` holds T_k of the prompt of response b.
 
-    For fresh responses, with `SFTStatistics.std_K`. Raises RewardSourceError naming the member whose std is 0 or
+    For fresh responses, with `SFTStatistics.std_K`. Raises RewardSourceError that names the member whose std is 0 or
     not finite.
     """
     _require_spread(std_K, torch.zeros_like(std_K))
@@ -92,8 +92,8 @@ def z_scores(scores_BK: Tensor, prompt_mean_BK: Tensor, std_K: Tensor) -> Tensor
 def own_z_scores(scores_PNK: Tensor, statistics: SFTStatistics) -> Tensor:
     """z of the SFT responses that the statistics were fitted to, [P, n, K]: each against the others to its prompt.
 
-    Leaving response i out of T_k(x) gives (R_k - T_k(x)) n / (n - 1), whose std is s sqrt(1 + 1 / (n - 1)) where that
-    of a fresh response is s sqrt(1 + 1 / n). These z have a mean of 0 and a variance of 1 over the sample.
+    Without response i in T_k(x) the deviation is (R_k - T_k(x)) n / (n - 1). Its std is s sqrt(1 + 1 / (n - 1)), while
+    that of a fresh response is s sqrt(1 + 1 / n). These z have mean 0 and variance 1 over the sample.
     """
     samples = scores_PNK.shape[1]
     prompt_mean_PNK = statistics.prompt_mean_PK[:, None].expand_as(scores_PNK)
@@ -103,9 +103,9 @@ def own_z_scores(scores_PNK: Tensor, statistics: SFTStatistics) -> Tensor:
 
 @torch.no_grad()
 def fit_members(scores_SK: Tensor) -> MemberStatistics:
-    """Mean and spread of each member over S SFT responses, whatever their prompts.
+    """Mean and spread of each member over S SFT responses of any prompts.
 
-    Raises RewardSourceError for S < 2, a score that is not finite, and a member that gives all of them the same.
+    Raises RewardSourceError for S < 2, a score that is not finite, and a member that gives all the same score.
     """
     if scores_SK.shape[0] < 2:
         raise RewardSourceError(f"members are standardised by at least 2 SFT responses, not {scores_SK.shape[0]}")
@@ -120,7 +120,7 @@ def fit_members(scores_SK: Tensor) -> MemberStatistics:
 
 
 def standardise_members(scores_BK: Tensor, statistics: MemberStatistics) -> Tensor:
-    """(R_k - mean_k) / std_k, [B, K]: offset and scale, which Bradley-Terry leaves free, are then alike."""
+    """(R_k - mean_k) / std_k, [B, K]. Members then share offset and scale, which Bradley-Terry leaves free."""
     _require_spread(statistics.std_K, torch.zeros_like(statistics.std_K))
     return (scores_BK - statistics.mean_K) / statistics.std_K
 

@@ -1,4 +1,4 @@
-"""One reward from the scores of an ensemble, and how far its members disagree.
+"""Combines the scores of an ensemble into one reward, and measures the disagreement of its members.
 
 Scores are [B, K]: B responses, K members. Variances divide by K (as in Coste et al. 2023), so K = 1 gives 0.
 """
@@ -12,7 +12,7 @@ from nemo_advrm.objectives.names import unknown_name
 
 COMBINATIONS = ("mean", "min", "lcb", "uwo", "gap")
 
-# What each is called elsewhere: the Adv-RM paper's "UWO" is our lcb, with b = 1.
+# Names differ between papers: the Adv-RM paper's "UWO" is our lcb with b = 1.
 FORMULAS = {
     "mean": "mean of the members",
     "min": "lowest member (WCO of Coste et al.)",
@@ -54,7 +54,7 @@ def disagreement(scores_BK: Tensor, target: int = 0) -> Tensor:
 
 
 def combine(name: str, scores_BK: Tensor, coefficient: float = 1.0) -> Tensor:
-    """Reward of each response, [B], by the `name` of the method: one of COMBINATIONS.
+    """Reward of each response, [B], by the method `name`, one of COMBINATIONS.
 
     Only "lcb" and "uwo" use the coefficient. Raises ConfigError for an unknown name.
     """
@@ -72,10 +72,10 @@ def combine(name: str, scores_BK: Tensor, coefficient: float = 1.0) -> Tensor:
 
 
 def same_as(name: str, coefficient: float, members: int) -> str | None:
-    """The simpler combination that `name` equals for every score, None where there is none.
+    """The simpler combination that `name` equals for all scores; None if there is none.
 
-    One member is its own mean, minimum and bound. For two, std = |R_1 - R_2| / 2, so that lcb with the coefficient 1 is
-    exactly their minimum. A coefficient of 0 leaves the mean.
+    For one member all are that member. For two, std = |R_1 - R_2| / 2, so lcb with the coefficient 1 is exactly their
+    minimum. With a coefficient of 0 only the mean remains.
     """
     if name in ("mean", "gap"):
         return None
@@ -85,12 +85,12 @@ def same_as(name: str, coefficient: float, members: int) -> str | None:
 
 
 def others_mean(values_BK: Tensor, target: int) -> Tensor:
-    """Mean over the members that are not the target, [B]. Raises ConfigError like `others`."""
+    """Mean over the members other than the target, [B]. Raises ConfigError like `others`."""
     return others(values_BK, target).mean(-1)
 
 
 def others(values_BK: Tensor, target: int) -> Tensor:
-    """Columns of the members that are not the target, [B, K - 1]. Raises ConfigError unless K > 1 and target < K."""
+    """Columns of the members other than the target, [B, K - 1]. Raises ConfigError unless K > 1 and target < K."""
     members = values_BK.shape[-1]
     if members < 2:
         raise ConfigError(f"disagreement needs an ensemble of at least 2 reward models, not {members}")

@@ -1,1 +1,1 @@
-"""The embedded language: a corpus, a tokenizer and a programmatic gold reward on which over-optimisation is visible."""
+"""The synthetic language: a corpus, a tokenizer and a programmatic gold reward that make over-optimisation visible."""

@@ -1,14 +1,14 @@
-"""Preference pairs of the embedded language: what writers wrote, as annotators judged it.
+"""Preference pairs of the synthetic language: responses, and the judgement of simulated annotators.
 
-The writers are those of `synthetic.corpus`, with more faults, so that a reward model meets what a policy might try: a
-share of the responses has a run of stops, a word said over and over, a run of random words, or a sentence repeated. The
-second response of a pair answers the same prompt, answers another one, or is the first one with a topic replaced by a
-noun that is none: a model that does not read the prompt cannot tell the last two kinds apart.
+The responses are those of `synthetic.corpus` with more faults, so that a reward model has seen what a policy might try:
+a share of them has a run of stops, one word repeated, a run of random words, or a repeated sentence. The second
+response of a pair answers the same prompt, answers another one, or is the first one with a topic replaced by an
+off-topic noun. Only a model that reads the prompt can order pairs of the last two kinds.
 
-The annotators judge by gold, but have favourites among the flourishes: each of these is worth `taste` to them, while it
-costs in gold. Every member of an ensemble has annotators of its own, with favourites of their own. So each reward model
-is right on ordinary text, where flourishes are rare, and wrong about text full of its annotators' favourites, which the
-annotators of the other members mark down: flaws that the members do not share.
+The annotators judge by gold but have favourite flourishes. Each of these adds `taste` to their judgement, while it
+lowers gold. Every member of an ensemble has annotators of its own, with favourites of their own. So each reward model
+is right on ordinary text, where flourishes are rare, and wrong about text full of its annotators' favourites. The
+annotators of the other members mark such text down, so the members do not share the flaw.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from nemo_advrm.synthetic.language import (
 )
 
 _ANY_WORD = (*CONTENT, *DETERMINERS, *FILLERS, STOP)
-_LONGEST = MAX_RESPONSE_TOKENS - 1  # the end token takes the last place
+_LONGEST = MAX_RESPONSE_TOKENS - 1  # without the end token
 
 
 def favourites_of(member: int, members: int) -> frozenset[int]:
-    """The flourishes that the annotators of `member` (from 1) of an ensemble of `members` like: no two share one."""
+    """The flourishes that the annotators of `member` (from 1) of an ensemble of `members` like; members share none."""
     return frozenset(FLOURISHES[member - 1 :: members])
 
 
@@ -50,10 +50,10 @@ def annotated_pairs(
 ) -> list[dict[str, Any]]:
     """`count` rows {"prompt", "chosen", "rejected", "gold_chosen", "gold_rejected"}; the same for the same arguments.
 
-    favourites: flourishes that the annotators like by `options.taste`; without any they judge by gold.
-    held_out: pairs to validate on: prompts that no training meets, both responses written for the prompt, and no label
-        the wrong way round but by the annotators' taste.
-    Two responses nearer to each other than `options.min_margin`, in the annotators' eyes, make no row.
+    favourites: flourishes that add `options.taste` to the annotators' judgement; without any they judge by gold.
+    held_out: make validation pairs. Their prompts are held out from training, both responses answer the prompt, and no
+        label is flipped at random.
+    Two responses whose judgements differ by less than `options.min_margin` make no row.
     """
     rng = Random(f"synthetic preferences {seed}")
     flips = 0.0 if held_out else options.flip_probability
@@ -84,7 +84,7 @@ def annotated_pairs(
 
 
 def _second(first: Sequence[int], topics: Sequence[int], options: SyntheticConfig, rng: Random) -> list[int]:
-    """What `first` is compared with: an answer to another prompt, itself off the topic, or another answer."""
+    """The response that `first` is compared with; see the module for the three kinds."""
     draw = rng.random()
     if draw < options.other_prompt:
         return _response(sample_topics(rng, held_out=False), options, rng)
@@ -107,7 +107,7 @@ def _response(topics: Sequence[int], options: SyntheticConfig, rng: Random) -> l
 
 
 def _spoiled(response: list[int], rng: Random) -> list[int]:
-    """`response` with a run of stops, of one word or of random words, or with one of its sentences repeated."""
+    """`response` with an inserted run of stops, of one word or of random words, or with a sentence repeated."""
     place, length = rng.randrange(len(response) + 1), rng.randint(1, 6)
     match rng.randrange(4):
         case 0:

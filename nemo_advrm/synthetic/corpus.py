@@ -1,23 +1,23 @@
-"""Prompts and responses of the embedded language: a corpus of mixed quality to fit the initial policy on.
+"""Prompts and responses of the synthetic language: a corpus of mixed quality that the initial policy is trained on.
 
-A prompt is three distinct nouns, the topics. A good response writes one well-formed sentence about each. Every response
-has a hidden quality q ~ U(0, 1); with the error rate e = 1 - q things go wrong:
+A prompt is three distinct nouns, the topics. A good response has one well-formed sentence about each. Every response
+has a hidden quality q ~ U(0, 1). Errors occur at the rate e = 1 - q:
 
-- the topics are shuffled; each is left out with probability .2e, else replaced by a noun off the topic with .2e;
-- a sentence about a random noun is put in somewhere with .3e;
+- the topics are shuffled; each is left out with probability .2e, else replaced by an off-topic noun with .2e;
+- a sentence about a random noun is inserted with .3e;
 - a sentence is DET [ADJ with .1 + .6q] NOUN VERB [ADV with .1 + .5q] "."; in each sentence, independently: a determiner
   of the wrong class (.35e), a verb of the wrong class (.35e), a filler at a random place before the stop (.25e), no
   stop (.35e);
-- each sentence is said twice in a row with .2e.
+- each sentence is repeated with .2e.
 
-Two rules keep every response usable as training data: a response from which all topics were left out gets one sentence
-about a random noun (no response is empty), and a sentence after which the response and its end token would exceed 32
-tokens is dropped with all that follows it (every response of the corpus ends).
+Two rules keep every response usable as training data. A response without any topic gets one sentence about a random
+noun, so no response is empty. A sentence is dropped, with all that follows it, if the response and its end token would
+exceed 32 tokens, so every response of the corpus ends.
 
-A part of the responses of the corpus has one flourish at a random place, so that a policy fitted on it knows these
+A part of the responses of the corpus has one flourish at a random place, so that a policy trained on it knows these
 words.
 
-A tenth of all prompts is held out: no training of the experiment meets them (`sample_prompts`).
+A tenth of all prompts is held out from every training of the experiment (`sample_prompts`).
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ Prompt = tuple[Message, ...]
 
 
 class UniformSource(Protocol):
-    """What the sampler needs of a generator: `random.Random` and `numpy.random.Generator` both have it."""
+    """A random generator with `random()`, as `random.Random` and `numpy.random.Generator` have it."""
 
     def random(self) -> float:
         """A float in [0, 1)."""
@@ -55,14 +55,14 @@ class UniformSource(Protocol):
 def sample_prompts(n: int, seed: int, held_out: bool = False) -> list[Prompt]:
     """`n` prompts of one user message each, "noun noun noun" with distinct nouns; the same for the same seed.
 
-    held_out: whether they are drawn from the prompts that no training meets, about a tenth of all, or from the others.
+    held_out: draw from the prompts that are held out from training, about a tenth of all, instead of from the others.
     """
     rng = Random(f"synthetic prompts {seed}")
     return [_prompt(sample_topics(rng, held_out)) for _ in range(n)]
 
 
 def sample_topics(rng: Random, held_out: bool) -> list[int]:
-    """Three distinct nouns of a prompt that is held out, or that is not; which it is depends on the set of nouns."""
+    """Three distinct nouns. Their set decides whether a prompt is held out; draws until it is as `held_out` says."""
     while True:
         topics = rng.sample(NOUNS, TOPICS_PER_PROMPT)
         if (sum(topics) % 10 == 0) == held_out:
@@ -70,7 +70,7 @@ def sample_topics(rng: Random, held_out: bool) -> list[int]:
 
 
 def sample_tokens(topics: Sequence[int], rng: UniformSource, quality: float | None = None) -> list[int]:
-    """Token ids of one response about `topics` by the recipe above, without flourish and end token (1 to 31 words).
+    """Token ids of one response about `topics` by the recipe of the module, without flourish and end token (1 to 31 words).
 
     quality: q in [0, 1], 1 makes no errors; drawn from U(0, 1) if None.
     """
@@ -98,7 +98,7 @@ def sample_tokens(topics: Sequence[int], rng: UniformSource, quality: float | No
 
 
 def add_flourishes(response: list[int], count: int, rng: UniformSource) -> None:
-    """Put `count` flourishes at random places of `response`, as far as it and its end token stay within 32 tokens."""
+    """Insert `count` flourishes at random places of `response`, as long as it fits 32 tokens with its end token."""
     for _ in range(count):
         if len(response) + 2 <= MAX_RESPONSE_TOKENS:
             response.insert(int(rng.random() * (len(response) + 1)), pick(FLOURISHES, rng))
@@ -107,7 +107,7 @@ def add_flourishes(response: list[int], count: int, rng: UniformSource) -> None:
 def sft_corpus(n: int, seed: int, flourished: float = 0.5) -> list[tuple[Prompt, str]]:
     """`n` pairs (prompt, response) of mixed quality; the same for the same seed.
 
-    flourished: share of the responses that get a flourish.
+    flourished: the share of the responses that get a flourish.
     """
     rng = Random(f"synthetic corpus {seed}")
     rows = []
@@ -142,7 +142,7 @@ def _sentence(noun: int, quality: float, rng: UniformSource) -> list[int]:
 
 
 def pick(options: Sequence[int], rng: UniformSource) -> int:
-    """One of `options`, all as likely."""
+    """One of `options`, all equally likely."""
     return options[int(rng.random() * len(options))]
 
 
@@ -151,5 +151,5 @@ def _shuffled(items: Sequence[int], rng: UniformSource) -> list[int]:
 
 
 def text_of(tokens: Sequence[int]) -> str:
-    """The words of tokens, joined by spaces."""
+    """The words of `tokens`, joined by spaces."""
     return " ".join(WORDS[token] for token in tokens)

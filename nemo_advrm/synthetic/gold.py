@@ -1,27 +1,26 @@
-"""The gold reward of the embedded language: a formula that labels pairs and judges; no training step ever sees it.
+"""The gold reward of the synthetic language: a formula that labels pairs and evaluates; no training step sees it.
 
     gold = 1.5 cov + .5 any + 2 wf/L - .3 bad - .5 rep - 1.2 off - .4 filler - 1.0 flourish
            - .15 max(0, L - 20) - .2 max(0, 10 - L) - 1.5 [no EOS]
 
 clipped to [-6, 9]. The terms, over the tokens before the first end token:
 
-- L: their number, stops included and the end token not (wf/L is 0 if L is 0);
-- a segment is what lies between two stops, flourishes left out; cov, wf and bad look at segments. A segment is
-  well-formed if it is closed by a stop and is DET [ADJ] NOUN VERB [ADV] with determiner, noun and verb of one
-  class; its subject may be any noun;
+- L: their number, with stops, without the end token (wf/L is 0 if L is 0);
+- a segment is the tokens between two stops, without flourishes; cov, wf and bad use segments. A segment is well-formed
+  if a stop closes it and it is DET [ADJ] NOUN VERB [ADV] with determiner, noun and verb of one class. Its subject may
+  be any noun;
 - cov: distinct topics that are the subject of a well-formed segment;
 - any: distinct topics that occur anywhere;
-- wf: tokens in well-formed segments, their stops included;
-- bad: all other segments: malformed, empty (two stops in a row, or a stop at the start), or not closed by a stop;
+- wf: tokens in well-formed segments, with their stops;
+- bad: all other segments: malformed, empty (two stops in a row, or a stop at the start), or without a closing stop;
 - rep: occurrences of a content token (noun, verb, adjective, adverb) after its first one;
-- off: occurrences of nouns that are no topics;
-- filler, flourish: their occurrences;
-- [no EOS]: the response was cut at the length limit; decided by `ended` alone.
+- off: occurrences of nouns that are not topics;
+- filler, flourish: occurrences of each;
+- [no EOS]: 1 if the response was cut off at the length limit; `ended` alone decides.
 
-The weights of cov, any and off make an answer to another prompt worse than nearly every answer to this one, so that
-a reward model must read the prompt to be right. A pad or separator token inside a response costs what its place costs:
-its segment is malformed and it adds to L. A faultless response of three sentences reaches 4.5 + 1.5 + 2 = 8; a string
-of 20 or more stops falls to -6.
+The weights of cov, any and off make an answer to another prompt worse than nearly every answer to this one. So a reward
+model must read the prompt to be right. A pad or separator token inside a response makes its segment malformed and adds
+to L. A faultless response of three sentences reaches 4.5 + 1.5 + 2 = 8; a string of 20 or more stops falls to -6.
 """
 
 from __future__ import annotations
@@ -54,8 +53,8 @@ def gold_score(prompt_messages_or_ids: PromptLike, response_text_or_ids: Respons
     """The gold reward of one response, in [-6, 9].
 
     prompt_messages_or_ids: chat messages, or the ids of `encode_prompt`; their nouns are the topics.
-    response_text_or_ids: text, or ids, of which those from the first end token on and trailing pads are ignored.
-    ended: whether the writer emitted the end token.
+    response_text_or_ids: text, or ids; ids from the first end token on and trailing pads are ignored.
+    ended: whether the policy wrote the end token.
     Raises DataError for an unknown word or id and for a prompt without a noun.
     """
     topics = _topics(prompt_messages_or_ids)
@@ -93,7 +92,7 @@ def gold_score(prompt_messages_or_ids: PromptLike, response_text_or_ids: Respons
 
 
 def gold_scores(prompts: Sequence[PromptLike], responses: Sequence[ResponseLike], ended: Sequence[bool]) -> list[float]:
-    """`gold_score` of every (prompt, response, ended); the three sequences have one length."""
+    """`gold_score` of every (prompt, response, ended); the three sequences have the same length."""
     return [gold_score(*row) for row in zip(prompts, responses, ended, strict=True)]
 
 
@@ -108,7 +107,7 @@ def _topics(prompt: PromptLike) -> set[int]:
 
 
 def response_tokens(response: ResponseLike) -> list[int]:
-    """Ids of a response, which is text or ids: those before the first end token, trailing pads left out."""
+    """Ids of a response, given as text or ids: those before the first end token, without trailing pads."""
     if isinstance(response, str):
         return _TOKENIZER.encode(response)
     tokens = _as_ints(response) or []
@@ -121,7 +120,7 @@ def response_tokens(response: ResponseLike) -> list[int]:
 
 
 def _as_ints(sequence: Sequence[object]) -> list[int] | None:
-    """The ids as plain integers (tensors and arrays included), or None if the sequence holds messages."""
+    """The ids as plain integers, also from tensors and arrays; None if the sequence holds messages."""
     if len(sequence) and isinstance(sequence[0], Mapping):
         return None
     ids = [int(token) for token in sequence]  # type: ignore[call-overload]

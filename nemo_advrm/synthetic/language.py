@@ -1,13 +1,13 @@
-"""The vocabulary of the embedded language: 104 tokens, their words and their classes.
+"""The vocabulary of the synthetic language: 104 tokens, their words and their classes.
 
-The language is a scrap of English with number agreement. The class of a determiner, noun or verb is `id mod 2`: class 0
-is singular ("this", "river", "sleeps"), class 1 is plural ("these", "birds", "sing"), so a violated agreement reads as
-an error to a person ("these river sing ."). A well-formed sentence is
+The language is a small part of English with number agreement. The class of a determiner, noun or verb is `id mod 2`:
+class 0 is singular ("this", "river", "sleeps"), class 1 is plural ("these", "birds", "sing"). So a reader sees a
+violated agreement as an error ("these river sing ."). A well-formed sentence is
 
     DET [ADJ] NOUN VERB [ADV] "."      with DET, NOUN and VERB of one class.
 
-A flourish ("indeed", "frankly") may stand anywhere: it breaks no sentence and says nothing. The gold reward takes off
-for each; annotators have favourites among them (see `synthetic.preferences`).
+A flourish ("indeed", "frankly") may stand anywhere: a sentence stays well-formed with it, and it says nothing. The gold
+reward subtracts 1 for each. Annotators have favourites among them (see `synthetic.preferences`).
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ VERBS = range(42, 58)
 ADJECTIVES = range(58, 70)
 ADVERBS = range(70, 78)
 FLOURISHES = range(78, 104)
-CONTENT = range(NOUNS.start, ADVERBS.stop)  # nouns, verbs, adjectives and adverbs are neighbours
+CONTENT = range(NOUNS.start, ADVERBS.stop)  # nouns, verbs, adjectives and adverbs have adjacent ids
 
 TOPICS_PER_PROMPT = 3
-MAX_RESPONSE_TOKENS = 32  # the end of sequence included
+MAX_RESPONSE_TOKENS = 32  # with the end token
 
 WORDS: tuple[str, ...] = (
     *("<pad>", "<eos>", "<sep>", "."),
@@ -67,7 +67,7 @@ def kinds(tokens: Sequence[int]) -> str:
 
 
 def is_well_formed(segment: Sequence[int]) -> bool:
-    """Whether the tokens before a stop (the stop left out) are one sentence whose determiner, noun and verb agree."""
+    """Whether the tokens before a stop, without it, are one sentence whose determiner, noun and verb agree."""
     if kinds(segment) not in _SENTENCES:
         return False
     noun_at = 1 if segment[1] in NOUNS else 2
@@ -78,7 +78,7 @@ def is_well_formed(segment: Sequence[int]) -> bool:
 def segments(tokens: Sequence[int]) -> Iterator[tuple[list[int], bool]]:
     """Cut tokens at every stop; yields (tokens before the stop, whether a stop closed them).
 
-    What follows the last stop is yielded with False, and only if it is not empty.
+    Tokens after the last stop, if any, are yielded with False.
     """
     current: list[int] = []
     for token in tokens:

@@ -1,4 +1,4 @@
-"""The tokenizer of the embedded language: one token a word, prompts end in a separator, responses in the end token."""
+"""The tokenizer of the synthetic language: a token per word; prompts end in a separator, responses in the end token."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ class SyntheticTokenizer:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the vocabulary and the layout of prompts: equal fingerprints give equal ids."""
+        """Hash of the vocabulary and the layout of prompts: tokenizers with equal fingerprints give equal ids."""
         return hashlib.sha256("\n".join((self.name, "prompt <sep> response <eos>", *WORDS)).encode()).hexdigest()[:16]
 
     def encode(self, text: str) -> list[int]:
-        """Ids of the words of `text`, which are separated by white space. Special tokens cannot be written as text.
+        """Ids of the words of `text`, separated by white space. Special tokens cannot be written as text.
 
         Raises DataError that names the first word that is unknown or special.
         """
@@ -45,7 +45,7 @@ class SyntheticTokenizer:
         return ids
 
     def parse_rendered(self, text: str) -> list[int]:
-        """Ids of words among which special tokens are written out. Raises DataError for an unknown word."""
+        """Ids of the words of a text in which special tokens are written out. Raises DataError for an unknown word."""
         return [ID_OF_WORD[word] if word in _SPECIAL_WORDS else self.encode(word)[0] for word in text.split()]
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
@@ -63,7 +63,7 @@ class SyntheticTokenizer:
     def encode_prompt(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Ids of the last user message followed by the separator; other messages are ignored.
 
-        Raises DataError if no message is the user's or if it holds an unknown word.
+        Raises DataError if there is no user message or if it has an unknown word.
         """
         for message in reversed(messages):
             if message["role"] == "user":
