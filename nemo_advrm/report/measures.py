@@ -1,8 +1,8 @@
-"""The measures of one RLHF run: how good what it wrote was, by gold, over the run and at its end.
+"""The measures of one RLHF run: the gold of its responses, over the run and at its end.
 
-Gold is that of fixed held-out prompts where the run evaluated them (`rl.held_out_prompts`), else that of the rollouts.
-All means are over steps: between two evaluations gold is interpolated, so that a run that is evaluated every tenth step
-has the same measures, but for noise, as one that is evaluated at every step.
+Gold is that of fixed held-out prompts if the run evaluated them (`rl.held_out_prompts`), else that of the rollouts. All
+means are over steps, and gold is interpolated between two evaluations. So a run that is evaluated every tenth step has
+the same measures, except for noise, as one that is evaluated at every step.
 """
 
 from __future__ import annotations
@@ -10,14 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from nemo_advrm.data.jsonl import read_appended_jsonl
-from nemo_advrm.errors import DataError
 from nemo_advrm.objectives.overoptimization import stable_steps
 from nemo_advrm.report.files import column, count, number
 
@@ -35,7 +32,7 @@ FINAL_SHARE = 0.1
 
 @dataclass(frozen=True)
 class Options:
-    """By what the measures of a run are taken.
+    """Options of the measures of a run.
 
     Attributes:
         kl: nats per response at which `gold_at_kl` is read.
@@ -67,7 +64,7 @@ class Curve:
 
 
 def curves(rows: Iterable[Mapping[str, Any]]) -> tuple[Curve | None, Curve | None]:
-    """(held-out curve, rollout curve) of the rows of an RLHF run's metrics.jsonl; None where there are no rows.
+    """(held-out curve, rollout curve) of the rows of an RLHF run's metrics.jsonl; None if there are no rows.
 
     A resumed run logs the steps after its checkpoint again: of two rows of one step the later one counts.
     """
@@ -85,29 +82,14 @@ def _curve(rows: Sequence[tuple[int, Mapping[str, Any]]], prefix: str, source: s
 
 
 def measured_curve(held_out: Curve | None, rollouts: Curve | None) -> Curve | None:
-    """The curve that is measured: held-out gold where there is any, else that of the rollouts."""
+    """The curve that is measured: the held-out one if it has gold, else that of the rollouts."""
     if held_out is not None and (held_out.has_gold or rollouts is None or not rollouts.has_gold):
         return held_out
     return rollouts
 
 
-def measures(directory: Path, options: Options = Options()) -> dict[str, Any]:
-    """The measures of the RLHF run in `directory`, from its metrics.jsonl; see `measures_of`.
-
-    Raises DataError when there is no file, or no row with a step in it.
-    """
-    path = Path(directory) / "metrics.jsonl"
-    if not path.is_file():
-        raise DataError(f"{path}: no such file, so no RLHF run to measure")
-    rows = [row for _, row in read_appended_jsonl(path)[0] if isinstance(row, dict)]
-    curve = measured_curve(*curves(rows))
-    if curve is None:
-        raise DataError(f"{path}: no row has a step")
-    return measures_of(curve, options)
-
-
 def measures_of(curve: Curve, options: Options = Options()) -> dict[str, Any]:
-    """The measures of a curve; without gold those of gold are None.
+    """The measures of a curve; those of gold are None without gold.
 
     Returns:
         source: whose gold it is, `held_out` or `rollouts`.
@@ -117,7 +99,7 @@ def measures_of(curve: Curve, options: Options = Options()) -> dict[str, Any]:
         second_half: the same over the second half of the steps.
         final: the same over the last tenth of the steps.
         peak: the highest mean over as many steps in a row as `final` has.
-        gold_at_kl: gold where the KL first reaches `options.kl`, interpolated; None where it never does.
+        gold_at_kl: gold where the KL first reaches `options.kl`, interpolated; None if it never does.
         stable_steps: the step from which smoothed gold stays below its start; None if it never does.
         kl_final, proxy_start, proxy_final: of the last or the first evaluation that has it.
     """
@@ -129,7 +111,7 @@ def measures_of(curve: Curve, options: Options = Options()) -> dict[str, Any]:
     if not known_S.any():
         return result
     steps_S, gold_S = curve.steps_S[known_S], curve.gold_S[known_S]
-    gold_T = np.interp(np.arange(steps_S[0], steps_S[-1] + 1), steps_S, gold_S)  # of every step
+    gold_T = np.interp(np.arange(steps_S[0], steps_S[-1] + 1), steps_S, gold_S)  # one value per step
     length = len(gold_T)
     share = max(1, round(FINAL_SHARE * length))
     sums = np.concatenate(([0.0], np.cumsum(gold_T)))
