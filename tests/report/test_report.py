@@ -175,7 +175,6 @@ def test_values_of_another_type_leave_a_report(run_dir: Path, value: Any) -> Non
         path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, value]))
     directions = {"directions": {"\u00b2": value, "1": value}}
     (run_dir / "round_0" / "attack" / "summary.json").write_text(json.dumps(directions))
-    write_report(run_dir)
     assert write_report(run_dir).text(terminal=False)
 
 

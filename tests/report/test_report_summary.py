@@ -17,6 +17,12 @@ from nemo_advrm.report.summary import summarise
 from nemo_advrm.report.tables import tables
 
 
+@pytest.fixture(autouse=True)
+def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes most of the time of a report; nothing here looks at figures."""
+    monkeypatch.setattr("nemo_advrm.report.figures.draw_figures", lambda *args: [])
+
+
 def test_measures_of_each_reward(run_dir: Path) -> None:
     rlhf = summarise(collect(run_dir))["rlhf"]
     assert list(rlhf) == ["r1", "adv_rm"]
