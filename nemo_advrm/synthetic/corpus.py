@@ -70,7 +70,7 @@ def sample_topics(rng: Random, held_out: bool) -> list[int]:
 
 
 def sample_tokens(topics: Sequence[int], rng: UniformSource, quality: float | None = None) -> list[int]:
-    """Token ids of one response about `topics` by the recipe of the module, without flourish and end token (1 to 31 words).
+    """Token ids of one response about `topics` by the module's recipe, without flourish and end token (1 to 31 words).
 
     quality: q in [0, 1], 1 makes no errors; drawn from U(0, 1) if None.
     """
