@@ -58,7 +58,7 @@ def test_wheel_installs_the_command_and_bounds_every_requirement(wheel: Path) ->
     metadata = archive.read(info.replace("entry_points.txt", "METADATA")).decode()
     requirements = re.findall(r"^Requires-Dist: (.+)$", metadata, re.M)
     extras = re.findall(r"^Provides-Extra: (.+)$", metadata, re.M)
-    assert set(extras) == {"smollm2", "serve", "gpu", "dev"}
+    assert set(extras) == {"smollm2", "serve", "gpu", "docs", "dev"}
     assert requirements and all(">=" in line and "<" in line for line in requirements), requirements
     assert set(re.findall(r"^Requires-Python: (.+)$", metadata, re.M)[0].split(",")) == {">=3.11", "<3.12"}
 
