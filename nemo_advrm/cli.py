@@ -161,10 +161,10 @@ def _dispatch(words: list[str]) -> int | None:
         return 0
     name, settings = words[0], words[1:]
     if name not in COMMANDS:
-        from nemo_advrm.config.keys import nearest
+        from nemo_advrm.nearest_name import nearest_name
 
         known = ", ".join(COMMANDS)
-        raise UserError(f"unknown command {name}: did you mean {nearest(name, list(COMMANDS))}? commands: {known}")
+        raise UserError(f"unknown command {name}: did you mean {nearest_name(name, list(COMMANDS))}? commands: {known}")
     if any(word in ("-h", "--help") for word in settings):
         print(_command_help(name))
         return 0

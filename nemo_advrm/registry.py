@@ -5,12 +5,12 @@ An entry-point mechanism such as ``importlib.metadata`` was rejected: it needs a
 
 from __future__ import annotations
 
-import difflib
 import importlib
 from collections.abc import Callable, Iterator
 from typing import Any, Generic, TypeVar
 
 from nemo_advrm.errors import ConfigError
+from nemo_advrm.nearest_name import nearest_name
 
 T = TypeVar("T")
 PYTHON = "python:"
@@ -52,8 +52,8 @@ class Registry(Generic[T]):
         """Raise ConfigError for a name that is not known, without importing anything."""
         if name in self or name.startswith(PYTHON):
             return
-        nearest = difflib.get_close_matches(name, list(self), n=1, cutoff=0.0)
-        hint = f"did you mean {nearest[0]!r}? " if nearest else ""
+        nearest = nearest_name(name, self)
+        hint = f"did you mean {nearest!r}? " if nearest else ""
         raise ConfigError(f"{self.key}={name}: {hint}(known: {', '.join(self)}, python:MODULE:NAME)")
 
     def __getitem__(self, name: str) -> T:

@@ -27,7 +27,6 @@ from nemo_advrm import files
 from nemo_advrm.config.keys import (
     expected_type,
     is_section,
-    nearest,
     nearest_key,
     stages_with_settings,
     type_name,
@@ -36,6 +35,7 @@ from nemo_advrm.config.moved import moved_key
 from nemo_advrm.config.schema import Config
 from nemo_advrm.config.validation import check_fields, check_values
 from nemo_advrm.errors import ConfigError
+from nemo_advrm.nearest_name import nearest_name
 
 # conf/config.yaml starts from this node, so that every key of the schema exists and has a type, for Hydra's own
 # entry points (hydra_runner) too.
@@ -163,7 +163,7 @@ def load_flat(kind: type[Flat], words: Sequence[str]) -> Flat:
             if name in names and expected_type(names[name], kind) is not bool:
                 raise ConfigError(f"{word}: {name} takes a value: write {name}=value")
         if name and name not in names and ("=" in word or word.startswith("--")):
-            raise ConfigError(f"unknown key {name}: did you mean {nearest(name, list(names))}?")
+            raise ConfigError(f"unknown key {name}: did you mean {nearest_name(name, list(names))}?")
         lines.append(f"{names[name]}={text}" if name in names and (text or "=" in word) else word)
     values: dict[str, Any] = {}
     for override in _parse(lines, kind):
@@ -273,7 +273,7 @@ def _checked_line(override: Override, roots: Sequence[Path]) -> str:
         options = sorted({file.stem for folder in folders for file in folder.glob("*.yaml")})
         for option in value if isinstance(value, list) else [value]:
             if option not in options and not (option is None and key == "experiment"):
-                near = nearest(str(option), options)
+                near = nearest_name(str(option), options)
                 raise ConfigError(f"{line}: did you mean {key}={near}? {key} can be {', '.join(options)}")
         return line.lstrip("+")
     expected = expected_type(key)

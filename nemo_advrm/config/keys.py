@@ -11,6 +11,7 @@ from typing import Any
 
 from nemo_advrm.config import schema
 from nemo_advrm.config.fields import About, Restart, Role
+from nemo_advrm.nearest_name import nearest_name
 
 # The component of a dotted key that a user chooses freely, as in pipeline.rlhf.*.reward.
 ANY_NAME = "*"
@@ -105,7 +106,7 @@ def nearest_key(name: str, root: type = schema.Config) -> str:
     """The valid dotted key nearest to a wrong one: by the whole name, or by its last component alone (``lr``)."""
     parts = name.split(".")
     if parts[0] == "stage" and len(parts) > 1 and root is schema.Config:
-        stage = nearest(parts[1], stages_with_settings())
+        stage = nearest_name(parts[1], stages_with_settings())
         return ".".join(["stage", stage, *([nearest_key(".".join(parts[2:]))] if len(parts) > 2 else [])])
     names: set[str] = set()
     for key in all_keys(root):
@@ -122,10 +123,6 @@ def nearest_key(name: str, root: type = schema.Config) -> str:
 
     return max(sorted(names), key=similarity)
 
-
-def nearest(word: str, options: typing.Sequence[str]) -> str:
-    """The option most similar to a wrong word; ``options`` must not be empty."""
-    return max(options, key=lambda option: difflib.SequenceMatcher(None, str(word).lower(), option.lower()).ratio())
 
 
 def type_name(annotation: Any) -> str:

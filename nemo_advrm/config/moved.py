@@ -38,7 +38,12 @@ MOVED_KEYS: dict[str, str] = {
 MOVED_MODULES: dict[str, str] = {
     "nemo_advrm.aligner": "nemo_advrm.integrations.nemo_aligner",
     "nemo_advrm.aligner.reference": "nemo_advrm.integrations.nemo_aligner.sft_scores",
+    "nemo_advrm.aligner.critic": "nemo_advrm.integrations.nemo_aligner.critic_client",
+    "nemo_advrm.aligner.rollouts": "nemo_advrm.integrations.nemo_aligner.rollout_reader",
     "nemo_advrm.callbacks": "nemo_advrm.training.callbacks",
+    "nemo_advrm.callbacks.checkpoints": "nemo_advrm.training.callbacks.periodic_checkpoints",
+    "nemo_advrm.callbacks.metrics": "nemo_advrm.training.callbacks.metrics_writer",
+    "nemo_advrm.callbacks.rollouts": "nemo_advrm.training.callbacks.rollout_records",
     "nemo_advrm.checks": "nemo_advrm.config.validation",
     "nemo_advrm.keys": "nemo_advrm.config.keys",
     "nemo_advrm.layout": "nemo_advrm.config.layout",

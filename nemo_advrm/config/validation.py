@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from nemo_advrm.config.keys import ANY_NAME, all_keys, nearest
+from nemo_advrm.config.keys import ANY_NAME, all_keys
 from nemo_advrm.config.schema import Config, ModelConfig
 from nemo_advrm.errors import ConfigError
+from nemo_advrm.nearest_name import nearest_name
 from nemo_advrm.registry import ATTACKS, DETECTORS, PREFERENCE_LOSSES, ROLLOUT_ENGINES
 
 
@@ -92,7 +93,7 @@ def check_fields(cfg: Any) -> None:
         for name, value in _values(cfg, pattern.split(".")):
             if choices and value not in choices:
                 shown = ", ".join(choice or '""' for choice in choices)
-                near = nearest(value, list(choices)) or list(choices)[-1]
+                near = nearest_name(value, list(choices)) or list(choices)[-1]
                 raise ConfigError(f"{name}={value}: did you mean {near}? choices: {shown}")
             if limits is not None and value is not None and value not in limits:  # None: the schema's own "not set"
                 raise ConfigError(f"{name}={value}: must be {limits}")

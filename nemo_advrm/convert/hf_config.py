@@ -6,7 +6,6 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from nemo_advrm.config.keys import nearest
 from nemo_advrm.config.schema import ModelConfig
 from nemo_advrm.convert import hf_directory
 from nemo_advrm.convert.architecture_tables import ARCHITECTURES, Architecture
@@ -14,6 +13,7 @@ from nemo_advrm.engine.architecture import first_difference
 from nemo_advrm.engine.gpt import Head
 from nemo_advrm.engine.transformer import ffn_size, head_size, query_groups
 from nemo_advrm.errors import CheckpointError
+from nemo_advrm.nearest_name import nearest_name
 
 CLASSES: dict[str, Head] = {"ForCausalLM": "lm", "ForSequenceClassification": "reward"}
 
@@ -111,7 +111,7 @@ def find_architecture(config: dict[str, Any], where: str) -> tuple[Architecture,
                 return table, head
     known = [table.family + suffix for table in ARCHITECTURES for suffix in CLASSES]
     raise CheckpointError(
-        f"{where}: {names[0]} cannot be converted; the nearest that can is {nearest(names[0], known)} "
+        f"{where}: {names[0]} cannot be converted; the nearest that can is {nearest_name(names[0], known)} "
         f"(families: {', '.join(table.family for table in ARCHITECTURES)}; classes: {', '.join(CLASSES)})"
     )
 
@@ -194,7 +194,7 @@ def choose_architecture(model: ModelConfig, head: Head, base: dict[str, Any], wa
         by_name = {table.family.lower(): table for table in ARCHITECTURES}
         if wanted.lower() not in by_name:
             known = [table.family for table in ARCHITECTURES]
-            raise CheckpointError(f"architecture={wanted}: did you mean {nearest(wanted, known)}?")
+            raise CheckpointError(f"architecture={wanted}: did you mean {nearest_name(wanted, known)}?")
         return by_name[wanted.lower()]
     for table in ARCHITECTURES:
         if base.get("model_type") == table.model_type:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import codecs
-import difflib
 import gzip
 import json
 import math
@@ -15,6 +14,7 @@ from typing import Any
 
 from nemo_advrm import files, untrusted_files
 from nemo_advrm.errors import DataError
+from nemo_advrm.nearest_name import nearest_name
 from nemo_advrm.untrusted_files import DECODER, TooDeep, decode_json
 
 # Text of a byte-level policy or of JSON escapes may hold half a surrogate pair, which UTF-8 cannot: Python's backslash
@@ -56,8 +56,8 @@ def require_path(path: str | Path) -> Path:
     while not parent.exists():
         missing, parent = parent, parent.parent
     names = [entry.name for entry in parent.iterdir()] if parent.is_dir() and os.access(parent, os.R_OK) else []
-    near = difflib.get_close_matches(missing.name, names, n=1, cutoff=0.5)
-    hint = f"; the nearest existing name is {parent / near[0]}" if near else f"; nothing similar in {parent}"
+    near = nearest_name(missing.name, names, cutoff=0.5)
+    hint = f"; the nearest existing name is {parent / near}" if near else f"; nothing similar in {parent}"
     what = "" if missing == path.absolute() else f" ({missing} does not exist)"
     raise DataError(f"{path}: no such file{what}{hint}")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from nemo_advrm.data.hf_tokenizer import HFTokenizer, before, digest, load_hf_to
 from nemo_advrm.data.messages import Message
 from nemo_advrm.data.reading import ReadingRule, concatenate
 from nemo_advrm.errors import ConfigError
+from nemo_advrm.nearest_name import nearest_name
 from nemo_advrm.registry import TOKENIZERS
 
 __all__ = ["ByteTokenizer", "HFTokenizer", "Tokenizer", "build_tokenizer", "load_hf_tokenizer"]
@@ -137,8 +137,8 @@ def build_tokenizer(spec: str, rule: ReadingRule | None = None) -> Tokenizer:
 
             return NemoTokenizer(directory)
         return HFTokenizer(directory, rule)
-    near = difflib.get_close_matches(spec, list(TOKENIZERS), n=1)
-    hint = f"did you mean {near[0]!r}?" if near else "known: 'byte', 'synthetic', 'hf:DIR'"
+    near = nearest_name(spec, TOKENIZERS, cutoff=0.6)
+    hint = f"did you mean {near!r}?" if near else "known: 'byte', 'synthetic', 'hf:DIR'"
     if Path(spec).is_dir():
         hint = f"did you mean 'hf:{spec}'?"
     raise ConfigError(f"tokenizer {spec!r} is unknown; {hint}")

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from nemo_advrm.errors import ConfigError
+from nemo_advrm.nearest_name import unknown_name
 from nemo_advrm.objectives.masked import zero_masked
-from nemo_advrm.objectives.names import unknown_name
 from nemo_advrm.objectives.spread import divide_by_spread, rounding_of, without_rounding
 
 BASELINES = ("none", "batch_mean")

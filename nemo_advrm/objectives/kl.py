@@ -10,9 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from nemo_advrm.nearest_name import unknown_name
 from nemo_advrm.objectives.losses import MAX_LOG_RATIO
 from nemo_advrm.objectives.masked import masked_mean, masked_sum, zero_masked
-from nemo_advrm.objectives.names import unknown_name
 from nemo_advrm.objectives.spread import rounding
 
 KL_ESTIMATORS = ("k1", "abs", "k2", "k3")

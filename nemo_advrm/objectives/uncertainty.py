@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from nemo_advrm.errors import ConfigError
-from nemo_advrm.objectives.names import unknown_name
+from nemo_advrm.nearest_name import unknown_name
 
 COMBINATIONS = ("mean", "min", "lcb", "uwo", "gap")
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from nemo_advrm.attacks.adversary_names import policy_name
-from nemo_advrm.config.keys import nearest
 from nemo_advrm.config.schema import BranchConfig, Config, RLHFRunConfig
 from nemo_advrm.errors import ConfigError
+from nemo_advrm.nearest_name import nearest_name
 from nemo_advrm.pipeline.branches import (
     MAIN,
     all_branches,
@@ -220,7 +220,7 @@ def find(among: list[Step], name: str) -> Step:
     steps = {step.name: step for step in among}
     if name not in steps:
         raise ConfigError(
-            f"pipeline.only={name}: did you mean {nearest(name, list(steps))}? stages: {', '.join(steps)}"
+            f"pipeline.only={name}: did you mean {nearest_name(name, list(steps))}? stages: {', '.join(steps)}"
         )
     return steps[name]
 

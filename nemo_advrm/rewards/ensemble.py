@@ -13,8 +13,8 @@ from nemo_advrm.config.schema import AdversarialConfig
 from nemo_advrm.data.sft_scores import SFTScores
 from nemo_advrm.detectors.base import Features
 from nemo_advrm.errors import ConfigError
+from nemo_advrm.nearest_name import unknown_name
 from nemo_advrm.objectives.adversarial import paper_reward, raw_reward
-from nemo_advrm.objectives.names import unknown_name
 from nemo_advrm.objectives.sft_statistics import MemberStatistics, standardise_members, z_scores
 from nemo_advrm.objectives.spread import rounding, rounding_of
 from nemo_advrm.objectives.uncertainty import combine, others_mean

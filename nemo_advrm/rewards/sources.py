@@ -22,13 +22,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from nemo_advrm.config.keys import nearest
 from nemo_advrm.config.layout import validate_layout
 from nemo_advrm.config.schema import Config, ConvertConfig, PretrainedConfig, RewardModelConfig
 from nemo_advrm.data.attributes import check_attributes, parse_weights
 from nemo_advrm.data.tokenizers import Tokenizer
 from nemo_advrm.engine.collectives import run_on_rank_zero
 from nemo_advrm.errors import CheckpointError, ConfigError, LayoutError
+from nemo_advrm.nearest_name import nearest_name
 from nemo_advrm.optional_deps import require_extra
 from nemo_advrm.registry import imported
 from nemo_advrm.rewards import hf
@@ -66,7 +66,7 @@ def parse(text: str, place: str) -> SourceSpec:
     if Path(text).exists() or Path(text.partition("?")[0]).exists():  # a directory with a colon in its name
         return _local("megatron", text, text, place)
     kinds = (*LOCAL_KINDS, PYTHON_KIND, *_SCHEMES)
-    raise ConfigError(f"{place}={text}: did you mean {nearest(kind, list(kinds))}:? kinds: {', '.join(kinds)}")
+    raise ConfigError(f"{place}={text}: did you mean {nearest_name(kind, list(kinds))}:? kinds: {', '.join(kinds)}")
 
 
 def _local(kind: str, rest: str, text: str, place: str) -> SourceSpec:
