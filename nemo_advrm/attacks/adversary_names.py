@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 
-def policy_name(direction: int, number: int) -> str:
+def policy_name(target: int, number: int) -> str:
     """Directory of one adversary."""
-    return f"direction_{direction}_policy_{number + 1}"
+    return f"direction_{target}_policy_{number + 1}"

@@ -45,7 +45,7 @@ def _metrics(row: Any, source: str) -> dict[str, Any]:
     return row
 
 
-def of_direction(adversaries: list[dict[str, Any]]) -> dict[str, Any]:
+def of_target(adversaries: list[dict[str, Any]]) -> dict[str, Any]:
     """One direction's adversaries together: counts and seconds add up, rates are averaged."""
     result = {key: sum(s[key] for s in adversaries) for key in ("samples", "steps", "seconds")}
     for key in ("success_standard", "success_strict", "ended"):
@@ -72,8 +72,8 @@ def check_samples(directory: Path) -> None:
     """Raise DataError when ``samples.jsonl`` has not as many rows as its attack has written."""
     path = directory / "samples.jsonl"
     cure = f"remove {directory / 'summary.json'} and run the attack again, which joins the rows of its policies"
-    directions = summary_file.read_directions(directory / "summary.json", cure)
-    wanted = sum(found["samples"] for found in directions.values())
+    targets = summary_file.read_targets(directory / "summary.json", cure)
+    wanted = sum(found["samples"] for found in targets.values())
     rows = sum(1 for _ in read_jsonl(path))
     if rows != wanted:
         raise DataError(f"{path} has {rows} rows, the attack has written {wanted}: restore it, or {cure}")
@@ -97,15 +97,15 @@ def check_rule(cfg: Config, directory: Path) -> None:
     raise ConfigError(f"{setting}: the attack in {directory} {done}; give the value that it had")
 
 
-def add_to_summary(directory: Path, by_direction: dict[str, dict[str, Any]]) -> None:
+def add_to_summary(directory: Path, by_target: dict[str, dict[str, Any]]) -> None:
     """Add what selection found of every direction to the attack's ``summary.json``, where it has one."""
     path = directory / "summary.json"
     if not has_summary(directory):
         return
     summary = results.read_object(path, (), _RESTORE, summary_file.wrong_attack)
-    for direction, facts in by_direction.items():
-        if direction in summary["directions"]:
-            summary["directions"][direction].update(facts)
+    for target, facts in by_target.items():
+        if target in summary["directions"]:
+            summary["directions"][target].update(facts)
     files.write_text(path, json.dumps(summary, indent=1))
 
 
@@ -115,16 +115,16 @@ def success_rates(path: Path, cure: str) -> list[float]:
     It is that of the finished adversary on held-out prompts where it was measured there, else the mean over its
     training. Raises DataError with the ``cure`` when the file cannot be read or is no summary of an attack.
     """
-    found = summary_file.read_directions(path, cure).values()
+    found = summary_file.read_targets(path, cure).values()
     rates = [one.get("held_out", one)["success_standard"] for one in found]
     return [float(rate) for rate in rates if rate is not None]
 
 
-def line(direction: str, found: dict[str, Any]) -> str:
+def line(target: str, found: dict[str, Any]) -> str:
     """What a direction's attack came to, in one line."""
     share = found.get("ended")  # summaries of earlier versions do not have it
     ended = "" if share is None else f", {share:.0%} of them ended"
-    told = f"direction {direction}: {found['samples']} samples{ended}, {_rates(found)}"
+    told = f"direction {target}: {found['samples']} samples{ended}, {_rates(found)}"
     held_out = found.get("held_out")
     if held_out is None:
         return told

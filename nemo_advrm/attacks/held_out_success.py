@@ -41,39 +41,39 @@ class HeldOut:
     tokenizer: Tokenizer
     prompts: list[Prompt]
     members: list[RewardSource]
-    reference: SFTScores
+    sft_responses: SFTScores
     gold: RewardSource | None
 
-    def measure(self, adversary: MegatronModel, direction: int, home: Path) -> dict[str, Any]:
+    def measure(self, adversary: MegatronModel, target: int, home: Path) -> dict[str, Any]:
         """RATES of the adversary's responses, and under ``null`` of the SFT responses; all ranks call.
 
         As many responses as there are SFT responses are sampled, by the same random numbers for every adversary, and
         written to ``home/held_out.jsonl``. Rates that need gold are None without it.
         """
-        target, index = direction - 1, [p.index for p in self.prompts for _ in range(self._per_prompt)]
+        target_index, index = target - 1, [p.index for p in self.prompts for _ in range(self._per_prompt)]
         rollouts = sample(self.cfg, self.tokenizer, adversary, self.prompts, self._per_prompt, sampling_seed(self.cfg))
-        reward = AdversarialReward(self.members, self.cfg.adversarial, self.reference, target)
+        reward = AdversarialReward(self.members, self.cfg.adversarial, self.sft_responses, target_index)
         reward_output = reward.compute_rewards(rollouts)
         gold_N = checked_scores(self.gold, rollouts) if self.gold is not None else None
-        gold_z_N = self.reference.gold_z(gold_N, index) if gold_N is not None else None
-        rows = trajectory_rows(rollouts, reward_output, direction, home.name, 0, gold_N, gold_z_N)
+        gold_z_N = self.sft_responses.gold_z(gold_N, index) if gold_N is not None else None
+        rows = trajectory_rows(rollouts, reward_output, target, home.name, 0, gold_N, gold_z_N)
         run_on_rank_zero(write_jsonl_atomic, home / "held_out.jsonl", rows)
-        rule = FindRule(self.cfg, self.reference, direction, self.tokenizer)
-        z_N = reward_output.details["z"][:, target]
+        rule = FindRule(self.cfg, self.sft_responses, target, self.tokenizer)
+        z_N = reward_output.details["z"][:, target_index]
         return {
             "prompts": len(self.prompts),
             "responses": len(rows),
-            **self._rates(reward_output.scores_NK[:, target], z_N, gold_N, gold_z_N, rule.share(rows)),
+            **self._rates(reward_output.scores_NK[:, target_index], z_N, gold_N, gold_z_N, rule.share(rows)),
             "null": self.null(rule),
         }
 
     def null(self, rule: FindRule) -> dict[str, float | None]:
         """RATES of the SFT responses, each measured by the others to its prompt."""
-        scores_PN = self.reference.scores_PNK[..., rule.target]
-        gold_PN, gold_z_PN = self.reference.gold_PN, self.reference.own_gold_z()
+        scores_PN = self.sft_responses.scores_PNK[..., rule.target_index]
+        gold_PN, gold_z_PN = self.sft_responses.gold_PN, self.sft_responses.own_gold_z()
         return self._rates(
             scores_PN.flatten(),
-            rule.own_z_PNK[..., rule.target].flatten(),
+            rule.own_z_PNK[..., rule.target_index].flatten(),
             None if gold_PN is None else gold_PN.flatten(),
             None if gold_z_PN is None else gold_z_PN.flatten(),
             rule.null_share,
@@ -81,13 +81,13 @@ class HeldOut:
 
     @property
     def _per_prompt(self) -> int:
-        return self.reference.scores_PNK.size(1)
+        return self.sft_responses.scores_PNK.size(1)
 
     def _rates(
         self, scores_N: Tensor, z_N: Tensor, gold_N: Tensor | None, gold_z_N: Tensor | None, finds: float
     ) -> dict[str, float | None]:
         """RATES of responses that stand in the order of the prompts."""
-        sft_gold_PN = self.reference.gold_PN
+        sft_gold_PN = self.sft_responses.gold_PN
         if gold_N is None or gold_z_N is None or sft_gold_PN is None:
             return {"success_standard": None, "success_strict": None, "finds": finds, "gold": None}
         # z is positive where the score is above the mean of the prompt's (other) SFT responses
@@ -129,5 +129,5 @@ def held_out_set(
         per_prompt = cfg.sft_statistics.samples_per_prompt
         rollouts = sample(cfg, tokenizer, policy, encoded, per_prompt, sampling_seed(cfg))
         write_sft_scores(path, rollouts, per_prompt, members, gold)
-    reference = run_on_rank_zero(read_sft_scores, path, encoded)
-    return HeldOut(cfg, tokenizer, encoded, members, reference, gold)
+    sft_responses = run_on_rank_zero(read_sft_scores, path, encoded)
+    return HeldOut(cfg, tokenizer, encoded, members, sft_responses, gold)

@@ -50,26 +50,26 @@ def select_round(cfg: Config, directory: Path, round_number: int, seed: int) -> 
     """
     check_rule(cfg, directory / "attack")
     tokenizer = build_tokenizer(cfg.model.tokenizer)  # the policy's, whose tokens the responses were
-    reference = SFTScores.read(directory / "reference.jsonl")
+    sft_responses = SFTScores.read(directory / "reference.jsonl")
     path = directory / "attack" / "samples.jsonl"
-    members = reference.scores_PNK.size(-1)
+    members = sft_responses.scores_PNK.size(-1)
     # a selection that is repeated starts anew
     rows: list[dict[str, Any]] = []
     for n, row in read_jsonl(path):
         rows.append({**_checked(row, f"{path}:{n}", members), "selected": False})
-        _check_reference(rows[-1], f"{path}:{n}", reference)
+        _check_prompt_and_members(rows[-1], f"{path}:{n}", sft_responses)
     totals: Counter[str] = Counter()
     pairs: list[AdversarialPair] = []
-    by_direction: dict[str, dict[str, Any]] = {}
-    for direction in sorted({row["direction"] for row in rows}):
-        own = [row for row in rows if row["direction"] == direction]
+    by_target: dict[str, dict[str, Any]] = {}
+    for target in sorted({row["direction"] for row in rows}):
+        own = [row for row in rows if row["direction"] == target]
         late = late_rows(own, cfg.selection.last_fraction)
-        rule = FindRule(cfg, reference, direction, tokenizer)
-        chosen, counts, facts = _select_direction(cfg, late, rule, direction, seed)
+        rule = FindRule(cfg, sft_responses, target, tokenizer)
+        chosen, counts, facts = _select_target(cfg, late, rule, target, seed)
         totals.update({"selected": len(chosen), "early": len(own) - len(late), **counts})
-        side = ChosenSide(cfg.selection, reference, rule.usable_PI, direction, seed)
+        side = ChosenSide(cfg.selection, sft_responses, rule.usable_PI, target, seed)
         made = [side.pair(row, round_number, f"attack/{row['policy']}/model") for row in chosen]
-        by_direction[str(direction)] = {"selected": len(made), **facts, "wrong_labels": wrong_labels(made)}
+        by_target[str(target)] = {"selected": len(made), **facts, "wrong_labels": wrong_labels(made)}
         pairs += made
         for row in chosen:
             row["selected"] = True
@@ -77,8 +77,8 @@ def select_round(cfg: Config, directory: Path, round_number: int, seed: int) -> 
     store.unlink(missing_ok=True)
     PairStore(store).append(pairs)
     write_jsonl_atomic(path, rows)
-    add_to_summary(directory / "attack", by_direction)
-    return {**totals, "directions": by_direction}
+    add_to_summary(directory / "attack", by_target)
+    return {**totals, "directions": by_target}
 
 
 def late_rows(rows: list[dict[str, Any]], last_fraction: float) -> list[dict[str, Any]]:
@@ -118,9 +118,9 @@ def _is(value: Any, types: tuple[type, ...]) -> bool:
     return not isinstance(value, int | float) or math.isfinite(value)
 
 
-def _check_reference(row: dict[str, Any], source: str, reference: SFTScores) -> None:
+def _check_prompt_and_members(row: dict[str, Any], source: str, sft_responses: SFTScores) -> None:
     """Raise DataError for a row of an attack on another reference."""
-    prompts, _, members = reference.scores_PNK.shape
+    prompts, _, members = sft_responses.scores_PNK.shape
     number = row["prompt_id"]
     if not isinstance(number, int) or not 0 <= number < prompts:
         raise DataError(f"{source}: prompt_id={number!r}, the reference has {prompts} prompts: restore both files")
@@ -129,8 +129,8 @@ def _check_reference(row: dict[str, Any], source: str, reference: SFTScores) -> 
             raise DataError(f"{source}: {key}={row[key]!r}, the reference has {members} members: restore both files")
 
 
-def _select_direction(
-    cfg: Config, rows: list[dict[str, Any]], rule: FindRule, direction: int, seed: int
+def _select_target(
+    cfg: Config, rows: list[dict[str, Any]], rule: FindRule, target: int, seed: int
 ) -> tuple[list[dict[str, Any]], dict[str, int], dict[str, float]]:
     """The rows to keep, how many were dropped for each reason, and the finds beside the null count."""
     options = cfg.selection
@@ -147,7 +147,7 @@ def _select_direction(
         per_prompt=options.per_prompt,
         total=options.max_pairs,
         top_fraction=options.top_fraction,
-        generator=_generator(seed, direction) if options.random_within_top else None,
+        generator=_generator(seed, target) if options.random_within_top else None,
     )
     found = len(taken) + sum(counts[reason] for reason in AFTER_FINDS)
     if rule.falls_short(found, len(rows)):
@@ -155,8 +155,8 @@ def _select_direction(
     return [rows[i] for i in taken], counts, {"found": found, "null": rule.null(len(rows))}
 
 
-def _generator(seed: int, direction: int) -> torch.Generator:
-    return torch.Generator().manual_seed(derive_seed(seed, "select", direction))
+def _generator(seed: int, target: int) -> torch.Generator:
+    return torch.Generator().manual_seed(derive_seed(seed, "select", target))
 
 
 def _signature(cfg: Config) -> Callable[[str], Hashable]:
@@ -176,10 +176,10 @@ def dropped(counts: dict[str, Any]) -> str:
 def found_lines(counts: dict[str, Any]) -> list[str]:
     """A line for every direction: its finds beside those of SFT responses, and the share of wrong labels."""
     lines = []
-    for direction, facts in counts["directions"].items():
+    for target, facts in counts["directions"].items():
         wrong = "" if facts["wrong_labels"] is None else f", wrong labels {facts['wrong_labels']:.2f}"
         lines.append(
-            f"direction {direction}: {facts['found']} different finds, as many SFT responses would give "
+            f"direction {target}: {facts['found']} different finds, as many SFT responses would give "
             f"{facts['null']:.1f}; {facts['selected']} pairs{wrong}"
         )
     return lines
@@ -190,8 +190,8 @@ def reason_to_stop(cfg: Config, home: Path, counts: dict[str, Any]) -> str:
     options, found = cfg.selection, counts["directions"]
     if found and all(falls_short(facts["found"], facts["null"], options) for facts in found.values()):
         told = "; ".join(
-            f"direction {direction}: {facts['found']}, null count {facts['null']:.1f}"
-            for direction, facts in found.items()
+            f"direction {target}: {facts['found']}, null count {facts['null']:.1f}"
+            for target, facts in found.items()
         )
         return f"the attack found less than selection.null_ratio={options.null_ratio:g} times the null count ({told})"
     if counts["selected"] < options.min_pairs:
@@ -211,10 +211,10 @@ def random_pairs(cfg: Config, home: Path, count: int, seed: int, round_number: i
     and ``wrong_labels``. Raises ConfigError when the reference in ``home`` has too few such responses.
     """
     tokenizer = build_tokenizer(cfg.model.tokenizer)
-    reference = SFTScores.read(home / "reference.jsonl")
-    rules = [FindRule(cfg, reference, direction, tokenizer) for direction in cfg.adversarial.target_members]
-    usable_PI, sft_PN = rules[0].usable_PI, reference.responses_PN
-    sides = [ChosenSide(cfg.selection, reference, usable_PI, rule.target + 1, seed) for rule in rules]
+    sft_responses = SFTScores.read(home / "reference.jsonl")
+    rules = [FindRule(cfg, sft_responses, target, tokenizer) for target in cfg.adversarial.target_members]
+    usable_PI, sft_PN = rules[0].usable_PI, sft_responses.responses_PN
+    sides = [ChosenSide(cfg.selection, sft_responses, usable_PI, rule.target, seed) for rule in rules]
     draw = torch.Generator().manual_seed(derive_seed(seed, "random pairs"))
     # of equal responses to a prompt one
     different_PI = [list({sft_PN[p][i]: i for i in usable}.values()) for p, usable in enumerate(usable_PI)]

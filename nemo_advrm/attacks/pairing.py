@@ -23,17 +23,17 @@ class ChosenSide:
     """
 
     def __init__(
-        self, options: SelectionConfig, reference: SFTScores, usable_PI: list[list[int]], direction: int, seed: int
+        self, options: SelectionConfig, sft_responses: SFTScores, usable_PI: list[list[int]], target: int, seed: int
     ) -> None:
         self.options = options
-        self.reference = reference
+        self.sft_responses = sft_responses
         self.usable_PI = usable_PI
-        self.direction = direction
+        self.target = target
         self.seed = seed
-        z_PNK = own_z_scores(reference.scores_PNK, reference.statistics())
+        z_PNK = own_z_scores(sft_responses.scores_PNK, sft_responses.statistics())
         if options.chosen == "other":
             z_BK = z_PNK.flatten(0, 1)
-            self.quality_PN = others_mean(z_BK, direction - 1).reshape(z_PNK.shape[:2])
+            self.quality_PN = others_mean(z_BK, target - 1).reshape(z_PNK.shape[:2])
         else:
             self.quality_PN = z_PNK.mean(-1)
 
@@ -41,28 +41,28 @@ class ChosenSide:
         """Which of the prompt's SFT responses stands against ``rejected``, which was sampled at ``step``."""
         usable = self.usable_PI[prompt_id]
         if self.options.chosen == "random":
-            draw = torch.Generator().manual_seed(derive_seed(self.seed, "chosen", self.direction, step, rejected))
+            draw = torch.Generator().manual_seed(derive_seed(self.seed, "chosen", self.target, step, rejected))
             return usable[int(torch.randint(len(usable), (1,), generator=draw))]
         return max(usable, key=lambda i: self.quality_PN[prompt_id, i].item())
 
     def pair(self, row: dict[str, Any], round_number: int, policy_checkpoint: str) -> AdversarialPair:
         """The pair whose rejected side is the response of a row of ``samples.jsonl``."""
-        prompt_id, reference = row["prompt_id"], self.reference
-        place, gold_PN = self.place(prompt_id, row["step"], row["response"]), reference.gold_PN
+        prompt_id, sft_responses = row["prompt_id"], self.sft_responses
+        place, gold_PN = self.place(prompt_id, row["step"], row["response"]), sft_responses.gold_PN
         return AdversarialPair(
-            reference.prompts_P[prompt_id],
-            reference.responses_PN[prompt_id][place],
+            sft_responses.prompts_P[prompt_id],
+            sft_responses.responses_PN[prompt_id][place],
             row["response"],
             Provenance(
                 round=round_number,
                 step=row["step"],
-                direction=self.direction,
+                direction=self.target,
                 prompt_id=prompt_id,
                 scores=tuple(row["scores"]),
                 z=tuple(row["z"]),
                 disagreement_z=row["disagreement_z"],
                 policy_checkpoint=policy_checkpoint,
-                chosen_scores=tuple(reference.scores_PNK[prompt_id, place].tolist()),
+                chosen_scores=tuple(sft_responses.scores_PNK[prompt_id, place].tolist()),
                 chosen_gold=None if gold_PN is None else gold_PN[prompt_id, place].item(),
                 rejected_gold=row["gold"],
             ),

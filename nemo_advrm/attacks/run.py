@@ -9,7 +9,7 @@ from typing import Any
 
 from nemo_advrm.attacks import summary_file
 from nemo_advrm.attacks.adversary_names import policy_name
-from nemo_advrm.attacks.attack_summary import check_samples, of_adversary, of_direction
+from nemo_advrm.attacks.attack_summary import check_samples, of_adversary, of_target
 from nemo_advrm.attacks.base import Attack, AttackInputs, Budget
 from nemo_advrm.attacks.held_out_success import HELD_OUT_REFERENCE, HeldOut, held_out_set
 from nemo_advrm.config.schema import Config
@@ -28,12 +28,12 @@ from nemo_advrm.run_directory import results
 from nemo_advrm.training.run_training import drop_training_checkpoints, records, tokenizer_meta
 
 
-def check_directions(cfg: Config, members: int) -> None:
+def check_target_members(cfg: Config, members: int) -> None:
     """Raise ConfigError when a member that is to be attacked does not exist."""
-    for direction in cfg.adversarial.target_members:
-        if not 1 <= direction <= members:
+    for target in cfg.adversarial.target_members:
+        if not 1 <= target <= members:
             raise ConfigError(
-                f"adversarial.target_members={cfg.adversarial.target_members}: there is no member {direction}, the "
+                f"adversarial.target_members={cfg.adversarial.target_members}: there is no member {target}, the "
                 f"ensemble has {members} (ensemble.size, ensemble.members)"
             )
 
@@ -53,7 +53,7 @@ class AttackRun:
     directory: Path
     prompts: list[Prompt]
     members: list[RewardSource]
-    reference: SFTScores
+    sft_responses: SFTScores
     gold: RewardSource | None
     seed: int
 
@@ -64,32 +64,32 @@ class AttackRun:
         if finished is not None:
             run_on_rank_zero(check_samples, self.directory)
             return finished
-        for direction in self.cfg.adversarial.target_members:
+        for target in self.cfg.adversarial.target_members:
             for number in range(self.cfg.adversarial.num_adversaries):
-                name = policy_name(direction, number)
+                name = policy_name(target, number)
                 stopping.leave_if_asked(f"before the attack of {name}: the same command goes on there")
-                self.train(direction, number)
+                self.train(target, number)
         return join_attacks(self.cfg, self.directory)
 
-    def train(self, direction: int, number: int) -> None:
+    def train(self, target: int, number: int) -> None:
         """Train one adversary into its own directory below ``directory``; a finished one is not redone.
 
         Adversaries are independent of each other: several processes may train in one ``directory``.
         """
-        home = self.directory / policy_name(direction, number)
+        home = self.directory / policy_name(target, number)
         if _finished_adversary(home) is None:
             held_out = held_out_set(
                 self.cfg, self.tokenizer, self.directory, self.prompts, self.members, self.gold
             )
-            self._find(home, direction, derive_seed(self.seed, "attack", direction, number), held_out)
+            self._find(home, target, derive_seed(self.seed, "attack", target, number), held_out)
 
-    def _find(self, home: Path, direction: int, seed: int, held_out: HeldOut | None) -> None:
+    def _find(self, home: Path, target: int, seed: int, held_out: HeldOut | None) -> None:
         """Run one attack into ``home`` and mark it finished."""
         started = time.monotonic()
         cfg, rl = self.cfg, self.cfg.rl
         start = cfg.pretrained_checkpoint.restore_from_path
         inputs = AttackInputs(
-            cfg, self.tokenizer, self.prompts, start, self.reference, self.members, direction, self.gold, seed, home
+            cfg, self.tokenizer, self.prompts, start, self.sft_responses, self.members, target, self.gold, seed, home
         )
         enough = -(-cfg.adversarial.enough // cfg.adversarial.num_adversaries)
         attack: Attack = ATTACKS[cfg.adversarial.attack]()
@@ -97,7 +97,7 @@ class AttackRun:
         module, measured = found.adversary, None
         if module is not None:
             if held_out is not None:
-                measured = held_out.measure(module.model, direction, home)
+                measured = held_out.measure(module.model, target, home)
             limit = cfg.trainer.timeout_minutes
             checkpoint.save(home / "model", module.model, meta=tokenizer_meta(module), limit_minutes=limit)
         seconds = time.monotonic() - started
@@ -115,12 +115,12 @@ def _finished_adversary(home: Path) -> dict[str, Any] | None:
 def join_attacks(cfg: Config, directory: Path) -> dict[str, Any]:
     """Join what the adversaries have left: ``samples.jsonl``, ``metrics.jsonl``, the ``summary.json`` of all."""
     homes: dict[int, list[Path]] = {
-        direction: [directory / policy_name(direction, i) for i in range(cfg.adversarial.num_adversaries)]
-        for direction in cfg.adversarial.target_members
+        target: [directory / policy_name(target, i) for i in range(cfg.adversarial.num_adversaries)]
+        for target in cfg.adversarial.target_members
     }
     found = {
-        str(direction): of_direction([_finished_adversary(home) or {} for home in own])
-        for direction, own in homes.items()
+        str(target): of_target([_finished_adversary(home) or {} for home in own])
+        for target, own in homes.items()
     }
     result = {
         "directions": found,

@@ -49,10 +49,10 @@ def _wrong_held_out(found: Any) -> str:
 
 def wrong_attack(summary: dict[str, Any]) -> str:
     """The same of a whole attack."""
-    directions = summary.get("directions")
-    if not isinstance(directions, dict):
+    targets = summary.get("directions")
+    if not isinstance(targets, dict):
         return "it names no directions"
-    for name, found in directions.items():
+    for name, found in targets.items():
         problem = wrong_adversary(found) if isinstance(found, dict) else "it is no summary"
         if problem:
             return f"direction {name[:20]!r}: {problem}"
@@ -61,13 +61,13 @@ def wrong_attack(summary: dict[str, Any]) -> str:
     return ""
 
 
-def read_directions(path: Path, cure: str) -> dict[str, dict[str, Any]]:
+def read_targets(path: Path, cure: str) -> dict[str, dict[str, Any]]:
     """What a whole attack's ``summary.json`` says of each direction.
 
     Raises DataError with the ``cure`` when the file cannot be read or is no such summary.
     """
-    directions: dict[str, dict[str, Any]] = results.read_object(path, ("directions",), cure, wrong_attack)["directions"]
-    return directions
+    targets: dict[str, dict[str, Any]] = results.read_object(path, ("directions",), cure, wrong_attack)["directions"]
+    return targets
 
 
 def _is_number(value: Any) -> bool:

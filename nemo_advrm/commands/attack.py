@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from nemo_advrm.attacks.attack_summary import line
-from nemo_advrm.attacks.run import AttackRun, check_directions
+from nemo_advrm.attacks.run import AttackRun, check_target_members
 from nemo_advrm.config.schema import Config
 from nemo_advrm.config.validation import check_held_out
 from nemo_advrm.data.tokenizers import build_tokenizer
@@ -28,7 +28,7 @@ def main(cfg: Config) -> int:
         raise ConfigError("ensemble.members must name at least 2 reward models, the attacked one first")
     if not cfg.pretrained_checkpoint.restore_from_path:
         raise ConfigError("pretrained_checkpoint.restore_from_path is not set: name the policy the attack starts from")
-    check_directions(cfg, len(cfg.ensemble.members))
+    check_target_members(cfg, len(cfg.ensemble.members))
     check_held_out(cfg, "adversarial.held_out_prompts", cfg.adversarial.held_out_prompts)
     run_dir.start(cfg)
     directory = Path(cfg.run_dir)
@@ -43,11 +43,11 @@ def main(cfg: Config) -> int:
         count = cfg.sft_statistics.samples_per_prompt
         rollouts = sample(cfg, tokenizer, policy, prompts, count, derive_seed(cfg.seed, "reference"))
         write_sft_scores(directory / "reference.jsonl", rollouts, count, members, gold)
-    reference = run_on_rank_zero(read_sft_scores, directory / "reference.jsonl", prompts)
-    attack = AttackRun(cfg, tokenizer, directory / "attack", prompts, members, reference, gold, cfg.seed)
+    sft_responses = run_on_rank_zero(read_sft_scores, directory / "reference.jsonl", prompts)
+    attack = AttackRun(cfg, tokenizer, directory / "attack", prompts, members, sft_responses, gold, cfg.seed)
     summary = attack.run()
     if runtime.current().is_writer:
-        for direction, found in summary["directions"].items():
-            print(line(direction, found))
+        for target, found in summary["directions"].items():
+            print(line(target, found))
         print(f"samples: {directory / 'attack' / 'samples.jsonl'}  (next: nemo-advrm select run_dir={cfg.run_dir})")
     return 0

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from nemo_advrm import writers
-from nemo_advrm.attacks.run import check_directions
+from nemo_advrm.attacks.run import check_target_members
 from nemo_advrm.config import for_stage
 from nemo_advrm.config.schema import Config
 from nemo_advrm.config.validation import check_held_out
@@ -172,7 +172,7 @@ def check(cfg: Config) -> None:
             "reward_model.loss=regression: the pipeline's rounds train on pairs, which have no labels; train such "
             "members by train_rm and attack them by attack"
         )
-    check_directions(cfg, cfg.ensemble.size)
+    check_target_members(cfg, cfg.ensemble.size)
     rl, attack = for_stage(cfg, "rlhf"), for_stage(cfg, "attack")
     check_held_out(rl, "rl.held_out_prompts", rl.rl.held_out_prompts)
     check_held_out(attack, "adversarial.held_out_prompts", attack.adversarial.held_out_prompts)

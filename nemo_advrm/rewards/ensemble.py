@@ -127,36 +127,40 @@ class AdversarialReward:
     Args:
         sources: the members, R_1 first; at least two.
         options: preset and coefficients, see :class:`nemo_advrm.config.schema.AdversarialConfig`.
-        reference: SFT responses to the prompts that are attacked.
-        target: index of the attacked member.
+        sft_responses: scored SFT responses to the prompts of the attack.
+        target_index: index of the attacked member in ``sources``, from 0.
     """
 
     def __init__(
-        self, sources: Sequence[RewardSource], options: AdversarialConfig, reference: SFTScores, target: int = 0
+        self,
+        sources: Sequence[RewardSource],
+        options: AdversarialConfig,
+        sft_responses: SFTScores,
+        target_index: int = 0,
     ) -> None:
         self.ensemble = UncertaintyReward(sources)
-        if not 0 <= target < len(sources):
-            told = f"member {target + 1} does not exist, there are {len(sources)}"
+        if not 0 <= target_index < len(sources):
+            told = f"member {target_index + 1} does not exist, there are {len(sources)}"
             raise ConfigError(f"adversarial.target_members: {told}")
         if options.preset not in PRESETS:
             raise unknown_name("adversarial.preset", options.preset, PRESETS)
         self.options = options
-        self.reference = reference
-        self.target = target
-        self._statistics = reference.statistics()
-        self._detector = reference.detector(options.detector, target)
+        self.sft_responses = sft_responses
+        self.target_index = target_index
+        self._statistics = sft_responses.statistics()
+        self._detector = sft_responses.detector(options.detector, target_index)
 
     def compute_rewards(self, rollouts: Rollouts) -> RewardOutput:
         """Details: ``z`` [N, K] and ``prompt_mean`` [N, K] of the members, and what the detector says of each response:
         ``disagreement`` [N] in its own unit (U), ``disagreement_z`` [N] standardised (Z(U))."""
         scores_NK = self.ensemble.member_scores(rollouts)
-        prompt_mean_NK = self.reference.prompt_mean(rollouts.prompt_index)
+        prompt_mean_NK = self.sft_responses.prompt_mean(rollouts.prompt_index)
         z_NK = z_scores(scores_NK, prompt_mean_NK, self._statistics.std_K)
-        features = Features(scores_NK, self.target)
+        features = Features(scores_NK, self.target_index)
         options = self.options
         if options.preset == "paper":
             rewards_N = paper_reward(
-                scores_NK, z_NK, prompt_mean_NK, options.coefficient, options.penalty, self.target
+                scores_NK, z_NK, prompt_mean_NK, options.coefficient, options.penalty, self.target_index
             )
         else:
             rewards_N = raw_reward(
@@ -165,15 +169,15 @@ class AdversarialReward:
                 options.others_weight,
                 options.min_target_score,
                 options.raw_penalty,
-                self.target,
+                self.target_index,
             )
         noise_NK = self.ensemble.member_noise(scores_NK)
         weights = (options.target_weight, options.others_weight)
         if options.preset == "paper":
             noise_NK, weights = noise_NK / self._statistics.std_K, (1.0, options.coefficient)
-        noise_N = weights[0] * noise_NK[:, self.target] + weights[1] * others_mean(noise_NK, self.target)
+        noise_N = weights[0] * noise_NK[:, self.target_index] + weights[1] * others_mean(noise_NK, self.target_index)
         if options.preset == "paper":  # the penalty is exact
-            noise_N = torch.where(scores_NK[:, self.target] > prompt_mean_NK[:, self.target], noise_N, 0.0)
+            noise_N = torch.where(scores_NK[:, self.target_index] > prompt_mean_NK[:, self.target_index], noise_N, 0.0)
         details = {
             "z": z_NK,
             "disagreement": self._detector.raw(features),

@@ -33,7 +33,7 @@ def falls_short(found: int, null: float, options: SelectionConfig) -> bool:
 
 
 class FindRule:
-    """The selection rule for the attack on member ``direction`` (from 1).
+    """The selection rule for the attack on member ``target`` (from 1).
 
     A find is a response that the target likes better than SFT responses to its prompt, and whose Z(U) is above
     ``selection.threshold_z``. Where the adversary maximised the target alone (``asks_others`` is false) its z of the
@@ -42,11 +42,12 @@ class FindRule:
     prompt's SFT responses.
     """
 
-    def __init__(self, cfg: Config, reference: SFTScores, direction: int, tokenizer: Tokenizer) -> None:
+    def __init__(self, cfg: Config, sft_responses: SFTScores, target: int, tokenizer: Tokenizer) -> None:
         self.options = cfg.selection
-        self.reference = reference
+        self.sft_responses = sft_responses
         self.tokenizer = tokenizer
-        self.target = direction - 1
+        self.target = target
+        self.target_index = target - 1
         self.detector = cfg.adversarial.detector
         self.by_disagreement = asks_others(cfg.adversarial)
 
@@ -54,15 +55,15 @@ class FindRule:
     def usable_PI(self) -> list[list[int]]:
         """Places of each prompt's SFT responses that may be chosen: they ended, and they are text."""
         return [
-            [i for i in self.reference.finished(p) if stands_as_text(responses[i], self.tokenizer)]
-            for p, responses in enumerate(self.reference.responses_PN)
+            [i for i in self.sft_responses.finished(p) if stands_as_text(responses[i], self.tokenizer)]
+            for p, responses in enumerate(self.sft_responses.responses_PN)
         ]
 
     def ranking(self, rows: Sequence[dict[str, Any]]) -> Tensor:
         """What must be above the threshold, and by which finds are ranked: Z(U) or the target's z, [B]."""
         if self.by_disagreement:
             return torch.tensor([row["disagreement_z"] for row in rows])
-        return torch.tensor([row["z"][self.target] for row in rows])
+        return torch.tensor([row["z"][self.target_index] for row in rows])
 
     def qualified(self, rows: Sequence[dict[str, Any]]) -> Tensor:
         """Which rows of ``samples.jsonl`` the rule takes, whether they can stand in a pair or not, bool [B]."""
@@ -93,23 +94,23 @@ class FindRule:
     @cached_property
     def null_share(self) -> float:
         """Share of the reference's SFT responses that the rule takes, each measured by the others to its prompt."""
-        prompts, count, _ = self.reference.scores_PNK.shape
+        prompts, count, _ = self.sft_responses.scores_PNK.shape
         rows = [self.sft_row(p, i) for p in range(prompts) for i in range(count)]
         qualified_B = self._qualified(rows)
         return sum(ok and self._is_new_sft(row) for row, ok in zip(rows, qualified_B.tolist(), strict=True)) / len(rows)
 
     def sft_row(self, prompt: int, place: int) -> dict[str, Any]:
         """An SFT response as a row of ``samples.jsonl``, its z by the others to its prompt."""
-        reference = self.reference
+        sft_responses = self.sft_responses
         return {
             "prompt_id": prompt,
             "step": 0,
-            "response": reference.responses_PN[prompt][place],
+            "response": sft_responses.responses_PN[prompt][place],
             "ended": place in self._ended_PI[prompt],
-            "scores": reference.scores_PNK[prompt, place].tolist(),
+            "scores": sft_responses.scores_PNK[prompt, place].tolist(),
             "z": self.own_z_PNK[prompt, place].tolist(),
             "disagreement_z": self._own_disagreement_z_PN[prompt, place].item(),
-            "gold": None if reference.gold_PN is None else reference.gold_PN[prompt, place].item(),
+            "gold": None if sft_responses.gold_PN is None else sft_responses.gold_PN[prompt, place].item(),
         }
 
     def null(self, samples: int) -> float:
@@ -122,36 +123,36 @@ class FindRule:
 
     @cached_property
     def _sft_PN(self) -> list[Counter[str]]:
-        return [Counter(responses) for responses in self.reference.responses_PN]
+        return [Counter(responses) for responses in self.sft_responses.responses_PN]
 
     @cached_property
     def own_z_PNK(self) -> Tensor:
         """z of the SFT responses, each by the others to its prompt."""
-        return own_z_scores(self.reference.scores_PNK, self._statistics)
+        return own_z_scores(self.sft_responses.scores_PNK, self._statistics)
 
     @cached_property
     def _statistics(self) -> SFTStatistics:
-        return self.reference.statistics()
+        return self.sft_responses.statistics()
 
     @cached_property
     def _own_disagreement_z_PN(self) -> Tensor:
-        scores_PNK = self.reference.scores_PNK
-        detector = self.reference.detector(self.detector, self.target)
-        return detector.score(Features(scores_PNK.flatten(0, 1), self.target)).reshape(scores_PNK.shape[:2])
+        scores_PNK = self.sft_responses.scores_PNK
+        detector = self.sft_responses.detector(self.detector, self.target_index)
+        return detector.score(Features(scores_PNK.flatten(0, 1), self.target_index)).reshape(scores_PNK.shape[:2])
 
     @cached_property
     def _ended_PI(self) -> list[set[int]]:
-        return [set(self.reference.finished(p)) for p in range(len(self.reference.responses_PN))]
+        return [set(self.sft_responses.finished(p)) for p in range(len(self.sft_responses.responses_PN))]
 
     def _qualified(self, rows: Sequence[dict[str, Any]]) -> Tensor:
         options = self.options
         return qualifies(
             torch.tensor([row["scores"] for row in rows]),
             torch.tensor([row["z"] for row in rows]),
-            self.reference.prompt_mean([row["prompt_id"] for row in rows])[:, self.target],
+            self.sft_responses.prompt_mean([row["prompt_id"] for row in rows])[:, self.target_index],
             self.ranking(rows),
             options.threshold_z,
-            self.target,
+            self.target_index,
             options.require_others_negative,
         )
 

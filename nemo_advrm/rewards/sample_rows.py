@@ -25,7 +25,7 @@ def prompt_text(messages: tuple[Message, ...]) -> str:
 def trajectory_rows(
     rollouts: Rollouts,
     reward_output: RewardOutput,
-    direction: int,
+    target: int,
     policy: str,
     step: int,
     gold_N: Tensor | None = None,
@@ -42,7 +42,7 @@ def trajectory_rows(
     gold, gold_z = _column(gold_N, len(rollouts)), _column(gold_z_N, len(rollouts))
     return [
         {
-            "direction": direction,
+            "direction": target,
             "policy": policy,
             "step": step,
             "prompt_id": index[i],
@@ -78,7 +78,7 @@ def score_sft_responses(
     gold_N = checked_scores(gold, rollouts) if gold is not None else None
     count = len(rollouts) // per_prompt
     responses = [rollouts.responses[i * per_prompt : (i + 1) * per_prompt] for i in range(count)]
-    reference = SFTScores(
+    sft_responses = SFTScores(
         rollouts.prompts[::per_prompt],
         responses,
         scores_NK.reshape(count, per_prompt, -1),
@@ -87,7 +87,7 @@ def score_sft_responses(
     )
     index = [i for i in range(count) for _ in range(per_prompt)]
     if len(sources) > 1:
-        z_NK = own_z_scores(reference.scores_PNK, reference.statistics()).flatten(0, 1)
+        z_NK = own_z_scores(sft_responses.scores_PNK, sft_responses.statistics()).flatten(0, 1)
     else:
         z_NK = torch.full_like(scores_NK, float("nan"))
     scores, z, gold_column = scores_NK.tolist(), z_NK.tolist(), _column(gold_N, len(rollouts))
@@ -105,4 +105,4 @@ def score_sft_responses(
         }
         for i in range(len(rollouts))
     ]
-    return reference, rows
+    return sft_responses, rows

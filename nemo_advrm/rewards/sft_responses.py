@@ -19,15 +19,15 @@ def write_sft_scores(
     path: Path, rollouts: Rollouts, per_prompt: int, sources: list[RewardSource], gold: RewardSource | None
 ) -> SFTScores:
     """Score SFT responses with every member (and gold, for evaluation) and write ``reference.jsonl``."""
-    reference, rows = score_sft_responses(rollouts, per_prompt, sources, gold)
+    sft_responses, rows = score_sft_responses(rollouts, per_prompt, sources, gold)
     run_on_rank_zero(write_jsonl_atomic, path, rows)
-    run_on_rank_zero(lambda: print(finished_line(reference), flush=True))
-    return reference
+    run_on_rank_zero(lambda: print(finished_line(sft_responses), flush=True))
+    return sft_responses
 
 
-def finished_line(reference: SFTScores) -> str:
+def finished_line(sft_responses: SFTScores) -> str:
     """How many SFT responses ended by themselves; a warning where most did not."""
-    share, count = reference.finished_share, sum(map(len, reference.responses_PN))
+    share, count = sft_responses.finished_share, sum(map(len, sft_responses.responses_PN))
     line = f"reference: {count} SFT responses, {share:.0%} of them ended within rl.max_new_tokens"
     if share >= 0.5:
         return line
@@ -36,24 +36,24 @@ def finished_line(reference: SFTScores) -> str:
 
 def read_sft_scores(path: Path, prompts: list[Prompt]) -> SFTScores:
     """The ``reference.jsonl`` of a run's prompts; DataError for one of other prompts, else as ``SFTScores.read``."""
-    reference = SFTScores.read(path)
+    sft_responses = SFTScores.read(path)
     cure = "restore it, or remove it and it is sampled again"
-    if len(reference.prompts_P) != len(prompts):
-        raise DataError(f"{path} has {len(reference.prompts_P)} prompts, the run has {len(prompts)}: {cure}")
-    for prompt, found in zip(prompts, reference.prompts_P, strict=True):
+    if len(sft_responses.prompts_P) != len(prompts):
+        raise DataError(f"{path} has {len(sft_responses.prompts_P)} prompts, the run has {len(prompts)}: {cure}")
+    for prompt, found in zip(prompts, sft_responses.prompts_P, strict=True):
         if prompt.messages != found:
             raise DataError(f"{path}: prompt_id={prompt.index} is another prompt than the run's: {cure}")
-    return reference
+    return sft_responses
 
 
 def read_rollouts(path: Path, prompts: list[Prompt], tokenizer: Tokenizer) -> Rollouts:
     """The SFT responses of an earlier ``reference.jsonl``, to be scored by other members."""
-    reference = read_sft_scores(path, prompts)
-    if reference.tokens_PN is None:
+    sft_responses = read_sft_scores(path, prompts)
+    if sft_responses.tokens_PN is None:
         raise DataError(f"{path}: its rows have no tokens: restore it")
     rows = [
-        {"response": response, "ended": i in reference.finished(p), "tokens": reference.tokens_PN[p][i]}
-        for p, responses in enumerate(reference.responses_PN)
+        {"response": response, "ended": i in sft_responses.finished(p), "tokens": sft_responses.tokens_PN[p][i]}
+        for p, responses in enumerate(sft_responses.responses_PN)
         for i, response in enumerate(responses)
     ]
     per_prompt = len(rows) // len(prompts)

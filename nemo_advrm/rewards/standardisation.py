@@ -41,18 +41,18 @@ def read_statistics(path: Path, sources: Sequence[RewardSource], key: str) -> Me
         ConfigError: the file has scores of another number of members, or of other members: some of its responses are
             scored anew and compared.
     """
-    reference = run_on_rank_zero(SFTScores.read, path)  # other nodes may see a new file later
-    check_members(reference, sources, f"{key}={path}")
-    return fit_members(reference.scores_PNK.flatten(0, 1))
+    sft_responses = run_on_rank_zero(SFTScores.read, path)  # other nodes may see a new file later
+    check_members(sft_responses, sources, f"{key}={path}")
+    return fit_members(sft_responses.scores_PNK.flatten(0, 1))
 
 
-def check_members(reference: SFTScores, sources: Sequence[RewardSource], place: str) -> None:
+def check_members(sft_responses: SFTScores, sources: Sequence[RewardSource], place: str) -> None:
     """Raise ConfigError, naming ``place``, where the scores of a reference are not those of ``sources``."""
-    count = reference.scores_PNK.size(-1)
+    count = sft_responses.scores_PNK.size(-1)
     if count != len(sources):
         raise ConfigError(f"{place} has scores of {count} members, ensemble.members names {len(sources)}")
-    statistics = fit_members(reference.scores_PNK.flatten(0, 1))
-    probes, old_NK = _probes(reference)
+    statistics = fit_members(sft_responses.scores_PNK.flatten(0, 1))
+    probes, old_NK = _probes(sft_responses)
     for k, source in enumerate(sources):
         old_N, std = old_NK[:, k], statistics.std_K[k]
         moved = _moved(source, probes, old_N, std)
@@ -109,22 +109,22 @@ def _as_texts(source: RewardSource, probes: Rollouts) -> Iterator[Rollouts]:
     yield written_out(probes)
 
 
-def _probes(reference: SFTScores) -> tuple[Rollouts, Tensor]:
+def _probes(sft_responses: SFTScores) -> tuple[Rollouts, Tensor]:
     """A few responses, spread over the prompts, as text; and their scores [N, K] in the file."""
-    prompts = len(reference.prompts_P)
-    places = [(prompts * i // PROBES, i % reference.scores_PNK.size(1)) for i in range(PROBES)]
+    prompts = len(sft_responses.prompts_P)
+    places = [(prompts * i // PROBES, i % sft_responses.scores_PNK.size(1)) for i in range(PROBES)]
     places = list(dict.fromkeys(places))
     none: list[list[int]] = [[] for _ in places]
     probes = Rollouts(
-        prompts=[reference.prompts_P[p] for p, _ in places],
-        responses=[reference.responses_PN[p][i] for p, i in places],
-        ended=[i in reference.finished(p) for p, i in places],
+        prompts=[sft_responses.prompts_P[p] for p, _ in places],
+        responses=[sft_responses.responses_PN[p][i] for p, i in places],
+        ended=[i in sft_responses.finished(p) for p, i in places],
         prompt_tokens=none,
-        response_tokens=none if reference.tokens_PN is None else [reference.tokens_PN[p][i] for p, i in places],
+        response_tokens=none if sft_responses.tokens_PN is None else [sft_responses.tokens_PN[p][i] for p, i in places],
         prompt_index=[p for p, _ in places],
         fingerprint="",
     )
-    return probes, torch.stack([reference.scores_PNK[p, i] for p, i in places])
+    return probes, torch.stack([sft_responses.scores_PNK[p, i] for p, i in places])
 
 
 def combined(

@@ -286,7 +286,7 @@ def test_an_added_arm_may_be_of_a_branch_that_the_run_holds(
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
     cfg = load_config([*base, f"run_dir={run}", "seed=1", STEPS], "pipeline")
     assert len(workers.plan(cfg)) == 2
-    monkeypatch.setattr(rounds, "check_directions", lambda *args: None)
+    monkeypatch.setattr(rounds, "check_target_members", lambda *args: None)
     rounds.check(cfg)
     assert stages.main(cfg) == 0
     names = [line.split("\t")[0] for line in capsys.readouterr().out.splitlines()]

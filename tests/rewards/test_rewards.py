@@ -319,7 +319,7 @@ def test_impossible_ensembles_are_refused() -> None:
     with pytest.raises(ConfigError, match="average"):
         UncertaintyReward([_source("A")], "average").compute_rewards(_rollouts())
     with pytest.raises(ConfigError, match="member 4 does not exist, there are 3"):
-        AdversarialReward([_source(name) for name in "ABC"], AdversarialConfig(), _reference(), target=3)
+        AdversarialReward([_source(name) for name in "ABC"], AdversarialConfig(), _reference(), target_index=3)
     with pytest.raises(ConfigError, match="preset"):
         AdversarialReward([_source("A"), _source("B")], AdversarialConfig(preset="papre"), _reference(2))
 

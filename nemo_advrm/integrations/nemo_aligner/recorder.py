@@ -35,7 +35,7 @@ class AdversarialRecorder:
         client.keep_scored = True
         self.policy = policy
         self.step = step
-        self.target = client.reward.target
+        self.target = client.reward.target_index
         self._fresh = False
         self._writer = JsonlWriter(path, resume_step=step - 1) if torch.distributed.get_rank() == 0 else None
 
@@ -77,7 +77,7 @@ class AdversarialRecorder:
         z_BK, scores_BK, ranking_B, rewards_B = (
             torch.tensor([row[key] for row in rows]) for key in ("z", "scores", "disagreement_z", "reward")
         )
-        mean_B = reward.reference.prompt_mean([row["prompt_id"] for row in rows])[:, self.target]
+        mean_B = reward.sft_responses.prompt_mean([row["prompt_id"] for row in rows])[:, self.target]
         threshold = SelectionConfig().threshold_z
         qualified_B = qualifies(scores_BK, z_BK, mean_B, ranking_B, threshold, self.target)
         return {

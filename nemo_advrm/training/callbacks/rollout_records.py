@@ -62,10 +62,10 @@ class TrajectoryRecorder(_RolloutWriter):
     ``last_rows`` are this data-parallel rank's rows of the last step.
     """
 
-    def __init__(self, path: Path, direction: int, reference: SFTScores, gold: RewardSource | None) -> None:
+    def __init__(self, path: Path, target: int, sft_responses: SFTScores, gold: RewardSource | None) -> None:
         super().__init__(path)
-        self.direction = direction
-        self.reference = reference
+        self.target = target
+        self.sft_responses = sft_responses
         self.gold = gold
         self.last_rows: list[dict[str, Any]] = []
 
@@ -83,22 +83,22 @@ class TrajectoryRecorder(_RolloutWriter):
         assert rollouts is not None and reward_output is not None
         details, index = reward_output.details, rollouts.prompt_index
         gold = checked_scores(self.gold, rollouts) if self.gold is not None else None
-        gold_z = self.reference.gold_z(gold, index) if gold is not None else None
+        gold_z = self.sft_responses.gold_z(gold, index) if gold is not None else None
         policy = self.path.parent.name
         step = trainer.global_step - 1
-        self.last_rows = trajectory_rows(rollouts, reward_output, self.direction, policy, step, gold, gold_z)
+        self.last_rows = trajectory_rows(rollouts, reward_output, self.target, policy, step, gold, gold_z)
         self._write(self.last_rows)
         metrics = pl_module.step_metrics
-        metrics["direction"] = self.direction
-        if gold is not None and gold_z is not None and self.reference.gold_PN is not None:
-            target = self.direction - 1
+        metrics["direction"] = self.target
+        if gold is not None and gold_z is not None and self.sft_responses.gold_PN is not None:
+            target_index = self.target - 1
             success = standard_success(
-                reward_output.scores_NK[:, target],
-                details["prompt_mean"][:, target],
+                reward_output.scores_NK[:, target_index],
+                details["prompt_mean"][:, target_index],
                 gold,
-                self.reference.gold_PN.mean(1)[index],
+                self.sft_responses.gold_PN.mean(1)[index],
             )
-            strict = strict_success(details["z"][:, target], gold_z)
+            strict = strict_success(details["z"][:, target_index], gold_z)
             table = torch.stack([gold, success.float(), strict.float()], -1)
             means = torch.cat(runtime.current().gather_data_parallel(table)).mean(0).tolist()
             metrics["gold"], metrics["success"], metrics["success_strict"] = means
