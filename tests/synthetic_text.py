@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from nemo_advrm.synthetic.corpus import UniformSource, sample_tokens
-from nemo_advrm.synthetic.language import NOUNS, text_of
+from nemo_advrm.synthetic.corpus import UniformSource, sample_tokens, text_of
+from nemo_advrm.synthetic.language import NOUNS
 from nemo_advrm.synthetic.tokenizer import SyntheticTokenizer
 
 

@@ -27,8 +27,7 @@ from nemo_advrm.engine import checkpoint
 from nemo_advrm.engine.file_writers import FileWriters
 from nemo_advrm.logging_setup import quiet_libraries
 from nemo_advrm.synthetic.annotated_pairs import annotated_pairs
-from nemo_advrm.synthetic.corpus import sample_prompts, sample_tokens
-from nemo_advrm.synthetic.language import text_of
+from nemo_advrm.synthetic.corpus import sample_prompts, sample_tokens, text_of
 from nemo_advrm.synthetic.tokenizer import SyntheticTokenizer
 from nemo_advrm.training.callbacks.metrics_writer import MetricsWriter
 

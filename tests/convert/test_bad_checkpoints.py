@@ -380,7 +380,7 @@ def test_a_failure_in_the_middle_leaves_nothing(
 _KILLED = """
 import os, signal, sys
 from nemo_advrm.cli import main
-from nemo_advrm.convert import hf_sink, megatron
+from nemo_advrm.convert import hf_sink, megatron_checkpoint
 
 for sink in (hf_sink.HFSink, megatron_checkpoint.MegatronSink):
     def killed(self, name, tensor, write=sink.write):
