@@ -13,14 +13,13 @@ if TYPE_CHECKING:
         finish,
         for_stage,
         from_hydra,
-        key_name,
         load_config,
         load_flat,
-        quoted,
         resolved,
         save_resolved,
         versions,
     )
+    from nemo_advrm.config.overrides import key_name, quoted
 
 __all__ = [
     "conf_dir",
@@ -40,6 +39,6 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__} has no attribute {name}")
-    from nemo_advrm.config import compose
+    from nemo_advrm.config import compose, overrides
 
-    return getattr(compose, name)
+    return getattr(overrides if name in ("key_name", "quoted") else compose, name)

@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import importlib.metadata
 import platform
-import re
 import subprocess
 import typing
 from collections.abc import Iterator, Sequence
@@ -17,7 +16,6 @@ from typing import Any, TypeVar
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
@@ -32,6 +30,7 @@ from nemo_advrm.config.keys import (
     type_name,
 )
 from nemo_advrm.config.moved import moved_key
+from nemo_advrm.config.overrides import key_name, parse_overrides
 from nemo_advrm.config.schema import Config
 from nemo_advrm.config.validation import check_fields, check_values
 from nemo_advrm.errors import ConfigError
@@ -66,7 +65,7 @@ def load_config(overrides: Sequence[str] = (), stage: str | None = None) -> Conf
     Raises :class:`ConfigError` that names the key or group: unknown (with the nearest valid one), of the
     wrong type, not one of its choices, out of range, or an override that cannot be parsed.
     """
-    parsed = _parse(overrides)
+    parsed = parse_overrides(overrides)
     roots = [conf_dir(), *_search_path(parsed)]
     lines = [_checked_line(override, roots) for override in parsed]
     try:
@@ -83,7 +82,7 @@ def from_hydra(composed: DictConfig, stage: str | None = None) -> Config:
     """The same as :func:`load_config` inside a function that Hydra (or NeMo's ``hydra_runner``) calls."""
     from hydra.core.hydra_config import HydraConfig
 
-    return finish(composed, _parse(HydraConfig.get().overrides.task), stage)
+    return finish(composed, parse_overrides(HydraConfig.get().overrides.task), stage)
 
 
 def finish(composed: DictConfig, overrides: Sequence[Override], stage: str | None) -> Config:
@@ -166,7 +165,7 @@ def load_flat(kind: type[Flat], words: Sequence[str]) -> Flat:
             raise ConfigError(f"unknown key {name}: did you mean {nearest_name(name, list(names))}?")
         lines.append(f"{names[name]}={text}" if name in names and (text or "=" in word) else word)
     values: dict[str, Any] = {}
-    for override in _parse(lines, kind):
+    for override in parse_overrides(lines, kind):
         if override.key_or_group in values:
             raise ConfigError(f"{key_name(override.key_or_group)} is given twice")
         values[override.key_or_group] = override.value()
@@ -177,72 +176,6 @@ def load_flat(kind: type[Flat], words: Sequence[str]) -> Flat:
     assert isinstance(cfg, kind)
     check_fields(cfg)
     return cfg
-
-
-def key_name(field: str) -> str:
-    """How a field of the schema is typed: ``from_`` is ``from``."""
-    return field.rstrip("_")
-
-
-def _parse(overrides: Sequence[str], root: type = Config) -> list[Override]:
-    parser = OverridesParser.create()
-    parsed = []
-    for line in overrides:
-        if line.startswith("="):
-            raise ConfigError(f"cannot read the setting {line!r} (no key); write key=value")
-        if line.startswith("-"):
-            raise ConfigError(f"unknown option {line}: settings are written key=value")
-        if any("\ud800" <= letter <= "\udfff" for letter in line):
-            raise ConfigError(f"cannot read the setting {line!a}: it holds bytes that are no text in this locale")
-        try:
-            parsed.append(_parse_as_typed(parser, line, root))
-        except HydraException as error:
-            reason = str(error).splitlines()[0]
-            key = line.partition("=")[0].lstrip("+~").strip()
-            known = not key or expected_type(key, root) is not None
-            near = "" if known else f"; the nearest key is {key_name(nearest_key(key, root))}"
-            raise ConfigError(
-                f"cannot read the setting {line!r} ({reason}){near}; write key=value, and quote a value that "
-                "holds any of , = : { } [ ] ( ) or a space, as in 'key=\"a,b\"'"
-            ) from None
-    return parsed
-
-
-def _parse_as_typed(parser: OverridesParser, line: str, root: type) -> Override:
-    """The override as Hydra reads it; but a text without quotes, alone or in a list, means itself.
-
-    Hydra drops backslashes before signs of its grammar, reads numbers anew (1.50), refuses letters beyond ASCII and
-    wants quotes at places where the shell takes those away that are typed.
-    """
-    name, _, text = line.partition("=")
-    text = text.strip(" \t")
-    expected = expected_type(name.lstrip("+~").strip(), root)
-    if text and expected is str:
-        return parser.parse_override(f"{name}={_in_grammar(text)}")
-    is_list = typing.get_origin(expected) is list and typing.get_args(expected) == (str,)
-    if is_list and text.startswith("[") and text.endswith("]") and text[1:-1].strip(" \t"):
-        items = [item.strip(" \t") for item in _LIST_ITEM.findall(f",{text[1:-1]}")]
-        if all(items):
-            return parser.parse_override(f"{name}=[{','.join(map(_in_grammar, items))}]")
-    return parser.parse_override(line)
-
-
-# an item of a list behind its comma: a quoted text (an even number of backslashes before the quote that ends it), or a
-# text up to the next comma that is not inside of ${...}
-_LIST_ITEM = re.compile(r""",([ \t]*(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")[^,]*|(?:\$\{[^}]+\}|[^,])*)""", re.DOTALL)
-
-
-def _in_grammar(text: str) -> str:
-    """What stands for a typed text in Hydra's grammar: one that begins with a quote, and null, are Hydra's to read."""
-    return text if text[0] in ("'", '"') or text.lower() == "null" else quoted(text)
-
-
-def quoted(text: str) -> str:
-    """A text of Hydra's grammar that means ``text`` itself, but that ``${...}`` stays a reference to another key."""
-    mark = '"' if "'" in text and '"' not in text else "'"  # quotes inside of ${...} must not be escaped
-    body = re.sub(rf"(\\*){mark}", lambda m: m[1] * 2 + "\\" + mark, text)  # backslashes count before a quote only
-    trailing = len(body) - len(body.rstrip("\\"))
-    return mark + body + "\\" * trailing + mark
 
 
 def _search_path(overrides: Sequence[Override]) -> list[Path]:
