@@ -30,6 +30,7 @@ INSTALL = [
     "pyyaml>=6.0.3,<7",
     "numpy>=2.4.6,<2.5",
     "scipy>=1.17.1,<2",
+    "filelock>=4.3.1,<5",  # the lock of a run directory
     "psutil>=7.2.2,<8",  # without it Megatron-Core's checkpoint writer dies and save() hangs
     "rich>=15.0.0,<16",
     "matplotlib>=3.11.2,<4",

@@ -147,9 +147,9 @@ def run_command(name: str, words: Sequence[str]) -> int | None:
         try:
             return call(cfg)
         finally:
-            held = sys.modules.get("nemo_advrm.writers")
-            if held is not None:
-                held.release_all()
+            locks = sys.modules.get("nemo_advrm.locks")
+            if locks is not None:
+                locks.release_all()
 
 
 def _dispatch(words: list[str]) -> int | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_advrm import untrusted_files, writers
+from nemo_advrm import untrusted_files
 from nemo_advrm.config.schema import ConvertConfig
 from nemo_advrm.convert.conversion import _card_facts
 from nemo_advrm.convert.hf_directory import read_config
@@ -79,17 +78,6 @@ def test_a_json_file_that_cannot_be_used_is_one_line(reader: str, payload: bytes
 def test_a_config_json_without_a_rule_of_ours_is_left_to_who_opens_the_model(payload: bytes, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes(payload)
     assert rule_in_config(tmp_path) == ReadingRule()
-
-
-def test_the_name_of_a_writer_that_cannot_be_read_is_none(payload: bytes, tmp_path: Path) -> None:
-    file = tmp_path / "writer.json"
-    file.write_bytes(payload)
-    assert writers._read(file) is None
-    facts = {"host": "a", "pid": [1], "began": 1.0, "machine": "m", "command": "c", "since": "s"}
-    file.write_text(json.dumps(facts))
-    assert writers._read(file) is None
-    file.write_text(json.dumps(facts | {"pid": 1}))
-    assert writers._read(file) is not None
 
 
 def test_the_report_leaves_such_files_out_with_a_note(payload: bytes, tmp_path: Path) -> None:

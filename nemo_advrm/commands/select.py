@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nemo_advrm import writers
+from nemo_advrm import locks
 from nemo_advrm.attacks.attack_summary import check_samples, has_summary
 from nemo_advrm.attacks.pair_selection import dropped, found_lines, select_round
 from nemo_advrm.config.schema import Config
@@ -17,7 +17,7 @@ def main(cfg: Config) -> int:
     samples = directory / "attack" / "samples.jsonl"
     if not samples.exists():
         raise ConfigError(f"run_dir={cfg.run_dir}: no attack/samples.jsonl there; run nemo-advrm attack first")
-    writers.hold(directory)
+    locks.acquire(directory)
     if has_summary(directory / "attack"):
         check_samples(directory / "attack")
     counts = select_round(cfg, directory, 0, cfg.seed)

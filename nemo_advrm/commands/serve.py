@@ -6,7 +6,7 @@ import signal
 import socket
 from pathlib import Path
 
-from nemo_advrm import signals, writers
+from nemo_advrm import locks, signals
 from nemo_advrm.config.schema import Config
 from nemo_advrm.data.sft_scores import SFTScores
 from nemo_advrm.data.tokenizers import build_tokenizer
@@ -74,11 +74,11 @@ def _listen(cfg: Config) -> tuple[socket.socket, str]:
 def _hold_announcement(directory: Path) -> None:
     """Be the one server of ``directory``, where other jobs may write too; raises ConfigError that names another."""
     announced = directory / "server.json"
-    writers.hold(directory, "server", announced)
+    locks.acquire(directory, "server", announced)
     try:
         announced.unlink(missing_ok=True)  # of a server that was killed
     except OSError as error:
-        raise writers.cannot_write(directory, error) from error
+        raise locks.cannot_write(directory, error) from error
 
 
 def _serve(

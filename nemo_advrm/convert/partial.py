@@ -6,7 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
-from nemo_advrm import files, writers
+from nemo_advrm import files, locks
 from nemo_advrm.errors import CheckpointError
 
 SUFFIX = ".partial"
@@ -67,9 +67,9 @@ class PartialDirectory:
 
 def hold_output(path: Path) -> None:
     """Make this process the one that writes ``path``; raises ConfigError that names the one that does."""
-    writers.hold(path.parent, path.name, path, "out")
+    locks.acquire(path.parent, path.name, path, "out")
 
 
 def release_output(path: Path) -> None:
     """Let others write ``path``; nothing is left beside it."""
-    writers.release(path.parent, path.name, leave_nothing=True)
+    locks.release(path.parent, path.name)

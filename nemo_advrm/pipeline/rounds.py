@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from nemo_advrm import writers
+from nemo_advrm import locks
 from nemo_advrm.attacks.run import check_target_members
 from nemo_advrm.config import for_stage
 from nemo_advrm.config.schema import Config
@@ -83,14 +83,14 @@ class Pipeline:
         Raises ConfigError when a process has it that does not belong to this command.
         """
         try:
-            run_on_rank_zero(lambda: writers.hold(self.directory / "locks", _lock(step), self.directory / step.name))
-        except writers.Taken:
+            run_on_rank_zero(lambda: locks.acquire(self.directory / "locks", _lock(step), self.directory / step.name))
+        except locks.InUse:
             if worker():
                 return False
             raise
         self.state.reload()  # another job may have completed it just now
         if self.state.is_complete(step.name):
-            writers.release(self.directory / "locks", _lock(step))
+            locks.release(self.directory / "locks", _lock(step))
             return False
         return True
 
@@ -105,7 +105,7 @@ class Pipeline:
                 left = run_on_rank_zero(artefacts.describe, self.directory, step)
                 self.state.set_detail(step.name, files=left)
         finally:
-            writers.release(self.directory / "locks", _lock(step))
+            locks.release(self.directory / "locks", _lock(step))
 
     def _is_over(self, step: Step) -> bool:
         return self.state.is_complete(step.name) or is_skipped(self.cfg, step, self.state.detail)

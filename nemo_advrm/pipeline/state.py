@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import errno
-import fcntl
 import json
 import math
 import time
@@ -13,14 +11,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from nemo_advrm import files
+from nemo_advrm import files, locks
 from nemo_advrm.config import versions
 from nemo_advrm.engine import manifest, runtime
 from nemo_advrm.engine.collectives import run_on_rank_zero
 from nemo_advrm.errors import DataError
 from nemo_advrm.run_directory import results, run_files
 
-LOCK_SECONDS = 60.0
 _CURE = "restore it, or remove it: trainings whose result is there are not done again"
 
 
@@ -89,7 +86,7 @@ class RunState:
     def _write(self, changes: dict[str, dict[str, Any]]) -> dict[str, Any]:
         """The new content: what the file holds, with ``changes`` laid over its stages."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(self.path.with_suffix(".lock")):
+        with locks.locked(self.path.parent, self.path.stem, self.path):
             data = self._read() if self.path.exists() else self.data
             for name, details in changes.items():
                 data["stages"].setdefault(name, {}).update(details)
@@ -130,26 +127,6 @@ _DETAILS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "runs": (lambda value: isinstance(value, list) and all(map(_is_text, value)), "a list of texts"),
     "files": (manifest.are_entries, "a list of files with their sizes and hashes"),
 }
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Keep other jobs out for a moment; raises DataError when one stays in for ``LOCK_SECONDS``."""
-    deadline = time.monotonic() + LOCK_SECONDS
-    with open(path, "w") as file:
-        while True:
-            try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise DataError(f"{path}: another job has held it for {LOCK_SECONDS:g} seconds") from None
-                time.sleep(0.05)
-            except OSError as error:
-                if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
-                    raise
-                break  # a file system without locks
-        yield
 
 
 def _now() -> str:

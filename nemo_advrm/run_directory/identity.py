@@ -7,13 +7,11 @@ that a run holds works on these alone. Arms of several RLHF runs may get more of
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import datetime
 import enum
 import logging
 import re
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +19,7 @@ from typing import Any
 import yaml
 from omegaconf import OmegaConf
 
-from nemo_advrm import files, writers
+from nemo_advrm import files
 from nemo_advrm.config import resolved, versions
 from nemo_advrm.config.fields import Restart
 from nemo_advrm.config.keys import keys_at_restart
@@ -35,17 +33,17 @@ from nemo_advrm.run_directory.held_arms import ADDABLE
 
 _STAGE_PREFIX = re.compile(r"stage\.[^.]+\.")
 _ADDED = re.compile(rf"pipeline\.({'|'.join(ADDABLE)})\.(.+)")
-LOCK_SECONDS = 60.0
 
 _log = logging.getLogger(__name__)
 
 
-def go_on(cfg: Config, directory: Path, about: dict[str, Any], *, alone: bool) -> None:
-    """Raise ConfigError for another run's configuration, stage or data; print and record what has changed.
+def go_on(cfg: Config, directory: Path, about: dict[str, Any]) -> None:
+    """Print and record what differs between this job and the run in ``directory``; the caller holds its config lock.
 
     Args:
         about: ``stage`` and ``inputs`` of this job, for ``versions.yaml``.
-        alone: whether no other job of the run is alive. Else what is written is read anew first, while no other writes.
+
+    Raises ConfigError when the directory holds a run of another configuration, stage or data.
     """
     path = directory / "versions.yaml"
     if not path.exists():
@@ -53,28 +51,8 @@ def go_on(cfg: Config, directory: Path, about: dict[str, Any], *, alone: bool) -
     found = _compare(cfg, directory, about)
     if found.known and found.lacking:
         _log.warning("%s lacks %s, which are written anew", path, " and ".join(found.lacking))
-    if not found.is_news:
-        return
-    with contextlib.nullcontext() if alone else only_writer(directory):
-        _write(directory, _compare(cfg, directory, about), about)
-
-
-@contextlib.contextmanager
-def only_writer(directory: Path) -> Iterator[None]:
-    """Keep other jobs of the run out for a moment, also where nothing can be locked."""
-    deadline = time.monotonic() + LOCK_SECONDS
-    while True:
-        try:
-            writers.hold(directory, "config", directory / "config.yaml")
-            break
-        except writers.Taken:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.05)
-    try:
-        yield
-    finally:
-        writers.release(directory, "config", leave_nothing=True)
+    if found.is_news:
+        _write(directory, found, about)
 
 
 def _read_versions(path: Path) -> dict[str, Any]:

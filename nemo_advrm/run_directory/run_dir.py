@@ -1,18 +1,14 @@
-"""Starts a stage: Megatron's layout and the run directory's identity."""
+"""Starts a command: joins the job at its layout, and makes the run directory its own."""
 
 from __future__ import annotations
 
-import errno
-import fcntl
-import logging
 import os
-import time
+import re
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from nemo_advrm import writers
+from nemo_advrm import locks
 from nemo_advrm.config import save_resolved, versions
 from nemo_advrm.config.layout import validate_layout
 from nemo_advrm.config.schema import Config
@@ -26,13 +22,10 @@ from nemo_advrm.rewards import sources
 from nemo_advrm.run_directory import identity, run_files
 
 # what a run writes before it produces anything
-_BEFORE_RESULTS = ("config.yaml", "versions.yaml", "state.json", "state.lock")
-_LOCK = "run.lock"
-_IDENTITY = (*_BEFORE_RESULTS, _LOCK, "writer.lock", "writer.owner", "server.lock", "config.lock", "config.owner")
-LOCK_SECONDS = 60.0
+_BEFORE_RESULTS = ("config.yaml", "versions.yaml", "state.json")
+# locks; versions before 0.2 left files with the other two endings
+_LOCKS = re.compile(r"locks|\w+\.(lease.*|lock|owner)")
 NOT_BEGUN = "before the work began: nothing is lost, the same command goes on"
-
-_log = logging.getLogger(__name__)
 
 
 def start(cfg: Config) -> runtime.Runtime:
@@ -66,15 +59,16 @@ def start(cfg: Config) -> runtime.Runtime:
 def claim(cfg: Config, directory: Path, stage: str, *, shared: bool = False) -> None:
     """Make ``directory`` this run's; writes the resolved configuration and the versions.
 
-    This process is its one writer then, until it ends, or with ``shared`` one of several jobs of the same run that
-    write different parts of it.
+    This process is then its only writer until it ends, or with ``shared`` one of several jobs of the same run that
+    write different parts of it. Half-written files that a killed process left are removed. The configuration of a run
+    that failed before it produced anything is replaced, unless a job of that run is alive.
 
-    Raises ConfigError, on every rank, when another process writes into it, when it cannot be written, and when it holds
-    a run of another configuration, stage or data: results are never mixed or overwritten. Another layout, other
-    microbatches and other addresses of reward servers are the same run, and so are further arms and branches of a
-    pipeline (see :mod:`nemo_advrm.run_directory.identity`): the change is printed and recorded. A run that failed
-    before it produced anything leaves no claim, but one that is alive does; on a file system without locks both do.
-    What a kill has left half-written is removed.
+    Another layout, other microbatches and other addresses of reward servers are the same run, and so are further arms
+    and branches of a pipeline (see :mod:`nemo_advrm.run_directory.identity`): the change is printed and recorded.
+
+    Raises:
+        ConfigError: on every rank: another process writes into the directory, it cannot be written, or it holds a run
+            of another configuration, stage or data. Results are never mixed or overwritten.
     """
     stopping.leave_if_asked(NOT_BEGUN)
     run_on_rank_zero(_claim, cfg, directory, stage, shared)
@@ -82,112 +76,42 @@ def claim(cfg: Config, directory: Path, stage: str, *, shared: bool = False) -> 
 
 def _claim(cfg: Config, directory: Path, stage: str, shared: bool) -> None:
     if not shared:
-        writers.hold(directory)
+        locks.acquire(directory)
     try:
         directory.mkdir(parents=True, exist_ok=True)
         run_files.check_places(directory)
-        _identify(cfg, directory, stage)
+        # jobs that start at the same time look one after another; the first writes the configuration
+        with locks.locked(directory, "config", directory / "config.yaml"):
+            _identify(cfg, directory, stage)
+            if shared:
+                locks.acquire(directory / "locks", f"job_{host_name()}_{os.getpid()}", directory)
     except OSError as error:
-        raise writers.cannot_write(directory, error) from error
+        raise locks.cannot_write(directory, error) from error
 
 
 def _identify(cfg: Config, directory: Path, stage: str) -> None:
     path = directory / "config.yaml"
-    lock, alone = _enter(directory)
-    try:
-        if alone:
-            run_files.clean(directory)
-            if path.exists() and all(entry.name in _IDENTITY for entry in directory.iterdir()):
-                for name in _BEFORE_RESULTS:
-                    (directory / name).unlink(missing_ok=True)
-        if not path.exists() and (left := run_files.products(directory)):
-            raise ConfigError(
-                f"{directory} holds {', '.join(left)} of a run, but {path}, which says of which run, is missing: "
-                "restore it, choose another run_dir, or remove the directory"
-            )
-        about = {"seed": cfg.seed, "stage": stage, "inputs": run_files.inputs(cfg)}
-        if not path.exists() and _create(cfg, path, locked=lock is not None):
-            _write_versions(directory, {**versions(), **about}, locked=lock is not None)
-        else:
-            identity.go_on(cfg, directory, about, alone=alone)
-    except BaseException:
-        if lock is not None:
-            os.close(lock)
-        raise
-    if lock is not None and alone:  # let others in, but not as the only one
-        fcntl.lockf(lock, fcntl.LOCK_SH)
-
-
-def _enter(directory: Path) -> tuple[int | None, bool]:
-    """(open file whose lock says that a run is alive here, whether no other process holds one).
-
-    The lock is the process's, and ends with it: the file is never closed. Of jobs that start at the same moment one is
-    alone, and the others come in when it has written its configuration. None where nothing can be locked: nobody
-    knows then whether he is alone.
-    """
-    try:
-        lock = os.open(directory / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
-    except OSError:
-        if (directory / "config.yaml").exists():  # somebody else's, to be read
-            return None, False
-        raise
-    deadline = time.monotonic() + LOCK_SECONDS
-    while True:
-        try:
-            if _try_lock(lock, fcntl.LOCK_EX):
-                return lock, True
-            if _try_lock(lock, fcntl.LOCK_SH):
-                if (directory / "config.yaml").exists():
-                    return lock, False
-                fcntl.lockf(lock, fcntl.LOCK_UN)
-        except OSError as error:
-            os.close(lock)
-            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
-                raise
-            _log.warning("%s: its file system has no locks: what a failed run left there is never cleared", directory)
-            return None, False
-        if time.monotonic() > deadline:
-            os.close(lock)
-            raise ConfigError(f"{directory}: another job has been starting in it for {LOCK_SECONDS:g} seconds")
-        time.sleep(0.05)
-
-
-def _create(cfg: Config, path: Path, locked: bool) -> bool:
-    """Write the configuration; returns whether no other job was faster, which can be only where nothing is locked.
-
-    Raises ConfigError where nothing is locked and a file system has no hard links either.
-    """
-    if locked:
-        save_resolved(cfg, path)
-        return True
-    own = path.with_name(f".{path.name}.own.{host_name()}.{os.getpid()}")
-    save_resolved(cfg, own)
-    try:
-        os.link(own, path)
-    except FileExistsError:
-        return False
-    except OSError as error:
-        raise ConfigError(
-            f"{path}: its file system has neither locks nor hard links ({error.strerror}): choose another run_dir"
-        ) from error
-    finally:
-        own.unlink()
-    return True
-
-
-def _write_versions(directory: Path, content: dict[str, Any], locked: bool) -> None:
-    """Write what the run is begun with; where nothing is locked, unless a job that came since has written it."""
-    if locked:
-        identity.write_versions(directory, content)
+    if not _has_other_jobs(directory):
+        run_files.clean(directory)
+        names = {entry.name for entry in directory.iterdir() if not _LOCKS.fullmatch(entry.name)}
+        if path.exists() and names <= set(_BEFORE_RESULTS):
+            for name in names:
+                (directory / name).unlink()
+    about = {"seed": cfg.seed, "stage": stage, "inputs": run_files.inputs(cfg)}
+    if path.exists():
+        identity.go_on(cfg, directory, about)
         return
-    with identity.only_writer(directory):
-        if not (directory / "versions.yaml").exists():
-            identity.write_versions(directory, content)
+    if left := run_files.products(directory):
+        raise ConfigError(
+            f"{directory} holds {', '.join(left)} of a run, but {path}, which says of which run, is missing: "
+            "restore it, choose another run_dir, or remove the directory"
+        )
+    save_resolved(cfg, path)
+    identity.write_versions(directory, {**versions(), **about})
 
 
-def _try_lock(file: int, kind: int) -> bool:
-    try:
-        fcntl.lockf(file, kind | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        return False
-    return True
+def _has_other_jobs(directory: Path) -> bool:
+    """Whether a process other than this one works on the run in ``directory``."""
+    now = (directory / "config.lease").stat().st_mtime  # this process has just written it
+    jobs = [directory / "writer.lease", *directory.glob("locks/job_*.lease")]
+    return any(locks.is_held_by_others(path, now) for path in jobs if path.exists())

@@ -35,7 +35,7 @@ CHECKED = [
 ]
 # nothing reads these again
 RECORDS = [r"(.+/)?logs/.+", r"report/.+\.(png|html|json)", r"(.+/)?standardisation\.jsonl"]
-LOCKS = [r"(run|writer|state)\.lock", r"locks/[\w.]+\.lock"]
+LOCKS = [r"(writer|config|state)\.lease", r"locks/[\w.-]+\.lease"]
 # what the commands read that do not write the run
 READ_BY = {
     "select": [r"reference\.jsonl", r"attack/(samples\.jsonl|summary\.json)"],

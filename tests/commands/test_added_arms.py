@@ -15,7 +15,7 @@ import pytest
 import yaml
 from reward_members import PROMPTS, RESPONSES, one_step_of_rl
 
-from nemo_advrm import cli, files, writers
+from nemo_advrm import cli, files, locks
 from nemo_advrm.commands import stages
 from nemo_advrm.config import load_config
 from nemo_advrm.engine.runtime import Runtime
@@ -38,7 +38,7 @@ RESULTS = ("samples.jsonl", "reference.jsonl", "standardisation.jsonl", ".distcp
 @pytest.fixture(autouse=True)
 def nothing_is_held() -> Iterator[None]:
     yield
-    writers.release_all()
+    locks.release_all()
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +166,7 @@ def test_an_added_arm_is_told_recorded_and_held_and_nothing_else_changes(
         ("pipeline.branches.steps", None, branch),
         ("pipeline.rlhf.steps", None, added["steps"]),
     ]
-    assert not [path.name for path in run.iterdir() if path.name.startswith((".", "config.lock", "config.owner"))]
+    assert not [path.name for path in run.iterdir() if path.name.startswith((".", "config.lease"))]
 
 
 @pytest.mark.parametrize(
@@ -205,19 +205,18 @@ def test_arms_of_several_runs_get_more_of_them(
 def test_an_arm_is_added_beside_jobs_of_the_run_that_are_alive_and_one_at_a_time(
     single: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another job adds an arm between the look and the write of this one: both are held."""
+    """Another job adds an arm right before this one looks what the run holds: both are kept."""
     run = tmp_path / "run"
     _claim(run, FIRST)
-    hold = writers.hold
+    locked = locks.locked
 
-    def late(directory: Path, name: str = "writer", *rest: Any) -> None:
+    def late(directory: Path, name: str, *rest: Any) -> Any:
         if name == "config":
-            monkeypatch.setattr(writers, "hold", hold)
+            monkeypatch.setattr(locks, "locked", locked)
             _claim(run, FIRST, KL)
-        hold(directory, name, *rest)
+        return locked(directory, name, *rest)
 
-    monkeypatch.setattr(run_dir, "_enter", lambda directory: (None, False))  # others live
-    monkeypatch.setattr(writers, "hold", late)
+    monkeypatch.setattr(locks, "locked", late)
     _claim(run, FIRST, BRANCH, STEPS)
     assert list(_held(run)["pipeline"]["rlhf"]) == ["plain", "kl", "steps"]
     assert [key for key, _, _ in _changes(run)] == [

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import errno
+import os
 import re
+import signal
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import claim_jobs
 import pytest
 import yaml
 from distributed import World
 
+from nemo_advrm import locks
 from nemo_advrm.config import load_config
 from nemo_advrm.config.schema import Config
 from nemo_advrm.engine.runtime import Runtime
@@ -53,8 +54,8 @@ def test_layout_and_microbatches_may_change_and_each_change_is_recorded_once(
     assert (directory / "config.yaml").read_text() == identity
     assert sorted(p.name for p in directory.iterdir()) == [
         "config.yaml",
+        "locks",
         "metrics.jsonl",
-        "run.lock",
         "versions.yaml",
     ]
 
@@ -104,13 +105,13 @@ def _config(directory: Path, seed: int) -> Config:
 
 
 def _claim_at_once(
-    world: World, seeds: list[int], directories: list[Path], locks: bool, shared: bool = True
+    world: World, seeds: list[int], directories: list[Path], shared: bool = True
 ) -> list[list[str]]:
     """What jobs with these seeds are told that claim one directory after the other, each at the same moment."""
     cfg = _config(directories[0].parent, seed=0)
     configs = [replace(cfg, seed=seed) for seed in seeds]
     start = time.monotonic() + 0.3
-    job = {"configs": configs, "directories": directories, "start": start, "locks": locks, "shared": shared}
+    job = {"configs": configs, "directories": directories, "start": start, "shared": shared}
     told = world.run("claim_jobs", "claim_at_once", None, **job)
     return [list(outcomes) for outcomes in zip(*told, strict=True)]
 
@@ -119,18 +120,17 @@ def _seed(directory: Path) -> int:
     return yaml.safe_load((directory / "config.yaml").read_text())["seed"]
 
 
-@pytest.mark.parametrize("locks", [True, False], ids=["locks", "no_locks"])
 def test_of_jobs_that_start_at_once_one_has_the_directory_or_those_of_one_run_share_it(
-    single: Runtime, tmp_path: Path, locks: bool
+    single: Runtime, tmp_path: Path
 ) -> None:
     directories = [tmp_path / f"run_{i}" for i in range(20)]
     shared = tmp_path / "shared"
     world = World(3, limit_seconds=60)
     try:
-        told = _claim_at_once(world, [1, 2, 3], directories, locks)
-        assert _claim_at_once(world, [1, 1, 1], [shared], locks) == [["claimed"] * 3]
+        told = _claim_at_once(world, [1, 2, 3], directories)
+        assert _claim_at_once(world, [1, 1, 1], [shared]) == [["claimed"] * 3]
         alone = [tmp_path / f"alone_{i}" for i in range(5)]
-        told_of_one_run = _claim_at_once(world, [1, 1, 1], alone, locks, shared=False)
+        told_of_one_run = _claim_at_once(world, [1, 1, 1], alone, shared=False)
     finally:
         world.close()
     for directory, outcomes in zip(directories, told, strict=True):
@@ -146,27 +146,24 @@ def test_of_jobs_that_start_at_once_one_has_the_directory_or_those_of_one_run_sh
         assert all(re.search(writer, outcome) for outcome in outcomes if outcome != "claimed")
 
 
-def test_a_run_that_failed_before_it_produced_anything_is_replaced_where_locks_tell_that_it_is_over(
-    single: Runtime, tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_a_run_that_failed_before_it_produced_anything_is_replaced_unless_a_job_of_it_is_alive(
+    single: Runtime, tmp_path: Path
 ) -> None:
     for seed in (1, 2):
         run_dir.claim(_config(tmp_path, seed), tmp_path, "pipeline", shared=True)
-        assert _seed(tmp_path) == seed and not caplog.records
-    with claim_jobs.no_locks(), pytest.raises(ConfigError, match="holds a run with seed=2, but now seed=3"):
-        run_dir.claim(_config(tmp_path, 3), tmp_path, "pipeline", shared=True)
-    assert _seed(tmp_path) == 2
-    assert [record.getMessage() for record in caplog.records] == [
-        f"{tmp_path}: its file system has no locks: what a failed run left there is never cleared"
-    ]
-
-
-def test_without_locks_and_hard_links_a_directory_is_refused(
-    single: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def link(*args: Any) -> None:
-        raise PermissionError(errno.EPERM, "Operation not permitted")
-
-    monkeypatch.setattr("os.link", link)
-    with claim_jobs.no_locks(), pytest.raises(ConfigError, match="neither locks nor hard links"):
-        run_dir.claim(_config(tmp_path, 1), tmp_path, "pipeline", shared=True)
-    assert [p.name for p in tmp_path.iterdir()] == ["run.lock"]
+        assert _seed(tmp_path) == seed
+    locks.release_all()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.yaml", "locks", "versions.yaml"]
+    child = os.fork()
+    if child == 0:
+        run_dir._claim(_config(tmp_path, 2), tmp_path, "pipeline", True)
+        os.kill(os.getpid(), signal.SIGSTOP)
+    os.waitpid(child, os.WUNTRACED)
+    try:
+        with pytest.raises(ConfigError, match="holds a run with seed=2, but now seed=3"):
+            run_dir.claim(_config(tmp_path, 3), tmp_path, "pipeline", shared=True)
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    run_dir.claim(_config(tmp_path, 3), tmp_path, "pipeline", shared=True)
+    assert _seed(tmp_path) == 3

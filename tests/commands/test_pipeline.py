@@ -99,7 +99,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
 
 def test_the_restart_begins_at_the_first_incomplete_stage(finished) -> None:
     run_dir, at_kill, out = finished
-    assert f"{run_dir / FIRST_ATTACK} is taken over from process " in out
+    assert f"{run_dir / FIRST_ATTACK}: took over the lock of process " in out
     now = stages(run_dir)
     begun = [line.removeprefix("== ") for line in out.splitlines() if line.startswith("== ")]
     assert sorted(begun) == sorted(now.keys() - {n for n, s in at_kill.items() if s["status"] == "complete"})

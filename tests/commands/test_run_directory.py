@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from nemo_advrm import cli, files, writers
+from nemo_advrm import cli, files, locks
 from nemo_advrm.config import load_config
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.run_directory import run_dir
@@ -23,7 +23,7 @@ def claim(directory: Path, stage: str = "sft", *overrides: str) -> None:
         run_dir.claim(load_config([f"run_dir={directory}", *overrides], "sft"), directory, stage)
         (directory / "metrics.jsonl").touch()  # the run has produced something
     finally:
-        writers.release_all()
+        locks.release_all()
 
 
 def make_file(path: Path) -> None:
@@ -67,7 +67,7 @@ def test_a_file_system_that_takes_nothing_is_told_in_one_line_and_nothing_is_lef
     monkeypatch.setattr(files, "write_text", write)
     with pytest.raises(ConfigError, match=f"run_dir={tmp_path} cannot be written: .*{os.strerror(number)}"):
         claim(tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["run.lock", "writer.lock"]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_system_error_anywhere_is_one_line(
@@ -152,7 +152,7 @@ def test_data_whose_content_has_changed_under_its_name_is_refused(tmp_path: Path
         run_dir.claim(config, run, "pipeline")
     file.write_text('{"a": 1}\n')
     run_dir.claim(config, run, "pipeline")
-    writers.release_all()
+    locks.release_all()
 
 
 def test_what_kills_have_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
@@ -165,7 +165,7 @@ def test_what_kills_have_left_is_removed_and_nothing_else(tmp_path: Path) -> Non
         (tmp_path / name).mkdir()
     claim(tmp_path)
     names = {p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*")}
-    own = {"config.yaml", "versions.yaml", "metrics.jsonl", "run.lock", "writer.lock", "attack"}
+    own = {"config.yaml", "versions.yaml", "metrics.jsonl", "attack"}
     assert names == {*mine, *own, "model", "attack/model"}  # complete ones got their names
 
 

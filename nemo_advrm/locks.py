@@ -1,0 +1,231 @@
+"""One writer per directory, on all hosts: a second process is refused, and told which process is the first.
+
+A lock is a ``filelock.SoftFileLease``: ``NAME.lease`` names process and host of its holder, which refreshes the file
+while it runs. The lock of a process of this host that has ended is taken over at once, that of a process of another
+host when it has not been refreshed for ``LEASE_SECONDS``. Locks of the kernel (``filelock.FileLock``) were rejected:
+some network file systems have none, others keep them to one host, and they do not name their holder.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import functools
+import logging
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+from filelock import LeaseSettingsMismatch, OwnerRecord, SoftFileLease, Timeout
+
+from nemo_advrm.errors import ConfigError, one_line
+from nemo_advrm.rank_info import host_name
+
+# a holder on another host that has not refreshed its lock for so long has ended; it does so six times in this time
+LEASE_SECONDS = 30.0
+# how long `locked` waits for another process
+WAIT_SECONDS = 60.0
+# after which a job on another host counts as ended where nobody waits for its next refresh: clocks may differ
+_OLD_SECONDS = 300.0
+
+_log = logging.getLogger(__name__)
+# by path; a forked child holds none of its parent's
+_held: dict[Path, SoftFileLease] = {}
+
+
+class InUse(ConfigError):
+    """Another running process holds the lock."""
+
+
+def acquire(directory: Path, name: str = "writer", what: Path | None = None, key: str = "run_dir") -> None:
+    """Make this process the only writer of ``directory`` until it ends or calls :func:`release`.
+
+    With ``name`` and ``what`` it becomes the only writer of ``what``, and ``directory`` holds the lock. ``key`` is the
+    configuration key by which a user chooses another place. A lock whose holder has ended is taken over, and a line
+    says so; this waits up to ``LEASE_SECONDS`` for a holder on another host.
+
+    Raises:
+        InUse: another process is the writer; names its host and process.
+        ConfigError: the lock cannot be written, and why.
+    """
+    path = (directory / f"{name}.lease").absolute()
+    if path in _held:
+        return
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        _held[path] = _acquired(path, what or directory, key)
+    except OSError as error:
+        raise cannot_write(what or directory, error, key) from error
+
+
+def release(directory: Path, name: str = "writer") -> None:
+    """Let other processes write; does nothing in a process that does not hold the lock."""
+    lease = _held.pop((directory / f"{name}.lease").absolute(), None)
+    if lease is not None:
+        with contextlib.suppress(OSError):
+            lease.release()
+
+
+def release_all() -> None:
+    """Release every lock that this process acquired."""
+    for path in list(_held):
+        release(path.parent, path.stem)
+
+
+atexit.register(release_all)
+os.register_at_fork(after_in_child=_held.clear)
+
+
+@contextlib.contextmanager
+def locked(directory: Path, name: str, what: Path | None = None) -> Iterator[None]:
+    """Keep other processes out of the block; waits up to ``WAIT_SECONDS`` for one that is inside.
+
+    Raises InUse after that, ConfigError when the lock cannot be written.
+    """
+    path = (directory / f"{name}.lease").absolute()
+    lease = _lease(path)
+    try:
+        _acquire_within(WAIT_SECONDS, lease, path)
+    except Timeout:
+        raise _in_use(what or directory, lease.owner, "run_dir") from None
+    except OSError as error:
+        raise cannot_write(directory, error) from error
+    try:
+        yield
+    finally:
+        lease.release()
+
+
+def is_held_by_others(path: Path, now: float) -> bool:
+    """Whether another running process holds the lock at ``path``; removes the lock of one that has ended.
+
+    ``now``: the time of the file system, taken from a file that has just been written there.
+    """
+    if path.absolute() in _held:
+        return False
+    lease = _lease(path)
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            if now - path.stat().st_mtime > _OLD_SECONDS:
+                lease.force_break()
+        lease.acquire(blocking=False)
+    except (Timeout, LeaseSettingsMismatch):
+        return True
+    lease.release()
+    return False
+
+
+def cannot_write(directory: Path, error: OSError, key: str = "run_dir") -> ConfigError:
+    """The error for a place that the system refuses; ``key`` is the configuration key that names it."""
+    named = os.fsdecode(error.filename) if error.filename else str(directory)
+    place = "" if named == str(directory) else f" {named}"
+    reason = f"{place} {error.strerror or error}"
+    return ConfigError(f"{key}={directory} cannot be written:{reason}; make way for it, or choose another {key}")
+
+
+def _lease(path: Path) -> SoftFileLease:
+    return SoftFileLease(
+        path,
+        lease_duration=LEASE_SECONDS,
+        heartbeat_interval=LEASE_SECONDS / 6,
+        on_compromise=lambda loss: _log.error("%s was lost (%s): another process may write there", path, loss.reason),
+        thread_local=False,
+    )
+
+
+def _acquired(path: Path, what: Path, key: str) -> SoftFileLease:
+    """Raises InUse, OSError."""
+    lease = _lease(path)
+    existed, owner = path.exists(), lease.owner
+    started, waited = time.monotonic(), 0.0
+    try:
+        try:
+            lease.acquire(blocking=False)
+        except Timeout:
+            _wait(lease, path, what, key)
+            waited = time.monotonic() - started
+    except LeaseSettingsMismatch:  # filelock would never take it over
+        told = f"{path} was written by another version: remove it when that process has ended"
+        raise InUse(f"{_in_use(what, owner, key)} ({told})") from None
+    # a wait that was shorter ended because the holder released the lock
+    if existed and (owner is None or not waited or waited >= LEASE_SECONDS):
+        print(f"{what}: took over the lock of {_described(owner)}, which has ended without releasing it", flush=True)
+    return lease
+
+
+def _wait(lease: SoftFileLease, path: Path, what: Path, key: str) -> None:
+    """Acquire a lock that is taken, once its holder releases it or does not refresh it any more; else raise InUse."""
+    owner = lease.owner
+    if owner is not None and _is_on_this_host(owner) and _command(owner.pid):
+        raise _in_use(what, owner, key)
+    first = _refreshed(path)
+    if first is not None:
+        print(f"{what}: waiting up to {LEASE_SECONDS:g} s for a sign of life of {_described(owner)}", flush=True)
+    try:
+        _acquire_within(2 * LEASE_SECONDS, lease, path, lambda: _refreshed(path) not in (first, None))
+    except Timeout:
+        raise _in_use(what, lease.owner, key) from None
+
+
+def _acquire_within(
+    seconds: float, lease: SoftFileLease, path: Path, give_up: Callable[[], bool] = lambda: False
+) -> None:
+    """Raises Timeout when ``give_up`` says so, or after ``seconds`` in which another process holds the lock."""
+    first = _refreshed(path)
+    try:
+        lease.acquire(timeout=seconds, poll_interval=min(1.0, LEASE_SECONDS / 100), cancel_check=give_up)
+    except Timeout:
+        if first is None or lease.owner is not None or _refreshed(path) != first:
+            raise
+        # an empty file, as a power cut leaves it: filelock never takes that over
+        lease.force_break()
+        lease.acquire(timeout=seconds)
+
+
+def _in_use(what: Path, owner: OwnerRecord | None, key: str) -> InUse:
+    who = _described(owner)
+    return InUse(f"{what} is being written by {who}: wait until it has ended, stop it, or choose another {key}")
+
+
+def _described(owner: OwnerRecord | None) -> str:
+    if owner is None:
+        return "an unknown process"
+    if not _is_on_this_host(owner):
+        return f"process {owner.pid} on {owner.hostname.partition('?')[0]}"
+    command = _command(owner.pid)
+    return f"process {owner.pid} on {host_name()}{f' ({command})' if command else ''}"
+
+
+def _is_on_this_host(owner: OwnerRecord) -> bool:
+    return owner.hostname == _recorded_host()
+
+
+@functools.cache
+def _recorded_host() -> str:
+    """The name that filelock gives this host, or container: read from a lock, since no function tells it."""
+    with tempfile.TemporaryDirectory() as directory, SoftFileLease(Path(directory) / "lease") as lease:
+        owner = lease.owner
+    return owner.hostname if owner is not None else ""
+
+
+def _command(pid: int) -> str:
+    """The command line of a running process of this host; "" when it has ended (a zombie has, too)."""
+    try:
+        process = psutil.Process(pid)
+        if process.status() != psutil.STATUS_ZOMBIE:
+            return one_line(" ".join(process.cmdline()), 80) or process.name()
+    except psutil.Error:
+        pass
+    return ""
+
+
+def _refreshed(path: Path) -> int | None:
+    """When a lock was last refreshed, None when it is gone."""
+    try:
+        with open(path, "rb") as file:  # opening makes a network file system look at its server
+            return os.fstat(file.fileno()).st_mtime_ns
+    except FileNotFoundError:
+        return None
