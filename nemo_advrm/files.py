@@ -1,4 +1,8 @@
-"""Writes files so that a kill or a power cut at any moment leaves the old content or the new one, and never a part."""
+"""Replaces files and directories so that a kill or a power cut at any moment leaves the old content or the new one.
+
+The content is written under another name beside the target and synced to the disk before it is renamed. Libraries for
+this (``atomicwrites``) are no longer maintained, and none replaces a directory.
+"""
 
 from __future__ import annotations
 
@@ -6,23 +10,24 @@ import contextlib
 import errno
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
 from nemo_advrm.rank_info import host_name
 
-# of a file that is being written beside the one that it is to replace; jobs on several hosts may write the same one
+# a file that is being written beside its target; jobs on several hosts may write the same target
 _TEMPORARY = re.compile(r"\..+\.tmp")
 # what file systems answer that cannot sync a directory
-_CANNOT = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)
+_CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)
 
 
 @contextlib.contextmanager
-def replacing(path: Path, **options: Any) -> Iterator[IO[str]]:
-    """A text file that takes the place of ``path`` when the block ends well, and is then on the disk under that name.
+def atomic_write(path: Path, **options: Any) -> Iterator[IO[str]]:
+    """A text file that replaces ``path`` when the block ends without an error.
 
-    ``options`` are those of ``open``. Raises OSError; ``path`` is untouched then, and nothing is left beside it.
+    ``options`` are those of ``open``. Raises OSError; then ``path`` is unchanged and no other file is left.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{host_name()}.{os.getpid()}.tmp")
@@ -40,35 +45,52 @@ def replacing(path: Path, **options: Any) -> Iterator[IO[str]]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace the content of ``path``, see :func:`replacing`."""
-    with replacing(path) as file:
+    """Replace the content of ``path``, see :func:`atomic_write`."""
+    with atomic_write(path) as file:
         file.write(text)
 
 
-def put(written: Path, target: Path) -> None:
-    """Let a file that has been written and closed take the place of ``target``: its content is on the disk first."""
-    with open(written, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(written, target)
-    sync(target.parent)
+def atomic_replace(source: Path, target: Path, synced: str = "") -> None:
+    """Give a complete file or directory the name ``target``; what had this name is removed.
 
-
-def rename(path: Path, target: Path) -> None:
-    """Rename, and wait until the new name is on the disk."""
-    path.rename(target)
-    sync(target.parent)
-
-
-def sync_tree(directory: Path, written: str = "") -> None:
-    """Wait until all files below ``directory`` and their names are on the disk.
-
-    Files with the suffix ``written`` are left out: whoever wrote them has waited for them.
+    Files of a directory with the suffix ``synced`` are on the disk already. A directory needs several renames: after a
+    kill between them :func:`finish_interrupted_replace` finds the old one or the new one.
     """
-    for folder, _, names in os.walk(directory):
-        for name in names:
-            if not written or not name.endswith(written):
-                sync(os.path.join(folder, name))
-        sync(folder)
+    if not source.is_dir():
+        sync(source)
+        os.replace(source, target)
+        sync(target.parent)
+        return
+    finish_interrupted_replace(target)
+    new, old = _aside(target)
+    shutil.rmtree(new, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+    _sync_tree(source, synced)
+    source.rename(new)
+    if target.exists():
+        target.rename(old)
+    with contextlib.suppress(FileNotFoundError):  # a reader has finished it
+        new.rename(target)
+    sync(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def finish_interrupted_replace(target: Path) -> None:
+    """Finish the replacement of a directory that was killed between its renames; several processes may call at once."""
+    for left in _aside(target):
+        if not target.exists():
+            with contextlib.suppress(OSError):
+                left.rename(target)
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a damaged file or directory to ``NAME.damaged``, which is returned; replaces an earlier one."""
+    aside = path.with_name(path.name + ".damaged")
+    if aside.is_dir():
+        shutil.rmtree(aside, ignore_errors=True)
+    os.replace(path, aside)
+    sync(path.parent)
+    return aside
 
 
 def sync(path: str | Path) -> None:
@@ -77,12 +99,25 @@ def sync(path: str | Path) -> None:
     try:
         os.fsync(file)
     except OSError as error:
-        if error.errno not in _CANNOT:
+        if error.errno not in _CANNOT_SYNC:
             raise
     finally:
         os.close(file)
 
 
-def left_behind(directory: Path) -> list[Path]:
-    """Temporary files that killed processes have left in ``directory``."""
+def temporary_files(directory: Path) -> list[Path]:
+    """Half-written files that killed processes left in ``directory``."""
     return [path for path in directory.iterdir() if _TEMPORARY.fullmatch(path.name) and path.is_file()]
+
+
+def _aside(target: Path) -> tuple[Path, Path]:
+    """Names of a complete directory that is to replace ``target``, and of the one that it replaces."""
+    return target.with_name(target.name + ".new"), target.with_name(target.name + ".old")
+
+
+def _sync_tree(directory: Path, synced: str) -> None:
+    for folder, _, names in os.walk(directory):
+        for name in names:
+            if not synced or not name.endswith(synced):
+                sync(os.path.join(folder, name))
+        sync(folder)

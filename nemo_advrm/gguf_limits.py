@@ -1,6 +1,6 @@
-"""What the header of a GGUF file claims, compared with the file before memory is taken.
+"""Checks the header of a GGUF file against the file before anything is built from it.
 
-The readers of ``gguf`` and transformers make objects and modules of every number that stands there.
+The readers of ``gguf`` and transformers allocate as many objects and modules as the header says.
 The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 """
 
@@ -16,23 +16,24 @@ from nemo_advrm.errors import CheckpointError, one_line
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
-_MIN_TENSOR = 24  # bytes of the shortest description of a tensor
-_MIN_FIELD = 13  # of a field: the length of its name, its type, one byte
-_MOST_VALUES = 4_000_000  # of all fields: a vocabulary of 500,000 tokens has some 2,500,000
-_MOST_DIMENSIONS = 4
-_MOST_NAME = 1 << 16
-# modules are made of so many
+_MIN_TENSOR = 24  # bytes of the shortest tensor description
+_MIN_FIELD = 13  # bytes of the shortest field: the length of its name, its type, one byte
+_MAX_VALUES = 4_000_000  # of all fields: a vocabulary of 500,000 tokens has about 2,500,000
+_MAX_DIMENSIONS = 4
+_MAX_NAME = 1 << 16  # bytes
+_MAX_KEPT = 10_000  # values of an array that are looked at
+# fields that say how many modules are built
 _COUNTS = re.compile(r"\.(block_count|expert_count|expert_used_count|leading_dense_block_count)$")
-# and tensors of such a size
+# and how large their tensors are
 _SIZES = re.compile(r"\.(embedding_length|(expert_|expert_shared_)?feed_forward_length|vocab_size)$")
 _HEADS = re.compile(r"\.attention\.(head_count|head_count_kv|key_length|value_length)$|\.rope\.dimension_count$")
 
 
 def check_header(path: Path) -> None:
-    """Raise CheckpointError, which names the file, for a header that the file or its tensors do not bear out.
+    """Raise CheckpointError, which names the file, for a header that contradicts the file.
 
-    That are: another format, counts and lengths of more bytes than follow, tensors outside the file or in each other,
-    and more layers or larger ones than the tensors have. Needs the package ``gguf`` for the sizes of number formats.
+    That is: another format, counts and lengths beyond the end of the file, tensors outside the file or overlapping, and
+    more or larger layers than the tensors have. Needs the package ``gguf`` for the sizes of number formats.
     """
     try:
         with open(path, "rb") as file:
@@ -58,36 +59,36 @@ class _Header:
         tensors, fields = self._number("Q"), self._number("Q")
         if tensors * _MIN_TENSOR > self._left() or fields * _MIN_FIELD > self._left():
             raise ValueError(f"claims {tensors} tensors and {fields} fields, the file has {self._size} bytes")
-        claims: list[tuple[str, list[Any]]] = []
+        found: list[tuple[str, list[Any]]] = []
         alignment = 32
         for _ in range(fields):
             name = self._name()
             values = self._value(self._number("I"), name)
             if name == "general.alignment":
                 alignment = values[0] if values and type(values[0]) is int else 0
-            claims.append((name, values))
+            found.append((name, values))
         if alignment < 1 or alignment & (alignment - 1) or alignment > self._size:
             raise ValueError(f"general.alignment={alignment} is no power of two")
         shapes = self._tensors(tensors, alignment)
-        for name, values in claims:
-            _check_claim(name, values, shapes)
+        for name, values in found:
+            _check_field(name, values, shapes)
 
     def _tensors(self, count: int, alignment: int) -> list[list[int]]:
-        """The shapes; ValueError where the file does not hold them one after another."""
+        """The shapes; raises ValueError unless the file holds the tensors one after another."""
         from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
-        shapes, places = [], []
+        shapes, extents = [], []
         for _ in range(count):
             name, dimensions = self._name(), self._number("I")
-            if dimensions > _MOST_DIMENSIONS:
+            if dimensions > _MAX_DIMENSIONS:
                 raise ValueError(f"{name} has {dimensions} dimensions")
             shape = [self._number("Q") for _ in range(dimensions)]
             block, nbytes = GGML_QUANT_SIZES[GGMLQuantizationType(self._number("I"))]
             shapes.append(shape)
-            places.append((self._number("Q"), math.prod(shape) * nbytes // block, name))
+            extents.append((self._number("Q"), math.prod(shape) * nbytes // block, name))
         start = -(-self._at // alignment) * alignment
         end = 0
-        for offset, length, name in sorted(places):
+        for offset, length, name in sorted(extents):
             if offset < end or start + offset + length > self._size:
                 what = "lies in another tensor" if offset < end else f"claims {length} bytes at {start + offset}"
                 raise ValueError(f"{name} {what}, the file has {self._size} bytes")
@@ -95,7 +96,7 @@ class _Header:
         return shapes
 
     def _value(self, kind: int, name: str) -> list[Any]:
-        """The numbers of a field, for an array of them the first few; the rest is only counted."""
+        """The numbers of a field, of an array the first ``_MAX_KEPT``; the others are only counted."""
         if kind in _SCALARS:
             self._count(1, name)
             return [self._number(_SCALARS[kind])]
@@ -109,7 +110,7 @@ class _Header:
         self._count(length, name)
         if inner in _SCALARS:
             width = struct.calcsize(_SCALARS[inner])
-            kept = min(length, 10_000)
+            kept = min(length, _MAX_KEPT)
             if length * width > self._left():
                 raise ValueError(f"{name} claims {length} values, the file ends before")
             values = list(struct.unpack(f"{self._order}{kept}{_SCALARS[inner]}", self._take(kept * width)))
@@ -123,12 +124,12 @@ class _Header:
 
     def _count(self, values: int, name: str) -> None:
         self._values += values
-        if self._values > _MOST_VALUES:
-            raise ValueError(f"{name}: more than {_MOST_VALUES} values stand in the header")
+        if self._values > _MAX_VALUES:
+            raise ValueError(f"{name}: the header has more than {_MAX_VALUES} values")
 
     def _name(self) -> str:
         length = self._number("Q")
-        if length > _MOST_NAME:
+        if length > _MAX_NAME:
             raise ValueError(f"a name claims {length} bytes")
         return self._take(length).decode("utf-8")
 
@@ -152,8 +153,8 @@ class _Header:
         return self._size - self._at
 
 
-def _check_claim(name: str, values: list[Any], shapes: list[list[int]]) -> None:
-    """ValueError for a number of modules, or a size of one, that the tensors do not have."""
+def _check_field(name: str, values: list[Any], shapes: list[list[int]]) -> None:
+    """Raise ValueError for more modules, or larger ones, than the tensors have."""
     if _COUNTS.search(name):
         most, have = len(shapes), f"the file has {len(shapes)} tensors"
     elif _SIZES.search(name) or _HEADS.search(name):

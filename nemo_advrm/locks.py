@@ -139,19 +139,21 @@ def _lease(path: Path) -> SoftFileLease:
 def _acquired(path: Path, what: Path, key: str) -> SoftFileLease:
     """Raises InUse, OSError."""
     lease = _lease(path)
-    existed, owner = path.exists(), lease.owner
-    started, waited = time.monotonic(), 0.0
+    owner = lease.owner
+    had_ended = owner is not None and _is_on_this_host(owner) and not _command(owner.pid)
+    started = time.monotonic()
     try:
         try:
             lease.acquire(blocking=False)
         except Timeout:
+            existed = path.exists()
             _wait(lease, path, what, key)
-            waited = time.monotonic() - started
+            # a shorter wait for a readable lock ended because its holder released it
+            had_ended = existed and (owner is None or time.monotonic() - started >= LEASE_SECONDS)
     except LeaseSettingsMismatch:  # filelock would never take it over
         told = f"{path} was written by another version: remove it when that process has ended"
         raise InUse(f"{_in_use(what, owner, key)} ({told})") from None
-    # a wait that was shorter ended because the holder released the lock
-    if existed and (owner is None or not waited or waited >= LEASE_SECONDS):
+    if had_ended:
         print(f"{what}: took over the lock of {_described(owner)}, which has ended without releasing it", flush=True)
     return lease
 

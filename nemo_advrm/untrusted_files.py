@@ -1,7 +1,7 @@
-"""JSON and YAML files that somebody else may have written: plain values come out of them, or one error.
+"""Reads JSON and YAML files that may be downloaded or damaged: returns plain values, or raises one error.
 
-That is every checkpoint, tokenizer, card and run directory: any may have been downloaded or damaged. Nothing in them is
-resolved: ``${...}`` and ``_target_`` are text here, and refused where text goes on into a configuration.
+These are the files of every checkpoint, tokenizer, model card and run directory. Size, depth and digits are limited.
+Nothing is resolved: ``${...}`` and ``_target_`` stay text, and are refused where a text becomes configuration.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ from nemo_advrm.errors import CheckpointError, UserError, one_line
 
 # the index of a model of a hundred thousand tensors has some 10 MB
 MAX_BYTES = 64 << 20
-MAX_DEPTH = 100  # lists and objects in each other
-MAX_DIGITS = 300  # of a whole number: more are no float
+MAX_DEPTH = 100  # of nested lists and objects
+MAX_DIGITS = 300  # of an integer: a float cannot hold more
 _MAX_YAML_BYTES = 16 << 20
 _MAX_YAML_VALUES = 1_000_000
 
 
 class TooDeep(ValueError):
-    """JSON with more than ``MAX_DEPTH`` lists and objects in each other."""
+    """JSON that is nested more than ``MAX_DEPTH`` levels deep."""
 
     def __init__(self) -> None:
-        super().__init__(f"nested too deeply (more than {MAX_DEPTH} lists and objects in each other)")
+        super().__init__(f"nested too deeply (more than {MAX_DEPTH} levels of lists and objects)")
 
 
 def decode_json(text: str | bytes) -> Any:
-    """The JSON value of a whole text (bytes are UTF-8).
+    """Parse a JSON text (bytes are UTF-8).
 
-    Raises ValueError for anything else, :class:`TooDeep`, and numbers of more than ``MAX_DIGITS`` digits.
+    Raises ValueError for invalid JSON, for an integer of more than ``MAX_DIGITS`` digits, and :class:`TooDeep`.
     """
     try:
         value = DECODER.decode(text.decode("utf-8") if isinstance(text, bytes) else text)
@@ -43,7 +43,7 @@ def decode_json(text: str | bytes) -> Any:
 
 
 def check_depth(value: Any) -> None:
-    """Raise :class:`TooDeep` when lists and objects stand more than ``MAX_DEPTH`` deep in each other."""
+    """Raise :class:`TooDeep` when a value is nested more than ``MAX_DEPTH`` levels deep."""
     level = [value]
     for _ in range(MAX_DEPTH + 1):
         inner = [item.values() if isinstance(item, dict) else item for item in level if isinstance(item, dict | list)]
@@ -63,9 +63,9 @@ DECODER = json.JSONDecoder(parse_int=_whole_number)
 
 
 def read_bytes(path: Path, limit: int = MAX_BYTES) -> bytes:
-    """A file of at most ``limit`` bytes; raises OSError, and ValueError for more or for no regular file."""
+    """Read a regular file; raises OSError, and ValueError when it is larger than ``limit`` or another kind."""
     if path.exists() and not path.is_file() and not path.is_dir():
-        raise ValueError("is no regular file")  # a pipe would be waited for
+        raise ValueError("is no regular file")  # reading a pipe would block
     with open(path, "rb") as file:
         content = file.read(limit + 1)
     if len(content) > limit:
@@ -74,15 +74,15 @@ def read_bytes(path: Path, limit: int = MAX_BYTES) -> bytes:
 
 
 def read_json(path: Path) -> Any:
-    """The value in a file; raises OSError, and ValueError as :func:`decode_json` and :func:`read_bytes` do."""
+    """Parse a JSON file; raises OSError, and ValueError as :func:`decode_json` and :func:`read_bytes` do."""
     return decode_json(read_bytes(path))
 
 
 def read_json_object(path: Path, error: type[UserError] = CheckpointError, what: str = "") -> dict[str, Any]:
-    """The object in a file.
+    """Parse a JSON file that must hold an object.
 
-    Raises ``error`` that names the file, after ``what``: it cannot be read, is larger than such a file is, is no JSON
-    (numbers of thousands of digits and thousands of brackets are none either), or holds something else.
+    Raises ``error``, which names the file after ``what``, when the file cannot be read, exceeds a limit of this module,
+    is not JSON, or holds another value.
     """
     start = f"{what or path}: "
     name = f"{path.name}: " if what else ""
@@ -98,7 +98,10 @@ def read_json_object(path: Path, error: type[UserError] = CheckpointError, what:
 
 
 def decode_yaml(data: bytes) -> Any:
-    """The plain value of a YAML text; raises ValueError, in one line, also for one that its own references let grow."""
+    """Parse a YAML text into plain values; raises ValueError in one line.
+
+    Aliases may expand a short text to billions of values, so the values are counted.
+    """
     try:
         if len(data) > _MAX_YAML_BYTES:
             raise ValueError(f"has more than {_MAX_YAML_BYTES} bytes")
@@ -109,7 +112,7 @@ def decode_yaml(data: bytes) -> Any:
             inner = [item.values() if isinstance(item, dict) else item for item in nested]
             left -= sum(map(len, inner))
             if left < 0:
-                raise ValueError("its references make it larger than any configuration")
+                raise ValueError("its aliases make it larger than any configuration")
             level = [item for items in inner for item in items]
     except RecursionError:
         raise ValueError("nested too deeply") from None
@@ -119,10 +122,9 @@ def decode_yaml(data: bytes) -> Any:
 
 
 def parse_yaml(data: bytes, source: str) -> dict[str, Any]:
-    """The mapping in the bytes of a YAML file, plain values only.
+    """Parse the bytes of a YAML file that must hold a mapping.
 
-    Raises CheckpointError that names ``source``: damaged, no mapping, or one that grows to a million values by its
-    own references.
+    Raises CheckpointError, which names ``source``, for invalid YAML, another value, or a million values by aliases.
     """
     try:
         value = decode_yaml(data)

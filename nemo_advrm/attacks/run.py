@@ -16,7 +16,7 @@ from nemo_advrm.config.schema import Config
 from nemo_advrm.data.jsonl import read_jsonl, write_jsonl_atomic
 from nemo_advrm.data.sft_scores import SFTScores
 from nemo_advrm.data.tokenizers import Tokenizer
-from nemo_advrm.engine import checkpoint, manifest, stopping
+from nemo_advrm.engine import manifest, stopping
 from nemo_advrm.engine.collectives import run_on_rank_zero
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.models.trainable import derive_seed
@@ -25,7 +25,7 @@ from nemo_advrm.rewards.base import RewardSource
 from nemo_advrm.rewards.find_rule import asks_others
 from nemo_advrm.rollouts.types import Prompt
 from nemo_advrm.run_directory import results
-from nemo_advrm.training.run_training import drop_training_checkpoints, records, tokenizer_meta
+from nemo_advrm.training.run_training import drop_training_checkpoints, records, save_model
 
 
 def check_target_members(cfg: Config, members: int) -> None:
@@ -98,8 +98,7 @@ class AttackRun:
         if module is not None:
             if held_out is not None:
                 measured = held_out.measure(module.model, target, home)
-            limit = cfg.trainer.timeout_minutes
-            checkpoint.save(home / "model", module.model, meta=tokenizer_meta(module), limit_minutes=limit)
+            save_model(home, module)
         seconds = time.monotonic() - started
         summary = run_on_rank_zero(of_adversary, home, seconds, measured)
         results.mark(home, "summary.json", summary, records(home))
@@ -130,7 +129,7 @@ def join_attacks(cfg: Config, directory: Path) -> dict[str, Any]:
     everyone = [home for own in homes.values() for home in own]
     run_on_rank_zero(_join_records, directory, everyone)
     # not samples.jsonl, in which selection marks rows; its rows are counted
-    left = [f"{home.name}/{name}" for home in everyone for name in (manifest.NAME, "summary.json")]
+    left = [f"{home.name}/{name}" for home in everyone for name in (manifest.NAME, "summary.json", *records(home))]
     left += [name for name in ("metrics.jsonl", HELD_OUT_REFERENCE) if (directory / name).exists()]
     results.mark(directory, "summary.json", result, left)
     return result

@@ -37,7 +37,9 @@ class TrainerConfig:
         False, "train on while a copy in host memory is written; docs/checkpoints.md", restart=Restart.FREE
     )
     verify_checkpoints: bool = key(
-        True, "compare all files with their hashes before training goes on; false: sizes only", restart=Restart.FREE
+        False,
+        "hash weights when they are saved and before training continues; false: only small files, and sizes",
+        restart=Restart.FREE,
     )
     timeout_minutes: float = key(
         30.0, "longest wait for another process; then the job ends and names it", POSITIVE, restart=Restart.FREE

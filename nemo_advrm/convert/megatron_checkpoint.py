@@ -57,7 +57,7 @@ class MegatronSource:
     def __init__(self, path: Path, tokenizer: Path | None = None) -> None:
         self.path = path
         meta = read_meta(path)
-        problem = manifest.wrong_size(path, except_for="meta.json") if (path / manifest.NAME).exists() else None
+        problem = manifest.small_damage(path, except_for="meta.json") if (path / manifest.NAME).exists() else None
         if problem is not None:
             raise CheckpointError(f"{path}: could not be read ({problem})")
         model = read_model(meta, path)
@@ -130,7 +130,6 @@ class MegatronSink:
         assert shapes.keys() == specs.keys(), shapes.keys() ^ specs.keys()
         self._specs = {name: TensorSpec(shape, specs[name].dtype) for name, shape in shapes.items()}
         self._left = set(self._specs)
-        self._files: dict[str, manifest.Entry] = {}
         self.nbytes = sum(spec.nbytes for spec in self._specs.values())
         self._outputs = outputs
         if description.tokenizer is not None:
@@ -146,9 +145,7 @@ class MegatronSink:
         if name not in self._left:
             raise CheckpointError(f"{self.path}: {name} is not expected, or came twice")
         self._left.remove(name)
-        file = self._writer.write(name, pad_vocabulary(tensor, self._rows) if name in VOCABULARY_ROWS else tensor)
-        # now, while the system has it in memory
-        self._files |= manifest.describe(self._directory.partial, [f"{WEIGHTS}/{file}"])
+        self._writer.write(name, pad_vocabulary(tensor, self._rows) if name in VOCABULARY_ROWS else tensor)
 
     def close(self) -> None:
         if self._left:
@@ -182,9 +179,8 @@ class MegatronSink:
         }
         (partial / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
         # the tokenizer and the model file beside them may be edited
-        files = {"meta.json", *(f"{WEIGHTS}/{name}" for name in manifest.names_in(partial / WEIGHTS))}
-        rest = manifest.describe(partial, sorted(files - self._files.keys()))
-        manifest.write(partial, dict(sorted({**self._files, **rest}.items())))
+        names = ["meta.json", *(f"{WEIGHTS}/{name}" for name in manifest.names_in(partial / WEIGHTS))]
+        manifest.write(partial, manifest.describe(partial, names))
         self._directory.complete()
 
     def __enter__(self) -> Self:

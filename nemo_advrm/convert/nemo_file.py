@@ -29,9 +29,9 @@ from nemo_advrm.data.vocabulary import check_vocabulary
 from nemo_advrm.engine.file_readers import reason
 from nemo_advrm.engine.gpt import Head
 from nemo_advrm.engine.model import padded_vocab_size
-from nemo_advrm.engine.weights_metadata import check_places, read_metadata
+from nemo_advrm.engine.weights_metadata import check_positions, read_metadata
 from nemo_advrm.errors import CheckpointError, DataError
-from nemo_advrm.files import put
+from nemo_advrm.files import atomic_replace
 from nemo_advrm.untrusted_files import decode_json, parse_yaml
 
 CONFIG, WEIGHTS = "model_config.yaml", "model_weights"
@@ -208,7 +208,7 @@ class _ArchivedReader(StackedReader):
     def __init__(self, archive: NemoArchive) -> None:
         names = {PREFIX + theirs: PREFIX + ours for ours, theirs in _RENAMED.items()}
         metadata = read_metadata(archive.read(f"{WEIGHTS}/.metadata"), str(archive.path), names)
-        check_places(metadata, lambda name: archive.size(f"{WEIGHTS}/{name}"), str(archive.path))
+        check_positions(metadata, lambda name: archive.size(f"{WEIGHTS}/{name}"), str(archive.path))
         super().__init__(Path(WEIGHTS), metadata, str(archive.path))
         self._reader.fs = _Members(archive)  # type: ignore[assignment]
 
@@ -301,7 +301,7 @@ class NemoSink:
         for member, file in {CONFIG: config, **self._files}.items():
             self._tar.add(file, arcname=f"./{member}")
         self._tar.close()
-        put(self._directory.partial / _ARCHIVE, self.path)
+        atomic_replace(self._directory.partial / _ARCHIVE, self.path)
 
     def __enter__(self) -> Self:
         partial = self._directory.make()

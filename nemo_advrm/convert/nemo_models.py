@@ -27,7 +27,7 @@ from nemo_advrm.convert.dist_weights import StackedWriter, check_layers
 from nemo_advrm.convert.megatron_checkpoint import TOKENIZER, read_model
 from nemo_advrm.convert.nemo_archive import NemoArchive
 from nemo_advrm.convert.nemo_file import CONFIG, WEIGHTS, archived_weights, check_complete, read_config
-from nemo_advrm.convert.partial import hold_output, release_output
+from nemo_advrm.convert.partial import lock_output, unlock_output
 from nemo_advrm.convert.tensor_names import canonical_shapes
 from nemo_advrm.convert.tokenizer_files import copy_tokenizer
 from nemo_advrm.data.tokenizers import build_tokenizer
@@ -36,7 +36,7 @@ from nemo_advrm.engine.collectives import run_on_rank_zero
 from nemo_advrm.engine.description import check_description, check_section, check_texts
 from nemo_advrm.engine.gpt import Head
 from nemo_advrm.errors import CheckpointError
-from nemo_advrm.files import put
+from nemo_advrm.files import atomic_replace
 
 if TYPE_CHECKING:
     from nemo_advrm.models.trainable import TrainableModel
@@ -66,7 +66,7 @@ def save_model(model: TrainableModel, path: Path) -> None:
     rt = runtime.current()
     partial = path.with_name(path.name + ".partial")
     network, _ = next(iter(model.trained().values()))
-    run_on_rank_zero(hold_output, path)
+    run_on_rank_zero(lock_output, path)
     try:
         run_on_rank_zero(lambda: _written(path, lambda: checkpoint.make_empty(partial, partial)))
         checkpoint.save(partial / "checkpoint", network)
@@ -74,7 +74,7 @@ def save_model(model: TrainableModel, path: Path) -> None:
     finally:
         if rt.is_writer:
             shutil.rmtree(partial, ignore_errors=True)
-            release_output(path)
+            unlock_output(path)
 
 
 def _written(path: Path, work: Callable[[], None]) -> None:
@@ -107,7 +107,7 @@ def _pack(model: TrainableModel, partial: Path, path: Path) -> None:
         if (partial / TOKENIZER).is_dir():
             tar.add(partial / TOKENIZER, arcname=f"./{TOKENIZER}")
         tar.add(partial / "checkpoint" / "weights", arcname=f"./{WEIGHTS}")
-    put(partial / "archive", path)
+    atomic_replace(partial / "archive", path)
 
 
 def restore_model(

@@ -1,4 +1,4 @@
-"""A directory that appears under its own name only when it is complete."""
+"""The output of a conversion: a directory or file that gets its final name only when it is complete."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ _SPARE_BYTES = 16 * 2**20  # configuration, tokenizer, descriptions
 
 
 class PartialDirectory:
-    """``DIR.partial`` while it is written, ``DIR`` once :meth:`complete` renamed it.
+    """A directory that is written as ``NAME.partial`` and renamed by :meth:`complete`.
 
-    Raises CheckpointError on construction when DIR exists, cannot be made, or the disk has no room for ``nbytes``.
+    Raises CheckpointError on construction when ``path`` exists, cannot be created, or the disk has less than ``nbytes``
+    free.
     """
 
     def __init__(self, path: Path, nbytes: int) -> None:
@@ -34,11 +35,12 @@ class PartialDirectory:
             )
 
     def make(self) -> Path:
-        """An empty partial; what an interrupted conversion left is removed.
+        """Create the empty ``NAME.partial``; the rest of an interrupted conversion is removed.
 
-        Raises ConfigError that names the process that is writing DIR, CheckpointError when it has just been written.
+        Raises ConfigError, which names the process, when another one is writing ``path``, and CheckpointError when
+        ``path`` has been written meanwhile.
         """
-        hold_output(self.path)
+        lock_output(self.path)
         self._made = True
         try:
             self._check_free()
@@ -50,26 +52,25 @@ class PartialDirectory:
         return self.partial
 
     def complete(self) -> None:
-        files.sync_tree(self.partial)
-        files.rename(self.partial, self.path)
+        files.atomic_replace(self.partial, self.path)
 
     def remove(self) -> None:
-        """Remove what :meth:`make` made, once it is not wanted or has its own name, and let others write DIR."""
+        """Remove ``NAME.partial``, if it was not completed, and release the lock."""
         if self._made:
             self._made = False
             shutil.rmtree(self.partial, ignore_errors=True)
-            release_output(self.path)
+            unlock_output(self.path)
 
     def _check_free(self) -> None:
         if self.path.exists() or self.path.is_symlink():
             raise CheckpointError(f"{self.path}: exists already; choose another out, or remove it")
 
 
-def hold_output(path: Path) -> None:
-    """Make this process the one that writes ``path``; raises ConfigError that names the one that does."""
+def lock_output(path: Path) -> None:
+    """Make this process the only one that writes ``path``; raises ConfigError, which names the one that does."""
     locks.acquire(path.parent, path.name, path, "out")
 
 
-def release_output(path: Path) -> None:
-    """Let others write ``path``; nothing is left beside it."""
+def unlock_output(path: Path) -> None:
+    """Let other processes write ``path``."""
     locks.release(path.parent, path.name)

@@ -263,7 +263,7 @@ def dump_line(row: Any) -> str:
 
 def write_jsonl_atomic(path: str | Path, rows: Iterable[Any]) -> None:
     """Write `rows` to a temporary file beside `path`, then rename: a reader sees the old file or the new one, whole."""
-    with files.replacing(Path(path), errors=_LONE_SURROGATES) as file:
+    with files.atomic_write(Path(path), errors=_LONE_SURROGATES) as file:
         for row in rows:
             file.write(dump_line(row) + "\n")
 

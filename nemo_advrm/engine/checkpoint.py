@@ -1,12 +1,14 @@
-"""Megatron distributed checkpoints of model and optimizer: atomic, checked, loadable at any layout.
+"""Saves and loads model and optimizer as Megatron distributed checkpoints, which open at any parallel layout.
 
-A checkpoint is a directory ``{meta.json, manifest.json, weights/}``. It is written under another name and renamed
-when every rank is done, so a directory of the right name is complete; the manifest tells if it was damaged since.
+A checkpoint is a directory ``{meta.json, manifest.json, weights/}``. It is written as ``NAME.partial`` and renamed when
+every rank has written its files, so that a directory with its final name is complete. Damage that came later is found
+by the manifest.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import re
 import shutil
@@ -37,11 +39,11 @@ from nemo_advrm.untrusted_files import read_json_object
 
 FORMAT = 1
 WEIGHTS = "weights"  # directory of Megatron's files
-# how often the ranks ask each other whether all are done while one waits for a save
+# how often the ranks ask each other whether all have written, while a save is waited for
 LOOK_SECONDS = 1.0
-# how long a save that is given up may take to write the tensors in work
+# how long the threads of a save that is given up may take to finish the tensor they write
 DROP_SECONDS = 60.0
-# how torch.save tells of a full disk
+# how torch.save reports a full disk
 _WRITE_FAILED = re.compile("inline_container|iostream error")
 
 _log = logging.getLogger(__name__)
@@ -60,16 +62,18 @@ def _optimizer_meta(optimizer: MegatronOptimizer | None) -> dict[str, bool]:
 
 
 class Saving:
-    """A checkpoint on its way to ``path``; all ranks make it, and end it with :meth:`finish` or :meth:`drop`.
+    """A checkpoint that is being written; all ranks create it, and end it with :meth:`finish` or :meth:`drop`.
 
     Args:
-        model, optimizer: whose state is saved as it is now.
-        meta: anything JSON holds (step, tokenizer, history).
-        in_background: copy the state to host memory, so that training may go on while threads write the copy. Without
-            it nothing may change the state before :meth:`finish` has returned.
+        path: the final name.
+        model, optimizer: their present state is saved.
+        meta: further JSON values for ``meta.json`` (step, tokenizer, history).
+        in_background: copy the state to host memory, so that training can continue while threads write the copy.
+            Without it nothing may change the state before :meth:`finish` has returned.
+        hash_weights: list the hashes of all files in the manifest, which reads every file again.
 
     Raises:
-        CheckpointError: it cannot be written; nothing is left of it then.
+        CheckpointError: it cannot be written; no file of it is left.
     """
 
     def __init__(
@@ -80,58 +84,61 @@ class Saving:
         meta: dict[str, Any] | None = None,
         *,
         in_background: bool,
+        hash_weights: bool = False,
     ) -> None:
         self.path = path
+        self._hash_weights = hash_weights
         self._partial = path.with_name(path.name + ".partial")
         self._writers: FileWriters | None = None
         described = _meta(model, {**(meta or {}), **_optimizer_meta(optimizer)})
         with self._failing():
-            # the state itself has no name here: it would outlive its copy
+            # no variable for the whole state here: it would keep the tensors alive beside their copies
             sharded, common = save_preprocess(_state(model, optimizer))
             write_on_rank_zero(path, lambda: self._begin(described, common))
-            self._writers = FileWriters(sharded, self._partial / WEIGHTS, copy=in_background)
+            self._writers = FileWriters(sharded, self._partial / WEIGHTS, in_background, hash_weights)
 
     @property
     def written(self) -> bool:
-        """Whether the files of this rank are written, or could not be; :meth:`finish` need not wait for them then."""
+        """Whether this rank has written its files, or failed to; :meth:`finish` then waits for other ranks only."""
         return self._writers is not None and self._writers.ended
 
     def finish(self, limit_minutes: float) -> None:
-        """Wait until all ranks have written their files, then give the checkpoint its name; all ranks call.
+        """Wait until all ranks have written their files, then give the checkpoint its final name; all ranks call.
 
         An existing checkpoint of that name is replaced only once the new one is complete.
 
-        Raises CheckpointError on every rank when any cannot write, or needs more than ``limit_minutes``.
+        Raises CheckpointError on every rank when one cannot write, or takes longer than ``limit_minutes``.
         """
         assert self._writers is not None
         with self._failing():
             self._wait(self._writers, limit_minutes)
             gathered = self._writers.gather()
             write_on_rank_zero(self.path, lambda: self._writers.write_metadata(gathered))  # type: ignore[union-attr]
-            files = self._measured({f"{WEIGHTS}/{k}": v for k, v in self._writers.entries.items()})
-            write_on_rank_zero(self.path, lambda: manifest.write(self._partial, files))
-            write_on_rank_zero(self.path, lambda: put_in_place(self._partial, self.path))
+            entries = self._described({f"{WEIGHTS}/{k}": v for k, v in self._writers.entries.items()})
+            write_on_rank_zero(self.path, lambda: manifest.write(self._partial, entries))
+            synced = manifest.WEIGHTS_SUFFIX
+            write_on_rank_zero(self.path, lambda: files.atomic_replace(self._partial, self.path, synced))
 
     def drop(self) -> None:
-        """Stop writing and remove what was written; each rank for itself, whatever has become of the others."""
+        """Stop writing and remove what was written; without collectives, since other ranks may have ended."""
         if self._writers is not None and not self._writers.stop(DROP_SECONDS):
-            _log.warning("%s: its files are given up, but the file system does not end the last write", self.path)
+            _log.warning("%s: the save is given up, but the file system does not finish the last write", self.path)
         if runtime.current().is_writer:
-            shutil.rmtree(self._partial, ignore_errors=True)  # a full disk is not left fuller
+            shutil.rmtree(self._partial, ignore_errors=True)  # free the space on a full disk
 
     def _begin(self, described: dict[str, Any], common: dict[str, Any]) -> None:
         make_empty(self._partial / WEIGHTS, self._partial)
-        manifest.write_json(self._partial / "meta.json", described)
+        files.write_text(self._partial / "meta.json", json.dumps(described, indent=1))
         write_common(self._partial / WEIGHTS, common)
 
-    def _measured(self, known: dict[str, manifest.Entry]) -> dict[str, manifest.Entry]:
+    def _described(self, known: dict[str, manifest.Entry]) -> dict[str, manifest.Entry]:
         try:
-            return manifest.measure(self._partial, known)
+            return manifest.describe_all(self._partial, known, self._hash_weights)
         except OSError as error:  # on every rank
             raise could_not_write(self.path, error, everywhere=True) from error
 
     def _wait(self, writers: FileWriters, limit_minutes: float) -> None:
-        """The ranks ask each other every ``LOOK_SECONDS``, so that none is left in a collective for long."""
+        """Poll all ranks every ``LOOK_SECONDS``: a collective that waits for a slow disk would look like a hang."""
         rank = runtime.current().rank
         deadline = time.monotonic() + 60 * limit_minutes
         while True:
@@ -145,7 +152,7 @@ class Saving:
 
     @contextlib.contextmanager
     def _failing(self) -> Iterator[None]:
-        """Leave nothing behind when the block fails; what the disk or Megatron says becomes a CheckpointError."""
+        """Remove the files when the block fails; turn errors of the disk and of Megatron into CheckpointError."""
         try:
             yield
         except (OSError, RuntimeError, CheckpointException) as error:
@@ -164,35 +171,37 @@ def save(
     optimizer: MegatronOptimizer | None = None,
     meta: dict[str, Any] | None = None,
     limit_minutes: float = 30.0,
+    hash_weights: bool = False,
 ) -> None:
     """Write a checkpoint and wait for it; see :class:`Saving`."""
-    Saving(Path(path), model, optimizer, meta, in_background=False).finish(limit_minutes)
+    saving = Saving(Path(path), model, optimizer, meta, in_background=False, hash_weights=hash_weights)
+    saving.finish(limit_minutes)
 
 
 def make_empty(directory: Path, top: Path) -> None:
-    """Make ``directory`` below ``top``, of which nothing is left."""
+    """Remove ``top`` and create the empty ``directory`` below it."""
     shutil.rmtree(top, ignore_errors=True)
     directory.mkdir(parents=True)
 
 
 def write_on_rank_zero(path: Path, work: Callable[[], T]) -> T:
-    """``work`` on the writing rank; a failing disk is a CheckpointError that names ``path``, on every rank."""
+    """Run ``work`` on the writing rank; an OSError becomes a CheckpointError that names ``path``, on every rank."""
 
-    def told() -> T:
+    def checked() -> T:
         try:
             return work()
         except OSError as error:
             raise could_not_write(path, error) from error
 
-    return run_on_rank_zero(told)
+    return run_on_rank_zero(checked)
 
 
 def could_not_write(path: Path, error: BaseException, everywhere: bool = False) -> CheckpointError:
-    """The error of a failed save; ``everywhere``: every rank raises it."""
+    """The error for a failed save; ``everywhere``: every rank raises it."""
     reason = _reason(error, path.parent)
-    told = CheckpointError(f"{path}: could not be written ({reason}); the checkpoint before it is untouched")
-    told.everywhere = everywhere
-    return told
+    failed = CheckpointError(f"{path}: could not be written ({reason}); the checkpoint before it is untouched")
+    failed.everywhere = everywhere
+    return failed
 
 
 def _state(model: MegatronModel, optimizer: MegatronOptimizer | None) -> dict[str, Any]:
@@ -203,51 +212,20 @@ def _state(model: MegatronModel, optimizer: MegatronOptimizer | None) -> dict[st
 
 
 def _reason(error: BaseException, directory: Path) -> str:
-    """One line: of a failure on several ranks, the first one's."""
+    """The reason in one line; that of the first rank when several failed."""
     failures: dict[int, Any] = getattr(error, "failures", {})
-    said = next((f"rank {rank}: {one_line(failure)}" for rank, (failure, _) in sorted(failures.items())), None)
-    reason = said or one_line(error)
+    first = next((f"rank {rank}: {one_line(failure)}" for rank, (failure, _) in sorted(failures.items())), None)
+    reason = first or one_line(error)
     if _WRITE_FAILED.search(reason):
         usage = shutil.disk_usage(directory)
         return f"is the disk full? {usage.free / 1e6:.1f} of {usage.total / 1e6:.1f} MB are free; {reason}"
     return reason
 
 
-def put_in_place(partial: Path, path: Path) -> None:
-    """Give a complete directory its name; one of that name is replaced.
-
-    A kill at any moment leaves the old one or the new one, under its name or where :func:`recover` finds it.
-    """
-    recover(path)
-    new, old = _aside(path)
-    shutil.rmtree(new, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
-    files.sync_tree(partial, written=".distcp")
-    partial.rename(new)
-    if path.exists():
-        path.rename(old)
-    with contextlib.suppress(FileNotFoundError):  # a reader recovered it
-        files.rename(new, path)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def recover(path: Path) -> None:
-    """Finish a replacement that was killed when nothing bore the name; any rank may call, also several at once."""
-    for left in _aside(path):
-        if not path.exists():
-            with contextlib.suppress(OSError):
-                left.rename(path)
-
-
-def _aside(path: Path) -> tuple[Path, Path]:
-    """Names of a complete checkpoint that is to replace ``path``, and of the one that it replaces."""
-    return path.with_name(path.name + ".new"), path.with_name(path.name + ".old")
-
-
 def read_meta(path: Path) -> dict[str, Any]:
-    """The description of a checkpoint; raises CheckpointError when it is missing or incomplete."""
+    """The content of ``meta.json``; raises CheckpointError when the checkpoint is missing or incomplete."""
     path = Path(path)
-    recover(path)
+    files.finish_interrupted_replace(path)
     if not path.exists():
         raise CheckpointError(f"{path}: there is no such checkpoint")
     try:
@@ -263,9 +241,9 @@ def read_meta(path: Path) -> dict[str, Any]:
 
 
 def check_tokenizer(tokenizer: Tokenizer, model: ModelConfig, path: str = "") -> None:
-    """Raise CheckpointError for a tokenizer with ids beyond the embedding of the checkpoint ``path``, or of ``model``.
+    """Raise CheckpointError when a tokenizer has ids beyond the embedding of the checkpoint ``path``, or of ``model``.
 
-    ``path``: what the weights come from; empty for random ones.
+    ``path`` is empty for random weights.
     """
     if path and (rows := read_meta(Path(path)).get("vocab_size")) is not None:
         check_vocabulary(tokenizer, int(rows), path)
@@ -287,14 +265,14 @@ def _check_architecture(path: Path, meta: dict[str, Any], model: MegatronModel) 
 def load(
     path: Path, model: MegatronModel, optimizer: MegatronOptimizer | None = None, *, new_head: bool = False
 ) -> dict[str, Any]:
-    """Read weights (and optimizer state) into ``model`` at its own layout; returns the checkpoint's description.
+    """Load weights (and optimizer state) into ``model`` at its own layout; returns the content of ``meta.json``.
 
     Args:
-        new_head: keep the model's own head and take only the trunk. Without it the head must be the
-            checkpoint's: a head is never re-initialised silently.
+        new_head: load the trunk only and keep the model's own head. Without it the checkpoint must have the model's
+            head: a head is never initialised silently.
 
     Raises:
-        CheckpointError: missing, incomplete or damaged checkpoint, another architecture or head.
+        CheckpointError: the checkpoint is missing, incomplete or damaged, or has another architecture or head.
     """
     path = Path(path)
     meta = read_meta(path)
@@ -306,7 +284,7 @@ def load(
     if optimizer is not None and not meta.get("has_optimizer"):
         raise CheckpointError(f"{path}: has no optimizer state, so training cannot continue from it")
     if run_on_rank_zero((path / manifest.NAME).exists):  # converted checkpoints have none
-        problem = manifest.damage(path, full=False, except_for="meta.json")  # which was just read
+        problem = manifest.damage(path, verify_weights=False, except_for="meta.json")  # which was just read
         if problem is not None:
             raise CheckpointError(f"{path}: could not be read ({problem})")
     model_state = model.sharded_state_dict()
@@ -319,7 +297,7 @@ def load(
     try:
         loaded = load_weights(state, path / WEIGHTS)
         check_fp8_states(loaded["model"], str(path / WEIGHTS))
-    except (Exception, CheckpointException) as error:  # many types for a damaged directory; the user needs one sentence
+    except (Exception, CheckpointException) as error:  # a damaged directory raises many types
         raise _could_not_read(path, error) from error
     _load_model_state(model, loaded["model"], strict=not new_head)
     if optimizer is not None and started:
@@ -330,7 +308,7 @@ def load(
 
 
 def _could_not_read(path: Path, error: BaseException) -> CheckpointError:
-    """One line: of a failure on several ranks, the first one's."""
+    """The error in one line; that of the first rank when several failed."""
     failures: dict[int, Any] = getattr(error, "failures", {})
     first = next((failure for _, (failure, _) in sorted(failures.items())), error)
     kind = "" if isinstance(first, CheckpointError) else f"{type(first).__name__}: "

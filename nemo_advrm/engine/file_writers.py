@@ -1,11 +1,16 @@
 """Writes one rank's files of a Megatron checkpoint in threads of the training process.
 
-Threads, and not Megatron's writer processes. Its queue forks (``TemporalAsyncCaller``) or spawns
+Megatron-Core's own asynchronous save was rejected. It forks (``TemporalAsyncCaller``) or spawns
 (``PersistentAsyncCaller``) a process per rank, which forks one more per file. In a forked child the threads of gloo,
-NCCL and CUDA do not exist, while the locks that they held stay locked; a spawned one imports everything anew on every
-rank; both outlive a killed training, and Megatron waits without limit for one that was killed itself. A thread ends
-with its process. PyTorch releases the GIL while it computes a tensor's checksum and while the kernel writes, and
-hashlib while it hashes, so that training goes on meanwhile.
+NCCL and CUDA do not exist, but the locks that they held stay locked. A spawned process imports everything again on
+every rank. Both outlive a killed training, and Megatron waits without limit for a writer that was killed. A thread ends
+with its process. PyTorch releases the GIL while it computes a checksum and while the kernel writes, and hashlib while
+it hashes, so training continues meanwhile.
+
+Threads need two private parts of megatron-core 0.16: the plan of a save before it starts its processes
+(``TorchDistSaveShardedStrategy._get_save_and_finalize_callbacks``), and the function that writes one file
+(``FileSystemWriterAsync.write_preloaded_data``). The public interface has no place between planning and writing. The
+version is therefore pinned in setup.py, and another version of Megatron needs another writer.
 """
 
 from __future__ import annotations
@@ -41,7 +46,7 @@ _BACKEND, _VERSION = "torch_dist", 1
 
 
 class _Plan(TorchDistSaveShardedStrategy):
-    """Megatron's strategy up to the moment when each rank knows what it has to write."""
+    """Megatron's strategy, stopped when each rank knows what it has to write."""
 
     writer: filesystem_async.FileSystemWriterAsync
     metadata: Metadata | None  # on the coordinator
@@ -53,12 +58,11 @@ class _Plan(TorchDistSaveShardedStrategy):
 
 
 def write_common(directory: Path, state: dict[str, Any]) -> None:
-    """Write what is not sharded; on the writing rank.
+    """Write the state that is not sharded; on the writing rank.
 
-    ``dist_checkpointing.save`` does it between its collectives, in which the other ranks would wait for a writer whose
-    disk is full.
+    ``dist_checkpointing.save`` writes it between its collectives: with a full disk the other ranks would wait there.
     """
-    contents = io.BytesIO()  # torch.save tells of a failing file by a RuntimeError
+    contents = io.BytesIO()  # torch.save would report a full disk by a RuntimeError
     torch.save(state, contents)
     with open(directory / COMMON_STATE_FNAME, "wb") as file:
         file.write(contents.getbuffer())
@@ -67,33 +71,35 @@ def write_common(directory: Path, state: dict[str, Any]) -> None:
 
 
 class FileWriters:
-    """The threads, one a file, that write what this rank holds of a sharded state; started at once.
+    """Threads, one per file, that write this rank's part of a sharded state; they start at once.
 
     Args:
-        state: the sharded part of Megatron's state dict (``save_preprocess``), emptied here; all ranks make their
+        state: the sharded part of Megatron's state dict (``save_preprocess``); emptied here. All ranks create their
             writers together.
         directory: where the files go; it exists and is empty.
-        copy: the state may change as soon as this returns. Without it, it must not before the writers have ended.
+        copy: the state may change as soon as this returns. Without it, not before the threads have ended.
+        hash_weights: read each file again for its hash.
 
     Attributes:
-        written: what Megatron's metadata needs to know of every item.
-        entries: size and hash of each file by its name, for the manifest.
-        failure: what went wrong first; the files are useless then.
+        written: where each item was written, for Megatron's metadata.
+        entries: what the manifest says of each file, by its name.
+        failure: the first error; the files are then unusable.
     """
 
-    def __init__(self, state: dict[str, Any], directory: Path, copy: bool) -> None:
+    def __init__(self, state: dict[str, Any], directory: Path, copy: bool, hash_weights: bool = False) -> None:
         self.directory = directory
+        self._hash_weights = hash_weights
         self.written: list[WriteResult] = []
         self.entries: dict[str, manifest.Entry] = {}
         self.failure: BaseException | None = None
         self._stopped = threading.Event()
         self._plan = _Plan(_BACKEND, _VERSION)
-        if filesystem_async._results_queue is None:  # else Megatron starts a process for it
+        if filesystem_async._results_queue is None:  # else Megatron starts a process for the queue
             filesystem_async._results_queue = queue.Queue()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             self._plan.async_save(state, directory)
-        state.clear()  # what was gathered for saving lives no longer than it takes to copy it
+        state.clear()  # the gathered tensors are freed as soon as they are copied
         buckets, self._plan.writer.write_buckets = self._plan.writer.write_buckets or [], []
         self._threads: list[threading.Thread] = []
         try:
@@ -108,7 +114,7 @@ class FileWriters:
 
     @property
     def ended(self) -> bool:
-        """Whether all files of this rank are written and hashed, or given up."""
+        """Whether all files of this rank are written and described, or given up."""
         return not any(thread.is_alive() for thread in self._threads)
 
     def wait(self, seconds: float) -> bool:
@@ -119,12 +125,12 @@ class FileWriters:
         return self.ended
 
     def stop(self, seconds: float) -> bool:
-        """Give the files up after the tensors in work; returns whether that took at most ``seconds``."""
+        """Stop after the tensors that are being written; returns whether that took at most ``seconds``."""
         self._stopped.set()
         return self.wait(seconds)
 
     def gather(self) -> list[list[WriteResult] | str]:
-        """On the writing rank, what every rank wrote or why it failed; all ranks call, after their threads ended."""
+        """What every rank wrote, or why it failed, on the writing rank; all ranks call, after their threads ended."""
         rt = runtime.current()
         mine: list[WriteResult] | str = self.written if self.failure is None else one_line(self.failure)
         if rt.world_size == 1:
@@ -134,9 +140,9 @@ class FileWriters:
         return gathered or []
 
     def write_metadata(self, gathered: list[list[WriteResult] | str]) -> None:
-        """Write Megatron's own files, which make it a checkpoint; on the writing rank.
+        """Write ``.metadata`` and Megatron's configuration; on the writing rank.
 
-        Raises OSError with rank and reason when a rank's files could not be written.
+        Raises OSError, which names rank and reason, when a rank could not write its files.
         """
         results = []
         for rank, outcome in enumerate(gathered):
@@ -150,7 +156,7 @@ class FileWriters:
     def _write(self, path: str, name: str, contents: tuple[list[Any], deque[Any]]) -> None:
         blobs, tensors = contents
         outcome: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        count: queue.Queue[int] = queue.Queue()  # of files in work, for Megatron's function
+        count: queue.Queue[int] = queue.Queue()  # Megatron's function takes one entry per file
         count.put(1)
         try:
             transforms = [self._plan.writer.transforms]
@@ -158,14 +164,14 @@ class FileWriters:
             _, written = outcome.get_nowait()
             if isinstance(written, BaseException):
                 raise written
-            self.entries.update(manifest.describe(self.directory, [name]))
+            self.entries.update(manifest.describe(self.directory, [name], self._hash_weights))
             self.written.extend(written)
-        except BaseException as error:  # nobody else would see it
+        except BaseException as error:  # an exception in a thread is otherwise lost
             self.failure = self.failure or error
             tensors.clear()
 
     def _each(self, tensors: deque[Any]) -> Iterator[Any]:
-        """The items one by one; their memory is free when the next is taken."""
+        """The items one by one; each is freed when the next is taken."""
         while tensors:
             if self._stopped.is_set():
                 raise InterruptedError("given up")
@@ -173,11 +179,11 @@ class FileWriters:
 
 
 def _to_host(tensors: list[Any], copy: bool) -> deque[Any]:
-    """The items with tensors in host memory; the list is emptied on the way, so that both never lie there whole."""
-    left = deque(tensors)
+    """The items with their tensors in host memory; empties ``tensors``, so that both are never held in full."""
+    remaining = deque(tensors)
     tensors.clear()
     moved: deque[Any] = deque()
-    while left:
-        item, tensor = left.popleft()
+    while remaining:
+        item, tensor = remaining.popleft()
         moved.append((item, tensor.detach().to("cpu", copy=copy)))
     return moved

@@ -1,10 +1,16 @@
-"""Lists the files of a checkpoint with sizes and SHA-256, so that damage is found before the checkpoint is used."""
+"""Lists files with their sizes and hashes in ``manifest.json``, so that damage is found before the files are used.
+
+Files of weights (``.distcp``) may have hundreds of gigabytes, so their content is read only when that is asked for
+(``trainer.verify_checkpoints``). Otherwise a manifest has their size and a hash of samples of their content: two
+checkpoints of one model have different manifests, and :func:`digest` tells them apart, at the cost of a megabyte a
+file. All other files are small and always hashed.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
+import logging
 import re
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
@@ -18,19 +24,14 @@ from nemo_advrm.engine.collectives import run_on_rank_zero
 from nemo_advrm.untrusted_files import read_json
 
 NAME = "manifest.json"
+WEIGHTS_SUFFIX = ".distcp"
 _WRITTEN_BY = re.compile(r"__(\d+)_\d+\.distcp$")
-_MAX_DEPTH = 10  # manifests that list each other; ours are 3 deep
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_SAMPLES, _SAMPLE_BYTES = 16, 1 << 16
 
-Entry = dict[str, Any]  # size in bytes, sha256 in hexadecimal digits
+Entry = dict[str, Any]  # {"size": bytes, "sha256": hash of the content, or "samples": hash of samples of it}
 
-
-def write_json(path: Path, value: object) -> None:
-    """Write a file and wait until it is on the disk."""
-    with open(path, "w") as file:
-        json.dump(value, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
+_log = logging.getLogger(__name__)
 
 
 def are_entries(value: object) -> bool:
@@ -41,7 +42,7 @@ def are_entries(value: object) -> bool:
 def _is_entry(value: Any) -> bool:
     if not isinstance(value, dict) or type(value.get("size")) is not int or value["size"] < 0:
         return False
-    return is_digest(value.get("sha256"))
+    return is_digest(value.get("sha256", value.get("samples")))
 
 
 def is_digest(value: Any) -> bool:
@@ -49,7 +50,12 @@ def is_digest(value: Any) -> bool:
     return isinstance(value, str) and bool(_SHA256.fullmatch(value))
 
 
-def measure(directory: Path, known: dict[str, Entry]) -> dict[str, Entry]:
+def describe(directory: Path, names: list[str], hash_weights: bool = False) -> dict[str, Entry]:
+    """The named files, read by this rank alone."""
+    return {name: _entry(directory / name, hash_weights) for name in names}
+
+
+def describe_all(directory: Path, known: dict[str, Entry], hash_weights: bool) -> dict[str, Entry]:
     """Every file of ``directory`` by its relative name; all ranks call, and each reads the files it wrote.
 
     ``known`` are those of this rank that need not be read again. Raises OSError on every rank when a file cannot be
@@ -59,31 +65,25 @@ def measure(directory: Path, known: dict[str, Entry]) -> dict[str, Entry]:
 
     def work() -> dict[str, Entry]:
         names = (n for n in names_in(directory) if _writer(n, rt.world_size) == rt.rank)
-        return {name: known.get(name) or _entry(directory / name) for name in names}
+        return {name: known.get(name) or _entry(directory / name, hash_weights) for name in names}
 
     found: dict[str, Entry] = {}
-    for measured in _on_all(work):
-        if isinstance(measured, Exception):
-            raise measured
-        found.update(measured)
+    for entries in _on_all(work):
+        if isinstance(entries, Exception):
+            raise entries
+        found.update(entries)
     return dict(sorted(found.items()))
 
 
-def describe(directory: Path, names: list[str]) -> dict[str, Entry]:
-    """The named files, read by this rank alone."""
-    return {name: _entry(directory / name) for name in names}
-
-
 def write(directory: Path, entries: dict[str, Entry]) -> None:
-    write_json(directory / NAME, {"files": entries})
+    files.write_text(directory / NAME, json.dumps({"files": entries}, indent=1))
 
 
 def add(directory: Path, name: str, value: object) -> None:
-    """Put one more JSON file into a finished directory, and into its manifest where it has one; this rank alone."""
+    """Add a JSON file to a finished directory, and to its manifest where it has one; this rank alone."""
     files.write_text(directory / name, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
     if (directory / NAME).exists():
-        known = _own_entries(directory)
-        files.write_text(directory / NAME, json.dumps({"files": {**known, name: _entry(directory / name)}}, indent=1))
+        write(directory, {**_read(directory), **describe(directory, [name])})
 
 
 def digest(path: Path) -> str:
@@ -100,27 +100,41 @@ def digest(path: Path) -> str:
     return total.hexdigest() if path.is_dir() else ""
 
 
-def damage(directory: Path, full: bool, except_for: str = "") -> str | None:
-    """What is wrong with the listed files, in a few words, or None; all ranks call and get the same answer.
+def damage(directory: Path, verify_weights: bool, except_for: str = "") -> str | None:
+    """What is wrong with the listed files of a checkpoint, in a few words, or None; all ranks call, with one answer.
 
-    A listed manifest stands for the files that it lists in turn. The sizes are looked at by one rank; with ``full``
-    the contents are read too, a share of the files by every rank. ``except_for`` names a file that may be changed.
+    One rank compares all sizes and the contents of the small files. With ``verify_weights`` the ranks share the files
+    of weights and compare their contents, too. ``except_for`` names a file that may be changed.
     """
-    found: str | dict[str, Entry] = run_on_rank_zero(_sizes_wrong, directory, except_for)
-    if isinstance(found, str) or not full:
+    found: str | dict[str, Entry] = run_on_rank_zero(_small_damage, directory, except_for)
+    if isinstance(found, str) or not verify_weights:
         return found if isinstance(found, str) else None
     rt = runtime.current()
-    mine = sorted(found)[rt.rank :: rt.world_size]
-    entries = found
-    for problem in _on_all(lambda: _contents_wrong(directory, {name: entries[name] for name in mine})):
+    weights = {name: entry for name, entry in found.items() if _is_weights(name)}
+    unknown = [name for name, entry in weights.items() if "sha256" not in entry]
+    if unknown and rt.is_writer:
+        _log.warning(
+            "%s: %d files of weights were saved without hashes (trainer.verify_checkpoints=false): only their sizes "
+            "are compared",
+            directory,
+            len(unknown),
+        )
+    mine = sorted(weights)[rt.rank :: rt.world_size]
+    for problem in _on_all(lambda: _changed(directory, {name: weights[name] for name in mine})):
         if problem is not None:
             return str(problem)
     return None
 
 
 def wrong_size(directory: Path, except_for: str = "") -> str | None:
-    """What :func:`damage` finds without ``full``, by this process alone."""
-    found = _sizes_wrong(directory, except_for)
+    """The first listed file that is missing or has another size, in a few words, or None; this rank alone."""
+    found = _sizes(directory, except_for)
+    return found if isinstance(found, str) else None
+
+
+def small_damage(directory: Path, except_for: str = "") -> str | None:
+    """What :func:`damage` finds without ``verify_weights``; this rank alone."""
+    found = _small_damage(directory, except_for)
     return found if isinstance(found, str) else None
 
 
@@ -129,51 +143,50 @@ def names_in(directory: Path) -> list[str]:
     return sorted(p.relative_to(directory).as_posix() for p in directory.rglob("*") if p.is_file())
 
 
+def _is_weights(name: str) -> bool:
+    return name.endswith(WEIGHTS_SUFFIX)
+
+
 def _writer(name: str, world_size: int) -> int:
-    """The rank that wrote a file: it sees it at once on a network file system, and has it in its memory still."""
+    """The rank that wrote a file: it sees it at once on a network file system, and still has it in memory."""
     match = _WRITTEN_BY.search(name)
     return int(match[1]) % world_size if match else 0
 
 
-def _entry(path: Path) -> Entry:
+def _entry(path: Path, hash_weights: bool) -> Entry:
+    size = path.stat().st_size
     with open(path, "rb") as file:
-        return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+        if hash_weights or not _is_weights(path.name):
+            return {"size": size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+        samples = hashlib.sha256()
+        for i in range(_SAMPLES):
+            file.seek(i * max(0, size - _SAMPLE_BYTES) // (_SAMPLES - 1))
+            samples.update(file.read(_SAMPLE_BYTES))
+        return {"size": size, "samples": samples.hexdigest()}
 
 
-def _own_entries(directory: Path) -> dict[str, Entry]:
-    """What the manifest itself lists; raises OSError or ValueError when it cannot be read."""
+def _read(directory: Path) -> dict[str, Entry]:
+    """What a manifest lists; raises OSError, and ValueError when it is damaged or names files elsewhere."""
     content = read_json(directory / NAME)
     listed = content.get("files") if isinstance(content, dict) else None
     if not listed or not are_entries(listed):
         raise ValueError(f"{NAME} is no manifest")
+    for name in listed:
+        if not name.isprintable() or PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            raise ValueError(f"{name!r} is no file below it")
     return dict(listed)
 
 
-def _listed(directory: Path, above: tuple[Path, ...] = ()) -> dict[str, Entry]:
-    """All entries of the manifest and of those it lists; raises OSError or ValueError when one cannot be read.
+def _sizes(directory: Path, except_for: str) -> str | dict[str, Entry]:
+    """The first file that is missing or has another size, in words; else all that are listed.
 
-    ``above`` are the manifests that list this one.
+    The files of a checkpoint whose manifest is listed count as listed, too.
     """
-    path = (directory / NAME).resolve()
-    if path in above:
-        raise ValueError(f"{NAME} lists itself")
-    if len(above) > _MAX_DEPTH:
-        raise ValueError(f"more than {_MAX_DEPTH} manifests list each other")
-    entries = _own_entries(directory)
-    for name in list(entries):
-        if not name.isprintable() or PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-            raise ValueError(f"{name!r} is no file below it")
-        if name.endswith(f"/{NAME}"):
-            inner = Path(name).parent
-            below = _listed(directory / inner, (*above, path))
-            entries.update({f"{inner}/{key}": entry for key, entry in below.items()})
-    return entries
-
-
-def _sizes_wrong(directory: Path, except_for: str) -> str | dict[str, Entry]:
-    """The first file that is missing or has another size, in words; else all that are listed."""
     try:
-        entries = _listed(directory)
+        entries = _read(directory)
+        for name in [name for name in entries if name.endswith(f"/{NAME}")]:
+            below = name.removesuffix(NAME)
+            entries.update({f"{below}{inner}": entry for inner, entry in _read(directory / below).items()})
     except FileNotFoundError as error:
         return f"{Path(error.filename).relative_to(directory)} is missing"
     except (OSError, ValueError) as error:
@@ -191,10 +204,20 @@ def _sizes_wrong(directory: Path, except_for: str) -> str | dict[str, Entry]:
     return entries
 
 
-def _contents_wrong(directory: Path, entries: dict[str, Entry]) -> str | None:
+def _small_damage(directory: Path, except_for: str) -> str | dict[str, Entry]:
+    """What is wrong with the sizes, or the contents of the small files, in words; else all files that are listed."""
+    found = _sizes(directory, except_for)
+    if isinstance(found, str):
+        return found
+    return _changed(directory, {name: entry for name, entry in found.items() if not _is_weights(name)}) or found
+
+
+def _changed(directory: Path, entries: dict[str, Entry]) -> str | None:
     for name, entry in entries.items():
+        if "sha256" not in entry:
+            continue
         try:
-            if _entry(directory / name)["sha256"] != entry["sha256"]:
+            if _entry(directory / name, hash_weights=True)["sha256"] != entry["sha256"]:
                 return f"the contents of {name} are not those that were written"
         except OSError as error:
             return f"{name} cannot be read: {error.strerror}"

@@ -81,7 +81,7 @@ def open_metadata(directory: Path) -> Metadata:
         return file.stat().st_size if file.is_file() else None
 
     metadata = read_metadata(data, str(path))
-    check_places(metadata, size_of, str(path))
+    check_positions(metadata, size_of, str(path))
     return metadata
 
 
@@ -109,7 +109,7 @@ def read_metadata(data: bytes, source: str, renamed: dict[str, str] | None = Non
     return Metadata(stored, storage_data=places)
 
 
-def check_places(metadata: Metadata, size_of: Callable[[str], int | None], source: str) -> None:
+def check_positions(metadata: Metadata, size_of: Callable[[str], int | None], source: str) -> None:
     """Compare the described storage locations with the files.
 
     Args:

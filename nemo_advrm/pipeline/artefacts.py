@@ -1,4 +1,4 @@
-"""What each stage of a pipeline leaves in the run's directory, and whether it is still there."""
+"""Lists the files that each step of a pipeline writes, and checks that they are still there."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from nemo_advrm.pipeline.branches import home
 from nemo_advrm.pipeline.dag import Step
 from nemo_advrm.run_directory import results
 
-# kinds of stages with a directory of their own, and the file in it that says that they are finished
+# kinds of steps with a directory of their own: the file that marks them as finished, and the check of its content
 _MARKS: dict[str, tuple[str, results.Check]] = {
     **dict.fromkeys(("sft", "train_rm", "rlhf"), ("result.json", results.wrong_metrics)),
     "attack": ("summary.json", summary_file.wrong_adversary),
     "join": ("summary.json", summary_file.wrong_attack),
 }
-# the files of the others, beside the directory that has the stage's name
+# the files of the others, in the run directory or in that of a branch and round
 _FILES = {
     "reference": ("reference.jsonl",),
     "select": ("pairs.jsonl",),
@@ -29,15 +29,15 @@ _FILES = {
 
 
 def describe(directory: Path, step: Step) -> dict[str, manifest.Entry]:
-    """Sizes and hashes of the files of a stage without a directory of its own."""
+    """Sizes and hashes of the files of a step without a directory of its own."""
     return manifest.describe(directory, [name for name in _names(directory, step) if (directory / name).exists()])
 
 
 def are_there(directory: Path, step: Step, written: dict[str, Any] | None) -> bool:
-    """Whether what a complete stage has left is there; False when all of it is gone.
+    """Whether the files of a complete step are there; False when all are gone.
 
-    ``written`` is what :func:`describe` gave. Raises DataError that names the file and the cure when a part is
-    missing, cut or changed.
+    ``written`` is what :func:`describe` returned when the step ended. Raises DataError, which names file and cure, when
+    some are missing, cut or changed.
     """
     if step.kind in _MARKS:
         place = directory / step.name

@@ -1,4 +1,4 @@
-"""Which stages of a run are complete, how long they took, and how that survives a kill."""
+"""Records in ``state.json`` which steps of a run are complete and how long they took."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ _CURE = "restore it, or remove it: trainings whose result is there are not done 
 class RunState:
     """``state.json``: ``{"stages": {NAME: {status, seconds, started, finished, git}}, "versions", "seed"}``.
 
-    ``versions`` are those that the run was begun with, ``git`` is the commit that a stage was last begun with ("" where
-    there is none).
+    ``versions`` are those at the start of the run, ``git`` is the commit at the last start of a step ("" without git).
 
-    Every rank reads it; the writing rank replaces it atomically. Jobs that run different stages of one directory at
-    the same time change their own entries only. All ranks call every method, and all raise when the file fails.
+    Every rank reads the file; the writing rank replaces it atomically. Jobs that run different steps of one directory
+    at the same time change their own entries only. All ranks call every method, and all raise when the file cannot be
+    read or written.
     """
 
     def __init__(self, path: Path, seed: int) -> None:
@@ -50,21 +50,21 @@ class RunState:
         return self.data["stages"].get(name, {}).get(key)
 
     def set_detail(self, name: str, **details: Any) -> None:
-        """Keep further facts of a stage."""
+        """Record further facts of a step."""
         self._update({name: details})
 
     @contextlib.contextmanager
     def running(self, name: str) -> Iterator[None]:
-        """Mark a stage complete when the block ends without an error; failed attempts count in its time."""
+        """Mark a step complete when the block ends without an error; its time includes failed attempts."""
         before = float(self.data["stages"].get(name, {}).get("seconds", 0.0))
         started = time.monotonic()
         self.set_detail(name, status="running", started=_now(), git=self._git)
         try:
             yield
         except BaseException:
-            # the other ranks may be gone: only what this rank can do alone
+            # no collectives: the other ranks may have ended
             if runtime.current().is_writer:
-                with contextlib.suppress(OSError, DataError):  # what ended the stage counts
+                with contextlib.suppress(OSError, DataError):  # the error that ended the step is raised
                     self._write({name: {"seconds": round(before + time.monotonic() - started, 3)}})
             raise
         seconds = round(before + time.monotonic() - started, 3)
@@ -84,7 +84,7 @@ class RunState:
         return read_state(self.path)
 
     def _write(self, changes: dict[str, dict[str, Any]]) -> dict[str, Any]:
-        """The new content: what the file holds, with ``changes`` laid over its stages."""
+        """Merge ``changes`` into the file; returns the new content."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with locks.locked(self.path.parent, self.path.stem, self.path):
             data = self._read() if self.path.exists() else self.data
@@ -118,7 +118,7 @@ def _is_duration(value: Any) -> bool:
     return type(value) in (int, float) and 0 <= value < math.inf
 
 
-# what is read of a stage again
+# what is read of a step, with its check
 _DETAILS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "status": (_is_text, "a text"),
     "seconds": (_is_duration, "a number of seconds"),

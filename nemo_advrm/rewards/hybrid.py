@@ -176,7 +176,7 @@ def _open(
             tokenizer = running  # the rule by which finished conversations are read is the reward model's
         problem = None
         if run_on_rank_zero((Path(policy) / manifest.NAME).exists):
-            problem = manifest.damage(Path(policy), full=cfg.trainer.verify_checkpoints)
+            problem = manifest.damage(Path(policy), cfg.trainer.verify_checkpoints)
         if problem is not None:
             raise CheckpointError(f"{place}: the frozen policy {policy} is damaged ({problem})")
         own = dataclasses.replace(cfg, model=member_config(meta, cfg.model))

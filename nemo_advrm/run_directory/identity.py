@@ -1,8 +1,9 @@
-"""Which run a directory holds: its configuration, its stage and its data, and what of them may differ when it goes on.
+"""Decides whether a command continues the run in a directory, by comparing configuration, stage and data.
 
-A run of the pipeline may get further arms (``pipeline.rlhf.NAME``) and branches (``pipeline.branches.NAME``): what is
-finished stays, and ``config.yaml`` holds them from then on, behind those that it held. Who asks for a part of the arms
-that a run holds works on these alone. Arms of several RLHF runs may get more of them (``pipeline.rlhf_seeds``).
+Some keys may differ (see :class:`nemo_advrm.config.fields.Restart`). A run of the pipeline may get further arms
+(``pipeline.rlhf.NAME``) and branches (``pipeline.branches.NAME``): finished steps stay, and ``config.yaml`` lists the
+new ones after its own. A command that names some of a run's arms works on these only. Arms with several RLHF runs may
+get more of them (``pipeline.rlhf_seeds``).
 """
 
 from __future__ import annotations
@@ -37,26 +38,29 @@ _ADDED = re.compile(rf"pipeline\.({'|'.join(ADDABLE)})\.(.+)")
 _log = logging.getLogger(__name__)
 
 
-def go_on(cfg: Config, directory: Path, about: dict[str, Any]) -> None:
-    """Print and record what differs between this job and the run in ``directory``; the caller holds its config lock.
+def check_same_run(cfg: Config, directory: Path, about: dict[str, Any]) -> None:
+    """Check that this job continues the run in ``directory``; print and record what differs.
+
+    The caller holds the lock of the directory's configuration.
 
     Args:
-        about: ``stage`` and ``inputs`` of this job, for ``versions.yaml``.
+        about: ``seed``, ``stage`` and ``inputs`` of this job, for ``versions.yaml``.
 
-    Raises ConfigError when the directory holds a run of another configuration, stage or data.
+    Raises:
+        ConfigError: the directory holds a run of another configuration, stage or data.
     """
     path = directory / "versions.yaml"
     if not path.exists():
-        _log.warning("%s is missing: a new one is begun, and what the run's data was before is not known", path)
+        _log.warning("%s is missing: a new one is written; whether the run's data has changed is unknown", path)
     found = _compare(cfg, directory, about)
     if found.known and found.lacking:
-        _log.warning("%s lacks %s, which are written anew", path, " and ".join(found.lacking))
-    if found.is_news:
+        _log.warning("%s lacks %s, which are added", path, " and ".join(found.lacking))
+    if found.has_changes:
         _write(directory, found, about)
 
 
 def _read_versions(path: Path) -> dict[str, Any]:
-    """What is known of the run; a file that cannot be read is put aside, with a word."""
+    """The content of ``versions.yaml``; a file that cannot be read is renamed, with a warning."""
     if not path.exists():
         return {}
     try:
@@ -68,9 +72,8 @@ def _read_versions(path: Path) -> dict[str, Any]:
             raise ValueError("its changes are no changes of keys")
         return known
     except ValueError as error:
-        aside = path.with_name(f"{path.name}.damaged")
-        path.replace(aside)
-        _log.warning("%s cannot be read (%s) and was renamed to %s: a new one is begun", path, error, aside.name)
+        aside = files.set_aside(path)
+        _log.warning("%s cannot be read (%s) and was renamed to %s: a new one is written", path, error, aside.name)
         return {}
 
 
@@ -78,51 +81,52 @@ def _is_change(change: Any) -> bool:
     return isinstance(change, dict) and isinstance(change.get("key"), str) and "to" in change
 
 
-def _completed(held: dict[str, Any]) -> dict[str, Any]:
-    """What an older version wrote with the present keys; those that it did not know have their defaults."""
-    found: dict[str, Any] = _laid_over(current_config(held), yaml.safe_load(resolved(Config())))  # noqa: TID251 (just written)
+def _with_defaults(saved: dict[str, Any]) -> dict[str, Any]:
+    """A saved configuration with the present names of its keys, and defaults for keys that an older version lacked."""
+    defaults = yaml.safe_load(resolved(Config()))  # noqa: TID251 (just written)
+    found: dict[str, Any] = _merged(current_config(saved), defaults)
     for section, (_, kind) in ADDABLE.items():
-        parts, defaults = found["pipeline"][section], dataclasses.asdict(kind())
-        found["pipeline"][section] = {name: {**defaults, **options} for name, options in parts.items()}
+        parts, own = found["pipeline"][section], dataclasses.asdict(kind())
+        found["pipeline"][section] = {name: {**own, **options} for name, options in parts.items()}
     return found
 
 
-def _laid_over(before: Any, defaults: Any) -> Any:
+def _merged(before: Any, defaults: Any) -> Any:
     if not isinstance(before, dict) or not isinstance(defaults, dict):
         return before
-    return {**defaults, **{key: _laid_over(value, defaults.get(key)) for key, value in before.items()}}
+    return {**defaults, **{key: _merged(value, defaults.get(key)) for key, value in before.items()}}
 
 
 @dataclasses.dataclass(frozen=True)
 class _Comparison:
-    """A run's directory beside what a job asks for.
+    """The run in a directory, and what a job changes of it.
 
     Attributes:
-        known: ``versions.yaml``.
-        held: ``config.yaml``.
+        known: content of ``versions.yaml``.
+        saved: content of ``config.yaml``.
         changes: what has changed since the last job, as it is recorded.
-        added: arms and branches that the run does not hold, by key.
+        added: new arms and branches, by key.
     """
 
     known: dict[str, Any]
-    held: dict[str, Any]
+    saved: dict[str, Any]
     changes: list[dict[str, Any]]
     added: dict[str, dict[str, Any]]
 
     @property
-    def is_news(self) -> bool:
+    def has_changes(self) -> bool:
         return bool(self.changes or self.added or self.lacking)
 
     @property
     def lacking(self) -> list[str]:
-        """What ``versions.yaml`` should tell and does not."""
+        """Keys that ``versions.yaml`` should have and has not."""
         return [key for key in ("seed", "stage", "inputs") if key not in self.known]
 
 
 def _compare(cfg: Config, directory: Path, about: dict[str, Any]) -> _Comparison:
     """Raises ConfigError for another run's configuration, stage or data."""
-    held = held_arms.read_config(directory / "config.yaml")
-    before = _completed(held)
+    saved = held_arms.read_config(directory / "config.yaml")
+    before = _with_defaults(saved)
     now = yaml.safe_load(resolved(cfg))  # noqa: TID251 (just written)
     known = _read_versions(directory / "versions.yaml")
     begun_by = known.get("stage", about["stage"])
@@ -139,7 +143,7 @@ def _compare(cfg: Config, directory: Path, about: dict[str, Any]) -> _Comparison
                 f"{digest[:12]} now): restore it, or choose another run_dir"
             )
     recorded = {change["key"]: change["to"] for change in known.get("changes") or []}
-    # values of what differs from config.yaml and may, and of what was changed before
+    # present values of the allowed differences from config.yaml, and of keys that an earlier job changed
     values: dict[str, Any] = {key: _value(before, key) for key in recorded if not _ADDED.fullmatch(key)}
     added: dict[str, dict[str, Any]] = {}
     for key, old, new in _differences(before, now):
@@ -151,7 +155,7 @@ def _compare(cfg: Config, directory: Path, about: dict[str, Any]) -> _Comparison
             )
         if kind is _Difference.ADDED:
             added[key] = new
-        if kind is not _Difference.HELD:
+        if kind is not _Difference.NOT_ASKED:
             values[key] = new
     time_now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     last = {key: recorded.get(key, _value(before, key)) for key in values}
@@ -160,26 +164,26 @@ def _compare(cfg: Config, directory: Path, about: dict[str, Any]) -> _Comparison
         for key, value in sorted(values.items())
         if last[key] != value
     ]
-    # in the order of the configuration, as if they had been there from the start
+    # in the order of the job's configuration
     names = [f"pipeline.{section}.{name}" for section in ADDABLE for name in now["pipeline"][section]]
-    return _Comparison(known, held, changes, {key: added[key] for key in names if key in added})
+    return _Comparison(known, saved, changes, {key: added[key] for key in names if key in added})
 
 
 class _Difference(enum.Enum):
-    """What a job's value means that is not the run's."""
+    """What a difference between a job's value and the run's means."""
 
-    ADDED = enum.auto()  # an arm or branch that the run does not hold
-    HELD = enum.auto()  # one that the run holds and the job does not ask for
+    ADDED = enum.auto()  # a new arm or branch
+    NOT_ASKED = enum.auto()  # an arm or branch of the run that the job does not ask for
     ALLOWED = enum.auto()
     REFUSED = enum.auto()
 
 
 def _kind(key: str, old: Any, new: Any, stage: str) -> _Difference:
-    if stage == "pipeline" and _ADDED.fullmatch(key):  # which the settings of an arm match, too
+    if stage == "pipeline" and _ADDED.fullmatch(key):  # the settings of an arm match, too
         if old is None and isinstance(new, dict):
             return _Difference.ADDED
         if new is None and isinstance(old, dict):
-            return _Difference.HELD
+            return _Difference.NOT_ASKED
     plain = _STAGE_PREFIX.sub("", key)
     moved = plain == "ensemble.members" and sources.only_addresses_differ(old or [], new or [])
     is_allowed = plain in keys_at_restart(Restart.RECORDED) or moved or _only_adds_runs(key, old, new)
@@ -187,16 +191,16 @@ def _kind(key: str, old: Any, new: Any, stage: str) -> _Difference:
 
 
 def _only_adds_runs(key: str, old: Any, new: Any) -> bool:
-    """Whether arms get more RLHF runs, or fewer are asked for; one run alone has its files in another place."""
+    """Whether arms get more RLHF runs, or a job asks for fewer; a single run has its files in another place."""
     return key == "pipeline.rlhf_seeds" and min(old, new) > 1
 
 
 def _write(directory: Path, found: _Comparison, about: dict[str, Any]) -> None:
-    """Print and record what has changed. What a kill leaves of it, the same command completes."""
+    """Print and record what has changed; after a kill in between, the same command completes it."""
     for change in found.changes:
         if change["key"] not in found.added:
             print(f"{directory} goes on with {change['key']}={change['to']!r} (before: {change['from']!r})", flush=True)
-    if found.is_news:
+    if found.has_changes:
         present = versions()
         known = {**(found.known or present), **about}
         known["inputs"] = {**about["inputs"], **(found.known.get("inputs") or {})}
@@ -211,13 +215,13 @@ def _write(directory: Path, found: _Comparison, about: dict[str, Any]) -> None:
         assert match is not None
         section, name = match.groups()
         title, kind = ADDABLE[section]
-        pipeline = found.held.setdefault("pipeline", {})
+        pipeline = found.saved.setdefault("pipeline", {})
         pipeline[section] = {**(pipeline.get(section) or {}), name: options}
         defaults = dataclasses.asdict(kind())
-        told = {setting: value for setting, value in options.items() if value != defaults.get(setting)}
-        line = yaml.safe_dump(told, default_flow_style=True, sort_keys=False, width=10**6).strip()
+        changed = {setting: value for setting, value in options.items() if value != defaults.get(setting)}
+        line = yaml.safe_dump(changed, default_flow_style=True, sort_keys=False, width=10**6).strip()
         print(f"{directory} goes on with a new {title} {name}: {line}", flush=True)
-    files.write_text(directory / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(found.held)))
+    files.write_text(directory / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(found.saved)))
 
 
 def write_versions(directory: Path, content: dict[str, Any]) -> None:
@@ -233,7 +237,7 @@ def _value(config: dict[str, Any], key: str) -> Any:
 
 
 def _differences(before: Any, now: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """(key, value before, value now) of every difference that counts; an absent part of a stage's settings is empty."""
+    """(key, old value, new value) of every difference that matters; absent settings of a stage are empty."""
     if prefix.startswith("stage."):
         before, now = ({} if x is None and isinstance(y, dict) else x for x, y in ((before, now), (now, before)))
     if isinstance(before, dict) and isinstance(now, dict):

@@ -1,4 +1,4 @@
-"""Marks finished work in a run's directory, and finds out whether all that it left is still there."""
+"""Marks finished work in a run directory, and checks that its files are still there."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from pathlib import Path
 from typing import Any
 
 from nemo_advrm import files
-from nemo_advrm.engine import checkpoint, manifest
+from nemo_advrm.engine import manifest
 from nemo_advrm.engine.collectives import run_on_rank_zero
 from nemo_advrm.errors import DataError
 from nemo_advrm.untrusted_files import read_json
 
-# says what is wrong with the content of a file, in a few words, "" for nothing
+# content of a file -> what is wrong with it in a few words, "" when nothing is
 Check = Callable[[dict[str, Any]], str]
 _log = logging.getLogger(__name__)
 
 
 def mark(directory: Path, name: str, value: dict[str, Any], left: list[str]) -> None:
-    """Write ``value`` to ``directory/name``, which says that the work is finished; all ranks call.
+    """Write ``value`` to ``directory/name``, which marks the work as finished; all ranks call.
 
-    ``left`` are the files that the work has left, by their relative names; a listed manifest stands for what it lists.
-    They are on the disk, and their sizes and hashes listed, before the mark is.
+    ``left``: relative names of the files that the work has written; the manifest of a checkpoint stands for its files.
+    They are synced to the disk and listed with sizes and hashes before the mark is written.
     """
 
     def write() -> None:
@@ -43,17 +43,22 @@ def finished(
     wrong: Check | None = None,
     again: str = "the work is done again",
 ) -> dict[str, Any] | None:
-    """What ``mark`` has written, None while the work is not finished; all ranks call.
+    """What :func:`mark` has written, None while the work is not finished; all ranks call.
 
-    ``again`` says what follows when the mark alone is missing. Raises DataError, on every rank, that names the file
-    and the cure when the mark cannot be read, lacks one of ``keys`` or is ``wrong``, and when something that the work
-    left is missing or has another size.
+    Args:
+        keys: the mark must have them.
+        wrong: further check of its content.
+        again: for the warning when only the mark is missing: what happens then.
+
+    Raises:
+        DataError: on every rank; names file and cure: the mark cannot be read or is wrong, or a file of the work is
+            missing or has another size.
     """
 
     def read() -> dict[str, Any] | None:
         found = read_finished(directory, name, keys, wrong)
         if found is None and (directory / manifest.NAME).exists():  # written right before the mark
-            _log.warning("%s is missing, beside what it stands for: %s", directory / name, again)
+            _log.warning("%s is missing, although its files are there: %s", directory / name, again)
         return found
 
     return run_on_rank_zero(read)
@@ -62,16 +67,16 @@ def finished(
 def read_finished(
     directory: Path, name: str, keys: tuple[str, ...] = (), wrong: Check | None = None
 ) -> dict[str, Any] | None:
-    """:func:`finished` by this process alone."""
+    """:func:`finished` for one process."""
     path = directory / name
     if not path.exists():
         return None
     value = read_object(path, keys, f"restore it, or remove {directory} and it is done again", wrong)
     for model in (directory / "model", *directory.glob("*/model")):
-        checkpoint.recover(model)
+        files.finish_interrupted_replace(model)
     if not (directory / manifest.NAME).exists():  # older versions wrote none
         lost = directory / manifest.NAME
-        _log.warning("%s is missing: nobody knows whether all is there that %s stands for", lost, name)
+        _log.warning("%s is missing: the files that %s stands for cannot be checked", lost, name)
         return value
     problem = manifest.wrong_size(directory)
     if problem is not None:
@@ -82,9 +87,9 @@ def read_finished(
 
 
 def read_object(path: Path, keys: tuple[str, ...], cure: str, wrong: Check | None = None) -> dict[str, Any]:
-    """The JSON object in a file.
+    """The JSON object in a file; raises DataError, which names the ``cure``, for anything else.
 
-    Raises DataError with the ``cure`` for anything else, and for one without ``keys`` or that is ``wrong``.
+    So it does for an object that lacks one of ``keys`` or is ``wrong``.
     """
     try:
         value = read_json(path)
@@ -101,7 +106,7 @@ def read_object(path: Path, keys: tuple[str, ...], cure: str, wrong: Check | Non
 
 
 def wrong_metrics(metrics: dict[str, Any], finite: tuple[str, ...] = ()) -> str:
-    """What is wrong with the metrics of a training: all are numbers, ``finite`` ones none that a training refuses."""
+    """What is wrong with the metrics of a training: all must be numbers, those named in ``finite`` finite."""
     for key, value in metrics.items():
         if type(value) not in (int, float):
             return f"{key[:40]!r} is no number"

@@ -79,7 +79,7 @@ def _claim(cfg: Config, directory: Path, stage: str, shared: bool) -> None:
         locks.acquire(directory)
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        run_files.check_places(directory)
+        run_files.check_writable(directory)
         # jobs that start at the same time look one after another; the first writes the configuration
         with locks.locked(directory, "config", directory / "config.yaml"):
             _identify(cfg, directory, stage)
@@ -99,7 +99,7 @@ def _identify(cfg: Config, directory: Path, stage: str) -> None:
                 (directory / name).unlink()
     about = {"seed": cfg.seed, "stage": stage, "inputs": run_files.inputs(cfg)}
     if path.exists():
-        identity.go_on(cfg, directory, about)
+        identity.check_same_run(cfg, directory, about)
         return
     if left := run_files.products(directory):
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""What stands in a run's directory: what is in the way, what a kill has left, and what the run's data looked like."""
+"""Files of a run directory: checks that they can be written, removes rests of killed processes, hashes the inputs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from nemo_advrm import files
 from nemo_advrm.config import for_stage
 from nemo_advrm.config.keys import stages_with_settings
 from nemo_advrm.config.schema import Config
-from nemo_advrm.engine import checkpoint, manifest
+from nemo_advrm.engine import manifest
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.rewards import sources
 from nemo_advrm.untrusted_files import decode_yaml, read_bytes
@@ -27,15 +27,15 @@ _FILES = (
     *("config.yaml", "versions.yaml", "state.json", "metrics.jsonl", "samples.jsonl", "reference.jsonl", "pairs.jsonl"),
     *("result.json", "summary.json", "manifest.json"),
 )
-# what only a run writes, and what says which run it is comes before it
+# what a run writes only after config.yaml
 _PRODUCTS = re.compile(
     r"checkpoints|model|metrics\.jsonl|result\.json|sft(_\d+)?|preferences|attack|rlhf|best_of_n|round_\d+|branches"
 )
 _DATA_KEYS = ("train_path", "validation_path", "prompts_path", "held_out_prompts_path")
 
 
-def check_places(directory: Path) -> None:
-    """Raise ConfigError when something else is where files of a run are to be written."""
+def check_writable(directory: Path) -> None:
+    """Raise ConfigError when a name of a run's file or directory is taken by the other kind, or by a dangling link."""
     for names, is_directory in ((_DIRECTORIES, True), (_FILES, False)):
         for path in (directory / name for name in names):
             if path.is_symlink() and not path.exists():
@@ -46,26 +46,26 @@ def check_places(directory: Path) -> None:
 
 
 def products(directory: Path) -> list[str]:
-    """Names in ``directory`` that a run has written after it had said which run it is."""
+    """Names in ``directory`` that a run has written after its ``config.yaml``."""
     if not directory.is_dir():
         return []
     return sorted(path.name for path in directory.iterdir() if _PRODUCTS.fullmatch(path.name))
 
 
 def clean(directory: Path) -> None:
-    """Remove what killed processes have left half-written below ``directory``, which nobody else writes into."""
+    """Remove half-written files of killed processes below ``directory``, into which no other process writes."""
     for folder, names, _ in os.walk(directory):
         home = Path(folder)
-        for left in files.left_behind(home):
-            left.unlink(missing_ok=True)
-        checkpoint.recover(home / "model")
+        for path in files.temporary_files(home):
+            path.unlink(missing_ok=True)
+        files.finish_interrupted_replace(home / "model")
         for name in ("model.partial", "model.new", "model.old"):
             shutil.rmtree(home / name, ignore_errors=True)
         names[:] = [name for name in names if name not in ("checkpoints", "model", "logs") and (home / name).is_dir()]
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping that a file holds; raises ValueError, in one line, for anything else."""
+    """The mapping in a YAML file; raises ValueError, in one line, for anything else."""
     try:
         found = decode_yaml(read_bytes(path))
     except (OSError, ValueError) as error:
@@ -82,10 +82,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def inputs(cfg: Config) -> dict[str, str]:
-    """SHA-256 of what a run reads, by its path: data files, and checkpoints of ours by the list of their hashes.
+    """SHA-256 of what a run reads, by path: of data files, and of the manifests of checkpoints.
 
-    A store of adversarial pairs may grow while a run goes on and has a check of its own. What is not on this machine
-    (an address, a missing file) is left out: whoever reads it tells.
+    A store of adversarial pairs is left out: it may grow during a run, and has its own check. So is what is not on this
+    machine (an address, a missing file): its reader reports it.
     """
     paths = {path for each in _with_stages(cfg) for path in _paths(each) if path}
     found = {}

@@ -46,8 +46,8 @@ def fit(
     Writes ``metrics.jsonl``, ``checkpoints/`` and the loggers' files below ``directory``.
     """
     checkpoints = directory / "checkpoints"
-    run_on_rank_zero(run_files.check_places, directory)
-    strategy = MegatronStrategy(cfg.trainer.timeout_minutes)
+    run_on_rank_zero(run_files.check_writable, directory)
+    strategy = MegatronStrategy(cfg.trainer.timeout_minutes, cfg.trainer.verify_checkpoints)
     trainer = Trainer(
         accelerator="gpu" if runtime.current().on_gpu else "cpu",
         devices=1,  # processes are Megatron's, see MegatronStrategy
@@ -118,14 +118,25 @@ def write_result(
 
     ``features`` are stored with a hybrid reward model. The module's models are released.
     """
-    limit = module.config.trainer.timeout_minutes
-    checkpoint.save(directory / "model", module.model, meta={**tokenizer_meta(module), **meta}, limit_minutes=limit)
+    save_model(directory, module, **meta)
     if features is not None:
         stored = features
         checkpoint.write_on_rank_zero(directory / "model", lambda: stored.write(directory / "model"))
     results.mark(directory, "result.json", metrics, records(directory))
     drop_training_checkpoints(directory)
     module.release()
+
+
+def save_model(directory: Path, module: TrainableModel, **meta: float) -> None:
+    """Save the trained weights in ``directory/model``; all ranks call."""
+    options = module.config.trainer
+    checkpoint.save(
+        directory / "model",
+        module.model,
+        meta={**tokenizer_meta(module), **meta},
+        limit_minutes=options.timeout_minutes,
+        hash_weights=options.verify_checkpoints,
+    )
 
 
 def records(directory: Path) -> list[str]:

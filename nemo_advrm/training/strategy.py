@@ -38,10 +38,11 @@ class MegatronStrategy(Strategy):
         saving: the background save in progress, if any.
     """
 
-    def __init__(self, limit_minutes: float = 30.0) -> None:
+    def __init__(self, limit_minutes: float = 30.0, hash_weights: bool = False) -> None:
         super().__init__()
         self.runtime = runtime.current()
         self.limit_minutes = limit_minutes
+        self.hash_weights = hash_weights
         self.saving: TrainingSave | None = None
 
     @property
@@ -113,7 +114,14 @@ class MegatronStrategy(Strategy):
         module: TrainableModel = self.lightning_module  # type: ignore[assignment]
         state = {k: checkpoint[k] for k in _KEPT if k in checkpoint}
         background = storage_options == IN_BACKGROUND
-        saving = TrainingSave(Path(filepath), module, state, in_background=background, limit_minutes=self.limit_minutes)
+        saving = TrainingSave(
+            Path(filepath),
+            module,
+            state,
+            in_background=background,
+            limit_minutes=self.limit_minutes,
+            hash_weights=self.hash_weights,
+        )
         if background:
             self.saving = saving
         else:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nemo_advrm import files
 from nemo_advrm.engine import checkpoint, manifest, runtime
 from nemo_advrm.engine.collectives import all_reduce_max
 
@@ -25,6 +27,7 @@ class TrainingSave:
         in_background: copy everything now, and write the copy while training continues. Otherwise all files are written
             when the constructor returns, and only the rename is left to :meth:`finish`.
         limit_minutes: longest wait for the files.
+        hash_weights: list the hashes of all files, which reads them again.
 
     Raises:
         CheckpointError: it cannot be written; its files are removed.
@@ -38,6 +41,7 @@ class TrainingSave:
         *,
         in_background: bool,
         limit_minutes: float = 30.0,
+        hash_weights: bool = False,
     ) -> None:
         self.path = path
         self._partial = path.with_name(path.name + ".partial")
@@ -48,7 +52,14 @@ class TrainingSave:
             checkpoint.write_on_rank_zero(path, lambda: self._begin(trainer_state))
             for name, (model, optimizer) in module.trained().items():
                 meta = {"tokenizer": module.tokenizer.fingerprint}
-                part = checkpoint.Saving(self._partial / name, model, optimizer, meta, in_background=in_background)
+                part = checkpoint.Saving(
+                    self._partial / name,
+                    model,
+                    optimizer,
+                    meta,
+                    in_background=in_background,
+                    hash_weights=hash_weights,
+                )
                 self._parts.append(part)
                 if not in_background:
                     self._finish_parts()
@@ -81,7 +92,7 @@ class TrainingSave:
 
     def _begin(self, trainer_state: dict[str, Any]) -> None:
         checkpoint.make_empty(self._partial, self._partial)
-        manifest.write_json(self._partial / TRAINER_STATE, trainer_state)
+        files.write_text(self._partial / TRAINER_STATE, json.dumps(trainer_state, indent=1))
 
     def _finish_parts(self) -> None:
         while self._parts:
@@ -89,9 +100,9 @@ class TrainingSave:
             self._parts.pop(0)
 
     def _complete(self) -> None:
-        files = [TRAINER_STATE, *(f"{name}/{manifest.NAME}" for name in self._names)]
-        manifest.write(self._partial, manifest.describe(self._partial, files))
-        checkpoint.put_in_place(self._partial, self.path)
+        listed = [TRAINER_STATE, *(f"{name}/{manifest.NAME}" for name in self._names)]
+        manifest.write(self._partial, manifest.describe(self._partial, listed))
+        files.atomic_replace(self._partial, self.path, manifest.WEIGHTS_SUFFIX)
 
 
 def load_training_state(path: Path, module: TrainableModel) -> None:

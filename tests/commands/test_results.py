@@ -272,6 +272,6 @@ def test_a_missing_mark_or_manifest_is_a_warning_in_words_of_the_work(
     (run / manifest.NAME).unlink()
     assert results.finished(run, "result.json") == RESULT
     first, second = [record.getMessage() for record in caplog.records if record.name == results.__name__]
-    assert first.endswith("result.json is missing, beside what it stands for: it is joined again")
-    assert second.endswith("nobody knows whether all is there that result.json stands for")
+    assert first.endswith("result.json is missing, although its files are there: it is joined again")
+    assert second.endswith("the files that result.json stands for cannot be checked")
     assert capsys.readouterr().out == ""

@@ -178,7 +178,7 @@ def test_a_file_is_replaced_whole_and_synced_before_it_bears_its_name(
     monkeypatch.setattr(os, "replace", lambda a, b: (done.append("renamed"), replace(a, b)))
     files.write_text(tmp_path / "a.json", "1")
     assert len(done) == 3 and done[0].endswith(".tmp") and done[1:] == ["renamed", str(tmp_path)]
-    with pytest.raises(ZeroDivisionError), files.replacing(tmp_path / "a.json") as file:
+    with pytest.raises(ZeroDivisionError), files.atomic_write(tmp_path / "a.json") as file:
         file.write("2")
         raise ZeroDivisionError
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("a.json", "1")]

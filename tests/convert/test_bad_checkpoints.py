@@ -263,7 +263,7 @@ def test_a_damaged_megatron_checkpoint_is_refused(older: Path) -> None:
     data = older / "weights" / "__0_0.distcp"  # the embedding
     whole = data.read_bytes()
     data.write_bytes(whole[: len(whole) // 2])
-    refused_ours(older, "embedding.word_embeddings.weight should lie at bytes 0 to", "__0_0.distcp, which has")
+    refused_ours(older, "embedding.word_embeddings.weight should be at bytes 0 to", "__0_0.distcp, which has")
     data.write_bytes(whole[:100] + bytes(len(whole) - 100))
     refused_ours(older, "embedding.word_embeddings.weight could not be read")
     data.unlink()

@@ -110,7 +110,7 @@ def test_a_claim_that_the_file_does_not_bear_out_is_one_line(kind: str, tmp_path
 
 
 def test_the_values_of_all_fields_are_counted_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gguf_limits, "_MOST_VALUES", 10)
+    monkeypatch.setattr(gguf_limits, "_MAX_VALUES", 10)
     fields = tuple(field(f"a{i}", 9, struct.pack("<IQ", 0, 4) + b"1234") for i in range(3))
     check_header(file(tmp_path / "two.gguf", fields[:2]))
     with pytest.raises(CheckpointError, match="a2: more than 10 values"):

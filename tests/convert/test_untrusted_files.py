@@ -226,14 +226,18 @@ def listing(name: str, size: str = "1") -> str:
         listing("\ud800"),
         listing("/etc/manifest.json"),
         listing("../manifest.json"),
-        listing("itself/manifest.json"),
         listing("x" * 5_000),
     ],
 )
 def test_a_list_of_files_that_no_checkpoint_has_is_damage(tmp_path: Path, text: str) -> None:
     (tmp_path / "manifest.json").write_text(text)
-    (tmp_path / "itself").symlink_to(".")
     assert "cannot be read: " in str(manifest.wrong_size(tmp_path))
+
+
+def test_a_list_of_files_that_lists_itself_is_damage(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text(listing("itself/manifest.json"))
+    (tmp_path / "itself").symlink_to(".")
+    assert manifest.wrong_size(tmp_path)
 
 
 def test_weights_of_another_name_than_those_that_are_checked_are_refused(hf: Path, tmp_path: Path) -> None:

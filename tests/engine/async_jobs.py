@@ -98,10 +98,10 @@ def fail_on_first_rank(path: str, file: str) -> tuple[str, bool, int]:
         make_empty(directory, top)
         (directory / file).symlink_to("/dev/full")
 
-    def unreadable(read: Path) -> manifest.Entry:
+    def unreadable(read: Path, hash_weights: bool) -> manifest.Entry:
         if read.name == file:
             raise OSError(errno.EIO, os.strerror(errno.EIO), str(read))
-        return entry(read)
+        return entry(read, hash_weights)
 
     failing = {
         "common.pt": mock.patch.object(checkpoint, "make_empty", full),

@@ -59,7 +59,7 @@ def save_with_files_limited_to(path: str, size: int) -> str:
 
 def newest_in(directory: str) -> str:
     """Name of the training checkpoint that would be gone on from."""
-    found = newest_usable(Path(directory), verify=True)
+    found = newest_usable(Path(directory), verify_weights=True)
     return found.name if found else ""
 
 

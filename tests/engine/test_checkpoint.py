@@ -16,6 +16,7 @@ import torch
 from distributed import Worlds
 from tiny import VOCABULARY, optimizer_state, tiny_config
 
+from nemo_advrm import files
 from nemo_advrm.engine import checkpoint
 from nemo_advrm.engine.model import MegatronModel, build_model
 from nemo_advrm.engine.runtime import Layout, Runtime
@@ -147,7 +148,7 @@ def test_a_kill_at_any_moment_of_a_replacement_leaves_the_old_or_the_new_checkpo
         path, partial = home / "model", home / "model.partial"
         shutil.copytree(tmp_path / "old", path)
         shutil.copytree(tmp_path / "new", partial)
-        killed = _kill_in_child(lambda path=path, partial=partial: checkpoint.put_in_place(partial, path), moment)
+        killed = _kill_in_child(lambda path=path, partial=partial: files.atomic_replace(partial, path), moment)
         found.append(checkpoint.load(path, _build())["which"])
         checkpoint.save(path, _build(), meta={"which": "next"})  # and what was left is in nobody's way
         assert checkpoint.load(path, _build())["which"] == "next"

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from nemo_advrm import signals
-from nemo_advrm.engine import checkpoint
+from nemo_advrm.engine import stopping
 from nemo_advrm.errors import CheckpointError, Preempted
 from nemo_advrm.signals import SIGNALS
 from nemo_advrm.training.callbacks.preemption import PreemptionCheckpoint
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("single")
 @pytest.fixture
 def elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """Another rank has got a signal."""
-    monkeypatch.setattr(checkpoint, "all_reduce_max", lambda value: 1)
+    monkeypatch.setattr(stopping, "all_reduce_max", lambda value: 1)
 
 
 class FakeStrategy:

@@ -1,4 +1,4 @@
-"""Saves training checkpoints at a set interval and finds the newest one that is whole."""
+"""Saves training checkpoints at an interval, and finds the newest undamaged one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
-from nemo_advrm.engine import checkpoint, manifest, runtime, stopping
+from nemo_advrm import files
+from nemo_advrm.engine import manifest, runtime, stopping
 from nemo_advrm.engine.collectives import run_on_rank_zero
 from nemo_advrm.errors import CheckpointError
 from nemo_advrm.training.callbacks.preemption import stopped_and_saved
@@ -22,24 +23,25 @@ _NAME = re.compile(r"step_(\d+)")
 
 
 def saved_steps(directory: Path) -> list[Path]:
-    """Complete checkpoints in ``directory``, oldest first. Half-written ones bear another name."""
+    """Complete checkpoints in ``directory``, oldest first; half-written ones have another name."""
     if not directory.is_dir():
         return []
     found = [(int(match[1]), p) for p in directory.iterdir() if (match := _NAME.fullmatch(p.name))]
     return [path for _, path in sorted(found)]
 
 
-def newest_usable(directory: Path, verify: bool) -> Path | None:
-    """The newest whole checkpoint in ``directory``, None when there is none at all; all ranks call.
+def newest_usable(directory: Path, verify_weights: bool) -> Path | None:
+    """The newest undamaged checkpoint in ``directory``, None when there is no checkpoint; all ranks call.
 
-    Damaged ones that are newer are renamed to ``step_NNNNNNNN.damaged``, with a warning that says what is wrong.
-    ``verify`` compares the contents of every file with the checkpoint's hashes, and not the sizes alone.
+    Newer damaged ones are renamed to ``step_NNNNNNNN.damaged``, and a warning says what is wrong.
+    All sizes and the contents of the small files are compared with the manifests, with ``verify_weights`` the contents
+    of the weights, too.
 
-    Raises CheckpointError when there are checkpoints, but none is whole: a training must not start again unnoticed.
+    Raises CheckpointError when every checkpoint is damaged: a training must not start again unnoticed.
     """
     damaged: list[tuple[Path, str]] = []
     for path in reversed(run_on_rank_zero(_tidy, directory)):
-        problem = manifest.damage(path, verify)
+        problem = manifest.damage(path, verify_weights)
         if problem is None:
             run_on_rank_zero(_set_aside, damaged, path)
             return path
@@ -53,9 +55,9 @@ def newest_usable(directory: Path, verify: bool) -> Path | None:
 
 
 def _tidy(directory: Path) -> list[Path]:
-    """Remove what killed saves left half-written; returns the complete checkpoints, oldest first."""
+    """Remove half-written checkpoints of killed saves; returns the complete ones, oldest first."""
     for left in [*directory.glob("step_*.new"), *directory.glob("step_*.old")]:
-        checkpoint.recover(left.with_suffix(""))
+        files.finish_interrupted_replace(left.with_suffix(""))
     for suffix in ("partial", "new", "old"):
         for left in directory.glob(f"step_*.{suffix}"):
             shutil.rmtree(left, ignore_errors=True)
@@ -64,20 +66,17 @@ def _tidy(directory: Path) -> list[Path]:
 
 def _set_aside(damaged: list[tuple[Path, str]], used: Path) -> None:
     for path, problem in damaged:
-        aside = path.with_name(path.name + ".damaged")
-        shutil.rmtree(aside, ignore_errors=True)
-        path.rename(aside)
+        aside = files.set_aside(path)
         _log.warning("%s is damaged (%s): going on from %s; it was renamed to %s", path, problem, used.name, aside.name)
 
 
 class PeriodicCheckpoint(Checkpoint):
     """Saves ``step_NNNNNNNN`` every ``every`` steps and keeps the newest ``keep``.
 
-    With ``in_background`` training goes on while a copy is written. One save is under way at a time: the end of every
-    step asks whether it is written (an all-reduce of one number, while there is one), completes it if so, and waits for
-    it when the next is due.
+    With ``in_background`` training continues while a copy is written. There is one save at a time: the end of each step
+    asks whether it is written (an all-reduce of one number), completes it if so, and waits for it when the next is due.
 
-    A signal that came during a save stops the training (Preempted) at the step that was saved.
+    A signal during a save stops the training (Preempted) at the step that was saved.
     """
 
     def __init__(self, directory: Path, every: int, keep: int, in_background: bool = False) -> None:
@@ -124,7 +123,7 @@ class PeriodicCheckpoint(Checkpoint):
 
     def _remove_oldest(self) -> None:
         for old in saved_steps(self.directory)[: -self.keep]:
-            # renamed first: what a kill leaves half-removed must not look like a checkpoint
-            leaving = old.with_name(old.name + ".partial")
-            old.rename(leaving)
-            shutil.rmtree(leaving, ignore_errors=True)
+            # renamed first: after a kill a half-removed directory must not look like a checkpoint
+            partial = old.with_name(old.name + ".partial")
+            old.rename(partial)
+            shutil.rmtree(partial, ignore_errors=True)
