@@ -134,7 +134,7 @@ def check_positions(metadata: Metadata, size_of: Callable[[str], int | None], so
             sizes[name] = size
         if place.offset < 0 or place.length < 0 or place.offset + place.length > sizes[name]:
             raise CheckpointError(
-                f"{source}: {index.fqn} should lie at bytes {place.offset} to {place.offset + place.length} of {name}, "
+                f"{source}: {index.fqn} should be at bytes {place.offset} to {place.offset + place.length} of {name}, "
                 f"which has {sizes[name]}"
             )
         held[index.fqn] += place.length
