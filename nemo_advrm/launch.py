@@ -18,10 +18,10 @@ from nemo_advrm.config.schema import Config
 from nemo_advrm.errors import EXIT_PREEMPTED, ConfigError
 from nemo_advrm.rank_info import RankInfo, host_name
 
-# seconds that the processes have after a TERM to save their state before they are killed
+# time for the processes to save their state after a TERM, before they are killed
 SHUTDOWN_SECONDS = 90
-# between looks for a signal to hand on
-LOOK_SECONDS = 0.1
+# between two checks for a signal to forward
+POLL_SECONDS = 0.1
 
 
 def relaunch(cfg: Config, argv: list[str]) -> int | None:
@@ -52,7 +52,7 @@ def _run(command: list[str], processes: int) -> int:
     from nemo_advrm.logging_setup import quiet_libraries
 
     quiet_libraries()
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # failures are told below
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # failures are reported below
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -64,7 +64,7 @@ def _run(command: list[str], processes: int) -> int:
         shutdown_timeout=SHUTDOWN_SECONDS,
         signals_to_handle="SIGINT,SIGHUP,SIGQUIT",  # at TERM it would end with 143 whatever the processes have saved
     )
-    with signals.owned(), _handed_on():
+    with signals.owned(), _signals_forwarded():
         try:
             elastic_launch(config, command[0])(*command[1:])
         except ChildFailedError as failed:
@@ -75,27 +75,27 @@ def _run(command: list[str], processes: int) -> int:
 
 
 @contextlib.contextmanager
-def _handed_on() -> Iterator[None]:
-    """Hand the signal that comes to this process on to the others, also to those that start later: they save and end.
+def _signals_forwarded() -> Iterator[None]:
+    """Forward a signal that this process gets to its children, also to those that start later; they save and exit.
 
-    What is left of them ``SHUTDOWN_SECONDS`` after a TERM is killed.
+    Children that are alive ``SHUTDOWN_SECONDS`` after a TERM are killed.
     """
-    over = threading.Event()
-    thread = threading.Thread(target=_hand_on, args=(over,), name="signals", daemon=True)
+    stop = threading.Event()
+    thread = threading.Thread(target=_forward_signals, args=(stop,), name="signals", daemon=True)
     thread.start()
     try:
         yield
     finally:
-        over.set()
+        stop.set()
         thread.join()
 
 
-def _hand_on(over: threading.Event) -> None:
+def _forward_signals(stop: threading.Event) -> None:
     import psutil
 
-    told: set[int] = set()
+    signalled: set[int] = set()
     deadline = math.inf
-    while not over.wait(LOOK_SECONDS):
+    while not stop.wait(POLL_SECONDS):
         name = signals.received()
         if not name:
             continue
@@ -105,19 +105,24 @@ def _hand_on(over: threading.Event) -> None:
             with contextlib.suppress(psutil.Error):
                 if time.monotonic() > deadline:
                     child.kill()
-                elif child.pid not in told:
+                elif child.pid not in signalled:
                     child.send_signal(signal.Signals[name])
-            told.add(child.pid)
+            signalled.add(child.pid)
 
 
 def _status(failed: Any) -> int:
-    """Exit status of the first failure; one that the process could not report itself is told here."""
+    """Exit status of the process that failed first."""
     rank, failure = failed.get_first_failure()
-    return told_status(f"rank {rank} on {host_name()}", failure.exitcode)
+    return child_exit_status(f"rank {rank} on {host_name()}", failure.exitcode)
 
 
-def told_status(who: str, status: int, cure: str = "") -> int:
-    """The exit status of a process that this one has started; that a signal ended it, it could not say itself."""
+def child_exit_status(who: str, status: int, cure: str = "") -> int:
+    """The exit status for that of a child process; prints that a signal ended it, which the child could not.
+
+    Args:
+        who: the child, for the message.
+        cure: what to do, appended to the message.
+    """
     if status >= 0:
         return status
     name = signal.Signals(-status).name

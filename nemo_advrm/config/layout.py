@@ -1,4 +1,4 @@
-"""Whether a parallel layout fits the model and the number of processes: pure arithmetic, before anything starts."""
+"""Checks that a parallel layout fits the model and the number of processes: arithmetic, before anything starts."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def data_parallel_size(cfg: Config, world_size: int) -> int:
 
 
 def at_layout(model: ModelConfig, tensor: int = 1, pipeline: int = 1, context: int = 1) -> ModelConfig:
-    """``model`` as it would be configured at another layout; what belonged to its own is undone."""
+    """``model`` at another layout; settings that belong to its present layout are reset."""
     return replace(
         model,
         tensor_model_parallel_size=tensor,

@@ -25,7 +25,7 @@ def _values(node: Any, parts: list[str], prefix: str = "") -> Iterator[tuple[str
 
 
 def _check_architecture(model: ModelConfig) -> None:
-    """Keys that are each allowed but do not make a model together."""
+    """Raise ConfigError for keys that are allowed alone, but not together."""
     rope = model.position_embedding_type == "rope"
     if not rope and model.rope_scaling:
         raise ConfigError(f"model.rope_scaling={model.rope_scaling}: needs model.position_embedding_type=rope")
@@ -65,14 +65,14 @@ def _check_scoring_deadline(cfg: Config) -> None:
 
 
 def samples_prompts(cfg: Config) -> bool:
-    """Whether prompts are those of the embedded language, of which there are always more, and not those of files."""
+    """Whether prompts are sampled from the embedded language (as many as are wanted) instead of read from files."""
     return cfg.pipeline.gold == "synthetic" and not cfg.data.prompts_path and not cfg.data.train_path
 
 
 def check_held_out(cfg: Config, key: str, count: int) -> None:
-    """Raise :class:`ConfigError` when held-out prompts are asked for by ``key`` and there is nowhere to take them from.
+    """Raise :class:`ConfigError` when ``key`` asks for held-out prompts and no file or generator provides them.
 
-    Of the stages that use them: settings of other stages do no harm.
+    Called by the commands that use them, since the settings of other commands do no harm.
     """
     if count and not cfg.data.held_out_prompts_path and not samples_prompts(cfg):
         raise ConfigError(

@@ -20,7 +20,7 @@ from pathlib import Path
 from nemo_advrm import signals
 from nemo_advrm.config.schema import Config
 from nemo_advrm.errors import EXIT_PREEMPTED, ConfigError, Preempted
-from nemo_advrm.launch import LOOK_SECONDS, SHUTDOWN_SECONDS, told_status
+from nemo_advrm.launch import POLL_SECONDS, SHUTDOWN_SECONDS, child_exit_status
 from nemo_advrm.rank_info import WORKER, is_distributed, worker
 
 _PR_SET_PDEATHSIG = 1
@@ -134,7 +134,7 @@ def _watch(children: dict[int, subprocess.Popen[bytes]]) -> int:
             _send(children, signal.Signals[name])
         if time.monotonic() > deadline:
             break
-        time.sleep(LOOK_SECONDS)
+        time.sleep(POLL_SECONDS)
     ended = {number: child.poll() for number, child in children.items()}
     failed = [number for number, status in ended.items() if status not in (0, EXIT_PREEMPTED)]
     if failed:
@@ -147,7 +147,7 @@ def _status(number: int, status: int | None) -> int:
     if status is None:
         print(f"worker {number} did not end within {SHUTDOWN_SECONDS} seconds and was killed", file=sys.stderr)
         return 128 + signal.SIGKILL
-    return told_status(f"worker {number}", status, "; the same command goes on")
+    return child_exit_status(f"worker {number}", status, "; the same command goes on")
 
 
 def _send(children: dict[int, subprocess.Popen[bytes]], signum: signal.Signals) -> None:

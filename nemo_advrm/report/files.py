@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nemo_advrm.config.moved import current_config
 from nemo_advrm.data.jsonl import MAX_LINE_BYTES
 from nemo_advrm.untrusted_files import decode_json, decode_yaml, read_bytes
 
@@ -33,12 +34,12 @@ def read_json(path: Path, run_dir: Path, notes: list[str]) -> Row:
 
 
 def read_settings(run_dir: Path, notes: list[str]) -> Row:
-    """The configuration of a run, config.yaml; {} if it has none."""
+    """The configuration of a run, config.yaml, with the present keys; {} if it has none."""
     path = run_dir / "config.yaml"
     if not path.is_file():
         return {}
     try:
-        return as_object(decode_yaml(read_bytes(path)))
+        return current_config(as_object(decode_yaml(read_bytes(path))))
     except (OSError, ValueError) as error:
         notes.append(f"config.yaml cannot be read ({error}).")
         return {}
