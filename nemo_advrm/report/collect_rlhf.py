@@ -98,7 +98,7 @@ def read_best_of_n(run_dir: Path, rewards: Iterable[str], notes: list[str]) -> t
         columns = {key: column(rows, key) for key in ("n", "kl", "proxy", "gold")}
         known_S = np.isfinite(columns["n"]) & np.isfinite(columns["kl"])
         if not known_S.any():
-            notes.append(f"best_of_n/{name}.json is no curve of best-of-n.")
+            notes.append(f"best_of_n/{name}.json is not a best-of-n curve.")
             continue
         kl_S, proxy_S, gold_S = (columns[key][known_S] for key in ("kl", "proxy", "gold"))
         found.append(BestOfN(name, columns["n"][known_S].astype(np.int64), kl_S, proxy_S, gold_S))
