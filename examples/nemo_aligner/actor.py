@@ -33,7 +33,9 @@ from nemo_aligner.utils.train_script_utils import (
 from nemo_aligner.utils.utils import load_and_override_model_config, load_from_nemo, retrieve_model_state_dict_in_cpu
 from omegaconf import DictConfig, OmegaConf
 
+from nemo_advrm.config.moved import moved_key
 from nemo_advrm.engine.collectives import run_on_rank_zero
+from nemo_advrm.errors import ConfigError
 from nemo_advrm.integrations.nemo_aligner import EnsembleRewardClient, MegatronGPTAdversarialActorModel
 from nemo_advrm.integrations.nemo_aligner.members import build_reward, open_members, read_sft_scores
 from nemo_advrm.integrations.nemo_aligner.rollout_reader import RolloutReader
@@ -128,6 +130,8 @@ def ensemble_client(cfg: DictConfig, setup: Setup, kind: str, critic: Any = None
 
     The adversarial reward is relative to it, and several members of another one are standardised by it.
     """
+    if told := " and ".join(filter(None, (moved_key(str(key)) for key in cfg))):
+        raise ConfigError(told)
     actor = setup.actor
     members = open_members(cfg.ensemble, actor.tokenizer.eos_id)
     reference = None
