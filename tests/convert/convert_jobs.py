@@ -73,9 +73,8 @@ def greedy(path: str, prompts: list[list[int]], new: int) -> list[list[int]]:
 def add_head_bias(path: str, out: str, bias: float) -> None:
     """The reward model of ``path`` with a bias of its head."""
     plain = build(path)
-    biased = build_model(
-        replace(plain.model, head_bias=True), PrecisionConfig(), "reward", plain.vocab_size, seed=3, trainable=False
-    )
+    config = replace(plain.model_config, head_bias=True)
+    biased = build_model(config, PrecisionConfig(), "reward", plain.vocab_size, seed=3, trainable=False)
     tensors = {k: v for k, v in plain.state_dict().items() if torch.is_tensor(v)}
     biased.parts[0].load_state_dict(tensors | {"head.bias": torch.tensor([bias])}, strict=False)
     checkpoint.save(Path(out), biased)
