@@ -1,4 +1,4 @@
-"""Stage ``serve``: a reward model, an ensemble or the adversarial reward as a server for any RLHF framework."""
+"""The command ``serve``: a reward model, an ensemble or the adversarial reward as a server for any RLHF framework."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ RAW_SCORES = (
 
 
 def main(cfg: Config) -> int:
-    """Serve the reward of ``ensemble.members`` until TERM. Rank 0 speaks HTTP, other ranks compute along."""
+    """Serve the reward of ``ensemble.members`` until TERM. Rank 0 runs the HTTP server, the others score with it."""
     require_extra("serve", "fastapi", "uvicorn", "httpx", "tenacity", "prometheus_client")
     if not cfg.ensemble.members:
         raise ConfigError("ensemble.members must name at least one reward model")
@@ -37,23 +37,23 @@ def main(cfg: Config) -> int:
     rt = run_dir.start(cfg)
     if rt.dp_size > 1:
         raise ConfigError(
-            f"trainer.devices={rt.world_size} holds {rt.dp_size} replicas of the model; a server has one: set "
+            f"trainer.devices={rt.world_size} makes {rt.dp_size} replicas of the model, a server has one: set "
             "model.tensor_model_parallel_size, model.pipeline_model_parallel_size or model.context_parallel_size, or "
             "start more servers"
         )
     listening: list[tuple[socket.socket, str]] = []
-    run_on_rank_zero(lambda: listening.append(_listen(cfg)))  # what is wrong with the address is told before loading
+    run_on_rank_zero(lambda: listening.append(_listen(cfg)))  # before loading: a wrong address fails at once
     members = sources.load_members(cfg, cfg.ensemble.members, build_tokenizer(cfg.model.tokenizer))
     reward = _reward(cfg, members, reference, statistics_path)
     if rt.is_writer:
-        with signals.recorded():  # from here on a signal lets the server answer what it was asked before
+        with signals.recorded():  # from here on a signal lets the running requests finish
             return _serve(cfg, members, reward, reference, *listening[0])
-    # the launcher passes TERM to every process; the first one lets the others go when its requests are done
+    # the launcher sends TERM to every process: rank 0 ends the others when its requests are done
     for number in (*signals.SIGNALS, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
-    from nemo_advrm.serve.scorer import follow
+    from nemo_advrm.serve.scorer import score_with_rank_zero
 
-    follow(reward)
+    score_with_rank_zero(reward)
     return 0
 
 
@@ -72,11 +72,11 @@ def _listen(cfg: Config) -> tuple[socket.socket, str]:
 
 
 def _hold_announcement(directory: Path) -> None:
-    """Be the one server of ``directory``, where other jobs may write too; raises ConfigError that names another."""
+    """Become the only server of the run directory; raises ConfigError that names another one."""
     announced = directory / "server.json"
     locks.acquire(directory, "server", announced)
     try:
-        announced.unlink(missing_ok=True)  # of a server that was killed
+        announced.unlink(missing_ok=True)  # left by a killed server
     except OSError as error:
         raise locks.cannot_write(directory, error) from error
 
@@ -94,7 +94,7 @@ def _serve(
     from nemo_advrm.serve.metrics import Metrics
     from nemo_advrm.serve.samples import Preparer
     from nemo_advrm.serve.scorer import Scorer
-    from nemo_advrm.serve.service import Service
+    from nemo_advrm.serve.service import ScoringService
 
     options, metrics = cfg.serve, Metrics()
     preparer = Preparer(members, options.max_sample_tokens, reference)
@@ -111,13 +111,13 @@ def _serve(
         named = cfg.ensemble.aggregate + (" of standardised scores" if _statistics_path(cfg) else "")
     else:
         named = f"adversarial ({cfg.adversarial.preset})"
-    service = Service(options, preparer, batcher, [member.name for member in members], named)
+    service = ScoringService(options, preparer, batcher, [member.name for member in members], named)
     server.run(service, metrics, token, sock, Path(cfg.run_dir))
     return 0
 
 
 def _reference(cfg: Config) -> SFTScores | None:
-    """The reference of the adversarial reward, which it is relative to; None for an ensemble's."""
+    """The reference that the adversarial reward is relative to; None for an ensemble."""
     if cfg.serve.reward == "ensemble":
         return None
     path = cfg.serve.reference_path or cfg.ensemble.reference_path
@@ -133,7 +133,7 @@ def _reference(cfg: Config) -> SFTScores | None:
 
 
 def _statistics_path(cfg: Config) -> str:
-    """The reference that an ensemble's members are standardised by; empty where they are not."""
+    """The reference file whose statistics standardise the members; empty for raw scores."""
     if cfg.serve.reward != "ensemble" or len(cfg.ensemble.members) < 2 or not cfg.ensemble.standardise:
         return ""
     return cfg.serve.reference_path or cfg.ensemble.reference_path

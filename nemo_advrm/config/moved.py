@@ -31,6 +31,8 @@ MOVED_KEYS: dict[str, str] = {
     "trainer.hang_minutes": "was removed: trainer.timeout_minutes ends a job that hangs (docs/scale.md)",
     "trainer.straggler_ratio": "was removed: nvidia-resiliency-ext finds slow ranks (docs/scale.md)",
     "trainer.compare_gpu_kernels": "was removed: nvidia-resiliency-ext compares the GPUs' kernels (docs/scale.md)",
+    "serve.triton_port": "was removed: NeMo-Aligner's clients connect to serve.port",
+    "serve.triton_python": "was removed: NeMo-Aligner's clients connect to serve.port",
 }
 
 # Old module or package -> its new place; a package covers the modules below it, the longest match counts. Serves old

@@ -48,10 +48,6 @@ class ServeConfig:
     reference_path: str = key("", "reference.jsonl of an attack on the same members; empty: ensemble.reference_path")
     host: str = key("127.0.0.1", "address; a public one needs a token")
     port: int = key(8000, "port; 0 takes a free one, which is written to run_dir/server.json", PORT)
-    triton_port: int = key(
-        0, "of NVIDIA's Triton beside it, by PyTriton (5555: where NeMo-Aligner looks); 0: none", PORT
-    )
-    triton_python: str = key("", "Python of the environment that has nvidia-pytriton; empty: this one")
     name: str = key("reward_model", "name of the model in KServe's addresses")
     token_file: str = key("", "file of the bearer token; empty: the environment variable NEMO_ADVRM_TOKEN, if set")
     batch_tokens: int = key(16384, "most tokens scored at once, over all requests", COUNT)

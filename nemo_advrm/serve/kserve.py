@@ -1,7 +1,9 @@
-"""The KServe v2 inference protocol as NeMo-Aligner's reward model server speaks it: JSON and the binary extension.
+"""The KServe v2 inference protocol, as Triton and NeMo-Aligner's reward model server speak it.
 
 In: ``sentences`` BYTES [B, 1], or ``tokens`` INT64 [B, S] with ``sequence_lengths`` INT64 [B, 1]. Out: ``rewards``
-FP32 [B, 1]. Source: github.com/kserve/open-inference-protocol and Triton's extension for binary tensor data.
+FP32 [B, 1]. Tensors are JSON or binary. Source: github.com/kserve/open-inference-protocol, and Triton's extension for
+binary tensor data. ``tritonserver`` itself was rejected: it needs a second process with an older NumPy, and asks
+for no token.
 """
 
 from __future__ import annotations
@@ -10,188 +12,198 @@ import json
 import math
 import struct
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from nemo_advrm.serve.bounds import Bounds, check_samples, parse_json
+from nemo_advrm.serve.errors import BadRequest
+from nemo_advrm.serve.limits import RequestLimits, parse_json
 from nemo_advrm.serve.samples import Sample
+from nemo_advrm.serve.schemas import first_error
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
 INPUTS = {"sentences": "BYTES", "tokens": "INT64", "sequence_lengths": "INT64", "add_EOS": "BOOL"}
-_SIZES = {"INT64": ("<i8", 8), "BOOL": ("|b1", 1)}
-_TRITON_TYPES = {"BYTES": "TYPE_STRING", "INT64": "TYPE_INT64", "BOOL": "TYPE_BOOL"}
 OUTPUT = "rewards"
+_TRITON_TYPES = {"BYTES": "TYPE_STRING", "INT64": "TYPE_INT64", "BOOL": "TYPE_BOOL"}
+_DTYPES = {"INT64": np.dtype("<i8"), "BOOL": np.dtype("?")}
+_FAIL_FAST = Field(fail_fast=True)  # a million wrong elements are one error
+_JSON_DATA: dict[str, TypeAdapter[list[Any]]] = {
+    "BYTES": TypeAdapter(Annotated[list[Annotated[str, Field(strict=True)]], _FAIL_FAST]),
+    "INT64": TypeAdapter(Annotated[list[Annotated[int, Field(strict=True, ge=-(2**63), lt=2**63)]], _FAIL_FAST]),
+    "BOOL": TypeAdapter(Annotated[list[Annotated[bool, Field(strict=True)]], _FAIL_FAST]),
+}
 
 
-class BadTensors(Exception):
-    """A request that does not follow the protocol; the message names the tensor."""
+class _Part(BaseModel):
+    """A part of a request; clients may send further keys."""
+
+    model_config = ConfigDict(strict=True)
+
+
+class Parameters(_Part):
+    binary_data_size: int | None = Field(None, ge=0)  # of an input
+    binary_data: bool = False  # of an output
+    binary_data_output: bool = False  # of the request: of all its outputs
+
+
+class InputTensor(_Part):
+    name: Literal["sentences", "tokens", "sequence_lengths", "add_EOS"]
+    datatype: str
+    shape: list[Annotated[int, Field(ge=1, lt=2**31)]] = Field(min_length=1, max_length=2)
+    data: list[Any] | None = None
+    parameters: Parameters | None = None
+
+    @property
+    def binary_size(self) -> int | None:
+        return None if self.parameters is None else self.parameters.binary_data_size
+
+
+class OutputRequest(_Part):
+    name: Literal["rewards"]
+    parameters: Parameters | None = None
+
+
+class InferRequest(_Part):
+    id: str = ""
+    inputs: list[InputTensor] = Field(min_length=1, max_length=len(INPUTS), fail_fast=True)
+    outputs: list[OutputRequest] | None = Field(None, max_length=1, fail_fast=True)
+    parameters: Parameters | None = None
+
+    @property
+    def wants_binary(self) -> bool:
+        if self.outputs:
+            output = self.outputs[0].parameters
+            return output is not None and output.binary_data
+        return self.parameters is not None and self.parameters.binary_data_output
 
 
 @dataclass(frozen=True)
-class InferRequest:
-    """The samples of a request and how its answer is wanted."""
+class Tensor:
+    """Elements in row-major order; strings are Python's."""
 
-    samples: list[Sample]
-    identifier: str
-    binary: bool
-
-
-def read_request(body: bytes, header_length: int | None, bounds: Bounds) -> InferRequest:
-    """Time and memory are linear in the size of the body. Raises BadTensors, Unreadable and TooLarge."""
-    head, rest = (body, b"") if header_length is None else (body[:header_length], body[header_length:])
-    if header_length is not None and not 0 <= header_length <= len(body):
-        raise BadTensors(f"{HEADER_LENGTH}={header_length}, but the body has {len(body)} bytes")
-    request = parse_json(head, bounds)
-    if not isinstance(request, dict):
-        raise BadTensors("the request is not a JSON object")
-    tensors = _read_inputs(request.get("inputs"), memoryview(rest), bounds)
-    return InferRequest(samples_of(tensors), _identifier(request), _wants_binary(request))
+    shape: list[int]
+    values: list[Any]
 
 
-def _identifier(request: dict[str, Any]) -> str:
-    identifier = request.get("id", "")
-    if not isinstance(identifier, str):
-        raise BadTensors("id is not a string")
-    return identifier
+def read_request(body: bytes, head_length: int | None, limits: RequestLimits) -> tuple[InferRequest, list[Sample]]:
+    """Parse a request whose first ``head_length`` bytes are JSON and the rest binary tensors (None: all is JSON).
 
-
-def _wants_binary(request: dict[str, Any]) -> bool:
-    outputs = request.get("outputs") or []
-    if not isinstance(outputs, list) or not all(isinstance(o, dict) for o in outputs):
-        raise BadTensors("outputs is not a list of objects")
-    for output in outputs:
-        if output.get("name") != OUTPUT:
-            raise BadTensors(f"there is no output {output.get('name')!r}; it is {OUTPUT!r}")
-        return bool(_parameters(output).get("binary_data", False))
-    return bool(_parameters(request).get("binary_data_output", False))
-
-
-def _parameters(node: dict[str, Any]) -> dict[str, Any]:
-    parameters = node.get("parameters") or {}
-    if not isinstance(parameters, dict):
-        raise BadTensors("parameters is not an object")
-    return parameters
-
-
-def _read_inputs(inputs: Any, rest: memoryview, bounds: Bounds) -> dict[str, np.ndarray]:
-    if not isinstance(inputs, list) or not inputs:
-        raise BadTensors("inputs is not a list of tensors")
-    tensors: dict[str, np.ndarray] = {}
-    for tensor in inputs:
-        name = tensor.get("name") if isinstance(tensor, dict) else None
-        if not isinstance(name, str) or name not in INPUTS:
-            raise BadTensors(f"there is no input {name!r}; inputs: {', '.join(INPUTS)}")
-        if name in tensors:
-            raise BadTensors(f"input {name} is given twice")
-        datatype = INPUTS[name]
-        shape = _shape(name, datatype, tensor.get("shape"))
-        if tensor.get("datatype") != datatype:
-            raise BadTensors(f"input {name} has the datatype {tensor.get('datatype')!r}, {datatype} is wanted")
-        check_samples(shape[0], bounds)  # before a single one is read
-        size = _parameters(tensor).get("binary_data_size")
+    Takes time and memory linear in the size of the body. Raises BadRequest that names the tensor, and TooLarge.
+    """
+    if head_length is not None and head_length > len(body):
+        raise BadRequest(f"{HEADER_LENGTH}={head_length}, but the body has {len(body)} bytes")
+    try:
+        request = InferRequest.model_validate(parse_json(body[:head_length], limits))
+    except ValidationError as error:
+        raise BadRequest(first_error(error.errors(include_url=False, include_input=False))) from None
+    rest = memoryview(b"" if head_length is None else body)[head_length or 0 :]
+    tensors: dict[str, Tensor] = {}
+    for tensor in request.inputs:
+        name = f"input {tensor.name}"
+        if tensor.name in tensors:
+            raise BadRequest(f"{name} is given twice")
+        datatype = INPUTS[tensor.name]
+        if tensor.datatype != datatype:
+            raise BadRequest(f"{name} has the datatype {tensor.datatype!r}, must be {datatype}")
+        if datatype == "BYTES" and tensor.shape[1:] not in ([], [1]):
+            raise BadRequest(f"{name}: the shape is {tensor.shape}, must be [B, 1]")
+        limits.check_samples(tensor.shape[0])  # before any of them is read
+        size = tensor.binary_size
         if size is None:
-            tensors[name] = _from_json(name, datatype, shape, tensor.get("data"))
-            continue
-        if isinstance(size, bool) or not isinstance(size, int) or not 0 <= size <= len(rest):
-            raise BadTensors(f"input {name}: binary_data_size={size!r}, but {len(rest)} bytes are left")
-        tensors[name], rest = _from_binary(name, datatype, shape, rest[:size]), rest[size:]
+            values = _from_json(name, datatype, tensor)
+        elif size > len(rest):
+            raise BadRequest(f"{name}: binary_data_size={size}, but {len(rest)} bytes are left")
+        else:
+            values, rest = _from_binary(name, datatype, tensor.shape, rest[:size]), rest[size:]
+        tensors[tensor.name] = Tensor(tensor.shape, values)
     if rest:
-        raise BadTensors(f"{len(rest)} bytes belong to no input")
-    return tensors
+        raise BadRequest(f"{len(rest)} bytes belong to no input")
+    return request, _samples(tensors)
 
 
-def _shape(name: str, datatype: str, shape: Any) -> tuple[int, ...]:
-    whole = isinstance(shape, list) and all(isinstance(n, int) and not isinstance(n, bool) for n in shape)
-    if not whole or not 1 <= len(shape) <= 2 or not all(1 <= n < 2**31 for n in shape):
-        raise BadTensors(f"input {name}: the shape is not [B] or [B, N] with sizes from 1")
-    if datatype == "BYTES" and shape[1:] not in ([], [1]):
-        raise BadTensors(f"input {name}: the shape is {shape}, [B, 1] is wanted")
-    return tuple(shape)
+def _from_json(name: str, datatype: str, tensor: InputTensor) -> list[Any]:
+    data = tensor.data
+    if data is None:
+        raise BadRequest(f"{name} has neither data nor binary_data_size")
+    if all(isinstance(row, list) for row in data):  # the protocol allows nested and flat data
+        data = [element for row in data for element in row]
+    _check_count(name, tensor.shape, len(data))
+    try:
+        return _JSON_DATA[datatype].validate_python(data)
+    except ValidationError as error:
+        message = first_error(error.errors(include_url=False, include_input=False))
+        raise BadRequest(f"{name}: the data are not {datatype}: {message}") from None
 
 
-def _from_json(name: str, datatype: str, shape: tuple[int, ...], data: Any) -> np.ndarray:
-    if not isinstance(data, list):
-        raise BadTensors(f"input {name} has neither data nor binary_data_size")
-    flat = [item for row in data for item in row] if all(isinstance(row, list) for row in data) else data
-    _check_count(name, shape, len(flat))
-    kinds = {"BYTES": str, "INT64": int, "BOOL": bool}
-    if any(not isinstance(x, kinds[datatype]) or (datatype == "INT64" and isinstance(x, bool)) for x in flat):
-        raise BadTensors(f"input {name}: the data does not consist of {datatype}")
-    if datatype == "INT64" and any(not -(2**63) <= x < 2**63 for x in flat):
-        raise BadTensors(f"input {name}: a number is larger than INT64")
-    array = np.empty(len(flat), dtype=object) if datatype == "BYTES" else np.empty(len(flat), _SIZES[datatype][0])
-    array[:] = flat
-    return array.reshape(shape)
-
-
-def _from_binary(name: str, datatype: str, shape: tuple[int, ...], raw: memoryview) -> np.ndarray:
+def _from_binary(name: str, datatype: str, shape: list[int], raw: memoryview) -> list[Any]:
     if datatype != "BYTES":
-        dtype, size = _SIZES[datatype]
-        if len(raw) % size:
-            raise BadTensors(f"input {name}: {len(raw)} bytes are no whole number of {datatype}")
-        _check_count(name, shape, len(raw) // size)
-        return np.frombuffer(raw, dtype).reshape(shape)
-    if len(raw) < 4 * math.prod(shape):  # each has its length before it
-        raise BadTensors(f"input {name}: a string is cut off: {len(raw)} bytes are too few for {list(shape)}")
-    array = np.empty(math.prod(shape), dtype=object)
-    place = 0
-    for number in range(array.size):
-        length = struct.unpack_from("<I", raw, place)[0] if place + 4 <= len(raw) else len(raw)
-        end = place + 4 + length
+        dtype = _DTYPES[datatype]
+        if len(raw) % dtype.itemsize:
+            raise BadRequest(f"{name}: {len(raw)} bytes are not a whole number of {datatype}")
+        _check_count(name, shape, len(raw) // dtype.itemsize)
+        return np.frombuffer(raw, dtype).tolist()
+    # each string follows its length: UINT32, little-endian
+    count, start, texts = math.prod(shape), 0, []
+    for index in range(count):
+        end = start + 4
+        if end <= len(raw):
+            end += struct.unpack_from("<I", raw, start)[0]
         if end > len(raw):
-            raise BadTensors(f"input {name}: string {number} is cut off")
+            raise BadRequest(f"{name}: string {index} is cut off")
         try:
-            array[number] = str(raw[place + 4 : end], "utf-8")
+            texts.append(str(raw[start + 4 : end], "utf-8"))
         except UnicodeDecodeError as error:
-            raise BadTensors(f"input {name}: string {number} is not UTF-8 ({error.reason})") from None
-        place = end
-    if place < len(raw):
-        raise BadTensors(f"input {name}: {len(raw) - place} bytes are left after {array.size} strings")
-    return array.reshape(shape)
+            raise BadRequest(f"{name}: string {index} is not UTF-8 ({error.reason})") from None
+        start = end
+    if start < len(raw):
+        raise BadRequest(f"{name}: {len(raw) - start} bytes are left after {count} strings")
+    return texts
 
 
-def _check_count(name: str, shape: tuple[int, ...], count: int) -> None:
+def _check_count(name: str, shape: list[int], count: int) -> None:
     if math.prod(shape) != count:
-        raise BadTensors(f"input {name}: the shape {list(shape)} does not hold {count} elements")
+        raise BadRequest(f"{name}: the shape {shape} does not hold {count} elements")
 
 
-def samples_of(tensors: dict[str, np.ndarray]) -> list[Sample]:
-    """The samples in arrays by input name, strings as Python's. Raises BadTensors."""
+def _samples(tensors: dict[str, Tensor]) -> list[Sample]:
     sentences, tokens, lengths = (tensors.get(name) for name in ("sentences", "tokens", "sequence_lengths"))
     if (sentences is None) == (tokens is None):
-        raise BadTensors("either sentences or tokens must be given")
+        raise BadRequest("either sentences or tokens must be given")
     if sentences is not None:
-        return [Sample("text", response=text) for text in sentences.flatten()]
+        return [Sample("text", response=text) for text in sentences.values]
     assert tokens is not None
-    if tokens.ndim != 2:
-        raise BadTensors("input tokens: the shape is not [B, S]")
-    if lengths is None or lengths.size != len(tokens):
-        raise BadTensors("input sequence_lengths [B, 1] must go with tokens [B, S]")
-    if (lengths < 1).any() or (lengths > tokens.shape[1]).any():
-        raise BadTensors(f"input sequence_lengths: lengths must be from 1 to {tokens.shape[1]}")
-    rows = zip(tokens.tolist(), lengths.flatten().tolist(), strict=True)
-    return [Sample("tokens", tokens=tuple(row[:length])) for row, length in rows]
+    if len(tokens.shape) != 2:
+        raise BadRequest("input tokens: the shape is not [B, S]")
+    rows, width = tokens.shape
+    if lengths is None or len(lengths.values) != rows:
+        raise BadRequest("input sequence_lengths [B, 1] must go with tokens [B, S]")
+    if not all(1 <= length <= width for length in lengths.values):
+        raise BadRequest(f"input sequence_lengths: lengths must be from 1 to {width}")
+    starts = range(0, rows * width, width)
+    return [
+        Sample("tokens", tokens=tuple(tokens.values[start : start + length]))
+        for start, length in zip(starts, lengths.values, strict=True)
+    ]
 
 
-def write_answer(model: str, request: InferRequest, rewards: list[float]) -> tuple[bytes, dict[str, str]]:
-    """(body, headers) of the answer: ``rewards`` FP32 [B, 1]."""
+def write_response(model: str, request: InferRequest, rewards: list[float]) -> tuple[bytes, dict[str, str]]:
+    """(body, headers) with ``rewards`` FP32 [B, 1]."""
     values = np.asarray(rewards, dtype="<f4")
     output: dict[str, Any] = {"name": OUTPUT, "datatype": "FP32", "shape": [len(rewards), 1]}
-    answer: dict[str, Any] = {"model_name": model, "model_version": "1", "outputs": [output]}
-    if request.identifier:
-        answer["id"] = request.identifier
-    if not request.binary:
+    response: dict[str, Any] = {"model_name": model, "model_version": "1", "outputs": [output]}
+    if request.id:
+        response["id"] = request.id
+    if not request.wants_binary:
         output["data"] = values.tolist()
-        return json.dumps(answer).encode(), {"Content-Type": "application/json"}
+        return json.dumps(response).encode(), {"Content-Type": "application/json"}
     output["parameters"] = {"binary_data_size": values.nbytes}
-    head = json.dumps(answer).encode()
-    headers = {HEADER_LENGTH: str(len(head)), "Content-Type": "application/octet-stream"}
-    return head + values.tobytes(), headers
+    head = json.dumps(response).encode()
+    return head + values.tobytes(), {HEADER_LENGTH: str(len(head)), "Content-Type": "application/octet-stream"}
 
 
 def metadata(model: str) -> dict[str, Any]:
-    """``/v2/models/NAME``."""
+    """Response to ``/v2/models/NAME``."""
     return {
         "name": model,
         "versions": ["1"],
@@ -202,7 +214,7 @@ def metadata(model: str) -> dict[str, Any]:
 
 
 def configuration(model: str, max_samples: int) -> dict[str, Any]:
-    """``/v2/models/NAME/config``: what PyTriton's client reads before its first request."""
+    """Response to ``/v2/models/NAME/config``, which PyTriton's client reads before its first request."""
     return {
         "name": model,
         "backend": "python",

@@ -1,4 +1,4 @@
-"""What the server tells Prometheus."""
+"""The server's Prometheus metrics."""
 
 from __future__ import annotations
 
@@ -8,28 +8,24 @@ _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
 
 class Metrics:
-    """Counters of one server, in a registry of its own."""
+    """Metrics of one server, in their own registry."""
 
     def __init__(self) -> None:
-        self.registry = CollectorRegistry()
-        self.requests = Counter(
-            "advrm_requests", "Answered requests", ["route", "status"], registry=self.registry
-        )
+        self.registry = own = CollectorRegistry()
+        self.requests = Counter("advrm_requests", "Answered requests", ["route", "status"], registry=own)
         self.request_seconds = Histogram(
-            "advrm_request_seconds", "Time to the answer", ["route"], buckets=_SECONDS, registry=self.registry
+            "advrm_request_seconds", "Time of a request", ["route"], buckets=_SECONDS, registry=own
         )
-        self.queue_tokens = Gauge("advrm_queue_tokens", "Tokens waiting to be scored", registry=self.registry)
-        self.samples = Counter("advrm_samples", "Scored samples", registry=self.registry)
-        self.tokens = Counter("advrm_tokens", "Scored tokens", registry=self.registry)
-        self.batch_seconds = Histogram(
-            "advrm_batch_seconds", "Time to score a batch", buckets=_SECONDS, registry=self.registry
-        )
+        self.queue_tokens = Gauge("advrm_queue_tokens", "Tokens waiting to be scored", registry=own)
+        self.samples = Counter("advrm_samples", "Scored samples", registry=own)
+        self.tokens = Counter("advrm_tokens", "Scored tokens", registry=own)
+        self.batch_seconds = Histogram("advrm_batch_seconds", "Time to score a batch", buckets=_SECONDS, registry=own)
         self.batch_samples = Histogram(
-            "advrm_batch_samples", "Samples in a batch", buckets=[2**i for i in range(11)], registry=self.registry
+            "advrm_batch_samples", "Samples in a batch", buckets=[2**i for i in range(11)], registry=own
         )
 
     def batch(self, samples: int, tokens: int, seconds: float) -> None:
-        """A batch has been scored."""
+        """Record a scored batch."""
         self.samples.inc(samples)
         self.tokens.inc(tokens)
         self.batch_seconds.observe(seconds)

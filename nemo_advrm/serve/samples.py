@@ -1,4 +1,4 @@
-"""What clients send to be scored: checked, measured in tokens and matched with the reference before it is queued."""
+"""Samples of a request: validated, tokenized and matched with the prompts of the reference before they are queued."""
 
 from __future__ import annotations
 
@@ -16,18 +16,19 @@ from nemo_advrm.rewards.limits import longest_row
 from nemo_advrm.rewards.remote import plain_text
 from nemo_advrm.rewards.token_sequences import encode_rendered
 from nemo_advrm.rollouts.types import Rollouts
+from nemo_advrm.serve.errors import InvalidSample
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One conversation in the form it came in.
+    """One conversation of any interface.
 
     Attributes:
-        kind: ``chat`` (messages and response), ``text`` (a conversation that a template has written out, in
-            ``response``) or ``tokens`` (ids of the first member's tokenizer, scored as they are).
-        ended: False where a length limit cut the response off (chat).
-        prompt_length: tokens before the response (tokens); 0 where the client has not said.
-        truncate_prompt: leave tokens at the start out where the conversation is too long, instead of refusing (chat).
+        kind: ``chat`` (messages and response), ``text`` (a conversation rendered by a template, in ``response``) or
+            ``tokens`` (ids of the first member's tokenizer, scored unchanged).
+        ended: False if a length limit cut the response off (chat).
+        prompt_length: tokens before the response (tokens); 0 if unknown.
+        truncate_prompt: drop tokens at the start of a conversation that is too long, instead of refusing it (chat).
     """
 
     kind: Literal["chat", "text", "tokens"]
@@ -38,10 +39,14 @@ class Sample:
     prompt_length: int = 0
     truncate_prompt: bool = False
 
+    @property
+    def characters(self) -> int:
+        return len(self.response) + sum(len(message["content"]) for message in self.messages)
+
 
 @dataclass(frozen=True)
-class Prepared:
-    """A sample that can be scored: its ids for the first member, what it costs and its prompt of the reference."""
+class PreparedSample:
+    """A valid sample with its ids for the first member, its cost in tokens and the reference's index of its prompt."""
 
     sample: Sample
     tokens: list[int]
@@ -49,17 +54,12 @@ class Prepared:
     prompt_index: int = 0
 
 
-class Refused(Exception):
-    """A sample that cannot be scored; the message says which and why."""
-
-
 class Preparer:
-    """Checks samples against the members of a reward.
+    """Validates and tokenizes samples for the members of a reward.
 
     Args:
-        sources: the members.
         max_tokens: longest sample; 0 takes what the members allow.
-        reference: prompts that samples must answer, for rewards that are relative to one.
+        reference: the only prompts that samples may answer, for rewards that are relative to them.
     """
 
     def __init__(
@@ -72,48 +72,45 @@ class Preparer:
                 known = self._tokenizers.get(tokenizer.fingerprint, (tokenizer, 0))[1]
                 limit = min(filter(None, (known, longest_row(source), max_tokens)), default=0)
                 self._tokenizers[tokenizer.fingerprint] = (tokenizer, limit)
-        # hybrid members need to know where the answer begins: a sample that does not tell is refused alone
+        # hybrid members need the start of the response: a sample without one must not fail its whole batch
         self._features = {id(source.features): source.features for source in sources if hasattr(source, "features")}
-        own = {_fingerprint(source) for source in sources}
+        fingerprints = {_fingerprint(source) for source in sources}
         self.tokenizer = next((t for t, _ in self._tokenizers.values()), None)
-        self.fingerprint = own.pop() if len(own) == 1 else (self.tokenizer.fingerprint if self.tokenizer else "")
-        self.takes_tokens = not own and bool(self.fingerprint)
+        self.fingerprint = self.tokenizer.fingerprint if self.tokenizer is not None else ""
+        if len(fingerprints) == 1:
+            self.fingerprint = fingerprints.pop()
+        self.takes_tokens = not fingerprints and bool(self.fingerprint)
         self._max_tokens = max_tokens
+        self.reference = reference
         self._by_messages: dict[str, int] = {}
         self._by_tokens: dict[tuple[int, ...], int] = {}
-        self.reference = reference
         for index, prompt in enumerate(reference.prompts_P if reference is not None else ()):
             self._by_messages.setdefault(prompt_key(prompt), index)
         if self.tokenizer is not None and reference is not None:
-            self._by_tokens = _by_tokens(self.tokenizer, reference)
+            self._by_tokens = _prompts_by_tokens(self.tokenizer, reference)
         self._prompt_lengths = sorted({len(tokens) for tokens in self._by_tokens}, reverse=True)
 
-    def prepare(self, samples: Sequence[Sample], first: int = 0) -> list[Prepared]:
-        """Raises Refused, naming the place of the sample in the request, of which these begin at ``first``."""
+    def prepare(self, samples: Sequence[Sample], first: int = 0) -> list[PreparedSample]:
+        """Raises InvalidSample that names the sample's index in the request; ``samples`` begin at ``first`` there."""
         prepared = []
-        for place, sample in enumerate(samples, first):
+        for index, sample in enumerate(samples, first):
             try:
                 prepared.append(self._prepare(sample))
-            except (Refused, UserError) as error:
-                raise Refused(f"sample {place}: {error}") from error
-            except Exception as error:  # what a tokenizer makes of strange text is its own
-                raise Refused(f"sample {place}: cannot be encoded ({type(error).__name__})") from error
+            except (InvalidSample, UserError) as error:
+                raise InvalidSample(f"sample {index}: {error}") from error
+            except Exception as error:  # tokenizers raise anything on unusual text
+                raise InvalidSample(f"sample {index}: cannot be encoded ({type(error).__name__})") from error
         return prepared
 
-    def _prepare(self, sample: Sample) -> Prepared:
-        texts = [sample.response, *(message["content"] for message in sample.messages)]
-        if any(not _is_unicode(text) for text in texts):
-            raise Refused("the text is not valid Unicode (a surrogate without its other half)")
+    def _prepare(self, sample: Sample) -> PreparedSample:
         if sample.kind == "tokens":
-            return self._measured(sample, [self._checked_tokens(sample)])
-        encoded = [self._encode(sample, tokenizer, limit) for tokenizer, limit in self._tokenizers.values()]
-        return self._measured(sample, encoded)
-
-    def _measured(self, sample: Sample, encoded: list[list[int]]) -> Prepared:
-        # servers that score for this one tell nothing of their tokens: about four characters make one
-        cost = max(map(len, encoded), default=1 + sum(map(len, (sample.response,))) // 4)
-        first = encoded[0] if encoded else []
-        prepared = Prepared(sample, first, cost, self._prompt_index(sample, first))
+            encoded = [self._checked_tokens(sample)]
+        else:
+            encoded = [self._encode(sample, tokenizer, limit) for tokenizer, limit in self._tokenizers.values()]
+        # without a tokenizer here (all members are other servers), a token is about four characters
+        cost = max(map(len, encoded), default=1 + len(sample.response) // 4)
+        tokens = encoded[0] if encoded else []
+        prepared = PreparedSample(sample, tokens, cost, self._prompt_index(sample, tokens))
         for features in self._features.values():
             features.check(_rollouts([prepared], self.fingerprint, sample.kind))
         return prepared
@@ -125,31 +122,22 @@ class Preparer:
             tokens = tokenizer.encode_conversation(sample.messages, sample.response, sample.ended)
             if limit and sample.truncate_prompt:
                 tokens = tokens[-limit:]
-        if not tokens:
-            raise Refused("the sample is empty")
-        self._check_length(len(tokens), limit)
+        _check_length(len(tokens), limit)
         return tokens
 
     def _checked_tokens(self, sample: Sample) -> list[int]:
         if not self.takes_tokens:
-            raise Refused("tokens cannot be scored here: the members have different tokenizers; send text or messages")
+            raise InvalidSample("the members have different tokenizers: send text or messages instead of tokens")
         size, limit = 2**31, self._max_tokens
         if self.tokenizer is not None:
             size, limit = self.tokenizer.vocab_size, self._tokenizers[self.tokenizer.fingerprint][1]
-        if not sample.tokens:
-            raise Refused("the sample is empty")
-        wrong = next((token for token in sample.tokens if not 0 <= token < size), None)
-        if wrong is not None:
-            raise Refused(f"a token id is outside the vocabulary of {size}")
-        if sample.prompt_length >= len(sample.tokens):
-            raise Refused(f"prompt_length={sample.prompt_length} leaves no response in {len(sample.tokens)} tokens")
-        self._check_length(len(sample.tokens), limit)
+        if not all(0 <= token < size for token in sample.tokens):
+            raise InvalidSample(f"a token id is outside the vocabulary of {size}")
+        if sample.prompt_length and sample.prompt_length >= len(sample.tokens):
+            count = len(sample.tokens)
+            raise InvalidSample(f"prompt_length={sample.prompt_length} leaves no response in {count} tokens")
+        _check_length(len(sample.tokens), limit)
         return list(sample.tokens)
-
-    @staticmethod
-    def _check_length(length: int, limit: int) -> None:
-        if limit and length > limit:
-            raise Refused(f"the sample has {length} tokens, at most {limit} are taken")
 
     def _prompt_index(self, sample: Sample, tokens: list[int]) -> int:
         if self.reference is None:
@@ -160,38 +148,51 @@ class Preparer:
             starts = (self._by_tokens.get(tuple(tokens[:end])) for end in self._prompt_lengths)
             index = next((found for found in starts if found is not None), None)
         if index is None:
-            raise Refused("the prompt is not one of the reference, to which this reward is relative")
+            raise InvalidSample("the prompt is not one of the reference, to which this reward is relative")
         return index
 
 
-def _by_tokens(tokenizer: Tokenizer, reference: SFTScores) -> dict[tuple[int, ...], int]:
-    """Index of every prompt by its ids: as the template writes it, else as a text that has its template already."""
+def _check_length(length: int, limit: int) -> None:
+    if not length:
+        raise InvalidSample("the sample is empty")
+    if limit and length > limit:
+        raise InvalidSample(f"the sample has {length} tokens, at most {limit} are accepted")
+
+
+def _prompts_by_tokens(tokenizer: Tokenizer, reference: SFTScores) -> dict[tuple[int, ...], int]:
+    """The index of every prompt by the ids with which a conversation may begin."""
+
+    def as_conversation(prompt: Sequence[Message]) -> list[int]:
+        return tokenizer.encode_conversation(prompt, "", ended=False)
+
+    def as_text(prompt: Sequence[Message]) -> list[int]:
+        return tokenizer.encode(plain_text(prompt))
+
+    def as_whole_text(prompt: Sequence[Message]) -> list[int]:
+        return getattr(tokenizer, "parse_rendered", tokenizer.encode)(plain_text(prompt))
+
     found: dict[tuple[int, ...], int] = {}
-    # a policy's tokens, and a conversation that the template has written out: they may begin the answer differently
-    for start in (tokenizer.encode_prompt, lambda prompt: tokenizer.encode_conversation(prompt, "", ended=False)):
+    # The template's prompt, which may differ from the start of a conversation; then texts that need no template, as
+    # NeMo-Aligner's actors send them, also with the token that a tokenizer puts before a whole text.
+    for encode in (tokenizer.encode_prompt, as_conversation, as_text, as_whole_text):
         for index, prompt in enumerate(reference.prompts_P):
-            with contextlib.suppress(DataError):  # a template may write finished conversations alone
-                found.setdefault(tuple(start(prompt)), index)
-    # an actor's tokens, and a whole text, before which a tokenizer may put its first token
-    for encode in (tokenizer.encode, getattr(tokenizer, "parse_rendered", tokenizer.encode)):
-        for index, prompt in enumerate(reference.prompts_P):
-            with contextlib.suppress(DataError):  # a vocabulary of words may not know those at the seams
-                found.setdefault(tuple(encode(plain_text(prompt))), index)
+            with contextlib.suppress(DataError):  # the template or the vocabulary may not allow this encoding
+                found.setdefault(tuple(encode(prompt)), index)
     found.pop((), None)  # every row begins with it
     return found
 
 
-def to_rollouts(batch: Sequence[Prepared], fingerprint: str) -> list[tuple[list[int], Rollouts]]:
-    """(places in the batch, rollouts), one entry for each form that occurs."""
+def to_rollouts(batch: Sequence[PreparedSample], fingerprint: str) -> list[tuple[list[int], Rollouts]]:
+    """(indices in the batch, rollouts) for each kind of sample in it."""
     groups = []
     for kind in ("chat", "text", "tokens"):
-        places = [i for i, prepared in enumerate(batch) if prepared.sample.kind == kind]
-        if places:
-            groups.append((places, _rollouts([batch[i] for i in places], fingerprint, kind)))
+        indices = [i for i, prepared in enumerate(batch) if prepared.sample.kind == kind]
+        if indices:
+            groups.append((indices, _rollouts([batch[i] for i in indices], fingerprint, kind)))
     return groups
 
 
-def _rollouts(batch: list[Prepared], fingerprint: str, kind: str) -> Rollouts:
+def _rollouts(batch: list[PreparedSample], fingerprint: str, kind: str) -> Rollouts:
     return Rollouts(
         prompts=[prepared.sample.messages for prepared in batch],
         responses=[prepared.sample.response for prepared in batch],
@@ -208,11 +209,3 @@ def _rollouts(batch: list[Prepared], fingerprint: str, kind: str) -> Rollouts:
 def _fingerprint(source: Any) -> str:
     tokenizer = getattr(source, "tokenizer", None)
     return tokenizer.fingerprint if tokenizer is not None else getattr(source, "fingerprint", "")
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

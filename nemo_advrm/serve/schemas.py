@@ -1,7 +1,8 @@
-"""Requests and answers of the JSON interfaces: our own, OpenRLHF's, and those of vLLM and SGLang that verl asks."""
+"""Requests and responses of the JSON interfaces: our own, OpenRLHF's, and those of vLLM and SGLang that verl calls."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
@@ -11,7 +12,7 @@ from nemo_advrm.data.messages import Message
 from nemo_advrm.serve.samples import Sample
 
 Text = Annotated[str, Field(min_length=1)]
-# a list ends at its first wrong entry: a million of them would be a million errors
+# lists fail at their first wrong entry: a million wrong entries would be a million errors
 Tokens = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1, fail_fast=True)]
 
 
@@ -25,13 +26,13 @@ class ChatMessage(Strict):
 
 
 class ChatSample(Strict):
-    """A response to chat messages; each member writes the finished conversation with its own chat template."""
+    """A response to chat messages; each member renders the conversation with its own chat template."""
 
     messages: list[ChatMessage] = Field(max_length=1024, fail_fast=True)
     response: str
-    ended: bool = Field(True, description="false where a length limit cut the response off: it gets no end token")
+    ended: bool = Field(True, description="false if a length limit cut the response off; it gets no end token")
     truncate_prompt: bool = Field(
-        False, description="leave out the first tokens of a conversation that is too long; else it is refused"
+        False, description="drop the first tokens of a conversation that is too long, instead of refusing it"
     )
 
     def sample(self) -> Sample:
@@ -40,7 +41,7 @@ class ChatSample(Strict):
 
 
 class TextSample(Strict):
-    """A finished conversation as text, special tokens written out; what is missing of its end is added."""
+    """A conversation as text with its special tokens; a missing end is added."""
 
     text: Text
 
@@ -49,45 +50,51 @@ class TextSample(Strict):
 
 
 class TokenSample(Strict):
-    """Token ids of the server's tokenizer (see `/v1/info`), scored as they are."""
+    """Token ids of the server's tokenizer (see `/v1/info`), scored unchanged."""
 
     tokens: Tokens
     prompt_length: int = Field(
-        0, ge=0, lt=2**31, description="tokens before the response, where they may not tell; hybrid rewards alone look"
+        0, ge=0, lt=2**31, description="tokens before the response, 0 if unknown; only hybrid rewards need it"
     )
 
     def sample(self) -> Sample:
         return Sample("tokens", tokens=tuple(self.tokens), prompt_length=self.prompt_length)
 
 
-def _form(sample: Any) -> str:
-    """Which of the forms a sample is meant to have, so that an error is told of that one alone."""
+def _form_of(sample: Any) -> str:
+    """The form that a sample probably has: its errors are reported for that form only."""
     return next((form for form in ("text", "tokens") if isinstance(sample, dict) and form in sample), "messages")
 
 
 AnySample = Annotated[
     Annotated[ChatSample, Tag("messages")] | Annotated[TextSample, Tag("text")] | Annotated[TokenSample, Tag("tokens")],
-    Discriminator(_form),
+    Discriminator(_form_of),
 ]
+
+
+def first_error(errors: Sequence[Any]) -> str:
+    """The first of Pydantic's errors in one line."""
+    location = ".".join(str(part) for part in errors[0]["loc"])
+    return f"{location}: {errors[0]['msg']}" if location else str(errors[0]["msg"])
 
 
 class ScoreRequest(Strict):
     samples: list[AnySample] = Field(min_length=1, fail_fast=True)
-    members: bool = Field(False, description="also answer the raw scores of the ensemble's members")
+    members: bool = Field(False, description="also return the raw scores of the ensemble's members")
 
 
-class ScoreAnswer(BaseModel):
+class ScoreResponse(BaseModel):
     model: str
     scores: list[float] = Field(description="one reward per sample, higher is better")
-    members: list[list[float]] | None = Field(None, description="[samples][members] raw scores, when asked for")
+    members: list[list[float]] | None = Field(None, description="[samples][members] raw scores, if requested")
 
 
 class Info(BaseModel):
     model: str
-    reward: str = Field(description="how members become the reward")
+    reward: str = Field(description="how the members' scores are combined")
     members: list[str]
-    tokenizer: str | None = Field(description="fingerprint of the tokenizer whose tokens are taken, if any are")
-    prompt_lengths: bool = Field(description="a sample of tokens may have a prompt_length")
+    tokenizer: str | None = Field(description="fingerprint of the tokenizer whose tokens are accepted, if any")
+    prompt_lengths: bool = Field(description="samples of tokens may have a prompt_length")
     max_samples: int
     version: str
 
@@ -96,38 +103,38 @@ class Status(BaseModel):
     status: str
 
 
-class ErrorAnswer(BaseModel):
+class ErrorResponse(BaseModel):
     error: str
 
 
-class Foreign(BaseModel):
-    """A request of another project's clients: keys that we do not know are let go, but for those that hold content."""
+class OtherClientRequest(BaseModel):
+    """A request of another project's client. Unknown keys are ignored, unless they hold content to be scored."""
 
     @model_validator(mode="before")
     @classmethod
-    def _no_content_is_dropped(cls, data: Any) -> Any:
+    def _refuse_unread_content(cls, data: Any) -> Any:
         name = unread_content(data, cls.model_fields)
         if name is not None:
-            raise ValueError(f"`{name}` holds content that is not read here: write it into the text that is scored")
+            raise ValueError(f"`{name}` holds content that the server does not read: put it into the scored text")
         return data
 
 
-class OpenRLHFRequest(Foreign):
-    """What OpenRLHF posts to `--remote_rm_url`: prompt and response together, special tokens written out."""
+class OpenRLHFRequest(OtherClientRequest):
+    """What OpenRLHF posts to `--remote_rm_url`: texts of prompt and response with their special tokens."""
 
     query: list[Text] = Field(min_length=1, fail_fast=True)
     prompts: list[Any] | None = None
     labels: list[Any] | None = None
 
 
-class OpenRLHFAnswer(BaseModel):
+class OpenRLHFResponse(BaseModel):
     rewards: list[float]
     scores: list[float]
     extra_logs: dict[str, list[float]] = {}
 
 
-class PoolingRequest(Foreign):
-    """What verl posts to vLLM's `/classify` and SGLang's `/v1/embeddings`. Scores are raw: no activation is applied."""
+class PoolingRequest(OtherClientRequest):
+    """What verl posts to vLLM's `/classify` and SGLang's `/v1/embeddings`. Scores are raw, without an activation."""
 
     input: (
         Text
@@ -136,21 +143,19 @@ class PoolingRequest(Foreign):
         | Annotated[list[Tokens], Field(min_length=1, fail_fast=True)]
     )
     model: str | None = None
-    user: str | None = None  # who asks, in these interfaces
+    user: str | None = None  # name of the caller
     activation: Literal[False] | None = None
     use_activation: Literal[False] | None = None
-    softmax: Literal[False] | None = None  # as older vLLM calls the activation
+    softmax: Literal[False] | None = None  # the activation in older versions of vLLM
     normalize: Literal[False] | None = None
-    truncate_prompt_tokens: None = Field(None, description="texts and tokens are scored whole")
+    truncate_prompt_tokens: None = Field(None, description="texts and tokens are not truncated")
 
     def samples(self) -> list[Sample]:
-        if isinstance(self.input, str):
-            return [Sample("text", response=self.input)]
-        if isinstance(self.input[0], int):
-            return [Sample("tokens", tokens=tuple(self.input))]  # type: ignore[arg-type]
+        one = isinstance(self.input, str) or isinstance(self.input[0], int)
+        items: list[Any] = [self.input] if one else list(self.input)
         return [
-            Sample("text", response=item) if isinstance(item, str) else Sample("tokens", tokens=tuple(item))  # type: ignore[arg-type]
-            for item in self.input
+            Sample("text", response=item) if isinstance(item, str) else Sample("tokens", tokens=tuple(item))
+            for item in items
         ]
 
 
@@ -158,6 +163,12 @@ class Usage(BaseModel):
     prompt_tokens: int
     total_tokens: int
     completion_tokens: int = 0
+
+    @classmethod
+    def of(cls, samples: Sequence[Sample]) -> Usage:
+        """An estimate: the size of texts in tokens is about a quarter of their characters."""
+        tokens = sum(len(sample.tokens) or 1 + len(sample.response) // 4 for sample in samples)
+        return cls(prompt_tokens=tokens, total_tokens=tokens)
 
 
 class Classification(BaseModel):
@@ -167,7 +178,7 @@ class Classification(BaseModel):
     num_classes: int = 1
 
 
-class ClassifyAnswer(BaseModel):
+class ClassifyResponse(BaseModel):
     id: str
     object: Literal["list"] = "list"
     created: int
@@ -182,7 +193,7 @@ class Embedding(BaseModel):
     embedding: list[float]
 
 
-class EmbeddingAnswer(BaseModel):
+class EmbeddingResponse(BaseModel):
     object: Literal["list"] = "list"
     model: str
     data: list[Embedding]

@@ -1,4 +1,4 @@
-"""Scores batches with a reward that lies on several processes: the first gives the orders, the others follow."""
+"""Scores batches with a reward whose models span several processes: rank 0 broadcasts each batch, the others follow."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ import torch.distributed as dist
 
 from nemo_advrm.engine import runtime
 from nemo_advrm.errors import UserError
-from nemo_advrm.rewards.ensemble import PolicyReward, RewardOutput
+from nemo_advrm.rewards.ensemble import PolicyReward
 from nemo_advrm.rollouts.types import Rollouts
-from nemo_advrm.serve.samples import Prepared, to_rollouts
+from nemo_advrm.serve.samples import PreparedSample, to_rollouts
 
-_IDLE, _STOP = "idle", "stop"
+_KEEP_ALIVE, _STOP = "keep_alive", "stop"
 
 
 @dataclass(frozen=True)
-class Scored:
+class Score:
     """The reward of one sample and the members' raw scores."""
 
     reward: float
@@ -27,50 +27,48 @@ class Scored:
 
 
 class Scorer:
-    """The first rank's side. Calls come from one thread at a time; :func:`follow` runs on every other rank."""
+    """Runs on rank 0, called by one thread at a time; :func:`score_with_rank_zero` runs on the others."""
 
     def __init__(self, reward: PolicyReward, fingerprint: str) -> None:
         self.reward = reward
         self.fingerprint = fingerprint
         self._lock = threading.Lock()
 
-    def score(self, batch: Sequence[Prepared]) -> list[Scored]:
+    def score(self, batch: Sequence[PreparedSample]) -> list[Score]:
         """Raises RewardSourceError when a member fails."""
-        results: list[Scored | None] = [None] * len(batch)
-        for places, rollouts in to_rollouts(batch, self.fingerprint):
-            reward_output = self._compute_rewards(rollouts)
-            rows = zip(places, reward_output.rewards_N.tolist(), reward_output.scores_NK.tolist(), strict=True)
-            for place, reward, members in rows:
-                results[place] = Scored(reward, members)
-        return [result for result in results if result is not None]
-
-    def _compute_rewards(self, rollouts: Rollouts) -> RewardOutput:
-        with self._lock:
-            _tell(rollouts)
-            return self.reward.compute_rewards(rollouts)
+        scores: dict[int, Score] = {}
+        for indices, rollouts in to_rollouts(batch, self.fingerprint):
+            with self._lock:
+                _broadcast(rollouts)
+                output = self.reward.compute_rewards(rollouts)
+            rows = zip(indices, output.rewards_N.tolist(), output.scores_NK.tolist(), strict=True)
+            scores.update((index, Score(reward, members)) for index, reward, members in rows)
+        return [scores[index] for index in range(len(batch))]
 
     def keep_alive(self) -> None:
-        """Let the other ranks wait anew, before their wait for orders reaches its limit."""
+        """Restart the other ranks' wait for a batch before it reaches the limit of the process group."""
         with self._lock:
-            _tell(_IDLE)
+            _broadcast(_KEEP_ALIVE)
 
     def stop(self) -> None:
-        """Release the other ranks."""
+        """End :func:`score_with_rank_zero` on the other ranks."""
         with self._lock:
-            _tell(_STOP)
+            _broadcast(_STOP)
 
 
 def use_device() -> None:
-    """To be called in the thread that scores: the current GPU is a thread's own."""
+    """Select this process's GPU in the calling thread: each thread has its own current GPU."""
     rt = runtime.current()
     if rt.on_gpu:
         torch.cuda.set_device(rt.device)
 
 
-def follow(reward: PolicyReward) -> None:
-    """Score along with the first rank until it stops. A source that fails does so on all ranks; the first one tells."""
+def score_with_rank_zero(reward: PolicyReward) -> None:
+    """Score the batches of rank 0 until it stops. A failing member fails on all ranks; rank 0 reports it."""
     while True:
-        order = _hear()
+        orders: list[Rollouts | str] = [_KEEP_ALIVE]
+        dist.broadcast_object_list(orders, 0)
+        order = orders[0]
         if order == _STOP:
             return
         if isinstance(order, Rollouts):
@@ -80,12 +78,6 @@ def follow(reward: PolicyReward) -> None:
                 continue
 
 
-def _tell(order: Rollouts | str) -> None:
+def _broadcast(order: Rollouts | str) -> None:
     if runtime.current().world_size > 1:
         dist.broadcast_object_list([order], 0)
-
-
-def _hear() -> Rollouts | str:
-    orders: list[Rollouts | str] = [_IDLE]
-    dist.broadcast_object_list(orders, 0)
-    return orders[0]

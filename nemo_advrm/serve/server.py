@@ -1,13 +1,11 @@
-"""Runs the application: the socket, the token, the announcement, and the end without lost requests."""
+"""Runs the application: socket, announcement in the run directory, and an end that loses no request."""
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import functools
 import ipaddress
 import json
-import logging
 import os
 import resource
 import signal
@@ -22,12 +20,10 @@ from nemo_advrm import files, signals
 from nemo_advrm.config.schema import ServeConfig
 from nemo_advrm.errors import ConfigError, RewardSourceError, UserError
 from nemo_advrm.serve.app import create_app
+from nemo_advrm.serve.connection import LimitedConnection
 from nemo_advrm.serve.metrics import Metrics
-from nemo_advrm.serve.service import Service
-from nemo_advrm.serve.transport import BoundedProtocol
-from nemo_advrm.serve.triton import TritonBridge, check
+from nemo_advrm.serve.service import ScoringService
 
-_log = logging.getLogger(__name__)
 _OTHER_FILES = 512  # that a process with models, other ranks and refused connections opens besides
 
 
@@ -42,27 +38,18 @@ def is_loopback(host: str) -> bool:
 
 
 def bind(options: ServeConfig, token: str) -> socket.socket:
-    """The listening socket.
-
-    Raises ConfigError for a public address without a token, one that cannot be had, and a Triton that cannot start.
-    """
+    """Open the listening socket. Raises ConfigError, also for a public address without a token."""
     if not is_loopback(options.host) and not token:
         raise ConfigError(
             f"serve.host={options.host} can be reached from other machines: set serve.token_file (or the variable "
             "NEMO_ADVRM_TOKEN) to a bearer token, or serve on 127.0.0.1"
         )
-    if options.triton_port:
-        if not is_loopback(options.host):
-            raise ConfigError(
-                f"serve.host={options.host}: Triton asks for no token, so serve.triton_port needs serve.host=127.0.0.1"
-            )
-        check(options, token)
     if options.max_pending_mib < options.max_body_mib:
         raise ConfigError(
             f"serve.max_pending_mib={options.max_pending_mib:g}: must be at least serve.max_body_mib="
             f"{options.max_body_mib:g}"
         )
-    _allow_files(options.max_connections)
+    _raise_file_limit(options.max_connections)
     family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
     try:
         return socket.create_server((options.host, options.port), family=family, backlog=1024)
@@ -70,7 +57,7 @@ def bind(options: ServeConfig, token: str) -> socket.socket:
         raise ConfigError(f"serve.host={options.host} serve.port={options.port}: {error}") from error
 
 
-def _allow_files(connections: int) -> None:
+def _raise_file_limit(connections: int) -> None:
     """Raise this process's limit of open files to what the connections need. Raises ConfigError."""
     needed = connections + _OTHER_FILES
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -84,20 +71,12 @@ def _allow_files(connections: int) -> None:
 
 
 class _Server(uvicorn.Server):
-    def __init__(
-        self, config: uvicorn.Config, service: Service, metrics: Metrics, address: str, directory: Path
-    ) -> None:
+    def __init__(self, config: uvicorn.Config, service: ScoringService, address: str, directory: Path) -> None:
         super().__init__(config)
         self.service = service
         self.address = address
         self.directory = directory
         self.failure: UserError | None = None
-        self.triton: TritonBridge | None = None
-        self._starting: asyncio.Task[None] | None = None
-        if service.options.triton_port:
-            service.starting = True
-            log = directory / "triton.log"
-            self.triton = TritonBridge(service, metrics, log, lambda reason: self.fail(RewardSourceError(reason)))
 
     def fail(self, reason: UserError) -> None:
         """Stop serving, and let :func:`run` raise ``reason``."""
@@ -105,43 +84,20 @@ class _Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        # not waited for: TERM must be heard meanwhile
-        self._starting = asyncio.create_task(self._start())
-
-    async def _start(self) -> None:
+        name = self.service.options.name
+        about = {"address": self.address, "pid": os.getpid(), "model": name}
         try:
-            if self.triton is not None:
-                await self.triton.start()
-            self.service.starting = False
-            self._announce()
+            files.write_text(self.directory / "server.json", json.dumps(about))
         except UserError as error:
             self.fail(error)
         except OSError as error:
             self.fail(ConfigError(f"run_dir={self.directory}: {error}"))
-        except Exception:
-            _log.exception("the start failed")
-            self.fail(RewardSourceError("the server stopped because its start failed; its log says why"))
-
-    def _announce(self) -> None:
-        name, announced = self.service.options.name, self.directory / "server.json"
-        about = {"address": self.address, "pid": os.getpid(), "model": name}
-        triton = f", by Triton at {self.triton.address}" if self.triton is not None else ""
-        if self.triton is not None:
-            about["triton"] = self.triton.address
-        files.write_text(announced, json.dumps(about))
-        print(f"serving {name} at {self.address}{triton}  (documentation: {self.address}/docs)", flush=True)
-
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        if self._starting is not None:
-            self._starting.cancel()
-            await asyncio.gather(self._starting, return_exceptions=True)
-        if self.triton is not None:  # what it has taken is scored by the queue that ends below
-            await self.triton.stop()
-        await super().shutdown(sockets)
+        else:
+            print(f"serving {name} at {self.address}  (documentation: {self.address}/docs)", flush=True)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        # uvicorn's own raises the signal once more at the end, and the process would end as if it had been killed
+        # uvicorn's own raises the signal again at the end, and the process would end as if it had been killed
         ours = (*signals.SIGNALS, signal.SIGINT)
         before = {number: signal.signal(number, self.handle_exit) for number in ours}
         try:
@@ -153,16 +109,16 @@ class _Server(uvicorn.Server):
                 signal.signal(number, handler)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        self.service.draining = True  # connections that are kept alive are told, too
+        self.service.draining = True  # new requests over connections that are kept alive are refused
         super().handle_exit(sig, frame)
 
 
-def configure(service: Service, metrics: Metrics, token: str) -> uvicorn.Config:
-    """How uvicorn serves the application, with the limits of ``service.options`` for every connection."""
+def configure(service: ScoringService, metrics: Metrics, token: str) -> uvicorn.Config:
+    """uvicorn's settings, with the limits of ``service.options`` for every connection."""
     options = service.options
     return uvicorn.Config(
         create_app(service, metrics, token),
-        http=functools.partial(BoundedProtocol, limits=options),  # type: ignore[arg-type]
+        http=functools.partial(LimitedConnection, limits=options),  # type: ignore[arg-type]
         ws="none",
         proxy_headers=False,
         log_level="warning",
@@ -173,18 +129,18 @@ def configure(service: Service, metrics: Metrics, token: str) -> uvicorn.Config:
     )
 
 
-def run(service: Service, metrics: Metrics, token: str, sock: socket.socket, directory: Path) -> None:
+def run(service: ScoringService, metrics: Metrics, token: str, sock: socket.socket, directory: Path) -> None:
     """Serve until TERM, USR1 or INT, then finish the running requests.
 
-    ``directory/server.json`` holds addresses and process while the server is ready.
+    ``directory/server.json`` holds the address and process id while the server is ready.
 
     Raises:
-        ConfigError: Triton did not start, or ``directory`` cannot be written.
-        RewardSourceError: scoring failed for good, or Triton ended by itself.
+        ConfigError: ``directory`` cannot be written.
+        RewardSourceError: scoring failed for good.
     """
     host, port = sock.getsockname()[:2]
     address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-    server = _Server(configure(service, metrics, token), service, metrics, address, directory)
+    server = _Server(configure(service, metrics, token), service, address, directory)
     service.batcher.on_failure = lambda: server.fail(
         RewardSourceError("the server stopped because scoring failed; its log says why")
     )

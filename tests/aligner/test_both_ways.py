@@ -52,18 +52,16 @@ def reference(files: plugin.Files, single: Runtime, tmp_path_factory: pytest.Tem
 
 
 @pytest.fixture(scope="module")
-def served(files: plugin.Files, reference: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, int]]:
-    """The adversarial reward of both reward models: ports of Triton and of the same protocol without it."""
-    home, port = tmp_path_factory.mktemp("ours"), free_port()
+def served(files: plugin.Files, reference: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    """The adversarial reward of both reward models; the port."""
+    home = tmp_path_factory.mktemp("ours")
     with plugin.serving(
         home / "server",
         f"ensemble.members=[{','.join(map(str, files.checkpoints))}]",
         "serve.reward=adversarial",
         f"serve.reference_path={reference}",
-        f"serve.triton_port={port}",
-        f"serve.triton_python={plugin.python()}",
     ) as address:
-        yield {"triton": port, "fastapi": int(address.rsplit(":", 1)[1])}
+        yield int(address.rsplit(":", 1)[1])
 
 
 @pytest.fixture(scope="module")
@@ -120,9 +118,9 @@ def attack(files: plugin.Files, stock_server: str, tmp_path_factory: pytest.Temp
 class Trained:
     """What NeMo-Aligner's own training left."""
 
-    batches: dict[str, list[dict[str, Any]]]
-    logged: dict[str, list[float]]
-    log_probs: dict[str, list[float]]
+    batches: list[dict[str, Any]]
+    logged: list[float]
+    log_probs: list[float]
     losses: list[float]
     gap: float
 
@@ -131,11 +129,11 @@ class Trained:
 def trained(
     aligner: Callable[..., list[Any]],
     files: plugin.Files,
-    served: dict[str, int],
+    served: int,
     attack: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Trained:
-    """REINFORCE with either address of our server, and a reward model on what our attack found."""
+    """REINFORCE with our server, and a reward model on what our attack found."""
     home = tmp_path_factory.mktemp("trained")
     pairs, data = attack / "pairs.jsonl", home / "augmented.jsonl"
     assert cli.main(["select", f"run_dir={attack}", "selection.threshold_z=-100"]) == 0
@@ -143,34 +141,27 @@ def trained(
     original = files.prompts.with_name("pairs.jsonl")
     assert cli.main(["export_pairs", f"pairs={pairs}", f"out={data}", f"with={original}", "template=plain"]) == 0
     texts = [row["text"] for _, row in read_jsonl(data)]
-    actors = {name: home / f"{name}.nemo" for name in served}
-    common = {"base": str(files.actor), "prompts": str(files.prompts), "steps": STEPS}
-    runs = aligner(*(("reinforce", {**common, "out": str(actors[a]), "port": port}) for a, port in served.items()))
+    actor = str(home / "actor.nemo")
+    settings = {"base": str(files.actor), "prompts": str(files.prompts), "steps": STEPS, "out": actor, "port": served}
+    (run,) = aligner(("reinforce", settings))
     training = {"data": str(data), "out": str(home / "rm.nemo"), "steps": STEPS, "texts": texts}
-    rm, *found = aligner(  # another process: all models of one have the same size of microbatches
+    rm, log_probs = aligner(  # another process: all models of one have the same size of microbatches
         ("train_rm", {"base": str(files.actor), **training}),
-        *(("log_probs", {"path": str(out), "rows": [plugin.ROW]}) for out in actors.values()),
+        ("log_probs", {"path": actor, "rows": [plugin.ROW]}),
     )
     chosen, rejected = (torch.tensor(rm["scores"][start::2]) for start in (0, 1))
     return Trained(
-        {name: run["batches"] for name, run in zip(actors, runs, strict=True)},
-        {name: run["rewards"] for name, run in zip(actors, runs, strict=True)},
-        {name: rows[0] for name, rows in zip(actors, found, strict=True)},
-        rm["losses"],
-        float((chosen - rejected).mean()),
+        run["batches"], run["rewards"], log_probs[0], rm["losses"], float((chosen - rejected).mean())
     )
 
 
-@pytest.mark.parametrize("address", ["triton", "fastapi"])
-def test_its_reinforce_is_rewarded_by_our_server(
-    files: plugin.Files, reference: Path, trained: Trained, address: str
-) -> None:
+def test_its_reinforce_is_rewarded_by_our_server(files: plugin.Files, reference: Path, trained: Trained) -> None:
     """RemoteGPTRMClient, MegatronGPTReinforceActorModel and ReinforceTrainer as they are."""
-    batches = trained.batches[address]
+    batches = trained.batches
     assert len(batches) == STEPS
     tokenizer, known = build_tokenizer(f"hf:{files.checkpoints[0] / 'tokenizer'}"), SFTScores.read(reference)
     index = {tuple(tokenizer.encode(prompt)): i for i, prompt in enumerate(plugin.PROMPTS)}
-    for batch, logged in zip(batches, trained.logged[address], strict=True):
+    for batch, logged in zip(batches, trained.logged, strict=True):
         rows = plugin.trained_sequences([batch])
         starts = batch["prompt_lengths"]
         mean_NK = known.prompt_mean([index[tuple(row[:n])] for row, n in zip(rows, starts, strict=True)])
@@ -183,10 +174,9 @@ def test_its_reinforce_is_rewarded_by_our_server(
     assert len(rewards) > STEPS  # not the penalty alone
 
 
-@pytest.mark.parametrize("address", ["triton", "fastapi"])
-def test_that_reinforce_moves_the_weights_it_saves(files: plugin.Files, trained: Trained, address: str) -> None:
-    assert any(end for batch in trained.batches[address] for end in batch["is_end"])  # others are not trained on
-    before, now = torch.tensor(files.log_probs[0]), torch.tensor(trained.log_probs[address])
+def test_that_reinforce_moves_the_weights_it_saves(files: plugin.Files, trained: Trained) -> None:
+    assert any(end for batch in trained.batches for end in batch["is_end"])  # others are not trained on
+    before, now = torch.tensor(files.log_probs[0]), torch.tensor(trained.log_probs)
     assert torch.isfinite(now).all() and (now - before).abs().max() > 1e-4
 
 

@@ -19,10 +19,10 @@ from tiny import TOKENIZER
 from nemo_advrm.config.schema import ServeConfig
 from nemo_advrm.serve import batcher
 from nemo_advrm.serve.metrics import Metrics
-from nemo_advrm.serve.samples import Prepared, Preparer
-from nemo_advrm.serve.scorer import Scored
+from nemo_advrm.serve.samples import PreparedSample, Preparer
+from nemo_advrm.serve.scorer import Score
 from nemo_advrm.serve.server import bind, configure
-from nemo_advrm.serve.service import Service
+from nemo_advrm.serve.service import ScoringService
 
 JSON = {"content-type": "application/json"}
 SMALL = {"samples": [{"text": "this river sleeps ."}]}
@@ -38,10 +38,10 @@ class CountingScorer:
         self.go.set()
         self.asked: list[str] = []
 
-    def score(self, batch: Sequence[Prepared]) -> list[Scored]:
+    def score(self, batch: Sequence[PreparedSample]) -> list[Score]:
         self.asked += [prepared.sample.response for prepared in batch]
         assert self.go.wait(WAIT_SECONDS)
-        return [Scored(float(len(prepared.tokens)), [0.0]) for prepared in batch]
+        return [Score(float(len(prepared.tokens)), [0.0]) for prepared in batch]
 
     def keep_alive(self) -> None: ...
 
@@ -64,7 +64,7 @@ class LocalServer:
             self.options.timeout_seconds,
         )
         preparer = Preparer([SimpleNamespace(tokenizer=TOKENIZER)], self.options.max_sample_tokens)  # type: ignore[list-item]
-        self.service = Service(self.options, preparer, queue, ["one"], "mean")
+        self.service = ScoringService(self.options, preparer, queue, ["one"], "mean")
         self.socket = bind(self.options, token)
         self.port: int = self.socket.getsockname()[1]
         config = configure(self.service, queue.metrics, token)

@@ -17,7 +17,7 @@ from local_server import SMALL, WAIT_SECONDS, LocalServer, ends, local_server, r
 
 from nemo_advrm.config.schema import ServeConfig
 from nemo_advrm.errors import ConfigError
-from nemo_advrm.serve import server, transport
+from nemo_advrm.serve import connection, server
 
 BODY = json.dumps(SMALL).encode()
 HEAD = b"POST /v1/score HTTP/1.1\r\nHost: x\r\n"
@@ -36,7 +36,7 @@ def local() -> Iterator[LocalServer]:
 def hasty() -> Iterator[LocalServer]:
     """Its limits of time are short."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(transport, "_GRACE_SECONDS", 0.3)
+        patch.setattr(connection, "_GRACE_SECONDS", 0.3)
         with local_server(patch, header_seconds=0.3, body_seconds=0.3, idle_seconds=0.3) as server:
             yield server
 
@@ -141,7 +141,7 @@ def test_bodies_of_all_connections_have_one_budget(local: LocalServer) -> None:
             slow = [held.enter_context(local.connect()) for _ in range(2)]
             for connection in slow:
                 connection.sendall(head + body[:-1])
-            until(lambda: local.pending.drawn == 2 * (len(body) - 1 - 64 * KIB))
+            until(lambda: local.pending.held == 2 * (len(body) - 1 - 64 * KIB))
             with local.connect() as third:
                 third.sendall(head + body)
                 status, answer = read_answer(third)
@@ -150,7 +150,7 @@ def test_bodies_of_all_connections_have_one_budget(local: LocalServer) -> None:
             if not leaves:
                 for connection in slow:
                     _answered(connection, body[-1:])
-        until(lambda: local.pending.drawn == 0)
+        until(lambda: local.pending.held == 0)
     assert local.post("/v1/score", body).status_code == 200
 
 

@@ -102,24 +102,24 @@ def _tensor(**changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("body", "words"),
     [
-        ({}, "inputs is not a list"),
-        ({"inputs": [{}]}, "no input None"),
-        (_tensor(name="token"), "no input 'token'"),
-        (_tensor(datatype="INT32"), "INT64 is wanted"),
-        (_tensor(datatype="FP32", data=[1.5, 2.5]), "INT64 is wanted"),
+        ({}, "inputs: Field required"),
+        ({"inputs": [{}]}, "inputs.0.name: Field required"),
+        (_tensor(name="token"), "inputs.0.name: Input should be 'sentences', 'tokens'"),
+        (_tensor(datatype="INT32"), "must be INT64"),
+        (_tensor(datatype="FP32", data=[1.5, 2.5]), "must be INT64"),
         (_tensor(shape=[2, 2]), "does not hold 2 elements"),
-        (_tensor(shape=[1, -2]), "the shape is not"),
-        (_tensor(shape=[1, 2, 1]), "the shape is not"),
-        (_tensor(data=[1.5, 2]), "does not consist of INT64"),
-        (_tensor(data=[2**64, 2]), "larger than INT64"),
+        (_tensor(shape=[1, -2]), "inputs.0.shape.1: Input should be greater"),
+        (_tensor(shape=[1, 2, 1]), "inputs.0.shape: List should have at most 2 items"),
+        (_tensor(data=[1.5, 2]), "the data are not INT64: 0: Input"),
+        (_tensor(data=[2**64, 2]), "the data are not INT64: 0: Input should be less"),
         (_tensor(data=None), "neither data nor binary_data_size"),
         (_tensor(parameters={"binary_data_size": 16}), "0 bytes are left"),
         (_tensor(shape=[2], name="tokens"), "not [B, S]"),
         ({"inputs": _tensor()["inputs"][:1]}, "sequence_lengths"),
         ({"inputs": [_tensor()["inputs"][0], {**_tensor()["inputs"][1], "data": [3]}]}, "from 1 to 2"),
         ({"inputs": _tensor()["inputs"] * 2}, "given twice"),
-        ({**_tensor(), "outputs": [{"name": "values"}]}, "no output 'values'"),
-        ({**_tensor(), "id": 5}, "id is not a string"),
+        ({**_tensor(), "outputs": [{"name": "values"}]}, "outputs.0.name: Input should be 'rewards'"),
+        ({**_tensor(), "id": 5}, "id: Input should be a valid string"),
     ],
 )
 def test_tensors_of_wrong_shape_or_type(served: Served, body: dict[str, Any], words: str) -> None:
@@ -213,7 +213,7 @@ def test_a_full_queue_is_answered_with_when_to_come_back(guarded: ServerProcess)
         busy = [answer for answer in answers if answer.status_code == 429]
         assert busy and all(answer.status_code in (200, 429) for answer in answers)
         assert all(1 <= int(answer.headers["retry-after"]) <= 30 for answer in busy)
-        _refused(client.post("/v1/score", json={"samples": body["samples"] * 2}), 413, "at most 120 are taken")
+        _refused(client.post("/v1/score", json={"samples": body["samples"] * 2}), 413, "at most 120 are accepted")
 
 
 def test_term_lets_running_requests_finish(guarded: ServerProcess) -> None:

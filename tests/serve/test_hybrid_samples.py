@@ -15,7 +15,7 @@ pytest.importorskip("fastapi", reason="needs the extra serve")
 
 from nemo_advrm.config.schema import RemoteConfig
 from nemo_advrm.rewards.remote import ServerReward
-from nemo_advrm.serve.samples import Preparer, Refused, Sample
+from nemo_advrm.serve.samples import InvalidSample, Preparer, Sample
 from nemo_advrm.serve.schemas import ScoreRequest
 from nemo_advrm.serve.scorer import Scorer
 
@@ -56,7 +56,7 @@ def test_a_sample_without_a_known_prompt_is_refused_by_its_place(members: list) 
         (Sample("tokens", tokens=tuple(TOKENIZER.encode("birds sing ."))), "where the answer begins"),
         (Sample("tokens", tokens=(3, 4), prompt_length=2), "leaves no response"),
     ):
-        with pytest.raises(Refused, match="sample 1: ") as caught:
+        with pytest.raises(InvalidSample, match="sample 1: ") as caught:
             Preparer(members).prepare([good, bad])
         assert words in str(caught.value)
 

@@ -14,7 +14,7 @@ from template_traits import TEMPLATES
 from nemo_advrm.data.messages import Message
 from nemo_advrm.data.sft_scores import SFTScores
 from nemo_advrm.data.tokenizers import HFTokenizer
-from nemo_advrm.serve.samples import Preparer, Refused, Sample
+from nemo_advrm.serve.samples import InvalidSample, Preparer, Sample
 
 PROMPTS = ("the question", "the question is the answer", "is the answer")
 
@@ -38,7 +38,7 @@ def test_prompts_are_found_with_and_without_the_template(tmp_path: Path, bos: bo
             Sample("text", response=text + " so be it"),
         ]
         assert [prepared.prompt_index for prepared in preparer.prepare(samples)] == [index] * 3
-    with pytest.raises(Refused, match="not one of the reference"):
+    with pytest.raises(InvalidSample, match="not one of the reference"):
         preparer.prepare([Sample("text", response="another text")])
 
 
@@ -74,7 +74,7 @@ def test_a_long_conversation_loses_its_start_only_where_the_client_asks(tmp_path
     preparer = Preparer([SimpleNamespace(tokenizer=tokenizer)], max_tokens=12)  # type: ignore[list-item]
     messages = (Message(role="user", content="the question is the answer"),)
     whole = tokenizer.encode_conversation(messages, "so")
-    with pytest.raises(Refused, match=f"the sample has {len(whole)} tokens, at most 12 are taken"):
+    with pytest.raises(InvalidSample, match=f"the sample has {len(whole)} tokens, at most 12 are accepted"):
         preparer.prepare([Sample("chat", messages, "so")])
     (cut,) = preparer.prepare([Sample("chat", messages, "so", truncate_prompt=True)])
     assert cut.tokens == whole[-12:]

@@ -49,8 +49,14 @@ def test_what_cannot_be_served_is_refused(
     assert "serve.reference_path" in _fails(capsys, run, member, "serve.reward=adversarial")
     assert "no such checkpoint" in _fails(capsys, run, "ensemble.members=[nowhere/model]")
     monkeypatch.setattr(run_dir, "start", lambda cfg: SimpleNamespace(world_size=4, dp_size=2))
-    assert re.search("4 holds 2 replicas.*tensor.*pipeline.*context_parallel_size", _fails(capsys, run, member))
+    assert re.search("4 makes 2 replicas.*tensor.*pipeline.*context_parallel_size", _fails(capsys, run, member))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("setting", ["serve.triton_port=5555", "serve.triton_python=/opt/aligner/bin/python"])
+def test_removed_keys_name_what_replaces_them(capsys: pytest.CaptureFixture[str], setting: str) -> None:
+    key = setting.partition("=")[0]
+    assert _fails(capsys, setting) == f"error: {key} was removed: NeMo-Aligner's clients connect to serve.port"
 
 
 def test_an_address_that_is_taken_is_refused(served: Served, capsys: pytest.CaptureFixture[str]) -> None:
@@ -75,6 +81,18 @@ def test_a_second_server_in_one_run_directory_is_refused_by_name(
     assert "server.json" in _fails(
         capsys, f"run_dir={tmp_path}", f"ensemble.members=[{served.members[0]}]", "serve.port=0"
     )
+
+
+def test_a_directory_that_cannot_be_written_ends_the_server(
+    tmp_path: Path, checkpoints: list[Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("NEMO_ADVRM_TOKEN", raising=False)
+    (tmp_path / "file").touch()
+    run = ["serve", f"run_dir={tmp_path / 'file' / 'run'}", f"ensemble.members=[{checkpoints[0]}]", "serve.port=0"]
+    assert cli.main([*run, "trainer.accelerator=cpu"]) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith(f"error: run_dir={tmp_path}/file/run/server.json cannot be ") and "\n" not in error
+    assert f"{tmp_path}/file/run Not a directory" in error and error.endswith("or choose another run_dir")
 
 
 def test_models_on_two_processes_give_the_same_scores_and_stop_without_a_hang(served: Served, tmp_path: Path) -> None:

@@ -14,13 +14,13 @@ from local_server import SMALL, WAIT_SECONDS, LocalServer, local_server
 
 from nemo_advrm.config.schema import ServeConfig
 from nemo_advrm.serve import app, kserve
-from nemo_advrm.serve.bounds import Bounds, TooLarge, Unreadable, measure, parse_json, parse_length
+from nemo_advrm.serve.limits import BadRequest, RequestLimits, TooLarge, count_json, parse_json, parse_length
 from nemo_advrm.serve.samples import Preparer
 
 MAX = 8
 INFER = "/v2/models/reward_model/infer"
 FIELDS = {"/v1/score": "samples", "/get_reward": "query", "/classify": "input", "/v1/embeddings": "input"}
-BOUNDS = Bounds.of(ServeConfig())
+LIMITS = RequestLimits.of(ServeConfig())
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def _infer(local: LocalServer, raw: bytes, name: str, datatype: str, *shape: int
     [
         ("sentences", "BYTES", (5000, 1), bytes(4 * 5000), 413, "5000 samples, at most 8"),
         ("sentences", "BYTES", (1, 1), bytes(4 * 5000), 400, "19996 bytes are left after 1 strings"),
-        ("sentences", "BYTES", (1, 5000), bytes(4 * 5000), 400, "[B, 1] is wanted"),
+        ("sentences", "BYTES", (1, 5000), bytes(4 * 5000), 400, "must be [B, 1]"),
         ("tokens", "INT64", (5000, 1), bytes(8 * 5000), 413, "5000 samples"),
         ("tokens", "INT64", (8, 2**30), bytes(8), 400, "does not hold 1 elements"),
         ("add_EOS", "BOOL", (5000, 1), bytes(5000), 413, "5000 samples"),
@@ -87,7 +87,7 @@ def test_lengths_in_headers_are_numbers(local: LocalServer, length: str) -> None
     header = {"Inference-Header-Content-Length": length.encode("latin-1"), "content-type": "application/json"}
     answer = local.client.post(INFER, content=body, headers=header)  # type: ignore[arg-type]
     assert answer.status_code == 400 and len(answer.json()["error"]) < 200
-    with pytest.raises(Unreadable):
+    with pytest.raises(BadRequest):
         parse_length(length, "Content-Length")
 
 
@@ -146,21 +146,21 @@ def test_long_texts_are_refused_before_they_are_encoded(monkeypatch: pytest.Monk
 def test_counts_do_not_look_into_texts() -> None:
     """A text full of brackets and escapes is one value."""
     text = json.dumps({"a": '[{,:"\\' * 1000 + "\\\\", "b": ["\\", '\\"[', "]"]}).encode()
-    bounds = Bounds(samples=9, containers=2, values=8)
-    measure(text, bounds)
+    bounds = RequestLimits(samples=9, containers=2, values=8)
+    count_json(text, bounds)
     assert parse_json(text, bounds)["b"] == ["\\", '\\"[', "]"]
     with pytest.raises(TooLarge, match="more than 1 lists"):
-        measure(text, Bounds(samples=9, containers=1, values=8))
+        count_json(text, RequestLimits(samples=9, containers=1, values=8))
     with pytest.raises(TooLarge, match="more than 5 values"):
-        measure(text, Bounds(samples=9, containers=2, values=5))
+        count_json(text, RequestLimits(samples=9, containers=2, values=5))
 
 
 def test_counting_goes_on_over_blocks() -> None:
     block = 1 << 20
     text = b'["' + b"[" * (block + 5) + b'",' + b"[]," * 3 + b"[[]]]"
-    measure(text, Bounds(9, containers=6, values=99))
+    count_json(text, RequestLimits(9, containers=6, values=99))
     with pytest.raises(TooLarge):
-        measure(text, Bounds(9, containers=5, values=99))
+        count_json(text, RequestLimits(9, containers=5, values=99))
 
 
 def test_another_client_is_answered_while_a_costly_request_is_read(
@@ -168,7 +168,7 @@ def test_another_client_is_answered_while_a_costly_request_is_read(
 ) -> None:
     begun, go = threading.Event(), threading.Event()
 
-    def slow(text: bytes, bounds: Bounds) -> Any:
+    def slow(text: bytes, bounds: RequestLimits) -> Any:
         if len(text) > 1000:  # the abusive one
             begun.set()
             assert go.wait(WAIT_SECONDS)
@@ -223,6 +223,6 @@ def test_a_million_empty_strings_in_a_tensor() -> None:
     form = {"name": "sentences", "datatype": "BYTES", "parameters": {"binary_data_size": len(raw)}}
     head = json.dumps({"inputs": [{**form, "shape": [1_000_000, 1]}]}).encode()
     with pytest.raises(TooLarge, match="1000000 samples"):
-        kserve.read_request(head + raw, len(head), BOUNDS)
-    allowed = Bounds(samples=1_000_000, containers=99, values=99)
+        kserve.read_request(head + raw, len(head), LIMITS)
+    allowed = RequestLimits(samples=1_000_000, containers=99, values=99)
     assert len(kserve.read_request(head + raw, len(head), allowed).samples) == 1_000_000
