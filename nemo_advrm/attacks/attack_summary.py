@@ -11,6 +11,7 @@ from nemo_advrm.attacks import summary_file
 from nemo_advrm.attacks.held_out_success import RATES
 from nemo_advrm.config.schema import Config
 from nemo_advrm.data.jsonl import read_jsonl
+from nemo_advrm.data.run_records import ATTACK_SAMPLE, RESTORE_ROWS, read_metrics, read_rows
 from nemo_advrm.engine import manifest
 from nemo_advrm.errors import ConfigError, DataError
 from nemo_advrm.rewards.find_rule import asks_others
@@ -22,10 +23,9 @@ _RESTORE = "restore it, or run the attack again"
 def of_adversary(directory: Path, seconds: float, held_out: dict[str, Any] | None = None) -> dict[str, Any]:
     """The summary of one adversary's training, by its records."""
     path = directory / "metrics.jsonl"
-    # an attack that trains nothing has none
-    rows = [_metrics(row, f"{path}:{number}") for number, row in read_jsonl(path)] if path.exists() else []
+    rows = read_metrics(path) if path.exists() else []  # an attack that trains nothing has none
     return {
-        "samples": sum(1 for _ in read_jsonl(directory / "samples.jsonl")),
+        "samples": sum(1 for _ in read_rows(directory / "samples.jsonl", ATTACK_SAMPLE, "an attack", RESTORE_ROWS)),
         "success_standard": _mean(rows, "success"),
         "success_strict": _mean(rows, "success_strict"),
         "ended": _mean(rows, "ended"),
@@ -33,16 +33,6 @@ def of_adversary(directory: Path, seconds: float, held_out: dict[str, Any] | Non
         "seconds": seconds,
         **({"held_out": held_out} if held_out else {}),
     }
-
-
-def _metrics(row: Any, source: str) -> dict[str, Any]:
-    """A row of metrics; DataError that names ``source`` for one of another type."""
-    if not isinstance(row, dict):
-        raise DataError(f"{source}: no row of metrics: restore or remove the line")
-    for key in ("success", "success_strict", "ended"):
-        if not isinstance(row.get(key), int | float | None):
-            raise DataError(f"{source}: no row of metrics ({key}={str(row[key])[:40]!r}): restore or remove the line")
-    return row
 
 
 def of_target(adversaries: list[dict[str, Any]]) -> dict[str, Any]:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
-from types import NoneType
 from typing import Any
 
 import torch
@@ -14,8 +12,9 @@ import torch
 from nemo_advrm.attacks.attack_summary import add_to_summary, check_rule, success_rates
 from nemo_advrm.attacks.pairing import ChosenSide, wrong_labels
 from nemo_advrm.config.schema import Config
-from nemo_advrm.data.jsonl import read_jsonl, write_jsonl_atomic
+from nemo_advrm.data.jsonl import write_jsonl_atomic
 from nemo_advrm.data.pair_store import AdversarialPair, PairStore
+from nemo_advrm.data.run_records import ATTACK_SAMPLE, RESTORE_ROWS, read_rows
 from nemo_advrm.data.sft_scores import SFTScores
 from nemo_advrm.data.tokenizers import build_tokenizer
 from nemo_advrm.errors import ConfigError, DataError
@@ -24,18 +23,6 @@ from nemo_advrm.rewards.find_rule import FindRule, falls_short
 from nemo_advrm.seeds import derive_seed
 
 RANDOM_PAIRS = "random_pairs.jsonl"
-# what selection reads of every sample, and of which type
-_TYPES: dict[str, tuple[type, ...]] = {
-    "direction": (int,),
-    "prompt_id": (int,),
-    "step": (int,),
-    "policy": (str,),
-    "response": (str,),
-    "scores": (list,),
-    "z": (list,),
-    "disagreement_z": (int, float),
-    "gold": (int, float, NoneType),
-}
 
 
 def select_round(cfg: Config, directory: Path, round_number: int, seed: int) -> dict[str, Any]:
@@ -52,11 +39,10 @@ def select_round(cfg: Config, directory: Path, round_number: int, seed: int) -> 
     tokenizer = build_tokenizer(cfg.model.tokenizer)  # the policy's, whose tokens the responses were
     sft_responses = SFTScores.read(directory / "reference.jsonl")
     path = directory / "attack" / "samples.jsonl"
-    members = sft_responses.scores_PNK.size(-1)
     # a selection that is repeated starts anew
     rows: list[dict[str, Any]] = []
-    for n, row in read_jsonl(path):
-        rows.append({**_checked(row, f"{path}:{n}", members), "selected": False})
+    for n, row in read_rows(path, ATTACK_SAMPLE, "an attack", RESTORE_ROWS):
+        rows.append({**row, "selected": False})
         _check_prompt_and_members(rows[-1], f"{path}:{n}", sft_responses)
     totals: Counter[str] = Counter()
     pairs: list[AdversarialPair] = []
@@ -90,43 +76,17 @@ def late_rows(rows: list[dict[str, Any]], last_fraction: float) -> list[dict[str
     return [row for row in rows if row["step"] >= first[row["policy"]]]
 
 
-def _checked(row: Any, source: str, members: int) -> dict[str, Any]:
-    """``row`` itself; DataError that names ``source`` and what is wrong when it is no sample of this attack."""
-    lacking = sorted(_TYPES.keys() - row.keys()) if isinstance(row, dict) else ["all keys"]
-    if lacking:
-        raise DataError(f"{source}: no row of an attack (it lacks {', '.join(lacking)}): restore the file")
-    wrong = [key for key, types in _TYPES.items() if not _is(row[key], types)]
-    wrong += [
-        key
-        for key in ("scores", "z")
-        if key not in wrong and not all(_is(value, (int, float)) for value in row[key])
-    ]
-    if "direction" not in wrong and not 1 <= row["direction"] <= members:
-        wrong.append("direction")
-    if wrong:
-        shown = f"{wrong[0]}={row[wrong[0]]!r}"[:80]
-        raise DataError(
-            f"{source}: no row of this attack on {members} members ({shown}): restore the file"
-        )
-    return row
-
-
-def _is(value: Any, types: tuple[type, ...]) -> bool:
-    """Whether a JSON value has one of the types; numbers are finite (read_jsonl limits their digits)."""
-    if isinstance(value, bool) or not isinstance(value, types):
-        return False
-    return not isinstance(value, int | float) or math.isfinite(value)
-
-
 def _check_prompt_and_members(row: dict[str, Any], source: str, sft_responses: SFTScores) -> None:
     """Raise DataError for a row of an attack on another reference."""
     prompts, _, members = sft_responses.scores_PNK.shape
-    number = row["prompt_id"]
-    if not isinstance(number, int) or not 0 <= number < prompts:
-        raise DataError(f"{source}: prompt_id={number!r}, the reference has {prompts} prompts: restore both files")
+    number, direction = row["prompt_id"], row["direction"]
+    if number >= prompts:
+        raise DataError(f"{source}: prompt_id={number}, the reference has {prompts} prompts: restore both files")
+    if direction > members:
+        raise DataError(f"{source}: direction={direction}, the reference has {members} members: restore both files")
     for key in ("scores", "z"):
-        if not isinstance(row[key], list) or len(row[key]) != members:
-            raise DataError(f"{source}: {key}={row[key]!r}, the reference has {members} members: restore both files")
+        if len(row[key]) != members:
+            raise DataError(f"{source}: {key}={row[key]}, the reference has {members} members: restore both files")
 
 
 def _select_target(

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from nemo_advrm.data.jsonl import read_jsonl
 from nemo_advrm.data.messages import Message
-from nemo_advrm.data.scores import as_scores
+from nemo_advrm.data.run_records import REFERENCE_ROW, problem
 from nemo_advrm.detectors.base import Features, StandardisedDetector, build_detector
-from nemo_advrm.errors import CheckpointError, RewardSourceError
+from nemo_advrm.errors import CheckpointError
 from nemo_advrm.objectives.sft_statistics import (
     SFTStatistics,
     fit_sft_statistics,
@@ -89,49 +89,37 @@ class SFTScores:
 
         Raises CheckpointError when prompts have unequal numbers of samples, or for rows that are none of a reference.
         """
-        grouped: dict[int, list[dict]] = {}
+        grouped: dict[int, list[dict[str, Any]]] = {}
         members = 0
         for number, row in read_jsonl(path):
-            try:
+            wrong = problem(REFERENCE_ROW, row)
+            if not wrong:
                 group = grouped.setdefault(row["prompt_id"], [])
                 members = members or len(row["scores"])
-                _check_row(row, group[0] if group else row, members)
-            except (KeyError, TypeError, ValueError, RewardSourceError) as error:
-                reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
-                raise CheckpointError(f"{path}:{number}: no row of a reference ({reason}); restore the file") from error
+                wrong = _mismatch(row, group[0] if group else row, members)
+            if wrong:
+                raise CheckpointError(f"{path}:{number}: no row of a reference ({wrong}); restore the file")
             group.append(row)
         sizes = {len(rows) for rows in grouped.values()}
         if len(sizes) != 1 or sorted(grouped) != list(range(len(grouped))):
             raise CheckpointError(f"{path}: not a complete reference (prompts or samples are missing); remove it")
         rows = [grouped[i] for i in range(len(grouped))]
         gold = [[r.get("gold") for r in group] for group in rows]
+        without = sum(g is None for group in gold for g in group)
+        if 0 < without < sum(map(len, gold)):
+            raise CheckpointError(f"{path}: {without} of its rows have no gold, the others have; restore the file")
         return cls(
             [tuple(group[0]["messages"]) for group in rows],
             [[r["response"] for r in group] for group in rows],
             torch.tensor([[r["scores"] for r in group] for group in rows], dtype=torch.float32),
-            None if any(g is None for group in gold for g in group) else torch.tensor(gold, dtype=torch.float32),
+            None if without else torch.tensor(gold, dtype=torch.float32),
             [[r.get("ended") is not False for r in group] for group in rows],
             [[r["tokens"] for r in group] for group in rows] if all("tokens" in r for g in rows for r in g) else None,
         )
 
 
-def _check_row(row: dict[str, Any], first: dict[str, Any], members: int) -> None:
-    """Raise ValueError or RewardSourceError for what would be read as something else; `first` is of the same prompt."""
-    for key, kind in (("prompt_id", int), ("messages", list), ("response", str), ("scores", list)):
-        if type(row[key]) is not kind:
-            raise ValueError(f"{key}={row[key]!r:.80}")
-    for message in row["messages"]:
-        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
-            raise ValueError("messages are no chat messages")
-    if not isinstance(row.get("ended"), bool | None):
-        raise ValueError(f"ended={row['ended']!r} is neither true nor false")
+def _mismatch(row: dict[str, Any], first: dict[str, Any], members: int) -> str:
+    """What a row does not share with the others; ``first`` is one of the same prompt. "" for nothing."""
     if row["messages"] != first["messages"]:
-        raise ValueError(f"another prompt than that of prompt_id={row['prompt_id']} before")
-    tokens = row.get("tokens", [])
-    if type(tokens) is not list or any(type(token) is not int for token in tokens):
-        raise ValueError("tokens is no list of token ids")
-    if not row["scores"] or len(row["scores"]) != members:
-        raise ValueError(f"{len(row['scores'])} scores of {members} members")
-    as_scores("of the row", row["scores"], members)
-    if row.get("gold") is not None:
-        as_scores("of gold", [row["gold"]], 1)
+        return f"another prompt than that of prompt_id={row['prompt_id']} before"
+    return "" if len(row["scores"]) == members else f"{len(row['scores'])} scores of {members} members"

@@ -22,8 +22,9 @@ import torch
 
 from nemo_advrm import files
 from nemo_advrm.config.schema import Config
-from nemo_advrm.data.jsonl import read_jsonl, write_jsonl_atomic
+from nemo_advrm.data.jsonl import write_jsonl_atomic
 from nemo_advrm.data.messages import Message, ReadPrompt
+from nemo_advrm.data.run_records import RESPONSE, read_rows
 from nemo_advrm.data.tokenizers import Tokenizer
 from nemo_advrm.engine import manifest, runtime
 from nemo_advrm.engine.collectives import run_on_rank_zero
@@ -147,7 +148,8 @@ def _wrong_curve(found: dict[str, Any]) -> str:
 
 def _read_samples(path: Path, cfg: Config, tokenizer: Tokenizer) -> tuple[Rollouts, int, list[float] | None]:
     """(responses, how many each prompt has, gold or None); DataError for rows that are no samples."""
-    numbered = list(read_jsonl(path))
+    cure = "remove it, and they are sampled again"
+    numbered = list(read_rows(path, RESPONSE, "the samples of best-of-n", cure))
     rows = [row for _, row in numbered]
     try:
         counts: dict[int, int] = {}
@@ -162,8 +164,8 @@ def _read_samples(path: Path, cfg: Config, tokenizer: Tokenizer) -> tuple[Rollou
             [ReadPrompt(row["messages"], f"{path}:{number}") for number, row in numbered[::count]], tokenizer, cfg
         )
         gold = [row["gold"] for row in rows]
-        rollouts = as_rollouts(rows, [prompt for prompt in prompts for _ in range(count)], tokenizer)
+        rollouts = as_rollouts(rows, [prompt for prompt in prompts for _ in range(count)], tokenizer, path)
     except (KeyError, TypeError, ValueError) as error:
         reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
-        raise DataError(f"{path}: no samples of best-of-n ({reason}); remove it, and they are sampled again") from error
+        raise DataError(f"{path}: no samples of best-of-n ({reason}): {cure}") from error
     return rollouts, count, None if any(value is None for value in gold) else gold

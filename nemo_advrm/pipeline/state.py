@@ -5,15 +5,15 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
-import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from nemo_advrm import files, locks
 from nemo_advrm.config import versions
-from nemo_advrm.engine import manifest, runtime
+from nemo_advrm.data.run_records import PIPELINE_STATE, problem
+from nemo_advrm.engine import runtime
 from nemo_advrm.engine.collectives import run_on_rank_zero
 from nemo_advrm.errors import DataError
 from nemo_advrm.run_directory import results, run_files
@@ -99,34 +99,7 @@ def read_state(path: Path) -> dict[str, Any]:
 
     Raises DataError with the cure when it cannot be read, or holds something of another type than was written.
     """
-    state = results.read_object(path, ("stages",), _CURE)
-    stages = state["stages"]
-    if not isinstance(stages, dict) or not all(isinstance(stage, dict) for stage in stages.values()):
-        raise DataError(f"{path} cannot be read (its stages are no stages): {_CURE}")
-    for name, details in stages.items():
-        for key, (is_right, what) in _DETAILS.items():
-            if key in details and not is_right(details[key]):
-                raise DataError(f"{path} cannot be read ({key!r} of stage {name!r} is not {what}): {_CURE}")
-    return state
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _is_duration(value: Any) -> bool:
-    return type(value) in (int, float) and 0 <= value < math.inf
-
-
-# what is read of a step, with its check
-_DETAILS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "status": (_is_text, "a text"),
-    "seconds": (_is_duration, "a number of seconds"),
-    "stop": (_is_text, "a text"),
-    "git": (_is_text, "a text"),
-    "runs": (lambda value: isinstance(value, list) and all(map(_is_text, value)), "a list of texts"),
-    "files": (manifest.are_entries, "a list of files with their sizes and hashes"),
-}
+    return results.read_object(path, (), _CURE, lambda state: problem(PIPELINE_STATE, state))
 
 
 def _now() -> str:

@@ -7,6 +7,14 @@ from pathlib import Path
 
 import numpy as np
 
+from nemo_advrm.data.run_records import (
+    ATTACK_SAMPLE,
+    ATTACK_SUMMARY,
+    METRICS_ROW,
+    PAIR_ROW,
+    PIPELINE_STATE,
+    REFERENCE_ROW,
+)
 from nemo_advrm.errors import DataError
 from nemo_advrm.report.collect_rlhf import read_best_of_n, read_options, read_rewards, read_rlhf
 from nemo_advrm.report.files import (
@@ -33,7 +41,7 @@ def collect(run_dir: Path) -> Run:
     if not run_dir.is_dir():
         raise DataError(f"{run_dir}: no such run directory")
     notes: list[str] = []
-    state = read_json(run_dir / "state.json", run_dir, notes)
+    state = read_json(run_dir / "state.json", run_dir, notes, PIPELINE_STATE)
     stages = as_object(state.get("stages"))
     rounds = tuple(
         _read_round(number, path, run_dir, notes, f"{path.name}/select" in stages)
@@ -84,20 +92,20 @@ def _read_round(round_number: int, path: Path, run_dir: Path, notes: list[str], 
     members = tuple(_read_member(index, member, run_dir, notes) for index, member in numbered(path, "rm"))
     if not members:
         notes.append(f"Round {round_number} has no reward models.")
-    reference = read_jsonl(path / "reference.jsonl", run_dir, notes)
+    reference = read_jsonl(path / "reference.jsonl", run_dir, notes, REFERENCE_ROW)
     if not reference:
         notes.append(f"Round {round_number} has no reference samples: its scatter lacks the SFT cloud.")
     selects = selects or (path / "pairs.jsonl").is_file()
     attacks, threshold_z = _read_attacks(round_number, path / "attack", run_dir, notes, reference, selects)
     known = {(str(row.get("prompt_id")), str(row.get("response"))): row for row in reference}
-    pairs = tuple(_read_pair(row, known) for row in read_jsonl(path / "pairs.jsonl", run_dir, notes))
+    pairs = tuple(_read_pair(row, known) for row in read_jsonl(path / "pairs.jsonl", run_dir, notes, PAIR_ROW))
     return Round(round_number, members, matrix(reference, "z"), attacks, threshold_z, pairs)
 
 
 def _read_member(index: int, path: Path, run_dir: Path, notes: list[str]) -> Member:
-    rows = read_jsonl(path / "metrics.jsonl", run_dir, notes)
+    rows = read_jsonl(path / "metrics.jsonl", run_dir, notes, METRICS_ROW)
     if (path / "result.json").is_file():
-        rows.append(read_json(path / "result.json", run_dir, notes))
+        rows.append(read_json(path / "result.json", run_dir, notes, METRICS_ROW))
     validated = [row for row in rows if number(row.get("val/accuracy")) is not None]
     if not validated:
         notes.append(f"{path.relative_to(run_dir)} has no validation accuracy.")
@@ -113,8 +121,8 @@ def _read_attacks(
     if not path.is_dir():
         notes.append(f"Round {round_number} was not attacked.")
         return (), DEFAULT_THRESHOLD_Z
-    summary = read_json(path / "summary.json", run_dir, notes)
-    rows = read_jsonl(path / "samples.jsonl", run_dir, notes)
+    summary = read_json(path / "summary.json", run_dir, notes, ATTACK_SUMMARY)
+    rows = read_jsonl(path / "samples.jsonl", run_dir, notes, ATTACK_SAMPLE)
     if not rows:
         notes.append(f"Round {round_number} has no adversarial samples.")
     by_target: dict[int, tuple[Row, list[Row]]] = {

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from nemo_advrm.data.run_records import BEST_OF_N_CURVE, METRICS_ROW
 from nemo_advrm.report.files import Row, as_object, column, count, number, numbered, numbers, read_json, read_jsonl
 from nemo_advrm.report.measures import MATCHED_KL, SMOOTHING_WINDOW, TOLERANCE, Options, curves
 from nemo_advrm.report.records import BestOfN, Reward, RlhfArm, RlhfRun
@@ -67,7 +68,7 @@ def read_rlhf(run_dir: Path, rewards: Iterable[str], stages: Row, notes: list[st
     for name in names:
         runs = []
         for seed, home in numbered(root / name, "seed") or [(1, root / name)]:
-            held_out, rollouts = curves(read_jsonl(home / "metrics.jsonl", run_dir, notes))
+            held_out, rollouts = curves(read_jsonl(home / "metrics.jsonl", run_dir, notes, METRICS_ROW))
             if rollouts is None:
                 notes.append(f"{home.relative_to(run_dir)} has no metrics.")
                 continue
@@ -88,7 +89,7 @@ def read_best_of_n(run_dir: Path, rewards: Iterable[str], notes: list[str]) -> t
     names = in_order((path.stem for path in root.glob("*.json")), rewards)
     found = []
     for name in names:
-        curve = read_json(root / f"{name}.json", run_dir, notes)
+        curve = read_json(root / f"{name}.json", run_dir, notes, BEST_OF_N_CURVE)
         rows = [
             {"n": n, "kl": kl, "proxy": proxy, "gold": gold}
             for n, kl, proxy, gold in zip(

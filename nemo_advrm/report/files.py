@@ -13,19 +13,27 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import TypeAdapter
 
 from nemo_advrm.config.moved import current_config
 from nemo_advrm.data.jsonl import MAX_LINE_BYTES
+from nemo_advrm.data.run_records import problem
 from nemo_advrm.untrusted_files import decode_json, decode_yaml, read_bytes
 
 Row = dict[str, Any]
 
 
-def read_json(path: Path, run_dir: Path, notes: list[str]) -> Row:
-    """A JSON object; {} and a note if the file is missing or damaged."""
+def read_json(path: Path, run_dir: Path, notes: list[str], types: TypeAdapter[Any]) -> Row:
+    """A JSON object; {} and a note if the file is missing or damaged.
+
+    A note names the first value of another type than ``types`` has: whoever reads such a value leaves it out.
+    """
     name = path.relative_to(run_dir)
     try:
-        return as_object(decode_json(read_bytes(path).decode("utf-8", errors="replace")))
+        value = decode_json(read_bytes(path).decode("utf-8", errors="replace"))
+        if told := problem(types, value, may_lack_keys=True):
+            notes.append(f"{name} has values that are left out: {told}.")
+        return as_object(value)
     except FileNotFoundError:
         notes.append(f"{name} is absent.")
     except (ValueError, OSError) as error:
@@ -45,16 +53,18 @@ def read_settings(run_dir: Path, notes: list[str]) -> Row:
         return {}
 
 
-def read_jsonl(path: Path, run_dir: Path, notes: list[str]) -> list[Row]:
+def read_jsonl(path: Path, run_dir: Path, notes: list[str], types: TypeAdapter[Any]) -> list[Row]:
     """Rows of a JSON-lines file; [] if it is missing. Damaged lines are left out with a note.
 
-    A stage that is killed while it writes leaves half a last line: that is expected, and the note says so.
+    A stage that is killed while it writes leaves half a last line: that is expected, and the note says so. A row with a
+    value of another type than ``types`` has stays, with a note: whoever reads such a value leaves it out.
     """
     if not path.is_file():
         return []
     name = path.relative_to(run_dir)
     rows: list[Row] = []
     broken: list[int] = []
+    wrong: dict[int, str] = {}
     last = 0
     for line_number, line in enumerate(_lines(path), 1):
         if not line.strip():
@@ -66,6 +76,8 @@ def read_jsonl(path: Path, run_dir: Path, notes: list[str]) -> list[Row]:
             row = None
         if isinstance(row, dict):
             rows.append(row)
+            if told := problem(types, row, may_lack_keys=True):
+                wrong[line_number] = told
         else:
             broken.append(line_number)
     if broken and broken[-1] == last:
@@ -73,6 +85,9 @@ def read_jsonl(path: Path, run_dir: Path, notes: list[str]) -> list[Row]:
         notes.append(f"{name}: the last line is truncated and was ignored.")
     if broken:
         notes.append(f"{name}: {len(broken)} unreadable line(s) left out, the first is line {broken[0]}.")
+    if wrong:
+        first, told = next(iter(wrong.items()))
+        notes.append(f"{name}: {len(wrong)} line(s) have values that are left out, the first is line {first}: {told}.")
     return rows
 
 

@@ -57,11 +57,17 @@ def read_rollouts(path: Path, prompts: list[Prompt], tokenizer: Tokenizer) -> Ro
         for i, response in enumerate(responses)
     ]
     per_prompt = len(rows) // len(prompts)
-    return as_rollouts(rows, [prompt for prompt in prompts for _ in range(per_prompt)], tokenizer)
+    return as_rollouts(rows, [prompt for prompt in prompts for _ in range(per_prompt)], tokenizer, path)
 
 
-def as_rollouts(rows: list[dict[str, Any]], prompts: list[Prompt], tokenizer: Tokenizer) -> Rollouts:
-    """Rows of sampled responses, each to the prompt at its place, as the policy wrote them."""
+def as_rollouts(rows: list[dict[str, Any]], prompts: list[Prompt], tokenizer: Tokenizer, path: Path) -> Rollouts:
+    """Rows of sampled responses, each to the prompt at its place, as the policy wrote them.
+
+    Raises DataError that names ``path``, from which the rows are, for a token that ``tokenizer`` does not have.
+    """
+    largest = max((token for row in rows for token in row["tokens"]), default=0)
+    if largest >= tokenizer.vocab_size:
+        raise DataError(f"{path}: a response has the token {largest}, the tokenizer has {tokenizer.vocab_size} tokens")
     return Rollouts(
         prompts=[p.messages for p in prompts],
         responses=[row["response"] for row in rows],

@@ -65,11 +65,14 @@ def _read_versions(path: Path) -> dict[str, Any]:
         return {}
     try:
         known = run_files.read_yaml(path)
-        inputs, changes = known.get("inputs") or {}, known.get("changes") or []
+        inputs, changes = known.get("inputs", {}), known.get("changes", [])
         if not isinstance(inputs, dict) or not all(map(manifest.is_digest, inputs.values())):
             raise ValueError("its inputs are no hashes")
         if not isinstance(changes, list) or not all(map(_is_change, changes)):
             raise ValueError("its changes are no changes of keys")
+        for key, kind in (("stage", str), ("seed", int)):
+            if type(known.get(key, kind())) is not kind:
+                raise ValueError(f"its {key} is a {type(known[key]).__name__}")
         return known
     except ValueError as error:
         aside = files.set_aside(path)

@@ -106,10 +106,10 @@ def read_object(path: Path, keys: tuple[str, ...], cure: str, wrong: Check | Non
 
 
 def wrong_metrics(metrics: dict[str, Any], finite: tuple[str, ...] = ()) -> str:
-    """What is wrong with the metrics of a training: all must be numbers, those named in ``finite`` finite."""
+    """What is wrong with the metrics of a training: all must be numbers, ``finite`` and ``val/`` ones finite."""
     for key, value in metrics.items():
         if type(value) not in (int, float):
             return f"{key[:40]!r} is no number"
-        if key in finite and not -math.inf < value < math.inf:
+        if (key in finite or key.startswith("val/")) and not -math.inf < value < math.inf:
             return f"{key!r} is not finite"
     return ""

@@ -9,13 +9,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from wrong_values import different_places, value_at, with_value
 
-from nemo_advrm.attacks import attack_summary, pair_selection
+from nemo_advrm.attacks import attack_summary, summary_file
 from nemo_advrm.attacks.attack_summary import check_samples
 from nemo_advrm.commands import stages
 from nemo_advrm.config import load_config
 from nemo_advrm.config.schema import RLConfig
 from nemo_advrm.data.jsonl import JsonlWriter, write_jsonl_atomic
+from nemo_advrm.data.run_records import ATTACK_SAMPLE, read_rows
 from nemo_advrm.data.sft_scores import SFTScores
 from nemo_advrm.engine import manifest
 from nemo_advrm.errors import CheckpointError, DataError
@@ -183,7 +185,7 @@ def test_samples_that_are_not_as_many_as_their_attack_wrote_are_refused(tmp_path
     with pytest.raises(DataError, match=f"samples.jsonl has {rows} rows, the attack has written 2: restore it, or"):
         check_samples(tmp_path)
     (tmp_path / "summary.json").write_text('{"directions": 3}')
-    with pytest.raises(DataError, match=r"summary\.json cannot be read \(it names no directions\): remove "):
+    with pytest.raises(DataError, match=r"summary\.json cannot be read \(directions=3: .+\): remove "):
         check_samples(tmp_path)
 
 
@@ -209,8 +211,8 @@ def test_rows_of_another_type_in_a_reference_or_among_samples_are_named(tmp_path
         (tmp_path / name).write_text(f"{row}\n")
     with pytest.raises(CheckpointError, match=r"reference\.jsonl:1: no row of a reference \("):
         SFTScores.read(tmp_path / "reference.jsonl")
-    with pytest.raises(DataError, match=r"samples\.jsonl:7: no row of an attack \(it lacks .+\)"):
-        pair_selection._checked(json.loads(row), f"{tmp_path / 'attack' / 'samples.jsonl'}:7", 2)
+    with pytest.raises(DataError, match=r"samples\.jsonl:1: no row of an attack \(.+\): restore"):
+        list(read_rows(tmp_path / "attack" / "samples.jsonl", ATTACK_SAMPLE, "an attack", "restore the file"))
 
 
 @pytest.mark.parametrize("row", ["3", "[]", '{"step": "x"}', '{"step": null}'])
@@ -242,7 +244,24 @@ def test_a_summary_of_another_type_is_named_before_a_round_is_judged_by_it(tmp_p
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
 
 
-@pytest.mark.parametrize("row", [[1], "text", None, {"success": "high"}, {"success": [1.0]}])
+def test_each_value_of_a_summary_of_an_adversary_is_checked(tmp_path: Path) -> None:
+    rates = {"success_standard": 0.5, "success_strict": 0.0, "finds": 0.25, "gold": 1.5}
+    selected = {"selected": 1, "found": 2, "null": 0.5, "wrong_labels": 0.0}
+    whole = {**FOUND, "held_out": {"prompts": 2, "responses": 4, **rates, "null": rates}, **selected}
+    assert summary_file.wrong_adversary(whole) == ""
+    for key, value in (("gold", None), ("finds", 0.0)):
+        assert summary_file.wrong_adversary(with_value(whole, ("held_out", "null", key), value)) == ""
+    for place in different_places(whole):
+        for value in ("x", [1], {"a": 1}, True, float("nan"), 10**299):
+            if not (place and isinstance(value_at(whole, place), dict) and isinstance(value, dict)):
+                told = summary_file.wrong_adversary(with_value(whole, place, value))
+                assert told.startswith(".".join(place)) and "\n" not in told, (place, value)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [[1], "text", None, {"success": "high"}, {"success": [1.0]}, {"success": None}, {"ended": 2}, {"loss": True}],
+)
 def test_metrics_of_an_attack_of_another_type_are_named(tmp_path: Path, row: Any) -> None:
     write_jsonl_atomic(tmp_path / "metrics.jsonl", [{"step": 0, "success": 0.5}, row])
     with pytest.raises(DataError, match=r"metrics\.jsonl:2: no row of metrics"):

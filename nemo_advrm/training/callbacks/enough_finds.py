@@ -6,7 +6,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from nemo_advrm.data.jsonl import read_appended_jsonl
+from nemo_advrm.data.run_records import ATTACK_SAMPLE, RESTORE_ROWS, read_rows
 from nemo_advrm.engine import runtime
 from nemo_advrm.engine.collectives import run_on_rank_zero
 from nemo_advrm.models.policy import PolicyModel
@@ -57,6 +57,6 @@ class EnoughFinds(Callback):
     def _read(self, steps: int) -> list[tuple[set[Find], int]]:
         """The finds of the steps before a restart."""
         by_step: list[list[dict[str, Any]]] = [[] for _ in range(steps)]
-        for _, row in read_appended_jsonl(self.recorder.path)[0] if steps else []:
+        for _, row in read_rows(self.recorder.path, ATTACK_SAMPLE, "an attack", RESTORE_ROWS) if steps else ():
             by_step[row["step"]].append(row)
         return [(self.rule.finds(rows), len(rows)) for rows in by_step]
