@@ -10,13 +10,14 @@ Hang detection is left to the timeout of the process groups, NCCL's watchdog and
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import os
 import re
 import subprocess
 import threading
 import time
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch.distributed as dist
 
@@ -30,12 +31,15 @@ ANSWER_SECONDS = 8.0
 _KEEP_STORE_SECONDS = 2.0
 # limit of all requests to the store after a failure: a stopped rank 0 keeps the connection open and never answers
 _STORE_SECONDS = ANSWER_SECONDS + 6.0
+# how much longer than the timeout of its own a request to the store may take while the job starts
+_GRACE_SECONDS = 5.0
 # longest pause between two checks for a signal while waiting for the others to start
 POLL_SECONDS = 1.0
 _COLLECTIVE_FAILED = re.compile(r"gloo|nccl|connection (closed|reset|refused)|socket", re.IGNORECASE)
 # the job's key-value store, kept by rank 0 or torchrun's agent; None in a job of one process
 _store: dist.Store | None = None
 _rank_info = RankInfo()
+T = TypeVar("T")
 _first_host = ""
 
 
@@ -51,17 +55,24 @@ def join(rank_info: RankInfo, backend: str, timeout_minutes: float) -> None:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         return
     host, port = _address()
-    try:
+    name = job_name(rank_info, host, port)
+
+    def register() -> dist.Store:
         # the prefix separates jobs: a process whose own rank 0 found the port taken may reach another job's store
-        store = dist.PrefixStore(job_name(rank_info, host, port), _open_store(rank_info, host, port, timeout))
+        store = dist.PrefixStore(name, _open_store(rank_info, host, port, timeout))
         store.set(f"host/{rank_info.rank}", rank_info.node)
+        return store
+
+    try:
+        store = _limited(register, timeout.total_seconds() + _GRACE_SECONDS, rank_info)
     except (dist.DistError, RuntimeError, OSError) as error:
         if "EADDRINUSE" in str(error):
             raise ConfigError(
                 f"{rank_info} cannot listen at {host}:{port}, another program does: set MASTER_PORT to a free one"
             ) from error
         raise ProcessLost(
-            f"{rank_info} could not reach rank 0 at {host}:{port} within {timeout_minutes:g} minutes: {one_line(error)}"
+            f"{rank_info} could not reach rank 0 at {host}:{port} within {timeout_minutes:g} minutes: "
+            f"{one_line(error)} (if another program listens there, set MASTER_PORT to a free port)"
         ) from error
     _roll_call(store, rank_info, timeout)
     _store, _rank_info, _first_host = store, rank_info, store.get("host/0").decode()
@@ -157,25 +168,56 @@ def _open_store(rank_info: RankInfo, host: str, port: int, timeout: datetime.tim
 
 def _roll_call(store: dist.Store, rank_info: RankInfo, timeout: datetime.timedelta) -> None:
     """Wait until all ranks have registered; raises ProcessLost with the missing ones, Preempted after a signal."""
-    if store.add("joined", 1) == rank_info.world_size:
-        store.set("all joined", "1")
-    deadline = time.monotonic() + timeout.total_seconds()
-    try:
-        # polled: store.wait would not notice a signal, and torch prints a warning for each wait that times out
+    seconds = timeout.total_seconds()
+
+    def missing() -> list[int]:
+        if store.add("joined", 1) == rank_info.world_size:
+            store.set("all joined", "1")
+        deadline = time.monotonic() + seconds
+        # polled: torch prints a warning for each store.wait that times out
         pause = POLL_SECONDS / 64
         while not store.check(["all joined"]):
             if time.monotonic() > deadline:
-                raise dist.DistStoreError("timed out")
-            signals.leave_if_received(f"while {rank_info} waited for the others: nothing is lost")
+                return [rank for rank in range(rank_info.world_size) if not store.check([f"host/{rank}"])]
             time.sleep(pause)
             pause = min(2 * pause, POLL_SECONDS)
+        return []
+
+    try:
+        absent = _limited(missing, seconds + _GRACE_SECONDS, rank_info)
     except (dist.DistError, RuntimeError) as error:
-        with contextlib.suppress(dist.DistError, RuntimeError):
-            missing = [rank for rank in range(rank_info.world_size) if not store.check([f"host/{rank}"])]
-            names = ", ".join(f"rank {rank}{_expected_host(rank)}" for rank in missing)
-            minutes = timeout.total_seconds() / 60
-            raise ProcessLost(f"{rank_info} waited {minutes:g} minutes in vain for {names}") from error
         raise ProcessLost(f"{rank_info} lost rank 0 while the job was starting: {one_line(error)}") from error
+    if absent:
+        names = ", ".join(f"rank {rank}{_expected_host(rank)}" for rank in absent)
+        raise ProcessLost(f"{rank_info} waited {seconds / 60:g} minutes in vain for {names}")
+
+
+def _limited(work: Callable[[], T], seconds: float, rank_info: RankInfo) -> T:
+    """The result of ``work`` on the store; raises Preempted after a signal, DistStoreError after ``seconds``.
+
+    A thread, because torch does not limit the wait for a store's answer: a program that is no store accepts the
+    connection and never answers, and so does a stopped rank 0. The thread of such a request is left behind.
+    """
+    outcome: list[T] = []
+    failure: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            outcome.append(work())
+        except BaseException as error:
+            failure.append(error)
+
+    thread = threading.Thread(target=run, name="join the job", daemon=True)
+    thread.start()
+    deadline = time.monotonic() + seconds
+    while thread.is_alive():
+        signals.leave_if_received(f"while {rank_info} waited for the others: nothing is lost")
+        if time.monotonic() > deadline:
+            raise dist.DistStoreError("no answer")
+        thread.join(min(POLL_SECONDS, seconds))
+    if failure:
+        raise failure[0]
+    return outcome[0]
 
 
 def _expected_host(rank: int) -> str:

@@ -97,6 +97,22 @@ def test_a_port_that_another_program_has_is_named_with_the_setting(monkeypatch: 
             peers.join(RankInfo(rank=0, world_size=2), "gloo", 0.1)
 
 
+def test_a_program_that_never_answers_at_the_port_of_rank_0_is_not_waited_for_without_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(peers, "_GRACE_SECONDS", 0.5)
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()  # the kernel accepts connections
+        port = other.getsockname()[1]
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        monkeypatch.setenv("MASTER_PORT", str(port))
+        started = time.monotonic()
+        with pytest.raises(ProcessLost, match=rf"rank 1 on .* could not reach rank 0 at .*:{port} .*MASTER_PORT"):
+            peers.join(RankInfo(rank=1, world_size=2), "gloo", 0.02)
+        assert time.monotonic() - started < 30
+
+
 def test_a_process_that_reaches_another_job_does_not_count_as_one_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RANK", raising=False)
     server = dist.HashStore()
