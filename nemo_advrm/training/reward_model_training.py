@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -29,6 +30,8 @@ from nemo_advrm.rewards.hybrid import fit_features, fixed_prompts, frozen_policy
 from nemo_advrm.rewards.local import MegatronReward
 from nemo_advrm.training.callbacks.augmentation import AdversarialAugmentation
 from nemo_advrm.training.run_training import fit, read_result, write_result
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -118,6 +121,9 @@ def train_reward_model(
     policy = frozen_policy(cfg, restore_from)
     train_rows = data.train
     stores = [Path(p) for p in cfg.augmentation.pairs_path.split(",") if p]
+    for store in stores if runtime.current().is_writer else ():
+        if store.is_file() and not store.stat().st_size:  # selection found nothing, or the file was damaged
+            _log.warning("%s holds no adversarial pairs: %s is trained without them", store, title)
     callbacks: list[Callback] = []
     if stores and cfg.augmentation.mode == "append":
         train_rows = train_rows + _encoded_stores(cfg, tokenizer, stores)
