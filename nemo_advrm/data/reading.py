@@ -48,8 +48,7 @@ def rule_of(meta: dict[str, Any], where: object) -> ReadingRule:
 
     Raises CheckpointError for a rule that this version does not know.
     """
-    found = meta.get(KEY)
-    return ReadingRule(at=ANSWER) if found is None else parse_rule(found, where)
+    return parse_rule(meta[KEY], f"{where}: meta.json") if KEY in meta else ReadingRule(at=ANSWER)
 
 
 def parse_rule(found: Any, where: object) -> ReadingRule:

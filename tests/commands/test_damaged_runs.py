@@ -135,9 +135,9 @@ def check_values(runs: Runs, command: str, names: list[str]) -> None:
                 damaged = state_of(home)
                 said = runs.say(command)
                 after = state_of(home) if said.status == 0 else {}
-            is_number = value == -1 and type(value_at(content, place)) in (int, float)
+            numbers = [type(each) in (int, float) and each == each for each in (value, value_at(content, place))]
             untouched = after in (artefacts, damaged)
-            if (said.status == 0 and said == base and untouched) or (is_number and said.status in (0, 2)):
+            if (said.status == 0 and said == base and untouched) or (all(numbers) and said.status in (0, 2)):
                 continue
             what = f"{name} {'.'.join(map(str, place))}={str(value)[:9]}"
             problems += wrong(said, after, name, what, base, artefacts)
