@@ -70,10 +70,10 @@ _BEFORE = {
 }
 # the function that a stage calls when its training has ended
 _AT_THE_END = {
-    "sft": "training.sft.write_result",
-    "train_rm": "training.reward_model.write_result",
+    "sft": "training.sft_training.write_result",
+    "train_rm": "training.reward_model_training.write_result",
     "attack": "attacks.run.of_adversary",
-    "rlhf": "training.rlhf.write_result",
+    "rlhf": "training.rlhf_training.write_result",
 }
 
 
