@@ -1,4 +1,4 @@
-"""Adv-RM (Bukharin et al., arXiv 2504.06141): RL trains an adversarial policy against the ensemble."""
+"""Adv-RM (Bukharin et al., arXiv 2504.06141): trains an adversarial policy against the ensemble by RL."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from nemo_advrm.training.run_training import fit
 
 
 class AdvRM(Attack):
-    """Trains an :class:`AdversarialPolicy`; its rollouts are the samples. A stopped training goes on."""
+    """Trains an :class:`AdversarialPolicy`; its rollouts are the samples. A stopped training is resumed."""
 
     def find(self, inputs: AttackInputs, budget: Budget) -> Found:
-        """See :meth:`Attack.find`; ``rl.*`` sets the algorithm and, as the budget does, the number of steps."""
+        """See :meth:`Attack.find`; ``rl.*`` configures the algorithm and the steps, as the budget does."""
         policy = AdversarialPolicy.of(inputs)
         samples = inputs.directory / SAMPLES
         callbacks = policy.callbacks(samples, inputs.gold, budget.enough)

@@ -1,4 +1,4 @@
-"""The adversarial policy: trained by RL to write responses that the target member likes and the others do not."""
+"""The adversarial policy: trained by RL to write responses that the target scores high and the other members low."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from nemo_advrm.training.callbacks.rollout_records import TrajectoryRecorder
 
 
 class AdversarialPolicy(PolicyModel):
-    """A :class:`PolicyModel` with the adversarial reward, the record of its samples and its stop rule.
+    """A :class:`PolicyModel` with the adversarial reward, a recorder of its samples and a stop rule.
 
     Args:
         cfg: configuration of the stage.
-        tokenizer: of the policy.
-        prompts: those of ``sft_responses``, in its order.
+        tokenizer: the policy's tokenizer.
+        prompts: the prompts of ``sft_responses``, in its order.
         members: the ensemble, R_1 first; at least two.
         sft_responses: SFT responses to the prompts with their scores.
         target: the attacked member, from 1.
         restore_from: checkpoint of the SFT policy.
-        seed: of prompt order and sampling.
+        seed: seed of prompt order and sampling.
     """
 
     stage = "attack"
@@ -53,7 +53,7 @@ class AdversarialPolicy(PolicyModel):
 
     @classmethod
     def of(cls, inputs: AttackInputs) -> AdversarialPolicy:
-        """The policy of an attack that starts from ``inputs``."""
+        """Builds the policy of an attack from its inputs."""
         return cls(
             inputs.cfg,
             inputs.tokenizer,
@@ -66,12 +66,12 @@ class AdversarialPolicy(PolicyModel):
         )
 
     def callbacks(self, samples: Path, gold: RewardSource | None, enough: int = 0) -> list[Callback]:
-        """Lightning callbacks that record all samples and end the training when there are enough finds.
+        """Returns Lightning callbacks that record all samples and end the training when there are enough finds.
 
         Args:
-            samples: the file of JSON lines; the name of its directory is the ``policy`` of its rows.
-            gold: evaluates the samples; None where there is none.
-            enough: different finds at which the training ends; 0: it makes all its steps.
+            samples: the JSON-lines file to write; the name of its directory is the ``policy`` of its rows.
+            gold: scores the samples for evaluation; None without a gold reward.
+            enough: different finds at which the training ends; 0: never early.
         """
         recorder = TrajectoryRecorder(samples, self.target, self.sft_responses, gold)
         if not enough:

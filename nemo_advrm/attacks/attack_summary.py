@@ -1,4 +1,7 @@
-"""What an attack leaves in its ``summary.json``, what selection adds to it, and what the rounds are judged by."""
+"""Writes the ``summary.json`` of an attack, adds the results of selection to it, and reads success rates from it.
+
+The file keys results by target under ``directions``, the name that earlier versions used for targets.
+"""
 
 from __future__ import annotations
 
@@ -21,9 +24,9 @@ _RESTORE = "restore it, or run the attack again"
 
 
 def of_adversary(directory: Path, seconds: float, held_out: dict[str, Any] | None = None) -> dict[str, Any]:
-    """The summary of one adversary's training, by its records."""
+    """Summarises one adversary's training from its records. Raises DataError for a bad row."""
     path = directory / "metrics.jsonl"
-    rows = read_metrics(path) if path.exists() else []  # an attack that trains nothing has none
+    rows = read_metrics(path) if path.exists() else []  # missing for an attack that trains nothing
     return {
         "samples": sum(1 for _ in read_rows(directory / "samples.jsonl", ATTACK_SAMPLE, "an attack", RESTORE_ROWS)),
         "success_standard": _mean(rows, "success"),
@@ -36,21 +39,21 @@ def of_adversary(directory: Path, seconds: float, held_out: dict[str, Any] | Non
 
 
 def of_target(adversaries: list[dict[str, Any]]) -> dict[str, Any]:
-    """One direction's adversaries together: counts and seconds add up, rates are averaged."""
+    """Combines the summaries of one target's adversaries: sums counts and seconds, averages rates."""
     result = {key: sum(s[key] for s in adversaries) for key in ("samples", "steps", "seconds")}
     for key in ("success_standard", "success_strict", "ended"):
         result[key] = _mean(adversaries, key)
     held_out = [s["held_out"] for s in adversaries if s.get("held_out")]
-    if held_out:  # SFT responses are the same for all
+    if held_out:  # the SFT responses under "null" are the same for all adversaries
         rates = {key: _mean(held_out, key) for key in RATES}
         result["held_out"] = {**held_out[0], **rates, "responses": sum(h["responses"] for h in held_out)}
     return result
 
 
 def has_summary(directory: Path) -> bool:
-    """Whether an attack has a ``summary.json``, which rows of another origin have not.
+    """Returns whether ``directory`` has a ``summary.json``; samples that were not written by an attack have none.
 
-    Raises DataError when it is missing beside what only a finished attack has.
+    Raises DataError when it is missing although the attack is finished.
     """
     path = directory / "summary.json"
     if not path.exists() and (directory / manifest.NAME).exists():
@@ -59,36 +62,36 @@ def has_summary(directory: Path) -> bool:
 
 
 def check_samples(directory: Path) -> None:
-    """Raise DataError when ``samples.jsonl`` has not as many rows as its attack has written."""
+    """Raises DataError when ``samples.jsonl`` has not as many rows as its attack wrote."""
     path = directory / "samples.jsonl"
     cure = f"remove {directory / 'summary.json'} and run the attack again, which joins the rows of its policies"
     targets = summary_file.read_targets(directory / "summary.json", cure)
     wanted = sum(found["samples"] for found in targets.values())
     rows = sum(1 for _ in read_jsonl(path))
     if rows != wanted:
-        raise DataError(f"{path} has {rows} rows, the attack has written {wanted}: restore it, or {cure}")
+        raise DataError(f"{path} has {rows} rows, but the attack wrote {wanted}: restore it, or {cure}")
 
 
 def check_rule(cfg: Config, directory: Path) -> None:
-    """Raise ConfigError when the attack in ``directory`` had a reward of another kind than ``adversarial`` says.
+    """Raises ConfigError when the attack in ``directory`` had another kind of reward than ``adversarial`` configures.
 
-    Attacks of earlier versions and of NeMo-Aligner do not tell.
+    Summaries of earlier versions and of NeMo-Aligner's attacks do not record the kind and are not checked.
     """
     if not has_summary(directory):
         return
     summary = results.read_object(directory / "summary.json", (), _RESTORE, summary_file.wrong_attack)
-    asked = summary.get("by_disagreement")
-    if asked is None or asked == asks_others(cfg.adversarial):
+    by_disagreement = summary.get("by_disagreement")
+    if by_disagreement is None or by_disagreement == asks_others(cfg.adversarial):
         return
     options = cfg.adversarial
     name = "coefficient" if options.preset == "paper" else "others_weight"
-    done = "asked for the others' dislike" if asked else "maximised the target alone"
+    done = "penalised the other members' scores" if by_disagreement else "maximised the target alone"
     setting = f"adversarial.{name}={getattr(options, name):g}"
-    raise ConfigError(f"{setting}: the attack in {directory} {done}; give the value that it had")
+    raise ConfigError(f"{setting}: the attack in {directory} {done}; set the value that the attack had")
 
 
 def add_to_summary(directory: Path, by_target: dict[str, dict[str, Any]]) -> None:
-    """Add what selection found of every direction to the attack's ``summary.json``, where it has one."""
+    """Adds the results of selection, by target, to the attack's ``summary.json``, if it has one."""
     path = directory / "summary.json"
     if not has_summary(directory):
         return
@@ -100,10 +103,10 @@ def add_to_summary(directory: Path, by_target: dict[str, dict[str, Any]]) -> Non
 
 
 def success_rates(path: Path, cure: str) -> list[float]:
-    """Standard success of every direction that has one in an attack's ``summary.json``.
+    """Returns the standard success rate of every target that has one in an attack's ``summary.json``.
 
-    It is that of the finished adversary on held-out prompts where it was measured there, else the mean over its
-    training. Raises DataError with the ``cure`` when the file cannot be read or is no summary of an attack.
+    The rate is that of the finished adversary on held-out prompts if it was measured, else the mean over its training.
+    Raises DataError with the ``cure`` when the file cannot be read or is not the summary of an attack.
     """
     found = summary_file.read_targets(path, cure).values()
     rates = [one.get("held_out", one)["success_standard"] for one in found]
@@ -111,18 +114,18 @@ def success_rates(path: Path, cure: str) -> list[float]:
 
 
 def line(target: str, found: dict[str, Any]) -> str:
-    """What a direction's attack came to, in one line."""
+    """Returns the printed result of the attack on one target: one line, and a second one with held-out prompts."""
     share = found.get("ended")  # summaries of earlier versions do not have it
     ended = "" if share is None else f", {share:.0%} of them ended"
-    told = f"direction {target}: {found['samples']} samples{ended}, {_rates(found)}"
+    text = f"target {target}: {found['samples']} samples{ended}, {_rates(found)}"
     held_out = found.get("held_out")
     if held_out is None:
-        return told
+        return text
     finds = f"finds {held_out['finds']:.2f}, of SFT responses {held_out['null']['finds']:.2f}"
     if held_out["success_standard"] is None:
-        return f"{told}\n  finished adversary on {held_out['prompts']} held-out prompts: {finds}"
+        return f"{text}\n  finished adversary on {held_out['prompts']} held-out prompts: {finds}"
     return (
-        f"{told}\n  finished adversary on {held_out['prompts']} held-out prompts: {_rates(held_out)}, "
+        f"{text}\n  finished adversary on {held_out['prompts']} held-out prompts: {_rates(held_out)}, "
         f"of SFT responses {_rates(held_out['null'])}; {finds}"
     )
 
@@ -134,5 +137,5 @@ def _mean(rows: list[dict[str, Any]], key: str) -> float | None:
 
 def _rates(found: dict[str, Any]) -> str:
     if found["success_standard"] is None:
-        return "no gold reward to tell success by"
+        return "success not measured (no gold reward)"
     return f"success {found['success_standard']:.2f} (strict {found['success_strict']:.2f})"

@@ -1,4 +1,4 @@
-"""The interface of an attack: a way to find responses that a target member scores high and the others do not."""
+"""The interface of an attack: searches for responses that the target scores high and the other members do not."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class Budget:
     """How long an attack may search.
 
     Attributes:
-        steps: at most so many; RL makes one update in each.
-        samples_per_step: responses that are scored in a step, over all data-parallel ranks.
+        steps: maximum number of steps; RL makes one update per step.
+        samples_per_step: responses scored per step, over all data-parallel ranks.
         enough: different finds at which the attack may end; 0: it uses all its steps.
     """
 
@@ -42,19 +42,19 @@ class Budget:
 
 @dataclass(frozen=True)
 class AttackInputs:
-    """What an attack on one target member starts from.
+    """The inputs of an attack on one target.
 
     Attributes:
         cfg: configuration of the stage.
-        tokenizer: of the policy.
-        prompts: those of ``sft_responses``, in its order.
+        tokenizer: the policy's tokenizer.
+        prompts: the prompts of ``sft_responses``, in its order.
         policy: checkpoint of the SFT policy.
-        sft_responses: SFT responses to the prompts with their scores, which the reward is standardised by.
+        sft_responses: SFT responses to the prompts with their scores, by which the reward is standardised.
         members: the ensemble, R_1 first.
         target: the attacked member, from 1.
-        gold: evaluates the samples; None where there is none. No attack may use it to search.
-        seed: of this attack; equal seeds give equal samples.
-        directory: where ``samples.jsonl`` and everything else of this attack is written.
+        gold: scores the samples for evaluation; None without a gold reward. An attack must not search with it.
+        seed: seed of this attack; equal seeds must give equal samples.
+        directory: directory of ``samples.jsonl`` and all other files of this attack.
     """
 
     cfg: Config
@@ -70,16 +70,16 @@ class AttackInputs:
 
     @cached_property
     def reward(self) -> AdversarialReward:
-        """The adversarial reward, whose detector is ``adversarial.detector``."""
+        """The adversarial reward, with the detector ``adversarial.detector``."""
         return AdversarialReward(self.members, self.cfg.adversarial, self.sft_responses, self.target - 1)
 
     @cached_property
     def rule(self) -> FindRule:
-        """Which samples selection would take."""
+        """The rule by which selection takes samples."""
         return FindRule(self.cfg, self.sft_responses, self.target, self.tokenizer)
 
     def rows(self, rollouts: Rollouts, step: int) -> list[dict[str, Any]]:
-        """Rows of ``samples.jsonl``: the responses with their scores; all ranks of a model replica call."""
+        """Scores responses and returns their rows of ``samples.jsonl``; all ranks of a model replica call."""
         reward_output = self.reward.compute_rewards(rollouts)
         gold_N = checked_scores(self.gold, rollouts) if self.gold is not None else None
         gold_z_N = self.sft_responses.gold_z(gold_N, rollouts.prompt_index) if gold_N is not None else None
@@ -88,11 +88,11 @@ class AttackInputs:
 
 @dataclass(frozen=True)
 class Found:
-    """What an attack has found.
+    """The result of an attack.
 
     Attributes:
-        samples: JSON lines, a row of :meth:`AttackInputs.rows` for every response.
-        adversary: the policy that was trained, to be measured on held-out prompts and saved; None where none was.
+        samples: JSON-lines file with a row of :meth:`AttackInputs.rows` for every response.
+        adversary: the trained policy, which is measured on held-out prompts and saved; None without training.
     """
 
     samples: Path
@@ -111,14 +111,14 @@ class Attack(ABC):
 
 
 class SearchAttack(Attack):
-    """An attack that trains nothing: it proposes responses step by step. A stopped one starts over."""
+    """An attack that trains nothing and proposes responses step by step. A stopped one starts over."""
 
     @abstractmethod
     def propose(self, inputs: AttackInputs, budget: Budget) -> Iterator[Rollouts]:
-        """The responses of each step, those of this data-parallel rank; every rank makes as many steps."""
+        """Yields this data-parallel rank's responses of each step; every rank must make the same number of steps."""
 
     def find(self, inputs: AttackInputs, budget: Budget) -> Found:
-        """Score what is proposed until the budget is used up or there are ``budget.enough`` different finds."""
+        """Scores the proposed responses until the budget is used up or there are ``budget.enough`` different finds."""
         path = inputs.directory / SAMPLES
         written: list[dict[str, Any]] = []
         finds: set[tuple[int, str]] = set()

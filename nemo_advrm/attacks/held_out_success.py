@@ -1,4 +1,4 @@
-"""How often a finished adversary succeeds on prompts that it was not trained on, and how often SFT responses do."""
+"""Measures how often a finished adversary succeeds on held-out prompts, and how often SFT responses do."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ from nemo_advrm.rollouts.types import Prompt
 from nemo_advrm.seeds import derive_seed
 
 HELD_OUT_REFERENCE = "held_out_reference.jsonl"
-# what is measured of responses, all means over them
+# what is measured, as means over responses
 RATES = ("success_standard", "success_strict", "finds", "gold")
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Held-out prompts with their SFT responses, ``reference``, by which an adversary's responses are measured."""
+    """Held-out prompts with their SFT responses, against which an adversary's responses are measured."""
 
     cfg: Config
     tokenizer: Tokenizer
@@ -45,10 +45,10 @@ class HeldOut:
     gold: RewardSource | None
 
     def measure(self, adversary: MegatronModel, target: int, home: Path) -> dict[str, Any]:
-        """RATES of the adversary's responses, and under ``null`` of the SFT responses; all ranks call.
+        """Returns RATES of the adversary's responses, and under ``null`` those of the SFT responses; all ranks call.
 
-        As many responses as there are SFT responses are sampled, by the same random numbers for every adversary, and
-        written to ``home/held_out.jsonl``. Rates that need gold are None without it.
+        It samples as many responses as there are SFT responses, with the same random numbers for every adversary, and
+        writes them to ``home/held_out.jsonl``. Rates that need gold are None without it.
         """
         target_index, index = target - 1, [p.index for p in self.prompts for _ in range(self._per_prompt)]
         rollouts = sample(self.cfg, self.tokenizer, adversary, self.prompts, self._per_prompt, sampling_seed(self.cfg))
@@ -68,7 +68,7 @@ class HeldOut:
         }
 
     def null(self, rule: FindRule) -> dict[str, float | None]:
-        """RATES of the SFT responses, each measured by the others to its prompt."""
+        """Returns RATES of the SFT responses, each relative to the other responses to its prompt."""
         scores_PN = self.sft_responses.scores_PNK[..., rule.target_index]
         gold_PN, gold_z_PN = self.sft_responses.gold_PN, self.sft_responses.own_gold_z()
         return self._rates(
@@ -86,11 +86,11 @@ class HeldOut:
     def _rates(
         self, scores_N: Tensor, z_N: Tensor, gold_N: Tensor | None, gold_z_N: Tensor | None, finds: float
     ) -> dict[str, float | None]:
-        """RATES of responses that stand in the order of the prompts."""
+        """Returns RATES of responses in the order of the prompts."""
         sft_gold_PN = self.sft_responses.gold_PN
         if gold_N is None or gold_z_N is None or sft_gold_PN is None:
             return {"success_standard": None, "success_strict": None, "finds": finds, "gold": None}
-        # z is positive where the score is above the mean of the prompt's (other) SFT responses
+        # z > 0 means that the score is above the mean of the prompt's (other) SFT responses
         sft_gold_N = sft_gold_PN.mean(1).repeat_interleave(self._per_prompt)
         standard_N = standard_success(z_N, torch.zeros_like(z_N), gold_N, sft_gold_N)
         return {
@@ -102,7 +102,7 @@ class HeldOut:
 
 
 def sampling_seed(cfg: Config) -> int:
-    """Of all responses to the held-out prompts: rounds, directions and adversaries differ by the policy alone."""
+    """Returns the seed of all responses to held-out prompts, equal for all rounds, targets and adversaries."""
     return derive_seed(cfg.seed, "attack held out")
 
 
@@ -114,9 +114,9 @@ def held_out_set(
     members: list[RewardSource],
     gold: RewardSource | None,
 ) -> HeldOut | None:
-    """``adversarial.held_out_prompts`` prompts that are none of the attack's ``prompts``; None where that is 0.
+    """Builds the set of ``adversarial.held_out_prompts`` prompts, none of them in ``prompts``; None when that is 0.
 
-    Their SFT responses are sampled once, to ``directory/held_out_reference.jsonl``; all ranks call.
+    Their SFT responses are sampled once into ``directory/held_out_reference.jsonl``; all ranks call.
     """
     count = cfg.adversarial.held_out_prompts
     if not count:

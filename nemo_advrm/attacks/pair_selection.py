@@ -1,4 +1,4 @@
-"""Stage ``select``: picks adversarial samples, pairs them with SFT responses and writes the pair store."""
+"""Selects adversarial samples, pairs them with SFT responses and writes the pair store."""
 
 from __future__ import annotations
 
@@ -26,20 +26,23 @@ RANDOM_PAIRS = "random_pairs.jsonl"
 
 
 def select_round(cfg: Config, directory: Path, round_number: int, seed: int) -> dict[str, Any]:
-    """Select from every direction of an attack; marks the samples and writes ``pairs.jsonl``.
+    """Selects samples for every target of an attack; marks the samples and writes ``pairs.jsonl``.
 
-    Returns the number of ``selected`` samples and of those that were dropped for each reason, over all directions; and
-    under ``directions``, for each by its number, ``selected``, ``found`` (different finds, before near-duplicates and
-    caps), ``null`` (how many of as many SFT responses would be finds) and ``wrong_labels`` (share of the pairs whose
-    rejected side has the higher gold; None without gold). The latter are written to ``attack/summary.json`` too.
+    Returns:
+        The number of ``selected`` samples and of samples dropped for each reason, over all targets; and under
+        ``directions``, by target: ``selected``, ``found`` (different finds, before near-duplicates and caps are
+        removed), ``null`` (finds among as many SFT responses) and ``wrong_labels`` (share of pairs whose rejected side
+        has the higher gold; None without gold). These are also written to ``attack/summary.json``.
 
-    Raises ConfigError when the attack maximised another reward than ``adversarial`` says.
+    Raises:
+        ConfigError: the attack maximised another reward than ``adversarial`` configures.
+        DataError: a sample is not one of this attack; names the line.
     """
     check_rule(cfg, directory / "attack")
-    tokenizer = build_tokenizer(cfg.model.tokenizer)  # the policy's, whose tokens the responses were
+    tokenizer = build_tokenizer(cfg.model.tokenizer)  # the policy's tokenizer
     sft_responses = SFTScores.read(directory / "reference.jsonl")
     path = directory / "attack" / "samples.jsonl"
-    # a selection that is repeated starts anew
+    # a repeated selection ignores the marks of the one before
     rows: list[dict[str, Any]] = []
     for n, row in read_rows(path, ATTACK_SAMPLE, "an attack", RESTORE_ROWS):
         rows.append({**row, "selected": False})
@@ -68,7 +71,7 @@ def select_round(cfg: Config, directory: Path, round_number: int, seed: int) -> 
 
 
 def late_rows(rows: list[dict[str, Any]], last_fraction: float) -> list[dict[str, Any]]:
-    """The rows of the last part of every adversary's steps, in their order."""
+    """Returns the rows of the last ``last_fraction`` of every adversary's steps, in their order."""
     steps: Counter[str] = Counter()
     for row in rows:
         steps[row["policy"]] = max(steps[row["policy"]], row["step"] + 1)
@@ -77,22 +80,22 @@ def late_rows(rows: list[dict[str, Any]], last_fraction: float) -> list[dict[str
 
 
 def _check_prompt_and_members(row: dict[str, Any], source: str, sft_responses: SFTScores) -> None:
-    """Raise DataError for a row of an attack on another reference."""
+    """Raises DataError for a row whose prompt or members are not those of ``sft_responses``."""
     prompts, _, members = sft_responses.scores_PNK.shape
-    number, direction = row["prompt_id"], row["direction"]
+    number, target = row["prompt_id"], row["direction"]
     if number >= prompts:
-        raise DataError(f"{source}: prompt_id={number}, the reference has {prompts} prompts: restore both files")
-    if direction > members:
-        raise DataError(f"{source}: direction={direction}, the reference has {members} members: restore both files")
+        raise DataError(f"{source}: prompt_id={number}, reference.jsonl has {prompts} prompts: restore both files")
+    if target > members:
+        raise DataError(f"{source}: direction={target}, reference.jsonl has {members} members: restore both files")
     for key in ("scores", "z"):
         if len(row[key]) != members:
-            raise DataError(f"{source}: {key}={row[key]}, the reference has {members} members: restore both files")
+            raise DataError(f"{source}: {key}={row[key]}, reference.jsonl has {members} members: restore both files")
 
 
 def _select_target(
     cfg: Config, rows: list[dict[str, Any]], rule: FindRule, target: int, seed: int
 ) -> tuple[list[dict[str, Any]], dict[str, int], dict[str, float]]:
-    """The rows to keep, how many were dropped for each reason, and the finds beside the null count."""
+    """Returns the selected rows, the number dropped for each reason, and the finds with the null count."""
     options = cfg.selection
     signature = _signature(cfg)
     qualified_B = rule.qualified(rows)
@@ -128,35 +131,37 @@ def _signature(cfg: Config) -> Callable[[str], Hashable]:
 
 
 def dropped(counts: dict[str, Any]) -> str:
-    """What selection left out, by reason."""
+    """Returns the printed text: how many samples were dropped for each reason."""
     shown = {k: v for k, v in counts.items() if k not in ("selected", "directions") and v}
     return ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in shown.items())
 
 
 def found_lines(counts: dict[str, Any]) -> list[str]:
-    """A line for every direction: its finds beside those of SFT responses, and the share of wrong labels."""
+    """Returns a printed line for every target: its finds, the null count, and the share of wrong labels."""
     lines = []
     for target, facts in counts["directions"].items():
         wrong = "" if facts["wrong_labels"] is None else f", wrong labels {facts['wrong_labels']:.2f}"
         lines.append(
-            f"direction {target}: {facts['found']} different finds, as many SFT responses would give "
-            f"{facts['null']:.1f}; {facts['selected']} pairs{wrong}"
+            f"target {target}: {facts['found']} different finds, null count {facts['null']:.1f} (finds among as many "
+            f"SFT responses); {facts['selected']} pairs{wrong}"
         )
     return lines
 
 
 def reason_to_stop(cfg: Config, home: Path, counts: dict[str, Any]) -> str:
-    """Why the rounds end with the one in ``home``, whose ``counts`` :func:`select_round` gave; "" when they go on."""
+    """Returns why the rounds end with the one in ``home``, "" when they go on; ``counts`` is :func:`select_round`'s."""
     options, found = cfg.selection, counts["directions"]
     if found and all(falls_short(facts["found"], facts["null"], options) for facts in found.values()):
-        told = "; ".join(
-            f"direction {target}: {facts['found']}, null count {facts['null']:.1f}"
+        details = "; ".join(
+            f"target {target}: {facts['found']}, null count {facts['null']:.1f}"
             for target, facts in found.items()
         )
-        return f"the attack found less than selection.null_ratio={options.null_ratio:g} times the null count ({told})"
+        return (
+            f"the attack found less than selection.null_ratio={options.null_ratio:g} times the null count ({details})"
+        )
     if counts["selected"] < options.min_pairs:
         return f"{counts['selected']} pairs were selected, fewer than selection.min_pairs={options.min_pairs}"
-    cure = f"restore it, or remove {home / 'attack'} and it is done again"
+    cure = f"restore it, or remove {home / 'attack'} to run the attack again"
     rates = success_rates(home / "attack" / "summary.json", cure)
     if rates and max(rates) < cfg.pipeline.stop_success_rate:
         return f"attack success {max(rates):.2f} is below pipeline.stop_success_rate"
@@ -164,11 +169,11 @@ def reason_to_stop(cfg: Config, home: Path, counts: dict[str, Any]) -> str:
 
 
 def random_pairs(cfg: Config, home: Path, count: int, seed: int, round_number: int = 0) -> dict[str, Any]:
-    """Write ``count`` pairs of SFT responses alone to ``home/random_pairs.jsonl``: the control of adversarial ones.
+    """Writes ``count`` pairs of SFT responses only, a control for adversarial pairs, to ``home/random_pairs.jsonl``.
 
-    The chosen sides follow the same rule (``selection.chosen``), the rejected ones are drawn from the prompt's other
+    The chosen sides follow the same rule (``selection.chosen``). The rejected sides are drawn from the prompt's other
     SFT responses that ended and are text. Prompts and ``adversarial.target_members`` take turns. Returns ``selected``
-    and ``wrong_labels``. Raises ConfigError when the reference in ``home`` has too few such responses.
+    and ``wrong_labels``. Raises ConfigError when ``home/reference.jsonl`` has too few such responses.
     """
     tokenizer = build_tokenizer(cfg.model.tokenizer)
     sft_responses = SFTScores.read(home / "reference.jsonl")
@@ -176,7 +181,7 @@ def random_pairs(cfg: Config, home: Path, count: int, seed: int, round_number: i
     usable_PI, sft_PN = rules[0].usable_PI, sft_responses.responses_PN
     sides = [ChosenSide(cfg.selection, sft_responses, usable_PI, rule.target, seed) for rule in rules]
     draw = torch.Generator().manual_seed(derive_seed(seed, "random pairs"))
-    # of equal responses to a prompt one
+    # one of equal responses to a prompt
     different_PI = [list({sft_PN[p][i]: i for i in usable}.values()) for p, usable in enumerate(usable_PI)]
     left = [_shuffled(usable, draw) for usable in different_PI]
     pairs: list[AdversarialPair] = []
@@ -188,8 +193,8 @@ def random_pairs(cfg: Config, home: Path, count: int, seed: int, round_number: i
                 pairs.append(pair)
     if len(pairs) < count:
         raise ConfigError(
-            f"{home / 'reference.jsonl'}: {len(pairs)} different pairs can be made of its SFT responses, "
-            f"{count} are wanted: raise sft_statistics.num_prompts or sft_statistics.samples_per_prompt"
+            f"{home / 'reference.jsonl'}: its SFT responses make {len(pairs)} different pairs, {count} are needed: "
+            "raise sft_statistics.num_prompts or sft_statistics.samples_per_prompt"
         )
     store = home / RANDOM_PAIRS
     store.unlink(missing_ok=True)
@@ -200,7 +205,7 @@ def random_pairs(cfg: Config, home: Path, count: int, seed: int, round_number: i
 def _random_pair(
     rule: FindRule, side: ChosenSide, prompt: int, left: list[int], round_number: int
 ) -> AdversarialPair | None:
-    """A pair with the next SFT response of those ``left`` of a prompt as its rejected side, None when there is none."""
+    """Returns a pair whose rejected side is the next usable response of ``left``, None when there is none."""
     while left:
         row = rule.sft_row(prompt, left.pop())
         pair = side.pair(row, round_number, "")

@@ -1,4 +1,4 @@
-"""Makes a pair of a rejected response: the SFT response that stands against it, and where both come from."""
+"""Makes a preference pair from a rejected response: picks the SFT response to prefer and records the provenance."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from nemo_advrm.seeds import derive_seed
 
 
 class ChosenSide:
-    """The chosen sides of the pairs of one direction, by ``selection.chosen``.
+    """Picks the chosen sides of the pairs of one target by ``selection.chosen``.
 
-    Quality is taken of z: raw scores would leave the choice to the member of the largest scale. ``other`` leaves the
-    attacked member out, whose opinion is in doubt.
+    Quality is the mean of z: with raw scores the member with the largest scale would decide. ``other`` leaves the
+    target out, because its scores are what the attack exploits.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class ChosenSide:
             self.quality_PN = z_PNK.mean(-1)
 
     def place(self, prompt_id: int, step: int, rejected: str) -> int:
-        """Which of the prompt's SFT responses stands against ``rejected``, which was sampled at ``step``."""
+        """Returns the index of the SFT response that is preferred to ``rejected``, which was sampled at ``step``."""
         usable = self.usable_PI[prompt_id]
         if self.options.chosen == "random":
             draw = torch.Generator().manual_seed(derive_seed(self.seed, "chosen", self.target, step, rejected))
@@ -46,7 +46,7 @@ class ChosenSide:
         return max(usable, key=lambda i: self.quality_PN[prompt_id, i].item())
 
     def pair(self, row: dict[str, Any], round_number: int, policy_checkpoint: str) -> AdversarialPair:
-        """The pair whose rejected side is the response of a row of ``samples.jsonl``."""
+        """Returns the pair whose rejected side is the response of a row of ``samples.jsonl``."""
         prompt_id, sft_responses = row["prompt_id"], self.sft_responses
         place, gold_PN = self.place(prompt_id, row["step"], row["response"]), sft_responses.gold_PN
         return AdversarialPair(
@@ -71,7 +71,7 @@ class ChosenSide:
 
 
 def wrong_labels(pairs: Sequence[AdversarialPair]) -> float | None:
-    """Share of the pairs whose rejected side has the higher gold; None where none has gold on both sides."""
+    """Returns the share of pairs whose rejected side has the higher gold; None when no pair has gold on both sides."""
     golds = [(pair.provenance.chosen_gold, pair.provenance.rejected_gold) for pair in pairs]
     known = [(chosen, rejected) for chosen, rejected in golds if chosen is not None and rejected is not None]
     return sum(rejected > chosen for chosen, rejected in known) / len(known) if known else None

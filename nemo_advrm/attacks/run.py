@@ -1,4 +1,4 @@
-"""Runs the attacks on all target members, each with its own seed, and joins what they find."""
+"""Runs the attacks on all target members, each with its own seed, and joins their samples."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from nemo_advrm.training.run_training import drop_training_checkpoints, records,
 
 
 def check_target_members(cfg: Config, members: int) -> None:
-    """Raise ConfigError when a member that is to be attacked does not exist."""
+    """Raises ConfigError when ``adversarial.target_members`` names a member that does not exist."""
     for target in cfg.adversarial.target_members:
         if not 1 <= target <= members:
             raise ConfigError(
@@ -40,12 +40,13 @@ def check_target_members(cfg: Config, members: int) -> None:
 
 @dataclass(frozen=True)
 class AttackRun:
-    """Adversaries of every direction in ``directory``: what they attack, from which prompts, by which random numbers.
+    """The attacks on every target in ``directory``.
 
     Args:
-        prompts: those of ``reference``, in its order.
-        gold: measures success; None where there is none.
-        seed: of the adversaries; those of two directions, and of one, differ.
+        prompts: the prompts of ``sft_responses``, in its order.
+        members: the ensemble, R_1 first.
+        gold: measures success; None without a gold reward.
+        seed: seed from which every adversary derives its own.
     """
 
     cfg: Config
@@ -58,8 +59,8 @@ class AttackRun:
     seed: int
 
     def run(self) -> dict[str, Any]:
-        """Train all adversaries that are not trained yet, one after the other, and join what they leave."""
-        again = "what the attacks have left is joined again"
+        """Runs all attacks that are not finished, one after the other, joins their samples and returns the summary."""
+        again = "the samples of the attacks are joined again"
         finished = results.finished(self.directory, "summary.json", (), summary_file.wrong_attack, again)
         if finished is not None:
             run_on_rank_zero(check_samples, self.directory)
@@ -72,9 +73,9 @@ class AttackRun:
         return join_attacks(self.cfg, self.directory)
 
     def train(self, target: int, number: int) -> None:
-        """Train one adversary into its own directory below ``directory``; a finished one is not redone.
+        """Runs one attack in its own directory below ``directory``; does nothing when it is finished.
 
-        Adversaries are independent of each other: several processes may train in one ``directory``.
+        Attacks are independent of each other: several processes may run them in one ``directory``.
         """
         home = self.directory / policy_name(target, number)
         if _finished_adversary(home) is None:
@@ -84,7 +85,7 @@ class AttackRun:
             self._find(home, target, derive_seed(self.seed, "attack", target, number), held_out)
 
     def _find(self, home: Path, target: int, seed: int, held_out: HeldOut | None) -> None:
-        """Run one attack into ``home`` and mark it finished."""
+        """Runs one attack into ``home`` and marks it finished."""
         started = time.monotonic()
         cfg, rl = self.cfg, self.cfg.rl
         start = cfg.pretrained_checkpoint.restore_from_path
@@ -112,7 +113,7 @@ def _finished_adversary(home: Path) -> dict[str, Any] | None:
 
 
 def join_attacks(cfg: Config, directory: Path) -> dict[str, Any]:
-    """Join what the adversaries have left: ``samples.jsonl``, ``metrics.jsonl``, the ``summary.json`` of all."""
+    """Joins the files of all attacks in ``directory``: ``samples.jsonl``, ``metrics.jsonl`` and ``summary.json``."""
     homes: dict[int, list[Path]] = {
         target: [directory / policy_name(target, i) for i in range(cfg.adversarial.num_adversaries)]
         for target in cfg.adversarial.target_members
@@ -128,7 +129,7 @@ def join_attacks(cfg: Config, directory: Path) -> dict[str, Any]:
     }
     everyone = [home for own in homes.values() for home in own]
     run_on_rank_zero(_join_records, directory, everyone)
-    # not samples.jsonl, in which selection marks rows; its rows are counted
+    # not samples.jsonl, because selection marks rows in it; its rows are counted instead (check_samples)
     left = [f"{home.name}/{name}" for home in everyone for name in (manifest.NAME, "summary.json", *records(home))]
     left += [name for name in ("metrics.jsonl", HELD_OUT_REFERENCE) if (directory / name).exists()]
     results.mark(directory, "summary.json", result, left)

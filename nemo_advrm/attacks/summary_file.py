@@ -10,12 +10,12 @@ from nemo_advrm.run_directory import results
 
 
 def wrong_adversary(summary: dict[str, Any]) -> str:
-    """What is wrong with the summary of one adversary or one direction, in a few words, "" for nothing."""
+    """Returns what is wrong with the summary of one adversary or one target, "" when nothing is."""
     return problem(ADVERSARY_SUMMARY, summary) or _half_a_success(summary)
 
 
 def wrong_attack(summary: dict[str, Any]) -> str:
-    """The same of a whole attack."""
+    """Returns what is wrong with the summary of a whole attack, "" when nothing is."""
     wrong = problem(ATTACK_SUMMARY, summary)
     if wrong:
         return wrong
@@ -23,7 +23,7 @@ def wrong_attack(summary: dict[str, Any]) -> str:
 
 
 def _half_a_success(summary: dict[str, Any]) -> str:
-    """Both rates of success are measured by gold: both are there, or both are null."""
+    """Returns a message when one success rate is null and the other is not: both are measured by gold."""
     held_out = summary.get("held_out")
     for rates in (summary, *([held_out, held_out["null"]] if held_out else [])):
         if (rates["success_standard"] is None) != (rates["success_strict"] is None):
@@ -32,9 +32,9 @@ def _half_a_success(summary: dict[str, Any]) -> str:
 
 
 def read_targets(path: Path, cure: str) -> dict[str, dict[str, Any]]:
-    """What a whole attack's ``summary.json`` says of each direction.
+    """Reads the summaries of all targets from a whole attack's ``summary.json``, by target.
 
-    Raises DataError with the ``cure`` when the file cannot be read or is no such summary.
+    Raises DataError with the ``cure`` when the file cannot be read or is not such a summary.
     """
     targets: dict[str, dict[str, Any]] = results.read_object(path, (), cure, wrong_attack)["directions"]
     return targets

@@ -1,13 +1,13 @@
-"""Stage ``best_of_n``: gold and proxy of the best of n responses by a reward, against KL; nothing is trained.
+"""Best-of-n: proxy and gold of the response that a reward likes best of n samples, against KL; nothing is trained.
 
 ``best_of_n/samples.jsonl`` holds ``best_of_n.samples`` responses of the SFT policy to each of ``best_of_n.prompts``
-fixed held-out prompts, with their gold. They are sampled once and scored by every reward, each of which gets a
+fixed held-out prompts, with their gold. They are sampled once. Each reward scores all of them and writes a file
 ``best_of_n/NAME.json``:
 
-    {"reward": in words, "prompts": P, "samples": N, "n": [int], "kl": [nats], "proxy": [f], "gold": [f | null],
+    {"reward": its name, "prompts": P, "samples": N, "n": [int], "kl": [nats], "proxy": [f], "gold": [f | null],
      "measures": {"start": f, "area": f, "final": f, "peak": f}, "sampled": SHA-256 of samples.jsonl}
 
-The best is the response with the highest proxy, whether the length limit cut it off or not.
+The best response is the one with the highest proxy, including responses cut off by the length limit.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _CURVE_KEYS = ("samples", "n", "kl", "proxy", "gold", "measures", "sampled")
 
 
 def best_of_n_prompts(cfg: Config, tokenizer: Tokenizer, trained: Iterable[tuple[Message, ...]]) -> list[Prompt]:
-    """The ``best_of_n.prompts`` fixed held-out prompts, none of them in ``trained``."""
+    """Returns ``best_of_n.prompts`` fixed held-out prompts, none of them in ``trained``."""
     return encode_prompts(held_out_prompts(cfg, cfg.best_of_n.prompts, trained), tokenizer, cfg)
 
 
@@ -57,7 +57,7 @@ def sample_best_of_n(
     prompts: list[Prompt],
     gold: RewardSource | None,
 ) -> None:
-    """Write ``best_of_n.samples`` responses of ``policy`` to every prompt, with their gold; all ranks call."""
+    """Samples ``best_of_n.samples`` responses to every prompt and writes them with their gold; all ranks call."""
     rollouts = sample(cfg, tokenizer, policy, prompts, cfg.best_of_n.samples, derive_seed(cfg.seed, "best of n"))
     scores = checked_scores(gold, rollouts).tolist() if gold is not None else [None] * len(rollouts)
     rows = (
@@ -78,10 +78,10 @@ def sample_best_of_n(
 def curve_of_reward(
     cfg: Config, tokenizer: Tokenizer, path: Path, samples: Path, reward: UncertaintyReward
 ) -> dict[str, Any]:
-    """Score all samples by ``reward``, write its curve to ``path`` and return it; all ranks call.
+    """Scores all samples by ``reward``, writes its curve to ``path`` and returns it; all ranks call.
 
-    A curve of the same samples that is there is not computed again. Raises DataError where ``samples`` is missing or is
-    no file of samples, and where the curve at ``path`` is of other samples.
+    An existing curve of the same samples is returned without scoring. Raises DataError when ``samples`` is missing or
+    is not a file of samples, and when the curve at ``path`` was computed from other samples.
     """
     sampled = run_on_rank_zero(_digest, samples)
     found = run_on_rank_zero(_read_curve, path, samples, sampled)
@@ -119,36 +119,36 @@ def _digest(path: Path) -> str:
 def _read_curve(path: Path, samples: Path, sampled: str) -> dict[str, Any] | None:
     if not path.exists():
         return None
-    found = results.read_object(path, _CURVE_KEYS, "remove it, and the curve is computed again", _wrong_curve)
+    found = results.read_object(path, _CURVE_KEYS, "remove it to compute the curve again", _wrong_curve)
     if found["sampled"] != sampled:
         raise DataError(
-            f"{path} is the curve of other samples than {samples} holds: restore them, or remove it and it is computed "
-            "again"
+            f"{path} is the curve of other samples than {samples} holds: restore the samples, or remove the curve to "
+            "compute it again"
         )
     return found
 
 
 def _wrong_curve(found: dict[str, Any]) -> str:
-    """What is wrong with the values of a curve, in a few words, "" for nothing."""
+    """Returns what is wrong with the values of a curve, "" when nothing is."""
     samples, columns = found["samples"], [found[key] for key in ("n", "kl", "proxy", "gold")]
     if type(samples) is not int or not 0 < samples < 2**31:
-        return "samples is no count"
+        return "samples is not a count"
     points = curve_points(samples)
     if columns[0] != points or any(type(n) is not int for n in columns[0]):
-        return f"n is not that of {samples} samples"
+        return f"n does not match {samples} samples"
     if not all(isinstance(column, list) and len(column) == len(points) for column in columns):
-        return "kl, proxy and gold are no lists as long as n"
+        return "kl, proxy and gold are not lists as long as n"
     numbers = [*columns[1], *columns[2], *(gold for gold in columns[3] if gold is not None)]
     if not all(type(value) in (int, float) and math.isfinite(value) for value in numbers):
-        return "kl, proxy or gold holds what is no number"
+        return "kl, proxy or gold holds a value that is not a number"
     if found["measures"] != best_of_n_measures(columns[1], columns[3]):
-        return "its measures are not those of its curve"
+        return "its measures do not match its curve"
     return ""
 
 
 def _read_samples(path: Path, cfg: Config, tokenizer: Tokenizer) -> tuple[Rollouts, int, list[float] | None]:
-    """(responses, how many each prompt has, gold or None); DataError for rows that are no samples."""
-    cure = "remove it, and they are sampled again"
+    """Reads samples: (responses, number per prompt, gold or None). Raises DataError for rows that are no samples."""
+    cure = "remove it to sample again"
     numbered = list(read_rows(path, RESPONSE, "the samples of best-of-n", cure))
     rows = [row for _, row in numbered]
     try:
@@ -167,5 +167,5 @@ def _read_samples(path: Path, cfg: Config, tokenizer: Tokenizer) -> tuple[Rollou
         rollouts = as_rollouts(rows, [prompt for prompt in prompts for _ in range(count)], tokenizer, path)
     except (KeyError, TypeError, ValueError) as error:
         reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
-        raise DataError(f"{path}: no samples of best-of-n ({reason}): {cure}") from error
+        raise DataError(f"{path}: not samples of best-of-n ({reason}): {cure}") from error
     return rollouts, count, None if any(value is None for value in gold) else gold

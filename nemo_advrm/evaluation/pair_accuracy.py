@@ -1,4 +1,4 @@
-"""Accuracy of reward models of any kind on preference pairs, and on pairs with mismatched prompts."""
+"""Accuracy of reward sources on preference pairs, and on pairs with mismatched prompts."""
 
 from __future__ import annotations
 
@@ -22,23 +22,20 @@ from nemo_advrm.rewards.limits import longest_row
 from nemo_advrm.rewards.standardisation import described, read_statistics
 from nemo_advrm.rollouts.types import Rollouts
 
-# pairs that are scored a second time, spread evenly over the file
+# number of pairs that are scored a second time, spread evenly over the file
 SWAPPED_PAIRS = 256
-
-
-# two batches of one bf16 model differ by less, scores that depend on the batch by more
+# relative; scores of a bf16 model in two batches differ by less, scores that depend on the batch by more
 ROUNDING = 2.0**-5
 
-
-# the pairs that a member could score, by their source, and its scores [2 N]: all chosen, then all rejected
 Scored = tuple[list[str], Tensor]
+"""The sources of the pairs that a member scored, and its scores [2 N]: all chosen, then all rejected."""
 
 
 def combined_line(cfg: Config, members: list[RewardSource], scored: list[Scored]) -> str:
-    """The line of ``ensemble.aggregate``; all ranks call, as members may be asked to score some of the reference."""
+    """Returns the printed line of the combined reward; all ranks call, since members may score SFT responses."""
     options = cfg.ensemble
     if any(kept != scored[0][0] for kept, _ in scored):
-        return "not combined: the members left out different pairs (too long, or refused by a template)"
+        return "not combined: the members scored different pairs (some were too long or refused by a template)"
     scores_NK = torch.stack([scores for _, scores in scored], -1)
     if options.standardise:
         if not options.reference_path:
@@ -49,26 +46,29 @@ def combined_line(cfg: Config, members: list[RewardSource], scored: list[Scored]
         statistics = read_statistics(Path(options.reference_path), members, "ensemble.reference_path")
         scores_NK = standardise_members(scores_NK, statistics)
     combined_N = combine(options.aggregate, scores_NK, options.coefficient)
-    told = described(options.aggregate, options.coefficient, len(members), options.standardise)
-    return "\n".join([f"{options.aggregate} of the members: {accuracy_line(combined_N)}", *told])
+    notes = described(options.aggregate, options.coefficient, len(members), options.standardise)
+    return "\n".join([f"{options.aggregate} of the members: {accuracy_line(combined_N)}", *notes])
 
 
 def mismatch_line_of(source: RewardSource, rows: list[PreferencePair], reason: str, cfg: Config) -> str:
-    """The line on pairs whose rejected answer belongs to another prompt; all ranks call."""
+    """Returns the printed line on pairs whose rejected response answers another prompt; all ranks call."""
     if not rows:
         return mismatch_line(None, 0, reason)
     try:
-        rollouts, kept = rollouts_for(source, rows, inputs.leaving_out(cfg), tell=False)
-    except DataError as error:  # none is left
+        rollouts, kept = rollouts_for(source, rows, inputs.leaving_out(cfg), report=False)
+    except DataError as error:  # no pair is left
         return mismatch_line(None, 0, str(error))
     return mismatch_line(accuracy(checked_scores(source, rollouts)), len(kept), "")
 
 
 def rollouts_for(
-    source: RewardSource, rows: list[PreferencePair], cfg: Config, tell: bool = True
+    source: RewardSource, rows: list[PreferencePair], cfg: Config, report: bool = True
 ) -> tuple[Rollouts, list[str]]:
-    """All chosen responses, then all rejected ones, as tokens where the source's tokenizer is known here; and the
-    pairs that they are of. `tell` prints how many were left out or cut."""
+    """Returns all chosen responses, then all rejected ones, and the sources of their pairs.
+
+    They are tokens when the source's tokenizer is known here, else text. ``report`` prints how many pairs were left out
+    or truncated. Raises DataError when no pair is left.
+    """
     tokenizer = getattr(source, "tokenizer", None)
     if tokenizer is None:
         texts = [row.chosen for row in rows] + [row.rejected for row in rows]
@@ -81,7 +81,7 @@ def rollouts_for(
         if not own or own > limit:
             raise
         raise DataError(f"{source.name}, which takes {own} tokens: {error}") from error
-    if tell:
+    if report:
         inputs.say_changed(f"pairs for {source.name}", counts)
     return rollouts_of(pairs, tokenizer), [pair.source for pair in pairs]
 
@@ -92,20 +92,24 @@ def _texts(prompts: list, texts: list[str], ended: list[bool]) -> Rollouts:
 
 
 def accuracy_line(scores: Tensor) -> str:
+    """Returns the printed line of accuracy and margin; ``scores`` [2 N]: all chosen, then all rejected."""
     chosen, rejected = scores.chunk(2)
     return f"accuracy {accuracy(scores):.4f}  margin {(chosen - rejected).mean():.4f}  ({len(chosen)} pairs)"
 
 
 def check_swapped(source: RewardSource, rollouts: Rollouts, scores: Tensor) -> None:
-    """Score up to SWAPPED_PAIRS pairs again with chosen and rejected exchanged, in the reverse order.
+    """Scores up to SWAPPED_PAIRS pairs again with chosen and rejected exchanged, in reverse order.
 
-    The accuracy must then be one minus what it was: a scorer that looks at the place of a response, or at what it is
-    batched with, has no accuracy. Raises RewardSourceError where a response's second score is another one. Scores may
-    differ by the rounding of another batch: by ROUNDING of the larger of their size and their spread.
+    The accuracy must become one minus the first one. It is meaningless for a scorer whose scores depend on the position
+    of a response or on the other responses of its batch. Rounding in another batch is allowed: ROUNDING times the
+    larger of a score's magnitude and the standard deviation of the scores.
 
     Args:
         rollouts: all chosen responses, then all rejected ones.
-        scores: [2 N], those of ``rollouts``.
+        scores: [2 N], the scores of ``rollouts``.
+
+    Raises:
+        RewardSourceError: the second score of a response differs from the first.
     """
     pairs = len(rollouts) // 2
     count = min(pairs, SWAPPED_PAIRS)
@@ -120,8 +124,8 @@ def check_swapped(source: RewardSource, rollouts: Rollouts, scores: Tensor) -> N
     worst = int((moved - allowed).argmax())
     raise RewardSourceError(
         f"reward source {source.name}: the accuracy of {count} pairs with chosen and rejected exchanged is "
-        f"{accuracy(again):.4f}, not one minus the {1 - accuracy(before):.4f} of before: in another order "
-        f"{int((moved > allowed).sum())} of {len(places)} responses have another score, one of them "
-        f"{again[worst]:.4g} after {before[worst]:.4g}. It has no accuracy while a score depends on the place or the "
-        "neighbours of a response"
+        f"{accuracy(again):.4f}, not one minus the first accuracy of {1 - accuracy(before):.4f}: in another order "
+        f"{int((moved > allowed).sum())} of {len(places)} responses have another score, for example "
+        f"{again[worst]:.4g} after {before[worst]:.4g}. Accuracy is meaningless while a score depends on the position "
+        "or the batch of a response"
     )

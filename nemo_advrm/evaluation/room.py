@@ -1,4 +1,4 @@
-"""How much room RLHF leaves an adversarial training: what R_1 likes of a policy's responses and the others do not."""
+"""Measures the room for adversarial training: how many responses of RLHF's policies R_1 likes and the others do not."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from nemo_advrm.objectives.sft_statistics import MemberStatistics, standardise_m
 from nemo_advrm.rewards.base import RewardSource, checked_scores
 from nemo_advrm.rollouts.types import Rollouts
 
-# z above which R_1 likes a response, and below which the other members do not
+# R_1 likes a response if its z is above LIKED; the others dislike it if their mean z is below DISLIKED
 LIKED, DISLIKED = 1.0, 0.0
 
 
 def measure_room(
     runs: Sequence[Rollouts], members: Sequence[RewardSource], statistics: MemberStatistics
 ) -> dict[str, Any]:
-    """Of the responses of RLHF's final policies that R_1 likes, the share that the other members do not like.
+    """Computes, of the responses that R_1 likes, the share that the other members dislike.
 
     Args:
-        runs: responses of each policy.
-        members: R_1 first, at least two.
-        statistics: their scores of SFT responses.
+        runs: responses of the final policy of each RLHF run.
+        members: the ensemble, R_1 first; at least two.
+        statistics: statistics of the members' scores of SFT responses.
 
     Returns:
-        ``responses``, ``liked`` (z_1 > 1), ``share`` of the liked for which the mean of the others' z is below 0 (None
-        where R_1 likes none).
+        ``responses``: their number; ``liked``: the number with z_1 > 1; ``share``: of the liked, the share whose mean z
+        of the other members is below 0 (None when R_1 likes none).
     """
     scores_NK = torch.cat(
         [torch.stack([checked_scores(member, rollouts) for member in members], -1) for rollouts in runs]
@@ -38,7 +38,7 @@ def measure_room(
 
 
 def shares(z_NK: Tensor) -> dict[str, Any]:
-    """``liked`` and ``share`` of :func:`measure_room` for standardised scores."""
+    """Returns ``liked`` and ``share`` of :func:`measure_room` from standardised scores, [N, K]."""
     liked_N = z_NK[:, 0] > LIKED
     liked = int(liked_N.sum())
     disliked = int((z_NK[liked_N, 1:].mean(-1) < DISLIKED).sum())

@@ -1,4 +1,4 @@
-"""PPO's critic: a value for every response token, trained by the clipped value loss."""
+"""PPO's critic: predicts a value for every response token, trained with the clipped value loss."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from nemo_advrm.objectives.spread import variance_of
 
 
 class Critic:
-    """A value head on the initial policy's trunk."""
+    """A model with a value head, initialised from the trunk of the initial policy."""
 
     def __init__(self, cfg: Config, tokenizer: Tokenizer, restore_from: str, seed: int) -> None:
         self.rl = cfg.rl
@@ -39,13 +39,13 @@ class Critic:
 
     @torch.no_grad()
     def values(self, data: RolloutBatch) -> Tensor:
-        """V before each response token, [B, T] on the CPU."""
+        """Returns the value before each response token, [B, T] on the CPU."""
         groups, microbatches = self._microbatches(data)
         results = forward(self.model, microbatches, lambda out, m: (out[m.forward["predict_BS"]],))
         return per_token(data, groups, results)[0]
 
     def update(self, data: RolloutBatch, passes: int, step: int) -> dict[str, float]:
-        """Train on returns; logs the value loss and the explained variance before the update."""
+        """Trains on the returns for ``passes`` updates; returns metrics, with the explained variance before them."""
         _, microbatches = self._microbatches(data)
         metrics: dict[str, float] = {}
         norm = 0.0

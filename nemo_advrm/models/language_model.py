@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: next-token loss on the responses."""
+"""Supervised fine-tuning: a language model trained with the next-token loss on responses."""
 
 from __future__ import annotations
 
@@ -20,7 +20,15 @@ from nemo_advrm.models.trainable import TrainableModel, derive_seed, shard_rows,
 
 
 class SupervisedModel(TrainableModel):
-    """A Megatron language model trained on prompt/response rows."""
+    """A Megatron language model trained on rows of a prompt and a response.
+
+    Args:
+        cfg: configuration of the stage.
+        tokenizer: the tokenizer that encoded the rows.
+        rows: encoded rows.
+        restore_from: checkpoint to start from; empty starts from random weights.
+        seed: seed of weights and data order.
+    """
 
     stage = "sft"
 

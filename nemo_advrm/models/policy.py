@@ -1,4 +1,4 @@
-"""The policy that RL trains: rollouts, rewards, advantages, update. One class for RLHF and for the attack."""
+"""The policy trained by RL, for RLHF and for the attack. A step is: rollouts, rewards, advantages, update."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ class PolicyModel(TrainableModel):
     Args:
         cfg: configuration of the stage; ``cfg.rl`` sets the algorithm.
         tokenizer: of the policy.
-        prompts: what to respond to.
-        reward: judges the rollouts.
-        restore_from: checkpoint of the initial policy, which is also the reference of the KL.
-        seed: of prompt order and sampling.
+        prompts: the prompts to sample responses to.
+        reward: computes the rewards of rollouts.
+        restore_from: checkpoint of the initial policy, which is also the reference policy of the KL penalty.
+        seed: seed of prompt order and sampling.
 
     After each step ``last_rollouts`` and ``last_reward_output`` hold this data-parallel rank's rollouts.
     """
@@ -85,7 +85,7 @@ class PolicyModel(TrainableModel):
         return models
 
     def steps(self, start: int) -> Iterator[list[Prompt]]:
-        """This rank's prompts of each step; the rollouts of one prompt stay together."""
+        """Yields this rank's prompts of each step; all rollouts of one prompt are sampled on one rank."""
         rt = runtime.current()
         size = self.config.rl.prompts_per_step
         order = BatchSchedule(len(self.prompts), size, derive_seed(self.seed, "prompts"))
@@ -110,7 +110,7 @@ class PolicyModel(TrainableModel):
         metrics["samples_per_second"] = metrics["samples"] / (time.perf_counter() - started)
         return metrics
 
-    # one step, in order
+    # the parts of one step, in order
 
     def _roll_out(self, batch: list[Prompt], step: int) -> Rollouts:
         rl, rt = self.config.rl, runtime.current()
@@ -122,7 +122,7 @@ class PolicyModel(TrainableModel):
         return self.engine.roll_out(self.model, repeated, own)
 
     def _compute_rewards(self, rollouts: Rollouts) -> RewardOutput:
-        """The rewards to train on: the length penalty in place of those of unended responses, on all ranks the same."""
+        """Returns the rewards to train on; unended responses get the length penalty, which is equal on all ranks."""
         rl, reward_output = self.config.rl, self.reward.compute_rewards(rollouts)
         if not rl.apply_unended_penalty:
             return reward_output
@@ -140,9 +140,10 @@ class PolicyModel(TrainableModel):
 
     @torch.no_grad()
     def _prepare(self, rollouts: Rollouts, reward_output: RewardOutput) -> RolloutBatch:
-        """Log-probabilities, KL and advantages of the rollouts.
+        """Computes log-probabilities, KL and advantages of the rollouts.
 
-        Beside the rewards goes their noise, so that what rounding makes of equal ones is not taken for a difference.
+        The rounding error of the rewards is passed along with them, so that scaling by a standard deviation does not
+        amplify rounding differences between equal rewards.
         """
         rl = self.config.rl
         data = RolloutBatch.of(rollouts)
@@ -172,7 +173,7 @@ class PolicyModel(TrainableModel):
         return data
 
     def _advantages(self, rewards_B: Tensor, noise_B: Tensor) -> Tensor:
-        """Advantages of this rank's rows, computed over all data-parallel ranks."""
+        """Returns the advantages of this rank's rows, computed over all data-parallel ranks, [B]."""
         rl, rt = self.config.rl, runtime.current()
         rewards_N, noise_N = torch.cat(rt.gather_data_parallel(torch.stack([rewards_B, noise_B])), 1)
         if rl.algorithm == "rloo":
@@ -187,7 +188,7 @@ class PolicyModel(TrainableModel):
         return values_N[rt.dp_rank * rows : (rt.dp_rank + 1) * rows]
 
     def _whiten(self, advantages_BT: Tensor, noise_BT: Tensor, mask_BT: Tensor) -> Tensor:
-        """Zero mean and unit variance over the tokens of all data-parallel ranks."""
+        """Normalises to zero mean and unit variance over the tokens of all data-parallel ranks, [B, T]."""
         rt = runtime.current()
         own = torch.stack([advantages_BT[mask_BT], noise_BT[mask_BT]])
         parts = rt.gather_data_parallel(own)
@@ -221,7 +222,8 @@ class PolicyModel(TrainableModel):
         count = log_probs_N.numel()
         everything_N = torch.ones_like(log_probs_N, dtype=torch.bool)
         log_ratio_N = (log_probs_N - extra["old_log_probs_N"]).detach()
-        # after a first update the rollouts are no longer the policy's own; until then both give the same gradient
+        # with several updates per rollout, the later ones are off-policy and need clipping; for the first update both
+        # losses have the same gradient
         if rl.algorithm in ("ppo", "grpo") or rl.updates_per_rollout > 1:
             loss_N, clipped_N = clipped_policy_gradient(
                 log_probs_N, extra["old_log_probs_N"], extra["advantages_N"], everything_N, rl.clip_low, rl.clip_high
@@ -237,12 +239,12 @@ class PolicyModel(TrainableModel):
         return (loss_N - rl.entropy_coefficient * entropy_N).sum(), count, sums
 
     def _describe(self, rollouts: Rollouts, reward_output: RewardOutput, data: RolloutBatch) -> dict[str, float]:
-        """Means over the rollouts of all data-parallel ranks."""
+        """Returns metrics of a step, as means over the rollouts of all data-parallel ranks."""
         rt = runtime.current()
         k1_B = response_kl(data.old_log_probs_BT, data.reference_log_probs_BT, data.mask_BT, "k1", "sum")
         columns = {
-            "proxy": reward_output.proxy_N,  # of the reward models
-            "reward": reward_output.rewards_N,  # with the length penalty: what is trained on
+            "proxy": reward_output.proxy_N,  # without the length penalty
+            "reward": reward_output.rewards_N,  # with the length penalty, as trained on
             "kl": k1_B,
             "entropy": masked_mean(data.entropy_BT, data.mask_BT, dim=-1),
             "response_length": data.mask_BT.sum(-1).float(),

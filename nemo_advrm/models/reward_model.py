@@ -1,4 +1,4 @@
-"""Reward-model training: pairs of responses, one score each, a preference loss."""
+"""The reward model as it is trained: scores both responses of a pair and applies a preference loss."""
 
 from __future__ import annotations
 
@@ -43,11 +43,13 @@ class RewardModel(TrainableModel):
 
     Args:
         cfg: configuration of the stage.
-        tokenizer: the one that encoded the rows.
+        tokenizer: the tokenizer that encoded the rows.
         train_rows, validation_rows: encoded pairs.
-        restore_from: checkpoint of a language model (its trunk is taken, the head is new) or of a
-            reward model (all of it); empty starts from random weights.
-        seed: of weights, head and data order; members of an ensemble differ by it.
+        restore_from: checkpoint of a language model (its trunk is loaded, the head is new) or of a reward model (all is
+            loaded); empty starts from random weights.
+        seed: seed of weights, head and data order; members of an ensemble differ in it.
+
+    Raises ConfigError when the loss needs margins or labels that the rows do not have.
     """
 
     stage = "train_rm"
@@ -93,7 +95,7 @@ class RewardModel(TrainableModel):
             rows = [self.train_rows[i] for i in order.rows_for_step(step)]
             if self.mix is not None:
                 rows = self.mix(step, rows)
-            # dealt out by themselves, so that every rank's part of the batch is what it would be without them
+            # sharded separately, so that the other rows reach the same ranks with and without them
             more = self.on_top(step) if self.on_top is not None else []
             yield [
                 row
@@ -125,7 +127,7 @@ class RewardModel(TrainableModel):
         return Batches([shard_rows(batch, [r.length for r in batch], rt.dp_rank, rt.dp_size) for batch in batches])
 
     def validation_step(self, batch: list[EncodedPair], batch_idx: int) -> None:
-        # ranks without rows take part: the others may wait for them, in a pass or for their part of the weights
+        # ranks without rows take part as well: other ranks may wait for them in a collective
         self._validation += evaluate(self.model, self._microbatches(batch), self._loss)
 
     def on_validation_epoch_end(self) -> None:
@@ -166,9 +168,10 @@ class RewardModel(TrainableModel):
 
 
 def pair_microbatch(model: MegatronModel, rows: list[EncodedPair], pad_id: int, loss: str) -> Microbatch:
-    """All chosen rows, then all rejected ones, padded together on the right, with what ``loss`` reads.
+    """Builds a microbatch of all chosen rows, then all rejected rows, padded on the right.
 
-    A row without a margin, as adversarial pairs are, has the loss's neutral one.
+    ``extra`` holds the tensors that ``loss`` reads. A row without a margin, such as an adversarial pair, gets the
+    loss's neutral margin.
     """
     device = runtime.current().device
     sequences = [r.chosen for r in rows] + [r.rejected for r in rows]
@@ -185,7 +188,7 @@ def pair_microbatch(model: MegatronModel, rows: list[EncodedPair], pad_id: int, 
 
 
 def _describe(metrics: dict[str, float]) -> dict[str, float]:
-    """Replace mean squares by standard deviations."""
+    """Replaces mean squares by standard deviations."""
     described = {k: v for k, v in metrics.items() if not k.endswith("_square")}
     for name in ("chosen", "rejected"):
         if f"{name}_square" in metrics:

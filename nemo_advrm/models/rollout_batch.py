@@ -14,13 +14,13 @@ from nemo_advrm.engine.model import MegatronModel
 from nemo_advrm.engine.schedule import Microbatch, forward, microbatch_rows
 from nemo_advrm.rollouts.types import Rollouts
 
-# per-token tensors that a loss reads, taken along into microbatches when they are set
+# per-token tensors of a batch that are copied to microbatches for the losses
 _PER_TOKEN = ("advantages", "old_log_probs", "old_values", "returns")
 
 
 @dataclass
 class RolloutBatch:
-    """B rollouts; all tensors are [B, T] over response tokens, on the CPU, zero where ``mask_BT`` is False."""
+    """A batch of B rollouts. Tensors are [B, T] over response tokens on the CPU, zero where ``mask_BT`` is False."""
 
     rows: list[EncodedResponse]
     mask_BT: Tensor
@@ -47,7 +47,7 @@ class RolloutBatch:
         return [len(row.tokens) for row in self.rows]
 
     def microbatch(self, model: MegatronModel, rows: list[int], pad_id: int) -> Microbatch:
-        """Rows with ``extra`` tensors ``NAME_N`` [N], one entry per response token, row by row."""
+        """Returns a microbatch of ``rows``; its ``extra`` tensors ``NAME_N`` [N] hold response tokens, row by row."""
         microbatch = response_microbatch(model, [self.rows[i] for i in rows], pad_id)
         mask = self.mask_BT[rows]
         for name in _PER_TOKEN:
@@ -60,7 +60,7 @@ class RolloutBatch:
 def response_log_probs(
     model: MegatronModel, data: RolloutBatch, pad_id: int, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """log pi of every response token and the entropy of its distribution, both [B, T] in nats on the CPU."""
+    """Returns the log-probability of every response token and the entropy before it, both [B, T] in nats on the CPU."""
     groups = microbatch_rows(model, data.lengths())
     microbatches = [data.microbatch(model, group, pad_id) for group in groups]
 
@@ -71,7 +71,7 @@ def response_log_probs(
 
 
 def per_token(data: RolloutBatch, groups: list[list[int]], results: list[tuple[Tensor, ...]]) -> tuple[Tensor, Tensor]:
-    """Put the [N] results of microbatches into two [B, T] tables and give them to every pipeline stage."""
+    """Scatters the [N] results of microbatches into two [B, T] tables and sends them to every pipeline stage."""
     rt = runtime.current()
     table = torch.zeros(2, *data.mask_BT.shape)
     for group, parts in zip(groups, results, strict=False):

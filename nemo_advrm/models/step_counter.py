@@ -1,4 +1,4 @@
-"""The optimizer that Lightning sees."""
+"""A dummy optimizer, by which Lightning counts training steps."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import torch
 
 
 class StepCounter(torch.optim.Optimizer):
-    """Stands for the Megatron optimizers in Lightning, which counts training steps by ``step()``.
+    """Takes the place of the Megatron optimizers in Lightning, which counts training steps by calls of ``step()``.
 
-    One training step may hold several Megatron updates (PPO epochs, a critic), so the model calls
-    those itself and this once.
+    One training step may make several Megatron updates (PPO epochs, a critic), so the model calls the Megatron
+    optimizers itself and this one once per step.
     """
 
     def __init__(self) -> None:

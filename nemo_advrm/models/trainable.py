@@ -1,4 +1,4 @@
-"""What all trained models share: a NeMo ModelPT whose steps run through Megatron's schedules."""
+"""The base class of trained models: a NeMo ModelPT whose steps run on Megatron's schedules."""
 
 from __future__ import annotations
 
@@ -28,45 +28,45 @@ Row = TypeVar("Row")
 
 
 def _switch_off_telemetry() -> None:
-    """NeMo starts OneLogger on rank 0: it writes into the working directory, and raises at a second training."""
-    with suppress(ImportError):  # other versions of NeMo have none
+    """Disables OneLogger, which NeMo starts: it writes into the working directory and raises at a second training."""
+    with suppress(ImportError):  # not in every version of NeMo
         from nv_one_logger.api.one_logger_provider import OneLoggerProvider
 
         provider = OneLoggerProvider.instance()
         if provider.one_logger_ready:
             provider.config.enable_for_current_rank = False
-            provider.config.logger_config.log_level = "CRITICAL"  # else every hook tells that it is skipped
+            provider.config.logger_config.log_level = "CRITICAL"  # else every skipped hook logs a line
 
 
 _switch_off_telemetry()
 
 
 def total_steps(cfg: Config, rows: int) -> int:
-    """Optimizer steps of a run: ``trainer.max_steps``, else ``trainer.max_epochs`` passes over the rows."""
+    """Returns the optimizer steps of a run: ``trainer.max_steps``, else ``trainer.max_epochs`` passes over the rows."""
     if cfg.trainer.max_steps > 0:
         return cfg.trainer.max_steps
     return BatchSchedule(rows, cfg.model.global_batch_size, 0).steps_for_epochs(cfg.trainer.max_epochs)
 
 
 def shard_rows(rows: list[Row], lengths: list[int], dp_rank: int, dp_size: int) -> list[Row]:
-    """The rows of a global batch that one data-parallel rank works on."""
+    """Returns the rows of a global batch that belong to one data-parallel rank."""
     return [rows[i] for i in shard(range(len(rows)), dp_rank, dp_size, lengths)]
 
 
 class TrainableModel(ModelPT):
-    """Base class: seeding, learning rate, divergence checks and logging of one training step.
+    """Base class: seeding, learning rate, divergence check and logging of one training step.
 
-    A subclass builds its models, yields the data of each step from :meth:`steps` (a pure function of
-    the step number, which makes a restarted run exact) and implements :meth:`train_on`.
+    A subclass builds its models, yields the data of each step from :meth:`steps` (a pure function of the step number,
+    so that a restarted run is exact) and implements :meth:`train_on`.
     """
 
     model: MegatronModel
-    """What is trained and saved; a subclass makes it."""
+    """The model that is trained and saved; the subclass builds it."""
     stage: str
-    """The stage's name for the planner."""
+    """The stage's name in the planner."""
 
     def __init__(self, cfg: Config, tokenizer: Tokenizer, max_steps: int, seed: int) -> None:
-        # NeMo keeps the configuration of a model under this name; "model" as a key is reserved by it
+        # stored as "architecture", because NeMo reserves the key "model"
         settings = dict(asdict(cfg.model).items())
         super().__init__(cfg=OmegaConf.create({"architecture": settings, "seed": seed}))
         self.config = cfg  # "cfg" is a property of ModelPT that holds its own DictConfig
@@ -74,25 +74,25 @@ class TrainableModel(ModelPT):
         self.max_steps = max_steps
         self.seed = seed
         self.automatic_optimization = False
-        self.restored_files: Any = None  # temporary files that a restored model reads
+        self.restored_files: Any = None  # temporary files of a restored model, kept while the model lives
         self.step_metrics: dict[str, float] = {}
         self.validation_metrics: dict[str, float] = {}
 
-    # to be provided by subclasses
+    # subclasses implement these
 
     def trained(self) -> dict[str, tuple[MegatronModel, MegatronOptimizer]]:
-        """The models that training changes, by name; their states make up a checkpoint."""
+        """Returns the trained models by name, with their optimizers; a checkpoint holds their states."""
         raise NotImplementedError
 
     def steps(self, start: int) -> Iterator[Any]:
-        """The data of training steps ``start``, ``start + 1``, ... up to ``max_steps``."""
+        """Yields the data of training steps ``start``, ``start + 1``, ... up to ``max_steps``."""
         raise NotImplementedError
 
     def train_on(self, batch: Any, step: int) -> dict[str, float]:
-        """Update the models with one step's data; returns its metrics."""
+        """Updates the models with the data of one step; returns its metrics."""
         raise NotImplementedError
 
-    # Lightning's side
+    # the interface of Lightning
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
         step = self.global_step
@@ -118,44 +118,46 @@ class TrainableModel(ModelPT):
         return _Steps(self)
 
     def transfer_batch_to_device(self, batch: Any, device: Any, dataloader_idx: int) -> Any:
-        """Batches are rows; their tensors are made on the device, microbatch by microbatch."""
+        """Returns ``batch`` unchanged: it holds rows, and their tensors are made on the device per microbatch."""
         return batch
 
     def release(self) -> None:
-        """Let go of models and optimizer states once they are saved; the module is of no use afterwards.
+        """Frees models and optimizer states after they are saved; the module cannot be used afterwards.
 
-        NeMo's process-wide callbacks keep the last module they saw, and DDP's hooks hold their model in cycles.
+        Deleting the module would not free them: NeMo's process-wide callbacks keep the last module they saw, and DDP's
+        hooks hold their model in reference cycles.
         """
         for name in ("model", "optimizer", "reference", "critic"):
             if hasattr(self, name):
                 setattr(self, name, None)
         gc.collect()
 
-    # NeMo's side
+    # the interface of NeMo
 
     def setup_training_data(self, train_data_config: Any) -> None:
-        """Data comes from :meth:`steps`."""
+        """Does nothing: data comes from :meth:`steps`."""
 
     def setup_validation_data(self, val_data_config: Any) -> None:
-        """Data comes from the subclass's ``val_dataloader``."""
+        """Does nothing: data comes from the subclass's ``val_dataloader``."""
 
     def save_to(self, save_path: str) -> None:
-        """Write the trained network with its tokenizer as a ``.nemo``; all ranks call (see :meth:`restore_from`)."""
-        # models stand below conversion: only this door of NeMo's own interface leads up
+        """Writes the trained model with its tokenizer as a ``.nemo``; all ranks call (see :meth:`restore_from`)."""
+        # imported here: convert is a layer above models, but NeMo's interface wants the method on the model
         from nemo_advrm.convert.nemo_models import save_model
 
         save_model(self, Path(save_path))
 
     @classmethod
     def restore_from(cls, restore_path: str, override_config: Config | None = None, **arguments: Any) -> Any:
-        """The model of a ``.nemo`` that :meth:`save_to` wrote, at the running layout; all ranks call.
+        """Opens a ``.nemo`` written by :meth:`save_to`, at the running layout; all ranks call.
 
         Args:
             override_config: configuration to use instead of the saved architecture and loss.
-            arguments: of the class's constructor; without rows or prompts the model can be used but not trained.
+            arguments: arguments of the class's constructor; without rows or prompts the model cannot be trained.
 
         Raises:
-            CheckpointError: no whole file of ours, another class than this one or one below it, another architecture.
+            CheckpointError: the file is damaged or of another kind, its class is no subclass of this one, or the
+                architecture differs.
         """
         from nemo_advrm.convert.nemo_models import restore_model
 
@@ -166,12 +168,12 @@ class TrainableModel(ModelPT):
         return []
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Empty: Megatron models are not submodules, and their checkpoints are the strategy's."""
+        """Returns an empty dict: Megatron models are not submodules, and the strategy saves them."""
         return {}
 
 
 class _Steps:
-    """Iterable that starts at the step the trainer stands at, also after a restart."""
+    """An iterable over the data of steps that starts at the trainer's current step, also after a restart."""
 
     def __init__(self, model: TrainableModel) -> None:
         self.model = model
@@ -181,7 +183,7 @@ class _Steps:
 
 
 class Batches:
-    """A fixed number of batches as an iterable; Lightning takes a plain list for several data loaders."""
+    """A fixed list of batches as a data loader; Lightning would take a plain list for several data loaders."""
 
     def __init__(self, batches: list[Any]) -> None:
         self.batches = batches

@@ -1,4 +1,4 @@
-"""What a reward source is: something that scores responses to prompts."""
+"""The interface of a reward source, which scores responses to prompts."""
 
 from __future__ import annotations
 
@@ -17,16 +17,19 @@ class RewardSource(Protocol):
     name: str
 
     def score(self, rollouts: Rollouts) -> Tensor:
-        """[N] fp32 on the CPU, higher is better."""
+        """Returns one score per response, [N] fp32 on the CPU; higher is better."""
         ...
 
 
 def source_dtype(source: RewardSource) -> torch.dtype:
-    """The number format that a source computes in, its ``dtype``; fp32 for one that names none (a server, say)."""
+    """Returns ``source.dtype``, the number format it computes in; fp32 for a source without one, such as a server."""
     dtype: torch.dtype = getattr(source, "dtype", torch.float32)
     return dtype
 
 
 def checked_scores(source: RewardSource, rollouts: Rollouts) -> Tensor:
-    """The scores of ``source``, [N] fp32 on the CPU; see :func:`as_scores` for what raises RewardSourceError."""
+    """Scores ``rollouts`` and checks the result, [N] fp32 on the CPU.
+
+    Raises RewardSourceError when :func:`as_scores` refuses the scores (wrong count, NaN, no numbers).
+    """
     return as_scores(source.name, source.score(rollouts), len(rollouts))

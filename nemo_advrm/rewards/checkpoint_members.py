@@ -1,4 +1,4 @@
-"""A member that is a checkpoint of this package: how it is named, its architecture, and its tokenizer."""
+"""Ensemble members that are checkpoints of this package: their specification, architecture and tokenizer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from nemo_advrm.data.tokenizers import HFTokenizer, Tokenizer, build_tokenizer
 from nemo_advrm.errors import CheckpointError
 
 LOCAL_KINDS = ("megatron", "hf", "nemo")
-# of a member's configuration, what belongs to the running job and not to its weights
+# keys of ModelConfig that are taken from the running job and not from the member's checkpoint
 OF_THE_JOB = (
     "tensor_model_parallel_size",
     "pipeline_model_parallel_size",
@@ -37,14 +37,18 @@ OF_THE_JOB = (
 
 @dataclass(frozen=True)
 class SourceSpec:
-    """One member: ``kind`` is megatron, hf, nemo, http or triton; ``location`` a path, or addresses joined by ``|``."""
+    """A parsed entry of ``ensemble.members``.
+
+    ``kind`` is megatron, hf, nemo, python, http or triton. ``location`` is a path, MODULE:FUNCTION, or server addresses
+    joined by ``|``.
+    """
 
     kind: str
     location: str
-    text: str  # as the user wrote it
-    place: str  # the key it came from
-    attributes: tuple[float, ...] = ()  # weights of the outputs of a model that has several
-    features: bool = True  # with the reference features that the directory holds, if any
+    text: str  # the entry as the user wrote it, for messages
+    place: str  # the configuration key that holds it, for messages
+    attributes: tuple[float, ...] = ()  # weights of the outputs of a model with several outputs
+    features: bool = True  # whether to use the reference features that the directory holds, if any
 
     @property
     def is_remote(self) -> bool:
@@ -56,6 +60,7 @@ class SourceSpec:
 
 
 def reward_meta(spec: SourceSpec) -> dict[str, Any]:
+    """Reads the metadata of a reward model's checkpoint. Raises CheckpointError when it is no reward model."""
     from nemo_advrm.engine import checkpoint
     from nemo_advrm.engine.description import check_size
 
@@ -67,18 +72,19 @@ def reward_meta(spec: SourceSpec) -> dict[str, Any]:
 
 
 def member_config(meta: dict[str, Any], job: ModelConfig) -> ModelConfig:
-    """The architecture of a checkpoint at the parallel layout and batch shape of the running job."""
+    """Returns the architecture of a checkpoint with the parallel layout and batch shape of the running job."""
     known = {field.name for field in dataclasses.fields(ModelConfig)} - {"optim", *OF_THE_JOB}
     own = {key: value for key, value in meta["model"].items() if key in known}
     if "vocab_size" in meta:
-        own["vocab_size"] = meta["vocab_size"]  # as it was padded when it was trained
+        own["vocab_size"] = meta["vocab_size"]  # the padded size that the weights have
     return dataclasses.replace(ModelConfig(**own), **{key: getattr(job, key) for key in OF_THE_JOB})
 
 
 def member_tokenizer(spec: SourceSpec, meta: dict[str, Any], running: Tokenizer | None) -> Tokenizer:
-    """The tokenizer a checkpoint was trained with, reading conversations by the checkpoint's rule.
+    """Returns the tokenizer a checkpoint was trained with, which reads conversations by the checkpoint's rule.
 
-    Raises CheckpointError when it cannot be known or has changed.
+    ``running`` is used when its fingerprint matches, so that its files are not opened twice. Raises CheckpointError
+    when the checkpoint names no tokenizer or the tokenizer has changed since.
     """
     fingerprint, rule = meta.get("tokenizer"), rule_of(meta, spec.text)
     if isinstance(running, HFTokenizer) and running.has_template and running.rule != rule:
@@ -89,17 +95,17 @@ def member_tokenizer(spec: SourceSpec, meta: dict[str, Any], running: Tokenizer 
     named = f"hf:{files}" if files.is_dir() else meta.get("tokenizer_spec")
     if named is None:
         raise CheckpointError(
-            f"{spec.place}={spec.text}: the checkpoint does not say which tokenizer it was trained with, and it is not "
-            "the one of this run (model.tokenizer)"
+            f"{spec.place}={spec.text}: the checkpoint does not name the tokenizer it was trained with, and its "
+            "fingerprint is not that of model.tokenizer"
         )
     tokenizer = build_tokenizer(named, rule)
     if fingerprint is not None and tokenizer.fingerprint != fingerprint:
-        raise CheckpointError(f"{spec.place}={spec.text}: the tokenizer {named} is not what it was in training")
+        raise CheckpointError(f"{spec.place}={spec.text}: the tokenizer {named} has changed since training")
     return _read_by(tokenizer, meta, spec)
 
 
 def _read_by(tokenizer: Tokenizer, meta: dict[str, Any], spec: SourceSpec) -> Tokenizer:
-    """``tokenizer``, after one line in the log where the checkpoint has no rule and its template makes one matter."""
+    """Returns ``tokenizer``; logs a line when the checkpoint stores no reading rule and its chat template needs one."""
     if KEY not in meta and isinstance(tokenizer, HFTokenizer) and tokenizer.has_template:
         say_old_rule(spec.text)
     return tokenizer

@@ -1,4 +1,4 @@
-"""Rewards made of several sources: the ensemble's opinion, and the adversary's reward."""
+"""Rewards computed from several sources: the combined reward of an ensemble, and the reward of an adversary."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ PRESETS = ("paper", "raw")
 
 @dataclass
 class RewardOutput:
-    """Rewards of a batch and what they were made of.
+    """Rewards of a batch with the scores they were computed from.
 
     Attributes:
         rewards_N: [N] fp32, what a policy is trained on (less the KL penalty).
         scores_NK: [N, K] raw scores of the members.
         details: further [N] or [N, K] tensors that are recorded per response.
-        noise_N: [N] how far the rewards may be off by the rounding of what they were made of; by default their own.
-        unpenalised_N: [N] the rewards before those of unended responses were replaced; None where none were.
+        noise_N: [N] largest rounding error of the rewards; default: the rounding of the rewards themselves.
+        unpenalised_N: [N] the rewards before the penalty for unended responses; None when no penalty was applied.
     """
 
     rewards_N: Tensor
@@ -48,12 +48,12 @@ class RewardOutput:
 
     @property
     def proxy_N(self) -> Tensor:
-        """[N] what the reward models say of the responses, ended or not."""
+        """[N] the reward without the penalty for unended responses."""
         return self.rewards_N if self.unpenalised_N is None else self.unpenalised_N
 
 
 class PolicyReward(Protocol):
-    """What a policy asks for its rollouts."""
+    """The interface that :class:`nemo_advrm.models.policy.PolicyModel` calls for the rewards of its rollouts."""
 
     def compute_rewards(self, rollouts: Rollouts) -> RewardOutput: ...
 
@@ -65,10 +65,10 @@ class UncertaintyReward:
         sources: at least one; the first is R_1.
         aggregate: ``mean``, ``min`` (WCO), ``lcb`` (mean - coefficient * std), ``uwo`` (mean - coefficient *
             variance) or ``gap`` (R_1 - mean of the rest); see :mod:`nemo_advrm.objectives.uncertainty`.
-        statistics: with it several members are standardised, each by its mean and spread over SFT responses, before
-            they are combined. Without it their raw scores are combined, whose offsets and scales Bradley-Terry leaves
-            free: the member of the largest scale decides. One member alone keeps its raw scores, unless ``one_too``.
-        one_too: standardise one member alone as well, so that a KL coefficient means the same for all rewards.
+        statistics: mean and standard deviation of each member over SFT responses, by which its scores are standardised
+            before they are combined. None combines raw scores: Bradley-Terry leaves their offset and scale free, so
+            the member with the largest scale dominates. A single member keeps its raw scores, unless ``one_too``.
+        one_too: standardise a single member as well, so that a KL coefficient means the same for all rewards.
     """
 
     def __init__(
@@ -92,16 +92,16 @@ class UncertaintyReward:
         self.statistics = statistics if len(self.sources) > 1 or one_too else None
 
     def member_scores(self, rollouts: Rollouts) -> Tensor:
-        """[N, K] raw scores."""
+        """Returns the raw scores of all members, [N, K]."""
         return torch.stack([checked_scores(source, rollouts) for source in self.sources], dim=-1)
 
     @property
     def dtype(self) -> torch.dtype:
-        """The coarsest number format of a member."""
+        """The coarsest number format among the members."""
         return max((source_dtype(source) for source in self.sources), key=rounding)
 
     def member_noise(self, scores_NK: Tensor) -> Tensor:
-        """[N, K]: how far each score may be off by rounding in the number format that its member computes in."""
+        """Returns the largest rounding error of each score in the number format of its member, [N, K]."""
         return torch.stack(
             [rounding_of(scores_NK[:, k], source_dtype(source)) for k, source in enumerate(self.sources)], -1
         )
@@ -117,12 +117,12 @@ class UncertaintyReward:
         return RewardOutput(rewards_N, scores_NK, noise_N=noise_N)
 
     def score(self, rollouts: Rollouts) -> Tensor:
-        """An ensemble is itself a reward source."""
+        """Returns the combined reward, [N]: an ensemble is itself a reward source."""
         return self.compute_rewards(rollouts).rewards_N
 
 
 class AdversarialReward:
-    """High where the target member likes a response and the others do not (Adv-RM).
+    """The reward of Adv-RM's adversary: high when the target member scores a response high and the others do not.
 
     Args:
         sources: the members, R_1 first; at least two.
@@ -140,8 +140,9 @@ class AdversarialReward:
     ) -> None:
         self.ensemble = UncertaintyReward(sources)
         if not 0 <= target_index < len(sources):
-            told = f"member {target_index + 1} does not exist, there are {len(sources)}"
-            raise ConfigError(f"adversarial.target_members: {told}")
+            raise ConfigError(
+                f"adversarial.target_members: member {target_index + 1} does not exist, there are {len(sources)}"
+            )
         if options.preset not in PRESETS:
             raise unknown_name("adversarial.preset", options.preset, PRESETS)
         self.options = options
@@ -151,8 +152,11 @@ class AdversarialReward:
         self._detector = sft_responses.detector(options.detector, target_index)
 
     def compute_rewards(self, rollouts: Rollouts) -> RewardOutput:
-        """Details: ``z`` [N, K] and ``prompt_mean`` [N, K] of the members, and what the detector says of each response:
-        ``disagreement`` [N] in its own unit (U), ``disagreement_z`` [N] standardised (Z(U))."""
+        """Computes the adversarial rewards.
+
+        ``details`` holds ``z`` [N, K] and ``prompt_mean`` [N, K] of the members, and the detector's output for each
+        response: ``disagreement`` [N] in its own unit (U) and ``disagreement_z`` [N] standardised (Z(U)).
+        """
         scores_NK = self.ensemble.member_scores(rollouts)
         prompt_mean_NK = self.sft_responses.prompt_mean(rollouts.prompt_index)
         z_NK = z_scores(scores_NK, prompt_mean_NK, self._statistics.std_K)
@@ -176,7 +180,7 @@ class AdversarialReward:
         if options.preset == "paper":
             noise_NK, weights = noise_NK / self._statistics.std_K, (1.0, options.coefficient)
         noise_N = weights[0] * noise_NK[:, self.target_index] + weights[1] * others_mean(noise_NK, self.target_index)
-        if options.preset == "paper":  # the penalty is exact
+        if options.preset == "paper":  # a response that gets the constant penalty has no rounding error
             noise_N = torch.where(scores_NK[:, self.target_index] > prompt_mean_NK[:, self.target_index], noise_N, 0.0)
         details = {
             "z": z_NK,
@@ -188,12 +192,12 @@ class AdversarialReward:
 
 
 def _combined_noise(aggregate: str, values_NK: Tensor, noise_NK: Tensor, coefficient: float) -> Tensor:
-    """[N]: how far the aggregate moves at most when every member moves by its noise."""
+    """Returns the largest change of the aggregate when every member's score changes by its noise, [N]."""
     if aggregate == "min":
         return noise_NK.amax(-1)
     if aggregate == "gap":
         return noise_NK[:, 0] + others_mean(noise_NK, 0)
-    mean_N, std_N = noise_NK.mean(-1), noise_NK.square().mean(-1).sqrt()  # a std moves by no more than the noise's own
+    mean_N, std_N = noise_NK.mean(-1), noise_NK.square().mean(-1).sqrt()  # std(x + e) - std(x) <= rms(e)
     if aggregate == "lcb":
         return mean_N + abs(coefficient) * std_N
     if aggregate == "uwo":

@@ -1,10 +1,10 @@
-"""The hybrid reward: a reward model's score and two features of a frozen policy, weighed against each other.
+"""The hybrid reward: a weighted sum of a reward model's score and two features from a frozen policy.
 
     r(x, y) = w_0 R(x, y) + w_1 log p(y|x) + w_2 [log p(y|x) - mean over x' of log p(y|x')]
 
-p is the policy from which the reward model began (the SFT policy), x' a few fixed other prompts that are stored with
-the model. ``log_prob`` tells how ordinary a response is, ``prompt_gain`` how much its prompt explains of it: what a
-reward model that does not read the prompt cannot know.
+p is the policy that the reward model was initialised from (the SFT policy), x' a few fixed other prompts that are
+stored with the model. ``log_prob`` measures how likely a response is, ``prompt_gain`` how much more likely its prompt
+makes it. The latter is information that a reward model which ignores the prompt does not have.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from nemo_advrm.rollouts.types import Rollouts
 
 
 class ReferenceFeatures:
-    """Features of responses under one frozen policy; the same response to a prompt always has the same ones.
+    """Features of responses under one frozen policy, deterministic for a prompt and a response.
 
-    Members that share it have their features computed once: those of the rollouts that were asked for last are kept.
+    The features of the last rollouts are cached, so that members which share this object have them computed once.
 
     Args:
         name: of the policy, for messages.
@@ -47,29 +47,29 @@ class ReferenceFeatures:
         self._last: tuple[Rollouts, bool, Tensor] | None = None
 
     def values(self, rollouts: Rollouts, names: tuple[str, ...]) -> Tensor:
-        """[N, F] fp32 on the CPU, in nats: the features ``names`` of every response; all ranks call.
+        """Returns the features ``names`` of every response, [N, F] fp32 on the CPU, in nats; all ranks call.
 
-        A response counts as its text is encoded (rows that came as tokens: as these are), with its end token where it
+        A response is encoded from its text (rows that came as tokens are used unchanged), with the end token when it
         ended. Over-long conversations lose tokens at the start of the prompt.
 
-        Raises DataError for a row whose prompt cannot be known, RewardSourceError for a response that is too long.
+        Raises DataError for a row without a prompt, RewardSourceError for a response that is too long.
         """
         gain = "prompt_gain" in names
-        # by the object, not by its rows: whether anything is computed is then the same on all ranks
+        # compared by identity, not by content, so that all ranks decide alike whether to compute
         if self._last is None or self._last[0] is not rollouts or (gain and not self._last[1]):
             self._last = (rollouts, gain, self._compute(rollouts, gain))
         table_N2 = self._last[2]
         return torch.stack([table_N2[:, ("log_prob", "prompt_gain").index(name)] for name in names], -1)
 
     def check(self, rollouts: Rollouts) -> None:
-        """Raise what :meth:`values` would raise for one of the rows, without computing anything."""
+        """Raises what :meth:`values` would raise for one of the rows, without running the policy."""
         for i in range(len(rollouts)):
             self._row(*self._parts(rollouts, i))
 
     def _compute(self, rollouts: Rollouts, gain: bool) -> Tensor:
-        """[N, 2]: log_prob and, if asked for, prompt_gain (else 0)."""
+        """Returns log_prob and, with ``gain``, prompt_gain (else 0), [N, 2]."""
         parts = [self._parts(rollouts, i) for i in range(len(rollouts))]
-        # a prompt that is itself one of the fixed ones is compared with the rest of them
+        # a prompt that is one of the fixed prompts is compared with the others only
         others = [[other for other in self.prompts if other != prompt] if gain else [] for prompt, _ in parts]
         rows = [self._row(prompt, answer) for prompt, answer in parts]
         rows += [self._row(p, answer) for (_, answer), own in zip(parts, others, strict=True) for p in own]
@@ -81,7 +81,7 @@ class ReferenceFeatures:
         return torch.stack([log_prob_N, log_prob_N - other_N if gain else torch.zeros_like(log_prob_N)], -1)
 
     def _parts(self, rollouts: Rollouts, i: int) -> tuple[list[int], list[int]]:
-        """Ids of the prompt and of the response."""
+        """Returns the token ids of the prompt and of the response."""
         if rollouts.tokens_only and rollouts.prompt_tokens[i]:
             self._check_tokens(rollouts)
             return rollouts.prompt_tokens[i], until_end(rollouts.response_tokens[i], self.tokenizer.eos_id)
@@ -116,9 +116,12 @@ class ReferenceFeatures:
 
     @torch.no_grad()
     def log_probs(self, rows: list[EncodedResponse]) -> Tensor:
-        """[N] fp32 on the CPU: log-probability of each response, the sum over its tokens in nats; all ranks call."""
+        """Returns the log-probability of each response, summed over its tokens, [N] fp32 in nats on the CPU.
+
+        All ranks call. An empty response has log-probability 0.
+        """
         model, rt = self.model, runtime.current()
-        places = [i for i, row in enumerate(rows) if len(row.tokens) > row.prompt_length]  # an empty text is certain
+        places = [i for i, row in enumerate(rows) if len(row.tokens) > row.prompt_length]
         groups = microbatch_rows(model, [len(rows[i].tokens) for i in places])
         groups = [[places[i] for i in group] for group in groups]
         microbatches = [
@@ -139,9 +142,9 @@ class ReferenceFeatures:
 
 
 class HybridReward:
-    """A reward source: a member's score and the features of a frozen policy, by the weights stored with the member.
+    """A reward source: the weighted sum of a member's score and features, with the weights stored with the member.
 
-    To everything that asks for limits, tokenizer or number format it is the member.
+    Its length limit, tokenizer and number format are those of the member.
     """
 
     def __init__(self, member: MegatronReward, features: ReferenceFeatures, weights: FeatureWeights) -> None:
@@ -161,15 +164,15 @@ class HybridReward:
         return self.member.dtype
 
     def score(self, rollouts: Rollouts) -> Tensor:
-        """[N] fp32 on the CPU; raises what member and features raise."""
+        """Returns the hybrid scores, [N] fp32 on the CPU; raises what the member and the features raise."""
         return self.combine(self.member.score(rollouts), rollouts)
 
     def combine(self, scores_N: Tensor, rollouts: Rollouts) -> Tensor:
-        """The hybrid scores, [N], of responses whose plain scores by the member are known."""
+        """Returns the hybrid scores, [N], from the member's own scores."""
         return hybrid_scores(scores_N, self.features.values(rollouts, self.weights.names), self.weights.weights)
 
 
 def hybrid_scores(scores_N: Tensor, features_NF: Tensor, weights: tuple[float, ...]) -> Tensor:
-    """[N] fp32: the weighed sum of plain scores and features."""
+    """Returns the weighted sum of scores and features, [N] fp32; summed in fp64."""
     columns = torch.cat([scores_N[:, None], features_NF], -1).double()
     return (columns @ torch.tensor(weights, dtype=torch.float64)).float()

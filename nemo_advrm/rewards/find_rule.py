@@ -1,4 +1,4 @@
-"""Which responses of an attack are finds, and how many SFT responses would be: the selection rule of one direction."""
+"""The selection rule of one target: which responses of an attack are finds, and how many SFT responses would be."""
 
 from __future__ import annotations
 
@@ -23,23 +23,29 @@ Find = tuple[int, str]
 
 
 def asks_others(options: AdversarialConfig) -> bool:
-    """Whether an adversary is paid for what the members beside the target dislike, or maximises the target alone."""
+    """Returns whether the adversary's reward depends on the other members, or on the target alone."""
     return bool(options.coefficient if options.preset == "paper" else options.others_weight)
 
 
 def falls_short(found: int, null: float, options: SelectionConfig) -> bool:
-    """Whether finds are too few beside the ``null`` count, what as many SFT responses give (``null_ratio``)."""
+    """Returns whether ``found`` is below ``selection.null_ratio`` times the null count."""
     return found < options.null_ratio * null
 
 
 class FindRule:
     """The selection rule for the attack on member ``target`` (from 1).
 
-    A find is a response that the target likes better than SFT responses to its prompt, and whose Z(U) is above
-    ``selection.threshold_z``. Where the adversary maximised the target alone (``asks_others`` is false) its z of the
-    target must be above the threshold instead: nothing was asked of the others, so nothing is read from their scores
-    unless ``selection.require_others_negative`` says so. It can stand in a pair, is not blank, and is not one of the
-    prompt's SFT responses.
+    A find is a response that the target scores above the mean of the prompt's SFT responses and whose Z(U) is above
+    ``selection.threshold_z``. When the adversary maximised the target alone (``asks_others`` is false), the target's z
+    must be above the threshold instead: the reward did not depend on the others, so the rule does not read their scores
+    either, unless ``selection.require_others_negative`` is set. A find is also usable in a pair, not blank, and not one
+    of the prompt's SFT responses.
+
+    Args:
+        cfg: configuration of the stage.
+        sft_responses: SFT responses to the prompts of the attack, with their scores.
+        target: the attacked member, from 1.
+        tokenizer: of the policy.
     """
 
     def __init__(self, cfg: Config, sft_responses: SFTScores, target: int, tokenizer: Tokenizer) -> None:
@@ -53,28 +59,28 @@ class FindRule:
 
     @cached_property
     def usable_PI(self) -> list[list[int]]:
-        """Places of each prompt's SFT responses that may be chosen: they ended, and they are text."""
+        """For each prompt, indices of the SFT responses that may be chosen: they ended and round-trip as text."""
         return [
             [i for i in self.sft_responses.finished(p) if stands_as_text(responses[i], self.tokenizer)]
             for p, responses in enumerate(self.sft_responses.responses_PN)
         ]
 
     def ranking(self, rows: Sequence[dict[str, Any]]) -> Tensor:
-        """What must be above the threshold, and by which finds are ranked: Z(U) or the target's z, [B]."""
+        """Returns the statistic that is compared with the threshold and ranks finds, Z(U) or the target's z, [B]."""
         if self.by_disagreement:
             return torch.tensor([row["disagreement_z"] for row in rows])
         return torch.tensor([row["z"][self.target_index] for row in rows])
 
     def qualified(self, rows: Sequence[dict[str, Any]]) -> Tensor:
-        """Which rows of ``samples.jsonl`` the rule takes, whether they can stand in a pair or not, bool [B]."""
+        """Returns which rows of ``samples.jsonl`` pass the rule, whether usable in a pair or not, bool [B]."""
         if not rows:
             return torch.zeros(0, dtype=torch.bool)
-        # an empty response, or one that is among the SFT responses, teaches nothing about ordinary text
+        # training on an empty response, or on one that is among the SFT responses, would only degrade ordinary text
         new = [bool(r["response"].strip()) and r["response"] not in self._sft_PN[r["prompt_id"]] for r in rows]
         return self._qualified(rows) & torch.tensor(new)
 
     def unusable(self, row: dict[str, Any]) -> str | None:
-        """Why an adversarial response cannot be one side of a pair; None when it can."""
+        """Returns why an adversarial response cannot be one side of a pair, None when it can."""
         if self.options.require_ended and row.get("ended") is False:
             return "unended"
         if not stands_as_text(row["response"], self.tokenizer):
@@ -82,25 +88,25 @@ class FindRule:
         return None if self.usable_PI[row["prompt_id"]] else "no_usable_sft"
 
     def finds(self, rows: Sequence[dict[str, Any]]) -> set[Find]:
-        """The different finds among the rows."""
+        """Returns the different finds among the rows."""
         taken = [row for row, ok in zip(rows, self.qualified(rows).tolist(), strict=True) if ok]
         return {(row["prompt_id"], row["response"]) for row in taken if self.unusable(row) is None}
 
     def share(self, rows: Sequence[dict[str, Any]]) -> float:
-        """Share of the rows that are finds, repeated ones too."""
+        """Returns the share of rows that are finds; repeated finds count each time."""
         taken = [row for row, ok in zip(rows, self.qualified(rows).tolist(), strict=True) if ok]
         return sum(self.unusable(row) is None for row in taken) / len(rows)
 
     @cached_property
     def null_share(self) -> float:
-        """Share of the reference's SFT responses that the rule takes, each measured by the others to its prompt."""
+        """Share of the SFT responses that pass the rule, each compared with the other responses to its prompt."""
         prompts, count, _ = self.sft_responses.scores_PNK.shape
         rows = [self.sft_row(p, i) for p in range(prompts) for i in range(count)]
         qualified_B = self._qualified(rows)
         return sum(ok and self._is_new_sft(row) for row, ok in zip(rows, qualified_B.tolist(), strict=True)) / len(rows)
 
     def sft_row(self, prompt: int, place: int) -> dict[str, Any]:
-        """An SFT response as a row of ``samples.jsonl``, its z by the others to its prompt."""
+        """Returns an SFT response as a row of ``samples.jsonl``; z is relative to the prompt's other responses."""
         sft_responses = self.sft_responses
         return {
             "prompt_id": prompt,
@@ -114,11 +120,11 @@ class FindRule:
         }
 
     def null(self, samples: int) -> float:
-        """How many of so many SFT responses the rule would take."""
+        """Returns the null count: how many of ``samples`` SFT responses would pass the rule."""
         return self.null_share * samples
 
     def falls_short(self, found: int, samples: int) -> bool:
-        """Whether an attack found too few of its ``samples``."""
+        """Returns whether an attack with ``samples`` responses has too few finds."""
         return falls_short(found, self.null(samples), self.options)
 
     @cached_property
@@ -127,7 +133,7 @@ class FindRule:
 
     @cached_property
     def own_z_PNK(self) -> Tensor:
-        """z of the SFT responses, each by the others to its prompt."""
+        """z of the SFT responses, each relative to the other responses to its prompt."""
         return own_z_scores(self.sft_responses.scores_PNK, self._statistics)
 
     @cached_property
@@ -157,7 +163,7 @@ class FindRule:
         )
 
     def _is_new_sft(self, row: dict[str, Any]) -> bool:
-        """Whether an SFT response would pass for new and usable if the others to its prompt were all there are."""
+        """Returns whether an SFT response is usable and differs from all other SFT responses to its prompt."""
         response = row["response"]
         return (
             bool(response.strip())

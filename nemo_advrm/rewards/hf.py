@@ -1,4 +1,4 @@
-"""A reward model of Hugging Face transformers, scored in this process."""
+"""Hugging Face reward models (sequence classifiers), scored in this process."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ from nemo_advrm.rollouts.types import Rollouts
 class HFReward:
     """A sequence classifier. The first rank of each model replica holds it and scores for the others.
 
-    The score is read at the last token of each row, which is known by the row's length: transformers looks for the last
-    token that is not padding instead, and is misled where padding and end token are one.
+    The score is read at the last token of each row, found from the row's length. transformers searches for the last
+    token that is not padding instead, which is wrong for models whose padding token is their end token.
 
     Args:
-        name: of the source, for messages.
+        name: name of the source, for messages.
         model: the classifier, None on ranks that do not hold it.
-        tokenizer: the model's own.
-        max_tokens: padded tokens per batch; one longer row is a batch of its own.
-        max_rows: most rows per batch.
-        longest: most tokens of a row; 0 where nothing limits them.
-        attributes: weights of the head's outputs; () for a head with one.
+        tokenizer: the model's tokenizer.
+        max_tokens: padded tokens per batch; a longer row is a batch of its own.
+        max_rows: maximum rows per batch.
+        longest: maximum tokens of a row; 0 for no limit.
+        attributes: weights of the head's outputs; () for a head with one output.
     """
 
     def __init__(
@@ -55,11 +55,11 @@ class HFReward:
         self.max_rows = max_rows
         self.longest = longest
         self.attributes = attributes
-        self.dtype = torch.float32  # what it computes in; known to ranks that do not hold the model too
+        self.dtype = torch.float32  # number format of the forward pass, also set on ranks that do not hold the model
 
     @classmethod
     def load(cls, name: str, path: Path, cfg: Config, attributes: tuple[float, ...] = ()) -> HFReward:
-        """Open a directory of ``save_pretrained``; see :func:`check_directory` for what raises."""
+        """Loads a directory written by ``save_pretrained``; raises what :func:`check_directory` raises."""
         found, tokenizer = check_directory(path, attributes)
         rt, settings, model = runtime.current(), cfg.model, None
         dtype = torch.float32 if cfg.precision.name == "fp32" else torch.bfloat16
@@ -80,7 +80,7 @@ class HFReward:
 
     @torch.no_grad()
     def score_tokens(self, sequences: list[list[int]]) -> Tensor:
-        """[N] fp32 on the CPU. Raises RewardSourceError for a row beyond the model's longest position."""
+        """Returns scores, [N] fp32 on the CPU. Raises RewardSourceError for a row longer than the model takes."""
         assert self.model is not None
         longest = max(map(len, sequences), default=0)
         if self.longest and longest > self.longest:
@@ -99,11 +99,11 @@ class HFReward:
         return scores_N
 
     def _forward(self, tokens_BS: Tensor, mask_BS: Tensor, lengths_B: Tensor) -> Tensor:
-        """[B, A], what the head gives for each row."""
+        """Returns the head's outputs for each row, [B, A]."""
         assert self.model is not None
         trunk = getattr(self.model, self.model.base_model_prefix, None)
         if trunk is None or not hasattr(self.model, "score"):
-            # encoders pool at their own first token and look for no padding
+            # encoders pool at the first token, so padding does not matter
             return self.model(input_ids=tokens_BS, attention_mask=mask_BS).logits
         options = {} if self.model.config.is_encoder_decoder else {"use_cache": False}
         hidden_BSH = trunk(input_ids=tokens_BS, attention_mask=mask_BS, **options).last_hidden_state
@@ -112,9 +112,9 @@ class HFReward:
 
 
 def check_directory(path: Path, attributes: tuple[float, ...] = ()) -> tuple[HFDirectory, HFTokenizer]:
-    """What can be known of a member before it is loaded; see :func:`read_classifier`, and :func:`check_vocabulary`.
+    """Reads the description and the tokenizer of a Hugging Face member without loading its weights.
 
-    Raises CheckpointError, for a bad tokenizer DataError.
+    Raises CheckpointError from :func:`read_classifier`, DataError for a bad tokenizer (:func:`check_vocabulary`).
     """
     found, tokenizer = read_classifier(path, attributes), HFTokenizer(path, rule_in_config(path))
     check_vocabulary(tokenizer, found.vocabulary, f"hf:{path}")

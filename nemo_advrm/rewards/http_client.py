@@ -1,4 +1,8 @@
-"""HTTP to reward servers: pooled connections, deadlines, retries of what can pass, fail-over between addresses."""
+"""HTTP client of reward servers: pooled connections, deadlines, retries of transient failures, fail-over.
+
+httpx does the requests, tenacity the retries. What is added here is what neither has: fail-over between addresses, and
+a deadline over all tries and over slowly trickling answers.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +26,7 @@ _LARGEST_ANSWER = 256 * 2**20
 
 
 class Transient(Exception):
-    """A failure that may pass: no connection, no answer in time, 429 or 5xx."""
+    """A transient failure, which is retried: no connection, a timeout, status 429 or 5xx."""
 
     def __init__(self, reason: str, retry_after: float = 0.0) -> None:
         super().__init__(reason)
@@ -31,10 +35,10 @@ class Transient(Exception):
 
 @dataclass
 class ReplicatedServer:
-    """Servers of one model behind several addresses; requests go to one of them until it fails, then to the next.
+    """Several servers of one model. Requests go to one address until it fails, then to the next.
 
     Attributes:
-        name: of the reward source, for messages.
+        name: name of the reward source, for messages.
         addresses: base URLs, at least one.
         options: timeouts and limits.
     """
@@ -58,12 +62,17 @@ class ReplicatedServer:
     def call(
         self, method: str, path: str, body: Any = None, deadline: float | None = None, key: str = "deadline_seconds"
     ) -> Any:
-        """The JSON of a successful answer; ``deadline`` is a time of ``time.monotonic``, which ``key`` of remote set.
+        """Sends a request and returns the JSON of its answer.
 
-        429, 5xx, broken connections and timeouts are tried again, at the next address, with growing pauses (or those
-        the server asks for) until the deadline.
+        Status 429, 5xx, broken connections and timeouts are retried at the next address with exponential backoff (or
+        the server's Retry-After) until the deadline.
 
-        Raises RewardSourceError that names source and address: any other status, no JSON, or the deadline passed.
+        Args:
+            deadline: value of ``time.monotonic`` to stop at; None: ``remote.deadline_seconds`` from now.
+            key: the key of ``remote`` that set the deadline, for messages.
+
+        Raises:
+            RewardSourceError: any other status, no JSON, or the deadline passed; names the source and the address.
         """
         start = time.monotonic()
         end = deadline if deadline is not None else start + self.options.deadline_seconds
@@ -72,7 +81,7 @@ class ReplicatedServer:
         def wait(state: tenacity.RetryCallState) -> float:
             failure = state.outcome.exception() if state.outcome is not None else None
             asked = failure.retry_after if isinstance(failure, Transient) else 0.0
-            # all of the pause would pass the deadline: one last try just before it
+            # a pause beyond the deadline is cut, for one last try just before it
             return min(max(asked, backoff(state)), max(0.0, end - time.monotonic() - 0.05))
 
         retrying = tenacity.Retrying(
@@ -110,7 +119,7 @@ class ReplicatedServer:
         content = bytearray()
         try:
             with self._client.stream(method, url, json=body, timeout=limit) as response:
-                # a server that sends a byte now and then keeps every single read in time
+                # httpx limits each read only: a server that sends a byte now and then would never time out
                 for part in response.iter_bytes():
                     content += part
                     if time.monotonic() > stop:
@@ -140,7 +149,10 @@ class ReplicatedServer:
 
 
 def bearer_token(token_file: str) -> str:
-    """The token in a file, else in the environment variable NEMO_ADVRM_TOKEN, else ""."""
+    """Returns the token in ``token_file``, else in the environment variable NEMO_ADVRM_TOKEN, else "".
+
+    Raises ConfigError when the file is set but cannot be read or is empty.
+    """
     if not token_file:
         return os.environ.get(TOKEN_VARIABLE, "").strip()
     try:
@@ -153,7 +165,7 @@ def bearer_token(token_file: str) -> str:
 
 
 def _seconds(header: str | None) -> float:
-    """Retry-After in seconds; its other form, a date, counts as none."""
+    """Parses Retry-After in seconds, at most 60; the date form is ignored (0)."""
     try:
         return min(max(0.0, float(header or 0)), 60.0)
     except ValueError:

@@ -1,4 +1,4 @@
-"""Opens hybrid reward models, and fits the weights of new ones."""
+"""Opens hybrid reward models and fits the weights of new ones; see :mod:`nemo_advrm.rewards.features`."""
 
 from __future__ import annotations
 
@@ -27,14 +27,17 @@ from nemo_advrm.rewards.features import HybridReward, ReferenceFeatures
 from nemo_advrm.rewards.local import MegatronReward
 from nemo_advrm.rollouts.types import Rollouts
 
-# features by the policy and its prompts: members that are opened together share them
+# features by policy and prompts; shared between members, so that a frozen policy is loaded once
 Opened = dict[tuple[Any, ...], ReferenceFeatures]
-# distinct prompts of which the fixed ones are chosen
+# distinct prompts that are considered for each fixed prompt
 _CANDIDATES = 16
 
 
 def check_hybrid(spec: SourceSpec, cfg: Config, world_size: int) -> None:
-    """What can be known to fail before a hybrid member is opened: a policy that was moved, changed or does not fit."""
+    """Checks the frozen policy of a hybrid member before anything is loaded.
+
+    Raises CheckpointError when the policy was moved or changed, LayoutError when it does not fit the parallel layout.
+    """
     weights = FeatureWeights.read(spec.path)
     if weights is None:
         return
@@ -44,9 +47,9 @@ def check_hybrid(spec: SourceSpec, cfg: Config, world_size: int) -> None:
 
 
 def open_hybrid(member: MegatronReward, spec: SourceSpec, cfg: Config, opened: Opened) -> MegatronReward | HybridReward:
-    """The member with the features that its directory holds, or the member itself; all ranks call.
+    """Returns the member as a hybrid when its directory holds feature weights, else the member; all ranks call.
 
-    Raises CheckpointError, naming the member and the policy, for a policy that was moved or changed.
+    Raises CheckpointError, naming the member and the policy, when the policy was moved or changed.
     """
     weights = run_on_rank_zero(FeatureWeights.read, spec.path)
     if weights is None:
@@ -64,24 +67,24 @@ def fit_features(
     policy: str,
     opened: Opened | None = None,
 ) -> HybridReward:
-    """Weigh a trained member's score against the features ``reward_model.reference_features``; all ranks call.
+    """Fits the weights of a trained member's score and of the features ``reward_model.reference_features``.
 
-    The weights are those of Bradley-Terry on ``pairs`` (:func:`nemo_advrm.objectives.bradley_terry.fit_weights`).
-    ``HybridReward.weights.write(DIRECTORY)`` stores them with the member.
+    They are fitted by Bradley-Terry on ``pairs`` (:func:`nemo_advrm.objectives.bradley_terry.fit_weights`).
+    ``HybridReward.weights.write(DIRECTORY)`` stores them with the member. All ranks call.
 
     Args:
-        member: of any round.
+        member: the trained reward model.
         pairs: rows that the member was not trained on, with their texts (``EncodedPair.row``).
         prompts: the other prompts of ``prompt_gain``, see :func:`fixed_prompts`.
         policy: directory of the frozen policy.
-        opened: policies that were opened before, for other members.
+        opened: features that were opened for other members, to be shared.
 
     Raises:
         DataError: no pairs. CheckpointError: ``policy`` is no language model, or has another tokenizer.
     """
     pairs = with_prompts(pairs)
     if not pairs:
-        raise DataError("no pair with a prompt was kept from training, to fit the weights of reference_features on")
+        raise DataError("no held-out pair has a prompt: the weights of reference_features cannot be fitted")
     names = tuple(cfg.reward_model.reference_features)
     fingerprint = run_on_rank_zero(lambda: policy_fingerprint(Path(policy)))
     place = "reward_model.feature_policy"
@@ -97,10 +100,10 @@ def fit_features(
 def fixed_prompts(
     rows: Sequence[PreferencePair], tokenizer: Tokenizer, count: int
 ) -> tuple[tuple[Message, ...], ...]:
-    """``count`` different prompts of the rows, the same whatever the order of the rows.
+    """Chooses ``count`` distinct prompts of the rows, independently of the rows' order.
 
-    Of some that a hash draws the shorter ones are taken: every response is scored under each of them. Raises DataError
-    when there are fewer.
+    Candidates are drawn by hash, and the shorter half is preferred, because every response is scored under every fixed
+    prompt. Raises DataError when there are fewer than ``count``.
     """
     distinct = {prompt_key(row.prompt): row.prompt for row in rows if row.prompt}
     drawn = sorted(distinct, key=lambda key: hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest())
@@ -110,7 +113,7 @@ def fixed_prompts(
             break
         try:
             lengths[key] = len(tokenizer.encode_prompt(distinct[key]))
-        except DataError:  # the template refuses it, and will refuse its rows too
+        except DataError:  # the chat template refuses the prompt; its rows are refused too
             continue
     if len(lengths) < count:
         raise DataError(
@@ -122,10 +125,10 @@ def fixed_prompts(
 
 
 def frozen_policy(cfg: Config, restore_from: str) -> str:
-    """The policy of a reward model that is trained from ``restore_from``; "" where no features are configured.
+    """Returns the frozen policy for a reward model trained from ``restore_from``; "" without configured features.
 
-    It is ``reward_model.feature_policy``, else that of ``restore_from`` where this is a hybrid reward model, else
-    ``restore_from`` itself. Raises ConfigError or CheckpointError for what can be no frozen policy.
+    It is ``reward_model.feature_policy``, else the policy of ``restore_from`` when that is a hybrid reward model, else
+    ``restore_from`` itself. Raises ConfigError when none is set, CheckpointError when it is no language model.
     """
     if not cfg.reward_model.reference_features:
         return ""
@@ -142,12 +145,15 @@ def frozen_policy(cfg: Config, restore_from: str) -> str:
 
 
 def with_prompts(pairs: Sequence[EncodedPair]) -> list[EncodedPair]:
-    """The pairs that have a prompt; those of raw text have none, and so no features."""
+    """Returns the pairs that have a prompt; pairs of raw text have none, and so no features."""
     return [pair for pair in pairs if pair.row is not None and pair.row.prompt]
 
 
 def rollouts_of(pairs: Sequence[EncodedPair], tokenizer: Tokenizer) -> Rollouts:
-    """All chosen responses, then all rejected ones, as the tokens that ``tokenizer`` made of them, and as texts."""
+    """Returns all chosen responses, then all rejected ones, as tokens of ``tokenizer`` and as texts.
+
+    Raises DataError when the texts of a pair are unknown.
+    """
     rows = [pair.row for pair in pairs]
     if any(row is None for row in rows):
         raise DataError("the texts of the pairs are not known")
@@ -173,7 +179,7 @@ def _open(
         meta = _policy_meta(policy, place)
         tokenizer = member_tokenizer(SourceSpec("megatron", policy, policy, place), meta, running)
         if isinstance(tokenizer, HFTokenizer) and isinstance(running, HFTokenizer) and tokenizer.path == running.path:
-            tokenizer = running  # the rule by which finished conversations are read is the reward model's
+            tokenizer = running  # finished conversations are read by the reward model's rule
         problem = None
         if run_on_rank_zero((Path(policy) / manifest.NAME).exists):
             problem = manifest.damage(Path(policy), cfg.trainer.verify_checkpoints)

@@ -1,4 +1,4 @@
-"""The longest row that a reward source takes, as training, evaluation, serving and scoring all know it."""
+"""Length limits of reward sources, for training, evaluation, serving and scoring alike."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ if TYPE_CHECKING:
 
 
 def longest_row(source: Any) -> int:
-    """Most tokens of a conversation that ``source`` scores; 0 where it has no limit or does not say.
+    """Returns the maximum tokens of a conversation for ``source``; 0 when it has no limit or the limit is unknown.
 
-    A Hugging Face member has positions or a tokenizer that end somewhere, a Megatron model the context of its
-    configuration (model.encoder_seq_length). A server refuses what is too long for it itself.
+    A Hugging Face member is limited by its positions or its tokenizer, a Megatron model by model.encoder_seq_length. A
+    server checks its own limit.
     """
     hard = int(getattr(source, "longest", 0))
     return hard or int(getattr(getattr(getattr(source, "model", None), "model", None), "encoder_seq_length", 0))
 
 
 def places_that_fit(source: RewardSource, rollouts: Rollouts) -> list[int]:
-    """Places of the rollouts whose text ``source`` can take whole; all of them for a source without a limit."""
+    """Returns the indices of rollouts that fit ``source`` without truncation; all for a source without a limit."""
     limit, tokenizer = int(getattr(source, "longest", 0)), getattr(source, "tokenizer", None)
     if not limit or tokenizer is None:
         return list(range(len(rollouts)))
@@ -38,10 +38,10 @@ def places_that_fit(source: RewardSource, rollouts: Rollouts) -> list[int]:
 def prompts_with_room(
     prompts: list[Prompt], fingerprint: str, sources: Sequence[RewardSource], cfg: Config
 ) -> list[Prompt]:
-    """The prompts, numbered anew, whose responses every source can score; all of them unless data.on_overlong=skip.
+    """Returns the prompts, renumbered, whose responses every source can score; drops some with data.on_overlong=skip.
 
-    Raises DataError, before anything is sampled, for a prompt that leaves no room: none for ``rl.max_new_tokens`` where
-    the policy's tokenizer (``fingerprint``) is the source's, else none for a single token.
+    Without skip it raises DataError, before anything is sampled, for a prompt that leaves no room for a response:
+    ``rl.max_new_tokens`` tokens when the source has the policy's tokenizer (``fingerprint``), else one token.
     """
     kept = prompts
     for source in sources:

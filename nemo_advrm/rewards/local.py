@@ -1,4 +1,4 @@
-"""Reward sources that live in this process: Megatron reward models and programmatic gold rewards."""
+"""Reward sources in this process: Megatron reward models and Python functions."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 class MegatronReward:
     """A Megatron reward model on the running layout, with the tokenizer it was trained with.
 
-    ``attributes``: weights of the head's outputs; () for a head with one.
+    ``attributes``: weights of the head's outputs; () for a head with one output.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class MegatronReward:
 
     @property
     def longest(self) -> int:
-        """Most tokens of a row: positions end where they were learned, rotary ones nowhere (0)."""
+        """Maximum tokens of a row with learned positions; 0 (no limit) with rotary ones."""
         settings = self.model.model_config
         return settings.encoder_seq_length if settings.position_embedding_type == "learned_absolute" else 0
 
@@ -45,7 +45,7 @@ class MegatronReward:
         return self.model.config.params_dtype
 
     def score(self, rollouts: Rollouts) -> Tensor:
-        """Raises RewardSourceError for a row beyond the last position that the model has learned."""
+        """Returns scores, [N] fp32 on the CPU. Raises RewardSourceError for a row longer than the learned positions."""
         from nemo_advrm.engine.scoring import score_sequences
 
         rows = token_sequences(rollouts, self.tokenizer, self.longest or None)
@@ -62,13 +62,13 @@ ScoreFunction = Callable[[list[tuple[Message, ...]], list[str], list[bool]], lis
 
 
 class FunctionReward:
-    """A reward computed by a function of (prompts, responses, ended)."""
+    """A reward computed by a Python function of (prompts, responses, ended)."""
 
     def __init__(self, name: str, function: ScoreFunction) -> None:
         self.name = name
         self.function = function
 
     def score(self, rollouts: Rollouts) -> Tensor:
-        """Raises RewardSourceError unless the function gives one finite number per response."""
+        """Returns scores, [N]. Raises RewardSourceError unless the function returns one finite number per response."""
         values = self.function(rollouts.prompts, rollouts.responses, rollouts.ended)
         return as_scores(self.name, values, len(rollouts))

@@ -1,4 +1,4 @@
-"""Reward sources on other machines: this package's server, and KServe v2 servers such as NeMo-Aligner's."""
+"""Reward sources behind HTTP: the server of this package, and KServe v2 servers such as NeMo-Aligner's."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from nemo_advrm.rollouts.types import Rollouts
 
 
 def connect(name: str, kind: str, addresses: Sequence[str], options: RemoteConfig) -> RewardSource:
-    """The source for addresses of the kind ``http`` or ``triton``; all ranks call, one per replica asks the server.
+    """Connects to servers of the kind ``http`` or ``triton``; all ranks call, one per replica sends requests.
 
-    Raises RewardSourceError that names it when none of the addresses has a ready server.
+    Raises RewardSourceError that names the source when no address has a ready server.
     """
     source = ServerReward(name, addresses, options) if kind == "http" else TritonReward(name, addresses, options)
     once_per_replica(name, source.wait_until_ready)
@@ -35,7 +35,7 @@ def connect(name: str, kind: str, addresses: Sequence[str], options: RemoteConfi
 
 
 class _Remote:
-    """What remote sources share: rows in requests of bounded size, several at a time, all before one deadline."""
+    """Base class: sends rows in requests of bounded size, several at a time, with one deadline for all."""
 
     def __init__(self, name: str, addresses: Sequence[str], options: RemoteConfig) -> None:
         self.name = name
@@ -60,18 +60,18 @@ class _Remote:
         return torch.cat(answers) if answers else torch.zeros(0)
 
     def _ready(self, path: str) -> None:
-        # a server that is not there is told at once; one that is still loading its model gets its time
+        # a deadline of its own: a wrong address fails early, and a server that is loading its model is waited for
         deadline = time.monotonic() + self.options.connect_seconds
         self.server.call("GET", path, deadline=deadline, key="connect_seconds")
 
 
 class ServerReward(_Remote):
-    """The server of ``nemo-advrm serve``: it is sent messages; tokens only where the rows came as its tokens."""
+    """Scores by a server of ``nemo-advrm serve``. Sends messages; tokens only for rows that came as tokens."""
 
     def __init__(self, name: str, addresses: Sequence[str], options: RemoteConfig) -> None:
         super().__init__(name, addresses, options)
         self.fingerprint = ""
-        self.takes_prompt_lengths = False  # older servers refuse them
+        self.takes_prompt_lengths = False  # servers of earlier versions refuse the field
 
     def wait_until_ready(self) -> Tensor:
         self._ready("/health/ready")
@@ -92,7 +92,7 @@ class ServerReward(_Remote):
             if not self.takes_prompt_lengths:
                 return [{"tokens": p + r} for p, r in parts]
             return [{"tokens": p + r, "prompt_length": len(p) if r else 0} for p, r in parts]
-        # a policy with the server's tokenizer keeps its conversations short; their text may have some tokens more
+        # with the server's own tokenizer the rollouts fit, but their text may encode to a few more tokens
         same = {"truncate_prompt": True} if self.fingerprint and rollouts.fingerprint == self.fingerprint else {}
         return [
             {"messages": list(prompt), "response": response, "ended": ended, **same}
@@ -107,8 +107,8 @@ class ServerReward(_Remote):
 class TritonReward(_Remote):
     """A reward model behind KServe v2, as NeMo-Aligner serves it: ``sentences`` or ``tokens`` in, ``rewards`` out.
 
-    Without a tokenizer in the address the text of a conversation is sent: its messages and the response, one after the
-    other, which is how NeMo-Aligner's data files write them.
+    Without ``?tokenizer=`` in the address the text is sent: the messages and the response concatenated, as in
+    NeMo-Aligner's data files.
     """
 
     def __init__(self, name: str, addresses: Sequence[str], options: RemoteConfig) -> None:
@@ -141,19 +141,19 @@ class TritonReward(_Remote):
 
 
 def _column(data: Any) -> Any:
-    """The output [N, 1] as N values: KServe lets a server write it flat or nested."""
+    """Flattens an output [N, 1] to N values: KServe allows both the flat and the nested form."""
     while isinstance(data, list) and data and all(isinstance(row, list) and len(row) == 1 for row in data):
         data = [row[0] for row in data]
     return data
 
 
 def plain_text(prompt: Sequence[Message]) -> str:
-    """The messages of a prompt, one after the other."""
+    """Returns the concatenated contents of a prompt's messages."""
     return "".join(message["content"] for message in prompt)
 
 
 def written_out(rollouts: Rollouts) -> Rollouts:
-    """The same conversations as whole texts, each the messages of its prompt and the response one after the other."""
+    """Returns the rollouts as whole texts, each the concatenation of the prompt's messages and the response."""
     whole = [plain_text(prompt) + text for prompt, text in zip(rollouts.prompts, rollouts.responses, strict=True)]
     return dataclasses.replace(rollouts, prompts=[() for _ in whole], responses=whole, rendered=True)
 
@@ -173,9 +173,10 @@ def _token_inputs(rows: list[list[int]], pad_id: int) -> list[dict[str, Any]]:
 
 
 def trl_reward(url: str, options: RemoteConfig | None = None) -> Callable[..., list[float]]:
-    """A reward function for TRL's trainers (``reward_funcs=``) that asks a server of ``nemo-advrm serve``.
+    """Returns a reward function for TRL's trainers (``reward_funcs=``) that queries a server of ``nemo-advrm serve``.
 
-    It takes TRL's ``prompts`` and ``completions``, plain texts or lists of chat messages, and returns one float each.
+    The function takes TRL's ``prompts`` and ``completions``, texts or lists of chat messages, and returns one float per
+    completion.
     """
     source = ServerReward(url, url.split("|"), options or RemoteConfig())
 
@@ -191,9 +192,9 @@ def trl_reward(url: str, options: RemoteConfig | None = None) -> Callable[..., l
 
 
 def text_reward(url: str, options: RemoteConfig | None = None) -> Callable[[list[str]], list[float]]:
-    """Rewards of whole conversations, each one text that a chat template has written out, by ``nemo-advrm serve``.
+    """Returns a function that scores whole conversations by a server of ``nemo-advrm serve``.
 
-    The template must be one that the reward model's tokenizer reads.
+    Each conversation is one text, rendered by a chat template that the reward model's tokenizer can parse.
     """
     source = ServerReward(url, url.split("|"), options or RemoteConfig())
 

@@ -1,4 +1,4 @@
-"""Scores that one rank of a model replica computes for all ranks of the replica."""
+"""Computes scores on one rank of a model replica and sends them to the replica's other ranks."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from nemo_advrm.errors import RewardSourceError, UserError
 
 
 def once_per_replica(name: str, work: Callable[[], Tensor]) -> Tensor:
-    """``work()``, called by the first rank of each model replica, on all its ranks; every rank of the job must call.
+    """Calls ``work`` on the first rank of each model replica and returns its result on all ranks; all ranks call.
 
-    Raises RewardSourceError on every rank of the job if the work of any replica failed, so that no rank is left
-    waiting. Without a running Megatron-Core it only calls ``work``.
+    Raises RewardSourceError on every rank of the job when any replica failed, so that no rank waits for another.
+    Without a running Megatron-Core it only calls ``work``.
     """
     if not runtime.is_running():
         return work()
@@ -25,7 +25,7 @@ def once_per_replica(name: str, work: Callable[[], Tensor]) -> Tensor:
         scores = run_on_first_rank(rt.replica, _attempt, name, work)
     except RewardSourceError as error:
         failure = str(error)
-    failures = [told for told in rt.gather_data_parallel(failure) if told]
+    failures = [message for message in rt.gather_data_parallel(failure) if message]
     if failures:
         raise RewardSourceError(failures[0])
     assert scores is not None
@@ -37,5 +37,5 @@ def _attempt(name: str, work: Callable[[], Tensor]) -> Tensor:
         return work()
     except UserError as error:
         raise RewardSourceError(str(error)) from error
-    except Exception as error:  # of a server or a user's function: any type
+    except Exception as error:  # a client library or a user's function may raise any type
         raise RewardSourceError(f"reward source {name} failed ({type(error).__name__}: {error})") from error

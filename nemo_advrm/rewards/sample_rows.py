@@ -1,4 +1,4 @@
-"""Rows that are written of scored responses: ``reference.jsonl`` and the ``samples.jsonl`` that selection reads."""
+"""Builds rows of scored responses: those of ``reference.jsonl``, and those of ``samples.jsonl`` for selection."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from nemo_advrm.rollouts.types import Rollouts
 
 
 def prompt_text(messages: tuple[Message, ...]) -> str:
-    """A prompt as one line of text, for records and reports."""
+    """Returns a prompt as text, for records and reports; several messages with their roles."""
     if len(messages) == 1:
         return messages[0]["content"]
     return "\n\n".join(f"{m['role']}: {m['content']}" for m in messages)
@@ -31,11 +31,15 @@ def trajectory_rows(
     gold_N: Tensor | None = None,
     gold_z_N: Tensor | None = None,
 ) -> list[dict[str, Any]]:
-    """One row of ``samples.jsonl`` per response of an adversary, judged by an ``AdversarialReward``.
+    """Returns one row of ``samples.jsonl`` per response of an adversary, scored by an ``AdversarialReward``.
 
-    ``reward`` is what the adversary was trained on: an unended response has the penalty, and its scores beside it.
-    Rows have ``selected`` = False; selection marks them later. They hold plain numbers: a row of a tensor is a view,
-    and pickling a view for other ranks takes all of its storage along.
+    ``reward`` is what the adversary was trained on, with the penalty for unended responses. ``selected`` is False;
+    selection sets it later. Rows hold Python numbers and no tensors: a row of a tensor is a view, and pickling a view
+    for other ranks copies its whole storage.
+
+    Args:
+        target: the attacked member, from 1 (the field ``direction``).
+        policy: name of the adversary's directory.
     """
     index, lists = rollouts.prompt_index, {name: table.tolist() for name, table in reward_output.details.items()}
     scores, rewards = reward_output.scores_NK.tolist(), reward_output.rewards_N.tolist()
@@ -70,9 +74,13 @@ def _column(values_N: Tensor | None, count: int) -> list[float | None]:
 def score_sft_responses(
     rollouts: Rollouts, per_prompt: int, sources: list[RewardSource], gold: RewardSource | None = None
 ) -> tuple[SFTScores, list[dict[str, Any]]]:
-    """The reference that ``per_prompt`` SFT responses of every prompt make, and its rows of ``reference.jsonl``.
+    """Scores SFT responses by every member, and by ``gold`` for evaluation; returns them with their rows.
 
-    Responses of one prompt stand together. Every member scores, and gold where it is given, for evaluation.
+    Args:
+        rollouts: ``per_prompt`` responses to every prompt, those to one prompt adjacent.
+
+    Returns:
+        The scored responses, and the rows of ``reference.jsonl``.
     """
     scores_NK = torch.stack([checked_scores(source, rollouts) for source in sources], -1)
     gold_N = checked_scores(gold, rollouts) if gold is not None else None

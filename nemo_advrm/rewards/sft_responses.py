@@ -1,4 +1,4 @@
-"""SFT responses and their scores: what an attack measures itself against."""
+"""Reads and writes ``reference.jsonl``: the SFT responses and scores that an attack is measured against."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from nemo_advrm.rollouts.types import Prompt, Rollouts
 def write_sft_scores(
     path: Path, rollouts: Rollouts, per_prompt: int, sources: list[RewardSource], gold: RewardSource | None
 ) -> SFTScores:
-    """Score SFT responses with every member (and gold, for evaluation) and write ``reference.jsonl``."""
+    """Scores SFT responses by every member (and by gold, for evaluation) and writes ``path``; all ranks call."""
     sft_responses, rows = score_sft_responses(rollouts, per_prompt, sources, gold)
     run_on_rank_zero(write_jsonl_atomic, path, rows)
     run_on_rank_zero(lambda: print(finished_line(sft_responses), flush=True))
@@ -26,7 +26,7 @@ def write_sft_scores(
 
 
 def finished_line(sft_responses: SFTScores) -> str:
-    """How many SFT responses ended by themselves; a warning where most did not."""
+    """Returns the printed line: how many SFT responses ended before the length limit, with a warning if few did."""
     share, count = sft_responses.finished_share, sum(map(len, sft_responses.responses_PN))
     line = f"reference: {count} SFT responses, {share:.0%} of them ended within rl.max_new_tokens"
     if share >= 0.5:
@@ -35,19 +35,22 @@ def finished_line(sft_responses: SFTScores) -> str:
 
 
 def read_sft_scores(path: Path, prompts: list[Prompt]) -> SFTScores:
-    """The ``reference.jsonl`` of a run's prompts; DataError for one of other prompts, else as ``SFTScores.read``."""
+    """Reads ``reference.jsonl``; raises DataError for a bad file and for one with other prompts than the run's."""
     sft_responses = SFTScores.read(path)
-    cure = "restore it, or remove it and it is sampled again"
+    cure = "restore it, or remove it to sample the responses again"
     if len(sft_responses.prompts_P) != len(prompts):
         raise DataError(f"{path} has {len(sft_responses.prompts_P)} prompts, the run has {len(prompts)}: {cure}")
     for prompt, found in zip(prompts, sft_responses.prompts_P, strict=True):
         if prompt.messages != found:
-            raise DataError(f"{path}: prompt_id={prompt.index} is another prompt than the run's: {cure}")
+            raise DataError(f"{path}: prompt_id={prompt.index} is not the run's prompt of that number: {cure}")
     return sft_responses
 
 
 def read_rollouts(path: Path, prompts: list[Prompt], tokenizer: Tokenizer) -> Rollouts:
-    """The SFT responses of an earlier ``reference.jsonl``, to be scored by other members."""
+    """Reads the SFT responses of an existing ``reference.jsonl``, to be scored by other members.
+
+    Raises DataError for a bad file, other prompts, or rows without tokens.
+    """
     sft_responses = read_sft_scores(path, prompts)
     if sft_responses.tokens_PN is None:
         raise DataError(f"{path}: its rows have no tokens: restore it")
@@ -61,9 +64,9 @@ def read_rollouts(path: Path, prompts: list[Prompt], tokenizer: Tokenizer) -> Ro
 
 
 def as_rollouts(rows: list[dict[str, Any]], prompts: list[Prompt], tokenizer: Tokenizer, path: Path) -> Rollouts:
-    """Rows of sampled responses, each to the prompt at its place, as the policy wrote them.
+    """Returns rows of sampled responses as rollouts; ``rows[i]`` answers ``prompts[i]``.
 
-    Raises DataError that names ``path``, from which the rows are, for a token that ``tokenizer`` does not have.
+    Raises DataError that names ``path``, the file of the rows, for a token that ``tokenizer`` does not have.
     """
     largest = max((token for row in rows for token in row["tokens"]), default=0)
     if largest >= tokenizer.vocab_size:

@@ -1,15 +1,15 @@
-"""The members of an ensemble as they are named in ``ensemble.members``: parsed, checked before work, and built.
+"""Parses, checks and builds the members of an ensemble from the entries of ``ensemble.members``.
 
 DIR, megatron:DIR                   a checkpoint of this package
 hf:DIR                              a Hugging Face reward model, scored in this process
 nemo:FILE                           a .nemo file of NeMo-Aligner
 python:MODULE:FUNCTION              a function (prompts, responses, ended) -> one number per response
-http://HOST:PORT                    the server of ``nemo-advrm serve``
+http://HOST:PORT                    a server of ``nemo-advrm serve``
 triton+http://HOST:PORT/MODEL       a KServe v2 server: NeMo-Aligner's reward model server, Triton
-                                    (with ?tokenizer=SPEC tokens are sent, else text)
-ADDRESS|ADDRESS                     servers of the same model; another one is asked when one fails
-DIR?reference_features=off          of the first kind, a hybrid reward model without its features (docs/hybrid.md)
-DIR?attributes=0.8,0,-1             of the first three kinds, a model with several outputs: how much each counts
+                                    (sends tokens with ?tokenizer=SPEC, else text)
+ADDRESS|ADDRESS                     servers of the same model; the next one is used when one fails
+DIR?reference_features=off          first kind only: a hybrid reward model without its features (docs/hybrid.md)
+DIR?attributes=0.8,0,-1             first three kinds: the weights of a model's several outputs
 """
 
 from __future__ import annotations
@@ -46,8 +46,10 @@ PYTHON_KIND = "python"
 SYNTHETIC_GOLD = "python:nemo_advrm.synthetic.gold:gold_scores"
 _SCHEMES = {"http": "http", "https": "http", "triton+http": "triton", "triton+https": "triton"}
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
+
+
 def parse(text: str, place: str) -> SourceSpec:
-    """The member that ``text`` names; raises ConfigError that names ``place`` and the nearest kind."""
+    """Parses one entry. Raises ConfigError that names ``place``, the configuration key, and the nearest known kind."""
     if not text.strip():
         raise ConfigError(f"{place} is empty: name a checkpoint, hf:DIR or a server")
     scheme = _SCHEME.match(text)
@@ -70,9 +72,9 @@ def parse(text: str, place: str) -> SourceSpec:
 
 
 def _local(kind: str, rest: str, text: str, place: str) -> SourceSpec:
-    """A path, with what may follow it after a question mark."""
+    """Parses a path with optional ``?attributes=`` and ``?reference_features=``."""
     location, mark, query = rest.rpartition("?")
-    if not mark or Path(rest).exists():  # a question mark in the name itself
+    if not mark or Path(rest).exists():  # the file's own name contains a question mark
         location, query = rest, ""
     if not location:
         raise ConfigError(f"{place}={text}: a path is missing after {kind}:")
@@ -110,11 +112,11 @@ def _parse_addresses(text: str, place: str) -> SourceSpec:
 
 
 def _address_fault(address: str, kind: str) -> str:
-    """What is wrong with a server's address; empty when nothing is."""
+    """Returns what is wrong with a server's address, "" when nothing is."""
     url = urlsplit(address.removeprefix("triton+"))
     try:
         named = bool(url.hostname) and (url.port is None or url.port > 0)
-    except ValueError:  # a port that is no number or too large
+    except ValueError:  # the port is no number, or too large
         named = False
     if not named:
         return f"{address!r} names no host and port (http://HOST:PORT)"
@@ -124,14 +126,14 @@ def _address_fault(address: str, kind: str) -> str:
 
 
 def parse_members(members: Sequence[str]) -> list[SourceSpec]:
-    """``ensemble.members``, R_1 first."""
+    """Parses ``ensemble.members``, R_1 first; raises ConfigError that names the entry."""
     return [parse(text, f"ensemble.members[{k}]") for k, text in enumerate(members)]
 
 
 def only_addresses_differ(before: Any, now: Sequence[str]) -> bool:
-    """Whether two lists of members are the same but for where their servers are: a job that goes on has other nodes.
+    """Returns whether two lists of members differ in server addresses only, as when a job resumes on other nodes.
 
-    ``before`` comes from a file, which may hold anything: other things than members are never the same.
+    ``before`` comes from a file and may hold anything; values that are no members never match.
     """
     if not isinstance(before, list) or len(before) != len(now) or not all(isinstance(text, str) for text in before):
         return False
@@ -144,9 +146,9 @@ def only_addresses_differ(before: Any, now: Sequence[str]) -> bool:
 
 
 def check(spec: SourceSpec, cfg: Config, world_size: int) -> None:
-    """What can be known to fail before work starts: CheckpointError, ConfigError or LayoutError that names the member.
+    """Checks a member before work starts; servers are contacted by :func:`build` only.
 
-    Servers are asked when they are built, not here.
+    Raises CheckpointError, ConfigError or LayoutError that names the member.
     """
     try:
         if spec.kind == "megatron":
@@ -171,14 +173,14 @@ def check(spec: SourceSpec, cfg: Config, world_size: int) -> None:
 def build(
     spec: SourceSpec, name: str, cfg: Config, running: Tokenizer | None = None, opened: Any = None
 ) -> RewardSource:
-    """Open a member; all ranks call.
+    """Opens a member; all ranks call.
 
     Args:
-        running: the policy's tokenizer, taken for checkpoints that do not say which one they were trained with.
-        opened: frozen policies of hybrid members that were opened before, to be shared (a dictionary).
+        running: the policy's tokenizer, used for checkpoints that do not name their own.
+        opened: frozen policies of hybrid members that are already loaded, to be shared (see ``hybrid.Opened``).
     """
     if spec.kind == "megatron":
-        # servers alone are asked without Megatron-Core, by NeMo-Aligner's processes too, whose version is another
+        # imported here: NeMo-Aligner's processes, which have another version of Megatron-Core, use servers only
         from nemo_advrm.engine.builders import build_reward_model
         from nemo_advrm.rewards import hybrid
         from nemo_advrm.rewards.local import MegatronReward
@@ -208,9 +210,9 @@ def build(
 
 
 def for_scoring(cfg: Config, members: Sequence[str]) -> Config:
-    """The configuration of a stage that scores with ``members`` and has no model of its own.
+    """Returns the configuration of a command that scores with ``members`` and has no model of its own.
 
-    Its ``model`` is the first member's that is a checkpoint, so that the parallel layout is checked against that.
+    Its ``model`` is that of the first member that is a checkpoint, so that the parallel layout is checked against it.
     """
     specs = parse_members(members)
     own = [reward_meta(spec) for spec in specs if spec.kind == "megatron"]
@@ -222,7 +224,7 @@ def for_scoring(cfg: Config, members: Sequence[str]) -> Config:
 
 
 def gold_spec(cfg: Config) -> SourceSpec | None:
-    """What ``pipeline.gold`` names, None where it is empty; ``synthetic`` is the gold of the embedded language."""
+    """Parses ``pipeline.gold``; None when it is empty. ``synthetic`` is the gold of the embedded language."""
     if not cfg.pipeline.gold:
         return None
     text = SYNTHETIC_GOLD if cfg.pipeline.gold == "synthetic" else cfg.pipeline.gold
@@ -230,20 +232,20 @@ def gold_spec(cfg: Config) -> SourceSpec | None:
 
 
 def build_gold(cfg: Config, running: Tokenizer | None = None) -> RewardSource | None:
-    """The gold reward, which labels and evaluates and trains nothing; None where there is none. All ranks call."""
+    """Opens the gold reward, used for labels and evaluation only; None when none is configured. All ranks call."""
     spec = gold_spec(cfg)
     return None if spec is None else build(spec, "gold", cfg, running)
 
 
 def load_members(cfg: Config, members: Sequence[str], running: Tokenizer | None = None) -> list[RewardSource]:
-    """The ensemble, R_1 first."""
+    """Opens all members, R_1 first; all ranks call."""
     opened: dict[Any, Any] = {}
     specs = parse_members(members)
     return [build(spec, f"R_{k + 1} ({spec.text})", cfg, running, opened) for k, spec in enumerate(specs)]
 
 
 def _check_nemo(spec: SourceSpec, cfg: Config, world_size: int) -> None:
-    from nemo_advrm.convert.conversion import open_source  # conversion stands above rewards: only when it is asked for
+    from nemo_advrm.convert.conversion import open_source  # imported here: convert is a layer above rewards
 
     with open_source(ConvertConfig(from_="nemo", path=spec.location)) as source:
         described = source.description
@@ -256,7 +258,7 @@ def _check_nemo(spec: SourceSpec, cfg: Config, world_size: int) -> None:
 
 
 def _converted(spec: SourceSpec, cfg: Config) -> Path:
-    """The .nemo file as a checkpoint below ``run_dir``, made when it is first used; another file is converted anew."""
+    """Converts a .nemo file to a checkpoint below ``run_dir``, once per version of the file; returns its directory."""
     from nemo_advrm.convert.conversion import convert
 
     try:

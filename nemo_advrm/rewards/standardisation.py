@@ -1,4 +1,4 @@
-"""How the members of an ensemble are brought to one scale before they are combined, and what is said of it."""
+"""Standardises the members of an ensemble before they are combined, and reports how."""
 
 from __future__ import annotations
 
@@ -25,29 +25,31 @@ from nemo_advrm.rewards.remote import plain_text, written_out
 from nemo_advrm.rollouts.types import Rollouts
 
 FILE = "standardisation.jsonl"
-# SFT responses that are scored anew to see that a file's scores are those of the members at hand
+# SFT responses that are scored again to check that a file's scores are those of the given members
 PROBES = 8
-# members of other weights differ by about a standard deviation, the same weights in another precision by little
+# in standard deviations: other weights differ by about 1, the same weights in another precision by much less than 0.1
 TOLERANCE = 0.1
 
 
 def read_statistics(path: Path, sources: Sequence[RewardSource], key: str) -> MemberStatistics:
-    """Mean and spread of every member over all SFT responses of a ``reference.jsonl``; all ranks call.
+    """Returns mean and standard deviation of every member over the SFT responses of a ``reference.jsonl``.
+
+    All ranks call.
 
     Args:
         key: the configuration key that names the file, for messages.
 
     Raises:
-        ConfigError: the file has scores of another number of members, or of other members: some of its responses are
-            scored anew and compared.
+        ConfigError: the file has scores of another number of members, or of other members (some responses are scored
+            again and compared).
     """
-    sft_responses = run_on_rank_zero(SFTScores.read, path)  # other nodes may see a new file later
+    sft_responses = run_on_rank_zero(SFTScores.read, path)  # other nodes may not see a new file yet
     check_members(sft_responses, sources, f"{key}={path}")
     return fit_members(sft_responses.scores_PNK.flatten(0, 1))
 
 
 def check_members(sft_responses: SFTScores, sources: Sequence[RewardSource], place: str) -> None:
-    """Raise ConfigError, naming ``place``, where the scores of a reference are not those of ``sources``."""
+    """Raises ConfigError that names ``place`` when the scores of ``sft_responses`` are not those of ``sources``."""
     count = sft_responses.scores_PNK.size(-1)
     if count != len(sources):
         raise ConfigError(f"{place} has scores of {count} members, ensemble.members names {len(sources)}")
@@ -58,16 +60,16 @@ def check_members(sft_responses: SFTScores, sources: Sequence[RewardSource], pla
         moved = _moved(source, probes, old_N, std)
         if moved > TOLERANCE and all(_moved(source, p, old_N, std) > TOLERANCE for p in _as_texts(source, probes)):
             raise ConfigError(
-                f"{place}: its scores of member {k + 1} are not those of {source.name}, which scores the same "
-                f"responses {moved:.2g} standard deviations apart: take the reference of an attack on these members"
+                f"{place}: its scores of member {k + 1} are not those of {source.name}, which differ by "
+                f"{moved:.2g} standard deviations: name the reference.jsonl of an attack on these members"
             )
 
 
 def _moved(source: RewardSource, probes: Rollouts, old_N: Tensor, std: Tensor) -> float:
-    """How far, in standard deviations, ``source`` scores the responses from ``old_N`` (median); the same on all ranks.
+    """Returns the median difference of ``source``'s scores from ``old_N`` in standard deviations, equal on all ranks.
 
-    0 where it can take none of them: of a long prompt the policy may have seen the end alone, and a member with few
-    positions cannot take its whole text. Infinite where it refuses them.
+    0 when no response fits ``source``: the policy may have seen only the end of a long prompt, whose whole text exceeds
+    a member with few positions. Infinite when ``source`` refuses the rows.
     """
     places = places_that_fit(source, probes)
     if not places:
@@ -80,20 +82,20 @@ def _moved(source: RewardSource, probes: Rollouts, old_N: Tensor, std: Tensor) -
             if not probes.rendered and not probes.tokens_only:
                 raise
             moved = float("inf")
-    # each replica scores the same responses: all of them must decide alike
+    # all replicas must take the same decision
     return max(runtime.current().gather_data_parallel(moved)) if runtime.is_running() else moved
 
 
 def _as_texts(source: RewardSource, probes: Rollouts) -> Iterator[Rollouts]:
-    """The same responses behind the texts of their prompts, in the ways in which NeMo-Aligner's actors send them.
+    """Yields the responses in the forms that NeMo-Aligner's actors send.
 
-    Such actors are given prompts into which a template has been written already. They send tokens: those of the prompt
-    and those that they wrote (or, where the file does not have these, those of the response), or one text.
+    The prompts of such actors are texts already rendered by a template. The actors send the tokens of the prompt and of
+    the response (encoded from its text when the file has no tokens), or both as one text.
     """
     tokenizer: Tokenizer | None = getattr(source, "tokenizer", None)
     if tokenizer is not None:
         written = [probes.response_tokens] if all(probes.response_tokens) else []
-        with contextlib.suppress(DataError):  # a vocabulary of words may not know the text
+        with contextlib.suppress(DataError):  # a word-level vocabulary may not contain the text
             prompts = [tokenizer.encode(plain_text(prompt)) for prompt in probes.prompts]
             encode = {True: tokenizer.encode_response, False: tokenizer.encode}
             written.append([encode[e](text) for text, e in zip(probes.responses, probes.ended, strict=True)])
@@ -110,7 +112,7 @@ def _as_texts(source: RewardSource, probes: Rollouts) -> Iterator[Rollouts]:
 
 
 def _probes(sft_responses: SFTScores) -> tuple[Rollouts, Tensor]:
-    """A few responses, spread over the prompts, as text; and their scores [N, K] in the file."""
+    """Returns a few responses spread over the prompts, and their scores in the file, [N, K]."""
     prompts = len(sft_responses.prompts_P)
     places = [(prompts * i // PROBES, i % sft_responses.scores_PNK.size(1)) for i in range(PROBES)]
     places = list(dict.fromkeys(places))
@@ -135,25 +137,25 @@ def combined(
     directory: Path,
     one_too: bool = False,
 ) -> UncertaintyReward:
-    """The members as one reward; says which, warns where it equals a simpler one, and writes its statistics.
+    """Combines the members into one reward, prints its formula and writes its statistics to ``directory``.
 
-    See :class:`UncertaintyReward` for the arguments.
+    Warns when the reward equals a simpler one. See :class:`UncertaintyReward` for the arguments.
     """
     reward = UncertaintyReward(members, aggregate, coefficient, statistics, one_too)
     used = reward.statistics
 
-    def tell() -> None:
+    def report() -> None:
         for line in described(aggregate, coefficient, len(members), used is not None):
             print(line, flush=True)
         if used is not None:
             write_statistics(directory, used, members)
 
-    run_on_rank_zero(tell)
+    run_on_rank_zero(report)
     return reward
 
 
 def write_statistics(directory: Path, statistics: MemberStatistics, sources: Sequence[RewardSource]) -> None:
-    """Write what the members were standardised by to ``standardisation.jsonl``, a row a member."""
+    """Writes the mean and standard deviation of each member to ``standardisation.jsonl``, one row per member."""
     write_jsonl_atomic(
         directory / FILE,
         [
@@ -166,7 +168,7 @@ def write_statistics(directory: Path, statistics: MemberStatistics, sources: Seq
 
 
 def described(aggregate: str, coefficient: float, members: int, standardised: bool) -> list[str]:
-    """What a stage says of a reward: the formula of several members, and a warning where it equals a simpler one."""
+    """Returns the lines a command prints about a reward: its formula, and a warning when it equals a simpler one."""
     lines = []
     if members > 1:
         scores = "standardised" if standardised else "raw"

@@ -1,4 +1,4 @@
-"""Token sequences of rollouts for the tokenizer of one reward model."""
+"""Encodes rollouts with the tokenizer of one reward model."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from nemo_advrm.rollouts.types import Rollouts
 
 
 def token_sequences(rollouts: Rollouts, tokenizer: Tokenizer, limit: int | None = None) -> list[list[int]]:
-    """The conversation of every rollout as ids of ``tokenizer``, each to be read at its last token.
+    """Returns the conversation of every rollout as token ids of ``tokenizer``; its score is read at the last token.
 
-    The reward is that of the text: a policy can write tokens that no text encodes to (broken UTF-8, a word in unusual
-    pieces), which no user could send, so that its own tokens are not scored. Only rollouts that came as tokens are.
+    Texts are encoded, not the policy's tokens: a policy can write tokens that no text encodes to (broken UTF-8, unusual
+    splits of a word), which no user could send. Only rollouts with ``tokens_only`` keep their tokens.
 
     Args:
-        limit: longest sequence of the model. A row that exceeds it although the policy's own tokens do not (the policy
-            saw the end of a long prompt, or its text has more tokens than it wrote) loses tokens at its start. Others
-            are left whole, for the model to refuse.
+        limit: longest sequence of the model. A row that exceeds it although the policy's tokens do not (the policy saw
+            the end of a long prompt, or the text encodes to more tokens than were written) loses tokens at its start.
+            Other over-long rows are returned whole, and the model refuses them.
 
     Raises DataError for text that the tokenizer refuses, and for tokens of another tokenizer.
     """
@@ -37,12 +37,11 @@ def token_sequences(rollouts: Rollouts, tokenizer: Tokenizer, limit: int | None 
 
 
 def encode_rendered(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Ids of a whole conversation that some chat template has already written out as text.
+    """Returns the token ids of a conversation that a chat template has already rendered as text.
 
-    Special tokens that are written out are read as what they are (a tokenizer that cannot takes them as text). Where
-    the template writes finished conversations, see :meth:`HFTokenizer.encode_finished_text`. Else what was written
-    after the last end token is dropped, and the ids end in one ``eos_id``, where the reward is read (not for a
-    tokenizer of a .nemo whose model was trained without).
+    Special tokens in the text are parsed as such, if the tokenizer can. A tokenizer that reads finished conversations
+    uses :meth:`HFTokenizer.encode_finished_text`. Otherwise everything after the last end token is dropped, and the ids
+    end in one ``eos_id``, where the reward is read (except for a .nemo tokenizer whose model was trained without it).
     """
     if isinstance(tokenizer, HFTokenizer) and tokenizer.reads_conversations:
         return tokenizer.encode_finished_text(text)
@@ -50,7 +49,7 @@ def encode_rendered(tokenizer: Tokenizer, text: str) -> list[int]:
     after_end = {tokenizer.pad_id, tokenizer.eos_id}
     ids = parse(text.rstrip())
     if not ids or ids[-1] not in after_end:
-        ids = parse(text)  # the white space at its end is the answer's own
+        ids = parse(text)  # without an end token the trailing white space belongs to the answer
     while ids and ids[-1] in after_end:
         ids = ids[:-1]
     if ids and not getattr(tokenizer, "append_eod", True):

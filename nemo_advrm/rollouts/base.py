@@ -1,4 +1,4 @@
-"""The interface of a rollout engine, which writes a policy's responses to prompts, and what it returns."""
+"""The interface of a rollout engine, which samples a policy's responses to prompts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from nemo_advrm.rollouts.types import Prompt, Rollouts
 
 
 class RolloutEngine(ABC):
-    """Writes responses with the current weights of a policy. ``rl.rollout_engine`` names the one that is used.
+    """Samples responses with the current weights of a policy. ``rl.rollout_engine`` names the implementation.
 
     Args:
         cfg: configuration of the stage; ``cfg.rl`` holds the sampling parameters.
@@ -30,19 +30,19 @@ class RolloutEngine(ABC):
 
     @abstractmethod
     def generate(self, policy: MegatronModel, prompts: list[list[int]], uniforms_NT: Tensor) -> Generation:
-        """Continue every prompt by at most ``self.sampling.max_new_tokens`` tokens.
+        """Continues every prompt by at most ``self.sampling.max_new_tokens`` tokens.
 
-        All ranks of a model replica call with the same prompts and must get the same result. Every replica calls, one
-        without prompts too.
+        All ranks of a model replica call with the same prompts and must return the same result. Every replica calls,
+        also one without prompts.
 
         Args:
             prompts: token ids; lengths may differ.
-            uniforms_NT: [len(prompts), max_new_tokens] numbers in [0, 1) that decide the samples. An engine that
-                samples by random numbers of its own may take its seeds from them.
+            uniforms_NT: [len(prompts), max_new_tokens] numbers in [0, 1) that determine the samples. An engine with its
+                own random numbers may derive its seeds from them.
         """
 
     def roll_out(self, policy: MegatronModel, prompts: list[Prompt], uniforms_NT: Tensor) -> Rollouts:
-        """One response to every prompt of the list; a prompt that is listed several times gets as many."""
+        """Samples one response to every entry of ``prompts``; a prompt may be listed several times."""
         generated = self.generate(policy, [prompt.tokens for prompt in prompts], uniforms_NT)
         return Rollouts(
             prompts=[prompt.messages for prompt in prompts],
@@ -56,6 +56,6 @@ class RolloutEngine(ABC):
 
 
 def rollout_engine(cfg: Config, tokenizer: Tokenizer) -> RolloutEngine:
-    """The engine that ``rl.rollout_engine`` names. Raises ConfigError for an unknown one."""
+    """Returns the engine named by ``rl.rollout_engine``. Raises ConfigError for an unknown name."""
     engine: RolloutEngine = ROLLOUT_ENGINES[cfg.rl.rollout_engine](cfg, tokenizer)
     return engine

@@ -1,4 +1,4 @@
-"""The built-in rollout engine: Megatron-Core's own model generates, so that no weights are copied elsewhere."""
+"""The built-in rollout engine: the Megatron-Core model that is trained generates, so no weights are copied."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from nemo_advrm.rollouts.base import RolloutEngine
 
 
 class MegatronEngine(RolloutEngine):
-    """Generates with the policy itself, over all its tensor- and pipeline-parallel ranks."""
+    """Generates with the policy's own model, over all its tensor- and pipeline-parallel ranks."""
 
     def generate(self, policy: MegatronModel, prompts: list[list[int]], uniforms_NT: Tensor) -> Generation:
-        """See :meth:`RolloutEngine.generate`; a sample depends on its logits and its uniform numbers alone."""
-        # as many rows at once as scoring takes; how rows are grouped does not change what is sampled
+        """See :meth:`RolloutEngine.generate`. A sample depends on its logits and its uniform numbers only."""
+        # rows per batch as in scoring; grouping does not change the samples
         rows = 4 * policy.model_config.micro_batch_size
         return generate(policy, prompts, self.sampling, uniforms_NT, max_rows=rows)

@@ -1,4 +1,4 @@
-"""The prompts of a run: of the attack, of RLHF and held-out ones, and their encoding."""
+"""Reads and encodes the prompts of a run: those of the attack, of RLHF, and held-out prompts."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from nemo_advrm.seeds import derive_seed
 
 
 def encode_prompts(prompts: list[tuple[Message, ...]], tokenizer: Tokenizer, cfg: Config) -> list[Prompt]:
-    """Encode prompts; one that leaves no room for the response is treated as ``data.on_overlong`` says, one that the
-    chat template refuses as ``data.on_bad_row`` says.
+    """Encodes prompts and numbers them.
 
-    Raises DataError for such a prompt (the default), and when none is left.
+    ``data.on_overlong`` decides about a prompt that leaves no room for the response, ``data.on_bad_row`` about one that
+    the chat template refuses. Raises DataError for such a prompt by default, and when no prompt is left.
     """
     room = cfg.model.encoder_seq_length - cfg.rl.max_new_tokens
     choice = cfg.data.on_overlong
@@ -60,15 +60,15 @@ def encode_prompts(prompts: list[tuple[Message, ...]], tokenizer: Tokenizer, cfg
     return encoded
 
 
-# prompts of the embedded language that are drawn for one that is wanted: some repeat
+# prompts of the embedded language drawn per prompt needed, because some repeat
 _DRAWN_FOR_ONE = 4
 
 
 def held_out_prompts(cfg: Config, count: int, trained: Iterable[tuple[Message, ...]]) -> list[tuple[Message, ...]]:
-    """At most ``count`` different prompts, none of them in ``trained``; the same for the same ``seed`` and data.
+    """Returns at most ``count`` distinct prompts, none of them in ``trained``; deterministic for a ``seed`` and data.
 
-    They are those of ``data.held_out_prompts_path`` in the order of the file, or of the embedded language. Raises
-    ConfigError where there is neither, DataError where all of them are trained on.
+    They come from ``data.held_out_prompts_path`` in the file's order, or from the embedded language. Raises ConfigError
+    when there is neither, DataError when all of them are in ``trained``.
     """
     if cfg.data.held_out_prompts_path:
         offered = inputs.held_out(cfg)
@@ -79,16 +79,19 @@ def held_out_prompts(cfg: Config, count: int, trained: Iterable[tuple[Message, .
         offered = sample_prompts(_DRAWN_FOR_ONE * count, derive_seed(cfg.seed, "held-out prompts"), held_out=True)
         source = "the embedded language"
     else:
-        raise ConfigError("data.held_out_prompts_path is not set: name a file of prompts that training does not have")
+        raise ConfigError("data.held_out_prompts_path is not set: name a file of prompts that are not trained on")
     known = {prompt_key(prompt) for prompt in trained}
     left = {key: prompt for prompt in offered if (key := prompt_key(prompt)) not in known}
     if not left:
-        raise DataError(f"{source}: each of its {len(offered)} prompts is one that training has")
+        raise DataError(f"{source}: all of its {len(offered)} prompts are training prompts")
     return list(left.values())[:count]
 
 
 def attack_prompts(cfg: Config) -> list[tuple[Message, ...]]:
-    """The prompts of the reference and the attack, at most ``sft_statistics.num_prompts``."""
+    """Returns the prompts of the attack and its SFT responses, at most ``sft_statistics.num_prompts``.
+
+    Raises ConfigError when no file of prompts is configured.
+    """
     if cfg.data.prompts_path or cfg.data.train_path:
         return inputs.prompts(cfg)[: cfg.sft_statistics.num_prompts]
     if cfg.pipeline.gold == "synthetic":
@@ -99,7 +102,7 @@ def attack_prompts(cfg: Config) -> list[tuple[Message, ...]]:
 
 
 def rlhf_prompts(cfg: Config) -> list[tuple[Message, ...]]:
-    """Prompts of RLHF."""
+    """Returns the prompts of RLHF. Raises ConfigError when no file of prompts is configured."""
     if cfg.data.prompts_path or cfg.data.train_path:
         return inputs.prompts(cfg)
     if cfg.pipeline.gold == "synthetic":

@@ -1,4 +1,4 @@
-"""Samples responses of a policy to prompts, shared between the data-parallel ranks."""
+"""Samples several responses per prompt, with the work split over the data-parallel ranks."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from nemo_advrm.rollouts.types import Prompt, Rollouts
 def sample(
     cfg: Config, tokenizer: Tokenizer, model: MegatronModel, prompts: list[Prompt], per_prompt: int, seed: int
 ) -> Rollouts:
-    """``per_prompt`` responses to every prompt, those of one prompt together, the same on every rank.
+    """Samples ``per_prompt`` responses to every prompt and returns all of them on every rank.
 
-    Every data-parallel rank writes its share; the shares are then joined.
+    Responses to one prompt are adjacent. Every data-parallel rank samples its share, and the shares are gathered.
     """
     rt = runtime.current()
     repeated = [p for p in prompts for _ in range(per_prompt)]

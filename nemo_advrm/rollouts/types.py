@@ -1,4 +1,4 @@
-"""Prompts and responses as they pass between rollout engines, rewards and training; needs no Megatron-Core."""
+"""Data types of prompts and responses, shared by rollout engines, rewards and training; needs no Megatron-Core."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ class Rollouts:
     """Responses to prompts, as text and as the tokens of the policy that wrote them.
 
     Attributes:
-        prompts: chat messages up to where the response begins.
+        prompts: chat messages before the response.
         responses: response texts.
-        ended: False where the length limit cut the response off.
-        prompt_tokens, response_tokens: the policy's token ids; a response that ended holds its end token.
-        prompt_index: place of the prompt in the run's prompt list (reference statistics are looked up by it).
-        fingerprint: of the policy's tokenizer.
-        rendered: the responses are whole conversations that a chat template has written out, and the prompts are empty.
-        tokens_only: the tokens are what is scored, by sources whose tokenizer has ``fingerprint``. Else it is the text.
+        ended: False when the length limit cut the response off.
+        prompt_tokens, response_tokens: the policy's token ids; a response that ended includes its end token.
+        prompt_index: index of the prompt in the run's prompt list, for looking up SFT statistics.
+        fingerprint: fingerprint of the policy's tokenizer.
+        rendered: the responses are whole conversations rendered by a chat template, and the prompts are empty.
+        tokens_only: sources score the tokens, and must have the tokenizer with ``fingerprint``; else they score the
+            text.
     """
 
     prompts: list[tuple[Message, ...]]
@@ -38,7 +39,7 @@ class Rollouts:
         return len(self.responses)
 
     def select(self, places: Sequence[int]) -> Rollouts:
-        """The rollouts at ``places``, in that order."""
+        """Returns the rollouts at the indices ``places``, in that order."""
         rows = {f.name: getattr(self, f.name) for f in fields(self)}
         chosen: dict[str, Any] = {k: [v[i] for i in places] for k, v in rows.items() if isinstance(v, list)}
         return replace(self, **chosen)
@@ -46,7 +47,7 @@ class Rollouts:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt of the run, encoded; ``index`` is its place in the run's prompt list."""
+    """An encoded prompt; ``index`` is its position in the run's prompt list."""
 
     index: int
     messages: tuple[Message, ...]

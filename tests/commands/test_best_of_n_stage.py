@@ -93,15 +93,15 @@ def test_a_curve_of_other_samples_is_refused(
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"samples": "x"}, "samples is no count"),
-        ({"samples": 2**40}, "samples is no count"),
-        ({"n": True}, "n is not that of 4 samples"),
-        ({"n": [True, 2, 3, 4]}, "n is not that of 4 samples"),
-        ({"kl": [0.0]}, "no lists as long as n"),
-        ({"gold": None}, "no lists as long as n"),
-        ({"kl": ["x", 1, 1, 1]}, "holds what is no number"),
-        ({"proxy": [float("nan"), 1, 1, 1]}, "holds what is no number"),
-        ({"measures": {"area": 3}}, "its measures are not those of its curve"),
+        ({"samples": "x"}, "samples is not a count"),
+        ({"samples": 2**40}, "samples is not a count"),
+        ({"n": True}, "n does not match 4 samples"),
+        ({"n": [True, 2, 3, 4]}, "n does not match 4 samples"),
+        ({"kl": [0.0]}, "not lists as long as n"),
+        ({"gold": None}, "not lists as long as n"),
+        ({"kl": ["x", 1, 1, 1]}, "holds a value that is not a number"),
+        ({"proxy": [float("nan"), 1, 1, 1]}, "holds a value that is not a number"),
+        ({"measures": {"area": 3}}, "its measures do not match its curve"),
     ],
 )
 def test_a_damaged_curve_is_named(

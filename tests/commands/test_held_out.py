@@ -112,7 +112,7 @@ def test_prompts_that_training_has_are_left_out(settings: list[str]) -> None:
     kept = held_out_prompts(cfg, 8, [_prompt("birds"), _prompt("this garden")])
     assert [prompt[0]["content"] for prompt in kept] == ["this river", "these clouds sing"]
     assert held_out_prompts(cfg, 1, []) == [_prompt("this river")]
-    with pytest.raises(DataError, match="each of its 3 prompts is one that training has"):
+    with pytest.raises(DataError, match="all of its 3 prompts are training prompts"):
         held_out_prompts(cfg, 8, [*kept, _prompt("birds")])
 
 

@@ -31,7 +31,7 @@ def sft(prompt_id: int, response: str, scores: list[float], **more: Any) -> Row:
 
 
 def found(response: str, step: int = 0, **more: Any) -> Row:
-    """A find in direction 1: R_1 = 9, Z(U) = 5."""
+    """A find for target 1: R_1 = 9, Z(U) = 5."""
     row = {"direction": 1, "policy": "a", "step": step, "prompt_id": 0, "response": response, "scores": [9.0, 0.0]}
     return {**row, "z": [5.0, -5.0], "disagreement_z": 5.0, "gold": None, **more}
 
@@ -148,8 +148,8 @@ def test_a_direction_that_found_no_more_than_sft_responses_give_yields_no_pairs(
     strict = load_config(["model=tiny", *settings, "selection.null_ratio=9"])
     told = reason_to_stop(strict, tmp_path, select_round(strict, tmp_path, 0, 0))
     assert told == (
-        "the attack found less than selection.null_ratio=9 times the null count (direction 1: 8, null count 1.0; "
-        "direction 2: 1, null count 2.0)"
+        "the attack found less than selection.null_ratio=9 times the null count (target 1: 8, null count 1.0; "
+        "target 2: 1, null count 2.0)"
     )
     assert pairs_of(tmp_path) == []
 
@@ -178,7 +178,7 @@ def test_wrong_labels_are_counted_and_stand_in_the_attacks_summary(tmp_path: Pat
     assert facts["wrong_labels"] == 0.25
     assert json.loads(path.read_text()) == {"directions": {"1": {**ATTACKED, **facts}}, "threshold_z": 1.96}
     assert found_lines({"directions": {"1": facts}}) == [
-        "direction 1: 4 different finds, as many SFT responses would give 0.0; 4 pairs, wrong labels 0.25"
+        "target 1: 4 different finds, null count 0.0 (finds among as many SFT responses); 4 pairs, wrong labels 0.25"
     ]
     facts = run(tmp_path, [found("w")])["directions"]["1"]
     assert facts["wrong_labels"] is None
@@ -201,7 +201,7 @@ def test_an_attack_that_maximised_the_target_alone_is_selected_by_the_targets_z(
 @pytest.mark.parametrize(
     ("asked", "setting", "words"),
     [
-        ("true", "adversarial.coefficient=0", r"adversarial\.coefficient=0: .* asked for the others' dislike"),
+        ("true", "adversarial.coefficient=0", r"adversarial\.coefficient=0: .* penalised the other members' scores"),
         ("false", "adversarial.coefficient=1", r"adversarial\.coefficient=1: .* maximised the target alone"),
     ],
 )
@@ -254,5 +254,5 @@ def test_more_random_pairs_than_the_reference_can_make_are_refused(tmp_path: Pat
     write_jsonl_atomic(tmp_path / "reference.jsonl", _wide_reference())
     cfg = load_config(["model=tiny"])
     random_pairs(cfg, tmp_path, 40, seed=0)
-    with pytest.raises(ConfigError, match="40 different pairs can be made of its SFT responses, 41 are wanted"):
+    with pytest.raises(ConfigError, match="its SFT responses make 40 different pairs, 41 are needed"):
         random_pairs(cfg, tmp_path, 41, seed=0)

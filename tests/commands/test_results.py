@@ -182,7 +182,7 @@ def test_samples_that_are_not_as_many_as_their_attack_wrote_are_refused(tmp_path
     (tmp_path / "summary.json").write_text(json.dumps({"directions": {"1": FOUND}}))
     check_samples(tmp_path)
     (tmp_path / "samples.jsonl").write_text('{"step": 0}\n' * rows)
-    with pytest.raises(DataError, match=f"samples.jsonl has {rows} rows, the attack has written 2: restore it, or"):
+    with pytest.raises(DataError, match=f"samples.jsonl has {rows} rows, but the attack wrote 2: restore it, or"):
         check_samples(tmp_path)
     (tmp_path / "summary.json").write_text('{"directions": 3}')
     with pytest.raises(DataError, match=r"summary\.json cannot be read \(directions=3: .+\): remove "):

@@ -131,7 +131,7 @@ def test_a_layout_that_does_not_fit_a_member_is_refused(checkpoints: dict[str, P
 
 def test_a_checkpoint_that_does_not_name_its_tokenizer_needs_the_runs(checkpoints: dict[str, Path]) -> None:
     spec = parse(str(checkpoints["silent"]), "ensemble.members[0]")
-    with pytest.raises(CheckpointError, match="does not say which tokenizer"):
+    with pytest.raises(CheckpointError, match="does not name the tokenizer"):
         build(spec, "R_1", tiny_config(), ByteTokenizer())
     assert build(spec, "R_1", tiny_config(), TOKENIZER).score(rollouts()).shape == (4,)
 

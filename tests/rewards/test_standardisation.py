@@ -116,7 +116,7 @@ def test_evaluate_combines_members_on_one_scale_or_not_at_all(tmp_path: Path) ->
     low = line(given, "ensemble.aggregate=lcb")  # which is min: a -0.98 against c -0.49, b -1.10 against d 0
     assert "accuracy 0.0000  margin -0.7927" in low and "exactly the min" in low
     assert line().startswith("not combined: the members' raw scores") and "ensemble.reference_path" in line()
-    assert "left out different pairs" in line(given, parts=[scored[0], (["f:1"], second[::2])])
+    assert "scored different pairs" in line(given, parts=[scored[0], (["f:1"], second[::2])])
 
 
 @pytest.mark.parametrize(
