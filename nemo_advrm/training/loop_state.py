@@ -14,10 +14,10 @@ _STEP = re.compile(r"step_(\d+)")
 
 
 def check_loop_state(state: dict[str, Any], trainer: Trainer, path: Path) -> None:
-    """Raise CheckpointError if ``trainer`` could not have written ``state`` as ``path``.
+    """Raises CheckpointError when ``state`` is not one that ``trainer`` writes to ``path``.
 
-    Lightning would fail with an unclear error, count from another step or, without a state of its loops, repeat the
-    steps with the trained weights.
+    Lightning would fail with an unclear error, continue from another step or, without loop states, repeat all steps
+    with the trained weights.
     """
     expected = {
         "epoch": 0,
@@ -31,20 +31,20 @@ def check_loop_state(state: dict[str, Any], trainer: Trainer, path: Path) -> Non
     }
     problem = _difference(state, expected, "") or _wrong_step(state, path) or _wrong_callbacks(state["callbacks"])
     if not problem and not re.fullmatch(r"\d+(\.\w+)+", state["pytorch-lightning_version"]):
-        problem = "pytorch-lightning_version is no version"
+        problem = "pytorch-lightning_version is not a version"
     if problem:
         raise CheckpointError(
-            f"{path}: trainer.json is no state of a training ({problem}): remove {path}, and training goes on from the "
+            f"{path}: trainer.json is not the state of a training ({problem}): remove {path} to resume from the "
             "checkpoint before it"
         )
 
 
 def _difference(found: Any, expected: Any, name: str) -> str:
-    """First difference: a key of ``expected`` that ``found`` lacks, or a value of another type; "" if there is none."""
+    """Returns the first key of ``expected`` missing in ``found``, or the first value of another type; "" if none."""
     if type(found) is not type(expected):
         return f"{name or 'it'} is a {type(found).__name__}, not a {type(expected).__name__}"
     if type(found) is int and not 0 <= found < 2**63:
-        return f"{name} is no count"
+        return f"{name} is not a count"
     for key, value in expected.items() if isinstance(expected, dict) else ():
         place = f"{name}.{key}" if name else key
         problem = f"it lacks {place}" if key not in found else _difference(found[key], value, place)
@@ -54,7 +54,7 @@ def _difference(found: Any, expected: Any, name: str) -> str:
 
 
 def _wrong_step(state: dict[str, Any], path: Path) -> str:
-    """A message if the loops' step counts differ from the step in the checkpoint's name, else \"\"."""
+    """Returns a message when the loops' step counts differ from the step in the checkpoint's name, else ""."""
     loop = state["loops"]["fit_loop"]
     counted = loop["epoch_loop.manual_optimization.optim_step_progress"]["total"]["completed"]
     counted += loop["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]["total"]["completed"]
@@ -64,4 +64,4 @@ def _wrong_step(state: dict[str, Any], path: Path) -> str:
 
 
 def _wrong_callbacks(callbacks: dict[str, Any]) -> str:
-    return "" if all(isinstance(kept, dict) for kept in callbacks.values()) else "a callback's state is none"
+    return "" if all(isinstance(kept, dict) for kept in callbacks.values()) else "a callback's state is not an object"

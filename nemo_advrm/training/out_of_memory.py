@@ -1,4 +1,4 @@
-"""Explains an out-of-memory error: files with the memory's content, and one sentence about what to change."""
+"""Explains an out-of-memory error: writes the allocator's statistics and names settings that would fit."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from nemo_advrm.errors import ConfigError
 from nemo_advrm.plan.jobs import job_of
 from nemo_advrm.plan.search import Candidate, peak_memory, single_changes
 
-# most recent allocations and releases in a snapshot
+# number of allocator events kept in a snapshot, the most recent ones
 _RECORDED_EVENTS = 100_000
 _HOST_MEMORY = "DefaultCPUAllocator"
 _USUAL = "model.recompute=full, a smaller model.micro_batch_tokens, a greater model.tensor_model_parallel_size"
@@ -24,10 +24,10 @@ _USUAL = "model.recompute=full, a smaller model.micro_batch_tokens, a greater mo
 
 @contextlib.contextmanager
 def explained(directory: Path, cfg: Config, stage: str, vocab_size: int) -> Iterator[None]:
-    """Turn an out-of-memory error inside into a ConfigError with the planner's advice.
+    """Turns an out-of-memory error inside the block into a ConfigError with the planner's advice.
 
-    Writes PyTorch's table of the GPU's memory to ``directory``/out_of_memory_rank_N.txt and, with
-    ``trainer.memory_snapshot``, all allocations to out_of_memory_rank_N.pickle, for pytorch.org/memory_viz.
+    Writes PyTorch's memory summary to ``directory``/out_of_memory_rank_N.txt and, with ``trainer.memory_snapshot``, all
+    allocations to out_of_memory_rank_N.pickle, for pytorch.org/memory_viz.
 
     Args:
         stage: name of the stage in the planner.
@@ -59,24 +59,24 @@ def explained(directory: Path, cfg: Config, stage: str, vocab_size: int) -> Iter
 
 
 def advice(cfg: Config, stage: str, vocab_size: int) -> str:
-    """One sentence: the planner's changes for this job on this GPU (``plan.gpu`` if the GPU is unknown)."""
+    """Returns one sentence with the planner's changes for this job on this GPU (``plan.gpu`` if it is unknown)."""
     try:
         changes = _changes(cfg, stage, vocab_size)
     except Exception:  # an error of the planner must not hide the original one
         changes = []
     if not changes:
         return (
-            "nemo-advrm plan with the same settings and plan.stage shows what takes it and which single change makes "
-            f"it fit ({_USUAL})"
+            "nemo-advrm plan with the same settings and plan.stage shows what uses the memory and which single change "
+            f"makes it fit ({_USUAL})"
         )
     return (
         f"any one of these changes should make it fit: {'; '.join(changes)} (nemo-advrm plan plan.stage={stage} with "
-        "the same settings shows what takes the memory)"
+        "the same settings shows what uses the memory)"
     )
 
 
 def _changes(cfg: Config, stage: str, vocab_size: int) -> list[str]:
-    """The planner's single changes that need less memory than the present job, even if by its estimate that fits."""
+    """Returns the planner's single changes that need less memory than this job, also if its estimate says it fits."""
     planned = dataclasses.replace(cfg, plan=dataclasses.replace(cfg.plan, stage=stage, gpu=_gpu(cfg.plan.gpu)))
     gpus = runtime.current().world_size
     present = peak_memory(job_of(planned, gpus, vocab_size))
@@ -90,7 +90,7 @@ def _words(option: Candidate) -> str:
 
 
 def _gpu(otherwise: str) -> str:
-    """The planner's key of this process's GPU: of the GPUs with its name the one nearest in memory size."""
+    """Returns the planner's key of this process's GPU: same name, nearest memory size; ``otherwise`` if unknown."""
     if not torch.cuda.is_available():
         return otherwise
     device = torch.cuda.get_device_properties(torch.cuda.current_device())

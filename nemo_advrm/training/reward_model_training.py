@@ -1,4 +1,4 @@
-"""Stage ``train_rm``: trains a reward model on preference pairs and reports its accuracy on held-out ones."""
+"""Trains a reward model on preference pairs and adversarial pairs, and measures its accuracy on held-out pairs."""
 
 from __future__ import annotations
 
@@ -36,11 +36,14 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class EncodedPreferences:
-    """Encoded pairs to train on, to validate on, and the validation rows as mismatched pairs.
+    """Encoded pairs of one training.
 
-    `no_mismatch` says why there are no mismatched pairs (see `data.mismatch`), empty where there are. `held_out` are
-    pairs kept from training, on which the weights of reference features are fitted, `prompts` the fixed other prompts
-    of these (see `rewards.features`).
+    Attributes:
+        train, validation: pairs to train and to validate on.
+        mismatched: validation pairs with mismatched prompts, see :mod:`nemo_advrm.data.mismatch`.
+        no_mismatch: why there are no mismatched pairs; "" when there are.
+        held_out: pairs kept from training, on which the weights of reference features are fitted.
+        prompts: the fixed other prompts of reference features, see :mod:`nemo_advrm.rewards.features`.
     """
 
     train: list[EncodedPair]
@@ -54,7 +57,10 @@ class EncodedPreferences:
 def encode_rows(
     cfg: Config, tokenizer: Tokenizer, train: list[PreferencePair], validation: list[PreferencePair]
 ) -> EncodedPreferences:
-    """Encode all parts; prints how many rows were over-long or refused."""
+    """Encodes training and validation pairs and prints how many were over-long or refused.
+
+    Raises DataError for bad rows as ``data.on_overlong`` and ``data.on_bad_row`` configure.
+    """
     limit, data = cfg.model.encoder_seq_length, cfg.data
     encoded = []
     for name, part in (("training", train), ("validation", validation)):
@@ -68,7 +74,7 @@ def encode_rows(
         lenient = inputs.leaving_out(cfg).data
         try:
             mismatched, _ = encode_pairs(rows, tokenizer, limit, lenient.on_overlong, lenient.on_bad_row)
-        except DataError as error:  # none is left
+        except DataError as error:  # no pair is left
             reason = str(error)
     options = cfg.reward_model
     prompts = fixed_prompts(train, tokenizer, options.feature_prompts) if options.reference_features else ()
@@ -76,9 +82,10 @@ def encode_rows(
 
 
 def keep_back(cfg: Config, data: EncodedPreferences) -> EncodedPreferences:
-    """Take `reward_model.feature_share` of the training pairs out, whole prompts, where features are to be fitted.
+    """Moves ``reward_model.feature_share`` of the training pairs to ``held_out`` if reference features are configured.
 
-    Which ones depends on the run's seed and the prompts alone: they are the same for every member and round.
+    All pairs of a prompt are moved together. The choice depends on the run's seed and the prompts only, so it is the
+    same for every member and round.
     """
     if not cfg.reward_model.reference_features:
         return data
@@ -93,7 +100,7 @@ def keep_back(cfg: Config, data: EncodedPreferences) -> EncodedPreferences:
 
 
 def bootstrap(data: EncodedPreferences, seed: int) -> EncodedPreferences:
-    """As many training pairs, drawn with replacement; held out are those that were not drawn, in no copy either."""
+    """Draws as many training pairs with replacement; ``held_out`` are the pairs of which no copy was drawn."""
     draw = torch.Generator().manual_seed(seed)
     rows = torch.randint(len(data.train), (len(data.train),), generator=draw).tolist()
     train = [data.train[i] for i in rows]
@@ -111,9 +118,14 @@ def train_reward_model(
     title: str,
     restore_from: str,
 ) -> dict[str, float]:
-    """Train into ``directory/model``; returns the validation metrics. A finished training is not redone.
+    """Trains into ``directory/model`` and returns the validation metrics; a finished training is not repeated.
 
-    ``augmentation.pairs_path`` names the adversarial pairs that are brought in as ``augmentation.mode`` says.
+    ``augmentation.pairs_path`` names files of adversarial pairs, ``augmentation.mode`` how they are used.
+
+    Args:
+        seed: seed of weights, data order and augmentation.
+        title: name of the training in progress lines.
+        restore_from: checkpoint to start from; empty starts from random weights.
     """
     finished = read_result(directory, "val/accuracy", "val/loss", "val/margin")
     if finished is not None:
@@ -149,18 +161,18 @@ def retrain_warm(
     previous: str,
     pairs: Sequence[Path],
 ) -> dict[str, float]:
-    """Train the reward model ``previous`` on for ``augmentation.warm_steps`` steps into ``directory/model``.
+    """Continues the training of the reward model ``previous`` for ``augmentation.warm_steps`` steps.
 
-    The adversarial ``pairs`` (stores) come in as ``augmentation.mode`` says, beside those of
-    ``augmentation.pairs_path``. Without any this is the control of a training with them: as many steps on the same
-    batches, which ``augmentation.mode=on_top`` leaves as they are. ``seed`` must be the same for both. Returns the
-    validation metrics. Raises ConfigError for ``augmentation.warm_steps=0``.
+    The adversarial ``pairs`` (pair files) are added to those of ``augmentation.pairs_path``. Without pairs this is the
+    control of a training with them: the same number of steps, and the same batches with ``augmentation.mode=on_top``
+    and the same ``seed``. Writes ``directory/model`` and returns the validation metrics. Raises ConfigError for
+    ``augmentation.warm_steps=0``.
     """
     return train_reward_model(warm(cfg, pairs), tokenizer, directory, data, seed, title, previous)
 
 
 def warm(cfg: Config, pairs: Sequence[Path]) -> Config:
-    """The configuration of a warm retraining with ``pairs``: its steps, its learning rate."""
+    """Returns the configuration of a warm retraining with ``pairs``: its steps, learning rate and pair files."""
     options = cfg.augmentation
     if not options.warm_steps:
         raise ConfigError("augmentation.warm_steps=0: a warm retraining needs at least 1 step")
@@ -195,7 +207,7 @@ def _augmentation(cfg: Config, tokenizer: Tokenizer, stores: list[Path], seed: i
 
 
 def _fit_features(module: RewardModel, data: EncodedPreferences, policy: str) -> HybridReward | None:
-    """The trained model with the features that are configured; None without any."""
+    """Fits the configured reference features of the trained model; None without features."""
     cfg = module.config
     if not cfg.reward_model.reference_features:
         return None
@@ -208,7 +220,7 @@ def _fit_features(module: RewardModel, data: EncodedPreferences, policy: str) ->
 
 
 def _hybrid_metrics(hybrid: HybridReward, data: EncodedPreferences, cfg: Config) -> dict[str, float]:
-    """Accuracy of the hybrid on the pairs that the plain model was validated on, and on mismatched ones."""
+    """Returns the hybrid's accuracy on the pairs that the plain model was validated on, and on mismatched pairs."""
     validated = data.validation[: cfg.trainer.limit_val_batches * cfg.model.global_batch_size or None]
     found = {}
     for name, pairs in (("hybrid_accuracy", validated), ("hybrid_mismatch_accuracy", data.mismatched)):
@@ -219,7 +231,7 @@ def _hybrid_metrics(hybrid: HybridReward, data: EncodedPreferences, cfg: Config)
 
 
 def _mismatch(module: RewardModel, pairs: list[EncodedPair]) -> dict[str, float]:
-    """Accuracy on mismatched pairs, nothing where there are none."""
+    """Returns the accuracy on mismatched pairs, empty without such pairs."""
     if not pairs:
         return {}
     sequences = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]

@@ -1,4 +1,4 @@
-"""Stage ``rlhf``: trains a policy against a reward and follows the gold reward, if there is one."""
+"""Trains a policy against a reward by RLHF and tracks the gold reward, if there is one."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def run_rlhf(
     seed: int,
     title: str,
 ) -> dict[str, float]:
-    """Train into ``directory/model``; returns the last step's metrics. A finished training is not redone."""
+    """Trains into ``directory/model`` and returns the last step's metrics; a finished training is not repeated."""
     finished = read_result(directory, "proxy", "kl")
     if finished is not None:
         return finished
@@ -44,7 +44,7 @@ def run_rlhf(
 def _held_out(
     cfg: Config, tokenizer: Tokenizer, prompts: list[Prompt], reward: PolicyReward, gold: RewardSource | None
 ) -> list[HeldOutEvaluation]:
-    """The evaluation on held-out prompts, none where ``rl.held_out_prompts`` is 0; the same whatever RLHF's seed is."""
+    """Returns the callback that evaluates on held-out prompts, if configured; it does not depend on RLHF's seed."""
     if not cfg.rl.held_out_prompts:
         return []
     kept = held_out_prompts(cfg, cfg.rl.held_out_prompts, [prompt.messages for prompt in prompts])

@@ -1,4 +1,4 @@
-"""Runs one training: Lightning's Trainer on the Megatron strategy, loggers, checkpoints, exact restart."""
+"""Runs one training with Lightning's Trainer on the Megatron strategy: loggers, checkpoints, exact restart."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from nemo_advrm.training.callbacks.preemption import PreemptionCheckpoint, keep_
 from nemo_advrm.training.callbacks.progress import StepProgress
 from nemo_advrm.training.strategy import MegatronStrategy
 
-# rows that a training writes
+# files of rows that a training may write
 RECORDS = ("metrics.jsonl", "samples.jsonl", "held_out.jsonl")
 
 
@@ -40,10 +40,15 @@ def fit(
     first_step: int = 1,
     validate: bool = False,
 ) -> None:
-    """Train ``module`` to the end, from the newest whole checkpoint in ``directory`` if there is one.
+    """Trains ``module`` to its last step, resuming from the newest undamaged checkpoint in ``directory`` if any.
 
-    Raises Preempted on every rank when SIGUSR1 or SIGTERM came to any of them; the next call goes on from there.
-    Writes ``metrics.jsonl``, ``checkpoints/`` and the loggers' files below ``directory``.
+    Writes ``metrics.jsonl``, ``checkpoints/`` and the loggers' files below ``directory``. Raises Preempted on every
+    rank when any rank received SIGUSR1 or SIGTERM; the next call resumes from there.
+
+    Args:
+        title: name of the training in progress lines.
+        first_step: number of the first step's row in ``metrics.jsonl``.
+        validate: run the module's validation during and after training.
     """
     checkpoints = directory / "checkpoints"
     run_on_rank_zero(run_files.check_writable, directory)
@@ -87,23 +92,26 @@ def fit(
         try:
             trainer.fit(module, ckpt_path=str(newest) if newest else None)
         finally:
-            strategy.drop_saving()  # whatever ends a training, no save goes on behind its back
+            strategy.drop_saving()  # no background save may continue after an error
     if validate:
         trainer.validate(module, verbose=False)
 
 
 def drop_training_checkpoints(directory: Path) -> None:
-    """Remove the checkpoints of a training whose result is written."""
+    """Removes the checkpoints of a finished training."""
     run_on_rank_zero(lambda: shutil.rmtree(directory / "checkpoints", ignore_errors=True))
 
 
 def read_result(directory: Path, *keys: str) -> dict[str, float] | None:
-    """The metrics of a finished training, finite ``keys`` among them, None while it is not; see results.finished."""
+    """Returns the metrics of a finished training, None when it is not finished.
+
+    Raises DataError when the result is damaged or lacks one of ``keys`` as a finite number, see ``results.finished``.
+    """
     found = results.finished(
         directory, "result.json", keys, lambda metrics: results.wrong_metrics(metrics, finite=keys)
     )
     if found is not None:
-        drop_training_checkpoints(directory)  # a kill may have come before
+        drop_training_checkpoints(directory)  # in case the process was killed before it removed them
     return found
 
 
@@ -114,9 +122,9 @@ def write_result(
     features: FeatureWeights | None = None,
     **meta: float,
 ) -> None:
-    """Save the trained weights in ``directory/model`` and mark the training finished; it is then not redone.
+    """Saves the trained weights in ``directory/model``, marks the training finished and releases the module's models.
 
-    ``features`` are stored with a hybrid reward model. The module's models are released.
+    ``features``, the weights of a hybrid reward model, are stored with it.
     """
     save_model(directory, module, **meta)
     if features is not None:
@@ -140,15 +148,12 @@ def save_model(directory: Path, module: TrainableModel, **meta: float) -> None:
 
 
 def records(directory: Path) -> list[str]:
-    """What a training leaves beside its result, by its relative names."""
+    """Returns the relative names of the files that a training wrote besides its result."""
     return [name for name in ("model/manifest.json", *RECORDS) if (directory / name).exists()]
 
 
 def tokenizer_meta(module: TrainableModel) -> dict[str, Any]:
-    """What a checkpoint says of its tokenizer: its fingerprint, and the specification that opens it from anywhere.
-
-    Beside them stands the rule by which conversations were read in training.
-    """
+    """Returns a checkpoint's metadata about its tokenizer: fingerprint, specification (absolute path), reading rule."""
     spec = module.config.model.tokenizer
     if spec.startswith("hf:"):
         spec = f"hf:{Path(spec.removeprefix('hf:')).resolve()}"
@@ -160,7 +165,7 @@ def _exp_manager_options(cfg: Config, directory: Path) -> dict[str, object]:
     return {
         **asdict(cfg.exp_manager),
         "explicit_log_dir": str(directory),
-        "create_checkpoint_callback": False,  # PeriodicCheckpoint and the strategy save
+        "create_checkpoint_callback": False,  # PeriodicCheckpoint and the strategy save checkpoints
         "disable_validation_on_resume": False,
         "log_step_timing": False,
         "log_tflops_per_sec_per_gpu": False,

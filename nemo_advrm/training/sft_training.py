@@ -1,4 +1,4 @@
-"""Stage ``sft``: fine-tunes a policy on prompt/response rows."""
+"""Fine-tunes a policy on rows of a prompt and a response."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ from nemo_advrm.training.run_training import fit, read_result, write_result
 
 
 def sft_rows(cfg: Config) -> list[SftRow]:
-    """(prompt, response) rows: the embedded corpus, rows with prompt and response, or the chosen side of pairs."""
+    """Returns rows of prompt and response: the embedded corpus, rows of a file, or the chosen sides of its pairs.
+
+    Raises ConfigError when ``data.train_path`` is not set.
+    """
     if cfg.pipeline.gold == "synthetic" and not cfg.data.train_path:
         from nemo_advrm.synthetic.corpus import sft_corpus
 
@@ -30,8 +33,11 @@ def sft_rows(cfg: Config) -> list[SftRow]:
 
 
 def encode_responses(cfg: Config, tokenizer: Tokenizer, rows: list[SftRow]) -> list[EncodedResponse]:
-    """Encode; a sequence longer than the context is treated as ``data.on_overlong`` says, one that the chat template
-    refuses as ``data.on_bad_row`` says (DataError by default)."""
+    """Encodes rows.
+
+    ``data.on_overlong`` decides about rows longer than the context, ``data.on_bad_row`` about rows that the chat
+    template refuses. Raises DataError for such a row by default, and when no row is left.
+    """
     encoded = []
     refused: list[BadRow] = []
     counts = {"overlong": 0, "truncated": 0}
@@ -65,7 +71,7 @@ def encode_responses(cfg: Config, tokenizer: Tokenizer, rows: list[SftRow]) -> l
 
 
 def train_sft(cfg: Config, tokenizer: Tokenizer, directory: Path, rows: list[EncodedResponse]) -> dict[str, float]:
-    """Train into ``directory/model``; returns the last step's metrics. A finished training is not redone."""
+    """Trains into ``directory/model`` and returns the last step's metrics; a finished training is not repeated."""
     finished = read_result(directory, "train/loss")
     if finished is not None:
         return finished

@@ -1,4 +1,4 @@
-"""Lightning strategy over Megatron-Core, with which ``lightning.pytorch.Trainer.fit`` runs the engine.
+"""The Lightning strategy by which ``lightning.pytorch.Trainer.fit`` trains Megatron-Core models.
 
 Megatron owns devices, process groups, gradients, optimizers and checkpoints; Lightning owns the loop, callbacks and
 loggers.
@@ -25,8 +25,8 @@ from nemo_advrm.untrusted_files import read_json_object
 if TYPE_CHECKING:
     from nemo_advrm.models.trainable import TrainableModel
 
-IN_BACKGROUND = "in background"  # as storage_options of Trainer.save_checkpoint
-# state that Lightning needs to continue its loops; weights and optimizers are saved by Megatron
+IN_BACKGROUND = "in background"  # passed as storage_options to Trainer.save_checkpoint
+# the keys of a checkpoint that Lightning needs to continue its loops; Megatron saves weights and optimizers
 _KEPT = ("epoch", "global_step", "pytorch-lightning_version", "loops", "callbacks")
 
 
@@ -34,8 +34,8 @@ class MegatronStrategy(Strategy):
     """Runs a :class:`~nemo_advrm.models.trainable.TrainableModel` on the current Megatron layout.
 
     Attributes:
-        limit_minutes: longest wait for a checkpoint's files.
-        saving: the background save in progress, if any.
+        limit_minutes: limit of the wait for a checkpoint's files.
+        saving: the background save in progress, None without one.
     """
 
     def __init__(self, limit_minutes: float = 30.0, hash_weights: bool = False) -> None:
@@ -74,7 +74,7 @@ class MegatronStrategy(Strategy):
         return False
 
     def model_to_device(self) -> None:
-        """Nothing to do: Megatron models are built on their device."""
+        """Does nothing: Megatron models are built on their device."""
 
     def barrier(self, name: str | None = None) -> None:
         self.runtime.barrier()
@@ -87,7 +87,7 @@ class MegatronStrategy(Strategy):
         return box[0]
 
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
-        """Nothing to do: metrics are reduced by :func:`nemo_advrm.engine.schedule.reduce_metrics`."""
+        """Returns ``tensor``: metrics are already reduced, by :func:`nemo_advrm.engine.schedule.reduce_metrics`."""
         return tensor
 
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
@@ -109,7 +109,7 @@ class MegatronStrategy(Strategy):
         return {}
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
-        """Save, or start a background save (``storage_options`` IN_BACKGROUND) that :meth:`end_saving` completes."""
+        """Saves, or with ``storage_options`` IN_BACKGROUND starts a save that :meth:`end_saving` completes."""
         assert self.saving is None
         module: TrainableModel = self.lightning_module  # type: ignore[assignment]
         state = {k: checkpoint[k] for k in _KEPT if k in checkpoint}
@@ -128,9 +128,9 @@ class MegatronStrategy(Strategy):
             saving.finish()
 
     def end_saving(self, wait: bool) -> bool:
-        """Complete the background save if all ranks have written their files, or ``wait`` for them; all ranks call.
+        """Completes the background save if all ranks have written their files, or with ``wait`` waits for them.
 
-        Returns whether a checkpoint was completed. Raises CheckpointError if it could not be written.
+        All ranks call. Returns whether a checkpoint was completed. Raises CheckpointError if it could not be written.
         """
         if self.saving is None or not (wait or self.saving.written_everywhere()):
             return False
@@ -139,7 +139,7 @@ class MegatronStrategy(Strategy):
         return True
 
     def drop_saving(self) -> None:
-        """Abandon a background save and remove its files and threads; needs no other rank."""
+        """Abandons a background save and removes its files and threads; a rank may call it alone."""
         saving, self.saving = self.saving, None
         if saving is not None:
             saving.drop()
@@ -159,7 +159,7 @@ class MegatronStrategy(Strategy):
         load_training_state(Path(checkpoint["path"]), module)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Nothing to do: loaded with the weights."""
+        """Does nothing: optimizers are loaded with the weights."""
 
     def remove_checkpoint(self, filepath: str | Path) -> None:
         if self.is_global_zero:

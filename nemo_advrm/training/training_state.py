@@ -1,4 +1,4 @@
-"""Training checkpoints: weights and optimizers of all trained models, and the state of the training loop."""
+"""Writes and loads training checkpoints: weights and optimizers of all trained models, and Lightning's loop state."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class TrainingSave:
         hash_weights: list the hashes of all files, which reads them again.
 
     Raises:
-        CheckpointError: it cannot be written; its files are removed.
+        CheckpointError: the checkpoint cannot be written; its files are removed.
     """
 
     def __init__(
@@ -68,11 +68,11 @@ class TrainingSave:
             raise
 
     def written_everywhere(self) -> bool:
-        """Whether all ranks have written their files, so that :meth:`finish` need not wait; all ranks call."""
+        """Returns whether all ranks have written their files, so that :meth:`finish` need not wait; all ranks call."""
         return not all_reduce_max(int(not all(part.written for part in self._parts)))
 
     def finish(self) -> None:
-        """Wait for the files, then rename the checkpoint to ``path``; all ranks call.
+        """Waits for the files, then renames the checkpoint to ``path``; all ranks call.
 
         Raises CheckpointError if it could not be written; its files are removed.
         """
@@ -84,7 +84,7 @@ class TrainingSave:
             raise
 
     def drop(self) -> None:
-        """Stop writing and remove the files; needs no other rank."""
+        """Stops writing and removes the files; a rank may call it alone."""
         for part in self._parts:
             part.drop()
         if runtime.current().is_writer:
@@ -106,6 +106,6 @@ class TrainingSave:
 
 
 def load_training_state(path: Path, module: TrainableModel) -> None:
-    """Load weights and optimizers of a training checkpoint at the current layout."""
+    """Loads weights and optimizers of a training checkpoint at the current layout; all ranks call."""
     for name, (model, optimizer) in module.trained().items():
         checkpoint.load(path / name, model, optimizer)

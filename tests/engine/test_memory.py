@@ -17,7 +17,7 @@ from nemo_advrm.training import out_of_memory
 
 # 2.4 GB of weights, gradients and optimizer state, and the activations of 4 pairs of 8192 tokens in one microbatch
 LONG = ["model=smollm2_135m", "precision=bf16", "plan.gpu=rtx4090", "model.encoder_seq_length=8192"]
-GENERAL = "nemo-advrm plan with the same settings and plan.stage shows what takes it"
+GENERAL = "nemo-advrm plan with the same settings and plan.stage shows what uses the memory"
 
 
 def test_out_of_memory_names_rank_file_and_changes_that_fit(single: Runtime, tmp_path: Path) -> None:

@@ -219,5 +219,5 @@ def test_pairs_take_the_place_of_rows_or_join_them_but_not_both(ratio: float | N
 @pytest.mark.parametrize("value", [None, 3, "x", {"a": 1}, [None], [["x", [1]]], [[0, 1]], [[0, [-1]]], [[0, [1], 2]]])
 def test_a_state_of_another_type_is_refused(tmp_path: Path, key: str, value: Any) -> None:
     path = store_of(tmp_path / "pairs.jsonl", 3)
-    with pytest.raises(CheckpointError, match=r"trainer\.json of the checkpoint does not say which adversarial pairs"):
+    with pytest.raises(CheckpointError, match=r"trainer\.json of the checkpoint does not record which adversarial"):
         callback([path]).load_state_dict({**_started(path).state_dict(), key: value})

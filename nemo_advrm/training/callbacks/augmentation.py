@@ -1,4 +1,4 @@
-"""Feeds adversarial pairs into reward-model training that is under way."""
+"""Adds adversarial pairs to the batches of a reward model's training."""
 
 from __future__ import annotations
 
@@ -20,24 +20,26 @@ from nemo_advrm.models.reward_model import RewardModel
 
 
 class AdversarialAugmentation(Callback):
-    """Brings adversarial pairs of one or more pair stores into every global batch.
+    """Adds adversarial pairs of one or more pair files to every global batch.
 
-    With ``ratio`` they take the place of that share of the batch, with ``pairs_per_step`` they join it: the batch is
-    then what it would be without pairs, on every rank.
+    With ``ratio`` they replace that share of the batch. With ``pairs_per_step`` they are added, and the rest of the
+    batch is the same on every rank as without them.
 
-    Which rows give way and which pairs come is a function of (seed, step, pairs known at that step), the same on every
-    rank. A store may grow during training: it is read again every
-    ``refresh_every_n_steps``, and the number of pairs in force from each step on is part of the
-    checkpoint, so a restarted run mixes exactly as the unbroken one did. A hash of those pairs is part of it too: a
-    store that was changed other than at its end is refused.
+    The replaced rows and the drawn pairs are a function of (seed, step, pairs known at that step), equal on all ranks.
+    A pair file may grow during training: it is read again every ``refresh_every_n_steps``. The checkpoint stores the
+    number of pairs in use from each step on, so that a restarted run draws the same pairs, and a hash of these pairs,
+    so that a file changed other than at its end is refused.
 
     Args:
-        stores: pair store files, read in order.
+        stores: pair files, read in order.
         ratio: share of adversarial pairs in a batch, in (0, 1); None with ``pairs_per_step``.
-        max_length: longest sequence in tokens; longer pairs lose the start of their prompt.
+        max_length: maximum tokens of a sequence; longer pairs lose the start of their prompt.
         weight: loss weight of adversarial pairs.
-        refresh_every_n_steps: 0 reads the stores once.
-        pairs_per_step: pairs that join each batch in place of a ``ratio``.
+        refresh_every_n_steps: steps between reads of the files; 0 reads them once.
+        pairs_per_step: number of pairs added to each batch, instead of ``ratio``.
+
+    Raises:
+        ConfigError: both or neither of ``ratio`` and ``pairs_per_step`` are set, or ``ratio`` is out of range.
     """
 
     def __init__(
@@ -66,9 +68,9 @@ class AdversarialAugmentation(Callback):
         self.refresh_every_n_steps = refresh_every_n_steps
         self.pairs_per_step = pairs_per_step
         self._pairs: list[list[EncodedPair]] = [[] for _ in stores]
-        # (first step, pairs of each store in force from it on): stores only ever grow at their ends
+        # (first step, number of pairs of each file in use from that step on); files grow at their ends only
         self._known: list[tuple[int, list[int]]] = []
-        self._saved_hashes: list[str] = []  # of a checkpoint: the pairs of each store in force then
+        self._saved_hashes: list[str] = []  # from a checkpoint: hashes of the pairs of each file in use then
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if not isinstance(pl_module, RewardModel):
@@ -77,7 +79,7 @@ class AdversarialAugmentation(Callback):
             pl_module.on_top = self.on_top
         else:
             pl_module.mix = self.mix
-        self._prepare(0)  # the loop draws its first batch before training starts
+        self._prepare(0)  # Lightning draws the first batch before on_train_start
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._prepare(trainer.global_step)
@@ -96,22 +98,22 @@ class AdversarialAugmentation(Callback):
         step = trainer.global_step
         if self.refresh_every_n_steps and step % self.refresh_every_n_steps == 0 and step > self._known[-1][0]:
             self._read()
-            self._refresh(step + 2)  # this step's batch is drawn, and the loop may have drawn the next one
+            self._refresh(step + 2)  # Lightning has drawn this step's batch and may have drawn the next one
 
     def mix(self, step: int, rows: list[EncodedPair]) -> list[EncodedPair]:
-        """The global batch of ``step`` with its share of adversarial pairs."""
+        """Returns the global batch of ``step`` with some rows replaced by adversarial pairs."""
         pool, mixed = self._pool(step), list(rows)
         for place, pair in draw_replacements(len(rows), len(pool), self.ratio or 0.0, self.seed, step):
             mixed[place] = pool[pair]
         return mixed
 
     def on_top(self, step: int) -> list[EncodedPair]:
-        """The adversarial pairs that join the global batch of ``step``."""
+        """Returns the adversarial pairs that are added to the global batch of ``step``."""
         pool = self._pool(step)
         return [pool[i] for i in draw_on_top(self.pairs_per_step, len(pool), self.seed, step)]
 
     def _pool(self, step: int) -> list[EncodedPair]:
-        """The pairs in force at ``step``."""
+        """Returns the pairs in use at ``step``."""
         counts = next((counts for first, counts in reversed(self._known) if step >= first), [])
         return [pair for pairs, count in zip(self._pairs, counts, strict=False) for pair in pairs[:count]]
 
@@ -123,14 +125,14 @@ class AdversarialAugmentation(Callback):
         hashes: Any = state_dict.get("sha256", [])
         if not _are_known(known) or not isinstance(hashes, list) or not all(isinstance(h, str) for h in hashes):
             raise CheckpointError(
-                "trainer.json of the checkpoint does not say which adversarial pairs were in use: remove that "
-                "checkpoint, and training goes on from the one before it"
+                "trainer.json of the checkpoint does not record which adversarial pairs were in use: remove that "
+                "checkpoint to resume from the one before it"
             )
         self._known = [(first, list(counts)) for first, counts in known]
         self._saved_hashes = list(hashes)
 
     def _hashes(self) -> list[str]:
-        """Hash of the tokens of the pairs in force, of each store."""
+        """Returns a hash of the tokens of the pairs in use, for each file."""
         counts = self._known[-1][1] if self._known else []
         return [
             hashlib.sha256(repr([(p.chosen, p.rejected) for p in pairs[:count]]).encode()).hexdigest()
@@ -151,7 +153,7 @@ class AdversarialAugmentation(Callback):
     def _refresh(self, first_step: int) -> None:
         counts = [len(pairs) for pairs in self._pairs]
         if dist.is_initialized() and dist.get_world_size() > 1:
-            # another process may have read a growing store a moment earlier: what all of them know counts
+            # ranks may read a growing file at different moments: use the pairs that all of them have read
             known = torch.tensor(counts, device=runtime.current().device)
             dist.all_reduce(known, op=dist.ReduceOp.MIN)
             counts = known.tolist()
@@ -160,7 +162,7 @@ class AdversarialAugmentation(Callback):
 
 
 def _are_known(value: Any) -> bool:
-    """Whether ``value`` is a list of (first step, pairs of each store) as :class:`AdversarialAugmentation` saves it."""
+    """Returns whether ``value`` is a list of (first step, pairs of each file), as the checkpoint stores it."""
     if not isinstance(value, list) or not all(isinstance(entry, list) and len(entry) == 2 for entry in value):
         return False
     return all(isinstance(counts, list) and _are_counts([first, *counts]) for first, counts in value)

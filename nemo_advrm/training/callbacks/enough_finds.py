@@ -1,4 +1,4 @@
-"""Ends an attack when it has found what selection needs."""
+"""Ends an attack when it has enough finds for selection."""
 
 from __future__ import annotations
 
@@ -18,22 +18,24 @@ from nemo_advrm.training.callbacks.rollout_records import TrajectoryRecorder
 class EnoughFinds(Callback):
     """Ends the training of an adversary at the step after which it has ``enough`` different finds.
 
-    What counts is what selection would look at if the training ended there: ``selection.last_fraction`` of the steps
-    so far. The finds must not fall short of the null count either (``selection.null_ratio``). They are logged as
+    Only the steps that selection would read if the training ended now are counted, the last ``selection.last_fraction``
+    of the steps so far. The finds must also reach ``selection.null_ratio`` times the null count. They are logged as
     ``finds``.
 
-    A restarted training ends where the unbroken one does: the finds of the steps before are read from the samples. Must
-    come after the recorder of these, and before what acts at the last step of a training.
+    A restarted training ends at the same step, because the finds of earlier steps are read from the samples. The
+    callback must come after ``recorder``, and before callbacks that act at the last step of a training.
 
     Args:
-        recorder: of the adversary's samples; its rows are looked at.
+        recorder: recorder of the adversary's samples, whose rows are read.
+        rule: the selection rule that decides what is a find.
+        enough: number of different finds.
     """
 
     def __init__(self, recorder: TrajectoryRecorder, rule: FindRule, enough: int) -> None:
         self.recorder = recorder
         self.rule = rule
         self.enough = enough
-        # of every step: its finds, and how many samples it had
+        # for every step: its finds and its number of samples
         self._steps: list[tuple[set[Find], int]] = []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -50,12 +52,12 @@ class EnoughFinds(Callback):
         found = len(set().union(*(finds for finds, _ in last)))
         pl_module.step_metrics["finds"] = found
         if found >= self.enough and not self.rule.falls_short(found, sum(count for _, count in last)):
-            # the other callbacks treat this step as the last one
+            # so that the other callbacks treat this step as the last one
             pl_module.max_steps = trainer.global_step
             trainer.should_stop = True
 
     def _read(self, steps: int) -> list[tuple[set[Find], int]]:
-        """The finds of the steps before a restart."""
+        """Returns the finds of the steps before a restart."""
         by_step: list[list[dict[str, Any]]] = [[] for _ in range(steps)]
         for _, row in read_rows(self.recorder.path, ATTACK_SAMPLE, "an attack", RESTORE_ROWS) if steps else ():
             by_step[row["step"]].append(row)

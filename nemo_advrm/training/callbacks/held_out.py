@@ -20,16 +20,15 @@ from nemo_advrm.rollouts.types import Prompt
 class HeldOutEvaluation(Callback):
     """Adds ``held_out/proxy``, ``held_out/kl`` and, with ``gold``, ``held_out/gold`` to the metrics of a step.
 
-    The policy is evaluated as it is before the step's update, as all metrics of the step are: at step 0 it is the one
-    that RL starts from. Prompts and random numbers are the same each time, so that two evaluations differ by the policy
-    alone. Nothing of it reaches training: random numbers are drawn from a generator of its own, and a step of training
-    seeds its own.
+    The policy is evaluated before the step's update, like all metrics of a step: at step 0 it is the initial policy.
+    Prompts and random numbers are the same each time, so that two evaluations differ in the policy only. Training is
+    not affected: the random numbers come from a separate generator, and every training step sets its own seed.
 
     Args:
-        prompts: none of which training has; one response is sampled to each.
-        every: steps between evaluations; the last step is evaluated too.
-        gold: judges for evaluation only; None where there is none.
-        seed: of the random numbers.
+        prompts: prompts that are not trained on; one response is sampled to each.
+        every: steps between evaluations; the last step is evaluated as well.
+        gold: scores for evaluation; None without a gold reward.
+        seed: seed of the random numbers.
     """
 
     def __init__(self, prompts: list[Prompt], every: int, gold: RewardSource | None, seed: int) -> None:

@@ -1,4 +1,4 @@
-"""Writes every step's metrics to ``metrics.jsonl``, once each, also across restarts."""
+"""Writes the metrics of every step to ``metrics.jsonl``, exactly once, also across restarts."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ _log = logging.getLogger(__name__)
 
 
 class MetricsWriter(Callback):
-    """One JSON line per step; ``step`` counts completed steps of training, or rollouts' policy updates for RL.
+    """Writes one JSON line per step.
 
     Args:
-        path: the file; rows after the step a restart begins at are removed first.
-        first_step: number of the first training step's row (RL rows describe the policy before the update: 0).
+        path: the file; at a restart, rows of later steps are removed.
+        first_step: ``step`` of the first row: 1 counts completed steps; 0 for RL, whose metrics describe the policy
+            before the update.
     """
 
     def __init__(self, path: Path, first_step: int = 1) -> None:
@@ -36,7 +37,7 @@ class MetricsWriter(Callback):
             lost = lost_steps(self.path, range(self.first_step, resume_step + 1))
             if lost:
                 _log.warning("%s; training goes on after step %d", lost, trainer.global_step)
-            # Lightning repeats the validation of the step at which training goes on
+            # at a restart Lightning repeats the validation of the step before
             if has_validation(self.path, resume_step):
                 self._validated = resume_step
 

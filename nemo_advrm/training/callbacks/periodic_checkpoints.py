@@ -47,9 +47,9 @@ def newest_usable(directory: Path, verify_weights: bool) -> Path | None:
             return path
         damaged.append((path, problem))
     if damaged:
-        told = "; ".join(f"{path.name}: {problem}" for path, problem in damaged)
+        problems = "; ".join(f"{path.name}: {problem}" for path, problem in damaged)
         raise CheckpointError(
-            f"{directory}: every checkpoint is damaged ({told}); remove the directory to train from the start"
+            f"{directory}: every checkpoint is damaged ({problems}); remove the directory to train from the start"
         )
     return None
 

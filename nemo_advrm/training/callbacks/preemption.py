@@ -1,4 +1,4 @@
-"""Stops a training that a signal asked to end: all ranks agree at a step, save, and leave with Preempted."""
+"""Stops a training after a signal: all ranks agree on a step, save a checkpoint and raise Preempted."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ from nemo_advrm.training.strategy import MegatronStrategy
 
 
 def keep_signals(trainer: Trainer) -> None:
-    """Keep Lightning's handler of SIGTERM out: it would end the training wherever it stands, with status 0."""
+    """Disables Lightning's handler of SIGTERM, which would end the training at any point, with status 0."""
     trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
 
 
 class PreemptionCheckpoint(Checkpoint):
-    """Saves ``step_NNNNNNNN`` at the end of the step in which any rank got a signal, and raises Preempted on all.
+    """Saves ``step_NNNNNNNN`` at the end of the step in which any rank received a signal, and raises Preempted on all.
 
-    This save is waited for. One that is under way in the background is completed if it is written, else given up: it
-    would take from the time that is left.
+    The save is synchronous. A background save in progress is completed if its files are written, else abandoned,
+    because the time until the process is killed is limited.
 
-    The last step of a training is not stopped: what follows it is short. Must come after whatever writes the step's
-    records, and before PeriodicCheckpoint, which would wait for the save under way and begin one of its own.
+    The training is not stopped after its last step, because little work follows. The callback must come after those
+    that write the step's records, and before PeriodicCheckpoint, which would wait for the background save and start
+    another one.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -40,7 +41,7 @@ class PreemptionCheckpoint(Checkpoint):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         step = trainer.global_step
-        # the signal may reach one rank only, or different ranks at different steps: the decision is everybody's
+        # the signal may reach one rank only, or ranks at different steps, so all ranks decide together
         reason = stopping.asked()
         if not reason or step >= pl_module.max_steps:  # type: ignore[operator]
             return
@@ -53,5 +54,5 @@ class PreemptionCheckpoint(Checkpoint):
 
 
 def stopped_and_saved(reason: str, path: Path, step: int) -> Preempted:
-    """What ends a training at ``step``, which is saved in ``path``."""
+    """Returns the exception that ends a training at ``step``, saved in ``path``."""
     return Preempted(f"stopped by {reason} after step {step}, saved in {path}; the same command goes on from there")

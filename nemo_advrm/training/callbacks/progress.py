@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, plain lines when the output is piped."""
+"""Shows the progress of a training: a bar on a terminal, plain lines when the output is piped."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from nemo_advrm.engine import runtime
 
-# shown when present, in this order
+# metrics that are shown if present, in this order
 _SHOWN = [
     "train/loss",
     "train/accuracy",
@@ -34,7 +34,7 @@ def _line(metrics: dict[str, Any]) -> str:
 
 
 class StepProgress(Callback):
-    """Shows step, a few metrics and the time left."""
+    """Shows the step, a few metrics and the remaining time."""
 
     def __init__(self, title: str, every: int) -> None:
         self.title = title

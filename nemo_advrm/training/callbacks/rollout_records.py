@@ -1,4 +1,4 @@
-"""Records what a policy wrote: the adversary's whole trajectory, and RLHF's gold reward and samples."""
+"""Records the responses of a policy: all responses of an adversary, and samples and gold of RLHF."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _log = logging.getLogger(__name__)
 
 
 class _RolloutWriter(Callback):
-    """Appends rows made of the last rollouts of all data-parallel ranks to a JSON-lines file."""
+    """Base class: appends rows of the last rollouts of all data-parallel ranks to a JSON-lines file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -37,7 +37,7 @@ class _RolloutWriter(Callback):
         run_on_rank_zero(self._check_rows, trainer.global_step, pl_module.config.rl)
 
     def _check_rows(self, steps: int, rl: RLConfig) -> None:
-        """Called when training begins after so many ``steps``: their rows must be there."""
+        """Checks at the start of training that the rows of the ``steps`` before it are in the file."""
         raise NotImplementedError
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -57,9 +57,15 @@ class _RolloutWriter(Callback):
 
 
 class TrajectoryRecorder(_RolloutWriter):
-    """Every response of the adversary with its scores, z and Z(U); gold is computed for evaluation only.
+    """Records every response of an adversary with its scores, z and Z(U), and logs success rates.
 
     ``last_rows`` are this data-parallel rank's rows of the last step.
+
+    Args:
+        path: the file to write, in the adversary's directory.
+        target: the attacked member, from 1.
+        sft_responses: SFT responses to the prompts with their scores.
+        gold: scores for evaluation; None without a gold reward.
     """
 
     def __init__(self, path: Path, target: int, sft_responses: SFTScores, gold: RewardSource | None) -> None:
@@ -70,10 +76,10 @@ class TrajectoryRecorder(_RolloutWriter):
         self.last_rows: list[dict[str, Any]] = []
 
     def _check_rows(self, steps: int, rl: RLConfig) -> None:
-        # samples are what an attack is for
+        # samples are the result of an attack: missing ones are an error
         lost = lost_steps(self.path, range(steps), rl.prompts_per_step * rl.group_size, exact=True)
         if lost:
-            raise DataError(f"{lost}: restore the file, or remove {self.path.parent} and this attack starts over")
+            raise DataError(f"{lost}: restore the file, or remove {self.path.parent} to start this attack over")
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -105,7 +111,14 @@ class TrajectoryRecorder(_RolloutWriter):
 
 
 class OveroptimizationTracker(_RolloutWriter):
-    """Follows gold beside the proxy that RLHF optimises: adds ``gold`` to the step's metrics, keeps a few samples."""
+    """Adds ``gold`` to the metrics of RLHF's steps and records a few samples.
+
+    Args:
+        path: the file of samples to write.
+        gold: scores for evaluation; None without a gold reward.
+        every: steps between evaluations; the last step is evaluated as well.
+        samples: recorded samples per evaluated step and data-parallel rank.
+    """
 
     def __init__(self, path: Path, gold: RewardSource | None, every: int, samples: int) -> None:
         super().__init__(path)
@@ -114,7 +127,7 @@ class OveroptimizationTracker(_RolloutWriter):
         self.samples = samples
 
     def _check_rows(self, steps: int, rl: RLConfig) -> None:
-        # how many rows a step has depends on the number of replicas, which may be another now
+        # the rows of a step are not counted: they depend on the number of replicas, which may have changed
         lost = lost_steps(self.path, range(0, steps, self.every)) if self.samples else ""
         if lost:
             _log.warning("%s; training goes on after step %d", lost, steps)

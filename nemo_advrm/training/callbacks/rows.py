@@ -1,4 +1,4 @@
-"""Rows that a training appends to a file, which a restart must find there up to the step it goes on from."""
+"""Checks at a restart the rows that a training has appended to its files."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from nemo_advrm.engine.collectives import run_on_rank_zero
 
 
 def open_rows(path: Path, resume_step: int) -> JsonlWriter | None:
-    """The writer of ``path`` on the writing rank, None on the others; all ranks call.
+    """Opens ``path`` for appending on the writing rank; returns None on the others. All ranks call.
 
-    Rows of later steps than ``resume_step`` are removed. Raises DataError on every rank when the file cannot be used.
+    Rows of steps after ``resume_step`` are removed. Raises DataError on every rank when the file cannot be used.
     """
     opened: list[JsonlWriter] = []
     run_on_rank_zero(lambda: opened.append(JsonlWriter(path, resume_step=resume_step)))
@@ -21,9 +21,9 @@ def open_rows(path: Path, resume_step: int) -> JsonlWriter | None:
 
 
 def lost_steps(path: Path, steps: Iterable[int], rows: int = 1, exact: bool = False) -> str:
-    """Which of ``steps`` have fewer than ``rows`` rows in ``path``, in words; "" when none has.
+    """Returns a message that names the ``steps`` with fewer than ``rows`` rows in ``path``, "" without any.
 
-    With ``exact`` more rows are wrong, too: they would count twice.
+    With ``exact``, steps with more rows are named as well, because these rows would count twice.
     """
     found = read_appended_jsonl(path)[0] if path.exists() else []
     there = Counter(row.get("step") for _, row in found if isinstance(row, dict))
@@ -39,7 +39,7 @@ def lost_steps(path: Path, steps: Iterable[int], rows: int = 1, exact: bool = Fa
 
 
 def has_validation(path: Path, step: int) -> bool:
-    """Whether ``path`` has the row of the validation after ``step``."""
+    """Returns whether ``path`` has the row of the validation after ``step``."""
     rows = read_appended_jsonl(path)[0] if path.exists() else []
     of_step = [row for _, row in rows if isinstance(row, dict) and row.get("step") == step]
     return any(key.startswith("val/") for row in of_step for key in row)
