@@ -7,7 +7,7 @@ from dataclasses import replace
 from nemo_advrm.config.layout import at_layout
 from nemo_advrm.config.schema import Config
 from nemo_advrm.pipeline.dag import LIGHT, find, of_run
-from nemo_advrm.pipeline.rounds import Pipeline
+from nemo_advrm.pipeline.runner import Pipeline
 from nemo_advrm.run_directory import run_dir
 
 

@@ -61,7 +61,7 @@ def are_there(directory: Path, step: Step, written: dict[str, Any] | None) -> bo
 
 
 def _names(directory: Path, step: Step) -> list[str]:
-    if step.kind == "preferences":  # a file for each member, and the validation pairs
+    if step.kind == "preferences":  # one file per member, and the validation pairs
         return sorted(str(path.relative_to(directory)) for path in (directory / step.name).glob("*.jsonl"))
     if step.kind == "best_of_n":
         return [f"{step.name}.json"]
@@ -71,5 +71,5 @@ def _names(directory: Path, step: Step) -> list[str]:
 
 def _damaged(step: Step, problem: str, remove: Path) -> DataError:
     return DataError(
-        f"{step.name} is complete, but {problem}: restore it, or remove {remove} and the stage is done again"
+        f"{step.name} is complete, but {problem}: restore it, or remove {remove} to run the step again"
     )

@@ -1,4 +1,4 @@
-"""The branches of a pipeline, which harden the members of round 0 in different ways, and where their parts are."""
+"""The branches of a pipeline, which harden the members of round 0 in different ways, and their directories."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ MAIN = ""  # the name of the main rounds
 
 
 def all_branches(cfg: Config) -> dict[str, BranchConfig]:
-    """The main rounds and every branch of ``pipeline.branches``, by name."""
+    """Returns the main rounds and every branch of ``pipeline.branches``, by name."""
     main = BranchConfig(rounds=cfg.pipeline.rounds, plain_members=cfg.pipeline.plain_members)
     return {MAIN: main, **cfg.pipeline.branches}
 
 
 def home(branch: str, number: int) -> str:
-    """The directory of a round, below the run's."""
+    """Returns the directory of a round, relative to the run directory."""
     return f"round_{number}" if branch == MAIN else f"branches/{branch}/round_{number}"
 
 
 def attack_home(cfg: Config, branch: str, number: int) -> str:
-    """The directory that holds a round's reference, attack and pairs.
+    """Returns the directory of a round's SFT responses, attack and pairs, relative to the run directory.
 
     A branch that attacks the same members in the same way as the main rounds shares their round 0.
     """
@@ -40,31 +40,31 @@ def attack_home(cfg: Config, branch: str, number: int) -> str:
 
 
 def member_step(cfg: Config, branch: str, number: int, member: int) -> str:
-    """The step that trains a member of a round, which is the directory it leaves, too."""
+    """Returns the name of the step that trains a member of a round, which is also its directory."""
     own = number > 0 or (member > 1 and _own_members(cfg, all_branches(cfg)[branch]))
     return f"{home(branch if own else MAIN, number)}/rm_{member}"
 
 
 def member_steps(cfg: Config, branch: str, number: int) -> tuple[str, ...]:
-    """The same of all members, R_1 first."""
+    """Returns the names of the steps that train all members of a round, R_1 first."""
     return tuple(member_step(cfg, branch, number, k) for k in range(1, cfg.ensemble.size + 1))
 
 
 def trunk_step(cfg: Config, branch: str, member: int) -> str:
-    """The step whose SFT policy a member starts from."""
+    """Returns the name of the step that trains the SFT policy a member starts from."""
     own = cfg.ensemble.own_trunk or all_branches(cfg)[branch].own_trunk
     return f"sft_{member}" if own and member > 1 else "sft"
 
 
 def last_round(cfg: Config, branch: str, detail: Callable[[str, str], Any]) -> int:
-    """The last round whose reward models are trained; ``detail(step, key)`` reads ``state.json``."""
+    """Returns the last round whose reward models are trained; ``detail(step, key)`` reads ``state.json``."""
     rounds = all_branches(cfg)[branch].rounds
     ended = (n for n in range(rounds) if detail(f"{attack_home(cfg, branch, n)}/select", "stop"))
     return next(ended, rounds)
 
 
 def arm_round(cfg: Config, arm: RLHFRunConfig) -> int:
-    """The round of the members that an arm's reward is made of, as if none ended its branch early."""
+    """Returns the round of the members of an arm's reward, as if no round ended its branch early."""
     rounds = all_branches(cfg)[arm.branch].rounds
     if arm.round is not None:
         return arm.round
@@ -72,25 +72,25 @@ def arm_round(cfg: Config, arm: RLHFRunConfig) -> int:
 
 
 def is_standardised(cfg: Config, arm: RLHFRunConfig) -> bool:
-    """Whether an arm's reward is made of z-scores, for which it needs its round's reference."""
+    """Returns whether an arm's reward combines z-scores, which need the scores of round 0's SFT responses."""
     return arm.standardise or (arm.reward == "ensemble" and cfg.ensemble.standardise)
 
 
 def check(cfg: Config) -> None:
-    """Raise ConfigError for branches and arms that cannot be."""
+    """Raises ConfigError for impossible branches and arms."""
     known = all_branches(cfg)
     if cfg.ensemble.own_trunk and not cfg.pipeline.sft:
         raise ConfigError("ensemble.own_trunk=true: needs pipeline.sft=true, which trains the SFT policies")
     for name, options in known.items():
         key = f"pipeline.branches.{name}" if name else "pipeline"
         if name and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
-            raise ConfigError(f"{key}: a branch is named by letters, digits, _ . and -")
+            raise ConfigError(f"{key}: the name of a branch may have letters, digits, _ . and -")
         if options.own_trunk and not cfg.pipeline.sft:
             raise ConfigError(f"{key}.own_trunk=true: needs pipeline.sft=true, which trains the SFT policies")
         if options.pairs == "random" and options.rounds > cfg.pipeline.rounds:
             raise ConfigError(
-                f"{key}.rounds={options.rounds}: random pairs are as many as the main rounds selected, of which there "
-                f"are pipeline.rounds={cfg.pipeline.rounds}"
+                f"{key}.rounds={options.rounds}: random pairs are as many as the main rounds selected, and there are "
+                f"only pipeline.rounds={cfg.pipeline.rounds} of these"
             )
         for member in options.plain_members:
             if member > cfg.ensemble.size:
@@ -107,7 +107,7 @@ def check(cfg: Config) -> None:
 
 
 def reward_of(cfg: Config, arm: RLHFRunConfig) -> tuple[Any, ...]:
-    """What tells apart the rewards of arms; arms with another KL penalty or scale have the same."""
+    """Returns a key that identifies an arm's reward; arms that differ in the KL penalty only have the same key."""
     features = arm.reference_features and bool(cfg.reward_model.reference_features)
     combined = (arm.aggregate, arm.coefficient, is_standardised(cfg, arm)) if arm.reward == "ensemble" else ()
     return (arm.branch, arm_round(cfg, arm), features, *combined)

@@ -1,4 +1,4 @@
-"""The stages of a pipeline in their order and what each waits for; stage ``stages`` prints them for job schedulers."""
+"""The steps of a pipeline and their dependencies; the command ``stages`` prints them for job schedulers."""
 
 from __future__ import annotations
 
@@ -28,34 +28,34 @@ from nemo_advrm.pipeline.branches import (
 )
 from nemo_advrm.run_directory import held_arms
 
-# stages that compute nothing with a model: one process is enough
+# kinds of steps that use no model, for which one process is enough
 LIGHT = ("join", "select", "random", "report")
 
 
 @dataclass(frozen=True)
 class Step:
-    """One stage of the pipeline. ``name`` is its name in ``state.json``, ``after`` are the names it waits for."""
+    """One step of the pipeline. ``name`` is its name in ``state.json``, ``after`` names the steps it waits for."""
 
     name: str
-    # sft | preferences | train_rm | reference | attack (one adversary) | join (all of them) | select | random | rlhf |
-    # samples (of best-of-n) | best_of_n (one reward's curve) | room | report
+    # sft | preferences | train_rm | reference | attack (one adversary) | join (all adversaries) | select | random |
+    # rlhf | samples (of best-of-n) | best_of_n (one reward's curve) | room | report
     kind: str
     after: tuple[str, ...] = ()
     round: int = 0
-    member: int = 0  # of train_rm and sft, from 1
-    branch: str = MAIN  # of pipeline.branches
-    adversary: tuple[int, int] = (0, 0)  # of attack: direction, from 1, and number, from 0
-    arm: str = ""  # of rlhf, best_of_n and room, a name of pipeline.rlhf
-    seed: int = 1  # of rlhf: which of the arm's runs
+    member: int = 0  # train_rm and sft: the member, from 1
+    branch: str = MAIN  # a name of pipeline.branches
+    adversary: tuple[int, int] = (0, 0)  # attack: the target, from 1, and the adversary's number, from 0
+    arm: str = ""  # rlhf, best_of_n and room: a name of pipeline.rlhf
+    seed: int = 1  # rlhf: number of the arm's run, from 1
 
 
 def labels_by_gold(cfg: Config) -> bool:
-    """Whether the first preference pairs are those of the embedded language, whose annotators judge by gold."""
+    """Returns whether the preference pairs are those of the embedded language, labelled by simulated annotators."""
     return cfg.pipeline.gold == "synthetic" and not cfg.data.train_path
 
 
 def order(cfg: Config) -> list[Step]:
-    """Every stage, each after those it waits for; the rounds as if none ended them early."""
+    """Returns every step, each after those it waits for, as if no round ended early."""
     steps: list[Step] = []
     if cfg.pipeline.sft:
         trunks = {trunk_step(cfg, name, k) for name in all_branches(cfg) for k in range(1, cfg.ensemble.size + 1)}
@@ -71,9 +71,9 @@ def order(cfg: Config) -> list[Step]:
 
 
 def of_run(cfg: Config) -> tuple[Config, list[Step]]:
-    """``cfg`` with the arms and branches that its run directory holds besides, and the stages that ``cfg`` asks for.
+    """Returns ``cfg`` with all arms and branches that its run directory holds, and the steps that ``cfg`` asks for.
 
-    Raises ConfigError for branches and arms that cannot be.
+    Raises ConfigError for impossible branches and arms.
     """
     run = held_arms.whole(cfg, Path(cfg.run_dir))
     check(run)
@@ -81,9 +81,10 @@ def of_run(cfg: Config) -> tuple[Config, list[Step]]:
 
 
 def asked(cfg: Config, whole: Config) -> list[Step]:
-    """The stages of a run that ``cfg`` asks for; ``whole`` has the arms and branches that the run holds besides.
+    """Returns the steps that ``cfg`` asks for; ``whole`` has all arms and branches that the run directory holds.
 
-    The branches of arms that are asked for are, too. The curve of a reward has the name of the run's first arm with it.
+    They include the branches of the arms in ``cfg``. The curve of a reward is named after the run's first arm with that
+    reward.
     """
     arms = cfg.pipeline.rlhf
     named = {*cfg.pipeline.branches, *(arm.branch for arm in arms.values())}
@@ -104,7 +105,7 @@ def asked(cfg: Config, whole: Config) -> list[Step]:
 
 
 def _branch(cfg: Config, branch: str, options: BranchConfig) -> list[Step]:
-    """The rounds of a branch, without what it shares with the main ones. The main rounds end with an attack, too."""
+    """Returns the steps of a branch that it does not share with the main rounds, which end with an attack."""
     steps = []
     for number in range(options.rounds + 1):
         members = member_steps(cfg, branch, number)
@@ -115,15 +116,15 @@ def _branch(cfg: Config, branch: str, options: BranchConfig) -> list[Step]:
         is_attacked = number < options.rounds or branch == MAIN
         if place != home(branch, number) or not is_attacked or options.pairs == "none":
             continue
-        reference = Step(f"{place}/reference", "reference", _with_responses(members, number, branch), number, 0, branch)
-        steps.append(reference)
+        responses = Step(f"{place}/reference", "reference", _with_responses(members, number, branch), number, 0, branch)
+        steps.append(responses)
         if options.pairs == "random":
             as_many = f"{attack_home(cfg, MAIN, number)}/select"
-            steps.append(Step(f"{place}/select", "random", (reference.name, as_many), number, 0, branch))
+            steps.append(Step(f"{place}/select", "random", (responses.name, as_many), number, 0, branch))
             continue
         adversaries = [
-            Step(f"{place}/attack/{policy_name(d, i)}", "attack", (reference.name,), number, 0, branch, (d, i))
-            for d in cfg.adversarial.target_members
+            Step(f"{place}/attack/{policy_name(k, i)}", "attack", (responses.name,), number, 0, branch, (k, i))
+            for k in cfg.adversarial.target_members
             for i in range(cfg.adversarial.num_adversaries)
         ]
         steps += adversaries
@@ -135,7 +136,7 @@ def _branch(cfg: Config, branch: str, options: BranchConfig) -> list[Step]:
 
 
 def _are_all_used(cfg: Config, branch: str, number: int) -> bool:
-    """Whether more than R_1 is used of a round's members: they are attacked, or some arm combines them."""
+    """Returns whether all members of a round are used, in an attack or combined by an arm, and not R_1 alone."""
     combine = (arm for arm in cfg.pipeline.rlhf.values() if arm.reward == "ensemble" and arm.branch == branch)
     return (
         branch == MAIN
@@ -145,7 +146,7 @@ def _are_all_used(cfg: Config, branch: str, number: int) -> bool:
 
 
 def _before_training(cfg: Config, branch: str, number: int, member: int) -> tuple[str, ...]:
-    """What the training of a member waits for: its pairs, and the model it starts from."""
+    """Returns the steps that the training of a member waits for: its pairs, and the model it starts from."""
     if number:
         before = [f"{attack_home(cfg, branch, number - 1)}/select"]
         if all_branches(cfg)[branch].pairs == "none":
@@ -158,7 +159,7 @@ def _before_training(cfg: Config, branch: str, number: int, member: int) -> tupl
 
 
 def _with_responses(members: tuple[str, ...], number: int, branch: str) -> tuple[str, ...]:
-    """What a reference waits for: the members that score it, and the SFT responses, which are sampled once."""
+    """Returns the steps that scoring SFT responses waits for: the members, and round 0, which samples them."""
     return members if (number, branch) == (0, MAIN) else (*members, "round_0/reference")
 
 
@@ -171,14 +172,14 @@ def _arm(cfg: Config, name: str) -> list[Step]:
 
 
 def _before_arm(cfg: Config, arm: RLHFRunConfig) -> tuple[str, ...]:
-    """What the reward of an arm is made of."""
+    """Returns the steps that an arm's reward waits for."""
     needed = member_steps(cfg, arm.branch, arm_round(cfg, arm))[: None if arm.reward == "ensemble" else 1]
-    # by whose responses the members are standardised
+    # the members are standardised by their scores of round 0's SFT responses
     return (*needed, "round_0/reference") if is_standardised(cfg, arm) else needed
 
 
 def _best_of_n(cfg: Config) -> list[Step]:
-    """The samples, and a curve for every reward, under the name of the first arm that has it."""
+    """Returns the steps of best-of-n: the samples, and a curve for every reward, named after the first arm with it."""
     if not cfg.pipeline.best_of_n:
         return []
     arms: dict[Any, str] = {}
@@ -200,7 +201,7 @@ def _room(cfg: Config, runs: list[Step]) -> list[Step]:
 
 
 def most_at_once(steps: list[Step]) -> int:
-    """At most how many steps can be worked on side by side: the widest level of steps that wait for each other."""
+    """Returns how many steps can run at the same time at most: the widest level of the graph."""
     level: dict[str, int] = {}
     for step in steps:
         level[step.name] = 1 + max((level[name] for name in step.after), default=0)
@@ -208,7 +209,7 @@ def most_at_once(steps: list[Step]) -> int:
 
 
 def added_since(step: Step, detail: Callable[[str, str], Any]) -> list[str]:
-    """The RLHF runs of the room's arm that it was not measured on, as far as that is known; of no other step."""
+    """Returns the RLHF runs that the step ``room`` was not measured on; empty for other steps, or when not recorded."""
     known = detail(step.name, "runs")
     if step.kind != "room" or not known:
         return []
@@ -216,7 +217,7 @@ def added_since(step: Step, detail: Callable[[str, str], Any]) -> list[str]:
 
 
 def find(among: list[Step], name: str) -> Step:
-    """The stage of that name; ConfigError when there is none."""
+    """Returns the step of that name. Raises ConfigError that names the nearest one when there is none."""
     steps = {step.name: step for step in among}
     if name not in steps:
         raise ConfigError(
@@ -226,5 +227,5 @@ def find(among: list[Step], name: str) -> Step:
 
 
 def is_skipped(cfg: Config, step: Step, detail: Callable[[str, str], Any]) -> bool:
-    """Whether a step belongs to a round that is left out; ``detail(step, key)`` reads ``state.json``."""
+    """Returns whether a step belongs to a round after the last one; ``detail(step, key)`` reads ``state.json``."""
     return step.round > last_round(cfg, step.branch, detail)

@@ -1,179 +1,298 @@
-"""Stage ``pipeline``: train the ensemble, attack it, retrain it, round after round; then RLHF and the report.
+"""The rounds of Adv-RM (Bukharin et al., arXiv 2504.06141): what each step reads, computes and writes.
 
-Every step reads and writes files of the run directory only. ``state.json`` says which are complete; a run that was
-stopped goes on with those that are not. A process takes the first step that is ready and that no other process works
-on, so that several workers of one command (``pipeline.jobs``) share the steps: see :mod:`nemo_advrm.pipeline.workers`.
+    sft          fine-tunes the policy that all reward models and adversaries start from
+    train_rm     round 0: trains the members of the ensemble on preference pairs
+    reference    scores SFT responses by the members                                       -> reference.jsonl
+    attack       trains adversaries that a target scores high and the others low           -> attack/
+    select       keeps samples on which the members disagree, paired with SFT responses    -> pairs.jsonl
+    train_rm     next round: retrains the members with the adversarial pairs of all rounds before
+    rlhf         after the last round: trains policies against the plain and the hardened rewards
+
+A step reads files of earlier steps in the run directory and writes its own, so that a stopped run resumes at any step.
+:mod:`nemo_advrm.pipeline.dag` orders the steps and :mod:`nemo_advrm.pipeline.runner` runs them.
 """
 
 from __future__ import annotations
 
-import time
+import json
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from nemo_advrm import locks
-from nemo_advrm.attacks.run import check_target_members
+import torch
+
+from nemo_advrm import files
+from nemo_advrm.attacks.pair_selection import (
+    RANDOM_PAIRS,
+    dropped,
+    found_lines,
+    random_pairs,
+    reason_to_stop,
+    select_round,
+)
+from nemo_advrm.attacks.run import AttackRun, join_attacks
 from nemo_advrm.config import for_stage
-from nemo_advrm.config.schema import Config
-from nemo_advrm.config.validation import check_held_out
-from nemo_advrm.engine import runtime, stopping
+from nemo_advrm.config.schema import Config, RLHFRunConfig
+from nemo_advrm.data.jsonl import write_jsonl_atomic
+from nemo_advrm.engine import runtime
+from nemo_advrm.engine.builders import build_policy
 from nemo_advrm.engine.collectives import run_on_rank_zero
-from nemo_advrm.errors import ConfigError
-from nemo_advrm.pipeline import artefacts, branches
-from nemo_advrm.pipeline.dag import Step, added_since, is_skipped, of_run
+from nemo_advrm.evaluation.best_of_n_sampling import SAMPLES, best_of_n_prompts, curve_of_reward, sample_best_of_n
+from nemo_advrm.evaluation.room import measure_room
+from nemo_advrm.objectives.sft_statistics import MemberStatistics, fit_members
+from nemo_advrm.pipeline import branches
+from nemo_advrm.pipeline.dag import Step, order
+from nemo_advrm.pipeline.run_inputs import Inputs
 from nemo_advrm.pipeline.state import RunState
-from nemo_advrm.pipeline.steps import Inputs, Steps
-from nemo_advrm.rank_info import worker
-from nemo_advrm.run_directory import cost, run_dir
+from nemo_advrm.rewards.base import RewardSource, checked_scores
+from nemo_advrm.rewards.ensemble import UncertaintyReward
+from nemo_advrm.rewards.sft_responses import read_rollouts, read_sft_scores, write_sft_scores
+from nemo_advrm.rewards.sources import build_gold, load_members
+from nemo_advrm.rewards.standardisation import combined
+from nemo_advrm.rollouts.sample import sample
+from nemo_advrm.rollouts.types import Rollouts
+from nemo_advrm.seeds import derive_seed
+from nemo_advrm.training.reward_model_training import bootstrap, keep_back, retrain_warm, train_reward_model
+from nemo_advrm.training.rlhf_training import run_rlhf
+from nemo_advrm.training.sft_training import train_sft
 
-# between looks of a worker for a step that has become ready
-LOOK_SECONDS = 0.25
 
+class Rounds:
+    """The steps of one run.
 
-class Pipeline:
-    """The steps of one run directory, as this process takes them.
-
-    A run may hold arms and branches that ``cfg`` does not ask for: their steps are left alone.
+    Args:
+        cfg: configuration of the run, with all branches and arms that the run directory holds.
+        state: state of the run, for details that later steps read.
+        inputs: encoded rows and prompts.
     """
 
-    def __init__(self, cfg: Config) -> None:
+    def __init__(self, cfg: Config, state: RunState, inputs: Inputs) -> None:
+        self.cfg = cfg
+        self.state = state
+        self.inputs = inputs
         self.directory = Path(cfg.run_dir)
-        check(cfg)
-        found = Inputs(cfg)
-        if worker() <= 1:
-            found.check()
-        run_dir.claim(cfg, self.directory, "pipeline", shared=True)
-        self.cfg, self.order = run_on_rank_zero(of_run, cfg)
-        self.state = RunState(self.directory / "state.json", cfg.seed)
-        self.steps = Steps(self.cfg, self.state, found)
+        self.tokenizer = inputs.tokenizer
+        self.gold = build_gold(cfg, self.tokenizer)
 
-    def run(self, only: Step | None = None) -> None:
-        """Run every step that is not complete, or just ``only``, whose forerunners must be complete."""
-        self._look_at([step for step in self.order if only is None or step.name in only.after])
-        self._reopen([step for step in self.order if only is None or step.name == only.name])
-        if only is not None and only.kind == "report":
-            self._check_forerunners(only)
-            self._report()
-        elif only is not None:
-            self._check_forerunners(only)
-            self._say_what_ended(only)
-            if not self._is_over(only) and self._take(only):
-                self._do(only)
-        else:
-            while left := [step for step in self.order if step.kind != "report" and not self._is_over(step)]:
-                self._next(left)
-            self._say_what_ended()
-            if worker() <= 1:
-                self._report()
+    def do(self, step: Step) -> None:
+        """Does the work of one step."""
+        work: dict[str, Callable[[Step], None]] = {
+            "sft": self._sft,
+            "preferences": self._annotate_preferences,
+            "train_rm": self._train_member,
+            "reference": self._score_sft_responses,
+            "attack": self._attack,
+            "join": self._join_attacks,
+            "select": self._select,
+            "random": self._draw_pairs,
+            "rlhf": self._rlhf,
+            "samples": self._sample_best_of_n,
+            "best_of_n": self._best_of_n,
+            "room": self._room,
+        }
+        work[step.kind](step)
 
-    def _next(self, left: list[Step]) -> None:
-        """Do the first step that is ready and that nobody else works on; if there is none, wait a moment for one."""
-        waiting = {step.name for step in left}
-        ready = [step for step in left if waiting.isdisjoint(step.after)]
-        stopping.leave_if_asked(f"before {(ready or left)[0].name}: the same command goes on there")
-        taken = next((step for step in ready if self._take(step)), None)
-        if taken is not None:
-            self._do(taken)
-            return
-        time.sleep(LOOK_SECONDS)
-        self.state.reload()
+    def _sft(self, step: Step) -> None:
+        cfg = for_stage(self.cfg, "sft")
+        if step.member > 1:  # a trunk of its own: other weights, and the same rows in another order
+            cfg = replace(cfg, seed=derive_seed(cfg.seed, "trunk", step.member))
+        train_sft(cfg, self.tokenizer, self.directory / step.name, self.inputs.sft_rows)
 
-    def _take(self, step: Step) -> bool:
-        """Become the process that works on a step; False when it is complete by now, or another worker has it.
+    def _annotate_preferences(self, step: Step) -> None:
+        """Writes pairs of the embedded language: each member's by its own annotators, validation pairs by gold."""
+        from nemo_advrm.synthetic.annotated_pairs import annotated_pairs, favourites_of
 
-        Raises ConfigError when a process has it that does not belong to this command.
+        options, members = self.cfg.synthetic, self.cfg.ensemble.size
+        home = self.directory / step.name
+        seed = derive_seed(self.cfg.seed, "preferences", "validation")
+        rows = annotated_pairs(options.validation_pairs, seed, options, held_out=True)
+        run_on_rank_zero(write_jsonl_atomic, home / "validation.jsonl", rows)
+        for k in range(1, members + 1):
+            seed = derive_seed(self.cfg.seed, "preferences", k)
+            rows = annotated_pairs(options.preference_pairs, seed, options, favourites_of(k, members))
+            run_on_rank_zero(write_jsonl_atomic, home / f"train_{k}.jsonl", rows)
+
+    def _train_member(self, step: Step) -> None:
+        """Trains a member on its preference pairs and the adversarial pairs of all rounds before.
+
+        Its seed is the same in all rounds and branches, so that they differ in their adversarial pairs only.
         """
-        try:
-            run_on_rank_zero(lambda: locks.acquire(self.directory / "locks", _lock(step), self.directory / step.name))
-        except locks.InUse:
-            if worker():
-                return False
-            raise
-        self.state.reload()  # another job may have completed it just now
-        if self.state.is_complete(step.name):
-            locks.release(self.directory / "locks", _lock(step))
-            return False
-        return True
-
-    def _do(self, step: Step) -> None:
-        try:
-            if runtime.current().is_writer:
-                print(f"== {step.name}", flush=True)
-            with self.state.running(step.name):
-                with cost.measured() as spent:
-                    self.steps.do(step)
-                self.state.set_detail(step.name, **spent.details())
-                left = run_on_rank_zero(artefacts.describe, self.directory, step)
-                self.state.set_detail(step.name, files=left)
-        finally:
-            locks.release(self.directory / "locks", _lock(step))
-
-    def _is_over(self, step: Step) -> bool:
-        return self.state.is_complete(step.name) or is_skipped(self.cfg, step, self.state.detail)
-
-    def _look_at(self, steps: list[Step]) -> None:
-        """What complete stages have left must be there; one of which nothing is left is done again, with a word."""
-        for step in steps:
-            if not self.state.is_complete(step.name):
-                continue
-            written = self.state.detail(step.name, "files")
-            if not run_on_rank_zero(artefacts.are_there, self.directory, step, written):
-                if runtime.current().is_writer:
-                    print(f"{step.name} was complete, but nothing of it is left: it is done again", flush=True)
-                self.state.set_detail(step.name, status="lost")
-
-    def _reopen(self, steps: list[Step]) -> None:
-        """What was measured on the runs of an arm is measured again when the arm has got more of them."""
-        for step in steps:
-            if self.state.is_complete(step.name) and (added := added_since(step, self.state.detail)):
-                if runtime.current().is_writer:
-                    print(f"{step.name} was complete before {', '.join(added)} came: it is done again", flush=True)
-                self.state.set_detail(step.name, status="outdated")
-
-    def _check_forerunners(self, only: Step) -> None:
-        for step in self.order:
-            if step.name in only.after and not self._is_over(step):
-                raise ConfigError(f"pipeline.only={only.name}: {step.name}, which it needs, is not complete")
-
-    def _say_what_ended(self, only: Step | None = None) -> None:
-        """The branches whose rounds ended early, once; with ``only``, when that step is left out for it."""
-        if worker() > 1 or not runtime.current().is_writer:
+        cfg = for_stage(self.cfg, "train_rm")
+        seed = derive_seed(self.cfg.seed, "rm", step.member)
+        cfg.reward_model.feature_policy = cfg.reward_model.feature_policy or self._policy_path
+        data = self.inputs.preferences(step.member)
+        data = bootstrap(data, derive_seed(seed, "bootstrap")) if cfg.ensemble.bootstrap else keep_back(cfg, data)
+        pairs = self._pairs_before(step)
+        directory = self.directory / step.name
+        if step.round and cfg.augmentation.warm_steps:
+            before = branches.member_step(self.cfg, step.branch, step.round - 1, step.member)
+            previous = str(self.directory / before / "model")
+            retrain_warm(cfg, self.tokenizer, directory, data, seed, step.name, previous, pairs)
             return
-        for name, options in branches.all_branches(self.cfg).items():
-            number = branches.last_round(self.cfg, name, self.state.detail)
-            concerned = only is None or (only.branch == name and is_skipped(self.cfg, only, self.state.detail))
-            if number < options.rounds and concerned:
-                reason = self.state.detail(f"{branches.attack_home(self.cfg, name, number)}/select", "stop")
-                rounds = f"the rounds of {name}" if name else "the rounds"
-                print(f"{rounds} end after round {number}: {reason}", flush=True)
+        cfg.augmentation.pairs_path = ",".join(filter(None, [cfg.augmentation.pairs_path, *map(str, pairs)]))
+        trunk = self._policy_path
+        if self.cfg.pipeline.sft:
+            trunk = str(self.directory / branches.trunk_step(self.cfg, step.branch, step.member) / "model")
+        train_reward_model(cfg, self.tokenizer, directory, data, seed, step.name, trunk)
 
-    def _report(self) -> None:
-        from nemo_advrm.report import write_report
+    def _pairs_before(self, step: Step) -> list[Path]:
+        """Returns the files of adversarial pairs of the branch's earlier rounds."""
+        kind = branches.all_branches(self.cfg)[step.branch].pairs
+        if kind == "none":
+            return []
+        name = RANDOM_PAIRS if kind == "random" else "pairs.jsonl"
+        return [self._home(step.branch, number) / name for number in range(step.round)]
 
-        def write() -> None:
-            report = write_report(self.directory)
-            print(report.text())
-            print(f"report: {report.page}")
-
-        run_on_rank_zero(write)
-
-
-def _lock(step: Step) -> str:
-    return step.name.replace("/", ".")
-
-
-def check(cfg: Config) -> None:
-    """Raise ConfigError for what can be known to fail before anything starts."""
-    if not cfg.pipeline.sft and not cfg.pretrained_checkpoint.restore_from_path:
-        raise ConfigError("pretrained_checkpoint.restore_from_path is not set: name a policy, or set pipeline.sft=true")
-    if cfg.ensemble.size < 2:
-        raise ConfigError(f"ensemble.size={cfg.ensemble.size}: an attack needs at least 2 reward models")
-    if cfg.reward_model.loss == "regression":
-        raise ConfigError(
-            "reward_model.loss=regression: the pipeline's rounds train on pairs, which have no labels; train such "
-            "members by train_rm and attack them by attack"
+    def _score_sft_responses(self, step: Step) -> None:
+        """Samples SFT responses in round 0 of the main rounds and scores them by the members of the step's round."""
+        cfg = for_stage(self.cfg, "attack")
+        count = cfg.sft_statistics.samples_per_prompt
+        if (step.round, step.branch) == (0, branches.MAIN):
+            seed = derive_seed(self.cfg.seed, "reference")
+            rollouts = sample(cfg, self.tokenizer, self._policy(), self.inputs.prompts, count, seed)
+        else:
+            rollouts = self._sft_responses()
+        write_sft_scores(
+            self._home(step.branch, step.round) / "reference.jsonl", rollouts, count, self._attacked(step), self.gold
         )
-    check_target_members(cfg, cfg.ensemble.size)
-    rl, attack = for_stage(cfg, "rlhf"), for_stage(cfg, "attack")
-    check_held_out(rl, "rl.held_out_prompts", rl.rl.held_out_prompts)
-    check_held_out(attack, "adversarial.held_out_prompts", attack.adversarial.held_out_prompts)
-    run_on_rank_zero(of_run, cfg)
+
+    def _attack(self, step: Step) -> None:
+        """Trains one adversary against one target."""
+        cfg = self._attack_settings(step)
+        cfg.pretrained_checkpoint.restore_from_path = self._policy_path
+        home = self._home(step.branch, step.round)
+        attack = AttackRun(
+            cfg,
+            self.tokenizer,
+            home / "attack",
+            self.inputs.prompts,
+            self._attacked(step),
+            run_on_rank_zero(read_sft_scores, home / "reference.jsonl", self.inputs.prompts),
+            self.gold,
+            derive_seed(self.cfg.seed, "attack", step.round),
+        )
+        attack.train(*step.adversary)
+
+    def _join_attacks(self, step: Step) -> None:
+        """Joins the samples of all adversaries of a round."""
+        join_attacks(self._attack_settings(step), self.directory / step.name)
+
+    def _select(self, step: Step) -> None:
+        """Selects the adversarial pairs of a round and decides whether the rounds end with it."""
+        cfg, home = self._attack_settings(step), self._home(step.branch, step.round)
+        seed = derive_seed(self.cfg.seed, "select", step.round)
+        counts = run_on_rank_zero(select_round, cfg, home, step.round, seed)
+        stop = run_on_rank_zero(reason_to_stop, cfg, home, counts)
+        if runtime.current().is_writer:
+            place = branches.home(step.branch, step.round)
+            print(f"{place}: {counts['selected']} adversarial pairs  ({dropped(counts)})", flush=True)
+            print(*found_lines(counts), sep="\n", flush=True)
+        self.state.set_detail(step.name, stop=stop, **counts)
+
+    def _draw_pairs(self, step: Step) -> None:
+        """Draws the control of selection: as many pairs as the main rounds selected, with random rejected sides."""
+        home = self._home(step.branch, step.round)
+        wanted = self.state.detail(f"{branches.home(branches.MAIN, step.round)}/select", "selected")
+        seed = derive_seed(self.cfg.seed, "select", step.round)
+        cfg = self._attack_settings(step)
+        counts = run_on_rank_zero(lambda: random_pairs(cfg, home, int(wanted or 0), seed, step.round))
+        self.state.set_detail(step.name, **counts)
+
+    def _attack_settings(self, step: Step) -> Config:
+        """Returns the configuration of a branch's attacks."""
+        cfg = for_stage(self.cfg, "attack")
+        coefficient = branches.all_branches(self.cfg)[step.branch].coefficient
+        if coefficient is not None:
+            cfg.adversarial.coefficient = coefficient
+        return cfg
+
+    def _rlhf(self, step: Step) -> None:
+        """Trains a policy against the reward of an arm (an entry of ``pipeline.rlhf``)."""
+        cfg, arm = for_stage(self.cfg, "rlhf"), self.cfg.pipeline.rlhf[step.arm]
+        cfg.pretrained_checkpoint.restore_from_path = self._policy_path
+        if arm.kl is not None:
+            cfg.rl.kl.coefficient = arm.kl
+        home = self.directory / step.name
+        reward = self._reward(arm, home)
+        # runs of the same number have the same prompts and random numbers in every arm
+        seed = self.cfg.seed if step.seed == 1 else derive_seed(self.cfg.seed, "rlhf run", step.seed)
+        run_rlhf(cfg, self.tokenizer, home, self.inputs.rlhf_prompts, reward, self.gold, seed, step.name)
+
+    def _reward(self, arm: RLHFRunConfig, home: Path) -> UncertaintyReward:
+        members = self._members_of(arm)
+        statistics = self._statistics(members) if branches.is_standardised(self.cfg, arm) else None
+        return combined(members, arm.aggregate, arm.coefficient, statistics, home, one_too=arm.standardise)
+
+    def _sample_best_of_n(self, step: Step) -> None:
+        cfg = for_stage(self.cfg, "rlhf")
+        prompts = best_of_n_prompts(cfg, self.tokenizer, [prompt.messages for prompt in self.inputs.rlhf_prompts])
+        path = self.directory / "best_of_n" / SAMPLES
+        sample_best_of_n(cfg, self.tokenizer, path, self._policy(), prompts, self.gold)
+
+    def _best_of_n(self, step: Step) -> None:
+        cfg, home = for_stage(self.cfg, "rlhf"), self.directory / step.name
+        reward = self._reward(self.cfg.pipeline.rlhf[step.arm], home)
+        path = home.with_name(f"{home.name}.json")
+        curve_of_reward(cfg, self.tokenizer, path, home.parent / SAMPLES, reward)
+
+    def _room(self, step: Step) -> None:
+        """Measures the room for adversarial training on responses of an arm's final policies."""
+        cfg = for_stage(self.cfg, "rlhf")
+        members = self._members(branches.MAIN, 0, self._plain(cfg.pipeline.rlhf[step.arm]))
+        prompts = self.inputs.rlhf_prompts[: cfg.sft_statistics.num_prompts]
+        names = [each.name for each in order(self.cfg) if each.kind == "rlhf" and each.arm == step.arm]
+        runs = []
+        for name in names:
+            policy = build_policy(cfg, self.tokenizer, str(self.directory / name / "model"), 0, trainable=False)
+            runs.append(sample(cfg, self.tokenizer, policy, prompts, 1, derive_seed(cfg.seed, "room")))
+        found = {"arm": step.arm, "runs": names, **measure_room(runs, members, self._statistics(members))}
+        path = self.directory / "room.json"
+        run_on_rank_zero(lambda: files.write_text(path, json.dumps(found, indent=1) + "\n"))
+        self.state.set_detail(step.name, runs=names)
+
+    def _members_of(self, arm: RLHFRunConfig) -> list[RewardSource]:
+        """Returns the members of an arm's reward; those of the last round when the branch's rounds ended early."""
+        last = branches.last_round(self.cfg, arm.branch, self.state.detail)
+        number = min(branches.arm_round(self.cfg, arm), last)
+        count = self.cfg.ensemble.size if arm.reward == "ensemble" else 1
+        return self._members(arm.branch, number, self._plain(arm), count)
+
+    def _plain(self, arm: RLHFRunConfig) -> list[int]:
+        """Returns the members (from 1) that an arm uses without reference features: none or all."""
+        return [] if arm.reference_features else list(range(1, self.cfg.ensemble.size + 1))
+
+    def _statistics(self, members: list[RewardSource]) -> MemberStatistics:
+        """Returns the statistics that standardise members: those of their scores of round 0's SFT responses."""
+        rollouts = self._sft_responses()
+        return fit_members(torch.stack([checked_scores(member, rollouts) for member in members], -1))
+
+    # shared by the steps
+
+    def _home(self, branch: str, number: int) -> Path:
+        """Returns the directory of a round's SFT responses, attack and pairs."""
+        return self.directory / branches.attack_home(self.cfg, branch, number)
+
+    @property
+    def _policy_path(self) -> str:
+        if self.cfg.pipeline.sft:
+            return str(self.directory / "sft" / "model")
+        return self.cfg.pretrained_checkpoint.restore_from_path
+
+    def _policy(self) -> Any:
+        return build_policy(self.cfg, self.tokenizer, self._policy_path, 0, trainable=False)
+
+    def _sft_responses(self) -> Rollouts:
+        return read_rollouts(self.directory / "round_0" / "reference.jsonl", self.inputs.prompts, self.tokenizer)
+
+    def _attacked(self, step: Step) -> list[RewardSource]:
+        """Returns the members of a round as its attack uses them."""
+        return self._members(step.branch, step.round, branches.all_branches(self.cfg)[step.branch].plain_members)
+
+    def _members(self, branch: str, number: int, plain: list[int], count: int | None = None) -> list[RewardSource]:
+        """Loads the first ``count`` members of a round (None: all); those in ``plain`` without reference features."""
+        paths = [str(self.directory / name / "model") for name in branches.member_steps(self.cfg, branch, number)]
+        if self.cfg.reward_model.reference_features:
+            off = "?reference_features=off"
+            paths = [f"{path}{off}" if k in plain else path for k, path in enumerate(paths[:count], 1)]
+        return load_members(for_stage(self.cfg, "train_rm"), paths[:count], self.tokenizer)

@@ -1,7 +1,7 @@
-"""Runs a pipeline by several processes of the same command, each of which takes the next step that is ready.
+"""Runs a pipeline in several processes of the same command, each of which takes the next step that is ready.
 
-The command itself starts and watches them. Which step is ready, and who works on it, is said by the run's directory
-(``state.json`` and the locks of the steps), so that the workers need to know nothing of each other.
+The command starts and watches the processes. They coordinate through the run directory only (``state.json`` and the
+locks of the steps), so that they need no scheduler and do not talk to each other.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ _PR_SET_PDEATHSIG = 1
 
 @dataclass(frozen=True)
 class Worker:
-    """What one worker gets: its number, from 1, and the GPUs that it may use (None: it is not limited)."""
+    """A worker process: its number, from 1, and the GPUs that it may use (None: all)."""
 
     number: int
     gpus: tuple[str, ...] | None = None
 
 
 def supervise(cfg: Config, argv: list[str]) -> int | None:
-    """Run the command ``argv`` by as many workers as ``pipeline.jobs`` says; None when one process does it all.
+    """Runs the command ``argv`` in ``pipeline.jobs`` workers; returns None when this process should do all the work.
 
-    Returns 0 when all workers have ended well, else the status of the first that has not; a signal is handed on to all
-    of them. None is left when this returns or raises.
+    Otherwise returns 0 when all workers succeeded, else the exit status of the first that failed. A signal is forwarded
+    to all workers. No worker is left running when this returns or raises.
     """
     if worker():
         _end_with_parent()
@@ -51,10 +51,11 @@ def supervise(cfg: Config, argv: list[str]) -> int | None:
 
 
 def plan(cfg: Config) -> list[Worker]:
-    """The workers of a run: of ``auto`` as many as cores, or groups of GPUs, and steps side by side there are.
+    """Returns the workers of a run.
 
-    Raises ConfigError for a ``pipeline.jobs`` that is no number, or needs more GPUs than there are, and for arms and
-    branches that cannot be.
+    With ``pipeline.jobs=auto`` their number is limited by the cores, or the GPUs, and by the steps that can run at the
+    same time. Raises ConfigError when ``pipeline.jobs`` is not a number or needs more GPUs than there are, and for
+    impossible arms and branches.
     """
     from nemo_advrm.pipeline.dag import most_at_once, of_run
 
@@ -81,7 +82,7 @@ def plan(cfg: Config) -> list[Worker]:
 
 
 def _wanted(jobs: str) -> int:
-    """0 for auto."""
+    """Parses ``pipeline.jobs``; 0 for auto."""
     if jobs == "auto":
         return 0
     if not jobs.isdecimal() or int(jobs) < 1:
@@ -90,7 +91,7 @@ def _wanted(jobs: str) -> int:
 
 
 def _gpus(accelerator: str) -> list[str]:
-    """The GPUs that this process sees, by the names that CUDA_VISIBLE_DEVICES takes."""
+    """Returns the GPUs visible to this process, as names for CUDA_VISIBLE_DEVICES."""
     if accelerator == "cpu" or not any(Path("/dev").glob("nvidia[0-9]*")):
         return []
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -108,7 +109,7 @@ def _run(command: list[str], workers: list[Worker]) -> int:
             environment = {**os.environ, WORKER: f"{one.number} {os.getpid()}"}
             if one.gpus is not None:
                 environment["CUDA_VISIBLE_DEVICES"] = ",".join(one.gpus)
-            # in a group of its own: a terminal's ctrl-C comes to this process, which hands it on once
+            # in a process group of its own, so that ctrl-C reaches this process only, which forwards it once
             children[one.number] = subprocess.Popen(
                 command, env=environment, stdin=subprocess.DEVNULL, process_group=0
             )
@@ -121,15 +122,15 @@ def _run(command: list[str], workers: list[Worker]) -> int:
 
 
 def _watch(children: dict[int, subprocess.Popen[bytes]]) -> int:
-    """Wait until all workers have ended well, or one has not; after a signal, until all have ended."""
-    handed_on, deadline = False, math.inf
+    """Waits until all workers have succeeded or one has failed; after a signal, until all have ended."""
+    forwarded, deadline = False, math.inf
     while any(child.poll() is None for child in children.values()):
         for number, child in children.items():
-            if child.poll() and not handed_on:
+            if child.poll() and not forwarded:
                 return _status(number, child.returncode)
         name = signals.received()
-        if name and not handed_on:
-            handed_on = True
+        if name and not forwarded:
+            forwarded = True
             deadline = time.monotonic() + SHUTDOWN_SECONDS if name == "SIGTERM" else math.inf
             _send(children, signal.Signals[name])
         if time.monotonic() > deadline:
@@ -143,7 +144,7 @@ def _watch(children: dict[int, subprocess.Popen[bytes]]) -> int:
 
 
 def _status(number: int, status: int | None) -> int:
-    """The exit status of a worker; that it did not end in time is told here."""
+    """Returns the exit status of a worker; prints a line when it was killed for not ending in time."""
     if status is None:
         print(f"worker {number} did not end within {SHUTDOWN_SECONDS} seconds and was killed", file=sys.stderr)
         return 128 + signal.SIGKILL
@@ -157,7 +158,7 @@ def _send(children: dict[int, subprocess.Popen[bytes]], signum: signal.Signals) 
 
 
 def _end(children: dict[int, subprocess.Popen[bytes]], signum: signal.Signals) -> None:
-    """Ask those that are left to end, and kill what has not within ``SHUTDOWN_SECONDS``, or at another ctrl-C."""
+    """Signals the running workers and kills those that have not ended after ``SHUTDOWN_SECONDS`` or a second ctrl-C."""
     _send(children, signum)
     deadline = time.monotonic() + SHUTDOWN_SECONDS
     try:
@@ -172,7 +173,7 @@ def _end(children: dict[int, subprocess.Popen[bytes]], signum: signal.Signals) -
 
 
 def _kill(pid: int) -> None:
-    """Kill a worker with the processes that it has started."""
+    """Kills a worker and the processes that it started."""
     import psutil
 
     with contextlib.suppress(psutil.Error):
@@ -183,8 +184,8 @@ def _kill(pid: int) -> None:
 
 
 def _end_with_parent() -> None:
-    """Have the kernel send this worker a TERM when the command that started it dies without a word."""
-    if "RANK" in os.environ:  # a process of a worker of several: the worker hands it on
+    """Makes the kernel send SIGTERM to this worker when the command that started it is killed."""
+    if "RANK" in os.environ:  # a rank of a worker with several processes: the worker forwards the signal
         return
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != int(os.environ[WORKER].split()[1]):

@@ -20,7 +20,7 @@ from nemo_advrm.commands import stages
 from nemo_advrm.config import load_config
 from nemo_advrm.engine.runtime import Runtime
 from nemo_advrm.errors import ConfigError
-from nemo_advrm.pipeline import dag, rounds, state, workers
+from nemo_advrm.pipeline import dag, runner, state, workers
 from nemo_advrm.report.collect import collect
 from nemo_advrm.report.lines import lines_of
 from nemo_advrm.report.summary import summarise
@@ -285,14 +285,14 @@ def test_an_added_arm_may_be_of_a_branch_that_the_run_holds(
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
     cfg = load_config([*base, f"run_dir={run}", "seed=1", STEPS], "pipeline")
     assert len(workers.plan(cfg)) == 2
-    monkeypatch.setattr(rounds, "check_target_members", lambda *args: None)
-    rounds.check(cfg)
+    monkeypatch.setattr(runner, "check_target_members", lambda *args: None)
+    runner.check(cfg)
     assert stages.main(cfg) == 0
     names = [line.split("\t")[0] for line in capsys.readouterr().out.splitlines()]
     assert {"rlhf/steps", "branches/steps/round_1/rm_1"} <= set(names) and "rlhf/plain" not in names
 
     unknown = load_config([*base, f"run_dir={run}", "pipeline.rlhf.x={reward: r1, branch: nosuch}"], "pipeline")
-    for look in (workers.plan, rounds.check, stages.main):
+    for look in (workers.plan, runner.check, stages.main):
         with pytest.raises(ConfigError, match=r"pipeline\.rlhf\.x\.branch=nosuch: is not among .*\(steps\)"):
             look(unknown)
 
@@ -424,7 +424,7 @@ def test_the_room_is_measured_again_when_its_arm_has_got_more_runs(
     done = state.RunState(run / "state.json", 1)
     for step in steps(2):
         done.set_detail(step.name, status="complete", **({"runs": list(step.after[:2])} if step.kind == "room" else {}))
-    work = object.__new__(rounds.Pipeline)
+    work = object.__new__(runner.Pipeline)
     work.state = done
     work._reopen(steps(2))
     assert done.is_complete("room") and capsys.readouterr().out == ""
@@ -433,5 +433,5 @@ def test_the_room_is_measured_again_when_its_arm_has_got_more_runs(
     listed = {line.split("\t")[0]: line.split("\t")[2] for line in capsys.readouterr().out.splitlines()}
     assert (listed["room"], listed["rlhf/plain/seed_2"], listed["rlhf/plain/seed_3"]) == ("todo", "complete", "todo")
     work._reopen(steps(3))
-    assert capsys.readouterr().out == "room was complete before rlhf/plain/seed_3 came: it is done again\n"
+    assert capsys.readouterr().out == "room was complete before rlhf/plain/seed_3 were added: it is run again\n"
     assert not done.is_complete("room") and done.is_complete("rlhf/plain/seed_2")

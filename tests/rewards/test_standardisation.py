@@ -52,7 +52,7 @@ def test_a_reference_of_other_members_is_refused(tmp_path: Path) -> None:
     write_jsonl_atomic(path, ROWS)
     with pytest.raises(ConfigError, match=r"serve\.reference_path=.*reference\.jsonl has scores of 2 members.*names 1"):
         read_statistics(path, _sources((0,)), "serve.reference_path")
-    with pytest.raises(ConfigError, match=r"its scores of member 1 are not those of R_2, which scores the same"):
+    with pytest.raises(ConfigError, match=r"its scores of member 1 are not those of R_2, which differ by"):
         read_statistics(path, _sources((1, 0)), "serve.reference_path")
     with pytest.raises(ConfigError, match="its scores of member 1 are not those of R_1"):
         read_statistics(path, _sources(shift=1.0), "serve.reference_path")

@@ -1,0 +1,64 @@
+"""Reads and encodes the data of a pipeline: preference pairs, prompts and SFT rows."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+
+from nemo_advrm.config import for_stage
+from nemo_advrm.config.schema import Config
+from nemo_advrm.data import inputs
+from nemo_advrm.data.preferences import load_preferences
+from nemo_advrm.data.tokenizers import build_tokenizer
+from nemo_advrm.engine.microbatches import EncodedResponse
+from nemo_advrm.pipeline.dag import labels_by_gold
+from nemo_advrm.rollouts.run_prompts import attack_prompts, encode_prompts, rlhf_prompts
+from nemo_advrm.rollouts.types import Prompt
+from nemo_advrm.training.reward_model_training import EncodedPreferences, encode_rows
+from nemo_advrm.training.sft_training import encode_responses, sft_rows
+
+
+class Inputs:
+    """The rows and prompts of a run, read and encoded at first use, once per process."""
+
+    def __init__(self, cfg: Config) -> None:
+        self.cfg = cfg
+        self.tokenizer = build_tokenizer(cfg.model.tokenizer)
+
+    def check(self) -> None:
+        """Reads and encodes all of them, so that bad input is reported before anything starts."""
+        if not labels_by_gold(self.cfg):
+            self._shared_preferences  # noqa: B018
+        self.prompts  # noqa: B018
+        self.rlhf_prompts  # noqa: B018
+        if self.cfg.pipeline.sft:
+            self.sft_rows  # noqa: B018
+
+    @cached_property
+    def prompts(self) -> list[Prompt]:
+        """The prompts of the attack and of its SFT responses."""
+        cfg = for_stage(self.cfg, "attack")
+        return encode_prompts(attack_prompts(cfg), self.tokenizer, cfg)
+
+    @cached_property
+    def rlhf_prompts(self) -> list[Prompt]:
+        cfg = for_stage(self.cfg, "rlhf")
+        return encode_prompts(rlhf_prompts(cfg), self.tokenizer, cfg)
+
+    @cached_property
+    def sft_rows(self) -> list[EncodedResponse]:
+        cfg = for_stage(self.cfg, "sft")
+        return encode_responses(cfg, self.tokenizer, sft_rows(cfg))
+
+    def preferences(self, member: int) -> EncodedPreferences:
+        """Returns the pairs of a member (from 1): those of the data files, or in the embedded language its own."""
+        if not labels_by_gold(self.cfg):
+            return self._shared_preferences
+        home = Path(self.cfg.run_dir) / "preferences"
+        parts = [load_preferences(home / f"{part}.jsonl").rows for part in (f"train_{member}", "validation")]
+        return encode_rows(for_stage(self.cfg, "train_rm"), self.tokenizer, *parts)
+
+    @cached_property
+    def _shared_preferences(self) -> EncodedPreferences:
+        cfg = for_stage(self.cfg, "train_rm")
+        return encode_rows(cfg, self.tokenizer, *inputs.training_and_validation_pairs(cfg))
