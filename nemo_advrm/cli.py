@@ -27,17 +27,19 @@ from nemo_advrm.rank_info import RankInfo, worker
 
 USAGE = "usage: nemo-advrm COMMAND [key=value ...] | COMMAND --help | --version"
 EXIT_BUG, EXIT_USER_ERROR, EXIT_PROCESS_LOST, EXIT_INTERRUPTED = 1, 2, 3, 130
-EXIT_PIPE = 141  # of a program that SIGPIPE ends
-# seconds that other processes wait before they report: torchrun has ended them by then if the first one failed too
+EXIT_PIPE = 141  # as for a program ended by SIGPIPE
+# seconds that ranks other than 0 wait before they report an error: if rank 0 failed too, torchrun ends them meanwhile
 OTHERS_WAIT = 2.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0, 2 (a user's error), 3 (another process of the job was lost), 75
-    (stopped by a signal, saved: the same command goes on) or 130 (interrupted).
+    """Runs one command and returns its exit status.
 
-    Any other exception is a bug: it leaves with its traceback, and Python exits with 1. Without ``arguments`` this is
-    the process's command: once it has ended a signal changes its status no more.
+    0: success; 2: a user's error; 3: another process of the job was lost; 75: stopped by a signal, and the same command
+    resumes; 130: interrupted. Any other exception is a bug: it propagates, and Python exits with 1.
+
+    ``arguments`` default to those of the process; its signals are then ignored after the command, so that a late one
+    does not change the exit status.
     """
     with signals.owned(to_the_end=arguments is None):
         words = list(sys.argv[1:] if arguments is None else arguments)
@@ -45,21 +47,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def guarded(call: Callable[[], int | None]) -> int:
-    """Exit status of a call; a user's error is printed as one line, by other processes than the first with their place.
+    """Calls ``call``, prints a user's error as one line and returns the exit status.
 
-    An error that every process meets is so told once; one that only a later process meets is not lost. A bug leaves
-    with its traceback, after a line that names the process.
+    An error that occurs on all ranks is printed once, by rank 0. One that occurs on another rank only is printed by
+    that rank, with its number and host. A bug propagates, after a line that names the rank.
     """
     rank_info = RankInfo.from_environment()
     try:
         status = call() or 0
         sys.stdout.flush()
         return status
-    except BrokenPipeError:  # nobody reads on, as in nemo-advrm stages | head
+    except BrokenPipeError:  # the reader has closed the pipe, as in nemo-advrm stages | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_PIPE
     except UserError as error:
-        if isinstance(error, RewardSourceError) and signals.received():  # its server got the signal too
+        if isinstance(error, RewardSourceError) and signals.received():  # the reward server got the signal too
             return _stopped_without_saving(error)
         if rank_info.rank == 0:
             print(f"error: {printable(error)}", file=sys.stderr)
@@ -86,16 +88,16 @@ def guarded(call: Callable[[], int | None]) -> int:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             print(f"error: {error}; make room, and the same command goes on", file=sys.stderr)
             return EXIT_USER_ERROR
-        if isinstance(error, OSError) and error.errno and error.filename:  # what the system refuses is no bug
+        if isinstance(error, OSError) and error.errno and error.filename:  # a file that cannot be used is no bug
             where = "" if rank_info.rank == 0 else f" (rank {rank_info.rank} on {rank_info.node})"
             print(f"error{where}: {printable(os.fsdecode(error.filename))}: {error.strerror}", file=sys.stderr)
             return EXIT_USER_ERROR
-        stopped = signals.received()  # asked first: a launcher soon ends what is left of a job whose process died
-        told = _lost_process(error)
-        if told is not None and stopped:
-            return _stopped_without_saving(told)
-        if told is not None:
-            print(f"error: {told}", file=sys.stderr)
+        stopped = signals.received()  # read first: a launcher soon signals the other processes of a failed job
+        lost = _lost_process(error)
+        if lost is not None and stopped:
+            return _stopped_without_saving(lost)
+        if lost is not None:
+            print(f"error: {lost}", file=sys.stderr)
             return EXIT_PROCESS_LOST
         if rank_info.world_size > 1:
             print(f"rank {rank_info.rank} on {rank_info.node} failed:", file=sys.stderr)
@@ -103,20 +105,20 @@ def guarded(call: Callable[[], int | None]) -> int:
 
 
 def _stopped_without_saving(reason: object) -> int:
-    """The status after a signal when a step could not be ended for want of another process or of a reward server."""
+    """Reports a step abandoned after a signal because another process or a reward server ended; returns the status."""
     goes_on = "the same command goes on from the newest checkpoint"
     print(f"stopped by {signals.received()}, the step under way was given up ({reason}); {goes_on}", file=sys.stderr)
     return EXIT_PREEMPTED
 
 
 def _lost_process(error: Exception) -> str | None:
-    """What to tell when a collective failed because another process is gone; None for any other error."""
+    """Returns the message for a collective that failed because another process ended; None for any other error."""
     peers = sys.modules.get("nemo_advrm.engine.peers")
     return peers.lost(error) if peers is not None else None
 
 
 def run_command(name: str, words: Sequence[str]) -> int | None:
-    """Load the configuration of a command and call its ``main``, in as many processes as it asks for."""
+    """Loads the configuration of a command and calls its ``main``, in as many processes as are configured."""
     from nemo_advrm.logging_setup import quiet_libraries
 
     command = COMMANDS[name]
@@ -172,15 +174,15 @@ def _dispatch(words: list[str]) -> int | None:
 
 
 def _named_runs(words: Sequence[str]) -> list[str]:
-    """The words of ``report``: those that are no settings are run directories; ``./a=b`` is one, too."""
+    """Turns the run directories among the arguments of ``report`` into a setting; ``./a=b`` is a directory, too."""
     from nemo_advrm.config import quoted
 
-    runs = [word for word in words if _is_place(word) and word[:1] not in ("-", "~", "+")]
+    runs = [word for word in words if _is_path(word) and word[:1] not in ("-", "~", "+")]
     settings = [word for word in words if word not in runs]
     return [*settings, f"report.runs=[{','.join(map(quoted, runs))}]"] if runs else settings
 
 
-def _is_place(word: str) -> bool:
+def _is_path(word: str) -> bool:
     name, is_setting, _ = word.partition("=")
     return not is_setting or "/" in name
 
@@ -206,7 +208,7 @@ def _help() -> str:
 
 
 def _command_help(name: str) -> str:
-    """The command's most useful keys: the value each has when nothing is set, its choices and its help line."""
+    """Returns the help of a command: its most useful keys with their defaults, choices and help lines."""
     command = COMMANDS[name]
     rows = list(_key_rows(name))
     width = max((len(setting) for setting, _ in rows), default=0)
@@ -218,7 +220,7 @@ def _command_help(name: str) -> str:
 
 
 def _key_rows(name: str) -> Iterator[tuple[str, str]]:
-    """(key=value, choices and help line) of the keys that a command shows."""
+    """Yields (key=default, choices and help line) of the keys that a command's help shows."""
     from nemo_advrm.config import key_name, load_config, schema
     from nemo_advrm.config.keys import ANY_NAME, all_keys
 
@@ -236,7 +238,7 @@ def _key_rows(name: str) -> Iterator[tuple[str, str]]:
 
 
 def _shown(value: object) -> str:
-    """A value as it is written on the command line."""
+    """Returns a value as written on the command line."""
     if isinstance(value, bool):
         return str(value).lower()
     return str(value) if value != "" else '""'

@@ -25,10 +25,10 @@ POLL_SECONDS = 0.1
 
 
 def relaunch(cfg: Config, argv: list[str]) -> int | None:
-    """Start ``trainer.devices`` processes of this command with torchrun's agent; None when that is not needed.
+    """Starts ``trainer.devices`` processes of this command with torchrun's agent; returns None when not needed.
 
-    Under torchrun or in a SLURM step of several tasks the processes are there already; otherwise one command on one
-    node starts them. Returns the exit status of the first process that failed (128 + N for one ended by signal N).
+    Under torchrun or in a SLURM step of several tasks the processes exist already. Returns the exit status of the first
+    process that failed (128 + N for one ended by signal N). Raises ConfigError for several nodes without a launcher.
     """
     if "RANK" in os.environ or RankInfo.from_environment().world_size > 1:
         return None
@@ -38,7 +38,7 @@ def relaunch(cfg: Config, argv: list[str]) -> int | None:
         )
     if cfg.trainer.devices <= 1:
         return None
-    # every process gets its share of the cores instead of torchrun's default of one thread
+    # torchrun's default is one thread per process: share the cores instead
     threads = max(1, (os.cpu_count() or 1) // cfg.trainer.devices)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     return _run([sys.executable, "-m", "nemo_advrm.cli", *argv], cfg.trainer.devices)

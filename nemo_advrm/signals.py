@@ -1,6 +1,6 @@
-"""Owns SIGTERM and SIGUSR1 for the life of a command: what came is recorded here, and whoever can stop asks here.
+"""Handles SIGTERM and SIGUSR1 during a command: records the signal, which the work checks where it can stop.
 
-One place, because a library with a handler of its own would end the process in the middle of what is being saved.
+Handlers are installed here only, because a handler of a library would end the process in the middle of a save.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 from nemo_advrm.errors import Preempted
 
-# SLURM sends the first before a time limit (--signal=USR1@SECONDS), schedulers and torchrun the second
+# SLURM sends USR1 before a time limit (--signal=USR1@SECONDS), schedulers and torchrun send TERM
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 
 _received = ""
@@ -22,16 +22,16 @@ _at_once = False
 
 
 def received() -> str:
-    """Name of the first signal that came to this process, "" while none has."""
+    """Returns the name of the first signal that this process received, "" if none."""
     return _received
 
 
 @contextlib.contextmanager
 def owned(to_the_end: bool = False) -> Iterator[None]:
-    """Record the signals inside the block instead of ending the process; inside another such block it does nothing.
+    """Records the signals inside the block instead of ending the process; nested blocks do nothing.
 
-    Outside the main thread, which alone may handle signals, nothing is recorded. ``to_the_end``: the process ends
-    after the block, and with its status: signals that come later are ignored, else the handlers of before return.
+    Outside the main thread, the only one that may handle signals, it does nothing. With ``to_the_end`` later signals
+    are ignored, because the process ends after the block; else the previous handlers are restored.
     """
     global _owned, _received
     if _owned or threading.current_thread() is not threading.main_thread():
@@ -49,7 +49,7 @@ def owned(to_the_end: bool = False) -> Iterator[None]:
 
 @contextlib.contextmanager
 def at_once() -> Iterator[None]:
-    """Raise Preempted wherever a signal comes inside the block: for work of which a half is worth nothing."""
+    """Raises Preempted as soon as a signal arrives inside the block, for work that cannot be resumed."""
     global _at_once
     before, _at_once = _at_once, True
     try:
@@ -62,7 +62,7 @@ def at_once() -> Iterator[None]:
 
 @contextlib.contextmanager
 def recorded() -> Iterator[None]:
-    """Inside :func:`at_once`, only record the signals for a while."""
+    """Records the signals only, inside a block of :func:`at_once`."""
     global _at_once
     before, _at_once = _at_once, False
     try:
@@ -71,10 +71,10 @@ def recorded() -> Iterator[None]:
         _at_once = before
 
 
-def leave_if_received(told: str) -> None:
-    """Raise Preempted, which says ``told``, once a signal has come to this process, whatever the others do."""
+def leave_if_received(message: str) -> None:
+    """Raises Preempted with ``message`` if this process has received a signal; other ranks are not asked."""
     if _received:
-        raise Preempted(f"stopped by {_received} {told}")
+        raise Preempted(f"stopped by {_received} {message}")
 
 
 def _note(signum: int, frame: Any) -> None:

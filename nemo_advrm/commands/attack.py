@@ -1,4 +1,4 @@
-"""Command ``attack``: trains adversarial policies against an ensemble and records what they find."""
+"""The command ``attack``: trains adversarial policies against an ensemble and records their responses."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from nemo_advrm.run_directory import run_dir
 
 
 def main(cfg: Config) -> int:
-    """Attack ``ensemble.members`` from the policy ``pretrained_checkpoint.restore_from_path``."""
+    """Attacks ``ensemble.members`` starting from the policy ``pretrained_checkpoint.restore_from_path``."""
     if len(cfg.ensemble.members) < 2:
         raise ConfigError("ensemble.members must name at least 2 reward models, the attacked one first")
     if not cfg.pretrained_checkpoint.restore_from_path:

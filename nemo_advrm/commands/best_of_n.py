@@ -1,4 +1,4 @@
-"""Command ``best_of_n``: gold and proxy of the best of n responses by a reward; nothing is trained."""
+"""The command ``best_of_n``: proxy and gold of the response that a reward likes best of n; nothing is trained."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from nemo_advrm.run_directory import run_dir
 
 
 def main(cfg: Config) -> int:
-    """Judge samples of the policy ``pretrained_checkpoint.restore_from_path``, or those of ``best_of_n.samples_path``.
+    """Scores samples of the policy ``pretrained_checkpoint.restore_from_path``, or those of ``best_of_n.samples_path``.
 
     The reward is that of ``ensemble.members``, combined by ``ensemble.aggregate``.
     """
@@ -31,8 +31,8 @@ def main(cfg: Config) -> int:
         raise ConfigError("ensemble.members must name at least one reward model")
     if not given and not cfg.pretrained_checkpoint.restore_from_path:
         raise ConfigError(
-            "pretrained_checkpoint.restore_from_path is not set: name the policy that is sampled, or samples that an "
-            "earlier run has left by best_of_n.samples_path"
+            "pretrained_checkpoint.restore_from_path is not set: name the policy to sample, or set "
+            "best_of_n.samples_path to the samples of an earlier run"
         )
     several = len(cfg.ensemble.members) > 1 and cfg.ensemble.standardise
     if several and not cfg.ensemble.reference_path:
@@ -63,14 +63,14 @@ def main(cfg: Config) -> int:
 
 
 def _own_prompts(cfg: Config, tokenizer: Tokenizer) -> list[Prompt]:
-    """``data.held_out_prompts_path``, or the prompts that are named for RLHF: this command trains on none."""
+    """Returns the held-out prompts, or the prompts configured for RLHF, because this command trains on none."""
     if cfg.data.held_out_prompts_path or not (cfg.data.prompts_path or cfg.data.train_path):
         return best_of_n_prompts(cfg, tokenizer, [])
     return encode_prompts(inputs.prompts(cfg)[: cfg.best_of_n.prompts], tokenizer, cfg)
 
 
 def _table(curve: dict[str, Any]) -> list[str]:
-    """The curve in a few aligned lines."""
+    """Returns the curve as lines of a table."""
     lines = ["     n  KL (nats)    proxy     gold"]
     for n, kl, proxy, gold in zip(curve["n"], curve["kl"], curve["proxy"], curve["gold"], strict=True):
         lines.append(f"{n:6d}  {kl:9.2f}  {proxy:7.2f}  " + ("      –" if gold is None else f"{gold:7.2f}"))

@@ -1,4 +1,4 @@
-"""Stage ``convert``: Hugging Face <-> Megatron <-> .nemo."""
+"""The command ``convert``: Hugging Face <-> Megatron <-> .nemo."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from nemo_advrm.convert.conversion import convert
 
 
 def main(cfg: ConvertConfig) -> int:
-    """Convert one checkpoint in this process; prints its size and where it was written."""
+    """Converts one checkpoint in this process; prints its size and where it was written."""
     convert(cfg)
     if cfg.to == "megatron" and not cfg.dry_run:
         words = (

@@ -1,4 +1,4 @@
-"""Stage ``doctor``: what this machine has, and what each absence means for the user."""
+"""The command ``doctor``: lists the hardware and libraries found, and what each missing one means for the user."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Finding:
 
 
 def main(cfg: Config) -> int:
-    """Print the table; always 0, because an absence is information, not a failure."""
+    """Prints the table; always returns 0, because a missing part is information, not a failure."""
     table = Table(show_lines=False, expand=False)
     for title in ("", "what", "found", "what it means"):
         table.add_column(title, overflow="fold")
@@ -42,7 +42,7 @@ def main(cfg: Config) -> int:
 
 
 def findings(model: ModelConfig) -> list[Finding]:
-    """Everything found, the required parts first, and which fused kernels ``model`` takes here."""
+    """Returns all findings, required parts first, and the fused kernels that ``model`` would use here."""
     rows = [Finding("Python", platform.python_version(), "3.11 is the version that is tested")]
     rows += [_required(package) for package in REQUIRED]
     rows += [_transformer_engine(), _apex()]
@@ -106,7 +106,7 @@ def _gpus(torch) -> list[Finding]:  # type: ignore[no-untyped-def]
 
 
 def fp8_finding(capabilities: list[tuple[int, int]], transformer_engine: bool) -> Finding:
-    """FP8 support from the GPUs' compute capabilities: the weakest one decides."""
+    """Returns FP8 support by the lowest compute capability of the GPUs."""
     if not capabilities:
         return Finding("FP8", "no", "needs a GPU; use precision=fp32", False)
     weakest = min(capabilities)
@@ -132,7 +132,7 @@ def _backends(distributed) -> list[Finding]:  # type: ignore[no-untyped-def]
 
 
 def _kernels(on_gpu: bool) -> Finding:
-    """The layers' kernels and the optimizer's."""
+    """Returns the kernels of the layers and of the optimizer."""
     from nemo_advrm.engine.fusions import loads
 
     if transformer_engine.is_usable(on_gpu):
@@ -144,12 +144,12 @@ def _kernels(on_gpu: bool) -> Finding:
             from nemo_advrm.engine.cpu_linear import takes_onednn
 
             layers += f", linear layers ({'oneDNN' if takes_onednn() else 'MKL'})"
-    missing = "" if adam else "Adam is PyTorch's, which keeps a temporary copy of what it updates"
+    missing = "" if adam else "Adam is PyTorch's, which makes temporary copies of the parameters it updates"
     return Finding("Fused kernels", ", ".join(filter(None, (layers, adam))), missing)
 
 
 def _fusions(model: ModelConfig, on_gpu: bool) -> Finding:
-    """Megatron-Core's fused operations for the configured model."""
+    """Returns Megatron-Core's fused operations for the configured model."""
     from nemo_advrm.engine.fusions import fusions
 
     every = fusions(model, on_gpu)
@@ -159,7 +159,7 @@ def _fusions(model: ModelConfig, on_gpu: bool) -> Finding:
 
 
 def _cpu_flags() -> set[str]:
-    """Instruction sets of the first processor, empty where the system does not say."""
+    """Returns the instruction sets of the first processor, empty if unknown."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

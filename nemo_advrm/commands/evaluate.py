@@ -1,4 +1,4 @@
-"""Command ``evaluate``: accuracy of reward models of any kind on preference pairs."""
+"""The command ``evaluate``: accuracy of reward models of any kind on preference pairs."""
 
 from __future__ import annotations
 
@@ -22,9 +22,11 @@ from nemo_advrm.run_directory import run_dir
 
 
 def main(cfg: Config) -> int:
-    """Score ``data.validation_path`` (or ``data.train_path``) with each of ``ensemble.members``, else with the reward
-    model ``pretrained_checkpoint.restore_from_path``; print accuracy, margin and the accuracy on mismatched prompts,
-    then accuracy and margin of several members combined."""
+    """Scores ``data.validation_path`` (or ``data.train_path``) and prints accuracy and margin.
+
+    It scores with each of ``ensemble.members``, else with the reward model ``pretrained_checkpoint.restore_from_path``,
+    also on mismatched prompts, and with several members combined.
+    """
     if not cfg.data.validation_path and not cfg.data.train_path:
         raise ConfigError("data.validation_path is not set: name a file of preference pairs")
     if not cfg.ensemble.members and not cfg.pretrained_checkpoint.restore_from_path:

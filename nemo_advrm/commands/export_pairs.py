@@ -1,4 +1,4 @@
-"""Stage ``export_pairs``: adversarial pairs as the jsonl that NeMo-Aligner trains reward models on."""
+"""The command ``export_pairs``: writes adversarial pairs as the jsonl that NeMo-Aligner trains reward models on."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _Labels = tuple[tuple[float, ...], tuple[float, ...]]
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written: pairs of an attack, pairs that ``with`` held already, and its rows."""
+    """Counts of an export: adversarial pairs written, pairs skipped because ``with`` has them, and rows of ``with``."""
 
     pairs: int
     known: int
@@ -43,20 +43,20 @@ class Exported:
 
 
 def main(cfg: ExportPairsConfig) -> int:
-    """Write one file in this process; prints what it holds."""
+    """Writes one file in this process and prints its counts."""
     done = export_pairs(cfg)
-    known = f", without {done.known} that it held already" if done.known else ""
+    known = f", without {done.known} that it already has" if done.known else ""
     beside = f" and {done.rows} lines of {cfg.with_}{known}" if cfg.with_ else ""
     print(f"{done.pairs} adversarial pairs{beside}: {cfg.out}")
     return 0
 
 
 def export_pairs(cfg: ExportPairsConfig) -> Exported:
-    """Write ``out``, whole or not at all.
+    """Writes ``out`` atomically and returns the counts.
 
     Raises:
-        ConfigError: a setting that is absent or impossible.
-        DataError: a file that cannot be read, rendered or trained on; names the line.
+        ConfigError: a setting is missing or impossible.
+        DataError: a file cannot be read, rendered or trained on; names the line.
     """
     labels = _check(cfg)
     render, end = _template(cfg.template)
@@ -88,7 +88,7 @@ def export_pairs(cfg: ExportPairsConfig) -> Exported:
 
 
 def _check(cfg: ExportPairsConfig) -> _Labels | None:
-    """Labels of the chosen and the rejected answers, for regression."""
+    """Checks the settings; returns the labels of the chosen and the rejected responses for regression, else None."""
     for key, value in (("pairs", cfg.pairs), ("out", cfg.out)):
         if not value:
             raise ConfigError(f"{key} is not set: nemo-advrm export_pairs pairs=RUN/pairs.jsonl out=FILE.jsonl")
@@ -96,16 +96,18 @@ def _check(cfg: ExportPairsConfig) -> _Labels | None:
         raise ConfigError(f"out={cfg.out} exists already: choose another file, or remove it")
     kinds = ("binary_ranking", "regression")
     if cfg.reward_model_type not in kinds:
-        raise ConfigError(f"reward_model_type={cfg.reward_model_type}: it is {' or '.join(kinds)}")
+        raise ConfigError(f"reward_model_type={cfg.reward_model_type}: must be {' or '.join(kinds)}")
     given = {key: getattr(cfg, key) for key in ("chosen_label", "rejected_label")}
     if cfg.reward_model_type == "binary_ranking":
         for key, value in given.items():
             if value:
-                raise ConfigError(f"{key}={value}: labels belong to reward_model_type=regression")
+                raise ConfigError(f"{key}={value}: labels are for reward_model_type=regression only")
         return None
     chosen, rejected = (_numbers(key, value) for key, value in given.items())
     if len(chosen) != len(rejected):
-        raise ConfigError(f"chosen_label has {len(chosen)} numbers, rejected_label {len(rejected)}: one an attribute")
+        raise ConfigError(
+            f"chosen_label has {len(chosen)} numbers, rejected_label {len(rejected)}: set one number per attribute"
+        )
     return chosen, rejected
 
 
@@ -123,14 +125,14 @@ def _numbers(key: str, text: str) -> tuple[float, ...]:
 
 
 def _template(name: str) -> tuple[Render, str]:
-    """How a prompt is written, and what stands behind an answer."""
+    """Returns the function that renders a prompt, and the text that ends a response."""
     if name in _TEMPLATES:
         return _TEMPLATES[name]
     if not name.startswith("hf:"):
-        said = f"template={name}: it is" if name else "template is not set:"
+        problem = f"template={name}: must be" if name else "template is not set: it must be"
         raise ConfigError(
-            f"{said} transcript, extra_id, hf:DIR (of a tokenizer), or plain for prompts that are text already, "
-            "as those of an attack in NeMo-Aligner are"
+            f"{problem} transcript, extra_id, hf:DIR (a tokenizer's directory), or plain for prompts that are rendered "
+            "already, such as those of an attack in NeMo-Aligner"
         )
     from nemo_advrm.data.nemo_tokenizer import NemoTokenizer
 
@@ -140,7 +142,7 @@ def _template(name: str) -> tuple[Render, str]:
 
 
 def _pairs(paths: list[str]) -> list[PreferencePair]:
-    """The pairs of all stores in their order, each once."""
+    """Returns the pairs of all files in order, without repeated ones."""
     first: dict[tuple[str, str], PreferencePair] = {}
     for path in paths:
         try:
@@ -159,13 +161,13 @@ def _texts(group: tuple[Row, ...]) -> tuple[str, ...]:
 
 
 def _check_template(cfg: ExportPairsConfig, theirs: Row, ours: Row) -> None:
-    """Raise ConfigError when the two files do not begin alike: a reward model would learn to tell them apart by it."""
+    """Raises ConfigError when the texts of two files begin differently: a reward model would learn that difference."""
     for name, starts in (("transcript", starts_as_transcript), ("extra_id", _starts_as_extra_id)):
         if starts(theirs["text"]) != starts(ours["text"]):
             which = "are not" if starts(ours["text"]) else "are"
             raise ConfigError(
                 f"template={cfg.template}: the texts of {cfg.with_} {which} of the template {name}; "
-                "both must be written alike"
+                "both must have the same template"
             )
 
 

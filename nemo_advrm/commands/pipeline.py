@@ -1,4 +1,4 @@
-"""Command ``pipeline``: all rounds of Adv-RM, then RLHF and the report."""
+"""The command ``pipeline``: all rounds of Adv-RM, then RLHF and the report."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from nemo_advrm.run_directory import run_dir
 
 
 def main(cfg: Config) -> int:
-    """Run all that is not complete in ``run_dir`` and print the report's table; or the one stage ``pipeline.only``."""
+    """Runs all steps that are not complete in ``run_dir`` and prints the report, or runs one step, ``pipeline.only``."""
     only = None
     if cfg.pipeline.only:
         only = find(of_run(cfg)[1], cfg.pipeline.only)
@@ -22,5 +22,5 @@ def main(cfg: Config) -> int:
 
 
 def _one_process(cfg: Config) -> Config:
-    """The layout of a stage that uses no model."""
+    """Returns the configuration with the layout of one process, for a step that uses no model."""
     return replace(cfg, model=at_layout(cfg.model))

@@ -1,4 +1,4 @@
-"""Stage ``plan``: whether a stage fits its GPUs, how long a step takes, and which layout would do better."""
+"""The command ``plan``: whether a stage fits its GPUs, how long a step takes, and which layout would be faster."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ DOES_NOT_FIT = 1
 
 
 def main(cfg: Config) -> int:
-    """Print the plan of ``plan.stage``; returns 1 when it does not fit (or, searching, when nothing does).
+    """Prints the plan of ``plan.stage``; returns 1 when it does not fit, or with ``plan.search`` when nothing fits.
 
-    Raises ConfigError or LayoutError, naming the keys, for a layout that cannot be built.
+    Raises ConfigError or LayoutError that names the keys of a layout that cannot be built.
     """
     gpus = cfg.plan.gpus or cfg.trainer.devices * cfg.trainer.num_nodes
     if not supports(cfg.plan.gpu, cfg.precision.name):
@@ -46,12 +46,12 @@ def main(cfg: Config) -> int:
 
 
 def fits(cfg: Config, stages: Sequence[RankMemory]) -> bool:
-    """Whether every rank has room."""
+    """Returns whether the fullest rank fits the memory budget."""
     return max(stage.total for stage in stages) <= budget(cfg)
 
 
 def tokenizer_size(cfg: Config) -> int:
-    """Size of the vocabulary before padding: that of the model, else of its tokenizer."""
+    """Returns the vocabulary size before padding: that of the model if set, else of its tokenizer."""
     if cfg.model.vocab_size:
         return cfg.model.vocab_size
     from nemo_advrm.data.tokenizers import build_tokenizer
@@ -60,7 +60,7 @@ def tokenizer_size(cfg: Config) -> int:
 
 
 def _parameters(job: Job) -> list[tuple[str, int]]:
-    """Title and parameters of each kind of model that the job holds."""
+    """Returns title and number of parameters of each kind of model in the job."""
     named = []
     for held in job.models:
         number = f"{held.count} x " if held.count > 1 else ""
@@ -70,7 +70,7 @@ def _parameters(job: Job) -> list[tuple[str, int]]:
 
 
 def _check_by_building(job: Job) -> None:
-    """Build every stage's real models without memory: a layout that Megatron refuses must not be planned."""
+    """Builds the models of every pipeline stage without memory, so that a layout Megatron refuses is not planned."""
     model = job.cfg.model
     for head in dict.fromkeys(held.head for held in job.models):
         built = build_stages(model, head, job.vocab_size, job.gpus, job.head_outputs)
@@ -105,9 +105,9 @@ def _search(cfg: Config, gpus: int, size: int) -> int:
 
 
 def _submit_line(cfg: Config, gpus: int, added: list[str]) -> str:
-    """How the job is submitted: the settings of this command without the plan's own, then ``added``.
+    """Returns the sbatch command of the job: the settings of this command without ``plan.*``, then ``added``.
 
-    The scripts set trainer.devices and trainer.num_nodes from what SLURM gives them.
+    The scripts set trainer.devices and trainer.num_nodes from SLURM's environment.
     """
     own = ("plan.", "trainer.devices=", "trainer.num_nodes=")
     given = [word for word in sys.argv[2:] if not word.startswith(own)] if sys.argv[1:2] == ["plan"] else []

@@ -1,4 +1,4 @@
-"""Stage ``report``: writes ``report/`` of a run directory, or of several runs together, and prints its tables."""
+"""The command ``report``: writes ``report/`` of a run directory, or of several runs together, and prints its tables."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def main(cfg: Config) -> int:
     for run in runs:
         if not (run / "state.json").is_file():
             key = "report.runs" if cfg.report.runs else "run_dir"
-            raise ConfigError(f"{key}={run}: no state.json there, so no run to report on")
+            raise ConfigError(f"{key}={run}: has no state.json, so it is not the directory of a run")
     if len(runs) == 1:
         report = write_report(runs[0])
     else:

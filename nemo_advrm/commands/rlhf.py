@@ -1,4 +1,4 @@
-"""Command ``rlhf``: trains a policy against a reward and tracks the gold reward, where there is one."""
+"""The command ``rlhf``: trains a policy against a reward and tracks the gold reward, if there is one."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from nemo_advrm.training.rlhf_training import run_rlhf
 
 
 def main(cfg: Config) -> int:
-    """Train into ``run_dir/model`` against ``ensemble.members`` combined by ``ensemble.aggregate``."""
+    """Trains into ``run_dir/model`` against ``ensemble.members`` combined by ``ensemble.aggregate``."""
     if not cfg.ensemble.members:
         raise ConfigError("ensemble.members must name at least one reward model")
     if not cfg.pretrained_checkpoint.restore_from_path:
@@ -51,9 +51,10 @@ def main(cfg: Config) -> int:
 def _statistics(
     cfg: Config, tokenizer: Tokenizer, directory: Path, prompts: list[Prompt], members: list[RewardSource]
 ) -> MemberStatistics | None:
-    """By what several members are standardised: a given reference, or responses of the starting policy.
+    """Returns the statistics that standardise several members, None for one member or raw scores.
 
-    The latter are sampled once, to ``directory/reference.jsonl``, as an attack samples its own.
+    They are those of ``ensemble.reference_path``, else of responses of the initial policy, which are sampled once into
+    ``directory/reference.jsonl``, as in an attack.
     """
     if len(members) < 2 or not cfg.ensemble.standardise:
         return None

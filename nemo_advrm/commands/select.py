@@ -1,4 +1,4 @@
-"""Command ``select``: picks adversarial samples of an attack and writes them as preference pairs."""
+"""The command ``select``: selects adversarial samples of an attack and writes them as preference pairs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from nemo_advrm.errors import ConfigError
 
 
 def main(cfg: Config) -> int:
-    """Select from the attack in ``run_dir`` (``attack/samples.jsonl`` beside ``reference.jsonl``)."""
+    """Selects from the attack in ``run_dir`` (``attack/samples.jsonl`` and ``reference.jsonl``)."""
     directory = Path(cfg.run_dir)
     samples = directory / "attack" / "samples.jsonl"
     if not samples.exists():

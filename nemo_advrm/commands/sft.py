@@ -1,4 +1,4 @@
-"""Command ``sft``: fine-tunes a policy on prompts with responses."""
+"""The command ``sft``: fine-tunes a policy on prompts with responses."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from nemo_advrm.training.sft_training import encode_responses, sft_rows, train_s
 
 
 def main(cfg: Config) -> int:
-    """Fine-tune into ``run_dir/model``."""
+    """Fine-tunes a policy into ``run_dir/model``."""
     run_dir.start(cfg)
     tokenizer = build_tokenizer(cfg.model.tokenizer)
     rows = encode_responses(cfg, tokenizer, sft_rows(cfg))

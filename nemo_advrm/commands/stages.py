@@ -1,4 +1,4 @@
-"""Command ``stages``: lists the steps of a pipeline, for job schedulers."""
+"""The command ``stages``: lists the steps of a pipeline, for job schedulers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from nemo_advrm.pipeline.dag import added_since, is_skipped, of_run
 
 
 def main(cfg: Config) -> int:
-    """Print a line per stage: name, kind, state (complete, skipped or to do) and the names it waits for, with tabs."""
+    """Prints a line per step, separated by tabs: name, kind, complete, skipped or todo, and the names it waits for."""
     directory = Path(cfg.run_dir)
     state = _read_state(directory / "state.json")
 
@@ -44,7 +44,7 @@ def _read_state(path: Path) -> dict[str, dict[str, Any]]:
 
     if not path.exists():
         if run_files.products(path.parent):
-            print(f"{path} is missing: every stage counts as to be done", file=sys.stderr)
+            print(f"{path} is missing: every step is listed as todo", file=sys.stderr)
         return {}
 
     stages: dict[str, dict[str, Any]] = read_state(path)["stages"]

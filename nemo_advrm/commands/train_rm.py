@@ -1,4 +1,4 @@
-"""Command ``train_rm``: trains a reward model on preference pairs and prints its accuracy on held-out ones."""
+"""The command ``train_rm``: trains a reward model on preference pairs and prints its accuracy on held-out pairs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from nemo_advrm.training.reward_model_training import encode_rows, keep_back, tr
 
 
 def main(cfg: Config) -> int:
-    """Train one reward model into ``run_dir``; prints loss and accuracy on the validation split."""
+    """Trains one reward model into ``run_dir``; prints loss and accuracy on the validation pairs."""
     directory = Path(cfg.run_dir)
     run_dir.start(cfg)
     tokenizer = build_tokenizer(cfg.model.tokenizer)
@@ -44,5 +44,5 @@ def _hybrid_line(metrics: dict[str, float]) -> str:
     if "val/hybrid_accuracy" not in metrics:
         return ""
     mismatch = metrics.get("val/hybrid_mismatch_accuracy")
-    told = "" if mismatch is None else f"  mismatched prompts {mismatch:.3f}"
-    return f"with reference features: accuracy {metrics['val/hybrid_accuracy']:.3f}{told}\n"
+    on_mismatched = "" if mismatch is None else f"  mismatched prompts {mismatch:.3f}"
+    return f"with reference features: accuracy {metrics['val/hybrid_accuracy']:.3f}{on_mismatched}\n"

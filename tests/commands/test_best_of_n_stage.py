@@ -127,4 +127,4 @@ def test_what_cannot_be_judged_is_told_at_once(settings: list[str], capsys: pyte
     assert cli.main(["best_of_n", *settings, "ensemble.members=[a,b]"]) == 2
     assert "ensemble.reference_path is not set" in capsys.readouterr().err
     assert cli.main(["best_of_n", *settings, "pretrained_checkpoint.restore_from_path="]) == 2
-    assert "name the policy that is sampled" in capsys.readouterr().err
+    assert "name the policy to sample" in capsys.readouterr().err

@@ -139,7 +139,7 @@ def test_regression_lines_are_written_once_each(
     (tmp_path / "out.jsonl").unlink()
     again = export(tmp_path, *words, f"with={held}")
     assert [row["text"] for row in again[4:]] == [rows[i]["text"] for i in (1, 5, 6, 7)]
-    told = f"4 adversarial pairs and 4 lines of {held}, without 1 that it held already: "
+    told = f"4 adversarial pairs and 4 lines of {held}, without 1 that it already has: "
     assert capsys.readouterr().out.startswith(told)
 
 
@@ -151,8 +151,8 @@ REGRESSION = "reward_model_type=regression"
     ("words", "message"),
     [
         ([RANKING], "pairs is not set"),
-        (["pairs={store}"], "template is not set: transcript"),
-        (["pairs={store}", "template=chatml"], "template=chatml: it is transcript"),
+        (["pairs={store}"], "template is not set: it must be transcript"),
+        (["pairs={store}", "template=chatml"], "template=chatml: must be transcript"),
         (["pairs={store}", "template=hf:nowhere"], "nowhere: no such tokenizer directory"),
         (["pairs={home}/pairs.json", RANKING], "the nearest existing name is {home}/pairs.jsonl"),
         (["pairs={home}", RANKING], "cannot be read: Is a directory"),
@@ -164,8 +164,8 @@ REGRESSION = "reward_model_type=regression"
         (["pairs={store}", RANKING, "with={textless}"], "textless.jsonl:2: `text` is missing"),
         (["pairs={store}", "template=plain", "with={train}"], "train.jsonl are of the template transcript"),
         (["pairs={store}", "template=extra_id", "with={train}"], "train.jsonl are of the template transcript"),
-        (["pairs={store}", RANKING, "reward_model_type=rank"], "reward_model_type=rank: it is binary_ranking or"),
-        (["pairs={store}", RANKING, "chosen_label=1"], "chosen_label=1: labels belong to reward_model_type=regression"),
+        (["pairs={store}", RANKING, "reward_model_type=rank"], "reward_model_type=rank: must be binary_ranking or"),
+        (["pairs={store}", RANKING, "chosen_label=1"], "chosen_label=1: labels are for reward_model_type=regression"),
         (["pairs={store}", RANKING, REGRESSION], "chosen_label=: regression needs a number"),
         (["pairs={store}", RANKING, REGRESSION, "chosen_label=1,nan", "rejected_label=0"], "chosen_label=1,nan"),
         (

@@ -64,7 +64,7 @@ def test_the_command_joins_the_runs_that_it_names(runs: list[Path], capsys: pyte
     assert cli.main(["report", str(runs[1])]) == 0  # one run has a report of its own
     assert (runs[1] / "report" / "index.html").is_file()
     assert cli.main(["report", str(runs[0]), "nowhere"]) == 2
-    assert "report.runs=nowhere: no state.json there" in capsys.readouterr().err
+    assert "report.runs=nowhere: has no state.json" in capsys.readouterr().err
 
 
 def test_runs_that_have_become_incomparable_leave_no_old_figure(runs: list[Path], tmp_path: Path) -> None:
