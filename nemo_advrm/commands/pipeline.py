@@ -12,7 +12,7 @@ from nemo_advrm.run_directory import run_dir
 
 
 def main(cfg: Config) -> int:
-    """Runs all steps that are not complete in ``run_dir`` and prints the report, or runs one step, ``pipeline.only``."""
+    """Runs all steps that are not complete in ``run_dir`` and prints the report, or one step (``pipeline.only``)."""
     only = None
     if cfg.pipeline.only:
         only = find(of_run(cfg)[1], cfg.pipeline.only)

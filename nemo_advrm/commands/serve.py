@@ -31,7 +31,7 @@ def main(cfg: Config) -> int:
     require_extra("serve", "fastapi", "uvicorn", "httpx", "tenacity", "prometheus_client")
     if not cfg.ensemble.members:
         raise ConfigError("ensemble.members must name at least one reward model")
-    reference = _reference(cfg)
+    sft_responses = _sft_responses(cfg)
     statistics_path = _statistics_path(cfg)
     cfg = sources.for_scoring(cfg, cfg.ensemble.members)
     rt = run_dir.start(cfg)
@@ -44,10 +44,10 @@ def main(cfg: Config) -> int:
     listening: list[tuple[socket.socket, str]] = []
     run_on_rank_zero(lambda: listening.append(_listen(cfg)))  # before loading: a wrong address fails at once
     members = sources.load_members(cfg, cfg.ensemble.members, build_tokenizer(cfg.model.tokenizer))
-    reward = _reward(cfg, members, reference, statistics_path)
+    reward = _reward(cfg, members, sft_responses, statistics_path)
     if rt.is_writer:
         with signals.recorded():  # from here on a signal lets the running requests finish
-            return _serve(cfg, members, reward, reference, *listening[0])
+            return _serve(cfg, members, reward, sft_responses, *listening[0])
     # the launcher sends TERM to every process: rank 0 ends the others when its requests are done
     for number in (*signals.SIGNALS, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
@@ -85,7 +85,7 @@ def _serve(
     cfg: Config,
     members: list[RewardSource],
     reward: PolicyReward,
-    reference: SFTScores | None,
+    sft_responses: SFTScores | None,
     sock: socket.socket,
     token: str,
 ) -> int:
@@ -97,7 +97,7 @@ def _serve(
     from nemo_advrm.serve.service import ScoringService
 
     options, metrics = cfg.serve, Metrics()
-    preparer = Preparer(members, options.max_sample_tokens, reference)
+    preparer = Preparer(members, options.max_sample_tokens, sft_responses)
     batcher = Batcher(
         Scorer(reward, preparer.fingerprint),
         metrics,
@@ -116,34 +116,34 @@ def _serve(
     return 0
 
 
-def _reference(cfg: Config) -> SFTScores | None:
-    """The reference that the adversarial reward is relative to; None for an ensemble."""
+def _sft_responses(cfg: Config) -> SFTScores | None:
+    """Reads the SFT responses that the adversarial reward is relative to; None for the reward of an ensemble."""
     if cfg.serve.reward == "ensemble":
         return None
     path = cfg.serve.reference_path or cfg.ensemble.reference_path
     if not path:
         raise ConfigError("serve.reward=adversarial needs serve.reference_path: the reference.jsonl of an attack")
-    reference = SFTScores.read(Path(path))
-    if reference.scores_PNK.size(-1) != len(cfg.ensemble.members):
+    sft_responses = SFTScores.read(Path(path))
+    if sft_responses.scores_PNK.size(-1) != len(cfg.ensemble.members):
         raise ConfigError(
-            f"serve.reference_path={path} has scores of {reference.scores_PNK.size(-1)} members, "
+            f"serve.reference_path={path} has scores of {sft_responses.scores_PNK.size(-1)} members, "
             f"ensemble.members names {len(cfg.ensemble.members)}"
         )
-    return reference
+    return sft_responses
 
 
 def _statistics_path(cfg: Config) -> str:
-    """The reference file whose statistics standardise the members; empty for raw scores."""
+    """Returns the file of SFT responses by which members are standardised; empty for raw scores."""
     if cfg.serve.reward != "ensemble" or len(cfg.ensemble.members) < 2 or not cfg.ensemble.standardise:
         return ""
     return cfg.serve.reference_path or cfg.ensemble.reference_path
 
 
-def _reward(cfg: Config, members: list[RewardSource], reference: SFTScores | None, path: str) -> PolicyReward:
-    if reference is not None:
+def _reward(cfg: Config, members: list[RewardSource], sft_responses: SFTScores | None, path: str) -> PolicyReward:
+    if sft_responses is not None:
         given = cfg.serve.reference_path or cfg.ensemble.reference_path
-        check_members(reference, members, f"serve.reference_path={given}")
-        return AdversarialReward(members, cfg.adversarial, reference, cfg.adversarial.target_members[0] - 1)
+        check_members(sft_responses, members, f"serve.reference_path={given}")
+        return AdversarialReward(members, cfg.adversarial, sft_responses, cfg.adversarial.target_members[0] - 1)
     statistics = read_statistics(Path(path), members, "serve.reference_path") if path else None
     if len(members) > 1 and cfg.ensemble.standardise and not path:
         run_on_rank_zero(lambda: print(RAW_SCORES, flush=True))
