@@ -86,7 +86,7 @@ def guarded(call: Callable[[], int | None]) -> int:
         return EXIT_INTERRUPTED
     except Exception as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            print(f"error: {error}; make room, and the same command goes on", file=sys.stderr)
+            print(f"error: {error}; make room, and the same command resumes", file=sys.stderr)
             return EXIT_USER_ERROR
         if isinstance(error, OSError) and error.errno and error.filename:  # a file that cannot be used is no bug
             where = "" if rank_info.rank == 0 else f" (rank {rank_info.rank} on {rank_info.node})"
@@ -106,8 +106,8 @@ def guarded(call: Callable[[], int | None]) -> int:
 
 def _stopped_without_saving(reason: object) -> int:
     """Reports a step abandoned after a signal because another process or a reward server ended; returns the status."""
-    goes_on = "the same command goes on from the newest checkpoint"
-    print(f"stopped by {signals.received()}, the step under way was given up ({reason}); {goes_on}", file=sys.stderr)
+    resume = "the same command resumes from the newest checkpoint"
+    print(f"stopped by {signals.received()}, the step under way was given up ({reason}); {resume}", file=sys.stderr)
     return EXIT_PREEMPTED
 
 

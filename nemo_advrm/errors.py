@@ -35,7 +35,7 @@ class RewardSourceError(UserError):
 
 
 class Preempted(BaseException):
-    """A signal asked the job to stop and its state is saved: the same command goes on from there (exit status 75).
+    """A signal asked the job to stop and its state is saved: the same command resumes from there (exit status 75).
 
     No Exception: a library that tries one way after another must not take it for the failure of the first.
     """

@@ -106,7 +106,7 @@ class Attack(ABC):
     def find(self, inputs: AttackInputs, budget: Budget) -> Found:
         """Search, and write every response that was scored to ``samples.jsonl``; all ranks call.
 
-        A call in a directory where an earlier one was stopped goes on or starts over.
+        A call in a directory where an earlier call was stopped resumes or starts over.
         """
 
 

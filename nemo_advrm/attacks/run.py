@@ -68,7 +68,7 @@ class AttackRun:
         for target in self.cfg.adversarial.target_members:
             for number in range(self.cfg.adversarial.num_adversaries):
                 name = policy_name(target, number)
-                stopping.leave_if_asked(f"before the attack of {name}: the same command goes on there")
+                stopping.leave_if_asked(f"before the attack of {name}: the same command resumes there")
                 self.train(target, number)
         return join_attacks(self.cfg, self.directory)
 

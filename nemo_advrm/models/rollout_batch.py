@@ -60,7 +60,7 @@ class RolloutBatch:
 def response_log_probs(
     model: MegatronModel, data: RolloutBatch, pad_id: int, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """Returns the log-probability of every response token and the entropy before it, both [B, T] in nats on the CPU."""
+    """Returns log-probability and entropy at every response token, both [B, T] in nats on the CPU."""
     groups = microbatch_rows(model, data.lengths())
     microbatches = [data.microbatch(model, group, pad_id) for group in groups]
 

@@ -74,7 +74,7 @@ class Pipeline:
         """Runs the first step that is ready and not taken by another worker; without one, waits ``POLL_SECONDS``."""
         waiting = {step.name for step in left}
         ready = [step for step in left if waiting.isdisjoint(step.after)]
-        stopping.leave_if_asked(f"before {(ready or left)[0].name}: the same command goes on there")
+        stopping.leave_if_asked(f"before {(ready or left)[0].name}: the same command resumes there")
         taken = next((step for step in ready if self._take(step)), None)
         if taken is not None:
             self._do(taken)

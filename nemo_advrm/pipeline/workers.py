@@ -148,7 +148,7 @@ def _status(number: int, status: int | None) -> int:
     if status is None:
         print(f"worker {number} did not end within {SHUTDOWN_SECONDS} seconds and was killed", file=sys.stderr)
         return 128 + signal.SIGKILL
-    return child_exit_status(f"worker {number}", status, "; the same command goes on")
+    return child_exit_status(f"worker {number}", status, "; the same command resumes")
 
 
 def _send(children: dict[int, subprocess.Popen[bytes]], signum: signal.Signals) -> None:
@@ -189,4 +189,4 @@ def _end_with_parent() -> None:
         return
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != int(os.environ[WORKER].split()[1]):
-        raise Preempted("the command that started this worker has ended: the same command goes on")
+        raise Preempted("the command that started this worker has ended: the same command resumes")

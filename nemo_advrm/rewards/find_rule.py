@@ -75,7 +75,7 @@ class FindRule:
         """Returns which rows of ``samples.jsonl`` pass the rule, whether usable in a pair or not, bool [B]."""
         if not rows:
             return torch.zeros(0, dtype=torch.bool)
-        # training on an empty response, or on one that is among the SFT responses, would only degrade ordinary text
+        # an empty response, or one of the SFT responses, is not an adversarial example
         new = [bool(r["response"].strip()) and r["response"] not in self._sft_PN[r["prompt_id"]] for r in rows]
         return self._qualified(rows) & torch.tensor(new)
 

@@ -25,7 +25,7 @@ from nemo_advrm.run_directory import identity, run_files
 _BEFORE_RESULTS = ("config.yaml", "versions.yaml", "state.json")
 # locks; versions before 0.2 left files with the other two endings
 _LOCKS = re.compile(r"locks|\w+\.(lease.*|lock|owner)")
-NOT_BEGUN = "before the work began: nothing is lost, the same command goes on"
+NOT_BEGUN = "before the work began: nothing is lost, the same command resumes"
 
 
 def start(cfg: Config) -> runtime.Runtime:

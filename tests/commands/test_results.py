@@ -200,7 +200,7 @@ def test_rows_that_a_restart_misses_are_told(tmp_path: Path, caplog: pytest.LogC
     writer.on_train_start(trainer, None)  # type: ignore[arg-type]
     writer.teardown(trainer, None, "fit")  # type: ignore[arg-type]
     (told,) = [record.getMessage() for record in caplog.records if "lost" in record.getMessage()]
-    assert "2 steps from 2 to 3 are lost; training goes on after step 4" in told
+    assert "2 steps from 2 to 3 are lost; training resumes after step 4" in told
     assert path.read_text() == '{"step": 1}\n{"step": 4}\n'
 
 

@@ -68,7 +68,7 @@ def test_a_signal_at_any_moment_ends_with_75_or_the_complete_result_and_the_run_
         assert (status, told) == (0, "")
     else:
         assert status == 75 and told.startswith(f"stopped by {name} ") and len(told.splitlines()) == 1
-        assert "goes on" in told or "starts over" in told
+        assert "resumes" in told or "starts over" in told
         saved = re.search(r"saved in (\S+);", told)
         assert saved is None or Path(saved[1]) == max((tmp_path / "checkpoints").iterdir())
         assert reward_model(tmp_path, pairs, *more) == 0

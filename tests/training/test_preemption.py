@@ -113,6 +113,6 @@ def test_before_its_first_step_a_training_is_stopped_without_a_save(tmp_path: Pa
     trainer = FakeTrainer(4)
     with signals.owned():
         os.kill(os.getpid(), signal.SIGTERM)
-        with pytest.raises(Preempted, match="before step 5: nothing is lost, the same command goes on after step 4"):
+        with pytest.raises(Preempted, match="before step 5: nothing is lost, the same command resumes after step 4"):
             PreemptionCheckpoint(tmp_path).on_train_start(trainer, None)  # type: ignore[arg-type]
     assert trainer.saved == []

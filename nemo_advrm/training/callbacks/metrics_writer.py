@@ -36,7 +36,7 @@ class MetricsWriter(Callback):
         if self._writer is not None:
             lost = lost_steps(self.path, range(self.first_step, resume_step + 1))
             if lost:
-                _log.warning("%s; training goes on after step %d", lost, trainer.global_step)
+                _log.warning("%s; training resumes after step %d", lost, trainer.global_step)
             # at a restart Lightning repeats the validation of the step before
             if has_validation(self.path, resume_step):
                 self._validated = resume_step

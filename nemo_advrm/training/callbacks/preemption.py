@@ -34,7 +34,7 @@ class PreemptionCheckpoint(Checkpoint):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         step = trainer.global_step
-        start = f"goes on after step {step}" if step else "starts over"
+        start = f"resumes after step {step}" if step else "starts over"
         stopping.leave_if_asked(f"before step {step + 1}: nothing is lost, the same command {start}")
 
     def on_train_batch_end(
@@ -55,4 +55,4 @@ class PreemptionCheckpoint(Checkpoint):
 
 def stopped_and_saved(reason: str, path: Path, step: int) -> Preempted:
     """Returns the exception that ends a training at ``step``, saved in ``path``."""
-    return Preempted(f"stopped by {reason} after step {step}, saved in {path}; the same command goes on from there")
+    return Preempted(f"stopped by {reason} after step {step}, saved in {path}; the same command resumes from there")

@@ -130,7 +130,7 @@ class OveroptimizationTracker(_RolloutWriter):
         # the rows of a step are not counted: they depend on the number of replicas, which may have changed
         lost = lost_steps(self.path, range(0, steps, self.every)) if self.samples else ""
         if lost:
-            _log.warning("%s; training goes on after step %d", lost, steps)
+            _log.warning("%s; training resumes after step %d", lost, steps)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
