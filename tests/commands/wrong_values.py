@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,9 @@ def read(path: Path) -> tuple[Any, str]:
 def write(path: Path, content: Any, rest: str, root: Path) -> None:
     """Write what :func:`read` has read, and let the manifests up to ``root`` list it, as its writer would have."""
     text = yaml.safe_dump(content) if path.suffix == ".yaml" else json.dumps(content)
+    before = path.stat()
     path.write_text(text + rest)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # the report is as old as it was beside state.json
     for home in path.parents:
         listing = home / manifest.NAME
         if listing.is_file() and listing != path:
