@@ -17,7 +17,7 @@ from nemo_advrm.convert.nemo_file import archived_weights
 from nemo_advrm.convert.nemo_tokenizer_files import pack_tokenizer
 from nemo_advrm.convert.safetensors_files import indexed_files
 from nemo_advrm.data.nemo_tokenizer import NemoTokenizer
-from nemo_advrm.data.reading import ReadingRule, rule_in_config
+from nemo_advrm.data.reading import ReadingRule, rule_from_hf_config
 from nemo_advrm.engine import manifest
 from nemo_advrm.errors import ConfigError, DataError, UserError
 from nemo_advrm.pipeline.state import read_state
@@ -77,7 +77,7 @@ def test_a_json_file_that_cannot_be_used_is_one_line(reader: str, payload: bytes
 
 def test_a_config_json_without_a_rule_of_ours_is_left_to_who_opens_the_model(payload: bytes, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes(payload)
-    assert rule_in_config(tmp_path) == ReadingRule()
+    assert rule_from_hf_config(tmp_path) == ReadingRule()
 
 
 def test_the_report_leaves_such_files_out_with_a_note(payload: bytes, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from nemo_advrm.convert.safetensors_files import SafetensorsDirectory
 from nemo_advrm.convert.tensor_names import canonical_shapes
 from nemo_advrm.convert.tensors import Description, TensorSpec
 from nemo_advrm.convert.transforms import Transform
-from nemo_advrm.data.reading import rule_in_config
+from nemo_advrm.data.reading import rule_from_hf_config
 from nemo_advrm.errors import CheckpointError
 from nemo_advrm.gguf_limits import check_header
 
@@ -66,7 +66,7 @@ class HFSource:
             head=head,
             tokenizer=tokenizer or own or (path if any(path.glob("*.gguf")) else None),
             hf_config=config,
-            rule=rule_in_config(path),
+            rule=rule_from_hf_config(path),
             provenance={"converted_from": f"hf:{path}", "class": config["architectures"][0]},
         )
 

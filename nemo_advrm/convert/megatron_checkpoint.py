@@ -19,7 +19,7 @@ from nemo_advrm.convert.tensor_names import VOCABULARY_ROWS, canonical_shapes, l
 from nemo_advrm.convert.tensors import Description, TensorSpec
 from nemo_advrm.convert.tokenizer_files import check_tokenizer, copy_tokenizer
 from nemo_advrm.convert.transforms import pad_vocabulary, unpad_vocabulary
-from nemo_advrm.data.reading import KEY, ReadingRule, rule_of
+from nemo_advrm.data.reading import KEY, ReadingRule, rule_from_meta
 from nemo_advrm.data.tokenizers import Tokenizer, build_tokenizer
 from nemo_advrm.engine import manifest
 from nemo_advrm.engine.checkpoint import FORMAT, WEIGHTS, read_meta
@@ -63,7 +63,7 @@ class MegatronSource:
         model = read_model(meta, path)
         self._reader = StackedReader(path / WEIGHTS, open_metadata(path / WEIGHTS))
         self.tokenizer = tokenizer or _tokenizer_of(path, meta)
-        rule = rule_of(meta, path)
+        rule = rule_from_meta(meta, path)
         own = _open_tokenizer(model, self.tokenizer, rule)
         if own is not None and tokenizer is None and meta.get("tokenizer") not in (None, own.fingerprint):
             raise CheckpointError(f"{path}: the tokenizer {own.name} is not what it was in training: set tokenizer=DIR")

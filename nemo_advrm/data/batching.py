@@ -1,5 +1,7 @@
-"""Which rows go into which step, rank and microbatch: pure functions of numbers, so that a resumed run repeats
-nothing."""
+"""Assigns rows to steps, data-parallel ranks and microbatches.
+
+All functions depend on their arguments alone, so a resumed run continues with exactly the rows that come next.
+"""
 
 from __future__ import annotations
 
@@ -14,20 +16,22 @@ from torch import Tensor
 
 from nemo_advrm.errors import ConfigError
 
-# What a microbatch costs besides its tokens, in padded tokens. CPU: measured by benchmarks/train_rm.py. GPU: 16 layers
-# of width 2,048 in bf16 on one H200 spend 150 ms on launches, however small a microbatch is. Training on 32 pairs of
-# HH's lengths a step made 7,400 tokens/s at a cost of 128, 17,400 at 2,048 and 21,400 to 32,100 at 8,192.
+# Fixed cost of a microbatch, in padded tokens. CPU: measured by benchmarks/train_rm.py. GPU: 16 layers of width 2,048
+# in bf16 on one H200 spend 150 ms on kernel launches, however small the microbatch is. Training on 32 pairs of HH's
+# lengths per step reached 7,400 tokens/s with a cost of 128, 17,400 with 2,048 and 21,400 to 32,100 with 8,192.
 _MICROBATCH_COST = {"cpu": 128, "cuda": 8192}
 
 
 @dataclass(frozen=True)
 class BatchSchedule:
-    """The global batch of every step, from (num_rows, global_batch_size, seed) alone.
+    """Computes the global batch of every step from (num_rows, global_batch_size, seed).
 
-    Rows are drawn epoch by epoch from a permutation of (seed, epoch). The last batch of an epoch is filled up from the
-    next one: every row occurs once in each run of `num_rows` draws, every step has exactly `global_batch_size` rows,
-    and neither the data-parallel size nor the step at which a run was resumed has any influence. A batch that spans two
-    epochs may hold a row twice.
+    Each epoch is a permutation seeded with (seed, epoch). The last batch of an epoch is completed with rows of the next
+    epoch: each epoch contains every row once, every step has exactly `global_batch_size` rows, and neither the
+    data-parallel size nor the step at which a run was resumed changes the order. A batch that spans two epochs may
+    contain a row twice.
+
+    Raises ConfigError for a number of rows or a batch size below 1, or a negative seed.
     """
 
     num_rows: int
@@ -43,7 +47,7 @@ class BatchSchedule:
             raise ConfigError(f"seed={self.seed}: must be at least 0")
 
     def rows_for_step(self, step: int) -> list[int]:
-        """Indices of the `global_batch_size` rows of the 0-based `step`."""
+        """Return the indices of the `global_batch_size` rows of the 0-based `step`."""
         rows: list[int] = []
         position, end = step * self.global_batch_size, (step + 1) * self.global_batch_size
         while position < end:
@@ -54,7 +58,7 @@ class BatchSchedule:
         return rows
 
     def steps_for_epochs(self, epochs: float) -> int:
-        """The least number of steps in which `epochs` passes over the data are drawn (at least 1)."""
+        """Return the smallest number of steps that covers `epochs` passes over the data (at least 1)."""
         return max(1, -int(-epochs * self.num_rows // self.global_batch_size))
 
 
@@ -64,11 +68,11 @@ def _permutation(num_rows: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def shard(rows: Sequence[int], dp_rank: int, dp_size: int, lengths: Sequence[int] | None = None) -> list[int]:
-    """The part of a global batch that data-parallel rank `dp_rank` of `dp_size` works on.
+    """Return the rows of a global batch that data-parallel rank `dp_rank` of `dp_size` processes.
 
-    `lengths[i]` is the token length of `rows[i]`; rows are dealt out longest first, back and forth over the ranks (0 1
-    1 0 0 1 ..), so that ranks have nearly equal work and, to within one, equally many rows. Every row goes to exactly
-    one rank. Without `lengths` rows are dealt out in the given order.
+    `lengths[i]` is the token length of `rows[i]`. Rows are assigned longest first, back and forth over the ranks (0 1
+    1 0 0 1 ..): ranks get nearly equal work, and their row counts differ by at most one. Every row goes to exactly one
+    rank. Without `lengths` rows are assigned in the given order.
     """
     if not 0 <= dp_rank < dp_size:
         raise ValueError(f"dp_rank {dp_rank} is outside 0..{dp_size - 1}")
@@ -82,19 +86,20 @@ def shard(rows: Sequence[int], dp_rank: int, dp_size: int, lengths: Sequence[int
 
 
 def microbatch_cost(device: torch.device) -> int:
-    """What a microbatch costs on `device` besides its tokens, in padded tokens; the same on every rank of a job."""
+    """Return the fixed cost of a microbatch on `device`, in padded tokens; equal on every rank of a job."""
     return _MICROBATCH_COST.get(device.type, _MICROBATCH_COST["cuda"])
 
 
 def split_by_tokens(
     lengths: Sequence[int], max_tokens: int, max_rows: int | None = None, *, cost_of_one: int
 ) -> list[list[int]]:
-    """Indices into `lengths`, grouped into microbatches of at most `max_rows` rows and `max_tokens` PADDED tokens.
+    """Group indices into `lengths` into microbatches of at most `max_rows` rows and `max_tokens` padded tokens.
 
-    Rows are sorted by length (longest first, so that a run which does not fit into memory fails at once) and a
-    microbatch costs rows x its longest row, plus `cost_of_one` (see `microbatch_cost`); the cuts are those of the least
-    total cost. A row that alone exceeds `max_tokens` is a microbatch of its own. Every index occurs once; no lengths
-    give no microbatches.
+    Rows are sorted by length, longest first, so that a run that does not fit into memory fails at once. A microbatch
+    costs rows x its longest row plus `cost_of_one` (see `microbatch_cost`); the split has the least total cost. A row
+    longer than `max_tokens` becomes a microbatch of its own. Every index occurs once.
+
+    Raises ConfigError for a limit below 1.
     """
     for key, value in (("max_tokens", max_tokens), ("max_rows", 1 if max_rows is None else max_rows)):
         if value < 1:
@@ -104,14 +109,17 @@ def split_by_tokens(
     return [order[start:end] for start, end in itertools.pairwise(cuts)]
 
 
-@lru_cache(maxsize=32)  # one step asks several times for the same rows: for each model that reads them
+@lru_cache(maxsize=32)  # one step splits the same rows once for each model that reads them
 def _cheapest_cuts(lengths: tuple[int, ...], max_tokens: int, max_rows: int, cost_of_one: int) -> tuple[int, ...]:
-    """Where to cut rows of falling length, 0 and their number included; see :func:`split_by_tokens`."""
+    """Return the positions at which to cut rows of descending length, including 0 and their number.
+
+    Dynamic programming over the number of rows, as described in :func:`split_by_tokens`.
+    """
     count = len(lengths)
     sizes, numbers = np.array(lengths, dtype=np.int64), np.arange(count + 1)
-    cost = np.zeros(count + 1, dtype=np.int64)  # of the first n rows, cut at best
-    first = [0] * (count + 1)  # where the last microbatch of that cut begins
-    start = 0  # the most rows that a microbatch can have: with more rows after them they only grow
+    cost = np.zeros(count + 1, dtype=np.int64)  # least cost of the first n rows
+    first = [0] * (count + 1)  # start of the last microbatch in that split
+    start = 0  # earliest start of a microbatch that ends at `end`; never decreases as `end` grows
     for end in range(1, count + 1):
         while end - start > 1 and (end - start > max_rows or (end - start) * lengths[start] > max_tokens):
             start += 1
@@ -125,10 +133,12 @@ def _cheapest_cuts(lengths: tuple[int, ...], max_tokens: int, max_rows: int, cos
 
 
 def pad_rows(rows: Sequence[Sequence[int]], pad_id: int, multiple_of: int = 1) -> tuple[Tensor, Tensor]:
-    """(tokens_BS, lengths_B), both int64: rows padded on the right to the longest, rounded up to `multiple_of`.
+    """Return (tokens_BS, lengths_B), both int64: rows padded on the right to the longest, rounded up to `multiple_of`.
 
-    Sequence parallelism needs S to be a multiple of the tensor-parallel size. Scores and losses use `lengths_B`, never
-    the pad id, which many tokenizers share with eos.
+    Sequence parallelism requires S to be a multiple of the tensor-parallel size. Scores and losses use `lengths_B`,
+    never the pad id, because many tokenizers share it with eos.
+
+    Raises ValueError for no rows.
     """
     if not rows:
         raise ValueError("no rows to pad")

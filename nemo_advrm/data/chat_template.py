@@ -1,4 +1,4 @@
-"""A chat template as a function of the conversation alone: the same text today and next year."""
+"""Renders chat templates deterministically: the text depends on the conversation alone, not on the date."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from nemo_advrm.data.template_limits import limit_templates
 from nemo_advrm.errors import DataError
 
 _log = logging.getLogger(__name__)
-_MARK = "\U000ffffd"  # a private character that stands where an answer ends
+_MARK = "\U000ffffd"  # a private-use character that marks the end of a text
 _RANDOM = re.compile(r"\|\s*random\b|\blipsum\b")
-# stands for the clock that transformers gives to templates, which cannot be replaced by an argument
+# Shadows the `strftime_now` function that transformers defines for templates; arguments cannot replace it.
 _CLOCK = (
     "{%- macro strftime_now(format) %}{{ pinned_dates[format] if format in pinned_dates else "
     "format if '%' not in format else raise_exception('the format of its date is not written out in the template') }}"
@@ -36,9 +36,9 @@ _PROBES: tuple[list[Message], ...] = (
 
 
 class ChatTemplate:
-    """The template of a tokenizer of transformers, told the date of ``rule``.
+    """The chat template of a transformers tokenizer, with the date fixed to that of ``rule``.
 
-    Raises DataError for one that draws at random, and when no conversation at all can be rendered.
+    Raises DataError for a template that uses random numbers, and when no probe conversation can be rendered.
     """
 
     def __init__(self, tokenizer: Any, name: str, rule: ReadingRule) -> None:
@@ -50,28 +50,27 @@ class ChatTemplate:
         self._dates = _dates(own, rule) if self.asks_date else {}
         if _RANDOM.search(own) or self._probe() != self._probe():
             raise DataError(
-                f"the chat template of {name} is no function of the conversation: it draws at random, so that one "
-                "conversation has many scores"
+                f"the chat template of {name} uses random numbers: the same conversation would get different scores"
             )
         if self.asks_date:
             another = ReadingRule(date=(rule.now + timedelta(days=403, hours=5, minutes=7, seconds=11)).isoformat())
             if self._probe() != self._probe(_dates(own, another)):
                 _log.warning(
-                    "the chat template of %s writes the date: it is told %s, always (docs/templates.md)",
+                    "the chat template of %s writes the date: it always gets %s (docs/templates.md)",
                     name,
                     rule.date,
                 )
 
     def render(self, messages: Sequence[Message]) -> str:
-        """The finished conversation, of which the last message is the answer."""
+        """Render a finished conversation, whose last message is the answer."""
         return self._render(messages)
 
     def render_open(self, messages: Sequence[Message]) -> str:
-        """The conversation up to the end of the last message's text, without what the template writes after it.
+        """Render the conversation up to the end of the last message's text, without what the template writes after it.
 
-        White space at the end of that text is left out where the template strips it, as in transformers
-        (``continue_final_message``). Raises DataError when the template does not write the text's end, or writes it
-        more than once: then none of them is where the conversation breaks off.
+        White space at the end of that text is removed where the template strips it, as transformers does
+        (``continue_final_message``). Raises DataError when the template does not write the end of the text, or writes
+        it more than once: then the end of the conversation is ambiguous.
         """
         last = messages[-1]
         written = {character for message in messages for character in message["content"]}
@@ -85,23 +84,26 @@ class ChatTemplate:
         return text[:place] if text[place + 1 : place + 2] == " " else text[:place].rstrip()
 
     def render_prompt(self, messages: Sequence[Message]) -> str:
-        """The conversation and the beginning of an answer, after which a policy writes."""
+        """Render the conversation and the start of an assistant turn, which a policy continues."""
         return self._render(messages, add_generation_prompt=True)
 
     @cached_property
     def tail(self) -> str:
-        """What the template writes after the answer of a finished conversation."""
+        """The text that the template writes after the answer of a finished conversation."""
         return self._around("assistant")[1]
 
     @cached_property
     def head(self) -> str:
-        """What a finished conversation begins with, up to the user's text."""
+        """The text that the template writes before the user's text."""
         return self._around("user")[0]
 
     def _around(self, role: str) -> tuple[str, str]:
-        """What stands before and after the text of ``role`` in a finished conversation; "" for a text left out."""
+        """Return the text before and after the message of ``role`` in a finished conversation.
+
+        Both are "" when the template leaves the message out.
+        """
         refusal: DataError | None = None
-        for probe in _PROBES[:2]:  # some templates want a system message
+        for probe in _PROBES[:2]:  # some templates require a system message
             marked = [replace_content(m, _MARK) if m["role"] == role else m for m in probe]
             try:
                 text = self._render(marked)
@@ -121,11 +123,11 @@ class ChatTemplate:
             return self._tokenizer.apply_chat_template(
                 list(messages), chat_template=self._text, tokenize=False, **options
             )
-        except Exception as error:  # templates raise jinja errors of their own choice
+        except Exception as error:  # a template can raise any exception
             raise DataError(f"the chat template of {self._name} refuses this conversation: {error}") from error
 
     def _probe(self, dates: dict[str, str] | None = None) -> list[str]:
-        """Some conversations as the template writes them; those that it refuses are left out."""
+        """Render the probe conversations; those that the template refuses are left out."""
         texts = []
         refusal: DataError | None = None
         for probe in _PROBES:
@@ -140,7 +142,7 @@ class ChatTemplate:
 
 
 def fixed_text(template: str, rule: ReadingRule) -> str | None:
-    """The text of a template that asks for the date, with the date of ``rule`` in it; None for one that does not."""
+    """Return the source of a template with the dates of ``rule`` written into it; None if it does not use the date."""
     if "strftime_now" not in template:
         return None
     dates = ", ".join(f"{_quoted(format)}: {_quoted(date)}" for format, date in sorted(_dates(template, rule).items()))
@@ -148,7 +150,7 @@ def fixed_text(template: str, rule: ReadingRule) -> str | None:
 
 
 def _quoted(text: str) -> str:
-    """A string of jinja."""
+    """Quote a string for jinja."""
     return json.dumps(text, ensure_ascii=False)
 
 
@@ -159,12 +161,12 @@ def replace_content(message: Message, content: str) -> Message:
 
 
 def _dates(template: str, rule: ReadingRule) -> dict[str, str]:
-    """Every string of the template that can be the format of a date, and that date."""
+    """Map every string of the template that may be a date format to the formatted date of ``rule``."""
     import jinja2
 
     try:
         tokens = list(jinja2.Environment().lexer.tokenize(template))
     except jinja2.TemplateSyntaxError:
-        return {}  # its rendering tells what is wrong with it
+        return {}  # rendering it reports the error
     formats = {token.value for token in tokens if token.type == "string" and "%" in token.value}
     return {text: rule.now.strftime(text) for text in formats}

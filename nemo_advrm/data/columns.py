@@ -1,4 +1,8 @@
-"""Which columns of a row and which keys of a message hold content: read by a rule, refused by name, or let go."""
+"""Decides from its name whether an unread column, or key of a message, holds content of the conversation.
+
+Content that no reader reads is an error: without it the model would train on another conversation. Metadata is ignored
+and listed in the summary of the load.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ from typing import Any
 
 from nemo_advrm.data.jsonl import BadRow
 
-# What the readers take: of several names for one thing the first that is filled.
+# Columns that the readers read: the first of each tuple that holds text.
 PROMPT_COLUMNS = ("prompt", "question", "instruction", "query", "input", "context", "history")
 SYSTEM_COLUMNS = ("system", "system_prompt", "system_message")
 ANSWER_COLUMNS = ("response", "completion", "output", "answer")
@@ -19,7 +23,7 @@ def _words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-# A name holds content when one of its words (singular, lower case) is one of these.
+# A column holds content when its name contains one of these words (singular, lower case).
 _ANSWER_WORDS = _words("answer chosen completion generation output rejected reply response")
 _CONTENT_WORDS = _ANSWER_WORDS | _words(
     """abstract article assistant attachment audio background body caption character chat choice claim code content
@@ -30,9 +34,9 @@ _CONTENT_WORDS = _ANSWER_WORDS | _words(
     retrieved scenario schema scratchpad sentence shot snippet solution statement story sys system table text
     think thinking thought title tool turn user utterance video"""
 )
-# Of a message also these, which templates write into the conversation.
+# Keys of a message that templates write into the conversation.
 _MESSAGE_WORDS = _words("annotation argument call channel name parameter part recipient refusal")
-# A name that ends so (prompt_id, chosen_score), or begins so (num_turns), is about the content.
+# A name that ends (prompt_id, chosen_score) or begins (num_turns) with one of these words describes the content.
 _LAST_WORDS = _words(
     """at category count date difficulty domain fingerprint format hash id idx index kind label lang language len length
     level license link logp logprob logprobs meta metadata model name num number perplexity ppl preference
@@ -40,44 +44,45 @@ _LAST_WORDS = _words(
     topic type url uuid version"""
 )
 _FIRST_WORDS = _words("avg count has hash id is len length mean num number rank rating score total")
-# The right answer to a question (correct_answers) is kept for judges, it is no part of a conversation.
+# Reference answers (correct_answers) are for graders and are not part of the conversation.
 _REFERENCE_WORDS = _words("best correct expected gold golden incorrect reference")
 _CONTAINERS = _words("all dict json list raw str")
 
 
 class Columns:
-    """What one load lets go or drops; collects the names for its summary.
+    """Collects the names of columns and message keys that one load does not read, for its summary.
 
-    ``ignored`` is ``data.ignore_columns``: columns and message keys of these names are treated as if they were absent.
+    ``ignored`` is ``data.ignore_columns``: columns and message keys with these names are treated as absent.
     """
 
     def __init__(self, ignored: Iterable[str] = ()) -> None:
         self.ignored = frozenset(ignored)
-        self.let_go: dict[str, None] = {}  # in the order in which they were met
+        self.unread: dict[str, None] = {}  # in order of occurrence
 
-    def strip(self, item: Mapping[str, Any]) -> dict[str, Any]:
-        """`item` without the names that are to be ignored."""
+    def without_ignored(self, item: Mapping[str, Any]) -> dict[str, Any]:
+        """Return `item` without the ignored names."""
         for name in item:
             if name in self.ignored:
-                self.let_go.setdefault(str(name))
+                self.unread.setdefault(str(name))
         return {name: value for name, value in item.items() if name not in self.ignored}
 
-    def leave(self, place: str, name: str, value: Any, source: str, *, message: bool = False) -> None:
-        """Let go of something that no reader reads; BadRow (`unread_content`) when it holds content.
+    def note_unread(self, place: str, name: str, value: Any, source: str, *, message: bool = False) -> None:
+        """Record a name that no reader reads. Raises BadRow (`unread_content`) when its value holds content.
 
-        `place` stands before the name in messages ("chosen[0]." or ""), `message` says that it is a message's key.
+        `place` is the prefix of the name in error messages ("chosen[0]." or ""); `message` is True for the key of a
+        chat message.
         """
         if holds_content(name, message=message) and has_text(value):
             raise BadRow(
                 source,
                 "unread_content",
                 f"`{place}{name}` holds content that is not read: without it this is another conversation. "
-                f"Write it into the messages, or drop it knowingly with data.ignore_columns=[{name}]",
+                f"Write it into the messages, or ignore it with data.ignore_columns=[{name}]",
             )
-        self.let_go.setdefault(f"{re.sub(r'[0-9]+', '', place)}{name}")
+        self.unread.setdefault(f"{re.sub(r'[0-9]+', '', place)}{name}")
 
     def dropped(self, item: Any) -> tuple[str, ...]:
-        """What `ignored` takes out of a row at any depth: rows that differ in it are not the same."""
+        """Return the ignored content of a row at any depth; rows that differ in it have different prompts."""
         if not self.ignored:
             return ()
         if isinstance(item, Mapping):
@@ -88,12 +93,12 @@ class Columns:
         return ()
 
     def summary(self) -> str:
-        """For the line that a load logs: "" when nothing was let go."""
-        return f"not read: {', '.join(self.let_go)}" if self.let_go else ""
+        """Return the unread names for the line that a load prints, or ""."""
+        return f"not read: {', '.join(self.unread)}" if self.unread else ""
 
 
 def holds_content(name: str, *, message: bool = False) -> bool:
-    """Whether a column (or the key of a message) of this name can hold a part of the conversation."""
+    """Return whether a column (or the key of a message) of this name can hold a part of the conversation."""
     words = name_words(name)
     content = _CONTENT_WORDS | _MESSAGE_WORDS if message else _CONTENT_WORDS
     if not words or not content.intersection(words):
@@ -106,19 +111,19 @@ def holds_content(name: str, *, message: bool = False) -> bool:
 
 
 def unread_content(item: Any, read: Iterable[str]) -> str | None:
-    """The first key of `item`, if it is an object, that holds content and is none of `read`."""
+    """Return the first key of the object `item` that holds content and is not in `read`; None if there is none."""
     known = frozenset(read)
     names = item if isinstance(item, Mapping) else ()
     return next((n for n in names if n not in known and holds_content(str(n)) and has_text(item[n])), None)
 
 
 def is_answer(name: str) -> bool:
-    """Whether a column holds an answer, not a part of the prompt."""
+    """Return whether a column of this name holds an answer, not a part of the prompt."""
     return bool(_ANSWER_WORDS.intersection(name_words(name)))
 
 
 def name_words(name: str) -> list[str]:
-    """The words of a name in singular: "toolCalls" and "tool_calls2" are ["tool", "call"]."""
+    """Return the singular words of a name: "toolCalls" and "tool_calls2" become ["tool", "call"]."""
     parts = re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|[^\W\d_]+", str(name))
     words = [_singular(part.lower()) for part in parts]
     while len(words) > 1 and words[-1] in _CONTAINERS:
@@ -133,7 +138,7 @@ def _singular(word: str) -> str:
 
 
 def has_text(value: Any) -> bool:
-    """Whether any text stands in `value`; null, numbers and empty containers hold none (tables fill gaps with them)."""
+    """Return whether `value` contains text; null, numbers and empty containers do not (tables fill gaps with them)."""
     if isinstance(value, str):
         return bool(value.strip())
     if isinstance(value, Mapping):
@@ -144,5 +149,5 @@ def has_text(value: Any) -> bool:
 
 
 def first_filled(row: Mapping[str, Any], names: Sequence[str]) -> str | None:
-    """The first of `names` that holds text in `row`."""
+    """Return the first of `names` whose column holds text; None if there is none."""
     return next((name for name in names if has_text(row.get(name))), None)

@@ -1,4 +1,4 @@
-"""Preference pairs as token ids, with one rule for what is longer than the context."""
+"""Encodes preference pairs as token ids and applies the rule for pairs longer than the context."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from nemo_advrm.errors import DataError
 
 @dataclass(frozen=True)
 class EncodedPair:
-    """Token ids of one pair: two conversations, each read at its last token, whose first `prompt_length` are equal.
+    """Token ids of the two conversations of a pair; each is scored at its last token.
 
-    An answer that a length limit had cut off is the last of its conversation, which is read where it breaks off. `row`
-    is what the pair was encoded from.
+    The first `prompt_length` tokens of both are equal. A conversation whose answer was cut off by a length limit ends
+    with the last token of that answer. `row` is the pair before encoding.
     """
 
     chosen: list[int]
@@ -32,7 +32,7 @@ class EncodedPair:
 
     @property
     def length(self) -> int:
-        """Tokens of the longer of the two, which decides the padded width of the pair."""
+        """Number of tokens of the longer conversation, which is the padded width of the pair."""
         return max(len(self.chosen), len(self.rejected))
 
 
@@ -43,16 +43,16 @@ def encode_pairs(
     on_overlong: str = "error",
     on_bad_row: str = "error",
 ) -> tuple[list[EncodedPair], dict[str, int]]:
-    """(encoded pairs in the order of `rows`, counts {"encoded", "overlong", "truncated", "refused"}).
+    """Encode pairs; return them in the order of `rows`, and counts {"encoded", "overlong", "truncated", "refused"}.
 
-    A pair is over-long when the conversation of either side exceeds `max_length` tokens. on_overlong:
-    error            DataError names file:line, the length and the limit, and counts the others
-    skip             the pair is left out and counted as `overlong`
-    truncate_prompt  the prompt is cut from the left, equally for both sides, and counted as `truncated`; the answer and
-    what follows it stay whole. Where that leaves no token of the prompt, the pair is left out (`overlong`).
+    A pair is too long when either conversation has more than `max_length` tokens. `on_overlong` is one of:
+    error            raise DataError with file:line, the length and the limit, and the number of such pairs
+    skip             skip the pair and count it as `overlong`
+    truncate_prompt  cut the prompt from the left, equally for both sides, and count it as `truncated`; the answer and
+    the text after it stay whole. A pair that would lose its whole prompt is skipped (`overlong`).
 
-    A conversation that the tokenizer or its chat template refuses is a DataError too, or left out and counted as
-    `refused` with `on_bad_row="skip"`. Raises DataError when no pair is left.
+    Raises DataError when no pair is left, and for a conversation that the tokenizer or its chat template refuses; with
+    `on_bad_row="skip"` that pair is skipped and counted as `refused`.
     """
     check_choice("data.on_overlong", on_overlong, ("error", "skip", "truncate_prompt"))
     encoded: list[EncodedPair] = []
@@ -102,12 +102,12 @@ def encode_pairs(
 
 
 def _shared_prompt(tokenizer: Tokenizer, row: PreferencePair, chosen: list[int], rejected: list[int]) -> int:
-    """Tokens before the answers that both sides begin with."""
+    """Return the number of prompt tokens with which both sides begin."""
     opened = tokenizer.encode_conversation(row.prompt, "", ended=False)
     return min(_shared(opened, chosen), _shared(opened, rejected))
 
 
 def _shared(first: list[int], second: list[int]) -> int:
-    """Tokens that both begin with."""
+    """Return the length of the common prefix."""
     shortest = min(len(first), len(second))
     return next((i for i in range(shortest) if first[i] != second[i]), shortest)

@@ -1,4 +1,4 @@
-"""Tokenizers of Hugging Face transformers, with their chat template or a plain one."""
+"""Hugging Face tokenizers, with their chat template or a plain one."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ _NO_LIMIT = 10**9
 
 
 class HFTokenizer:
-    """A tokenizer directory of Hugging Face transformers, with its chat template or a plain one when it has none.
+    """A Hugging Face tokenizer directory, with its chat template, or a plain template when it has none.
 
-    A conversation that is scored is written out whole by the template and encoded as transformers encodes it, so that
-    its last token is where a classifier of transformers reads. A policy writes after `encode_prompt` and ends with
-    `eos_id`, the token with which the template ends an assistant turn (often not `tokenizer.eos_token`, as in Qwen's
-    base models). When the tokenizer has no padding token `pad_id` is `eos_id`, and many tokenizers define pad = eos
-    themselves: harmless, because lengths are carried explicitly and pads are never looked for.
+    The template renders a scored conversation as a whole, and it is encoded as transformers encodes it: its last token
+    is where a transformers classifier reads its score. A policy continues `encode_prompt` and ends with `eos_id`, the
+    token with which the template ends an assistant turn (often not `tokenizer.eos_token`, as in Qwen's base models).
+    Without a padding token `pad_id` is `eos_id`, and many tokenizers define pad = eos themselves. That is harmless:
+    lengths are passed explicitly, and no code searches for padding.
 
     Args:
-        path: a directory, or a .gguf file (its directory does when it holds one .gguf and no tokenizer files).
-        rule: how conversations are read; only tokenizers with a chat template look at it.
+        path: a directory, or a .gguf file, or a directory with one .gguf file and no tokenizer files.
+        rule: how conversations are read; only tokenizers with a chat template use it.
 
-    Raises DataError when it is missing or no tokenizer can be read from it. Nothing is downloaded.
+    Raises DataError when the path is missing or holds no readable tokenizer. Nothing is downloaded.
     """
 
     def __init__(self, path: str | Path, rule: ReadingRule | None = None) -> None:
@@ -40,10 +40,10 @@ class HFTokenizer:
         self.rule = rule or ReadingRule()
         self._tokenizer = load_hf_tokenizer(self.path)
         self.name = f"hf:{self.path.name}"
-        # the ids of added tokens may leave a gap
+        # ids of added tokens may leave a gap, so the number of tokens is not enough
         self.vocab_size = 1 + max(self._tokenizer.get_vocab().values())
         longest = self._tokenizer.model_max_length
-        # transformers writes 1e30 where nobody has said anything
+        # transformers uses 1e30 for an unknown length
         self.longest = int(longest) if longest < _NO_LIMIT else 0
         self._template: ChatTemplate | None = None
         if self._tokenizer.chat_template is not None:
@@ -53,14 +53,14 @@ class HFTokenizer:
         if eos is None:
             eos = self._tokenizer.eos_token_id
         if eos is None:
-            raise DataError(f"{self.path}: the tokenizer has no end token: the end of an answer could not be marked")
+            raise DataError(f"{self.path}: the tokenizer has no end token, so the end of an answer cannot be marked")
         self.eos_id: int = eos
         self._ends = {eos, self._tokenizer.eos_token_id}
         special = {i for i, token in self._tokenizer.added_tokens_decoder.items() if token.special}
         self.control_ids = tuple(sorted((special | set(self._tokenizer.all_special_ids)) - {eos}))
         pad = self._tokenizer.pad_token_id
         self.pad_id: int = eos if pad is None else pad
-        # Llama-like tokenizers begin every text with bos, GPT-like ones do not: ask instead of assuming.
+        # Llama-like tokenizers begin every text with bos, GPT-like ones do not: encode "" to find out.
         start = self._tokenizer("").input_ids[:1]
         self._start = start if start and start[0] == self._tokenizer.bos_token_id else []
 
@@ -70,7 +70,7 @@ class HFTokenizer:
 
     @property
     def reads_conversations(self) -> bool:
-        """Whether the template writes the finished conversation that is scored; else prompt and answer are joined."""
+        """Whether the template renders the scored conversation as a whole; otherwise prompt and answer are joined."""
         return self._template is not None and self.rule.at != ANSWER
 
     @property
@@ -79,7 +79,7 @@ class HFTokenizer:
 
     @cached_property
     def last_id(self) -> int:
-        """The token in which a finished conversation ends, where the score is read."""
+        """The last token of a finished conversation, at which the score is read."""
         if self._template is None or not self.reads_conversations:
             return self.eos_id
         tail = self._tokenizer(self._template.tail, add_special_tokens=False).input_ids
@@ -90,21 +90,21 @@ class HFTokenizer:
         backend = getattr(self._tokenizer, "backend_tokenizer", None)
         state = json.loads(backend.to_str()) if backend is not None else sorted(self._tokenizer.get_vocab().items())  # noqa: TID251
         if isinstance(state, dict):
-            # Set by calls on the tokenizer, not part of what it is.
+            # Calls on the tokenizer change these; they do not identify it.
             state.pop("padding", None)
             state.pop("truncation", None)
         template = self._tokenizer.chat_template
         parts = [json.dumps(state, sort_keys=True), json.dumps(template), str(self.eos_id), str(self.pad_id)]
-        if self.reads_conversations:  # without: the fingerprint of checkpoints that have no rule
+        if self.reads_conversations:  # without a rule: keep the fingerprint of older checkpoints
             parts += [self.rule.at, self.rule.date if self.template_asks_date else ""]
         return digest(*parts)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of plain text: a special token written out in it is text, not the end of the answer."""
+        """Encode plain text: the spelling of a special token is encoded as text, so it cannot end an answer."""
         return self._special.encode_text(text)
 
     def parse_rendered(self, text: str) -> list[int]:
-        """Ids of a conversation that the template has written out: its special tokens are special, bos is put first."""
+        """Encode a rendered conversation, special tokens included; bos is prepended if it is missing."""
         ids = self._tokenizer(text, add_special_tokens=False).input_ids
         return ids if ids[: len(self._start)] == self._start else [*self._start, *ids]
 
@@ -113,18 +113,18 @@ class HFTokenizer:
         return self._tokenizer.decode(known, skip_special_tokens=skip_special, clean_up_tokenization_spaces=False)
 
     def encode_conversation(self, messages: Sequence[Message], response: str, ended: bool = True) -> list[int]:
-        """See :class:`~nemo_advrm.data.tokenizers.Tokenizer`; DataError when the template refuses the conversation."""
+        """See :class:`~nemo_advrm.data.tokenizers.Tokenizer`. Raises DataError when the template refuses."""
         if self._template is None or not self.reads_conversations or not messages:
             return concatenate(self, messages, response, ended)
         render = self._template.render if ended else self._template.render_open
         return self._special.encode_rendered([*messages, Message(role="assistant", content=response)], render)
 
     def encode_finished_text(self, text: str) -> list[int]:
-        """Ids of a conversation that this tokenizer's template has written out as text; special tokens in it are real.
+        """Encode a finished conversation that this tokenizer's template has rendered; special tokens are special.
 
-        The text of `apply_chat_template` gets the ids of `encode_conversation`. Of the conversation's end, what a
-        policy did not write is added (the line break behind ``<|im_end|>``), and end and padding tokens that stand
-        behind it are dropped. The template's bos is put first where it is lacking.
+        The text that `apply_chat_template` returns gets the ids of `encode_conversation`. Text that the template writes
+        after the answer is added if it is missing (the line break after ``<|im_end|>``, which a policy does not write),
+        and end and padding tokens after it are removed. The template's bos is prepended if it is missing.
         """
         assert self._template is not None
         tail = self._template.tail
@@ -135,7 +135,7 @@ class HFTokenizer:
         return self._tokenizer(text + tail, add_special_tokens=False).input_ids
 
     def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
-        """Raises DataError when the template refuses the conversation (for instance a system message)."""
+        """Encode the text before an answer. Raises DataError when the template refuses (e.g. a system message)."""
         if not messages:
             return list(self._start)
         if self._template is None:
@@ -143,7 +143,7 @@ class HFTokenizer:
         return self._special.encode_rendered(messages, self._template.render_prompt)
 
     def render_prompt(self, messages: Sequence[Message]) -> str:
-        """The text before an answer, special tokens written out; "" for (). DataError as in :meth:`encode_prompt`."""
+        """Render the text before an answer, special tokens included; "" for (). Raises as :meth:`encode_prompt`."""
         if not messages:
             return ""
         if self._template is None:
@@ -158,14 +158,14 @@ class HFTokenizer:
         return self.decode(before(ids, self._ends))
 
     def _without_ends(self, text: str) -> str:
-        """The text before the end and padding tokens, and the white space among them, in which it ends."""
+        """Return the text without the end and padding tokens at its end and the white space between them."""
         ends = self._tokenizer.convert_ids_to_tokens([*self._ends - {None}, self.pad_id])
         while found := next((end for end in ends if text.rstrip().endswith(end)), None):
             text = text.rstrip().removesuffix(found)
         return text
 
     def _end_of_turn(self) -> int | None:
-        """The special token that the chat template writes after an assistant turn, if it writes one."""
+        """Return the special token that the chat template writes after an assistant turn, or None."""
         if self._template is None:
             return None
         tail = self._template.tail.lstrip()
@@ -175,6 +175,7 @@ class HFTokenizer:
 
 
 def load_hf_tokenizer(path: Path) -> Any:
+    """Load the transformers tokenizer of a directory or .gguf file; raises DataError as :class:`HFTokenizer`."""
     if not path.exists():
         raise DataError(
             f"hf:{path}: no such tokenizer directory (nothing is downloaded: save the tokenizer there first)"
@@ -184,20 +185,18 @@ def load_hf_tokenizer(path: Path) -> Any:
         directory, options = path.parent, {"gguf_file": path.name}
     elif not any(path.glob("tokenizer*")) and len(files := list(path.glob("*.gguf"))) == 1:
         options = {"gguf_file": files[0].name}
-    from transformers import AutoTokenizer  # seconds to import: only for those who use it
+    from transformers import AutoTokenizer  # takes seconds to import
 
     try:
         if options:
             check_header(directory / options["gguf_file"])
-        return AutoTokenizer.from_pretrained(
-            str(directory), local_files_only=True, trust_remote_code=False, **options
-        )
+        return AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False, **options)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, JSON errors for bad directories
-        raise DataError(f"hf:{path}: no tokenizer could be read: {' '.join(str(error).split())[:300]}") from error
+        raise DataError(f"hf:{path}: the tokenizer cannot be read: {' '.join(str(error).split())[:300]}") from error
 
 
 def before(ids: Sequence[int], ends: set[int]) -> list[int]:
-    """The tokens before the first of ``ends``."""
+    """Return the tokens before the first one that is in ``ends``."""
     tokens = [int(token) for token in ids]
     stop = next((index for index, token in enumerate(tokens) if token in ends), len(tokens))
     return tokens[:stop]

@@ -1,4 +1,4 @@
-"""What the stages read: pairs, prompts and SFT rows of ``data.*``, each with one line on what was read and left out."""
+"""Loads the pairs, prompts and SFT rows that ``data.*`` names, and prints one summary line for each file."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ from nemo_advrm.rank_info import RankInfo
 
 
 def training_and_validation_pairs(cfg: Config) -> tuple[list[PreferencePair], list[PreferencePair]]:
-    """(training, validation) pairs: of two files, of two splits of one directory, or of one file that is split here.
+    """Return (training, validation) pairs from two files, two splits of a directory, or one file that is split here.
 
-    Raises DataError when both would be the same split; prompts that both have are told once, with their number.
+    Prints the number of validation pairs whose prompts also occur in the training data.
+
+    Raises ConfigError without ``data.train_path``, DataError when both are the same split of a directory.
     """
     if not cfg.data.train_path:
         raise ConfigError("data.train_path is not set: name a file of preference pairs")
@@ -26,27 +28,27 @@ def training_and_validation_pairs(cfg: Config) -> tuple[list[PreferencePair], li
     if cfg.data.validation_path or cfg.data.validation_split:
         held_out = _pairs(cfg, cfg.data.validation_path or cfg.data.train_path, "validation")
         validation = held_out.rows
-        # a file that is named twice is meant so; of a directory it would be chance
+        # a file named for both is deliberate; the same split of a directory is probably a mistake
         if held_out.path == train.path and not Path(train.path).is_file():
             raise DataError(
                 f"{train.path}: training and validation are the same rows; choose with data.train_split and "
                 "data.validation_split, or leave data.validation_path empty to hold out a part"
             )
-        _say(_shared(rows, validation, held_out.path))
+        _print_on_rank_0(_shared_prompts(rows, validation, held_out.path))
     else:
         rows, validation = split_train_validation(rows, cfg.data.validation_fraction, cfg.seed)
     return rows[: cfg.data.limit_train_rows or None], validation
 
 
 def evaluation_pairs(cfg: Config) -> list[PreferencePair]:
-    """The pairs of ``data.validation_path``, or of ``data.train_path`` when that is all there is."""
+    """Return the pairs of ``data.validation_path``, or of ``data.train_path`` when it is not set."""
     data = cfg.data
     held_out = data.validation_path or data.validation_split or not data.train_split
     return _pairs(cfg, data.validation_path or data.train_path, "validation" if held_out else "train").rows
 
 
 def prompts(cfg: Config) -> list[tuple[Message, ...]]:
-    """The different prompts of ``data.prompts_path``, or of ``data.train_path``."""
+    """Return the distinct prompts of ``data.prompts_path``, or of ``data.train_path`` when it is not set."""
     data = cfg.data
     report = load_prompts(
         data.prompts_path or data.train_path,
@@ -54,20 +56,20 @@ def prompts(cfg: Config) -> list[tuple[Message, ...]]:
         split=data.prompts_split if data.prompts_path else data.prompts_split or data.train_split,
         ignore_columns=data.ignore_columns,
     )
-    _say(report.summary())
+    _print_on_rank_0(report.summary())
     return report.prompts
 
 
 def held_out(cfg: Config) -> list[tuple[Message, ...]]:
-    """The different prompts of ``data.held_out_prompts_path``."""
+    """Return the distinct prompts of ``data.held_out_prompts_path``."""
     data = cfg.data
     report = load_prompts(data.held_out_prompts_path, on_bad_row=data.on_bad_row, ignore_columns=data.ignore_columns)
-    _say(report.summary())
+    _print_on_rank_0(report.summary())
     return report.prompts
 
 
 def sft(cfg: Config) -> list[SftRow]:
-    """Prompts and answers of ``data.train_path``, at most ``data.limit_train_rows``."""
+    """Return prompts and answers of ``data.train_path``, at most ``data.limit_train_rows``."""
     data = cfg.data
     report = load_sft(
         data.train_path,
@@ -76,22 +78,22 @@ def sft(cfg: Config) -> list[SftRow]:
         split=data.train_split,
         ignore_columns=data.ignore_columns,
     )
-    _say(report.summary())
+    _print_on_rank_0(report.summary())
     return report.rows[: data.limit_train_rows or None]
 
 
-def leaving_out(cfg: Config) -> Config:
-    """`cfg` for pairs made of rows that were read already: one that is too long only now is left out, no error."""
+def with_unusable_rows_skipped(cfg: Config) -> Config:
+    """Return `cfg` with rows that are bad or too long skipped, for pairs made from rows that were already checked."""
     data = replace(cfg.data, on_bad_row="skip")
     if data.on_overlong == "error":
         data.on_overlong = "skip"
     return replace(cfg, data=data)
 
 
-def say_changed(what: str, counts: dict[str, int]) -> None:
-    """One line of the counts of an encoding, unless all rows were encoded as they are."""
+def print_encoding_counts(what: str, counts: dict[str, int]) -> None:
+    """Print the counts of an encoding in one line, unless all rows were encoded unchanged."""
     changed = ", ".join(f"{count} {name}" for name, count in counts.items() if name != "encoded" and count)
-    _say(f"{what}: {changed}" if changed else "")
+    _print_on_rank_0(f"{what}: {changed}" if changed else "")
 
 
 def _pairs(cfg: Config, path: str, role: str) -> LoadReport:
@@ -104,11 +106,11 @@ def _pairs(cfg: Config, path: str, role: str) -> LoadReport:
         role=role,
         ignore_columns=data.ignore_columns,
     )
-    _say(report.summary())
+    _print_on_rank_0(report.summary())
     return report
 
 
-def _shared(train: list[PreferencePair], validation: list[PreferencePair], name: str) -> str:
+def _shared_prompts(train: list[PreferencePair], validation: list[PreferencePair], name: str) -> str:
     known = set(map(group_key, train))
     shared = sum(group_key(row) in known for row in validation)
     if not shared:
@@ -116,6 +118,6 @@ def _shared(train: list[PreferencePair], validation: list[PreferencePair], name:
     return f"{name}: the prompts of {shared} of {len(validation)} pairs are in the training data too"
 
 
-def _say(line: str) -> None:
+def _print_on_rank_0(line: str) -> None:
     if line and RankInfo.from_environment().rank == 0:
         print(line, flush=True)

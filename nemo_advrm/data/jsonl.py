@@ -1,4 +1,4 @@
-"""JSON-lines files: reading with line numbers in every error, atomic writing, and appending for metrics."""
+"""Reads JSON-lines files and JSON arrays with line numbers in errors; writes them atomically or by appending."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from nemo_advrm.errors import DataError
 from nemo_advrm.nearest_name import nearest_name
 from nemo_advrm.untrusted_files import DECODER, TooDeep, decode_json
 
-# Text of a byte-level policy or of JSON escapes may hold half a surrogate pair, which UTF-8 cannot: Python's backslash
-# form of it is also its JSON escape.
+# Text of a byte-level policy or of JSON escapes may contain a lone surrogate, which UTF-8 cannot encode. Python's
+# backslash form of it is also its JSON escape.
 _LONE_SURROGATES = "backslashreplace"
 
-# What a data file may hold, whoever wrote it. A row is a conversation with its answers.
+# Limits for data files from untrusted sources. A row is a conversation with its answers.
 MAX_LINE_BYTES = 64 << 20
-MAX_SKIPPED_BYTES = 1 << 30  # of a line that is too long, before its file is given up
-MAX_ARRAY_BYTES = 2 << 30  # of a file that is one JSON array, often in one line
-# Measured, size of the rows by that of the file: 4.4 with gzip and 3.9 in parquet with zstd for 2,312 pairs of hh-rlhf,
-# 4.2 and 3.6 for 100 of HelpSteer2; 36 and 46 for 100,000 rows that differ in a number alone. gzip reaches 1,000 only
-# where one line is written over and over. Files that unpack to little may do so.
+MAX_SKIPPED_BYTES = 1 << 30  # bytes of a too long line that are skipped before reading fails
+MAX_ARRAY_BYTES = 2 << 30  # size of a file that holds one JSON array, often in one line
+# Measured ratio of row bytes to file bytes: 4.4 with gzip and 3.9 in parquet with zstd for 2,312 pairs of hh-rlhf,
+# 4.2 and 3.6 for 100 of HelpSteer2; 36 and 46 for 100,000 rows that differ only in a number. gzip reaches 1,000 only
+# when one line is repeated. Files that unpack to less than MIN_UNPACKED_BYTES may have any ratio.
 MAX_RATIO = 100
 MIN_UNPACKED_BYTES = 64 << 20
 _CHUNK = 1 << 16
 
 
 class BadRow(DataError):
-    """One row cannot be used, the rest of the file can; skipped rows are counted under their short `reason`."""
+    """One row cannot be used, but the rest of the file can; skipped rows are counted by their short `reason`."""
 
     def __init__(self, source: str, reason: str, message: str) -> None:
         super().__init__(f"{source}: {message}")
@@ -42,13 +42,13 @@ class BadRow(DataError):
         self.reason = reason
 
 
-def most_unpacked(size: int) -> int:
-    """To how many bytes a packed file of `size` bytes may unpack."""
+def max_unpacked_bytes(size: int) -> int:
+    """Return the number of bytes to which a compressed file of `size` bytes may unpack."""
     return max(MIN_UNPACKED_BYTES, MAX_RATIO * size)
 
 
 def require_path(path: str | Path) -> Path:
-    """The path itself; DataError names the existing entry whose name is nearest when it does not exist."""
+    """Return `path`. Raises DataError, with the closest existing name, when it does not exist."""
     path = Path(path)
     if path.exists():
         return path
@@ -63,10 +63,10 @@ def require_path(path: str | Path) -> Path:
 
 
 def read_lines(path: str | Path, limit: int | None = None) -> Iterator[tuple[int, str]]:
-    """Yield (1-based line number, text) of the lines that are not blank, from a plain or gzip file (by the suffix .gz).
+    """Yield (1-based line number, text) of each non-blank line of a plain or gzip file (suffix .gz).
 
     Raises DataError for a missing or empty file, a truncated or damaged gzip stream, one that unpacks to more than
-    :func:`most_unpacked`, and bytes that are not UTF-8;
+    :func:`max_unpacked_bytes`, and bytes that are not UTF-8;
     BadRow (reason `too_long`) for a line of more than ``limit`` bytes (``MAX_LINE_BYTES``).
     """
     for number, text in _lines(path, limit or MAX_LINE_BYTES):
@@ -76,17 +76,17 @@ def read_lines(path: str | Path, limit: int | None = None) -> Iterator[tuple[int
 
 
 def _lines(path: str | Path, limit: int) -> Iterator[tuple[int, str | BadRow]]:
-    """As :func:`read_lines`, with a BadRow in place of a line that is too long, of which ``limit`` bytes are held."""
+    """As :func:`read_lines`, but yields a BadRow in place of a too long line; keeps at most ``limit`` bytes of it."""
     path = require_path(path)
     if path.is_dir():
         raise DataError(f"{path}: is a directory, a file was expected")
     number, found = 0, False
     try:
         packed = path.suffix == ".gz"
-        most = most_unpacked(path.stat().st_size)
+        most = max_unpacked_bytes(path.stat().st_size)
         limit = min(limit, most) if packed else limit
         with gzip.open(path, "rb") if packed else open(path, "rb") as file:
-            # Bytes are split on \n alone: str.splitlines would also split at U+2028 inside a JSON string.
+            # Split bytes at \n only: str.splitlines would also split at U+2028 inside a JSON string.
             while raw := file.readline(limit + 1):
                 number += 1
                 if packed and file.tell() > most:
@@ -113,7 +113,7 @@ def _lines(path: str | Path, limit: int) -> Iterator[tuple[int, str | BadRow]]:
 
 
 def _skip_line(file: Any, source: str) -> None:
-    """Go to the next line; DataError for a line that does not end, as of a small file that unpacks to a huge one."""
+    """Skip to the next line. Raises DataError when the line does not end within MAX_SKIPPED_BYTES."""
     left = MAX_SKIPPED_BYTES
     while raw := file.readline(_CHUNK):
         left -= len(raw)
@@ -124,17 +124,17 @@ def _skip_line(file: Any, source: str) -> None:
 
 
 def begins_array(path: str | Path) -> bool:
-    """Whether the first character of a file, after white space, is `[`; False for a file that cannot be read."""
+    """Return whether the first non-blank character of a file is `[`; False for a file that cannot be read."""
     path = require_path(path)
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
             return file.read(_CHUNK).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
     except (OSError, EOFError, zlib.error):
-        return False  # whoever reads it says what is wrong
+        return False  # the reader that follows reports the error
 
 
 def parse_json(text: str, source: str) -> Any:
-    """The JSON value of one line; BadRow (reason `broken_json`) names `source`, which is file:line."""
+    """Parse one line of JSON. Raises BadRow (reason `broken_json`) with `source` (file:line)."""
     try:
         return decode_json(text)
     except json.JSONDecodeError as error:
@@ -144,7 +144,7 @@ def parse_json(text: str, source: str) -> Any:
 
 
 def check_depth(value: Any, source: str) -> Any:
-    """``value`` itself; BadRow when lists and objects stand too deep in each other."""
+    """Return ``value``. Raises BadRow when its lists and objects are nested too deeply."""
     try:
         untrusted_files.check_depth(value)
     except TooDeep as error:
@@ -153,7 +153,7 @@ def check_depth(value: Any, source: str) -> Any:
 
 
 def read_rows(path: str | Path) -> Iterator[tuple[int, Any]]:
-    """As :func:`read_jsonl`, with a BadRow in place of a line that is too long or broken."""
+    """As :func:`read_jsonl`, but yields a BadRow in place of a line that is too long or broken."""
     for number, text in _lines(path, MAX_LINE_BYTES):
         if isinstance(text, BadRow):
             yield number, text
@@ -165,20 +165,23 @@ def read_rows(path: str | Path) -> Iterator[tuple[int, Any]]:
 
 
 def read_jsonl(path: str | Path) -> Iterator[tuple[int, Any]]:
-    """Yield (1-based line number, JSON value) per line of a .jsonl or .jsonl.gz file; DataError names file:line."""
+    """Yield (1-based line number, JSON value) for each line of a .jsonl[.gz] file. Raises DataError with file:line."""
     for number, text in read_lines(path):
         yield number, parse_json(text, f"{path}:{number}")
 
 
 def read_json_array(path: str | Path) -> Iterator[tuple[int, Any]]:
-    """Yield (line on which the element starts, JSON value) per element of a file that holds one JSON array."""
-    # Elements are decoded one by one: json.loads on the whole would lose where each of them stands.
+    """Yield (line on which the element starts, JSON value) for each element of a file that holds one JSON array.
+
+    Raises DataError with the file and line.
+    """
+    # Decode elements one by one: json.loads on the whole text would lose their line numbers.
     lines: dict[int, str] = {}
     held = 0
     for number, content in read_lines(path, MAX_ARRAY_BYTES):
         lines[number] = content
         held += len(content)
-        if held + number > MAX_ARRAY_BYTES:  # blank lines cost, too; a small .gz may unpack to any size
+        if held + number > MAX_ARRAY_BYTES:  # blank lines use memory too
             raise DataError(f"{path}:{number}: a JSON array of more than {MAX_ARRAY_BYTES} bytes")
     text = "\n".join(lines.get(number, "") for number in range(1, max(lines) + 1))
 
@@ -217,10 +220,10 @@ def read_json_array(path: str | Path) -> Iterator[tuple[int, Any]]:
 
 
 def read_appended_jsonl(path: str | Path) -> tuple[list[tuple[int, Any]], str | None]:
-    """([(1-based line number, JSON value)], file:line of the torn last line or None) of a file that runs append to.
+    """Read a file to which runs append: ([(1-based line number, JSON value)], file:line of a torn last line or None).
 
-    A last line without its newline that is no whole JSON value was cut by a kill: it is left out. An empty file holds
-    no rows. Raises DataError for a missing file and for broken JSON in any other line.
+    A last line without newline that is not valid JSON was cut off when the run was killed; it is left out. An empty
+    file has no rows. Raises DataError for a missing file and for broken JSON in any other line.
     """
     try:
         lines = require_path(path).read_bytes().split(b"\n")
@@ -239,7 +242,7 @@ def read_appended_jsonl(path: str | Path) -> tuple[list[tuple[int, Any]], str | 
 
 
 def plain(value: Any) -> Any:
-    """`value` as plain JSON: numpy and torch values become numbers and lists, NaN and infinities become null."""
+    """Convert `value` to plain JSON types: numpy and torch values become numbers and lists, NaN and infinity null."""
     if isinstance(value, dict):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -247,7 +250,7 @@ def plain(value: Any) -> Any:
     if isinstance(value, bool | int | str) or value is None:
         return value
     if isinstance(value, float):
-        # JSON has no NaN; `null` keeps the line readable for every reader.
+        # JSON has no NaN; every JSON parser reads null.
         return float(value) if math.isfinite(value) else None
     if hasattr(value, "tolist"):
         return plain(value.tolist())
@@ -257,22 +260,24 @@ def plain(value: Any) -> Any:
 
 
 def dump_line(row: Any) -> str:
-    """One JSON line without its newline."""
+    """Return `row` as one line of JSON without newline."""
     return json.dumps(plain(row), ensure_ascii=False, allow_nan=False)
 
 
 def write_jsonl_atomic(path: str | Path, rows: Iterable[Any]) -> None:
-    """Write `rows` to a temporary file beside `path`, then rename: a reader sees the old file or the new one, whole."""
+    """Write `rows` to a temporary file and rename it to `path`: a reader sees either the old or the new file."""
     with files.atomic_write(Path(path), errors=_LONE_SURROGATES) as file:
         for row in rows:
             file.write(dump_line(row) + "\n")
 
 
 class JsonlWriter:
-    """Append rows to a JSON-lines file, each flushed at once, so that a killed run keeps what it logged.
+    """Appends rows to a JSON-lines file and flushes each, so that a killed run keeps its rows.
 
-    Opening repairs what a kill may have left: a torn last line is removed. With `resume_step` rows whose "step" is
-    greater are removed too, since a run that restarts from the checkpoint of that step writes them again.
+    Opening removes a torn last line, which a killed run may leave. With `resume_step` it also removes rows with a
+    greater "step": a run that resumes from the checkpoint of that step writes them again.
+
+    Raises DataError for broken JSON before the last line, and, with `resume_step`, for a "step" that is not an integer.
     """
 
     def __init__(self, path: str | Path, *, resume_step: int | None = None) -> None:
@@ -294,11 +299,11 @@ class JsonlWriter:
     def _step(self, number: int, row: Any) -> int:
         step = row.get("step", 0) if isinstance(row, dict) else None
         if not isinstance(step, int):
-            raise DataError(f"{self.path}:{number}: no row of a run (its step is {step!r}): restore or remove the line")
+            raise DataError(f"{self.path}:{number}: `step` is {step!r}, not an integer: restore or remove the line")
         return step
 
     def sync(self) -> None:
-        """Wait until all rows are on the disk, as what is saved after them must not outlive them."""
+        """Wait until all rows are on disk, so that a checkpoint saved afterwards never lacks rows before it."""
         os.fsync(self._file.fileno())
 
     def write(self, row: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Chat messages: their checks, and the `Human:` / `Assistant:` transcripts from which they are read."""
+"""Checks chat messages and parses `Human:` / `Assistant:` transcripts into them."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ Message = dict[str, str]
 ROLES = ("system", "user", "assistant")
 _TURN = re.compile(r"(?:^\s*|\n\n)(Human|Assistant):")
 _TRANSCRIPT_ROLE = {"Human": "user", "Assistant": "assistant"}
-# {"from", "value"} turns, as ShareGPT's export has them.
+# Roles of ShareGPT exports, whose turns are {"from", "value"}.
 _EXPORTED_ROLE = {"human": "user", "gpt": "assistant"}
 
 
 class ReadPrompt(tuple[Message, ...]):
-    """The messages of a prompt that knows the row it was read from: ``source`` is "file:line"."""
+    """The messages of a prompt together with the row from which they were read: ``source`` is "file:line"."""
 
     source: str
 
@@ -30,13 +30,13 @@ class ReadPrompt(tuple[Message, ...]):
         return prompt
 
 
-def place_of(prompt: Sequence[Message], number: int) -> str:
-    """What errors call a prompt: the row that it was read from, else its ``number``, from 1."""
+def prompt_name(prompt: Sequence[Message], number: int) -> str:
+    """Return the name of a prompt in error messages: its file:line, or its 1-based ``number`` without one."""
     return getattr(prompt, "source", "") or f"prompt {number}"
 
 
 def prompt_key(prompt: Sequence[Message]) -> str:
-    """A string that is equal for equal prompts only (messages are dicts and cannot be hashed)."""
+    """Return a string that is equal only for equal prompts (messages are dicts, which cannot be hashed)."""
     return json.dumps([_message_key(message) for message in prompt], ensure_ascii=False)
 
 
@@ -46,10 +46,10 @@ def _message_key(message: Message) -> list[Any]:
 
 
 def check_messages(value: Any, key: str, source: str, columns: Columns | None = None) -> tuple[Message, ...]:
-    """`value` as messages of role and content; BadRow names `source` (file:line) and the path of the wrong value.
+    """Return `value` as messages with role and content. {"from", "value"} is read as role and content.
 
-    Other keys of a message are let go, but for those that hold content (tool_calls, reasoning_content, name, ..): these
-    are a BadRow, unless they are empty or `columns` ignores them. {"from", "value"} stands for role and content.
+    Raises BadRow with `source` (file:line) and the path of the wrong value. A non-empty key that holds content
+    (tool_calls, reasoning_content, name, ..) is a BadRow unless `columns` ignores it; other keys are not read.
     """
     columns = Columns() if columns is None else columns
     if not isinstance(value, list | tuple):
@@ -61,14 +61,14 @@ def check_messages(value: Any, key: str, source: str, columns: Columns | None = 
         place = f"{key}[{index}]"
         if not isinstance(item, dict):
             raise BadRow(source, "wrong_type", f"`{place}` is {type_name(item)}, not an object with role and content")
-        item = columns.strip(item)
+        item = columns.without_ignored(item)
         if "role" not in item and "from" in item and "value" in item:
             role = item["from"]
             role = _EXPORTED_ROLE.get(role, role) if isinstance(role, str) else role
             item = {"role": role, "content": item["value"], **{k: item[k] for k in item if k not in ("from", "value")}}
         for name in item:
             if name not in ("role", "content"):
-                columns.leave(f"{place}.", name, item[name], source, message=True)
+                columns.note_unread(f"{place}.", name, item[name], source, message=True)
         for field in ("role", "content"):
             if field not in item:
                 raise BadRow(source, "missing_key", f"`{place}` has no `{field}` (it has: {', '.join(map(str, item))})")
@@ -81,17 +81,17 @@ def check_messages(value: Any, key: str, source: str, columns: Columns | None = 
 
 
 def starts_as_transcript(text: str) -> bool:
-    """Whether `text` is written as a dialogue: it opens with a `Human:` turn and has an `Assistant:` turn."""
+    """Return whether `text` is a transcript: it begins with a `Human:` turn and has an `Assistant:` turn."""
     roles = [match.group(1) for match in _TURN.finditer(text)]
     return bool(re.match(r"\s*Human:", text)) and "Assistant" in roles
 
 
 def parse_transcript(text: str) -> tuple[Message, ...]:
-    r"""Messages of "\n\nHuman: ...\n\nAssistant: ...", each stripped of the spaces around it.
+    r"""Parse "\n\nHuman: ...\n\nAssistant: ..." into messages without surrounding white space.
 
-    Consecutive turns of one speaker become one message, joined by a blank line: in the published transcripts they are
+    Consecutive turns of one speaker are joined by a blank line into one message: in the published transcripts they are
     one answer that itself contains "\n\nAssistant:", and many chat templates refuse roles that do not alternate. Text
-    before the first turn becomes a system message. A last `Assistant:` without text gives a message with empty content.
+    before the first turn becomes a system message. A last `Assistant:` without text becomes an empty message.
     """
     pieces = _TURN.split(text)
     messages: list[Message] = []
@@ -108,7 +108,10 @@ def parse_transcript(text: str) -> tuple[Message, ...]:
 
 
 def prompt_messages(value: Any, key: str, source: str, columns: Columns | None = None) -> tuple[Message, ...]:
-    """A prompt given as messages, as a transcript that stops at `Assistant:`, or as plain text (one user message)."""
+    """Read a prompt from messages, a transcript that ends with `Assistant:`, or plain text (one user message).
+
+    Raises BadRow with `source` for an empty or malformed prompt.
+    """
     if not isinstance(value, str):
         messages = check_messages(value, key, source, columns)
     elif not value.strip():
@@ -125,7 +128,7 @@ def prompt_messages(value: Any, key: str, source: str, columns: Columns | None =
 
 
 def system_messages(value: Any, key: str, source: str, columns: Columns | None = None) -> tuple[Message, ...]:
-    """The system turn that a column of its own gives: a text, or a list of system messages; () when it is empty."""
+    """Read the system turns of a system column: a text or a list of system messages; () when it is empty."""
     if not has_text(value):
         return ()
     if isinstance(value, str):
@@ -138,7 +141,7 @@ def system_messages(value: Any, key: str, source: str, columns: Columns | None =
 
 
 def occurs(part: Sequence[Message], whole: Sequence[Message]) -> bool:
-    """Whether the turns of `part` stand in `whole` one after another (spaces around a turn do not count)."""
+    """Return whether `whole` contains the turns of `part` consecutively (white space around a turn is ignored)."""
     size = len(part)
     return any(_same(part, whole[start : start + size]) for start in range(len(whole) - size + 1))
 
@@ -146,10 +149,12 @@ def occurs(part: Sequence[Message], whole: Sequence[Message]) -> bool:
 def join_turns(
     before: tuple[Message, ...], own: tuple[Message, ...], source: str, names: tuple[str, str]
 ) -> tuple[Message, ...]:
-    """One prompt from the two places where a row may keep its turns: a column (`before`) and the conversation (`own`).
+    """Join the turns of a prompt column (`before`) and of the conversation (`own`) into one prompt.
 
-    What both say is there once; what only one says is kept: a system turn or earlier turns stand before a conversation
-    that starts with the user. Raises BadRow (`different_prompts`) when one contradicts the other; `names` are the keys.
+    Turns in both occur once in the result. A system turn or earlier turns that only `before` contains are put before a
+    conversation that begins with the user.
+
+    Raises BadRow (`different_prompts`), with the column names `names`, when the two contradict each other.
     """
     if not own or not before:
         return own or before
@@ -163,8 +168,8 @@ def join_turns(
     raise BadRow(
         source,
         "different_prompts",
-        f"`{names[0]}` says something else than the turns before the answer in `{names[1]}` "
-        f"(data.ignore_columns=[{names[0]}] leaves it out knowingly)",
+        f"`{names[0]}` differs from the turns before the answer in `{names[1]}` "
+        f"(data.ignore_columns=[{names[0]}] ignores it)",
     )
 
 
@@ -176,7 +181,7 @@ def _same(first: Sequence[Message], second: Sequence[Message]) -> bool:
 
 
 def type_name(value: Any) -> str:
-    """The JSON name of a value's type, for messages."""
+    """Return the JSON name of a value's type, for error messages."""
     if value is None:
         return "null"
     names = {bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "a list", dict: "an object"}

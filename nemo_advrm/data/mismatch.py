@@ -1,7 +1,7 @@
-"""Mismatched pairs: does a reward model read the prompt?
+"""Builds mismatched pairs, which test whether a reward model reads the prompt.
 
-The rejected answer of such a pair is a good one, to another prompt. A reward model that looks at the answer alone is
-right in half of them, however high its accuracy on ordinary pairs is: there both answers belong to the prompt.
+The rejected answer of a mismatched pair is a good answer to another prompt. A reward model that ignores the prompt is
+right on half of these pairs, however high its accuracy on ordinary pairs: there both answers belong to the prompt.
 """
 
 from __future__ import annotations
@@ -12,17 +12,20 @@ from dataclasses import replace
 from nemo_advrm.data.messages import prompt_key
 from nemo_advrm.data.preference_rows import PreferencePair
 
-# below this accuracy on mismatched pairs users are warned; chance is .5
+# An accuracy on mismatched pairs below this prints a warning; chance is 0.5.
 LOW_MISMATCH_ACCURACY = 0.7
 
 
 def mismatched_pairs(rows: Sequence[PreferencePair]) -> tuple[list[PreferencePair], str]:
-    """(pairs, "") or ([], why there are none): the rows with the chosen answer of another prompt as rejected one.
+    """Replace the rejected answer of each row by the chosen answer to another prompt.
 
-    Rows are grouped by prompt. The rejected answer of a group's i-th row is the chosen one of the i-th row of the next
-    group (cyclically, counted modulo its size), so every pair is made of two prompts; a group whose answer is equal to
-    the row's own is passed over. The row keeps its prompt with the system turn, and so its template. Margin, weight and
-    labels of the rows say nothing about these pairs and are left out. Rows of raw text have no prompt and are left out.
+    Rows are grouped by prompt. The rejected answer of the i-th row of a group is the chosen answer of the i-th row
+    (modulo the group's size) of the next group; a group whose answer equals the row's own is skipped. The row keeps its
+    prompt with the system turn, and so its template. Margin, weight and labels do not apply to these pairs and are
+    reset. Rows of raw text have no prompt and are skipped.
+
+    Returns:
+        (pairs, ""), or ([], reason) when there are none.
     """
     groups: dict[str, list[PreferencePair]] = {}
     for row in rows:
@@ -61,10 +64,10 @@ def mismatched_pairs(rows: Sequence[PreferencePair]) -> tuple[list[PreferencePai
 
 
 def mismatch_line(accuracy: float | None, pairs: int, reason: str) -> str:
-    """What is printed of the accuracy on `pairs` mismatched pairs, with a warning where it is low."""
+    """Return the line that reports the accuracy on `pairs` mismatched pairs, with a warning when it is low."""
     if accuracy is None:
         return f"mismatched prompts: not measured: {reason}"
     line = f"mismatched prompts: accuracy {accuracy:.3f}  ({pairs} pairs; .5 is chance)"
     if accuracy < LOW_MISMATCH_ACCURACY:
-        line += "\nwarning: the reward model hardly reads the prompt: it likes a good answer under any of them"
+        line += "\nwarning: the reward model hardly reads the prompt: it prefers a good answer whatever the prompt"
     return line

@@ -1,4 +1,4 @@
-"""Which adversarial pairs a batch gets, and which of its rows give way to them: one rule for every trainer."""
+"""Selects the adversarial pairs that enter a batch and the rows that they replace; every trainer uses these rules."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from nemo_advrm.seeds import derive_seed
 
 
 def draw_replacements(rows: int, pool: int, ratio: float, seed: int, step: int) -> list[tuple[int, int]]:
-    """(place in the batch, pair of the pool) for a share ``ratio`` of the ``rows`` of the global batch of ``step``.
+    """Draw (position in the batch, index into the pool) for a share ``ratio`` of the ``rows`` of a global batch.
 
-    A function of its arguments alone, the same in every process. Places are distinct, at least one row stays, and
-    pairs are drawn with replacement. Empty when there is no pair or the share rounds to no row.
+    The result depends on the arguments alone, so it is equal in every process. Positions are distinct, at least one row
+    is kept, and pairs are drawn with replacement. Returns [] for an empty pool or a share that rounds to 0 rows.
     """
     share = min(round(ratio * rows), rows - 1)
     if not pool or share <= 0:
@@ -23,10 +23,10 @@ def draw_replacements(rows: int, pool: int, ratio: float, seed: int, step: int) 
     return list(zip(places, drawn, strict=True))
 
 
-def draw_on_top(count: int, pool: int, seed: int, step: int) -> list[int]:
-    """Pairs of the pool that join the global batch of ``step``: ``count`` of them, none when the pool is empty.
+def draw_additional(count: int, pool: int, seed: int, step: int) -> list[int]:
+    """Draw ``count`` indices into the pool, to be added to the global batch of ``step``; [] for an empty pool.
 
-    A function of its arguments alone, the same in every process. Every pair of a pool that does not grow is drawn once
-    before any is drawn again.
+    The result depends on the arguments alone, so it is equal in every process. While the pool does not grow, every pair
+    is drawn once before any is drawn again.
     """
     return BatchSchedule(pool, count, derive_seed(seed, "augmentation")).rows_for_step(step) if pool else []

@@ -1,4 +1,4 @@
-"""Preference pairs as the jsonl that NeMo-Aligner trains reward models on: a chosen line, then its rejected one."""
+"""Writes and reads NeMo-Aligner's jsonl for reward models: a chosen line followed by its rejected line."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from nemo_advrm.errors import DataError
 
 Render = Callable[[Sequence[Message]], str]
 Row = dict[str, Any]
-EXTRA_ID_END = "\n<extra_id_2>"  # behind an answer in the files of NeMo-Aligner's own preprocessing
+EXTRA_ID_END = "\n<extra_id_2>"  # NeMo-Aligner's own preprocessing writes this after an answer
 _SPEAKERS = {"user": "Human", "assistant": "Assistant"}
 _EXTRA_ID_SPEAKERS = {"user": "User", "assistant": "Assistant"}
 
 
 def as_transcript(messages: Sequence[Message]) -> str:
-    r"""The conversation as "\n\nHuman: ..\n\nAssistant:", which ``load_preferences`` reads back; "" for raw text.
+    r"""Write the conversation as "\n\nHuman: ..\n\nAssistant:", which ``load_preferences`` reads back; "" for raw text.
 
-    Raises DataError for a system message: transcripts have no place for it.
+    Raises DataError for a system message, which transcripts cannot express.
     """
     turns = []
     for message in messages:
@@ -32,9 +32,9 @@ def as_transcript(messages: Sequence[Message]) -> str:
 
 
 def as_extra_id(messages: Sequence[Message]) -> str:
-    r"""The conversation in the template of Nemotron and of NeMo-Aligner's SteerLM files; "" for raw text.
+    r"""Write the conversation in the template of Nemotron and of NeMo-Aligner's SteerLM files; "" for raw text.
 
-    "<extra_id_0>System\n..\n<extra_id_1>User\n..\n<extra_id_1>Assistant\n"; the system turn is there when it is empty.
+    "<extra_id_0>System\n..\n<extra_id_1>User\n..\n<extra_id_1>Assistant\n"; an empty system turn is written too.
     Raises DataError for a system message that is not the first.
     """
     if not messages:
@@ -43,21 +43,21 @@ def as_extra_id(messages: Sequence[Message]) -> str:
     turns = [f"<extra_id_0>System\n{messages[0]['content'] if system else ''}\n"]
     for message in messages[system:]:
         if message["role"] not in _EXTRA_ID_SPEAKERS:
-            raise DataError("a system message stands first in the extra_id template, and only there")
+            raise DataError("the extra_id template allows a system message only at the start")
         turns.append(f"<extra_id_1>{_EXTRA_ID_SPEAKERS[message['role']]}\n{message['content']}\n")
     return "".join(turns) + "<extra_id_1>Assistant\n"
 
 
 def rows_of(pair: PreferencePair, render: Render, end: str = "") -> tuple[Row, Row]:
-    """``{"text": prompt + answer + end}`` of both answers, with ``label`` where the pair has labels.
+    """Return the rows ``{"text": prompt + answer + end}`` of both answers, with ``label`` where the pair has labels.
 
     Args:
-        render: the text that stands before an answer, in the template of the model that will be trained.
-        end: text behind an answer that ended; where ``model.data.append_eod`` is set NeMo-Aligner puts its end token
-            there itself, behind a cut-off answer too.
+        render: renders the text before an answer, in the template of the model that will be trained.
+        end: text written after an answer that was not cut off. With ``model.data.append_eod`` NeMo-Aligner adds its end
+            token itself, also after an answer that was cut off.
 
     Raises:
-        DataError: a conversation that cannot be rendered; names the pair's source.
+        DataError: a conversation cannot be rendered; the message names the pair's source.
     """
     try:
         prompt = render(pair.prompt)
@@ -72,13 +72,13 @@ def rows_of(pair: PreferencePair, render: Render, end: str = "") -> tuple[Row, R
 
 
 def read_nemo_aligner(path: str | Path, labels: int = 0) -> list[tuple[Row, ...]]:
-    """The rows of a NeMo-Aligner file as they stand there: (chosen, rejected), or each for itself with labels.
+    """Read a NeMo-Aligner file: one tuple (chosen, rejected) per pair, or one tuple (row,) per row with labels.
 
     Args:
-        labels: numbers in every row's ``label``; 0 for pairs, which need none.
+        labels: number of values in every row's ``label``; 0 for pairs, which have none.
 
     Raises:
-        DataError: a line that NeMo-Aligner could not train on, or a chosen line without its rejected one.
+        DataError: a line that NeMo-Aligner cannot train on, or a chosen line without its rejected line.
     """
     rows: list[Row] = []
     for number, row in read_jsonl(path):
@@ -88,7 +88,7 @@ def read_nemo_aligner(path: str | Path, labels: int = 0) -> list[tuple[Row, ...]
         if labels and (found is None or len(found) != labels):
             raise BadRow(source, "bad_value", f"`label` must hold {labels} numbers, not {len(found or ())}")
         if not labels and "label" in row:
-            raise BadRow(source, "bad_value", "`label` is of a regression file, whose lines are no pairs")
+            raise BadRow(source, "bad_value", "`label` belongs to a regression file, whose lines are not pairs")
         rows.append(row)
     if labels:
         return [(row,) for row in rows]

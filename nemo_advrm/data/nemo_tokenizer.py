@@ -1,4 +1,4 @@
-"""Tokenizers that came out of a ``.nemo``: the ids, and the end of a text, exactly as NeMo-Aligner makes them."""
+"""Tokenizers extracted from a ``.nemo`` file; ids and end tokens are exactly those of NeMo-Aligner."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from nemo_advrm.untrusted_files import read_json_object
 
 SETTINGS = "tokenizer_nemo.json"
 SENTENCEPIECE = "tokenizer.model"
-# how a conversation is written out where nothing says how the model was trained
+# Plain template for conversations: a .nemo file does not store the template with which the model was trained.
 _TURN = "{role}:\n{content}\n\n"
 _ANSWER = "Assistant:\n"
 
@@ -35,22 +35,26 @@ class _Backend(Protocol):
 class NemoTokenizer:
     """A directory with ``tokenizer_nemo.json`` and the files of a SentencePiece or Hugging Face tokenizer.
 
-    NeMo-Aligner scores raw text: nothing is put before it, and the end token follows only where the model was trained
-    with ``data.append_eod``. So a sequence ends in ``eos_id`` only then. As in NeMo, special tokens that are written
-    out in a text are those tokens.
+    NeMo-Aligner scores raw text: it adds no token before it, and an end token after it only if the model was trained
+    with ``data.append_eod``. So a sequence ends with ``eos_id`` only then. As in NeMo, the spelling of a special token
+    in a text is encoded as that token.
 
-    Raises DataError when the directory is incomplete.
+    Raises DataError when the directory is incomplete or damaged.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self.settings = read_json_object(self.path / SETTINGS, DataError, f"{self.path}: not a tokenizer of a .nemo")
+        self.settings = read_json_object(
+            self.path / SETTINGS, DataError, f"{self.path}: not a tokenizer of a .nemo file"
+        )
         library, named = self.settings.get("library"), self.settings.get("special_tokens") or []
         if not isinstance(library, str):
-            raise DataError(f"{self.path}: not a tokenizer of a .nemo ({SETTINGS}: library is no text)")
+            raise DataError(f"{self.path}: not a tokenizer of a .nemo file ({SETTINGS}: `library` is not a string)")
         tokens = named.values() if isinstance(named, dict) else named
         if not isinstance(named, dict | list) or not all(isinstance(token, str) and token for token in tokens):
-            raise DataError(f"{self.path}: not a tokenizer of a .nemo ({SETTINGS}: special_tokens are no texts)")
+            raise DataError(
+                f"{self.path}: not a tokenizer of a .nemo file ({SETTINGS}: `special_tokens` are not strings)"
+            )
         if library == "sentencepiece":
             self._backend: _Backend = _SentencePiece(self.path / SENTENCEPIECE, self.settings)
         else:
@@ -74,7 +78,7 @@ class NemoTokenizer:
         return self._backend.ids(text)
 
     def parse_rendered(self, text: str) -> list[int]:
-        """Ids of a conversation that is already written out."""
+        """Encode a rendered conversation, special tokens included."""
         return self._backend.ids(text)
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
@@ -96,13 +100,13 @@ class NemoTokenizer:
         return self.encode(self.render_prompt(messages)) if messages else []
 
     def render_prompt(self, messages: Sequence[Message]) -> str:
-        """The text before an answer; "" for ()."""
+        """Render the text before an answer; "" for ()."""
         turns = [_TURN.format(role=m["role"].capitalize(), content=m["content"]) for m in messages]
         return "".join(turns) + _ANSWER if messages else ""
 
     def encode_response(self, text: str) -> list[int]:
         ids = self.encode(text)
-        # NeMo leaves an empty text empty; nothing could be scored then
+        # NeMo encodes an empty text to no token, but a score needs at least one
         return [*ids, self.eos_id] if self.append_eod or not ids else ids
 
     def decode_response(self, ids: Sequence[int]) -> str:
@@ -111,7 +115,7 @@ class NemoTokenizer:
 
 
 class _SentencePiece:
-    """NeMo's SentencePieceTokenizer; ``legacy`` allows special tokens that follow the vocabulary of the file."""
+    """NeMo's SentencePieceTokenizer; ``legacy`` allows special tokens with ids after the file's vocabulary."""
 
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
         import sentencepiece
@@ -133,7 +137,7 @@ class _SentencePiece:
         eos = named.get("eos_token") if isinstance(named, dict) else None
         self.eos = self._added.get(eos, self._model.eos_id()) if eos else self._model.eos_id()
         if self.eos < 0:
-            raise DataError(f"{path}: the tokenizer has no end token: the end of an answer could not be marked")
+            raise DataError(f"{path}: the tokenizer has no end token, so the end of an answer cannot be marked")
         pad = self._model.pad_id()
         self.pad = pad if pad >= 0 else self.eos
         pieces = range(self._model.get_piece_size())
@@ -145,11 +149,11 @@ class _SentencePiece:
             place, token = min(found, key=lambda item: item[0])
             ids += [*self._piece_ids(text[:place], ids), self._added[token]]
             text = text[place + len(token) :]
-        # NeMo drops the word mark only between two special tokens, never in the last part
+        # NeMo drops a lone word separator only between two special tokens, never in the last part
         return ids + self._model.encode_as_ids(text)
 
     def _piece_ids(self, text: str, before: list[int]) -> list[int]:
-        """Ids of a part between special tokens: a lone word mark after a special token is dropped."""
+        """Encode the text between special tokens; the word separator right after a special token is dropped."""
         ids = self._model.encode_as_ids(text)
         after_special = bool(before) and before[-1] in self._added.values()
         return ids[1:] if after_special and ids[:1] == [self._separator] else ids
@@ -159,21 +163,21 @@ class _SentencePiece:
 
 
 class _HuggingFace:
-    """NeMo's wrapper of transformers: ids without bos and eos."""
+    """NeMo's wrapper of transformers tokenizers: ids without bos and eos."""
 
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
-        from transformers import AutoTokenizer  # seconds to import: only for those who use it
+        from transformers import AutoTokenizer  # takes seconds to import
 
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
         except Exception as error:  # transformers raises many types for bad directories
-            raise DataError(f"{path}: no tokenizer could be read: {' '.join(str(error).split())[:300]}") from error
+            raise DataError(f"{path}: the tokenizer cannot be read: {' '.join(str(error).split())[:300]}") from error
         named = settings.get("special_tokens")
         if isinstance(named, dict) and named:
             self._tokenizer.add_special_tokens(named)
         self.size = len(self._tokenizer)
         if self._tokenizer.eos_token_id is None:
-            raise DataError(f"{path}: the tokenizer has no end token: the end of an answer could not be marked")
+            raise DataError(f"{path}: the tokenizer has no end token, so the end of an answer cannot be marked")
         self.eos: int = self._tokenizer.eos_token_id
         pad = self._tokenizer.pad_token_id
         self.pad: int = self.eos if pad is None else pad

@@ -1,4 +1,4 @@
-"""Adversarial pairs with their provenance, in a file that survives a kill at any moment."""
+"""Stores adversarial pairs with their provenance in a file that stays valid when a run is killed at any moment."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where an adversarial pair comes from.
+    """The origin of an adversarial pair.
 
-    `round`, `step`: when its rejected answer was sampled; `direction`: 1-based ensemble member that was attacked.
-    `scores` and `z` [K] are the rejected answer's raw and standardised scores by every member, `disagreement_z` is
-    Z(U), by which it was selected; `chosen_scores` [K] are the chosen answer's. Gold scores are there only where a gold
-    reward was given.
+    `round` and `step` are those in which the rejected answer was sampled; `direction` is the 1-based ensemble member
+    that was attacked. `scores` and `z` [K] are the raw and standardised scores of the rejected answer under every
+    member; `disagreement_z` is Z(U), the value by which it was selected. `chosen_scores` [K] are the scores of the
+    chosen answer. Gold scores are None when the run has no gold reward.
     """
 
     round: int
@@ -44,10 +44,10 @@ class Provenance:
 
 @dataclass(frozen=True)
 class AdversarialPair:
-    """An answer that fools the ensemble (`rejected`) beside an ordinary one to the same prompt (`chosen`).
+    """An answer that fools the ensemble (`rejected`) and an ordinary answer to the same prompt (`chosen`).
 
-    An answer with `ended` = False was cut off by the length limit: it was scored without an end token, and training
-    encodes it so. Rows without these keys are older and hold finished answers.
+    An answer with `ended` = False was cut off by the length limit: it was scored without an end token and is encoded
+    without one in training. Older files have no such keys; their answers are finished.
     """
 
     prompt: tuple[Message, ...]
@@ -63,7 +63,7 @@ class AdversarialPair:
         return prompt_key(self.prompt), self.rejected
 
     def to_row(self) -> dict[str, Any]:
-        """The JSON row; `load_preferences` reads such files too. Gold scores that are None are left out."""
+        """Return the JSON row, without gold scores that are None. `load_preferences` reads such files too."""
         provenance = {key: value for key, value in asdict(self.provenance).items() if value is not None}
         return {
             "prompt": list(self.prompt),
@@ -78,22 +78,20 @@ class AdversarialPair:
 class PairStore:
     """The adversarial pairs of one file.
 
-    One process writes (rank 0); every rank may read. `append` replaces the file in one step, so that a kill leaves
-    either the old pairs or all of the new ones; a torn last line, as other writers or an interrupted copy leave it, is
-    reported and dropped.
+    Rank 0 writes; every rank may read. `append` replaces the file atomically: a killed run leaves either the old pairs
+    or all new ones. A torn last line, which other writers or an interrupted copy may leave, is logged and dropped.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
 
     def append(self, pairs: Sequence[AdversarialPair]) -> int:
-        """Add those of `pairs` that are not in the file yet; the number added. Appending the same again adds nothing.
+        """Add the pairs that are not in the file yet; return their number.
 
-        Raises DataError for a pair that could not be read back (a score that is NaN or infinite), before anything is
-        written.
+        Raises DataError, before anything is written, for a pair that could not be read back (a NaN or infinite score).
         """
         existing = self.load() if self.path.exists() else []
-        # Through JSON and back: what is written is what a reader accepts, and tensors and numpy numbers become plain.
+        # The round trip through JSON checks that the pair can be read back, and converts tensors and numpy numbers.
         rows = [json.loads(json.dumps(pair.to_row(), default=plain)) for pair in pairs]  # noqa: TID251 (just written)
         combined = _unique([*existing, *(parse_pair(row, f"new pair {index}") for index, row in enumerate(rows))])
         if len(combined) > len(existing) or not self.path.exists():
@@ -101,12 +99,14 @@ class PairStore:
         return len(combined) - len(existing)
 
     def load(self) -> list[AdversarialPair]:
-        """All pairs in the order in which they were added, each once. An empty file holds none; DataError if it is
-        missing."""
+        """Return all pairs, without duplicates, in the order in which they were added.
+
+        Raises DataError for a missing file or a bad row.
+        """
         return _unique(pair for _, pair in self._read())
 
     def to_preferences(self, weight: float = 1.0) -> list[PreferencePair]:
-        """The pairs as rows for reward model training, each with the loss weight `weight`; `source` is file:line."""
+        """Return the pairs as rows for reward model training with loss weight `weight`; `source` is file:line."""
         seen: set[tuple[str, str]] = set()
         rows = []
         for number, pair in self._read():
@@ -134,19 +134,19 @@ class PairStore:
 
 
 def merge(paths: Iterable[str | Path]) -> list[AdversarialPair]:
-    """The pairs of all files (one a round), in their order, each once: of duplicates the first file's stays."""
+    """Return the pairs of all files (one per round) in order; of duplicates the first is kept."""
     return _unique(pair for path in paths for pair in PairStore(path).load())
 
 
 def parse_pair(row: Any, source: str) -> AdversarialPair:
-    """The pair of one JSON row; DataError names `source` and the key that is missing, of a wrong type or unknown."""
+    """Parse one JSON row. Raises DataError with `source` and the key that is missing, of a wrong type or unread."""
     if not isinstance(row, dict):
         raise DataError(f"{source}: the row is {type_name(row)}, not an adversarial pair")
     for key in ("prompt", "chosen", "rejected", "provenance"):
         if key not in row:
             raise DataError(f"{source}: `{key}` is missing (the row has: {', '.join(row) or 'nothing'})")
     for key in ("chosen", "rejected"):
-        # Empty answers are kept: saying nothing is a hack that an attack may find.
+        # Empty answers are kept: an attack may find that a reward model prefers them.
         if not isinstance(row[key], str):
             raise DataError(f"{source}: `{key}` is {type_name(row[key])}, not a string")
     if row["chosen"] == row["rejected"]:
@@ -154,7 +154,7 @@ def parse_pair(row: Any, source: str) -> AdversarialPair:
     unread = unread_content(row, ("prompt", "chosen", "rejected", "chosen_ended", "rejected_ended"))
     if unread is not None:
         raise DataError(f"{source}: `{unread}` holds content that is not read: without it this is another conversation")
-    # Raw text has the prompt ().
+    # Raw text has an empty prompt.
     prompt = () if row["prompt"] == [] else check_messages(row["prompt"], "prompt", source)
     ended = [read_ended(row, key, source) for key in ("chosen_ended", "rejected_ended")]
     return AdversarialPair(prompt, row["chosen"], row["rejected"], _parse_provenance(row["provenance"], source), *ended)

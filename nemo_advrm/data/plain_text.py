@@ -1,4 +1,4 @@
-"""Whether a response can stand in a text file: pairs are text, and what is trained must be what was scored."""
+"""Checks whether a response can be stored as text: pairs are text, but must encode to the tokens that were scored."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from nemo_advrm.errors import DataError
 _BROKEN = "\N{REPLACEMENT CHARACTER}"
 
 
-def stands_as_text(text: str, tokenizer: Tokenizer) -> bool:
-    """False for text that says less than the tokens it was decoded from.
+def round_trips(text: str, tokenizer: Tokenizer) -> bool:
+    """Return whether encoding and decoding `text` with the policy's `tokenizer` returns it unchanged.
 
-    That is a lone surrogate (no UTF-8 file can hold it), U+FFFD (some token sequence that is no text stood there, and
-    which one is lost), or text that `tokenizer`, the policy's, does not give back after encoding it. Policies can write
-    all of these, reward models may like them, and no user could ever send them.
+    False for a lone surrogate (not valid in UTF-8), for U+FFFD (it replaced tokens that are not valid text, which are
+    lost), and for text that changes in the round trip. A policy can write all of these and a reward model may prefer
+    them, but no user can send them.
     """
     try:
         text.encode()

@@ -1,4 +1,4 @@
-"""Rows of a data file, whatever holds them: JSON lines or arrays, parquet, arrow, dataset directories, the HF hub."""
+"""Opens data sets of any container: JSON lines or arrays, parquet, arrow, dataset directories, the HF hub."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from nemo_advrm.data.splits import SUFFIXES, TABLE_SUFFIXES, choose_split, find_
 from nemo_advrm.data.table_files import BATCH_ROWS, check_arrow_claims, read_table, rows_of_batches
 from nemo_advrm.errors import DataError, one_line
 
-# (source, row) per row; a line of broken JSON is a BadRow in place of its row.
+# (source, row) of each row; a BadRow in place of a row that cannot be parsed.
 Rows = Iterator[tuple[str, Any]]
 
 
 @dataclass(frozen=True)
 class Opened:
-    """A data set that was found: its name for messages (with the split, where it has several), its rows, and notes."""
+    """A data set: its name for messages (with the split, if it has several), its rows, and notes for the summary."""
 
     name: str
     rows: Rows
@@ -26,13 +26,14 @@ class Opened:
 
 
 def open_rows(path: str | Path, *, split: str = "", role: str = "train") -> Opened:
-    """Find the rows of `path`; they are read, and can fail, while they are iterated over.
+    """Open the data set `path`. Its rows are read lazily, so iterating over them can raise too.
 
     `path` is a .jsonl[.gz], .json[.gz], .parquet or .arrow file, a directory written by `save_to_disk`, a directory of
-    such files as a hub lays them out, or "hf:NAME" / "hf:NAME:SPLIT" for a data set of the HF hub: the only form that
-    uses the network. Of several splits `role` (train, prompts or validation) takes its own, see `choose_split`, or the
-    one called `split`. The source of a row is file:line, for tables file:row, both 1-based. Raises DataError when the
-    data set as a whole cannot be read.
+    such files in the layout of the HF hub, or "hf:NAME" / "hf:NAME:SPLIT" for a data set on the hub, the only form that
+    uses the network. `split` names the split; by default `role` (train, prompts or validation) chooses it, see
+    `choose_split`. The source of a row is file:line, for tables file:row, both 1-based.
+
+    Raises DataError when the data set cannot be found or read.
     """
     name = str(path)
     if name.startswith("hf:"):
@@ -52,7 +53,7 @@ def _read_file(path: Path) -> Rows:
 
 
 def _read_json(path: Path) -> Rows:
-    # Many files named .json hold JSON lines: the first character decides, not the name.
+    # Many files named .json contain JSON lines, so the first character decides.
     if path.name.endswith((".json", ".json.gz")) and begins_array(path):
         for number, row in read_json_array(path):
             source = f"{path}:{number}"
@@ -70,7 +71,7 @@ def _open_directory(path: Path, split: str, role: str) -> Opened:
         found = find_files(path, role, split)
         name = f"{path} [{found.split}]" if found.split else str(path)
         return Opened(name, (row for file in found.files for row in _read_file(file)), found.notes)
-    import datasets  # seconds to import: only for those who use it
+    import datasets  # takes seconds to import
 
     for file in sorted(path.rglob("*.arrow")):
         check_arrow_claims(file)
@@ -98,7 +99,7 @@ def _hub_split(name: str, role: str) -> str:
     try:
         names = datasets.get_dataset_split_names(name)
     except Exception as error:  # as in _read_hub
-        raise DataError(f"hf:{name}: cannot be asked for its splits: {error}") from error
+        raise DataError(f"hf:{name}: its splits cannot be listed: {error}") from error
     return choose_split(map(split_named, names), role, "", f"hf:{name}").name
 
 
@@ -113,10 +114,10 @@ def _read_hub(name: str, split: str) -> Rows:
 
 
 def _rows_of(loaded: Any, name: str) -> Rows:
-    """Rows of a data set of the library, as they are stored: images and sounds in it are not opened."""
+    """Yield the rows of a `datasets` data set as stored; images and audio are not decoded."""
     if not len(loaded):
         raise DataError(f"{name}: holds no rows")
-    # Memory-mapped files count by their size on the disk, tables in memory by what they take there.
+    # Size on disk for memory-mapped files, size in memory otherwise.
     size = sum(Path(file["filename"]).stat().st_size for file in loaded.cache_files) or loaded.data.nbytes
     try:
         for number, row in rows_of_batches(_batches_of(loaded), name, size):
@@ -128,5 +129,5 @@ def _rows_of(loaded: Any, name: str) -> Rows:
 def _batches_of(loaded: Any) -> Iterator[Any]:
     for table in loaded.with_format("arrow").iter(batch_size=BATCH_ROWS):
         for batch in table.to_batches():
-            batch.validate(full=True)  # offsets in a file may point anywhere
+            batch.validate(full=True)  # offsets in an untrusted file may point anywhere
             yield batch

@@ -1,4 +1,4 @@
-"""The forms in which preference data is published: one small reader each, and the registry that finds a row's form."""
+"""Reads the published forms of preference data: one small reader per form, and the table that finds a row's form."""
 
 from __future__ import annotations
 
@@ -8,37 +8,45 @@ from typing import Any, TypeVar
 
 from nemo_advrm.data.columns import ANSWER_COLUMNS, PROMPT_COLUMNS, Columns, first_filled, has_text
 from nemo_advrm.data.messages import starts_as_transcript, type_name
-from nemo_advrm.data.preference_rows import Answer, Judged, judge_pair, read_ended, read_labels, require_same_prompt
+from nemo_advrm.data.preference_rows import (
+    Answer,
+    AnswerSet,
+    answer_set_of_pair,
+    read_ended,
+    read_labels,
+    require_same_prompt,
+)
 from nemo_advrm.data.row_reader import RowReader, Turns, check_number
 
 Row = Mapping[str, Any]
 Value = TypeVar("Value")
-# One answer of a row: its place (for messages), its text or messages, its score, its labels.
-Given = tuple[str, Any, float, tuple[float, ...] | None]
+# One answer of a row: (path in the row for error messages, text or chat messages, score, labels).
+RawAnswer = tuple[str, Any, float, tuple[float, ...] | None]
 
-# Columns with all answers to a prompt, and, where those are plain texts, the columns with their ratings or ranks.
+# Columns with all answers to a prompt, and the columns with ratings or ranks of answers that are plain texts.
 _LISTS = ("completions", "responses", "answers", "generations", "candidates")
 _RATING_LISTS = ("ratings", "scores", "rewards")
 _RANK_LISTS = ("ranks", "ranking", "rank")
-# Of an answer that is an object: the keys of its text, of its rating (higher is better), of its rank (lower is better).
+# Keys of an answer that is an object: its text, its rating (higher is better), its rank (lower is better).
 _TEXTS = ("completion", "response", "answer", "text", "content")
 _RATINGS = ("overall_score", "overall", "score", "rating", "reward", "helpfulness", "fine-grained_score")
 _RANK = "rank"
-# HelpSteer's attributes: the labels of an answer for regression, in this order, of those that the data has.
+# HelpSteer's attributes, the regression labels of an answer; absent ones are left out of this order.
 ATTRIBUTES = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
-# Two answers and one number: below 0 the first is better, above 0 the second (HelpSteer3, HelpSteer2-Preference).
+# Two answers and a preference: negative if the first is better, positive if the second is (HelpSteer3,
+# HelpSteer2-Preference).
 _TWO = (("response1", "response2"), ("response_1", "response_2"))
 _PREFERENCES = ("overall_preference", "preference_strength")
 
 
 @dataclass(frozen=True)
 class Form:
-    """`matches`: whether a row is of this form; `read`: its prompt and answers, BadRow when they cannot be used."""
+    """A form of row: `matches` recognises it, `read` returns its prompt and answers or raises BadRow."""
 
     name: str
     matches: Callable[[Row], bool]
-    read: Callable[[RowReader], Judged]
-    keys: str  # for messages and the documentation
+    read: Callable[[RowReader], AnswerSet]
+    keys: str  # for error messages and the documentation
 
 
 def _both(row: Row) -> bool:
@@ -53,21 +61,21 @@ def _is_transcript(value: Any) -> bool:
     return isinstance(value, str) and starts_as_transcript(value)
 
 
-def _read_messages(reader: RowReader) -> Judged:
+def _read_messages(reader: RowReader) -> AnswerSet:
     return _pair(reader, [reader.answer(reader.get(key), key) for key in _checked(reader, list)])
 
 
-def _read_transcript(reader: RowReader) -> Judged:
+def _read_transcript(reader: RowReader) -> AnswerSet:
     both = [reader.answer(reader.get(key), key, transcript=True) for key in _checked(reader, str)]
-    # an assistant turn without text is an answer that people could and did prefer
-    return _pair(reader, both, silent=True)
+    # hh-rlhf contains empty assistant turns that annotators preferred
+    return _pair(reader, both, allow_empty=True)
 
 
-def _read_prompt(reader: RowReader) -> Judged:
+def _read_prompt(reader: RowReader) -> AnswerSet:
     return _pair(reader, [reader.answer(reader.get(key), key) for key in _checked(reader, str)])
 
 
-def _read_text(reader: RowReader) -> Judged:
+def _read_text(reader: RowReader) -> AnswerSet:
     return _pair(reader, [reader.raw_text(reader.get(key), key) for key in _checked(reader, str)])
 
 
@@ -84,15 +92,15 @@ def _checked(reader: RowReader, kind: type) -> tuple[str, str]:
     return "chosen", "rejected"
 
 
-def _pair(reader: RowReader, both: list[tuple[Turns, str]], *, silent: bool = False) -> Judged:
-    return judge_pair(
+def _pair(reader: RowReader, both: list[tuple[Turns, str]], *, allow_empty: bool = False) -> AnswerSet:
+    return answer_set_of_pair(
         both,
         reader.source,
         margin=reader.number("margin", at_least=0),
         weight=reader.number("weight", at_least=0),
         labels=(_column(reader, "chosen_labels", read_labels), _column(reader, "rejected_labels", read_labels)),
         ended=(_column(reader, "chosen_ended", read_ended), _column(reader, "rejected_ended", read_ended)),
-        silent=silent,
+        allow_empty=allow_empty,
     )
 
 
@@ -101,18 +109,18 @@ def _column(reader: RowReader, key: str, read: Callable[[dict[str, Any], str, st
     return read(reader.row, key, reader.source)
 
 
-def _read_best_of_n(reader: RowReader) -> Judged:
-    """RewardBench 2: every answer of `chosen` is better than every answer of `rejected`."""
-    answers: list[Given] = []
+def _read_best_of_n(reader: RowReader) -> AnswerSet:
+    """Read RewardBench 2 rows: every answer in `chosen` is better than every answer in `rejected`."""
+    answers: list[RawAnswer] = []
     for key, score in (("chosen", 1.0), ("rejected", 0.0)):
         value = reader.get(key)
         if not value:
             raise reader.bad("empty", f"`{key}` is empty")
-        # one answer, not a list of them
+        # a string or a list of chat messages is one answer
         whole = not isinstance(value, list) or isinstance(value[0], dict)
         for index, item in enumerate([value] if whole else value):
             answers.append((key if whole else f"{key}[{index}]", item, score, None))
-    return replace(_compute_rewards(reader, answers), compares_all=False)
+    return replace(_answer_set(reader, answers), compares_all=False)
 
 
 def _list_column(row: Row) -> str | None:
@@ -144,53 +152,63 @@ def _is_rated_list(row: Row) -> bool:
     )
 
 
-def _read_ranked(reader: RowReader) -> Judged:
-    """NeMo-RL's `completions`, Nectar's `answers`: the answer with the lower `rank` is better."""
-    return _compute_rewards(reader, _listed(reader, (_RANK,), _RANK_LISTS, -1.0))
+def _read_ranked(reader: RowReader) -> AnswerSet:
+    """Read NeMo-RL's `completions` or Nectar's `answers`: the answer with the lower `rank` is better."""
+    return _answer_set(reader, _listed(reader, (_RANK,), _RANK_LISTS, -1.0))
 
 
-def _read_rated_list(reader: RowReader) -> Judged:
-    """UltraFeedback: the `completions` of a prompt with ratings, of which the differences are the margins."""
-    return _compute_rewards(reader, _listed(reader, _RATINGS, _RATING_LISTS, 1.0), graded=True)
+def _read_rated_list(reader: RowReader) -> AnswerSet:
+    """Read UltraFeedback's `completions` with ratings, whose differences are the margins."""
+    return _answer_set(reader, _listed(reader, _RATINGS, _RATING_LISTS, 1.0), graded=True)
 
 
-def _listed(reader: RowReader, names: tuple[str, ...], lists: tuple[str, ...], sign: float) -> list[Given]:
-    """Every answer of the list column with its number."""
+def _listed(reader: RowReader, names: tuple[str, ...], lists: tuple[str, ...], sign: float) -> list[RawAnswer]:
+    """Return every answer of the list column with its rating or rank times `sign`.
+
+    Args:
+        names: keys of the number in an answer that is an object.
+        lists: columns that hold the numbers of answers that are texts.
+
+    Raises BadRow for an answer without text or number.
+    """
     column = str(_list_column(reader.row))
     items = reader.get(column) or []
     beside = next((name for name in lists if isinstance(reader.row.get(name), list)), None)
     scores = reader.get(beside) if beside else None
     if scores is not None and len(scores) != len(items):
         raise reader.bad("bad_value", f"`{beside}` has {len(scores)} numbers for {len(items)} answers in `{column}`")
-    answers: list[Given] = []
+    answers: list[RawAnswer] = []
     for index, item in enumerate(items):
         place = f"{column}[{index}]"
         if isinstance(item, dict):
-            item = reader.columns.strip(item)
+            item = reader.columns.without_ignored(item)
             name, key = _first_number(item, names), first_filled(item, _TEXTS)
             if key is None:
                 raise reader.bad("empty", f"`{place}` holds no answer ({', '.join(_TEXTS)})")
             score = scores[index] if scores is not None else item.get(name or names[0])
             where = f"{beside}[{index}]" if beside else f"{place}.{name or names[0]}"
             for other in item:
-                if other not in (key, *names) and not _steers(other, item, reader):
-                    reader.columns.leave(f"{place}.", other, item[other], reader.source)
+                if other not in (key, *names) and not _is_writer_instruction(other, item, reader):
+                    reader.columns.note_unread(f"{place}.", other, item[other], reader.source)
             place, item = f"{place}.{key}", item[key]
         else:
             where = f"{beside}[{index}]" if beside else f"{place}.{names[0]}"
             score = scores[index] if scores is not None else None
         number = check_number(score, where, reader.source)
         if number is None:
-            raise reader.bad("missing_key", f"`{where}` is missing: every answer needs its number")
+            raise reader.bad("missing_key", f"`{where}` is missing: every answer needs a number")
         answers.append((place, item, sign * number, None))
     return answers
 
 
-def _steers(name: str, item: Row, reader: RowReader) -> bool:
-    """UltraFeedback's `principle` and the prompt that spells it: given to the writer of an answer, not to its judge."""
+def _is_writer_instruction(name: str, item: Row, reader: RowReader) -> bool:
+    """Return whether `name` is UltraFeedback's prompt that states a `principle`.
+
+    It instructed the model that wrote the answer and was not shown to the judge, so it is not part of the prompt.
+    """
     if name != "custom_system_prompt" or "principle" not in item:
         return False
-    reader.columns.let_go.setdefault(name)
+    reader.columns.unread.setdefault(name)
     return True
 
 
@@ -198,37 +216,40 @@ def _two_columns(row: Row) -> tuple[str, str] | None:
     return next((pair for pair in _TWO if all(has_text(row.get(name)) for name in pair)), None)
 
 
-def _read_two_responses(reader: RowReader) -> Judged:
-    """HelpSteer3: from -3, the first answer is much better, to 3, the second is; the size is the margin."""
+def _read_two_responses(reader: RowReader) -> AnswerSet:
+    """Read HelpSteer3 rows: the preference runs from -3 (first answer much better) to 3 (second much better).
+
+    Its absolute value is the margin.
+    """
     first, second = _two_columns(reader.row) or _TWO[0]
     name = next(key for key in _PREFERENCES if reader.row.get(key) is not None)
     preference = reader.number(name) or 0.0
-    answers: list[Given] = [(first, reader.get(first), -preference, None), (second, reader.get(second), 0.0, None)]
-    return _compute_rewards(reader, answers, graded=True)
+    answers: list[RawAnswer] = [(first, reader.get(first), -preference, None), (second, reader.get(second), 0.0, None)]
+    return _answer_set(reader, answers, graded=True)
 
 
 def _is_rated(row: Row) -> bool:
     return first_filled(row, ANSWER_COLUMNS) is not None and _first_number(row, _RATINGS) is not None
 
 
-def _read_rated(reader: RowReader) -> Judged:
-    """HelpSteer: one answer and its ratings; the answers to a prompt are compared over all rows of the file."""
+def _read_rated(reader: RowReader) -> AnswerSet:
+    """Read HelpSteer rows with one rated answer each; all answers of the file to one prompt are compared."""
     name, value = reader.first(ANSWER_COLUMNS) or ("response", None)
     rating = str(_first_number(reader.row, _RATINGS))
     score = reader.number(rating) or 0.0
     labels = tuple(number for attribute in ATTRIBUTES if (number := reader.number(attribute)) is not None)
-    return _compute_rewards(reader, [(name, value, score, labels or None)], graded=True, merged=True)
+    return _answer_set(reader, [(name, value, score, labels or None)], graded=True, merged=True)
 
 
-def _compute_rewards(
+def _answer_set(
     reader: RowReader,
-    answers: list[Given],
+    answers: list[RawAnswer],
     *,
     graded: bool = False,
     merged: bool = False,
-) -> Judged:
-    """One judged prompt; all answers must be to it."""
-    judged: list[Answer] = []
+) -> AnswerSet:
+    """Return the prompt with its scored answers. Raises BadRow when the answers have different prompts."""
+    scored: list[Answer] = []
     prompt: Turns = ()
     for index, (place, value, score, labels) in enumerate(answers):
         own, text = reader.answer(value, place, transcript=_is_transcript(value) and reader.prompt_column() is None)
@@ -236,16 +257,16 @@ def _compute_rewards(
             raise reader.bad("empty", f"the answer in `{place}` is empty")
         prompt = own if index == 0 else prompt
         require_same_prompt(prompt, own, reader.source, f"`{answers[0][0]}` and `{place}`")
-        judged.append(Answer(text, score, labels, reader.source))
+        scored.append(Answer(text, score, labels, reader.source))
     weight = reader.number("weight", at_least=0)
-    return Judged(prompt, tuple(judged), None, 1.0 if weight is None else weight, graded, merged)
+    return AnswerSet(prompt, tuple(scored), None, 1.0 if weight is None else weight, graded, merged)
 
 
-def _prompt_there(row: Row) -> bool:
+def _has_prompt(row: Row) -> bool:
     return row.get("prompt") is not None or first_filled(row, PROMPT_COLUMNS) is not None
 
 
-# In the order in which `auto` looks for them.
+# In the order in which `auto` tries them.
 FORMS: tuple[Form, ...] = (
     Form(
         "best_of_n",
@@ -267,7 +288,7 @@ FORMS: tuple[Form, ...] = (
         _read_transcript,
         "`chosen` and `rejected` as Human:/Assistant: texts",
     ),
-    Form("prompt", lambda row: _both(row) and _prompt_there(row), _read_prompt, "`prompt`, `chosen`, `rejected`"),
+    Form("prompt", lambda row: _both(row) and _has_prompt(row), _read_prompt, "`prompt`, `chosen`, `rejected`"),
     Form("text", _both, _read_text, "`chosen` and `rejected` as whole texts"),
     Form(
         "two_responses",
@@ -284,30 +305,31 @@ _BY_NAME = {form.name: form for form in FORMS}
 
 
 def find_form(row: Any, format: str = "auto") -> Form | None:
-    """The form of a row, None when it has none; a `format` other than auto is taken without looking."""
+    """Return the form of a row, or None; a `format` other than auto is returned without a check."""
     if format != "auto":
         return _BY_NAME[format]
     return next((form for form in FORMS if form.matches(row)), None) if isinstance(row, dict) else None
 
 
-def read_judged(row: Any, source: str, format: str = "auto", columns: Columns | None = None) -> Judged:
-    """The prompt of one row and its answers, in any of the forms of FORMS.
+def read_answer_set(row: Any, source: str, format: str = "auto", columns: Columns | None = None) -> AnswerSet:
+    """Read the prompt and the answers of one row of any form in FORMS.
 
-    Where turns stand in more than one place (a prompt column, a system column, the conversations themselves) they are
-    joined, see `messages.join_turns`. The last assistant turn is the answer; the turns before it must be the same for
-    all answers. Raises BadRow with the reasons wrong_type, missing_key, empty, identical, different_prompts, no_answer,
-    bad_value, unread_content.
+    Turns from several places (a prompt column, a system column, the conversations) are joined, see
+    `messages.join_turns`. The last assistant turn is the answer; the turns before it must be equal for all answers.
+
+    Raises BadRow with the reasons wrong_type, missing_key, empty, identical, different_prompts, no_answer, bad_value,
+    unread_content.
     """
     reader = RowReader(row, source, columns)
     form = find_form(reader.row, format) or _BY_NAME["text"]
     _refuse_repeated_prompt(reader, form, format)
-    judged = form.read(reader)
+    answer_set = form.read(reader)
     reader.finish()
-    return replace(judged, dropped=reader.columns.dropped(row))
+    return replace(answer_set, dropped=reader.columns.dropped(row))
 
 
 def _refuse_repeated_prompt(reader: RowReader, form: Form, format: str) -> None:
-    """Both answers begin with the whole prompt: whether they hold it or quote it cannot be seen."""
+    """Raise BadRow when both answers begin with the whole prompt: they may contain it or quote it."""
     name = reader.prompt_column() or "prompt"
     prompt = reader.row.get(name)
     if format != "auto" or form.name != "prompt" or not isinstance(prompt, str) or len(prompt.split()) < 3:
@@ -316,7 +338,7 @@ def _refuse_repeated_prompt(reader: RowReader, form: Form, format: str) -> None:
     if all(isinstance(text, str) and text.lstrip().startswith(prompt.strip()) for text in texts):
         raise reader.bad(
             "different_prompts",
-            f"`chosen` and `rejected` both begin with the whole `{name}`: set data.format=text (they hold it) or "
+            f"`chosen` and `rejected` both begin with the whole `{name}`: set data.format=text (they contain it) or "
             "data.format=prompt (they quote it)",
         )
 

@@ -1,4 +1,4 @@
-"""What a preference row means: answers to one prompt, some better than others, and the pairs that follow from them."""
+"""Preference pairs, scored answers to one prompt, and the pairs that follow from their scores."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from nemo_advrm.data.row_reader import RowReader
 class PreferencePair:
     """One human or adversarial preference: two answers to the same prompt.
 
-    `prompt` is () for raw text, then `chosen` and `rejected` hold prompt and answer in one. `margin` is the preference
-    strength where the data has one (None otherwise), `weight` multiplies the row's loss, `source` is "file:line". The
-    labels are attribute scores of each answer (HelpSteer-like data), which a regression loss learns. An answer with
-    `ended` = False was cut off by a length limit: it is encoded without an end token.
+    `prompt` is () for raw text; then `chosen` and `rejected` contain prompt and answer. `margin` is the preference
+    strength, None when the data has none. `weight` multiplies the row's loss. `source` is "file:line". The labels are
+    attribute scores of each answer (HelpSteer-like data), the targets of a regression loss. An answer with `ended` =
+    False was cut off by a length limit and is encoded without an end token.
     """
 
     prompt: tuple[Message, ...]
@@ -37,9 +37,9 @@ class PreferencePair:
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer and how good it is: the higher `score` is preferred, equal scores are a tie.
+    """An answer with its score: the higher score is preferred, equal scores are a tie.
 
-    `ended` is False where a length limit had cut the answer off.
+    `ended` is False for an answer that was cut off by a length limit.
     """
 
     text: str
@@ -50,11 +50,12 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Judged:
-    """A prompt and its answers, of one row or of all rows that share the prompt.
+class AnswerSet:
+    """A prompt and its answers, from one row or from all rows that share the prompt.
 
-    `margin` is the row's own; where it is None and the scores are `graded` (ratings, not ranks) the difference of two
-    scores is the margin of their pair. `merged`: the row holds one answer of several, the others stand in other rows.
+    `margin` is the margin of the row. If it is None and the scores are `graded` (ratings, not ranks), the margin of a
+    pair is the difference of its scores. `merged` marks a row with one of several answers; the others are in other
+    rows.
     """
 
     prompt: tuple[Message, ...]
@@ -63,41 +64,41 @@ class Judged:
     weight: float = 1.0
     graded: bool = False
     merged: bool = False
-    compares_all: bool = True  # False where good answers stand against bad ones: two good ones are no tie
-    dropped: tuple[str, ...] = ()  # what `data.ignore_columns` took out of the row: another makes another prompt
+    compares_all: bool = True  # False for good against bad answers: two good ones are not a tie
+    dropped: tuple[str, ...] = ()  # content removed by `data.ignore_columns`; it distinguishes prompts
 
     @property
     def best(self) -> Answer:
-        """The answer with the highest score, of equal ones the first."""
+        """The answer with the highest score; the first of equal ones."""
         return max(self.answers, key=lambda answer: answer.score)
 
 
 @dataclass
 class Pairs:
-    """The pairs of judged prompts, and how many pairs of answers and single answers gave none."""
+    """The pairs made from answer sets, and the numbers of ties and of prompts with a single answer."""
 
     rows: list[PreferencePair] = field(default_factory=list)
     ties: int = 0
     single: int = 0
 
-    def add(self, judged: Judged) -> None:
-        """Every better answer with every worse one; equal scores, or equal texts, say nothing and are counted."""
-        if len(judged.answers) == 1:
+    def add(self, answer_set: AnswerSet) -> None:
+        """Pair every better answer with every worse one; count pairs with equal scores or equal texts as ties."""
+        if len(answer_set.answers) == 1:
             self.single += 1
-        for better, worse in _ordered(judged.answers):
+        for better, worse in _ordered(answer_set.answers):
             if better.score == worse.score or better.text == worse.text:
-                self.ties += judged.compares_all or better.score != worse.score
+                self.ties += answer_set.compares_all or better.score != worse.score
                 continue
-            margin = judged.margin
-            if margin is None and judged.graded:
+            margin = answer_set.margin
+            if margin is None and answer_set.graded:
                 margin = better.score - worse.score
             self.rows.append(
                 PreferencePair(
-                    judged.prompt,
+                    answer_set.prompt,
                     better.text,
                     worse.text,
                     margin,
-                    judged.weight,
+                    answer_set.weight,
                     better.source,
                     better.labels,
                     worse.labels,
@@ -107,7 +108,7 @@ class Pairs:
             )
 
     def notes(self) -> list[str]:
-        """For the summary of a load."""
+        """Return the notes for the summary of a load."""
         counts = (self.ties, "ties made no pair"), (self.single, "prompts with one answer made no pair")
         return [f"{count} {what}" for count, what in counts if count]
 
@@ -120,23 +121,25 @@ def _ordered(answers: tuple[Answer, ...]) -> Iterator[tuple[Answer, Answer]]:
 
 def parse_text_rows(
     chosen_row: Any, rejected_row: Any, chosen_source: str, rejected_source: str, columns: Columns | None = None
-) -> Judged:
-    """The pair of two consecutive NeMo-Aligner rows {"text": prompt + answer}: first the chosen, then the rejected.
+) -> AnswerSet:
+    """Read two consecutive NeMo-Aligner rows {"text": prompt + answer}, the chosen one and the rejected one.
 
-    `Human:` / `Assistant:` transcripts are split into messages; every other text stays raw (prompt ()), because it
-    already carries the template of the model it was written for. Raises BadRow as the readers of forms do.
+    `Human:` / `Assistant:` transcripts are split into messages. Any other text stays raw (prompt ()), because it
+    already contains the template of a model. Raises BadRow as the readers of forms do.
     """
     texts = [read_text(chosen_row, chosen_source, columns), read_text(rejected_row, rejected_source, columns)]
     if "label" in chosen_row or "label" in rejected_row:
-        raise BadRow(chosen_source, "bad_value", "`label` is of a regression file, whose lines are no pairs")
+        raise BadRow(chosen_source, "bad_value", "`label` belongs to a regression file, whose lines are not pairs")
     if all(starts_as_transcript(text) for text in texts):
         reader = RowReader({}, chosen_source, columns)
-        return judge_pair([reader.answer(text, "text", transcript=True) for text in texts], chosen_source, silent=True)
-    return judge_pair([((), text) for text in texts], chosen_source)
+        return answer_set_of_pair(
+            [reader.answer(text, "text", transcript=True) for text in texts], chosen_source, allow_empty=True
+        )
+    return answer_set_of_pair([((), text) for text in texts], chosen_source)
 
 
 def read_text(row: Any, source: str, columns: Columns | None = None) -> str:
-    """`text` of one NeMo-Aligner row; BadRow names `source` when there is none, or other content beside it."""
+    """Return `text` of a NeMo-Aligner row. Raises BadRow with `source` without text, or for other content."""
     if not isinstance(row, dict):
         raise BadRow(source, "wrong_type", f"the row is {type_name(row)}, an object with `text` was expected")
     reader = RowReader(row, source, columns)
@@ -150,7 +153,7 @@ def read_text(row: Any, source: str, columns: Columns | None = None) -> str:
     return text
 
 
-def judge_pair(
+def answer_set_of_pair(
     both: list[tuple[tuple[Message, ...], str]],
     source: str,
     *,
@@ -158,25 +161,25 @@ def judge_pair(
     weight: float | None = None,
     labels: tuple[tuple[float, ...] | None, tuple[float, ...] | None] = (None, None),
     ended: tuple[bool, bool] = (True, True),
-    silent: bool = False,
-) -> Judged:
-    """The chosen and the rejected (prompt, answer) of one row as a judged prompt; `silent` answers may be empty.
+    allow_empty: bool = False,
+) -> AnswerSet:
+    """Return the answer set of the chosen and the rejected (prompt, answer) of one row.
 
-    Raises BadRow: `different_prompts` (such answers cannot be compared), `empty`, `identical`.
+    Raises BadRow: `different_prompts` (such answers cannot be compared), `identical`, and `empty` unless `allow_empty`.
     """
     (prompt, chosen), (other, rejected) = both
     require_same_prompt(prompt, other, source, "`chosen` and `rejected`")
     for key, text in (("chosen", chosen), ("rejected", rejected)):
-        if not text.strip() and not silent:
+        if not text.strip() and not allow_empty:
             raise BadRow(source, "empty", f"the answer in `{key}` is empty")
     if chosen == rejected:
         raise BadRow(source, "identical", "`chosen` and `rejected` are identical")
     answers = Answer(chosen, 1.0, labels[0], source, ended[0]), Answer(rejected, 0.0, labels[1], source, ended[1])
-    return Judged(prompt, answers, margin, 1.0 if weight is None else weight, compares_all=False)
+    return AnswerSet(prompt, answers, margin, 1.0 if weight is None else weight, compares_all=False)
 
 
 def require_same_prompt(first: tuple[Message, ...], second: tuple[Message, ...], source: str, what: str) -> None:
-    """BadRow (`different_prompts`) names the first turn in which the prompts of two answers differ."""
+    """Raise BadRow (`different_prompts`), with the first turn that differs, unless both prompts are equal."""
     if first != second:
         same = zip(first, second, strict=False)
         turn = next((i for i, (a, b) in enumerate(same) if a != b), min(len(first), len(second)))
@@ -184,7 +187,7 @@ def require_same_prompt(first: tuple[Message, ...], second: tuple[Message, ...],
 
 
 def read_ended(row: dict[str, Any], key: str, source: str) -> bool:
-    """Whether an answer ended by itself: True unless the row says otherwise; BadRow names `source`."""
+    """Return False for an answer that the row marks as cut off, otherwise True. Raises BadRow with `source`."""
     value = row.get(key)
     if value is not None and not isinstance(value, bool):
         raise BadRow(source, "wrong_type", f"`{key}` is {type_name(value)}, true or false was expected")
@@ -192,7 +195,7 @@ def read_ended(row: dict[str, Any], key: str, source: str) -> bool:
 
 
 def read_labels(row: dict[str, Any], key: str, source: str) -> tuple[float, ...] | None:
-    """The finite numbers of one key, None where the row lacks it; BadRow names `source`."""
+    """Return the finite numbers of one key; None when the row has no such key. Raises BadRow with `source`."""
     value = row.get(key)
     if value is None:
         return None

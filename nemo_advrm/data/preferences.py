@@ -1,4 +1,4 @@
-"""Preference data of any supported form, checked whole before anything is trained on it."""
+"""Loads preference data of any supported form and checks the whole file before training begins."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from nemo_advrm.data.columns import Columns
 from nemo_advrm.data.jsonl import BadRow
 from nemo_advrm.data.messages import prompt_key
 from nemo_advrm.data.preference_files import open_rows
-from nemo_advrm.data.preference_forms import FORMATS, find_form, read_judged
-from nemo_advrm.data.preference_rows import Judged, Pairs, PreferencePair, parse_text_rows
+from nemo_advrm.data.preference_forms import FORMATS, find_form, read_answer_set
+from nemo_advrm.data.preference_rows import AnswerSet, Pairs, PreferencePair, parse_text_rows
 from nemo_advrm.errors import ConfigError, DataError
 
 __all__ = ["FORMATS", "LoadReport", "PreferencePair", "check_choice", "load_preferences", "raise_or_count"]
@@ -21,9 +21,9 @@ __all__ = ["FORMATS", "LoadReport", "PreferencePair", "check_choice", "load_pref
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What a file gave: its usable rows, how many were left out per reason, and one message as an example of each.
+    """The pairs of a file, the number of skipped rows per reason, and an example message of each reason.
 
-    `notes` say what else its user should know: answers that made no pair, columns and files that were not read.
+    `notes` list answers that made no pair, and columns and files that were not read.
     """
 
     rows: list[PreferencePair]
@@ -33,12 +33,12 @@ class LoadReport:
     notes: tuple[str, ...] = ()
 
     def summary(self) -> str:
-        """One line for the log."""
+        """Return one line for the log."""
         return load_summary(self.path, len(self.rows), self.skipped, self.notes)
 
 
 def load_summary(path: str, rows: int, skipped: dict[str, int], notes: Iterable[str] = ()) -> str:
-    """One line: the rows of a file, what was left out and why, and notes."""
+    """Return one line with the number of rows of a file, the skipped rows per reason, and the notes."""
     left_out = ", ".join(f"{count} {reason}" for reason, count in sorted(skipped.items()))
     skips = [f"skipped {sum(skipped.values())} ({left_out})"] if left_out else []
     return f"{path}: {', '.join([f'{rows} rows', *skips])}" + "".join(f"; {note}" for note in notes if note)
@@ -53,13 +53,16 @@ def load_preferences(
     role: str = "train",
     ignore_columns: Iterable[str] = (),
 ) -> LoadReport:
-    """All preference pairs of `path` (see `open_rows` for the containers and splits, `FORMS` for the forms of a row).
+    """Load all preference pairs of `path` (`open_rows` lists containers and splits, `FORMS` the forms of a row).
 
-    With `format="auto"` each row's form is seen from its keys; a file whose first readable row has `text` and no
-    `chosen` is a NeMo-Aligner file: lines 1, 3, 5.. are chosen, each followed by its rejected one. With
-    `on_bad_row="error"` the whole file is read, then DataError names the first bad row and counts the others; "skip"
-    leaves them out and counts them by reason. A file that cannot be read, or in which no row can be used, is a
-    DataError in both. `ignore_columns` are dropped knowingly, see `Columns`.
+    With `format="auto"` the keys of each row determine its form. A file whose first readable row has `text` and no
+    `chosen` is a NeMo-Aligner file: lines 1, 3, 5.. are chosen, each followed by its rejected line. With
+    `on_bad_row="skip"` bad rows are skipped and counted by reason. `ignore_columns` are not read, see `Columns`.
+
+    Raises:
+        DataError: the file cannot be read or has no usable row; with `on_bad_row="error"` also for bad rows, with the
+            first of them and the number of the others, after the whole file was read.
+        ConfigError: an unknown `format` or `on_bad_row`.
     """
     check_choice("data.format", format, FORMATS)
     check_choice("data.on_bad_row", on_bad_row, ("error", "skip"))
@@ -70,17 +73,17 @@ def load_preferences(
         first = next((row for _, row in records if isinstance(row, dict)), {})
         format = "nemo_aligner" if find_form(first) is None and "text" in first else "auto"
     parsed = _text_pairs(records, columns) if format == "nemo_aligner" else _single_rows(records, format, columns)
-    judged: list[Judged] = []
+    answer_sets: list[AnswerSet] = []
     bad: list[BadRow] = []
     for result in parsed:
         if isinstance(result, BadRow):
             bad.append(result)
         else:
-            judged.append(result)
+            answer_sets.append(result)
     pairs = Pairs()
-    for item in _merged(judged):
+    for item in _merged(answer_sets):
         pairs.add(item)
-    skipped, examples = raise_or_count(bad, usable=len(judged), on_bad_row=on_bad_row, path=opened.name)
+    skipped, examples = raise_or_count(bad, usable=len(answer_sets), on_bad_row=on_bad_row, path=opened.name)
     if not pairs.rows:
         raise DataError(f"{opened.name}: none of the {len(records)} rows makes a pair ({', '.join(pairs.notes())})")
     notes = (*pairs.notes(), columns.summary(), *opened.notes)
@@ -90,7 +93,10 @@ def load_preferences(
 def raise_or_count(
     bad: list[BadRow], *, usable: int, on_bad_row: str, path: str | Path
 ) -> tuple[dict[str, int], dict[str, str]]:
-    """(count, first message) per reason of the bad rows; DataError unless they may be, and can be, skipped."""
+    """Return the counts and the first messages of bad rows by reason.
+
+    Raises DataError when no row is usable, and for any bad row with `on_bad_row="error"`.
+    """
     counts = Counter(row.reason for row in bad)
     examples: dict[str, str] = {}
     for row in bad:
@@ -98,34 +104,34 @@ def raise_or_count(
     total = usable + len(bad)
     listing = ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items()))
     if bad and not usable:
-        # Skipping would leave nothing, so it is no advice here.
+        # Do not recommend on_bad_row=skip: it would skip every row.
         raise DataError(f"{bad[0]} (none of the {total} rows can be used: {listing})" if total > 1 else str(bad[0]))
     if not usable:
         raise DataError(f"{path}: holds no rows")
     if bad and on_bad_row == "error":
         raise DataError(
             f"{bad[0]} ({len(bad)} of {total} rows cannot be used: {listing}). "
-            "Mend the file, or set data.on_bad_row=skip to leave them out and count them"
+            "Fix the file, or set data.on_bad_row=skip to skip and count them"
         )
     return dict(counts), examples
 
 
 def check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
-    """ConfigError when `value` of the configuration key `key` is not one of `choices`."""
+    """Raise ConfigError when `value` of the configuration key `key` is not one of `choices`."""
     if value not in choices:
         raise ConfigError(f"{key}={value!r}: known values are {', '.join(choices)}")
 
 
-def _single_rows(records: list[tuple[str, Any]], format: str, columns: Columns) -> Iterator[Judged | BadRow]:
+def _single_rows(records: list[tuple[str, Any]], format: str, columns: Columns) -> Iterator[AnswerSet | BadRow]:
     for source, row in records:
         try:
-            yield row if isinstance(row, BadRow) else read_judged(row, source, format, columns)
+            yield row if isinstance(row, BadRow) else read_answer_set(row, source, format, columns)
         except BadRow as error:
             yield error
 
 
-def _text_pairs(records: list[tuple[str, Any]], columns: Columns) -> Iterator[Judged | BadRow]:
-    # Lines are paired by position before they are looked at: one broken line spoils its own pair and shifts no other.
+def _text_pairs(records: list[tuple[str, Any]], columns: Columns) -> Iterator[AnswerSet | BadRow]:
+    # Pair lines by position before parsing them, so that a broken line affects only its own pair.
     for (source, row), (rejected_source, rejected_row) in zip(records[::2], records[1::2], strict=False):
         broken = next((item for item in (row, rejected_row) if isinstance(item, BadRow)), None)
         try:
@@ -137,11 +143,11 @@ def _text_pairs(records: list[tuple[str, Any]], columns: Columns) -> Iterator[Ju
         yield BadRow(source, "unpaired_line", f"odd number of lines ({len(records)}): no rejected line after this one")
 
 
-def _merged(judged: list[Judged]) -> list[Judged]:
-    """Rows that hold one answer of several become one, at the place of the first, for each prompt."""
+def _merged(answer_sets: list[AnswerSet]) -> list[AnswerSet]:
+    """Merge the rows with one answer each to the same prompt into one set, at the position of the first."""
     places: dict[tuple[str, ...], int] = {}
-    merged: list[Judged] = []
-    for item in judged:
+    merged: list[AnswerSet] = []
+    for item in answer_sets:
         place = places.setdefault((prompt_key(item.prompt), *item.dropped), len(merged)) if item.merged else len(merged)
         if place == len(merged):
             merged.append(item)

@@ -1,4 +1,4 @@
-"""Prompts for rollouts, and the split into training and validation that no prompt crosses."""
+"""Loads prompts for rollouts, and splits rows into training and validation parts without a common prompt."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Row = TypeVar("Row")
 
 @dataclass(frozen=True)
 class PromptReport:
-    """The prompts of a file; `rows` of them before equal ones were taken as one, else as in `LoadReport`."""
+    """The prompts of a file; `rows` counts them before duplicates were removed. Other fields as in `LoadReport`."""
 
     prompts: list[tuple[Message, ...]]
     rows: int
@@ -33,7 +33,7 @@ class PromptReport:
     notes: tuple[str, ...] = ()
 
     def summary(self) -> str:
-        """One line for the log."""
+        """Return one line for the log."""
         same = f"{self.rows - len(self.prompts)} rows repeat a prompt" if self.rows > len(self.prompts) else ""
         return load_summary(self.path, self.rows, self.skipped, (same, *self.notes))
 
@@ -46,12 +46,12 @@ def load_prompts(
     split: str = "",
     ignore_columns: Iterable[str] = (),
 ) -> PromptReport:
-    """Prompts in file order, each once when `unique`; each knows its (first) row.
+    """Load prompts in file order, without duplicates if `unique`; each has the `source` of its (first) row.
 
-    Rows: a prompt column and a system column (text, transcript or messages), {"text"} (text or transcript),
-    {"messages"} (a last assistant turn is cut off), or preference rows of any form, of which the common prompt is taken
-    (raw-text pairs have none and are bad rows). Rows that differ only in what `ignore_columns` drops are not the same
-    prompt. Containers, columns and bad rows as in `load_preferences`.
+    A row is one of: a prompt column and a system column (text, transcript or messages); {"text"} (text or transcript);
+    {"messages"} (a last assistant turn is removed); a preference row of any form, whose prompt is used (pairs of raw
+    text have none and are bad rows). Rows that differ only in ignored columns are different prompts. Containers,
+    columns, bad rows and errors as in `load_preferences`.
     """
     check_choice("data.on_bad_row", on_bad_row, ("error", "skip"))
     columns = Columns(ignore_columns)
@@ -76,13 +76,13 @@ def load_prompts(
 
 
 def split_train_validation(rows: Sequence[Row], fraction: float, seed: int) -> tuple[list[Row], list[Row]]:
-    """(train, validation): about `fraction` of the rows for validation, no prompt in both, file order kept in each.
+    """Split rows into (train, validation): about `fraction` for validation, no prompt in both, file order kept.
 
-    `rows` are objects with a `prompt`, or prompts themselves. All rows of one prompt go to the same part; prompts are
-    drawn by a hash of (seed, prompt), so that the same prompt falls on the same side whatever the order of the file.
-    Raw-text pairs (prompt ()) are grouped by what both texts share up to a line break, else they count as different
-    prompts. Raises ConfigError for a fraction outside [0, 1), DataError when there are too few prompts to fill both
-    parts.
+    `rows` are objects with a `prompt`, or prompts. All rows of one prompt go to the same part. A hash of (seed, prompt)
+    orders the prompts, so that the order of the file does not matter. Pairs of raw text (prompt ()) are grouped by the
+    common beginning of both texts up to a line break; without one each pair is its own group.
+
+    Raises ConfigError for a fraction outside [0, 1), DataError when there are too few prompts for two parts.
     """
     if not 0 <= fraction < 1:
         raise ConfigError(f"the validation fraction must be at least 0 and below 1, got {fraction}")
@@ -98,7 +98,7 @@ def split_train_validation(rows: Sequence[Row], fraction: float, seed: int) -> t
     order = sorted(groups, key=lambda key: hashlib.sha256(f"{seed}\0{key}".encode("utf-8", "surrogatepass")).digest())
     wanted = max(1, round(fraction * len(rows)))
     held_out: set[int] = set()
-    for key in order[:-1]:  # the last prompt always stays for training
+    for key in order[:-1]:  # the last prompt always stays in the training part
         if len(held_out) >= wanted:
             break
         held_out.update(groups[key])
@@ -124,7 +124,7 @@ def _read_prompt(reader: RowReader) -> tuple[Message, ...]:
         return prompt
     whole = reader.first(CONVERSATION_COLUMNS)
     if whole is not None:
-        return reader.asked(whole[1], whole[0])
+        return reader.conversation_prompt(whole[1], whole[0])
     if reader.prompt_column() is not None:
         return reader.prompt()
     if reader.row.get("text") is not None:
@@ -133,11 +133,11 @@ def _read_prompt(reader: RowReader) -> tuple[Message, ...]:
 
 
 def group_key(row: Any) -> str:
-    """Equal for rows of one prompt, which belong to the same part; `row` as in `split_train_validation`."""
+    """Return a key that is equal for rows of the same prompt; `row` as in `split_train_validation`."""
     if not hasattr(row, "prompt"):
         return prompt_key(row)
     if row.prompt:
         return prompt_key(row.prompt)
-    # The function is for any strings, whatever its module: the common characters are wanted.
+    # os.path.commonprefix compares characters of any strings, which is what is needed here.
     shared = os.path.commonprefix([row.chosen, row.rejected]).rpartition("\n")[0]  # noqa: RUF071
     return f"text\0{shared}" if shared else f"pair\0{row.chosen}\0{row.rejected}"

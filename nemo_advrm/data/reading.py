@@ -1,4 +1,4 @@
-"""The reading rule: which text a conversation becomes when it is scored, and at which token the score is read."""
+"""The reading rule: how a scored conversation is rendered as text, and at which token its score is read."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ReadingRule:
-    """How a model with a chat template reads a conversation. Tokenizers without one have no need of it.
+    """How a model with a chat template reads a conversation. Tokenizers without a template do not use it.
 
     Attributes:
-        at: ``conversation``: the finished conversation as the template writes it, read at its last token.
-            ``answer``, the rule of checkpoints written before rules were stored: the generation prompt, the answer and
-            one end token, read there.
-        date: ISO date (or date and time) that templates are told when they ask for today's. It is fixed, so that a
-            score does not change overnight.
+        at: ``conversation``: the finished conversation as the template renders it; the score is read at its last token.
+            ``answer``: the generation prompt, the answer and one end token, at which the score is read. Checkpoints
+            without a stored rule use it.
+        date: ISO date (or date and time) that templates get as the current date. It is fixed, so that a score does not
+            depend on the day.
     """
 
     at: str = CONVERSATION
@@ -43,49 +43,49 @@ class ReadingRule:
         return datetime.fromisoformat(self.date)
 
 
-def rule_of(meta: dict[str, Any], where: object) -> ReadingRule:
-    """The rule in a checkpoint's ``meta``; one without has the rule of its time, which is said once in the log.
+def rule_from_meta(meta: dict[str, Any], where: object) -> ReadingRule:
+    """Return the rule stored in a checkpoint's ``meta``, or the ``answer`` rule when it has none.
 
-    Raises CheckpointError for a rule that this version does not know.
+    Raises CheckpointError for an unknown rule.
     """
     return parse_rule(meta[KEY], f"{where}: meta.json") if KEY in meta else ReadingRule(at=ANSWER)
 
 
 def parse_rule(found: Any, where: object) -> ReadingRule:
-    """The rule that ``meta()`` described; CheckpointError, naming ``where``, for anything else."""
+    """Parse a rule written by ``meta()``. Raises CheckpointError, naming ``where``."""
     try:
         rule = ReadingRule(**found)
         known = rule.at in (CONVERSATION, ANSWER) and bool(rule.now)
     except (TypeError, ValueError):
         known = False
     if not known:
-        raise CheckpointError(f"{where}: {found!r} is no reading rule of this version (at: conversation or answer)")
+        raise CheckpointError(f"{where}: {found!r} is not a known reading rule (`at` must be conversation or answer)")
     return rule
 
 
-def rule_in_config(directory: Path) -> ReadingRule:
-    """The rule in config.json of a model of transformers: under "nemo_advrm" where this package exported it.
+def rule_from_hf_config(directory: Path) -> ReadingRule:
+    """Return the rule in config.json of a transformers model, under "nemo_advrm" if this package exported it.
 
-    Without, it is the rule of transformers' own classifiers: the last token of the finished conversation.
+    The default is the rule of transformers' own classifiers: the last token of the finished conversation.
     """
     try:
         found = read_json_object(directory / "config.json").get(HF_KEY)
     except CheckpointError:
-        found = None  # who opens the model tells what is wrong with it
+        found = None  # opening the model reports the error
     return ReadingRule() if found is None else parse_rule(found, directory / "config.json")
 
 
 @lru_cache(maxsize=1024)
-def say_old_rule(where: str) -> None:
-    """One line in the log for a checkpoint that does not say how it is read."""
+def warn_old_rule(where: str) -> None:
+    """Log, once per checkpoint, that it stores no reading rule."""
     _log.warning(
-        "%s: the checkpoint does not say where its score is read: the old rule is kept (generation prompt, answer and "
-        "end token; see docs/templates.md)",
+        "%s: the checkpoint stores no reading rule; the old rule is used (generation prompt, answer and end token; see "
+        "docs/templates.md)",
         where,
     )
 
 
 def concatenate(tokenizer: Any, messages: Sequence[Message], response: str, ended: bool = True) -> list[int]:
-    """The conversation of a tokenizer without a chat template: the prompt, the answer and, where it ended, its end."""
+    """Encode a conversation without a chat template: the prompt, the answer and, if `ended`, its end token."""
     answer = tokenizer.encode_response(response) if ended else tokenizer.encode(response)
     return [*tokenizer.encode_prompt(messages), *answer]

@@ -1,4 +1,4 @@
-"""One row of a data file while it is read: its prompt, its answers, and the check that no content was left unread."""
+"""Reads the prompt and the answers of one row, and refuses rows with content that was not read."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ Turns = tuple[Message, ...]
 
 
 class RowReader:
-    """A row whose reads are remembered, so that :meth:`finish` can refuse the content that nothing has read.
+    """A row that records which columns were read, so that :meth:`finish` can refuse unread content.
 
-    Raises BadRow (`wrong_type`) when the row is no object.
+    Raises BadRow (`wrong_type`) when the row is not an object.
     """
 
     def __init__(self, row: Any, source: str, columns: Columns | None = None) -> None:
@@ -34,29 +34,29 @@ class RowReader:
                 source, "wrong_type", f"the row is {type_name(row)}, an object with named columns was expected"
             )
         self.columns = Columns() if columns is None else columns
-        self.row = self.columns.strip(row)
+        self.row = self.columns.without_ignored(row)
         self.source = source
         self._read: set[str] = set()
-        self._asked: list[tuple[Turns, str]] = []  # what was read: (prompt, answer), or (prompt, "")
+        self._turns_read: list[tuple[Turns, str]] = []  # (prompt, answer) or (prompt, "")
 
     def get(self, name: str) -> Any:
-        """The value of a column, which counts as read; None when it is missing."""
+        """Return the value of a column, None when it is missing, and mark the column as read."""
         self._read.add(name)
         return self.row.get(name)
 
     def keys(self) -> str:
-        """The columns of the row, for messages."""
+        """Return the list of columns for error messages."""
         return f"the row has: {', '.join(map(str, self.row)) or 'nothing'}"
 
     def bad(self, reason: str, message: str) -> BadRow:
         return BadRow(self.source, reason, message)
 
     def prompt_column(self) -> str | None:
-        """The column that holds the prompt: the first of PROMPT_COLUMNS with text in it, or `prompt` itself."""
+        """Return the first of PROMPT_COLUMNS that holds text, else `prompt` if the row has it, else None."""
         return first_filled(self.row, PROMPT_COLUMNS) or ("prompt" if self.row.get("prompt") is not None else None)
 
     def prompt(self) -> Turns:
-        """The turns of the prompt column and of the system column; BadRow when there is no prompt."""
+        """Return the turns of the prompt column and the system column. Raises BadRow when there is no prompt."""
         name = self.prompt_column()
         if name is None:
             raise self.bad("missing_key", f"`prompt` is missing ({self.keys()})")
@@ -64,9 +64,9 @@ class RowReader:
         return self._remember(turns, "")[0]
 
     def answer(self, value: Any, key: str, *, transcript: bool = False) -> tuple[Turns, str]:
-        """(prompt, answer) of an answer: a text, or messages or a transcript whose last turn is the assistant's.
+        """Read (prompt, answer) from a text, or from messages or a transcript that end with an assistant turn.
 
-        Turns that stand before the last one are joined with the row's own prompt, see `join_turns`.
+        Turns before the answer are joined with the prompt of the row, see `join_turns`.
         """
         if isinstance(value, str) and not transcript:
             if not value.strip():
@@ -81,74 +81,77 @@ class RowReader:
             raise self.bad("missing_key", f"`{key}` holds an answer without a prompt ({self.keys()})")
         return self._remember(prompt, turns[-1]["content"])
 
-    def asked(self, value: Any, key: str) -> Turns:
-        """The prompt in a conversation: its turns, without a last one of the assistant's."""
+    def conversation_prompt(self, value: Any, key: str) -> Turns:
+        """Return the prompt of a conversation: its turns without a last assistant turn."""
         turns = check_messages(value, key, self.source, self.columns)
         if turns[-1]["role"] == "assistant":
             return self._remember(self._joined(turns[:-1], key), turns[-1]["content"])[0]
         return self._joined(turns, key)
 
     def _joined(self, turns: Turns, key: str) -> Turns:
-        # an empty prompt column beside a whole conversation says nothing
+        # an empty prompt column is ignored: the conversation contains its prompt
         found = self.first(PROMPT_COLUMNS)
         before = prompt_messages(found[1], found[0], self.source, self.columns) if found else ()
         return self.with_system(join_turns(before, turns, self.source, (found[0] if found else "prompt", key)), key)
 
     def with_system(self, prompt: Turns, key: str) -> Turns:
-        """`prompt` with the turn of the row's system column before it; `key` is where the prompt was found."""
+        """Return `prompt`, read from column `key`, with the turns of the system column before it.
+
+        Raises BadRow for a system column without a prompt, or one that contradicts the system turn of `prompt`.
+        """
         found = self.first(SYSTEM_COLUMNS)
         if found is None:
             return prompt
         system = system_messages(found[1], found[0], self.source, self.columns)
         if not prompt:
-            raise self.bad("missing_key", f"`{found[0]}` stands without a prompt ({self.keys()})")
+            raise self.bad("missing_key", f"`{found[0]}` has no prompt ({self.keys()})")
         if any(message["role"] == "system" for message in prompt) and not occurs(system, prompt):
-            raise self.bad("different_prompts", f"`{found[0]}` says something else than the system turn in `{key}`")
+            raise self.bad("different_prompts", f"`{found[0]}` differs from the system turn in `{key}`")
         return prompt if occurs(system, prompt) else system + prompt
 
     def raw_text(self, value: str, key: str) -> tuple[Turns, str]:
-        """An answer that is a whole text already, prompt and template included."""
+        """Return raw text, which already contains prompt, answer and template, as ((), text)."""
         if not value.strip():
             raise self.bad("empty", f"`{key}` is empty")
         return self._remember((), value)
 
     def first(self, names: Sequence[str]) -> tuple[str, Any] | None:
-        """(name, value) of the first of these columns that holds text, which counts as read."""
+        """Return (name, value) of the first of these columns that holds text, and mark it as read; else None."""
         name = first_filled(self.row, names)
         return None if name is None else (name, self.get(name))
 
     def number(self, name: str, *, at_least: float = -math.inf) -> float | None:
-        """A finite number; None when the column is missing or null."""
+        """Return a column as a finite number; None when it is missing or null. Raises BadRow."""
         return check_number(self.get(name), name, self.source, at_least=at_least)
 
     def finish(self, *, prompts_only: bool = False) -> None:
-        """Refuse every column with content that was not read; the others are let go.
+        """Raise BadRow (`unread_content`) for a column with content that was not read; record the other columns.
 
-        A column that only repeats what was read is no loss. With `prompts_only` answers need not be read. A number in
-        a column of a prompt's names may be a part of it (an `input` beside an `instruction`): BadRow (`wrong_type`).
+        A column that only repeats text that was read is accepted. With `prompts_only` answers need not be read. A
+        number in a prompt column may be part of the prompt (`input` next to `instruction`): BadRow (`wrong_type`).
         """
         for name, value in self.row.items():
             if name in (*PROMPT_COLUMNS, *SYSTEM_COLUMNS) and _is_number(value):
                 raise self.bad("wrong_type", f"`{name}` is a number, a text was expected")
-            if name in self._read or self._known(name, value):
+            if name in self._read or self._repeats_read_text(name, value):
                 continue
             if prompts_only and is_answer(name):
-                self.columns.let_go.setdefault(name)
+                self.columns.unread.setdefault(name)
             else:
-                self.columns.leave("", name, value, self.source)
+                self.columns.note_unread("", name, value, self.source)
 
     def _remember(self, prompt: Turns, answer: str) -> tuple[Turns, str]:
-        self._asked.append((prompt, answer))
+        self._turns_read.append((prompt, answer))
         return prompt, answer
 
-    def _known(self, name: str, value: Any) -> bool:
+    def _repeats_read_text(self, name: str, value: Any) -> bool:
         if isinstance(value, str):
             text = value.strip()
             if is_answer(name):
-                return any(text == answer.strip() for _, answer in self._asked)
-            return bool(self._asked) and all(
+                return any(text == answer.strip() for _, answer in self._turns_read)
+            return bool(self._turns_read) and all(
                 any(text == turn["content"].strip() for turn in prompt) if prompt else text in answer
-                for prompt, answer in self._asked
+                for prompt, answer in self._turns_read
             )
         if not isinstance(value, list | tuple) or not value or not isinstance(value[0], dict):
             return False
@@ -156,16 +159,18 @@ class RowReader:
             turns = check_messages(value, name, self.source, self.columns)
         except BadRow:
             return False
-        return any(occurs(turns, (*prompt, Message(role="assistant", content=text))) for prompt, text in self._asked)
+        return any(
+            occurs(turns, (*prompt, Message(role="assistant", content=text))) for prompt, text in self._turns_read
+        )
 
 
 def _is_number(value: Any) -> bool:
-    """Tables fill gaps with NaN, which is none."""
+    """Return whether `value` is a number; tables fill gaps with NaN, which does not count."""
     return isinstance(value, int | float) and not isinstance(value, bool) and value == value
 
 
 def check_number(value: Any, name: str, source: str, *, at_least: float = -math.inf) -> float | None:
-    """`value` as a finite float, None for null; BadRow names the column `name`."""
+    """Return `value` as a finite float, None for null. Raises BadRow with the column `name`."""
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float):

@@ -1,4 +1,4 @@
-"""Checks scores, whatever gave them: a model, a function, a file or the JSON of a server."""
+"""Checks the scores that a reward source returns, be it a model, a function, a file or a server."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from nemo_advrm.errors import RewardSourceError
 
 
 def as_scores(name: str, values: Any, count: int) -> Tensor:
-    """``values``, which the source ``name`` gave for ``count`` responses, as [count] fp32 on the CPU.
+    """Convert the scores of ``count`` responses to fp32 [count] on the CPU.
 
-    Every score enters here, whatever gave it: a model, a function or the JSON of a server. Raises RewardSourceError,
-    naming the source, for anything but ``count`` finite real numbers: another count or shape, text, booleans, null,
-    nested lists, NaN, infinity, and numbers that fp32 cannot hold.
+    Every score of every reward source passes this function.
+
+    Raises RewardSourceError, with the source ``name``, unless ``values`` are ``count`` finite real numbers. It rejects
+    a wrong count or shape, text, booleans, null, nested lists, NaN, infinity, and numbers too large for fp32.
     """
     scores = values if isinstance(values, Tensor) else _as_tensor(name, values)
     if scores.dtype == torch.bool or scores.is_complex():
@@ -39,9 +40,9 @@ def as_scores(name: str, values: Any, count: int) -> Tensor:
 
 def _as_tensor(name: str, values: Any) -> Tensor:
     if not isinstance(values, Sequence) or isinstance(values, str | bytes):
-        raise RewardSourceError(f"reward source {name} returned no list of scores but {_shown(values)}")
+        raise RewardSourceError(f"reward source {name} returned {_shown(values)}, not a list of scores")
     for place, value in enumerate(values):
-        # numbers.Real holds numpy's numbers too; a boolean is a Real, and no score
+        # numbers.Real includes numpy's numbers, but also booleans, which are not scores
         if isinstance(value, bool) or not isinstance(value, Real):
             raise RewardSourceError(
                 f"reward source {name} returned {_shown(value)} as the score of response {place + 1}, not a number"
@@ -49,7 +50,7 @@ def _as_tensor(name: str, values: Any) -> Tensor:
     try:
         return torch.tensor([float(value) for value in values], dtype=torch.float64)
     except OverflowError:  # a whole number of hundreds of digits
-        raise RewardSourceError(f"reward source {name} returned a score that no float can hold") from None
+        raise RewardSourceError(f"reward source {name} returned a score that is too large for a float") from None
 
 
 def _shown(value: Any) -> str:

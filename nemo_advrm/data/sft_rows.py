@@ -1,4 +1,4 @@
-"""Rows for supervised fine-tuning: a prompt and the answer to learn."""
+"""Loads rows for supervised fine-tuning: a prompt and the answer to learn."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ from nemo_advrm.data.row_reader import RowReader
 
 
 class SftRow(NamedTuple):
-    """`prompt` is () for raw text; `source` is "file:line"; `ended` is False for an answer that was cut off: its end is
-    not learned."""
+    """A prompt and its answer. `prompt` is () for raw text; `source` is "file:line".
+
+    `ended` is False for an answer that was cut off; training then does not include an end token.
+    """
 
     prompt: tuple[Message, ...]
     response: str
@@ -28,7 +30,7 @@ class SftRow(NamedTuple):
 
 @dataclass(frozen=True)
 class SftReport:
-    """The rows of a file, and what was left out and why, as in `LoadReport`."""
+    """The rows of a file and the skipped rows per reason, as in `LoadReport`."""
 
     rows: list[SftRow]
     skipped: dict[str, int]
@@ -36,7 +38,7 @@ class SftReport:
     notes: tuple[str, ...] = ()
 
     def summary(self) -> str:
-        """One line for the log."""
+        """Return one line for the log."""
         return load_summary(self.path, len(self.rows), self.skipped, self.notes)
 
 
@@ -48,10 +50,11 @@ def load_sft(
     split: str = "",
     ignore_columns: Iterable[str] = (),
 ) -> SftReport:
-    """The rows of `path`: {"messages"}, of which the last assistant turn is learned, a prompt column with `response`,
-    `completion`, `output` or `answer`, or preference rows of any form, of which the best answer is learned.
+    """Load prompts and answers from `path`.
 
-    Containers, columns and bad rows as in `load_preferences`.
+    A row is one of: {"messages"}, whose last assistant turn is the answer; a prompt column with `response`,
+    `completion`, `output` or `answer`; a preference row of any form, whose best answer is used. Containers, columns,
+    bad rows and errors as in `load_preferences`.
     """
     check_choice("data.on_bad_row", on_bad_row, ("error", "skip"))
     columns = Columns(ignore_columns)
@@ -72,10 +75,10 @@ def load_sft(
 def _read(row: Any, source: str, format: str, columns: Columns) -> SftRow:
     reader = RowReader(row, source, columns)
     form = find_form(reader.row, format) if format != "nemo_aligner" else None
-    # a rated answer is still one answer to learn
+    # a row with one rated answer is read as prompt and answer
     if form is not None and form.name != "rated":
-        judged = form.read(reader)
-        prompt, response, ended = judged.prompt, judged.best.text, judged.best.ended
+        answer_set = form.read(reader)
+        prompt, response, ended = answer_set.prompt, answer_set.best.text, answer_set.best.ended
     else:
         found = reader.first(CONVERSATION_COLUMNS) or reader.first(ANSWER_COLUMNS)
         if found is None:

@@ -1,4 +1,4 @@
-"""SFT responses of a run with their scores under every member, and the statistics of these: T_k(x) and s_k."""
+"""SFT responses of a run with their scores under every member, and the score statistics T_k(x) and s_k."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class SFTScores:
         responses_PN: texts.
         scores_PNK: raw scores.
         gold_PN: gold rewards, or None where the run has none.
-        ended_PN: False where the length limit cut a response off; None stands for all ended, as in older files.
-        tokens_PN: the policy's own token ids of the responses, None where the file has none.
+        ended_PN: False where the length limit cut a response off; None (older files) means that all ended.
+        tokens_PN: the policy's token ids of the responses; None when the file has none.
     """
 
     prompts_P: list[tuple[Message, ...]]
@@ -44,13 +44,13 @@ class SFTScores:
     tokens_PN: list[list[list[int]]] | None = None
 
     def finished(self, prompt_id: int) -> list[int]:
-        """Places, among the responses to a prompt, of those that ended by themselves."""
+        """Return the indices of the responses to a prompt that were not cut off."""
         count = len(self.responses_PN[prompt_id])
         return [i for i in range(count) if self.ended_PN is None or self.ended_PN[prompt_id][i]]
 
     @property
     def finished_share(self) -> float:
-        """Share of all responses that ended by themselves."""
+        """Share of all responses that were not cut off."""
         counts = [len(self.finished(i)) for i in range(len(self.responses_PN))]
         return sum(counts) / max(1, sum(map(len, self.responses_PN)))
 
@@ -58,15 +58,18 @@ class SFTScores:
         return fit_sft_statistics(self.scores_PNK)
 
     def detector(self, name: str, target: int) -> StandardisedDetector:
-        """The detector ``name`` for the attacked member ``target``, fitted to these responses."""
+        """Return the detector ``name`` for the attacked member ``target``, fitted to these responses."""
         return StandardisedDetector(build_detector(name), Features(self.scores_PNK.flatten(0, 1), target))
 
     def prompt_mean(self, prompt_index: Sequence[int]) -> Tensor:
-        """[N, K]: T_k of the prompt of each response."""
+        """Return T_k of the prompt of each response, [N, K]."""
         return self.scores_PNK.mean(1)[list(prompt_index)]
 
     def gold_z(self, gold_N: Tensor, prompt_index: Sequence[int]) -> Tensor | None:
-        """Gold of fresh responses standardised like the members' scores, [N]; 0 where gold tells no responses apart."""
+        """Standardise the gold rewards of new responses like the members' scores.
+
+        Returns [N], 0 where gold does not vary beyond rounding error; None when the run has no gold.
+        """
         if self.gold_PN is None:
             return None
         means_P = self.gold_PN.mean(1)
@@ -75,7 +78,10 @@ class SFTScores:
         return divide_by_spread(gold_N - means_P[list(prompt_index)], std, noise)
 
     def own_gold_z(self) -> Tensor | None:
-        """Gold of the SFT responses by the others to their prompts, [P, n], as `own_z_scores` does for the members."""
+        """Standardise the gold of each SFT response by the other responses to its prompt, like `own_z_scores`.
+
+        Returns [P, n]; None when the run has no gold.
+        """
         if self.gold_PN is None:
             return None
         prompts, count = self.gold_PN.shape
@@ -87,7 +93,7 @@ class SFTScores:
     def read(cls, path: Path) -> SFTScores:
         """Read ``reference.jsonl``.
 
-        Raises CheckpointError when prompts have unequal numbers of samples, or for rows that are none of a reference.
+        Raises CheckpointError for a malformed row, and when prompts have unequal numbers of samples.
         """
         grouped: dict[int, list[dict[str, Any]]] = {}
         members = 0
@@ -98,16 +104,16 @@ class SFTScores:
                 members = members or len(row["scores"])
                 wrong = _mismatch(row, group[0] if group else row, members)
             if wrong:
-                raise CheckpointError(f"{path}:{number}: no row of a reference ({wrong}); restore the file")
+                raise CheckpointError(f"{path}:{number}: not a row of SFT scores ({wrong}); restore the file")
             group.append(row)
         sizes = {len(rows) for rows in grouped.values()}
         if len(sizes) != 1 or sorted(grouped) != list(range(len(grouped))):
-            raise CheckpointError(f"{path}: not a complete reference (prompts or samples are missing); remove it")
+            raise CheckpointError(f"{path}: incomplete SFT scores (prompts or samples are missing); remove the file")
         rows = [grouped[i] for i in range(len(grouped))]
         gold = [[r.get("gold") for r in group] for group in rows]
         without = sum(g is None for group in gold for g in group)
         if 0 < without < sum(map(len, gold)):
-            raise CheckpointError(f"{path}: {without} of its rows have no gold, the others have; restore the file")
+            raise CheckpointError(f"{path}: {without} rows have no gold score, but the others have one; restore the file")
         return cls(
             [tuple(group[0]["messages"]) for group in rows],
             [[r["response"] for r in group] for group in rows],
@@ -119,7 +125,7 @@ class SFTScores:
 
 
 def _mismatch(row: dict[str, Any], first: dict[str, Any], members: int) -> str:
-    """What a row does not share with the others; ``first`` is one of the same prompt. "" for nothing."""
+    """Return how a row differs from the others, or ""; ``first`` is the first row of the same prompt."""
     if row["messages"] != first["messages"]:
-        return f"another prompt than that of prompt_id={row['prompt_id']} before"
-    return "" if len(row["scores"]) == members else f"{len(row['scores'])} scores of {members} members"
+        return f"the prompt differs from that of an earlier row with prompt_id={row['prompt_id']}"
+    return "" if len(row["scores"]) == members else f"{len(row['scores'])} scores for {members} members"

@@ -1,10 +1,10 @@
-"""Special tokens that a template wrote, told from the same characters written by a user.
+"""Encodes rendered conversations so that only special tokens written by the template are special.
 
-transformers reads ``<|im_end|>`` inside a message as the end of the turn. Here only the template's own special tokens
-are special: in the contents of messages the first character of every special token is exchanged for a private one, so
-that what still spells a special token after rendering is the template's. The text is then encoded by a copy of the
-tokenizer in which the special tokens have names that nobody can write, so that the user's are text to it. Ids of text
-that spells no special token are those of transformers.
+transformers encodes ``<|im_end|>`` inside a message as the end of the turn. To distinguish it, the first character of
+every special token is replaced by a private-use character in the contents of messages; what spells a special token
+after rendering was written by the template. The text is then encoded by a copy of the tokenizer whose special tokens
+have unguessable names, so that their spelling in a message is ordinary text. Text that spells no special token gets the
+ids of transformers. `split_special_tokens` of transformers is not enough: it treats the template's tokens as text too.
 """
 
 from __future__ import annotations
@@ -19,43 +19,43 @@ from typing import Any
 from nemo_advrm.data.messages import Message
 from nemo_advrm.errors import DataError
 
-_PRIVATE = range(0xF0000, 0xF1000)  # characters to which Unicode gives no meaning
-_CUT = "\N{NULL}"  # of parts, never of a text: stands between pieces that must not be read together
+_PRIVATE = range(0xF0000, 0xF1000)  # private-use characters
+_CUT = "\N{NULL}"  # a list item, never text: separates pieces that must not be merged into one token
 Render = Callable[[list[Message]], str]
 
 
 class SpecialTokens:
-    """The special tokens of one tokenizer of transformers.
+    """The special tokens of one transformers tokenizer.
 
     Attributes:
-        ids: of all special tokens, by their text.
+        ids: ids of all special tokens by their text.
     """
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         ids = {added.content: i for i, added in tokenizer.added_tokens_decoder.items() if added.special}
         ids |= dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
-        # a token of white space alone is text that templates write
+        # templates write tokens of white space as text
         self.ids = {text: i for text, i in ids.items() if text.strip()}
         roles = tokenizer.special_tokens_map
         only_unknown = {tokenizer.unk_token} - {text for role, text in roles.items() if role != "unk_token"}
-        # what stands for a word that the tokenizer does not know may come of any text
+        # any text may encode to the unknown token
         self._known = frozenset(i for text, i in self.ids.items() if text not in only_unknown)
         longest_first = sorted(self.ids, key=len, reverse=True)
         self._any = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
-        # also with other case or with white space between, which a template may change
+        # also match other case and inner white space, which a template may change
         spelled = (r"\s*".join(map(re.escape, text)) for text in longest_first)
         self._spelled = re.compile("|".join(spelled) or "(?!)", re.IGNORECASE)
         self._first = {form for text in self.ids for form in (text[0], text[0].lower(), text[0].upper())}
         self._copy = _Copy(tokenizer, self.ids, self._known)
 
     def encode_text(self, text: str) -> list[int]:
-        """Ids of text in which nothing is special. Raises DataError where the tokenizer has no other ids for it."""
+        """Encode text without special tokens. Raises DataError when the tokenizer has no other ids for it."""
         ids = self._tokenizer(text, add_special_tokens=False).input_ids
         return ids if self._known.isdisjoint(ids) else self._copy.encode([text])
 
     def encode_rendered(self, messages: Sequence[Message], render: Render) -> list[int]:
-        """Ids of ``render(messages)`` in which only what the template wrote is special."""
+        """Encode ``render(messages)``; only special tokens that the template wrote are special."""
         text = render(list(messages))
         ids = self._tokenizer(text, add_special_tokens=False).input_ids
         contents = [value for message in messages for value in _strings(message)]
@@ -64,7 +64,7 @@ class SpecialTokens:
         guards = self._guards(contents)
         rendered = render([_changed(message, lambda value: _translate(value, guards)) for message in messages])
         if _restore(rendered, guards) != text:
-            # the template looks at such characters itself (as for </think>): only what spells a special token is hidden
+            # the template inspects these characters itself (e.g. for </think>): replace only spelled special tokens
             def hide(value: str) -> str:
                 return self._spelled.sub(lambda found: _translate(found[0], guards), value)
 
@@ -76,16 +76,16 @@ class SpecialTokens:
         return self._copy.encode(parts)
 
     def _guards(self, contents: list[str]) -> dict[str, str]:
-        """A private character, which no content holds, for every first character of a special token."""
+        """Map the first character of every special token to a private-use character that no content contains."""
         used = {character for content in contents for character in content}
         free = (chr(code) for code in _PRIVATE if chr(code) not in used)
         try:
             return {first: next(free) for first in sorted(self._first)}
         except StopIteration:
-            raise DataError("the text holds every private character of Unicode") from None
+            raise DataError("the text contains every private-use character") from None
 
     def _split(self, text: str, guards: dict[str, str]) -> list[str | int]:
-        """The text between special tokens, and the tokens."""
+        """Split rendered text into the ids of special tokens and the text between them."""
         parts: list[str | int] = []
         place = 0
         for found in self._any.finditer(text):
@@ -95,7 +95,7 @@ class SpecialTokens:
 
 
 class _Copy:
-    """The tokenizer with special tokens that no text can spell, made when it is first needed."""
+    """A copy of the tokenizer whose special tokens no text can spell; created on first use."""
 
     def __init__(self, tokenizer: Any, ids: dict[str, int], known: frozenset[int]) -> None:
         self._tokenizer = tokenizer
@@ -103,12 +103,12 @@ class _Copy:
         self._known = known
 
     def encode(self, parts: Sequence[str | int]) -> list[int]:
-        """Ids of text and special tokens. Raises DataError for text whose only ids are a special token's."""
+        """Encode text and special token ids. Raises DataError for text that has no other ids than a special token's."""
         ids = self._encode(parts)
         special = [part for part in parts if part in self._known]
         if [i for i in ids if i in self._known] == special:
             return ids
-        # a vocabulary of words or pieces may hold the token itself: its text is read in two halves, else by letters
+        # the vocabulary itself may contain the token's text: encode it in two halves, then letter by letter
         for halves in (True, False):
             broken = [piece for part in parts for piece in self._broken(part, halves)]
             ids = self._encode(broken)
@@ -117,7 +117,7 @@ class _Copy:
         raise DataError("the text spells a special token, and the tokenizer has no other ids for it")
 
     def _broken(self, part: str | int, halves: bool) -> list[str | int]:
-        """The part with cuts inside of all that spells a special token."""
+        """Split a part and insert cuts inside every spelled special token."""
         if isinstance(part, int):
             return [part]
         longest_first = sorted(self._ids, key=len, reverse=True)
@@ -136,7 +136,7 @@ class _Copy:
         return [i for i in ids if i is not None]
 
     def _encode_pieces(self, parts: Sequence[str | int]) -> list[int]:
-        """For tokenizers written in Python: each piece alone."""
+        """Encode each piece separately, for tokenizers without a Rust backend."""
         ids: list[int] = []
         for part in parts:
             if isinstance(part, int):
@@ -147,20 +147,23 @@ class _Copy:
 
     @cached_property
     def _backend(self) -> tuple[Any, dict[int | str, str], dict[int, int | None]] | None:
-        """(copy, names of its special tokens by id, the tokenizer's id of each of its added tokens)."""
+        """(copy, new names of special tokens by id, original id of each added token by its id in the copy).
+
+        None for a tokenizer without a Rust backend, or when renamed tokens would not keep their meaning.
+        """
         theirs = getattr(self._tokenizer, "backend_tokenizer", None)
         if theirs is None:
             return None
         from tokenizers import AddedToken, Tokenizer
 
         state = json.loads(theirs.to_str())  # noqa: TID251 (of the library itself)
-        # a post-processor, truncation and padding name tokens that are not there any more, and none is asked for
+        # post-processor, truncation and padding refer to renamed tokens, and are not used here
         state |= {"post_processor": None, "truncation": None, "padding": None}
         secret = secrets.token_hex(8)
         names: dict[int | str, str] = {}
         for number, added in enumerate(state["added_tokens"]):
             if added["content"] in self._ids:
-                # names of one length: none begins another
+                # equal lengths: no name is a prefix of another
                 added |= {"content": f"{secret}{number:08d}", "normalized": False}
                 names[added["id"]] = added["content"]
         copy = Tokenizer.from_str(json.dumps(state))

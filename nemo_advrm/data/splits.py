@@ -1,7 +1,7 @@
-"""Which files of a directory are data, to which split each belongs, and which split a use of it means.
+"""Finds the data files of a directory, assigns them to splits, and selects the split for a purpose.
 
-The words are those of Hugging Face `datasets`. Its own search is not used: it counts files without such a word as
-training data and silently joins files that it cannot tell apart.
+Split keywords are those of Hugging Face `datasets`. Its own search is not used: it treats files without a keyword as
+training data and silently concatenates files that it cannot distinguish.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ JSON_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz")
 TABLE_SUFFIXES = (".parquet", ".arrow")
 SUFFIXES = (*JSON_SUFFIXES, *TABLE_SUFFIXES)
 
-# What a use takes, in this order of preference, and the key that chooses otherwise.
+# Families of splits per role, in order of preference, and the key that selects another split.
 _WANTED = {"train": ("train",), "prompts": ("train",), "validation": ("validation", "test")}
 _KEY = {role: f"data.{role}_split" for role in _WANTED}
 _FAMILIES = {
@@ -40,32 +40,34 @@ _NO_DATA = (
 
 @dataclass(frozen=True)
 class Split:
-    """A named part of a data set; `family` is train, validation, test or "" for a name that says none of them."""
+    """A named part of a data set; `family` is train, validation, test, or "" when the name contains no keyword."""
 
     name: str
     family: str = ""
 
 
 def split_named(name: str) -> Split:
-    """The split of this name: "train_prefs" is of the family train."""
+    """Return the split of this name: "train_prefs" has the family train."""
     found = _families(name)
     return Split(name, found.pop() if len(found) == 1 else "")
 
 
 def _families(name: str) -> set[str]:
-    """Of which families the words of a name are: "trainPairs" is of the family train."""
+    """Return the families whose keywords occur in a name: {"train"} for "trainPairs"."""
     words = re.sub(r"([a-z])(?=[A-Z])", r"\1_", name).lower()
     return {_FAMILIES[word] for word in re.split(r"[^a-z]+", words) if word in _FAMILIES}
 
 
 def choose_split(splits: Iterable[Split], role: str, wanted: str, place: str) -> Split:
-    """The split that `role` (train, prompts, validation) takes of those at `place`, or the one called `wanted`.
+    """Return the split for `role` (train, prompts or validation) among those at `place`, or the one named `wanted`.
 
-    A training never takes a test or validation split by itself; a validation takes the validation split, else the test
-    split, else the only one. Raises DataError that lists the splits when none or more than one is meant.
+    Training never uses a test or validation split unless it is named. Validation uses the validation split, otherwise
+    the test split, otherwise the only split.
+
+    Raises DataError, with the list of splits, when none or more than one matches.
     """
     known = list(dict.fromkeys(splits))
-    listing = ", ".join(split.name or "(files without a split's name)" for split in known)
+    listing = ", ".join(split.name or "(files without a split name)" for split in known)
     key = _KEY[role]
     if wanted:
         exact = [split for split in known if split.name == wanted]
@@ -76,24 +78,24 @@ def choose_split(splits: Iterable[Split], role: str, wanted: str, place: str) ->
     else:
         by_family = ([split for split in known if split.family == family] for family in _WANTED[role])
         found = next(filter(None, by_family), [])
-        # one split alone is meant, whatever its name, but for a test split to train on; loose files beside a split of
-        # another name could be anything
+        # A single split is used whatever its name, except a test split for training. Files without a split name next to
+        # a split are ambiguous.
         loose = any(not split.name for split in known)
         if len(known) == 1 and (role == "validation" or known[0].family in ("", "train")):
             found = known
         elif loose:
-            raise DataError(f"{place}: which files are meant? There are: {listing}; choose with {key}, or name a file")
+            raise DataError(f"{place}: ambiguous files: {listing}; choose with {key}, or name a file")
         elif not found:
             raise DataError(f"{place}: has no {_WANTED[role][0]} split; it has: {listing}; choose with {key}")
     if len(found) > 1:
         names = ", ".join(split.name for split in found)
-        raise DataError(f"{place}: more than one split can be meant: {names} (of: {listing}); choose with {key}")
+        raise DataError(f"{place}: more than one split matches: {names} (of: {listing}); choose with {key}")
     return found[0]
 
 
 @dataclass(frozen=True)
 class Found:
-    """The data files that were chosen in a directory, the name of their split ("" for none) and notes on the others."""
+    """The selected data files of a directory, the name of their split ("" for none), and notes on the other files."""
 
     files: tuple[Path, ...]
     split: str
@@ -101,10 +103,11 @@ class Found:
 
 
 def find_files(directory: Path, role: str, wanted: str = "") -> Found:
-    """The files of one split in `directory`: its own, those in `data/` and in other folders, as a hub lays them out.
+    """Return the files of one split in `directory` and its folders, in the layout of the HF hub.
 
-    Hidden files (`._x.jsonl`), descriptions (dataset_info.json, README.md) and other kinds of files are no data.
-    Raises DataError when there are none, or when it is not clear which are meant.
+    Hidden files (`._x.jsonl`), descriptions (dataset_info.json, README.md) and other kinds of files are skipped.
+
+    Raises DataError when there are no data files, or when the split is ambiguous.
     """
     data: dict[Split, list[Path]] = {}
     others = []
@@ -124,7 +127,7 @@ def find_files(directory: Path, role: str, wanted: str = "") -> Found:
         ):
             others.append(str(inside))
     if not data:
-        beside = f"; there are: {', '.join(others)}" if others else ""
+        beside = f"; it contains: {', '.join(others)}" if others else ""
         raise DataError(f"{directory}: no data files in this directory ({', '.join(SUFFIXES)}){beside}")
     split = choose_split(data, role, wanted, str(directory))
     files = data[split]
@@ -136,13 +139,13 @@ def find_files(directory: Path, role: str, wanted: str = "") -> Found:
 
 
 def _split_of(inside: PurePath) -> Split:
-    """The split of a file by its own name, else by the folder it lies in; its name says the folders above that."""
+    """Return the split of a file, from its own name or from a folder; the split's name includes the folders above."""
     stem = _stem(inside.name)
     shard = _SHARD.fullmatch(stem)
-    # a number counts the parts of a split, but for that of a version: "train_v1" and "train_v2" hold the same rows
+    # A number at the end counts the parts of a split, but not a version: "train_v1" and "train_v2" hold the same rows.
     own = shard[1] if shard else re.sub(r"(?<![-_. ][vV])(?<!\d)[-_. ]?\d+$", "", stem)
     folders = [part for part in inside.parts[:-1] if part != "data"]
-    if _families(own):  # "train_test" says both: a split of that name
+    if _families(own):  # a name of two families ("train_test") stays a split of its own
         return _within(folders, own)
     for depth in range(len(folders) - 1, -1, -1):
         if split_named(folders[depth]).family:
@@ -160,7 +163,7 @@ def _stem(name: str) -> str:
 
 
 def _refuse_copies(directory: Path, files: Sequence[Path]) -> None:
-    """The same name with two suffixes is one set of rows in two formats: read both, and each row counts twice."""
+    """Raise DataError for files that differ only in their suffix: the same rows would be read twice."""
     seen: dict[Path, Path] = {}
     for file in files:
         first = seen.setdefault(file.parent / _stem(file.name), file)

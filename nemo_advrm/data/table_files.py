@@ -1,8 +1,8 @@
-"""Rows of parquet and arrow tables that a stranger may have written, some at a time and within limits.
+"""Reads parquet and arrow tables from untrusted sources in batches, with limits on memory.
 
-Few kilobytes can stand for terabytes: compressed pages, one text that a dictionary repeats, lists of nulls. So what a
-file claims is compared with its size before it is read, and what a batch costs as Python values is counted from its
-offsets before they are made.
+A few kilobytes can unpack to terabytes (compressed pages, a text repeated through a dictionary, lists of nulls). So the
+sizes in the metadata are checked against the file size before reading, and the memory of a batch as Python values is
+computed from its offsets before they are created. pyarrow has no such limits.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from nemo_advrm.data import jsonl
-from nemo_advrm.data.jsonl import BadRow, check_depth, most_unpacked
+from nemo_advrm.data.jsonl import BadRow, check_depth, max_unpacked_bytes
 from nemo_advrm.errors import DataError, one_line
 
-MAX_BATCH_BYTES = 64 << 20  # made into Python values at once; one row may have MAX_LINE_BYTES
-MAX_TYPE_DEPTH = 200  # of a column's type: twice that of a row; the library recurses into it
+MAX_BATCH_BYTES = 64 << 20  # converted to Python values at once; a single row may have MAX_LINE_BYTES
+MAX_TYPE_DEPTH = 200  # of a column's type, twice that of a row; pyarrow recurses into it
 BATCH_ROWS = 256
-_ROW_BYTES, _VALUE_BYTES = 64, 8  # the least that a row and a value cost in Python
+_ROW_BYTES, _VALUE_BYTES = 64, 8  # minimum memory of a row and of a value in Python
 _TOO_LONG = object()
 
 Numbered = Iterator[tuple[int, Any]]
@@ -28,8 +28,8 @@ Numbered = Iterator[tuple[int, Any]]
 def read_table(path: Path) -> Numbered:
     """Yield (1-based row number, row) of a .parquet or .arrow file, with a BadRow in place of a row over a limit.
 
-    Raises DataError that names the file: damaged, without rows, a type of column that is not read, or more unpacked
-    than `jsonl.most_unpacked` of its size.
+    Raises DataError with the path for a damaged file, one without rows, an unsupported column type, or one that unpacks
+    to more than `jsonl.max_unpacked_bytes`.
     """
     import pyarrow
 
@@ -42,8 +42,8 @@ def read_table(path: Path) -> Numbered:
 
 
 def rows_of_batches(batches: Iterable[Any], name: str, size: int) -> Numbered:
-    """Yield (1-based row number, row or BadRow) of record batches that come from `size` bytes; as `read_table`."""
-    most, spent, number = most_unpacked(size), 0, 0
+    """Yield (1-based row number, row or BadRow) of record batches read from `size` bytes; raises as `read_table`."""
+    most, spent, number = max_unpacked_bytes(size), 0, 0
     for batch in batches:
         if not number:
             for field in batch.schema:
@@ -62,7 +62,7 @@ def rows_of_batches(batches: Iterable[Any], name: str, size: int) -> Numbered:
 
 
 def _parts(batch: Any) -> Iterator[Any]:
-    """A batch in parts of at most `MAX_BATCH_BYTES` as Python values, or of one row."""
+    """Split a batch into parts of at most `MAX_BATCH_BYTES` as Python values, or of one row."""
     if batch.num_rows > 1 and _batch_cost(batch) > MAX_BATCH_BYTES:
         half = batch.num_rows // 2
         yield from _parts(batch.slice(0, half))
@@ -72,7 +72,7 @@ def _parts(batch: Any) -> Iterator[Any]:
 
 
 def _values(part: Any) -> list[Any]:
-    """The rows of a part; an exception in place of a row with text that is no UTF-8 or a date that Python lacks."""
+    """Return the rows of a part, with the exception in place of a row with invalid UTF-8 or an unsupported date."""
     try:
         return list(part.to_pylist())
     except (ValueError, OverflowError) as error:
@@ -96,7 +96,7 @@ def check_arrow_claims(path: Path) -> None:
     """Raise DataError when the batches of an arrow file would unpack to more than its size allows."""
     import pyarrow
 
-    most, claimed = most_unpacked(path.stat().st_size), 0
+    most, claimed = max_unpacked_bytes(path.stat().st_size), 0
     try:
         with pyarrow.memory_map(str(path)) as file:
             _skip_magic(file)
@@ -118,7 +118,7 @@ def _batch_cost(batch: Any) -> int:
 
 
 def _cost(array: Any) -> int:
-    """At least how many bytes the values of an array take in Python, from its offsets alone."""
+    """Return a lower bound on the bytes that the values of an array take in Python, from its offsets alone."""
     import pyarrow
     from pyarrow import compute, types
 
@@ -154,7 +154,7 @@ def _is_text(kind: Any) -> bool:
 
 
 def _check_type(kind: Any, source: str) -> None:
-    """Raise DataError for a type that nests too deeply or whose values `_cost` cannot count."""
+    """Raise DataError for a type that is nested too deeply or not supported by `_cost`."""
     from pyarrow import types
 
     nested = (types.is_struct, types.is_list, types.is_large_list, types.is_fixed_size_list, types.is_map)
@@ -166,18 +166,18 @@ def _check_type(kind: Any, source: str) -> None:
             if any(is_kind(each) for is_kind in nested):
                 inner += [each.field(index).type for index in range(each.num_fields)]
             elif not any(is_kind(each.value_type if types.is_dictionary(each) else each) for is_kind in plain):
-                raise DataError(f"{source}: values of type {one_line(each, 60)} are not read")
+                raise DataError(f"{source}: values of type {one_line(each, 60)} are not supported")
         level = inner
         if not level:
             return
-    raise DataError(f"{source}: nested too deeply (more than {MAX_TYPE_DEPTH} types in each other)")
+    raise DataError(f"{source}: nested too deeply (more than {MAX_TYPE_DEPTH} levels)")
 
 
 def _parquet_batches(path: Path) -> Iterator[Any]:
     from pyarrow import parquet
 
     size = path.stat().st_size
-    most, rows, unpacked = most_unpacked(size), 0, 0
+    most, rows, unpacked = max_unpacked_bytes(size), 0, 0
     with parquet.ParquetFile(path) as file:
         metadata = file.metadata
         texts = {leaf.path for leaf in _leaves(file.schema) if leaf.physical_type == "BYTE_ARRAY"}
@@ -188,13 +188,13 @@ def _parquet_batches(path: Path) -> Iterator[Any]:
                 if min(claims) < 0:
                     raise ValueError("a size in its metadata is negative")
                 unpacked += max(column.total_uncompressed_size, _VALUE_BYTES * column.num_values)
-                if any(encoding.startswith("DELTA") for encoding in column.encodings):  # read as they are only
+                if any(encoding.startswith("DELTA") for encoding in column.encodings):  # not readable as a dictionary
                     texts.discard(column.path_in_schema)
         if rows != metadata.num_rows:
-            raise ValueError(f"it claims {metadata.num_rows} rows, its row groups {rows}")
+            raise ValueError(f"its metadata has {metadata.num_rows} rows, its row groups have {rows}")
         if unpacked + _ROW_BYTES * rows > most:
             raise _too_large(str(path), most)
-    # A text that a dictionary of the file repeats is one value in memory too, until the batch is counted.
+    # Read texts as dictionaries: a repeated text stays one value in memory until the batch has been checked.
     with parquet.ParquetFile(path, read_dictionary=sorted(texts)) as file:
         yield from file.iter_batches(batch_size=BATCH_ROWS, use_threads=False)
 
@@ -204,14 +204,14 @@ def _leaves(schema: Any) -> list[Any]:
 
 
 def _arrow_batches(path: Path) -> Iterator[Any]:
-    """Batches of either container: the stream form that `datasets` writes, or the file form, which holds a stream."""
+    """Yield the batches of an arrow stream, which `datasets` writes, or of an arrow file, which contains a stream."""
     import pyarrow
 
     check_arrow_claims(path)
     with pyarrow.memory_map(str(path)) as file:
         _skip_magic(file)
         for batch in pyarrow.ipc.open_stream(file):
-            batch.validate(full=True)  # offsets may point anywhere
+            batch.validate(full=True)  # offsets in an untrusted file may point anywhere
             yield batch
 
 
@@ -220,10 +220,10 @@ def _skip_magic(file: Any) -> None:
 
 
 def _claimed_bytes(message: Any) -> int:
-    """To how many bytes the body of a batch unpacks (0 when it is not compressed), by the Arrow columnar format.
+    """Return the number of bytes to which the body of a batch unpacks; 0 when it is not compressed.
 
-    https://arrow.apache.org/docs/format/Columnar.html: in a compressed body each buffer begins with the length that it
-    unpacks to, -1 for one that is stored as it is. The library reserves that much before it looks further.
+    Each buffer of a compressed body begins with its unpacked length, or -1 if it is not compressed
+    (https://arrow.apache.org/docs/format/Columnar.html). pyarrow allocates that much before it decompresses.
     """
     data, body = memoryview(message.metadata), memoryview(message.body)
 

@@ -1,8 +1,8 @@
-"""Limits of chat templates, which are programs that came with a model: of steps, of time and of what they write.
+"""Limits the steps, the time and the output of chat templates, which are programs from untrusted models.
 
-transformers renders them in jinja's sandbox, which lets them touch nothing but also lets them loop for days or fill the
-memory. Steps and sizes are counted inside the template's own code: a thread cannot be stopped from outside, and a
-process for each conversation would cost more than the training's data.
+transformers renders templates in jinja's sandbox. It blocks access to Python objects, but does not limit loops or
+memory. Steps and sizes are counted inside the compiled template: a thread cannot be stopped from outside, and a process
+per conversation would be too slow.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from collections.abc import Iterable, Iterator
 from contextvars import ContextVar
 from typing import Any
 
-MAX_STEPS = 200_000  # turns of loops and calls; a template makes some tens for each message
-MAX_CHARS = 8_000_000  # of the rendered text and of every value on the way to it
-MAX_NUMBER = 1_000_000  # as an argument (a width, a count)
+MAX_STEPS = 200_000  # loop iterations and calls; a template needs some tens per message
+MAX_CHARS = 8_000_000  # of the rendered text and of every intermediate value
+MAX_NUMBER = 1_000_000  # of an argument (a width, a count)
 MAX_SECONDS = 60.0
 _MAX_SOURCE = 1_000_000  # characters of a template
 
-# functions whose result can be as large as the product of what they are given
+# functions whose result can be as long as the product of their arguments
 _MULTIPLY = ("expandtabs", "format", "format_map", "indent", "join", "replace", "translate", "wordwrap", "xmlattr")
 
 
 class TemplateLimit(Exception):
-    """A chat template went over a limit; the message says which."""
+    """A chat template exceeded a limit; the message names it."""
 
 
 class _Budget:
@@ -37,7 +37,7 @@ _budget: ContextVar[_Budget | None] = ContextVar("chat template budget", default
 
 
 def limit_templates() -> None:
-    """Let transformers compile chat templates with limits from now on; calling it again costs nothing."""
+    """Patch transformers to compile chat templates with limits; later calls do nothing."""
     from transformers.utils import chat_template_utils
 
     theirs = chat_template_utils._compile_jinja_template
@@ -73,7 +73,7 @@ def _spend(steps: int = 1) -> None:
 
 
 def _size(value: Any, left: int = MAX_CHARS) -> int:
-    """Characters that ``value`` would have in writing, roughly; stops once it is over ``left``."""
+    """Return the approximate number of characters of ``value`` as text; stops when it exceeds ``left``."""
     if isinstance(value, str | bytes):
         return len(value)
     if isinstance(value, int):
@@ -103,7 +103,7 @@ def _check_call(name: str, values: Iterable[Any]) -> None:
             raise TemplateLimit(f"it asks for more than {MAX_NUMBER}")
         if name in _MULTIPLY:
             product *= max(1, value if isinstance(value, int) else _size(_checked(value)))
-    # text of a conversation times a short piece is usual, text times text is not
+    # the text of a conversation times a short text is normal, two long texts are not
     if name in _MULTIPLY and product > 100 * MAX_CHARS:
         raise TemplateLimit(f"it makes more than {MAX_CHARS} characters")
 
@@ -115,7 +115,7 @@ def _count(values: Iterable[Any]) -> Iterator[Any]:
 
 
 def _guarded(name: str, function: Any) -> Any:
-    """A filter of jinja with limits; what jinja passes to it is marked on the function and kept."""
+    """Wrap a jinja filter with limits; functools.wraps keeps the attributes by which jinja passes its context."""
 
     @functools.wraps(function)
     def call(*arguments: Any, **named: Any) -> Any:
@@ -130,7 +130,7 @@ def _guarded(name: str, function: Any) -> Any:
 
 
 def _environment(theirs: Any) -> Any:
-    """An environment like ``theirs``, in which templates count their steps and the sizes of their values."""
+    """Return a copy of the environment ``theirs`` whose templates count their steps and check the sizes of values."""
     from jinja2 import Template, nodes
     from jinja2.sandbox import ImmutableSandboxedEnvironment
     from jinja2.visitor import NodeTransformer
@@ -165,7 +165,7 @@ def _environment(theirs: Any) -> Any:
 
         def call(self, context: Any, obj: Any, /, *arguments: Any, **named: Any) -> Any:  # type: ignore[override]
             _spend()
-            # jinja's own str.format wraps the method
+            # jinja wraps str.format
             owner = getattr(getattr(obj, "__wrapped__", obj), "__self__", None)
             text = [owner] if isinstance(owner, str) else []
             if text and getattr(obj, "__name__", "").startswith("format"):
@@ -189,7 +189,7 @@ def _environment(theirs: Any) -> Any:
 
         @staticmethod
         def count(values: Any) -> Any:
-            # a template that goes over nothing is told so by jinja
+            # a loop over a value that is not iterable fails in jinja as usual
             return _count(values) if hasattr(values, "__next__") else _Counted(values)
 
         @staticmethod
@@ -207,7 +207,7 @@ def _environment(theirs: Any) -> Any:
             return "".join(kept)
 
     limited = object.__new__(Limited)
-    limited.__dict__.update(theirs.__dict__)  # as jinja's own Environment.overlay makes another of the same kind
+    limited.__dict__.update(theirs.__dict__)  # as jinja's Environment.overlay does
     limited.overlayed, limited.linked_to, limited.cache, limited.optimized = True, theirs, None, False
     limited.filters = {name: _guarded(name, function) for name, function in theirs.filters.items()}
     limited.finalize = _checked
@@ -216,7 +216,7 @@ def _environment(theirs: Any) -> Any:
 
 
 class _Counted:
-    """A list of a loop: jinja asks some loops for its length."""
+    """The values of a loop; jinja needs the length of some loops."""
 
     def __init__(self, values: Any) -> None:
         self._values = values
@@ -229,7 +229,7 @@ class _Counted:
 
 
 def _check_widths(text: str) -> None:
-    """Raise for a format with a width or precision beyond the limit, which is written in it."""
+    """Raise TemplateLimit for a format string with a width or precision above the limit."""
     digits = 0
     for character in text:
         digits = digits + 1 if character.isdigit() else 0

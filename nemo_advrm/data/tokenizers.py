@@ -1,4 +1,4 @@
-"""Tokenizers: the protocol the engine relies on, bytes as the one that needs no files, and how one is named."""
+"""The tokenizer protocol, a byte tokenizer that needs no files, and the lookup of a tokenizer by name."""
 
 from __future__ import annotations
 
@@ -19,53 +19,53 @@ __all__ = ["ByteTokenizer", "HFTokenizer", "Tokenizer", "build_tokenizer", "load
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """Text and chat messages to token ids and back.
+    """Converts text and chat messages to token ids and back.
 
     A scored sequence is always `encode_conversation(prompt, response)`, and the reward is read at its last token. A
-    policy writes after `encode_prompt(prompt)` until `eos_id`; that is another sequence where a template writes the
-    finished conversation otherwise. Equal fingerprints give equal ids for every input.
+    policy continues `encode_prompt(prompt)` until `eos_id`; the two sequences differ for a template that renders a
+    finished conversation differently. Tokenizers with equal fingerprints return equal ids for every input.
     """
 
     name: str
     vocab_size: int
     pad_id: int
     eos_id: int
-    control_ids: tuple[int, ...]  # tokens other than eos that no answer may hold: they would not survive decoding
+    control_ids: tuple[int, ...]  # tokens, except eos, that an answer must not contain: decoding drops them
 
     @property
     def fingerprint(self) -> str: ...
 
     def encode(self, text: str) -> list[int]:
-        """Ids of plain text, without special tokens."""
+        """Encode plain text, without special tokens."""
         ...
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str: ...
 
     def encode_conversation(self, messages: Sequence[Message], response: str, ended: bool = True) -> list[int]:
-        """Ids of `messages` and the answer `response`, as the model's own template writes them, to the last token.
+        """Encode `messages` and the answer `response` with the template of the model.
 
-        An answer that a length limit cut off (`ended=False`) has nothing behind its text. `messages` is () for raw
-        text. Nothing that messages or answer spell is a special token. Raises DataError where the tokenizer refuses.
+        An answer that was cut off (`ended=False`) has no token after its text. `messages` is () for raw text. Special
+        tokens spelled in messages or answer are encoded as text. Raises DataError when the tokenizer refuses.
         """
         ...
 
     def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
-        """Ids of the conversation, ending where the assistant's answer begins; () stands for raw text."""
+        """Encode the conversation up to the start of the assistant's answer; () is raw text."""
         ...
 
     def encode_response(self, text: str) -> list[int]:
-        """Ids of an answer and one `eos_id` after it."""
+        """Encode an answer and append one `eos_id`."""
         ...
 
     def decode_response(self, ids: Sequence[int]) -> str:
-        """The text before the first `eos_id`, without special tokens."""
+        """Decode the text before the first `eos_id`, without special tokens."""
         ...
 
 
 class ByteTokenizer:
-    """UTF-8 bytes after seven special tokens; nothing is unknown to it and it needs no files.
+    """Tokenizes UTF-8 bytes; ids 0 to 6 are special tokens. It encodes any text and needs no files.
 
-    Layout: <bos> (<role> bytes <end_of_turn>)* <assistant> | bytes <eos>. Text can never produce a special token.
+    Layout: <bos> (<role> bytes <end_of_turn>)* <assistant> | bytes <eos>. Text never encodes to a special token.
     """
 
     SPECIALS = ("<pad>", "<eos>", "<bos>", "<user>", "<assistant>", "<system>", "<end_of_turn>")
@@ -82,11 +82,11 @@ class ByteTokenizer:
         return digest("byte", *self.SPECIALS)
 
     def encode(self, text: str) -> list[int]:
-        # "surrogatepass": JSON may carry lone surrogates ("\ud83d"), which are no valid UTF-8 and must not stop a run.
+        # "surrogatepass": JSON may contain lone surrogates ("\ud83d"), which are not valid UTF-8 but must not fail.
         return [self._OFFSET + byte for byte in text.encode("utf-8", errors="surrogatepass")]
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
-        """Text of `ids`; bytes that are not UTF-8, and ids of a padded vocabulary, become U+FFFD."""
+        """Decode `ids`; bytes that are not UTF-8, and ids of a padded vocabulary, become U+FFFD."""
         text = bytearray()
         for token in map(int, ids):
             if self._OFFSET <= token < self.vocab_size:
@@ -98,7 +98,7 @@ class ByteTokenizer:
         return text.decode("utf-8", errors="replace")
 
     def parse_rendered(self, text: str) -> list[int]:
-        """Ids of text in which special tokens are written out, the inverse of `decode(ids, skip_special=False)`."""
+        """Encode text with spelled special tokens; the inverse of `decode(ids, skip_special=False)`."""
         ids: list[int] = []
         for part in re.split(f"({'|'.join(self.SPECIALS)})", text):
             ids += [self.SPECIALS.index(part)] if part in self.SPECIALS else self.encode(part)
@@ -122,10 +122,11 @@ class ByteTokenizer:
 
 
 def build_tokenizer(spec: str, rule: ReadingRule | None = None) -> Tokenizer:
-    """The tokenizer named by `spec`: "byte", "synthetic" or "hf:DIR" (of Hugging Face, or taken out of a .nemo).
+    """Return the tokenizer `spec`: "byte", "synthetic" or "hf:DIR" (a Hugging Face or an extracted .nemo tokenizer).
 
-    `rule` says how a tokenizer with a chat template reads conversations; None is the rule of new models.
-    Raises ConfigError, for a bad DIR DataError.
+    `rule` is the reading rule of a tokenizer with a chat template; None is the rule of new models.
+
+    Raises ConfigError for an unknown `spec`, DataError for a bad DIR.
     """
     if spec in TOKENIZERS:
         tokenizer: Tokenizer = TOKENIZERS[spec]()

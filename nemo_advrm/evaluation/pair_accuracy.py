@@ -55,7 +55,7 @@ def mismatch_line_of(source: RewardSource, rows: list[PreferencePair], reason: s
     if not rows:
         return mismatch_line(None, 0, reason)
     try:
-        rollouts, kept = rollouts_for(source, rows, inputs.leaving_out(cfg), report=False)
+        rollouts, kept = rollouts_for(source, rows, inputs.with_unusable_rows_skipped(cfg), report=False)
     except DataError as error:  # no pair is left
         return mismatch_line(None, 0, str(error))
     return mismatch_line(accuracy(checked_scores(source, rollouts)), len(kept), "")
@@ -82,7 +82,7 @@ def rollouts_for(
             raise
         raise DataError(f"{source.name}, which takes {own} tokens: {error}") from error
     if report:
-        inputs.say_changed(f"pairs for {source.name}", counts)
+        inputs.print_encoding_counts(f"pairs for {source.name}", counts)
     return rollouts_of(pairs, tokenizer), [pair.source for pair in pairs]
 
 

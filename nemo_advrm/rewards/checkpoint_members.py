@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_advrm.config.schema import ModelConfig
-from nemo_advrm.data.reading import KEY, rule_of, say_old_rule
+from nemo_advrm.data.reading import KEY, rule_from_meta, warn_old_rule
 from nemo_advrm.data.tokenizers import HFTokenizer, Tokenizer, build_tokenizer
 from nemo_advrm.errors import CheckpointError
 
@@ -86,7 +86,7 @@ def member_tokenizer(spec: SourceSpec, meta: dict[str, Any], running: Tokenizer 
     ``running`` is used when its fingerprint matches, so that its files are not opened twice. Raises CheckpointError
     when the checkpoint names no tokenizer or the tokenizer has changed since.
     """
-    fingerprint, rule = meta.get("tokenizer"), rule_of(meta, spec.text)
+    fingerprint, rule = meta.get("tokenizer"), rule_from_meta(meta, spec.text)
     if isinstance(running, HFTokenizer) and running.has_template and running.rule != rule:
         running = HFTokenizer(running.path, rule)
     if running is not None and fingerprint in (None, running.fingerprint):
@@ -107,5 +107,5 @@ def member_tokenizer(spec: SourceSpec, meta: dict[str, Any], running: Tokenizer 
 def _read_by(tokenizer: Tokenizer, meta: dict[str, Any], spec: SourceSpec) -> Tokenizer:
     """Returns ``tokenizer``; logs a line when the checkpoint stores no reading rule and its chat template needs one."""
     if KEY not in meta and isinstance(tokenizer, HFTokenizer) and tokenizer.has_template:
-        say_old_rule(spec.text)
+        warn_old_rule(spec.text)
     return tokenizer

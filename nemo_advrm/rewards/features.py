@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nemo_advrm.data.answers import opening_of_answers, split_at_answer, until_end
+from nemo_advrm.data.answers import answer_start_tokens, split_at_answer, until_end
 from nemo_advrm.data.tokenizers import Tokenizer
 from nemo_advrm.engine import runtime
 from nemo_advrm.engine.feature_file import FeatureWeights
@@ -43,7 +43,7 @@ class ReferenceFeatures:
         self.model = model
         self.tokenizer = tokenizer
         self.prompts = prompts
-        self._opening = opening_of_answers(tokenizer, prompts)
+        self._opening = answer_start_tokens(tokenizer, prompts)
         self._last: tuple[Rollouts, bool, Tensor] | None = None
 
     def values(self, rollouts: Rollouts, names: tuple[str, ...]) -> Tensor:
@@ -124,9 +124,7 @@ class ReferenceFeatures:
         places = [i for i, row in enumerate(rows) if len(row.tokens) > row.prompt_length]
         groups = microbatch_rows(model, [len(rows[i].tokens) for i in places])
         groups = [[places[i] for i in group] for group in groups]
-        microbatches = [
-            response_microbatch(model, [rows[i] for i in group], self.tokenizer.pad_id) for group in groups
-        ]
+        microbatches = [response_microbatch(model, [rows[i] for i in group], self.tokenizer.pad_id) for group in groups]
 
         def collect(logits_NV: Tensor, microbatch: Microbatch) -> Tensor:
             log_probs_N, _ = log_probs_and_entropy(logits_NV, microbatch.extra["targets_N"])

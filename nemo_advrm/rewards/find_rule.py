@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nemo_advrm.config.schema import AdversarialConfig, Config, SelectionConfig
-from nemo_advrm.data.plain_text import stands_as_text
+from nemo_advrm.data.plain_text import round_trips
 from nemo_advrm.data.sft_scores import SFTScores
 from nemo_advrm.data.tokenizers import Tokenizer
 from nemo_advrm.detectors.base import Features
@@ -61,7 +61,7 @@ class FindRule:
     def usable_PI(self) -> list[list[int]]:
         """For each prompt, indices of the SFT responses that may be chosen: they ended and round-trip as text."""
         return [
-            [i for i in self.sft_responses.finished(p) if stands_as_text(responses[i], self.tokenizer)]
+            [i for i in self.sft_responses.finished(p) if round_trips(responses[i], self.tokenizer)]
             for p, responses in enumerate(self.sft_responses.responses_PN)
         ]
 
@@ -83,7 +83,7 @@ class FindRule:
         """Returns why an adversarial response cannot be one side of a pair, None when it can."""
         if self.options.require_ended and row.get("ended") is False:
             return "unended"
-        if not stands_as_text(row["response"], self.tokenizer):
+        if not round_trips(row["response"], self.tokenizer):
             return "not_text"
         return None if self.usable_PI[row["prompt_id"]] else "no_usable_sft"
 
@@ -165,8 +165,4 @@ class FindRule:
     def _is_new_sft(self, row: dict[str, Any]) -> bool:
         """Returns whether an SFT response is usable and differs from all other SFT responses to its prompt."""
         response = row["response"]
-        return (
-            bool(response.strip())
-            and self._sft_PN[row["prompt_id"]][response] == 1
-            and self.unusable(row) is None
-        )
+        return bool(response.strip()) and self._sft_PN[row["prompt_id"]][response] == 1 and self.unusable(row) is None

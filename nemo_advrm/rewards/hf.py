@@ -12,7 +12,7 @@ from nemo_advrm.config.schema import Config
 from nemo_advrm.convert.hf_directory import HFDirectory, load_classifier, read_classifier
 from nemo_advrm.data.attributes import combine
 from nemo_advrm.data.batching import microbatch_cost, pad_rows, split_by_tokens
-from nemo_advrm.data.reading import rule_in_config
+from nemo_advrm.data.reading import rule_from_hf_config
 from nemo_advrm.data.tokenizers import HFTokenizer
 from nemo_advrm.data.vocabulary import check_vocabulary
 from nemo_advrm.engine import runtime
@@ -116,6 +116,6 @@ def check_directory(path: Path, attributes: tuple[float, ...] = ()) -> tuple[HFD
 
     Raises CheckpointError from :func:`read_classifier`, DataError for a bad tokenizer (:func:`check_vocabulary`).
     """
-    found, tokenizer = read_classifier(path, attributes), HFTokenizer(path, rule_in_config(path))
+    found, tokenizer = read_classifier(path, attributes), HFTokenizer(path, rule_from_hf_config(path))
     check_vocabulary(tokenizer, found.vocabulary, f"hf:{path}")
     return found, tokenizer

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from nemo_advrm.config.schema import Config
-from nemo_advrm.data.messages import place_of
+from nemo_advrm.data.messages import prompt_name
 from nemo_advrm.errors import DataError
 from nemo_advrm.rewards.base import RewardSource
 from nemo_advrm.rewards.token_sequences import token_sequences
@@ -58,8 +58,9 @@ def prompts_with_room(
             elif cfg.data.on_overlong != "skip":
                 room = f"rl.max_new_tokens={needed}" if same else "a response"
                 raise DataError(
-                    f"{place_of(prompt.messages, prompt.index + 1)}: the prompt has {length} tokens, which leaves no "
-                    f"room for {room}: reward source {source.name} takes {limit} tokens (or set data.on_overlong=skip)"
+                    f"{prompt_name(prompt.messages, prompt.index + 1)}: the prompt has {length} tokens, which leaves "
+                    f"no room for {room}: reward source {source.name} takes {limit} tokens "
+                    "(or set data.on_overlong=skip)"
                 )
         if not fitting:
             raise DataError(f"no prompt leaves room for a response: reward source {source.name} takes {limit} tokens")

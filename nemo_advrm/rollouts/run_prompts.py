@@ -8,7 +8,7 @@ from nemo_advrm.config.schema import Config
 from nemo_advrm.config.validation import samples_prompts
 from nemo_advrm.data import inputs
 from nemo_advrm.data.jsonl import BadRow
-from nemo_advrm.data.messages import Message, place_of, prompt_key
+from nemo_advrm.data.messages import Message, prompt_key, prompt_name
 from nemo_advrm.data.preferences import raise_or_count
 from nemo_advrm.data.tokenizers import Tokenizer
 from nemo_advrm.engine import runtime
@@ -32,7 +32,7 @@ def encode_prompts(prompts: list[tuple[Message, ...]], tokenizer: Tokenizer, cfg
         try:
             tokens = tokenizer.encode_prompt(messages)
         except DataError as error:
-            refused.append(BadRow(place_of(messages, i + 1), "refused", str(error)))
+            refused.append(BadRow(prompt_name(messages, i + 1), "refused", str(error)))
             continue
         if len(tokens) > room and choice == "truncate_prompt" and room > 0:
             tokens = tokens[-room:]
@@ -42,7 +42,7 @@ def encode_prompts(prompts: list[tuple[Message, ...]], tokenizer: Tokenizer, cfg
                 overlong += 1
                 continue
             raise DataError(
-                f"{place_of(messages, i + 1)}: the prompt has {len(tokens)} tokens; "
+                f"{prompt_name(messages, i + 1)}: the prompt has {len(tokens)} tokens; "
                 f"model.encoder_seq_length={cfg.model.encoder_seq_length} less "
                 f"rl.max_new_tokens={cfg.rl.max_new_tokens} leaves {room} (or set data.on_overlong=skip or "
                 "truncate_prompt)"

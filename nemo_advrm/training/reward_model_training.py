@@ -65,13 +65,13 @@ def encode_rows(
     encoded = []
     for name, part in (("training", train), ("validation", validation)):
         pairs, counts = encode_pairs(part, tokenizer, limit, data.on_overlong, data.on_bad_row)
-        inputs.say_changed(f"{name} pairs", counts)
+        inputs.print_encoding_counts(f"{name} pairs", counts)
         encoded.append(pairs)
     rows, reason = mismatched_pairs(validation)
     rows = rows[: cfg.trainer.limit_val_batches * cfg.model.global_batch_size or None]
     mismatched: list[EncodedPair] = []
     if rows:
-        lenient = inputs.leaving_out(cfg).data
+        lenient = inputs.with_unusable_rows_skipped(cfg).data
         try:
             mismatched, _ = encode_pairs(rows, tokenizer, limit, lenient.on_overlong, lenient.on_bad_row)
         except DataError as error:  # no pair is left

@@ -64,7 +64,7 @@ def encode_responses(cfg: Config, tokenizer: Tokenizer, rows: list[SftRow]) -> l
         encoded.append(EncodedResponse(head + answer, len(head)))
     if refused:
         raise_or_count(refused, usable=len(rows) - len(refused), on_bad_row=cfg.data.on_bad_row, path="")
-    inputs.say_changed("rows", {**counts, "refused": len(refused)})
+    inputs.print_encoding_counts("rows", {**counts, "refused": len(refused)})
     if not encoded:
         raise DataError(f"{cfg.data.train_path or 'corpus'}: all rows are longer than model.encoder_seq_length={limit}")
     return encoded

@@ -160,7 +160,7 @@ REGRESSION = "reward_model_type=regression"
         (["pairs={store}", RANKING, "with={home}/none.jsonl"], "none.jsonl: no such file"),
         (["pairs={store}", RANKING, "with={odd}"], "odd number of lines (3)"),
         (["pairs={store}", RANKING, "with={broken}"], "broken.jsonl:2: broken JSON"),
-        (["pairs={store}", RANKING, "with={labelled}"], "labelled.jsonl:1: `label` is of a regression file"),
+        (["pairs={store}", RANKING, "with={labelled}"], "labelled.jsonl:1: `label` belongs to a regression file"),
         (["pairs={store}", RANKING, "with={textless}"], "textless.jsonl:2: `text` is missing"),
         (["pairs={store}", "template=plain", "with={train}"], "train.jsonl are of the template transcript"),
         (["pairs={store}", "template=extra_id", "with={train}"], "train.jsonl are of the template transcript"),

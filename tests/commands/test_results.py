@@ -209,7 +209,7 @@ def test_rows_of_another_type_in_a_reference_or_among_samples_are_named(tmp_path
     (tmp_path / "attack").mkdir()
     for name in ("reference.jsonl", "attack/samples.jsonl"):
         (tmp_path / name).write_text(f"{row}\n")
-    with pytest.raises(CheckpointError, match=r"reference\.jsonl:1: no row of a reference \("):
+    with pytest.raises(CheckpointError, match=r"reference\.jsonl:1: not a row of SFT scores \("):
         SFTScores.read(tmp_path / "reference.jsonl")
     with pytest.raises(DataError, match=r"samples\.jsonl:1: no row of an attack \(.+\): restore"):
         list(read_rows(tmp_path / "attack" / "samples.jsonl", ATTACK_SAMPLE, "an attack", "restore the file"))
@@ -219,7 +219,7 @@ def test_rows_of_another_type_in_a_reference_or_among_samples_are_named(tmp_path
 def test_a_row_of_another_type_is_named(tmp_path: Path, row: str) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text(f'{{"step": 1}}\n{row}\n')
-    with pytest.raises(DataError, match=rf"^{path}:2: no row of a run"):
+    with pytest.raises(DataError, match=rf"^{path}:2: `step` is"):
         JsonlWriter(path, resume_step=1)
 
 

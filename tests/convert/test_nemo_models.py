@@ -211,9 +211,9 @@ def test_an_interpolation_that_a_conversion_would_read_is_refused(
     ("key", "value", "words"),
     [
         ("tokenizer", "sentencepiece", "tokenizer is no object"),
-        ("tokenizer.special_tokens", {"pad": {"_target_": "os.system"}}, "special_tokens are no texts"),
-        ("tokenizer.special_tokens", [1], "special_tokens are no texts"),
-        ("tokenizer.special_tokens", "<pad>", "special_tokens are no texts"),
+        ("tokenizer.special_tokens", {"pad": {"_target_": "os.system"}}, "`special_tokens` are not strings"),
+        ("tokenizer.special_tokens", [1], "`special_tokens` are not strings"),
+        ("tokenizer.special_tokens", "<pad>", "`special_tokens` are not strings"),
     ],
 )
 def test_a_tokenizer_section_of_other_types_is_one_error(tmp_path: Path, key: str, value: Any, words: str) -> None:

@@ -17,7 +17,7 @@ from tiny import tiny_config
 from nemo_advrm import cli
 from nemo_advrm.convert.conversion import _config_facts
 from nemo_advrm.data.nemo_tokenizer import NemoTokenizer
-from nemo_advrm.data.reading import ReadingRule, rule_in_config
+from nemo_advrm.data.reading import ReadingRule, rule_from_hf_config
 from nemo_advrm.data.tokenizers import build_tokenizer
 from nemo_advrm.engine import checkpoint, manifest
 from nemo_advrm.engine.runtime import Runtime
@@ -206,7 +206,7 @@ def test_settings_of_a_tokenizer_that_no_nemo_has_are_one_error(tmp_path: Path, 
 
 def test_a_config_that_cannot_be_read_says_nothing_of_a_rule(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(DEEP)
-    assert rule_in_config(tmp_path) == ReadingRule()
+    assert rule_from_hf_config(tmp_path) == ReadingRule()
 
 
 _HASH = "0" * 64

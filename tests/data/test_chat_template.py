@@ -68,7 +68,7 @@ def test_the_date_is_that_of_the_rule_whatever_the_clock(
         assert tokenizer.decode(ids, skip_special=False).startswith(start)
         seen.add((tuple(ids), tuple(tokenizer.encode_prompt(QUESTION)), tokenizer.fingerprint))
     assert len(seen) == 1
-    assert "writes the date: it is told 2024-07-26, always" in caplog.text
+    assert "writes the date: it always gets 2024-07-26" in caplog.text
 
 
 def test_another_date_is_another_tokenizer(tmp_path: Path) -> None:
@@ -110,7 +110,7 @@ def test_a_format_that_is_put_together_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("template", ["{{ [1, 2] | random }}" + TURNS, "{{ lipsum(1) }}" + TURNS])
 def test_a_template_that_draws_at_random_is_refused(tmp_path: Path, template: str) -> None:
-    with pytest.raises(DataError, match="no function of the conversation: it draws at random"):
+    with pytest.raises(DataError, match="uses random numbers"):
         HFTokenizer(save(tmp_path, template))
 
 

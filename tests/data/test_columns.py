@@ -67,7 +67,7 @@ def test_a_system_column_may_repeat_the_system_turn_but_not_contradict_it(tmp_pa
     row = {"chosen": [RHYME, USER, says("good")], "rejected": [RHYME, USER, says("bad")]}
     (pair,) = load_preferences(write(tmp_path / "a.jsonl", {**row, "system": "Rhyme."})).rows
     assert pair.prompt == (RHYME, USER)
-    for system, words in (("Be brief.", "something else than the system turn"), ([USER], "`system` holds a user turn")):
+    for system, words in (("Be brief.", "differs from the system turn"), ([USER], "`system` holds a user turn")):
         with pytest.raises(DataError, match=rf"a\.jsonl:1: .*{words}"):
             load_preferences(write(tmp_path / "a.jsonl", {**row, "system": system}))
 
@@ -209,7 +209,7 @@ def test_a_prompt_beside_whole_conversations_is_joined(tmp_path: Path, row: dict
 @pytest.mark.parametrize("prompt", ["Something else", [RHYME, {**USER, "content": "Bye"}]])
 def test_a_prompt_that_contradicts_the_conversations_is_an_error(tmp_path: Path, row: dict, prompt: object) -> None:
     path = write(tmp_path / "a.jsonl", {"prompt": prompt, **row}, row)
-    with pytest.raises(DataError, match=r"a\.jsonl:1: `prompt` says something else than the turns before the answer"):
+    with pytest.raises(DataError, match=r"a\.jsonl:1: `prompt` differs from the turns before the answer"):
         load_preferences(path)
     assert load_preferences(path, on_bad_row="skip").skipped == {"different_prompts": 1}
     assert len(load_preferences(path, ignore_columns=["prompt"]).rows) == 2

@@ -31,7 +31,7 @@ def test_raw_and_chat_pairs_are_read_back(tmp_path: Path) -> None:
 
 def test_the_lines_of_a_regression_file_are_not_taken_for_pairs(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": t, "label": [1.0]}) + "\n" for t in "ab"))
-    with pytest.raises(DataError, match=r"rows\.jsonl:1: `label` is of a regression file"):
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: `label` belongs to a regression file"):
         load_preferences(tmp_path / "rows.jsonl")
 
 

@@ -86,12 +86,12 @@ def test_hidden_files_descriptions_and_other_kinds_are_no_data(tmp_path: Path) -
 AMBIGUOUS = [
     (["train_prefs.jsonl", "train_sft.jsonl", "test_prefs.jsonl"], "train_prefs, train_sft"),
     (["helpful/train.jsonl", "harmless/train.jsonl"], "harmless/train, helpful/train"),
-    (["train.jsonl", "extra.jsonl"], r"\(files without a split's name\), train"),
+    (["train.jsonl", "extra.jsonl"], r"\(files without a split name\), train"),
     (["2023/a.jsonl", "2024/a.jsonl"], "2023/, 2024/"),
     ([f"data/filtered{SHARD}", f"data/raw{SHARD}"], "filtered, raw"),
     (["test.jsonl"], "has no train split; it has: test"),
-    (["train_v1.jsonl", "train_v2.jsonl"], "more than one split can be meant: train_v1, train_v2"),
-    (["a.jsonl", "train_test.jsonl"], "which files are meant"),
+    (["train_v1.jsonl", "train_v2.jsonl"], "more than one split matches: train_v1, train_v2"),
+    (["a.jsonl", "train_test.jsonl"], "ambiguous files"),
     (["train.jsonl", "train.jsonl.gz"], "look like the same rows twice"),
 ]
 

@@ -198,7 +198,7 @@ def test_many_small_lines_of_a_small_gz_file_meet_the_limit_of_the_file(
     path.write_bytes(gzip.compress(b'{"a": 1}\n' * 100_000))
     assert len(list(jsonl.read_rows(path))) == 100_000
     monkeypatch.setattr(jsonl, "MIN_UNPACKED_BYTES", 10_000)
-    most = jsonl.most_unpacked(path.stat().st_size)
+    most = jsonl.max_unpacked_bytes(path.stat().st_size)
     read = []
     with pytest.raises(DataError, match=rf"rows\.jsonl\.gz: unpacks to more than {most} bytes"):
         for number, _ in jsonl.read_rows(path):

@@ -103,5 +103,5 @@ def test_build_tokenizer(chat_dir: Path, tmp_path: Path) -> None:
         build_tokenizer(str(tmp_path))
     with pytest.raises(DataError, match="no such tokenizer directory"):
         build_tokenizer("hf:/does/not/exist")
-    with pytest.raises(DataError, match="no tokenizer could be read"):
+    with pytest.raises(DataError, match="the tokenizer cannot be read"):
         build_tokenizer(f"hf:{tmp_path}")

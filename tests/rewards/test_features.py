@@ -15,7 +15,7 @@ from reward_members import rollouts, save_megatron
 from tiny import TOKENIZER, rollout_batch, tiny_config
 from torch import Tensor
 
-from nemo_advrm.data.answers import opening_of_answers, split_at_answer
+from nemo_advrm.data.answers import answer_start_tokens, split_at_answer
 from nemo_advrm.data.messages import Message
 from nemo_advrm.data.reading import KEY
 from nemo_advrm.data.tokenizers import ByteTokenizer, HFTokenizer
@@ -78,10 +78,7 @@ def test_prompt_gain_is_over_the_mean_of_the_other_prompts_without_the_own_one(
 ) -> None:
     made = rollouts()  # their prompts are "this river" and "these clouds", of which the second is a fixed one
     table_NP = torch.stack(
-        [
-            log_probs_by_rl(home, [TOKENIZER.encode_prompt(other)] * len(made), made.response_tokens)
-            for other in OTHERS
-        ],
+        [log_probs_by_rl(home, [TOKENIZER.encode_prompt(other)] * len(made), made.response_tokens) for other in OTHERS],
         -1,
     )
     own_N = log_probs_by_rl(home, made.prompt_tokens, made.response_tokens)
@@ -160,7 +157,7 @@ def test_a_row_whose_prompt_is_not_known_is_refused(features: ReferenceFeatures)
     with pytest.raises(DataError, match="response 1 has no prompt"):
         features.values(dataclasses.replace(made, prompts=[()] * 4), BOTH)
     tokens = dataclasses.replace(made, prompts=[()] * 4, prompt_tokens=[[]] * 4, tokens_only=True)
-    with pytest.raises(DataError, match="where the answer begins"):
+    with pytest.raises(DataError, match="the start of the answer cannot be found"):
         features.values(tokens, BOTH)
     with pytest.raises(DataError, match="another tokenizer"):
         features.values(dataclasses.replace(tokens, fingerprint="other"), BOTH)
@@ -185,13 +182,13 @@ def test_members_of_one_policy_have_the_features_of_a_batch_computed_once(
 def test_where_an_answer_begins_is_told_by_special_tokens_alone() -> None:
     tokenizer = ByteTokenizer()
     prompts = [tokenizer.encode_prompt([Message(role="user", content=text)]) for text in ("Hi?", "Why?")]
-    opening = opening_of_answers(tokenizer, prompts)
+    opening = answer_start_tokens(tokenizer, prompts)
     assert tokenizer.decode(opening, skip_special=False) == "<end_of_turn><assistant>"
     turns = [Message(role=role, content=text) for role, text in (("user", "a"), ("assistant", "b"), ("user", "c"))]
     tokens = tokenizer.encode_conversation(turns, "<assistant>d")
     prompt, answer = split_at_answer([*tokens, 9], opening, tokenizer.eos_id)
     assert prompt == tokenizer.encode_prompt(turns) and answer == tokenizer.encode_response("<assistant>d")
-    assert opening_of_answers(tokenizer, [tokenizer.encode("a: "), tokenizer.encode("b: ")]) == []
+    assert answer_start_tokens(tokenizer, [tokenizer.encode("a: "), tokenizer.encode("b: ")]) == []
     with pytest.raises(DataError, match="send messages"):
         split_at_answer(tokens, [], tokenizer.eos_id)
 
@@ -286,8 +283,6 @@ def test_a_wrong_option_of_a_source_is_refused(text: str, words: str) -> None:
 def test_options_of_a_source_can_be_joined() -> None:
     spec = parse("rm?attributes=1,2&reference_features=off", "m")
     assert (spec.location, spec.attributes, spec.features) == ("rm", (1.0, 2.0), False)
-
-
 
 
 def test_a_chat_template_tells_where_the_answer_begins_in_tokens(single: Runtime, tmp_path: Path) -> None:

@@ -48,9 +48,7 @@ def _adapter_alone(path: Path) -> None:
 def _tensor(name: str, *shape: int, dtype: torch.dtype = torch.float32) -> Callable[[Path], None]:
     def change(path: Path) -> None:
         weights = load_file(path / "model.safetensors")
-        save_file(
-            weights | {name: torch.ones(shape).to(dtype)}, path / "model.safetensors", metadata={"format": "pt"}
-        )
+        save_file(weights | {name: torch.ones(shape).to(dtype)}, path / "model.safetensors", metadata={"format": "pt"})
 
     return change
 
@@ -148,7 +146,6 @@ def test_buffers_of_old_files_that_transformers_ignores_are_let_be(tmp_path: Pat
 # several outputs
 
 
-
 def test_several_outputs_are_combined_by_their_weights(single: Runtime, tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     import hf_models
 
@@ -181,9 +178,9 @@ def test_several_outputs_are_combined_by_their_weights(single: Runtime, tmp_path
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("rm?attributes=", "must be numbers"),
-        ("hf:rm?attributes=1,x", "must be numbers"),
-        ("rm?attributes=1,nan", "must be numbers"),
+        ("rm?attributes=", "must be comma-separated numbers"),
+        ("hf:rm?attributes=1,x", "must be comma-separated numbers"),
+        ("rm?attributes=1,nan", "must be comma-separated numbers"),
         ("rm?attributes=0,0", "not all of them 0"),
         ("nemo:rm.nemo?weights=1", "only .attributes="),
         ("hf:?attributes=1", "a path is missing"),

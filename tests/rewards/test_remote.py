@@ -144,7 +144,7 @@ def test_what_is_refused_is_not_tried_again(fake: FakeServer, status: int) -> No
     ("content", "words"),
     [
         (b"<html>", "no JSON"),
-        (b"{}", "no list of scores but dict {}"),
+        (b"{}", "dict {}, not a list of scores"),
         (b'{"scores": [1, 2, 3]}', "scores of shape (3,) for 4 responses"),
         (b'{"scores": ["a", 1, 2, 3]}', "str 'a' as the score of response 1"),
         (b'{"scores": [1, "2.5", 2, 3]}', "str '2.5' as the score of response 2"),
@@ -153,8 +153,8 @@ def test_what_is_refused_is_not_tried_again(fake: FakeServer, status: int) -> No
         (b'{"scores": [[1], [2], [3], [4]]}', "list [1] as the score of response 1"),
         (b'{"scores": [1, 2, 3, NaN]}', "1 scores that are NaN or infinite, the first for response 4 of 4"),
         (b'{"scores": [1, 1e39, 3, 4]}', "NaN or infinite"),  # finite, but not in fp32
-        (b'{"scores": [1, 1%s, 3, 4]}' % (b"0" * 400), "no float can hold"),
-        (b'{"scores": "1234"}', "no list of scores but str '1234'"),
+        (b'{"scores": [1, 1%s, 3, 4]}' % (b"0" * 400), "too large for a float"),
+        (b'{"scores": "1234"}', "str '1234', not a list of scores"),
     ],
 )
 def test_answers_that_are_no_scores_are_errors_by_name(fake: FakeServer, content: bytes, words: str) -> None:
@@ -174,7 +174,7 @@ def test_answers_that_are_no_scores_are_errors_by_name(fake: FakeServer, content
         ([True, False, True, True], "bool True as the score"),
         (["1", "2", "3", "4"], "str '1' as the score"),
         ([None] * 4, "NoneType None as the score"),
-        (None, "no list of scores but NoneType"),
+        (None, "NoneType None, not a list of scores"),
     ],
 )
 def test_a_kserve_output_is_one_number_a_response(data: object, expected: list[float] | str) -> None:
@@ -220,7 +220,9 @@ def test_a_server_that_does_not_answer_ends_the_step_at_the_deadline(fake: FakeS
         threading.Thread(target=_trickle, args=(listener,), daemon=True).start()
     fake.answer = _slow if how == "silent" else lambda number, body: (0, {}, b"")
     started = time.monotonic()
-    with pytest.raises(RewardSourceError, match=r"judge did not answer within 1\.5 s \(remote\.deadline_seconds; waited .*http://127"):
+    with pytest.raises(
+        RewardSourceError, match=r"judge did not answer within 1\.5 s \(remote\.deadline_seconds; waited .*http://127"
+    ):
         source.score(rollouts())
     assert time.monotonic() - started < 4
     listener.close()

@@ -259,7 +259,7 @@ def test_a_source_that_returns_too_few_scores_is_an_error_by_its_name() -> None:
         (torch.ones(2, 1), r"shape \(2, 1\)"),
         (torch.ones(1), r"shape \(1,\) for 2 responses"),
         (torch.tensor([1.0, 1e300], dtype=torch.float64), "NaN or infinite, the first for response 2"),
-        (7.0, "no list of scores"),
+        (7.0, "not a list of scores"),
     ],
 )
 def test_only_one_finite_number_a_response_is_a_score(values: object, words: str) -> None:
@@ -367,7 +367,7 @@ def test_a_reference_is_read_from_its_file_whatever_the_order_of_prompts(tmp_pat
 def test_a_reference_with_missing_samples_or_prompts_is_refused(tmp_path: Path, prompts: tuple[int, ...]) -> None:
     path = tmp_path / "reference.jsonl"
     path.write_text("".join(_row(p, "x", "[1, 2]") for p in prompts))
-    with pytest.raises(CheckpointError, match=r"reference\.jsonl: not a complete reference"):
+    with pytest.raises(CheckpointError, match=r"reference\.jsonl: incomplete SFT scores"):
         SFTScores.read(path)
 
 
@@ -383,10 +383,10 @@ def test_a_reference_with_missing_samples_or_prompts_is_refused(tmp_path: Path, 
         ({"ended": None}, "ended=null: input should be a valid boolean"),
         ({"prompt_id": 0.0}, r"prompt_id=0\.0: input should be a valid integer"),
         ({"response": 3}, "response=3"),
-        ({"scores": [1.0]}, "1 scores of 2 members"),
+        ({"scores": [1.0]}, "1 scores for 2 members"),
         ({"messages": [3]}, "messages.0=3: input should be a valid dictionary"),
         ({"messages": "hello"}, 'messages="hello": input should be a valid list'),
-        ({"messages": [{"role": "user", "content": "q"}]}, "another prompt than that of prompt_id=0"),
+        ({"messages": [{"role": "user", "content": "q"}]}, "the prompt differs from that of an earlier row"),
     ],
 )
 def test_a_reference_that_would_be_read_as_something_else_is_refused(
@@ -397,7 +397,7 @@ def test_a_reference_that_would_be_read_as_something_else_is_refused(
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert SFTScores.read(path).finished(0) == [0, 1]
     path.write_text("".join(json.dumps(row) + "\n" for row in (rows[0], rows[1] | changed)))
-    with pytest.raises(CheckpointError, match=rf"reference\.jsonl:2: no row of a reference \(.*{words}"):
+    with pytest.raises(CheckpointError, match=rf"reference\.jsonl:2: not a row of SFT scores \(.*{words}"):
         SFTScores.read(path)
 
 

@@ -20,7 +20,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from nemo_advrm.config.schema import ConvertConfig
 from nemo_advrm.convert.conversion import convert
-from nemo_advrm.data.reading import ANSWER, KEY, ReadingRule, say_old_rule
+from nemo_advrm.data.reading import ANSWER, KEY, ReadingRule, warn_old_rule
 from nemo_advrm.data.tokenizers import HFTokenizer
 from nemo_advrm.engine.runtime import Runtime
 from nemo_advrm.errors import CheckpointError
@@ -124,10 +124,10 @@ def test_a_checkpoint_without_a_rule_keeps_the_old_one_and_says_so_once(
     assert meta.pop(KEY) == {"at": "conversation", "date": "2024-07-26"}
     old = HFTokenizer(tmp_path / "ours" / "tokenizer", ReadingRule(at=ANSWER))
     place.write_text(json.dumps({**meta, "tokenizer": old.fingerprint}))  # as it was written before rules were stored
-    say_old_rule.cache_clear()
+    warn_old_rule.cache_clear()
     with caplog.at_level(logging.WARNING):
         members = [build(parse(str(tmp_path / "ours"), "members[0]"), "old", tiny_config()) for _ in range(2)]
-    assert caplog.text.count("does not say where its score is read") == 1
+    assert caplog.text.count("stores no reading rule") == 1
     tokenizer = AutoTokenizer.from_pretrained(directory)
     rows = []
     for answer in ANSWERS:
@@ -157,5 +157,5 @@ def test_a_rule_of_another_version_is_refused(single: Runtime, tmp_path: Path, r
     directory = saved(tmp_path / "hf", "chatml")
     config = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps({**config, "nemo_advrm": rule}))
-    with pytest.raises(CheckpointError, match=r"config\.json: .* is no reading rule of this version"):
+    with pytest.raises(CheckpointError, match=r"config\.json: .* is not a known reading rule"):
         HFReward.load("x", directory, tiny_config())

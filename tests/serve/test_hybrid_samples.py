@@ -52,8 +52,8 @@ def test_every_form_has_the_score_of_the_rollout(members: list) -> None:
 def test_a_sample_without_a_known_prompt_is_refused_by_its_place(members: list) -> None:
     good = Sample("chat", rollouts().prompts[0], "birds sing .")
     for bad, words in (
-        (Sample("text", response="birds sing ."), "where the answer begins"),
-        (Sample("tokens", tokens=tuple(TOKENIZER.encode("birds sing ."))), "where the answer begins"),
+        (Sample("text", response="birds sing ."), "the start of the answer cannot be found"),
+        (Sample("tokens", tokens=tuple(TOKENIZER.encode("birds sing ."))), "the start of the answer cannot be found"),
         (Sample("tokens", tokens=(3, 4), prompt_length=2), "leaves no response"),
     ):
         with pytest.raises(InvalidSample, match="sample 1: ") as caught:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from nemo_advrm.data.encoding import EncodedPair, encode_pairs
-from nemo_advrm.data.mixing import draw_on_top, draw_replacements
+from nemo_advrm.data.mixing import draw_additional, draw_replacements
 from nemo_advrm.data.pair_store import PairStore
 from nemo_advrm.data.tokenizers import Tokenizer
 from nemo_advrm.engine import runtime
@@ -110,7 +110,7 @@ class AdversarialAugmentation(Callback):
     def on_top(self, step: int) -> list[EncodedPair]:
         """Returns the adversarial pairs that are added to the global batch of ``step``."""
         pool = self._pool(step)
-        return [pool[i] for i in draw_on_top(self.pairs_per_step, len(pool), self.seed, step)]
+        return [pool[i] for i in draw_additional(self.pairs_per_step, len(pool), self.seed, step)]
 
     def _pool(self, step: int) -> list[EncodedPair]:
         """Returns the pairs in use at ``step``."""
