@@ -152,7 +152,7 @@ def copy_weights(model: MegatronModel, weights: dict[str, torch.Tensor]) -> None
     import torch
 
     from nemo_advrm.convert.architecture_tables import ARCHITECTURES
-    from nemo_advrm.convert.tensor_names import canonical_shapes, parameter_name
+    from nemo_advrm.convert.tensor_names import ATTENTION_NORM, MLP_NORM, canonical_shapes
 
     llama = next(table for table in ARCHITECTURES if table.family == "Llama")
     parameters = dict(model.parts[0].named_parameters())
@@ -161,9 +161,9 @@ def copy_weights(model: MegatronModel, weights: dict[str, torch.Tensor]) -> None
             entry = llama.entry(name)
             assert entry is not None, name
             transform, theirs = entry
-            parameters.pop(parameter_name(name)).copy_(
-                transform.merge([weights[part] for part in theirs], model.model_config)
-            )
+            # without Transformer Engine the norms are layers of their own
+            parameter = name.replace(ATTENTION_NORM, "input_layernorm.").replace(MLP_NORM, "pre_mlp_layernorm.")
+            parameters.pop(parameter).copy_(transform.merge([weights[part] for part in theirs], model.model_config))
     if parameters:
         raise RuntimeError(f"tensors do not match: {sorted(parameters)}")
 

@@ -1,6 +1,6 @@
-"""One table per Hugging Face architecture: its tensors, its configuration keys and what it refuses.
+"""One table per Hugging Face architecture: its tensors, its configuration keys and unsupported values.
 
-To add an architecture, add an :class:`Architecture` to ``ARCHITECTURES``. A ``*`` in a name stands for the layer.
+To add an architecture, add an :class:`Architecture` to ``ARCHITECTURES``. ``*`` in a name is the layer number.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from nemo_advrm.convert.transforms import COPY, GATE_UP, QKV, Transform
 
 @dataclass(frozen=True)
 class Entry:
-    """A canonical tensor, the Hugging Face tensors it is made of, and how."""
+    """A canonical tensor, the Hugging Face tensors that it consists of, and the transform between them."""
 
     ours: str
     theirs: tuple[str, ...]
@@ -25,18 +25,19 @@ class Entry:
 
 @dataclass(frozen=True)
 class Architecture:
-    """How one Hugging Face architecture stands in Megatron.
+    """The mapping of one Hugging Face architecture to Megatron.
 
     Attributes:
-        family: what its class names begin with (``LlamaForCausalLM``).
-        entries: its tensors; those that a model lacks (a tied output layer, the other head) are left out.
-        fixed: ModelConfig keys that every model of the architecture has.
-        keys: (key of config.json, key of ModelConfig) beside those that all architectures share; an absent or null
+        family: prefix of its class names (``Llama`` in ``LlamaForCausalLM``).
+        model_type: ``model_type`` in config.json.
+        entries: its tensors, including those that a model may not have (a tied output layer, the other head).
+        fixed: ModelConfig values that are equal for all models of the architecture.
+        keys: (key of config.json, key of ModelConfig) in addition to those of all architectures; an absent or null
             number is 0.
-        required: keys of config.json with the only values that can be computed; others are refused.
-        partial_rotary: whether only a part of each head may be rotated.
-        windows: which layers may have a sliding window: "" none, "all", or "pattern" (``layer_types``).
-        derived: ModelConfig keys that follow from config.json.
+        required: keys of config.json with the only supported value; other values are refused.
+        partial_rotary: whether rotary embeddings may apply to a part of each head.
+        windows: layers that may have a sliding window: "" none, "all", or "pattern" (``layer_types``).
+        derived: computes ModelConfig values from config.json.
     """
 
     family: str
@@ -50,7 +51,7 @@ class Architecture:
     derived: Callable[[dict[str, Any]], dict[str, Any]] = lambda _: {}
 
     def entry(self, name: str) -> tuple[Transform, tuple[str, ...]] | None:
-        """The transform and the Hugging Face names of a canonical tensor; None for one the architecture lacks."""
+        """Return the transform and the Hugging Face names of a canonical tensor; None when it has no such tensor."""
         layer = re.search(r"\.layers\.(\d+)\.", name)
         pattern = name.replace(layer[0], ".layers.*.") if layer else name
         for entry in self.entries:
@@ -59,7 +60,7 @@ class Architecture:
         return None
 
 
-# buffers that old files hold and that are computed anew
+# buffers in old files; the model computes them
 IGNORED = re.compile(r"\.rotary_emb\.inv_freq$")
 LM_HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
@@ -93,7 +94,7 @@ _QK_NORM = (
     Entry(f"{_LAYER}self_attention.q_layernorm.weight", (f"{_THEIRS}self_attn.q_norm.weight",)),
     Entry(f"{_LAYER}self_attention.k_layernorm.weight", (f"{_THEIRS}self_attn.k_norm.weight",)),
 )
-_POST_NORMS = (  # four norms a layer, of which one has the name that stands before the MLP elsewhere
+_POST_NORMS = (  # Gemma2: `post_attention_layernorm` follows attention, in other architectures it precedes the MLP
     Entry(f"{_LAYER}post_self_attn_layernorm.weight", (f"{_THEIRS}post_attention_layernorm.weight",)),
     Entry(f"{_LAYER}{MLP_NORM}weight", (f"{_THEIRS}pre_feedforward_layernorm.weight",)),
     Entry(f"{_LAYER}post_mlp_layernorm.weight", (f"{_THEIRS}post_feedforward_layernorm.weight",)),
@@ -108,9 +109,7 @@ _RMS_EPSILON = (("rms_norm_eps", "layernorm_epsilon"),)
 _UNBIASED = {"attention_bias": False, "mlp_bias": False}
 
 ARCHITECTURES = (
-    Architecture(
-        "Llama", "llama", _DECODER, keys=_RMS_EPSILON, required={"hidden_act": "silu", **_UNBIASED}
-    ),
+    Architecture("Llama", "llama", _DECODER, keys=_RMS_EPSILON, required={"hidden_act": "silu", **_UNBIASED}),
     Architecture("Mistral", "mistral", _DECODER, keys=_RMS_EPSILON, required={"hidden_act": "silu"}, windows="all"),
     Architecture(
         "Qwen2",
@@ -134,7 +133,7 @@ ARCHITECTURES = (
         "Gemma2",
         "gemma2",
         (*_ENDS, *_ATTENTION, *_POST_NORMS, *_GATED_MLP),
-        # both sides store a norm's scale minus one
+        # Hugging Face and Megatron both store the scale of a norm minus one
         fixed={"normalization": "rmsnorm1p", "activation": "geglu_tanh", "post_norms": True},
         keys=(
             *_RMS_EPSILON,

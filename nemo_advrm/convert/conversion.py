@@ -1,4 +1,4 @@
-"""One conversion: opens both sides by their format, checks everything, then moves tensor by tensor."""
+"""Converts one checkpoint: opens source and target, checks everything, then copies one tensor at a time."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from nemo_advrm.untrusted_files import read_json_object, read_yaml
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FORMATS = ("hf", "megatron", "nemo")
-_MEMBER = re.compile(r"/round_(\d+)/rm_(\d+)/model$")  # where a pipeline keeps the reward models of a round
+_MEMBER = re.compile(r"/round_(\d+)/rm_(\d+)/model$")  # path of a reward model in a pipeline's run directory
 
 
 def check_settings(cfg: ConvertConfig) -> None:
-    """Raise ConfigError for a missing or impossible value, before anything is opened."""
+    """Raise ConfigError for a missing or invalid value, before any file is opened."""
     check_fields(cfg)
     for key, value in (("from", cfg.from_), ("to", cfg.to)):
         if not value:
@@ -40,13 +40,13 @@ def check_settings(cfg: ConvertConfig) -> None:
     try:
         parse_size(cfg.max_shard_size)
     except ValueError:
-        raise ConfigError(f"max_shard_size={cfg.max_shard_size}: not a size as 5GB or 500MB") from None
+        raise ConfigError(f"max_shard_size={cfg.max_shard_size}: not a size such as 5GB or 500MB") from None
     if cfg.tokenizer and not Path(cfg.tokenizer).exists():
         raise ConfigError(f"tokenizer={cfg.tokenizer}: there is no such file or directory")
 
 
 def open_source(cfg: ConvertConfig) -> TensorSource:
-    """The checkpoint ``path`` in the format ``from``; raises CheckpointError when it cannot be converted."""
+    """Open the checkpoint ``path`` in the format ``from``. Raises CheckpointError when it cannot be converted."""
     path, tokenizer = Path(cfg.path), Path(cfg.tokenizer) if cfg.tokenizer else None
     source: TensorSource
     if cfg.from_ == "hf":
@@ -66,11 +66,11 @@ def open_source(cfg: ConvertConfig) -> TensorSource:
 
 
 def open_sink(cfg: ConvertConfig, source: TensorSource) -> TensorSink:
-    """What will be written at ``out`` in the format ``to``; checks all and writes nothing yet."""
+    """Return the writer of ``out`` in the format ``to``; checks everything and writes nothing."""
     specs = target_specs(cfg, source)
     out = Path(cfg.out or f"{cfg.path}.{cfg.to}")
     if out.absolute() == source.path.absolute():
-        raise CheckpointError(f"{out}: is also what is converted")
+        raise CheckpointError(f"{out}: is also the checkpoint to convert")
     sink: TensorSink
     if cfg.to == "hf":
         from nemo_advrm.convert.hf_sink import HEAD_BIAS, HFSink
@@ -98,19 +98,19 @@ def open_sink(cfg: ConvertConfig, source: TensorSource) -> TensorSink:
 
 
 def target_specs(cfg: ConvertConfig, source: TensorSource) -> dict[str, TensorSpec]:
-    """The source's tensors in the number format ``dtype``."""
+    """Return the specs of the source's tensors with the data type ``dtype``."""
     dtype = DTYPES.get(cfg.dtype)
     specs = source.tensors()
     return {name: replace(spec, dtype=dtype or spec.dtype) for name, spec in specs.items()}
 
 
 def convert(cfg: ConvertConfig, report: Any = print) -> None:
-    """Convert one checkpoint; with ``dry_run`` only show what would be done.
+    """Convert one checkpoint; with ``dry_run`` only print the plan.
 
-    At any time at most the parts of one canonical tensor are in memory. An error leaves nothing at ``out``.
+    At most the parts of one canonical tensor are in memory at a time. After an error nothing remains at ``out``.
 
     Raises:
-        ConfigError, CheckpointError, LayoutError: one sentence on what does not fit, before anything is written.
+        ConfigError, CheckpointError, LayoutError: settings or checkpoint do not fit; raised before anything is written.
     """
     check_settings(cfg)
     with open_source(cfg) as source:
@@ -133,7 +133,7 @@ def convert(cfg: ConvertConfig, report: Any = print) -> None:
 
 
 def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """The tensor in another number format; CheckpointError where a finite number becomes none."""
+    """Cast a tensor. Raises CheckpointError when a finite number becomes infinite."""
     cast = tensor.to(dtype)
     if dtype != tensor.dtype and not torch.equal(cast.isfinite(), tensor.isfinite()):
         raise CheckpointError(
@@ -143,24 +143,24 @@ def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _check_vocabulary(source: TensorSource) -> None:
-    """CheckpointError for a tokenizer that writes ids for which the embedding has no row."""
+    """Raise CheckpointError when the tokenizer has ids for which the embedding has no row."""
     about = source.description
     if about.tokenizer is None:
         return
     try:
         tokenizer = build_tokenizer(f"hf:{about.tokenizer}")
-    except DataError:  # weights alone may be wanted; who needs their tokenizer says what it lacks
+    except DataError:  # the weights may be used alone; opening the tokenizer later reports the error
         return
     check_vocabulary(tokenizer, about.model.vocab_size, str(source.path))
 
 
 def _lay_out(cfg: ConvertConfig, source: TensorSource) -> None:
-    """Give the model the wanted layout, which pads the vocabulary; LayoutError where it cannot be divided."""
+    """Set the parallel layout of the model, which pads the vocabulary. Raises LayoutError when it does not divide."""
     tensor, pipeline = cfg.tensor_model_parallel_size, cfg.pipeline_model_parallel_size
     model = at_layout(source.description.model, tensor, pipeline)
     validate_layout(Config(model=model), tensor * pipeline)
     if cfg.to == "megatron":
-        # a checkpoint opens at any layout: the model itself names none
+        # a Megatron checkpoint opens at any layout, so its description names none
         if model.make_vocab_size_divisible_by % tensor:
             model.make_vocab_size_divisible_by *= tensor
         model = at_layout(model)
@@ -168,7 +168,7 @@ def _lay_out(cfg: ConvertConfig, source: TensorSource) -> None:
 
 
 def _card_facts(cfg: ConvertConfig) -> dict[str, Any]:
-    """Facts on training for the model card: of the file ``card``, else of the run that trained the checkpoint."""
+    """Return facts on the training for the model card, from the file ``card`` or from the checkpoint's run."""
     if cfg.card:
         return read_json_object(Path(cfg.card), ConfigError, f"card={cfg.card}")
     if cfg.from_ != "megatron":
@@ -178,7 +178,7 @@ def _card_facts(cfg: ConvertConfig) -> dict[str, Any]:
 
 
 def _round_facts(path: Path) -> dict[str, Any]:
-    """Of ``RUN/round_N/rm_K/model``: the configuration of RUN, N, and how member K scored the reference responses."""
+    """Return facts on ``RUN/round_N/rm_K/model``: from RUN's configuration, N, and member K's SFT score statistics."""
     found = _MEMBER.search(path.as_posix())
     if found is None:
         return {}
@@ -192,7 +192,7 @@ def _round_facts(path: Path) -> dict[str, Any]:
 
     scores_PNK = SFTScores.read(file).scores_PNK.double()
     if not 0 <= member < scores_PNK.size(2):
-        raise CheckpointError(f"{file}: holds scores of {scores_PNK.size(2)} members, not of rm_{member + 1}")
+        raise CheckpointError(f"{file}: has scores for {scores_PNK.size(2)} members, not for rm_{member + 1}")
     scores_PN = scores_PNK[:, :, member]
     facts["reference_mean"] = scores_PN.mean().item()
     if scores_PN.size(1) > 1:
@@ -202,7 +202,7 @@ def _round_facts(path: Path) -> dict[str, Any]:
 
 
 def _config_facts(run: Path) -> dict[str, Any]:
-    """What the configuration beside a checkpoint says of its training."""
+    """Read facts on the training from the run's config.yaml; {} when the file does not exist."""
     if not run.exists():
         return {}
     keys = {

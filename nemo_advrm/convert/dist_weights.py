@@ -1,8 +1,9 @@
-"""The ``torch_dist`` weights of Megatron-Core, layer by layer, where Megatron itself reads and writes whole models.
+"""Reads and writes ``torch_dist`` weights of Megatron-Core one layer at a time.
 
-Megatron stacks the layers of one name on dimension 0. Reading takes one layer out of a stacked tensor, whatever the
-chunks it was saved in; writing stores each layer as one chunk in a file of its own. Both go through
-``torch.distributed.checkpoint``'s file reader and writer, without process groups.
+Megatron stacks the layers of one name along dimension 0. The reader extracts one layer from a stacked tensor, whatever
+its chunks; the writer stores each layer as one chunk in a file of its own. Both use the file reader and writer of
+``torch.distributed.checkpoint`` without process groups. Megatron's own functions are not used because they need the
+whole model in memory.
 """
 
 from __future__ import annotations
@@ -29,26 +30,25 @@ from torch.distributed.checkpoint.planner import LoadPlan, ReadItem, SavePlan, T
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.storage import WriteResult
 
-from nemo_advrm.config.schema import ModelConfig
 from nemo_advrm.convert.tensor_names import LAYERS_WITH_EXTRA_STATE, layer_of, stacked_name
 from nemo_advrm.convert.tensors import TensorSpec
 from nemo_advrm.engine.file_readers import WeightsReader
 from nemo_advrm.errors import CheckpointError
 
-PREFIX = "model."  # what a model is called in a checkpoint
+PREFIX = "model."  # of the keys of a model in a checkpoint
 _LAYERS = "decoder.layers."
-_MOST_LAYERS = 10_000  # a damaged or hostile file can claim any number
+_MOST_LAYERS = 10_000  # a damaged or malicious file may claim any number
 
 
 class StackedReader:
-    """Canonical tensors of a ``weights`` directory.
+    """Reads canonical tensors from a ``weights`` directory.
 
     Args:
-        directory: holds ``.metadata`` and the data files.
-        metadata: what ``.metadata`` says (:func:`nemo_advrm.engine.weights_metadata.read_metadata`).
-        source: named in errors, in place of ``directory``.
+        directory: contains ``.metadata`` and the data files.
+        metadata: content of ``.metadata`` (:func:`nemo_advrm.engine.weights_metadata.read_metadata`).
+        source: name for error messages instead of ``directory``.
 
-    Raises CheckpointError for a tensor without dimensions, or with more layers than any model.
+    Raises CheckpointError for a tensor without dimensions or with more than 10,000 layers.
     """
 
     def __init__(self, directory: Path, metadata: Metadata, source: str = "") -> None:
@@ -66,7 +66,7 @@ class StackedReader:
                 self.specs[name] = TensorSpec(shape, stored.properties.dtype)
                 continue
             if not 0 < shape[0] <= _MOST_LAYERS:
-                raise CheckpointError(f"{source or directory}: {key} is {list(shape)}, which is no stack of layers")
+                raise CheckpointError(f"{source or directory}: {key} is {list(shape)}, which is not a stack of layers")
             for layer in range(shape[0]):
                 one = name.replace(_LAYERS, f"{_LAYERS}{layer}.", 1)
                 self.specs[one] = TensorSpec(shape[1:], stored.properties.dtype)
@@ -84,18 +84,12 @@ class StackedReader:
         items = create_read_items_for_chunk_list(key, stored, [wanted])
         if sum(torch.Size(item.lengths).numel() for item in items) != target.numel():
             raise ValueError(f"{name} is not stored completely")
-        self._reader.read_data(LoadPlan(items), _Into(target)).wait()
+        self._reader.read_data(LoadPlan(items), _CopyIntoTensor(target)).wait()
         return target.reshape(spec.shape)
 
 
-def check_layers(path: Path, model: ModelConfig, stored: dict[str, TensorSpec]) -> None:
-    """Raise CheckpointError when there are fewer tensors than described layers: before all their names are made."""
-    if model.num_layers > len(stored):
-        raise CheckpointError(f"{path}: {len(stored)} tensors are too few for {model.num_layers} layers")
-
-
-class _Into(DefaultLoadPlanner):
-    """Takes what is read into parts of one tensor."""
+class _CopyIntoTensor(DefaultLoadPlanner):
+    """Copies the chunks that are read into one tensor."""
 
     def __init__(self, target: Tensor) -> None:
         super().__init__()
@@ -108,11 +102,11 @@ class _Into(DefaultLoadPlanner):
         return part
 
     def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
-        """Nothing is left to do: the target itself was filled."""
+        """Do nothing: the chunk was read into the target itself."""
 
 
-class _One(DefaultSavePlanner):
-    """Gives the writer one tensor, or bytes."""
+class _SingleItemPlanner(DefaultSavePlanner):
+    """Passes one tensor, or bytes, to the writer."""
 
     def __init__(self, data: Tensor | io.BytesIO) -> None:
         super().__init__()
@@ -126,9 +120,9 @@ class StackedWriter:
     """Writes canonical tensors into an empty ``weights`` directory that Megatron loads at any layout.
 
     Args:
-        num_layers: of the whole model.
-        specs: every tensor that will come, with the padded shapes.
-        sync: wait for the disk after each file.
+        num_layers: number of layers of the whole model.
+        specs: specs of all tensors to write, with padded shapes.
+        sync: call fsync after each file.
     """
 
     def __init__(self, directory: Path, num_layers: int, specs: dict[str, TensorSpec], sync: bool = True) -> None:
@@ -141,7 +135,7 @@ class StackedWriter:
         self._numbers = itertools.count()
 
     def write(self, name: str, tensor: Tensor) -> str:
-        """Store one tensor; returns the name of its file. ValueError when its shape is not the one announced."""
+        """Write one tensor and return the name of its file. Raises ValueError when its shape differs from its spec."""
         if tuple(tensor.shape) != self._specs[name].shape:
             raise ValueError(f"{name} is {list(tensor.shape)} but should be {list(self._specs[name].shape)}")
         layer = layer_of(name)
@@ -153,7 +147,7 @@ class StackedWriter:
         return self._put([WriteItem(index, WriteItemType.SHARD, tensor_data=data)], tensor.contiguous())
 
     def close(self) -> None:
-        """Write the states that Megatron keeps of its linear layers (empty), and what describes the files."""
+        """Write the (empty) extra states that Megatron expects for its linear layers, and the metadata."""
         empty = io.BytesIO()
         torch.save([None], empty)
         states = list(_extra_states(self._layers))
@@ -175,9 +169,9 @@ class StackedWriter:
     def _put(self, items: list[WriteItem], data: Tensor | io.BytesIO) -> str:
         plan = SavePlan(items, storage_data=_StoragePrefix(f"__{next(self._numbers)}_"))
         try:
-            self._results += self._writer.write_data(plan, _One(data)).wait()
+            self._results += self._writer.write_data(plan, _SingleItemPlanner(data)).wait()
         except RuntimeError as error:
-            # where the file system fails, torch's archive writer fails a second time while it closes the file
+            # after a file system error torch's archive writer fails again when it closes the file: raise the first
             if isinstance(error.__context__, OSError):
                 raise error.__context__ from error
             raise

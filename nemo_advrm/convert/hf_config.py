@@ -1,4 +1,4 @@
-"""config.json <-> ModelConfig, by the tables of :mod:`nemo_advrm.convert.architecture_tables`."""
+"""Converts config.json to ModelConfig and back, using :mod:`nemo_advrm.convert.architecture_tables`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from nemo_advrm.nearest_name import nearest_name
 
 CLASSES: dict[str, Head] = {"ForCausalLM": "lm", "ForSequenceClassification": "reward"}
 
-# (config.json, ModelConfig) of every architecture
+# (key of config.json, key of ModelConfig) of all architectures
 _SHARED = (
     ("num_hidden_layers", "num_layers"),
     ("hidden_size", "hidden_size"),
@@ -37,8 +37,8 @@ _LLAMA3_ROPE = (
     ("high_freq_factor", "rope_scaling_high_freq_factor"),
     ("original_max_position_embeddings", "rope_scaling_original_context"),
 )
-# keys that transformers writes for every model
-_SAYS_NOTHING = (
+# keys that transformers writes for every model and that do not describe the architecture
+_IRRELEVANT_KEYS = (
     "_model_name_or_path",
     "_name_or_path",
     "chunk_size_feed_forward",
@@ -52,8 +52,8 @@ _SAYS_NOTHING = (
     "return_dict",
     "transformers_version",
 )
-# what every architecture computes unless its table says otherwise
-_USUAL = {
+# ModelConfig values of every architecture unless its table overrides them
+_COMMON_SETTINGS = {
     "normalization": "RMSNorm",
     "activation": "swiglu",
     "position_embedding_type": "rope",
@@ -69,7 +69,10 @@ _USUAL = {
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """config.json of a Hugging Face directory with the defaults of its architecture filled in by transformers."""
+    """Read config.json of a Hugging Face directory; transformers fills in the defaults of the architecture.
+
+    Raises CheckpointError for an unsupported architecture or value, or a classifier with other than one label.
+    """
     path = directory / "config.json"
     raw = hf_directory.read_config(directory)
     find_architecture(raw, str(path))
@@ -80,13 +83,13 @@ def read_config(directory: Path) -> dict[str, Any]:
     except Exception as error:  # transformers raises many types for a wrong value
         raise CheckpointError(f"{path}: {' '.join(str(error).split())[:300]}") from None
     if hf_directory.is_classifier(raw) and (labels := hf_directory.labels(path, raw)) != 1:
-        raise CheckpointError(f"{path}: a reward model has one label, this classifier has {labels}")
-    return described(config, raw["architectures"])
+        raise CheckpointError(f"{path}: a reward model must have one label, this classifier has {labels}")
+    return without_irrelevant_keys(config, raw["architectures"])
 
 
-def described(config: dict[str, Any], architectures: list[str]) -> dict[str, Any]:
-    """A configuration of transformers as it is kept beside weights: without what says nothing of the model."""
-    kept = {key: value for key, value in config.items() if key not in _SAYS_NOTHING}
+def without_irrelevant_keys(config: dict[str, Any], architectures: list[str]) -> dict[str, Any]:
+    """Return a transformers configuration without keys that do not describe the model, with ``architectures``."""
+    kept = {key: value for key, value in config.items() if key not in _IRRELEVANT_KEYS}
     return kept | {"architectures": architectures}
 
 
@@ -101,7 +104,7 @@ def check_config(config: dict[str, Any]) -> None:
 
 
 def find_architecture(config: dict[str, Any], where: str) -> tuple[Architecture, Head]:
-    """The table and the head that ``config["architectures"]`` names."""
+    """Return the table and the head of the class in ``config["architectures"]``. Raises CheckpointError."""
     names = config.get("architectures")
     if not isinstance(names, list) or len(names) != 1:
         raise CheckpointError(f"{where}: the key architectures must name one class, not {names!r}")
@@ -117,7 +120,7 @@ def find_architecture(config: dict[str, Any], where: str) -> tuple[Architecture,
 
 
 def model_config(table: Architecture, config: dict[str, Any], where: str) -> ModelConfig:
-    """The ModelConfig that computes what ``config`` describes; CheckpointError names a value that cannot be."""
+    """Return the ModelConfig of ``config``. Raises CheckpointError with the key of an unsupported value."""
     for key, wanted in table.required.items():
         if (config.get(key) or False) != wanted:
             raise CheckpointError(f"{where}: {key}={config.get(key)!r} is not supported (only {wanted!r})")
@@ -126,7 +129,7 @@ def model_config(table: Architecture, config: dict[str, Any], where: str) -> Mod
     config = {"num_key_value_heads": heads, "head_dim": config["hidden_size"] // heads} | {
         key: value for key, value in config.items() if value is not None
     }
-    settings: dict[str, Any] = _USUAL | table.fixed
+    settings: dict[str, Any] = _COMMON_SETTINGS | table.fixed
     types = {f.name: f.type for f in fields(ModelConfig)}
     for theirs, ours in (*_SHARED, *table.keys):
         value = config.get(theirs, 0)
@@ -149,9 +152,9 @@ def _check_sizes(config: dict[str, Any], where: str) -> None:
 
 
 def hf_config(table: Architecture, model: ModelConfig, head: Head, base: dict[str, Any]) -> dict[str, Any]:
-    """The config.json of ``model``: ``base`` with what the model says laid over it.
+    """Return the config.json of ``model``: ``base`` with the values of the model.
 
-    Raises CheckpointError where the architecture cannot compute what the model does, naming the key.
+    Raises CheckpointError, with the key, when the architecture does not support a value of the model.
     """
     suffix = next(suffix for suffix, of in CLASSES.items() if of == head)
     config: dict[str, Any] = dict(base) if base.get("model_type") == table.model_type else {}
@@ -165,12 +168,12 @@ def hf_config(table: Architecture, model: ModelConfig, head: Head, base: dict[st
     }
     for theirs, ours in (*_SHARED, *table.keys):
         config[theirs] = explicit.get(ours, getattr(model, ours))
-    # rotary positions have no table: a run with shorter sequences leaves what the model was made for as it is
+    # rotary positions have no table, so training on shorter sequences does not reduce the model's maximum
     config["max_position_embeddings"] = max(longest, model.encoder_seq_length)
     for cap in ("attn_logit_softcapping", "final_logit_softcapping"):
         if cap in config:
             config[cap] = config[cap] or None
-    if "query_pre_attn_scalar" in config:  # transformers takes whole numbers only
+    if "query_pre_attn_scalar" in config:  # transformers accepts only integers
         config["query_pre_attn_scalar"] = int(model.query_scale or head_size(model))
     config["rope_parameters"] = _rope_parameters(table, model)
     if table.partial_rotary:
@@ -181,7 +184,7 @@ def hf_config(table: Architecture, model: ModelConfig, head: Head, base: dict[st
     if difference is not None and difference[0] != "head_bias":
         key, mine, theirs = difference
         raise CheckpointError(f"model.{key}={mine!r} cannot be written as {table.family} (it has {theirs!r})")
-    # read by older releases of transformers, which do not know rope_parameters
+    # older releases of transformers read these keys instead of rope_parameters
     config["rope_theta"] = model.rotary_base
     if model.rope_scaling:
         config["rope_scaling"] = {k: v for k, v in config["rope_parameters"].items() if k != "rope_theta"}
@@ -189,7 +192,7 @@ def hf_config(table: Architecture, model: ModelConfig, head: Head, base: dict[st
 
 
 def choose_architecture(model: ModelConfig, head: Head, base: dict[str, Any], wanted: str = "") -> Architecture:
-    """The architecture to write: ``wanted`` (a family), else that of ``base``, else the first that fits."""
+    """Return the architecture ``wanted`` (a family), or that of ``base``, or the first that supports the model."""
     if wanted:
         by_name = {table.family.lower(): table for table in ARCHITECTURES}
         if wanted.lower() not in by_name:
@@ -222,7 +225,7 @@ def _rope(table: Architecture, config: dict[str, Any], where: str) -> dict[str, 
         try:
             settings |= {ours: float(rope[theirs]) for theirs, ours in _LLAMA3_ROPE}
         except KeyError as error:
-            raise CheckpointError(f"{where}: rope_parameters lacks {error.args[0]}") from None
+            raise CheckpointError(f"{where}: rope_parameters has no {error.args[0]}") from None
         settings["rope_scaling"] = "llama3"
         settings["rope_scaling_original_context"] = int(settings["rope_scaling_original_context"])
     return settings
@@ -258,9 +261,7 @@ def _window_keys(table: Architecture, model: ModelConfig) -> dict[str, Any]:
     if table.windows == "all":
         return {"sliding_window": window or None}
     every = model.sliding_window_every
-    kinds = [
-        "sliding_attention" if window and i % every == 0 else "full_attention" for i in range(model.num_layers)
-    ]
+    kinds = ["sliding_attention" if window and i % every == 0 else "full_attention" for i in range(model.num_layers)]
     keys: dict[str, Any] = {"sliding_window": window or None, "layer_types": kinds}
     if table.model_type != "gemma2":
         keys |= {"use_sliding_window": bool(window), "max_window_layers": 0 if window else model.num_layers}

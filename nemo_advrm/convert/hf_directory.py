@@ -1,7 +1,7 @@
-"""What a directory of Hugging Face transformers holds, and whether all of it is used: one check for hf: and convert.
+"""Checks that transformers uses everything in a reward model directory; shared by ``hf:`` members and ``convert``.
 
-transformers itself goes on where a tensor has no place, a file is not read or a key of config.json means nothing to the
-class: what such a model computes is not what was trained.
+transformers silently ignores tensors that its class does not have, weight files that it does not read and unknown keys
+of config.json. Such a model would compute other scores than it was trained for.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from nemo_advrm.untrusted_files import read_json
 
 CLASSIFIER = "ForSequenceClassification"
 _ADAPTER = re.compile(r"adapter_(config\.json|model.*)|non_lora_trainables\.bin|lora.*")
-# duplicates in another library's format, which are no second part of the model
+# copies of the model in another library's format
 _OTHER_FORMATS = re.compile(r"consolidated.*")
-# parts of a model in files of their own, which transformers does not read
+# files with parts of a model, which transformers does not read
 _PARTS = re.compile(r"(head|score|reward|value|lora)", re.IGNORECASE)
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
-# keys of config.json by which trainers say how the head's output becomes the reward; transformers reads none of them
+# keys of config.json with which trainers describe the head's output; transformers reads none of them
 _REWARD_KEYS = re.compile(
     r"""(^|_)(reward|rewards|score|scores|scoring|critic)(_|$)
     | (^|_)(v|value|regression|ranking|classification|rm)_head(_|$)
@@ -40,7 +40,7 @@ _REWARD_KEYS = re.compile(
     | ^(sentence_transformers|sigmoid|apply_sigmoid|function_to_apply)$""",
     re.VERBOSE,
 )
-# what a tensor without a place is
+# explanations of tensors that a model does not have
 _TENSORS = (
     (re.compile(r"lora_|\.adapter|modules_to_save|base_model\.model\."), "part of a LoRA adapter: merge it first"),
     (re.compile(r"(^|\.)(score|classifier|reward_head|v_head|value_head|head)\b.*bias$"), "a bias of the head"),
@@ -54,13 +54,13 @@ _TENSORS = (
 
 @dataclass(frozen=True)
 class HFDirectory:
-    """A reward model of transformers as its files describe it.
+    """Facts about a transformers reward model, from its files.
 
     Attributes:
-        config: config.json.
-        outputs: numbers that the head gives.
-        vocabulary: rows of the embedding.
-        longest: most tokens of a row; 0 where nothing limits them.
+        config: content of config.json.
+        outputs: number of outputs of the head.
+        vocabulary: number of rows of the embedding.
+        longest: maximum number of tokens of a sequence; 0 without a limit.
     """
 
     path: Path
@@ -71,29 +71,29 @@ class HFDirectory:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """config.json of a directory of which every part can be used; the check that ``hf:`` and ``convert`` share.
+    """Read config.json and check that transformers would use everything in the directory.
 
-    Raises CheckpointError, which names the file or key, for an adapter, quantised weights, weight files that
-    transformers would not read or that contradict each other, and keys that change the reward.
+    Raises CheckpointError, with the file or key, for an adapter, quantised weights, weight files that transformers
+    would not read or that contradict each other, and keys that change the reward.
     """
     where = f"hf:{path}"
     adapters = sorted(file.name for file in path.iterdir() if _ADAPTER.fullmatch(file.name)) if path.is_dir() else []
     if adapters:
         raise CheckpointError(
-            f"{where}: holds a LoRA adapter ({', '.join(adapters)}), which is not applied: merge it into the weights "
-            "first (PEFT: merge_and_unload, then save_pretrained into another directory)"
+            f"{where}: contains a LoRA adapter ({', '.join(adapters)}), which is not applied: merge it into the "
+            "weights first (PEFT: merge_and_unload, then save_pretrained into another directory)"
         )
     try:
         config = read_json(path / "config.json")
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{where}: not a model of transformers (config.json: {error})") from error
+        raise CheckpointError(f"{where}: not a transformers model (config.json: {error})") from error
     if not isinstance(config, dict):
-        raise CheckpointError(f"{where}: not a model of transformers (config.json holds no object)")
+        raise CheckpointError(f"{where}: not a transformers model (config.json is not a JSON object)")
     if config.get("quantization_config"):
         raise CheckpointError(
-            f"{path / 'config.json'}: the weights are quantised (quantization_config); take the full ones"
+            f"{path / 'config.json'}: the weights are quantised (quantization_config); use the full-precision model"
         )
-    if config.get("transformers_weights"):  # transformers would read that file, and the checks here others
+    if config.get("transformers_weights"):  # transformers would read that file, but the checks here read others
         raise CheckpointError(f"{path / 'config.json'}: names a file of weights (transformers_weights): remove the key")
     _check_weight_files(path)
     check_counts(config, path)
@@ -103,14 +103,14 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def read_classifier(path: Path, attributes: tuple[float, ...] = ()) -> HFDirectory:
-    """What the directory of a reward model holds; nothing but the headers of its weights is read.
+    """Check the directory of a reward model; of its weights only the headers are read.
 
     Args:
-        attributes: weights of the head's outputs; () for a head with one.
+        attributes: weights of the head's outputs; () for a head with one output.
 
     Raises:
-        CheckpointError: what :func:`read_config` and :func:`unused` refuse, no classifier, missing or pickled weights,
-            another number of outputs than ``attributes``.
+        CheckpointError: from :func:`read_config` and :func:`load_classifier`, and when the model is not a classifier,
+            its weights are missing or pickled, or the number of outputs is not that of ``attributes``.
     """
     if not path.is_dir():
         raise CheckpointError(f"hf:{path}: there is no such directory (nothing is downloaded: save the model there)")
@@ -118,7 +118,7 @@ def read_classifier(path: Path, attributes: tuple[float, ...] = ()) -> HFDirecto
     if not is_classifier(config):
         names = config.get("architectures") or ()
         kind = str(names[0]) if names else "a model without a head"
-        raise CheckpointError(f"hf:{path}: holds {kind}, which is not a reward model (*{CLASSIFIER})")
+        raise CheckpointError(f"hf:{path}: is {kind}, not a reward model (*{CLASSIFIER})")
     outputs = labels(path / "config.json", config)
     check_attributes(f"hf:{path}", outputs, attributes)
     if not any(path.glob("*.safetensors")):
@@ -129,8 +129,11 @@ def read_classifier(path: Path, attributes: tuple[float, ...] = ()) -> HFDirecto
 
 
 def load_classifier(path: Path, **options: Any) -> Any:
-    """``AutoModelForSequenceClassification.from_pretrained``; CheckpointError unless every tensor has its place."""
-    from transformers import AutoModelForSequenceClassification  # seconds to import: only for those who use it
+    """Call ``AutoModelForSequenceClassification.from_pretrained``.
+
+    Raises CheckpointError for missing, unknown or wrongly shaped tensors, and for a directory that cannot be read.
+    """
+    from transformers import AutoModelForSequenceClassification  # takes seconds to import
 
     try:
         with _without_report():
@@ -140,41 +143,46 @@ def load_classifier(path: Path, **options: Any) -> Any:
                 trust_remote_code=False,
                 use_safetensors=True,
                 output_loading_info=True,
-                ignore_mismatched_sizes=True,  # they are refused below, by name
+                ignore_mismatched_sizes=True,  # refused below with their names
                 **options,
             )
     except Exception as error:  # OSError, ValueError, RuntimeError, safetensors' own
         raise CheckpointError(f"hf:{path}: could not be read: {' '.join(str(error).split())[:300]}") from error
     lost = sorted(found["missing_keys"])
-    if lost:  # transformers draws them at random and goes on
-        raise CheckpointError(f"hf:{path}: the weights lack {', '.join(lost[:5])} ({len(lost)} tensors)")
+    if lost:  # transformers would initialise them at random
+        raise CheckpointError(f"hf:{path}: the weights have no {', '.join(lost[:5])} ({len(lost)} tensors missing)")
     if found["mismatched_keys"]:
         wrong = [f"{name} {list(has)}, not {list(means)}" for name, has, means in found["mismatched_keys"]]
-        raise CheckpointError(f"hf:{path}: config.json means other sizes: {'; '.join(sorted(wrong)[:5])}")
+        raise CheckpointError(f"hf:{path}: sizes differ from config.json: {'; '.join(sorted(wrong)[:5])}")
     left = sorted(found["unexpected_keys"])
     if left:
-        raise CheckpointError(f"hf:{path}: {type(model).__name__} has no place for {unused(left)}")
+        raise CheckpointError(f"hf:{path}: {type(model).__name__} does not have {explain_tensors(left)}")
     return model
 
 
-def unused(names: list[str]) -> str:
-    """Tensors that a model has no place for, by name, and what they are where that is known."""
+def explain_tensors(names: list[str]) -> str:
+    """Return up to 5 names of tensors that a model does not have, each with its explanation if there is one."""
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return ", ".join(map(explained, names[:5])) + more
+    return ", ".join(map(explain_tensor, names[:5])) + more
 
 
-def explained(name: str) -> str:
+def explain_tensor(name: str) -> str:
+    """Return the name of a tensor, with an explanation in brackets if its name is known."""
     meaning = next((what for pattern, what in _TENSORS if pattern.search(name)), "")
     return f"{name} ({meaning})" if meaning else name
 
 
 def is_classifier(config: dict[str, Any]) -> bool:
+    """Return whether config.json names a sequence classifier."""
     names = config.get("architectures")
     return isinstance(names, list) and any(str(name).endswith(CLASSIFIER) for name in names)
 
 
 def labels(where: Path, config: dict[str, Any]) -> int:
-    """Outputs of the head: the labels, of which transformers has two where nothing says how many."""
+    """Return the number of outputs of the head, which is the number of labels (transformers' default is 2).
+
+    Raises CheckpointError for contradictory or invalid labels.
+    """
     named, number = config.get("id2label"), config.get("num_labels")
     if not isinstance(named, dict | None) or type(number) not in (int, type(None)):
         raise CheckpointError(f"{where}: id2label={named!r}, num_labels={number!r}: not the labels of a classifier")
@@ -199,59 +207,59 @@ def _check_keys(where: Path, config: dict[str, Any]) -> None:
     wrong += [f"auto_map.{key}={remote[key]!r}" for key in remote if key.endswith(CLASSIFIER)]
     if wrong:
         raise CheckpointError(
-            f"{where}: {', '.join(wrong)} would change the reward, and transformers does not read it: fold it into the "
-            "weights, or remove it where it has no effect"
+            f"{where}: {', '.join(wrong)} would change the reward, but transformers does not read it: fold it into the "
+            "weights, or remove it if it has no effect"
         )
 
 
 def _known_keys(model_type: str) -> set[str]:
-    """Keys that the class of the model reads, whatever they are called."""
+    """Return the keys that the model's configuration class reads."""
     from transformers import CONFIG_MAPPING
 
     try:
         return set(CONFIG_MAPPING[model_type]().to_dict())
-    except Exception:  # an unknown type is told when it is opened; a class may not open without arguments
+    except Exception:  # loading the model reports an unknown type; some classes need arguments
         return set()
 
 
 def _is_neutral(key: str, value: Any) -> bool:
-    """Whether the key leaves the head's output as it is."""
+    """Return whether the key does not change the head's output."""
     if isinstance(value, dict):
         return all(_is_neutral(inner.lower(), part) for inner, part in value.items() if inner != "version")
     if isinstance(value, list):
         return all(_is_neutral(key, part) for part in value)
     if value is None or value is False or value is True:
         return not value
-    if isinstance(value, str):  # "torch.nn.modules.linear.Identity"; "score" is what transformers calls the head
+    if isinstance(value, str):  # "torch.nn.modules.linear.Identity"; transformers names the head "score"
         return value.lower().rpartition(".")[2] in ("", "none", "identity", "score")
     return value == (1 if re.search("std|variance|scale", key) else 0)
 
 
 def _check_weight_files(path: Path) -> None:
-    """Refuse weight files that are not read: part of the model, or another model, would be in them."""
-    from nemo_advrm.convert.safetensors_files import INDEX, SINGLE, indexed_files  # conversion stands above rewards
+    """Raise CheckpointError for weight files that are not read: they contain a part of the model, or another model."""
+    from nemo_advrm.convert.safetensors_files import INDEX, SINGLE, indexed_files  # imports Megatron-Core
 
     if not path.is_dir():
         return
     files = sorted(file.name for file in path.iterdir() if file.is_file())
     read = indexed_files(path) if INDEX in files else {SINGLE}
     if INDEX in files and SINGLE in files and SINGLE not in read:
-        raise CheckpointError(f"{path}: holds {SINGLE} and {INDEX}, which are two models: keep one of them")
+        raise CheckpointError(f"{path}: contains {SINGLE} and {INDEX}, which are two models: keep one of them")
     left = [f for f in files if f.endswith(".safetensors") and f not in read and not _OTHER_FORMATS.fullmatch(f)]
-    left = left if SINGLE in files or INDEX in files else []  # that there is none of them is told where they are read
+    left = left if SINGLE in files or INDEX in files else []  # reading the weights reports when there are none
     left += [f for f in files if f.endswith(_PICKLED) and _PARTS.search(f)]
     if left:
-        raise CheckpointError(f"{path}: {', '.join(left)} would not be read beside {', '.join(sorted(read)[:3])}")
+        raise CheckpointError(f"{path}: {', '.join(left)} would not be read, only {', '.join(sorted(read)[:3])}")
 
 
 def _check_formats(path: Path) -> None:
-    """Refuse weights in formats that mean nothing without a scale that transformers does not know of."""
+    """Raise CheckpointError for integer and 8-bit weights: they need scales, which transformers would not apply."""
     from nemo_advrm.convert.safetensors_files import ANY_FORMAT, SafetensorsDirectory
 
     for name, spec in SafetensorsDirectory(path, ANY_FORMAT).specs.items():
         scaled = not spec.dtype.is_floating_point or spec.dtype.itemsize == 1
         if scaled and name.endswith(("weight", "bias")):
-            raise CheckpointError(f"hf:{path}: {name} is stored as {spec.dtype}: quantised weights are not opened")
+            raise CheckpointError(f"hf:{path}: {name} is stored as {spec.dtype}: quantised weights are not supported")
 
 
 def _rows(model: Any) -> int:
@@ -259,8 +267,11 @@ def _rows(model: Any) -> int:
 
 
 def _longest(model: Any) -> int:
-    """Most tokens of a row: the positions that were learned, less those before the first (RoBERTa counts from its
-    padding's), else the context that config.json names; 0 without either. A sliding window limits nothing."""
+    """Return the maximum number of tokens of a sequence, 0 without a limit.
+
+    It is the smaller of the learned positions, minus those before the first (RoBERTa counts from the padding id), and
+    ``max_position_embeddings`` of config.json. A sliding window is not a limit.
+    """
     limits = [getattr(model.config, "max_position_embeddings", None) or 0]
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding) and re.fullmatch(
@@ -273,7 +284,7 @@ def _longest(model: Any) -> int:
 
 @contextmanager
 def _without_report() -> Iterator[None]:
-    """Without transformers' table of tensors and its bar: what is wrong with them is an error here."""
+    """Silence transformers' report on tensors and its progress bar: here such problems are errors."""
     from transformers.utils import logging as theirs
 
     logger = logging.getLogger("transformers")

@@ -1,4 +1,4 @@
-"""Writes Hugging Face directories: causal language models, and reward models as classifiers with one label."""
+"""Writes causal language models, and reward models as classifiers with one label, as Hugging Face directories."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from nemo_advrm.convert.differences import listed
+from nemo_advrm.convert.differences import list_names
 from nemo_advrm.convert.hf_config import check_config, choose_architecture, hf_config
 from nemo_advrm.convert.model_card import model_card
 from nemo_advrm.convert.padding_token import choose_padding_token, write_tokenizer
@@ -31,14 +31,14 @@ OWN_TOKENIZERS = ("byte", "synthetic")
 
 
 class HFSink:
-    """A directory that ``from_pretrained`` opens: weights, config.json, tokenizer, model card.
+    """Writes a directory for ``from_pretrained``: weights, config.json, tokenizer, model card.
 
     Args:
-        head_bias: the reward head's bias, if it has one. Hugging Face's heads have none.
-        drop_head_bias: leave a bias out that is not 0, which shifts all scores by a constant.
-        architecture: the family to write; empty takes that of ``description.hf_config``, else the first that fits.
+        head_bias: bias of the reward head, if it has one. Heads of Hugging Face have none.
+        drop_head_bias: drop a bias that is not 0, which shifts all scores by a constant.
+        architecture: family to write; the default is that of ``description.hf_config``, or the first that fits.
 
-    Raises CheckpointError for a model that no such directory can hold.
+    Raises CheckpointError for a model that Hugging Face cannot represent.
     """
 
     def __init__(
@@ -63,8 +63,8 @@ class HFSink:
         self.config.pop(HF_KEY, None)
         if description.head == "reward":
             self.config[HF_KEY] = description.rule.meta()
-        self._take_own_tokenizer()
-        self._take_end_tokens()
+        self._set_own_tokenizer_ids()
+        self._set_end_token_ids()
         self._rows = model.vocab_size
         self._padding = None
         if description.head == "reward":
@@ -86,20 +86,20 @@ class HFSink:
             raise CheckpointError("Hugging Face has no model with a value per token: a critic cannot be exported")
         if head == "reward" and specs["head.weight"].shape[0] != 1:
             raise CheckpointError(
-                f"the reward head has {specs['head.weight'].shape[0]} outputs; a model with one score can be exported"
+                f"the reward head has {specs['head.weight'].shape[0]} outputs; only one output can be exported"
             )
         if HEAD_BIAS in specs and bias is not None and bool(bias.any()):
             if not drop:
                 raise CheckpointError(
-                    f"the reward head has the bias {bias.tolist()[0]:g}, which Hugging Face's heads cannot hold; with "
-                    "drop_head_bias=true it is left out, and all scores shift by that constant"
+                    f"the reward head has the bias {bias.tolist()[0]:g}, but Hugging Face's heads have no bias; "
+                    "drop_head_bias=true drops it, which shifts all scores by that constant"
                 )
             self.notes.append(
                 f"The head's bias {bias.tolist()[0]:g} was left out: scores here are lower by that constant."
             )
 
-    def _take_own_tokenizer(self) -> None:
-        """Special tokens of the tokenizers that transformers does not have."""
+    def _set_own_tokenizer_ids(self) -> None:
+        """Set the special token ids of this package's own tokenizers, which transformers cannot load."""
         name = self._model.tokenizer
         about = self._description
         if about.tokenizer is not None or about.hf_config or name not in OWN_TOKENIZERS:
@@ -108,8 +108,8 @@ class HFSink:
         self.config |= {"eos_token_id": own.eos_id, "pad_token_id": own.pad_id, "bos_token_id": None}
         self.notes.append(f"Text is encoded by nemo_advrm's tokenizer `{name}`, which transformers does not have.")
 
-    def _take_end_tokens(self) -> None:
-        """Ids that config.json lacks, from the tokenizer, which is opened here: before anything is written."""
+    def _set_end_token_ids(self) -> None:
+        """Set missing bos and eos ids from the tokenizer; opens it before anything is written."""
         if self._description.tokenizer is None:
             return
         check_tokenizer(self._description.tokenizer)
@@ -131,12 +131,12 @@ class HFSink:
         if padding.token is not None or padding.rows != self._model.vocab_size:
             self.notes.append(
                 f"Padding is the token {padding.id}{f' ({padding.token})' if padding.token else ''}, because the score "
-                "is read at the last token that is not padding, and conversations may end in the former one."
+                "is read at the last token that is not padding, and conversations may end with the former one."
             )
         return padding
 
     def _map(self, specs: dict[str, TensorSpec]) -> dict[str, tuple[Transform, dict[str, TensorSpec]]]:
-        """Canonical name -> transform and the Hugging Face tensors it becomes."""
+        """Map each canonical name to its transform and the specs of its Hugging Face tensors."""
         parts, unknown = {}, []
         for name, spec in specs.items():
             if name == HEAD_BIAS:
@@ -150,7 +150,7 @@ class HFSink:
             names = zip(found[1], split, strict=True)
             parts[name] = found[0], {theirs: TensorSpec(tuple(t.shape), spec.dtype) for theirs, t in names}
         if unknown:
-            raise CheckpointError(listed(f"{self._table.family} has no place for", unknown))
+            raise CheckpointError(list_names(f"{self._table.family} has no tensors for", unknown))
         return parts
 
     def native(self, name: str) -> str:
@@ -158,7 +158,7 @@ class HFSink:
 
     def write(self, name: str, tensor: Tensor) -> None:
         if name not in self._left:
-            raise CheckpointError(f"{self.path}: {name} is not expected, or came twice")
+            raise CheckpointError(f"{self.path}: {name} is unexpected or was written twice")
         self._left.remove(name)
         if name == HEAD_BIAS:
             return
@@ -170,7 +170,7 @@ class HFSink:
 
     def close(self) -> None:
         if self._left:
-            raise CheckpointError(f"{self.path}: {listed('tensors that did not come:', sorted(self._left))}")
+            raise CheckpointError(f"{self.path}: {list_names('tensors that were not written:', sorted(self._left))}")
         self._open = False
         self._writer.close()
         partial = self._directory.partial
@@ -196,7 +196,7 @@ class HFSink:
         with contextlib.ExitStack() as undo:
             undo.callback(self._directory.remove)
             undo.callback(self._writer.abandon)
-            # makes every file at its full size, which reserves nothing: only a limit on file sizes refuses it here
+            # creates sparse files of full size, which fails here if a file size limit is too low
             self._writer.open(self._directory.make())
             undo.pop_all()
         self._open = True
@@ -210,4 +210,4 @@ class HFSink:
                 self.close()
         finally:
             self._writer.abandon()
-            self._directory.remove()  # nothing is left of it once it was renamed
+            self._directory.remove()  # does nothing after the rename

@@ -1,4 +1,4 @@
-"""Reads Hugging Face checkpoints: a directory of safetensors files, or a GGUF file through transformers."""
+"""Reads Hugging Face checkpoints: a directory of safetensors files, or a GGUF file loaded by transformers."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch import Tensor
 
 from nemo_advrm.config.schema import ModelConfig
 from nemo_advrm.convert.architecture_tables import EMBEDDING, IGNORED, LM_HEAD, Architecture
-from nemo_advrm.convert.differences import listed
-from nemo_advrm.convert.hf_config import described, find_architecture, model_config, read_config
-from nemo_advrm.convert.hf_directory import explained
+from nemo_advrm.convert.differences import check_layers, list_names
+from nemo_advrm.convert.hf_config import find_architecture, model_config, read_config, without_irrelevant_keys
+from nemo_advrm.convert.hf_directory import explain_tensor
 from nemo_advrm.convert.safetensors_files import SafetensorsDirectory
 from nemo_advrm.convert.tensor_names import canonical_shapes
 from nemo_advrm.convert.tensors import Description, TensorSpec
@@ -27,7 +27,7 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json"
 
 
 class Weights(Protocol):
-    """Tensors by the names of Hugging Face."""
+    """Tensors by their Hugging Face names."""
 
     specs: dict[str, TensorSpec]
 
@@ -48,8 +48,8 @@ class LoadedWeights:
 class HFSource:
     """A causal language model, or a sequence classifier with one label (a reward model), of a known architecture.
 
-    Opening checks that every tensor of the checkpoint has its place, that none is missing and that all shapes are
-    those of config.json; CheckpointError lists all that is wrong.
+    Raises CheckpointError, with a list of all problems, for missing or unknown tensors and for shapes that differ from
+    config.json.
     """
 
     def __init__(self, path: Path, tokenizer: Path | None = None) -> None:
@@ -101,7 +101,7 @@ def _open(path: Path) -> tuple[dict[str, Any], Weights]:
 
 
 def _open_gguf(file: Path) -> tuple[dict[str, Any], Weights]:
-    """transformers reads the whole model into memory and undoes the quantisation."""
+    """Load a GGUF file with transformers, which dequantises the whole model in memory."""
     import importlib.util
 
     if importlib.util.find_spec("gguf") is None:
@@ -118,8 +118,8 @@ def _open_gguf(file: Path) -> tuple[dict[str, Any], Weights]:
     tensors: dict[str, Tensor] = model.state_dict()
     if model.config.tie_word_embeddings:
         tensors.pop(LM_HEAD, None)
-    config = described(model.config.to_dict(), [type(model).__name__])
-    # GGUF holds numbers in fp32, in which 1e-5 is 9.99999974737875e-06: take the shortest number that means the same
+    config = without_irrelevant_keys(model.config.to_dict(), [type(model).__name__])
+    # GGUF stores numbers in fp32, where 1e-5 is 9.99999974737875e-06: use the shortest decimal with that fp32 value
     config |= {key: float(str(np.float32(v))) for key, v in config.items() if isinstance(v, float)}
     return config, LoadedWeights(tensors)
 
@@ -127,9 +127,11 @@ def _open_gguf(file: Path) -> tuple[dict[str, Any], Weights]:
 def _map(
     table: Architecture, model: ModelConfig, head: Any, weights: Weights, path: Path
 ) -> tuple[dict[str, tuple[Transform, tuple[str, ...]]], dict[str, TensorSpec]]:
-    """Where every canonical tensor comes from, and its spec; CheckpointError lists whatever does not fit."""
-    if model.num_layers > len(weights.specs):
-        raise CheckpointError(f"{path}: {len(weights.specs)} tensors are too few for {model.num_layers} layers")
+    """Map each canonical tensor to its transform and Hugging Face names, and to its spec.
+
+    Raises CheckpointError with a list of missing, unknown and wrong tensors.
+    """
+    check_layers(path, model, weights.specs)
     parts, specs, missing, wrong = {}, {}, [], []
     left = {name for name in weights.specs if not IGNORED.search(name)}
     for name, shape in canonical_shapes(model, head, model.vocab_size).items():
@@ -149,14 +151,14 @@ def _map(
             if spec.shape != tuple(meta.shape)
         ]
         if len({spec.dtype for spec in given}) > 1:
-            wrong.append(f"{', '.join(theirs)} differ in their number format")
+            wrong.append(f"{', '.join(theirs)} differ in their data type")
         specs[name] = TensorSpec(shape, given[0].dtype)
     if LM_HEAD in left and head == "lm" and _is_tied(weights, missing):
         left.remove(LM_HEAD)
     problems = [
-        listed("missing tensors:", missing),
-        listed(f"tensors that {table.family} does not have:", [explained(name) for name in sorted(left)]),
-        listed("wrong tensors:", wrong),
+        list_names("missing tensors:", missing),
+        list_names(f"tensors that {table.family} does not have:", [explain_tensor(name) for name in sorted(left)]),
+        list_names("wrong tensors:", wrong),
     ]
     if any(problems):
         raise CheckpointError(f"{path}: {'; '.join(filter(None, problems))}")
@@ -164,7 +166,7 @@ def _map(
 
 
 def _is_tied(weights: Weights, missing: list[str]) -> bool:
-    """Whether a file of a tied model holds the shared matrix twice, as some do."""
+    """Return whether the output layer equals the embedding; some files of tied models store both."""
     if EMBEDDING in missing or weights.specs[LM_HEAD] != weights.specs[EMBEDDING]:
         return False
     return torch.equal(weights.read(LM_HEAD), weights.read(EMBEDDING))

@@ -1,4 +1,4 @@
-"""Our own checkpoint directories ``{meta.json, weights/}`` as source and sink, without building a model."""
+"""Reads and writes Megatron checkpoint directories ``{meta.json, weights/}`` without building a model."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import yaml
 from torch import Tensor
 
 from nemo_advrm.config.schema import ModelConfig, OptimConfig, ScheduleConfig
-from nemo_advrm.convert.differences import check_tensors, listed
-from nemo_advrm.convert.dist_weights import StackedReader, StackedWriter, check_layers
+from nemo_advrm.convert.differences import check_layers, check_tensors, list_names
+from nemo_advrm.convert.dist_weights import StackedReader, StackedWriter
 from nemo_advrm.convert.partial import PartialDirectory
 from nemo_advrm.convert.tensor_names import VOCABULARY_ROWS, canonical_shapes, layer_of, stacked_name
 from nemo_advrm.convert.tensors import Description, TensorSpec
@@ -31,7 +31,7 @@ from nemo_advrm.untrusted_files import read_json_object
 
 TOKENIZER, HF_CONFIG = "tokenizer", "hf_config.json"
 MODEL_FILE = Path("conf", "model", "imported.yaml")  # selected by hydra.searchpath=[DIR/conf] model=imported
-# keys of meta.json that describe the checkpoint itself and not where it came from
+# keys of meta.json that describe the checkpoint itself, not its provenance
 _STRUCTURE = (
     "format",
     "head",
@@ -48,10 +48,10 @@ _STRUCTURE = (
 
 
 class MegatronSource:
-    """A checkpoint that training or conversion wrote, at any layout. Optimizer state is left out.
+    """Reads a checkpoint written by training or conversion at any layout; ignores optimizer state.
 
-    Raises CheckpointError when it is incomplete, a file has not the size that its manifest says (if it has one), or its
-    tensors are not those of its own description.
+    Raises CheckpointError when it is incomplete, a file size differs from its manifest (if it has one), or its tensors
+    do not match its description.
     """
 
     def __init__(self, path: Path, tokenizer: Path | None = None) -> None:
@@ -66,9 +66,9 @@ class MegatronSource:
         rule = rule_from_meta(meta, path)
         own = _open_tokenizer(model, self.tokenizer, rule)
         if own is not None and tokenizer is None and meta.get("tokenizer") not in (None, own.fingerprint):
-            raise CheckpointError(f"{path}: the tokenizer {own.name} is not what it was in training: set tokenizer=DIR")
+            raise CheckpointError(f"{path}: the tokenizer {own.name} has changed since training: set tokenizer=DIR")
         self._vocabulary = model.vocab_size or _vocabulary_of(path, meta, model, own)
-        # what a padded row holds is never looked at, so that it is left behind
+        # padded rows are never used, so they are not converted
         self._specs = self._check(meta, model)
         self.description = Description(
             model=replace(model, vocab_size=self._vocabulary),
@@ -111,13 +111,13 @@ class MegatronSource:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Files are open only while a tensor is read."""
+        """Do nothing: files are open only while a tensor is read."""
 
 
 class MegatronSink:
-    """A checkpoint that :mod:`nemo_advrm.engine.checkpoint` opens at any layout.
+    """Writes a checkpoint that :mod:`nemo_advrm.engine.checkpoint` opens at any layout.
 
-    Beside the weights it holds what it needs to be used and exported later: ``tokenizer/`` and ``hf_config.json``.
+    It also writes ``tokenizer/`` and ``hf_config.json``, which use and later export of the checkpoint need.
     """
 
     def __init__(self, path: Path, description: Description, specs: dict[str, TensorSpec]) -> None:
@@ -143,13 +143,13 @@ class MegatronSink:
     def write(self, name: str, tensor: Tensor) -> None:
         assert self._writer is not None
         if name not in self._left:
-            raise CheckpointError(f"{self.path}: {name} is not expected, or came twice")
+            raise CheckpointError(f"{self.path}: {name} is unexpected or was written twice")
         self._left.remove(name)
         self._writer.write(name, pad_vocabulary(tensor, self._rows) if name in VOCABULARY_ROWS else tensor)
 
     def close(self) -> None:
         if self._left:
-            raise CheckpointError(f"{self.path}: {listed('tensors that did not come:', sorted(self._left))}")
+            raise CheckpointError(f"{self.path}: {list_names('tensors that were not written:', sorted(self._left))}")
         assert self._writer is not None
         self._writer.close()
         self._writer = None
@@ -178,7 +178,7 @@ class MegatronSink:
             "conversion": about.provenance,
         }
         (partial / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
-        # the tokenizer and the model file beside them may be edited
+        # users may edit the tokenizer and the model file, so the manifest leaves them out
         names = ["meta.json", *(f"{WEIGHTS}/{name}" for name in manifest.names_in(partial / WEIGHTS))]
         manifest.write(partial, manifest.describe(partial, names))
         self._directory.complete()
@@ -196,11 +196,11 @@ class MegatronSink:
             if kind is None and self._writer is not None:
                 self.close()
         finally:
-            self._directory.remove()  # nothing is left of it once it was renamed
+            self._directory.remove()  # does nothing after the rename
 
 
 def _write_model_file(model: ModelConfig, path: Path) -> None:
-    """The architecture as a file of the configuration group ``model``, so that stages can name it."""
+    """Write the architecture as a file of the configuration group ``model``, which commands can select."""
     default = ModelConfig()
     settings = {k: v for k, v in asdict(model).items() if k != "optim" and v != getattr(default, k)}
     path.parent.mkdir(parents=True)
@@ -208,7 +208,7 @@ def _write_model_file(model: ModelConfig, path: Path) -> None:
 
 
 def read_model(meta: dict[str, Any], path: Path) -> ModelConfig:
-    """The ModelConfig of a checkpoint's description; a key it lacks has its default."""
+    """Return the ModelConfig in a checkpoint's meta.json; missing keys get their defaults."""
     settings = dict(meta["model"])
     optim = dict(settings.pop("optim", {}))
     try:
@@ -224,7 +224,7 @@ def _native(name: str) -> str:
 
 
 def _tokenizer_of(path: Path, meta: dict[str, Any]) -> Path | None:
-    """The tokenizer beside the weights, else the one that training named."""
+    """Return the tokenizer directory of the checkpoint, or the one used in training; None without either."""
     if (path / TOKENIZER).is_dir():
         return path / TOKENIZER
     spec = str(meta.get("tokenizer_spec") or meta["model"].get("tokenizer", ""))
@@ -233,7 +233,7 @@ def _tokenizer_of(path: Path, meta: dict[str, Any]) -> Path | None:
 
 
 def _open_tokenizer(model: ModelConfig, tokenizer: Path | None, rule: ReadingRule) -> Tokenizer | None:
-    """The tokenizer that goes with the weights, None when it cannot be opened."""
+    """Open the tokenizer of the weights; None when it cannot be opened."""
     try:
         return build_tokenizer(f"hf:{tokenizer}" if tokenizer else model.tokenizer, rule)
     except (ConfigError, DataError):
@@ -241,7 +241,10 @@ def _open_tokenizer(model: ModelConfig, tokenizer: Path | None, rule: ReadingRul
 
 
 def _vocabulary_of(path: Path, meta: dict[str, Any], model: ModelConfig, tokenizer: Tokenizer | None) -> int:
-    """Entries of the tokenizer, all stored rows without one; CheckpointError unless the rows are its entries padded."""
+    """Return the unpadded vocabulary size: that of the tokenizer, or all stored rows without one.
+
+    Raises CheckpointError when the number of stored rows is neither the tokenizer's size nor that size padded.
+    """
     stored = int(meta["vocab_size"])
     if tokenizer is None:
         return stored
@@ -249,13 +252,13 @@ def _vocabulary_of(path: Path, meta: dict[str, Any], model: ModelConfig, tokeniz
     if stored not in (padded, tokenizer.vocab_size):
         raise CheckpointError(
             f"{path}: the tokenizer {tokenizer.name} has {tokenizer.vocab_size} entries, padded {padded}, but the "
-            f"weights have {stored} rows: set tokenizer=DIR to the one it was trained with"
+            f"weights have {stored} rows: set tokenizer=DIR to the tokenizer used in training"
         )
     return tokenizer.vocab_size
 
 
 def _hf_config_of(path: Path, tokenizer: Path | None) -> dict[str, Any]:
-    """hf_config.json of the checkpoint, or of the imported one whose tokenizer it was trained with."""
+    """Read hf_config.json of the checkpoint, or of the imported checkpoint from which its tokenizer comes."""
     for directory in (path, *([tokenizer.parent] if tokenizer else [])):
         file = directory / HF_CONFIG
         if file.exists():

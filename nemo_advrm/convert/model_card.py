@@ -1,4 +1,4 @@
-"""The README.md of an exported model."""
+"""Writes the README.md of an exported model."""
 
 from __future__ import annotations
 
@@ -38,19 +38,19 @@ _READ = {
     CONVERSATION: """\
 `texts` are finished conversations, question and answer, as the chat template writes them:
 `tokenizer.apply_chat_template(messages, tokenize=False)`. The score is that of the last token before the padding, as in
-training: nothing is cut off and nothing is added.""",
+training: do not cut off or add anything.""",
     ANSWER: """\
 The score is that of the last token before the padding, which must be the token that ends the answer, as in training:
 `texts` are the chat template's generation prompt and the answer, and end right after the answer's end token.""",
 }
 
 _READ_PLAIN = """\
-There is no chat template. Each of `texts` is a prompt as the model was trained with, the answer, and the end token, of
-which the score is that."""
+There is no chat template. Each of `texts` is a prompt in the format of training, the answer, and the end token. The
+score is that of the end token."""
 
 _SPECIAL = """\
-Text in a message that spells a special token (such as `<|im_end|>`) was only text in training. transformers makes it
-that token, unless its newer versions are told `sanitize_control_tokens=True` in `apply_chat_template`."""
+Text in a message that spells a special token (such as `<|im_end|>`) was ordinary text in training. transformers encodes
+it as that token, unless you pass `sanitize_control_tokens=True` to `apply_chat_template` (newer versions only)."""
 
 _USE_LM = """\
 ```python
@@ -62,7 +62,7 @@ tokenizer = AutoTokenizer.from_pretrained("DIR")
 
 
 def model_card(description: Description, class_name: str, notes: list[str]) -> str:
-    """Markdown with the metadata block of the Hugging Face hub; ``notes`` are sentences on this export."""
+    """Return Markdown with the metadata block of the Hugging Face hub; ``notes`` are sentences about this export."""
     reward = description.head == "reward"
     kind = "Reward model" if reward else "Language model"
     facts = [f"- {label}: {_shown(description.provenance[key])}" for key, label in _KNOWN if _known(description, key)]
@@ -80,7 +80,7 @@ def model_card(description: Description, class_name: str, notes: list[str]) -> s
 
 
 def _how_to_read(description: Description) -> str:
-    """Which text is scored, and at which token."""
+    """Return the paragraphs on the text to score and the token at which the score is read."""
     if description.tokenizer is None:
         return _READ_PLAIN
     tokenizer = build_tokenizer(f"hf:{description.tokenizer}", description.rule)

@@ -1,7 +1,7 @@
-"""A ``.nemo`` archive that is read where it lies: members are checked first, nothing is ever unpacked by name.
+"""Reads ``.nemo`` archives in place: checks all members first and extracts none to a path from the archive.
 
-A ``.nemo`` is a plain tar. Its members are byte ranges of the file, so that weights of any size are read without a
-second copy on disk, and a hostile name has no file system to reach.
+A ``.nemo`` is an uncompressed tar file, so its members are byte ranges. Weights of any size are read without a second
+copy on disk, and a malicious member name cannot write outside a directory. `tarfile.extractall` has neither property.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from torch.distributed.checkpoint.utils import _create_file_view
 
 from nemo_advrm.errors import CheckpointError
 
-# a checkpoint of thousands of ranks has two files a rank
+# a checkpoint has two files per rank, with thousands of ranks
 MAX_MEMBERS = 100_000
-# everything that is read whole: configuration, tokenizer, the table of contents of the weights
+# limit for files that are read whole: configuration, tokenizer, metadata of the weights
 MAX_WHOLE_BYTES = 512 << 20
-# the end of a tar is marked by blocks of zeros
+# blocks of zeros mark the end of a tar file
 _BLOCK = 512
 
 
 class NemoArchive:
-    """The files of one archive by their path inside it (without the leading ``./``).
+    """The files of one archive by their path in it (without the leading ``./``).
 
-    Raises CheckpointError for a path that is no complete tar, and for one with a member that no ``.nemo`` has: an
-    absolute path, ``..``, a link, a device, a sparse or doubled file, or more members than any model needs.
+    Raises CheckpointError for a path that is not a complete tar file, and for members that no ``.nemo`` has: an
+    absolute path, ``..``, a link, a device, a sparse or duplicate file, or more than ``MAX_MEMBERS`` members.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -45,25 +45,27 @@ class NemoArchive:
         return list(self._members)
 
     def size(self, name: str) -> int | None:
-        """Bytes of a file, None when it is not there."""
+        """Return the size of a file in bytes; None when it does not exist."""
         return self._members[name].size if name in self._members else None
 
     def open(self, name: str, offset: int = 0, length: int | None = None) -> IO[bytes]:
-        """A seekable view of one file or of a part of it, one used at a time; CheckpointError when it is not there."""
+        """Return a seekable view of a file or a part of it; use only one view at a time.
+
+        Raises CheckpointError when the file does not exist or is too short.
+        """
         member = self._member(name)
         length = member.size - offset if length is None else length
         if offset < 0 or length < 0 or offset + length > member.size:
             raise CheckpointError(
-                f"{self.path}: {name} has {member.size} bytes, bytes {offset} to {offset + length} "
-                "of it were to be read"
+                f"{self.path}: {name} has {member.size} bytes; bytes {offset} to {offset + length} cannot be read"
             )
         return cast(IO[bytes], _create_file_view(cast(io.IOBase, self._file), member.offset_data + offset, length))
 
     def read(self, name: str, limit: int = MAX_WHOLE_BYTES) -> bytes:
-        """All bytes of a file that is small; CheckpointError when it has more than ``limit``."""
+        """Return the content of a small file. Raises CheckpointError when it has more than ``limit`` bytes."""
         size = self._member(name).size
         if size > limit:
-            raise CheckpointError(f"{self.path}: {name} has {size} bytes, more than such a file has ({limit})")
+            raise CheckpointError(f"{self.path}: {name} has {size} bytes, more than the limit of {limit}")
         return self.open(name).read(size)
 
     def close(self) -> None:
@@ -85,24 +87,26 @@ class NemoArchive:
     def _index(self) -> dict[str, tarfile.TarInfo]:
         members: dict[str, tarfile.TarInfo] = {}
         try:
-            # "r:" takes uncompressed archives only: a compressed one may unpack to any size
+            # "r:" accepts only uncompressed archives: a compressed one may unpack to any size
             with _Bounded(self.path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
                 for count, member in enumerate(tar, start=1):
                     if count > MAX_MEMBERS:
-                        raise CheckpointError(f"{self.path}: has more than {MAX_MEMBERS} members, no .nemo file has")
+                        raise CheckpointError(
+                            f"{self.path}: has more than {MAX_MEMBERS} members, which no .nemo file has"
+                        )
                     name = self._checked_name(member)
                     if member.isdir():
                         continue
                     if name in members:
-                        raise CheckpointError(f"{self.path}: holds the member {member.name!r} twice")
+                        raise CheckpointError(f"{self.path}: contains the member {member.name!r} twice")
                     members[name] = member
                 end = tar.offset
         except (tarfile.TarError, OSError, ValueError, EOFError, OverflowError, RecursionError) as error:
-            hint = " (a compressed one: gunzip it first)" if self._bytes(0, 2) == b"\x1f\x8b" else ""
+            hint = " (it is compressed: gunzip it first)" if self._bytes(0, 2) == b"\x1f\x8b" else ""
             raise CheckpointError(
-                f"{self.path}: not a whole .nemo file, which is a tar archive{hint}: {error}"
+                f"{self.path}: not a complete .nemo file, which is a tar archive{hint}: {error}"
             ) from None
-        # the reader also stops, without a word, at a header that is damaged or cut
+        # tarfile also stops silently at a damaged or truncated header
         if self._bytes(end, _BLOCK) != bytes(_BLOCK):
             raise CheckpointError(f"{self.path}: the file is truncated or damaged after {end} bytes")
         return members
@@ -123,7 +127,7 @@ class NemoArchive:
 
 
 class _Bounded(io.BufferedReader):
-    """A file that takes no more memory for a read than it has bytes left: a tar's header may claim any size."""
+    """A file whose reads allocate at most the remaining bytes: a tar header may claim any size."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(io.FileIO(path))

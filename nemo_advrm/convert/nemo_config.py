@@ -1,4 +1,7 @@
-"""``model_config.yaml`` of a NeMo GPT <-> ModelConfig; every setting that changes the result is mapped or refused."""
+"""Converts ``model_config.yaml`` of a NeMo GPT to ModelConfig and back.
+
+Every setting that changes the result is either converted or refused.
+"""
 
 from __future__ import annotations
 
@@ -40,9 +43,9 @@ _NORMS = {
     ("rmsnorm", False): "RMSNorm",
     ("rmsnorm", True): "rmsnorm1p",
 }
-# settings with the values that leave the model what it is here; any other value is refused
+# settings with the values that do not change the model; any other value is refused
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "mcore_gpt": (True,),  # NeMo's older GPT has other weights
+    "mcore_gpt": (True,),  # the older GPT implementation of NeMo has other weights
     "name": (None, "", "te_gpt", "megatron_gpt_full_te_layer_autocast"),
     "num_moe_experts": (None,),
     "rotary_interleaved": (None, False),
@@ -66,13 +69,14 @@ _NEUTRAL_IN: dict[Head, dict[str, tuple[Any, ...]]] = {
 
 
 class UnresolvedConfig(Mapping[str, Any]):
-    """A configuration in which interpolations stay as they are; CheckpointError when one is read.
+    """A configuration whose interpolations are not resolved; reading one raises CheckpointError.
 
-    Files of NeMo hold some that are of no account here (``data.seq_length: ${model.encoder_seq_length}``). One that
-    counts is neither resolved, which could tell a variable of the environment, nor taken as a text.
+    NeMo's files contain interpolations in settings that are not read here (``data.seq_length:
+    ${model.encoder_seq_length}``). Resolving one that is read could reveal an environment variable; using it as text
+    would be wrong.
 
     Args:
-        source: what an error names, with the key.
+        source: name of the file in error messages, which also name the key.
     """
 
     def __init__(self, values: Mapping[str, Any], source: str, place: str = "") -> None:
@@ -93,7 +97,7 @@ class UnresolvedConfig(Mapping[str, Any]):
 
 
 def head_of(config: Mapping[str, Any]) -> Head:
-    """By the class that wrote the file, else by a key that only reward models have."""
+    """Return the head from the class that wrote the file, or from a key that only reward models have."""
     target = str(config.get("target", "")).rpartition(".")[2]
     if target == CRITIC_CLASS:
         return "value"
@@ -101,7 +105,7 @@ def head_of(config: Mapping[str, Any]) -> Head:
 
 
 def read_model(config: Mapping[str, Any], source: str) -> tuple[ModelConfig, Head]:
-    """Architecture and head; CheckpointError names the first setting that this engine cannot compute."""
+    """Return architecture and head. Raises CheckpointError with the first unsupported setting."""
     head = head_of(config)
     for key, allowed in {**_NEUTRAL, **_NEUTRAL_IN[head]}.items():
         if config.get(key) not in allowed:
@@ -109,7 +113,7 @@ def read_model(config: Mapping[str, Any], source: str) -> tuple[ModelConfig, Hea
     try:
         model = _read(config, head != "lm")
     except KeyError as error:
-        raise CheckpointError(f"{source}: model_config.yaml lacks {error.args[0]}") from None
+        raise CheckpointError(f"{source}: model_config.yaml has no {error.args[0]}") from None
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{source}: {error}") from None
     return model, head
@@ -131,7 +135,7 @@ def _read(config: Mapping[str, Any], scores: bool) -> ModelConfig:
     if positions not in ("rope", "learned_absolute"):
         raise ValueError(f"position_embedding_type={positions} is not supported")
     settings: dict[str, Any] = {}
-    # NeMo-Aligner builds reward models and critics without these two, also where the configuration names them
+    # NeMo-Aligner ignores these two settings when it builds reward models and critics
     if not scores and config.get("scale_positional_embedding"):
         settings |= {
             "rope_scaling": "llama3",
@@ -169,12 +173,12 @@ def _read(config: Mapping[str, Any], scores: bool) -> ModelConfig:
 
 
 def _fused(config: Mapping[str, Any], activation: str) -> str:
-    """What the activation is with NeMo's fused kernels, which compute GELU by its tanh approximation."""
+    """Return the activation that NeMo computes; its fused kernels use the tanh approximation of GELU."""
     if not config.get("bias_activation_fusion", True):
         return activation
-    # without a bias Megatron-Core fuses no plain GELU
+    # Megatron-Core fuses plain GELU only with a bias
     if activation == "gelu" and config.get("bias", True):
-        raise ValueError("activation=gelu with bias_activation_fusion, a GELU by tanh, is not supported")
+        raise ValueError("activation=gelu with bias_activation_fusion (tanh approximation) is not supported")
     return "geglu_tanh" if activation == "geglu" else activation
 
 
@@ -184,16 +188,16 @@ def _count(config: Mapping[str, Any], key: str, default: int | None = None) -> i
         return default
     if value is None:
         raise KeyError(key)
-    # NeMo writes some sizes as text
+    # NeMo writes some sizes as strings
     if isinstance(value, bool) or not str(value).isdigit() or int(value) == 0:
         raise ValueError(f"{key}={value!r} is not a number above 0")
     return int(value)
 
 
 def write_config(model: ModelConfig, head: Head, head_outputs: int, tokenizer: Mapping[str, Any]) -> dict[str, Any]:
-    """``model_config.yaml`` of a model; raises CheckpointError naming the key that NeMo 2.2.1 cannot compute."""
+    """Return ``model_config.yaml`` of a model. Raises CheckpointError for a setting without support in NeMo 2.2.1."""
     if head == "value":
-        raise CheckpointError("a critic cannot be written as a .nemo, only reward models and language models")
+        raise CheckpointError("a critic cannot be written as a .nemo file, only reward models and language models")
     reward = head == "reward"
     minus_one = model.normalization.endswith("1p")
     norm = {"RMSNorm": "rmsnorm", "rmsnorm1p": "rmsnorm", "LayerNorm": "layernorm", "layernorm1p": "layernorm1p"}
@@ -211,7 +215,9 @@ def write_config(model: ModelConfig, head: Head, head_outputs: int, tokenizer: M
     }
     for key, refused in unknown.items():
         if refused:
-            raise CheckpointError(f"{key}={getattr(model, key)} cannot be written as a .nemo: NeMo-Aligner lacks it")
+            raise CheckpointError(
+                f"{key}={getattr(model, key)} cannot be written as a .nemo file: NeMo-Aligner does not support it"
+            )
     config: dict[str, Any] = {
         "mcore_gpt": True,
         "transformer_engine": True,
@@ -231,7 +237,7 @@ def write_config(model: ModelConfig, head: Head, head_outputs: int, tokenizer: M
         "layernorm_zero_centered_gamma": minus_one,
         "layernorm_epsilon": model.layernorm_epsilon,
         "activation": _ACTIVATIONS_BACK[model.activation],
-        "bias_activation_fusion": model.activation == "geglu_tanh",  # the fused kernel alone computes that
+        "bias_activation_fusion": model.activation == "geglu_tanh",  # only the fused kernel computes it
         "position_embedding_type": model.position_embedding_type,
         "rotary_base": model.rotary_base,
         "rotary_percentage": model.rotary_percent,
@@ -251,7 +257,7 @@ def write_config(model: ModelConfig, head: Head, head_outputs: int, tokenizer: M
         "activations_checkpoint_method": None,
         "activations_checkpoint_num_layers": None,
         "activations_checkpoint_layers_per_pipeline": None,
-        # NeMo needs one to restore a model; a training script sets its own
+        # NeMo needs an optimizer section to restore a model; training scripts override it
         "optim": {"name": "distributed_fused_adam", "lr": 9.0e-6, "weight_decay": 0.1, "betas": [0.9, 0.98]},
         "tokenizer": dict(tokenizer),
     }

@@ -1,4 +1,4 @@
-"""``.nemo`` files of NeMo-Aligner as source and sink: reward models, critics (read) and actors of megatron-core."""
+"""Reads ``.nemo`` files of NeMo-Aligner (reward models, critics, actors) and writes reward models and actors."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ import torch
 import yaml
 from torch import Tensor
 
-from nemo_advrm.convert.differences import check_tensors, listed
-from nemo_advrm.convert.dist_weights import PREFIX, StackedReader, StackedWriter, check_layers
+from nemo_advrm.convert.differences import check_layers, check_tensors, list_names
+from nemo_advrm.convert.dist_weights import PREFIX, StackedReader, StackedWriter
 from nemo_advrm.convert.nemo_archive import NemoArchive
 from nemo_advrm.convert.nemo_config import UnresolvedConfig, read_model, write_config
 from nemo_advrm.convert.nemo_tokenizer_files import TEMPORARY, pack_tokenizer, unpack_tokenizer
@@ -35,27 +35,26 @@ from nemo_advrm.files import atomic_replace
 from nemo_advrm.untrusted_files import decode_json, parse_yaml
 
 CONFIG, WEIGHTS = "model_config.yaml", "model_weights"
-# canonical name -> NeMo-Aligner's
+# canonical name -> name in NeMo-Aligner
 _RENAMED = {"head.weight": "rm_head.weight", "head.bias": "rm_head.bias"}
-# a reward model or critic of NeMo-Aligner carries the output layer of a language model, which it never calls
+# reward models and critics of NeMo-Aligner contain an unused language model output layer
 _UNUSED = "output_layer.weight"
 _ARCHIVE = "archive"
 _MAX_CONFIG_BYTES = 16 << 20
 
 
 class NemoSource:
-    """A reward model, critic or actor that NeMo-Aligner wrote; weights are read inside the archive, tensor by tensor.
+    """Reads a reward model, critic or actor of NeMo-Aligner from the archive, one tensor at a time.
 
-    No pickled code runs: the table of contents is read without its classes, tensors with ``weights_only``, and
-    ``common.pt`` not at all. A standardisation of the reward, and the merging of several attributes into one reward,
-    become part of the head.
+    No pickled code runs: the metadata is read without its classes, tensors are read with ``weights_only``, and
+    ``common.pt`` is not read. Reward standardisation and the merging of several attributes into one reward are applied
+    to the weights of the head.
 
     Args:
-        tokenizer: directory or SentencePiece file to take in place of the archive's tokenizer.
+        tokenizer: directory or SentencePiece file to use instead of the archive's tokenizer.
 
     Raises:
-        CheckpointError: not a whole .nemo, an older or unsupported kind of one, or tensors that its configuration
-            does not describe.
+        CheckpointError: the file is incomplete, of an unsupported kind, or its tensors do not match its configuration.
     """
 
     def __init__(self, path: Path, tokenizer: Path | None = None) -> None:
@@ -132,14 +131,14 @@ class NemoSource:
 
 
 def check_complete(path: Path, stored: dict[str, TensorSpec], expected: dict[str, Shape]) -> None:
-    """Raise CheckpointError when the tensors are not those expected, or the file is too small to hold them."""
+    """Raise CheckpointError when the tensors differ from those expected, or the file is too small to contain them."""
     check_tensors(path, stored, expected)
     if sum(spec.nbytes for spec in stored.values()) > path.stat().st_size:
         raise CheckpointError(f"{path}: the file is smaller than the tensors it describes")
 
 
 class _HeadTransform:
-    """What NeMo-Aligner does to the head's output, done to the head: ``r @ weights`` and ``(r - mean) / std``."""
+    """Applies NeMo-Aligner's operations on rewards, ``r @ weights`` and ``(r - mean) / std``, to the head's weights."""
 
     def __init__(self, merge: list[float] | None, mean: float, std: float) -> None:
         self.merges = merge is not None
@@ -156,7 +155,7 @@ class _HeadTransform:
 
 
 def _attributes(config: Mapping[str, Any]) -> int | None:
-    """Outputs of the head by the configuration; None where it does not say."""
+    """Return the number of outputs in the configuration; None when it is not set."""
     value = (config.get("regression") or {}).get("num_attributes")
     return None if value is None else int(value)
 
@@ -170,28 +169,28 @@ def _head_transform(config: Mapping[str, Any], head: Head, source: str) -> _Head
         if outputs < 1:
             raise ValueError("num_attributes must be at least 1")
         merge = None
-        if regression.get("merge_attributes") or head == "value":  # a critic always merges them
+        if regression.get("merge_attributes") or head == "value":  # critics always merge attributes
             merge = [float(w) for w in regression.get("attribute_weights") or [1 / outputs] * outputs]
             if len(merge) != outputs:
-                raise ValueError("as many attribute_weights as num_attributes")
+                raise ValueError("attribute_weights must have num_attributes values")
         enabled = bool(standard.get("enable"))
         mean, std = (float(standard["mean"]), float(standard["std"])) if enabled else (0.0, 1.0)
         if std == 0:
-            raise ValueError("a standard deviation above 0")
+            raise ValueError("std must not be 0")
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{source}: regression or reward_standardization is damaged: {error}") from None
     return _HeadTransform(merge, mean, std) if merge is not None or enabled else None
 
 
 def read_config(archive: NemoArchive) -> dict[str, Any]:
-    """``model_config.yaml``; raises CheckpointError when it is absent or no mapping."""
+    """Read ``model_config.yaml``. Raises CheckpointError when it is missing or not a mapping."""
     if CONFIG not in archive.names:
         raise CheckpointError(f"{archive.path}: not a .nemo file: the archive has no {CONFIG}")
     return parse_yaml(archive.read(CONFIG, _MAX_CONFIG_BYTES), f"{archive.path}: {CONFIG}")
 
 
 class _Members:
-    """The file system that torch's reader sees: the archive."""
+    """The archive with the file system interface that torch's reader uses."""
 
     def __init__(self, archive: NemoArchive) -> None:
         self._archive = archive
@@ -214,14 +213,17 @@ class _ArchivedReader(StackedReader):
 
 
 def archived_weights(archive: NemoArchive) -> StackedReader:
-    """Canonical tensors of ``model_weights/``, nothing of which is unpickled."""
+    """Return a reader of the canonical tensors in ``model_weights/`` that unpickles nothing.
+
+    Raises CheckpointError for another weight format, damaged metadata, and tensors that are not floating point.
+    """
     path = archive.path
     if f"{WEIGHTS}/.metadata" not in archive.names:
         if any(name.endswith(".zarray") for name in archive.names):
             raise CheckpointError(f"{path}: its weights are in the zarr format: load and save it with NeMo 2.x first")
         if any(name.endswith("model_weights.ckpt") for name in archive.names):
             raise CheckpointError(f"{path}: its weights are a pickle (model_weights.ckpt), which is not loaded")
-        raise CheckpointError(f"{path}: not a whole .nemo file: the archive has no {WEIGHTS}/.metadata")
+        raise CheckpointError(f"{path}: not a complete .nemo file: the archive has no {WEIGHTS}/.metadata")
     try:
         backend = decode_json(archive.read(f"{WEIGHTS}/metadata.json", _MAX_CONFIG_BYTES))["sharded_backend"]
     except (ValueError, KeyError, TypeError) as error:
@@ -231,19 +233,19 @@ def archived_weights(archive: NemoArchive) -> StackedReader:
     reader = _ArchivedReader(archive)
     bad = [name for name, spec in reader.specs.items() if not spec.dtype.is_floating_point]
     if bad:
-        raise CheckpointError(f"{path}: {listed('tensors that hold no floating-point numbers:', bad)}")
+        raise CheckpointError(f"{path}: {list_names('tensors that are not floating point:', bad)}")
     return reader
 
 
 class NemoSink:
-    """A ``.nemo`` that NeMo-Aligner 0.7.0 restores, at any layout; each tensor goes into the archive as it comes."""
+    """Writes a ``.nemo`` file that NeMo-Aligner 0.7.0 restores at any layout, one tensor at a time."""
 
     def __init__(self, path: Path, description: Description, specs: dict[str, TensorSpec]) -> None:
         self.path = path
         if path.suffix != ".nemo":
             raise CheckpointError(f"{path}: the name of a .nemo file must end in .nemo")
         if description.tokenizer is None:
-            raise CheckpointError(f"{path}: a .nemo needs a tokenizer that NeMo has: set tokenizer=DIR")
+            raise CheckpointError(f"{path}: a .nemo file needs a tokenizer that NeMo supports: set tokenizer=DIR")
         model, head = description.model, description.head
         outputs = specs["head.weight"].shape[0] if "head.weight" in specs else 1
         tokenizer, self._files, append_eod = pack_tokenizer(description.tokenizer)
@@ -252,7 +254,7 @@ class NemoSink:
         self._rows = padded_vocab_size(model, 0)
         self._layers = model.num_layers
         self._left = set(specs)
-        # NeMo-Aligner's heads have a bias, and the output layer of a language model
+        # NeMo-Aligner's reward models have a head bias and an unused output layer
         shapes = canonical_shapes(replace(model, head_bias=head == "reward"), head, self._rows, outputs)
         dtype = next(iter(specs.values())).dtype
         dtypes = {name: spec.dtype for name, spec in specs.items()}
@@ -261,7 +263,7 @@ class NemoSink:
             self._specs[_UNUSED] = TensorSpec((self._rows, model.hidden_size), dtype)
         self.nbytes = sum(spec.nbytes for spec in self._specs.values())
         self._directory = PartialDirectory(path, self.nbytes)
-        self._came: set[str] = set()
+        self._received: set[str] = set()
         self._writer: StackedWriter | None = None
         self._tar: tarfile.TarFile | None = None
 
@@ -270,18 +272,18 @@ class NemoSink:
 
     def write(self, name: str, tensor: Tensor) -> None:
         if name not in self._left:
-            raise CheckpointError(f"{self.path}: {name} is not expected, or came twice")
+            raise CheckpointError(f"{self.path}: {name} is unexpected or was written twice")
         self._left.remove(name)
         self._put(name, pad_vocabulary(tensor, self._rows) if name in VOCABULARY_ROWS else tensor)
 
     def _put(self, name: str, tensor: Tensor) -> None:
         assert self._writer is not None
         self._writer.write(_RENAMED.get(name, name), tensor)
-        self._came.add(name)
+        self._received.add(name)
         self._pack()
 
     def _pack(self) -> None:
-        """Move what the writer has finished into the archive."""
+        """Move the files that the writer has finished into the archive."""
         assert self._tar is not None
         for file in sorted(self._weights.iterdir()):
             self._tar.add(file, arcname=f"./{WEIGHTS}/{file.name}")
@@ -289,9 +291,9 @@ class NemoSink:
 
     def close(self) -> None:
         if self._left:
-            raise CheckpointError(f"{self.path}: {listed('tensors that did not come:', sorted(self._left))}")
+            raise CheckpointError(f"{self.path}: {list_names('tensors that were not written:', sorted(self._left))}")
         assert self._writer is not None and self._tar is not None
-        for name in [name for name in self._specs if name not in self._came]:
+        for name in [name for name in self._specs if name not in self._received]:
             self._put(name, torch.zeros(self._specs[name].shape, dtype=self._specs[name].dtype))
         self._writer.close()
         self._writer = None

@@ -1,7 +1,7 @@
-"""``save_to`` and ``restore_from`` of our own models: ``.nemo`` files of any architecture, opened at any layout.
+"""``save_to`` and ``restore_from`` of this package's models: ``.nemo`` files of any architecture, opened at any layout.
 
-NeMo restores only classes of its own packages, by importing what a file names. Here a file can name one of the few
-classes of a table, and its weights are read without unpickling anything
+NeMo's own ``restore_from`` is not used: it imports any class that a file names, from its own packages only. Here a file
+can name only the classes of a table, and its weights are read without unpickling
 (see :mod:`nemo_advrm.engine.weights_metadata`).
 """
 
@@ -23,7 +23,8 @@ import yaml
 from nemo_advrm import __version__
 from nemo_advrm.config.layout import at_layout
 from nemo_advrm.config.schema import Config, RewardModelConfig
-from nemo_advrm.convert.dist_weights import StackedWriter, check_layers
+from nemo_advrm.convert.differences import check_layers
+from nemo_advrm.convert.dist_weights import StackedWriter
 from nemo_advrm.convert.megatron_checkpoint import TOKENIZER, read_model
 from nemo_advrm.convert.nemo_archive import NemoArchive
 from nemo_advrm.convert.nemo_file import CONFIG, WEIGHTS, archived_weights, check_complete, read_config
@@ -42,8 +43,8 @@ if TYPE_CHECKING:
     from nemo_advrm.models.trainable import TrainableModel
 
 FORMAT = 1
-_PACKED = "hf"  # a tokenizer whose files are in the archive
-# the classes that a file may name: their head, and what stands for data that only training needs
+_PACKED = "hf"  # value of `tokenizer` when its files are in the archive
+# class that a file may name -> (head, constructor arguments for data that only training needs)
 _CLASSES: dict[str, tuple[Head, dict[str, Any]]] = {
     "nemo_advrm.models.reward_model.RewardModel": ("reward", {"train_rows": [], "validation_rows": []}),
     "nemo_advrm.models.policy.PolicyModel": ("lm", {"prompts": [], "reward": None}),
@@ -56,29 +57,29 @@ def _name(cls: type) -> str:
 
 
 def save_model(model: TrainableModel, path: Path) -> None:
-    """Write a trained model's main network and tokenizer to ``path``; all ranks call. An existing file is replaced.
+    """Write a trained model's main network and tokenizer to ``path``, replacing an existing file; all ranks call it.
 
-    Raises CheckpointError when it cannot be written, ConfigError that names the process that is writing it; ``path``
-    is then as it was.
+    Raises CheckpointError when the file cannot be written, and ConfigError, with the process, when another process is
+    writing it; ``path`` is then unchanged.
     """
     if _name(type(model)) not in _CLASSES:
-        raise CheckpointError(f"{path}: {_name(type(model))} cannot be saved as a .nemo")
+        raise CheckpointError(f"{path}: {_name(type(model))} cannot be saved as a .nemo file")
     rt = runtime.current()
     partial = path.with_name(path.name + ".partial")
     network, _ = next(iter(model.trained().values()))
     run_on_rank_zero(lock_output, path)
     try:
-        run_on_rank_zero(lambda: _written(path, lambda: checkpoint.make_empty(partial, partial)))
+        run_on_rank_zero(lambda: _with_checkpoint_error(path, lambda: checkpoint.make_empty(partial, partial)))
         checkpoint.save(partial / "checkpoint", network)
-        run_on_rank_zero(lambda: _written(path, lambda: _pack(model, partial, path)))
+        run_on_rank_zero(lambda: _with_checkpoint_error(path, lambda: _pack(model, partial, path)))
     finally:
         if rt.is_writer:
             shutil.rmtree(partial, ignore_errors=True)
             unlock_output(path)
 
 
-def _written(path: Path, work: Callable[[], None]) -> None:
-    """Do ``work``; what the file system refuses becomes the CheckpointError that all ranks raise."""
+def _with_checkpoint_error(path: Path, work: Callable[[], None]) -> None:
+    """Call ``work`` and raise CheckpointError for an OSError, so that all ranks raise the same error."""
     try:
         work()
     except OSError as error:
@@ -113,26 +114,26 @@ def _pack(model: TrainableModel, partial: Path, path: Path) -> None:
 def restore_model(
     cls: type[TrainableModel], path: Path, override_config: Config | None, arguments: dict[str, Any]
 ) -> TrainableModel:
-    """The model that :func:`save_model` wrote, at the running layout; all ranks call.
+    """Load a model written by :func:`save_model` at the current layout; all ranks call it.
 
     Args:
-        cls: the class, or a base of the class, that the file must name.
-        override_config: configuration in place of the saved one, for instance to train on; the architecture must be
-            the saved one.
-        arguments: of the class's constructor, beside configuration, tokenizer and weights.
+        cls: the class that the file must name, or a base of it.
+        override_config: configuration that replaces the saved one, for instance to continue training; its architecture
+            must be the saved one.
+        arguments: further arguments of the class's constructor.
 
     Raises:
-        CheckpointError: damaged, not written by ``save_to``, or of another class or architecture.
+        CheckpointError: the file is damaged, not written by ``save_to``, or of another class or architecture.
     """
     rt = runtime.current()
     with NemoArchive(path) as archive:
         settings = read_config(archive)
         found, defaults = _class_of(cls, settings, path)
         _check_settings(settings, f"{path}: {CONFIG}")
-        # lives as long as the model: a tokenizer is read from its files, and saved again with the model
+        # kept as long as the model: saving the model again copies the tokenizer files
         files = tempfile.TemporaryDirectory(prefix="nemo_advrm_")
         spec = _tokenizer(archive, settings, Path(files.name))
-        # of this job alone: another one may restore the same file
+        # a name for this job only: another job may restore the same file
         job = run_on_rank_zero(lambda: uuid.uuid4().hex[:8])
         weights = path.with_name(f"{path.name}.restoring-{job}")
         try:
@@ -150,10 +151,10 @@ def restore_model(
 
 
 def _check_settings(settings: dict[str, Any], source: str) -> None:
-    """Raise CheckpointError for settings that go on into a configuration and that ``save_model`` does not write."""
+    """Raise CheckpointError for settings that ``save_model`` does not write and that would enter the configuration."""
     for key, kind in {"tokenizer": str, "reward_model": dict, "architecture": dict}.items():
         if not isinstance(settings.get(key), kind):
-            raise CheckpointError(f"{source}: {key} is no {'text' if kind is str else 'object'}")
+            raise CheckpointError(f"{source}: {key} is not {'a string' if kind is str else 'an object'}")
     if settings["tokenizer"].startswith("hf:"):
         raise CheckpointError(f"{source}: its tokenizer is {settings['tokenizer']!r}, outside the archive")
     check_texts(settings, source)
@@ -164,13 +165,13 @@ def _class_of(cls: type, settings: dict[str, Any], path: Path) -> tuple[Any, dic
     target = str(settings.get("target", ""))
     if target not in _CLASSES:
         hint = ": use nemo-advrm convert from=nemo" if target.startswith(("nemo.", "nemo_aligner.")) else ""
-        raise CheckpointError(f"{path}: names the class {target!r}, which is none of ours{hint}")
+        raise CheckpointError(f"{path}: names the class {target!r}, which this package does not have{hint}")
     if not isinstance(settings.get("format"), int) or settings["format"] > FORMAT:
         raise CheckpointError(f"{path}: written by a newer version (format {settings.get('format')})")
     module, _, name = target.rpartition(".")
     found = getattr(importlib.import_module(module), name)
     if not issubclass(found, cls):
-        raise CheckpointError(f"{path}: holds a {name}, but a {cls.__name__} is wanted")
+        raise CheckpointError(f"{path}: contains a {name}, but a {cls.__name__} was expected")
     head, defaults = _CLASSES[target]
     if settings.get("head") != head:
         raise CheckpointError(f"{path}: a {name} with the head {settings.get('head')!r} does not exist")
@@ -189,7 +190,7 @@ def _config(settings: dict[str, Any], path: Path) -> Config:
         model=at_layout(model, layout.tensor, layout.pipeline, layout.context),
         reward_model=reward,
     )
-    # no data is given, so that there is no number of steps to be found
+    # without data the number of steps cannot be derived
     cfg.trainer.max_steps = 1
     return cfg
 
@@ -207,7 +208,7 @@ def _tokenizer(archive: NemoArchive, settings: dict[str, Any], directory: Path) 
 
 
 def _unpack_weights(archive: NemoArchive, settings: dict[str, Any], target: Path) -> None:
-    """A checkpoint directory made of the archive's tensors, with a description of our own making."""
+    """Write a checkpoint directory from the archive's tensors, with a new meta.json."""
     path = archive.path
     try:
         model = read_model({"model": settings["architecture"]}, path)
@@ -233,4 +234,4 @@ def _unpack_weights(archive: NemoArchive, settings: dict[str, Any], target: Path
         raise
     except Exception as error:  # torch raises many types for damaged data
         reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"{path}: the weights could not be read ({type(error).__name__}: {reason})") from None
+        raise CheckpointError(f"{path}: the weights cannot be read ({type(error).__name__}: {reason})") from None

@@ -1,4 +1,4 @@
-"""The tokenizer of a ``.nemo``: taken out into a directory of its own, and packed in again."""
+"""Extracts the tokenizer of a ``.nemo`` file into a directory, and packs it for a new one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from nemo_advrm.data.nemo_tokenizer import SENTENCEPIECE, SETTINGS
 from nemo_advrm.errors import CheckpointError
 from nemo_advrm.untrusted_files import read_json_object
 
-TEMPORARY = "nemo_advrm_"  # how directories begin that live as long as an opened .nemo
+TEMPORARY = "nemo_advrm_"  # name prefix of directories that exist only while a .nemo file is open
 _GPT2_NAMES = ("GPT2BPETokenizer", "gpt2")
 _SENTENCEPIECE_NAMES = ("GPTSentencePieceTokenizer", "sentencepiece")
 _VOCABULARY, _MERGES, _FAST = "vocab.json", "merges.txt", "tokenizer.json"
@@ -36,14 +36,14 @@ def unpack_tokenizer(archive: NemoArchive, config: Mapping[str, Any], target: Pa
     """Write the tokenizer that ``config`` names into the empty directory ``target``.
 
     Args:
-        given: a tokenizer directory or SentencePiece file to take in place of what the archive holds.
+        given: a tokenizer directory or SentencePiece file to use instead of the archive's tokenizer.
 
     Raises:
-        CheckpointError: the archive holds no tokenizer, or one of a library that is not supported.
+        CheckpointError: the archive contains no tokenizer, or one of an unsupported library.
     """
     wanted = config.get("tokenizer") or {}
     if not isinstance(wanted, Mapping):
-        raise CheckpointError(f"{archive.path}: tokenizer is no object")
+        raise CheckpointError(f"{archive.path}: tokenizer is not an object")
     library, kind = str(wanted.get("library", "")), str(wanted.get("type") or "")
     data = config.get("data") or {}
     settings: dict[str, Any] = {"append_eod": bool(isinstance(data, Mapping) and data.get("append_eod", False))}
@@ -52,7 +52,7 @@ def unpack_tokenizer(archive: NemoArchive, config: Mapping[str, Any], target: Pa
         special = dict(special) if isinstance(special, Mapping) else special
         texts = [*special, *special.values()] if isinstance(special, dict) else special
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-            raise CheckpointError(f"{archive.path}: tokenizer.special_tokens are no texts")
+            raise CheckpointError(f"{archive.path}: tokenizer.special_tokens are not strings")
         settings["special_tokens"] = special
     if wanted.get("additional_special_tokens"):
         raise CheckpointError(f"{archive.path}: tokenizer.additional_special_tokens is not supported")
@@ -75,8 +75,9 @@ def unpack_tokenizer(archive: NemoArchive, config: Mapping[str, Any], target: Pa
     elif library == "huggingface":
         if not Path(kind).is_absolute() or not Path(kind).is_dir():
             raise CheckpointError(
-                f"{archive.path}: its tokenizer is {kind!r} of Hugging Face, which a .nemo does not hold: download it "
-                "to a directory and convert first (nemo-advrm convert from=nemo to=megatron) with tokenizer=DIR"
+                f"{archive.path}: its tokenizer is {kind!r} of Hugging Face, which a .nemo file does not contain: "
+                "download it to a directory and convert first (nemo-advrm convert from=nemo to=megatron) with "
+                "tokenizer=DIR"
             )
         copy_tokenizer(Path(kind), target)
         settings["library"] = "huggingface"
@@ -88,18 +89,18 @@ def unpack_tokenizer(archive: NemoArchive, config: Mapping[str, Any], target: Pa
 
 
 def check_exportable(tokenizer: Path | None) -> None:
-    """Raise CheckpointError for a SentencePiece tokenizer that transformers would read as another one."""
+    """Raise CheckpointError for a SentencePiece tokenizer that transformers would encode differently."""
     if tokenizer is None or not (tokenizer / SENTENCEPIECE).exists() or not (tokenizer / SETTINGS).exists():
         return
     if not (tokenizer / _FAST).exists():
         raise CheckpointError(
-            f"{tokenizer}: transformers makes other ids of this SentencePiece tokenizer: set tokenizer=DIR to a "
-            "Hugging Face tokenizer of equal ids"
+            f"{tokenizer}: transformers encodes text differently with this SentencePiece tokenizer: set tokenizer=DIR "
+            "to a Hugging Face tokenizer with the same ids"
         )
 
 
 def _write_fast_tokenizer(directory: Path) -> None:
-    """The same tokenizer for transformers, where it gives equal ids to every entry and to texts made of them."""
+    """Write the tokenizer for transformers if it gives every entry, and texts made of entries, the same ids."""
     import sentencepiece
     from transformers import PreTrainedTokenizerFast
     from transformers.convert_slow_tokenizer import SpmConverter
@@ -116,7 +117,7 @@ def _write_fast_tokenizer(directory: Path) -> None:
             converter.handle_byte_fallback = byte_fallback
             fast = PreTrainedTokenizerFast(tokenizer_object=converter.converted())
             equal = all(fast(text, add_special_tokens=False).input_ids == model.encode_as_ids(text) for text in texts)
-        except Exception:  # a kind of model that transformers does not convert
+        except Exception:  # transformers does not convert every kind of model
             continue
         if equal:
             named = {"bos": model.bos_id(), "eos": model.eos_id(), "pad": model.pad_id(), "unk": model.unk_id()}
@@ -135,17 +136,17 @@ def _artifact(archive: NemoArchive, wanted: Mapping[str, Any], key: str) -> byte
 
 
 def _is_temporary(directory: Path) -> bool:
-    """Whether a directory is removed once a .nemo has been read."""
+    """Return whether a directory is removed when the .nemo file is closed."""
     place = directory.absolute()
     inside = place.is_relative_to(tempfile.gettempdir())
     return inside and any(part.startswith(TEMPORARY) for part in place.parts)
 
 
 def pack_tokenizer(directory: Path) -> tuple[dict[str, Any], dict[str, Path], bool]:
-    """What a ``.nemo`` says of and holds of a tokenizer: (its ``tokenizer`` section, {member: file}, append_eod).
+    """Return (``tokenizer`` section, {archive member: file}, append_eod) of a tokenizer for a ``.nemo`` file.
 
-    A Hugging Face tokenizer is named by its path, as NeMo does: NeMo has no place in the archive for its files.
-    Raises CheckpointError where that path is a file or does not outlive this process.
+    A Hugging Face tokenizer is stored as its path, as NeMo does: NeMo cannot store its files in the archive.
+    Raises CheckpointError when that path is a file or a temporary directory.
     """
     settings: dict[str, Any] = {"library": "huggingface", "append_eod": True}
     if (directory / SETTINGS).exists():
@@ -171,8 +172,8 @@ def pack_tokenizer(directory: Path) -> tuple[dict[str, Any], dict[str, Path], bo
     else:
         if not directory.is_dir() or _is_temporary(directory):
             raise CheckpointError(
-                f"{directory}: a .nemo names a Hugging Face tokenizer by its directory, and this is none that lasts: "
-                "convert to=megatron first, then from=megatron to=nemo with tokenizer=DIR"
+                f"{directory}: a .nemo file stores the directory of a Hugging Face tokenizer, but this one is "
+                "temporary: convert to=megatron first, then from=megatron to=nemo with tokenizer=DIR"
             )
         section |= {"type": str(directory.absolute()), "use_fast": True}
     return section, files, bool(settings.get("append_eod"))

@@ -1,8 +1,8 @@
 """Chooses the padding token of an exported reward model.
 
-``AutoModelForSequenceClassification`` reads the score at the rightmost token that is not ``pad_token_id``. Our score is
-read at the last token of the conversation, so a tokenizer that pads with the token in which conversations end (often
-its end token) would have every score read one token too early.
+``AutoModelForSequenceClassification`` reads the score at the rightmost token that is not ``pad_token_id``. This package
+reads it at the last token of the conversation. If padding were the token with which conversations end (often the end
+token), transformers would read the score one token too early.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ _RESERVED = re.compile(r"pad|reserved|unused", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class PaddingToken:
-    """The token to pad with: ``rows`` is the size of the vocabulary with it.
+    """A padding token. ``rows`` is the vocabulary size with it.
 
-    ``token`` is its text where the tokenizer has to be told of it, else None.
+    ``token`` is its text if it has to be set in the tokenizer, otherwise None.
     """
 
     id: int
@@ -34,15 +34,14 @@ class PaddingToken:
 def choose_padding_token(
     tokenizer: Path | None, config: dict[str, Any], vocabulary: int, rule: ReadingRule
 ) -> PaddingToken:
-    """The tokenizer's own padding token if no sequence ends in it, else an unused special token, else a new one.
+    """Choose the tokenizer's padding token if no sequence ends with it, else an unused special token, else a new one.
 
-    A new token takes a row of the embedding that the tokenizer does not use, or one more row (of zeros: padding is
-    masked and never read).
+    A new token uses a free row of the embedding, or one additional row (zeros, because padding is masked).
 
     Args:
-        tokenizer: directory of the tokenizer; without one only ``config`` is looked at.
-        config: keys of config.json (``pad_token_id``, ``eos_token_id``).
-        vocabulary: rows of the embedding.
+        tokenizer: directory of the tokenizer; without one only ``config`` is used.
+        config: content of config.json (``pad_token_id``, ``eos_token_id``).
+        vocabulary: number of rows of the embedding.
         rule: how conversations are read.
     """
     ends = config.get("eos_token_id")

@@ -27,11 +27,11 @@ class PartialDirectory:
         self._check_free()
         parent = next(p for p in path.absolute().parents if p.exists())
         if not parent.is_dir() or not os.access(parent, os.W_OK):
-            raise CheckpointError(f"{path}: {parent} is not a directory that can be written")
+            raise CheckpointError(f"{path}: {parent} is not a writable directory")
         free = shutil.disk_usage(parent).free
         if free < nbytes + _SPARE_BYTES:
             raise CheckpointError(
-                f"{path}: {nbytes / 1e9:.2f} GB are to be written, but the disk has only {free / 1e9:.2f} GB free"
+                f"{path}: {nbytes / 1e9:.2f} GB are needed, but the disk has only {free / 1e9:.2f} GB free"
             )
 
     def make(self) -> Path:
@@ -63,7 +63,7 @@ class PartialDirectory:
 
     def _check_free(self) -> None:
         if self.path.exists() or self.path.is_symlink():
-            raise CheckpointError(f"{self.path}: exists already; choose another out, or remove it")
+            raise CheckpointError(f"{self.path}: already exists; choose another out, or remove it")
 
 
 def lock_output(path: Path) -> None:

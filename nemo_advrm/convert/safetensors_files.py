@@ -1,7 +1,7 @@
-"""Directories of safetensors files: one or several with an index, read and written tensor by tensor.
+"""Reads and writes safetensors directories (one file, or several with an index) one tensor at a time.
 
-The safetensors library writes a file only from a dictionary that holds all of its tensors; :class:`ShardWriter` lays
-the same format down (https://github.com/huggingface/safetensors#format) in place, so that a shard is never in memory.
+The safetensors library can write a file only from a dictionary with all of its tensors. :class:`ShardWriter` writes the
+same format (https://github.com/huggingface/safetensors#format) in place, so that no shard is in memory as a whole.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from nemo_advrm.convert.differences import listed
+from nemo_advrm.convert.differences import list_names
 from nemo_advrm.convert.tensors import TensorSpec
 from nemo_advrm.errors import CheckpointError, one_line
 from nemo_advrm.untrusted_files import read_json_object
@@ -23,7 +23,7 @@ from nemo_advrm.untrusted_files import read_json_object
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-# what else safetensors can hold: buffers, and quantised weights
+# all formats, including those of buffers and quantised weights
 ANY_FORMAT = DTYPES | {
     "F64": torch.float64,
     "F8_E4M3": torch.float8_e4m3fn,
@@ -39,10 +39,10 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class SafetensorsDirectory:
-    """The tensors of a Hugging Face directory by their own names.
+    """The tensors of a Hugging Face directory by their Hugging Face names.
 
-    Raises CheckpointError when there is none, a file is missing, truncated or damaged, the index does not agree with
-    the files, or a tensor has a number format other than ``formats``: fp32, bf16 and fp16, or ``ANY_FORMAT``.
+    Raises CheckpointError when there are none, a file is missing, truncated or damaged, the index differs from the
+    files, or a tensor has a data type that is not in ``formats`` (fp32, bf16 and fp16, or ``ANY_FORMAT``).
     """
 
     def __init__(self, directory: Path, formats: dict[str, torch.dtype] = DTYPES) -> None:
@@ -59,7 +59,7 @@ class SafetensorsDirectory:
             self.specs |= specs
 
     def read(self, name: str) -> Tensor:
-        """One tensor; its file is opened for it alone, so that read pages do not stay mapped."""
+        """Read one tensor; the file is opened for each tensor, so that pages do not stay mapped."""
         path = self.directory / self._file_of[name]
         try:
             with safe_open(path, framework="pt") as file:
@@ -69,18 +69,18 @@ class SafetensorsDirectory:
 
 
 def indexed_files(directory: Path) -> set[str]:
-    """The files that the index of a directory names."""
+    """Return the files that the index of a directory names."""
     return set(_read_index(directory).values())
 
 
 def _read_index(directory: Path) -> dict[str, str]:
-    """name -> file of a sharded checkpoint; {} for a single file."""
+    """Return the file of each tensor of a sharded checkpoint; {} for a single file. Raises CheckpointError."""
     path = directory / INDEX
     if not path.exists():
         if not (directory / SINGLE).exists():
             pickled = sorted(p.name for p in (*directory.glob("*.bin"), *directory.glob("*.pt")))
             hint = (
-                f" ({pickled[0]} is pickled code, which is not loaded: save the model again with save_pretrained, "
+                f" ({pickled[0]} is a pickle, which is not loaded: save the model again with save_pretrained, "
                 "which writes safetensors)"
                 if pickled
                 else ""
@@ -89,13 +89,15 @@ def _read_index(directory: Path) -> dict[str, str]:
         return {}
     index = read_json_object(path).get("weight_map")
     if not isinstance(index, dict) or not index or not all(isinstance(v, str) for v in index.values()):
-        raise CheckpointError(f"{path}: not an index of safetensors files (weight_map: the file of each tensor)")
+        raise CheckpointError(
+            f"{path}: not an index of safetensors files (weight_map must map each tensor to its file)"
+        )
     there = {file.name for file in directory.iterdir() if file.is_file()}
     for file in sorted(set(index.values())):
         if Path(file).name != file:
             raise CheckpointError(f"{path}: names a file outside its directory ({one_line(repr(file), 80)})")
         if file not in there:
-            raise CheckpointError(f"{path}: names the file {one_line(file, 80)}, which is not there")
+            raise CheckpointError(f"{path}: names the file {one_line(file, 80)}, which does not exist")
     return index
 
 
@@ -108,7 +110,7 @@ def _read_header(path: Path, formats: dict[str, torch.dtype]) -> dict[str, Tenso
                 dtype = formats.get(part.get_dtype())
                 if dtype is None:
                     known = ", ".join(formats)
-                    raise CheckpointError(f"{path}: {name} has the number format {part.get_dtype()}; known: {known}")
+                    raise CheckpointError(f"{path}: {name} has the data type {part.get_dtype()}; supported: {known}")
                 specs[name] = TensorSpec(tuple(part.get_shape()), dtype)
             return specs
     except (SafetensorError, OSError) as error:
@@ -119,15 +121,15 @@ def _compare_with_index(directory: Path, file: str, there: set[str], indexed: se
     missing, extra = sorted(indexed - there), sorted(there - indexed)
     if missing or extra:
         raise CheckpointError(
-            f"{directory / INDEX}: does not agree with {file}: {listed('it lacks', missing)}"
-            f"{'; ' if missing and extra else ''}{listed('it has, but the index does not name,', extra)}"
+            f"{directory / INDEX}: differs from {file}: {list_names('only the index has', missing)}"
+            f"{'; ' if missing and extra else ''}{list_names('only the file has', extra)}"
         )
 
 
 class ShardWriter:
-    """Safetensors files of at most ``max_bytes`` in a directory, with an index when there are several.
+    """Writes safetensors files of at most ``max_bytes``, with an index if there are several.
 
-    Tensors may come in any order. A tensor larger than ``max_bytes`` has a file of its own.
+    Tensors may be written in any order. A tensor larger than ``max_bytes`` gets a file of its own.
     """
 
     def __init__(self, specs: dict[str, TensorSpec], max_bytes: int) -> None:
@@ -140,7 +142,7 @@ class ShardWriter:
         self._files: list[Any] = []
 
     def open(self, directory: Path) -> None:
-        """Make the files at their full size with their headers."""
+        """Create the files with their headers and full sizes."""
         for number, (file_name, names) in enumerate(zip(self._names, self._shards, strict=True)):
             header, offset = {"__metadata__": {"format": "pt"}}, 0
             for name in names:
@@ -198,7 +200,7 @@ def _assign(specs: dict[str, TensorSpec], max_bytes: int) -> list[list[str]]:
 
 
 def parse_size(text: str) -> int:
-    """Bytes of "5GB", "500MB" or a number. Raises ValueError."""
+    """Parse "5GB", "500MB" or a number of bytes. Raises ValueError."""
     units = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
     unit = text[-2:].upper()
     size = float(text[:-2]) * units[unit] if unit in units else float(text)

@@ -1,4 +1,4 @@
-"""Canonical tensors of a model: their names (see :mod:`nemo_advrm.convert.tensors`) and unpadded shapes."""
+"""Names (see :mod:`nemo_advrm.convert.tensors`) and shapes of the canonical tensors of a model."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from nemo_advrm.engine.transformer import ACTIVATIONS, ffn_size, head_size, quer
 
 Shape = tuple[int, ...]
 
-# what a checkpoint names after the layer norm's place in the fused layers of Transformer Engine
+# layer norms, which checkpoints name after the fused layers of Transformer Engine
 ATTENTION_NORM = "self_attention.linear_qkv.layer_norm_"
 MLP_NORM = "mlp.linear_fc1.layer_norm_"
 # tensors with one row per vocabulary entry
 VOCABULARY_ROWS = ("embedding.word_embeddings.weight", "output_layer.weight")
-# modules of a layer for which Megatron also stores an (empty) state of its number format
+# modules of a layer for which Megatron also stores an (empty) extra state
 LAYERS_WITH_EXTRA_STATE = (
     "self_attention.linear_proj",
     "self_attention.linear_qkv",
@@ -23,7 +23,7 @@ LAYERS_WITH_EXTRA_STATE = (
 
 
 def canonical_shapes(model: ModelConfig, head: Head, vocabulary: int, head_outputs: int = 1) -> dict[str, Shape]:
-    """Every tensor of the model in the order of the forward pass; ``vocabulary`` is the number of embedding rows."""
+    """Return the shape of every tensor in the order of the forward pass; ``vocabulary`` is the number of rows."""
     hidden = model.hidden_size
     shapes: dict[str, Shape] = {"embedding.word_embeddings.weight": (vocabulary, hidden)}
     if model.position_embedding_type == "learned_absolute":
@@ -42,20 +42,15 @@ def canonical_shapes(model: ModelConfig, head: Head, vocabulary: int, head_outpu
 
 
 def layer_of(name: str) -> int | None:
-    """Number of the layer that a canonical name belongs to."""
+    """Return the layer number of a canonical name; None outside the layers."""
     parts = name.split(".")
     return int(parts[2]) if parts[:2] == ["decoder", "layers"] else None
 
 
 def stacked_name(name: str) -> str:
-    """The name without its layer number: Megatron stores the layers of one name as one tensor."""
+    """Return the name without its layer number, under which Megatron stores all layers as one tensor."""
     parts = name.split(".")
     return ".".join(parts[:2] + parts[3:]) if layer_of(name) is not None else name
-
-
-def parameter_name(name: str) -> str:
-    """The parameter of an unsplit model without Transformer Engine that holds a canonical tensor."""
-    return name.replace(ATTENTION_NORM, "input_layernorm.").replace(MLP_NORM, "pre_mlp_layernorm.")
 
 
 def _norm(model: ModelConfig, prefix: str, size: int) -> dict[str, Shape]:

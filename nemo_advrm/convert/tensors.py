@@ -1,7 +1,7 @@
-"""What every weight format offers to conversion: tensors by canonical name, read and written one at a time.
+"""The interface of all weight formats: tensors are read and written one at a time by their canonical names.
 
-The canonical names are those of one unsplit Megatron-Core model without the prefix ``model.``, layers numbered over the
-whole model, the vocabulary unpadded (:mod:`nemo_advrm.convert.tensor_names` lists them for a ModelConfig)::
+Canonical names are those of one unsplit Megatron-Core model without the prefix ``model.``, with layers numbered over
+the whole model and an unpadded vocabulary (:mod:`nemo_advrm.convert.tensor_names` lists them for a ModelConfig)::
 
     embedding.word_embeddings.weight                       [vocabulary, hidden]
     embedding.position_embeddings.weight                   [positions, hidden]
@@ -20,7 +20,7 @@ whole model, the vocabulary unpadded (:mod:`nemo_advrm.convert.tensor_names` lis
     output_layer.weight                                    [vocabulary, hidden], absent when tied and in RMs
     head.weight, head.bias                                 [outputs, hidden], [outputs]
 
-Rows of ``linear_qkv`` are, group by group: the group's queries, its key, its value.
+Rows of ``linear_qkv`` are ordered by group; each group has its queries, its key and its value.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from nemo_advrm.engine.gpt import Head
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """Shape and number format of a tensor that has not been read."""
+    """Shape and data type of a tensor."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -52,15 +52,15 @@ class TensorSpec:
 
 @dataclass
 class Description:
-    """What a checkpoint says of its model beside the weights.
+    """The content of a checkpoint other than its weights.
 
     Attributes:
         model: the architecture; ``model.vocab_size`` is the unpadded vocabulary.
         head: "lm", "reward" or "value".
-        tokenizer: directory or file of the tokenizer that travels with the weights, None when there is none.
-        hf_config: the config.json the model came from, {} when it never was a Hugging Face model.
-        rule: how conversations are read, where the tokenizer has a chat template.
-        provenance: anything JSON holds: what it was converted from, training data, rounds, SFT statistics.
+        tokenizer: directory or file of the tokenizer, None without one.
+        hf_config: config.json of the original Hugging Face model, {} if there is none.
+        rule: how conversations are read if the tokenizer has a chat template.
+        provenance: JSON values: source of the conversion, training data, rounds, SFT statistics.
     """
 
     model: ModelConfig
@@ -72,9 +72,9 @@ class Description:
 
 
 class TensorSource(Protocol):
-    """A checkpoint that is read: names and shapes at once, each tensor only when asked for.
+    """Reads a checkpoint: names and shapes on opening, each tensor on request.
 
-    Opening raises CheckpointError for a missing, damaged or unsupported checkpoint, before any tensor is read.
+    Opening raises CheckpointError for a missing, damaged or unsupported checkpoint.
     """
 
     path: Path
@@ -83,15 +83,15 @@ class TensorSource(Protocol):
     def description(self) -> Description: ...
 
     def tensors(self) -> dict[str, TensorSpec]:
-        """Every tensor by canonical name, without reading data."""
+        """Return the spec of every tensor by canonical name, without reading data."""
         ...
 
     def read(self, name: str) -> Tensor:
-        """One tensor on the CPU, of the shape and dtype that :meth:`tensors` gives."""
+        """Read one tensor to the CPU, with the shape and dtype that :meth:`tensors` returns."""
         ...
 
     def native(self, name: str) -> str:
-        """What the format itself calls a tensor, for people to read."""
+        """Return the name of a tensor in this format, for messages."""
         ...
 
     def __enter__(self) -> Self: ...
@@ -102,29 +102,29 @@ class TensorSource(Protocol):
 
 
 class TensorSink(Protocol):
-    """A checkpoint that is written under a partial name and gets its own name from :meth:`close`.
+    """Writes a checkpoint under a temporary name; :meth:`close` gives it its final name.
 
-    It is constructed with what will come (the source's ``tensors()``, of the dtype wanted) and checks everything then,
-    without touching the disk; entering it makes the partial. Leaving by an exception removes the partial; leaving
-    without one calls :meth:`close`. A partial that a killed conversion left is removed by the next one.
+    The constructor gets the specs of all tensors and checks everything without writing. Entering creates the temporary
+    directory. Leaving with an exception removes it; leaving without one calls :meth:`close`. The next conversion
+    removes a temporary directory that a killed one left.
 
     Attributes:
-        nbytes: total size of the weights it will write, which may differ from the source's (padding, dtype).
+        nbytes: total size of the weights to write, which may differ from that of the source (padding, dtype).
     """
 
     path: Path
     nbytes: int
 
     def native(self, name: str) -> str:
-        """What the format itself calls a tensor, for people to read."""
+        """Return the name of a tensor in this format, for messages."""
         ...
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Store one tensor; each canonical name exactly once, in any order. Raises CheckpointError otherwise."""
+        """Write one tensor. Each canonical name must be written exactly once, in any order; else CheckpointError."""
         ...
 
     def close(self) -> None:
-        """Make the checkpoint complete; raises CheckpointError when a tensor has not come."""
+        """Complete the checkpoint. Raises CheckpointError when a tensor was not written."""
         ...
 
     def __enter__(self) -> Self: ...

@@ -1,4 +1,4 @@
-"""Copies a tokenizer beside converted weights, so that they can be used without what they came from."""
+"""Copies a tokenizer next to converted weights, so that they can be used without the original."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from nemo_advrm.data.reading import ReadingRule
 from nemo_advrm.data.tokenizers import build_tokenizer, load_hf_tokenizer
 from nemo_advrm.errors import CheckpointError, DataError
 
-# every file that a tokenizer of transformers consists of, and what configures generation
+# all files of transformers tokenizers, and the generation settings
 _PATTERNS = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -26,15 +26,15 @@ _PATTERNS = (
 
 
 def check_tokenizer(source: Path) -> None:
-    """Raise CheckpointError for a tokenizer that could not be opened beside the weights."""
+    """Raise CheckpointError for a tokenizer that cannot be opened."""
     try:
         build_tokenizer(f"hf:{source}")
     except DataError as error:
-        raise CheckpointError(f"the tokenizer cannot be written beside the weights: {error}") from error
+        raise CheckpointError(f"the tokenizer cannot be copied next to the weights: {error}") from error
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copy the files as they are; from a GGUF file write them. The target may exist.
+    """Copy the tokenizer files, or write them from a GGUF file. The target may exist.
 
     Raises DataError when no tokenizer can be read from ``source``.
     """
@@ -51,7 +51,7 @@ def copy_tokenizer(source: Path, target: Path) -> None:
 
 
 def pin_date(directory: Path, rule: ReadingRule) -> None:
-    """Write the date of ``rule`` into a chat template that asks for today's: scores are those of that date, always."""
+    """Write the date of ``rule`` into a chat template that uses the current date, so that scores never change."""
     tokenizer = load_hf_tokenizer(directory)
     if isinstance(tokenizer.chat_template, str) and (fixed := fixed_text(tokenizer.chat_template, rule)):
         tokenizer.chat_template = fixed

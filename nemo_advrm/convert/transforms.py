@@ -1,7 +1,7 @@
-"""Invertible rearrangements between the tensors of Hugging Face and the fused ones of Megatron.
+"""Converts between the separate tensors of Hugging Face and the fused ones of Megatron.
 
-``merge`` makes one canonical tensor of the parts, ``split`` undoes it bit by bit. They also run on meta tensors, which
-is how shapes are checked without data.
+``merge`` builds one canonical tensor from its parts; ``split`` is its exact inverse. Both also run on meta tensors,
+which is used to check shapes without data.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Transform:
 
 
 def _interleave(parts: Sequence[Tensor], model: ModelConfig) -> Tensor:
-    """Queries [heads * d, ...], keys and values [groups * d, ...] -> group by group: its queries, key, value."""
+    """Fuse queries [heads * d, ...], keys and values [groups * d, ...] into rows ordered by group: q, k, v."""
     groups, trailing = query_groups(model), parts[0].shape[1:]
     by_group = [part.reshape(groups, -1, *trailing) for part in parts]
     return torch.cat(by_group, dim=1).reshape(-1, *trailing)
@@ -40,12 +40,12 @@ def _deinterleave(fused: Tensor, model: ModelConfig) -> list[Tensor]:
 
 
 COPY = Transform("copy", lambda parts, _: parts[0], lambda tensor, _: [tensor])
-QKV = Transform("qkv", _interleave, _deinterleave)  # of weights and of biases
+QKV = Transform("qkv", _interleave, _deinterleave)  # for weights and biases
 GATE_UP = Transform("gate_up", lambda parts, _: torch.cat(list(parts)), lambda fused, _: list(fused.chunk(2)))
 
 
 def pad_vocabulary(tensor: Tensor, rows: int) -> Tensor:
-    """[vocabulary, ...] -> [rows, ...] with zeros below; those entries have no probability and are never looked up."""
+    """Pad [vocabulary, ...] with zeros to [rows, ...]; the added entries are masked and never looked up."""
     missing = rows - tensor.size(0)
     return torch.cat([tensor, tensor.new_zeros(missing, *tensor.shape[1:])]) if missing else tensor
 

@@ -113,7 +113,7 @@ class SFTScores:
         gold = [[r.get("gold") for r in group] for group in rows]
         without = sum(g is None for group in gold for g in group)
         if 0 < without < sum(map(len, gold)):
-            raise CheckpointError(f"{path}: {without} rows have no gold score, but the others have one; restore the file")
+            raise CheckpointError(f"{path}: {without} rows have no gold score, but others have one; restore the file")
         return cls(
             [tuple(group[0]["messages"]) for group in rows],
             [[r["response"] for r in group] for group in rows],

@@ -106,7 +106,7 @@ def test_an_unknown_number_format_is_refused(source: Path, dtype: torch.dtype) -
 
 def test_parts_of_one_tensor_must_agree_in_their_format(source: Path) -> None:
     change_tensors(source, lambda tensors: tensors.update({Q: tensors[Q].half()}))
-    refused(source, Q, "differ in their number format")
+    refused(source, Q, "differ in their data type")
 
 
 @pytest.mark.parametrize("keep", [0.0, 0.0001, 0.01, 0.5, 0.999999])
@@ -129,7 +129,7 @@ def test_the_index_must_agree_with_its_files(sharded: Path) -> None:
     change_json(sharded / INDEX, weight_map=index | {moved: files[1]})
     refused(sharded, INDEX, moved)
     change_json(sharded / INDEX, weight_map=index | {"model.more": files[0]})
-    refused(sharded, INDEX, files[0], "it lacks model.more")
+    refused(sharded, INDEX, files[0], "only the index has model.more")
     change_json(sharded / INDEX, weight_map=index | {moved: "../elsewhere.safetensors"})
     refused(sharded, "outside its directory")
     change_json(sharded / INDEX, weight_map=index)
@@ -313,7 +313,7 @@ def test_the_tokenizer_must_be_the_one_of_training(ours: Path) -> None:
 @pytest.mark.parametrize("shape", [(), (10**12, 48), (0, 48)])
 def test_stacks_that_are_none_are_refused_before_their_names_are_made(shape: tuple[int, ...], tmp_path: Path) -> None:
     stored = TensorStorageMetadata(TensorProperties(dtype=torch.float32), torch.Size(shape), [])
-    with pytest.raises(CheckpointError, match=r"no dimensions|no stack of layers"):
+    with pytest.raises(CheckpointError, match=r"no dimensions|not a stack of layers"):
         StackedReader(tmp_path, Metadata({"model.decoder.layers.mlp.linear_fc1.weight": stored}, storage_data={}))
 
 

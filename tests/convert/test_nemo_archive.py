@@ -237,7 +237,7 @@ def test_a_header_that_claims_more_than_the_file_has_takes_no_memory(tmp_path: P
     path = tmp_path / "claims.nemo"
     path.write_bytes(member("name", type=kind, size=size).tobuf(tarfile.GNU_FORMAT) + b"x" * 512)
     tracemalloc.start()
-    refuses(path, "not a whole .nemo file")
+    refuses(path, "not a complete .nemo file")
     assert tracemalloc.get_traced_memory()[1] < 5_000_000
     tracemalloc.stop()
 
@@ -246,4 +246,4 @@ def test_a_header_that_claims_more_than_the_file_has_takes_no_memory(tmp_path: P
 def test_thousands_of_headers_without_a_member_are_one_error(tmp_path: Path, kind: bytes) -> None:
     path = tmp_path / "chain.nemo"
     path.write_bytes((member("name", type=kind, size=4).tobuf(tarfile.GNU_FORMAT) + b"abc\0" + bytes(508)) * 5_000)
-    refuses(path, "not a whole .nemo file")
+    refuses(path, "not a complete .nemo file")

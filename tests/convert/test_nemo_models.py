@@ -97,7 +97,7 @@ def test_a_file_cannot_name_a_class_or_run_a_pickle(single: Runtime, tmp_path: P
     path, mark = tmp_path / "rm.nemo", tmp_path / "ran"
     wanted = jobs.save(str(path))
     for target in ("subprocess.Popen", "nemo_advrm.models.trainable.TrainableModel", "os.system"):
-        with pytest.raises(CheckpointError, match="none of ours"):
+        with pytest.raises(CheckpointError, match="this package does not have"):
             TrainableModel.restore_from(changed(path, {"target": target}))
     evil = pickle.dumps(_Evil(mark))
     with pytest.raises(CheckpointError, match="cannot be trusted"):
@@ -136,7 +136,7 @@ def test_a_file_that_cannot_be_written_is_one_error_on_every_rank(
     [
         ({"tokenizer": "${oc.env:HOME}"}, "would be replaced"),
         ({"tokenizer": "hf:/etc"}, "outside the archive"),
-        ({"tokenizer": ["hf"]}, "tokenizer is no text"),
+        ({"tokenizer": ["hf"]}, "tokenizer is not a string"),
         ({"reward_model": {"loss": "${oc.env:HOME}"}}, "would be replaced"),
         ({"reward_model": {"loss": ["bt"]}}, r"reward_model\.loss is a list, a text was expected"),
         ({"reward_model": {"head_init_std": "1"}}, r"reward_model\.head_init_std is '1', a number was expected"),
@@ -210,7 +210,7 @@ def test_an_interpolation_that_a_conversion_would_read_is_refused(
 @pytest.mark.parametrize(
     ("key", "value", "words"),
     [
-        ("tokenizer", "sentencepiece", "tokenizer is no object"),
+        ("tokenizer", "sentencepiece", "tokenizer is not an object"),
         ("tokenizer.special_tokens", {"pad": {"_target_": "os.system"}}, "`special_tokens` are not strings"),
         ("tokenizer.special_tokens", [1], "`special_tokens` are not strings"),
         ("tokenizer.special_tokens", "<pad>", "`special_tokens` are not strings"),
