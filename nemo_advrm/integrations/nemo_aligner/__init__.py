@@ -1,6 +1,6 @@
-"""The NeMo-Aligner plug-in: what its trainers take in place of their own actor, reward client and data loader.
+"""The NeMo-Aligner plug-in: an actor, reward and critic clients, a data loader and FP8 reward models for its trainers.
 
-NeMo-Aligner is imported by the first use of a name below, never before.
+Access to one of the names imports NeMo-Aligner; importing this package does not.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-_HOMES = {
+_MODULES = {
     "MegatronGPTAdversarialActorModel": "actor",
     "EnsembleRewardClient": "client",
     "CriticClient": "critic",
@@ -16,10 +16,10 @@ _HOMES = {
     "MegatronGPTFP8RewardModel": "fp8",
     "MegatronGPTFP8RegressionRewardModel": "fp8",
 }
-__all__ = list(_HOMES)
+__all__ = list(_MODULES)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__} has no attribute {name}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)

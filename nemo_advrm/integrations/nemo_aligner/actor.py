@@ -1,4 +1,4 @@
-"""NeMo-Aligner's actors, for both of its RL trainers, with a record of what an attack finds."""
+"""NeMo-Aligner's REINFORCE and PPO actors with recording of the responses that an attack finds."""
 
 from __future__ import annotations
 
@@ -19,14 +19,16 @@ from nemo_advrm.integrations.nemo_aligner.recorder import AdversarialRecorder
 
 
 class MegatronGPTAdversarialActorModel(NLPAdapterModelMixin, MegatronGPTModel, AlignableGenerativeInterface):
-    """An actor that is trained to find what one reward model of an ensemble likes and the others do not.
+    """An actor trained to find responses that one reward model of an ensemble scores high and the others do not.
 
-    Its reward is its client's (:class:`EnsembleRewardClient`, or NeMo-Aligner's own asking ``nemo-advrm serve``). Made
-    from a configuration with ``model.reinforce`` it is NeMo-Aligner's REINFORCE actor, with ``model.ppo`` its PPO
-    actor; the .nemo files it writes are theirs, and open without this package.
+    The reward comes from its client (:class:`EnsembleRewardClient`, or NeMo-Aligner's own client of ``nemo-advrm
+    serve``). With ``model.reinforce`` in the configuration it is NeMo-Aligner's REINFORCE actor, with ``model.ppo`` its
+    PPO actor. Its .nemo files name NeMo-Aligner's classes and open without this package.
+
+    Raises ConfigError when the configuration has neither or both sections, or uses context parallelism.
     """
 
-    _file_class: type | None = None  # that the files name as theirs
+    _file_class: type | None = None  # the class named in .nemo files
     _recorder: AdversarialRecorder | None = None
     _step_metrics: dict[str, float] | None = None
 
@@ -34,7 +36,7 @@ class MegatronGPTAdversarialActorModel(NLPAdapterModelMixin, MegatronGPTModel, A
         if cls is MegatronGPTAdversarialActorModel:
             sections = [name for name in ("reinforce", "ppo") if name in cfg]
             if len(sections) != 1:
-                raise ConfigError(f"model must have one of the sections reinforce and ppo, not {len(sections)} of them")
+                raise ConfigError(f"model must have exactly one of the sections reinforce and ppo, not {len(sections)}")
             cls = _ReinforceActor if sections == ["reinforce"] else _PPOActor
         return super().__new__(cls)
 
@@ -46,8 +48,11 @@ class MegatronGPTAdversarialActorModel(NLPAdapterModelMixin, MegatronGPTModel, A
         super().__init__(cfg, trainer=trainer)
 
     def record(self, client: EnsembleRewardClient, run_dir: str | Path, policy: str, step: int = 0) -> None:
-        """Write every training response with scores, z and Z(U) to ``RUN_DIR/attack/samples.jsonl``, and add the
-        step's means to the trainer's metrics. All ranks call; see :class:`AdversarialRecorder`."""
+        """Record training responses from now on; all ranks call it.
+
+        Every response is written with scores, z and Z(U) to ``RUN_DIR/attack/samples.jsonl``, and the means of each
+        step are added to the trainer's metrics; see :class:`AdversarialRecorder`.
+        """
         self._recorder = AdversarialRecorder(client, Path(run_dir) / "attack" / "samples.jsonl", policy, step)
 
     def prepare_for_inference(self) -> None:

@@ -1,4 +1,4 @@
-"""Runs on one rank what the ranks of a NeMo-Aligner job wait for, such as a server's answer."""
+"""Runs a function on one rank of a NeMo-Aligner job and returns its result, or raises its error, on the others."""
 
 from __future__ import annotations
 
@@ -11,22 +11,23 @@ from nemo_advrm.engine.collectives import run_on_first_rank, run_on_rank_zero
 from nemo_advrm.errors import RewardSourceError, UserError
 
 Result = TypeVar("Result")
-# longest wait of one rank unless its caller says otherwise: the other ranks wait for it in a collective, which
-# NeMo-Aligner's process groups give up after 30 minutes without a reason
+# Default limit of a wait on one rank. The other ranks wait in a collective, whose timeout of 30 minutes in
+# NeMo-Aligner's process groups gives no reason.
 WAIT_SECONDS = 1500.0
 _LONGEST = 600
 
 
-def in_replica(work: Callable[[], Result] | None, what: str) -> Result:
-    """Result of ``work``, called by the first rank of the model replica, on all its ranks; the others may pass None.
+def run_in_replica(work: Callable[[], Result] | None, what: str) -> Result:
+    """Call ``work`` on the first rank of the model replica and return its result on all ranks of the replica.
 
-    Raises RewardSourceError, on all of them, if it failed or took too long; ``what`` is the subject of the sentence.
+    The other ranks may pass None. Raises RewardSourceError on all of them if ``work`` failed or timed out; ``what`` is
+    the subject of the message.
     """
     return run_on_first_rank(parallel_state.get_model_parallel_group(), _attempt, work, what)
 
 
-def everywhere(work: Callable[[], Result] | None, what: str) -> Result:
-    """The same for rank 0 and all ranks of the job."""
+def run_in_job(work: Callable[[], Result] | None, what: str) -> Result:
+    """Call ``work`` on rank 0 and return its result on all ranks of the job; otherwise as :func:`run_in_replica`."""
     return run_on_rank_zero(_attempt, work, what)
 
 
@@ -38,6 +39,6 @@ def _attempt(work: Callable[[], Result] | None, what: str) -> Result:
         raise RewardSourceError(str(error)) from error
     except TimeoutError as error:
         raise RewardSourceError(f"{what} did not answer in time (wait_seconds)") from error
-    except Exception as error:  # of a server's client: any type
-        reason = " ".join(str(error).split())  # a server's whole traceback, its reason last
+    except Exception as error:  # a server's client may raise any type
+        reason = " ".join(str(error).split())  # may be a server's traceback, with the reason at the end
         raise RewardSourceError(f"{what} failed: {type(error).__name__}: {reason[-_LONGEST:]}") from error

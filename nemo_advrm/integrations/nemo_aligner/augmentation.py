@@ -1,4 +1,4 @@
-"""Adversarial pairs in the batches of NeMo-Aligner's SupervisedTrainer."""
+"""Mixes adversarial pairs into the batches of NeMo-Aligner's SupervisedTrainer."""
 
 from __future__ import annotations
 
@@ -20,20 +20,24 @@ from nemo_advrm.integrations.nemo_aligner.parallel_layout import refuse_context_
 
 
 class AdversarialAugmentation:
-    """A train dataloader for reward models in which a set share of every global batch is adversarial pairs.
+    """A training data loader that replaces a share of every global batch by adversarial pairs.
 
-    Takes the place of the loader it wraps as ``train_dataloader=`` of the ``SupervisedTrainer``. Which rows give way
-    and which pairs take their place is the rule of :func:`nemo_advrm.data.mixing.draw_replacements`, a function of
-    (seed, step, pairs): it is the same in every process, and a resumed training mixes as the unbroken one does.
+    Pass it as ``train_dataloader=`` of the ``SupervisedTrainer`` instead of the loader that it wraps.
+    :func:`nemo_advrm.data.mixing.draw_replacements` selects rows and pairs from (seed, step, pairs), so the result is
+    equal in every process and does not change when training is resumed.
 
     Args:
-        dataloader: of ``build_dataloader(..., load_gbs=True)`` over a ``RewardModelDataset``.
-        stores: files of pairs that ``nemo-advrm select`` wrote.
+        dataloader: from ``build_dataloader(..., load_gbs=True)`` over a ``RewardModelDataset``.
+        stores: files of pairs written by ``nemo-advrm select``.
         ratio: share of adversarial pairs in a batch, in (0, 1).
-        render: the text before an answer, in the template of the model: ``as_transcript``, or ``plain_text`` for
-            prompts that a NeMo-Aligner attack recorded, which are text already. Pairs have no weights in NeMo-Aligner.
-        snapshot: the pairs in force are written here first, and read from here when the training is resumed, so that
-            stores may grow meanwhile.
+        render: renders the text before an answer in the template of the model: ``as_transcript``, or ``plain_text`` for
+            prompts recorded by a NeMo-Aligner attack, which are text already. NeMo-Aligner does not use pair weights.
+        snapshot: the pairs are written to this file first and read from it when training is resumed, so that the
+            stores may grow in the meantime.
+
+    Raises:
+        ConfigError: a ratio outside (0, 1), another dataset class, or context parallelism.
+        DataError: the stores cannot be read or contain no usable pair; raised on all ranks.
     """
 
     def __init__(
@@ -50,7 +54,7 @@ class AdversarialAugmentation:
             raise ConfigError(f"augmentation.ratio must lie between 0 and 1, not {ratio}")
         if type(dataloader.dataset) is not RewardModelDataset:
             raise ConfigError(
-                f"adversarial pairs go into a RewardModelDataset (model.reward_model_type=binary_ranking), not a "
+                f"adversarial pairs need a RewardModelDataset (model.reward_model_type=binary_ranking), not a "
                 f"{type(dataloader.dataset).__name__}: they have no labels"
             )
         self.dataloader = dataloader
@@ -58,21 +62,21 @@ class AdversarialAugmentation:
         self.batch_sampler = dataloader.batch_sampler
         self.ratio = ratio
         self.seed = seed
-        self.pairs = _encoded(self.dataset, run_on_rank_zero(_read_or_refuse, stores, snapshot), render)
+        self.pairs = _encode(self.dataset, run_on_rank_zero(_read_pairs_as_data_error, stores, snapshot), render)
 
     def __len__(self) -> int:
         return len(self.dataloader)
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         size = self.batch_sampler.global_batch_size
-        # read now: the sampler counts on while batches are drawn, ahead of the trainer where there are workers
+        # read it before the loop: the sampler counts ahead of the trainer when the loader has workers
         step = self.batch_sampler.consumed_samples // size
         for batch in self.dataloader:
             yield self.mix(step, batch)
             step += 1
 
     def mix(self, step: int, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """This replica's part of the global batch of ``step``, with its adversarial pairs in place."""
+        """Replace rows in this replica's part of the global batch of ``step`` by adversarial pairs, in place."""
         rows = len(batch["chosen"])
         first = parallel_state.get_data_parallel_rank() * rows
         everyone = rows * parallel_state.get_data_parallel_world_size()
@@ -83,27 +87,27 @@ class AdversarialAugmentation:
         return batch
 
 
-def _read_or_refuse(stores: Sequence[str | Path], snapshot: Path | None) -> list[AdversarialPair]:
+def _read_pairs_as_data_error(stores: Sequence[str | Path], snapshot: Path | None) -> list[AdversarialPair]:
     try:
-        return _read(stores, snapshot)
+        return _read_pairs(stores, snapshot)
     except (UserError, OSError) as error:
         raise DataError(str(error)) from error
 
 
-def _read(stores: Sequence[str | Path], snapshot: Path | None) -> list[AdversarialPair]:
+def _read_pairs(stores: Sequence[str | Path], snapshot: Path | None) -> list[AdversarialPair]:
     if snapshot is not None and snapshot.exists():
         return PairStore(snapshot).load()
     pairs = merge(stores)
     if not pairs:
-        raise DataError(f"augmentation.pairs_path={', '.join(map(str, stores))}: there are no pairs")
+        raise DataError(f"augmentation.pairs_path={', '.join(map(str, stores))}: the files contain no pairs")
     if snapshot is not None:
         snapshot.parent.mkdir(parents=True, exist_ok=True)
         PairStore(snapshot).append(pairs)
     return pairs
 
 
-def _encoded(dataset: Any, pairs: list[AdversarialPair], render: Render) -> list[dict[str, Any]]:
-    """The pairs as rows of ``dataset``, made by its own class. Too long ones are left out, as it leaves out its own."""
+def _encode(dataset: Any, pairs: list[AdversarialPair], render: Render) -> list[dict[str, Any]]:
+    """Encode the pairs with the class of ``dataset``; pairs that are too long are skipped, as the dataset does."""
     data: list[dict[str, str]] = []
     for pair in pairs:
         before = render(pair.prompt)

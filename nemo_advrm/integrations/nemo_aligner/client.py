@@ -1,4 +1,4 @@
-"""The reward client of NeMo-Aligner's trainers: an ensemble in place of its one reward model server."""
+"""A reward client for NeMo-Aligner's trainers that scores with an ensemble instead of one reward model server."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from nemo_aligner.utils.server_utils import FutureResult
 from torch import Tensor
 
 from nemo_advrm.errors import RewardSourceError
-from nemo_advrm.integrations.nemo_aligner.agreement import WAIT_SECONDS, in_replica
+from nemo_advrm.integrations.nemo_aligner.agreement import WAIT_SECONDS, run_in_replica
 from nemo_advrm.integrations.nemo_aligner.critic_client import CriticClient
 from nemo_advrm.integrations.nemo_aligner.parallel_layout import refuse_context_parallelism
 from nemo_advrm.integrations.nemo_aligner.rollout_reader import RolloutReader
@@ -25,7 +25,7 @@ from nemo_advrm.rollouts.types import Rollouts
 
 @dataclass
 class ScoredRollouts:
-    """A rollout batch and what the ensemble said of it; ``rollouts`` only on the rank that asked."""
+    """A rollout batch with its rewards; ``rollouts`` is None except on the rank that requested them."""
 
     rollouts: Rollouts | None
     reward_output: RewardOutput
@@ -34,17 +34,16 @@ class ScoredRollouts:
 class EnsembleRewardClient:
     """``rm`` of NeMo-Aligner's ReinforceTrainer and ``rm_critic`` of its PPOTrainer.
 
-    The first rank of each model replica asks the members, in threads, while the actor goes on; the other ranks are
-    given the result. A failure there is raised on every rank of the replica, when the trainer asks for the rewards.
+    The first rank of each model replica queries the members in threads while the actor continues, and sends the result
+    to the other ranks. An error is raised on every rank of the replica when the trainer reads the rewards.
 
     Args:
-        reward: of the responses, from any members; members that are functions of this process are asked by one thread
-            at a time.
-        reader: of the actor's batches.
-        unended_penalty: reward of a response that did not end within its length limit; None leaves the ensemble's.
-        critic: values for PPO; needed by ``infer_rm_critic``, ``train`` and ``save``.
-        threads: batches that are scored at once.
-        wait_seconds: longest wait for the rewards of one batch.
+        reward: computes the rewards from the members; only one thread at a time calls members that are local functions.
+        reader: reads the actor's batches.
+        unended_penalty: reward of a response that did not end within its length limit; None keeps the ensemble's.
+        critic: computes values for PPO; required by ``infer_rm_critic``, ``train`` and ``save``.
+        threads: number of batches that are scored concurrently.
+        wait_seconds: maximum wait for the rewards of one batch.
     """
 
     def __init__(
@@ -62,35 +61,35 @@ class EnsembleRewardClient:
         self.unended_penalty = unended_penalty
         self.critic = critic
         self.wait_seconds = wait_seconds
-        self.keep_scored = False  # set by who calls take(): nobody else would ever empty the list
+        self.keep_scored = False  # set by the caller of take(), which empties the list
         self.scored: list[ScoredRollouts] = []
         self.communicator = _Communicator(self)
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="reward")
 
     def infer_rm(self, rollout_batch: Any) -> RewardFuture:
-        """A future of the rewards [B, 1] of a batch, see :meth:`RolloutReader.read`."""
+        """Return a future of the rewards [B, 1] of a batch, see :meth:`RolloutReader.read`."""
         return RewardFuture(self, *self._ask(rollout_batch))
 
     def infer_rm_critic(self, rollout_batch: Any) -> RewardValueFuture:
-        """A future of (rewards [B], values [B, S - 1])."""
+        """Return a future of (rewards [B], values [B, S - 1])."""
         values = self._critic().infer_values(rollout_batch)
         return RewardValueFuture(self.infer_rm(rollout_batch), values)
 
     def train(self, ppo_rollout_data: Any) -> Any:
-        """One critic update; the future of its loss on rank 0."""
+        """Start one critic update; return the future of its loss on rank 0."""
         return self._critic().train(ppo_rollout_data)
 
     def save(self) -> Any:
-        """The future of the critic's checkpoint."""
+        """Start saving the critic; return the future."""
         return self._critic().save()
 
     def take(self) -> list[ScoredRollouts]:
-        """What was scored since the last call, on every rank, where ``keep_scored`` is set."""
+        """Return and clear the batches scored since the last call, on every rank; needs ``keep_scored``."""
         scored, self.scored = self.scored, []
         return scored
 
     def close(self) -> None:
-        """Let go of threads and connections; work that has not begun is dropped."""
+        """Close threads and connections; requests that have not started are cancelled."""
         self._pool.shutdown(wait=False, cancel_futures=True)
         ensemble = getattr(self.reward, "ensemble", self.reward)
         for source in getattr(ensemble, "sources", []):
@@ -100,12 +99,12 @@ class EnsembleRewardClient:
             self.critic.communicator.close()
 
     def _ask(self, rollout_batch: Any) -> tuple[Rollouts | None, Future[RewardOutput] | None]:
-        # the tokens are read now: NeMo-Aligner pads and moves the batch's tensors later
+        # read the tokens before NeMo-Aligner pads and moves the tensors of the batch
         work: Any = run_if_model_parallel_src(self._read, rollout_batch)
         if work is None:
             return None, None
         rollouts, failure = work
-        if failure is not None:  # told where the other ranks are told too
+        if failure is not None:  # raised together with the other ranks in result()
             failed: Future[RewardOutput] = Future()
             failed.set_exception(failure)
             return None, failed
@@ -131,7 +130,7 @@ class EnsembleRewardClient:
 
 
 class RewardFuture(FutureResult):
-    """Rewards [B, 1] on the actor's device; all ranks of a replica call ``result``."""
+    """A future of rewards [B, 1] on the actor's device; all ranks of a replica call ``result``."""
 
     def __init__(
         self, client: EnsembleRewardClient, rollouts: Rollouts | None, work: Future[RewardOutput] | None
@@ -142,14 +141,15 @@ class RewardFuture(FutureResult):
 
     def result(self) -> Tensor:
         work, wait = self._work, self._client.wait_seconds
-        reward_output = in_replica(None if work is None else lambda: work.result(timeout=wait), "the ensemble's reward")
+        read = None if work is None else lambda: work.result(timeout=wait)
+        reward_output = run_in_replica(read, "the ensemble's reward")
         if self._client.keep_scored:
             self._client.scored.append(ScoredRollouts(self._rollouts, reward_output))
         return reward_output.rewards_N[:, None].to(torch.cuda.current_device())
 
 
 class RewardValueFuture(FutureResult):
-    """(rewards [B], values [B, S - 1]) on the actor's device."""
+    """A future of (rewards [B], values [B, S - 1]) on the actor's device."""
 
     def __init__(self, rewards: RewardFuture, values: Callable[[], Tensor]) -> None:
         self._rewards = rewards
@@ -160,7 +160,7 @@ class RewardValueFuture(FutureResult):
 
 
 class _Communicator:
-    """What NeMo-Aligner's scripts close at their end."""
+    """The attribute that NeMo-Aligner's scripts close at their end."""
 
     def __init__(self, client: EnsembleRewardClient) -> None:
         self._client = client

@@ -1,4 +1,4 @@
-"""NeMo-Aligner's critic server as its PPO trainer's source of values; its failures end the step that needs them."""
+"""A client of NeMo-Aligner's critic server for its PPO trainer; a failed request ends the step that needs it."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ from pytriton.client.exceptions import PyTritonClientTimeoutError
 from torch import Tensor
 
 from nemo_advrm.errors import RewardSourceError
-from nemo_advrm.integrations.nemo_aligner.agreement import WAIT_SECONDS, everywhere, in_replica
+from nemo_advrm.integrations.nemo_aligner.agreement import WAIT_SECONDS, run_in_job, run_in_replica
 
-# seconds that a server which was ready may be away before a request to it fails
+# A request fails when a server that was ready is unreachable for this many seconds.
 _AWAY_SECONDS = 10.0
 
 
 class CriticClient(RemoteGPTRMCriticClient):
-    """NeMo-Aligner's client of its critic server, asked for values alone.
+    """NeMo-Aligner's client of its critic server, used for values only.
 
-    NeMo-Aligner looks at no answer to a training pass. Here a pass that failed ends the training when the next values
-    are needed, or the checkpoint.
+    NeMo-Aligner never checks the result of a training pass. This client raises the error of a failed pass at the next
+    request for values or a checkpoint.
 
     Args:
-        cfg: ``remote_critic_rm`` as in NeMo-Aligner's configuration, and two keys of its own: ``connect_seconds``, in
-            which the server has to become ready, and ``wait_seconds``, the longest wait for values, a training pass or
-            a checkpoint (below the 30 minutes of the process groups). Its ``reward_model`` is not used. The critic is
-            served with ``trainer.ppo.combine_rm_and_critic_server=True``, which is NeMo-Aligner's default (in 0.7.0 its
-            server fails at every request without it); the rewards that such a server adds are left alone.
+        cfg: ``remote_critic_rm`` of NeMo-Aligner's configuration with two additional keys: ``connect_seconds``, the
+            time in which the server must become ready, and ``wait_seconds``, the maximum wait for values, a training
+            pass or a checkpoint (below the 30 minutes of the process groups). Its ``reward_model`` is not used. The
+            critic must be served with ``trainer.ppo.combine_rm_and_critic_server=True``, NeMo-Aligner's default
+            (without it the server of 0.7.0 fails at every request); the rewards of such a server are ignored.
 
     Raises:
-        RewardSourceError: no ready server at the address; on all ranks.
+        RewardSourceError: no server at the address became ready; raised on all ranks.
     """
 
     def __init__(self, cfg: DictConfig) -> None:
@@ -49,13 +49,17 @@ class CriticClient(RemoteGPTRMCriticClient):
         self._training: Future[Any] | None = None
         models = [cfg.critic.name[key] for key in ("infer", "train", "save")]
         first = torch.distributed.get_rank() == 0
-        everywhere((lambda: self._await_server(models)) if first else None, self.name)
+        run_in_job((lambda: self._await_server(models)) if first else None, self.name)
         self.communicator = _Connections(self.wait_seconds)
         for model in models:
             self.communicator.add_server_by_name(model, cfg.critic.ip, cfg.critic.port)
 
     def infer_values(self, rollout_batch: Any) -> Callable[[], Tensor]:
-        """Asks for the values of a batch; what is returned waits for them, [B, S - 1], on all ranks of a replica."""
+        """Request the values of a batch; return a function that waits for them.
+
+        All ranks of a replica call the function; it returns [B, S - 1] on the actor's device and raises
+        RewardSourceError for a failed request or values of a wrong shape.
+        """
         tokens = rollout_batch["response_tokens"].cpu()
         rows, length = tokens.shape
         if self.pad_to_length is not None:
@@ -78,23 +82,23 @@ class CriticClient(RemoteGPTRMCriticClient):
             return found[:, : length - 1].contiguous()
 
         def result() -> Tensor:
-            return in_replica(None if future is None else values, self.name).to(torch.cuda.current_device())
+            return run_in_replica(None if future is None else values, self.name).to(torch.cuda.current_device())
 
         return result
 
     def train(self, ppo_rollout_data: Any) -> Any:
-        """One critic update; the future of its loss on rank 0."""
+        """Start one critic update; return the future of its loss on rank 0."""
         self._training = super().train(ppo_rollout_data)
         return self._training
 
     def save(self) -> FutureResult:
-        """The future of the critic's checkpoint, with the last pass in it; all ranks call this, and wait for it."""
+        """Save the critic after its last training pass; return the future. All ranks call it and wait for it."""
         first = torch.distributed.get_rank() == 0
-        everywhere(self._await_training if first else None, self.name)
+        run_in_job(self._await_training if first else None, self.name)
         return _Saved(self, super().save().pytriton_save_future)
 
     def _await_training(self) -> None:
-        """Waits for the pass that is under way; only rank 0 has one. Raises what it raised."""
+        """Wait for the current training pass, which only rank 0 has, and raise its error."""
         training, self._training = self._training, None
         if training is not None:
             training.result(timeout=self.wait_seconds)
@@ -108,7 +112,7 @@ class CriticClient(RemoteGPTRMCriticClient):
                     client.wait_for_model(max(deadline - time.monotonic(), 1.0))
                 except PyTritonClientTimeoutError:
                     raise RewardSourceError(
-                        f"{self.name} has no model {model} ready after {limit:g} s (remote_critic_rm.connect_seconds)"
+                        f"{self.name} did not serve {model} within {limit:g} s (remote_critic_rm.connect_seconds)"
                     ) from None
 
 
@@ -118,11 +122,11 @@ class _Saved(FutureResult):
 
     def result(self) -> None:
         future, wait = self._future, self._client.wait_seconds
-        everywhere(None if future is None else lambda: future.result(timeout=wait), self._client.name)
+        run_in_job(None if future is None else lambda: future.result(timeout=wait), self._client.name)
 
 
 class _Connections(HTTPCommunicator):
-    """NeMo-Aligner's own wait for a week: with a dead server its threads would keep the process from ending."""
+    """Connections with a timeout: NeMo-Aligner's wait for a week, which blocks exit when the server is dead."""
 
     def __init__(self, wait_seconds: float) -> None:
         super().__init__(init_timeout_s=_AWAY_SECONDS)

@@ -1,7 +1,7 @@
-"""Reward model training in FP8, which NeMo-Aligner's own classes refuse when it comes to writing a checkpoint.
+"""Reward models for training in FP8. NeMo-Aligner's own classes fail when they save a checkpoint in FP8.
 
-Only Transformer Engine's layers compute in FP8. The reward head is a layer of Megatron-Core's own, has no FP8 state to
-lose, and stays in fp32. With ``model.fp8`` off the classes are NeMo-Aligner's own, but for the layouts they refuse.
+Only layers of Transformer Engine compute in FP8. The reward head is a Megatron-Core layer, has no FP8 state and stays
+in fp32. With ``model.fp8=False`` the classes behave as NeMo-Aligner's, except that they refuse context parallelism.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from nemo_advrm.engine import transformer_engine
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.integrations.nemo_aligner.parallel_layout import refuse_context_parallelism
 
-# Transformer Engine multiplies FP8 matrices whose sizes are multiples of this (of tokens: of 8)
+# Transformer Engine needs FP8 matrix sizes that are multiples of 16 (of 8 for tokens).
 MULTIPLE = 16
 
 
 class _FP8RewardModel(GPTRewardModel):
-    """The network; its layers' FP8 scales are saved, the head has none."""
+    """The network, with a checkpoint state that includes the FP8 scales of its layers."""
 
     def sharded_state_dict(self, prefix: str = "") -> dict[str, Any]:
-        # the parent's own method, whose one further act is to assert that FP8 is off, is passed by
+        # skip GPTRewardModel's method, which only adds an assertion that FP8 is off
         state = super(GPTRewardModel, self).sharded_state_dict(prefix=prefix)
         left_out = "rm_head._extra_state" if self.return_rm_head_in_state_dict else "rm_head"
         return {key: value for key, value in state.items() if left_out not in key}
 
 
 class _InFP8(MegatronGPTRewardModel):
-    """What both reward models need for ``model.fp8=True``; the files they write name NeMo-Aligner's class."""
+    """Base of both FP8 reward models; the files that they write name NeMo-Aligner's class."""
 
     _file_class: type | None = None
 
@@ -49,14 +49,16 @@ class _InFP8(MegatronGPTRewardModel):
 
     def model_provider_func(self, pre_process: bool, post_process: bool) -> Any:
         model = super().model_provider_func(pre_process, post_process)
-        model.__class__ = _FP8RewardModel  # adds no attribute; the parent names its class in this method alone
+        model.__class__ = (
+            _FP8RewardModel  # it adds no attributes, and the parent offers no other way to choose the class
+        )
         return model
 
     def infer(self, inputs: Any, add_BOS: bool = False, add_EOS: bool = False) -> Tensor:
-        """Rewards [B, 1] of texts, or of (tokens [B, S], lengths [B]); in FP8 S is padded to a multiple of 16."""
+        """Return rewards [B, 1] of texts or of (tokens [B, S], lengths [B]); FP8 pads S to a multiple of 16."""
         if self.cfg.get("fp8", False) and isinstance(inputs, tuple):  # texts are padded to encoder_seq_length
             tokens, lengths = inputs
-            # the rewards stay: no token sees what follows it, and the reward is read at `lengths`
+            # padding does not change the rewards: attention is causal and the reward is read at `lengths`
             inputs = torch.nn.functional.pad(tokens, (0, -tokens.size(1) % MULTIPLE)), lengths
         return super().infer(inputs, add_BOS=add_BOS, add_EOS=add_EOS)
 
@@ -74,10 +76,10 @@ class MegatronGPTFP8RegressionRewardModel(_InFP8, MegatronGPTRegressionRewardMod
 
 
 def check(cfg: DictConfig) -> None:
-    """Raise ConfigError for a setting or a machine with which a reward model cannot be trained in FP8.
+    """Raise ConfigError unless the settings and the machine allow training in FP8.
 
-    Needed are Transformer Engine, a format (``fp8_hybrid`` or ``fp8_e4m3``), a head in fp32, and sizes, of the sequence
-    and of every layer on one tensor-parallel rank, that are multiples of 16.
+    It needs Transformer Engine, a format (``fp8_hybrid`` or ``fp8_e4m3``), a head in fp32, and multiples of 16 as the
+    sequence length and the layer sizes on one tensor-parallel rank.
     """
     is_off = "" if cfg.get("transformer_engine", False) else "is off (model.transformer_engine)"
     if reason := is_off or transformer_engine.import_error():
@@ -85,7 +87,7 @@ def check(cfg: DictConfig) -> None:
     if not (cfg.get("fp8_hybrid", False) or cfg.get("fp8_e4m3", False)):
         raise ConfigError("model.fp8=True needs a format: set model.fp8_hybrid=True or model.fp8_e4m3=True")
     if str(cfg.get("force_head_dtype")) not in ("float32", "32", "torch.float32"):
-        raise ConfigError(f"model.force_head_dtype={cfg.get('force_head_dtype')}: in FP8 the head stays in float32")
+        raise ConfigError(f"model.force_head_dtype={cfg.get('force_head_dtype')}: with FP8 the head must be float32")
     tensor = cfg.get("tensor_model_parallel_size", 1)
     heads = cfg.num_attention_heads
     width = cfg.get("kv_channels") or cfg.hidden_size // heads

@@ -1,4 +1,4 @@
-"""The ensemble of a NeMo-Aligner run: servers, by the addresses that ``ensemble.members`` names, and functions."""
+"""Builds the ensemble of a NeMo-Aligner run from its ``ensemble`` section: member servers and the reward."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ EXPECTED = (
 
 
 class ServedMember:
-    """A reward model server asked with what the actor wrote.
+    """A reward model server that scores the actor's rollouts.
 
     Args:
-        tokens: the server has the actor's tokenizer and is sent its tokens, as NeMo-Aligner's own client does; else
-            the text of prompt and response is sent, which the server encodes for itself.
+        tokens: True sends the actor's tokens, as NeMo-Aligner's own client does, to a server with the same tokenizer;
+            False sends the text of prompt and response, which the server encodes itself.
     """
 
     def __init__(self, source: ServerReward | TritonReward, tokens: bool, pad_id: int) -> None:
@@ -51,7 +51,7 @@ class ServedMember:
         self.source = source
         self.tokens = tokens
         if tokens and isinstance(source, TritonReward) and source.tokenizer is None:
-            # rollouts of the same tokenizer are sent as they are: of it only the padding is asked
+            # tokens are sent unchanged, so the source needs only the fingerprint and the padding id
             source.tokenizer = SimpleNamespace(fingerprint=FINGERPRINT, pad_id=pad_id)  # type: ignore[assignment]
 
     def score(self, rollouts: Rollouts) -> Tensor:
@@ -65,9 +65,9 @@ class ServedMember:
 
 
 def open_members(cfg: DictConfig, pad_id: int) -> list[RewardSource]:
-    """The servers of ``ensemble.members``, R_1 first; waits until they are ready.
+    """Connect to the servers of ``ensemble.members``, R_1 first, and wait until they are ready.
 
-    Raises ConfigError for a member that is no server, RewardSourceError for one that does not answer.
+    Raises ConfigError for a member that is not a server, RewardSourceError for one that does not respond.
     """
     require_extra("serve", "httpx", "tenacity")
     check_keys(cfg)
@@ -79,21 +79,21 @@ def open_members(cfg: DictConfig, pad_id: int) -> list[RewardSource]:
         spec = parse(text, f"ensemble.members[{k}]")
         if not spec.is_remote:
             raise ConfigError(
-                f"{spec.place}={text}: NeMo-Aligner's processes ask servers; serve the model by nemo-advrm serve or "
-                "serve_reward_model.py and name its address"
+                f"{spec.place}={text}: NeMo-Aligner needs servers; serve the model with nemo-advrm serve or "
+                "serve_reward_model.py and set its address"
             )
         source: Any = connect(f"R_{k + 1} ({text})", spec.kind, spec.location.split("|"), options)
         tokens = bool(cfg.get("tokens", True))
         if tokens and isinstance(source, ServerReward) and not source.fingerprint:
-            raise ConfigError(f"{spec.place}={text}: the server takes no tokens; set ensemble.tokens=False")
+            raise ConfigError(f"{spec.place}={text}: the server does not accept tokens; set ensemble.tokens=False")
         members.append(ServedMember(source, tokens, pad_id))
     return members
 
 
 def build_reward(cfg: DictConfig, members: Sequence[RewardSource], reference: SFTScores | None = None) -> PolicyReward:
-    """The reward that ``ensemble.reward`` names: ``adversarial``, relative to the reference, or ``ensemble``.
+    """Build the reward ``ensemble.reward``: ``adversarial``, relative to the SFT scores, or ``ensemble``.
 
-    Several members of an ensemble are standardised by the SFT responses of the reference, where there is one.
+    With SFT scores several members of an ``ensemble`` are standardised by them. Raises ConfigError.
     """
     kind = cfg.get("reward", "adversarial")
     if kind == "ensemble":
@@ -101,7 +101,7 @@ def build_reward(cfg: DictConfig, members: Sequence[RewardSource], reference: SF
         statistics = fit_members(reference.scores_PNK.flatten(0, 1)) if standardise and reference is not None else None
         return UncertaintyReward(members, cfg.get("aggregate", "mean"), cfg.get("coefficient", 1.0), statistics)
     if kind != "adversarial":
-        raise ConfigError(f"ensemble.reward={kind!r}: it is adversarial or ensemble")
+        raise ConfigError(f"ensemble.reward={kind!r}: must be adversarial or ensemble")
     if reference is None:
         raise ConfigError("ensemble.reward=adversarial needs a reference: set ensemble.reference_path")
     options = _typed(AdversarialConfig, cfg.get("adversarial"), "ensemble.adversarial")
@@ -109,18 +109,18 @@ def build_reward(cfg: DictConfig, members: Sequence[RewardSource], reference: SF
 
 
 def read_sft_scores(cfg: DictConfig, members: Sequence[RewardSource]) -> SFTScores:
-    """The reference of ``ensemble.reference_path``; ConfigError when it is of another number of members."""
+    """Read the SFT scores of ``ensemble.reference_path``. Raises ConfigError for another number of members."""
     reference = SFTScores.read(Path(cfg.reference_path))
     if reference.scores_PNK.size(-1) != len(members):
         raise ConfigError(
-            f"ensemble.reference_path={cfg.reference_path} has scores of {reference.scores_PNK.size(-1)} members, "
-            f"ensemble.members names {len(members)}"
+            f"ensemble.reference_path={cfg.reference_path} has scores for {reference.scores_PNK.size(-1)} members, "
+            f"ensemble.members has {len(members)}"
         )
     return reference
 
 
 def check_keys(cfg: DictConfig) -> None:
-    """Raise ConfigError for a key of ``ensemble`` that does not exist."""
+    """Raise ConfigError for an unknown key in ``ensemble``."""
     for key in map(str, cfg):
         if key not in EXPECTED:
             raise ConfigError(f"ensemble.{key} does not exist; keys: {', '.join(EXPECTED)}")

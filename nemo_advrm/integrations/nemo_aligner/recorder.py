@@ -1,4 +1,4 @@
-"""Keeps what a NeMo-Aligner actor found: rows for ``nemo-advrm select`` and the step's adversarial metrics."""
+"""Records the responses of a NeMo-Aligner attack for ``nemo-advrm select``, and computes the metrics of each step."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ class AdversarialRecorder:
     """Appends every training response to ``RUN/attack/samples.jsonl``; all ranks call its methods.
 
     Args:
-        client: whose reward is an ``AdversarialReward``.
-        path: of the file; its rows are written by rank 0.
-        policy: name of the adversary in the rows, by which a pair's provenance says where it comes from.
-        step: of the trainer when it starts; rows of later steps are removed, as a resumed run writes them again.
+        client: a client whose reward is an ``AdversarialReward``.
+        path: path of the file, which rank 0 writes.
+        policy: name of the adversary in the rows and in the provenance of pairs.
+        step: first step of the trainer; rows from this step on are removed, because a resumed run writes them again.
     """
 
     def __init__(self, client: EnsembleRewardClient, path: Path, policy: str, step: int = 0) -> None:
         if not isinstance(client.reward, AdversarialReward):
-            raise ConfigError("samples are recorded of an adversarial reward: set ensemble.reward=adversarial")
+            raise ConfigError("recording needs an adversarial reward: set ensemble.reward=adversarial")
         self.client = client
         client.keep_scored = True
         self.policy = policy
@@ -40,12 +40,12 @@ class AdversarialRecorder:
         self._writer = JsonlWriter(path, resume_step=step - 1) if torch.distributed.get_rank() == 0 else None
 
     def begin(self) -> None:
-        """New rollouts begin; what was scored and not recorded belonged to a validation."""
+        """Start new rollouts; discard scored batches that were not recorded, which belong to a validation."""
         self.client.take()
         self._fresh = True
 
     def record(self) -> dict[str, float] | None:
-        """Write the rollouts of the step that is trained now; its metrics, None when that was done already."""
+        """Write the rollouts of the current step and return its metrics; None when they were already recorded."""
         if not self._fresh:
             return None
         self._fresh = False
@@ -54,7 +54,7 @@ class AdversarialRecorder:
         for scored in own:
             assert scored.rollouts is not None
             rows += trajectory_rows(scored.rollouts, scored.reward_output, self.target + 1, self.policy, self.step)
-        # only the first rank of a replica has rows, and with TensorRT-LLM's resharding a replica has several of them
+        # only the first rank of a replica has rows; with TensorRT-LLM's resharding a replica has several such ranks
         first = torch.distributed.get_rank() == 0
         parts: list[Any] | None = [None] * torch.distributed.get_world_size() if first else None
         torch.distributed.gather_object(rows, parts, 0)
@@ -69,7 +69,7 @@ class AdversarialRecorder:
         return self._metrics(rows)
 
     def _metrics(self, rows: list[dict[str, Any]]) -> dict[str, float]:
-        """Means over all responses of the step; ``qualified`` is the share that selection's rule would take."""
+        """Return means over all responses of the step; ``qualified`` is the share that the selection rule accepts."""
         if not rows:
             return {}
         reward = self.client.reward

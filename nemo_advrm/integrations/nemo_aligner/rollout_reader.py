@@ -1,4 +1,4 @@
-"""What NeMo-Aligner's actor wrote, as the rollouts that reward sources score."""
+"""Converts the batches of NeMo-Aligner's actor to the rollouts that reward sources score."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FINGERPRINT = "nemo_aligner actor"
 
 
 def as_prompt(text: str) -> tuple[Message, ...]:
-    """A prompt as NeMo-Aligner's files hold it: text that the actor's template has already been written into."""
+    """Wrap a prompt of a NeMo-Aligner file, which is text that already contains the actor's template."""
     return (Message(role="user", content=text),)
 
 
@@ -22,8 +22,8 @@ class RolloutReader:
     """Reads rollout batches of one actor.
 
     Args:
-        tokenizer: the actor's, as NeMo builds it (``text_to_ids``, ``ids_to_text``, ``eos_id``).
-        prompts: of the reference, by which ``prompt_index`` is known; None takes any prompt.
+        tokenizer: NeMo's tokenizer of the actor (``text_to_ids``, ``ids_to_text``, ``eos_id``).
+        prompts: prompts of the SFT scores, to which ``prompt_index`` refers; None accepts any prompt.
     """
 
     def __init__(self, tokenizer: Any, prompts: Sequence[tuple[Message, ...]] | None = None) -> None:
@@ -34,10 +34,11 @@ class RolloutReader:
             self._index.setdefault(self._key(tokenizer.text_to_ids(plain_text(prompt))), index)
 
     def read(self, batch: Any) -> Rollouts:
-        """Rollouts of a batch with ``response_tokens`` [B, S], ``response_lengths``, ``prompt_lengths`` [B] and, where
-        the actor says so, ``is_end`` [B].
+        """Read a batch with ``response_tokens`` [B, S], ``response_lengths`` and ``prompt_lengths`` [B].
 
-        Raises RewardSourceError for a prompt that is not one of the reference.
+        ``is_end`` [B] is optional; without it all responses count as ended.
+
+        Raises RewardSourceError for a prompt without SFT scores.
         """
         rows = batch["response_tokens"].tolist()
         ends, starts = batch["response_lengths"].flatten().tolist(), batch["prompt_lengths"].flatten().tolist()
@@ -62,7 +63,7 @@ class RolloutReader:
     def _texts(self, prompt: list[int], response: list[int]) -> tuple[str, str]:
         decode, body = self.tokenizer.ids_to_text, self._without_end(response)
         before, whole = decode(prompt), decode(prompt + body)
-        # decoded alone, a response can lose the space that it begins with
+        # decoding a response alone may drop its leading space
         return before, whole[len(before) :] if whole.startswith(before) else decode(body)
 
     def _find(self, prompt: list[int]) -> int:
@@ -72,13 +73,13 @@ class RolloutReader:
         if index is None:
             shown = self.tokenizer.ids_to_text(prompt)[:80]
             raise RewardSourceError(
-                f"the prompt {shown!r} is not one of the reference, to which the adversarial reward is relative: "
-                "sample the reference from the files that model.data.data_prefix names"
+                f"the prompt {shown!r} has no SFT scores, to which the adversarial reward is relative: sample them "
+                "from the files of model.data.data_prefix"
             )
         return index
 
     def _key(self, prompt: Sequence[int]) -> tuple[int, ...]:
-        return tuple(self._without_end(list(prompt)))  # model.data.append_eod puts an end token behind a prompt
+        return tuple(self._without_end(list(prompt)))  # model.data.append_eod adds an end token to a prompt
 
     def _without_end(self, tokens: list[int]) -> list[int]:
         while tokens and tokens[-1] == self.tokenizer.eos_id:

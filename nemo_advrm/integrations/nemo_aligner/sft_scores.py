@@ -1,4 +1,4 @@
-"""The reference of an attack, made of what the actor answers before its training."""
+"""Samples SFT responses from the actor before training and writes their scores, which an attack needs."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from nemo_advrm.rollouts.types import Rollouts
 
 
 def prompt_texts(*datasets: Any) -> list[str]:
-    """The prompts of NeMo-Aligner's ``RLHFDataset``, each once, without those that are too long to be answered.
+    """Return the distinct prompts of NeMo-Aligner's ``RLHFDataset`` objects, without those that are too long.
 
     Raises ConfigError for data that is not jsonl.
     """
     texts: dict[str, None] = {}
     for dataset in datasets:
         if not dataset.use_json:
-            raise ConfigError("model.data.data_impl must be jsonl: the reference needs the prompts' texts")
+            raise ConfigError("model.data.data_impl must be jsonl: the SFT scores need the text of the prompts")
         for sample in dataset.data:
             if dataset.encode(sample["text"])[1] <= dataset.max_sample_length:
                 texts.setdefault(sample["text"])
@@ -37,22 +37,24 @@ def prompt_texts(*datasets: Any) -> list[str]:
 def write_sft_scores(
     path: Path, actor: Any, texts: Sequence[str], members: Sequence[RewardSource], per_prompt: int, rows: int
 ) -> None:
-    """Let the actor answer every prompt ``per_prompt`` times, score the answers and write ``reference.jsonl``.
+    """Sample ``per_prompt`` answers to every prompt, score them and write ``reference.jsonl``.
 
-    All ranks call, after ``init_using_ptl`` and before training; replicas share the prompts, rank 0 asks the members.
+    All ranks call it after ``init_using_ptl`` and before training. The prompts are divided among the replicas; rank 0
+    queries the members.
 
     Args:
-        actor: of NeMo-Aligner, with the weights of the SFT policy.
-        rows: answers that are generated at once.
+        actor: NeMo-Aligner's actor with the weights of the SFT policy.
+        rows: number of answers that are generated at once.
 
     Raises:
-        RewardSourceError: a member failed; on every rank.
+        ConfigError: ``per_prompt`` is below 2.
+        RewardSourceError: a member failed; raised on every rank.
     """
     if per_prompt < 2:
         raise ConfigError(f"sft_statistics.samples_per_prompt must be at least 2, not {per_prompt}")
     replicas, replica = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
     share = [(i, text) for i, text in enumerate(texts) for _ in range(per_prompt)][replica::replicas]
-    # every replica makes as many batches: their collectives then meet
+    # every replica must generate the same number of batches, because generation uses collectives
     size = -(-len(texts) * per_prompt // replicas)
     share += share[:1] * (size - len(share)) if share else [(0, texts[0])] * size
     actor.prepare_for_inference()
@@ -67,7 +69,7 @@ def write_sft_scores(
 
 
 def _answer(actor: Any, prompts: list[tuple[int, str]]) -> list[tuple[int, str, list[int], bool]]:
-    """(prompt, response, its tokens, ended) of each."""
+    """Return (prompt index, response, its tokens, ended) of each prompt."""
     tokenizer = actor.tokenizer
     ids = [tokenizer.text_to_ids(text) for _, text in prompts]
     lengths = torch.tensor([len(row) for row in ids])
@@ -83,11 +85,11 @@ def _answer(actor: Any, prompts: list[tuple[int, str]]) -> list[tuple[int, str, 
 def _score(
     path: Path, texts: Sequence[str], tokenizer: Any, parts: list[Any], members: Sequence[RewardSource], per_prompt: int
 ) -> None:
-    """Score the responses and write the file; raises RewardSourceError."""
+    """Score the responses and write the file. Raises RewardSourceError."""
     answers: list[list[tuple[str, list[int], bool]]] = [[] for _ in texts]
     for part in parts:
         for index, *answer in part:
-            if len(answers[index]) < per_prompt:  # more were made to fill the last batch
+            if len(answers[index]) < per_prompt:  # additional ones completed the last batch
                 answers[index].append(tuple(answer))
     flat = [(i, *answer) for i, own in enumerate(answers) for answer in own]
     rollouts = Rollouts(
@@ -104,8 +106,8 @@ def _score(
         write_jsonl_atomic(path, rows)
     except UserError as error:
         raise RewardSourceError(str(error)) from error
-    except Exception as error:  # of a member: any type
-        raise RewardSourceError(f"{path} was not written: {type(error).__name__}: {error}") from error
+    except Exception as error:  # a member may raise any type
+        raise RewardSourceError(f"{path} could not be written: {type(error).__name__}: {error}") from error
 
 
 __getattr__ = old_names(__name__)
