@@ -1,7 +1,7 @@
-"""Saving a training checkpoint: seconds that training stands still when it waits, and when a copy is written meanwhile.
+"""Measures the time that training loses to a checkpoint, with a blocking save and with a save in the background.
 
-Both save the same RewardModel with Adam's state to the same disk, in turn. What stands still in the background is the
-copy, the last files and the name, and what the steps in between take longer than steps without a save.
+Both save the same RewardModel with Adam's state to the same disk, in turn. The cost of a background save is the copy,
+the completion, and the slowdown of the steps in between.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ MOST_STEPS = 10_000
 
 @dataclass(frozen=True)
 class Stall:
-    """Seconds of one save in the background.
+    """Cost of one save in the background.
 
     Attributes:
-        copy: until training goes on.
-        slower: that the steps during the write took more than steps do.
-        complete: at the step that completes it.
-        steps: during the write.
+        copy: seconds until training continues.
+        slower: additional seconds of the steps during the write.
+        complete: seconds of completion, at the step that completes the save.
+        steps: number of steps during the write.
     """
 
     copy: float
@@ -45,7 +45,7 @@ class Stall:
 
 
 class Training:
-    """Steps of a reward model on random pairs."""
+    """Trains a reward model on random pairs."""
 
     def __init__(self, layers: int, hidden: int, rows: int) -> None:
         import numpy as np
@@ -70,7 +70,7 @@ class Training:
         self._step = 0
 
     def step(self) -> float:
-        """Seconds of one more step, on the same rows each time."""
+        """Run one step, always on the same rows, and return its seconds."""
         started = time.perf_counter()
         self.module.train_on(self._batch, self._step)
         self._step += 1
@@ -104,7 +104,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--hidden", type=int, default=512)
-    parser.add_argument("--rows", type=int, default=4, help="pairs in a step")
+    parser.add_argument("--rows", type=int, default=4, help="pairs per step")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--directory", type=Path, default=None, help="where to save (default: the temporary directory)")
     args = parser.parse_args()
@@ -123,7 +123,7 @@ def main() -> None:
             step_seconds = statistics.median(training.step() for _ in range(5))
             waiting = wait_for(training, home / "waiting")
             background = in_background(training, home / "background", step_seconds)
-            if repeat:  # the first makes the directories and takes memory from the system
+            if repeat:  # the first save also creates directories and allocates memory
                 waited.append(waiting)
                 stalls.append(background)
         size = sum(p.stat().st_size for p in (home / "waiting").rglob("*") if p.is_file())

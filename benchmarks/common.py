@@ -1,7 +1,7 @@
-"""What the benchmarks share: one random Llama for both sides, ragged data, and interleaved timing in two processes.
+"""Shared parts of the benchmarks: one random Llama for both sides, ragged data, and interleaved timing.
 
-Each side of a comparison lives in a process of its own, so that its peak memory is its own. The parent lets them work
-in turn (ours, peer, ours, peer, ...): only one computes at a time, and drifts of the machine hit both.
+Each side of a comparison runs in a process of its own, so that peak memory is measured separately. The parent
+alternates between them (ours, peer, ours, peer, ...): only one computes at a time, and drifts affect both.
 """
 
 from __future__ import annotations
@@ -47,15 +47,15 @@ class Llama:
 
 @dataclass(frozen=True)
 class Side:
-    """One contestant: ``check`` returns numbers that must agree, ``work`` does one repeat and returns its units."""
+    """One side of a comparison: ``check`` returns values that must agree, ``work`` runs one repeat, returns units."""
 
     check: Callable[[], np.ndarray]
     work: Callable[[], float]
-    loop: Callable[[], None] | None = None  # a training loop that ``work`` steers; it gets the process's main thread
+    loop: Callable[[], None] | None = None  # a training loop controlled by ``work``, run in the main thread
 
 
 def random_weights(shape: Llama, head: str, seed: int = 0, std: float = 0.02) -> dict[str, torch.Tensor]:
-    """Hugging Face's names -> tensors of a Llama with the head "lm" (untied) or "reward", the same in every process."""
+    """Return tensors by Hugging Face name of a Llama with head "lm" (untied) or "reward"; equal in every process."""
     import torch
 
     generator = torch.Generator().manual_seed(seed)
@@ -87,7 +87,7 @@ def random_weights(shape: Llama, head: str, seed: int = 0, std: float = 0.02) ->
 
 
 def peer_model(shape: Llama, head: str, weights: dict[str, torch.Tensor]) -> Any:
-    """The transformers model of these weights."""
+    """Build the transformers model with these weights."""
     from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
     from transformers.utils import logging
 
@@ -114,7 +114,7 @@ def peer_model(shape: Llama, head: str, weights: dict[str, torch.Tensor]) -> Any
 
 
 def our_config(shape: Llama) -> Config:
-    """Our configuration of the same shape; everything else is at its default."""
+    """Return our configuration of the same shape with defaults for everything else."""
     from nemo_advrm.config.schema import Config
 
     cfg = Config()
@@ -137,7 +137,7 @@ def start_runtime() -> None:
 
 
 def our_model(shape: Llama, head: str, weights: dict[str, torch.Tensor]) -> MegatronModel:
-    """Our model of these weights, not trainable."""
+    """Build our model with these weights, not trainable."""
     from nemo_advrm.engine.model import build_model
 
     start_runtime()
@@ -169,23 +169,23 @@ def copy_weights(model: MegatronModel, weights: dict[str, torch.Tensor]) -> None
 
 
 def ragged_lengths(rows: int, rng: np.random.Generator, longest: int) -> np.ndarray:
-    """[rows, 2] tokens of chosen and rejected, like HH-RLHF: mean 180, 95th percentile 460, log-correlation 0.85."""
+    """Draw lengths [rows, 2] of chosen and rejected as in HH-RLHF: mean 180, 95th percentile 460, log-corr. 0.85."""
     noise = rng.multivariate_normal([0.0, 0.0], [[1.0, 0.85], [0.85, 1.0]], size=rows)
     return np.exp(4.924 + 0.734 * noise).astype(int).clip(8, longest)
 
 
 def ragged_sequences(lengths: np.ndarray, rng: np.random.Generator, vocab: int) -> list[list[int]]:
-    """Random tokens of these lengths, each sequence ending in EOS_ID."""
+    """Draw random sequences of these lengths that end with EOS_ID."""
     return [[*rng.integers(FIRST_ID, vocab, size=n - 1).tolist(), EOS_ID] for n in lengths]
 
 
 def peak_mib() -> float:
-    """Most memory this process ever held, in MiB."""
+    """Return the peak memory of this process in MiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def _process(connection: Connection, make: Callable[..., Side], options: Any) -> None:
-    """A side's process: set up, answer the check, then do one repeat for every word from the parent."""
+    """Run one side in its process: set up, send the check, then run one repeat for every message of the parent."""
     import torch
 
     torch.set_num_threads(1)
@@ -206,7 +206,7 @@ def _serve(connection: Connection, side: Side) -> None:
             connection.send((units, time.perf_counter() - started, time.process_time() - cpu_started))
         connection.send(peak_mib())
     finally:
-        os._exit(0)  # a training loop in the main thread would wait for its next step for ever
+        os._exit(0)  # a training loop in the main thread would wait for its next step forever
 
 
 def compare(
@@ -214,9 +214,9 @@ def compare(
 ) -> dict[str, float]:
     """Time the sides in turn; the first is ours. Returns the median units per second of each.
 
-    Prints median and range of units per second of wall clock, the median per second of CPU time (other people's work on
-    the machine does not enter it) and peak memory, and ours over each peer. Raises AssertionError when
-    the sides do not compute the same within TOLERANCE. The first repeat of each side is a warm-up and is not counted.
+    Prints median and range of units per second of wall-clock time, the median per second of CPU time (which excludes
+    other work on the machine), peak memory, and the ratio of ours to each peer. The first repeat of each side is a
+    warm-up. Raises AssertionError when the results of the sides differ by more than TOLERANCE.
     """
     os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1")
     context = multiprocessing.get_context("spawn")
@@ -227,7 +227,7 @@ def compare(
         process.start()
         theirs.close()
         processes.append(process)
-        ready[name] = connections[name].recv()  # one after the other: set-up is work too
+        ready[name] = connections[name].recv()  # one after the other, because set-up also needs the CPU
     ours = next(iter(sides))
     for name, (numbers, _) in ready.items():
         expected = ready[ours][0]
@@ -270,7 +270,7 @@ def compare(
 
 
 def describe_machine() -> None:
-    """Print what the figures depend on."""
+    """Print the hardware and the versions on which the figures depend."""
     with open("/proc/cpuinfo") as file:
         names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
     cpu = names[0] if names else platform.machine()

@@ -1,8 +1,7 @@
-"""Peak memory of converting a generated sharded checkpoint of about 2 GB, both ways, each in a fresh process.
+"""Measures the peak memory of converting a random sharded checkpoint of about 2 GB in both directions.
 
-The source is a random Llama in bf16 in shards of 500 MB. Each direction runs as ``nemo-advrm convert`` does, in a
-process that first imports everything it needs; what counts is the highest resident memory above that, which
-includes the pages of mapped files.
+The source is a random Llama in bf16 in shards of 500 MB. Each direction runs as ``nemo-advrm convert`` in a fresh
+process. The result is the peak of resident memory, including mapped pages of files, above that after all imports.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ LIMIT_BYTES = 10**9
 
 
 def llama(layers: int) -> ModelConfig:
-    """The shape of Llama 3.2 1B, but for its number of layers and vocabulary."""
+    """Return the shape of Llama 3.2 1B with another number of layers and vocabulary."""
     return ModelConfig(
         num_layers=layers,
         hidden_size=2048,
@@ -45,7 +44,7 @@ def llama(layers: int) -> ModelConfig:
 
 
 def generate(directory: Path, model: ModelConfig, shard_bytes: int) -> int:
-    """Write a random checkpoint with an index, tensor by tensor; returns its bytes."""
+    """Write a random checkpoint with an index, one tensor at a time; return its size in bytes."""
     table = ARCHITECTURES[0]
     specs: dict[str, TensorSpec] = {}
     for name, shape in canonical_shapes(model, "lm", model.vocab_size).items():
@@ -65,7 +64,7 @@ def generate(directory: Path, model: ModelConfig, shard_bytes: int) -> int:
 
 
 def measure(settings: ConvertConfig, results: Any) -> None:
-    """Convert; puts (bytes before, bytes at the peak, seconds) into the queue."""
+    """Convert; put (bytes before, bytes at the peak, seconds) into the queue."""
     from transformers import AutoConfig
 
     from nemo_advrm.convert import hf_sink, hf_source, megatron_checkpoint  # noqa: F401
@@ -83,7 +82,9 @@ def measure(settings: ConvertConfig, results: Any) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--layers", type=int, default=14, help="14 make 2.0 GB")
-    parser.add_argument("--directory", default=None, help="where the temporary checkpoints go (three times the size)")
+    parser.add_argument(
+        "--directory", default=None, help="directory of the temporary checkpoints (needs three times the size)"
+    )
     arguments = parser.parse_args()
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory(dir=arguments.directory) as temporary:

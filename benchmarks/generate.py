@@ -1,4 +1,4 @@
-"""Greedy generation with a key/value cache: tokens per second of our generate against transformers' generate."""
+"""Compares greedy generation with a key/value cache in tokens/s: our generate against transformers' generate."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ class Options:
 
 
 def data(options: Options) -> list[list[int]]:
-    """Prompts of 16 to 192 tokens."""
+    """Draw prompts of 16 to 192 tokens."""
     rng = np.random.default_rng(0)
     lengths = np.exp(rng.normal(4.2, 0.6, options.batch)).astype(int).clip(16, 192)
     return [rng.integers(FIRST_ID, options.shape.vocab, size=n).tolist() for n in lengths]
 
 
 def _table(responses: list[list[int]], options: Options) -> np.ndarray:
-    """[batch, new_tokens], -1 behind the end of a response."""
+    """Return responses as [batch, new_tokens], with -1 after the end of a response."""
     table = np.full((options.batch, options.new_tokens), -1)
     for row, response in zip(table, responses, strict=True):
         row[: len(response)] = response
@@ -68,7 +68,7 @@ def peer(options: Options) -> Side:
     longest = max(map(len, prompts))
     tokens = torch.full((options.batch, longest), PAD_ID)
     mask = torch.zeros_like(tokens)
-    for row, prompt in enumerate(prompts):  # transformers pads on the left to generate
+    for row, prompt in enumerate(prompts):  # generation in transformers needs left padding
         tokens[row, longest - len(prompt) :] = torch.tensor(prompt)
         mask[row, longest - len(prompt) :] = 1
 

@@ -1,7 +1,7 @@
-"""The hybrid reward on real preference pairs: accuracy, mismatched prompts and length bias, plain and with features.
+"""Measures accuracy, mismatched prompts and length bias of plain and hybrid rewards on real preference pairs.
 
-A reward model per seed is trained from the policy on the same pairs. The features of the policy do not depend on the
-seed and are computed once; what is computed is kept in ``--out``, so that a run that was stopped goes on.
+One reward model per seed is trained from the policy on the same pairs. The features of the policy do not depend on the
+seed and are computed once. Results are stored in ``--out``, so an interrupted run can be continued.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ ARMS: dict[str, tuple[int, ...]] = {"plain": (), "+ log_prob": (0,), "+ prompt_g
 
 @dataclass(frozen=True)
 class Parts:
-    """Encoded pairs to train on, to fit the weights on and to test on; the test pairs with answers to other prompts."""
+    """Encoded pairs for training, for fitting the weights and for testing, and mismatched test pairs."""
 
     train: list[EncodedPair]
     fit: list[EncodedPair]
@@ -51,7 +51,7 @@ class Parts:
 
 
 def read_parts(options: argparse.Namespace, tokenizer: Tokenizer) -> tuple[Parts, list[PreferencePair]]:
-    """The parts share no prompt; every side has at most ``--max-tokens`` tokens."""
+    """Split the pairs into parts without a common prompt; every side has at most ``--max-tokens`` tokens."""
     rows = [row for path in options.data for row in load_preferences(path, on_bad_row="skip").rows if row.prompt]
 
     def short(rows: Sequence[PreferencePair]) -> list[EncodedPair]:
@@ -69,7 +69,7 @@ def read_parts(options: argparse.Namespace, tokenizer: Tokenizer) -> tuple[Parts
 def features_of(
     cfg: Config, tokenizer: Tokenizer, policy: str, parts: Parts, prompts: list[list[int]], out: Path
 ) -> dict[str, Tensor]:
-    """[2 N, 2] of each part, all chosen responses first."""
+    """Return the features [2 N, 2] of each part, chosen responses first."""
     path = out / "features.pt"
     if not path.exists():
         model = build_policy(cfg, tokenizer, policy, 0, trainable=False)
@@ -88,7 +88,7 @@ def features_of(
 def plain_scores(
     cfg: Config, tokenizer: Tokenizer, policy: str, parts: Parts, seed: int, out: Path
 ) -> dict[str, Tensor]:
-    """[2 N] of each part by a reward model of this seed."""
+    """Return the scores [2 N] of each part by a reward model of this seed."""
     path = out / f"scores_{seed}.pt"
     if not path.exists():
         started = time.process_time()
@@ -105,7 +105,7 @@ def plain_scores(
 
 
 def rows_of(seed: int, scores: dict[str, Tensor], features: dict[str, Tensor], lengths: list[int]) -> list[dict]:
-    """One line an arm: its weights, accuracies, and the correlation of its scores with the responses' lengths."""
+    """Return one row per arm: weights, accuracies, and the correlation of scores with response lengths."""
     lines = []
     for arm, columns in ARMS.items():
         picked = {name: values[:, list(columns)] for name, values in features.items()}

@@ -1,4 +1,4 @@
-"""A plain PyTorch transformer and the least loops that train it: what benchmarks/step_cost.py compares with."""
+"""A plain PyTorch transformer with minimal training loops, the peer in benchmarks/step_cost.py."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def _rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
 
 
 class Transformer(nn.Module):
-    """``outputs`` numbers for every token."""
+    """A transformer with ``outputs`` values for every token."""
 
     def __init__(self, cfg: Config, vocabulary: int, outputs: int) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ class Transformer(nn.Module):
     def forward(
         self, tokens: Tensor, positions: Tensor | None = None, mask: Tensor | None = None, past: Cache | None = None
     ) -> tuple[Tensor, Cache]:
-        """[B, S] tokens -> [B, S, H] last hidden states, and keys and values of every layer."""
+        """Return the last hidden states [B, S, H] of tokens [B, S], and the keys and values of every layer."""
         rotation = (self.cos[: tokens.size(1)], self.sin[: tokens.size(1)])
         if positions is not None:
             rotation = (self.cos[positions][:, None], self.sin[positions][:, None])
@@ -80,7 +80,7 @@ class Transformer(nn.Module):
 
 
 class Loop:
-    """A model with AdamW and clipping."""
+    """Trains a model with AdamW and gradient clipping."""
 
     def __init__(self, model: Transformer, cfg: Config) -> None:
         self.model, self.cfg = model, cfg
@@ -101,7 +101,7 @@ def padded(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
 
 
 def log_probs(model: Transformer, rows: list[tuple[list[int], int]]) -> tuple[Tensor, Tensor]:
-    """[N] of every response token of (sequence, prompt length) rows, and the row of each."""
+    """Return log-probabilities [N] of all response tokens of (sequence, prompt length) rows, and their row numbers."""
     tokens, lengths = padded([row for row, _ in rows])
     starts = torch.tensor([start for _, start in rows])
     places = torch.arange(tokens.size(1) - 1)
@@ -130,7 +130,7 @@ class RewardLoop(Loop):
 
 
 class RlLoop(Loop):
-    """REINFORCE with the leave-one-out baseline against the mean of reward models."""
+    """Trains a policy by REINFORCE with the leave-one-out baseline on the mean of reward models."""
 
     def __init__(self, model: Transformer, members: list[Transformer], cfg: Config, eos_id: int) -> None:
         super().__init__(model, cfg)
@@ -148,7 +148,7 @@ class RlLoop(Loop):
         return self.update(-(values * advantages[row_of]).mean())
 
     def generate(self, prompts: list[list[int]]) -> list[tuple[list[int], int]]:
-        """(prompt and response, prompt length) of every prompt."""
+        """Return (prompt and response, prompt length) for every prompt."""
         tokens, lengths = padded(prompts)
         width = tokens.size(1)
         self.model.eval()

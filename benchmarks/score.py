@@ -1,4 +1,4 @@
-"""Reward-model scoring: sequences per second against transformers' LlamaForSequenceClassification."""
+"""Compares reward-model scoring in sequences/s with transformers' LlamaForSequenceClassification."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def peer_by_length(options: Options) -> Side:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sequences", type=int, default=64)
-    parser.add_argument("--batch", type=int, default=32, help="rows in one batch of transformers")
+    parser.add_argument("--batch", type=int, default=32, help="rows per batch in transformers")
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
     describe_machine()

@@ -1,7 +1,8 @@
-"""Load on the reward server: many clients at once, mixed lengths, every score checked against the offline one.
+"""Measures the reward server under load: many clients, mixed lengths, every score compared with the offline score.
 
 Starts ``nemo-advrm serve`` with a tiny random reward model on loopback, sends requests from ``--clients`` connections
-for ``--seconds`` and prints requests/s and latencies. Ends with an error when one fails or a score is off by 1e-4.
+for ``--seconds``, and prints requests/s and latencies. Exits with an error when a request fails or a score differs by
+more than 1e-4.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ TOLERANCE = 1e-4
 
 
 def make_model(path: Path) -> None:
-    """A reward model of 4 layers of width 64 over bytes."""
+    """Write a byte-level reward model with 4 layers of width 64."""
     from nemo_advrm.config.schema import ModelConfig, PrecisionConfig
     from nemo_advrm.data.tokenizers import ByteTokenizer
     from nemo_advrm.engine import checkpoint, runtime
@@ -40,14 +41,14 @@ def make_model(path: Path) -> None:
 
 
 def make_texts() -> list[str]:
-    """Lengths as those of chat answers: mean about 180 characters, at most 1000."""
+    """Draw texts with the lengths of chat answers: mean about 180 characters, at most 1000."""
     draw = random.Random(0)
     letters = "abcdefghijklmnopqrstuvwxyz     "
     return ["".join(draw.choices(letters, k=min(1000, int(draw.gammavariate(1.6, 110)) + 5))) for _ in range(TEXTS)]
 
 
 def offline_scores(path: Path, texts: list[str]) -> list[float]:
-    """One text at a time, without any batch."""
+    """Score one text at a time, without batching."""
     from nemo_advrm.config.schema import Config
     from nemo_advrm.data.tokenizers import build_tokenizer
     from nemo_advrm.engine.scoring import score_sequences
@@ -64,7 +65,7 @@ def offline_scores(path: Path, texts: list[str]) -> list[float]:
 async def client(
     http: httpx.AsyncClient, number: int, end: float, texts: list[str], scores: list[float], seen: list[float]
 ) -> int:
-    """Requests of 1 to 4 samples until the end; returns the number of samples."""
+    """Send requests of 1 to 4 samples until the end; return the number of samples."""
     draw, samples = random.Random(number), 0
     while time.monotonic() < end:
         chosen = draw.choices(range(len(texts)), k=draw.randint(1, 4))

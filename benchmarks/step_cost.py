@@ -1,8 +1,8 @@
-"""CPU seconds of a training step of the embedded experiment: ours, through Lightning, and a plain PyTorch loop.
+"""Compares the CPU time of a training step of the synthetic experiment: ours under Lightning and a plain PyTorch loop.
 
 The model is ``conf/model/synthetic.yaml`` (3 layers of width 64) on the data of ``experiment=synthetic``. Both sides
-work in this process in turn, on the same rows; what is measured is the process's CPU time, so that other work on the
-machine does not count. The plain loop is the least that does the same: one module, one padded batch, AdamW.
+run in this process in turn on the same rows. CPU time is measured because it excludes other work on the machine. The
+plain loop is minimal: one module, one padded batch, AdamW.
 
     OMP_NUM_THREADS=1 python benchmarks/step_cost.py
     OMP_NUM_THREADS=1 python benchmarks/step_cost.py --profile rlhf     # where the time goes
@@ -45,12 +45,12 @@ from nemo_advrm.training.run_training import fit
 from nemo_advrm.training.sft_training import encode_responses, sft_rows
 
 KINDS = ("sft", "train_rm", "rlhf")
-_SFT_STEPS = 100  # of the policy that RL starts from: it then ends its responses
-_FIRST = 3  # steps that are not counted: allocations and first calls
+_SFT_STEPS = 100  # SFT steps of the initial RL policy, after which it ends its responses
+_FIRST = 3  # warm-up steps that are not counted
 
 
 class Clock(Callback):
-    """CPU seconds of each step, everything between two steps included."""
+    """Measures CPU seconds of each step, including everything between two steps."""
 
     def __init__(self) -> None:
         self.stamps: list[float] = []
@@ -59,20 +59,20 @@ class Clock(Callback):
         self.stamps.append(time.process_time())
 
     def seconds(self) -> float:
-        """Of one step, the median; those at the beginning are left out."""
+        """Return the median seconds of a step without the warm-up steps."""
         steps = [b - a for a, b in itertools.pairwise(self.stamps)]
         return statistics.median(steps[_FIRST:])
 
 
 class Work:
-    """Data and models of the experiment, small enough to be made in a few seconds."""
+    """Data and models of the experiment, small enough to create in a few seconds."""
 
     def __init__(self, directory: Path, steps: int) -> None:
         cfg = load_config(["experiment=synthetic", "synthetic.sft_rows=2000", "synthetic.prompts=500"])
         self.cfg, self.directory, self.steps = cfg, directory, steps
         self.tokenizer = build_tokenizer(cfg.model.tokenizer)
         self.rows = encode_responses(self._stage("sft"), self.tokenizer, sft_rows(self._stage("sft")))
-        # responses of two prompts: which is the better one does not matter to the clock
+        # pair responses of different prompts: labels do not affect the time
         self.pairs = [
             EncodedPair(a.tokens, b.tokens, 0, None, 1.0, "") for a, b in zip(self.rows, self.rows[1:], strict=False)
         ]
@@ -82,7 +82,7 @@ class Work:
         self.plain_policy: plain.Transformer | None = None
 
     def prepare(self) -> None:
-        """A policy that writes the language, after some steps of SFT, and two reward models."""
+        """Train a policy on the synthetic language by SFT, and two reward models."""
         cfg = self._stage("sft", _SFT_STEPS)
         module = SupervisedModel(cfg, self.tokenizer, self.rows, seed=0)
         self._fit(module, cfg)
@@ -107,7 +107,7 @@ class Work:
         return clock.seconds()
 
     def ours(self, kind: str) -> float:
-        """CPU seconds of a step of ours."""
+        """Return CPU seconds of one of our steps."""
         cfg = self._stage(kind)
         if kind == "sft":
             return self._fit(SupervisedModel(cfg, self.tokenizer, self.rows, self.policy), cfg)
@@ -120,7 +120,7 @@ class Work:
         return self._fit(module, cfg, (tracker,))
 
     def plain(self, kind: str) -> float:
-        """CPU seconds of a step of the plain loop."""
+        """Return CPU seconds of a step of the plain loop."""
         cfg = self._stage(kind)
         step = self._plain_step(kind, cfg)
         stamps = [time.process_time()]
@@ -158,9 +158,9 @@ def _batch(rows: list[Any], size: int, step: int) -> list[Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
-    parser.add_argument("--steps", type=int, default=20, help="counted steps of one repeat")
+    parser.add_argument("--steps", type=int, default=20, help="counted steps per repeat")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--profile", choices=KINDS, help="profile ours alone")
+    parser.add_argument("--profile", choices=KINDS, help="profile only our side")
     args = parser.parse_args()
     quiet_libraries()
     runtime.start(accelerator="cpu")

@@ -1,7 +1,7 @@
-"""Reward-model training: pairs per second of our RewardModel under Lightning against TRL's RewardTrainer.
+"""Compares reward-model training in pairs/s: our RewardModel under Lightning against TRL's RewardTrainer.
 
-Both train the same Llama on the same global batches in the same order, through their own training loops: a callback
-stops the loop after every few steps to hand over to the other side. The losses of the first steps must agree.
+Both train the same Llama on the same global batches in the same order with their own training loops. A callback pauses
+the loop after every few steps to switch to the other side. The losses of the first steps must agree.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Options:
 
 @dataclass
 class Pacer:
-    """Lets a training loop do a few steps at a time; the loop calls ``step_done``, another thread ``go``."""
+    """Runs a training loop a few steps at a time; the loop calls ``step_done``, another thread calls ``go``."""
 
     losses: list[float] = field(default_factory=list)
     orders: SimpleQueue[int] = field(default_factory=SimpleQueue)
@@ -70,7 +70,7 @@ class Pacer:
 
 
 def batches(options: Options) -> list[list[tuple[list[int], list[int]]]]:
-    """The global batch of every step."""
+    """Return the global batch of every step."""
     rng = np.random.default_rng(0)
     lengths = ragged_lengths(options.pairs, rng, options.shape.context)
     chosen = ragged_sequences(lengths[:, 0], rng, options.shape.vocab)
@@ -108,7 +108,7 @@ def ours(options: Options) -> Side:
     steps = [[EncodedPair(c, r, 0, None, 1.0, "") for c, r in batch] for batch in batches(options)]
     tokenizer = SimpleNamespace(vocab_size=options.shape.vocab, pad_id=PAD_ID, eos_id=EOS_ID)
     module = RewardModel(cfg, tokenizer, [pair for batch in steps for pair in batch], [])
-    module.mix = lambda step, _: steps[step]  # the order of the peer
+    module.mix = lambda step, _: steps[step]  # use the peer's order
     copy_weights(module.model, random_weights(options.shape, "reward"))
     pacer = Pacer()
 
@@ -170,7 +170,7 @@ def peer(options: Options) -> Side:
         max_steps=total_steps(options),
         learning_rate=LEARNING_RATE,
         lr_scheduler_type="constant",
-        train_sampling_strategy="sequential",  # the order of ours
+        train_sampling_strategy="sequential",  # use our order
         bf16=False,
         use_cpu=True,
         gradient_checkpointing=options.peer_checkpointing,
@@ -192,7 +192,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pairs", type=int, default=512)
     parser.add_argument("--global-batch", type=int, default=32)
-    parser.add_argument("--steps", type=int, default=1, help="optimizer steps in one repeat")
+    parser.add_argument("--steps", type=int, default=1, help="optimizer steps per repeat")
     parser.add_argument("--repeats", type=int, default=4)
     parser.add_argument("--peer-batch", type=int, default=8, help="TRL's per_device_train_batch_size (default 8)")
     parser.add_argument("--peer-checkpointing", action="store_true", help="TRL's default; off is faster")

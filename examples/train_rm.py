@@ -1,8 +1,8 @@
-"""Command ``train_rm`` as a NeMo script: python examples/train_rm.py key=value ...
+"""Runs the command ``train_rm`` as a NeMo script: python examples/train_rm.py key=value ...
 
-It does what ``nemo-advrm train_rm`` does, under NeMo's own ``hydra_runner``. For another command (sft, attack, rlhf,
-pipeline, ...) put its name in the place of ``train_rm``. The command line starts one process per device by itself;
-start this script with torchrun or srun.
+It does the same as ``nemo-advrm train_rm``, but with NeMo's ``hydra_runner``. For another command (sft, attack, rlhf,
+pipeline, ...) replace ``train_rm`` by its name. Unlike ``nemo-advrm``, this script does not start one process per
+device: start it with torchrun or srun.
 """
 
 from __future__ import annotations

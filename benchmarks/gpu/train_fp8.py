@@ -1,19 +1,19 @@
-"""One GPU: do reward models learn the same in BF16 and FP8, and how fast are training, scoring and generation?
+"""Compares loss curves in BF16 and FP8 on one GPU, and measures the speed of training, scoring and generation.
 
     python benchmarks/gpu/train_fp8.py --size 1b --precision bf16 fp8_current --out fp8.json
 
-Every precision starts from the same random weights and sees the same pairs, whose chosen response holds one token more
-often. The curves agree when the mean losses of every ten steps differ by at most ``--bound``. In the same way
-``--fusion-steps`` steps with and without Megatron's fused operations must agree within ``--fusion-bound``. The script
-writes JSON, with the error of what could not be measured, and exits with 1 then and when curves do not agree. 8b is
-scored and generated from alone: no single GPU holds its training. ``--device cpu --size tiny --precision fp32`` runs
-all of it on a CPU.
+Every precision starts from the same random weights and trains on the same pairs, whose chosen responses contain one
+token more often. The curves agree when the mean losses of every ten steps differ by at most ``--bound``. In the same
+way ``--fusion-steps`` steps with and without Megatron's fused operations must agree within ``--fusion-bound``. The
+script writes JSON with the results and errors. It exits with 1 after an error or when curves differ. Size 8b is only
+scored and sampled, because its training does not fit on one GPU. ``--device cpu --size tiny --precision fp32`` runs
+everything on a CPU.
 
-Every measurement is in the file as soon as it is made. The same command goes on with those that are missing or failed;
-a file of other options or of another machine is refused.
+Every measurement is written to the file at once. The same command continues with those that are missing or failed; it
+refuses a file of other options or of another machine.
 
-A machine for it has CUDA's toolkit (nvcc) and cuDNN 9.3 or later, as Transformer Engine's guide asks. These lines
-follow that guide and Apex's; they have not been tried (core_cu12 where torch.version.cuda begins with 12):
+The machine needs the CUDA toolkit (nvcc) and cuDNN 9.3 or later, as Transformer Engine's guide requires. The following
+lines are based on that guide and Apex's; they are untested (core_cu12 if torch.version.cuda begins with 12):
 
     make setup
     .venv/bin/pip install setuptools wheel ninja pybind11
@@ -58,14 +58,14 @@ from nemo_advrm.synthetic.tokenizer import SyntheticTokenizer
 
 TOKENIZER = SyntheticTokenizer()
 LIKED, FIRST, WINDOW = 5, 8, 10
-NEVER = (2,)  # no token that is drawn: every response has its full length
+NEVER = (2,)  # a token that is never drawn, so every response has its full length
 
 # layers, hidden, ffn, heads, groups, vocabulary; Llama 3.2 1B and 3B and Llama 3.1 8B, untied
 SIZES = {
     "tiny": (2, 64, 128, 4, 2, 256),
     "1b": (16, 2048, 8192, 32, 8, 128256),
     "3b": (28, 3072, 8192, 24, 8, 128256),
-    "8b": (32, 4096, 14336, 32, 8, 128256),  # its training state (18 bytes a parameter) fits no single GPU
+    "8b": (32, 4096, 14336, 32, 8, 128256),  # its training state (18 bytes per parameter) does not fit on one GPU
 }
 TRAINED = ("tiny", "1b", "3b")
 
@@ -89,7 +89,7 @@ def configuration(options: argparse.Namespace, precision: str, fused: bool = Tru
 
 
 def pairs(options: argparse.Namespace, vocabulary: int) -> list[EncodedPair]:
-    """Random tokens; a chosen response holds ``LIKED`` in a tenth of its places."""
+    """Draw random tokens; a tenth of the tokens of a chosen response are ``LIKED``."""
     draw = random.Random(0)
 
     def row(liked: bool) -> list[int]:
@@ -127,8 +127,8 @@ def train(options: argparse.Namespace, precision: str, fused: bool = True) -> di
         seconds.append(clock() - started)
         losses.append(metrics["train/loss"])
         norms.append(metrics["grad_norm"])
-    module.release()  # NeMo keeps the last module it saw: two of them do not fit one GPU
-    each = sorted(seconds)[len(seconds) // 2]  # the first steps choose kernels
+    module.release()  # NeMo keeps a reference to the last module, and two do not fit on one GPU
+    each = sorted(seconds)[len(seconds) // 2]  # the median excludes the first steps, which select kernels
     tokens = 2 * options.batch * options.length
     flops = 3 * forward_flops(cfg, 2 * options.batch, options.length)
     return {
@@ -174,7 +174,7 @@ def write_responses(options: argparse.Namespace, precision: str) -> dict[str, An
 
 
 def fusions_agree(options: argparse.Namespace, precision: str) -> dict[str, Any]:
-    """Losses of some steps with and without Megatron's fused operations."""
+    """Compare the losses of some steps with and without Megatron's fused operations."""
     shorter = argparse.Namespace(**{**vars(options), "steps": options.fusion_steps})
     losses = {fused: train(shorter, precision, fused)["losses"] for fused in (False, True)}
     gap = max(abs(a - b) for a, b in zip(windows(losses[True]), windows(losses[False]), strict=True))
@@ -194,7 +194,7 @@ def windows(losses: list[float]) -> list[float]:
 
 
 def agreement(results: dict[str, Any], bound: float) -> dict[str, Any] | None:
-    """Largest difference of the mean losses of ten steps from those of the first precision."""
+    """Return the largest difference of the mean losses of ten steps from those of the first precision."""
     names = [name for name, result in results.items() if "losses" in result.get("train", {})]
     if len(names) < 2:
         return None
@@ -224,17 +224,19 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=1024, help="tokens of a sequence")
     parser.add_argument("--lr", type=float, default=1e-5)
     parser.add_argument("--recompute", default="none", choices=("none", "selective", "full", "block"))
-    parser.add_argument("--bound", type=float, default=0.02, help="of the mean losses of ten steps")
+    parser.add_argument(
+        "--bound", type=float, default=0.02, help="largest allowed difference of the mean losses of ten steps"
+    )
     parser.add_argument("--fusion-steps", type=int, default=20, help="steps with and without fused operations")
-    parser.add_argument("--fusion-bound", type=float, default=0.01, help="of those steps' losses, in the same way")
+    parser.add_argument("--fusion-bound", type=float, default=0.01, help="the same bound for --fusion-steps")
     parser.add_argument("--out", type=Path, default=Path("train_fp8.json"))
     return parser.parse_args(arguments)
 
 
 class Report:
-    """The file of results: whole at every moment, with each measurement as soon as it is made.
+    """The file of results; each measurement is written atomically at once.
 
-    Raises SystemExit for a file that holds the results of something else.
+    Raises SystemExit for a file with results of other options or of another machine.
     """
 
     def __init__(self, options: argparse.Namespace) -> None:
@@ -254,9 +256,9 @@ class Report:
             before = json.loads(path.read_text())
             same = all(before[key] == self.content[key] for key in ("machine", "options"))
         except (ValueError, KeyError, TypeError):
-            sys.exit(f"{path}: not a report of this script; name another file by --out")
+            sys.exit(f"{path}: not a report of this script; choose another file with --out")
         if not same:
-            sys.exit(f"{path}: holds results of other options or of another machine; name another file by --out")
+            sys.exit(f"{path}: contains results of other options or of another machine; choose another file with --out")
         self.content |= {key: before[key] for key in ("results", "fusions")}
 
     def write(self) -> None:
@@ -270,7 +272,7 @@ class Report:
     def measure(
         self, precision: str, name: str, measure: Callable[..., dict[str, Any]], options: argparse.Namespace
     ) -> dict[str, Any]:
-        """What the file holds of an earlier run, else what is measured now; ``fusions`` belong to no precision."""
+        """Return the result of an earlier run in the file, or measure it now; ``fusions`` belong to no precision."""
         held = self.content if name == "fusions" else self.content["results"].setdefault(precision, {})
         found: dict[str, Any] | None = held.get(name)
         if found is None or "error" in found:
@@ -282,7 +284,7 @@ class Report:
 def attempt(
     name: str, measure: Callable[..., dict[str, Any]], options: argparse.Namespace, precision: str
 ) -> dict[str, Any]:
-    """What was measured, or the error: what the other measurements gave must not be lost with one of them."""
+    """Return the measurement or its error, so that one failure does not lose the other measurements."""
     try:
         found = measure(options, precision)
     except Exception as error:

@@ -1,4 +1,4 @@
-"""Writes the tables of docs/synthetic.md from the lines of the study (``make study-docs``)."""
+"""Writes the tables of docs/synthetic.md from the results of the study (``make study-docs``)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def main(page: Path = PAGE, results: Path = HERE / "results.jsonl") -> int:
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        print(f"error: {page} has no lines {BEGIN} and {END} between which the tables stand", file=sys.stderr)
+        print(f"error: {page} has no lines {BEGIN} and {END} around its tables", file=sys.stderr)
         return 2
     tables = render_study(read(results)) if results.exists() else "No run of the study is finished yet.\n"
     files.write_text(page, f"{before}{BEGIN}\n\n{tables.strip()}\n\n{END}{after}")

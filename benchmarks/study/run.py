@@ -1,13 +1,13 @@
-"""Runs the study behind docs/synthetic.md, seed by seed, and keeps one line of results for every finished run.
+"""Runs the study behind docs/synthetic.md seed by seed, and writes one line of results for every finished run.
 
     python benchmarks/study/run.py [--seeds 10-19] [--experiment study] [SETTING...]
 
-Each seed has a run directory below runs/EXPERIMENT. A seed that was stopped goes on where it was; several invocations
-with different seeds may work side by side. The gates of a seed are printed and written as a line before any figure of
-its arms. SETTING is a setting of ``nemo-advrm pipeline``. The exit status is that of the first run that was not 0.
+Each seed has a run directory in runs/EXPERIMENT. An interrupted seed continues where it stopped; several invocations
+with different seeds may run at the same time. The gates of a seed are printed and written before any result of its
+arms. SETTING is a setting of ``nemo-advrm pipeline``. The exit status is the first one that is not 0.
 
-An experiment with more arms than a finished one is added to its run directories by --runs runs/EXPERIMENT: what is
-finished stays, and the new lines bear the name of the experiment that the directories were begun as.
+--runs runs/EXPERIMENT adds an experiment with more arms to the run directories of a finished one: finished runs are
+kept, and the new lines have the name of the experiment with which the directories were started.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from nemo_advrm.untrusted_files import read_json, read_yaml
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results.jsonl"
-# of a seed, before its arms are compared; docs/synthetic.md says why
+# gates that a seed must meet before its arms are compared; docs/synthetic.md gives the reasons
 LEAST_ACCURACY, LEAST_MISMATCH, LEAST_ROOM = 0.85, 0.9, 0.3
-# plain RLHF collapses or stalls when it ends with less than this share of what it had won at its best
+# plain RLHF collapses or stalls when it keeps less than this share of its largest gain
 KEPT_SHARE = 0.5
 
 
@@ -44,7 +44,7 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=RESULTS, help=f"default: {RESULTS}")
     options, settings = parser.parse_known_args(words)
     runs = options.runs or Path("runs") / options.experiment
-    with _handed_on() as received:
+    with _forward_signals() as received:
         for seed in options.seeds:
             home = runs / f"seed_{seed}"
             named = [f"experiment={options.experiment}", f"name={options.experiment}"]
@@ -62,7 +62,7 @@ def main(words: list[str] | None = None) -> int:
 
 
 class _Received:
-    """The first signal that came to this process, 0 while none has, and the run that it is handed on to."""
+    """The first signal that this process received (0 for none), and the run to which signals are forwarded."""
 
     def __init__(self) -> None:
         self.signum = 0
@@ -75,8 +75,8 @@ class _Received:
 
 
 @contextlib.contextmanager
-def _handed_on() -> Iterator[_Received]:
-    """Inside, signals do not end this process: they are noted, and handed on to the run that is going."""
+def _forward_signals() -> Iterator[_Received]:
+    """Record signals instead of exiting, and forward them to the current run."""
     received = _Received()
     before = {signum: signal.signal(signum, received.note) for signum in signals.SIGNALS}
     try:
@@ -87,19 +87,19 @@ def _handed_on() -> Iterator[_Received]:
 
 
 def _run(command: list[str], received: _Received) -> int:
-    """The exit status of a command, which is waited for; 0 at once when a signal has come before.
+    """Run a command and return its exit status; return 0 at once if a signal was received before.
 
-    Signals reach it, too, also those that come while it starts.
+    Signals are forwarded to it, including those that arrive while it starts.
     """
     if received.signum:
         return 0
     with subprocess.Popen(command) as process:
         received.process = process
         try:
-            if received.signum:  # while it started
+            if received.signum:  # received while the process started
                 process.send_signal(received.signum)
             return process.wait()
-        except KeyboardInterrupt:  # the terminal has sent it to both
+        except KeyboardInterrupt:  # the terminal sends it to both processes
             process.wait()
             raise
         finally:
@@ -107,7 +107,7 @@ def _run(command: list[str], received: _Received) -> int:
 
 
 def _seeds(text: str) -> list[int]:
-    """``10-12,15`` as [10, 11, 12, 15]."""
+    """Parse ``10-12,15`` to [10, 11, 12, 15]."""
     found: list[int] = []
     for part in text.split(","):
         first, _, last = part.partition("-")
@@ -116,16 +116,16 @@ def _seeds(text: str) -> list[int]:
 
 
 def begun_as(home: Path, experiment: str) -> str:
-    """The experiment that a run directory was begun as: arms that another one has added to it are lines of the first.
+    """Return the experiment with which a run directory was started.
 
-    So that they are compared with its arms, and no run has two lines. Raises CheckpointError when ``config.yaml``,
-    which tells it, cannot be read.
+    Arms that another experiment added get lines of the first one, so that they are compared with its arms and no run
+    has two lines. Raises CheckpointError when ``config.yaml`` cannot be read.
     """
     return str(read_yaml(home / "config.yaml").get("name") or experiment)
 
 
 def _keep_if_known(home: Path, experiment: str, seed: int, results: Path) -> None:
-    """:func:`keep` under the name that the run was begun as; none under another, as a run has one line."""
+    """Call :func:`keep` with the experiment with which the run was started; a run must not have two lines."""
     try:
         name = begun_as(home, experiment)
     except CheckpointError as error:
@@ -135,9 +135,9 @@ def _keep_if_known(home: Path, experiment: str, seed: int, results: Path) -> Non
 
 
 def keep(home: Path, experiment: str, seed: int, results: Path) -> None:
-    """Write a line for every run of a seed that is finished and has none yet; the gates, if they are known, first.
+    """Write a line for every finished run of a seed that has none; write the gates first if they are known.
 
-    They are written again when they have changed, as with more runs of plain RLHF: the later line counts.
+    Gates that have changed, for instance after more runs of plain RLHF, are written again: the last line counts.
     """
     lines = lines_of(home, experiment, this_machine())
     met = gates(home, lines)
@@ -153,7 +153,10 @@ def keep(home: Path, experiment: str, seed: int, results: Path) -> None:
 
 
 def gates(home: Path, lines: list[Line]) -> dict[str, Any] | None:
-    """What the reward models of a seed and plain RLHF are like, and whether that is enough; None until it is known."""
+    """Return the measures of the reward models of a seed and of plain RLHF, and whether they meet the gates.
+
+    Returns None until all of them are known.
+    """
     room = home / "room.json"
     members = sorted((home / "round_0").glob("rm_*/result.json"))
     if not members or not room.exists():

@@ -1,6 +1,6 @@
-"""What the two actor scripts share: the order of calls of NeMo-Aligner's train_gpt_{reinforce,ppo}_actor.py.
+"""Shared setup of the two actor scripts, in the order of NeMo-Aligner's train_gpt_{reinforce,ppo}_actor.py.
 
-Lines that are not NeMo-Aligner's own come from nemo_advrm.integrations.nemo_aligner.
+Additions to NeMo-Aligner's scripts use nemo_advrm.integrations.nemo_aligner.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from nemo_advrm.integrations.nemo_aligner.sft_scores import prompt_texts, write_
 
 @dataclass
 class Setup:
-    """An actor that is ready to train; ``arguments`` are those that both of NeMo-Aligner's RL trainers take."""
+    """An actor that is ready to train, and the ``arguments`` common to both of NeMo-Aligner's RL trainers."""
 
     actor: Any
     arguments: dict[str, Any]
@@ -53,7 +53,7 @@ class Setup:
 
     @property
     def step(self) -> int:
-        """Steps that an earlier job of this run has done."""
+        """Number of steps completed by earlier jobs of this run."""
         return int(self.state["step"]) if self.state else 0
 
 
@@ -95,7 +95,7 @@ def prepare(cfg: DictConfig, kind: str) -> Setup:
         own.length_params.max_length, actor.tokenizer.eos_id, cfg, generate_masks_and_position_ids=False
     )
     builder = partial(build_dataloader, cfg=cfg, collate_fn=collate, load_gbs=False)
-    # Lightning counts optimizer steps by a loader; prompts come from the builders instead
+    # Lightning needs a loader to count optimizer steps; the trainers read prompts from the builders
     size = cfg.model.global_batch_size // parallel_state.get_data_parallel_world_size()
     init_using_ptl(trainer, actor, torch.utils.data.DataLoader(train, batch_size=size), train)
     del actor._train_dl
@@ -126,9 +126,9 @@ def prepare(cfg: DictConfig, kind: str) -> Setup:
 
 
 def ensemble_client(cfg: DictConfig, setup: Setup, kind: str, critic: Any = None) -> EnsembleRewardClient:
-    """The client of the ensemble; the reference is sampled if it is not there.
+    """Build the reward client of the ensemble; sample and score SFT responses if their file does not exist.
 
-    The adversarial reward is relative to it, and several members of another one are standardised by it.
+    The adversarial reward is relative to these scores; several members of an ensemble are standardised by them.
     """
     if told := " and ".join(filter(None, (moved_key(str(key)) for key in cfg))):
         raise ConfigError(told)
@@ -151,6 +151,6 @@ def ensemble_client(cfg: DictConfig, setup: Setup, kind: str, critic: Any = None
         threads=4,
     )
     if adversarial:
-        # beside reference.jsonl: `nemo-advrm select run_dir=...` then finds both
+        # in the directory of reference.jsonl, where `nemo-advrm select run_dir=...` expects both
         actor.record(client, Path(cfg.ensemble.reference_path).parent, cfg.exp_manager.name, setup.step)
     return client

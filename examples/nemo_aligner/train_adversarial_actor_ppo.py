@@ -1,6 +1,7 @@
-"""Attacks an ensemble of reward models by NeMo-Aligner's PPO.
+"""Attacks an ensemble of reward models with NeMo-Aligner's PPO.
 
-This is its train_gpt_ppo_actor.py with our actor and client. Values come from its serve_ppo_critic.py, as it is.
+This is NeMo-Aligner's train_gpt_ppo_actor.py with our actor and client. Its unchanged serve_ppo_critic.py computes the
+values.
 """
 
 import torch.multiprocessing as mp
@@ -23,7 +24,7 @@ def main(cfg: DictConfig) -> None:
         trainer.load_state_dict(setup.state)
     try:
         trainer.fit()
-    finally:  # its threads would keep a process that failed from ending
+    finally:  # otherwise its threads block exit after an error
         rm_critic.communicator.close()
 
 

@@ -1,6 +1,6 @@
-"""Attacks an ensemble of reward models by NeMo-Aligner's REINFORCE.
+"""Attacks an ensemble of reward models with NeMo-Aligner's REINFORCE.
 
-This is its train_gpt_reinforce_actor.py with our actor and client.
+This is NeMo-Aligner's train_gpt_reinforce_actor.py with our actor and client.
 """
 
 import torch.multiprocessing as mp
@@ -21,7 +21,7 @@ def main(cfg: DictConfig) -> None:
         trainer.load_state_dict(setup.state)
     try:
         trainer.fit()
-    finally:  # its threads would keep a process that failed from ending
+    finally:  # otherwise its threads block exit after an error
         rm.communicator.close()
 
 

@@ -1,6 +1,6 @@
-"""Trains a reward model on preference and adversarial pairs by NeMo-Aligner's SupervisedTrainer.
+"""Trains a reward model on preference and adversarial pairs with NeMo-Aligner's SupervisedTrainer.
 
-This is its train_reward_model.py with our dataloader around the training pairs and, with model.fp8=True, our class.
+This is NeMo-Aligner's train_reward_model.py with our data loader and, if model.fp8=True, our model class.
 """
 
 from pathlib import Path

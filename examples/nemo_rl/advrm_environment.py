@@ -1,4 +1,4 @@
-"""A NeMo-RL environment whose reward comes from a running ``nemo-advrm serve``."""
+"""A NeMo-RL environment that gets its rewards from a running ``nemo-advrm serve``."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from nemo_rl.environments.interfaces import EnvironmentInterface, EnvironmentRet
 from nemo_advrm.rewards.remote import text_reward
 
 
-@ray.remote  # NeMo-RL makes its environments Ray actors
+@ray.remote  # NeMo-RL requires environments to be Ray actors
 class AdvRMEnvironment(EnvironmentInterface[dict[str, Any]]):
-    """One turn: the response to a prompt is scored and the episode ends.
+    """Scores one response per prompt; every episode has one turn.
 
     Args:
-        config: ``env.advrm`` of the configuration; ``server`` is the address, or several as ``http://A:1|http://B:1``.
+        config: ``env.advrm`` of the configuration; ``server`` is an address, or several as ``http://A:1|http://B:1``.
     """
 
     def __init__(self, config: dict[str, Any]) -> None:
@@ -25,7 +25,7 @@ class AdvRMEnvironment(EnvironmentInterface[dict[str, Any]]):
     def step(
         self, message_log_batch: list[list[dict[str, Any]]], metadata: list[dict[str, Any]]
     ) -> EnvironmentReturn[dict[str, Any]]:
-        # NeMo-RL's prompts are written out by the policy's chat template, which the reward model must share
+        # NeMo-RL renders prompts with the policy's chat template, which the reward model must share
         rewards = self.reward(["".join(message["content"] for message in log) for log in message_log_batch])
         return EnvironmentReturn(
             observations=[{"role": "environment", "content": f"reward: {reward}"} for reward in rewards],

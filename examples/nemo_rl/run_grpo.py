@@ -1,4 +1,4 @@
-"""NeMo-RL's own GRPO script with the environment ``advrm``; started in a clone of NeMo-RL.
+"""Runs NeMo-RL's GRPO script with the environment ``advrm``; start it in a clone of NeMo-RL.
 
     uv run PATH/TO/nemo_advrm/examples/nemo_rl/run_grpo.py --config examples/configs/grpo_math_1B.yaml \\
         data.default.env_name=advrm +env.advrm.server=http://127.0.0.1:8000
@@ -20,7 +20,7 @@ ENVIRONMENT = "advrm_environment.AdvRMEnvironment"
 
 
 def register() -> None:
-    """Make ``env_name: advrm`` known here and importable in the processes that Ray starts."""
+    """Register ``env_name: advrm`` and make it importable in the processes that Ray starts."""
     paths = [str(HERE), str(HERE.parents[1])]
     sys.path[:0] = paths
     os.environ["PYTHONPATH"] = os.pathsep.join([*paths, os.environ.get("PYTHONPATH", "")])

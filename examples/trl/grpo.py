@@ -1,9 +1,9 @@
-"""GRPO by TRL on the reward of a running ``nemo-advrm serve``.
+"""Trains a policy with TRL's GRPO on the rewards of a running ``nemo-advrm serve``.
 
     python examples/trl/grpo.py --model Qwen/Qwen2.5-0.5B-Instruct --prompts PROMPTS.jsonl \\
         --server http://127.0.0.1:8000 --out runs/grpo
 
-PROMPTS.jsonl has in ``prompt`` a text or a list of chat messages.
+``prompt`` in each row of PROMPTS.jsonl is a text or a list of chat messages.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def main(model: str, prompts: str, server: str, out: str, steps: int, max_comple
             use_cpu=not on_gpu,
             bf16=on_gpu,
             per_device_train_batch_size=8,
-            num_generations=4,  # responses to one prompt, whose rewards are compared
+            num_generations=4,  # responses per prompt, whose rewards are compared
             max_completion_length=max_completion_length,
             logging_steps=1,
             save_strategy="no",
