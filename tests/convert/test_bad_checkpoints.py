@@ -101,7 +101,7 @@ def test_a_wrong_shape_names_both_shapes(source: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float64, torch.float8_e4m3fn])
 def test_an_unknown_number_format_is_refused(source: Path, dtype: torch.dtype) -> None:
     change_tensors(source, lambda tensors: tensors.update({Q: tensors[Q].to(dtype)}))
-    refused(source, Q, "number format")
+    refused(source, Q, "data type")
 
 
 def test_parts_of_one_tensor_must_agree_in_their_format(source: Path) -> None:
@@ -134,7 +134,7 @@ def test_the_index_must_agree_with_its_files(sharded: Path) -> None:
     refused(sharded, "outside its directory")
     change_json(sharded / INDEX, weight_map=index)
     (sharded / files[1]).unlink()
-    refused(sharded, INDEX, files[1], "not there")
+    refused(sharded, INDEX, files[1], "does not exist")
 
 
 @pytest.mark.parametrize(
@@ -199,7 +199,7 @@ def test_what_exists_is_not_overwritten(source: Path, tmp_path: Path) -> None:
     out.mkdir()
     (out / "mine").write_text("keep")
     for to in ("megatron", "hf"):
-        with pytest.raises(CheckpointError, match="exists already"):
+        with pytest.raises(CheckpointError, match="already exists"):
             run("hf", source, to, out)
     assert [p.name for p in out.iterdir()] == ["mine"]
 
@@ -304,7 +304,7 @@ def test_the_tokenizer_must_be_the_one_of_training(ours: Path) -> None:
     assert meta["head_outputs"] == 1
     byte = meta | {"model": meta["model"] | {"tokenizer": "byte"}}
     (ours / "meta.json").write_text(json.dumps(byte | {"tokenizer": "another"}))
-    refused_ours(ours, "the tokenizer byte is not what it was in training")
+    refused_ours(ours, "the tokenizer byte has changed since training")
     byte["model"]["vocab_size"] = 0
     (ours / "meta.json").write_text(json.dumps(byte))
     refused_ours(ours, "byte has 263 entries", f"the weights have {meta['vocab_size']} rows")
@@ -326,7 +326,7 @@ def test_a_tensor_of_another_shape_is_not_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize("to", ["megatron", "hf"])
 def test_a_broken_tokenizer_is_found_before_anything_is_written(source: Path, tmp_path: Path, to: str) -> None:
     (source / "tokenizer.json").write_text("{")
-    with pytest.raises(CheckpointError, match="the tokenizer cannot be written"):
+    with pytest.raises(CheckpointError, match="the tokenizer cannot be copied"):
         run("hf", source, to, tmp_path / "out", dry_run=True)
 
 
@@ -438,6 +438,6 @@ def test_a_second_conversion_to_one_place_is_refused_by_name_and_leaves_the_firs
 def test_a_conversion_that_ended_just_before_is_not_overwritten(tmp_path: Path) -> None:
     second = PartialDirectory(tmp_path / "out", 0)
     (tmp_path / "out").mkdir()
-    with pytest.raises(CheckpointError, match="out: exists already"):
+    with pytest.raises(CheckpointError, match="out: already exists"):
         second.make()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

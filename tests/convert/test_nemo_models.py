@@ -73,7 +73,7 @@ def test_the_class_must_be_one_of_ours_and_the_one_that_is_wanted(single: Runtim
     jobs.save(path)
     assert isinstance(TrainableModel.restore_from(path), RewardModel)
     for cls in (PolicyModel, SupervisedModel):
-        with pytest.raises(CheckpointError, match="holds a RewardModel"):
+        with pytest.raises(CheckpointError, match="contains a RewardModel"):
             cls.restore_from(path)
     with pytest.raises(CheckpointError, match="convert from=nemo"):
         RewardModel.restore_from(str(REAL))
@@ -211,9 +211,9 @@ def test_an_interpolation_that_a_conversion_would_read_is_refused(
     ("key", "value", "words"),
     [
         ("tokenizer", "sentencepiece", "tokenizer is not an object"),
-        ("tokenizer.special_tokens", {"pad": {"_target_": "os.system"}}, "`special_tokens` are not strings"),
-        ("tokenizer.special_tokens", [1], "`special_tokens` are not strings"),
-        ("tokenizer.special_tokens", "<pad>", "`special_tokens` are not strings"),
+        ("tokenizer.special_tokens", {"pad": {"_target_": "os.system"}}, "special_tokens are not strings"),
+        ("tokenizer.special_tokens", [1], "special_tokens are not strings"),
+        ("tokenizer.special_tokens", "<pad>", "special_tokens are not strings"),
     ],
 )
 def test_a_tokenizer_section_of_other_types_is_one_error(tmp_path: Path, key: str, value: Any, words: str) -> None:
