@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from pydantic import TypeAdapter
 
 from nemo_advrm import untrusted_files
 from nemo_advrm.config.schema import ConvertConfig
@@ -24,6 +25,8 @@ from nemo_advrm.pipeline.state import read_state
 from nemo_advrm.report.files import read_json, read_jsonl, read_settings
 from nemo_advrm.run_directory import results, run_files
 from nemo_advrm.untrusted_files import decode_json, read_json_object
+
+OBJECT = TypeAdapter(dict)
 
 DEEP, LONG = "[" * 100_000, '{"a": %s}' % ("9" * 5_000)
 PAYLOADS = {
@@ -84,9 +87,9 @@ def test_the_report_leaves_such_files_out_with_a_note(payload: bytes, tmp_path: 
     for name in ("state.json", "rows.jsonl", "config.yaml"):
         (tmp_path / name).write_bytes(payload)
     notes: list[str] = []
-    assert read_json(tmp_path / "state.json", tmp_path, notes) == {}
+    assert read_json(tmp_path / "state.json", tmp_path, notes, OBJECT) == {}
     if not payload.startswith(b"{ "):  # white space between rows is nothing bad
-        assert read_jsonl(tmp_path / "rows.jsonl", tmp_path, notes) == []
+        assert read_jsonl(tmp_path / "rows.jsonl", tmp_path, notes, OBJECT) == []
         assert any(note.startswith("rows.jsonl") for note in notes)
     read_settings(tmp_path, notes)
     assert all("\n" not in note and len(note) < 400 for note in notes)
@@ -95,7 +98,7 @@ def test_the_report_leaves_such_files_out_with_a_note(payload: bytes, tmp_path: 
 def test_lines_of_the_report_beside_a_bad_one_are_kept(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text(f'{{"a": 1}}\n{LONG}\n{DEEP}\n{{"a": 2}}\n')
     notes: list[str] = []
-    assert read_jsonl(tmp_path / "rows.jsonl", tmp_path, notes) == [{"a": 1}, {"a": 2}]
+    assert read_jsonl(tmp_path / "rows.jsonl", tmp_path, notes, OBJECT) == [{"a": 1}, {"a": 2}]
     assert notes == ["rows.jsonl: 2 unreadable line(s) left out, the first is line 2."]
 
 

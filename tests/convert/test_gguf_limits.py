@@ -81,7 +81,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "a text": ({"fields": [field("a", 8, struct.pack("<Q", HUGE))]}, f"a claims {HUGE} bytes"),
     "a name": ({"fields": [struct.pack("<QI", HUGE, 4)]}, f"a name claims {HUGE} bytes"),
     "an array": ({"fields": [field("a", 9, struct.pack("<IQ", 4, 3_000_000))]}, "a claims 3000000 values"),
-    "a long array": ({"fields": [field("a", 9, struct.pack("<IQ", 0, HUGE))]}, "a: more than 4000000 values"),
+    "a long array": ({"fields": [field("a", 9, struct.pack("<IQ", 0, HUGE))]}, "header has more than 4000000 values"),
     "arrays in arrays": ({"fields": [field("a", 9, struct.pack("<IQ", 9, 1) * 10_000)]}, "array of the type 9"),
     "a type": ({"fields": [field("a", 99, b"")]}, "unknown type 99"),
     "an alignment": ({"fields": [field("general.alignment", 4, struct.pack("<I", 0))]}, "no power of two"),
@@ -113,5 +113,5 @@ def test_the_values_of_all_fields_are_counted_together(tmp_path: Path, monkeypat
     monkeypatch.setattr(gguf_limits, "_MAX_VALUES", 10)
     fields = tuple(field(f"a{i}", 9, struct.pack("<IQ", 0, 4) + b"1234") for i in range(3))
     check_header(file(tmp_path / "two.gguf", fields[:2]))
-    with pytest.raises(CheckpointError, match="a2: more than 10 values"):
+    with pytest.raises(CheckpointError, match="a2: the header has more than 10 values"):
         check_header(file(tmp_path / "three.gguf", fields))
