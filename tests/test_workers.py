@@ -23,7 +23,8 @@ SAYS_PID += "number = os.environ['NEMO_ADVRM_WORKER'].split()[0]\n"
 SAYS_PID += "Path(os.environ['HOME_OF_TEST'], f'pid_{number}').write_text(str(os.getpid()))\n"
 SLEEPS = SAYS_PID + "time.sleep(60)"
 # as a worker of the command does: it hears signals, and ends when its parent does
-SAVES = SAYS_PID.replace("pid_", "early_") + "from nemo_advrm import signals, workers\n"
+SAVES = SAYS_PID.replace("pid_", "early_") + "from nemo_advrm import signals\n"
+SAVES += "from nemo_advrm.pipeline import workers\n"
 SAVES += "with signals.owned():\n    workers._end_with_parent()\n" + "    " + SAYS_PID.splitlines()[-1]
 SAVES += "\n    while not signals.received(): time.sleep(0.02)\n    Path(os.environ['HOME_OF_TEST'], f'saved_{number}')"
 SAVES += ".write_text(signals.received())\n    sys.exit(75)"
