@@ -29,12 +29,14 @@ def save_hf_reward(directory: Path, seed: int = 0, template: str | None = CHATML
     return directory
 
 
-def save_megatron(directory: Path, seed: int = 3, head: str = "reward", meta: Any = None, **model: Any) -> Path:
+def save_megatron(
+    directory: Path, seed: int = 3, head: str = "reward", meta: Any = None, hashed: bool = False, **model: Any
+) -> Path:
     """A checkpoint of this package over the synthetic language; Megatron-Core must be running."""
     cfg = tiny_config(**model)
     built = build_model(cfg.model, cfg.precision, head, VOCABULARY, seed=seed, trainable=False, head_init_std=0.3)  # type: ignore[arg-type]
     known = {"tokenizer": TOKENIZER.fingerprint, "tokenizer_spec": "synthetic"}
-    checkpoint.save(directory, built, meta=known if meta is None else meta)
+    checkpoint.save(directory, built, meta=known if meta is None else meta, hash_weights=hashed)
     return directory
 
 

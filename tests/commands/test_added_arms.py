@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
@@ -10,7 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import claim_jobs
 import pytest
 import yaml
 from reward_members import PROMPTS, RESPONSES, one_step_of_rl
@@ -140,20 +138,18 @@ def _changes(directory: Path) -> list[tuple[str, Any, Any]]:
     return [(c["key"], c["from"], c["to"]) for c in known.get("changes", [])]
 
 
-@pytest.mark.parametrize("locks", [True, False], ids=["locks", "no_locks"])
 def test_an_added_arm_is_told_recorded_and_held_and_nothing_else_changes(
-    single: Runtime, tmp_path: Path, capsys: pytest.CaptureFixture[str], locks: bool
+    single: Runtime, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
-    with contextlib.nullcontext() if locks else claim_jobs.no_locks():
-        _claim(run, "name=study", "model.micro_batch_size=8", FIRST)
-        before = _held(run)
-        capsys.readouterr()
-        for _ in range(2):
-            _claim(run, "name=more", "model.micro_batch_size=2", FIRST, KL)
-        out = capsys.readouterr().out
-        _claim(run, "name=study", "model.micro_batch_size=2", FIRST)
-        _claim(run, "name=other", "model.micro_batch_size=2", STEPS, BRANCH)
+    _claim(run, "name=study", "model.micro_batch_size=8", FIRST)
+    before = _held(run)
+    capsys.readouterr()
+    for _ in range(2):
+        _claim(run, "name=more", "model.micro_batch_size=2", FIRST, KL)
+    out = capsys.readouterr().out
+    _claim(run, "name=study", "model.micro_batch_size=2", FIRST)
+    _claim(run, "name=other", "model.micro_batch_size=2", STEPS, BRANCH)
     assert out.count("goes on with a new arm kl: {kl: 2.5, standardise: true}\n") == 1
     held = _held(run)
     added = {name: held["pipeline"]["rlhf"].pop(name) for name in ("kl", "steps")}
@@ -365,26 +361,6 @@ def test_an_arm_of_an_older_version_lacks_what_that_did_not_know(single: Runtime
     assert _held(run) == held and _changes(run) == []
     with pytest.raises(ConfigError, match=r"holds a run with pipeline\.rlhf\.low\.standardise=False, but now .*=True"):
         _claim(run, "pipeline.rlhf.low={reward: r1, kl: 1.0, standardise: true}", BRANCH)
-
-
-def test_without_locks_the_versions_of_a_run_keep_what_another_job_adds_while_it_begins(
-    single: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The other comes when config.yaml is there and versions.yaml is not yet."""
-    run = tmp_path / "run"
-    create = run_dir._create
-
-    def then_another(*args: Any, **options: Any) -> bool:
-        made = create(*args, **options)
-        monkeypatch.setattr(run_dir, "_create", create)
-        _claim(run, FIRST, KL)
-        return made
-
-    monkeypatch.setattr(run_dir, "_create", then_another)
-    with claim_jobs.no_locks():
-        _claim(run, FIRST)
-    assert list(_held(run)["pipeline"]["rlhf"]) == ["plain", "kl"]
-    assert [key for key, _, _ in _changes(run)] == ["pipeline.rlhf.kl"]
 
 
 def test_the_commit_of_each_stage_and_of_each_addition_is_kept(

@@ -164,7 +164,7 @@ REGRESSION = "reward_model_type=regression"
         (["pairs={store}", RANKING, "with={textless}"], "textless.jsonl:2: `text` is missing"),
         (["pairs={store}", "template=plain", "with={train}"], "train.jsonl are of the template transcript"),
         (["pairs={store}", "template=extra_id", "with={train}"], "train.jsonl are of the template transcript"),
-        (["pairs={store}", RANKING, "reward_model_type=rank"], "reward_model_type=rank: must be binary_ranking or"),
+        (["pairs={store}", RANKING, "reward_model_type=rank"], "reward_model_type=rank: did you mean binary_ranking?"),
         (["pairs={store}", RANKING, "chosen_label=1"], "chosen_label=1: labels are for reward_model_type=regression"),
         (["pairs={store}", RANKING, REGRESSION], "chosen_label=: regression needs a number"),
         (["pairs={store}", RANKING, REGRESSION, "chosen_label=1,nan", "rejected_label=0"], "chosen_label=1,nan"),

@@ -213,14 +213,16 @@ def test_a_policy_that_was_moved_or_changed_is_an_error_that_names_it(home: Path
 
 
 def test_weights_whose_content_changed_without_their_list_are_found(home: Path, tmp_path: Path) -> None:
-    policy = save_megatron(tmp_path / "policy", seed=5, head="lm")
+    policy = save_megatron(tmp_path / "policy", seed=5, head="lm", hashed=True)
     spec = parse(str(write_hybrid(tmp_path / "rm", policy)), "m")
+    cfg = tiny_config()
+    cfg.trainer.verify_checkpoints = True
     weights = next((policy / "weights").glob("*.distcp"))
     content = bytearray(weights.read_bytes())
     content[len(content) // 2] ^= 255
     weights.write_bytes(content)
     with pytest.raises(CheckpointError, match=r"frozen policy .* is damaged"):
-        build(spec, "R_1", tiny_config(), TOKENIZER)
+        build(spec, "R_1", cfg, TOKENIZER)
 
 
 def test_weights_that_count_against_the_prompt_or_the_reward_model_are_warned_of() -> None:
