@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,8 @@ def _rows(run: Path) -> list[dict[str, Any]]:
 
 def _weights(run: Path) -> dict[str, Any]:
     """Hashes of the files of the trained model's weights."""
-    files = json.loads((run / "model" / "manifest.json").read_text())["files"]
-    hashes = {name: entry["sha256"] for name, entry in files.items() if name.endswith(".distcp")}
+    files = (run / "model" / "weights").glob("*.distcp")
+    hashes = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
     assert hashes
     return hashes
 
