@@ -6,7 +6,6 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from pydantic import TypeAdapter
@@ -83,7 +82,6 @@ def test_a_config_json_without_a_rule_of_ours_is_left_to_who_opens_the_model(pay
     (tmp_path / "config.json").write_bytes(payload)
     assert rule_from_hf_config(tmp_path) == ReadingRule()
 
-OBJECT = TypeAdapter(dict[str, Any])
 
 
 def test_the_report_leaves_such_files_out_with_a_note(payload: bytes, tmp_path: Path) -> None:
