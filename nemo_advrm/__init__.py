@@ -2,6 +2,6 @@
 
 from nemo_advrm.config.moved import serve_moved_modules
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 serve_moved_modules()
