@@ -37,7 +37,7 @@ _held: dict[Path, SoftFileLease] = {}
 
 
 class InUse(ConfigError):
-    """Another running process holds the lock."""
+    """Another running process holds the lock, or took it from this one."""
 
 
 def acquire(directory: Path, name: str = "writer", what: Path | None = None, key: str = "run_dir") -> None:
@@ -69,6 +69,21 @@ def release(directory: Path, name: str = "writer") -> None:
             lease.release()
 
 
+def raise_if_lost(place: Path) -> None:
+    """Raise InUse when this process lost the lock that covers ``place``: another process may write there now.
+
+    A holder that cannot refresh its lock for ``LEASE_SECONDS`` loses it: a stopped process, an unreachable file server.
+    Call this before a result or a checkpoint is put in its place.
+    """
+    for path, lease in list(_held.items()):
+        home = path.parent.parent if path.parent.name == "locks" else path.parent
+        if lease.compromise is not None and place.absolute().is_relative_to(home):
+            raise InUse(
+                f"{home}: this process lost its lock ({lease.compromise.reason}), and another may write there: "
+                f"{place} is not written"
+            )
+
+
 def release_all() -> None:
     """Release every lock that this process acquired."""
     for path in list(_held):
@@ -89,7 +104,7 @@ def locked(directory: Path, name: str, what: Path | None = None) -> Iterator[Non
     lease = _lease(path)
     try:
         _acquire_within(WAIT_SECONDS, lease, path)
-    except Timeout:
+    except (Timeout, LeaseSettingsMismatch):
         raise _in_use(what or directory, lease.owner, "run_dir") from None
     except OSError as error:
         raise cannot_write(directory, error) from error
@@ -107,9 +122,15 @@ def is_held_by_others(path: Path, now: float) -> bool:
     if path.absolute() in _held:
         return False
     lease = _lease(path)
+    owner = lease.owner
+    if owner is not None and _is_on_this_host(owner) and _command(owner.pid):
+        return True  # whatever its age: a stopped process continues some time
     try:
         with contextlib.suppress(FileNotFoundError):
-            if now - path.stat().st_mtime > _OLD_SECONDS:
+            age = now - path.stat().st_mtime
+            if _has_our_name_only(owner) and age <= _OLD_SECONDS:
+                return True
+            if age > _OLD_SECONDS:
                 lease.force_break()
         lease.acquire(blocking=False)
     except (Timeout, LeaseSettingsMismatch):
@@ -142,6 +163,8 @@ def _acquired(path: Path, what: Path, key: str) -> SoftFileLease:
     owner = lease.owner
     had_ended = owner is not None and _is_on_this_host(owner) and not _command(owner.pid)
     started = time.monotonic()
+    if _has_our_name_only(owner):
+        _wait_for_refresh(path, owner, what, key)
     try:
         try:
             lease.acquire(blocking=False)
@@ -170,6 +193,24 @@ def _wait(lease: SoftFileLease, path: Path, what: Path, key: str) -> None:
         _acquire_within(2 * LEASE_SECONDS, lease, path, lambda: _refreshed(path) not in (first, None))
     except Timeout:
         raise _in_use(what, lease.owner, key) from None
+
+
+def _has_our_name_only(owner: OwnerRecord | None) -> bool:
+    """Whether the holder's host has this host's name and is another machine, or this one before it was restarted.
+
+    filelock would look for the holder's process on this host, and take the lock over when it finds none.
+    """
+    return owner is not None and owner.hostname == _recorded_owner().hostname and not _is_on_this_host(owner)
+
+
+def _wait_for_refresh(path: Path, owner: OwnerRecord | None, what: Path, key: str) -> None:
+    """Raise InUse when the holder refreshes its lock within ``LEASE_SECONDS``."""
+    print(f"{what}: waiting up to {LEASE_SECONDS:g} s for a sign of life of {_described(owner)}", flush=True)
+    first, deadline = _refreshed(path), time.monotonic() + LEASE_SECONDS
+    while time.monotonic() < deadline:
+        if _refreshed(path) not in (first, None):
+            raise _in_use(what, owner, key)
+        time.sleep(min(1.0, LEASE_SECONDS / 100))
 
 
 def _acquire_within(
@@ -202,15 +243,22 @@ def _described(owner: OwnerRecord | None) -> str:
 
 
 def _is_on_this_host(owner: OwnerRecord) -> bool:
-    return owner.hostname == _recorded_host()
+    own = _recorded_owner()
+    return owner.hostname == own.hostname and _boot(owner) in (0, _boot(own))
+
+
+def _boot(owner: OwnerRecord) -> int:
+    """The boot of the holder's machine, which differs between machines and restarts; 0 where the system hides it."""
+    return (owner.start or 0) >> 64
 
 
 @functools.cache
-def _recorded_host() -> str:
-    """The name that filelock gives this host, or container: read from a lock, since no function tells it."""
+def _recorded_owner() -> OwnerRecord:
+    """How filelock records this process, with the name of its host or container: read from a lock of our own."""
     with tempfile.TemporaryDirectory() as directory, SoftFileLease(Path(directory) / "lease") as lease:
         owner = lease.owner
-    return owner.hostname if owner is not None else ""
+    assert owner is not None
+    return owner
 
 
 def _command(pid: int) -> str:

@@ -48,6 +48,10 @@ class Registry(Generic[T]):
     def __iter__(self) -> Iterator[str]:
         return iter(sorted({*self._places, *self._found}))
 
+    def is_builtin(self, name: str) -> bool:
+        """Whether this package has ``name``: other names import code, which a file from elsewhere must not do."""
+        return name in self._places
+
     def check(self, name: str) -> None:
         """Raise ConfigError for a name that is not known, without importing anything."""
         if name in self or name.startswith(PYTHON):

@@ -12,10 +12,12 @@ from toy_extensions import PHRASES
 
 from nemo_advrm import cli
 from nemo_advrm.config import load_config
+from nemo_advrm.config.schema import SelectionConfig
 from nemo_advrm.data.jsonl import read_jsonl
 from nemo_advrm.engine.runtime import Runtime
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.registry import Registry
+from nemo_advrm.rewards.find_rule import FindRule
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +43,9 @@ def test_a_loss_from_outside_trains_a_reward_model(settings: list[str], tmp_path
     assert rows_of(tmp_path / "run" / "metrics.jsonl")[0]["train/loss"] == pytest.approx(1.0)
 
 
-def test_an_attack_and_a_detector_from_outside_find_samples(settings: list[str], tmp_path: Path) -> None:
+def test_an_attack_and_a_detector_from_outside_find_samples(
+    settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     own = ["adversarial.attack=python:toy_extensions:FixedPhrases", "adversarial.detector=python:toy_extensions:Spread"]
     run = tmp_path / "run"
     assert cli.main(["attack", *settings, *own, "rl.max_steps=2", f"run_dir={run}"]) == 0
@@ -52,6 +56,19 @@ def test_an_attack_and_a_detector_from_outside_find_samples(settings: list[str],
     summary = json.loads((run / "attack" / "summary.json").read_text())
     assert summary["directions"]["1"]["samples"] == 4
     assert cli.main(["select", *settings, *own, f"run_dir={run}", "selection.threshold_z=-100"]) == 0
+    assert cli.main(["select", *settings, own[0], f"run_dir={run}"]) == 2  # by another detector than the attack's
+    assert "used python:toy_extensions:Spread; set the value" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("enough", "null_ratio", "ends"), [(1, 0.5, True), (2, 0.5, False), (1, 2.0, False)])
+def test_an_attack_ends_by_what_selection_would_find(enough: int, null_ratio: float, ends: bool) -> None:
+    """Two steps of 10 samples: of the last half one find, where as many SFT responses would give one."""
+    rule = FindRule.__new__(FindRule)
+    rule.options = SelectionConfig(last_fraction=0.5, null_ratio=null_ratio)
+    rule.__dict__["null_share"] = 0.1
+    steps = [({(0, "a"), (1, "b")}, 10), ({(0, "c")}, 10)]
+    assert rule.late_finds(steps) == (1, 10)
+    assert rule.are_enough(steps, enough) == ends
 
 
 def test_a_rollout_engine_from_outside_writes_the_responses(settings: list[str], tmp_path: Path) -> None:

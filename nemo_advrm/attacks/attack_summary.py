@@ -80,6 +80,12 @@ def check_rule(cfg: Config, directory: Path) -> None:
     if not has_summary(directory):
         return
     summary = results.read_object(directory / "summary.json", (), _RESTORE, summary_file.wrong_attack)
+    detector = summary.get("detector", cfg.adversarial.detector)
+    if detector != cfg.adversarial.detector:
+        raise ConfigError(
+            f"adversarial.detector={cfg.adversarial.detector}: the attack in {directory} used {detector}; set the "
+            "value that the attack had"
+        )
     by_disagreement = summary.get("by_disagreement")
     if by_disagreement is None or by_disagreement == asks_others(cfg.adversarial):
         return

@@ -18,7 +18,7 @@ from nemo_advrm.engine.collectives import run_on_rank_zero
 from nemo_advrm.models.trainable import TrainableModel
 from nemo_advrm.rewards.base import RewardSource, checked_scores
 from nemo_advrm.rewards.ensemble import AdversarialReward
-from nemo_advrm.rewards.find_rule import FindRule
+from nemo_advrm.rewards.find_rule import Find, FindRule
 from nemo_advrm.rewards.sample_rows import trajectory_rows
 from nemo_advrm.rollouts.types import Prompt, Rollouts
 
@@ -118,16 +118,16 @@ class SearchAttack(Attack):
         """Yields this data-parallel rank's responses of each step; every rank must make the same number of steps."""
 
     def find(self, inputs: AttackInputs, budget: Budget) -> Found:
-        """Scores the proposed responses until the budget is used up or there are ``budget.enough`` different finds."""
+        """Scores the proposed responses until the budget is used up or there are enough finds."""
         path = inputs.directory / SAMPLES
         written: list[dict[str, Any]] = []
-        finds: set[tuple[int, str]] = set()
+        steps: list[tuple[set[Find], int]] = []
         for step, rollouts in zip(range(budget.steps), self.propose(inputs, budget), strict=False):
             parts = runtime.current().gather_data_parallel(inputs.rows(rollouts, step))
             rows = [row for part in parts for row in part]
             written += rows
-            finds |= inputs.rule.finds(rows)
-            if budget.enough and len(finds) >= budget.enough:
+            steps.append((inputs.rule.finds(rows), len(rows)))
+            if budget.enough and inputs.rule.are_enough(steps, budget.enough):
                 break
         inputs.directory.mkdir(parents=True, exist_ok=True)
         run_on_rank_zero(write_jsonl_atomic, path, written)

@@ -126,6 +126,7 @@ def join_attacks(cfg: Config, directory: Path) -> dict[str, Any]:
         "directions": found,
         "threshold_z": cfg.selection.threshold_z,
         "by_disagreement": asks_others(cfg.adversarial),
+        "detector": cfg.adversarial.detector,
     }
     everyone = [home for own in homes.values() for home in own]
     run_on_rank_zero(_join_records, directory, everyone)

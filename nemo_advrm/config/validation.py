@@ -111,6 +111,8 @@ def check_values(cfg: Config) -> None:
     _check_scoring_deadline(cfg)
     if len(cfg.model.optim.betas) != 2:
         raise ConfigError(f"model.optim.betas={cfg.model.optim.betas}: must be two numbers")
+    if not cfg.adversarial.target_members:
+        raise ConfigError("adversarial.target_members=[]: names no member to attack")
     if cfg.rl.algorithm in ("rloo", "grpo") and cfg.rl.group_size < 2:
         raise ConfigError(f"rl.group_size={cfg.rl.group_size}: rl.algorithm={cfg.rl.algorithm} needs at least 2")
     tokenizer = cfg.model.tokenizer

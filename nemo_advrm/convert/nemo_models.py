@@ -38,6 +38,7 @@ from nemo_advrm.engine.description import check_description, check_section, chec
 from nemo_advrm.engine.gpt import Head
 from nemo_advrm.errors import CheckpointError
 from nemo_advrm.files import atomic_replace
+from nemo_advrm.registry import PREFERENCE_LOSSES
 
 if TYPE_CHECKING:
     from nemo_advrm.models.trainable import TrainableModel
@@ -159,6 +160,9 @@ def _check_settings(settings: dict[str, Any], source: str) -> None:
         raise CheckpointError(f"{source}: its tokenizer is {settings['tokenizer']!r}, outside the archive")
     check_texts(settings, source)
     check_section(RewardModelConfig, settings["reward_model"], "reward_model", source)
+    loss = settings["reward_model"].get("loss", "bt")
+    if not PREFERENCE_LOSSES.is_builtin(loss):  # python:MODULE:NAME would import what a stranger's file names
+        raise CheckpointError(f"{source}: reward_model.loss={loss!r} is not a loss of this package")
 
 
 def _class_of(cls: type, settings: dict[str, Any], path: Path) -> tuple[Any, dict[str, Any]]:

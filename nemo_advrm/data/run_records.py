@@ -158,6 +158,7 @@ class AttackSummary(TypedDict):
     directions: dict[Text, AdversarySummary]
     threshold_z: NotRequired[Number]
     by_disagreement: NotRequired[Flag | None]
+    detector: NotRequired[Text]
 
 
 @with_config(_STRICT)

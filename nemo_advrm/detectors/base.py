@@ -22,7 +22,7 @@ class Features:
     """What detectors read of N responses. A feature that no detector reads is not computed and is None.
 
     Attributes:
-        scores_NK: raw scores of the K members.
+        scores_NK: raw scores of the K members; fp64 for ``fit``, fp32 for ``score``.
         target: index of the attacked member.
         hidden_states_ND: of the attacked member at the token where the score is read.
         log_probs_N: of the whole response under the SFT policy, in nats.

@@ -8,6 +8,7 @@ from nemo_advrm.config.schema import Config
 from nemo_advrm.data.tokenizers import Tokenizer
 from nemo_advrm.engine import checkpoint
 from nemo_advrm.engine.model import MegatronModel, build_model
+from nemo_advrm.registry import PREFERENCE_LOSSES
 
 
 def build_policy(cfg: Config, tokenizer: Tokenizer, restore_from: str, seed: int, trainable: bool) -> MegatronModel:
@@ -47,7 +48,7 @@ def build_reward_model(
         tokenizer.vocab_size,
         seed=seed,
         trainable=trainable,
-        head_outputs=options.num_attributes if options.loss == "regression" else 1,
+        head_outputs=options.num_attributes if PREFERENCE_LOSSES[options.loss].of_labels is not None else 1,
         head_init_std=options.head_init_std,
     )
     if restore_from:

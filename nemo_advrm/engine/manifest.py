@@ -184,9 +184,12 @@ def _sizes(directory: Path, except_for: str) -> str | dict[str, Entry]:
     """
     try:
         entries = _read(directory)
-        for name in [name for name in entries if name.endswith(f"/{NAME}")]:
-            below = name.removesuffix(NAME)
-            entries.update({f"{below}{inner}": entry for inner, entry in _read(directory / below).items()})
+        manifests = [name for name in entries if name.endswith(f"/{NAME}")]
+        while manifests:  # an attack lists an adversary, which lists its model, which lists its weights
+            below = manifests.pop().removesuffix(NAME)
+            found = {f"{below}{inner}": entry for inner, entry in _read(directory / below).items()}
+            manifests += [name for name in found if name.endswith(f"/{NAME}") and name not in entries]
+            entries.update(found)
     except FileNotFoundError as error:
         return f"{Path(error.filename).relative_to(directory)} is missing"
     except (OSError, ValueError) as error:

@@ -70,7 +70,8 @@ class PreferenceLoss:
     """A loss of preference pairs, registered in :data:`nemo_advrm.registry.PREFERENCE_LOSSES`.
 
     Attributes:
-        of_pairs: (chosen_B, rejected_B, margin_B) -> loss of each pair, [B]; margin_B is None without margins.
+        of_pairs: (chosen_B, rejected_B, margin_B) -> loss of each pair, [B]; margin_B has ``neutral_margin`` for
+            pairs without one.
         needs_margin: training data without the key ``margin`` is refused.
         neutral_margin: what stands for a missing margin, as adversarial pairs have none.
         of_labels: (scores_BA, labels_BA) -> loss of each response, [B]; set where responses have labels and no pair

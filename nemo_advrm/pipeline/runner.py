@@ -25,6 +25,7 @@ from nemo_advrm.pipeline.rounds import Rounds
 from nemo_advrm.pipeline.run_inputs import Inputs
 from nemo_advrm.pipeline.state import RunState
 from nemo_advrm.rank_info import worker
+from nemo_advrm.registry import PREFERENCE_LOSSES
 from nemo_advrm.run_directory import cost, run_dir
 
 # interval at which a worker checks whether a step has become ready
@@ -175,10 +176,10 @@ def check(cfg: Config) -> None:
         raise ConfigError("pretrained_checkpoint.restore_from_path is not set: name a policy, or set pipeline.sft=true")
     if cfg.ensemble.size < 2:
         raise ConfigError(f"ensemble.size={cfg.ensemble.size}: an attack needs at least 2 reward models")
-    if cfg.reward_model.loss == "regression":
+    if PREFERENCE_LOSSES[cfg.reward_model.loss].of_labels is not None:
         raise ConfigError(
-            "reward_model.loss=regression: the pipeline trains on pairs, which have no labels; train such members with "
-            "nemo-advrm train_rm and attack them with nemo-advrm attack"
+            f"reward_model.loss={cfg.reward_model.loss}: the pipeline trains on pairs, which have no labels; "
+            "train such members with nemo-advrm train_rm and attack them with nemo-advrm attack"
         )
     check_target_members(cfg, cfg.ensemble.size)
     rl, attack = for_stage(cfg, "rlhf"), for_stage(cfg, "attack")

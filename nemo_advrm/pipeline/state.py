@@ -15,7 +15,7 @@ from nemo_advrm.config import versions
 from nemo_advrm.data.run_records import PIPELINE_STATE, problem
 from nemo_advrm.engine import runtime
 from nemo_advrm.engine.collectives import run_on_rank_zero
-from nemo_advrm.errors import DataError
+from nemo_advrm.errors import UserError
 from nemo_advrm.run_directory import results, run_files
 
 _CURE = "restore it, or remove it: trainings whose result is there are not done again"
@@ -64,7 +64,7 @@ class RunState:
         except BaseException:
             # no collectives: the other ranks may have ended
             if runtime.current().is_writer:
-                with contextlib.suppress(OSError, DataError):  # the error that ended the step is raised
+                with contextlib.suppress(OSError, UserError):  # the error that ended the step is raised
                     self._write({name: {"seconds": round(before + time.monotonic() - started, 3)}})
             raise
         seconds = round(before + time.monotonic() - started, 3)

@@ -9,6 +9,7 @@ from nemo_advrm.config.schema import Config
 from nemo_advrm.engine.flops import Microbatch
 from nemo_advrm.engine.gpt import Head
 from nemo_advrm.engine.model import padded_vocab_size
+from nemo_advrm.registry import PREFERENCE_LOSSES
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Job:
     @property
     def head_outputs(self) -> int:
         options = self.cfg.reward_model
-        return options.num_attributes if options.loss == "regression" else 1
+        return options.num_attributes if PREFERENCE_LOSSES[options.loss].of_labels is not None else 1
 
 
 def models_of(cfg: Config) -> tuple[Held, ...]:

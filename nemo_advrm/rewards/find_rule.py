@@ -15,7 +15,7 @@ from nemo_advrm.data.plain_text import round_trips
 from nemo_advrm.data.sft_scores import SFTScores
 from nemo_advrm.data.tokenizers import Tokenizer
 from nemo_advrm.detectors.base import Features
-from nemo_advrm.objectives.selection import qualifies
+from nemo_advrm.objectives.selection import first_step, qualifies
 from nemo_advrm.objectives.sft_statistics import SFTStatistics, own_z_scores
 
 Find = tuple[int, str]
@@ -122,6 +122,20 @@ class FindRule:
     def null(self, samples: int) -> float:
         """Returns the null count: how many of ``samples`` SFT responses would pass the rule."""
         return self.null_share * samples
+
+    def late_finds(self, steps: Sequence[tuple[set[Find], int]]) -> tuple[int, int]:
+        """The different finds, and the samples, of the part of the steps that selection reads (``last_fraction``).
+
+        Args:
+            steps: the finds of every step so far and how many samples it had.
+        """
+        late = steps[first_step(len(steps), self.options.last_fraction) :]
+        return len(set().union(*(finds for finds, _ in late))), sum(count for _, count in late)
+
+    def are_enough(self, steps: Sequence[tuple[set[Find], int]], enough: int) -> bool:
+        """Whether an attack may end after these ``steps``: selection would have ``enough`` finds, and keep them."""
+        found, samples = self.late_finds(steps)
+        return found >= enough and not self.falls_short(found, samples)
 
     def falls_short(self, found: int, samples: int) -> bool:
         """Returns whether an attack with ``samples`` responses has too few finds."""

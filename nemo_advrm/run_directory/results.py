@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from nemo_advrm import files
+from nemo_advrm import files, locks
 from nemo_advrm.engine import manifest
 from nemo_advrm.engine.collectives import run_on_rank_zero
 from nemo_advrm.errors import DataError
@@ -28,6 +28,7 @@ def mark(directory: Path, name: str, value: dict[str, Any], left: list[str]) -> 
     """
 
     def write() -> None:
+        locks.raise_if_lost(directory)
         for file in left:
             files.sync(directory / file)
         manifest.write(directory, manifest.describe(directory, left))

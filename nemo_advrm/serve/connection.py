@@ -81,6 +81,8 @@ class LimitedConnection(H11Protocol):
         self.limits = limits
         slow = limits.body_seconds + _GRACE_SECONDS
         self._seconds = {"head": limits.header_seconds, "body": slow, "unread": slow, "closing": slow}
+        # uvicorn's own limit comes first; bytes of a refused body that arrive late cancel it
+        self._seconds["idle"] = limits.idle_seconds + _GRACE_SECONDS
         self._phase = ""
         self._timer: asyncio.TimerHandle | None = None
         self._received = False
@@ -174,8 +176,8 @@ class LimitedConnection(H11Protocol):
             return "unread"
         if self.conn.their_state is h11.SEND_BODY:
             return "body"
-        if self.conn.their_state is h11.IDLE and (not self._received or self.conn.trailing_data[0]):
-            return "head"
+        if self.conn.their_state is h11.IDLE:
+            return "head" if not self._received or self.conn.trailing_data[0] else "idle"
         return ""
 
     def _set_timer(self, seconds: float | None) -> None:

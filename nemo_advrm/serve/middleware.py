@@ -128,7 +128,11 @@ class AdmissionMiddleware:
     async def _check_headers(self, request: Request) -> None:
         """Raises HTTPException."""
         headers = request.headers
-        if request.scope["path"] not in OPEN_PATHS:
+        if request.scope["path"] in OPEN_PATHS:
+            # without a token: a body would take memory that clients with one share
+            if parse_length(headers.get("content-length", "0"), "Content-Length") or "transfer-encoding" in headers:
+                raise HTTPException(413, "this path takes no body", {"Connection": "close"})
+        else:
             given = await BEARER(request)
             if self.token and not (
                 given and hmac.compare_digest(given.credentials.encode("latin-1"), self.token.encode())

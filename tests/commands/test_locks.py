@@ -6,7 +6,9 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from filelock import SoftFileLease
@@ -185,3 +187,38 @@ def test_a_holder_refreshes_its_lock_and_tells_when_it_was_lost(
     while "was lost (marker-missing): another process may write there" not in caplog.text:
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def test_what_lost_its_lock_writes_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    locks.acquire(tmp_path / "run")
+    (lease,) = [lease for path, lease in locks._held.items() if path.parent == tmp_path / "run"]
+    locks.raise_if_lost(tmp_path / "run" / "result.json")
+    monkeypatch.setattr(type(lease), "compromise", SimpleNamespace(reason="evicted"))
+    locks.raise_if_lost(tmp_path / "other" / "result.json")
+    with pytest.raises(locks.InUse, match=r"lost its lock \(evicted\).*result\.json is not written"):
+        locks.raise_if_lost(tmp_path / "run" / "result.json")
+    locks.release(tmp_path / "run")
+
+
+def test_a_holder_of_another_machine_with_our_name_is_given_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its process does not run here, which says nothing of it."""
+    monkeypatch.setattr(locks, "LEASE_SECONDS", 0.5)
+    locks.acquire(tmp_path / "run")
+    (lease,) = [lease for path, lease in locks._held.items() if path.parent == tmp_path / "run"]
+    own = lease.owner
+    assert own is not None and own.start is not None
+    elsewhere = own._replace(start=own.start + (1 << 64)) if hasattr(own, "_replace") else replace(
+        own, start=own.start + (1 << 64)
+    )
+    assert locks._is_on_this_host(own) and not locks._has_our_name_only(own)
+    assert not locks._is_on_this_host(elsewhere) and locks._has_our_name_only(elsewhere)
+    path = tmp_path / "run" / "writer.lease"
+    times = iter(range(100))
+    monkeypatch.setattr(locks, "_refreshed", lambda path: next(times))
+    with pytest.raises(locks.InUse, match="is being written by"):
+        locks._wait_for_refresh(path, elsewhere, tmp_path / "run", "run_dir")
+    monkeypatch.setattr(locks, "_refreshed", lambda path: 1)
+    locks._wait_for_refresh(path, elsewhere, tmp_path / "run", "run_dir")  # no sign of life
+    locks.release(tmp_path / "run")

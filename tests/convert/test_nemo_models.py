@@ -138,6 +138,7 @@ def test_a_file_that_cannot_be_written_is_one_error_on_every_rank(
         ({"tokenizer": "hf:/etc"}, "outside the archive"),
         ({"tokenizer": ["hf"]}, "tokenizer is not a string"),
         ({"reward_model": {"loss": "${oc.env:HOME}"}}, "which is not allowed"),
+        ({"reward_model": {"loss": "python:os:system"}}, r"loss='python:os:system' is not a loss of this package"),
         ({"reward_model": {"loss": ["bt"]}}, r"reward_model\.loss is a list, a text was expected"),
         ({"reward_model": {"head_init_std": "1"}}, r"reward_model\.head_init_std is '1', a number was expected"),
         ({"reward_model": {"_target_": "os.system", "_args_": ["touch ran"]}}, "is damaged"),

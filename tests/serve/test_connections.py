@@ -90,6 +90,24 @@ def test_a_silent_connection_is_closed(hasty: LocalServer) -> None:
         assert ends(connection) == b""
 
 
+def test_a_connection_is_closed_when_a_refused_body_arrived_late(hasty: LocalServer) -> None:
+    """The late bytes cancel uvicorn's own limit of idle connections."""
+    with hasty.connect() as connection:
+        connection.sendall(request(b"", "Content-Encoding: gzip", "Content-Length: 10"))
+        assert read_answer(connection)[0] == 415
+        connection.sendall(b"a" * 10)
+        assert ends(connection) == b""
+
+
+@pytest.mark.parametrize("how", ["Content-Length: 100", "Transfer-Encoding: chunked"])
+def test_a_path_without_token_takes_no_body(local: LocalServer, how: str) -> None:
+    with local.connect() as connection:
+        connection.sendall(request(b"", how, path="/health/live").replace(b"POST", b"GET", 1))
+        status, answer = read_answer(connection)
+        assert status == 413 and "takes no body" in answer["error"]
+        assert ends(connection) == b""
+
+
 @pytest.mark.parametrize("method", [b"POST", b"GET"])
 @pytest.mark.parametrize("chunked", [False, True])
 def test_a_body_that_does_not_end_is_cut_off(hasty: LocalServer, method: bytes, chunked: bool) -> None:

@@ -10,7 +10,6 @@ from nemo_advrm.data.run_records import ATTACK_SAMPLE, RESTORE_ROWS, read_rows
 from nemo_advrm.engine import runtime
 from nemo_advrm.engine.collectives import run_on_rank_zero
 from nemo_advrm.models.policy import PolicyModel
-from nemo_advrm.objectives.selection import first_step
 from nemo_advrm.rewards.find_rule import Find, FindRule
 from nemo_advrm.training.callbacks.rollout_records import TrajectoryRecorder
 
@@ -48,10 +47,8 @@ class EnoughFinds(Callback):
         rows = self.recorder.last_rows
         parts = runtime.current().gather_data_parallel((self.rule.finds(rows), len(rows)))
         self._steps.append((set().union(*(finds for finds, _ in parts)), sum(count for _, count in parts)))
-        last = self._steps[first_step(len(self._steps), self.rule.options.last_fraction) :]
-        found = len(set().union(*(finds for finds, _ in last)))
-        pl_module.step_metrics["finds"] = found
-        if found >= self.enough and not self.rule.falls_short(found, sum(count for _, count in last)):
+        pl_module.step_metrics["finds"] = self.rule.late_finds(self._steps)[0]
+        if self.rule.are_enough(self._steps, self.enough):
             # so that the other callbacks treat this step as the last one
             pl_module.max_steps = trainer.global_step
             trainer.should_stop = True
