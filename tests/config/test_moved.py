@@ -125,3 +125,11 @@ def test_the_tables_name_what_exists() -> None:
 def test_a_name_that_never_was_is_no_attribute() -> None:
     with pytest.raises(AttributeError, match=r"nemo_advrm\.models\.policy has no attribute Nothing"):
         _ = importlib.import_module("nemo_advrm.models.policy").Nothing
+
+
+def test_the_names_of_the_plug_in_are_in_modules_that_exist() -> None:
+    """They are imported at first use, in NeMo-Aligner's environment only."""
+    from nemo_advrm.integrations import nemo_aligner
+
+    for module in nemo_aligner._HOMES.values():
+        assert importlib.util.find_spec(f"{nemo_aligner.__name__}.{module}") is not None, module

@@ -11,7 +11,7 @@ from typing import Any
 _MODULES = {
     "MegatronGPTAdversarialActorModel": "actor",
     "EnsembleRewardClient": "client",
-    "CriticClient": "critic",
+    "CriticClient": "critic_client",
     "AdversarialAugmentation": "augmentation",
     "MegatronGPTFP8RewardModel": "fp8",
     "MegatronGPTFP8RegressionRewardModel": "fp8",
