@@ -78,7 +78,7 @@ def test_a_head_that_is_missing_is_not_drawn_at_random(single: Runtime, director
     weights = load_file(path / "model.safetensors")
     weights.pop("score.weight")
     save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match=r"lack score\.weight"):
+    with pytest.raises(CheckpointError, match=r"have no score\.weight"):
         HFReward.load("x", path, tiny_config())
 
 

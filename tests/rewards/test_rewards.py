@@ -304,7 +304,7 @@ def test_swapping_chosen_and_rejected_gives_one_minus_the_accuracy() -> None:
 )
 def test_a_scorer_that_looks_at_the_place_of_a_response_has_no_accuracy(score: Callable[[int, str], float]) -> None:
     source, data = _labelled(score)
-    with pytest.raises(RewardSourceError, match=r"judge.*one minus.*depends on the place"):
+    with pytest.raises(RewardSourceError, match=r"judge.*one minus.*depends on the position"):
         pair_accuracy.check_swapped(source, data, checked_scores(source, data))
 
 
