@@ -131,5 +131,5 @@ def test_the_names_of_the_plug_in_are_in_modules_that_exist() -> None:
     """They are imported at first use, in NeMo-Aligner's environment only."""
     from nemo_advrm.integrations import nemo_aligner
 
-    for module in nemo_aligner._HOMES.values():
+    for module in nemo_aligner._MODULES.values():
         assert importlib.util.find_spec(f"{nemo_aligner.__name__}.{module}") is not None, module
