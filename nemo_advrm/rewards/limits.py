@@ -24,7 +24,7 @@ def longest_row(source: Any) -> int:
     server checks its own limit.
     """
     hard = int(getattr(source, "longest", 0))
-    return hard or int(getattr(getattr(getattr(source, "model", None), "model", None), "encoder_seq_length", 0))
+    return hard or int(getattr(getattr(getattr(source, "model", None), "model_config", None), "encoder_seq_length", 0))
 
 
 def places_that_fit(source: RewardSource, rollouts: Rollouts) -> list[int]:
