@@ -73,7 +73,7 @@ def raise_if_lost(place: Path) -> None:
     """Raise InUse when this process lost the lock that covers ``place``: another process may write there now.
 
     A holder that cannot refresh its lock for ``LEASE_SECONDS`` loses it: a stopped process, an unreachable file server.
-    Call this before a result or a checkpoint is put in its place.
+    Results are marked only after this.
     """
     for path, lease in list(_held.items()):
         home = path.parent.parent if path.parent.name == "locks" else path.parent

@@ -16,10 +16,10 @@ from nemo_advrm.data.tokenizers import Tokenizer
 from nemo_advrm.engine import runtime
 from nemo_advrm.engine.collectives import run_on_rank_zero
 from nemo_advrm.models.trainable import TrainableModel
-from nemo_advrm.rewards.base import RewardSource, checked_scores
+from nemo_advrm.rewards.base import RewardSource
 from nemo_advrm.rewards.ensemble import AdversarialReward
 from nemo_advrm.rewards.find_rule import Find, FindRule
-from nemo_advrm.rewards.sample_rows import trajectory_rows
+from nemo_advrm.rewards.sample_rows import gold_and_z, trajectory_rows
 from nemo_advrm.rollouts.types import Prompt, Rollouts
 
 SAMPLES = "samples.jsonl"
@@ -81,9 +81,8 @@ class AttackInputs:
     def rows(self, rollouts: Rollouts, step: int) -> list[dict[str, Any]]:
         """Scores responses and returns their rows of ``samples.jsonl``; all ranks of a model replica call."""
         reward_output = self.reward.compute_rewards(rollouts)
-        gold_N = checked_scores(self.gold, rollouts) if self.gold is not None else None
-        gold_z_N = self.sft_responses.gold_z(gold_N, rollouts.prompt_index) if gold_N is not None else None
-        return trajectory_rows(rollouts, reward_output, self.target, self.directory.name, step, gold_N, gold_z_N)
+        gold = gold_and_z(self.gold, rollouts, self.sft_responses)
+        return trajectory_rows(rollouts, reward_output, self.target, self.directory.name, step, *gold)
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,11 @@ from nemo_advrm.engine.builders import build_policy
 from nemo_advrm.engine.collectives import run_on_rank_zero
 from nemo_advrm.engine.model import MegatronModel
 from nemo_advrm.objectives.success import standard_success, strict_success
-from nemo_advrm.rewards.base import RewardSource, checked_scores
+from nemo_advrm.rewards.base import RewardSource
 from nemo_advrm.rewards.ensemble import AdversarialReward
 from nemo_advrm.rewards.find_rule import FindRule
 from nemo_advrm.rewards.limits import prompts_with_room
-from nemo_advrm.rewards.sample_rows import trajectory_rows
+from nemo_advrm.rewards.sample_rows import gold_and_z, trajectory_rows
 from nemo_advrm.rewards.sft_responses import read_sft_scores, write_sft_scores
 from nemo_advrm.rollouts.run_prompts import encode_prompts, held_out_prompts
 from nemo_advrm.rollouts.sample import sample
@@ -50,12 +50,11 @@ class HeldOut:
         It samples as many responses as there are SFT responses, with the same random numbers for every adversary, and
         writes them to ``home/held_out.jsonl``. Rates that need gold are None without it.
         """
-        target_index, index = target - 1, [p.index for p in self.prompts for _ in range(self._per_prompt)]
+        target_index = target - 1
         rollouts = sample(self.cfg, self.tokenizer, adversary, self.prompts, self._per_prompt, sampling_seed(self.cfg))
         reward = AdversarialReward(self.members, self.cfg.adversarial, self.sft_responses, target_index)
         reward_output = reward.compute_rewards(rollouts)
-        gold_N = checked_scores(self.gold, rollouts) if self.gold is not None else None
-        gold_z_N = self.sft_responses.gold_z(gold_N, index) if gold_N is not None else None
+        gold_N, gold_z_N = gold_and_z(self.gold, rollouts, self.sft_responses)
         rows = trajectory_rows(rollouts, reward_output, target, home.name, 0, gold_N, gold_z_N)
         run_on_rank_zero(write_jsonl_atomic, home / "held_out.jsonl", rows)
         rule = FindRule(self.cfg, self.sft_responses, target, self.tokenizer)

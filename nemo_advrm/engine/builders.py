@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nemo_advrm.config.schema import Config
+from nemo_advrm.config.schema import Config, RewardModelConfig
 from nemo_advrm.data.tokenizers import Tokenizer
 from nemo_advrm.engine import checkpoint
 from nemo_advrm.engine.model import MegatronModel, build_model
-from nemo_advrm.registry import PREFERENCE_LOSSES
+from nemo_advrm.objectives.losses import reads_labels
 
 
 def build_policy(cfg: Config, tokenizer: Tokenizer, restore_from: str, seed: int, trainable: bool) -> MegatronModel:
@@ -31,6 +31,11 @@ def build_policy(cfg: Config, tokenizer: Tokenizer, restore_from: str, seed: int
     return model
 
 
+def head_outputs(options: RewardModelConfig) -> int:
+    """Outputs of a reward model's head: one for each label of a loss that reads labels, else one."""
+    return options.num_attributes if reads_labels(options.loss) else 1
+
+
 def build_reward_model(
     cfg: Config, tokenizer: Tokenizer, restore_from: str, seed: int, trainable: bool
 ) -> MegatronModel:
@@ -48,7 +53,7 @@ def build_reward_model(
         tokenizer.vocab_size,
         seed=seed,
         trainable=trainable,
-        head_outputs=options.num_attributes if PREFERENCE_LOSSES[options.loss].of_labels is not None else 1,
+        head_outputs=head_outputs(options),
         head_init_std=options.head_init_std,
     )
     if restore_from:

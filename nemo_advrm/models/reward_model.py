@@ -28,7 +28,7 @@ from nemo_advrm.engine.schedule import (
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.models.trainable import Batches, TrainableModel, derive_seed, shard_rows, total_steps
 from nemo_advrm.objectives.accuracy import right_of_pairs
-from nemo_advrm.objectives.losses import PreferenceLoss, preference_loss
+from nemo_advrm.objectives.losses import PreferenceLoss, preference_loss, reads_labels
 from nemo_advrm.objectives.spread import variance_of
 from nemo_advrm.registry import PREFERENCE_LOSSES
 
@@ -181,7 +181,7 @@ def pair_microbatch(model: MegatronModel, rows: list[EncodedPair], pad_id: int, 
         "margin": torch.tensor([neutral if r.margin is None else r.margin for r in rows], device=device),
         "weight": torch.tensor([r.weight for r in rows], device=device),
     }
-    if PREFERENCE_LOSSES[loss].of_labels is not None:
+    if reads_labels(loss):
         extra["chosen_labels"] = torch.tensor([r.chosen_labels for r in rows], device=device)
         extra["rejected_labels"] = torch.tensor([r.rejected_labels for r in rows], device=device)
     return Microbatch(tokens_BS, lengths_B, {"read_at_B": lengths_B - 1}, extra)

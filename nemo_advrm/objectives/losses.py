@@ -90,6 +90,12 @@ SCALED_BT = PreferenceLoss(scaled_bradley_terry, needs_margin=True, neutral_marg
 REGRESSION = PreferenceLoss(None, of_labels=regression)
 
 
+def reads_labels(name: str) -> bool:
+    """Whether the loss called ``name`` reads labels of each response, and no pair has a preferred side."""
+    loss: PreferenceLoss = PREFERENCE_LOSSES[name]
+    return loss.of_labels is not None
+
+
 def preference_loss(
     name: str,
     chosen: Tensor,

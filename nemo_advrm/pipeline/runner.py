@@ -19,13 +19,13 @@ from nemo_advrm.config.validation import check_held_out
 from nemo_advrm.engine import runtime, stopping
 from nemo_advrm.engine.collectives import run_on_rank_zero
 from nemo_advrm.errors import ConfigError
+from nemo_advrm.objectives.losses import reads_labels
 from nemo_advrm.pipeline import artefacts, branches
 from nemo_advrm.pipeline.dag import Step, added_since, is_skipped, of_run
 from nemo_advrm.pipeline.rounds import Rounds
 from nemo_advrm.pipeline.run_inputs import Inputs
 from nemo_advrm.pipeline.state import RunState
 from nemo_advrm.rank_info import worker
-from nemo_advrm.registry import PREFERENCE_LOSSES
 from nemo_advrm.run_directory import cost, run_dir
 
 # interval at which a worker checks whether a step has become ready
@@ -176,7 +176,7 @@ def check(cfg: Config) -> None:
         raise ConfigError("pretrained_checkpoint.restore_from_path is not set: name a policy, or set pipeline.sft=true")
     if cfg.ensemble.size < 2:
         raise ConfigError(f"ensemble.size={cfg.ensemble.size}: an attack needs at least 2 reward models")
-    if PREFERENCE_LOSSES[cfg.reward_model.loss].of_labels is not None:
+    if reads_labels(cfg.reward_model.loss):
         raise ConfigError(
             f"reward_model.loss={cfg.reward_model.loss}: the pipeline trains on pairs, which have no labels; "
             "train such members with nemo-advrm train_rm and attack them with nemo-advrm attack"

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 from nemo_advrm.config.layout import data_parallel_size
 from nemo_advrm.config.schema import Config
+from nemo_advrm.engine.builders import head_outputs
 from nemo_advrm.engine.flops import Microbatch
 from nemo_advrm.engine.gpt import Head
 from nemo_advrm.engine.model import padded_vocab_size
-from nemo_advrm.registry import PREFERENCE_LOSSES
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,7 @@ class Job:
 
     @property
     def head_outputs(self) -> int:
-        options = self.cfg.reward_model
-        return options.num_attributes if PREFERENCE_LOSSES[options.loss].of_labels is not None else 1
+        return head_outputs(self.cfg.reward_model)
 
 
 def models_of(cfg: Config) -> tuple[Held, ...]:

@@ -158,6 +158,10 @@ class HybridReward:
         return self.member.longest
 
     @property
+    def context(self) -> int:
+        return self.member.context
+
+    @property
     def dtype(self) -> torch.dtype:
         return self.member.dtype
 

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from nemo_advrm.config.schema import Config
 from nemo_advrm.data.messages import prompt_name
 from nemo_advrm.errors import DataError
 from nemo_advrm.rewards.base import RewardSource
 from nemo_advrm.rewards.token_sequences import token_sequences
-from nemo_advrm.rollouts.types import Rollouts
-
-if TYPE_CHECKING:
-    from nemo_advrm.rollouts.types import Prompt
+from nemo_advrm.rollouts.types import Prompt, Rollouts
 
 
 def longest_row(source: Any) -> int:
@@ -23,8 +20,7 @@ def longest_row(source: Any) -> int:
     A Hugging Face member is limited by its positions or its tokenizer, a Megatron model by model.encoder_seq_length. A
     server checks its own limit.
     """
-    hard = int(getattr(source, "longest", 0))
-    return hard or int(getattr(getattr(getattr(source, "model", None), "model_config", None), "encoder_seq_length", 0))
+    return int(getattr(source, "longest", 0)) or int(getattr(source, "context", 0))
 
 
 def places_that_fit(source: RewardSource, rollouts: Rollouts) -> list[int]:

@@ -41,6 +41,11 @@ class MegatronReward:
         return settings.encoder_seq_length if settings.position_embedding_type == "learned_absolute" else 0
 
     @property
+    def context(self) -> int:
+        """Tokens of the context that the model was built for; rows beyond it are possible with rotary positions."""
+        return self.model.model_config.encoder_seq_length
+
+    @property
     def dtype(self) -> torch.dtype:
         return self.model.config.params_dtype
 

@@ -22,6 +22,16 @@ def prompt_text(messages: tuple[Message, ...]) -> str:
     return "\n\n".join(f"{m['role']}: {m['content']}" for m in messages)
 
 
+def gold_and_z(
+    gold: RewardSource | None, rollouts: Rollouts, sft_responses: SFTScores
+) -> tuple[Tensor | None, Tensor | None]:
+    """Returns gold of an attack's responses and its z by the SFT responses, [N] each; None where there is no gold."""
+    if gold is None:
+        return None, None
+    gold_N = checked_scores(gold, rollouts)
+    return gold_N, sft_responses.gold_z(gold_N, rollouts.prompt_index)
+
+
 def trajectory_rows(
     rollouts: Rollouts,
     reward_output: RewardOutput,

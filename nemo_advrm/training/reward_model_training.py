@@ -25,7 +25,7 @@ from nemo_advrm.errors import ConfigError, DataError
 from nemo_advrm.models.reward_model import RewardModel
 from nemo_advrm.models.trainable import derive_seed
 from nemo_advrm.objectives.accuracy import accuracy
-from nemo_advrm.registry import PREFERENCE_LOSSES
+from nemo_advrm.objectives.losses import reads_labels
 from nemo_advrm.rewards.features import HybridReward
 from nemo_advrm.rewards.hybrid import fit_features, fixed_prompts, frozen_policy, rollouts_of, with_prompts
 from nemo_advrm.rewards.local import MegatronReward
@@ -193,7 +193,7 @@ def _encoded_stores(cfg: Config, tokenizer: Tokenizer, stores: list[Path]) -> li
 
 
 def _augmentation(cfg: Config, tokenizer: Tokenizer, stores: list[Path], seed: int) -> AdversarialAugmentation:
-    if PREFERENCE_LOSSES[cfg.reward_model.loss].of_labels is not None:
+    if reads_labels(cfg.reward_model.loss):
         raise ConfigError(f"reward_model.loss={cfg.reward_model.loss}: adversarial pairs have no labels to learn")
     options, on_top = cfg.augmentation, cfg.augmentation.mode == "on_top"
     return AdversarialAugmentation(

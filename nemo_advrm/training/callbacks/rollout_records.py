@@ -18,7 +18,7 @@ from nemo_advrm.errors import DataError
 from nemo_advrm.models.policy import PolicyModel
 from nemo_advrm.objectives.success import standard_success, strict_success
 from nemo_advrm.rewards.base import RewardSource, checked_scores
-from nemo_advrm.rewards.sample_rows import prompt_text, trajectory_rows
+from nemo_advrm.rewards.sample_rows import gold_and_z, prompt_text, trajectory_rows
 from nemo_advrm.training.callbacks.rows import lost_steps, open_rows
 
 _log = logging.getLogger(__name__)
@@ -88,8 +88,7 @@ class TrajectoryRecorder(_RolloutWriter):
         rollouts, reward_output = pl_module.last_rollouts, pl_module.last_reward_output
         assert rollouts is not None and reward_output is not None
         details, index = reward_output.details, rollouts.prompt_index
-        gold = checked_scores(self.gold, rollouts) if self.gold is not None else None
-        gold_z = self.sft_responses.gold_z(gold, index) if gold is not None else None
+        gold, gold_z = gold_and_z(self.gold, rollouts, self.sft_responses)
         policy = self.path.parent.name
         step = trainer.global_step - 1
         self.last_rows = trajectory_rows(rollouts, reward_output, self.target, policy, step, gold, gold_z)
