@@ -60,7 +60,7 @@ def test_every_key_of_another_type_or_missing_is_one_line(trainer: Trainer, stat
             inner[key] = wrong
             if wrong is ...:
                 del inner[key]
-            with pytest.raises(CheckpointError, match=r"^checkpoints/step_.+2: trainer\.json is no state") as caught:
+            with pytest.raises(CheckpointError, match=r"^checkpoints/step_.+2: trainer\.json is not the sta") as caught:
                 check_loop_state(changed, trainer, CHECKPOINT)
             assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
             tried += 1
