@@ -105,7 +105,7 @@ def locked(directory: Path, name: str, what: Path | None = None) -> Iterator[Non
     try:
         _acquire_within(WAIT_SECONDS, lease, path)
     except (Timeout, LeaseSettingsMismatch):
-        raise _in_use(what or directory, lease, "run_dir") from None
+        raise _in_use(what or directory, lease.owner, "run_dir", path) from None
     except OSError as error:
         raise cannot_write(directory, error) from error
     try:
@@ -164,7 +164,7 @@ def _acquired(path: Path, what: Path, key: str) -> SoftFileLease:
     had_ended = owner is not None and _is_on_this_host(owner) and not _command(owner.pid)
     started = time.monotonic()
     if _has_our_name_only(owner):
-        _wait_for_refresh(path, lease, what, key)
+        _wait_for_refresh(path, owner, what, key)
     try:
         try:
             lease.acquire(blocking=False)
@@ -175,7 +175,7 @@ def _acquired(path: Path, what: Path, key: str) -> SoftFileLease:
             had_ended = existed and (owner is None or time.monotonic() - started >= LEASE_SECONDS)
     except LeaseSettingsMismatch:  # filelock would never take it over
         told = f"{path} was written by another version: remove it when that process has ended"
-        raise InUse(f"{_in_use(what, lease, key)} ({told})") from None
+        raise InUse(f"{_in_use(what, owner, key, path)} ({told})") from None
     if had_ended:
         print(f"{what}: took over the lock of {_described(owner)}, which has ended without releasing it", flush=True)
     return lease
@@ -185,14 +185,14 @@ def _wait(lease: SoftFileLease, path: Path, what: Path, key: str) -> None:
     """Acquire a lock that is taken, once its holder releases it or does not refresh it any more; else raise InUse."""
     owner = lease.owner
     if owner is not None and _is_on_this_host(owner) and _command(owner.pid):
-        raise _in_use(what, lease, key)
+        raise _in_use(what, owner, key, path)
     first = _refreshed(path)
     if first is not None:
         print(f"{what}: waiting up to {LEASE_SECONDS:g} s for a sign of life of {_described(owner)}", flush=True)
     try:
         _acquire_within(2 * LEASE_SECONDS, lease, path, lambda: _refreshed(path) not in (first, None))
     except Timeout:
-        raise _in_use(what, lease, key) from None
+        raise _in_use(what, lease.owner, key, path) from None
 
 
 def _has_our_name_only(owner: OwnerRecord | None) -> bool:
@@ -203,13 +203,13 @@ def _has_our_name_only(owner: OwnerRecord | None) -> bool:
     return owner is not None and owner.hostname == _recorded_owner().hostname and not _is_on_this_host(owner)
 
 
-def _wait_for_refresh(path: Path, lease: SoftFileLease, what: Path, key: str) -> None:
+def _wait_for_refresh(path: Path, owner: OwnerRecord | None, what: Path, key: str) -> None:
     """Raise InUse when the holder refreshes its lock within ``LEASE_SECONDS``."""
-    print(f"{what}: waiting up to {LEASE_SECONDS:g} s for a sign of life of {_described(lease.owner)}", flush=True)
+    print(f"{what}: waiting up to {LEASE_SECONDS:g} s for a sign of life of {_described(owner)}", flush=True)
     first, deadline = _refreshed(path), time.monotonic() + LEASE_SECONDS
     while time.monotonic() < deadline:
         if _refreshed(path) not in (first, None):
-            raise _in_use(what, lease, key)
+            raise _in_use(what, owner, key, path)
         time.sleep(min(1.0, LEASE_SECONDS / 100))
 
 
@@ -228,11 +228,11 @@ def _acquire_within(
         lease.acquire(timeout=seconds)
 
 
-def _in_use(what: Path, lease: SoftFileLease, key: str) -> InUse:
-    who = _described(lease.owner)
+def _in_use(what: Path, owner: OwnerRecord | None, key: str, path: Path) -> InUse:
+    who = _described(owner)
     told = f"wait until it has ended, stop it, or choose another {key}"
-    if lease.owner is None:  # no lock that can be read, such as a link to nothing
-        told += f"; if none is running, remove {lease.lock_file}"
+    if owner is None:  # no lock that can be read, such as a link to nothing
+        told += f"; if none is running, remove {path}"
     return InUse(f"{what} is being written by {who}: {told}")
 
 
