@@ -7,6 +7,7 @@ types by, are plain dataclasses. pydantic would check values too, but neither Hy
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -98,6 +99,13 @@ def key(
     if isinstance(default, list | dict):
         return field(default_factory=lambda: copy.deepcopy(default), metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+# the usual combinations of role and restart
+architecture = functools.partial(key, role=Role.ARCHITECTURE)
+layout = functools.partial(key, role=Role.PARALLELISM, restart=Restart.RECORDED)
+optimizer = functools.partial(key, role=Role.OPTIMIZER)
+free = functools.partial(key, restart=Restart.FREE)
 
 
 def section(kind: type, restart: Restart = Restart.SAME) -> Any:

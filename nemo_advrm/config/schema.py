@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nemo_advrm.config.fields import NOT_NEGATIVE, Restart, key, section
+from nemo_advrm.config.fields import NOT_NEGATIVE, Restart, free, key, section
 from nemo_advrm.config.schema_commands import (
     BestOfNConfig,
     ConvertConfig,
@@ -43,47 +43,14 @@ from nemo_advrm.config.schema_model import (
     TrainerConfig,
 )
 
-__all__ = [
-    "AdversarialConfig",
-    "AugmentationConfig",
-    "BestOfNConfig",
-    "BranchConfig",
-    "Config",
-    "ConvertConfig",
-    "DataConfig",
-    "EnsembleConfig",
-    "EvaluateConfig",
-    "ExpManagerConfig",
-    "ExportPairsConfig",
-    "KLConfig",
-    "ModelConfig",
-    "OptimConfig",
-    "PipelineConfig",
-    "PlanConfig",
-    "PrecisionConfig",
-    "PretrainedConfig",
-    "RLConfig",
-    "RLHFRunConfig",
-    "RemoteConfig",
-    "ReportConfig",
-    "RewardModelConfig",
-    "SFTStatisticsConfig",
-    "ScheduleConfig",
-    "SelectionConfig",
-    "ServeConfig",
-    "StageConfig",
-    "SyntheticConfig",
-    "TrainerConfig",
-]
-
 
 @dataclass
 class Config:
     """Root of the configuration."""
 
-    name: str = key("advrm", "name of the run", restart=Restart.FREE)
+    name: str = free("advrm", "name of the run")
     seed: int = key(0, "seed of every random number", NOT_NEGATIVE)
-    run_dir: str = key("runs/${name}", "directory that everything is written to", restart=Restart.FREE)
+    run_dir: str = free("runs/${name}", "directory that everything is written to")
     trainer: TrainerConfig = section(TrainerConfig)
     model: ModelConfig = section(ModelConfig)
     precision: PrecisionConfig = section(PrecisionConfig)

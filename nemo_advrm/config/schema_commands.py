@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from nemo_advrm.config.fields import COUNT, NOT_NEGATIVE, PORT, POSITIVE, Range, Restart, key
+from nemo_advrm.config.fields import COUNT, NOT_NEGATIVE, PORT, POSITIVE, Range, free, key
 
 FORMATS = ("", "hf", "megatron", "nemo")  # of checkpoints; empty is refused with what is missing
 
@@ -23,7 +23,7 @@ class BestOfNConfig:
 
     prompts: int = key(64, "held-out prompts", COUNT)
     samples: int = key(256, "responses to each prompt, and the largest n", COUNT)
-    name: str = key("reward", "name of the reward, in best_of_n/NAME.json", restart=Restart.FREE)
+    name: str = free("reward", "name of the reward, in best_of_n/NAME.json")
     samples_path: str = key("", "samples.jsonl of an earlier run, judged again by other members; empty: sample")
 
 

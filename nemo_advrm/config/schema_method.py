@@ -12,7 +12,7 @@ from nemo_advrm.config.fields import (
     NOT_NEGATIVE,
     POSITIVE,
     Range,
-    Restart,
+    free,
     key,
     section,
 )
@@ -122,9 +122,7 @@ class SelectionConfig:
     """Which adversarial samples become rejected responses."""
 
     last_fraction: float = key(
-        1.0,
-        "share of the attack's steps, counted from the end, whose samples are looked at",
-        Range(above=0, at_most=1),
+        1.0, "share of the attack's steps, counted from the end, whose samples are looked at", Range(above=0, at_most=1)
     )
     threshold_z: float = key(
         1.96, "least Z(U); of the target's z where the adversary maximises the target alone", FINITE
@@ -144,9 +142,7 @@ class SelectionConfig:
         choices={"best": "largest mean of z", "random": "", "other": "largest mean of z without the target's"},
     )
     null_ratio: float = key(
-        0.0,
-        "a target member with fewer finds than this times the null count gives no pairs; 0: any does",
-        NOT_NEGATIVE,
+        0.0, "a target member with fewer finds than this times the null count gives no pairs; 0: any does", NOT_NEGATIVE
     )
     min_pairs: int = key(1, "a round with fewer pairs ends the pipeline", NOT_NEGATIVE)
 
@@ -208,16 +204,10 @@ class PipelineConfig:
 
     rounds: int = key(2, "rounds of attack and retraining", NOT_NEGATIVE)
     sft: bool = key(False, "train the SFT policy first")
-    jobs: str = key(
-        "auto",
-        "processes that take steps side by side: a number, or auto (cores / trainer.cpu_threads, GPUs)",
-        restart=Restart.FREE,
+    jobs: str = free(
+        "auto", "processes that take steps side by side: a number, or auto (cores / trainer.cpu_threads, GPUs)"
     )
-    only: str = key(
-        "",
-        "run this one stage (a name that nemo-advrm stages prints) when those before it are complete",
-        restart=Restart.FREE,
-    )
+    only: str = free("", "run this one stage (a name that nemo-advrm stages prints) when those before it are complete")
     stop_success_rate: float = key(0.0, "stop when attack success falls below this", FRACTION)
     gold: str = key("", "scorer that evaluates: synthetic (which labels, too) or as in ensemble.members; empty: none")
     stable_window: int = key(5, "evaluations in the smoothing window of gold", COUNT)
