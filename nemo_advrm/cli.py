@@ -175,7 +175,7 @@ def _dispatch(words: list[str]) -> int | None:
 
 def _named_runs(words: Sequence[str]) -> list[str]:
     """Turns the run directories among the arguments of ``report`` into a setting; ``./a=b`` is a directory, too."""
-    from nemo_advrm.config import quoted
+    from nemo_advrm.config.overrides import quoted
 
     runs = [word for word in words if _is_path(word) and word[:1] not in ("-", "~", "+")]
     settings = [word for word in words if word not in runs]
@@ -221,8 +221,9 @@ def _command_help(name: str) -> str:
 
 def _key_rows(name: str) -> Iterator[tuple[str, str]]:
     """Yields (key=default, choices and help line) of the keys that a command's help shows."""
-    from nemo_advrm.config import key_name, load_config, schema
+    from nemo_advrm.config import load_config, schema
     from nemo_advrm.config.keys import ANY_NAME, all_keys
+    from nemo_advrm.config.overrides import key_name
 
     command = COMMANDS[name]
     if command.schema:

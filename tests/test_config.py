@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from nemo_advrm.config import conf_dir, for_stage, load_config, save_resolved, versions
+from nemo_advrm.config import conf_dir, for_stage, load_config, resolved, versions
 from nemo_advrm.config.keys import all_keys, expected_type, nearest_key
 from nemo_advrm.config.layout import validate_layout
 from nemo_advrm.config.schema import Config, ConvertConfig, ExportPairsConfig, RLHFRunConfig
@@ -348,10 +348,9 @@ def test_nearest_key_of_a_valid_key_is_itself() -> None:
         assert expected_type(name) is not None
 
 
-def test_saved_configuration_holds_every_key(tmp_path: Path) -> None:
+def test_saved_configuration_holds_every_key() -> None:
     cfg = load_config(["experiment=synthetic"], "attack")
-    save_resolved(cfg, tmp_path / "run" / "config.yaml")
-    loaded = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(tmp_path / "run" / "config.yaml"))
+    loaded = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(resolved(cfg)))
     assert OmegaConf.to_object(loaded) == cfg
 
 

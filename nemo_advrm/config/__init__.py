@@ -8,37 +8,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from nemo_advrm.config.compose import (
-        conf_dir,
-        finish,
-        for_stage,
-        from_hydra,
-        load_config,
-        load_flat,
-        resolved,
-        save_resolved,
-        versions,
-    )
-    from nemo_advrm.config.overrides import key_name, quoted
+    from nemo_advrm.config.compose import conf_dir, for_stage, from_hydra, load_config, load_flat, resolved, versions
 
-__all__ = [
-    "conf_dir",
-    "finish",
-    "for_stage",
-    "from_hydra",
-    "key_name",
-    "load_config",
-    "load_flat",
-    "quoted",
-    "resolved",
-    "save_resolved",
-    "versions",
-]
+__all__ = ["conf_dir", "for_stage", "from_hydra", "load_config", "load_flat", "resolved", "versions"]
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__} has no attribute {name}")
-    from nemo_advrm.config import compose, overrides
+    from nemo_advrm.config import compose
 
-    return getattr(overrides if name in ("key_name", "quoted") else compose, name)
+    return getattr(compose, name)

@@ -21,7 +21,6 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from nemo_advrm import files
 from nemo_advrm.config.keys import (
     expected_type,
     is_section,
@@ -114,11 +113,6 @@ def for_stage(cfg: Config, stage: str) -> Config:
     except ConfigError as error:
         raise ConfigError(f"stage.{stage}: {error}") if settings else error from None
     return result
-
-
-def save_resolved(cfg: Config, path: Path) -> None:
-    """Write the whole configuration, every key with its value, as YAML; complete once it bears its name."""
-    files.write_text(path, resolved(cfg))
 
 
 def resolved(cfg: Config) -> str:

@@ -1,8 +1,8 @@
 """The one table of everything that was renamed or removed, and what serves the old names.
 
 Configuration keys are refused with what replaces them: a setting that silently means something else is worse than an
-error. Files and imports stay readable: class paths in .nemo files and imports of earlier documentation are served by an
-import hook, fields of data files by :func:`current_fields`.
+error. Class paths in .nemo files and imports of earlier documentation stay readable, through an import hook. Fields of
+data files were never renamed.
 
 The import hook is our own because the standard library has none; a stub module in every old place would keep the old
 layout alive in the tree.
@@ -65,9 +65,6 @@ MOVED_NAMES: dict[str, str] = {
     "nemo_advrm.integrations.nemo_aligner.sft_scores.write_reference": "write_sft_scores",
 }
 
-# Kind of file (pairs | samples | reference) -> old field -> new field.
-MOVED_FIELDS: dict[str, dict[str, str]] = {}
-
 
 def moved_key(name: str) -> str:
     """The sentence that refuses a renamed or removed key, "" for any other; ``stage.NAME.KEY`` is looked up as KEY."""
@@ -100,12 +97,6 @@ def _current(section: Mapping[str, Any], prefix: str) -> dict[str, Any]:
             continue  # removed, or now in another section, where its default counts
         found[name] = _current(value, f"{prefix}{name}.") if isinstance(value, dict) else value
     return found
-
-
-def current_fields(kind: str, row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row of a data file with the fields' present names; ``kind`` is a key of :data:`MOVED_FIELDS`."""
-    names = MOVED_FIELDS.get(kind, {})
-    return {names.get(field, field): value for field, value in row.items()}
 
 
 def moved_module(name: str) -> str:

@@ -53,7 +53,7 @@ from nemo_advrm.rewards.standardisation import combined
 from nemo_advrm.rollouts.sample import sample
 from nemo_advrm.rollouts.types import Rollouts
 from nemo_advrm.seeds import derive_seed
-from nemo_advrm.training.reward_model_training import bootstrap, keep_back, retrain_warm, train_reward_model
+from nemo_advrm.training.reward_model_training import bootstrap, keep_back, train_reward_model, warm
 from nemo_advrm.training.rlhf_training import run_rlhf
 from nemo_advrm.training.sft_training import train_sft
 
@@ -123,18 +123,16 @@ class Rounds:
         cfg.reward_model.feature_policy = cfg.reward_model.feature_policy or self._policy_path
         data = self.inputs.preferences(step.member)
         data = bootstrap(data, derive_seed(seed, "bootstrap")) if cfg.ensemble.bootstrap else keep_back(cfg, data)
-        pairs = self._pairs_before(step)
-        directory = self.directory / step.name
+        pairs = map(str, self._pairs_before(step))
+        cfg.augmentation.pairs_path = ",".join(filter(None, [cfg.augmentation.pairs_path, *pairs]))
+        start = self._policy_path
         if step.round and cfg.augmentation.warm_steps:
+            cfg = warm(cfg)
             before = branches.member_step(self.cfg, step.branch, step.round - 1, step.member)
-            previous = str(self.directory / before / "model")
-            retrain_warm(cfg, self.tokenizer, directory, data, seed, step.name, previous, pairs)
-            return
-        cfg.augmentation.pairs_path = ",".join(filter(None, [cfg.augmentation.pairs_path, *map(str, pairs)]))
-        trunk = self._policy_path
-        if self.cfg.pipeline.sft:
-            trunk = str(self.directory / branches.trunk_step(self.cfg, step.branch, step.member) / "model")
-        train_reward_model(cfg, self.tokenizer, directory, data, seed, step.name, trunk)
+            start = str(self.directory / before / "model")
+        elif self.cfg.pipeline.sft:
+            start = str(self.directory / branches.trunk_step(self.cfg, step.branch, step.member) / "model")
+        train_reward_model(cfg, self.tokenizer, self.directory / step.name, data, seed, step.name, start)
 
     def _pairs_before(self, step: Step) -> list[Path]:
         """Returns the files of adversarial pairs of the branch's earlier rounds."""

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from nemo_advrm import locks
-from nemo_advrm.config import save_resolved, versions
+from nemo_advrm import files, locks
+from nemo_advrm.config import resolved, versions
 from nemo_advrm.config.layout import validate_layout
 from nemo_advrm.config.schema import Config
 from nemo_advrm.engine import checkpoint, runtime, stopping
@@ -106,7 +106,7 @@ def _identify(cfg: Config, directory: Path, stage: str) -> None:
             f"{directory} holds {', '.join(left)} of a run, but {path}, which says of which run, is missing: "
             "restore it, choose another run_dir, or remove the directory"
         )
-    save_resolved(cfg, path)
+    files.write_text(path, resolved(cfg))
     identity.write_versions(directory, {**versions(), **about})
 
 

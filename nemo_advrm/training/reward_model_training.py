@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -152,38 +151,17 @@ def train_reward_model(
     return metrics
 
 
-def retrain_warm(
-    cfg: Config,
-    tokenizer: Tokenizer,
-    directory: Path,
-    data: EncodedPreferences,
-    seed: int,
-    title: str,
-    previous: str,
-    pairs: Sequence[Path],
-) -> dict[str, float]:
-    """Continues the training of the reward model ``previous`` for ``augmentation.warm_steps`` steps.
+def warm(cfg: Config) -> Config:
+    """Returns the configuration of a warm retraining: ``augmentation.warm_steps`` steps at ``augmentation.warm_lr``.
 
-    The adversarial ``pairs`` (pair files) are added to those of ``augmentation.pairs_path``. Without pairs this is the
-    control of a training with them: the same number of steps, and the same batches with ``augmentation.mode=on_top``
-    and the same ``seed``. Writes ``directory/model`` and returns the validation metrics. Raises ConfigError for
-    ``augmentation.warm_steps=0``.
+    Without pairs such a training is the control of one with them: with ``augmentation.mode=on_top`` and the same seed
+    it has the same batches.
     """
-    return train_reward_model(warm(cfg, pairs), tokenizer, directory, data, seed, title, previous)
-
-
-def warm(cfg: Config, pairs: Sequence[Path]) -> Config:
-    """Returns the configuration of a warm retraining with ``pairs``: its steps, learning rate and pair files."""
-    options = cfg.augmentation
-    if not options.warm_steps:
-        raise ConfigError("augmentation.warm_steps=0: a warm retraining needs at least 1 step")
-    optim = replace(cfg.model.optim, lr=options.warm_lr or cfg.model.optim.lr)
-    stores = ",".join(filter(None, [options.pairs_path, *map(str, pairs)]))
+    optim = replace(cfg.model.optim, lr=cfg.augmentation.warm_lr or cfg.model.optim.lr)
     return replace(
         cfg,
-        trainer=replace(cfg.trainer, max_steps=options.warm_steps),
+        trainer=replace(cfg.trainer, max_steps=cfg.augmentation.warm_steps),
         model=replace(cfg.model, optim=optim),
-        augmentation=replace(options, pairs_path=stores),
     )
 
 

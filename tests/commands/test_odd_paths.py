@@ -10,7 +10,8 @@ from hf_models import tiny_hf
 
 from nemo_advrm import cli
 from nemo_advrm.cli import _named_runs
-from nemo_advrm.config import load_config, load_flat, quoted, schema
+from nemo_advrm.config import load_config, load_flat, schema
+from nemo_advrm.config.overrides import quoted
 from nemo_advrm.config.schema import SyntheticConfig
 from nemo_advrm.data.jsonl import write_jsonl_atomic
 from nemo_advrm.errors import ConfigError

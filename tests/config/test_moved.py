@@ -1,4 +1,4 @@
-"""Renamed and removed names: keys are refused with their replacement, old imports and fields are read."""
+"""Renamed and removed names: keys are refused with their replacement, old imports are served."""
 
 from __future__ import annotations
 
@@ -26,7 +26,6 @@ def moved_names(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]
     monkeypatch.setattr(
         moved, "MOVED_KEYS", {"steps": "is now trainer.max_steps", "opt": "is now model.optim", "fast": "was removed"}
     )
-    monkeypatch.setattr(moved, "MOVED_FIELDS", {"pairs": {"good": "chosen"}})
     yield monkeypatch
     for name in set(sys.modules) - before:
         if name.startswith(("nemo_advrm.scores", "nemo_advrm.lost")):
@@ -105,12 +104,6 @@ def test_the_configuration_of_an_old_run_gets_the_present_keys(monkeypatch: pyte
     old = {"rl": {"size": 3, "top_k": 1}, "fast": True, "stage": {"attack": {"rl": {"size": 4}, "fast": False}}}
     new = {"rl": {"group_size": 3, "top_k": 1}, "stage": {"attack": {"rl": {"group_size": 4}}}}
     assert moved.current_config(old) == new
-
-
-@pytest.mark.usefixtures("moved_names")
-def test_fields_of_rows_get_their_present_names() -> None:
-    assert moved.current_fields("pairs", {"good": "a", "rejected": "b"}) == {"chosen": "a", "rejected": "b"}
-    assert moved.current_fields("samples", {"good": "a"}) == {"good": "a"}
 
 
 def test_the_tables_name_what_exists() -> None:

@@ -12,23 +12,18 @@ from reward_members import save_megatron
 from tiny import TOKENIZER, pairs, tiny_config
 
 from nemo_advrm.engine.runtime import Runtime
-from nemo_advrm.errors import ConfigError
 from nemo_advrm.models.reward_model import RewardModel
-from nemo_advrm.training.reward_model_training import EncodedPreferences, retrain_warm, warm
+from nemo_advrm.training.reward_model_training import EncodedPreferences, train_reward_model, warm
 
 
-def test_steps_and_rate_are_those_of_warm_retraining_and_the_pairs_come_in_beside_others(tmp_path: Path) -> None:
+def test_steps_and_rate_are_those_of_warm_retraining() -> None:
     cfg = tiny_config()
-    cfg.augmentation.warm_steps, cfg.augmentation.pairs_path = 4, "others.jsonl"
-    found = warm(cfg, [tmp_path / "a", tmp_path / "b"])
-    assert found.augmentation.pairs_path == f"others.jsonl,{tmp_path}/a,{tmp_path}/b"
+    cfg.augmentation.warm_steps = 4
+    found = warm(cfg)
     assert (found.trainer.max_steps, found.model.optim.lr) == (4, cfg.model.optim.lr)
     cfg.augmentation.warm_lr = 0.25
-    assert warm(cfg, []).model.optim.lr == 0.25
+    assert warm(cfg).model.optim.lr == 0.25
     assert (cfg.trainer.max_steps, cfg.model.optim.lr) == (1000, 1e-3), "the configuration itself is left alone"
-    cfg.augmentation.warm_steps = 0
-    with pytest.raises(ConfigError, match=r"augmentation\.warm_steps=0"):
-        warm(cfg, [])
 
 
 def test_with_and_without_pairs_a_member_goes_on_from_the_same_weights_on_the_same_batches(
@@ -50,8 +45,9 @@ def test_with_and_without_pairs_a_member_goes_on_from_the_same_weights_on_the_sa
 
     monkeypatch.setattr(RewardModel, "train_on", recording)
     results = {}
-    for name, stores in (("pairs", [store]), ("control", [])):
-        retrain_warm(cfg, TOKENIZER, tmp_path / name, data, 5, name, str(previous), stores)
+    for name, stores in (("pairs", str(store)), ("control", "")):
+        cfg.augmentation.pairs_path = stores
+        train_reward_model(warm(cfg), TOKENIZER, tmp_path / name, data, 5, name, str(previous))
         results[name] = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
     with_pairs, control = seen[:3], seen[3:]
     assert [len(batch) for batch in with_pairs] == [12] * 3 and [len(batch) for batch in control] == [8] * 3
@@ -59,6 +55,6 @@ def test_with_and_without_pairs_a_member_goes_on_from_the_same_weights_on_the_sa
     for rows in results.values():
         assert [row["learning_rate"] for row in rows if "learning_rate" in row] == [0.01] * 3
     # the previous model is where the control starts: its loss on the first batch is that of the saved weights
-    fresh = RewardModel(warm(cfg, []), TOKENIZER, data.train, data.validation, str(previous), seed=5)
+    fresh = RewardModel(warm(cfg), TOKENIZER, data.train, data.validation, str(previous), seed=5)
     first = train_on(fresh, next(fresh.steps(0)), 0)["train/loss"]
     assert results["control"][0]["train/loss"] == pytest.approx(first, rel=1e-6)
