@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeGuard
 
 import psutil
 from filelock import LeaseSettingsMismatch, OwnerRecord, SoftFileLease, Timeout
@@ -123,17 +124,17 @@ def is_held_by_others(path: Path, now: float) -> bool:
         return False
     lease = _lease(path)
     owner = lease.owner
-    if owner is not None and _is_on_this_host(owner) and _command(owner.pid):
-        return True  # whatever its age: a stopped process continues some time
-    try:
+    if _is_on_this_host(owner):
+        if _command(owner):
+            return True  # whatever its age: a stopped process continues some time
+    else:
         with contextlib.suppress(FileNotFoundError):
-            age = now - path.stat().st_mtime
-            if _has_our_name_only(owner) and age <= _OLD_SECONDS:
+            if now - path.stat().st_mtime <= _OLD_SECONDS:
                 return True
-            if age > _OLD_SECONDS:
-                lease.force_break()
+            lease.force_break()
+    try:
         lease.acquire(blocking=False)
-    except (Timeout, LeaseSettingsMismatch):
+    except Timeout:
         return True
     lease.release()
     return False
@@ -159,40 +160,26 @@ def _lease(path: Path) -> SoftFileLease:
 
 def _acquired(path: Path, what: Path, key: str) -> SoftFileLease:
     """Raises InUse, OSError."""
-    lease = _lease(path)
-    owner = lease.owner
-    had_ended = owner is not None and _is_on_this_host(owner) and not _command(owner.pid)
-    started = time.monotonic()
-    if _has_our_name_only(owner):
-        _wait_for_refresh(path, owner, what, key)
-    try:
-        try:
-            lease.acquire(blocking=False)
-        except Timeout:
-            existed = path.exists()
-            _wait(lease, path, what, key)
-            # a shorter wait for a readable lock ended because its holder released it
-            had_ended = existed and (owner is None or time.monotonic() - started >= LEASE_SECONDS)
-    except LeaseSettingsMismatch:  # filelock would never take it over
-        told = f"{path} was written by another version: remove it when that process has ended"
-        raise InUse(f"{_in_use(what, owner, key, path)} ({told})") from None
-    if had_ended:
-        print(f"{what}: took over the lock of {_described(owner)}, which has ended without releasing it", flush=True)
-    return lease
-
-
-def _wait(lease: SoftFileLease, path: Path, what: Path, key: str) -> None:
-    """Acquire a lock that is taken, once its holder releases it or does not refresh it any more; else raise InUse."""
-    owner = lease.owner
-    if owner is not None and _is_on_this_host(owner) and _command(owner.pid):
+    lease, started = _lease(path), time.monotonic()
+    owner, first = lease.owner, _refreshed(path)
+    if _is_on_this_host(owner) and _command(owner):
         raise _in_use(what, owner, key, path)
-    first = _refreshed(path)
-    if first is not None:
+    if first is not None and not _is_on_this_host(owner):
         print(f"{what}: waiting up to {LEASE_SECONDS:g} s for a sign of life of {_described(owner)}", flush=True)
     try:
+        if _has_our_name_only(owner):
+            _wait_for_refresh(path, owner, what, key)
         _acquire_within(2 * LEASE_SECONDS, lease, path, lambda: _refreshed(path) not in (first, None))
     except Timeout:
         raise _in_use(what, lease.owner, key, path) from None
+    except LeaseSettingsMismatch:  # filelock would never take it over
+        told = f"{path} was written by another version: remove it when that process has ended"
+        raise InUse(f"{_in_use(what, owner, key, path)} ({told})") from None
+    # a shorter wait for the readable lock of another host ended because its holder released it
+    had_ended = owner is None or _is_on_this_host(owner) or time.monotonic() - started >= LEASE_SECONDS
+    if first is not None and had_ended:
+        print(f"{what}: took over the lock of {_described(owner)}, which has ended without releasing it", flush=True)
+    return lease
 
 
 def _has_our_name_only(owner: OwnerRecord | None) -> bool:
@@ -205,7 +192,6 @@ def _has_our_name_only(owner: OwnerRecord | None) -> bool:
 
 def _wait_for_refresh(path: Path, owner: OwnerRecord | None, what: Path, key: str) -> None:
     """Raise InUse when the holder refreshes its lock within ``LEASE_SECONDS``."""
-    print(f"{what}: waiting up to {LEASE_SECONDS:g} s for a sign of life of {_described(owner)}", flush=True)
     first, deadline = _refreshed(path), time.monotonic() + LEASE_SECONDS
     while time.monotonic() < deadline:
         if _refreshed(path) not in (first, None):
@@ -241,13 +227,13 @@ def _described(owner: OwnerRecord | None) -> str:
         return "an unknown process"
     if not _is_on_this_host(owner):
         return f"process {owner.pid} on {owner.hostname.partition('?')[0]}"
-    command = _command(owner.pid)
+    command = _command(owner)
     return f"process {owner.pid} on {host_name()}{f' ({command})' if command else ''}"
 
 
-def _is_on_this_host(owner: OwnerRecord) -> bool:
+def _is_on_this_host(owner: OwnerRecord | None) -> TypeGuard[OwnerRecord]:
     own = _recorded_owner()
-    return owner.hostname == own.hostname and _boot(owner) in (0, _boot(own))
+    return owner is not None and owner.hostname == own.hostname and _boot(owner) in (0, _boot(own))
 
 
 def _boot(owner: OwnerRecord) -> int:
@@ -264,10 +250,10 @@ def _recorded_owner() -> OwnerRecord:
     return owner
 
 
-def _command(pid: int) -> str:
-    """The command line of a running process of this host; "" when it has ended (a zombie has, too)."""
+def _command(owner: OwnerRecord) -> str:
+    """The command line of a holder on this host; "" when it has ended (a zombie has, too)."""
     try:
-        process = psutil.Process(pid)
+        process = psutil.Process(owner.pid)
         if process.status() != psutil.STATUS_ZOMBIE:
             return one_line(" ".join(process.cmdline()), 80) or process.name()
     except psutil.Error:

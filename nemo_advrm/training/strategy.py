@@ -1,7 +1,7 @@
 """The Lightning strategy by which ``lightning.pytorch.Trainer.fit`` trains Megatron-Core models.
 
 Megatron owns devices, process groups, gradients, optimizers and checkpoints; Lightning owns the loop, callbacks and
-loggers.
+loggers. To Lightning the model is on one device, because the metrics of a step are already reduced over all ranks.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch.strategies import Strategy
-from torch import Tensor
+from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from nemo_advrm.engine import runtime
 from nemo_advrm.errors import CheckpointError
@@ -30,7 +29,7 @@ IN_BACKGROUND = "in background"  # passed as storage_options to Trainer.save_che
 _KEPT = ("epoch", "global_step", "pytorch-lightning_version", "loops", "callbacks")
 
 
-class MegatronStrategy(Strategy):
+class MegatronStrategy(SingleDeviceStrategy):
     """Runs a :class:`~nemo_advrm.models.trainable.TrainableModel` on the current Megatron layout.
 
     Attributes:
@@ -39,31 +38,13 @@ class MegatronStrategy(Strategy):
     """
 
     def __init__(self, limit_minutes: float = 30.0, hash_weights: bool = False) -> None:
-        super().__init__()
         self.runtime = runtime.current()
+        super().__init__(self.runtime.device)
+        self.global_rank, self.world_size = self.runtime.rank, self.runtime.world_size
+        self.local_rank = self.runtime.device.index or 0
         self.limit_minutes = limit_minutes
         self.hash_weights = hash_weights
         self.saving: TrainingSave | None = None
-
-    @property
-    def global_rank(self) -> int:
-        return self.runtime.rank
-
-    @property
-    def local_rank(self) -> int:
-        return self.runtime.device.index or 0
-
-    @property
-    def node_rank(self) -> int:
-        return 0
-
-    @property
-    def world_size(self) -> int:
-        return self.runtime.world_size
-
-    @property
-    def root_device(self) -> torch.device:
-        return self.runtime.device
 
     @property
     def is_global_zero(self) -> bool:
@@ -85,20 +66,6 @@ class MegatronStrategy(Strategy):
         box = [obj]
         dist.broadcast_object_list(box, src)
         return box[0]
-
-    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
-        """Returns ``tensor``: metrics are already reduced, by :func:`nemo_advrm.engine.schedule.reduce_metrics`."""
-        return tensor
-
-    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
-        if self.runtime.world_size == 1:
-            return decision
-        flag = torch.tensor(int(decision), device=self.runtime.device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MIN if all else dist.ReduceOp.MAX)
-        return bool(flag)
-
-    def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
-        return tensor
 
     # checkpoints
 
