@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import enum
 import logging
 import re
 from collections.abc import Iterator
@@ -52,11 +51,33 @@ def check_same_run(cfg: Config, directory: Path, about: dict[str, Any]) -> None:
     path = directory / "versions.yaml"
     if not path.exists():
         _log.warning("%s is missing: a new one is written; whether the run's data has changed is unknown", path)
-    found = _compare(cfg, directory, about)
-    if found.known and found.lacking:
-        _log.warning("%s lacks %s, which are added", path, " and ".join(found.lacking))
-    if found.has_changes:
-        _write(directory, found, about)
+    saved = held_arms.read_config(directory / "config.yaml")
+    known = _read_versions(path)
+    _check_stage_and_data(known, directory, about)
+    before, now = _with_defaults(saved), yaml.safe_load(resolved(cfg))  # noqa: TID251 (just written)
+    recorded = {change["key"]: change["to"] for change in known.get("changes") or []}
+    # a key that an earlier job changed is back at the run's value when this job does not change it
+    values = {key: _value(before, key) for key in recorded if not _ADDED.fullmatch(key)}
+    different, added = _allowed_differences(before, now, directory, about["stage"])
+    values |= different
+    time_now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    last = {key: recorded.get(key, _value(before, key)) for key in values}
+    changes = [
+        {"time": time_now, "key": key, "from": None if key in added else last[key], "to": value}
+        for key, value in sorted(values.items())
+        if last[key] != value
+    ]
+    for change in changes:
+        if change["key"] not in added:
+            print(f"{directory} goes on with {change['key']}={change['to']!r} (before: {change['from']!r})", flush=True)
+    lacking = [key for key in ("seed", "stage", "inputs") if key not in known]
+    if known and lacking:
+        _log.warning("%s lacks %s, which are added", path, " and ".join(lacking))
+    # after a kill between the two files the same command completes the second one
+    if changes or added or lacking:
+        _update_versions(directory, known, changes, about)
+    if added:
+        _add_to_config(directory, saved, added)
 
 
 def _read_versions(path: Path) -> dict[str, Any]:
@@ -100,38 +121,8 @@ def _merged(before: Any, defaults: Any) -> Any:
     return {**defaults, **{key: _merged(value, defaults.get(key)) for key, value in before.items()}}
 
 
-@dataclasses.dataclass(frozen=True)
-class _Comparison:
-    """The run in a directory, and what a job changes of it.
-
-    Attributes:
-        known: content of ``versions.yaml``.
-        saved: content of ``config.yaml``.
-        changes: what has changed since the last job, as it is recorded.
-        added: new arms and branches, by key.
-    """
-
-    known: dict[str, Any]
-    saved: dict[str, Any]
-    changes: list[dict[str, Any]]
-    added: dict[str, dict[str, Any]]
-
-    @property
-    def has_changes(self) -> bool:
-        return bool(self.changes or self.added or self.lacking)
-
-    @property
-    def lacking(self) -> list[str]:
-        """Keys that ``versions.yaml`` should have and has not."""
-        return [key for key in ("seed", "stage", "inputs") if key not in self.known]
-
-
-def _compare(cfg: Config, directory: Path, about: dict[str, Any]) -> _Comparison:
-    """Raises ConfigError for another run's configuration, stage or data."""
-    saved = held_arms.read_config(directory / "config.yaml")
-    before = _with_defaults(saved)
-    now = yaml.safe_load(resolved(cfg))  # noqa: TID251 (just written)
-    known = _read_versions(directory / "versions.yaml")
+def _check_stage_and_data(known: dict[str, Any], directory: Path, about: dict[str, Any]) -> None:
+    """Raises ConfigError when ``known``, the content of ``versions.yaml``, is that of another stage or other data."""
     begun_by = known.get("stage", about["stage"])
     if begun_by != about["stage"]:
         raise ConfigError(
@@ -145,86 +136,66 @@ def _compare(cfg: Config, directory: Path, about: dict[str, Any]) -> _Comparison
                 f"{name} is not what it was when the run in {directory} began (SHA-256 {inputs[name][:12]} then, "
                 f"{digest[:12]} now): restore it, or choose another run_dir"
             )
-    recorded = {change["key"]: change["to"] for change in known.get("changes") or []}
-    # present values of the allowed differences from config.yaml, and of keys that an earlier job changed
-    values: dict[str, Any] = {key: _value(before, key) for key in recorded if not _ADDED.fullmatch(key)}
+
+
+def _allowed_differences(
+    before: dict[str, Any], now: dict[str, Any], directory: Path, stage: str
+) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """(present value of each key that differs from the run's, new arms and branches by key).
+
+    Raises ConfigError for a key that may not differ. Arms and branches that this job does not ask for are left out.
+    """
+    values: dict[str, Any] = {}
     added: dict[str, dict[str, Any]] = {}
     for key, old, new in _differences(before, now):
-        kind = _kind(key, old, new, about["stage"])
-        if kind is _Difference.REFUSED:
+        is_addable = stage == "pipeline" and _ADDED.fullmatch(key)  # the settings of an arm match, too
+        if is_addable and new is None and isinstance(old, dict):
+            continue
+        if is_addable and old is None and isinstance(new, dict):
+            added[key] = new
+        elif not _may_change(key, old, new):
             raise ConfigError(
                 f"{directory} holds a run with {key}={old!r}, but now {key}={new!r}: choose another run_dir, or remove "
                 "the directory"
             )
-        if kind is _Difference.ADDED:
-            added[key] = new
-        if kind is not _Difference.NOT_ASKED:
-            values[key] = new
-    time_now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    last = {key: recorded.get(key, _value(before, key)) for key in values}
-    changes = [
-        {"time": time_now, "key": key, "from": None if key in added else last[key], "to": value}
-        for key, value in sorted(values.items())
-        if last[key] != value
-    ]
+        values[key] = new
     # in the order of the job's configuration
     names = [f"pipeline.{section}.{name}" for section in ADDABLE for name in now["pipeline"][section]]
-    return _Comparison(known, saved, changes, {key: added[key] for key in names if key in added})
+    return values, {key: added[key] for key in names if key in added}
 
 
-class _Difference(enum.Enum):
-    """What a difference between a job's value and the run's means."""
-
-    ADDED = enum.auto()  # a new arm or branch
-    NOT_ASKED = enum.auto()  # an arm or branch of the run that the job does not ask for
-    ALLOWED = enum.auto()
-    REFUSED = enum.auto()
-
-
-def _kind(key: str, old: Any, new: Any, stage: str) -> _Difference:
-    if stage == "pipeline" and _ADDED.fullmatch(key):  # the settings of an arm match, too
-        if old is None and isinstance(new, dict):
-            return _Difference.ADDED
-        if new is None and isinstance(old, dict):
-            return _Difference.NOT_ASKED
+def _may_change(key: str, old: Any, new: Any) -> bool:
     plain = _STAGE_PREFIX.sub("", key)
-    moved = plain == "ensemble.members" and sources.only_addresses_differ(old or [], new or [])
-    is_allowed = plain in keys_at_restart(Restart.RECORDED) or moved or _only_adds_runs(key, old, new)
-    return _Difference.ALLOWED if is_allowed else _Difference.REFUSED
+    if plain == "ensemble.members":
+        return sources.only_addresses_differ(old or [], new or [])
+    if key == "pipeline.rlhf_seeds":  # more RLHF runs, or a job that asks for fewer; a single run has other file names
+        return min(old, new) > 1
+    return plain in keys_at_restart(Restart.RECORDED)
 
 
-def _only_adds_runs(key: str, old: Any, new: Any) -> bool:
-    """Whether arms get more RLHF runs, or a job asks for fewer; a single run has its files in another place."""
-    return key == "pipeline.rlhf_seeds" and min(old, new) > 1
+def _update_versions(
+    directory: Path, known: dict[str, Any], changes: list[dict[str, Any]], about: dict[str, Any]
+) -> None:
+    present = versions()
+    content = {**(known or present), **about, "inputs": {**about["inputs"], **(known.get("inputs") or {})}}
+    by = {"git": present["git"]} if "git" in present else {}
+    if changes := [*(known.get("changes") or []), *({**change, **by} for change in changes)]:
+        content["changes"] = changes
+    write_versions(directory, content)
 
 
-def _write(directory: Path, found: _Comparison, about: dict[str, Any]) -> None:
-    """Print and record what has changed; after a kill in between, the same command completes it."""
-    for change in found.changes:
-        if change["key"] not in found.added:
-            print(f"{directory} goes on with {change['key']}={change['to']!r} (before: {change['from']!r})", flush=True)
-    if found.has_changes:
-        present = versions()
-        known = {**(found.known or present), **about}
-        known["inputs"] = {**about["inputs"], **(found.known.get("inputs") or {})}
-        by = {"git": present["git"]} if "git" in present else {}
-        if changes := [*(found.known.get("changes") or []), *({**change, **by} for change in found.changes)]:
-            known["changes"] = changes
-        write_versions(directory, known)
-    if not found.added:
-        return
-    for key, options in found.added.items():
-        match = _ADDED.fullmatch(key)
-        assert match is not None
-        section, name = match.groups()
+def _add_to_config(directory: Path, saved: dict[str, Any], added: dict[str, dict[str, Any]]) -> None:
+    """Add arms and branches to ``config.yaml`` and print their settings."""
+    for key, options in added.items():
+        _, section, name = key.split(".", 2)
         title, kind = ADDABLE[section]
-        pipeline = found.saved.setdefault("pipeline", {})
+        pipeline = saved.setdefault("pipeline", {})
         pipeline[section] = {**(pipeline.get(section) or {}), name: options}
         defaults = dataclasses.asdict(kind())
         changed = {setting: value for setting, value in options.items() if value != defaults.get(setting)}
         line = yaml.safe_dump(changed, default_flow_style=True, sort_keys=False, width=10**6).strip()
         print(f"{directory} goes on with a new {title} {name}: {line}", flush=True)
-    files.write_text(directory / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(found.saved)))
+    files.write_text(directory / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(saved)))
 
 
 def write_versions(directory: Path, content: dict[str, Any]) -> None:
