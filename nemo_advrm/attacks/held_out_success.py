@@ -13,7 +13,6 @@ from nemo_advrm.config.schema import Config
 from nemo_advrm.data.jsonl import write_jsonl_atomic
 from nemo_advrm.data.sft_scores import SFTScores
 from nemo_advrm.data.tokenizers import Tokenizer
-from nemo_advrm.engine.builders import build_policy
 from nemo_advrm.engine.collectives import run_on_rank_zero
 from nemo_advrm.engine.model import MegatronModel
 from nemo_advrm.objectives.success import standard_success, strict_success
@@ -22,7 +21,7 @@ from nemo_advrm.rewards.ensemble import AdversarialReward
 from nemo_advrm.rewards.find_rule import FindRule
 from nemo_advrm.rewards.limits import prompts_with_room
 from nemo_advrm.rewards.sample_rows import gold_and_z, trajectory_rows
-from nemo_advrm.rewards.sft_responses import read_sft_scores, write_sft_scores
+from nemo_advrm.rewards.sft_responses import read_sft_scores, sample_sft_scores
 from nemo_advrm.rollouts.run_prompts import encode_prompts, held_out_prompts
 from nemo_advrm.rollouts.sample import sample
 from nemo_advrm.rollouts.types import Prompt
@@ -123,10 +122,6 @@ def held_out_set(
     kept = held_out_prompts(cfg, count, [prompt.messages for prompt in prompts])
     encoded = prompts_with_room(encode_prompts(kept, tokenizer, cfg), tokenizer.fingerprint, members, cfg)
     path = directory / HELD_OUT_REFERENCE
-    if not run_on_rank_zero(path.exists):
-        policy = build_policy(cfg, tokenizer, cfg.pretrained_checkpoint.restore_from_path, 0, trainable=False)
-        per_prompt = cfg.sft_statistics.samples_per_prompt
-        rollouts = sample(cfg, tokenizer, policy, encoded, per_prompt, sampling_seed(cfg))
-        write_sft_scores(path, rollouts, per_prompt, members, gold)
+    sample_sft_scores(cfg, tokenizer, path, encoded, members, gold, sampling_seed(cfg))
     sft_responses = run_on_rank_zero(read_sft_scores, path, encoded)
     return HeldOut(cfg, tokenizer, encoded, members, sft_responses, gold)

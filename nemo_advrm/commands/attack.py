@@ -10,15 +10,13 @@ from nemo_advrm.config.schema import Config
 from nemo_advrm.config.validation import check_held_out
 from nemo_advrm.data.tokenizers import build_tokenizer
 from nemo_advrm.engine import runtime
-from nemo_advrm.engine.builders import build_policy
 from nemo_advrm.engine.collectives import run_on_rank_zero
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.models.trainable import derive_seed
 from nemo_advrm.rewards.limits import prompts_with_room
-from nemo_advrm.rewards.sft_responses import read_sft_scores, write_sft_scores
+from nemo_advrm.rewards.sft_responses import read_sft_scores, sample_sft_scores
 from nemo_advrm.rewards.sources import build_gold, load_members
 from nemo_advrm.rollouts.run_prompts import attack_prompts, encode_prompts
-from nemo_advrm.rollouts.sample import sample
 from nemo_advrm.run_directory import run_dir
 
 
@@ -38,12 +36,9 @@ def main(cfg: Config) -> int:
     prompts = prompts_with_room(prompts, tokenizer.fingerprint, members, cfg)
     run_dir.claim(cfg, directory, "attack")
     gold = build_gold(cfg, tokenizer)
-    if not run_on_rank_zero((directory / "reference.jsonl").exists):
-        policy = build_policy(cfg, tokenizer, cfg.pretrained_checkpoint.restore_from_path, 0, trainable=False)
-        count = cfg.sft_statistics.samples_per_prompt
-        rollouts = sample(cfg, tokenizer, policy, prompts, count, derive_seed(cfg.seed, "reference"))
-        write_sft_scores(directory / "reference.jsonl", rollouts, count, members, gold)
-    sft_responses = run_on_rank_zero(read_sft_scores, directory / "reference.jsonl", prompts)
+    path = directory / "reference.jsonl"
+    sample_sft_scores(cfg, tokenizer, path, prompts, members, gold, derive_seed(cfg.seed, "reference"))
+    sft_responses = run_on_rank_zero(read_sft_scores, path, prompts)
     attack = AttackRun(cfg, tokenizer, directory / "attack", prompts, members, sft_responses, gold, cfg.seed)
     summary = attack.run()
     if runtime.current().is_writer:

@@ -8,18 +8,15 @@ from nemo_advrm.config.schema import Config
 from nemo_advrm.config.validation import check_held_out
 from nemo_advrm.data.tokenizers import Tokenizer, build_tokenizer
 from nemo_advrm.engine import runtime
-from nemo_advrm.engine.builders import build_policy
-from nemo_advrm.engine.collectives import run_on_rank_zero
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.models.trainable import derive_seed
 from nemo_advrm.objectives.sft_statistics import MemberStatistics
 from nemo_advrm.rewards.base import RewardSource
 from nemo_advrm.rewards.limits import prompts_with_room
-from nemo_advrm.rewards.sft_responses import write_sft_scores
+from nemo_advrm.rewards.sft_responses import sample_sft_scores
 from nemo_advrm.rewards.sources import build_gold, load_members
 from nemo_advrm.rewards.standardisation import combined, read_statistics
 from nemo_advrm.rollouts.run_prompts import encode_prompts, rlhf_prompts
-from nemo_advrm.rollouts.sample import sample
 from nemo_advrm.rollouts.types import Prompt
 from nemo_advrm.run_directory import run_dir
 from nemo_advrm.training.rlhf_training import run_rlhf
@@ -61,10 +58,6 @@ def _statistics(
     if cfg.ensemble.reference_path:
         return read_statistics(Path(cfg.ensemble.reference_path), members, "ensemble.reference_path")
     path = directory / "reference.jsonl"
-    if not run_on_rank_zero(path.exists):
-        count = cfg.sft_statistics.samples_per_prompt
-        policy = build_policy(cfg, tokenizer, cfg.pretrained_checkpoint.restore_from_path, 0, trainable=False)
-        seed = derive_seed(cfg.seed, "reference")
-        rollouts = sample(cfg, tokenizer, policy, prompts[: cfg.sft_statistics.num_prompts], count, seed)
-        write_sft_scores(path, rollouts, count, members, None)
+    seed = derive_seed(cfg.seed, "reference")
+    sample_sft_scores(cfg, tokenizer, path, prompts[: cfg.sft_statistics.num_prompts], members, None, seed)
     return read_statistics(path, members, "reference")

@@ -5,14 +5,35 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from nemo_advrm.config.schema import Config
 from nemo_advrm.data.jsonl import write_jsonl_atomic
 from nemo_advrm.data.sft_scores import SFTScores
 from nemo_advrm.data.tokenizers import Tokenizer
+from nemo_advrm.engine.builders import build_policy
 from nemo_advrm.engine.collectives import run_on_rank_zero
 from nemo_advrm.errors import DataError
 from nemo_advrm.rewards.base import RewardSource
 from nemo_advrm.rewards.sample_rows import score_sft_responses
+from nemo_advrm.rollouts.sample import sample
 from nemo_advrm.rollouts.types import Prompt, Rollouts
+
+
+def sample_sft_scores(
+    cfg: Config,
+    tokenizer: Tokenizer,
+    path: Path,
+    prompts: list[Prompt],
+    sources: list[RewardSource],
+    gold: RewardSource | None,
+    seed: int,
+) -> None:
+    """Samples responses of ``pretrained_checkpoint.restore_from_path`` and scores them, unless ``path`` exists."""
+    if run_on_rank_zero(path.exists):
+        return
+    policy = build_policy(cfg, tokenizer, cfg.pretrained_checkpoint.restore_from_path, 0, trainable=False)
+    per_prompt = cfg.sft_statistics.samples_per_prompt
+    rollouts = sample(cfg, tokenizer, policy, prompts, per_prompt, seed)
+    write_sft_scores(path, rollouts, per_prompt, sources, gold)
 
 
 def write_sft_scores(
