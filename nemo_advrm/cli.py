@@ -231,7 +231,7 @@ def _key_rows(name: str) -> Iterator[tuple[str, str]]:
             yield f"{key_name(key.name)}={_shown(key.default)}", key.about.line
         return
     defaults = load_config((), name)
-    for wanted in dict.fromkeys(command.keys):
+    for wanted in dict.fromkeys(command.keys.split()):
         for key in all_keys().values():
             if key.name == wanted or (wanted.endswith(".") and key.name.startswith(wanted)):
                 value = key.default if ANY_NAME in key.name else operator.attrgetter(key.name)(defaults)
