@@ -6,7 +6,7 @@ An entry-point mechanism such as ``importlib.metadata`` was rejected: it needs a
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, Generic, TypeVar
 
 from nemo_advrm.errors import ConfigError
@@ -19,7 +19,7 @@ PYTHON = "python:"
 class Registry(Generic[T]):
     """Maps names to implementations, which are imported at their first use.
 
-    A name is a built-in one, one that code has registered, or ``python:MODULE:NAME``, which needs no registration.
+    A name is a built-in one or ``python:MODULE:NAME``.
 
     Args:
         key: the configuration key that holds the name, for error messages.
@@ -28,45 +28,28 @@ class Registry(Generic[T]):
 
     def __init__(self, key: str, builtin: dict[str, str]) -> None:
         self.key = key
-        self._places = dict(builtin)
-        self._found: dict[str, T] = {}
-
-    def register(self, name: str) -> Callable[[T], T]:
-        """Decorator that makes an implementation known as ``name``. Raises ConfigError for a name that is taken."""
-
-        def add(implementation: T) -> T:
-            if name in self:
-                raise ConfigError(f"{self.key}: {name!r} is registered already")
-            self._found[name] = implementation
-            return implementation
-
-        return add
+        self._places = builtin
 
     def __contains__(self, name: str) -> bool:
-        return name in self._places or name in self._found
+        """Whether ``name`` is a built-in one. Others import code, which a file from elsewhere must not do."""
+        return name in self._places
 
     def __iter__(self) -> Iterator[str]:
-        return iter(sorted({*self._places, *self._found}))
-
-    def is_builtin(self, name: str) -> bool:
-        """Whether this package has ``name``: other names import code, which a file from elsewhere must not do."""
-        return name in self._places
+        return iter(sorted(self._places))
 
     def check(self, name: str) -> None:
         """Raise ConfigError for a name that is not known, without importing anything."""
         if name in self or name.startswith(PYTHON):
             return
-        nearest = nearest_name(name, self)
-        hint = f"did you mean {nearest!r}? " if nearest else ""
-        raise ConfigError(f"{self.key}={name}: {hint}(known: {', '.join(self)}, python:MODULE:NAME)")
+        near = nearest_name(name, self)
+        raise ConfigError(f"{self.key}={name}: did you mean {near!r}? (known: {', '.join(self)}, python:MODULE:NAME)")
 
     def __getitem__(self, name: str) -> T:
         """The implementation called ``name``. Raises ConfigError for an unknown one and one that cannot be imported."""
         self.check(name)
-        if name not in self._found:
-            place = self._places.get(name, name.removeprefix(PYTHON))
-            self._found[name] = imported(place, f"{self.key}={name}")
-        return self._found[name]
+        place = self._places.get(name, name.removeprefix(PYTHON))
+        implementation: T = imported(place, f"{self.key}={name}")
+        return implementation
 
 
 def imported(place: str, setting: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -86,16 +87,9 @@ def test_an_unknown_name_is_refused_with_the_nearest_before_anything_is_imported
         load_config([f"{key}=nothing"])
 
 
-def test_a_registered_name_is_found_and_taken_once() -> None:
+def test_a_name_is_a_built_in_one_or_that_of_a_python_object() -> None:
     registry: Registry[type] = Registry("some.key", {"built_in": "collections:OrderedDict"})
-
-    @registry.register("mine")
-    class Mine:
-        pass
-
-    assert registry["mine"] is Mine and registry["built_in"].__name__ == "OrderedDict"
-    assert list(registry) == ["built_in", "mine"]
-    with pytest.raises(ConfigError, match=r"some\.key: 'mine' is registered already"):
-        registry.register("mine")(Mine)
+    assert registry["built_in"].__name__ == "OrderedDict" and registry["python:collections:Counter"] is Counter
+    assert list(registry) == ["built_in"]
     with pytest.raises(ConfigError, match=r"some\.key=python:collections:Nothing: cannot be imported"):
         registry["python:collections:Nothing"]

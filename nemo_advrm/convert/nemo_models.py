@@ -161,7 +161,7 @@ def _check_settings(settings: dict[str, Any], source: str) -> None:
     check_texts(settings, source)
     check_section(RewardModelConfig, settings["reward_model"], "reward_model", source)
     loss = settings["reward_model"].get("loss", "bt")
-    if not PREFERENCE_LOSSES.is_builtin(loss):  # python:MODULE:NAME would import what a stranger's file names
+    if loss not in PREFERENCE_LOSSES:  # python:MODULE:NAME would import what a stranger's file names
         raise CheckpointError(f"{source}: reward_model.loss={loss!r} is not a loss of this package")
 
 

@@ -107,7 +107,7 @@ class Pipeline:
             with self.state.running(step.name):
                 with cost.measured() as spent:
                     self.rounds.do(step)
-                self.state.set_detail(step.name, **spent.details())
+                self.state.set_detail(step.name, **spent)
                 left = run_on_rank_zero(artefacts.describe, self.directory, step)
                 self.state.set_detail(step.name, files=left)
         finally:

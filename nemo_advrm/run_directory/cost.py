@@ -10,7 +10,6 @@ import contextlib
 import resource
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -18,30 +17,16 @@ import torch.distributed as dist
 from nemo_advrm.engine import runtime, throughput
 
 
-@dataclass
-class Spent:
-    """The cost of a finished block, over all ranks; zeros until it has ended without an error.
-
-    Attributes:
-        cpu_seconds: user and system time of the processes, and of children that they have waited for.
-        gpu_seconds: wall-clock times GPUs; 0 on CPUs.
-        flops: of Megatron models alone, see :func:`nemo_advrm.engine.throughput.count_pass`.
-    """
-
-    cpu_seconds: float = 0.0
-    gpu_seconds: float = 0.0
-    flops: float = 0.0
-
-    def details(self) -> dict[str, float]:
-        """As ``state.json`` holds it."""
-        found = {"cpu_seconds": round(self.cpu_seconds, 3), "flops": self.flops}
-        return found | ({"gpu_seconds": round(self.gpu_seconds, 3)} if self.gpu_seconds else {})
-
-
 @contextlib.contextmanager
-def measured() -> Iterator[Spent]:
-    """Measure a block, which all ranks enter and leave; the result is filled in, on every rank, when it ends well."""
-    spent, before, started = Spent(), _own(), time.monotonic()
+def measured() -> Iterator[dict[str, float]]:
+    """Measure a block, which all ranks enter and leave; the dictionary is filled, on every rank, when it ends well.
+
+    It gets what ``state.json`` holds, over all ranks: ``cpu_seconds`` (user and system time of the processes, and of
+    children that they have waited for), ``flops`` (of Megatron models alone, see
+    :func:`nemo_advrm.engine.throughput.count_pass`) and on GPUs ``gpu_seconds`` (wall-clock times GPUs).
+    """
+    spent: dict[str, float] = {}
+    before, started = _own(), time.monotonic()
     yield spent
     rt = runtime.current()
     on_gpu = time.monotonic() - started if rt.on_gpu else 0.0
@@ -49,7 +34,10 @@ def measured() -> Iterator[Spent]:
     table = torch.tensor([*own, on_gpu], dtype=torch.float64, device=rt.device)
     if rt.world_size > 1:
         dist.all_reduce(table)
-    spent.cpu_seconds, spent.flops, spent.gpu_seconds = table.tolist()
+    cpu_seconds, flops, gpu_seconds = table.tolist()
+    spent |= {"cpu_seconds": round(cpu_seconds, 3), "flops": flops}
+    if gpu_seconds:
+        spent["gpu_seconds"] = round(gpu_seconds, 3)
 
 
 def _own() -> tuple[float, float]:

@@ -23,7 +23,6 @@ from nemo_advrm.run_directory import results, run_files
 from nemo_advrm.training import out_of_memory
 from nemo_advrm.training.callbacks.metrics_writer import MetricsWriter
 from nemo_advrm.training.callbacks.periodic_checkpoints import PeriodicCheckpoint, newest_usable
-from nemo_advrm.training.callbacks.preemption import PreemptionCheckpoint, keep_signals
 from nemo_advrm.training.callbacks.progress import StepProgress
 from nemo_advrm.training.strategy import MegatronStrategy
 
@@ -64,7 +63,6 @@ def fit(
             *(callbacks or []),
             MetricsWriter(directory / "metrics.jsonl", first_step),
             StepProgress(title, cfg.trainer.log_every_n_steps),
-            PreemptionCheckpoint(checkpoints),
             PeriodicCheckpoint(
                 checkpoints,
                 cfg.trainer.checkpoint_every_n_steps,
@@ -87,7 +85,7 @@ def fit(
     with contextlib.redirect_stdout(io.StringIO()):
         exp_manager(trainer, _exp_manager_options(cfg, directory / "logs"))
     newest = newest_usable(checkpoints, cfg.trainer.verify_checkpoints)
-    keep_signals(trainer)
+    _keep_signals(trainer)
     with signals.owned(), out_of_memory.explained(directory, cfg, module.stage, module.model.vocab_size):
         try:
             trainer.fit(module, ckpt_path=str(newest) if newest else None)
@@ -95,6 +93,11 @@ def fit(
             strategy.drop_saving()  # no background save may continue after an error
     if validate:
         trainer.validate(module, verbose=False)
+
+
+def _keep_signals(trainer: Trainer) -> None:
+    """Disables Lightning's handler of SIGTERM, which would end the training at any point, with status 0."""
+    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
 
 
 def drop_training_checkpoints(directory: Path) -> None:

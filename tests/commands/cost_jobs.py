@@ -29,4 +29,4 @@ def spent_by(what: str) -> dict[str, float]:
         else:
             assert module is not None
             module.train_on(next(module.steps(0)), 0)
-    return spent.details()
+    return spent

@@ -56,11 +56,11 @@ def test_cpu_seconds_are_those_of_work_and_not_of_waiting(single: Runtime) -> No
         until = time.process_time() + 0.3
         while time.process_time() < until:
             pass
-    assert worked.cpu_seconds >= 0.3 and waited.cpu_seconds < worked.cpu_seconds
-    assert "gpu_seconds" not in worked.details()
+    assert worked["cpu_seconds"] >= 0.3 and waited["cpu_seconds"] < worked["cpu_seconds"]
+    assert "gpu_seconds" not in worked
 
 
 def test_a_block_that_failed_has_no_cost(single: Runtime) -> None:
     with pytest.raises(ValueError, match="broken"), cost.measured() as spent:
         raise ValueError("broken")
-    assert spent == cost.Spent()
+    assert spent == {}

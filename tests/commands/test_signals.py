@@ -21,7 +21,7 @@ from signal_points import COMPLETE, signal_at
 from nemo_advrm import cli, signals
 from nemo_advrm.engine.runtime import Runtime
 from nemo_advrm.errors import Preempted
-from nemo_advrm.training.callbacks.preemption import keep_signals
+from nemo_advrm.training.run_training import _keep_signals
 
 
 def reward_model(run_dir: Path, pairs: Path, *more: str) -> int:
@@ -80,7 +80,7 @@ def test_a_signal_at_any_moment_ends_with_75_or_the_complete_result_and_the_run_
 
 def test_lightning_gets_no_handler_of_its_own() -> None:
     trainer = Trainer(logger=False, accelerator="cpu", enable_progress_bar=False, enable_model_summary=False)
-    keep_signals(trainer)
+    _keep_signals(trainer)
     with signals.owned():
         ours = {s: signal.getsignal(s) for s in signals.SIGNALS}
         trainer._signal_connector.register_signal_handlers()

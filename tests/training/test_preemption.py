@@ -14,7 +14,7 @@ from nemo_advrm import signals
 from nemo_advrm.engine import stopping
 from nemo_advrm.errors import CheckpointError, Preempted
 from nemo_advrm.signals import SIGNALS
-from nemo_advrm.training.callbacks.preemption import PreemptionCheckpoint
+from nemo_advrm.training.callbacks.periodic_checkpoints import PeriodicCheckpoint
 
 pytestmark = pytest.mark.usefixtures("single")
 
@@ -60,7 +60,7 @@ class FakeTrainer:
         self.saved.append(path)
 
 
-def end_step(callback: PreemptionCheckpoint, trainer: FakeTrainer, max_steps: int = 10) -> None:
+def end_step(callback: PeriodicCheckpoint, trainer: FakeTrainer, max_steps: int = 10) -> None:
     module: Any = SimpleNamespace(max_steps=max_steps)
     callback.on_train_batch_end(trainer, module, None, None, 0)  # type: ignore[arg-type]
 
@@ -68,7 +68,7 @@ def end_step(callback: PreemptionCheckpoint, trainer: FakeTrainer, max_steps: in
 @pytest.mark.parametrize("signum", SIGNALS)
 def test_a_signal_saves_and_stops_at_the_end_of_the_step_and_handlers_are_put_back(tmp_path: Path, signum: int) -> None:
     before = {s: signal.getsignal(s) for s in SIGNALS}
-    callback, trainer = PreemptionCheckpoint(tmp_path), FakeTrainer(3)
+    callback, trainer = PeriodicCheckpoint(tmp_path, every=0, keep=1), FakeTrainer(3)
     with signals.owned():
         end_step(callback, FakeTrainer(2))
         os.kill(os.getpid(), signum)
@@ -79,7 +79,7 @@ def test_a_signal_saves_and_stops_at_the_end_of_the_step_and_handlers_are_put_ba
 
 
 def test_a_signal_to_another_rank_stops_this_one_too(elsewhere: None, tmp_path: Path) -> None:
-    callback, trainer = PreemptionCheckpoint(tmp_path), FakeTrainer(5)
+    callback, trainer = PeriodicCheckpoint(tmp_path, every=0, keep=1), FakeTrainer(5)
     with signals.owned(), pytest.raises(Preempted, match="another rank"):
         end_step(callback, trainer)
     assert len(trainer.saved) == 1
@@ -90,7 +90,7 @@ def test_a_save_under_way_is_completed_if_it_is_written_and_given_up_else(
     elsewhere: None, tmp_path: Path, under_way: str, ended: str
 ) -> None:
     trainer = FakeTrainer(3, under_way=under_way)
-    callback = PreemptionCheckpoint(tmp_path)
+    callback = PeriodicCheckpoint(tmp_path, every=0, keep=1)
     with signals.owned(), pytest.raises(Preempted):
         end_step(callback, trainer)
     assert trainer.strategy.ended == ended
@@ -99,12 +99,12 @@ def test_a_save_under_way_is_completed_if_it_is_written_and_given_up_else(
 
 def test_the_last_step_is_not_stopped(elsewhere: None, tmp_path: Path) -> None:
     trainer = FakeTrainer(10)
-    end_step(PreemptionCheckpoint(tmp_path), trainer)
+    end_step(PeriodicCheckpoint(tmp_path, every=0, keep=1), trainer)
     assert trainer.saved == []
 
 
 def test_a_save_that_fails_is_its_own_error(elsewhere: None, tmp_path: Path) -> None:
-    callback = PreemptionCheckpoint(tmp_path)
+    callback = PeriodicCheckpoint(tmp_path, every=0, keep=1)
     with signals.owned(), pytest.raises(CheckpointError, match="could not be written"):
         end_step(callback, FakeTrainer(3, fails=True))
 
@@ -114,5 +114,5 @@ def test_before_its_first_step_a_training_is_stopped_without_a_save(tmp_path: Pa
     with signals.owned():
         os.kill(os.getpid(), signal.SIGTERM)
         with pytest.raises(Preempted, match="before step 5: nothing is lost, the same command resumes after step 4"):
-            PreemptionCheckpoint(tmp_path).on_train_start(trainer, None)  # type: ignore[arg-type]
+            PeriodicCheckpoint(tmp_path, every=0, keep=1).on_train_start(trainer, None)  # type: ignore[arg-type]
     assert trainer.saved == []

@@ -6,16 +6,16 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 
 from nemo_advrm.data.jsonl import JsonlWriter
 from nemo_advrm.engine import runtime
-from nemo_advrm.training.callbacks.rows import has_validation, lost_steps, open_rows
+from nemo_advrm.training.callbacks.rows import RowsCallback, has_validation, lost_steps, open_rows
 
 _log = logging.getLogger(__name__)
 
 
-class MetricsWriter(Callback):
+class MetricsWriter(RowsCallback):
     """Writes one JSON line per step.
 
     Args:
@@ -25,9 +25,8 @@ class MetricsWriter(Callback):
     """
 
     def __init__(self, path: Path, first_step: int = 1) -> None:
-        self.path = path
+        super().__init__(path)
         self.first_step = first_step
-        self._writer: JsonlWriter | None = None
         self._validated: int | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -40,10 +39,6 @@ class MetricsWriter(Callback):
             # at a restart Lightning repeats the validation of the step before
             if has_validation(self.path, resume_step):
                 self._validated = resume_step
-
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        if self._writer is not None:
-            self._writer.sync()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -61,8 +56,3 @@ class MetricsWriter(Callback):
         metrics: dict[str, float] = pl_module.validation_metrics  # type: ignore[assignment]
         self._writer.write({"step": step, **metrics})
         self._validated = step
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None

@@ -1,4 +1,4 @@
-"""Saves training checkpoints at an interval, and finds the newest undamaged one."""
+"""Saves training checkpoints at an interval and after a signal, and finds the newest undamaged one."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from nemo_advrm import files
 from nemo_advrm.engine import manifest, runtime, stopping
 from nemo_advrm.engine.collectives import run_on_rank_zero
-from nemo_advrm.errors import CheckpointError
-from nemo_advrm.training.callbacks.preemption import stopped_and_saved
+from nemo_advrm.errors import CheckpointError, Preempted
 from nemo_advrm.training.strategy import IN_BACKGROUND, MegatronStrategy
 
 _log = logging.getLogger(__name__)
@@ -71,12 +70,13 @@ def _set_aside(damaged: list[tuple[Path, str]], used: Path) -> None:
 
 
 class PeriodicCheckpoint(Checkpoint):
-    """Saves ``step_NNNNNNNN`` every ``every`` steps and keeps the newest ``keep``.
+    """Saves ``step_NNNNNNNN`` every ``every`` steps and keeps the newest ``keep``; saves and stops after a signal.
 
     With ``in_background`` training continues while a copy is written. There is one save at a time: the end of each step
     asks whether it is written (an all-reduce of one number), completes it if so, and waits for it when the next is due.
 
-    A signal during a save stops the training (Preempted) at the step that was saved.
+    At the end of the step in which any rank received a signal, all ranks save and raise Preempted. After the last step
+    they do not, because little work follows. The callback must come after those that write the step's records.
     """
 
     def __init__(self, directory: Path, every: int, keep: int, in_background: bool = False) -> None:
@@ -85,13 +85,28 @@ class PeriodicCheckpoint(Checkpoint):
         self.keep = max(1, keep)
         self.in_background = in_background
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        step = trainer.global_step
+        start = f"resumes after step {step}" if step else "starts over"
+        stopping.leave_if_asked(f"before step {step + 1}: nothing is lost, the same command {start}")
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         strategy: MegatronStrategy = trainer.strategy  # type: ignore[assignment]
         step = trainer.global_step
+        path = self.directory / f"step_{step:08d}"
+        is_last = step >= pl_module.max_steps  # type: ignore[operator]
+        # the signal may reach one rank only, or ranks at different steps, so all ranks decide together
+        reason = stopping.asked()
+        if reason and not is_last:
+            # the time until the process is killed is limited: a background save that is not written is abandoned
+            strategy.end_saving(wait=False)
+            strategy.drop_saving()
+            trainer.save_checkpoint(path)
+            raise _stopped_and_saved(reason, path, step)
         self._end_saving(strategy, wait=False)
-        if not self.every or step % self.every or step >= pl_module.max_steps:  # type: ignore[operator]
+        if is_last or not self.every or step % self.every:
             return
         if strategy.saving is not None:
             if runtime.current().is_writer:
@@ -103,16 +118,15 @@ class PeriodicCheckpoint(Checkpoint):
                     self.every,
                 )
             self._end_saving(strategy, wait=True)
-        path = self.directory / f"step_{step:08d}"
         if self.in_background:
             trainer.save_checkpoint(path, storage_options=IN_BACKGROUND)
         else:
             trainer.save_checkpoint(path)
             run_on_rank_zero(self._remove_oldest)
-        reason = stopping.asked()
+        reason = stopping.asked()  # during the save
         if reason:
             self._end_saving(strategy, wait=True)
-            raise stopped_and_saved(reason, path, step)
+            raise _stopped_and_saved(reason, path, step)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._end_saving(trainer.strategy, wait=True)  # type: ignore[arg-type]
@@ -127,3 +141,7 @@ class PeriodicCheckpoint(Checkpoint):
             partial = old.with_name(old.name + ".partial")
             old.rename(partial)
             shutil.rmtree(partial, ignore_errors=True)
+
+
+def _stopped_and_saved(reason: str, path: Path, step: int) -> Preempted:
+    return Preempted(f"stopped by {reason} after step {step}, saved in {path}; the same command resumes from there")

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 
 from nemo_advrm.config.schema import RLConfig
-from nemo_advrm.data.jsonl import JsonlWriter
 from nemo_advrm.data.sft_scores import SFTScores
 from nemo_advrm.engine import runtime
 from nemo_advrm.engine.collectives import run_on_rank_zero
@@ -19,17 +18,13 @@ from nemo_advrm.models.policy import PolicyModel
 from nemo_advrm.objectives.success import standard_success, strict_success
 from nemo_advrm.rewards.base import RewardSource, checked_scores
 from nemo_advrm.rewards.sample_rows import gold_and_z, prompt_text, trajectory_rows
-from nemo_advrm.training.callbacks.rows import lost_steps, open_rows
+from nemo_advrm.training.callbacks.rows import RowsCallback, lost_steps, open_rows
 
 _log = logging.getLogger(__name__)
 
 
-class _RolloutWriter(Callback):
+class _RolloutWriter(RowsCallback):
     """Base class: appends rows of the last rollouts of all data-parallel ranks to a JSON-lines file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._writer: JsonlWriter | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._writer = open_rows(self.path, trainer.global_step - 1)
@@ -40,20 +35,11 @@ class _RolloutWriter(Callback):
         """Checks at the start of training that the rows of the ``steps`` before it are in the file."""
         raise NotImplementedError
 
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        if self._writer is not None:
-            self._writer.sync()
-
     def _write(self, rows: list[dict[str, Any]]) -> None:
         for part in runtime.current().gather_to_writer(rows):
             for row in part:
                 assert self._writer is not None
                 self._writer.write(row)
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
 
 
 class TrajectoryRecorder(_RolloutWriter):

@@ -1,13 +1,33 @@
-"""Checks at a restart the rows that a training has appended to its files."""
+"""Appends rows to the files of a training, and checks at a restart the rows that it has appended before."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
 
 from nemo_advrm.data.jsonl import JsonlWriter, read_appended_jsonl
 from nemo_advrm.engine.collectives import run_on_rank_zero
+
+
+class RowsCallback(Callback):
+    """Base class of callbacks that append rows to a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._writer: JsonlWriter | None = None  # on the writing rank
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if self._writer is not None:
+            self._writer.sync()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
 
 
 def open_rows(path: Path, resume_step: int) -> JsonlWriter | None:
