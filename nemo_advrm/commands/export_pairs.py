@@ -94,9 +94,6 @@ def _check(cfg: ExportPairsConfig) -> _Labels | None:
             raise ConfigError(f"{key} is not set: nemo-advrm export_pairs pairs=RUN/pairs.jsonl out=FILE.jsonl")
     if Path(cfg.out).exists():
         raise ConfigError(f"out={cfg.out} exists already: choose another file, or remove it")
-    kinds = ("binary_ranking", "regression")
-    if cfg.reward_model_type not in kinds:
-        raise ConfigError(f"reward_model_type={cfg.reward_model_type}: must be {' or '.join(kinds)}")
     given = {key: getattr(cfg, key) for key in ("chosen_label", "rejected_label")}
     if cfg.reward_model_type == "binary_ranking":
         for key, value in given.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -18,7 +18,6 @@ ADDABLE: dict[str, tuple[str, type[RLHFRunConfig] | type[BranchConfig]]] = {
     "rlhf": ("arm", RLHFRunConfig),
     "branches": ("branch", BranchConfig),
 }
-_Options = TypeVar("_Options", RLHFRunConfig, BranchConfig)
 
 
 def whole(cfg: Config, directory: Path) -> Config:
@@ -29,32 +28,29 @@ def whole(cfg: Config, directory: Path) -> Config:
     path = directory / "config.yaml"
     if not path.exists():
         return cfg
-    held = read_config(path).get("pipeline") or {}
-    rlhf = _union(_made(path, held, "rlhf", RLHFRunConfig), cfg.pipeline.rlhf)
-    branches = _union(_made(path, held, "branches", BranchConfig), cfg.pipeline.branches)
-    return dataclasses.replace(cfg, pipeline=dataclasses.replace(cfg.pipeline, rlhf=rlhf, branches=branches))
+    pipeline = read_config(path).get("pipeline") or {}
+    joined: dict[str, Any] = {}
+    for section in ADDABLE:
+        held, own = _made(path, pipeline, section), getattr(cfg.pipeline, section)
+        joined[section] = {**{name: own.get(name, options) for name, options in held.items()}, **own}
+    return dataclasses.replace(cfg, pipeline=dataclasses.replace(cfg.pipeline, **joined))
 
 
-def _union(held: dict[str, _Options], own: dict[str, _Options]) -> dict[str, _Options]:
-    return {**{name: own.get(name, options) for name, options in held.items()}, **own}
-
-
-def _made(path: Path, pipeline: dict[str, Any], section: str, kind: type[_Options]) -> dict[str, _Options]:
+def _made(path: Path, pipeline: dict[str, Any], section: str) -> dict[str, Any]:
     """The arms or branches that a run holds; raises ConfigError that names file and key for anything else."""
+    what, kind = ADDABLE[section]
     found = pipeline.get(section, {})
     if not isinstance(found, dict):
         raise _damaged(path, f"pipeline.{section}", found, "no settings by name")
-    made: dict[str, _Options] = {}
+    made: dict[str, Any] = {}
     for name, options in found.items():
-        key, what = f"pipeline.{section}.{name}", f"no {ADDABLE[section][0]}"
+        key = f"pipeline.{section}.{name}"
         if not isinstance(options, dict):
-            raise _damaged(path, key, options, what)
+            raise _damaged(path, key, options, f"no {what}")
         try:
-            one: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), options))
+            made[name] = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), options))
         except (OmegaConfBaseException, ValueError) as error:
-            raise _damaged(path, key, options, f"{what} ({' '.join(str(error).split())})") from error
-        assert isinstance(one, kind)
-        made[name] = one
+            raise _damaged(path, key, options, f"no {what} ({' '.join(str(error).split())})") from error
     return made
 
 
@@ -74,8 +70,8 @@ def read_config(path: Path) -> dict[str, Any]:
     pipeline = found.get("pipeline", {})
     if not isinstance(pipeline, dict):
         raise _damaged(path, "pipeline", pipeline, "no settings by name")
-    _made(path, pipeline, "rlhf", RLHFRunConfig)
-    _made(path, pipeline, "branches", BranchConfig)
+    for section in ADDABLE:
+        _made(path, pipeline, section)
     runs = pipeline.get("rlhf_seeds", 1)
     if type(runs) is not int or runs < 1:
         raise _damaged(path, "pipeline.rlhf_seeds", runs, "not a whole number of at least 1")
