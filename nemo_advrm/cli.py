@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import importlib
 import operator
@@ -144,7 +143,7 @@ def run_command(name: str, words: Sequence[str]) -> int | None:
             return status
     quiet_libraries()
     signals.leave_if_received("before anything began: nothing is lost, the same command starts over")
-    with contextlib.nullcontext() if command.resumes else signals.at_once():
+    with signals.at_once(raises=not command.resumes):
         call: Callable[..., int | None] = importlib.import_module(f"nemo_advrm.commands.{name}").main
         try:
             return call(cfg)

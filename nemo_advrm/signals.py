@@ -48,24 +48,16 @@ def owned(to_the_end: bool = False) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def at_once() -> Iterator[None]:
-    """Raises Preempted as soon as a signal arrives inside the block, for work that cannot be resumed."""
+def at_once(raises: bool = True) -> Iterator[None]:
+    """Raises Preempted as soon as a signal arrives inside the block, for work that cannot be resumed.
+
+    With ``raises=False`` signals are recorded only, also inside a block that raises.
+    """
     global _at_once
-    before, _at_once = _at_once, True
+    before, _at_once = _at_once, raises
     try:
-        if _received:
+        if _received and raises:
             raise _stop()
-        yield
-    finally:
-        _at_once = before
-
-
-@contextlib.contextmanager
-def recorded() -> Iterator[None]:
-    """Records the signals only, inside a block of :func:`at_once`."""
-    global _at_once
-    before, _at_once = _at_once, False
-    try:
         yield
     finally:
         _at_once = before

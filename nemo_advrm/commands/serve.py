@@ -46,7 +46,7 @@ def main(cfg: Config) -> int:
     members = sources.load_members(cfg, cfg.ensemble.members, build_tokenizer(cfg.model.tokenizer))
     reward = _reward(cfg, members, sft_responses, statistics_path)
     if rt.is_writer:
-        with signals.recorded():  # from here on a signal lets the running requests finish
+        with signals.at_once(raises=False):  # from here on a signal lets the running requests finish
             return _serve(cfg, members, reward, sft_responses, *listening[0])
     # the launcher sends TERM to every process: rank 0 ends the others when its requests are done
     for number in (*signals.SIGNALS, signal.SIGINT):
