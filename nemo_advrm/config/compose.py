@@ -143,21 +143,16 @@ def versions() -> dict[str, str]:
 def load_flat(kind: type[Flat], words: Sequence[str]) -> Flat:
     """Configuration of a command whose keys are the fields of one class of the schema and in no file.
 
-    ``words`` are ``key=value``, read as those of :func:`load_config`, and ``--flag`` for a boolean. A field ``from_``
-    is typed ``from``, which Python does not allow as a name. Raises ConfigError as :func:`load_config` does, and for a
-    key given twice.
+    ``words`` are ``key=value``, read as those of :func:`load_config`. A field ``from_`` is typed ``from``, which Python
+    does not allow as a name. Raises ConfigError as :func:`load_config` does, and for a key given twice.
     """
     names = {key_name(field.name): field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
     lines = []
     for word in words:
-        name, _, text = word.partition("=")
-        if word.startswith("--"):
-            name, text = word[2:].replace("-", "_"), "true"
-            if name in names and expected_type(names[name], kind) is not bool:
-                raise ConfigError(f"{word}: {name} takes a value: write {name}=value")
-        if name and name not in names and ("=" in word or word.startswith("--")):
-            raise ConfigError(f"unknown key {name}: did you mean {nearest_name(name, list(names))}?")
-        lines.append(f"{names[name]}={text}" if name in names and (text or "=" in word) else word)
+        name, is_setting, text = word.partition("=")
+        if is_setting and name and name not in names and not name.startswith("-"):
+            raise ConfigError(f"unknown key {name}: did you mean {nearest_name(name, names)}?")
+        lines.append(f"{names[name]}={text}" if is_setting and name in names else word)
     values: dict[str, Any] = {}
     for override in parse_overrides(lines, kind):
         if override.key_or_group in values:

@@ -35,7 +35,9 @@ def parse_overrides(overrides: Sequence[str], root: type = Config) -> list[Overr
         if line.startswith("="):
             raise ConfigError(f"cannot read the setting {line!r} (no key); write key=value")
         if line.startswith("-"):
-            raise ConfigError(f"unknown option {line}: settings are written key=value")
+            name, _, value = line.lstrip("-").partition("=")
+            setting = f"{name.replace('-', '_')}={value or 'true'}"
+            raise ConfigError(f"unknown option {line}: settings are written key=value, as in {setting}")
         if any("\ud800" <= letter <= "\udfff" for letter in line):
             raise ConfigError(f"cannot read the setting {line!a}: it has bytes that are not text in this locale")
         try:

@@ -122,7 +122,7 @@ class ConvertConfig:
     card: str = key("", "to=hf: JSON file for the model card: base_model, data, rounds, reference_mean, reference_std")
     tensor_model_parallel_size: int = key(1, "to=megatron: pads the vocabulary; checked to divide the model", COUNT)
     pipeline_model_parallel_size: int = key(1, "checked to divide the layers; a checkpoint opens at any layout", COUNT)
-    dry_run: bool = key(False, "print the mapping and the sizes, write nothing (also --dry-run)")
+    dry_run: bool = key(False, "print the mapping and the sizes, write nothing")
 
 
 @dataclass
