@@ -66,19 +66,15 @@ def plan(cfg: Config) -> list[Worker]:
         if wanted:
             print(f"pipeline.jobs={wanted}: a distributed launch runs one step at a time", flush=True)
         return [Worker(1)]
-    gpus = _gpus(cfg.trainer.accelerator)
-    devices = cfg.trainer.devices
-    if not gpus:
-        threads = cfg.trainer.cpu_threads or len(os.sched_getaffinity(0))
-        places = len(os.sched_getaffinity(0)) // (threads * devices)
-        return [Worker(i) for i in range(1, (wanted or min(max(1, places), most_at_once(of_run(cfg)[1]))) + 1)]
-    if wanted * devices > len(gpus):
+    gpus, devices, cores = _gpus(cfg.trainer.accelerator), cfg.trainer.devices, len(os.sched_getaffinity(0))
+    if gpus and wanted * devices > len(gpus):
         raise ConfigError(
             f"pipeline.jobs={wanted}: needs {wanted * devices} GPUs (trainer.devices={devices} for each), but "
             f"{len(gpus)} are visible"
         )
-    count = wanted or min(max(1, len(gpus) // devices), most_at_once(of_run(cfg)[1]))
-    return [Worker(i + 1, tuple(gpus[i * devices : (i + 1) * devices])) for i in range(count)]
+    places = len(gpus) // devices if gpus else cores // ((cfg.trainer.cpu_threads or cores) * devices)
+    count = wanted or min(max(1, places), most_at_once(of_run(cfg)[1]))
+    return [Worker(i + 1, tuple(gpus[i * devices : (i + 1) * devices]) if gpus else None) for i in range(count)]
 
 
 def _wanted(jobs: str) -> int:
