@@ -11,24 +11,22 @@ import contextlib
 import dataclasses
 import io
 import pickle
-import warnings
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
 import torch
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CONFIG_FNAME
-from megatron.core.dist_checkpointing.strategies import torch as strategies
-from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME, TorchCommonLoadStrategy
-from megatron.core.dist_checkpointing.validation import StrictHandling
+from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
+from megatron.core.dist_checkpointing.strategies.torch import MCoreLoadPlanner
 from torch.distributed.checkpoint import FileSystemReader, Metadata
 from torch.distributed.checkpoint._nested_dict import set_element
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
+from nemo_advrm.engine import compat
 from nemo_advrm.engine.weights_metadata import open_metadata
 from nemo_advrm.errors import CheckpointError, one_line
 from nemo_advrm.untrusted_files import read_json_object
@@ -43,12 +41,9 @@ def load_weights(state: dict[str, Any], directory: Path) -> dict[str, Any]:
     backend = read_json_object(directory / CONFIG_FNAME).get("sharded_backend")
     if backend != "torch_dist":
         raise CheckpointError(f"{directory / CONFIG_FNAME}: the format {one_line(repr(backend), 40)} is not supported")
-    common, sharded = _Common(), strategies.TorchDistLoadShardedStrategy()
-    with warnings.catch_warnings(), _our_readers(directory), only_torch_classes():
-        warnings.simplefilter("ignore")
-        return dist_checkpointing.load(  # type: ignore[return-value]
-            state, str(directory), sharded, common, strict=StrictHandling.RAISE_UNEXPECTED
-        )
+    metadata = open_metadata(directory)
+    with only_torch_classes():
+        return compat.load_sharded(state, directory, lambda: WeightsReader(directory, metadata), _Planner, _load_common)
 
 
 def load_plain(stream: IO[bytes], source: str) -> Any:
@@ -128,17 +123,16 @@ def only_torch_classes() -> Iterator[None]:
         torch.serialization.add_safe_globals(added)
 
 
-class _Common(TorchCommonLoadStrategy):
-    def load_common(self, checkpoint_dir: str | Path) -> dict[str, Any]:
-        path = Path(checkpoint_dir) / COMMON_STATE_FNAME
-        try:
-            with open(path, "rb") as file:
-                state = load_plain(file, str(path))
-        except OSError as error:
-            raise CheckpointError(f"{path}: could not be read ({error.strerror})") from None
-        if not isinstance(state, dict):
-            raise CheckpointError(f"{path}: holds no state of a training")
-        return state
+def _load_common(directory: Path) -> dict[str, Any]:
+    path = directory / COMMON_STATE_FNAME
+    try:
+        with open(path, "rb") as file:
+            state = load_plain(file, str(path))
+    except OSError as error:
+        raise CheckpointError(f"{path}: could not be read ({error.strerror})") from None
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path}: holds no state of a training")
+    return state
 
 
 class WeightsReader(FileSystemReader):
@@ -172,27 +166,10 @@ class WeightsReader(FileSystemReader):
         return super()._slice_file(file, sinfo)
 
 
-class _Planner(strategies.MCoreLoadPlanner):
+class _Planner(MCoreLoadPlanner):
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         loaded, name = torch.load(value, map_location="cpu", weights_only=True), read_item.dest_index.fqn
         if self.flatten_state_dict:
             set_element(self.original_state_dict, self.mappings[name], loaded)
         else:
             self.state_dict[name] = loaded
-
-
-@contextlib.contextmanager
-def _our_readers(directory: Path) -> Iterator[None]:
-    """Make Megatron's loading strategy use the classes above inside, by replacing two names of its module.
-
-    A Megatron version without these names raises AttributeError, instead of silently using its own classes.
-    """
-    metadata = open_metadata(directory)
-    theirs = {name: getattr(strategies, name) for name in ("_get_filesystem_reader", "MCoreLoadPlanner")}
-    strategies._get_filesystem_reader = lambda *_args, **_kwargs: WeightsReader(directory, metadata)
-    strategies.MCoreLoadPlanner = _Planner
-    try:
-        yield
-    finally:
-        for name, value in theirs.items():
-            setattr(strategies, name, value)

@@ -7,21 +7,17 @@ every rank. Both outlive a killed training, and Megatron waits without limit for
 with its process. PyTorch releases the GIL while it computes a checksum and while the kernel writes, and hashlib while
 it hashes, so training continues meanwhile.
 
-Threads need two private parts of megatron-core 0.16: the plan of a save before it starts its processes
-(``TorchDistSaveShardedStrategy._get_save_and_finalize_callbacks``), and the function that writes one file
-(``FileSystemWriterAsync.write_preloaded_data``). The public interface has no place between planning and writing. The
-version is therefore pinned in setup.py, and another version of Megatron needs another writer.
+Threads need two private parts of Megatron-Core, the plan of a save before it starts its processes and the function that
+writes one file: see :mod:`nemo_advrm.engine.compat`. The public interface has no place between planning and writing.
 """
 
 from __future__ import annotations
 
-import inspect
 import io
 import os
 import queue
 import threading
 import time
-import warnings
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,31 +26,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
-from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
-from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
-from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.storage import WriteResult
 
-from nemo_advrm.engine import manifest, runtime
+from nemo_advrm.engine import compat, manifest, runtime
 from nemo_advrm.errors import one_line
-
-# without Megatron's wrapper, which turns the garbage collector of the whole process off
-_write_file = inspect.unwrap(filesystem_async.FileSystemWriterAsync.write_preloaded_data)
-_BACKEND, _VERSION = "torch_dist", 1
-
-
-class _Plan(TorchDistSaveShardedStrategy):
-    """Megatron's strategy, stopped when each rank knows what it has to write."""
-
-    writer: filesystem_async.FileSystemWriterAsync
-    metadata: Metadata | None  # on the coordinator
-
-    def _get_save_and_finalize_callbacks(self, writer: Any, planned: Any) -> AsyncRequest:
-        self.writer = writer
-        self.metadata = planned[1]
-        return AsyncRequest(None, (), [])
 
 
 def write_common(directory: Path, state: dict[str, Any]) -> None:
@@ -93,14 +69,9 @@ class FileWriters:
         self.entries: dict[str, manifest.Entry] = {}
         self.failure: BaseException | None = None
         self._stopped = threading.Event()
-        self._plan = _Plan(_BACKEND, _VERSION)
-        if filesystem_async._results_queue is None:  # else Megatron starts a process for the queue
-            filesystem_async._results_queue = queue.Queue()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            self._plan.async_save(state, directory)
+        self._writer, self._metadata = compat.plan_save(state, directory)
         state.clear()  # the gathered tensors are freed as soon as they are copied
-        buckets, self._plan.writer.write_buckets = self._plan.writer.write_buckets or [], []
+        buckets, self._writer.write_buckets = self._writer.write_buckets or [], []
         self._threads: list[threading.Thread] = []
         try:
             files = [(path, name, (blobs, _to_host(tensors, copy))) for path, name, (blobs, tensors) in buckets]
@@ -149,9 +120,9 @@ class FileWriters:
             if isinstance(outcome, str):
                 raise OSError(f"rank {rank}: {outcome}")
             results.append(outcome)
-        assert self._plan.metadata is not None
-        self._plan.writer.finish(self._plan.metadata, results)
-        save_config(CheckpointingConfig(_BACKEND, _VERSION), str(self.directory))
+        assert self._metadata is not None
+        self._writer.finish(self._metadata, results)
+        save_config(CheckpointingConfig(compat.BACKEND, compat.BACKEND_VERSION), str(self.directory))
 
     def _write(self, path: str, name: str, contents: tuple[list[Any], deque[Any]]) -> None:
         blobs, tensors = contents
@@ -159,8 +130,8 @@ class FileWriters:
         count: queue.Queue[int] = queue.Queue()  # Megatron's function takes one entry per file
         count.put(1)
         try:
-            transforms = [self._plan.writer.transforms]
-            _write_file(transforms, 0, (path, name, (blobs, self._each(tensors))), outcome, count, use_fsync=True)
+            bucket = (path, name, (blobs, self._each(tensors)))
+            compat.write_file([self._writer.transforms], 0, bucket, outcome, count, use_fsync=True)
             _, written = outcome.get_nowait()
             if isinstance(written, BaseException):
                 raise written

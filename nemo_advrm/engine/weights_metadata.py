@@ -103,9 +103,7 @@ def read_metadata(data: bytes, source: str, renamed: dict[str, str] | None = Non
         places = dict(_place(index, info, names) for index, info in fields["storage_data"].items())
     except Exception as error:  # damaged bytes make the unpickler raise almost anything
         reason = one_line(error) if isinstance(error, OSError) else " ".join(str(error).split())[:200]
-        raise CheckpointError(
-            f"{source}: the weights cannot be trusted or are damaged: {NAME}: {reason}"
-        ) from None
+        raise CheckpointError(f"{source}: the weights cannot be trusted or are damaged: {NAME}: {reason}") from None
     return Metadata(stored, storage_data=places)
 
 
