@@ -277,17 +277,18 @@ class JsonlWriter:
     Opening removes a torn last line, which a killed run may leave. With `resume_step` it also removes rows with a
     greater "step": a run that resumes from the checkpoint of that step writes them again.
 
+    ``rows`` is the number of rows in the file.
+
     Raises DataError for broken JSON before the last line, and, with `resume_step`, for a "step" that is not an integer.
     """
 
     def __init__(self, path: str | Path, *, resume_step: int | None = None) -> None:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        if self.path.exists():
-            self._repair(resume_step)
+        self.rows = self._repair(resume_step) if self.path.exists() else 0
         self._file = open(self.path, "a", encoding="utf-8", errors=_LONE_SURROGATES)  # noqa: SIM115 (closed by close())
 
-    def _repair(self, resume_step: int | None) -> None:
+    def _repair(self, resume_step: int | None) -> int:
         rows, torn = read_appended_jsonl(self.path)
         if resume_step is None:
             kept = [row for _, row in rows]
@@ -295,6 +296,7 @@ class JsonlWriter:
             kept = [row for number, row in rows if self._step(number, row) <= resume_step]
         if torn or len(kept) < len(rows) or not self.path.read_bytes().endswith(b"\n"):
             write_jsonl_atomic(self.path, kept)
+        return len(kept)
 
     def _step(self, number: int, row: Any) -> int:
         step = row.get("step", 0) if isinstance(row, dict) else None
@@ -310,6 +312,7 @@ class JsonlWriter:
         """Append one row; NaN and infinities are written as null."""
         self._file.write(dump_line(row) + "\n")
         self._file.flush()
+        self.rows += 1
 
     def close(self) -> None:
         self._file.close()

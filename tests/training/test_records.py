@@ -15,6 +15,7 @@ from tiny import tiny_config
 
 from nemo_advrm.data.sft_scores import SFTScores
 from nemo_advrm.engine.runtime import Runtime
+from nemo_advrm.errors import CheckpointError
 from nemo_advrm.models.policy import PolicyModel
 from nemo_advrm.rewards.ensemble import RewardOutput
 from nemo_advrm.rewards.local import FunctionReward
@@ -259,6 +260,43 @@ def test_the_tracker_adds_gold_at_its_interval_and_at_the_last_step(single: Runt
     assert [row["step"] for row in rows] == [0, 0, 4, 4, 8, 8, 9, 9]
     first = {"step": 0, "prompt": "p", "response": "x", "ended": True, "proxy": 0.5, "reward": 0.5, "gold": -6.0}
     assert rows[0] == first
+
+
+@pytest.mark.parametrize("left", [0, 1, 3])
+def test_the_tracker_tells_at_a_restart_how_many_of_its_rows_are_lost(
+    single: Runtime, tmp_path: Path, caplog: pytest.LogCaptureFixture, left: int
+) -> None:
+    """Also when every step still has a row."""
+    path = tmp_path / "samples.jsonl"
+    module: Any = _Policy()
+    tracker: Any = OveroptimizationTracker(path, _gold(), every=1, samples=2)
+    tracker.on_train_start(SimpleNamespace(global_step=0), module)
+    for done in (1, 2):
+        tracker.on_train_batch_end(SimpleNamespace(global_step=done), module, None, None, 0)
+    state = tracker.state_dict()
+    tracker.on_train_batch_end(SimpleNamespace(global_step=3), module, None, None, 0)
+    tracker.teardown(None, None, "fit")
+    whole = path.read_text()
+    assert len(whole.splitlines()) == 6
+
+    again: Any = OveroptimizationTracker(path, _gold(), every=1, samples=2)
+    again.load_state_dict(state)
+    again.on_train_start(SimpleNamespace(global_step=2), module)
+    again.teardown(None, None, "fit")
+    assert not caplog.messages and path.read_text().splitlines() == whole.splitlines()[:4]
+
+    path.write_text("".join(whole.splitlines(keepends=True)[:left]))
+    again.on_train_start(SimpleNamespace(global_step=2), module)
+    again.teardown(None, None, "fit")
+    (told,) = caplog.messages
+    assert told == f"{path}: {4 - left} of 4 rows are lost; training resumes after step 2"
+
+
+@pytest.mark.parametrize("rows", [None, "4", -1, 4.0, True])
+def test_a_wrong_count_of_rows_in_a_checkpoint_is_refused(tmp_path: Path, rows: object) -> None:
+    tracker: Any = OveroptimizationTracker(tmp_path / "samples.jsonl", None, every=1, samples=2)
+    with pytest.raises(CheckpointError, match=r"trainer\.json .* rows in samples\.jsonl: remove that checkpoint"):
+        tracker.load_state_dict({"rows": rows})
 
 
 def test_a_prompt_is_written_as_its_text_and_a_conversation_with_its_roles() -> None:

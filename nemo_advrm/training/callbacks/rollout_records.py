@@ -13,7 +13,7 @@ from nemo_advrm.config.schema import RLConfig
 from nemo_advrm.data.sft_scores import SFTScores
 from nemo_advrm.engine import runtime
 from nemo_advrm.engine.collectives import run_on_rank_zero
-from nemo_advrm.errors import DataError
+from nemo_advrm.errors import CheckpointError, DataError
 from nemo_advrm.models.policy import PolicyModel
 from nemo_advrm.objectives.success import standard_success, strict_success
 from nemo_advrm.rewards.base import RewardSource, checked_scores
@@ -110,10 +110,28 @@ class OveroptimizationTracker(_RolloutWriter):
         self.gold = gold
         self.every = max(1, every)
         self.samples = samples
+        self._saved_rows: int | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        # counted, because the rows of a step depend on the number of replicas, which may change at a restart
+        return {} if self._writer is None else {"rows": self._writer.rows}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        rows: Any = state_dict.get("rows")
+        if type(rows) is not int or rows < 0:
+            raise CheckpointError(
+                f"trainer.json of the checkpoint does not record the number of rows in {self.path.name}: remove that "
+                "checkpoint to resume from the one before it"
+            )
+        self._saved_rows = rows
 
     def _check_rows(self, steps: int, rl: RLConfig) -> None:
-        # the rows of a step are not counted: they depend on the number of replicas, which may have changed
-        lost = lost_steps(self.path, range(0, steps, self.every)) if self.samples else ""
+        assert self._writer is not None
+        if self._saved_rows is None:  # a checkpoint of version 0.1.0
+            lost = lost_steps(self.path, range(0, steps, self.every)) if self.samples else ""
+        else:
+            missing = self._saved_rows - self._writer.rows
+            lost = f"{self.path}: {missing} of {self._saved_rows} rows are lost" if missing > 0 else ""
         if lost:
             _log.warning("%s; training resumes after step %d", lost, steps)
 
