@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from nemo_advrm.rewards.find_rule import FindRule
 from nemo_advrm.rewards.limits import prompts_with_room
 from nemo_advrm.rewards.sample_rows import gold_and_z, trajectory_rows
 from nemo_advrm.rewards.sft_responses import read_sft_scores, sample_sft_scores
+from nemo_advrm.rollouts.base import RolloutEngine, rollout_engine
 from nemo_advrm.rollouts.run_prompts import encode_prompts, held_out_prompts
 from nemo_advrm.rollouts.sample import sample
 from nemo_advrm.rollouts.types import Prompt
@@ -50,7 +52,7 @@ class HeldOut:
         writes them to ``home/held_out.jsonl``. Rates that need gold are None without it.
         """
         target_index = target - 1
-        rollouts = sample(self.cfg, self.tokenizer, adversary, self.prompts, self._per_prompt, sampling_seed(self.cfg))
+        rollouts = sample(self._engine, adversary, self.prompts, self._per_prompt, sampling_seed(self.cfg))
         reward = AdversarialReward(self.members, self.cfg.adversarial, self.sft_responses, target_index)
         reward_output = reward.compute_rewards(rollouts)
         gold_N, gold_z_N = gold_and_z(self.gold, rollouts, self.sft_responses)
@@ -76,6 +78,10 @@ class HeldOut:
             None if gold_z_PN is None else gold_z_PN.flatten(),
             rule.null_share,
         )
+
+    @cached_property
+    def _engine(self) -> RolloutEngine:
+        return rollout_engine(self.cfg, self.tokenizer)
 
     @property
     def _per_prompt(self) -> int:

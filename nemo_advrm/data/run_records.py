@@ -163,7 +163,7 @@ class AttackSummary(TypedDict):
 
 @with_config(_STRICT)
 class BestOfNCurve(TypedDict, total=False):
-    """``best_of_n/NAME.json`` as a report reads it."""
+    """``best_of_n/NAME.json``."""
 
     samples: Count
     n: Annotated[list[Count], _FIRST_ERROR]

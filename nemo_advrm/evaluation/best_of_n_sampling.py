@@ -13,7 +13,7 @@ The best response is the one with the highest proxy, including responses cut off
 from __future__ import annotations
 
 import json
-import math
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from nemo_advrm import files
 from nemo_advrm.config.schema import Config
 from nemo_advrm.data.jsonl import write_jsonl_atomic
 from nemo_advrm.data.messages import Message, ReadPrompt
-from nemo_advrm.data.run_records import RESPONSE, read_rows
+from nemo_advrm.data.run_records import BEST_OF_N_CURVE, RESPONSE, problem, read_rows
 from nemo_advrm.data.tokenizers import Tokenizer
 from nemo_advrm.engine import manifest, runtime
 from nemo_advrm.engine.collectives import run_on_rank_zero
@@ -34,6 +34,7 @@ from nemo_advrm.objectives.best_of_n_curve import best_of_n_curve, best_of_n_mea
 from nemo_advrm.rewards.base import RewardSource, checked_scores
 from nemo_advrm.rewards.ensemble import UncertaintyReward
 from nemo_advrm.rewards.sft_responses import as_rollouts
+from nemo_advrm.rollouts.base import rollout_engine
 from nemo_advrm.rollouts.run_prompts import encode_prompts, held_out_prompts
 from nemo_advrm.rollouts.sample import sample
 from nemo_advrm.rollouts.types import Prompt, Rollouts
@@ -58,7 +59,8 @@ def sample_best_of_n(
     gold: RewardSource | None,
 ) -> None:
     """Samples ``best_of_n.samples`` responses to every prompt and writes them with their gold; all ranks call."""
-    rollouts = sample(cfg, tokenizer, policy, prompts, cfg.best_of_n.samples, derive_seed(cfg.seed, "best of n"))
+    engine, seed = rollout_engine(cfg, tokenizer), derive_seed(cfg.seed, "best of n")
+    rollouts = sample(engine, policy, prompts, cfg.best_of_n.samples, seed)
     scores = checked_scores(gold, rollouts).tolist() if gold is not None else [None] * len(rollouts)
     rows = (
         {
@@ -130,18 +132,13 @@ def _read_curve(path: Path, samples: Path, sampled: str) -> dict[str, Any] | Non
 
 def _wrong_curve(found: dict[str, Any]) -> str:
     """Returns what is wrong with the values of a curve, "" when nothing is."""
-    samples, columns = found["samples"], [found[key] for key in ("n", "kl", "proxy", "gold")]
-    if type(samples) is not int or not 0 < samples < 2**31:
-        return "samples is not a count"
-    points = curve_points(samples)
-    if columns[0] != points or any(type(n) is not int for n in columns[0]):
-        return f"n does not match {samples} samples"
-    if not all(isinstance(column, list) and len(column) == len(points) for column in columns):
+    if wrong := problem(BEST_OF_N_CURVE, found):
+        return wrong
+    if found["n"] != curve_points(found["samples"]):
+        return f"n does not match {found['samples']} samples"
+    if any(len(found[key]) != len(found["n"]) for key in ("kl", "proxy", "gold")):
         return "kl, proxy and gold are not lists as long as n"
-    numbers = [*columns[1], *columns[2], *(gold for gold in columns[3] if gold is not None)]
-    if not all(type(value) in (int, float) and math.isfinite(value) for value in numbers):
-        return "kl, proxy or gold holds a value that is not a number"
-    if found["measures"] != best_of_n_measures(columns[1], columns[3]):
+    if found["measures"] != best_of_n_measures(found["kl"], found["gold"]):
         return "its measures do not match its curve"
     return ""
 
@@ -152,14 +149,10 @@ def _read_samples(path: Path, cfg: Config, tokenizer: Tokenizer) -> tuple[Rollou
     numbered = list(read_rows(path, RESPONSE, "the samples of best-of-n", cure))
     rows = [row for _, row in numbered]
     try:
-        counts: dict[int, int] = {}
-        for row in rows:
-            counts[row["prompt_id"]] = counts.get(row["prompt_id"], 0) + 1
-        if len(set(counts.values())) != 1 or [row["prompt_id"] for row in rows] != sorted(
-            row["prompt_id"] for row in rows
-        ):
+        ids = [row["prompt_id"] for row in rows]
+        count = ids.count(ids[0])
+        if ids != sorted(ids) or set(Counter(ids).values()) != {count}:
             raise ValueError("prompts have unequal numbers of samples, or are not in order")
-        count = next(iter(counts.values()))
         prompts = encode_prompts(
             [ReadPrompt(row["messages"], f"{path}:{number}") for number, row in numbered[::count]], tokenizer, cfg
         )

@@ -73,7 +73,10 @@ def rollouts_for(
     if tokenizer is None:
         texts = [row.chosen for row in rows] + [row.rejected for row in rows]
         ended = [row.chosen_ended for row in rows] + [row.rejected_ended for row in rows]
-        return _texts([row.prompt for row in rows] * 2, texts, ended), [row.source for row in rows]
+        none: list[list[int]] = [[] for _ in texts]
+        prompts = [row.prompt for row in rows] * 2
+        rollouts = Rollouts(prompts, texts, ended, none, none, [0] * len(texts), fingerprint="")
+        return rollouts, [row.source for row in rows]
     limit, own, data = cfg.model.encoder_seq_length, longest_row(source), cfg.data
     try:
         pairs, counts = encode_pairs(rows, tokenizer, min(limit, own or limit), data.on_overlong, data.on_bad_row)
@@ -84,11 +87,6 @@ def rollouts_for(
     if report:
         inputs.print_encoding_counts(f"pairs for {source.name}", counts)
     return rollouts_of(pairs, tokenizer), [pair.source for pair in pairs]
-
-
-def _texts(prompts: list, texts: list[str], ended: list[bool]) -> Rollouts:
-    none: list[list[int]] = [[] for _ in texts]
-    return Rollouts(prompts, texts, ended, none, none, [0] * len(texts), fingerprint="")
 
 
 def accuracy_line(scores: Tensor) -> str:

@@ -50,6 +50,7 @@ from nemo_advrm.rewards.ensemble import UncertaintyReward
 from nemo_advrm.rewards.sft_responses import read_rollouts, read_sft_scores, write_sft_scores
 from nemo_advrm.rewards.sources import build_gold, load_members
 from nemo_advrm.rewards.standardisation import combined
+from nemo_advrm.rollouts.base import rollout_engine
 from nemo_advrm.rollouts.sample import sample
 from nemo_advrm.rollouts.types import Rollouts
 from nemo_advrm.seeds import derive_seed
@@ -148,7 +149,8 @@ class Rounds:
         count = cfg.sft_statistics.samples_per_prompt
         if (step.round, step.branch) == (0, branches.MAIN):
             seed = derive_seed(self.cfg.seed, "reference")
-            rollouts = sample(cfg, self.tokenizer, self._policy(), self.inputs.prompts, count, seed)
+            engine = rollout_engine(cfg, self.tokenizer)
+            rollouts = sample(engine, self._policy(), self.inputs.prompts, count, seed)
         else:
             rollouts = self._sft_responses()
         write_sft_scores(
@@ -240,10 +242,10 @@ class Rounds:
         members = self._members(branches.MAIN, 0, self._plain(cfg.pipeline.rlhf[step.arm]))
         prompts = self.inputs.rlhf_prompts[: cfg.sft_statistics.num_prompts]
         names = [each.name for each in order(self.cfg) if each.kind == "rlhf" and each.arm == step.arm]
-        runs = []
+        runs, engine, seed = [], rollout_engine(cfg, self.tokenizer), derive_seed(cfg.seed, "room")
         for name in names:
             policy = build_policy(cfg, self.tokenizer, str(self.directory / name / "model"), 0, trainable=False)
-            runs.append(sample(cfg, self.tokenizer, policy, prompts, 1, derive_seed(cfg.seed, "room")))
+            runs.append(sample(engine, policy, prompts, 1, seed))
         found = {"arm": step.arm, "runs": names, **measure_room(runs, members, self._statistics(members))}
         path = self.directory / "room.json"
         run_on_rank_zero(lambda: files.write_text(path, json.dumps(found, indent=1) + "\n"))

@@ -14,6 +14,7 @@ from nemo_advrm.engine.collectives import run_on_rank_zero
 from nemo_advrm.errors import DataError
 from nemo_advrm.rewards.base import RewardSource
 from nemo_advrm.rewards.sample_rows import score_sft_responses
+from nemo_advrm.rollouts.base import rollout_engine
 from nemo_advrm.rollouts.sample import sample
 from nemo_advrm.rollouts.types import Prompt, Rollouts
 
@@ -32,7 +33,7 @@ def sample_sft_scores(
         return
     policy = build_policy(cfg, tokenizer, cfg.pretrained_checkpoint.restore_from_path, 0, trainable=False)
     per_prompt = cfg.sft_statistics.samples_per_prompt
-    rollouts = sample(cfg, tokenizer, policy, prompts, per_prompt, seed)
+    rollouts = sample(rollout_engine(cfg, tokenizer), policy, prompts, per_prompt, seed)
     write_sft_scores(path, rollouts, per_prompt, sources, gold)
 
 

@@ -92,21 +92,21 @@ def attack_prompts(cfg: Config) -> list[tuple[Message, ...]]:
 
     Raises ConfigError when no file of prompts is configured.
     """
-    if cfg.data.prompts_path or cfg.data.train_path:
-        return inputs.prompts(cfg)[: cfg.sft_statistics.num_prompts]
-    if cfg.pipeline.gold == "synthetic":
-        from nemo_advrm.synthetic.corpus import sample_prompts
-
-        return sample_prompts(cfg.sft_statistics.num_prompts, derive_seed(cfg.seed, "attack prompts"))
-    raise ConfigError("data.prompts_path is not set: name a file of prompts")
+    count = cfg.sft_statistics.num_prompts
+    return _training_prompts(cfg, count, "attack prompts")[:count]
 
 
 def rlhf_prompts(cfg: Config) -> list[tuple[Message, ...]]:
     """Returns the prompts of RLHF. Raises ConfigError when no file of prompts is configured."""
+    return _training_prompts(cfg, cfg.synthetic.prompts, "rlhf prompts")
+
+
+def _training_prompts(cfg: Config, synthetic_count: int, seed_name: str) -> list[tuple[Message, ...]]:
+    """Returns all prompts of the configured file, or ``synthetic_count`` prompts of the embedded language."""
     if cfg.data.prompts_path or cfg.data.train_path:
         return inputs.prompts(cfg)
     if cfg.pipeline.gold == "synthetic":
         from nemo_advrm.synthetic.corpus import sample_prompts
 
-        return sample_prompts(cfg.synthetic.prompts, derive_seed(cfg.seed, "rlhf prompts"))
+        return sample_prompts(synthetic_count, derive_seed(cfg.seed, seed_name))
     raise ConfigError("data.prompts_path is not set: name a file of prompts")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from nemo_advrm.data.messages import Message
@@ -38,11 +38,20 @@ class Rollouts:
     def __len__(self) -> int:
         return len(self.responses)
 
+    @classmethod
+    def concatenated(cls, parts: Sequence[Rollouts]) -> Rollouts:
+        """Returns the rollouts of all parts, which have one tokenizer, in their order."""
+        names = parts[0]._columns()
+        joined: dict[str, Any] = {name: [row for part in parts for row in getattr(part, name)] for name in names}
+        return replace(parts[0], **joined)
+
     def select(self, places: Sequence[int]) -> Rollouts:
         """Returns the rollouts at the indices ``places``, in that order."""
-        rows = {f.name: getattr(self, f.name) for f in fields(self)}
-        chosen: dict[str, Any] = {k: [v[i] for i in places] for k, v in rows.items() if isinstance(v, list)}
+        chosen: dict[str, Any] = {name: [rows[i] for i in places] for name, rows in self._columns().items()}
         return replace(self, **chosen)
+
+    def _columns(self) -> dict[str, list[Any]]:
+        return {name: value for name, value in vars(self).items() if isinstance(value, list)}
 
 
 @dataclass(frozen=True)

@@ -93,14 +93,16 @@ def test_a_curve_of_other_samples_is_refused(
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"samples": "x"}, "samples is not a count"),
-        ({"samples": 2**40}, "samples is not a count"),
-        ({"n": True}, "n does not match 4 samples"),
-        ({"n": [True, 2, 3, 4]}, "n does not match 4 samples"),
+        ({"samples": "x"}, 'samples="x": input should be a valid integer'),
+        ({"samples": 0}, "n does not match 0 samples"),
+        ({"samples": 2**40}, f"n does not match {2**40} samples"),
+        ({"n": True}, "n=true: input should be a valid list"),
+        ({"n": [True, 2, 3, 4]}, "n.0=true: input should be a valid integer"),
+        ({"n": [1, 2, 4]}, "n does not match 4 samples"),
         ({"kl": [0.0]}, "not lists as long as n"),
-        ({"gold": None}, "not lists as long as n"),
-        ({"kl": ["x", 1, 1, 1]}, "holds a value that is not a number"),
-        ({"proxy": [float("nan"), 1, 1, 1]}, "holds a value that is not a number"),
+        ({"gold": None}, "gold=null: input should be a valid list"),
+        ({"kl": ["x", 1, 1, 1]}, 'kl.0="x": input should be a valid number'),
+        ({"proxy": [float("nan"), 1, 1, 1]}, "proxy.0=NaN: input should be a finite number"),
         ({"measures": {"area": 3}}, "its measures do not match its curve"),
     ],
 )
