@@ -33,6 +33,10 @@ class _Request:
     taken: int = 0
 
 
+Batch = list[tuple[_Request, int]]
+"""Samples, each as its request and its index there."""
+
+
 @dataclass
 class Batcher:
     """Runs in the server's event loop; the scoring itself runs in one thread.
@@ -43,7 +47,7 @@ class Batcher:
         queue_tokens: waiting tokens above which requests are refused.
         timeout_seconds: longest wait of a request for its scores.
         idle_seconds: longest time without a message to the other ranks.
-        on_failure: called once when scoring has failed for good.
+        on_failure: called once, with the error, when scoring or a message to the other ranks has failed for good.
     """
 
     scorer: Scorer
@@ -53,7 +57,7 @@ class Batcher:
     queue_tokens: int
     timeout_seconds: float
     idle_seconds: float = 60.0
-    on_failure: Callable[[], Any] = lambda: None
+    on_failure: Callable[[Exception], Any] = lambda error: None
     waiting_tokens: int = 0
     _queue: dict[_Request, None] = field(default_factory=dict)  # an ordered set
     _arrived: asyncio.Event = field(default_factory=asyncio.Event)
@@ -65,12 +69,17 @@ class Batcher:
         self._task = asyncio.create_task(self._run())
 
     async def stop(self) -> None:
-        """Stop after the current batch, fail the requests that still wait, and release the other ranks."""
+        """Stop after the current batch, fail the requests that still wait, and release the other ranks.
+
+        After a failure the other ranks are not told: they may wait for something else, and end with this process.
+        """
         assert self._task is not None
+        failed = self._task.done()
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
         self._fail(self._queue, "the server is stopping")
-        await asyncio.get_running_loop().run_in_executor(self._thread, self.scorer.stop)
+        if not failed:
+            await asyncio.get_running_loop().run_in_executor(self._thread, self.scorer.stop)
         self._thread.shutdown()
 
     @property
@@ -119,21 +128,31 @@ class Batcher:
         return max(1, min(30, math.ceil(self.waiting_tokens / rate)))
 
     async def _run(self) -> None:
+        batch: Batch = []
+        try:
+            while True:
+                batch = await self._next_batch()
+                if batch:
+                    await self._score(batch)
+        except Exception as error:  # the other ranks may be out of step: nothing can be scored any more
+            log.exception("scoring failed")
+            self._fail([*(request for request, _ in batch), *self._queue], "scoring failed, see the server's log")
+            self.on_failure(error)
+
+    async def _next_batch(self) -> Batch:
+        """Wait for samples and take a batch of them; it is empty if their clients have left."""
         while True:
             try:
                 await asyncio.wait_for(self._arrived.wait(), self.idle_seconds)
+                break
             except TimeoutError:
                 await self._in_thread(self.scorer.keep_alive)
-                continue
-            if self.wait_seconds and self.waiting_tokens < self.batch_tokens:
-                await asyncio.sleep(self.wait_seconds)
-            batch = self._take_batch()
-            if batch:
-                await self._score(batch)
+        if self.wait_seconds and self.waiting_tokens < self.batch_tokens:
+            await asyncio.sleep(self.wait_seconds)
+        return self._take_batch()
 
-    def _take_batch(self) -> list[tuple[_Request, int]]:
-        """The next samples, each as its request and its index there."""
-        batch: list[tuple[_Request, int]] = []
+    def _take_batch(self) -> Batch:
+        batch: Batch = []
         tokens = 0
         while self._queue:
             request = next(iter(self._queue))
@@ -150,7 +169,7 @@ class Batcher:
             self._arrived.clear()
         return batch
 
-    async def _score(self, batch: list[tuple[_Request, int]]) -> None:
+    async def _score(self, batch: Batch) -> None:
         samples = [request.samples[index] for request, index in batch]
         tokens, started = sum(sample.cost for sample in samples), time.monotonic()
         try:
@@ -158,11 +177,6 @@ class Batcher:
         except UserError as error:
             self._fail((request for request, _ in batch), str(error))
             return
-        except Exception:
-            log.exception("scoring failed")
-            self._fail([*(request for request, _ in batch), *self._queue], "scoring failed, see the server's log")
-            self.on_failure()
-            raise  # the other ranks may be out of step: nothing can be scored any more
         seconds = time.monotonic() - started
         self._tokens_per_second = 0.8 * self._tokens_per_second + 0.2 * tokens / max(seconds, 1e-6)
         self.metrics.batch(len(batch), tokens, seconds)

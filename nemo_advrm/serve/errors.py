@@ -12,13 +12,16 @@ _MAX_MESSAGE = 500  # characters: a message may quote the request
 
 
 class RequestError(HTTPException):
-    """A request without scores; ``retry_after`` is in seconds."""
+    """A request without scores.
+
+    Args:
+        retry_after: seconds after which the client may ask again.
+    """
 
     status = 400
 
     def __init__(self, message: str, retry_after: int | None = None) -> None:
         super().__init__(self.status, message, None if retry_after is None else {"Retry-After": str(retry_after)})
-        self.retry_after = retry_after
 
     def __str__(self) -> str:
         return self.detail

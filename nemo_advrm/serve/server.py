@@ -141,9 +141,12 @@ def run(service: ScoringService, metrics: Metrics, token: str, sock: socket.sock
     host, port = sock.getsockname()[:2]
     address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     server = _Server(configure(service, metrics, token), service, address, directory)
-    service.batcher.on_failure = lambda: server.fail(
-        RewardSourceError("the server stopped because scoring failed; its log says why")
-    )
+
+    def stop(error: Exception) -> None:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        server.fail(RewardSourceError(f"the server stopped because scoring failed ({reason}); its log says why"))
+
+    service.batcher.on_failure = stop
     try:
         server.run(sockets=[sock])
     finally:
