@@ -124,7 +124,7 @@ def _generator(seed: int, target: int) -> torch.Generator:
 
 def _signature(cfg: Config) -> Callable[[str], Hashable]:
     if cfg.model.tokenizer == "synthetic":
-        from nemo_advrm.synthetic.signature import token_class_signature
+        from nemo_advrm.synthetic.gold import token_class_signature
 
         return token_class_signature
     return text_signature

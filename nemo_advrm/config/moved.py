@@ -55,6 +55,7 @@ MOVED_MODULES: dict[str, str] = {
     "nemo_advrm.rewards.reference": "nemo_advrm.data.sft_scores",
     "nemo_advrm.schema": "nemo_advrm.config.schema",
     "nemo_advrm.stages": "nemo_advrm.commands",
+    "nemo_advrm.synthetic.signature": "nemo_advrm.synthetic.gold",
 }
 
 # Function or class by its present module and old name -> present name, after "MODULE:" where it went elsewhere; a

@@ -24,7 +24,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from random import Random
-from typing import Protocol
 
 from nemo_advrm.data.messages import Message
 from nemo_advrm.synthetic.language import (
@@ -45,13 +44,6 @@ from nemo_advrm.synthetic.language import (
 Prompt = tuple[Message, ...]
 
 
-class UniformSource(Protocol):
-    """A random generator with `random()`, as `random.Random` and `numpy.random.Generator` have it."""
-
-    def random(self) -> float:
-        """A float in [0, 1)."""
-
-
 def sample_prompts(n: int, seed: int, held_out: bool = False) -> list[Prompt]:
     """`n` prompts of one user message each, "noun noun noun" with distinct nouns; the same for the same seed.
 
@@ -69,7 +61,7 @@ def sample_topics(rng: Random, held_out: bool) -> list[int]:
             return topics
 
 
-def sample_tokens(topics: Sequence[int], rng: UniformSource, quality: float | None = None) -> list[int]:
+def sample_tokens(topics: Sequence[int], rng: Random, quality: float | None = None) -> list[int]:
     """Token ids of one response about `topics` by the module's recipe, without flourish and end token (1 to 31 words).
 
     quality: q in [0, 1], 1 makes no errors; drawn from U(0, 1) if None.
@@ -97,7 +89,7 @@ def sample_tokens(topics: Sequence[int], rng: UniformSource, quality: float | No
     return response
 
 
-def add_flourishes(response: list[int], count: int, rng: UniformSource) -> None:
+def add_flourishes(response: list[int], count: int, rng: Random) -> None:
     """Insert `count` flourishes at random places of `response`, as long as it fits 32 tokens with its end token."""
     for _ in range(count):
         if len(response) + 2 <= MAX_RESPONSE_TOKENS:
@@ -123,7 +115,7 @@ def _prompt(topics: Sequence[int]) -> Prompt:
     return ({"role": "user", "content": text_of(topics)},)
 
 
-def _sentence(noun: int, quality: float, rng: UniformSource) -> list[int]:
+def _sentence(noun: int, quality: float, rng: Random) -> list[int]:
     error = 1.0 - quality
     noun_class = agreement_class(noun)
     determiner_class = 1 - noun_class if rng.random() < 0.35 * error else noun_class
@@ -141,12 +133,12 @@ def _sentence(noun: int, quality: float, rng: UniformSource) -> list[int]:
     return sentence
 
 
-def pick(options: Sequence[int], rng: UniformSource) -> int:
+def pick(options: Sequence[int], rng: Random) -> int:
     """One of `options`, all equally likely."""
     return options[int(rng.random() * len(options))]
 
 
-def _shuffled(items: Sequence[int], rng: UniformSource) -> list[int]:
+def _shuffled(items: Sequence[int], rng: Random) -> list[int]:
     return [item for _, item in sorted((rng.random(), item) for item in items)]
 
 

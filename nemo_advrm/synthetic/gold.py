@@ -37,6 +37,7 @@ from nemo_advrm.synthetic.language import (
     PAD,
     VOCAB_SIZE,
     is_well_formed,
+    kinds,
     segments,
 )
 from nemo_advrm.synthetic.tokenizer import SyntheticTokenizer
@@ -117,6 +118,14 @@ def response_tokens(response: ResponseLike) -> list[int]:
     while end and tokens[end - 1] == PAD:
         end -= 1
     return tokens[:end]
+
+
+def token_class_signature(response: ResponseLike) -> str:
+    """The parts of speech of a response, a letter per token (`language.kinds`): "this red river sleeps ." -> "DANV.".
+
+    Responses with equal signatures are near-duplicates. Raises DataError for an unknown word or id.
+    """
+    return kinds(response_tokens(response))
 
 
 def _as_ints(sequence: Sequence[object]) -> list[int] | None:

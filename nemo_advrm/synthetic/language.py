@@ -7,7 +7,7 @@ violated agreement as an error ("these river sing ."). A well-formed sentence is
     DET [ADJ] NOUN VERB [ADV] "."      with DET, NOUN and VERB of one class.
 
 A flourish ("indeed", "frankly") may stand anywhere: a sentence stays well-formed with it, and it says nothing. The gold
-reward subtracts 1 for each. Annotators have favourites among them (see `synthetic.preferences`).
+reward subtracts 1 for each. Annotators have favourites among them (see `synthetic.annotated_pairs`).
 """
 
 from __future__ import annotations

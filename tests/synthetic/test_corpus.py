@@ -5,7 +5,6 @@ from __future__ import annotations
 import statistics
 from random import Random
 
-import numpy as np
 import pytest
 from synthetic_text import sample_response
 
@@ -44,12 +43,6 @@ def test_a_known_sample_does_not_drift() -> None:
     assert sample_response(prompt, Random(0), quality=0.5) == (
         "this pale sailor falls together . this er teacher dreams . this pale merchant falls alone ."
     )
-
-
-def test_numpy_generators_work_too() -> None:
-    (prompt,) = sample_prompts(1, 0)
-    response = sample_response(prompt, np.random.default_rng(0))
-    assert response == sample_response(prompt, np.random.default_rng(0))
 
 
 def test_full_quality_makes_no_error() -> None:

@@ -8,7 +8,7 @@ import torch
 
 from nemo_advrm.errors import DataError
 from nemo_advrm.synthetic.corpus import sft_corpus
-from nemo_advrm.synthetic.gold import gold_score, gold_scores
+from nemo_advrm.synthetic.gold import gold_score, gold_scores, token_class_signature
 from nemo_advrm.synthetic.tokenizer import SyntheticTokenizer
 
 PROMPT = ({"role": "user", "content": "river birds teacher"},)
@@ -126,3 +126,12 @@ def test_many_equal_one() -> None:
     scores = gold_scores(prompts, responses, ended)
     assert scores == [gold_score(*row) for row in zip(prompts, responses, ended, strict=True)]
     assert all(-6.0 <= score <= 9.0 for score in scores)
+
+
+def test_a_signature_has_one_letter_per_token_for_its_part_of_speech() -> None:
+    assert token_class_signature("this red river sleeps slowly . um . these") == "DANVR.F.D"
+    assert token_class_signature("") == ""
+    assert token_class_signature("this river sleeps .") == token_class_signature("these garden sing .")
+    assert token_class_signature(". . .") != token_class_signature(". .")
+    text = "this river sleeps ."
+    assert token_class_signature([*TOKENIZER.encode_response(text), 0, 0]) == token_class_signature(text)
