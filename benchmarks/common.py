@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import platform
 import resource
 import statistics
 import threading
@@ -271,10 +270,9 @@ def compare(
 
 def describe_machine() -> None:
     """Print the hardware and the versions on which the figures depend."""
-    with open("/proc/cpuinfo") as file:
-        names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
-    cpu = names[0] if names else platform.machine()
+    from nemo_advrm.report.lines import this_machine
+
     libraries = ("torch", "megatron-core", "transformers", "trl", "lightning")
-    print(f"{time.strftime('%Y-%m-%d')}: {cpu}, {os.cpu_count()} cores (load {os.getloadavg()[0]:.1f})", end="")
-    print(", 1 thread a side, fp32")
+    load = os.getloadavg()[0]
+    print(f"{time.strftime('%Y-%m-%d')}: {this_machine()}, load {load:.1f}, 1 thread a side, fp32")
     print(", ".join(f"{name} {version(name)}" for name in libraries))

@@ -29,7 +29,6 @@ import argparse
 import gc
 import importlib.metadata
 import json
-import os
 import platform
 import random
 import sys
@@ -42,6 +41,7 @@ from typing import Any
 
 import torch
 
+from nemo_advrm import files
 from nemo_advrm.config.schema import Config
 from nemo_advrm.data.encoding import EncodedPair
 from nemo_advrm.engine import runtime
@@ -262,12 +262,7 @@ class Report:
         self.content |= {key: before[key] for key in ("results", "fusions")}
 
     def write(self) -> None:
-        partial = self.path.with_name(f".{self.path.name}.partial")
-        with partial.open("w") as file:
-            file.write(json.dumps(self.content, indent=1) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(self.path)
+        files.write_text(self.path, json.dumps(self.content, indent=1) + "\n")
 
     def measure(
         self, precision: str, name: str, measure: Callable[..., dict[str, Any]], options: argparse.Namespace
