@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from nemo_advrm.data.run_records import BEST_OF_N_CURVE, METRICS_ROW
-from nemo_advrm.report.files import Row, as_object, column, count, number, numbered, numbers, read_json, read_jsonl
-from nemo_advrm.report.measures import MATCHED_KL, SMOOTHING_WINDOW, TOLERANCE, Options, curves
+from nemo_advrm.report.files import Row, as_object, count, number, numbered, numbers, read_json, read_jsonl
+from nemo_advrm.report.measures import MATCHED_KL, SMOOTHING_WINDOW, TOLERANCE, Options, measured_curve
 from nemo_advrm.report.records import BestOfN, Reward, RlhfArm, RlhfRun
 
 PLAIN, HARDENED = "r1", "adv_rm"
@@ -68,12 +68,12 @@ def read_rlhf(run_dir: Path, rewards: Iterable[str], stages: Row, notes: list[st
     for name in names:
         runs = []
         for seed, home in numbered(root / name, "seed") or [(1, root / name)]:
-            held_out, rollouts = curves(read_jsonl(home / "metrics.jsonl", run_dir, notes, METRICS_ROW))
-            if rollouts is None:
+            curve = measured_curve(read_jsonl(home / "metrics.jsonl", run_dir, notes, METRICS_ROW))
+            if curve is None:
                 notes.append(f"{home.relative_to(run_dir)} has no metrics.")
                 continue
             status = as_object(stages.get(home.relative_to(run_dir).as_posix())).get("status")
-            runs.append(RlhfRun(seed, rollouts, held_out, status in (None, "complete")))
+            runs.append(RlhfRun(seed, curve, status in (None, "complete")))
         if runs:
             found.append(RlhfArm(name, tuple(runs)))
     if not found:
@@ -90,17 +90,11 @@ def read_best_of_n(run_dir: Path, rewards: Iterable[str], notes: list[str]) -> t
     found = []
     for name in names:
         curve = read_json(root / f"{name}.json", run_dir, notes, BEST_OF_N_CURVE)
-        rows = [
-            {"n": n, "kl": kl, "proxy": proxy, "gold": gold}
-            for n, kl, proxy, gold in zip(
-                *(numbers(curve.get(key)) for key in ("n", "kl", "proxy", "gold")), strict=False
-            )
-        ]
-        columns = {key: column(rows, key) for key in ("n", "kl", "proxy", "gold")}
-        known_S = np.isfinite(columns["n"]) & np.isfinite(columns["kl"])
-        if not known_S.any():
+        columns = (numbers(curve.get(key)) for key in ("n", "kl", "proxy", "gold"))
+        points = [point for point in zip(*columns, strict=False) if point[0] is not None and point[1] is not None]
+        if not points:
             notes.append(f"best_of_n/{name}.json is not a best-of-n curve.")
             continue
-        kl_S, proxy_S, gold_S = (columns[key][known_S] for key in ("kl", "proxy", "gold"))
-        found.append(BestOfN(name, columns["n"][known_S].astype(np.int64), kl_S, proxy_S, gold_S))
+        n_S, kl_S, proxy_S, gold_S = np.array(points, dtype=np.float64).T
+        found.append(BestOfN(name, n_S.astype(np.int64), kl_S, proxy_S, gold_S))
     return tuple(found)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from nemo_advrm.errors import DataError
 from nemo_advrm.report import study
-from nemo_advrm.report.names import reward_name
+from nemo_advrm.report.names import ABSENT, reward_name
 from nemo_advrm.report.records import Run
-from nemo_advrm.report.statistics import Interval
+from nemo_advrm.report.statistics import Interval, interval_text
 
 Summary = dict[str, Any]
 
@@ -32,24 +33,35 @@ MAIN_MEASURE = "area"
 def compare_all(lines: Sequence[study.Line]) -> list[Summary]:
     """Every arm of every experiment against its baseline, in every measure that both have."""
     found = []
-    for experiment in study.experiments(lines):
-        for kind, columns in COLUMNS.items():
-            arms = study.arms(lines, experiment, kind)
-            for name, arm in arms.items():
-                for measure in columns:
-                    comparison = study.against_baseline(arms, name, measure)
-                    if comparison is not None:
-                        about = {"experiment": experiment, "kind": kind, "arm": name, "baseline": arm.baseline}
-                        values = asdict(comparison)
-                        interval = values.pop("interval")._asdict()
-                        values = {key: list(value) for key, value in values.items()} | interval
-                        found.append(about | {"measure": measure} | values | {"better": comparison.better})
+    for experiment, kind in product(study.experiments(lines), COLUMNS):
+        arms = study.arms(lines, experiment, kind)
+        for (name, arm), measure in product(arms.items(), COLUMNS[kind]):
+            comparison = study.against_baseline(arms, name, measure)
+            if comparison is not None:
+                about = {"experiment": experiment, "kind": kind, "arm": name, "baseline": arm.baseline}
+                found.append({**about, "measure": measure, **asdict(comparison)})
     return found
 
 
 def interval_of(entry: Summary) -> Interval:
     """The interval of an entry of `comparisons`."""
     return Interval(entry["mean"], entry["low"], entry["high"])
+
+
+def by_arm(entries: Iterable[Summary]) -> list[dict[str, Summary]]:
+    """The entries of `comparisons` of each arm together, by measure."""
+    grouped: dict[tuple[str, str, str], dict[str, Summary]] = {}
+    for entry in entries:
+        grouped.setdefault((entry["experiment"], entry["kind"], entry["arm"]), {})[entry["measure"]] = entry
+    return list(grouped.values())
+
+
+def interval_cells(by_measure: dict[str, Summary], measures: Iterable[str], absent: str) -> list[str]:
+    """The mean difference of each measure with its interval; `absent` follows a mean without an interval."""
+    return [
+        interval_text(interval_of(by_measure[measure]), absent) if measure in by_measure else ABSENT
+        for measure in measures
+    ]
 
 
 def compare_study(run: Run, notes: list[str]) -> Summary | None:

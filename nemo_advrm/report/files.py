@@ -132,8 +132,7 @@ def as_object(value: object) -> Row:
 
 def column(rows: Iterable[Mapping[str, Any]], key: str) -> NDArray[np.float64]:
     """[N] the finite numbers of one key; NaN where a row has none."""
-    values = [number(row.get(key)) for row in rows]
-    return np.array([np.nan if value is None else value for value in values], dtype=np.float64)
+    return np.array([number(row.get(key)) for row in rows], dtype=np.float64)  # None becomes NaN
 
 
 def matrix(rows: Iterable[Mapping[str, Any]], key: str) -> NDArray[np.float64]:
@@ -141,5 +140,5 @@ def matrix(rows: Iterable[Mapping[str, Any]], key: str) -> NDArray[np.float64]:
     lists = [numbers(row.get(key)) for row in rows]
     matrix_NK = np.full((len(lists), max(map(len, lists), default=0)), np.nan)
     for index, entry in enumerate(lists):
-        matrix_NK[index, : len(entry)] = [np.nan if value is None else value for value in entry]
+        matrix_NK[index, : len(entry)] = entry  # None becomes NaN
     return matrix_NK

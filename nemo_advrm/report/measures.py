@@ -7,7 +7,7 @@ the same measures, except for noise, as one that is evaluated at every step.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -63,29 +63,26 @@ class Curve:
         return bool(np.isfinite(self.gold_S).any())
 
 
-def curves(rows: Iterable[Mapping[str, Any]]) -> tuple[Curve | None, Curve | None]:
-    """(held-out curve, rollout curve) of the rows of an RLHF run's metrics.jsonl; None if there are no rows.
+def measured_curve(rows: Iterable[Mapping[str, Any]]) -> Curve | None:
+    """The curve that is measured, from the rows of an RLHF run's metrics.jsonl; None if there are no rows.
 
-    A resumed run logs the steps after its checkpoint again: of two rows of one step the later one counts.
+    It is that of the held-out prompts if they were evaluated, unless only the rollouts have gold. A resumed run logs
+    the steps after its checkpoint again: of two rows of one step the later one counts.
     """
     by_step = {step: row for row in rows if (step := count(row.get("step"))) is not None}
-    ordered = [(step, by_step[step]) for step in sorted(by_step)]
-    held_out = [(step, row) for step, row in ordered if number(row.get("held_out/kl")) is not None]
-    return _curve(held_out, "held_out/", HELD_OUT), _curve(ordered, "", ROLLOUTS)
-
-
-def _curve(rows: Sequence[tuple[int, Mapping[str, Any]]], prefix: str, source: str) -> Curve | None:
-    if not rows:
+    if not by_step:
         return None
-    gold_S, proxy_S, kl_S = (column([row for _, row in rows], prefix + name) for name in ("gold", "proxy", "kl"))
-    return Curve(np.array([step for step, _ in rows], dtype=np.int64), gold_S, proxy_S, kl_S, source)
+    evaluated = {step: row for step, row in by_step.items() if number(row.get("held_out/kl")) is not None}
+    rollouts = _curve(by_step, "", ROLLOUTS)
+    held_out = _curve(evaluated, "held_out/", HELD_OUT)
+    return held_out if evaluated and (held_out.has_gold or not rollouts.has_gold) else rollouts
 
 
-def measured_curve(held_out: Curve | None, rollouts: Curve | None) -> Curve | None:
-    """The curve that is measured: the held-out one if it has gold, else that of the rollouts."""
-    if held_out is not None and (held_out.has_gold or rollouts is None or not rollouts.has_gold):
-        return held_out
-    return rollouts
+def _curve(by_step: Mapping[int, Mapping[str, Any]], prefix: str, source: str) -> Curve:
+    steps = sorted(by_step)
+    rows = [by_step[step] for step in steps]
+    gold_S, proxy_S, kl_S = (column(rows, prefix + name) for name in ("gold", "proxy", "kl"))
+    return Curve(np.array(steps, dtype=np.int64), gold_S, proxy_S, kl_S, source)
 
 
 def measures_of(curve: Curve, options: Options = Options()) -> dict[str, Any]:

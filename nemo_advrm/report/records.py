@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from nemo_advrm.report.measures import Curve, Options, measured_curve
+from nemo_advrm.report.measures import Curve, Options
 
 FloatArray = NDArray[np.float64]
 BoolArray = NDArray[np.bool_]
@@ -109,20 +109,11 @@ class Round:
 
 @dataclass(frozen=True)
 class RlhfRun:
-    """One RLHF run of an arm: its curve on the rollouts, and its curve on held-out prompts if it evaluated them.
-
-    finished: False if the run's state says that it is still running.
-    """
+    """One RLHF run of an arm. `finished` is False if the run's state says that it is still running."""
 
     seed: int
-    rollouts: Curve
-    held_out: Curve | None = None
+    measured: Curve
     finished: bool = True
-
-    @property
-    def measured(self) -> Curve:
-        """The curve that the measures and the figures use."""
-        return measured_curve(self.held_out, self.rollouts) or self.rollouts
 
 
 @dataclass(frozen=True)

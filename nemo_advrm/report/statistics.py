@@ -33,17 +33,16 @@ class Interval(NamedTuple):
 class Comparison:
     """One measure of two arms on the reward-model seeds that both have, in rising order.
 
-    differences: arm minus baseline, one for each seed. interval: of their mean.
+    differences: arm minus baseline, one for each seed. mean, low, high: their mean and its interval, see `Interval`.
+    better: the number of seeds in which the arm is above the baseline.
     """
 
-    seeds: tuple[int, ...]
-    differences: tuple[float, ...]
-    interval: Interval
-
-    @property
-    def better(self) -> int:
-        """The number of seeds in which the arm is above the baseline."""
-        return sum(difference > 0 for difference in self.differences)
+    seeds: list[int]
+    differences: list[float]
+    mean: float
+    low: float | None
+    high: float | None
+    better: int
 
 
 def paired(differences: Sequence[float]) -> Interval:
@@ -78,10 +77,12 @@ def compare(arm: Values, baseline: Values) -> Comparison | None:
     Only runs that both have count: the same reward-model seed and RLHF seed, so the same prompts and random numbers.
     The RLHF seeds of one reward model are averaged first.
     """
-    differences = by_seed({key: arm[key] - baseline[key] for key in arm.keys() & baseline.keys()})
-    if not differences:
+    by_reward_model = by_seed({key: arm[key] - baseline[key] for key in arm.keys() & baseline.keys()})
+    if not by_reward_model:
         return None
-    return Comparison(tuple(differences), tuple(differences.values()), paired(list(differences.values())))
+    differences = list(by_reward_model.values())
+    better = sum(difference > 0 for difference in differences)
+    return Comparison(list(by_reward_model), differences, *paired(differences), better)
 
 
 def interval_text(interval: Interval, absent: str = " (one seed: no interval)") -> str:

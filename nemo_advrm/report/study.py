@@ -17,34 +17,45 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, with_config
 
 from nemo_advrm.data.jsonl import dump_line, plain, read_jsonl
+from nemo_advrm.data.run_records import Amount, Count, problem
 from nemo_advrm.errors import DataError
 from nemo_advrm.report.files import number
 from nemo_advrm.report.statistics import Comparison, Interval, Values, by_seed, compare, paired
 
-RLHF, BEST_OF_N, GATES = "rlhf", "best_of_n", "gates"
-KINDS = (RLHF, BEST_OF_N, GATES)
+RLHF: Final = "rlhf"
+BEST_OF_N: Final = "best_of_n"
+GATES: Final = "gates"
 
 
+def _is_measure(value: Any) -> Any:
+    if not isinstance(value, int | float | str | None):
+        raise ValueError("a measure is a number, a text or null")
+    return value
+
+
+@with_config(ConfigDict(extra="forbid"))
 @dataclass(frozen=True)
 class Line:
     """One finished run of a study; the module docstring explains the fields."""
 
-    experiment: str
-    kind: str
-    seed: int
+    experiment: Annotated[str, Field(min_length=1)]
+    kind: Literal["rlhf", "best_of_n", "gates"]
+    seed: Count
     arm: str = ""
-    rlhf_seed: int | None = None
-    kl: float | None = None
+    rlhf_seed: Count | None = None
+    kl: Amount | None = None
     baseline: str = ""
-    measures: dict[str, Any] = field(default_factory=dict)
-    cpu_seconds: float | None = None
-    flops: float | None = None
+    measures: dict[str, Annotated[Any, AfterValidator(_is_measure)]] = field(default_factory=dict)
+    cpu_seconds: Amount | None = None
+    flops: Amount | None = None
     commit: str = ""
     hardware: str = ""
 
@@ -52,6 +63,9 @@ class Line:
     def key(self) -> tuple[str, str, int, str, int | None]:
         """A study has at most one line with this key."""
         return self.experiment, self.kind, self.seed, self.arm, self.rlhf_seed
+
+
+_LINE = TypeAdapter(Line)
 
 
 def write_line(path: Path, line: Line) -> None:
@@ -86,49 +100,12 @@ def join(studies: Iterable[Iterable[Line]]) -> list[Line]:
 
 def parse(row: Any, source: str) -> Line:
     """A line of a study. Raises DataError that names `source` and the key if `row` is not one."""
-    if not isinstance(row, dict):
-        raise DataError(f"{source}: not a JSON object, so not a line of a study")
-    known = {one.name for one in fields(Line)}
-    for name in row.keys() - known:
-        raise DataError(f"{source}: {name!r} is not a key of a study's line ({', '.join(sorted(known))})")
-    for name, value in row.items():
-        is_right, what = _TYPES.get(name, (_is_text, "a text"))
-        if not is_right(value):
-            raise DataError(f"{source}: {name}={str(value)[:40]!r} is not {what}")
-    for name in ("experiment", "kind", "seed", *(("arm",) if row.get("kind") != GATES else ())):
-        if name not in row or row[name] == "":
-            raise DataError(f"{source}: a line of a study needs {name!r}")
+    wrong = problem(_LINE, row)
+    if not wrong and not row.get("arm") and row["kind"] != GATES:
+        wrong = "it lacks arm"
+    if wrong:
+        raise DataError(f"{source}: no line of a study ({wrong})")
     return Line(**row)
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _is_count(value: Any) -> bool:
-    return type(value) is int and value >= 0
-
-
-def _is_amount(value: Any) -> bool:
-    found = number(value)
-    return value is None or (found is not None and found >= 0)
-
-
-def _are_measures(value: Any) -> bool:
-    return isinstance(value, dict) and all(one is None or isinstance(one, int | float | str) for one in value.values())
-
-
-_AMOUNT = (_is_amount, "a number of at least 0 or null")
-# The keys that are not texts: a check, and what is wanted in words.
-_TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "kind": (lambda value: value in KINDS, f"one of {', '.join(KINDS)}"),
-    "seed": (_is_count, "a whole number of at least 0"),
-    "rlhf_seed": (lambda value: value is None or _is_count(value), "a whole number of at least 0 or null"),
-    "kl": _AMOUNT,
-    "measures": (_are_measures, "an object of numbers, texts and nulls"),
-    "cpu_seconds": _AMOUNT,
-    "flops": _AMOUNT,
-}
 
 
 # ---- arms and their comparison

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from nemo_advrm.report.conclusions import COLUMNS, MAIN_MEASURE, compare_all, interval_of, sentence
+from nemo_advrm.report.conclusions import COLUMNS, MAIN_MEASURE, by_arm, compare_all, interval_cells, sentence
 from nemo_advrm.report.names import ABSENT, KIND_TITLES, fixed, flops_text, reward_name
-from nemo_advrm.report.statistics import interval_text
 from nemo_advrm.report.study import GATES, RLHF, Arm, Line, arms, experiments, missed_gates
 from nemo_advrm.report.table import to_markdown
 
@@ -52,21 +51,14 @@ def _runs_text(arm: Arm) -> str:
 
 def _comparisons(lines: Sequence[Line], kind: str) -> list[str]:
     """The table of every arm minus its baseline, and a sentence for each; none if no arms are compared."""
-    by_arm: dict[str, dict] = {}
-    for entry in compare_all(lines):
-        if entry["kind"] == kind:
-            by_arm.setdefault(entry["arm"], {})[entry["measure"]] = entry
     rows, sentences = [], []
-    for arm, entries in by_arm.items():
-        main = entries.get(MAIN_MEASURE)
-        if main is None:
-            continue
-        cells = [
-            interval_text(interval_of(entries[measure])) if measure in entries else ABSENT for measure in COLUMNS[kind]
-        ]
-        difference = f"{reward_name(arm)} − {reward_name(main['baseline'])}"
-        rows.append([difference, f"{main['better']} of {len(main['seeds'])}", *cells])
-        sentences.append(f"- {sentence(main)}")
+    for by_measure in by_arm(entry for entry in compare_all(lines) if entry["kind"] == kind):
+        main = by_measure.get(MAIN_MEASURE)
+        if main is not None:
+            difference = f"{reward_name(main['arm'])} − {reward_name(main['baseline'])}"
+            cells = interval_cells(by_measure, COLUMNS[kind], " (one seed: no interval)")
+            rows.append([difference, f"{main['better']} of {len(main['seeds'])}", *cells])
+            sentences.append(f"- {sentence(main)}")
     if not rows:
         return []
     return [to_markdown(["Difference", "Seeds better (area)", *COLUMNS[kind].values()], rows), "\n".join(sentences)]

@@ -1,4 +1,4 @@
-"""The tables of a report, made of its summary. Each function makes one table, or None if it has nothing to say."""
+"""The tables of a report, made of its summary. Each function makes one table, without rows if it has nothing to say."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from nemo_advrm.data.mismatch import LOW_MISMATCH_ACCURACY
-from nemo_advrm.report.conclusions import COLUMNS, interval_of
+from nemo_advrm.report.conclusions import COLUMNS, MAIN_MEASURE, by_arm, interval_cells
 from nemo_advrm.report.names import ABSENT, KIND_TITLES, duration, fixed, flops_text, percent, reward_name, stage_name
 from nemo_advrm.report.statistics import Interval, interval_text
 from nemo_advrm.report.study import RLHF
@@ -20,32 +20,30 @@ BEST_OF_N_POINTS = (1, 4, 16, 64, 256)
 
 
 def tables(summary: Summary) -> list[Table]:
-    """Every table of a run that has something to say, in reading order; the longest, one row per stage, is last."""
+    """Every table of a run that has rows, in reading order; the longest, one row per stage, is last."""
     makers = (
         *(_gold, _comparisons, _best_of_n, _definitions),
         *(_attack_success, _selection, _accuracy, _mismatch, _cost, _stages),
     )
-    return [table for table in (make(summary) for make in makers) if table is not None]
+    return [table for make in makers if (table := make(summary)).rows]
 
 
 def joined_tables(summary: Summary) -> list[Table]:
     """The tables of several runs together: the means of every arm, and every arm beside its baseline."""
-    return [table for table in (_means(summary), _comparisons(summary)) if table is not None]
+    return [table for table in (_means(summary), _comparisons(summary)) if table.rows]
 
 
 # ---- rewards
 
 
-def _gold(summary: Summary) -> Table | None:
+def _gold(summary: Summary) -> Table:
     arms = summary["rlhf"]
-    if not arms:
-        return None
     kl = summary["settings"]["kl"]
     sources = {one["source"] for one in arms.values()}
     whose = "fixed held-out prompts"
     if "rollouts" in sources:
         whose = "the rollouts" if len(sources) == 1 else f"{whose}, or of the rollouts where there are none"
-    several = max(len(one["runs"]) for one in arms.values())
+    several = max((len(one["runs"]) for one in arms.values()), default=0)
     return Table(
         "Gold over RLHF, per optimised reward",
         ("Reward", "Start", "Area", "2nd half", "Final", "Peak", f"At KL {kl:g}", "KL final"),
@@ -79,7 +77,7 @@ def _stable_steps(summary: Summary) -> str:
     )
 
 
-def _means(summary: Summary) -> Table | None:
+def _means(summary: Summary) -> Table:
     rows: Rows = []
     for name, one in summary["rlhf"].items():
         cells = [
@@ -87,8 +85,6 @@ def _means(summary: Summary) -> Table | None:
             for key in ("area", "final", "peak")
         ]
         rows.append((reward_name(name), f"{len(one['seeds'])} ({one['runs']})", *cells))
-    if not rows:
-        return None
     return Table(
         "Gold over RLHF, per optimised reward",
         ("Reward", "Seeds (runs)", "Area", "Final", "Peak"),
@@ -98,12 +94,10 @@ def _means(summary: Summary) -> Table | None:
     )
 
 
-def _comparisons(summary: Summary) -> Table | None:
+def _comparisons(summary: Summary) -> Table:
     """Every arm minus its baseline, in this report and in the study."""
     study = summary["study"]["comparisons"] if summary["study"] else []
     rows = [*_comparison_rows(summary["comparisons"], ""), *_comparison_rows(study, "Study: ")]
-    if not rows:
-        return None
     return Table(
         "Rewards beside the plain one",
         ("Difference", "Seeds", "Better", "Area", "Final"),
@@ -116,28 +110,19 @@ def _comparisons(summary: Summary) -> Table | None:
 
 def _comparison_rows(entries: Sequence[Summary], prefix: str) -> Rows:
     """A row for every arm and kind; the number of better seeds is that of the area."""
-    grouped: dict[tuple[str, str, str, str], dict[str, Summary]] = {}
-    for one in entries:
-        key = (one["experiment"], one["kind"], one["arm"], one["baseline"])
-        grouped.setdefault(key, {})[one["measure"]] = one
     rows: Rows = []
-    for (_, kind, arm, baseline), by_measure in grouped.items():
-        main = by_measure.get("area") or next(iter(by_measure.values()))
-        cells = [
-            interval_text(interval_of(by_measure[name]), absent="") if name in by_measure else ABSENT
-            for name in ("area", "final")
-        ]
-        title = f"{prefix}{KIND_TITLES[kind]}: {reward_name(arm)} − {reward_name(baseline)}"
+    for by_measure in by_arm(entries):
+        main = by_measure.get(MAIN_MEASURE) or next(iter(by_measure.values()))
+        title = f"{prefix}{KIND_TITLES[main['kind']]}: {reward_name(main['arm'])} − {reward_name(main['baseline'])}"
+        cells = interval_cells(by_measure, ("area", "final"), "")
         rows.append((title, str(len(main["seeds"])), str(main["better"]), *cells))
     return rows
 
 
-def _best_of_n(summary: Summary) -> Table | None:
+def _best_of_n(summary: Summary) -> Table:
     curves = summary["best_of_n"]
-    if not curves:
-        return None
     known = {n for one in curves.values() for n in one["n"]}
-    points = sorted({n for n in BEST_OF_N_POINTS if n in known} | {max(known)})
+    points = sorted(n for n in known if n in BEST_OF_N_POINTS or n == max(known))
     rows: Rows = []
     for name, one in curves.items():
         gold, found = dict(zip(one["n"], one["gold"], strict=True)), one["measures"]
@@ -154,10 +139,8 @@ def _best_of_n(summary: Summary) -> Table | None:
     )
 
 
-def _definitions(summary: Summary) -> Table | None:
+def _definitions(summary: Summary) -> Table:
     rows: Rows = [(reward_name(name), one["reward"]) for name, one in summary["rlhf"].items() if one["reward"]]
-    if not rows:
-        return None
     return Table(
         "What each reward is",
         ("Reward", "Definition"),
@@ -180,13 +163,11 @@ def _attacks(summary: Summary) -> list[tuple[str, Summary]]:
     ]
 
 
-def _attack_success(summary: Summary) -> Table | None:
+def _attack_success(summary: Summary) -> Table:
     rows: Rows = [
         (name, *(percent(attack[key]) for key in ("standard", "strict", "held_out", "held_out_null")))
         for name, attack in _attacks(summary)
     ]
-    if not rows:
-        return None
     return Table(
         "Attack success, per round",
         ("Attack", "Standard", "Strict", "Held-out", "SFT (null)"),
@@ -198,7 +179,7 @@ def _attack_success(summary: Summary) -> Table | None:
     )
 
 
-def _selection(summary: Summary) -> Table | None:
+def _selection(summary: Summary) -> Table:
     rows: Rows = []
     for name, attack in _attacks(summary):
         selected, samples = attack["selected"], attack["samples"]
@@ -214,7 +195,7 @@ def _selection(summary: Summary) -> Table | None:
             )
         )
     if all(cell == ABSENT for row in rows for cell in row[1:]):
-        return None
+        rows = []
     return Table(
         "What was selected for training, per round",
         ("Attack", "Finds", "Null", "Pairs", "Share", "Below SFT", "Wrong labels"),
@@ -225,7 +206,7 @@ def _selection(summary: Summary) -> Table | None:
     )
 
 
-def _accuracy(summary: Summary) -> Table | None:
+def _accuracy(summary: Summary) -> Table:
     return _by_round(
         summary,
         "accuracy",
@@ -234,7 +215,7 @@ def _accuracy(summary: Summary) -> Table | None:
     )
 
 
-def _mismatch(summary: Summary) -> Table | None:
+def _mismatch(summary: Summary) -> Table:
     return _by_round(
         summary,
         "mismatch_accuracy",
@@ -245,7 +226,7 @@ def _mismatch(summary: Summary) -> Table | None:
     )
 
 
-def _by_round(summary: Summary, key: str, title: str, caption: str) -> Table | None:
+def _by_round(summary: Summary, key: str, title: str, caption: str) -> Table:
     """One value of every member, round by round."""
     by_member: dict[tuple[int, str], dict[int, float]] = {}
     for one in summary["rounds"]:
@@ -253,8 +234,6 @@ def _by_round(summary: Summary, key: str, title: str, caption: str) -> Table | N
             for name, value in (("", rm[key]), (", with reference features", rm[f"hybrid_{key}"])):
                 if value is not None:
                     by_member.setdefault((rm["member"], name), {})[one["round"]] = value
-    if not by_member:
-        return None
     rounds = [one["round"] for one in summary["rounds"]]
     rows: Rows = []
     for (member, name), values in sorted(by_member.items()):
@@ -268,32 +247,30 @@ def _by_round(summary: Summary, key: str, title: str, caption: str) -> Table | N
 # ---- cost
 
 
-def _cost(summary: Summary) -> Table | None:
+def _cost(summary: Summary) -> Table:
     cost, ratio = summary["cost"], summary["cost_ratio"]
-    if cost["plain"] is None and cost["adv_rm"] is None:
-        return None
     ratios = ("1.0x" if cost["plain"] else ABSENT, ABSENT if ratio is None else f"{ratio:.1f}x")
+    rows = [
+        ("Plain RLHF", duration(cost["plain"]), flops_text(cost["plain_flops"]), ratios[0]),
+        ("Adv-RM, then RLHF", duration(cost["adv_rm"]), flops_text(cost["adv_rm_flops"]), ratios[1]),
+    ]
     return Table(
         "Cost of the Adv-RM pipeline",
         ("Pipeline", cost["unit"][0].upper() + cost["unit"][1:], "FLOPs", "Ratio"),
-        [
-            ("Plain RLHF", duration(cost["plain"]), flops_text(cost["plain_flops"]), ratios[0]),
-            ("Adv-RM, then RLHF", duration(cost["adv_rm"]), flops_text(cost["adv_rm_flops"]), ratios[1]),
-        ],
+        rows if (cost["plain"], cost["adv_rm"]) != (None, None) else (),
         "Plain: SFT, labelled pairs, one reward model, RLHF. Adv-RM: every stage that leads to the hardened reward "
         "model, and RLHF with it; the last round's other models and its attack only measure and are not counted. "
         f"The ratio is that of {cost['unit']}.",
     )
 
 
-def _stages(summary: Summary) -> Table | None:
-    if not summary["seconds"]:
-        return None
+def _stages(summary: Summary) -> Table:
     cpu, flops = summary["cpu_seconds"], summary["flops"]
     rows: Rows = [
         (stage_name(stage), duration(seconds), duration(cpu.get(stage)), flops_text(flops.get(stage)))
         for stage, seconds in summary["seconds"].items()
     ]
-    totals = (sum(part.values()) or None for part in (cpu, flops))
-    rows.append(("Total", duration(summary["seconds_total"]), duration(next(totals)), flops_text(next(totals))))
+    if rows:
+        totals = [sum(part.values()) or None for part in (cpu, flops)]
+        rows.append(("Total", duration(summary["seconds_total"]), duration(totals[0]), flops_text(totals[1])))
     return Table("Time per stage", ("Stage", "Wall-clock", "CPU time", "FLOPs"), rows)

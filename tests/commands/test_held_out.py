@@ -16,7 +16,7 @@ from nemo_advrm.config import load_config
 from nemo_advrm.data.messages import Message, prompt_key
 from nemo_advrm.engine.runtime import Runtime
 from nemo_advrm.errors import ConfigError, DataError
-from nemo_advrm.report.measures import curves, measures_of
+from nemo_advrm.report.measures import measured_curve, measures_of
 from nemo_advrm.rollouts.run_prompts import held_out_prompts
 from nemo_advrm.training.callbacks.held_out import HeldOutEvaluation
 
@@ -76,7 +76,7 @@ def test_evaluations_are_those_of_the_policy_before_the_steps_update(evaluated: 
     assert all(name in rows[0] for name in NAMES)
     assert rows[0]["held_out/kl"] == pytest.approx(0, abs=1e-6)  # the policy that RLHF starts from
     assert abs(rows[3]["held_out/kl"]) > 1e-4
-    curve, _ = curves(rows)
+    curve = measured_curve(rows)
     assert curve is not None
     found = measures_of(curve)
     assert found["source"] == "held_out" and found["start"] == pytest.approx(rows[0]["held_out/gold"])

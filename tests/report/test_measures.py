@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nemo_advrm.report.measures import Options, curves, gold_at_kl, measured_curve, measures_of
+from nemo_advrm.report.measures import Options, gold_at_kl, measured_curve, measures_of
 
 
 def measures(rows: list[dict[str, Any]], options: Options | None = None) -> dict[str, Any]:
-    curve = measured_curve(*curves(rows))
+    curve = measured_curve(rows)
     assert curve is not None
     return measures_of(curve, options or Options())
 
@@ -80,7 +80,7 @@ def test_a_run_without_gold_has_no_measures_of_it() -> None:
 
 def test_gold_of_the_rollouts_is_better_than_none_of_held_out_prompts() -> None:
     rows = [{"step": step, "gold": 1.0, "proxy": 1.0, "kl": 0.0, "held_out/kl": 0.0} for step in range(2)]
-    curve = measured_curve(*curves(rows))
+    curve = measured_curve(rows)
     assert curve is not None and curve.source == "rollouts"
 
 

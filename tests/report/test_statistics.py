@@ -36,10 +36,10 @@ def test_rlhf_seeds_of_one_reward_model_are_averaged_first() -> None:
     found = compare(hardened, plain)
     assert found is not None
     # seed 0: the mean of 1 and 3, without RLHF seed 3, which one of them lacks; seeds 2 and 3 have no pair
-    assert found.seeds == (0, 1) and found.differences == (2.0, -1.0)
-    assert found.better == 1 and found.interval.mean == 0.5
+    assert found.seeds == [0, 1] and found.differences == [2.0, -1.0]
+    assert found.better == 1 and found.mean == 0.5
     # n = 2, not 3: standard deviation 2.1213, t of 1 degree of freedom 12.7062
-    assert found.interval.high == pytest.approx(0.5 + 12.7062 * 2.12132 / 2**0.5, rel=1e-4)
+    assert found.high == pytest.approx(0.5 + 12.7062 * 2.12132 / 2**0.5, rel=1e-4)
 
 
 def test_arms_without_a_common_seed_are_not_compared() -> None:

@@ -51,19 +51,32 @@ def test_a_run_that_was_done_again_counts_once() -> None:
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"seed": -1}, "seed='-1' is not a whole number"),
-        ({"kind": "sft"}, "kind='sft' is not one of rlhf, best_of_n, gates"),
-        ({"kl": "much"}, "kl='much' is not a number"),
-        ({"measures": [1]}, r"measures='\[1\]' is not an object"),
-        ({"area": 1}, "'area' is not a key of a study's line"),
-        ({"arm": ""}, "a line of a study needs 'arm'"),
+        ({"seed": -1}, "seed=-1: input should be greater than or equal to 0"),
+        ({"seed": True}, "seed=true: input should be a valid integer"),
+        ({"kind": "sft"}, "kind=\"sft\": input should be 'rlhf', 'best_of_n' or 'gates'"),
+        ({"kl": "much"}, "kl=\"much\": input should be a valid number"),
+        ({"kl": -0.1}, "kl=-0.1: input should be greater than or equal to 0"),
+        ({"measures": [1]}, r"measures=\[1\]: input should be a valid dictionary"),
+        ({"measures": {"area": [1]}}, r"measures.area=\[1\]: value error, a measure is a number, a text or null"),
+        ({"area": 1}, "area=1: unexpected keyword argument"),
+        ({"experiment": 5}, "experiment=5: input should be a valid string"),
+        ({"experiment": ""}, "experiment=\"\": string should have at least 1 character"),
+        ({"arm": ""}, "it lacks arm"),
     ],
 )
 def test_what_is_no_line_of_a_study_is_named(tmp_path: Path, change: dict[str, Any], told: str) -> None:
     row = {"experiment": "study", "kind": "rlhf", "seed": 0, "arm": "plain"}
     path = tmp_path / "study.jsonl"
     path.write_text(json.dumps(row) + "\n" + json.dumps(row | change) + "\n")
-    with pytest.raises(DataError, match=rf"study\.jsonl:2: {told}"):
+    with pytest.raises(DataError, match=rf"study\.jsonl:2: no line of a study \({told}"):
+        read(path)
+
+
+@pytest.mark.parametrize(("row", "told"), [({"seed": 1}, "it lacks experiment"), ([], r"\[\]: input should be")])
+def test_a_row_without_the_keys_of_a_line_is_named(tmp_path: Path, row: Any, told: str) -> None:
+    path = tmp_path / "study.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    with pytest.raises(DataError, match=rf"study\.jsonl:1: no line of a study \({told}"):
         read(path)
 
 
@@ -74,7 +87,7 @@ def test_an_arm_is_compared_with_its_baseline_by_seed() -> None:
     assert found["plain"].mean("area").mean == pytest.approx((1 + 1 - 1) / 3)  # type: ignore[union-attr]
     assert against_baseline(found, "plain", "area") is None
     comparison = against_baseline(found, "adv_rm", "area")
-    assert comparison is not None and comparison.differences == (1.0, 1.25, 1.5)
+    assert comparison is not None and comparison.differences == [1.0, 1.25, 1.5]
     assert against_baseline(found, "adv_rm", "gold_at_kl") is None  # no run has reached it
 
 
