@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import math
 import struct
-from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -26,7 +25,7 @@ HEADER_LENGTH = "Inference-Header-Content-Length"
 INPUTS = {"sentences": "BYTES", "tokens": "INT64", "sequence_lengths": "INT64", "add_EOS": "BOOL"}
 OUTPUT = "rewards"
 _TRITON_TYPES = {"BYTES": "TYPE_STRING", "INT64": "TYPE_INT64", "BOOL": "TYPE_BOOL"}
-_DTYPES = {"INT64": np.dtype("<i8"), "BOOL": np.dtype("?")}
+_DTYPES = {"BYTES": np.dtype(object), "INT64": np.dtype("<i8"), "BOOL": np.dtype("?")}  # strings are Python's
 _FAIL_FAST = Field(fail_fast=True)  # a million wrong elements are one error
 _JSON_DATA: dict[str, TypeAdapter[list[Any]]] = {
     "BYTES": TypeAdapter(Annotated[list[Annotated[str, Field(strict=True)]], _FAIL_FAST]),
@@ -78,14 +77,6 @@ class InferRequest(_Part):
         return self.parameters is not None and self.parameters.binary_data_output
 
 
-@dataclass(frozen=True)
-class Tensor:
-    """Elements in row-major order; strings are Python's."""
-
-    shape: list[int]
-    values: list[Any]
-
-
 def read_request(body: bytes, head_length: int | None, limits: RequestLimits) -> tuple[InferRequest, list[Sample]]:
     """Parse a request whose first ``head_length`` bytes are JSON and the rest binary tensors (None: all is JSON).
 
@@ -98,7 +89,7 @@ def read_request(body: bytes, head_length: int | None, limits: RequestLimits) ->
     except ValidationError as error:
         raise BadRequest(first_error(error.errors(include_url=False, include_input=False))) from None
     rest = memoryview(b"" if head_length is None else body)[head_length or 0 :]
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, np.ndarray] = {}
     for tensor in request.inputs:
         name = f"input {tensor.name}"
         if tensor.name in tensors:
@@ -111,12 +102,12 @@ def read_request(body: bytes, head_length: int | None, limits: RequestLimits) ->
         limits.check_samples(tensor.shape[0])  # before any of them is read
         size = tensor.binary_size
         if size is None:
-            values = _from_json(name, datatype, tensor)
+            values: Any = _from_json(name, datatype, tensor)
         elif size > len(rest):
             raise BadRequest(f"{name}: binary_data_size={size}, but {len(rest)} bytes are left")
         else:
             values, rest = _from_binary(name, datatype, tensor.shape, rest[:size]), rest[size:]
-        tensors[tensor.name] = Tensor(tensor.shape, values)
+        tensors[tensor.name] = np.asarray(values, _DTYPES[datatype]).reshape(tensor.shape)
     if rest:
         raise BadRequest(f"{len(rest)} bytes belong to no input")
     return request, _samples(tensors)
@@ -136,13 +127,13 @@ def _from_json(name: str, datatype: str, tensor: InputTensor) -> list[Any]:
         raise BadRequest(f"{name}: the data are not {datatype}: {message}") from None
 
 
-def _from_binary(name: str, datatype: str, shape: list[int], raw: memoryview) -> list[Any]:
+def _from_binary(name: str, datatype: str, shape: list[int], raw: memoryview) -> np.ndarray | list[str]:
     if datatype != "BYTES":
         dtype = _DTYPES[datatype]
         if len(raw) % dtype.itemsize:
             raise BadRequest(f"{name}: {len(raw)} bytes are not a whole number of {datatype}")
         _check_count(name, shape, len(raw) // dtype.itemsize)
-        return np.frombuffer(raw, dtype).tolist()
+        return np.frombuffer(raw, dtype)
     # each string follows its length: UINT32, little-endian
     count, start, texts = math.prod(shape), 0, []
     for index in range(count):
@@ -166,24 +157,22 @@ def _check_count(name: str, shape: list[int], count: int) -> None:
         raise BadRequest(f"{name}: the shape {shape} does not hold {count} elements")
 
 
-def _samples(tensors: dict[str, Tensor]) -> list[Sample]:
+def _samples(tensors: dict[str, np.ndarray]) -> list[Sample]:
     sentences, tokens, lengths = (tensors.get(name) for name in ("sentences", "tokens", "sequence_lengths"))
     if (sentences is None) == (tokens is None):
         raise BadRequest("either sentences or tokens must be given")
     if sentences is not None:
-        return [Sample("text", response=text) for text in sentences.values]
+        return [Sample("text", response=text) for text in sentences.flat]
     assert tokens is not None
-    if len(tokens.shape) != 2:
+    if tokens.ndim != 2:
         raise BadRequest("input tokens: the shape is not [B, S]")
     rows, width = tokens.shape
-    if lengths is None or len(lengths.values) != rows:
+    if lengths is None or lengths.size != rows:
         raise BadRequest("input sequence_lengths [B, 1] must go with tokens [B, S]")
-    if not all(1 <= length <= width for length in lengths.values):
+    if lengths.min() < 1 or lengths.max() > width:
         raise BadRequest(f"input sequence_lengths: lengths must be from 1 to {width}")
-    starts = range(0, rows * width, width)
     return [
-        Sample("tokens", tokens=tuple(tokens.values[start : start + length]))
-        for start, length in zip(starts, lengths.values, strict=True)
+        Sample("tokens", tokens=tuple(row[:length].tolist())) for row, length in zip(tokens, lengths.flat, strict=True)
     ]
 
 
