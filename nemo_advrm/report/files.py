@@ -135,6 +135,11 @@ def column(rows: Iterable[Mapping[str, Any]], key: str) -> NDArray[np.float64]:
     return np.array([number(row.get(key)) for row in rows], dtype=np.float64)  # None becomes NaN
 
 
+def none_for_nan(values_S: NDArray[np.float64]) -> list[float | None]:
+    """The values as JSON has them."""
+    return [value if math.isfinite(value) else None for value in values_S.tolist()]
+
+
 def matrix(rows: Iterable[Mapping[str, Any]], key: str) -> NDArray[np.float64]:
     """[N, K] the lists of numbers of one key, padded with NaN to the longest."""
     lists = [numbers(row.get(key)) for row in rows]

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from nemo_advrm.objectives.best_of_n_curve import best_of_n_measures
 from nemo_advrm.report.collect import collect
 from nemo_advrm.report.collect_rlhf import HARDENED, PLAIN
 from nemo_advrm.report.measures import measures_of
@@ -57,7 +56,6 @@ def lines_of_run(run: Run, experiment: str = "", hardware: str = "") -> list[Lin
             )
     compared = baselines([one.name for one in run.best_of_n], run.rewards, equal_kl=False)
     for curve in run.best_of_n:
-        gold = [value if value == value else None for value in curve.gold_S.tolist()]
         lines.append(
             Line(
                 name,
@@ -65,7 +63,7 @@ def lines_of_run(run: Run, experiment: str = "", hardware: str = "") -> list[Lin
                 seed,
                 curve.name,
                 baseline=compared[curve.name],
-                measures=dict(best_of_n_measures(curve.kl_S.tolist(), gold)),
+                measures=dict(curve.measures),
                 commit=run.commits.get(f"best_of_n/{curve.name}", run.commit),
                 hardware=hardware,
             )

@@ -32,23 +32,27 @@ def reward_name(name: str) -> str:
     return REWARD_NAMES.get(name, name)
 
 
+# pattern of a stage, and its name in words with the groups of the pattern; the first match counts
+_STAGES = (
+    (r"sft", "Supervised fine-tuning (SFT)"),
+    (r"sft_(\d+)", "Supervised fine-tuning (SFT), trunk of reward model {0}"),
+    (r"preferences", "Labelled preference pairs"),
+    (r"rlhf/([^/]+)", "RLHF: {0}"),
+    (r"rlhf/([^/]+)/seed_(\d+)", "RLHF: {0}, seed {1}"),
+    (r"best_of_n/([^/]+)", "Best of n: {0}"),
+    (r"round_(\d+)/rm_(\d+)", "Round {0}: reward model {1}"),
+    (r"round_(\d+)/attack/direction_(\d+)_policy_(\d+)", "Round {0}: adversary {2} on reward model {1}"),
+    (r"round_(\d+)/reference", "Round {0}: reference samples"),
+    (r"round_(\d+)/select", "Round {0}: selection of pairs"),
+    (r"round_(\d+)/(\w+)", "Round {0}: {1}"),
+)
+
+
 def stage_name(stage: str) -> str:
     """The name of a stage in words, `Round 1: reward model 2` for `round_1/rm_2`; an unknown one keeps its own name."""
-    if match := re.fullmatch(r"sft(?:_(\d+))?", stage):
-        return "Supervised fine-tuning (SFT)" + (f", trunk of reward model {match[1]}" if match[1] else "")
-    if stage == "preferences":
-        return "Labelled preference pairs"
-    if match := re.fullmatch(r"rlhf/([^/]+)(?:/seed_(\d+))?", stage):
-        return f"RLHF: {reward_name(match[1])}" + (f", seed {match[2]}" if match[2] else "")
-    if match := re.fullmatch(r"best_of_n/([^/]+)", stage):
-        return f"Best of n: {'samples' if match[1] == 'samples' else reward_name(match[1])}"
-    if match := re.fullmatch(r"round_(\d+)/rm_(\d+)", stage):
-        return f"Round {match[1]}: reward model {match[2]}"
-    if match := re.fullmatch(r"round_(\d+)/attack/direction_(\d+)_policy_(\d+)", stage):
-        return f"Round {match[1]}: adversary {match[3]} on reward model {match[2]}"
-    if match := re.fullmatch(r"round_(\d+)/(\w+)", stage):
-        words = {"reference": "reference samples", "select": "selection of pairs"}
-        return f"Round {match[1]}: {words.get(match[2], match[2])}"
+    for pattern, words in _STAGES:
+        if match := re.fullmatch(pattern, stage):
+            return words.format(*map(reward_name, match.groups()))
     return stage
 
 

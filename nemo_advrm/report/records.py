@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from nemo_advrm.objectives.best_of_n_curve import best_of_n_measures
+from nemo_advrm.report.files import none_for_nan
 from nemo_advrm.report.measures import Curve, Options
 
 FloatArray = NDArray[np.float64]
@@ -137,6 +139,11 @@ class BestOfN:
     kl_S: FloatArray
     proxy_S: FloatArray
     gold_S: FloatArray
+
+    @property
+    def measures(self) -> dict[str, float | None]:
+        """Start, area, final and peak of gold, see `best_of_n_measures`; None without gold."""
+        return best_of_n_measures(self.kl_S.tolist(), none_for_nan(self.gold_S))
 
 
 @dataclass(frozen=True)

@@ -38,11 +38,11 @@ from typing import Any
 import numpy as np
 
 from nemo_advrm.errors import DataError
-from nemo_advrm.objectives.best_of_n_curve import best_of_n_measures
 from nemo_advrm.objectives.overoptimization import fit_rl, predict_rl, r_squared
 from nemo_advrm.objectives.uncertainty import FORMULAS, same_as
 from nemo_advrm.report.conclusions import compare_all, compare_study, conclude
 from nemo_advrm.report.costs import cost_of
+from nemo_advrm.report.files import none_for_nan
 from nemo_advrm.report.lines import baselines, hardened_arm, lines_of_run
 from nemo_advrm.report.measures import Curve, measures_of
 from nemo_advrm.report.records import Attack, BestOfN, Reward, RlhfArm, Run
@@ -177,11 +177,8 @@ def _best_of_n(run: Run) -> Summary:
 
 
 def _curve(one: BestOfN) -> Summary:
-    gold, proxy = (
-        [value if np.isfinite(value) else None for value in part.tolist()] for part in (one.gold_S, one.proxy_S)
-    )
-    kl = one.kl_S.tolist()
-    return {"n": one.n_S.tolist(), "kl": kl, "proxy": proxy, "gold": gold, "measures": best_of_n_measures(kl, gold)}
+    gold, proxy = none_for_nan(one.gold_S), none_for_nan(one.proxy_S)
+    return {"n": one.n_S.tolist(), "kl": one.kl_S.tolist(), "proxy": proxy, "gold": gold, "measures": one.measures}
 
 
 def distance(curve: Curve) -> np.ndarray:
