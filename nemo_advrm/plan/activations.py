@@ -35,29 +35,26 @@ class Kernels:
 
     Attributes:
         fused_activation: Megatron's fused gated activation, which keeps only its input.
-        fused_rotation: rotary positions are applied without a copy of queries and keys.
-        stepwise_rms_norm: PyTorch's RMSNorm on a CPU, which also keeps the normalised input.
-        own_attention: keeps the keys and values that it gathers from context-parallel ranks.
+        on_cpu: PyTorch's RMSNorm, which also keeps the normalised input, and our attention, which keeps the keys and
+            values that it gathers from context-parallel ranks. The tests compare this with measured steps.
     """
 
     fused_activation: bool = False
-    fused_rotation: bool = False
-    stepwise_rms_norm: bool = False
-    own_attention: bool = False
+    on_cpu: bool = False
+
+    def norm_copies(self, model: ModelConfig) -> int:
+        """Number of tensors that a norm keeps."""
+        return 2 if self.on_cpu and model.normalization.lower().startswith("rms") else 1
 
 
 # the engine's kernels on a GPU without fusions, and on a CPU
 PLAIN = Kernels()
-ON_CPU = Kernels(stepwise_rms_norm=True, own_attention=True)
+ON_CPU = Kernels(on_cpu=True)
 
 
 def on_gpu(model: ModelConfig) -> Kernels:
     """The engine's kernels on a GPU, without Transformer Engine's fused rotation, which would keep less."""
     return Kernels(fused_activation=fuses_activation(model))
-
-
-def _is_rms(model: ModelConfig) -> bool:
-    return model.normalization.lower().startswith("rms")
 
 
 def _mlp(model: ModelConfig, kernels: Kernels) -> float:
@@ -74,19 +71,17 @@ def _mlp(model: ModelConfig, kernels: Kernels) -> float:
 
 @dataclass(frozen=True)
 class LayerTerms:
-    """Bytes of activations that one layer keeps on one rank, by part."""
+    """Bytes of activations that one layer keeps on one rank, by part.
+
+    ``in_attention`` is what recomputing attention saves, without the softmax sums: explicit score matrices, which only
+    soft-capped attention has, and the keys and values of all context-parallel ranks.
+    """
 
     norms: float
     attention: float
-    scores: float  # explicit score matrices, only in soft-capped attention
+    in_attention: float
     mlp: float
     dropout: float
-    gathered: float = 0.0  # keys and values of all context-parallel ranks
-
-    @property
-    def in_attention(self) -> float:
-        """Bytes that recomputing attention saves, without the softmax sums."""
-        return self.scores + self.gathered
 
     @property
     def total(self) -> float:
@@ -99,40 +94,34 @@ def layer_terms(model: ModelConfig, batch: Microbatch, element: int, kernels: Ke
     tokens = batch.tokens / model.context_parallel_size
     outside = tensor if model.sequence_parallel else 1
     kept = element * tokens
-    norm = kept * size.hidden / outside * (2 if kernels.stepwise_rms_norm and _is_rms(model) else 1)
-    norms = norm * (4 if model.post_norms else 2)
+    norms = kept * size.hidden / outside * kernels.norm_copies(model) * (4 if model.post_norms else 2)
 
     projections = size.query + 2 * size.key
-    rotated = model.position_embedding_type == "rope" and not kernels.fused_rotation
+    rotated = model.position_embedding_type == "rope"
     if rotated:
         projections += size.query + size.key
     if model.qk_layernorm:
         projections += size.query  # copy grouped by head, before the norm
-        if kernels.stepwise_rms_norm and _is_rms(model):
-            projections += size.query + size.key
+        projections += (kernels.norm_copies(model) - 1) * (size.query + size.key)
     attention = kept * size.hidden / outside + kept * (projections + size.query) / tensor
     attention += _SUM_BYTES * tokens * size.heads / tensor
     if rotated:  # cosines and sines, for queries and for keys
         length = batch.length / model.context_parallel_size
         attention += 4 * element * length * head_size(model) * model.rotary_percent
-    gathered = 0.0
+    in_attention = 0.0
     fp32 = element == 4  # Transformer Engine has no context parallelism in fp32
-    own = kernels.own_attention or model.attention_softcap or model.sliding_window or fp32
+    own = kernels.on_cpu or model.attention_softcap or model.sliding_window or fp32
     if model.context_parallel_size > 1 and own:
         # of 2 cp chunks of keys, rank i keeps i + 1 for its early query chunk and 2 cp - i for the late one
         share = 1 + 1 / (2 * model.context_parallel_size)
-        gathered = element * batch.tokens * 2 * size.key / tensor * share
-    scores = 0.0
+        in_attention += element * batch.tokens * 2 * size.key / tensor * share
     if model.attention_softcap:
         # tanh, the fp32 softmax and its copy in the dtype of the elements
-        scores = tokens * batch.length * size.heads / tensor * _capped_bytes(element)
+        each = element + _SUM_BYTES + (0 if fp32 else element)
+        in_attention += tokens * batch.length * size.heads / tensor * each
     mlp = kept * (size.hidden / outside + size.ffn * _mlp(model, kernels) / tensor)
     dropout = 2 * tokens * size.hidden / outside if model.hidden_dropout else 0.0
-    return LayerTerms(norms, attention, scores, mlp, dropout, gathered)
-
-
-def _capped_bytes(element: int) -> int:
-    return element + _SUM_BYTES + (element if element != _SUM_BYTES else 0)
+    return LayerTerms(norms, attention, in_attention, mlp, dropout)
 
 
 def boundary_bytes(model: ModelConfig, batch: Microbatch, element: int) -> float:
@@ -152,14 +141,10 @@ def chunk_bytes(model: ModelConfig, layers: int, batch: Microbatch, element: int
         again = min(count, layers)
         return again * unit + (layers - again) * layer.total
     if model.recompute == "selective":
-        return layers * (layer.total - layer.in_attention - _fused_sums(model, batch))
+        tokens = batch.tokens / model.context_parallel_size
+        sums = _SUM_BYTES * tokens * model.num_attention_heads / model.tensor_model_parallel_size
+        return layers * (layer.total - layer.in_attention - sums)
     return layers * layer.total
-
-
-def _fused_sums(model: ModelConfig, batch: Microbatch) -> float:
-    """Bytes of the softmax sums of one layer, all that recomputing fused attention saves."""
-    tokens = batch.tokens / model.context_parallel_size
-    return _SUM_BYTES * tokens * model.num_attention_heads / model.tensor_model_parallel_size
 
 
 def recomputed_bytes(model: ModelConfig, layers: int, batch: Microbatch, element: int, kernels: Kernels) -> float:
@@ -194,7 +179,7 @@ def head_bytes(
     elements and, while log-probabilities and their gradient are computed, four times in fp32.
     """
     tokens = batch.tokens / model.context_parallel_size
-    norm = boundary_bytes(model, batch, element) * (2 if kernels.stepwise_rms_norm and _is_rms(model) else 1)
+    norm = boundary_bytes(model, batch, element) * kernels.norm_copies(model)
     gathered = element * tokens * model.hidden_size
     if head == "reward":
         return norm + (gathered if model.sequence_parallel else boundary_bytes(model, batch, element))

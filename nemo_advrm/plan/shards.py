@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from unittest import mock
 
 import torch
@@ -15,25 +14,6 @@ from megatron.core import parallel_state
 from nemo_advrm.config.schema import ModelConfig, PrecisionConfig
 from nemo_advrm.engine.gpt import Head, HeadedGPT
 from nemo_advrm.engine.transformer import transformer_config
-
-
-@dataclass
-class Built:
-    """Parameters that one rank of a stage holds.
-
-    Attributes:
-        sharded: split over tensor-parallel ranks.
-        replicated: equal on all tensor-parallel ranks.
-        copied: the last stage's copy of a tied embedding.
-    """
-
-    sharded: int = 0
-    replicated: int = 0
-    copied: int = 0
-
-    @property
-    def total(self) -> int:
-        return self.sharded + self.replicated + self.copied
 
 
 @contextmanager
@@ -61,12 +41,12 @@ def _rank(model: ModelConfig, rank: int, world_size: int) -> Iterator[None]:
         sys.excepthook = hook
 
 
-def _build(model: ModelConfig, head: Head, vocab_size: int, head_outputs: int, stage: int) -> Built:
-    """Parameter counts of all chunks of this process's stage."""
+def _build(model: ModelConfig, head: Head, vocab_size: int, head_outputs: int, stage: int) -> tuple[int, int]:
+    """Parameters of all chunks of this process's stage: those of one rank, and those of all its ranks together."""
     config = transformer_config(model, PrecisionConfig(), on_gpu=False)  # the precision does not change the counts
     chunks = model.virtual_pipeline_model_parallel_size
     last = model.pipeline_model_parallel_size - 1
-    built = Built()
+    on_rank = together = 0
     for chunk in range(chunks):
         # Megatron calls .cuda() on the weight of a pipeline's tied embeddings
         with torch.device("meta"), mock.patch.object(torch.Tensor, "cuda", lambda self, *args, **kwargs: self):
@@ -82,30 +62,25 @@ def _build(model: ModelConfig, head: Head, vocab_size: int, head_outputs: int, s
                 vp_stage=chunk if chunks > 1 else None,
             )
         for parameter in part.parameters():
+            on_rank += parameter.numel()
             if stage and getattr(parameter, "shared_embedding", False):
-                built.copied += parameter.numel()
-            elif getattr(parameter, "tensor_model_parallel", False):
-                built.sharded += parameter.numel()
-            else:
-                built.replicated += parameter.numel()
-    return built
+                continue  # the last stage's copy of a tied embedding
+            sharded = getattr(parameter, "tensor_model_parallel", False)
+            together += parameter.numel() * (model.tensor_model_parallel_size if sharded else 1)
+    return on_rank, together
 
 
 def build_stages(
     model: ModelConfig, head: Head, vocab_size: int, world_size: int, head_outputs: int = 1
-) -> list[Built]:
-    """Parameter counts of one rank of each pipeline stage, from real :class:`HeadedGPT` chunks on the meta device.
+) -> tuple[list[int], int]:
+    """Count parameters by real :class:`HeadedGPT` chunks on the meta device.
 
-    Raises RuntimeError in a process that already runs Megatron-Core.
+    Returns those of one rank of each pipeline stage, and those of the whole model, each counted once. Raises
+    RuntimeError in a process that already runs Megatron-Core.
     """
     stages = model.pipeline_model_parallel_size
-    built = []
+    counts = []
     for stage in range(stages):
         with _rank(model, stage * (world_size // stages), world_size):
-            built.append(_build(model, head, vocab_size, head_outputs, stage))
-    return built
-
-
-def whole_model(built: list[Built], tensor: int) -> int:
-    """Parameters of the whole model, each counted once, from the counts per stage."""
-    return sum(part.sharded * tensor + part.replicated for part in built)
+            counts.append(_build(model, head, vocab_size, head_outputs, stage))
+    return [on_rank for on_rank, _ in counts], sum(together for _, together in counts)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import operator
+from dataclasses import astuple, dataclass
 
 from nemo_advrm.config.layout import layers_per_stage
 from nemo_advrm.config.schema import ModelConfig
@@ -38,16 +39,19 @@ class StepTime:
         context: communication of context-parallel ranks.
     """
 
-    flops: float
-    compute: float
-    tensor: float
-    pipeline: float
-    data: float
-    bubble: float
+    flops: float = 0.0
+    compute: float = 0.0
+    tensor: float = 0.0
+    pipeline: float = 0.0
+    data: float = 0.0
+    bubble: float = 0.0
     generate: float = 0.0
     score: float = 0.0
     offload: float = 0.0
     context: float = 0.0
+
+    def __add__(self, other: StepTime) -> StepTime:
+        return StepTime(*map(operator.add, astuple(self), astuple(other)))
 
     @property
     def seconds(self) -> float:
@@ -116,9 +120,9 @@ class Clock:
         part = boundary_bytes(self.model, batch, element_bytes(self.job.cfg))
         return part / (self.gpu.network * 1e9)
 
-    def _training(self, held: Held, microbatches: int) -> StepTime:
+    def _training(self, held: Held) -> StepTime:
         """A training step of one model: forward, twice that backward, and recomputation."""
-        model, batch, replicas = self.model, self.job.training, self.job.replicas
+        model, batch, microbatches = self.model, self.job.training, self.job.microbatches
         stages, chunks = len(self.layers), model.virtual_pipeline_model_parallel_size
         slowest = tensor = context = model_flops = 0.0
         for stage in range(stages):
@@ -135,15 +139,15 @@ class Clock:
         exchange = 2 * chunks * self._exchange_seconds(batch)
         bubble = (stages - 1) / (microbatches * chunks)
         busy = microbatches * (slowest + tensor + context + exchange)
-        flops = model_flops * microbatches * replicas
+        flops = model_flops * microbatches * self.job.replicas
         data = self._data_seconds(held, busy)
         return StepTime(
-            flops,
-            microbatches * slowest,
-            microbatches * tensor,
-            microbatches * exchange,
-            data,
-            busy * bubble,
+            flops=flops,
+            compute=microbatches * slowest,
+            tensor=microbatches * tensor,
+            pipeline=microbatches * exchange,
+            data=data,
+            bubble=busy * bubble,
             context=microbatches * context,
         )
 
@@ -205,36 +209,25 @@ class Clock:
     def step(self) -> StepTime:
         """Time of one step of the job."""
         job = self.job
-        parts: list[StepTime] = []
+        step = StepTime()
         for held in job.models:
             if held.trained:
-                passes = job.cfg.rl.updates_per_rollout if job.rollouts else 1
-                parts += [self._training(held, job.microbatches)] * passes
-        generate = score = flops = 0.0
-        if job.rollouts:
-            generate, flops = self._generation()
-            # log-probabilities of policy and reference, values of the critic, scores of the reward models
-            for held in job.models:
-                seconds, more = self._forward(held.head, job.rollouts, job.scoring)
-                score += held.count * seconds
-                flops += held.count * more
-        return StepTime(
-            sum(p.flops for p in parts) + flops * job.replicas,
-            sum(p.compute for p in parts),
-            sum(p.tensor for p in parts),
-            sum(p.pipeline for p in parts),
-            sum(p.data for p in parts),
-            sum(p.bubble for p in parts),
-            generate,
-            score,
-            self._offload_seconds(),
-            sum(p.context for p in parts),
-        )
+                for _ in range(job.cfg.rl.updates_per_rollout if job.rollouts else 1):
+                    step += self._training(held)
+        if not job.rollouts:
+            return step
+        generate, flops = self._generation()
+        score = 0.0
+        # log-probabilities of policy and reference, values of the critic, scores of the reward models
+        for held in job.models:
+            seconds, more = self._forward(held.head, job.rollouts, job.scoring)
+            score += held.count * seconds
+            flops += held.count * more
+        offload = self._offload_seconds()
+        return step + StepTime(flops=flops * job.replicas, generate=generate, score=score, offload=offload)
 
     def _offload_seconds(self) -> float:
         """Frozen weights are copied once per step (never back), optimizer state in both directions."""
-        if not self.job.rollouts:
-            return 0.0
         memory = rank_memory(self.job, 0)
         moved = memory.frozen if self.model.offload_reference else 0.0
         moved += 2 * memory.optimizer if self.model.offload_optimizer_while_generating else 0.0

@@ -10,7 +10,7 @@ import sys
 
 from nemo_advrm.config.schema import ModelConfig, OptimConfig
 from nemo_advrm.logging_setup import quiet_libraries
-from nemo_advrm.plan.shards import build_stages, whole_model
+from nemo_advrm.plan.shards import build_stages
 
 
 def main() -> None:
@@ -18,13 +18,8 @@ def main() -> None:
     answers = []
     for keys, head, vocabulary, world in json.loads(sys.argv[1]):
         model = ModelConfig(**{**keys, "optim": OptimConfig()})
-        stages = build_stages(model, head, vocabulary, world)
-        answers.append(
-            {
-                "stages": [stage.total for stage in stages],
-                "whole": whole_model(stages, model.tensor_model_parallel_size),
-            }
-        )
+        stages, whole = build_stages(model, head, vocabulary, world)
+        answers.append({"stages": stages, "whole": whole})
     print(json.dumps(answers))
 
 
