@@ -62,7 +62,7 @@ class AdversarialAugmentation:
         self.batch_sampler = dataloader.batch_sampler
         self.ratio = ratio
         self.seed = seed
-        self.pairs = _encode(self.dataset, run_on_rank_zero(_read_pairs_as_data_error, stores, snapshot), render)
+        self.pairs = _encode(self.dataset, run_on_rank_zero(_read_pairs, stores, snapshot), render)
 
     def __len__(self) -> int:
         return len(self.dataloader)
@@ -87,22 +87,18 @@ class AdversarialAugmentation:
         return batch
 
 
-def _read_pairs_as_data_error(stores: Sequence[str | Path], snapshot: Path | None) -> list[AdversarialPair]:
+def _read_pairs(stores: Sequence[str | Path], snapshot: Path | None) -> list[AdversarialPair]:
     try:
-        return _read_pairs(stores, snapshot)
+        if snapshot is not None and snapshot.exists():
+            return PairStore(snapshot).load()
+        pairs = merge(stores)
+        if pairs and snapshot is not None:
+            snapshot.parent.mkdir(parents=True, exist_ok=True)
+            PairStore(snapshot).append(pairs)
     except (UserError, OSError) as error:
         raise DataError(str(error)) from error
-
-
-def _read_pairs(stores: Sequence[str | Path], snapshot: Path | None) -> list[AdversarialPair]:
-    if snapshot is not None and snapshot.exists():
-        return PairStore(snapshot).load()
-    pairs = merge(stores)
     if not pairs:
         raise DataError(f"augmentation.pairs_path={', '.join(map(str, stores))}: the files contain no pairs")
-    if snapshot is not None:
-        snapshot.parent.mkdir(parents=True, exist_ok=True)
-        PairStore(snapshot).append(pairs)
     return pairs
 
 

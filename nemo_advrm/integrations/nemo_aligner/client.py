@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -63,7 +64,7 @@ class EnsembleRewardClient:
         self.wait_seconds = wait_seconds
         self.keep_scored = False  # set by the caller of take(), which empties the list
         self.scored: list[ScoredRollouts] = []
-        self.communicator = _Communicator(self)
+        self.communicator = SimpleNamespace(close=self.close)  # NeMo-Aligner's scripts close it at their end
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="reward")
 
     def infer_rm(self, rollout_batch: Any) -> RewardFuture:
@@ -157,13 +158,3 @@ class RewardValueFuture(FutureResult):
 
     def result(self) -> tuple[Tensor, Tensor]:
         return self._rewards.result().flatten(), self._values()
-
-
-class _Communicator:
-    """The attribute that NeMo-Aligner's scripts close at their end."""
-
-    def __init__(self, client: EnsembleRewardClient) -> None:
-        self._client = client
-
-    def close(self) -> None:
-        self._client.close()
