@@ -1,6 +1,7 @@
 """Checks the header of a GGUF file against the file before anything is built from it.
 
-The readers of ``gguf`` and transformers allocate as many objects and modules as the header says.
+The readers of ``gguf`` and transformers allocate as many objects and modules as the header says. ``gguf.GGUFReader``
+makes an object for each value before anything can be compared, so that it cannot do this check.
 The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 """
 
@@ -97,35 +98,24 @@ class _Header:
 
     def _value(self, kind: int, name: str) -> list[Any]:
         """The numbers of a field, of an array the first ``_MAX_KEPT``; the others are only counted."""
-        if kind in _SCALARS:
-            self._count(1, name)
-            return [self._number(_SCALARS[kind])]
-        if kind == _STRING:
-            self._count(1, name)
-            self._skip(self._number("Q"), name)
-            return []
-        if kind != _ARRAY:
-            raise ValueError(f"{name} has the unknown type {kind}")
-        inner, length = self._number("I"), self._number("Q")
-        self._count(length, name)
-        if inner in _SCALARS:
-            width = struct.calcsize(_SCALARS[inner])
-            kept = min(length, _MAX_KEPT)
-            if length * width > self._left():
-                raise ValueError(f"{name} claims {length} values, the file ends before")
-            values = list(struct.unpack(f"{self._order}{kept}{_SCALARS[inner]}", self._take(kept * width)))
-            self._skip((length - kept) * width, name)
-            return values
-        if inner != _STRING:
-            raise ValueError(f"{name} is an array of the type {inner}, which no model has")
-        for _ in range(length):
-            self._skip(self._number("Q"), name)
-        return []
-
-    def _count(self, values: int, name: str) -> None:
-        self._values += values
+        length = 1
+        if kind == _ARRAY:
+            kind, length = self._number("I"), self._number("Q")
+        self._values += length
         if self._values > _MAX_VALUES:
             raise ValueError(f"{name}: the header has more than {_MAX_VALUES} values")
+        if kind == _STRING:
+            for _ in range(length):
+                self._skip(self._number("Q"), name)
+            return []
+        if kind not in _SCALARS:
+            raise ValueError(f"{name} has values of the type {kind}, which no model has")
+        width, kept = struct.calcsize(_SCALARS[kind]), min(length, _MAX_KEPT)
+        if length * width > self._left():
+            raise ValueError(f"{name} claims {length} values, the file ends before")
+        values = list(struct.unpack(f"{self._order}{kept}{_SCALARS[kind]}", self._take(kept * width)))
+        self._skip((length - kept) * width, name)
+        return values
 
     def _name(self) -> str:
         length = self._number("Q")
