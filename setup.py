@@ -23,6 +23,7 @@ INSTALL = [
     "omegaconf>=2.3.0,<2.4",
     "datasets>=5.2.0,<6",
     "transformers>=5.23.0,<6",
+    "huggingface_hub>=2.4.0,<3",
     "tokenizers>=0.23.3,<0.24",
     "accelerate>=1.15,<2",  # transformers opens a model without its weights by it, to check what they are
     "einops>=0.8.2,<0.9",

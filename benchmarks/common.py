@@ -156,10 +156,10 @@ def copy_weights(model: MegatronModel, weights: dict[str, torch.Tensor]) -> None
     llama = next(table for table in ARCHITECTURES if table.family == "Llama")
     parameters = dict(model.parts[0].named_parameters())
     with torch.no_grad():
-        for name in canonical_shapes(model.model_config, model.head, model.vocab_size):
-            entry = llama.entry(name)
-            assert entry is not None, name
-            transform, theirs = entry
+        for name, shape in canonical_shapes(model.model_config, model.head, model.vocab_size).items():
+            found = llama.parts(name, shape, model.model_config)
+            assert found is not None, name
+            transform, theirs = found
             # without Transformer Engine the norms are layers of their own
             parameter = name.replace(ATTENTION_NORM, "input_layernorm.").replace(MLP_NORM, "pre_mlp_layernorm.")
             parameters.pop(parameter).copy_(transform.merge([weights[part] for part in theirs], model.model_config))

@@ -22,8 +22,7 @@ from nemo_advrm.config.schema import ConvertConfig, ModelConfig
 from nemo_advrm.convert.architecture_tables import ARCHITECTURES
 from nemo_advrm.convert.hf_config import hf_config
 from nemo_advrm.convert.safetensors_files import ShardWriter
-from nemo_advrm.convert.tensor_names import canonical_shapes
-from nemo_advrm.convert.tensors import TensorSpec
+from nemo_advrm.convert.tensor_names import TensorSpec, canonical_shapes
 
 LIMIT_BYTES = 10**9
 
@@ -48,10 +47,9 @@ def generate(directory: Path, model: ModelConfig, shard_bytes: int) -> int:
     table = ARCHITECTURES[0]
     specs: dict[str, TensorSpec] = {}
     for name, shape in canonical_shapes(model, "lm", model.vocab_size).items():
-        entry = table.entry(name)
-        assert entry is not None
-        parts = entry[0].split(torch.empty(shape, device="meta"), model)
-        specs |= {n: TensorSpec(tuple(t.shape), torch.bfloat16) for n, t in zip(entry[1], parts, strict=True)}
+        found = table.parts(name, shape, model)
+        assert found is not None
+        specs |= {theirs: TensorSpec(part, torch.bfloat16) for theirs, part in found[1].items()}
     writer = ShardWriter(specs, shard_bytes)
     directory.mkdir()
     writer.open(directory)

@@ -58,6 +58,12 @@ def one_line(text: object, limit: int = 300) -> str:
     return line if len(line) <= limit else f"{line[: limit - 3]}..."
 
 
+def list_names(what: str, names: list[str], most: int = 8) -> str:
+    """Return "``what`` a, b, c and 12 more", or "" without names."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{what} {', '.join(names[:most])}{more}" if names else ""
+
+
 def printable(text: object) -> str:
     """``text`` with control characters escaped: names chosen by others may contain line ends or terminal commands."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))

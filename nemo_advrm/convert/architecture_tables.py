@@ -10,7 +10,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from nemo_advrm.convert.tensor_names import ATTENTION_NORM, MLP_NORM
+import torch
+
+from nemo_advrm.config.schema import ModelConfig
+from nemo_advrm.convert.tensor_names import ATTENTION_NORM, MLP_NORM, Shape, layer_of
 from nemo_advrm.convert.transforms import COPY, GATE_UP, QKV, Transform
 
 
@@ -50,13 +53,18 @@ class Architecture:
     windows: str = ""
     derived: Callable[[dict[str, Any]], dict[str, Any]] = lambda _: {}
 
-    def entry(self, name: str) -> tuple[Transform, tuple[str, ...]] | None:
-        """Return the transform and the Hugging Face names of a canonical tensor; None when it has no such tensor."""
-        layer = re.search(r"\.layers\.(\d+)\.", name)
-        pattern = name.replace(layer[0], ".layers.*.") if layer else name
+    def parts(self, name: str, shape: Shape, model: ModelConfig) -> tuple[Transform, dict[str, Shape]] | None:
+        """Return the transform of a canonical tensor, and the names and shapes of the Hugging Face tensors.
+
+        None when the architecture has no such tensor.
+        """
+        layer = layer_of(name)
+        pattern = name if layer is None else name.replace(f".{layer}.", ".*.", 1)
         for entry in self.entries:
             if entry.ours == pattern:
-                return entry.transform, tuple(n.replace("*", layer[1]) if layer else n for n in entry.theirs)
+                split = entry.transform.split(torch.empty(shape, device="meta"), model)
+                names = (theirs.replace("*", str(layer)) for theirs in entry.theirs)
+                return entry.transform, {n: tuple(part.shape) for n, part in zip(names, split, strict=True)}
         return None
 
 

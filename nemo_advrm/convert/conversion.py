@@ -9,14 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
 
 from nemo_advrm import __version__
 from nemo_advrm.config.layout import at_layout, validate_layout
 from nemo_advrm.config.schema import Config, ConvertConfig
+from nemo_advrm.config.schema_commands import FORMATS
 from nemo_advrm.config.validation import check_fields
-from nemo_advrm.convert.safetensors_files import parse_size
-from nemo_advrm.convert.tensors import TensorSink, TensorSource, TensorSpec
+from nemo_advrm.convert.tensor_names import TensorSpec
+from nemo_advrm.convert.tensors import TensorSink, TensorSource
 from nemo_advrm.data.tokenizers import build_tokenizer
 from nemo_advrm.data.vocabulary import check_vocabulary
 from nemo_advrm.engine.feature_file import FILE, refuse_features
@@ -24,7 +26,6 @@ from nemo_advrm.errors import CheckpointError, ConfigError, DataError
 from nemo_advrm.untrusted_files import read_json_object, read_yaml
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-FORMATS = ("hf", "megatron", "nemo")
 _MEMBER = re.compile(r"/round_(\d+)/rm_(\d+)/model$")  # path of a reward model in a pipeline's run directory
 
 
@@ -33,13 +34,13 @@ def check_settings(cfg: ConvertConfig) -> None:
     check_fields(cfg)
     for key, value in (("from", cfg.from_), ("to", cfg.to)):
         if not value:
-            raise ConfigError(f"{key} is not set: {key}={' | '.join(FORMATS)}")
+            raise ConfigError(f"{key} is not set: {key}={' | '.join(filter(None, FORMATS))}")
     for key, value in (("path", cfg.path), ("out", cfg.out)):
         if not value and not (key == "out" and cfg.dry_run):
             raise ConfigError(f"{key} is not set")
     try:
-        parse_size(cfg.max_shard_size)
-    except ValueError:
+        split_torch_state_dict_into_shards({}, max_shard_size=cfg.max_shard_size)  # parses it
+    except (ValueError, OverflowError):
         raise ConfigError(f"max_shard_size={cfg.max_shard_size}: not a size such as 5GB or 500MB") from None
     if cfg.tokenizer and not Path(cfg.tokenizer).exists():
         raise ConfigError(f"tokenizer={cfg.tokenizer}: there is no such file or directory")
@@ -48,60 +49,36 @@ def check_settings(cfg: ConvertConfig) -> None:
 def open_source(cfg: ConvertConfig) -> TensorSource:
     """Open the checkpoint ``path`` in the format ``from``. Raises CheckpointError when it cannot be converted."""
     path, tokenizer = Path(cfg.path), Path(cfg.tokenizer) if cfg.tokenizer else None
-    source: TensorSource
     if cfg.from_ == "hf":
         from nemo_advrm.convert.hf_source import HFSource
 
-        source = HFSource(path, tokenizer)
-    elif cfg.from_ == "megatron":
+        return HFSource(path, tokenizer)
+    if cfg.from_ == "megatron":
         from nemo_advrm.convert.megatron_checkpoint import MegatronSource
 
         refuse_features(path, cfg.drop_reference_features)
-        source = MegatronSource(path, tokenizer)
-    else:
-        from nemo_advrm.convert.nemo_file import NemoSource
+        return MegatronSource(path, tokenizer)
+    from nemo_advrm.convert.nemo_file import NemoSource
 
-        source = NemoSource(path, tokenizer)
-    return source
+    return NemoSource(path, tokenizer)
 
 
-def open_sink(cfg: ConvertConfig, source: TensorSource) -> TensorSink:
+def _open_sink(cfg: ConvertConfig, source: TensorSource, specs: dict[str, TensorSpec]) -> TensorSink:
     """Return the writer of ``out`` in the format ``to``; checks everything and writes nothing."""
-    specs = target_specs(cfg, source)
     out = Path(cfg.out or f"{cfg.path}.{cfg.to}")
     if out.absolute() == source.path.absolute():
         raise CheckpointError(f"{out}: is also the checkpoint to convert")
-    sink: TensorSink
     if cfg.to == "hf":
-        from nemo_advrm.convert.hf_sink import HEAD_BIAS, HFSink
-        from nemo_advrm.convert.nemo_tokenizer_files import check_exportable
+        from nemo_advrm.convert.hf_sink import HFSink
 
-        check_exportable(source.description.tokenizer)
-        sink = HFSink(
-            out,
-            source.description,
-            specs,
-            head_bias=source.read(HEAD_BIAS) if HEAD_BIAS in specs else None,
-            drop_head_bias=cfg.drop_head_bias,
-            architecture=cfg.architecture,
-            max_shard_bytes=parse_size(cfg.max_shard_size),
-        )
-    elif cfg.to == "megatron":
+        return HFSink(out, source, specs, cfg)
+    if cfg.to == "megatron":
         from nemo_advrm.convert.megatron_checkpoint import MegatronSink
 
-        sink = MegatronSink(out, source.description, specs)
-    else:
-        from nemo_advrm.convert.nemo_file import NemoSink
+        return MegatronSink(out, source, specs, cfg)
+    from nemo_advrm.convert.nemo_file import NemoSink
 
-        sink = NemoSink(out, source.description, specs)
-    return sink
-
-
-def target_specs(cfg: ConvertConfig, source: TensorSource) -> dict[str, TensorSpec]:
-    """Return the specs of the source's tensors with the data type ``dtype``."""
-    dtype = DTYPES.get(cfg.dtype)
-    specs = source.tensors()
-    return {name: replace(spec, dtype=dtype or spec.dtype) for name, spec in specs.items()}
+    return NemoSink(out, source, specs, cfg)
 
 
 def convert(cfg: ConvertConfig, report: Any = print) -> None:
@@ -117,12 +94,13 @@ def convert(cfg: ConvertConfig, report: Any = print) -> None:
         source.description.provenance |= {"converted_by": f"nemo_advrm {__version__}", **_card_facts(cfg)}
         _check_vocabulary(source)
         _lay_out(cfg, source)
-        sink = open_sink(cfg, source)
+        dtype = DTYPES.get(cfg.dtype)
+        specs = {name: replace(spec, dtype=dtype or spec.dtype) for name, spec in source.specs.items()}
+        sink = _open_sink(cfg, source, specs)
         for line in _summary(cfg, source, sink):
             report(line)
         if cfg.dry_run:
             return
-        specs = target_specs(cfg, source)
         try:
             with sink:
                 for name, spec in specs.items():
@@ -217,7 +195,7 @@ def _config_facts(run: Path) -> dict[str, Any]:
 
 
 def _summary(cfg: ConvertConfig, source: TensorSource, sink: TensorSink) -> Iterator[str]:
-    specs = source.tensors()
+    specs = source.specs
     if cfg.dry_run:
         for name, spec in specs.items():
             yield f"{source.native(name)} -> {sink.native(name)} {list(spec.shape)}"

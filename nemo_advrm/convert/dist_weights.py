@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import io
 import itertools
-from collections.abc import Iterable
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
@@ -30,9 +30,18 @@ from torch.distributed.checkpoint.planner import LoadPlan, ReadItem, SavePlan, T
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.storage import WriteResult
 
-from nemo_advrm.convert.tensor_names import LAYERS_WITH_EXTRA_STATE, layer_of, stacked_name
-from nemo_advrm.convert.tensors import TensorSpec
-from nemo_advrm.engine.file_readers import WeightsReader
+from nemo_advrm.config.schema import ModelConfig
+from nemo_advrm.convert.tensor_names import (
+    LAYERS_WITH_EXTRA_STATE,
+    VOCABULARY_ROWS,
+    TensorSpec,
+    canonical_shapes,
+    layer_of,
+    stacked_name,
+)
+from nemo_advrm.convert.tensors import TensorSource
+from nemo_advrm.engine.file_readers import WeightsReader, reason
+from nemo_advrm.engine.gpt import Head
 from nemo_advrm.errors import CheckpointError
 
 PREFIX = "model."  # of the keys of a model in a checkpoint
@@ -88,6 +97,34 @@ class StackedReader:
         return target.reshape(spec.shape)
 
 
+class StackedSource(TensorSource):
+    """A source whose weights are read by ``_reader``. Padded rows of the vocabulary are not converted."""
+
+    _reader: StackedReader
+    _renamed: ClassVar[dict[str, str]] = {}  # canonical name -> name in the file
+
+    def read(self, name: str) -> Tensor:
+        try:
+            tensor = self._reader.read(name)
+        except Exception as error:  # torch raises many types for a damaged file
+            raise CheckpointError(f"{self.path}: {name} could not be read ({reason(error)})") from None
+        return tensor[: self.specs[name].shape[0]] if name in VOCABULARY_ROWS else tensor
+
+    def native(self, name: str) -> str:
+        return stored_place(self._renamed.get(name, name))
+
+    def _specs(self, model: ModelConfig, head: Head, outputs: int) -> dict[str, TensorSpec]:
+        """Return the specs of the tensors to convert, with a head of ``outputs`` outputs."""
+        shapes = canonical_shapes(model, head, model.vocab_size, outputs)
+        return {name: TensorSpec(shape, self._reader.specs[name].dtype) for name, shape in shapes.items()}
+
+
+def stored_place(name: str) -> str:
+    """Return the key and, in brackets, the layer of a tensor in a ``weights`` directory."""
+    layer = layer_of(name)
+    return PREFIX + stacked_name(name) + ("" if layer is None else f"[{layer}]")
+
+
 class _CopyIntoTensor(DefaultLoadPlanner):
     """Copies the chunks that are read into one tensor."""
 
@@ -134,39 +171,45 @@ class StackedWriter:
         self._results: list[WriteResult] = []
         self._numbers = itertools.count()
 
-    def write(self, name: str, tensor: Tensor) -> str:
-        """Write one tensor and return the name of its file. Raises ValueError when its shape differs from its spec."""
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Write one tensor into a file of its own. Raises ValueError when its shape differs from its spec."""
         if tuple(tensor.shape) != self._specs[name].shape:
             raise ValueError(f"{name} is {list(tensor.shape)} but should be {list(self._specs[name].shape)}")
-        layer = layer_of(name)
-        if layer is not None:
-            tensor = tensor.unsqueeze(0)
-        chunk = _chunk(layer, tensor.shape)
-        data = TensorWriteData(chunk, TensorProperties(dtype=tensor.dtype), _whole(layer, self._layers, tensor.shape))
-        index = MetadataIndex(PREFIX + stacked_name(name), chunk.offsets, layer or 0)
-        return self._put([WriteItem(index, WriteItemType.SHARD, tensor_data=data)], tensor.contiguous())
+        key, chunk, whole = self._place(name)
+        data = TensorWriteData(chunk, TensorProperties(dtype=tensor.dtype), whole)
+        index = MetadataIndex(key, chunk.offsets, layer_of(name) or 0)
+        item = WriteItem(index, WriteItemType.SHARD, tensor_data=data)
+        self._put([item], tensor.reshape(chunk.sizes).contiguous())
 
     def close(self) -> None:
         """Write the (empty) extra states that Megatron expects for its linear layers, and the metadata."""
         empty = io.BytesIO()
         torch.save([None], empty)
-        states = list(_extra_states(self._layers))
+        states = [
+            f"{PREFIX}{_LAYERS}{module}._extra_state/shard_{layer}_{self._layers}"
+            for module, layer in itertools.product(LAYERS_WITH_EXTRA_STATE, range(self._layers))
+        ]
         self._put([WriteItem(MetadataIndex(key), WriteItemType.BYTE_IO) for key in states], empty)
-        stored: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {k: BytesStorageMetadata() for k in states}
+        tensors: dict[str, TensorStorageMetadata] = {}
         for name, spec in self._specs.items():
-            layer, key = layer_of(name), PREFIX + stacked_name(name)
-            shape = torch.Size(spec.shape if layer is None else (1, *spec.shape))
-            if key not in stored:
-                size = _whole(layer, self._layers, shape)
-                stored[key] = TensorStorageMetadata(TensorProperties(dtype=spec.dtype), size, [])
-            whole = stored[key]
-            assert isinstance(whole, TensorStorageMetadata)
-            whole.chunks.append(_chunk(layer, shape))
+            key, chunk, whole = self._place(name)
+            properties = TensorProperties(dtype=spec.dtype)
+            tensors.setdefault(key, TensorStorageMetadata(properties, whole, [])).chunks.append(chunk)
+        stored = {key: BytesStorageMetadata() for key in states} | tensors
         self._writer.finish(Metadata(stored), [self._results])
         torch.save({}, self._directory / "common.pt")
         save_config(CheckpointingConfig("torch_dist"), str(self._directory))
 
-    def _put(self, items: list[WriteItem], data: Tensor | io.BytesIO) -> str:
+    def _place(self, name: str) -> tuple[str, ChunkStorageMetadata, torch.Size]:
+        """Return the key of a tensor, its chunk, and the size of the whole stack of layers."""
+        key, shape, layer = PREFIX + stacked_name(name), torch.Size(self._specs[name].shape), layer_of(name)
+        start = [0] * len(shape)
+        if layer is None:
+            return key, ChunkStorageMetadata(torch.Size(start), shape), shape
+        chunk = ChunkStorageMetadata(torch.Size((layer, *start)), torch.Size((1, *shape)))
+        return key, chunk, torch.Size((self._layers, *shape))
+
+    def _put(self, items: list[WriteItem], data: Tensor | io.BytesIO) -> None:
         plan = SavePlan(items, storage_data=_StoragePrefix(f"__{next(self._numbers)}_"))
         try:
             self._results += self._writer.write_data(plan, _SingleItemPlanner(data)).wait()
@@ -175,17 +218,3 @@ class StackedWriter:
             if isinstance(error.__context__, OSError):
                 raise error.__context__ from error
             raise
-        return str(self._results[-1].storage_data.relative_path)
-
-
-def _chunk(layer: int | None, shape: torch.Size) -> ChunkStorageMetadata:
-    return ChunkStorageMetadata(torch.Size((layer or 0, *([0] * (len(shape) - 1)))), torch.Size(shape))
-
-
-def _whole(layer: int | None, layers: int, shape: torch.Size) -> torch.Size:
-    return torch.Size(shape if layer is None else (layers, *shape[1:]))
-
-
-def _extra_states(layers: int) -> Iterable[str]:
-    for module, layer in itertools.product(LAYERS_WITH_EXTRA_STATE, range(layers)):
-        yield f"{PREFIX}{_LAYERS}{module}._extra_state/shard_{layer}_{layers}"

@@ -9,10 +9,10 @@ from typing import Any
 from nemo_advrm.config.schema import ModelConfig
 from nemo_advrm.convert import hf_directory
 from nemo_advrm.convert.architecture_tables import ARCHITECTURES, Architecture
+from nemo_advrm.convert.tensor_names import with_all_sizes
 from nemo_advrm.engine.architecture import first_difference
 from nemo_advrm.engine.gpt import Head
-from nemo_advrm.engine.transformer import ffn_size, head_size, query_groups
-from nemo_advrm.errors import CheckpointError
+from nemo_advrm.errors import CheckpointError, one_line
 from nemo_advrm.nearest_name import nearest_name
 
 CLASSES: dict[str, Head] = {"ForCausalLM": "lm", "ForSequenceClassification": "reward"}
@@ -52,20 +52,6 @@ _IRRELEVANT_KEYS = (
     "return_dict",
     "transformers_version",
 )
-# ModelConfig values of every architecture unless its table overrides them
-_COMMON_SETTINGS = {
-    "normalization": "RMSNorm",
-    "activation": "swiglu",
-    "position_embedding_type": "rope",
-    "bias": False,
-    "qkv_bias": False,
-    "qk_layernorm": False,
-    "post_norms": False,
-    "attention_softcap": 0.0,
-    "logit_softcap": 0.0,
-    "embedding_scale": 1.0,
-    "query_scale": 0.0,
-}
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -81,7 +67,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     try:
         config = AutoConfig.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False).to_dict()
     except Exception as error:  # transformers raises many types for a wrong value
-        raise CheckpointError(f"{path}: {' '.join(str(error).split())[:300]}") from None
+        raise CheckpointError(f"{path}: {one_line(error, 300)}") from None
     if hf_directory.is_classifier(raw) and (labels := hf_directory.labels(path, raw)) != 1:
         raise CheckpointError(f"{path}: a reward model must have one label, this classifier has {labels}")
     return without_irrelevant_keys(config, raw["architectures"])
@@ -100,7 +86,7 @@ def check_config(config: dict[str, Any]) -> None:
     try:
         AutoConfig.for_model(**config)
     except Exception as error:  # transformers raises many types for a wrong value
-        raise CheckpointError(f"transformers refuses the configuration: {' '.join(str(error).split())[:300]}") from None
+        raise CheckpointError(f"transformers refuses the configuration: {one_line(error, 300)}") from None
 
 
 def find_architecture(config: dict[str, Any], where: str) -> tuple[Architecture, Head]:
@@ -129,7 +115,8 @@ def model_config(table: Architecture, config: dict[str, Any], where: str) -> Mod
     config = {"num_key_value_heads": heads, "head_dim": config["hidden_size"] // heads} | {
         key: value for key, value in config.items() if value is not None
     }
-    settings: dict[str, Any] = _COMMON_SETTINGS | table.fixed
+    # what neither the table nor config.json names has ModelConfig's defaults, which are Llama's
+    settings = dict(table.fixed)
     types = {f.name: f.type for f in fields(ModelConfig)}
     for theirs, ours in (*_SHARED, *table.keys):
         value = config.get(theirs, 0)
@@ -161,20 +148,15 @@ def hf_config(table: Architecture, model: ModelConfig, head: Head, base: dict[st
     longest = config.get("max_position_embeddings") or 0
     config |= {"model_type": table.model_type, "architectures": [table.family + suffix]}
     config |= {key: wanted for key, wanted in table.required.items() if wanted is not False}
-    explicit = {
-        "ffn_hidden_size": ffn_size(model),
-        "num_query_groups": query_groups(model),
-        "kv_channels": head_size(model),
-    }
-    for theirs, ours in (*_SHARED, *table.keys):
-        config[theirs] = explicit.get(ours, getattr(model, ours))
+    whole = with_all_sizes(model)
+    config |= {theirs: getattr(whole, ours) for theirs, ours in (*_SHARED, *table.keys)}
     # rotary positions have no table, so training on shorter sequences does not reduce the model's maximum
     config["max_position_embeddings"] = max(longest, model.encoder_seq_length)
     for cap in ("attn_logit_softcapping", "final_logit_softcapping"):
         if cap in config:
             config[cap] = config[cap] or None
     if "query_pre_attn_scalar" in config:  # transformers accepts only integers
-        config["query_pre_attn_scalar"] = int(model.query_scale or head_size(model))
+        config["query_pre_attn_scalar"] = int(model.query_scale or whole.kv_channels)
     config["rope_parameters"] = _rope_parameters(table, model)
     if table.partial_rotary:
         config["partial_rotary_factor"] = model.rotary_percent

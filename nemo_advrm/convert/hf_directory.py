@@ -17,9 +17,9 @@ from typing import Any
 from torch import nn
 
 from nemo_advrm.data.attributes import check_attributes
-from nemo_advrm.errors import CheckpointError
+from nemo_advrm.errors import CheckpointError, list_names, one_line
 from nemo_advrm.hf_limits import check_counts
-from nemo_advrm.untrusted_files import read_json
+from nemo_advrm.untrusted_files import read_json_object
 
 CLASSIFIER = "ForSequenceClassification"
 _ADAPTER = re.compile(r"adapter_(config\.json|model.*)|non_lora_trainables\.bin|lora.*")
@@ -54,18 +54,13 @@ _TENSORS = (
 
 @dataclass(frozen=True)
 class HFDirectory:
-    """Facts about a transformers reward model, from its files.
+    """Limits of a transformers reward model.
 
     Attributes:
-        config: content of config.json.
-        outputs: number of outputs of the head.
         vocabulary: number of rows of the embedding.
         longest: maximum number of tokens of a sequence; 0 without a limit.
     """
 
-    path: Path
-    config: dict[str, Any]
-    outputs: int
     vocabulary: int
     longest: int
 
@@ -83,12 +78,7 @@ def read_config(path: Path) -> dict[str, Any]:
             f"{where}: contains a LoRA adapter ({', '.join(adapters)}), which is not applied: merge it into the "
             "weights first (PEFT: merge_and_unload, then save_pretrained into another directory)"
         )
-    try:
-        config = read_json(path / "config.json")
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{where}: not a transformers model (config.json: {error})") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{where}: not a transformers model (config.json is not a JSON object)")
+    config = read_json_object(path / "config.json", what=f"{where}: not a transformers model")
     if config.get("quantization_config"):
         raise CheckpointError(
             f"{path / 'config.json'}: the weights are quantised (quantization_config); use the full-precision model"
@@ -119,13 +109,12 @@ def read_classifier(path: Path, attributes: tuple[float, ...] = ()) -> HFDirecto
         names = config.get("architectures") or ()
         kind = str(names[0]) if names else "a model without a head"
         raise CheckpointError(f"hf:{path}: is {kind}, not a reward model (*{CLASSIFIER})")
-    outputs = labels(path / "config.json", config)
-    check_attributes(f"hf:{path}", outputs, attributes)
+    check_attributes(f"hf:{path}", labels(path / "config.json", config), attributes)
     if not any(path.glob("*.safetensors")):
         raise CheckpointError(f"hf:{path}: no .safetensors files (pickled weights are not opened: convert them first)")
     _check_formats(path)
     model = load_classifier(path, device_map="meta")
-    return HFDirectory(path, config, outputs, _rows(model), _longest(model))
+    return HFDirectory(int(model.get_input_embeddings().weight.size(0)), _longest(model))
 
 
 def load_classifier(path: Path, **options: Any) -> Any:
@@ -147,7 +136,7 @@ def load_classifier(path: Path, **options: Any) -> Any:
                 **options,
             )
     except Exception as error:  # OSError, ValueError, RuntimeError, safetensors' own
-        raise CheckpointError(f"hf:{path}: could not be read: {' '.join(str(error).split())[:300]}") from error
+        raise CheckpointError(f"hf:{path}: could not be read: {one_line(error, 300)}") from error
     lost = sorted(found["missing_keys"])
     if lost:  # transformers would initialise them at random
         raise CheckpointError(f"hf:{path}: the weights have no {', '.join(lost[:5])} ({len(lost)} tensors missing)")
@@ -156,18 +145,13 @@ def load_classifier(path: Path, **options: Any) -> Any:
         raise CheckpointError(f"hf:{path}: sizes differ from config.json: {'; '.join(sorted(wrong)[:5])}")
     left = sorted(found["unexpected_keys"])
     if left:
-        raise CheckpointError(f"hf:{path}: {type(model).__name__} does not have {explain_tensors(left)}")
+        names = list_names(f"{type(model).__name__} does not have", list(map(explain_tensor, left)), most=5)
+        raise CheckpointError(f"hf:{path}: {names}")
     return model
 
 
-def explain_tensors(names: list[str]) -> str:
-    """Return up to 5 names of tensors that a model does not have, each with its explanation if there is one."""
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return ", ".join(map(explain_tensor, names[:5])) + more
-
-
 def explain_tensor(name: str) -> str:
-    """Return the name of a tensor, with an explanation in brackets if its name is known."""
+    """Return the name of a tensor that a model does not have, with an explanation in brackets if its name is known."""
     meaning = next((what for pattern, what in _TENSORS if pattern.search(name)), "")
     return f"{name} ({meaning})" if meaning else name
 
@@ -260,10 +244,6 @@ def _check_formats(path: Path) -> None:
         scaled = not spec.dtype.is_floating_point or spec.dtype.itemsize == 1
         if scaled and name.endswith(("weight", "bias")):
             raise CheckpointError(f"hf:{path}: {name} is stored as {spec.dtype}: quantised weights are not supported")
-
-
-def _rows(model: Any) -> int:
-    return int(model.get_input_embeddings().weight.size(0))
 
 
 def _longest(model: Any) -> int:

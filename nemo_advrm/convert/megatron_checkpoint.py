@@ -5,25 +5,21 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import yaml
 from torch import Tensor
 
-from nemo_advrm.config.schema import ModelConfig, OptimConfig, ScheduleConfig
-from nemo_advrm.convert.differences import check_layers, check_tensors, list_names
-from nemo_advrm.convert.dist_weights import StackedReader, StackedWriter
-from nemo_advrm.convert.partial import PartialDirectory
-from nemo_advrm.convert.tensor_names import VOCABULARY_ROWS, canonical_shapes, layer_of, stacked_name
-from nemo_advrm.convert.tensors import Description, TensorSpec
+from nemo_advrm.config.schema import ConvertConfig, ModelConfig, OptimConfig, ScheduleConfig
+from nemo_advrm.convert.differences import check_tensors, head_outputs
+from nemo_advrm.convert.dist_weights import StackedReader, StackedSource, StackedWriter, stored_place
+from nemo_advrm.convert.tensor_names import TensorSpec, canonical_shapes
+from nemo_advrm.convert.tensors import Description, TensorSink, TensorSource
 from nemo_advrm.convert.tokenizer_files import check_tokenizer, copy_tokenizer
-from nemo_advrm.convert.transforms import pad_vocabulary, unpad_vocabulary
 from nemo_advrm.data.reading import KEY, ReadingRule, rule_from_meta
 from nemo_advrm.data.tokenizers import Tokenizer, build_tokenizer
 from nemo_advrm.engine import manifest
 from nemo_advrm.engine.checkpoint import FORMAT, WEIGHTS, read_meta
-from nemo_advrm.engine.file_readers import reason
 from nemo_advrm.engine.model import padded_vocab_size
 from nemo_advrm.engine.weights_metadata import open_metadata
 from nemo_advrm.errors import CheckpointError, ConfigError, DataError
@@ -47,7 +43,7 @@ _STRUCTURE = (
 )
 
 
-class MegatronSource:
+class MegatronSource(StackedSource):
     """Reads a checkpoint written by training or conversion at any layout; ignores optimizer state.
 
     Raises CheckpointError when it is incomplete, a file size differs from its manifest (if it has one), or its tensors
@@ -60,21 +56,22 @@ class MegatronSource:
         problem = manifest.small_damage(path, except_for="meta.json") if (path / manifest.NAME).exists() else None
         if problem is not None:
             raise CheckpointError(f"{path}: could not be read ({problem})")
-        model = read_model(meta, path)
+        model, head = read_model(meta, path), meta["head"]
         self._reader = StackedReader(path / WEIGHTS, open_metadata(path / WEIGHTS))
-        self.tokenizer = tokenizer or _tokenizer_of(path, meta)
+        named = tokenizer or _tokenizer_of(path, meta)
         rule = rule_from_meta(meta, path)
-        own = _open_tokenizer(model, self.tokenizer, rule)
+        own = _open_tokenizer(model, named, rule)
         if own is not None and tokenizer is None and meta.get("tokenizer") not in (None, own.fingerprint):
             raise CheckpointError(f"{path}: the tokenizer {own.name} has changed since training: set tokenizer=DIR")
-        self._vocabulary = model.vocab_size or _vocabulary_of(path, meta, model, own)
-        # padded rows are never used, so they are not converted
-        self._specs = self._check(meta, model)
+        vocabulary = model.vocab_size or _vocabulary_of(path, meta, model, own)
+        check_tensors(path, self._reader.specs, model, head, meta["vocab_size"])
+        model = replace(model, vocab_size=vocabulary)
+        self.specs = self._specs(model, head, head_outputs(self._reader.specs))
         self.description = Description(
-            model=replace(model, vocab_size=self._vocabulary),
-            head=meta["head"],
-            tokenizer=self.tokenizer,
-            hf_config=_hf_config_of(path, self.tokenizer),
+            model=model,
+            head=head,
+            tokenizer=named,
+            hf_config=_hf_config_of(path, named),
             rule=rule,
             provenance={
                 **meta.get("conversion", {}),
@@ -83,77 +80,38 @@ class MegatronSource:
             },
         )
 
-    def _check(self, meta: dict[str, Any], model: ModelConfig) -> dict[str, TensorSpec]:
-        stored = self._reader.specs
-        check_layers(self.path, model, stored)
-        outputs = stored["head.weight"].shape[0] if "head.weight" in stored else 1
-        padded = canonical_shapes(model, meta["head"], meta["vocab_size"], outputs)
-        check_tensors(self.path, stored, padded)
-        unpadded = canonical_shapes(model, meta["head"], self._vocabulary, outputs)
-        return {name: TensorSpec(shape, stored[name].dtype) for name, shape in unpadded.items()}
 
-    def tensors(self) -> dict[str, TensorSpec]:
-        return self._specs
-
-    def read(self, name: str) -> Tensor:
-        try:
-            tensor = self._reader.read(name)
-        except Exception as error:  # torch raises many types for a damaged file
-            raise CheckpointError(f"{self.path}: {name} could not be read ({reason(error)})") from None
-        return unpad_vocabulary(tensor, self._vocabulary) if name in VOCABULARY_ROWS else tensor
-
-    def native(self, name: str) -> str:
-        return _native(name)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Do nothing: files are open only while a tensor is read."""
-
-
-class MegatronSink:
+class MegatronSink(TensorSink):
     """Writes a checkpoint that :mod:`nemo_advrm.engine.checkpoint` opens at any layout.
 
     It also writes ``tokenizer/`` and ``hf_config.json``, which use and later export of the checkpoint need.
     """
 
-    def __init__(self, path: Path, description: Description, specs: dict[str, TensorSpec]) -> None:
-        self.path = path
-        self._description = description
-        self._model = replace(description.model)
-        self._rows = padded_vocab_size(self._model, 0)
-        outputs = specs["head.weight"].shape[0] if "head.weight" in specs else 1
-        shapes = canonical_shapes(self._model, description.head, self._rows, outputs)
+    def __init__(self, path: Path, source: TensorSource, specs: dict[str, TensorSpec], _: ConvertConfig) -> None:
+        self._description = about = source.description
+        self._model = replace(about.model)
+        self._outputs = head_outputs(specs)
+        rows = padded_vocab_size(self._model, 0)
+        shapes = canonical_shapes(self._model, about.head, rows, self._outputs)
         assert shapes.keys() == specs.keys(), shapes.keys() ^ specs.keys()
-        self._specs = {name: TensorSpec(shape, specs[name].dtype) for name, shape in shapes.items()}
-        self._left = set(self._specs)
-        self.nbytes = sum(spec.nbytes for spec in self._specs.values())
-        self._outputs = outputs
-        if description.tokenizer is not None:
-            check_tokenizer(description.tokenizer)
-        self._directory = PartialDirectory(path, self.nbytes)
-        self._writer: StackedWriter | None = None
+        self._padded = {name: TensorSpec(shape, specs[name].dtype) for name, shape in shapes.items()}
+        if about.tokenizer is not None:
+            check_tokenizer(about.tokenizer)
+        super().__init__(path, specs, rows, sum(spec.nbytes for spec in self._padded.values()))
 
     def native(self, name: str) -> str:
-        return _native(name)
+        return stored_place(name)
 
-    def write(self, name: str, tensor: Tensor) -> None:
-        assert self._writer is not None
-        if name not in self._left:
-            raise CheckpointError(f"{self.path}: {name} is unexpected or was written twice")
-        self._left.remove(name)
-        self._writer.write(name, pad_vocabulary(tensor, self._rows) if name in VOCABULARY_ROWS else tensor)
+    def _open(self, partial: Path) -> None:
+        (partial / WEIGHTS).mkdir()
+        self._writer = StackedWriter(partial / WEIGHTS, self._model.num_layers, self._padded)
 
-    def close(self) -> None:
-        if self._left:
-            raise CheckpointError(f"{self.path}: {list_names('tensors that were not written:', sorted(self._left))}")
-        assert self._writer is not None
+    def _put(self, name: str, tensor: Tensor) -> None:
+        self._writer.write(name, tensor)
+
+    def _complete(self, partial: Path) -> Path:
         self._writer.close()
-        self._writer = None
-        partial, about = self._directory.partial, self._description
+        about = self._description
         tokenizer = {}
         if about.tokenizer is not None:
             copy_tokenizer(about.tokenizer, partial / TOKENIZER)
@@ -181,22 +139,7 @@ class MegatronSink:
         # users may edit the tokenizer and the model file, so the manifest leaves them out
         names = ["meta.json", *(f"{WEIGHTS}/{name}" for name in manifest.names_in(partial / WEIGHTS))]
         manifest.write(partial, manifest.describe(partial, names))
-        self._directory.complete()
-
-    def __enter__(self) -> Self:
-        weights = self._directory.make() / WEIGHTS
-        weights.mkdir()
-        self._writer = StackedWriter(weights, self._model.num_layers, self._specs)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            if kind is None and self._writer is not None:
-                self.close()
-        finally:
-            self._directory.remove()  # does nothing after the rename
+        return partial
 
 
 def _write_model_file(model: ModelConfig, path: Path) -> None:
@@ -210,17 +153,12 @@ def _write_model_file(model: ModelConfig, path: Path) -> None:
 def read_model(meta: dict[str, Any], path: Path) -> ModelConfig:
     """Return the ModelConfig in a checkpoint's meta.json; missing keys get their defaults."""
     settings = dict(meta["model"])
-    optim = dict(settings.pop("optim", {}))
     try:
+        optim = dict(settings.pop("optim", {}))
         schedule = ScheduleConfig(**optim.pop("sched", {}))
         return ModelConfig(**settings, optim=OptimConfig(**optim, sched=schedule))
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: meta.json describes a model unknown to this version ({error})") from None
-
-
-def _native(name: str) -> str:
-    layer = layer_of(name)
-    return f"model.{stacked_name(name)}" + (f"[{layer}]" if layer is not None else "")
 
 
 def _tokenizer_of(path: Path, meta: dict[str, Any]) -> Path | None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import tarfile
 from pathlib import Path, PurePosixPath
-from types import TracebackType
 from typing import IO, Self, cast
 
 from torch.distributed.checkpoint.utils import _create_file_view
@@ -37,8 +36,11 @@ class NemoArchive:
             raise CheckpointError(f"{self.path}: there is no such .nemo file")
         if self.path.is_dir():
             raise CheckpointError(f"{self.path}: is a directory, a .nemo file was expected")
-        self._members = self._index()
-        self._file = open(self.path, "rb")  # noqa: SIM115 (closed by close())
+        try:
+            self._file = _Bounded(self.path)
+            self._members = self._index()
+        except (tarfile.TarError, OSError, ValueError, EOFError, OverflowError, RecursionError) as error:
+            raise CheckpointError(f"{self.path}: not a complete .nemo file, which is a tar archive: {error}") from None
 
     @property
     def names(self) -> list[str]:
@@ -48,64 +50,41 @@ class NemoArchive:
         """Return the size of a file in bytes; None when it does not exist."""
         return self._members[name].size if name in self._members else None
 
-    def open(self, name: str, offset: int = 0, length: int | None = None) -> IO[bytes]:
-        """Return a seekable view of a file or a part of it; use only one view at a time.
-
-        Raises CheckpointError when the file does not exist or is too short.
-        """
-        member = self._member(name)
-        length = member.size - offset if length is None else length
-        if offset < 0 or length < 0 or offset + length > member.size:
-            raise CheckpointError(
-                f"{self.path}: {name} has {member.size} bytes; bytes {offset} to {offset + length} cannot be read"
-            )
-        return cast(IO[bytes], _create_file_view(cast(io.IOBase, self._file), member.offset_data + offset, length))
+    def open(self, name: str) -> IO[bytes]:
+        """Return a seekable view of a file; use only one view at a time. Raises CheckpointError when it is missing."""
+        if name not in self._members:
+            raise CheckpointError(f"{self.path}: not a complete .nemo file: it has no {name}")
+        member = self._members[name]
+        return cast(IO[bytes], _create_file_view(self._file, member.offset_data, member.size))
 
     def read(self, name: str, limit: int = MAX_WHOLE_BYTES) -> bytes:
         """Return the content of a small file. Raises CheckpointError when it has more than ``limit`` bytes."""
-        size = self._member(name).size
+        view, size = self.open(name), self._members[name].size
         if size > limit:
             raise CheckpointError(f"{self.path}: {name} has {size} bytes, more than the limit of {limit}")
-        return self.open(name).read(size)
-
-    def close(self) -> None:
-        self._file.close()
+        return view.read(size)
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def _member(self, name: str) -> tarfile.TarInfo:
-        if name not in self._members:
-            raise CheckpointError(f"{self.path}: not a complete .nemo file: it has no {name}")
-        return self._members[name]
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
 
     def _index(self) -> dict[str, tarfile.TarInfo]:
+        if self._bytes(0, 2) == b"\x1f\x8b":  # it may unpack to any size
+            raise ValueError("it is compressed: gunzip it first")
         members: dict[str, tarfile.TarInfo] = {}
-        try:
-            # "r:" accepts only uncompressed archives: a compressed one may unpack to any size
-            with _Bounded(self.path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
-                for count, member in enumerate(tar, start=1):
-                    if count > MAX_MEMBERS:
-                        raise CheckpointError(
-                            f"{self.path}: has more than {MAX_MEMBERS} members, which no .nemo file has"
-                        )
-                    name = self._checked_name(member)
-                    if member.isdir():
-                        continue
-                    if name in members:
-                        raise CheckpointError(f"{self.path}: contains the member {member.name!r} twice")
-                    members[name] = member
-                end = tar.offset
-        except (tarfile.TarError, OSError, ValueError, EOFError, OverflowError, RecursionError) as error:
-            hint = " (it is compressed: gunzip it first)" if self._bytes(0, 2) == b"\x1f\x8b" else ""
-            raise CheckpointError(
-                f"{self.path}: not a complete .nemo file, which is a tar archive{hint}: {error}"
-            ) from None
+        with tarfile.open(fileobj=self._file, mode="r:") as tar:
+            for count, member in enumerate(tar, start=1):
+                if count > MAX_MEMBERS:
+                    raise CheckpointError(f"{self.path}: has more than {MAX_MEMBERS} members, which no .nemo file has")
+                name = self._checked_name(member)
+                if member.isdir():
+                    continue
+                if name in members:
+                    raise CheckpointError(f"{self.path}: contains the member {member.name!r} twice")
+                members[name] = member
+            end = tar.offset
         # tarfile also stops silently at a damaged or truncated header
         if self._bytes(end, _BLOCK) != bytes(_BLOCK):
             raise CheckpointError(f"{self.path}: the file is truncated or damaged after {end} bytes")
@@ -121,9 +100,10 @@ class NemoArchive:
         return str(path)
 
     def _bytes(self, start: int, count: int) -> bytes:
-        with open(self.path, "rb") as file:
-            file.seek(start)
-            return file.read(count)
+        self._file.seek(start)
+        found = self._file.read(count)
+        self._file.seek(0)
+        return found
 
 
 class _Bounded(io.BufferedReader):

@@ -1,17 +1,20 @@
 """Converts ``model_config.yaml`` of a NeMo GPT to ModelConfig and back.
 
-Every setting that changes the result is either converted or refused.
+One table of keys serves both directions. Every setting that changes the result is either converted or refused.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields
 from typing import Any
 
 from nemo_advrm.config.schema import ModelConfig
+from nemo_advrm.convert.tensor_names import with_all_sizes
 from nemo_advrm.engine.description import check_texts
 from nemo_advrm.engine.gpt import Head
+from nemo_advrm.engine.transformer import NORMALIZATIONS
 from nemo_advrm.errors import CheckpointError
 
 REWARD_TARGET = "nemo_aligner.models.nlp.gpt.megatron_gpt_reward_model.MegatronGPTRewardModel"
@@ -20,29 +23,46 @@ ACTOR_TARGET = "nemo.collections.nlp.models.language_modeling.megatron_gpt_model
 CRITIC_CLASS = "MegatronGPTCriticModel"
 NEMO_VERSION = "2.2.1"
 
-# NeMo's name -> ours
+# (key of NeMo, key of ModelConfig, what NeMo takes for an absent key); None: the key is required
+_KEYS: tuple[tuple[str, str, Any], ...] = (
+    ("num_layers", "num_layers", None),
+    ("hidden_size", "hidden_size", None),
+    ("ffn_hidden_size", "ffn_hidden_size", 0),
+    ("num_attention_heads", "num_attention_heads", None),
+    ("num_query_groups", "num_query_groups", 0),
+    ("kv_channels", "kv_channels", 0),
+    ("layernorm_epsilon", "layernorm_epsilon", 1e-5),
+    ("position_embedding_type", "position_embedding_type", "learned_absolute"),
+    ("rotary_base", "rotary_base", 10000),
+    ("rotary_percentage", "rotary_percent", 1.0),
+    ("bias", "bias", True),
+    ("qkv_bias", "qkv_bias", False),
+    ("init_method_std", "init_method_std", 0.02),
+    ("hidden_dropout", "hidden_dropout", 0.1),
+    ("attention_dropout", "attention_dropout", 0.1),
+    ("encoder_seq_length", "encoder_seq_length", 512),
+    ("make_vocab_size_divisible_by", "make_vocab_size_divisible_by", 128),
+)
+# the same of Llama 3.1's scaling, which `scale_positional_embedding` switches on
+_ROPE_KEYS: tuple[tuple[str, str, Any], ...] = (
+    ("scale_factor", "rope_scaling_factor", 8),
+    ("low_freq_factor", "rope_scaling_low_freq_factor", 1),
+    ("high_freq_factor", "rope_scaling_high_freq_factor", 4),
+    ("old_context_len", "rope_scaling_original_context", 8192),
+)
+_TYPES = {field.name: field.type for field in fields(ModelConfig)}
+_CASTS: dict[Any, Callable[[Any], Any]] = {"int": int, "float": float, "bool": bool, "str": str}
+_CHECKPOINTING = ("granularity", "method", "num_layers", "layers_per_pipeline")  # off
+# NeMo's name -> ours; the last of several is written
 _ACTIVATIONS = {
     "gelu": "gelu",
-    "geglu": "geglu",
     "fast-geglu": "geglu",
+    "geglu": "geglu",
     "swiglu": "swiglu",
     "fast-swiglu": "swiglu",
     "squared-relu": "squared_relu",
 }
-_ACTIVATIONS_BACK = {
-    "gelu": "gelu",
-    "geglu": "geglu",
-    "geglu_tanh": "geglu",
-    "swiglu": "fast-swiglu",
-    "squared_relu": "squared-relu",
-}
-# (name in lower case, stored weights are the scale minus one) -> ours
-_NORMS = {
-    ("layernorm", False): "LayerNorm",
-    ("layernorm", True): "layernorm1p",
-    ("rmsnorm", False): "RMSNorm",
-    ("rmsnorm", True): "rmsnorm1p",
-}
+_WRITTEN_ACTIVATIONS = {ours: theirs for theirs, ours in _ACTIVATIONS.items()} | {"geglu_tanh": "geglu"}
 # settings with the values that do not change the model; any other value is refused
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "mcore_gpt": (True,),  # the older GPT implementation of NeMo has other weights
@@ -120,55 +140,32 @@ def read_model(config: Mapping[str, Any], source: str) -> tuple[ModelConfig, Hea
 
 
 def _read(config: Mapping[str, Any], scores: bool) -> ModelConfig:
-    hidden = _count(config, "hidden_size")
-    tied = not scores and bool(config.get("share_embeddings_and_output_weights", True))
+    settings = {ours: _value(config, theirs, ours, default) for theirs, ours, default in _KEYS}
     activation = str(config.get("activation", "gelu"))
     if activation not in _ACTIVATIONS:
         raise ValueError(f"activation={activation} is not supported")
-    activation = _fused(config, _ACTIVATIONS[activation])
     norm = str(config.get("normalization", "layernorm")).lower()
-    minus_one = norm == "layernorm1p" or bool(config.get("layernorm_zero_centered_gamma"))
-    norm = norm.removesuffix("1p")
-    if (norm, minus_one) not in _NORMS:
+    stored = norm.removesuffix("1p"), norm == "layernorm1p" or bool(config.get("layernorm_zero_centered_gamma"))
+    norms = {(theirs.lower(), minus_one): ours for ours, (theirs, minus_one) in NORMALIZATIONS.items()}
+    if stored not in norms:
         raise ValueError(f"normalization={config['normalization']} is not supported")
-    positions = str(config.get("position_embedding_type", "learned_absolute"))
-    if positions not in ("rope", "learned_absolute"):
-        raise ValueError(f"position_embedding_type={positions} is not supported")
-    settings: dict[str, Any] = {}
+    if settings["position_embedding_type"] not in ("rope", "learned_absolute"):
+        raise ValueError(f"position_embedding_type={settings['position_embedding_type']} is not supported")
     # NeMo-Aligner ignores these two settings when it builds reward models and critics
     if not scores and config.get("scale_positional_embedding"):
-        settings |= {
-            "rope_scaling": "llama3",
-            "rope_scaling_factor": float(config.get("scale_factor") or 8),
-            "rope_scaling_low_freq_factor": float(config.get("low_freq_factor") or 1),
-            "rope_scaling_high_freq_factor": float(config.get("high_freq_factor") or 4),
-            "rope_scaling_original_context": int(config.get("old_context_len") or 8192),
-        }
+        settings["rope_scaling"] = "llama3"
+        for theirs, ours, default in _ROPE_KEYS:
+            settings[ours] = _CASTS[_TYPES[ours]](config.get(theirs) or default)
     if not scores and config.get("apply_embedding_scaling"):
-        settings["embedding_scale"] = math.sqrt(hidden)
+        settings["embedding_scale"] = math.sqrt(settings["hidden_size"])
+    settings["ffn_hidden_size"] = settings["ffn_hidden_size"] or 4 * settings["hidden_size"]
     return ModelConfig(
-        num_layers=_count(config, "num_layers"),
-        hidden_size=hidden,
-        ffn_hidden_size=_count(config, "ffn_hidden_size", 4 * hidden),
-        num_attention_heads=_count(config, "num_attention_heads"),
-        num_query_groups=_count(config, "num_query_groups", 0),
-        kv_channels=_count(config, "kv_channels", 0),
-        normalization=_NORMS[norm, minus_one],
-        layernorm_epsilon=float(config.get("layernorm_epsilon", 1e-5)),
-        activation=activation,
-        position_embedding_type=positions,
-        rotary_base=float(config.get("rotary_base", 10000)),
-        rotary_percent=float(config.get("rotary_percentage", 1.0)),
-        bias=bool(config.get("bias", True)),
-        qkv_bias=bool(config.get("qkv_bias", False)),
-        share_embeddings_and_output_weights=tied,
-        head_bias=scores,
-        init_method_std=float(config.get("init_method_std", 0.02)),
-        hidden_dropout=float(config.get("hidden_dropout", 0.1)),
-        attention_dropout=float(config.get("attention_dropout", 0.1)),
-        encoder_seq_length=_count(config, "encoder_seq_length", 512),
-        make_vocab_size_divisible_by=_count(config, "make_vocab_size_divisible_by", 128),
         **settings,
+        normalization=norms[stored],
+        activation=_fused(config, _ACTIVATIONS[activation]),
+        share_embeddings_and_output_weights=not scores
+        and bool(config.get("share_embeddings_and_output_weights", True)),
+        head_bias=scores,
     )
 
 
@@ -182,16 +179,20 @@ def _fused(config: Mapping[str, Any], activation: str) -> str:
     return "geglu_tanh" if activation == "geglu" else activation
 
 
-def _count(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
+def _value(config: Mapping[str, Any], key: str, ours: str, default: Any) -> Any:
+    """Return the value of a key with the type of our key. Raises KeyError, TypeError or ValueError."""
+    cast = _CASTS[_TYPES[ours]]
+    if cast in (bool, str):
+        return cast(config.get(key, default))
     value = config.get(key)
-    if value is None and default is not None:
-        return default
-    if value is None:
+    if value is None and default is None:
         raise KeyError(key)
+    if value is None:
+        return cast(default)
     # NeMo writes some sizes as strings
-    if isinstance(value, bool) or not str(value).isdigit() or int(value) == 0:
+    if cast is int and (isinstance(value, bool) or not str(value).isdigit() or int(value) == 0):
         raise ValueError(f"{key}={value!r} is not a number above 0")
-    return int(value)
+    return cast(value)
 
 
 def write_config(model: ModelConfig, head: Head, head_outputs: int, tokenizer: Mapping[str, Any]) -> dict[str, Any]:
@@ -199,10 +200,8 @@ def write_config(model: ModelConfig, head: Head, head_outputs: int, tokenizer: M
     if head == "value":
         raise CheckpointError("a critic cannot be written as a .nemo file, only reward models and language models")
     reward = head == "reward"
-    minus_one = model.normalization.endswith("1p")
-    norm = {"RMSNorm": "rmsnorm", "rmsnorm1p": "rmsnorm", "LayerNorm": "layernorm", "layernorm1p": "layernorm1p"}
     unknown = {
-        "activation": model.activation not in _ACTIVATIONS_BACK,
+        "activation": model.activation not in _WRITTEN_ACTIVATIONS,
         "rope_scaling": model.rope_scaling not in ("", "llama3") or (reward and bool(model.rope_scaling)),
         "embedding_scale": model.embedding_scale != 1.0
         and (reward or not math.isclose(model.embedding_scale, math.sqrt(model.hidden_size), rel_tol=1e-6)),
@@ -218,6 +217,8 @@ def write_config(model: ModelConfig, head: Head, head_outputs: int, tokenizer: M
             raise CheckpointError(
                 f"{key}={getattr(model, key)} cannot be written as a .nemo file: NeMo-Aligner does not support it"
             )
+    whole = with_all_sizes(model)
+    norm, minus_one = NORMALIZATIONS[model.normalization]
     config: dict[str, Any] = {
         "mcore_gpt": True,
         "transformer_engine": True,
@@ -227,48 +228,24 @@ def write_config(model: ModelConfig, head: Head, head_outputs: int, tokenizer: M
         "pipeline_model_parallel_size": 1,
         "micro_batch_size": 2,
         "global_batch_size": 64,
-        "num_layers": model.num_layers,
-        "hidden_size": model.hidden_size,
-        "ffn_hidden_size": model.ffn_hidden_size or 4 * model.hidden_size,
-        "num_attention_heads": model.num_attention_heads,
-        "num_query_groups": model.num_query_groups or model.num_attention_heads,
-        "kv_channels": model.kv_channels or model.hidden_size // model.num_attention_heads,
-        "normalization": norm[model.normalization],
+        **{theirs: getattr(whole, ours) for theirs, ours, _ in _KEYS},
+        "normalization": "layernorm1p" if model.normalization == "layernorm1p" else norm.lower(),
         "layernorm_zero_centered_gamma": minus_one,
-        "layernorm_epsilon": model.layernorm_epsilon,
-        "activation": _ACTIVATIONS_BACK[model.activation],
+        "activation": _WRITTEN_ACTIVATIONS[model.activation],
         "bias_activation_fusion": model.activation == "geglu_tanh",  # only the fused kernel computes it
-        "position_embedding_type": model.position_embedding_type,
-        "rotary_base": model.rotary_base,
-        "rotary_percentage": model.rotary_percent,
-        "bias": model.bias,
-        "qkv_bias": model.qkv_bias,
         "share_embeddings_and_output_weights": model.share_embeddings_and_output_weights and not reward,
-        "init_method_std": model.init_method_std,
-        "hidden_dropout": model.hidden_dropout,
-        "attention_dropout": model.attention_dropout,
-        "encoder_seq_length": model.encoder_seq_length,
         "max_position_embeddings": model.encoder_seq_length,
-        "make_vocab_size_divisible_by": model.make_vocab_size_divisible_by,
         "seq_len_interpolation_factor": None,
         "gradient_as_bucket_view": True,
         "sequence_parallel": False,
-        "activations_checkpoint_granularity": None,
-        "activations_checkpoint_method": None,
-        "activations_checkpoint_num_layers": None,
-        "activations_checkpoint_layers_per_pipeline": None,
+        **{f"activations_checkpoint_{key}": None for key in _CHECKPOINTING},
         # NeMo needs an optimizer section to restore a model; training scripts override it
         "optim": {"name": "distributed_fused_adam", "lr": 9.0e-6, "weight_decay": 0.1, "betas": [0.9, 0.98]},
         "tokenizer": dict(tokenizer),
     }
     if model.rope_scaling:
-        config |= {
-            "scale_positional_embedding": True,
-            "scale_factor": model.rope_scaling_factor,
-            "low_freq_factor": model.rope_scaling_low_freq_factor,
-            "high_freq_factor": model.rope_scaling_high_freq_factor,
-            "old_context_len": model.rope_scaling_original_context,
-        }
+        config["scale_positional_embedding"] = True
+        config |= {theirs: getattr(model, ours) for theirs, ours, _ in _ROPE_KEYS}
     if model.embedding_scale != 1.0:
         config["apply_embedding_scaling"] = True
     if reward:

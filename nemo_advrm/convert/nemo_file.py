@@ -6,32 +6,28 @@ import contextlib
 import tarfile
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import TracebackType
-from typing import IO, Any, Self
+from typing import IO, Any
 
 import torch
 import yaml
 from torch import Tensor
 
-from nemo_advrm.convert.differences import check_layers, check_tensors, list_names
-from nemo_advrm.convert.dist_weights import PREFIX, StackedReader, StackedWriter
+from nemo_advrm.config.schema import ConvertConfig, ModelConfig
+from nemo_advrm.convert.differences import check_tensors, head_outputs
+from nemo_advrm.convert.dist_weights import PREFIX, StackedReader, StackedSource, StackedWriter, stored_place
 from nemo_advrm.convert.nemo_archive import NemoArchive
 from nemo_advrm.convert.nemo_config import UnresolvedConfig, read_model, write_config
 from nemo_advrm.convert.nemo_tokenizer_files import TEMPORARY, pack_tokenizer, unpack_tokenizer
-from nemo_advrm.convert.partial import PartialDirectory
-from nemo_advrm.convert.tensor_names import VOCABULARY_ROWS, Shape, canonical_shapes, layer_of, stacked_name
-from nemo_advrm.convert.tensors import Description, TensorSpec
-from nemo_advrm.convert.transforms import pad_vocabulary, unpad_vocabulary
+from nemo_advrm.convert.tensor_names import TensorSpec, canonical_shapes
+from nemo_advrm.convert.tensors import Description, TensorSink, TensorSource
 from nemo_advrm.data.tokenizers import Tokenizer, build_tokenizer
 from nemo_advrm.data.vocabulary import check_vocabulary
-from nemo_advrm.engine.file_readers import reason
 from nemo_advrm.engine.gpt import Head
 from nemo_advrm.engine.model import padded_vocab_size
 from nemo_advrm.engine.weights_metadata import check_positions, read_metadata
-from nemo_advrm.errors import CheckpointError, DataError
-from nemo_advrm.files import atomic_replace
+from nemo_advrm.errors import CheckpointError, DataError, list_names
 from nemo_advrm.untrusted_files import decode_json, parse_yaml
 
 CONFIG, WEIGHTS = "model_config.yaml", "model_weights"
@@ -43,7 +39,7 @@ _ARCHIVE = "archive"
 _MAX_CONFIG_BYTES = 16 << 20
 
 
-class NemoSource:
+class NemoSource(StackedSource):
     """Reads a reward model, critic or actor of NeMo-Aligner from the archive, one tensor at a time.
 
     No pickled code runs: the metadata is read without its classes, tensors are read with ``weights_only``, and
@@ -57,26 +53,30 @@ class NemoSource:
         CheckpointError: the file is incomplete, of an unsupported kind, or its tensors do not match its configuration.
     """
 
+    _renamed = _RENAMED
+
     def __init__(self, path: Path, tokenizer: Path | None = None) -> None:
         self.path = path
         with contextlib.ExitStack() as opened:
-            self._archive = opened.enter_context(NemoArchive(path))
-            config = UnresolvedConfig(read_config(self._archive), f"{path}: {CONFIG}")
+            archive = opened.enter_context(NemoArchive(path))
+            config = UnresolvedConfig(read_config(archive), f"{path}: {CONFIG}")
             model, head = read_model(config, str(path))
             self._head = _head_transform(config, head, str(path)) if head != "lm" else None
-            self._attributes = _attributes(config) if head != "lm" else None
-            self._reader = archived_weights(self._archive)
-            self._tokenizer = opened.enter_context(tempfile.TemporaryDirectory(prefix=TEMPORARY))
-            directory = Path(self._tokenizer)
-            unpack_tokenizer(self._archive, config, directory, tokenizer)
+            attributes = _attributes(config) if head != "lm" else None
+            self._reader = archived_weights(archive)
+            directory = Path(opened.enter_context(tempfile.TemporaryDirectory(prefix=TEMPORARY)))
+            unpack_tokenizer(archive, config, directory, tokenizer)
             try:
                 own = build_tokenizer(f"hf:{directory}")
             except DataError as error:
                 raise CheckpointError(f"{path}: its tokenizer cannot be opened: {error}") from None
-            self._specs = self._check(replace(model, vocab_size=own.vocab_size), head, own)
+            model = replace(model, vocab_size=own.vocab_size)
+            self._check(model, head, own, attributes)
+            merged = self._head is not None and self._head.merge is not None
+            self.specs = self._specs(model, head, 1 if merged else head_outputs(self._reader.specs))
             self._opened = opened.pop_all()
         self.description = Description(
-            model=replace(model, vocab_size=own.vocab_size),
+            model=model,
             head=head,
             tokenizer=directory,
             provenance={
@@ -86,72 +86,45 @@ class NemoSource:
             },
         )
 
-    def _check(self, model: Any, head: Any, tokenizer: Tokenizer) -> dict[str, TensorSpec]:
+    def _check(self, model: ModelConfig, head: Head, tokenizer: Tokenizer, attributes: int | None) -> None:
+        """Raise CheckpointError when configuration, tensors and tokenizer do not match."""
         stored = dict(self._reader.specs)
         if head != "lm":
             stored.pop(_UNUSED, None)
-        rows = (
-            stored["embedding.word_embeddings.weight"].shape[0] if "embedding.word_embeddings.weight" in stored else 0
-        )
-        outputs = stored["head.weight"].shape[0] if "head.weight" in stored else 1
-        check_layers(self.path, model, stored)
-        if self._attributes not in (None, outputs):
+        embedding = stored.get("embedding.word_embeddings.weight")
+        rows = embedding.shape[0] if embedding else 0
+        outputs = head_outputs(stored)
+        if attributes not in (None, outputs):
             raise CheckpointError(
-                f"{self.path}: regression.num_attributes={self._attributes}, but the head has {outputs} outputs"
+                f"{self.path}: regression.num_attributes={attributes}, but the head has {outputs} outputs"
             )
-        expected = canonical_shapes(model, head, rows, outputs)
-        check_complete(self.path, stored, expected)
+        check_tensors(self.path, stored, model, head, rows)
         check_vocabulary(tokenizer, rows, str(self.path))
-        final = 1 if self._head is not None and self._head.merges else outputs
-        shapes = canonical_shapes(model, head, tokenizer.vocab_size, final)
-        return {name: TensorSpec(shape, stored[name].dtype) for name, shape in shapes.items()}
-
-    def tensors(self) -> dict[str, TensorSpec]:
-        return self._specs
 
     def read(self, name: str) -> Tensor:
-        try:
-            tensor = self._reader.read(name)
-        except Exception as error:  # torch raises many types for a damaged file
-            raise CheckpointError(f"{self.path}: {name} could not be read ({reason(error)})") from None
-        if name in _RENAMED and self._head is not None:
-            return self._head.apply(name, tensor)
-        return unpad_vocabulary(tensor, self._specs[name].shape[0]) if name in VOCABULARY_ROWS else tensor
+        tensor = super().read(name)
+        return self._head.apply(name, tensor) if name in _RENAMED and self._head is not None else tensor
 
-    def native(self, name: str) -> str:
-        return _native(name)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._opened.close()
 
 
-def check_complete(path: Path, stored: dict[str, TensorSpec], expected: dict[str, Shape]) -> None:
-    """Raise CheckpointError when the tensors differ from those expected, or the file is too small to contain them."""
-    check_tensors(path, stored, expected)
-    if sum(spec.nbytes for spec in stored.values()) > path.stat().st_size:
-        raise CheckpointError(f"{path}: the file is smaller than the tensors it describes")
-
-
+@dataclass(frozen=True)
 class _HeadTransform:
-    """Applies NeMo-Aligner's operations on rewards, ``r @ weights`` and ``(r - mean) / std``, to the head's weights."""
+    """Applies NeMo-Aligner's operations on rewards, ``r @ merge`` and ``(r - mean) / std``, to the head's weights."""
 
-    def __init__(self, merge: list[float] | None, mean: float, std: float) -> None:
-        self.merges = merge is not None
-        self._merge, self._mean, self._std = merge, mean, std
+    merge: list[float] | None
+    mean: float
+    std: float
 
     def apply(self, name: str, tensor: Tensor) -> Tensor:
         dtype, tensor = tensor.dtype, tensor.double()
-        if self._merge is not None:
-            tensor = torch.tensor(self._merge, dtype=torch.float64)[None] @ tensor.reshape(len(self._merge), -1)
+        if self.merge is not None:
+            tensor = torch.tensor(self.merge, dtype=torch.float64)[None] @ tensor.reshape(len(self.merge), -1)
             tensor = tensor.reshape(-1) if name == "head.bias" else tensor
         if name == "head.bias":
-            tensor = tensor - self._mean
-        return (tensor / self._std).to(dtype)
+            tensor = tensor - self.mean
+        return (tensor / self.std).to(dtype)
 
 
 def _attributes(config: Mapping[str, Any]) -> int | None:
@@ -237,49 +210,47 @@ def archived_weights(archive: NemoArchive) -> StackedReader:
     return reader
 
 
-class NemoSink:
+class NemoSink(TensorSink):
     """Writes a ``.nemo`` file that NeMo-Aligner 0.7.0 restores at any layout, one tensor at a time."""
 
-    def __init__(self, path: Path, description: Description, specs: dict[str, TensorSpec]) -> None:
-        self.path = path
+    _writer: StackedWriter
+    _tar: tarfile.TarFile | None = None
+
+    def __init__(self, path: Path, source: TensorSource, specs: dict[str, TensorSpec], _: ConvertConfig) -> None:
+        about = source.description
+        model, head = about.model, about.head
         if path.suffix != ".nemo":
             raise CheckpointError(f"{path}: the name of a .nemo file must end in .nemo")
-        if description.tokenizer is None:
+        if about.tokenizer is None:
             raise CheckpointError(f"{path}: a .nemo file needs a tokenizer that NeMo supports: set tokenizer=DIR")
-        model, head = description.model, description.head
-        outputs = specs["head.weight"].shape[0] if "head.weight" in specs else 1
-        tokenizer, self._files, append_eod = pack_tokenizer(description.tokenizer)
+        outputs = head_outputs(specs)
+        tokenizer, self._files, append_eod = pack_tokenizer(about.tokenizer)
         self._config = write_config(model, head, outputs, tokenizer)
         self._config["data"] = {"data_impl": "jsonl", "append_eod": append_eod and head == "reward"}
-        self._rows = padded_vocab_size(model, 0)
         self._layers = model.num_layers
-        self._left = set(specs)
+        rows = padded_vocab_size(model, 0)
         # NeMo-Aligner's reward models have a head bias and an unused output layer
-        shapes = canonical_shapes(replace(model, head_bias=head == "reward"), head, self._rows, outputs)
-        dtype = next(iter(specs.values())).dtype
-        dtypes = {name: spec.dtype for name, spec in specs.items()}
-        self._specs = {name: TensorSpec(shape, dtypes.get(name, dtype)) for name, shape in shapes.items()}
+        shapes = canonical_shapes(replace(model, head_bias=head == "reward"), head, rows, outputs)
         if head == "reward":
-            self._specs[_UNUSED] = TensorSpec((self._rows, model.hidden_size), dtype)
-        self.nbytes = sum(spec.nbytes for spec in self._specs.values())
-        self._directory = PartialDirectory(path, self.nbytes)
-        self._received: set[str] = set()
-        self._writer: StackedWriter | None = None
-        self._tar: tarfile.TarFile | None = None
+            shapes[_UNUSED] = (rows, model.hidden_size)
+        dtypes = dict.fromkeys(shapes, next(iter(specs.values())).dtype)
+        dtypes |= {name: spec.dtype for name, spec in specs.items()}
+        stored = {name: TensorSpec(shape, dtypes[name]) for name, shape in shapes.items()}
+        self._added = {name: stored[name] for name in stored.keys() - specs.keys()}
+        self._stored = {_RENAMED.get(name, name): spec for name, spec in stored.items()}
+        super().__init__(path, specs, rows, sum(spec.nbytes for spec in stored.values()))
 
     def native(self, name: str) -> str:
-        return _native(name)
+        return stored_place(_RENAMED.get(name, name))
 
-    def write(self, name: str, tensor: Tensor) -> None:
-        if name not in self._left:
-            raise CheckpointError(f"{self.path}: {name} is unexpected or was written twice")
-        self._left.remove(name)
-        self._put(name, pad_vocabulary(tensor, self._rows) if name in VOCABULARY_ROWS else tensor)
+    def _open(self, partial: Path) -> None:
+        self._weights = partial / WEIGHTS
+        self._weights.mkdir()
+        self._writer = StackedWriter(self._weights, self._layers, self._stored, sync=False)
+        self._tar = tarfile.open(partial / _ARCHIVE, "w:")  # noqa: SIM115 (closed by _close())
 
     def _put(self, name: str, tensor: Tensor) -> None:
-        assert self._writer is not None
         self._writer.write(_RENAMED.get(name, name), tensor)
-        self._received.add(name)
         self._pack()
 
     def _pack(self) -> None:
@@ -289,43 +260,19 @@ class NemoSink:
             self._tar.add(file, arcname=f"./{WEIGHTS}/{file.name}")
             file.unlink()
 
-    def close(self) -> None:
-        if self._left:
-            raise CheckpointError(f"{self.path}: {list_names('tensors that were not written:', sorted(self._left))}")
-        assert self._writer is not None and self._tar is not None
-        for name in [name for name in self._specs if name not in self._received]:
-            self._put(name, torch.zeros(self._specs[name].shape, dtype=self._specs[name].dtype))
+    def _complete(self, partial: Path) -> Path:
+        assert self._tar is not None
+        for name in sorted(self._added):
+            self._put(name, torch.zeros(self._added[name].shape, dtype=self._added[name].dtype))
         self._writer.close()
-        self._writer = None
         self._pack()
-        config = self._directory.partial / CONFIG
+        config = partial / CONFIG
         config.write_text(yaml.safe_dump(self._config, sort_keys=False, allow_unicode=True), encoding="utf-8")
         for member, file in {CONFIG: config, **self._files}.items():
             self._tar.add(file, arcname=f"./{member}")
         self._tar.close()
-        atomic_replace(self._directory.partial / _ARCHIVE, self.path)
+        return partial / _ARCHIVE
 
-    def __enter__(self) -> Self:
-        partial = self._directory.make()
-        self._weights = partial / WEIGHTS
-        self._weights.mkdir()
-        stored = {_RENAMED.get(name, name): spec for name, spec in self._specs.items()}
-        self._writer = StackedWriter(self._weights, self._layers, stored, sync=False)
-        self._tar = tarfile.open(partial / _ARCHIVE, "w:")
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            if kind is None and self._writer is not None:
-                self.close()
-        finally:
-            if self._tar is not None:
-                self._tar.close()
-            self._directory.remove()
-
-
-def _native(name: str) -> str:
-    layer = layer_of(name)
-    return PREFIX + stacked_name(_RENAMED.get(name, name)) + (f"[{layer}]" if layer is not None else "")
+    def _close(self) -> None:
+        if self._tar is not None:
+            self._tar.close()

@@ -13,7 +13,6 @@ import shutil
 import tarfile
 import tempfile
 import uuid
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,21 +21,20 @@ import yaml
 
 from nemo_advrm import __version__
 from nemo_advrm.config.layout import at_layout
-from nemo_advrm.config.schema import Config, RewardModelConfig
-from nemo_advrm.convert.differences import check_layers
+from nemo_advrm.config.schema import Config, ModelConfig, RewardModelConfig
+from nemo_advrm.convert.differences import check_tensors, head_outputs
 from nemo_advrm.convert.dist_weights import StackedWriter
 from nemo_advrm.convert.megatron_checkpoint import TOKENIZER, read_model
 from nemo_advrm.convert.nemo_archive import NemoArchive
-from nemo_advrm.convert.nemo_file import CONFIG, WEIGHTS, archived_weights, check_complete, read_config
+from nemo_advrm.convert.nemo_file import CONFIG, WEIGHTS, archived_weights, read_config
 from nemo_advrm.convert.partial import lock_output, unlock_output
-from nemo_advrm.convert.tensor_names import canonical_shapes
 from nemo_advrm.convert.tokenizer_files import copy_tokenizer
 from nemo_advrm.data.tokenizers import build_tokenizer
 from nemo_advrm.engine import checkpoint, runtime
 from nemo_advrm.engine.collectives import run_on_rank_zero
 from nemo_advrm.engine.description import check_description, check_section, check_texts
 from nemo_advrm.engine.gpt import Head
-from nemo_advrm.errors import CheckpointError
+from nemo_advrm.errors import CheckpointError, one_line
 from nemo_advrm.files import atomic_replace
 from nemo_advrm.registry import PREFERENCE_LOSSES
 
@@ -70,21 +68,13 @@ def save_model(model: TrainableModel, path: Path) -> None:
     network, _ = next(iter(model.trained().values()))
     run_on_rank_zero(lock_output, path)
     try:
-        run_on_rank_zero(lambda: _with_checkpoint_error(path, lambda: checkpoint.make_empty(partial, partial)))
+        checkpoint.write_on_rank_zero(path, lambda: checkpoint.make_empty(partial, partial))
         checkpoint.save(partial / "checkpoint", network)
-        run_on_rank_zero(lambda: _with_checkpoint_error(path, lambda: _pack(model, partial, path)))
+        checkpoint.write_on_rank_zero(path, lambda: _pack(model, partial, path))
     finally:
         if rt.is_writer:
             shutil.rmtree(partial, ignore_errors=True)
             unlock_output(path)
-
-
-def _with_checkpoint_error(path: Path, work: Callable[[], None]) -> None:
-    """Call ``work`` and raise CheckpointError for an OSError, so that all ranks raise the same error."""
-    try:
-        work()
-    except OSError as error:
-        raise CheckpointError(f"{path}: could not be written ({error})") from error
 
 
 def _pack(model: TrainableModel, partial: Path, path: Path) -> None:
@@ -131,6 +121,7 @@ def restore_model(
         settings = read_config(archive)
         found, defaults = _class_of(cls, settings, path)
         _check_settings(settings, f"{path}: {CONFIG}")
+        architecture = read_model({"model": settings["architecture"]}, path)
         # kept as long as the model: saving the model again copies the tokenizer files
         files = tempfile.TemporaryDirectory(prefix="nemo_advrm_")
         spec = _tokenizer(archive, settings, Path(files.name))
@@ -138,8 +129,8 @@ def restore_model(
         job = run_on_rank_zero(lambda: uuid.uuid4().hex[:8])
         weights = path.with_name(f"{path.name}.restoring-{job}")
         try:
-            run_on_rank_zero(_unpack_weights, archive, settings, weights)
-            cfg = override_config or _config(settings, path)
+            run_on_rank_zero(_unpack_weights, archive, settings, architecture, weights)
+            cfg = override_config or _config(settings, architecture, path)
             cfg = replace(cfg, model=replace(cfg.model, tokenizer=spec))
             tokenizer = build_tokenizer(spec)
             model = found(cfg, tokenizer, **{**defaults, **arguments}, restore_from=str(weights))
@@ -182,18 +173,14 @@ def _class_of(cls: type, settings: dict[str, Any], path: Path) -> tuple[Any, dic
     return found, defaults
 
 
-def _config(settings: dict[str, Any], path: Path) -> Config:
-    rt = runtime.current()
+def _config(settings: dict[str, Any], architecture: ModelConfig, path: Path) -> Config:
+    layout = runtime.current().layout
     try:
-        model = read_model({"model": settings["architecture"]}, path)
         reward = RewardModelConfig(**settings["reward_model"])
-    except (TypeError, AttributeError) as error:
+    except TypeError as error:
         raise CheckpointError(f"{path}: {CONFIG} is damaged ({error})") from None
-    layout = rt.layout
-    cfg = Config(
-        model=at_layout(model, layout.tensor, layout.pipeline, layout.context),
-        reward_model=reward,
-    )
+    model = at_layout(architecture, layout.tensor, layout.pipeline, layout.context)
+    cfg = Config(model=model, reward_model=reward)
     # without data the number of steps cannot be derived
     cfg.trainer.max_steps = 1
     return cfg
@@ -211,21 +198,20 @@ def _tokenizer(archive: NemoArchive, settings: dict[str, Any], directory: Path) 
     return f"hf:{directory / TOKENIZER}"
 
 
-def _unpack_weights(archive: NemoArchive, settings: dict[str, Any], target: Path) -> None:
+def _unpack_weights(archive: NemoArchive, settings: dict[str, Any], model: ModelConfig, target: Path) -> None:
     """Write a checkpoint directory from the archive's tensors, with a new meta.json."""
-    path = archive.path
-    try:
-        model = read_model({"model": settings["architecture"]}, path)
-        meta: dict[str, Any] = {"format": checkpoint.FORMAT, "model": asdict(model)}
-        meta |= {"head": settings["head"], "vocab_size": settings["vocab_size"], "has_optimizer": False}
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{path}: {CONFIG} is damaged ({error})") from None
+    path, head = archive.path, settings["head"]
+    meta = {
+        "format": checkpoint.FORMAT,
+        "model": asdict(model),
+        "head": head,
+        "vocab_size": settings.get("vocab_size"),
+        "has_optimizer": False,
+    }
     check_description(meta, f"{path}: {CONFIG}")
     reader = archived_weights(archive)
-    check_layers(path, model, reader.specs)
-    outputs = reader.specs["head.weight"].shape[0] if "head.weight" in reader.specs else 1
-    meta["head_outputs"] = outputs
-    check_complete(path, reader.specs, canonical_shapes(model, settings["head"], meta["vocab_size"], outputs))
+    check_tensors(path, reader.specs, model, head, meta["vocab_size"])
+    meta["head_outputs"] = head_outputs(reader.specs)
     shutil.rmtree(target, ignore_errors=True)
     try:
         (target / "weights").mkdir(parents=True)
@@ -237,5 +223,5 @@ def _unpack_weights(archive: NemoArchive, settings: dict[str, Any], target: Path
     except CheckpointError:
         raise
     except Exception as error:  # torch raises many types for damaged data
-        reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"{path}: the weights cannot be read ({type(error).__name__}: {reason})") from None
+        reason = f"{type(error).__name__}: {one_line(error, 200)}"
+        raise CheckpointError(f"{path}: the weights cannot be read ({reason})") from None

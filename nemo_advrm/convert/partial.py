@@ -6,7 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
-from nemo_advrm import files, locks
+from nemo_advrm import locks
 from nemo_advrm.errors import CheckpointError
 
 SUFFIX = ".partial"
@@ -14,7 +14,7 @@ _SPARE_BYTES = 16 * 2**20  # configuration, tokenizer, descriptions
 
 
 class PartialDirectory:
-    """A directory that is written as ``NAME.partial`` and renamed by :meth:`complete`.
+    """A directory that is written as ``NAME.partial`` and renamed when it is complete.
 
     Raises CheckpointError on construction when ``path`` exists, cannot be created, or the disk has less than ``nbytes``
     free.
@@ -51,11 +51,8 @@ class PartialDirectory:
             raise
         return self.partial
 
-    def complete(self) -> None:
-        files.atomic_replace(self.partial, self.path)
-
     def remove(self) -> None:
-        """Remove ``NAME.partial``, if it was not completed, and release the lock."""
+        """Remove ``NAME.partial``, if it was not renamed, and release the lock."""
         if self._made:
             self._made = False
             shutil.rmtree(self.partial, ignore_errors=True)

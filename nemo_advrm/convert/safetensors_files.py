@@ -9,15 +9,15 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from nemo_advrm.convert.differences import list_names
-from nemo_advrm.convert.tensors import TensorSpec
-from nemo_advrm.errors import CheckpointError, one_line
+from nemo_advrm.convert.tensor_names import TensorSpec
+from nemo_advrm.errors import CheckpointError, list_names, one_line
 from nemo_advrm.untrusted_files import read_json_object
 
 INDEX = "model.safetensors.index.json"
@@ -127,52 +127,50 @@ def _compare_with_index(directory: Path, file: str, there: set[str], indexed: se
 
 
 class ShardWriter:
-    """Writes safetensors files of at most ``max_bytes``, with an index if there are several.
+    """Writes safetensors files of at most ``max_size``, with an index if there are several.
 
-    Tensors may be written in any order. A tensor larger than ``max_bytes`` gets a file of its own.
+    Tensors may be written in any order. A tensor larger than ``max_size`` gets a file of its own.
+
+    Args:
+        max_size: bytes, or a text such as "5GB"; ValueError or OverflowError for another text.
     """
 
-    def __init__(self, specs: dict[str, TensorSpec], max_bytes: int) -> None:
+    def __init__(self, specs: dict[str, TensorSpec], max_size: int | str) -> None:
         self.specs = specs
-        self._shards = _assign(specs, max_bytes)
-        count = len(self._shards)
-        self._names = [SINGLE] if count == 1 else [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
-        self._place: dict[str, tuple[int, int]] = {}  # name -> (shard, offset in the file)
-        self._written: set[str] = set()
-        self._files: list[Any] = []
+        shapes = {name: torch.empty(spec.shape, dtype=spec.dtype, device="meta") for name, spec in specs.items()}
+        self._split = split_torch_state_dict_into_shards(shapes, max_shard_size=max_size)
+        self._place: dict[str, tuple[BinaryIO, int]] = {}  # name -> (file, offset in it)
+        self._left = set(specs)
+        self._files: list[BinaryIO] = []
 
     def open(self, directory: Path) -> None:
         """Create the files with their headers and full sizes."""
-        for number, (file_name, names) in enumerate(zip(self._names, self._shards, strict=True)):
-            header, offset = {"__metadata__": {"format": "pt"}}, 0
+        for file_name, names in self._split.filename_to_tensors.items():
+            header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+            end = 0
             for name in names:
-                spec = self.specs[name]
-                end = offset + spec.nbytes
-                header[name] = {"dtype": _NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": [offset, end]}  # type: ignore[dict-item]
-                self._place[name] = number, offset
-                offset = end
+                spec, offset = self.specs[name], end
+                end += spec.nbytes
+                header[name] = {"dtype": _NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": [offset, end]}
             text = json.dumps(header, separators=(",", ":")).encode()
             text += b" " * (-len(text) % 8)
             start = 8 + len(text)
-            self._place |= {name: (number, start + self._place[name][1]) for name in names}
-            file = open(directory / file_name, "w+b")  # noqa: SIM115 (closed by close())
+            file = open(directory / file_name, "w+b")  # noqa: SIM115 (closed by abandon())
             self._files.append(file)
+            self._place |= {name: (file, start + header[name]["data_offsets"][0]) for name in names}
             file.write(len(text).to_bytes(8, "little") + text)
-            file.truncate(start + offset)
-        if len(self._names) > 1:
-            weight_map = {name: self._names[shard] for name, (shard, _) in self._place.items()}
-            total = sum(spec.nbytes for spec in self.specs.values())
-            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            file.truncate(start + end)
+        if self._split.is_sharded:
+            index = {"metadata": self._split.metadata, "weight_map": self._split.tensor_to_filename}
             (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
     def write(self, name: str, tensor: Tensor) -> None:
         spec = self.specs[name]
         assert tuple(tensor.shape) == spec.shape and tensor.dtype == spec.dtype, (name, tensor.shape, tensor.dtype)
-        shard, offset = self._place[name]
-        file = self._files[shard]
+        file, offset = self._place[name]
         file.seek(offset)
         file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
-        self._written.add(name)
+        self._left.discard(name)
 
     def close(self) -> None:
         """Flush to the disk; the tensors that were written must be all of them."""
@@ -180,30 +178,8 @@ class ShardWriter:
             file.flush()
             os.fsync(file.fileno())
         self.abandon()
-        assert self._written == self.specs.keys(), self.specs.keys() - self._written
+        assert not self._left, self._left
 
     def abandon(self) -> None:
         for file in self._files:
             file.close()
-
-
-def _assign(specs: dict[str, TensorSpec], max_bytes: int) -> list[list[str]]:
-    shards: list[list[str]] = [[]]
-    size = 0
-    for name, spec in specs.items():
-        if shards[-1] and size + spec.nbytes > max_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append(name)
-        size += spec.nbytes
-    return shards
-
-
-def parse_size(text: str) -> int:
-    """Parse "5GB", "500MB" or a number of bytes. Raises ValueError."""
-    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
-    unit = text[-2:].upper()
-    size = float(text[:-2]) * units[unit] if unit in units else float(text)
-    if not size >= 1:
-        raise ValueError(text)
-    return int(size)

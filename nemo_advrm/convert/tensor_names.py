@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
+import torch
+
 from nemo_advrm.config.schema import ModelConfig
 from nemo_advrm.engine.gpt import Head
 from nemo_advrm.engine.transformer import ACTIVATIONS, ffn_size, head_size, query_groups
@@ -22,6 +26,18 @@ LAYERS_WITH_EXTRA_STATE = (
 )
 
 
+@dataclass(frozen=True)
+class TensorSpec:
+    """Shape and data type of a tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
 def canonical_shapes(model: ModelConfig, head: Head, vocabulary: int, head_outputs: int = 1) -> dict[str, Shape]:
     """Return the shape of every tensor in the order of the forward pass; ``vocabulary`` is the number of rows."""
     hidden = model.hidden_size
@@ -39,6 +55,12 @@ def canonical_shapes(model: ModelConfig, head: Head, vocabulary: int, head_outpu
     elif not model.share_embeddings_and_output_weights:
         shapes["output_layer.weight"] = (vocabulary, hidden)
     return shapes
+
+
+def with_all_sizes(model: ModelConfig) -> ModelConfig:
+    """Return ``model`` with the sizes that it may leave at 0, which other formats name."""
+    groups, channels = query_groups(model), head_size(model)
+    return replace(model, ffn_hidden_size=ffn_size(model), num_query_groups=groups, kv_channels=channels)
 
 
 def layer_of(name: str) -> int | None:

@@ -25,29 +25,22 @@ Rows of ``linear_qkv`` are ordered by group; each group has its queries, its key
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
-import torch
 from torch import Tensor
 
 from nemo_advrm.config.schema import ModelConfig
+from nemo_advrm.convert.partial import PartialDirectory
+from nemo_advrm.convert.tensor_names import VOCABULARY_ROWS, TensorSpec
+from nemo_advrm.convert.transforms import pad_vocabulary
 from nemo_advrm.data.reading import ReadingRule
 from nemo_advrm.engine.gpt import Head
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """Shape and data type of a tensor."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def nbytes(self) -> int:
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
+from nemo_advrm.errors import CheckpointError, list_names
+from nemo_advrm.files import atomic_replace
 
 
 @dataclass
@@ -71,64 +64,92 @@ class Description:
     rule: ReadingRule = field(default_factory=ReadingRule)
 
 
-class TensorSource(Protocol):
+class TensorSource(ABC):
     """Reads a checkpoint: names and shapes on opening, each tensor on request.
 
     Opening raises CheckpointError for a missing, damaged or unsupported checkpoint.
+
+    Attributes:
+        specs: the spec of every tensor by canonical name, in the order of the forward pass.
     """
 
     path: Path
+    description: Description
+    specs: dict[str, TensorSpec]
 
-    @property
-    def description(self) -> Description: ...
-
-    def tensors(self) -> dict[str, TensorSpec]:
-        """Return the spec of every tensor by canonical name, without reading data."""
-        ...
-
+    @abstractmethod
     def read(self, name: str) -> Tensor:
-        """Read one tensor to the CPU, with the shape and dtype that :meth:`tensors` returns."""
-        ...
+        """Read one tensor to the CPU, with the shape and dtype of its spec."""
 
+    @abstractmethod
     def native(self, name: str) -> str:
         """Return the name of a tensor in this format, for messages."""
-        ...
 
-    def __enter__(self) -> Self: ...
+    def __enter__(self) -> Self:
+        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
+    def __exit__(self, *_: object) -> None:  # noqa: B027 (most formats open a file only while a tensor is read)
+        """Close open files."""
 
 
-class TensorSink(Protocol):
-    """Writes a checkpoint under a temporary name; :meth:`close` gives it its final name.
+class TensorSink(ABC):
+    """Writes a checkpoint as ``NAME.partial``, which gets its final name when all tensors are written.
 
-    The constructor gets the specs of all tensors and checks everything without writing. Entering creates the temporary
-    directory. Leaving with an exception removes it; leaving without one calls :meth:`close`. The next conversion
-    removes a temporary directory that a killed one left.
+    The constructor checks everything and writes nothing. Leaving the context with an exception removes what was
+    written. The next conversion removes what a killed one left.
 
-    Attributes:
+    Args:
+        names: canonical names of all tensors; each must be written exactly once, in any order.
+        rows: number of rows to which tensors with one row per vocabulary entry are padded.
         nbytes: total size of the weights to write, which may differ from that of the source (padding, dtype).
     """
 
-    path: Path
-    nbytes: int
+    def __init__(self, path: Path, names: Iterable[str], rows: int, nbytes: int) -> None:
+        self.path, self.nbytes = path, nbytes
+        self._rows, self._left = rows, set(names)
+        self._directory = PartialDirectory(path, nbytes)
 
+    @abstractmethod
     def native(self, name: str) -> str:
         """Return the name of a tensor in this format, for messages."""
-        ...
+
+    @abstractmethod
+    def _open(self, partial: Path) -> None:
+        """Create the files of the weights in the empty directory ``partial``."""
+
+    @abstractmethod
+    def _put(self, name: str, tensor: Tensor) -> None:
+        """Write one (padded) tensor."""
+
+    @abstractmethod
+    def _complete(self, partial: Path) -> Path:
+        """Write the rest; return the directory or file that becomes ``path``."""
+
+    def _close(self) -> None:  # noqa: B027 (most formats have no open files)
+        """Close open files; called once at the end, also after an error."""
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Write one tensor. Each canonical name must be written exactly once, in any order; else CheckpointError."""
-        ...
+        """Write one tensor; raises CheckpointError when it is unknown or was written before."""
+        if name not in self._left:
+            raise CheckpointError(f"{self.path}: {name} is unexpected or was written twice")
+        self._left.remove(name)
+        self._put(name, pad_vocabulary(tensor, self._rows) if name in VOCABULARY_ROWS else tensor)
 
-    def close(self) -> None:
-        """Complete the checkpoint. Raises CheckpointError when a tensor was not written."""
-        ...
+    def __enter__(self) -> Self:
+        try:
+            self._open(self._directory.make())
+        except BaseException as error:
+            self.__exit__(type(error))
+            raise
+        return self
 
-    def __enter__(self) -> Self: ...
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                if self._left:
+                    missing = list_names("tensors that were not written:", sorted(self._left))
+                    raise CheckpointError(f"{self.path}: {missing}")
+                atomic_replace(self._complete(self._directory.partial), self.path)
+        finally:
+            self._close()
+            self._directory.remove()

@@ -20,7 +20,6 @@ from nemo_advrm.engine.transformer import head_size, query_groups
 class Transform:
     """``merge(parts, model) -> canonical`` and ``split(canonical, model) -> parts``."""
 
-    name: str
     merge: Callable[[Sequence[Tensor], ModelConfig], Tensor]
     split: Callable[[Tensor, ModelConfig], list[Tensor]]
 
@@ -39,16 +38,12 @@ def _deinterleave(fused: Tensor, model: ModelConfig) -> list[Tensor]:
     return [part.reshape(-1, *trailing) for part in by_group.split([queries, size, size], dim=1)]
 
 
-COPY = Transform("copy", lambda parts, _: parts[0], lambda tensor, _: [tensor])
-QKV = Transform("qkv", _interleave, _deinterleave)  # for weights and biases
-GATE_UP = Transform("gate_up", lambda parts, _: torch.cat(list(parts)), lambda fused, _: list(fused.chunk(2)))
+COPY = Transform(lambda parts, _: parts[0], lambda tensor, _: [tensor])
+QKV = Transform(_interleave, _deinterleave)  # for weights and biases
+GATE_UP = Transform(lambda parts, _: torch.cat(list(parts)), lambda fused, _: list(fused.chunk(2)))
 
 
 def pad_vocabulary(tensor: Tensor, rows: int) -> Tensor:
     """Pad [vocabulary, ...] with zeros to [rows, ...]; the added entries are masked and never looked up."""
     missing = rows - tensor.size(0)
     return torch.cat([tensor, tensor.new_zeros(missing, *tensor.shape[1:])]) if missing else tensor
-
-
-def unpad_vocabulary(tensor: Tensor, vocabulary: int) -> Tensor:
-    return tensor[:vocabulary]

@@ -251,7 +251,7 @@ def _check_nemo(spec: SourceSpec, cfg: Config, world_size: int) -> None:
         described = source.description
         if described.head != "reward":
             raise CheckpointError(f"{spec.text}: holds a model with the head {described.head!r}, not a reward model")
-        head = source.tensors()["head.weight"]
+        head = source.specs["head.weight"]
         check_attributes(spec.text.partition("?")[0], head.shape[0], spec.attributes)
         own = dataclasses.replace(described.model, **{key: getattr(cfg.model, key) for key in OF_THE_JOB})
         validate_layout(dataclasses.replace(cfg, model=own), world_size)

@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorProperties, Te
 from nemo_advrm.convert import hf_sink, megatron_checkpoint
 from nemo_advrm.convert.dist_weights import StackedReader, StackedWriter
 from nemo_advrm.convert.partial import PartialDirectory
-from nemo_advrm.convert.tensors import TensorSpec
+from nemo_advrm.convert.tensor_names import TensorSpec
 from nemo_advrm.engine import checkpoint
 from nemo_advrm.errors import CheckpointError, ConfigError, LayoutError, UserError
 from nemo_advrm.rank_info import host_name

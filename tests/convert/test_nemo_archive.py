@@ -221,7 +221,7 @@ def test_a_damaged_table_of_contents_is_one_clear_error(place: float, tmp_path: 
 
     path = repacked(tmp_path / "damaged.nemo", damage)
     with pytest.raises(CheckpointError, match=r"damaged\.nemo"), NemoSource(path) as source:
-        for name in source.tensors():
+        for name in source.specs:
             source.read(name)
 
 

@@ -48,7 +48,7 @@ def ids(checkpoint: Path) -> list[list[int]]:
 
 def tensors(source: Any) -> dict[str, torch.Tensor]:
     with source:
-        return {name: source.read(name) for name in source.tensors()}
+        return {name: source.read(name) for name in source.specs}
 
 
 def same_bits(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:

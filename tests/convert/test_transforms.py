@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemo_advrm.config.schema import ModelConfig
-from nemo_advrm.convert.transforms import COPY, GATE_UP, QKV, pad_vocabulary, unpad_vocabulary
+from nemo_advrm.convert.transforms import COPY, GATE_UP, QKV, pad_vocabulary
 
 sizes = st.integers(1, 4)
 
@@ -58,4 +58,4 @@ def test_padding_of_the_vocabulary_is_zeros_and_comes_off(vocabulary: int, paddi
     tensor = numbered(vocabulary, hidden, start=1)
     padded = pad_vocabulary(tensor, vocabulary + padding)
     assert padded.shape == (vocabulary + padding, hidden) and not padded[vocabulary:].any()
-    assert torch.equal(unpad_vocabulary(padded, vocabulary), tensor)
+    assert torch.equal(padded[:vocabulary], tensor)

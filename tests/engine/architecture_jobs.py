@@ -36,10 +36,10 @@ def tensors_of(hf: PreTrainedModel) -> dict[str, torch.Tensor]:
     table, head = find_architecture({"architectures": [type(hf).__name__]}, "test")
     rows = padded_vocab_size(config, 0)
     ours = {}
-    for name in canonical_shapes(config, head, config.vocab_size):
-        entry = table.entry(name)
-        assert entry, name
-        transform, parts = entry
+    for name, shape in canonical_shapes(config, head, config.vocab_size).items():
+        found = table.parts(name, shape, config)
+        assert found, name
+        transform, parts = found
         tensor = transform.merge([theirs[part] for part in parts], config)
         tensor = pad_vocabulary(tensor, rows) if name in VOCABULARY_ROWS else tensor
         name = name.replace(ATTENTION_NORM, "input_layernorm.").replace(MLP_NORM, "pre_mlp_layernorm.")

@@ -133,14 +133,14 @@ def test_what_changes_nothing_is_let_be(whole: Path, tmp_path: Path, change: Cal
     path = shutil.copytree(whole, tmp_path / "rm")
     change(path)
     found, _ = check_directory(path)
-    assert (found.outputs, found.vocabulary, found.longest) == (1, 280, 128)
+    assert (found.vocabulary, found.longest) == (280, 128)
     HFSource(path)
 
 
 def test_buffers_of_old_files_that_transformers_ignores_are_let_be(tmp_path: Path) -> None:
     path = _roberta(tmp_path / "rm")
     _tensor("roberta.embeddings.position_ids", 1, 66, dtype=torch.int64)(path)
-    assert check_directory(path)[0].outputs == 1
+    check_directory(path)
 
 
 # several outputs
