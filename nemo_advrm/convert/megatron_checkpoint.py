@@ -20,6 +20,7 @@ from nemo_advrm.data.reading import KEY, ReadingRule, rule_from_meta
 from nemo_advrm.data.tokenizers import Tokenizer, build_tokenizer
 from nemo_advrm.engine import manifest
 from nemo_advrm.engine.checkpoint import FORMAT, WEIGHTS, read_meta
+from nemo_advrm.engine.description import FIELDS
 from nemo_advrm.engine.model import padded_vocab_size
 from nemo_advrm.engine.weights_metadata import open_metadata
 from nemo_advrm.errors import CheckpointError, ConfigError, DataError
@@ -27,20 +28,6 @@ from nemo_advrm.untrusted_files import read_json_object
 
 TOKENIZER, HF_CONFIG = "tokenizer", "hf_config.json"
 MODEL_FILE = Path("conf", "model", "imported.yaml")  # selected by hydra.searchpath=[DIR/conf] model=imported
-# keys of meta.json that describe the checkpoint itself, not its provenance
-_STRUCTURE = (
-    "format",
-    "head",
-    "head_outputs",
-    "vocab_size",
-    "model",
-    "tokenizer",
-    "tokenizer_spec",
-    KEY,
-    "has_optimizer",
-    "optimizer_started",
-    "conversion",
-)
 
 
 class MegatronSource(StackedSource):
@@ -75,7 +62,7 @@ class MegatronSource(StackedSource):
             rule=rule,
             provenance={
                 **meta.get("conversion", {}),
-                **{k: v for k, v in meta.items() if k not in _STRUCTURE},
+                **{k: v for k, v in meta.items() if k not in (*FIELDS, KEY)},
                 "converted_from": f"megatron:{path}",
             },
         )

@@ -65,7 +65,8 @@ def model_card(description: Description, class_name: str, notes: list[str]) -> s
     """Return Markdown with the metadata block of the Hugging Face hub; ``notes`` are sentences about this export."""
     reward = description.head == "reward"
     kind = "Reward model" if reward else "Language model"
-    facts = [f"- {label}: {_shown(description.provenance[key])}" for key, label in _KNOWN if _known(description, key)]
+    known = {label: description.provenance.get(key) for key, label in _KNOWN}
+    facts = [f"- {label}: {_shown(value)}" for label, value in known.items() if value not in (None, "")]
     front = ["---", "library_name: transformers", "tags:", "- nemo_advrm", *(["- reward-model"] if reward else [])]
     front += [f"pipeline_tag: {'text-classification' if reward else 'text-generation'}", "---"]
     sections = [
@@ -90,10 +91,6 @@ def _how_to_read(description: Description) -> str:
     if tokenizer.template_asks_date:
         parts.append(f"The chat template writes the date. It is fixed to {description.rule.date}, as in training.")
     return "\n\n".join(parts)
-
-
-def _known(description: Description, key: str) -> bool:
-    return description.provenance.get(key) not in (None, "")
 
 
 def _shown(value: Any) -> str:

@@ -18,7 +18,8 @@ from nemo_advrm.engine.weights_metadata import open_metadata
 from nemo_advrm.errors import CheckpointError, one_line
 
 _HEADS = ("lm", "reward", "value")
-_FIELDS: dict[str, tuple[type, ...]] = {
+# keys of meta.json that describe the checkpoint itself, not where it comes from
+FIELDS: dict[str, tuple[type, ...]] = {
     "format": (int,),
     "head": (str,),
     "head_outputs": (int,),
@@ -40,7 +41,7 @@ def check_description(meta: dict[str, Any], source: str) -> None:
 
     No string may contain ``${``: OmegaConf would interpolate it, for instance with an environment variable.
     """
-    for key, types in _FIELDS.items():
+    for key, types in FIELDS.items():
         if key in meta and type(meta[key]) not in types:
             raise CheckpointError(f"{source}: {key} is {_shown(meta[key])}, {_NAMES[types[0]]} was expected")
     if meta.get("head", "lm") not in _HEADS:

@@ -157,15 +157,15 @@ def recomputed_bytes(model: ModelConfig, layers: int, batch: Microbatch, element
     return layer.in_attention if model.recompute == "selective" else 0.0
 
 
-def backward_bytes(model: ModelConfig, batch: Microbatch, element: int, gradient: int) -> float:
+def backward_bytes(model: ModelConfig, batch: Microbatch, element: int) -> float:
     """Peak bytes of gradients inside one layer's backward pass, less the activations freed by then.
 
     The peak is in the MLP: the residual stream's gradient twice, and either the gradients inside the activation (2f if
-    gated, 3f if squared, else f), or f and the gradient of the second matrix with ``gradient`` bytes per element.
+    gated, 3f if squared, else f), or f and the gradient of the second matrix.
     """
     size, tensor = Sizes.of(model), model.tensor_model_parallel_size
     inner = element * batch.tokens / model.context_parallel_size * size.ffn / tensor
-    matrix = gradient * size.hidden * size.ffn / tensor
+    matrix = element * size.hidden * size.ffn / tensor
     at_activation = (2 if size.gated else 3 if model.activation == "squared_relu" else 1) * inner
     return 2 * boundary_bytes(model, batch, element) + max(at_activation, inner + matrix)
 
@@ -199,4 +199,4 @@ def peak_bytes(
     """
     kept = in_flight * chunk_bytes(model, layers, batch, element, kernels)
     again = recomputed_bytes(model, layers, batch, element, kernels)
-    return kept + max(head, again + backward_bytes(model, batch, element, element))
+    return kept + max(head, again + backward_bytes(model, batch, element))
