@@ -30,7 +30,7 @@ from nemo_advrm.engine.architecture import first_difference
 from nemo_advrm.engine.collectives import all_reduce_max, run_on_rank_zero
 from nemo_advrm.engine.description import check_description
 from nemo_advrm.engine.file_readers import load_weights
-from nemo_advrm.engine.file_writers import FileWriters, write_common
+from nemo_advrm.engine.file_writers import FileWriters, RankFiles, write_common
 from nemo_advrm.engine.fp8_states import check_fp8_states
 from nemo_advrm.engine.model import MegatronModel, padded_vocab_size
 from nemo_advrm.engine.optim import MegatronOptimizer
@@ -113,11 +113,7 @@ class Saving:
         with self._failing():
             self._wait(self._writers, limit_minutes)
             gathered = self._writers.gather()
-            write_on_rank_zero(self.path, lambda: self._writers.write_metadata(gathered))  # type: ignore[union-attr]
-            entries = self._described({f"{WEIGHTS}/{k}": v for k, v in self._writers.entries.items()})
-            write_on_rank_zero(self.path, lambda: manifest.write(self._partial, entries))
-            synced = manifest.WEIGHTS_SUFFIX
-            write_on_rank_zero(self.path, lambda: files.atomic_replace(self._partial, self.path, synced))
+            write_on_rank_zero(self.path, lambda: self._complete(gathered))
 
     def drop(self) -> None:
         """Stop writing and remove what was written; without collectives, since other ranks may have ended."""
@@ -131,11 +127,13 @@ class Saving:
         files.write_text(self._partial / "meta.json", json.dumps(described, indent=1))
         write_common(self._partial / WEIGHTS, common)
 
-    def _described(self, known: dict[str, manifest.Entry]) -> dict[str, manifest.Entry]:
-        try:
-            return manifest.describe_all(self._partial, known, self._hash_weights)
-        except OSError as error:  # on every rank
-            raise could_not_write(self.path, error, everywhere=True) from error
+    def _complete(self, gathered: list[RankFiles | str]) -> None:
+        assert self._writers is not None
+        entries = self._writers.write_metadata(gathered)
+        small = [name for name in manifest.names_in(self._partial) if name not in entries]
+        entries |= manifest.describe(self._partial, small)
+        manifest.write(self._partial, dict(sorted(entries.items())))
+        files.atomic_replace(self._partial, self.path, manifest.WEIGHTS_SUFFIX)
 
     def _wait(self, writers: FileWriters, limit_minutes: float) -> None:
         """Poll all ranks every ``LOOK_SECONDS``: a collective that waits for a slow disk would look like a hang."""

@@ -32,6 +32,9 @@ from torch.distributed.checkpoint.storage import WriteResult
 from nemo_advrm.engine import compat, manifest, runtime
 from nemo_advrm.errors import one_line
 
+RankFiles = tuple[list[WriteResult], dict[str, manifest.Entry]]
+"""(where each item of a rank was written, its files' entries of the manifest)."""
+
 
 def write_common(directory: Path, state: dict[str, Any]) -> None:
     """Write the state that is not sharded; on the writing rank.
@@ -52,13 +55,13 @@ class FileWriters:
     Args:
         state: the sharded part of Megatron's state dict (``save_preprocess``); emptied here. All ranks create their
             writers together.
-        directory: where the files go; it exists and is empty.
+        directory: where the files go, an empty directory in that of the checkpoint.
         copy: the state may change as soon as this returns. Without it, not before the threads have ended.
         hash_weights: read each file again for its hash.
 
     Attributes:
         written: where each item was written, for Megatron's metadata.
-        entries: what the manifest says of each file, by its name.
+        entries: the files' entries of the manifest.
         failure: the first error; the files are then unusable.
     """
 
@@ -100,29 +103,32 @@ class FileWriters:
         self._stopped.set()
         return self.wait(seconds)
 
-    def gather(self) -> list[list[WriteResult] | str]:
+    def gather(self) -> list[RankFiles | str]:
         """What every rank wrote, or why it failed, on the writing rank; all ranks call, after their threads ended."""
         rt = runtime.current()
-        mine: list[WriteResult] | str = self.written if self.failure is None else one_line(self.failure)
+        mine = (self.written, self.entries) if self.failure is None else one_line(self.failure)
         if rt.world_size == 1:
             return [mine]
         gathered: list[Any] | None = [None] * rt.world_size if rt.is_writer else None
         dist.gather_object(mine, gathered)
         return gathered or []
 
-    def write_metadata(self, gathered: list[list[WriteResult] | str]) -> None:
-        """Write ``.metadata`` and Megatron's configuration; on the writing rank.
+    def write_metadata(self, gathered: list[RankFiles | str]) -> dict[str, manifest.Entry]:
+        """Write ``.metadata`` and Megatron's configuration; on the writing rank. Returns the entries of all ranks.
 
         Raises OSError, which names rank and reason, when a rank could not write its files.
         """
         results = []
+        entries: dict[str, manifest.Entry] = {}
         for rank, outcome in enumerate(gathered):
             if isinstance(outcome, str):
                 raise OSError(f"rank {rank}: {outcome}")
-            results.append(outcome)
+            results.append(outcome[0])
+            entries |= outcome[1]
         assert self._metadata is not None
         self._writer.finish(self._metadata, results)
         save_config(CheckpointingConfig(compat.BACKEND, compat.BACKEND_VERSION), str(self.directory))
+        return entries
 
     def _write(self, path: str, name: str, contents: tuple[list[Any], deque[Any]]) -> None:
         blobs, tensors = contents
@@ -135,7 +141,8 @@ class FileWriters:
             _, written = outcome.get_nowait()
             if isinstance(written, BaseException):
                 raise written
-            self.entries.update(manifest.describe(self.directory, [name], self._hash_weights))
+            listed = f"{self.directory.name}/{name}"
+            self.entries |= manifest.describe(self.directory.parent, [listed], self._hash_weights)
             self.written.extend(written)
         except BaseException as error:  # an exception in a thread is otherwise lost
             self.failure = self.failure or error

@@ -12,7 +12,6 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -25,7 +24,6 @@ from nemo_advrm.untrusted_files import read_json
 
 NAME = "manifest.json"
 WEIGHTS_SUFFIX = ".distcp"
-_WRITTEN_BY = re.compile(r"__(\d+)_\d+\.distcp$")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _SAMPLES, _SAMPLE_BYTES = 16, 1 << 16
 
@@ -34,9 +32,9 @@ Entry = dict[str, Any]  # {"size": bytes, "sha256": hash of the content, or "sam
 _log = logging.getLogger(__name__)
 
 
-def are_entries(value: object) -> bool:
-    """Whether ``value`` has the form of ``{name: Entry}``, as :func:`describe` gives it."""
-    return isinstance(value, dict) and all(map(_is_entry, value.values()))
+def is_digest(value: Any) -> bool:
+    """Whether ``value`` is a SHA-256 in hexadecimal digits."""
+    return isinstance(value, str) and bool(_SHA256.fullmatch(value))
 
 
 def _is_entry(value: Any) -> bool:
@@ -45,34 +43,9 @@ def _is_entry(value: Any) -> bool:
     return is_digest(value.get("sha256", value.get("samples")))
 
 
-def is_digest(value: Any) -> bool:
-    """Whether ``value`` is a SHA-256 in hexadecimal digits."""
-    return isinstance(value, str) and bool(_SHA256.fullmatch(value))
-
-
 def describe(directory: Path, names: list[str], hash_weights: bool = False) -> dict[str, Entry]:
     """The named files, read by this rank alone."""
     return {name: _entry(directory / name, hash_weights) for name in names}
-
-
-def describe_all(directory: Path, known: dict[str, Entry], hash_weights: bool) -> dict[str, Entry]:
-    """Every file of ``directory`` by its relative name; all ranks call, and each reads the files it wrote.
-
-    ``known`` are those of this rank that need not be read again. Raises OSError on every rank when a file cannot be
-    read on any.
-    """
-    rt = runtime.current()
-
-    def work() -> dict[str, Entry]:
-        names = (n for n in names_in(directory) if _writer(n, rt.world_size) == rt.rank)
-        return {name: known.get(name) or _entry(directory / name, hash_weights) for name in names}
-
-    found: dict[str, Entry] = {}
-    for entries in _on_all(work):
-        if isinstance(entries, Exception):
-            raise entries
-        found.update(entries)
-    return dict(sorted(found.items()))
 
 
 def write(directory: Path, entries: dict[str, Entry]) -> None:
@@ -106,36 +79,34 @@ def damage(directory: Path, verify_weights: bool, except_for: str = "") -> str |
     One rank compares all sizes and the contents of the small files. With ``verify_weights`` the ranks share the files
     of weights and compare their contents, too. ``except_for`` names a file that may be changed.
     """
-    found: str | dict[str, Entry] = run_on_rank_zero(_small_damage, directory, except_for)
-    if isinstance(found, str) or not verify_weights:
-        return found if isinstance(found, str) else None
+    entries, problem = run_on_rank_zero(_inspect, directory, True, except_for)
+    if problem is not None or not verify_weights:
+        return problem
     rt = runtime.current()
-    weights = {name: entry for name, entry in found.items() if _is_weights(name)}
-    unknown = [name for name, entry in weights.items() if "sha256" not in entry]
+    weights = {name: entry for name, entry in entries.items() if _is_weights(name)}
+    unknown = sum("sha256" not in entry for entry in weights.values())
     if unknown and rt.is_writer:
         _log.warning(
             "%s: %d files of weights were saved without hashes (trainer.verify_checkpoints=false): only their sizes "
             "are compared",
             directory,
-            len(unknown),
+            unknown,
         )
-    mine = sorted(weights)[rt.rank :: rt.world_size]
-    for problem in _on_all(lambda: _changed(directory, {name: weights[name] for name in mine})):
-        if problem is not None:
-            return str(problem)
-    return None
+    problems = [_changed(directory, {name: weights[name] for name in sorted(weights)[rt.rank :: rt.world_size]})]
+    if rt.world_size > 1:
+        own, problems = problems[0], [None] * rt.world_size
+        dist.all_gather_object(problems, own)
+    return next(filter(None, problems), None)
 
 
-def wrong_size(directory: Path, except_for: str = "") -> str | None:
+def wrong_size(directory: Path) -> str | None:
     """The first listed file that is missing or has another size, in a few words, or None; this rank alone."""
-    found = _sizes(directory, except_for)
-    return found if isinstance(found, str) else None
+    return _inspect(directory, contents=False)[1]
 
 
 def small_damage(directory: Path, except_for: str = "") -> str | None:
     """What :func:`damage` finds without ``verify_weights``; this rank alone."""
-    found = _small_damage(directory, except_for)
-    return found if isinstance(found, str) else None
+    return _inspect(directory, contents=True, except_for=except_for)[1]
 
 
 def names_in(directory: Path) -> list[str]:
@@ -145,12 +116,6 @@ def names_in(directory: Path) -> list[str]:
 
 def _is_weights(name: str) -> bool:
     return name.endswith(WEIGHTS_SUFFIX)
-
-
-def _writer(name: str, world_size: int) -> int:
-    """The rank that wrote a file: it sees it at once on a network file system, and still has it in memory."""
-    match = _WRITTEN_BY.search(name)
-    return int(match[1]) % world_size if match else 0
 
 
 def _entry(path: Path, hash_weights: bool) -> Entry:
@@ -169,53 +134,51 @@ def _read(directory: Path) -> dict[str, Entry]:
     """What a manifest lists; raises OSError, and ValueError when it is damaged or names files elsewhere."""
     content = read_json(directory / NAME)
     listed = content.get("files") if isinstance(content, dict) else None
-    if not listed or not are_entries(listed):
+    if not isinstance(listed, dict) or not listed or not all(map(_is_entry, listed.values())):
         raise ValueError(f"{NAME} is no manifest")
     for name in listed:
-        if not name.isprintable() or PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+        path = PurePosixPath(name)
+        if not name.isprintable() or path.is_absolute() or ".." in path.parts or str(path) != name:
             raise ValueError(f"{name!r} is no file below it")
-    return dict(listed)
+    return listed
 
 
-def _sizes(directory: Path, except_for: str) -> str | dict[str, Entry]:
-    """The first file that is missing or has another size, in words; else all that are listed.
+def _read_nested(directory: Path) -> dict[str, Entry]:
+    """What a manifest lists, and what the manifests in its list do: an attack lists an adversary, which lists its model.
 
-    The files of a checkpoint whose manifest is listed count as listed, too.
+    The system refuses a list that contains itself: its path gets too long.
     """
+    entries = _read(directory)
+    for name in [name for name in entries if name.endswith(f"/{NAME}")]:
+        below = name.removesuffix(NAME)
+        entries |= {f"{below}{inner}": entry for inner, entry in _read_nested(directory / below).items()}
+    return entries
+
+
+def _inspect(directory: Path, contents: bool, except_for: str = "") -> tuple[dict[str, Entry], str | None]:
+    """All files that are listed, and what is wrong with their sizes, or with the ``contents`` of the small ones."""
     try:
-        entries = _read(directory)
-        manifests = [name for name in entries if name.endswith(f"/{NAME}")]
-        while manifests:  # an attack lists an adversary, which lists its model, which lists its weights
-            below = manifests.pop().removesuffix(NAME)
-            found = {f"{below}{inner}": entry for inner, entry in _read(directory / below).items()}
-            manifests += [name for name in found if name.endswith(f"/{NAME}") and name not in entries]
-            entries.update(found)
+        entries = _read_nested(directory)
     except FileNotFoundError as error:
-        return f"{Path(error.filename).relative_to(directory)} is missing"
+        return {}, f"{Path(error.filename).relative_to(directory)} is missing"
     except (OSError, ValueError) as error:
-        return f"{NAME} cannot be read: {error}"
+        return {}, f"{NAME} cannot be read: {error}"
     entries.pop(except_for, None)
     for name, entry in entries.items():
         try:
             size = (directory / name).stat().st_size
         except FileNotFoundError:
-            return f"{name} is missing"
+            return entries, f"{name} is missing"
         except OSError as error:
-            return f"{name} cannot be read: {error.strerror}"
+            return entries, f"{name} cannot be read: {error.strerror}"
         if size != entry["size"]:
-            return f"{name} has {size} bytes instead of {entry['size']}"
-    return entries
-
-
-def _small_damage(directory: Path, except_for: str) -> str | dict[str, Entry]:
-    """What is wrong with the sizes, or the contents of the small files, in words; else all files that are listed."""
-    found = _sizes(directory, except_for)
-    if isinstance(found, str):
-        return found
-    return _changed(directory, {name: entry for name, entry in found.items() if not _is_weights(name)}) or found
+            return entries, f"{name} has {size} bytes instead of {entry['size']}"
+    small = {name: entry for name, entry in entries.items() if contents and not _is_weights(name)}
+    return entries, _changed(directory, small)
 
 
 def _changed(directory: Path, entries: dict[str, Entry]) -> str | None:
+    """The first file whose contents are not those of its hash, in words; files without a hash are not read."""
     for name, entry in entries.items():
         if "sha256" not in entry:
             continue
@@ -225,17 +188,3 @@ def _changed(directory: Path, entries: dict[str, Entry]) -> str | None:
         except OSError as error:
             return f"{name} cannot be read: {error.strerror}"
     return None
-
-
-def _on_all(work: Callable[[], Any]) -> list[Any]:
-    """The result of ``work`` on every rank, or the OSError that it raised there."""
-    try:
-        outcome = work()
-    except OSError as error:
-        outcome = error
-    world_size = runtime.current().world_size
-    if world_size == 1:
-        return [outcome]
-    outcomes: list[Any] = [None] * world_size
-    dist.all_gather_object(outcomes, outcome)
-    return outcomes
