@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
 
 _CPU = torch.device("cpu")
 _FACTORIES = [
@@ -122,33 +123,8 @@ def _torch_stand_in() -> types.ModuleType:
     return stand_in
 
 
-class CpuRNGStatesTracker:
-    """Named random streams of the CPU generator, with the interface of Megatron's CUDA tracker."""
-
-    def __init__(self) -> None:
-        self.reset()
-
-    def is_initialized(self) -> bool:
-        return self._initialized
-
-    def reset(self) -> None:
-        self.states_: dict[str, torch.Tensor] = {}
-        self.seeds_: set[int] = set()
-        self._initialized = False
-
-    def get_states(self) -> dict[str, torch.Tensor]:
-        return dict(self.states_)
-
-    def set_states(self, states: dict[str, torch.Tensor]) -> None:
-        self._initialized = True
-        self.states_ = states
-
-    def add(self, name: str, seed: int) -> None:
-        self._initialized = True
-        before = torch.get_rng_state()
-        torch.manual_seed(seed)
-        self.states_[name] = torch.get_rng_state()
-        torch.set_rng_state(before)
+class CpuRNGStatesTracker(CudaRNGStatesTracker):
+    """Megatron's named random streams; its :meth:`fork` would log a warning if the CPU's generator is used inside."""
 
     @contextlib.contextmanager
     def fork(self, name: str = "model-parallel-rng") -> Iterator[None]:
