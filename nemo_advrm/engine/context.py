@@ -10,10 +10,7 @@ Megatron's reduction over data- and context-parallel ranks then sums these to th
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -105,28 +102,3 @@ class SplitLogits:
         for chunk in own_chunks():
             chunks[chunk].fill_(True)
         return cls(own_NV, held_S.expand_as(predict_BS)[predict_BS])
-
-
-@contextlib.contextmanager
-def without_context_parallel(parts: list[Any]) -> Iterator[None]:
-    """Switch context parallelism off inside, for decoding: one new token per row cannot be split over ranks.
-
-    ``parts`` are the chunks of one model, which share their configuration.
-    """
-    config = parts[0].config
-    size = config.context_parallel_size
-    if size == 1:
-        yield
-        return
-    # Transformer Engine's attention keeps the group that it was constructed with
-    switched = [m for part in parts for m in part.modules() if hasattr(m, "set_context_parallel_group")]
-    groups = [(m.cp_group, m.cp_global_ranks, m.cp_stream, m.cp_comm_type) for m in switched]
-    for module, (*_, kind) in zip(switched, groups, strict=True):
-        module.set_context_parallel_group(None, None, None, kind)
-    config.context_parallel_size = 1
-    try:
-        yield
-    finally:
-        for module, group in zip(switched, groups, strict=True):
-            module.set_context_parallel_group(*group)
-        config.context_parallel_size = size

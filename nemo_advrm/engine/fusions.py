@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -60,19 +58,6 @@ def fusions(model: ModelConfig, on_gpu: bool) -> list[Fusion]:
 def settings(model: ModelConfig, on_gpu: bool) -> dict[str, bool]:
     """The options as keys of Megatron's TransformerConfig."""
     return {fusion.option: fusion.active for fusion in fusions(model, on_gpu)}
-
-
-@contextlib.contextmanager
-def without_fused_rotation(config: Any) -> Iterator[None]:
-    """Switch the fused rotation off inside: its kernel uses the same angles for all rows, but rows of a cache differ.
-
-    ``config`` is the TransformerConfig that all layers share.
-    """
-    chosen, config.apply_rope_fusion = config.apply_rope_fusion, False
-    try:
-        yield
-    finally:
-        config.apply_rope_fusion = chosen
 
 
 def fuses_activation(model: ModelConfig) -> bool:

@@ -14,12 +14,9 @@ from torch import Tensor
 
 from nemo_advrm.data.batching import microbatch_cost
 from nemo_advrm.engine import runtime, throughput
-from nemo_advrm.engine.context import without_context_parallel
-from nemo_advrm.engine.fusions import without_fused_rotation
-from nemo_advrm.engine.gpt import without_sequence_parallel
+from nemo_advrm.engine.decoding import decoding
 from nemo_advrm.engine.kv_cache import KVCache
 from nemo_advrm.engine.model import MegatronModel
-from nemo_advrm.engine.precision import without_fp8
 from nemo_advrm.engine.sampling import Sampling, pick
 from nemo_advrm.errors import ConfigError
 
@@ -82,13 +79,7 @@ def generate(
     own = order[parallel_state.get_context_parallel_rank() :: ranks]
     step = max_rows or len(own) or 1
     made: dict[int, tuple[list[int], bool]] = {}
-    with (
-        model.resident(),
-        without_context_parallel(model.parts),
-        without_sequence_parallel(model.parts),
-        without_fp8(model.config),
-        without_fused_rotation(model.config),
-    ):
+    with model.resident(), decoding(model.parts):
         for start in range(0, len(own), step):
             rows = own[start : start + step]
             tokens, ended = _generate_batch(model, [prompts[i] for i in rows], sampling, uniforms_BT[rows])
@@ -120,8 +111,8 @@ def _generate_batch(
     written_BT = torch.full((len(prompts), sampling.max_new_tokens), -1, dtype=torch.int64, device=device)
     ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     for t in range(sampling.max_new_tokens):
-        picked = pick(logits, uniforms_BT[alive, t], sampling) if logits is not None else None
-        picked = runtime.current().broadcast_from_last_stage(picked, ((alive.numel(),), torch.int64))
+        picked = torch.empty_like(alive) if logits is None else pick(logits, uniforms_BT[alive, t], sampling)
+        picked = runtime.current().broadcast_from_last_stage(picked)
         written_BT[alive[running], t] = picked[running]
         stopped = torch.isin(picked, stops) & running
         ended[alive[stopped]] = True

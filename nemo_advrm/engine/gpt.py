@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
@@ -213,31 +211,3 @@ class HeadedGPT(GPTModel):
         if self.head_kind == "lm":
             return super().sharded_state_dict(prefix, sharded_offsets, metadata)
         return MegatronModule.sharded_state_dict(self, prefix, sharded_offsets, metadata)
-
-
-_SEQUENCE_PARALLEL_SWITCHES = ("sequence_parallel", "scatter_to_sequence_parallel", "reduce_scatter_embeddings")
-
-
-@contextlib.contextmanager
-def without_sequence_parallel(parts: list[HeadedGPT]) -> Iterator[None]:
-    """Switch sequence parallelism off inside, for decoding: one token per row cannot be split over ranks."""
-    config = parts[0].config  # all chunks of a model share it
-    if not config.sequence_parallel:
-        yield
-        return
-    switched = [
-        (module, name)
-        for part in parts
-        for module in part.modules()
-        for name in _SEQUENCE_PARALLEL_SWITCHES
-        if getattr(module, name, False) is True
-    ]
-    for module, name in switched:
-        setattr(module, name, False)
-    config.sequence_parallel = False
-    try:
-        yield
-    finally:
-        for module, name in switched:
-            setattr(module, name, True)
-        config.sequence_parallel = True

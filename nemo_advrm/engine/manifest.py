@@ -144,7 +144,7 @@ def _read(directory: Path) -> dict[str, Entry]:
 
 
 def _read_nested(directory: Path) -> dict[str, Entry]:
-    """What a manifest lists, and what the manifests in its list do: an attack lists an adversary, which lists its model.
+    """What a manifest lists, with what the manifests among it do: an attack lists an adversary, which lists its model.
 
     The system refuses a list that contains itself: its path gets too long.
     """

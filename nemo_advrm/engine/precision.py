@@ -7,8 +7,6 @@ token per row. The FP8 formats are not measured.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -131,13 +129,3 @@ def alignment(config: Any) -> int:
         config.context_parallel_size,
         FP8_ALIGNMENT.get(next(chosen, ""), 1),
     )
-
-
-@contextlib.contextmanager
-def without_fp8(config: Any) -> Iterator[None]:
-    """Compute in bf16 inside, for decoding: FP8 products do not support one token per row."""
-    chosen, config.fp8 = config.fp8, None
-    try:
-        yield
-    finally:
-        config.fp8 = chosen

@@ -32,54 +32,29 @@ class Layout:
         return self.tensor * self.pipeline * self.context
 
 
+@dataclass(eq=False)
 class Runtime:
-    """Device, ranks and groups of this process. Made by :func:`start`."""
+    """Device, ranks and groups of this process. Made by :func:`start`.
 
-    def __init__(
-        self,
-        layout: Layout,
-        device: torch.device,
-        rank: int,
-        world_size: int,
-        replica: dist.ProcessGroup | None = None,
-    ) -> None:
-        self.layout = layout
-        self.replica = replica
-        self.device = device
-        self.rank = rank
-        self.world_size = world_size
+    Attributes:
+        replica: the processes of this one's model replica.
+        dp_rank, dp_size: rank and number of the data-parallel replicas.
+        is_first_stage, is_last_stage: of the pipeline.
+    """
+
+    layout: Layout
+    device: torch.device
+    rank: int
+    world_size: int
+    replica: dist.ProcessGroup
+    dp_rank: int
+    dp_size: int
+    is_first_stage: bool
+    is_last_stage: bool
 
     @property
     def on_gpu(self) -> bool:
         return self.device.type == "cuda"
-
-    @property
-    def dp_rank(self) -> int:
-        from megatron.core import parallel_state
-
-        return parallel_state.get_data_parallel_rank()
-
-    @property
-    def dp_size(self) -> int:
-        from megatron.core import parallel_state
-
-        return parallel_state.get_data_parallel_world_size()
-
-    def dp_slice(self, count: int) -> slice:
-        """This data-parallel rank's contiguous share of ``count`` rows, in rank order."""
-        return slice(count * self.dp_rank // self.dp_size, count * (self.dp_rank + 1) // self.dp_size)
-
-    @property
-    def is_first_stage(self) -> bool:
-        from megatron.core import parallel_state
-
-        return parallel_state.is_pipeline_first_stage(ignore_virtual=True)
-
-    @property
-    def is_last_stage(self) -> bool:
-        from megatron.core import parallel_state
-
-        return parallel_state.is_pipeline_last_stage(ignore_virtual=True)
 
     @property
     def is_writer(self) -> bool:
@@ -91,25 +66,20 @@ class Runtime:
         """True on the first rank of each model replica."""
         return self.layout.model_parallel == 1 or dist.get_rank(self.replica) == 0
 
-    def broadcast_from_last_stage(self, value: torch.Tensor | None, like: tuple[tuple[int, ...], torch.dtype]):
-        """Broadcast a tensor of the last pipeline stage to all stages; ``like`` is its shape and dtype."""
+    def dp_slice(self, count: int) -> slice:
+        """This data-parallel rank's contiguous share of ``count`` rows, in rank order."""
+        return slice(count * self.dp_rank // self.dp_size, count * (self.dp_rank + 1) // self.dp_size)
+
+    def broadcast_from_last_stage(self, value: torch.Tensor) -> torch.Tensor:
+        """The ``value`` of the last pipeline stage, on all; on the others it gives shape and dtype alone."""
+        if self.layout.pipeline == 1:
+            return value
         from megatron.core import parallel_state
 
-        if self.layout.pipeline == 1:
-            assert value is not None
-            return value
-        shape, dtype = like
-        if self.is_last_stage:
-            assert value is not None
-            buffer = value.to(self.device, dtype).contiguous()
-        else:
-            buffer = torch.empty(shape, dtype=dtype, device=self.device)
-        dist.broadcast(
-            buffer,
-            parallel_state.get_pipeline_model_parallel_last_rank(),
-            group=parallel_state.get_pipeline_model_parallel_group(),
-        )
-        return buffer
+        value = value.to(self.device).contiguous()
+        last = parallel_state.get_pipeline_model_parallel_last_rank()
+        dist.broadcast(value, last, group=parallel_state.get_pipeline_model_parallel_group())
+        return value
 
     def gather_data_parallel(self, value: Any) -> list[Any]:
         """All-gather a picklable ``value`` over data-parallel ranks, in rank order."""
@@ -216,7 +186,19 @@ def start(layout: Layout | None = None, accelerator: str = "auto", timeout_minut
     if not dist.is_initialized():
         peers.join(rank_info, "nccl" if on_gpu else "gloo", timeout_minutes)
     replica = _initialize_groups(layout, on_gpu, timeout_minutes)
-    _current = Runtime(layout, device, rank_info.rank, rank_info.world_size, replica)
+    from megatron.core import parallel_state
+
+    _current = Runtime(
+        layout,
+        device,
+        rank_info.rank,
+        rank_info.world_size,
+        replica,
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        dp_size=parallel_state.get_data_parallel_world_size(),
+        is_first_stage=parallel_state.is_pipeline_first_stage(ignore_virtual=True),
+        is_last_stage=parallel_state.is_pipeline_last_stage(ignore_virtual=True),
+    )
     return _current
 
 

@@ -265,5 +265,5 @@ def reduce_metrics(parts: list[Sums]) -> dict[str, float]:
     table = torch.tensor([totals.get(n, [0.0, 0.0]) for n in order], dtype=torch.float64, device=rt.device)
     if rt.dp_size > 1 and (rt.is_last_stage or rt.layout.pipeline == 1):
         dist.all_reduce(table, group=parallel_state.get_data_parallel_group())
-    table = rt.broadcast_from_last_stage(table, (tuple(table.shape), table.dtype))
+    table = rt.broadcast_from_last_stage(table)
     return {name: (row[0] / row[1]).item() if row[1] else 0.0 for name, row in zip(order, table, strict=True)}

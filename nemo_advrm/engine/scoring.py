@@ -34,6 +34,5 @@ def score_sequences(model: MegatronModel, sequences: list[list[int]], pad_id: in
         if results:
             for group, result in zip(groups, results, strict=True):
                 scores[group] = result.float().cpu()
-        rt = runtime.current()
-        scores = rt.broadcast_from_last_stage(scores.to(rt.device), (tuple(scores.shape), scores.dtype)).cpu()
+        scores = runtime.current().broadcast_from_last_stage(scores).cpu()
     return scores.squeeze(-1) if width == 1 else scores

@@ -72,7 +72,6 @@ def response_log_probs(
 
 def per_token(data: RolloutBatch, groups: list[list[int]], results: list[tuple[Tensor, ...]]) -> tuple[Tensor, Tensor]:
     """Scatters the [N] results of microbatches into two [B, T] tables and sends them to every pipeline stage."""
-    rt = runtime.current()
     table = torch.zeros(2, *data.mask_BT.shape)
     for group, parts in zip(groups, results, strict=False):
         mask = data.mask_BT[group]
@@ -80,5 +79,5 @@ def per_token(data: RolloutBatch, groups: list[list[int]], results: list[tuple[T
             rows = torch.zeros(mask.shape)
             rows[mask] = part.float().cpu()
             table[i, group] = rows
-    table = rt.broadcast_from_last_stage(table.to(rt.device), (tuple(table.shape), table.dtype)).cpu()
+    table = runtime.current().broadcast_from_last_stage(table).cpu()
     return table[0], table[1]

@@ -136,7 +136,7 @@ class ReferenceFeatures:
             values_N[group] = sums_B.cpu()
         if not rows:
             return values_N
-        return rt.broadcast_from_last_stage(values_N.to(rt.device), (tuple(values_N.shape), values_N.dtype)).cpu()
+        return rt.broadcast_from_last_stage(values_N).cpu()
 
 
 class HybridReward:

@@ -49,7 +49,7 @@ def logits(path: str, tokens_BS: torch.Tensor) -> torch.Tensor:
     )
     found = forward(model, [microbatch], lambda output, _: output)
     shape = (tokens_BS.numel(), model.vocab_size)
-    whole = runtime.current().broadcast_from_last_stage(found[0] if found else None, (shape, torch.float32))
+    whole = runtime.current().broadcast_from_last_stage(found[0] if found else torch.empty(shape))
     return whole.view(rows, length, -1)[..., : model.model_config.vocab_size]
 
 

@@ -84,7 +84,7 @@ def logits(model: MegatronModel, tokens_BS: torch.Tensor) -> torch.Tensor:
     """[B, S, vocabulary] on all ranks."""
     found = forward(model, [_microbatch(tokens_BS, gather_logits=True)], lambda output, _: _whole(output))
     shape = (tokens_BS.numel(), model.vocab_size)
-    whole = runtime.current().broadcast_from_last_stage(found[0] if found else None, (shape, torch.float32))
+    whole = runtime.current().broadcast_from_last_stage(found[0] if found else torch.empty(shape))
     return whole.view(*tokens_BS.shape, -1)[..., : model.model_config.vocab_size]
 
 

@@ -18,6 +18,7 @@ from nemo_advrm.config.schema import ModelConfig, PrecisionConfig
 from nemo_advrm.engine import context, runtime
 from nemo_advrm.engine.attention import FusedCoreAttention
 from nemo_advrm.engine.collectives import run_on_first_rank
+from nemo_advrm.engine.decoding import decoding
 from nemo_advrm.engine.microbatches import EncodedResponse
 from nemo_advrm.engine.transformer import transformer_config
 from nemo_advrm.models.language_model import SupervisedModel
@@ -90,9 +91,10 @@ class EngineAttention(torch.nn.Module):
 
 def switched_off() -> tuple[EngineAttention, Any, list[Any]]:
     """A stand-in after the switch, its configuration, and what both said inside."""
-    module, config = EngineAttention(), SimpleNamespace(context_parallel_size=2)
+    module = EngineAttention()
+    config = SimpleNamespace(context_parallel_size=2, sequence_parallel=False, fp8=None, apply_rope_fusion=False)
     module.config = config  # type: ignore[assignment]
-    with context.without_context_parallel([module]):
+    with decoding([module]):
         inside = [module.cp_group, module.cp_comm_type, config.context_parallel_size]
     return module, config, inside
 

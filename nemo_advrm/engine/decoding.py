@@ -1,0 +1,46 @@
+"""Switches off, while a model generates, what cannot process one new token per row."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+_SEQUENCE_PARALLEL_SWITCHES = ("sequence_parallel", "scatter_to_sequence_parallel", "reduce_scatter_embeddings")
+
+
+@contextlib.contextmanager
+def decoding(parts: list[Any]) -> Iterator[None]:
+    """Inside, the chunks of one model process whole batches of single tokens, each rank by itself.
+
+    Off are sequence and context parallelism (one token per row cannot be split over ranks), FP8 (its products need more
+    than one token per row; bf16 takes its place), and the fused rotation (its kernel uses the same angles for all rows,
+    but rows of a cache differ).
+
+    Args:
+        parts: the chunks, which share their configuration.
+    """
+    config = parts[0].config
+    modules = [module for part in parts for module in part.modules()]
+    with contextlib.ExitStack() as stack:
+
+        def switch(owner: Any, name: str, value: Any) -> None:
+            stack.callback(setattr, owner, name, getattr(owner, name))
+            setattr(owner, name, value)
+
+        switch(config, "fp8", None)
+        switch(config, "apply_rope_fusion", False)
+        if config.sequence_parallel:
+            for owner in (config, *modules):
+                for name in _SEQUENCE_PARALLEL_SWITCHES:
+                    if getattr(owner, name, False) is True:
+                        switch(owner, name, False)
+        if config.context_parallel_size > 1:
+            switch(config, "context_parallel_size", 1)
+            for module in modules:
+                # Transformer Engine's attention keeps the group that it was constructed with
+                if hasattr(module, "set_context_parallel_group"):
+                    group = (module.cp_group, module.cp_global_ranks, module.cp_stream, module.cp_comm_type)
+                    stack.callback(module.set_context_parallel_group, *group)
+                    module.set_context_parallel_group(None, None, None, module.cp_comm_type)
+        yield
