@@ -12,7 +12,7 @@ from nemo_advrm.data.tokenizers import Tokenizer
 from nemo_advrm.engine import checkpoint
 from nemo_advrm.engine.model import build_model
 from nemo_advrm.engine.optim import MegatronOptimizer
-from nemo_advrm.engine.schedule import Microbatch, Sums, forward, forward_backward, microbatch_rows
+from nemo_advrm.engine.schedule import Microbatch, Sums, forward, forward_backward
 from nemo_advrm.models.rollout_batch import RolloutBatch, per_token
 from nemo_advrm.models.trainable import derive_seed
 from nemo_advrm.objectives.losses import clipped_value
@@ -33,20 +33,16 @@ class Critic:
             checkpoint.load(Path(restore_from), self.model, new_head=True)
         self.optimizer = MegatronOptimizer(self.model, cfg.model.optim, cfg.trainer.gradient_clip_val)
 
-    def _microbatches(self, data: RolloutBatch) -> tuple[list[list[int]], list[Microbatch]]:
-        groups = microbatch_rows(self.model, data.lengths())
-        return groups, [data.microbatch(self.model, group, self.pad_id) for group in groups]
-
     @torch.no_grad()
     def values(self, data: RolloutBatch) -> Tensor:
         """Returns the value before each response token, [B, T] on the CPU."""
-        groups, microbatches = self._microbatches(data)
+        groups, microbatches = data.microbatches(self.model, self.pad_id)
         results = forward(self.model, microbatches, lambda out, m: (out[m.forward["predict_BS"]],))
         return per_token(data, groups, results)[0]
 
     def update(self, data: RolloutBatch, passes: int, step: int) -> dict[str, float]:
         """Trains on the returns for ``passes`` updates; returns metrics, with the explained variance before them."""
-        _, microbatches = self._microbatches(data)
+        _, microbatches = data.microbatches(self.model, self.pad_id)
         metrics: dict[str, float] = {}
         norm = 0.0
         for _ in range(passes):

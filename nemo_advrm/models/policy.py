@@ -21,7 +21,7 @@ from nemo_advrm.engine.generation import uniforms
 from nemo_advrm.engine.log_probs import log_probs_and_entropy
 from nemo_advrm.engine.model import MegatronModel
 from nemo_advrm.engine.optim import MegatronOptimizer
-from nemo_advrm.engine.schedule import Sums, forward_backward, microbatch_rows
+from nemo_advrm.engine.schedule import Sums, forward_backward
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.models.critic import Critic
 from nemo_advrm.models.rollout_batch import RolloutBatch, response_log_probs
@@ -206,8 +206,7 @@ class PolicyModel(TrainableModel):
         if self.critic is not None and step < rl.critic_warmup_steps:
             idle = ("loss", "policy_loss", "grad_norm", "approx_kl", "clipfrac")
             return {**dict.fromkeys(idle, 0.0), "learning_rate": lr}
-        groups = microbatch_rows(self.model, data.lengths())
-        microbatches = [data.microbatch(self.model, group, self.tokenizer.pad_id) for group in groups]
+        _, microbatches = data.microbatches(self.model, self.tokenizer.pad_id)
         metrics: dict[str, float] = {}
         norm = 0.0
         for _ in range(rl.updates_per_rollout):

@@ -43,9 +43,6 @@ class RolloutBatch:
         zeros = [torch.zeros(mask_BT.shape) for _ in range(6)]
         return cls(rows, mask_BT, *zeros)
 
-    def lengths(self) -> list[int]:
-        return [len(row.tokens) for row in self.rows]
-
     def microbatch(self, model: MegatronModel, rows: list[int], pad_id: int) -> Microbatch:
         """Returns a microbatch of ``rows``; its ``extra`` tensors ``NAME_N`` [N] hold response tokens, row by row."""
         microbatch = response_microbatch(model, [self.rows[i] for i in rows], pad_id)
@@ -55,14 +52,18 @@ class RolloutBatch:
             microbatch.extra[f"{name}_N"] = values_BT[rows][mask].to(microbatch.tokens_BS.device)
         return microbatch
 
+    def microbatches(self, model: MegatronModel, pad_id: int) -> tuple[list[list[int]], list[Microbatch]]:
+        """Returns the whole batch as microbatches, and which rows each holds."""
+        groups = microbatch_rows(model, [len(row.tokens) for row in self.rows])
+        return groups, [self.microbatch(model, group, pad_id) for group in groups]
+
 
 @torch.no_grad()
 def response_log_probs(
     model: MegatronModel, data: RolloutBatch, pad_id: int, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     """Returns log-probability and entropy at every response token, both [B, T] in nats on the CPU."""
-    groups = microbatch_rows(model, data.lengths())
-    microbatches = [data.microbatch(model, group, pad_id) for group in groups]
+    groups, microbatches = data.microbatches(model, pad_id)
 
     def collect(logits_NV: Tensor, microbatch: Microbatch) -> tuple[Tensor, Tensor]:
         return log_probs_and_entropy(logits_NV, microbatch.extra["targets_N"], temperature)

@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from nemo.core.classes import ModelPT
 from omegaconf import OmegaConf
 
@@ -21,7 +22,6 @@ from nemo_advrm.engine import runtime, throughput
 from nemo_advrm.engine.model import MegatronModel
 from nemo_advrm.engine.optim import MegatronOptimizer, learning_rate
 from nemo_advrm.errors import TrainingDiverged
-from nemo_advrm.models.step_counter import StepCounter
 from nemo_advrm.seeds import derive_seed
 
 Row = TypeVar("Row")
@@ -170,6 +170,20 @@ class TrainableModel(ModelPT):
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Returns an empty dict: Megatron models are not submodules, and the strategy saves them."""
         return {}
+
+
+class StepCounter(torch.optim.Optimizer):
+    """Takes the place of the Megatron optimizers in Lightning, which counts training steps by calls of ``step()``.
+
+    One training step may make several Megatron updates (PPO epochs, a critic), so the model calls the Megatron
+    optimizers itself and this one once per step.
+    """
+
+    def __init__(self) -> None:
+        super().__init__([torch.nn.Parameter(torch.zeros(1))], {"lr": 0.0})
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        return None
 
 
 class _Steps:

@@ -17,8 +17,7 @@ from nemo_advrm.engine.runtime import Runtime
 from nemo_advrm.engine.scoring import score_sequences
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.models.reward_model import RewardModel
-from nemo_advrm.models.step_counter import StepCounter
-from nemo_advrm.models.trainable import derive_seed, total_steps
+from nemo_advrm.models.trainable import StepCounter, derive_seed, total_steps
 
 LOSSES = ("bt", "margin_bt", "scaled_bt", "regression")
 
