@@ -1,12 +1,14 @@
-"""Builds policies and reward models from a configuration and a checkpoint."""
+"""Builds policies, reward models and critics from a configuration and a checkpoint."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from nemo_advrm.config.schema import Config, RewardModelConfig
 from nemo_advrm.data.tokenizers import Tokenizer
 from nemo_advrm.engine import checkpoint
+from nemo_advrm.engine.gpt import Head
 from nemo_advrm.engine.model import MegatronModel, build_model
 from nemo_advrm.objectives.losses import reads_labels
 
@@ -16,19 +18,13 @@ def build_policy(cfg: Config, tokenizer: Tokenizer, restore_from: str, seed: int
 
     Raises CheckpointError for a tokenizer with ids beyond the embedding.
     """
-    checkpoint.check_tokenizer(tokenizer, cfg.model, restore_from)
-    model = build_model(
-        cfg.model,
-        cfg.precision,
-        "lm",
-        tokenizer.vocab_size,
-        seed=seed,
-        trainable=trainable,
-        banned_token_ids=tokenizer.control_ids,
-    )
-    if restore_from:
-        checkpoint.load(Path(restore_from), model)
-    return model
+    banned = tokenizer.control_ids
+    return _build(cfg, "lm", tokenizer, restore_from, seed, trainable, banned_token_ids=banned)
+
+
+def build_critic(cfg: Config, tokenizer: Tokenizer, restore_from: str, seed: int) -> MegatronModel:
+    """A model with a value head; see :func:`build_policy`. The head is new if the checkpoint is a language model's."""
+    return _build(cfg, "value", tokenizer, restore_from, seed, trainable=True)
 
 
 def head_outputs(options: RewardModelConfig) -> int:
@@ -45,18 +41,18 @@ def build_reward_model(
     tokenizer with ids beyond the embedding.
     """
     options = cfg.reward_model
+    head = {"head_outputs": head_outputs(options), "head_init_std": options.head_init_std}
+    return _build(cfg, "reward", tokenizer, restore_from, seed, trainable, **head)
+
+
+def _build(
+    cfg: Config, head: Head, tokenizer: Tokenizer, restore_from: str, seed: int, trainable: bool, **options: Any
+) -> MegatronModel:
     checkpoint.check_tokenizer(tokenizer, cfg.model, restore_from)
-    model = build_model(
-        cfg.model,
-        cfg.precision,
-        "reward",
-        tokenizer.vocab_size,
-        seed=seed,
-        trainable=trainable,
-        head_outputs=head_outputs(options),
-        head_init_std=options.head_init_std,
-    )
+    size = tokenizer.vocab_size
+    model = build_model(cfg.model, cfg.precision, head, size, seed=seed, trainable=trainable, **options)
     if restore_from:
         path = Path(restore_from)
-        checkpoint.load(path, model, new_head=trainable and checkpoint.read_meta(path)["head"] != "reward")
+        new_head = head != "lm" and trainable and checkpoint.read_meta(path)["head"] != head
+        checkpoint.load(path, model, new_head=new_head)
     return model

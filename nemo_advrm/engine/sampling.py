@@ -11,12 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nemo_advrm.errors import ConfigError
-
 
 @dataclass(frozen=True)
 class Sampling:
-    """Sampling parameters.
+    """Sampling parameters; the schema (``rl.*``) has their limits.
 
     Attributes:
         max_new_tokens: longest response, including its stop token.
@@ -31,16 +29,6 @@ class Sampling:
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ConfigError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
-        if self.temperature < 0:
-            raise ConfigError(f"temperature must not be negative, not {self.temperature}")
-        if not 0 < self.top_p <= 1:
-            raise ConfigError(f"top_p must be in (0, 1], not {self.top_p}")
-        if self.top_k < 0:
-            raise ConfigError(f"top_k must not be negative, not {self.top_k}")
 
 
 def pick(logits_BV: Tensor, uniforms_B: Tensor, sampling: Sampling) -> Tensor:

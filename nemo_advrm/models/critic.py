@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from torch import Tensor
 
 from nemo_advrm.config.schema import Config
 from nemo_advrm.data.tokenizers import Tokenizer
-from nemo_advrm.engine import checkpoint
-from nemo_advrm.engine.model import build_model
+from nemo_advrm.engine.builders import build_critic
 from nemo_advrm.engine.optim import MegatronOptimizer
 from nemo_advrm.engine.schedule import Microbatch, Sums, forward, forward_backward
 from nemo_advrm.models.rollout_batch import RolloutBatch, per_token
@@ -25,12 +22,7 @@ class Critic:
     def __init__(self, cfg: Config, tokenizer: Tokenizer, restore_from: str, seed: int) -> None:
         self.rl = cfg.rl
         self.pad_id = tokenizer.pad_id
-        checkpoint.check_tokenizer(tokenizer, cfg.model, restore_from)
-        self.model = build_model(
-            cfg.model, cfg.precision, "value", tokenizer.vocab_size, seed=derive_seed(seed, "critic")
-        )
-        if restore_from:
-            checkpoint.load(Path(restore_from), self.model, new_head=True)
+        self.model = build_critic(cfg, tokenizer, restore_from, derive_seed(seed, "critic"))
         self.optimizer = MegatronOptimizer(self.model, cfg.model.optim, cfg.trainer.gradient_clip_val)
 
     @torch.no_grad()
