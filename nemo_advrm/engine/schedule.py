@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,7 +20,7 @@ from nemo_advrm.engine.gpt import Head
 from nemo_advrm.engine.model import MegatronModel
 from nemo_advrm.engine.precision import alignment
 
-Sums = dict[str, tuple[Tensor, Tensor | float]]
+Sums = dict[str, tuple[Tensor | float, Tensor | float]]
 """Metric name -> (sum, count); the mean is over all microbatches and data-parallel ranks."""
 
 LossFunction = Callable[[Any, "Microbatch"], tuple[Tensor, int, Sums]]
@@ -244,26 +244,20 @@ def forward(
 def reduce_metrics(parts: list[Sums]) -> dict[str, float]:
     """Means over microbatches and data-parallel ranks, on every rank; ``parts`` come from the last stage."""
     rt = runtime.current()
-    totals: dict[str, list[float]] = {}
-    for sums in parts:
-        for name, (total, count) in sums.items():
-            entry = totals.setdefault(name, [0.0, 0.0])
-            entry[0] += float(total)
-            entry[1] += float(count)
+    totals = _added(rt.gather_data_parallel(_added(parts)))  # also by a rank without validation rows
     if rt.layout.pipeline > 1:
-        names: list[Any] = [sorted(totals) if rt.is_last_stage else None]
-        dist.broadcast_object_list(
-            names,
-            parallel_state.get_pipeline_model_parallel_last_rank(),
-            group=parallel_state.get_pipeline_model_parallel_group(),
-        )
-        known = names[0]
-    else:
-        known = sorted(totals)
-    # a rank without validation rows has no metric names, but takes part in the reduction
-    order = sorted({name for ranks_names in rt.gather_data_parallel(known) for name in ranks_names})
-    table = torch.tensor([totals.get(n, [0.0, 0.0]) for n in order], dtype=torch.float64, device=rt.device)
-    if rt.dp_size > 1 and (rt.is_last_stage or rt.layout.pipeline == 1):
-        dist.all_reduce(table, group=parallel_state.get_data_parallel_group())
-    table = rt.broadcast_from_last_stage(table)
-    return {name: (row[0] / row[1]).item() if row[1] else 0.0 for name, row in zip(order, table, strict=True)}
+        last = parallel_state.get_pipeline_model_parallel_last_rank()
+        everywhere = [totals]
+        dist.broadcast_object_list(everywhere, last, group=parallel_state.get_pipeline_model_parallel_group())
+        totals = everywhere[0]
+    return {name: total / count if count else 0.0 for name, (total, count) in sorted(totals.items())}
+
+
+def _added(parts: Iterable[Sums]) -> Sums:
+    """The sums and counts of all ``parts`` by metric, as fp64 numbers."""
+    totals: Sums = {}
+    for part in parts:
+        for name, (total, count) in part.items():
+            before = totals.get(name, (0.0, 0.0))
+            totals[name] = (before[0] + float(total), before[1] + float(count))
+    return totals
