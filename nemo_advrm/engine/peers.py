@@ -101,12 +101,10 @@ def lost(error: BaseException) -> str | None:
     if not isinstance(error, dist.DistError) and not _COLLECTIVE_FAILED.search(str(error)):
         return None
     store = _store
-    found: list[list[str]] = []
-    # a thread, because torch has no time limit for reading the store's answer
-    thread = threading.Thread(target=lambda: found.append(_silent(store)), name="lost ranks", daemon=True)
-    thread.start()
-    thread.join(_STORE_SECONDS)
-    silent = found[0] if found else [f"rank 0 on {_first_host}"]
+    try:
+        silent = _limited(lambda: _silent(store), _STORE_SECONDS)
+    except dist.DistError:
+        silent = [f"rank 0 on {_first_host}"]
     names = ", ".join(silent) or "a process (all of them answer, so the network failed)"
     return f"{_rank_info} lost {names}: {one_line(error)}"
 
@@ -192,8 +190,8 @@ def _roll_call(store: dist.Store, rank_info: RankInfo, timeout: datetime.timedel
         raise ProcessLost(f"{rank_info} waited {seconds / 60:g} minutes in vain for {names}")
 
 
-def _limited(work: Callable[[], T], seconds: float, rank_info: RankInfo) -> T:
-    """The result of ``work`` on the store; raises Preempted after a signal, DistStoreError after ``seconds``.
+def _limited(work: Callable[[], T], seconds: float, starting: RankInfo | None = None) -> T:
+    """The result of ``work`` on the store; raises DistStoreError after ``seconds``, while ``starting`` also Preempted.
 
     A thread, because torch does not limit the wait for a store's answer: a program that is no store accepts the
     connection and never answers, and so does a stopped rank 0. The thread of such a request is left behind.
@@ -207,11 +205,12 @@ def _limited(work: Callable[[], T], seconds: float, rank_info: RankInfo) -> T:
         except BaseException as error:
             failure.append(error)
 
-    thread = threading.Thread(target=run, name="join the job", daemon=True)
+    thread = threading.Thread(target=run, name="key-value store", daemon=True)
     thread.start()
     deadline = time.monotonic() + seconds
     while thread.is_alive():
-        signals.leave_if_received(f"while {rank_info} waited for the others: nothing is lost")
+        if starting is not None:
+            signals.leave_if_received(f"while {starting} waited for the others: nothing is lost")
         if time.monotonic() > deadline:
             raise dist.DistStoreError("no answer")
         thread.join(min(POLL_SECONDS, seconds))

@@ -111,7 +111,7 @@ def _count(model: MegatronModel, scheduled: list[_Scheduled], passes: int) -> No
         rows, length = item.read.tokens_BS.shape
         targets = item.read.extra.get("targets_N")  # tokens whose logits are computed
         logits = 0 if targets is None else targets.numel()
-        throughput.count_pass(model.model_config, model.head, rows, length, logits, model.vocab_size, ranks, passes)
+        throughput.count_pass(model, rows, length, logits, ranks, passes)
 
 
 def _with_fillers(model: MegatronModel, microbatches: list[Microbatch]) -> list[_Scheduled]:

@@ -8,6 +8,7 @@ from nemo_advrm.config.schema import ModelConfig
 from nemo_advrm.engine import runtime
 from nemo_advrm.engine.flops import Microbatch, head_flops, layer_flops
 from nemo_advrm.engine.gpus import GPUS
+from nemo_advrm.engine.model import MegatronModel
 
 
 def training_flops_per_token(model: ModelConfig) -> float:
@@ -32,9 +33,7 @@ def flops_so_far() -> float:
     return _flops
 
 
-def count_pass(
-    model: ModelConfig, head: str, rows: int, length: int, logits: int, vocab_size: int, ranks: int, passes: int = 1
-) -> None:
+def count_pass(model: MegatronModel, rows: int, length: int, logits: int, ranks: int, passes: int = 1) -> None:
     """Add this process's share of a pass to :func:`flops_so_far`.
 
     Counted are the matrices of the layers, attention within the rows, and the output layer, padding included, because
@@ -42,14 +41,14 @@ def count_pass(
     to cached tokens.
 
     Args:
-        head: lm, reward or value.
         rows, length: shape of the padded microbatch.
         logits: number of tokens whose logits are computed.
         ranks: number of ranks that share the pass evenly.
         passes: 1 for a forward pass, 3 with the backward pass.
     """
-    flops = model.num_layers * layer_flops(model, Microbatch(rows, length)).total
-    flops += head_flops(model, head, logits, vocab_size)
+    config = model.model_config
+    flops = config.num_layers * layer_flops(config, Microbatch(rows, length)).total
+    flops += head_flops(config, model.head, logits, model.vocab_size)
     add_flops(passes * flops / ranks)
 
 
