@@ -140,10 +140,6 @@ def _kernels(on_gpu: bool) -> Finding:
     else:
         adam = "Adam (Apex)" if on_gpu and loads("apex.optimizers") else ""
         layers = "attention (PyTorch)"
-        if not on_gpu:
-            from nemo_advrm.engine.cpu_linear import takes_onednn
-
-            layers += f", linear layers ({'oneDNN' if takes_onednn() else 'MKL'})"
     missing = "" if adam else "Adam is PyTorch's, which makes temporary copies of the parameters it updates"
     return Finding("Fused kernels", ", ".join(filter(None, (layers, adam))), missing)
 

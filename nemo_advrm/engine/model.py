@@ -13,7 +13,6 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from nemo_advrm.config.schema import ModelConfig, PrecisionConfig
 from nemo_advrm.engine import runtime
-from nemo_advrm.engine.cpu_linear import use_cpu_products
 from nemo_advrm.engine.gpt import Head, HeadedGPT
 from nemo_advrm.engine.transformer import transformer_config
 
@@ -180,8 +179,6 @@ def _move_to_device(part: HeadedGPT, config: TransformerConfig, rt: runtime.Runt
     """Move a chunk to its device and dtype; a scalar head stays in fp32."""
     if rt.on_gpu:
         part.to(rt.device)
-    else:
-        use_cpu_products(part)
     keep_heads_in_fp32 = [p for n, p in part.named_parameters() if n.startswith("head.")]
     if config.bf16:
         part.bfloat16()
