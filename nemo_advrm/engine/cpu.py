@@ -181,32 +181,6 @@ def keep_freed_memory() -> None:
         libc.mallopt(_M_TRIM_THRESHOLD, 1 << 30)
 
 
-@contextlib.contextmanager
-def one_group_per_set_of_ranks() -> Iterator[None]:
-    """Make Megatron's process groups of the same ranks one group inside.
-
-    Megatron makes some thirty groups of a few sets of ranks. Every gloo group has three threads, one of which wakes a
-    hundred times a second: the groups of four idle processes used half a core. Sharing is safe because all ranks issue
-    their collectives in the same order.
-    """
-    from megatron.core import parallel_state
-
-    create = parallel_state.create_group
-    made: dict[tuple[Any, ...], Any] = {}
-
-    def create_once(ranks: Any = None, **options: Any) -> Any:
-        key = (*ranks, options.get("backend"))
-        if key not in made:
-            made[key] = create(ranks, **options)
-        return made[key]
-
-    parallel_state.create_group = create_once
-    try:
-        yield
-    finally:
-        parallel_state.create_group = create
-
-
 def _take_torch_optimizers() -> None:
     """Make Megatron's optimizer use PyTorch's Adam and SGD and plain loops over tensors.
 

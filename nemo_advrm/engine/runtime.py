@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -206,13 +205,11 @@ def _initialize_groups(layout: Layout, on_gpu: bool, timeout_minutes: float) -> 
     """Make Megatron's process groups; returns that of this process's model replica."""
     from megatron.core import parallel_state
 
-    groups_made: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if not on_gpu:
         from nemo_advrm.engine import cpu
 
         cpu.keep_freed_memory()
         cpu.redirect_megatron_to_cpu()
-        groups_made = cpu.one_group_per_set_of_ranks()
     if parallel_state.model_parallel_is_initialized():
         # Megatron only drops its references (but destroys the gloo twins): threads and sockets would leak
         groups = parallel_state._global_process_group_list or []
@@ -220,15 +217,14 @@ def _initialize_groups(layout: Layout, on_gpu: bool, timeout_minutes: float) -> 
         for group in groups:
             if group in dist.distributed_c10d._world.pg_map:
                 dist.destroy_process_group(group)
-    with groups_made:
-        parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=layout.tensor,
-            pipeline_model_parallel_size=layout.pipeline,
-            context_parallel_size=layout.context,
-            distributed_timeout_minutes=timeout_minutes,  # type: ignore[arg-type]  # goes into a timedelta
-            create_gloo_process_groups=on_gpu,
-        )
-        return _replica_group(layout, timeout_minutes)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        context_parallel_size=layout.context,
+        distributed_timeout_minutes=timeout_minutes,  # type: ignore[arg-type]  # goes into a timedelta
+        create_gloo_process_groups=on_gpu,
+    )
+    return _replica_group(layout, timeout_minutes)
 
 
 def _replica_group(layout: Layout, timeout_minutes: float) -> dist.ProcessGroup:
