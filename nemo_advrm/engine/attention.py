@@ -24,12 +24,6 @@ from torch.nn.attention.bias import causal_lower_right
 from nemo_advrm.engine import context
 from nemo_advrm.engine.kv_cache import KVCache
 
-# when decoding on CPU, one attention call takes this many rows, or more if they hold fewer bytes of the cache.
-# Generation orders rows by length. A call costs about as much as reading half a MiB.
-_DECODED_TOGETHER = 16
-_FEWEST_BYTES = 4 << 20
-
-
 class FusedCoreAttention(MegatronModule):
     """softmax(QK' * scale)V through ``scaled_dot_product_attention``, with grouped queries.
 
@@ -89,15 +83,7 @@ class FusedCoreAttention(MegatronModule):
         else:
             visible = self._causal(length, length, query.device)
             is_causal = visible is None and length > 1
-        if visible is not None and length == 1 and query.device.type == "cpu":
-            row_bytes = 2 * k[0].numel() * k.element_size()
-            rows = max(_DECODED_TOGETHER, _FEWEST_BYTES // max(1, row_bytes))
-            groups = _row_groups(visible, rows, bool(self.window))
-            result = torch.cat(
-                [self._attend(q[i], k[i, :, keys], v[i, :, keys], visible[i, ..., keys], False) for i, keys in groups]
-            )
-        else:
-            result = self._attend(q, k, v, visible, is_causal)
+        result = self._attend(q, k, v, visible, is_causal)
         if length == 1:
             return result.reshape(1, query.size(1), -1)
         return result.permute(2, 0, 1, 3).reshape(length, query.size(1), -1)
@@ -185,24 +171,6 @@ def capped_attention(
     weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
     weights = F.dropout(weights, dropout)
     return (weights.view(b, groups, -1, weights.size(-1)) @ v).view(b, heads, length, d)
-
-
-def _row_groups(visible: Tensor, together: int, windowed: bool) -> list[tuple[slice, slice]]:
-    """(rows, keys) slices of the calls of one decoding step on CPU, where reading the cache dominates the time.
-
-    ``visible`` [b, 1, 1, keys] is True in one contiguous range, which starts at the first key unless ``windowed``. Each
-    group has ``together`` rows and reads only the keys that one of its rows sees.
-    """
-    if visible.size(0) <= together:  # all keys: the cache returns no more than its longest row holds
-        return [(slice(None), slice(None))]
-    counts = visible.sum(-1).flatten()
-    if windowed:
-        firsts = visible.int().argmax(-1).flatten()
-        first, last = firsts.tolist(), (firsts + counts).tolist()
-    else:
-        first, last = [0] * counts.numel(), counts.tolist()
-    groups = [slice(i, i + together) for i in range(0, len(first), together)]
-    return [(rows, slice(min(first[rows]), max(last[rows]))) for rows in groups]
 
 
 class CachedSelfAttention(SelfAttention):
