@@ -24,6 +24,7 @@ from torch.nn.attention.bias import causal_lower_right
 from nemo_advrm.engine import context
 from nemo_advrm.engine.kv_cache import KVCache
 
+
 class FusedCoreAttention(MegatronModule):
     """softmax(QK' * scale)V through ``scaled_dot_product_attention``, with grouped queries.
 

@@ -12,7 +12,6 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from nemo_advrm.data.batching import microbatch_cost
 from nemo_advrm.engine import runtime, throughput
 from nemo_advrm.engine.decoding import decoding
 from nemo_advrm.engine.kv_cache import KVCache
@@ -22,10 +21,6 @@ from nemo_advrm.errors import ConfigError
 
 # drop finished rows once they are this share of the batch: copying the cache costs about as much as one step
 _DROP_SHARE = 0.25
-# prompts share a prefill pass if the longest is at most this many times as long as the shortest, or if the pass has
-# fewer tokens than this many passes whose cost is only their launches
-_LIKE = 1.25
-_FEWEST_PASSES = 4
 
 
 @dataclass(frozen=True)
@@ -133,12 +128,19 @@ def _generate_batch(
 
 
 def _prefill(model: MegatronModel, tokens_BS: Tensor, lengths_B: Tensor, cache: KVCache) -> Tensor | None:
-    """Fill the cache with the prompts, in passes of similar lengths; returns what :func:`_call_pipeline` returns."""
+    """Fill the cache with prompts of ascending lengths; returns what :func:`_call_pipeline` returns.
+
+    A pass holds at most ``micro_batch_tokens`` tokens. Passes of rows of similar length alone were rejected: less
+    padding saved 4 % of the CPU time of ``make run``.
+    """
+    lengths, limit = lengths_B.tolist(), model.model_config.micro_batch_tokens
     parts = []
     start = 0
-    fewest = _FEWEST_PASSES * microbatch_cost(tokens_BS.device)
-    for stop in _similar_lengths(lengths_B.tolist(), model.model_config.micro_batch_tokens, fewest):
-        width = int(lengths_B[start:stop].max())
+    while start < len(lengths):
+        stop = start + 1
+        while stop < len(lengths) and (stop + 1 - start) * lengths[stop] <= limit:
+            stop += 1
+        width = lengths[stop - 1]
         cache.prefill_rows(start, stop)
         positions = torch.arange(width, device=tokens_BS.device).expand(stop - start, width)
         read_at_B = lengths_B[start:stop] - 1
@@ -146,19 +148,6 @@ def _prefill(model: MegatronModel, tokens_BS: Tensor, lengths_B: Tensor, cache: 
         start = stop
     logits = [part for part in parts if part is not None]
     return torch.cat(logits) if logits else None
-
-
-def _similar_lengths(lengths: list[int], max_tokens: int, fewest_tokens: int) -> list[int]:
-    """Ends of the groups of rows, sorted by length, that share a prefill pass: little padding, enough work each."""
-    cuts = []
-    start = 0
-    for row in range(1, len(lengths)):
-        padded = (row - start) * lengths[row - 1]
-        padding_grows = lengths[row] > _LIKE * lengths[start] and padded >= fewest_tokens
-        if padding_grows or (row + 1 - start) * lengths[row] > max_tokens:
-            cuts.append(row)
-            start = row
-    return [*cuts, len(lengths)]
 
 
 def _call_pipeline(
