@@ -16,11 +16,11 @@ from torch import Tensor
 
 from nemo_advrm.errors import ConfigError
 
-# Fixed cost of a microbatch, in padded tokens. CPU: measured by benchmarks/train_rm.py. Microbatches as large as fit were
-# rejected: without AVX-512 a step of `make run` takes 22% (SFT), 19% (reward model) and 3% (RLHF) more CPU time, the
-# whole 11%. GPU: 16 layers of width 2,048 in bf16 on one H200 spend 150 ms on kernel launches, however small the
-# microbatch is. Training on 32 pairs of HH's lengths per step reached 7,400 tokens/s with a cost of 128, 17,400 with
-# 2,048 and 21,400 to 32,100 with 8,192.
+# Fixed cost of a microbatch, in padded tokens. CPU: measured by benchmarks/train_rm.py. With microbatches as large as
+# fit a step of `make run` takes, without AVX-512, 22% (SFT), 19% (reward model) or 3% (RLHF) more CPU time, all 11%.
+# GPU: 16 layers of width 2,048 in bf16 on one H200 spend 150 ms on kernel launches, however small the microbatch is.
+# Training on 32 pairs of HH's lengths per step reached 7,400 tokens/s with a cost of 128, 17,400 with 2,048 and 21,400
+# to 32,100 with 8,192.
 _MICROBATCH_COST = {"cpu": 128, "cuda": 8192}
 
 
