@@ -8,11 +8,8 @@ for the CPU. The runtime calls :func:`redirect_megatron_to_cpu` if no GPU is use
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import functools
 import importlib
-import os
-import platform
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -52,10 +49,6 @@ _USED_MODULES = (
     "megatron.core.optimizer",
     "megatron.core.pipeline_parallel",
 )
-
-
-# parameters of glibc's mallopt (malloc.h)
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
 def _is_cuda(device: Any) -> bool:
@@ -165,20 +158,6 @@ def types_of_cuda_tensors() -> Iterator[None]:
         yield
     finally:
         del torch.Tensor.type  # uncovers the method of PyTorch's base class
-
-
-def keep_freed_memory() -> None:
-    """Make glibc keep freed blocks below 1 GiB for the next tensors instead of returning them to the kernel.
-
-    By default every large activation is mapped anew and its pages are zeroed at first touch, which took a third of the
-    time of a forward pass. Does nothing if the user sets a variable of glibc's (``MALLOC_TRIM_THRESHOLD_``).
-    """
-    if any(name.startswith("MALLOC_") for name in os.environ):
-        return
-    libc = ctypes.CDLL(None)
-    if platform.libc_ver()[0] == "glibc" and hasattr(libc, "mallopt"):
-        libc.mallopt(_M_MMAP_THRESHOLD, 1 << 30)
-        libc.mallopt(_M_TRIM_THRESHOLD, 1 << 30)
 
 
 def _take_torch_optimizers() -> None:

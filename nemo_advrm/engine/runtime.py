@@ -208,7 +208,6 @@ def _initialize_groups(layout: Layout, on_gpu: bool, timeout_minutes: float) -> 
     if not on_gpu:
         from nemo_advrm.engine import cpu
 
-        cpu.keep_freed_memory()
         cpu.redirect_megatron_to_cpu()
     if parallel_state.model_parallel_is_initialized():
         # Megatron only drops its references (but destroys the gloo twins): threads and sockets would leak
