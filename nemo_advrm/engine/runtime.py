@@ -168,8 +168,6 @@ def start(layout: Layout | None = None, accelerator: str = "auto", timeout_minut
     layout = layout or Layout()
     if _current is not None and _current.layout == layout:
         return _current
-    if accelerator not in ("auto", "cpu", "gpu"):
-        raise ConfigError(f"trainer.accelerator: {accelerator!r} is not one of auto, cpu, gpu")
     if accelerator == "gpu" and not torch.cuda.is_available():
         raise ConfigError("trainer.accelerator=gpu: PyTorch sees no GPU; use accelerator=cpu or check the driver")
     on_gpu = uses_gpu(accelerator)
