@@ -12,6 +12,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
+from nemo_advrm.data.batching import pad_rows
 from nemo_advrm.engine import runtime, throughput
 from nemo_advrm.engine.decoding import decoding
 from nemo_advrm.engine.kv_cache import KVCache
@@ -91,13 +92,10 @@ def _generate_batch(
     model: MegatronModel, prompts: list[list[int]], sampling: Sampling, uniforms_BT: Tensor
 ) -> tuple[list[list[int]], list[bool]]:
     device = runtime.current().device
-    lengths_B = torch.tensor([len(p) for p in prompts], device=device)
-    tokens_BS = torch.zeros(len(prompts), int(lengths_B.max()), dtype=torch.int64, device=device)
-    for row, prompt in zip(tokens_BS, prompts, strict=True):
-        row[: len(prompt)] = torch.tensor(prompt, device=device)
+    tokens_BS, lengths_B = (tensor.to(device) for tensor in pad_rows(prompts, pad_id=0))
     uniforms_BT = uniforms_BT.to(device)
     stops = torch.tensor(sampling.stop_tokens, device=device)
-    cache = KVCache(lengths_B, int(lengths_B.max()) + sampling.max_new_tokens)
+    cache = KVCache(lengths_B, tokens_BS.size(1) + sampling.max_new_tokens)
 
     logits = _prefill(model, tokens_BS, lengths_B, cache)
     cache.start_decoding()
