@@ -83,6 +83,19 @@ class AttackSample(TypedDict):
 
 
 @with_config(_STRICT)
+class RLHFSample(TypedDict):
+    """A row of the ``samples.jsonl`` of RLHF."""
+
+    step: Count
+    prompt: Text
+    response: Text
+    ended: Flag
+    proxy: Number | None
+    reward: Number | None
+    gold: Number | None
+
+
+@with_config(_STRICT)
 class AttackMetrics(TypedDict, total=False):
     """What is averaged of the rows of an attack's ``metrics.jsonl``."""
 
@@ -211,6 +224,7 @@ class PipelineState(TypedDict):
 REFERENCE_ROW = TypeAdapter(ReferenceRow)
 RESPONSE = TypeAdapter(Response)
 ATTACK_SAMPLE = TypeAdapter(AttackSample)
+RLHF_SAMPLE = TypeAdapter(RLHFSample)
 PAIR_ROW = TypeAdapter(PairRow)
 ATTACK_METRICS = TypeAdapter(AttackMetrics)
 METRICS_ROW = TypeAdapter(dict[Text, Number | None])

@@ -15,7 +15,7 @@ from tiny import tiny_config
 
 from nemo_advrm.data.sft_scores import SFTScores
 from nemo_advrm.engine.runtime import Runtime
-from nemo_advrm.errors import CheckpointError
+from nemo_advrm.errors import CheckpointError, DataError
 from nemo_advrm.models.policy import PolicyModel
 from nemo_advrm.rewards.ensemble import RewardOutput
 from nemo_advrm.rewards.local import FunctionReward
@@ -290,6 +290,18 @@ def test_the_tracker_tells_at_a_restart_how_many_of_its_rows_are_lost(
     again.teardown(None, None, "fit")
     (told,) = caplog.messages
     assert told == f"{path}: {4 - left} of 4 rows are lost; training resumes after step 2"
+
+
+def test_a_restart_names_a_row_that_is_none_of_rlhf(single: Runtime, tmp_path: Path) -> None:
+    path = tmp_path / "samples.jsonl"
+    module: Any = _Policy()
+    tracker: Any = OveroptimizationTracker(path, _gold(), every=1, samples=2)
+    tracker.on_train_start(SimpleNamespace(global_step=0), module)
+    tracker.on_train_batch_end(SimpleNamespace(global_step=1), module, None, None, 0)
+    tracker.teardown(None, None, "fit")
+    path.write_text(path.read_text().replace('"response": "y"', '"response": ["y"]'))
+    with pytest.raises(DataError, match=r"samples\.jsonl:2: no row of RLHF's samples \(response="):
+        tracker.on_train_start(SimpleNamespace(global_step=1), module)
 
 
 @pytest.mark.parametrize("rows", [None, "4", -1, 4.0, True])

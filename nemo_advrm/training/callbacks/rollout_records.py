@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 
 from nemo_advrm.config.schema import RLConfig
+from nemo_advrm.data.run_records import RESTORE_ROWS, RLHF_SAMPLE, read_rows
 from nemo_advrm.data.sft_scores import SFTScores
 from nemo_advrm.engine import runtime
 from nemo_advrm.engine.collectives import run_on_rank_zero
@@ -134,6 +135,9 @@ class OveroptimizationTracker(_RolloutWriter):
             lost = f"{self.path}: {missing} of {self._saved_rows} rows are lost" if missing > 0 else ""
         if lost:
             _log.warning("%s; training resumes after step %d", lost, steps)
+        if self._writer.rows:
+            for _ in read_rows(self.path, RLHF_SAMPLE, "RLHF's samples", RESTORE_ROWS):
+                pass
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
