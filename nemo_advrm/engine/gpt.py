@@ -127,6 +127,7 @@ class HeadedGPT(GPTModel):
         predict_BS: Tensor | None = None,
         inference_context: KVCache | None = None,
         gather_logits: bool = False,
+        with_hidden: bool = False,
     ) -> Tensor | SplitLogits:
         """One pipeline stage.
 
@@ -136,11 +137,12 @@ class HeadedGPT(GPTModel):
             read_at_B: position of each row's last real token (reward, and lm when generating).
             predict_BS: mask of the positions whose next-token logits are requested (lm when training).
             gather_logits: gather the vocabulary over tensor-parallel ranks.
+            with_hidden: append the hidden states that the head reads (reward).
 
         Returns:
-            Hidden states [S, B, H] before the last stage. On the last stage: [B, outputs] at ``read_at_B`` (reward),
-            [B, S] (value), [N, V / tp] at ``predict_BS`` in row order (lm; :class:`SplitLogits` under context
-            parallelism) or [B, V] at ``read_at_B`` (lm).
+            Hidden states [S, B, H] before the last stage. On the last stage: [B, outputs] at ``read_at_B`` (reward;
+            [B, outputs + H] in fp32 with ``with_hidden``), [B, S] (value), [N, V / tp] at ``predict_BS`` in row order
+            (lm; :class:`SplitLogits` under context parallelism) or [B, V] at ``read_at_B`` (lm).
         """
         length = input_ids.size(1)
         sliced = self.config.context_parallel_size > 1
@@ -184,10 +186,15 @@ class HeadedGPT(GPTModel):
             return SplitLogits.of(logits_NV, predict_BS) if sliced else logits_NV
         rows_B = torch.arange(hidden_SBH.size(1), device=hidden_SBH.device)
         if not sliced:
-            return self._apply_head(hidden_SBH[read_at_B, rows_B], gather_logits)
+            return self._read(hidden_SBH[read_at_B, rows_B], gather_logits, with_hidden)
         index_B, held_B = context.own_index(read_at_B, length)
-        own = self._apply_head(hidden_SBH[index_B, rows_B], gather_logits)
+        own = self._read(hidden_SBH[index_B, rows_B], gather_logits, with_hidden)
         return context.cp_all_reduce(own.masked_fill(~held_B[:, None], 0.0))
+
+    def _read(self, picked_BH: Tensor, gather_logits: bool, with_hidden: bool) -> Tensor:
+        output = self._apply_head(picked_BH, gather_logits)
+        # one tensor, so that the sum over context-parallel ranks and the schedules treat both parts alike
+        return torch.cat([output, picked_BH.float()], -1) if with_hidden else output
 
     def _apply_head(self, picked_NH: Tensor, gather_logits: bool) -> Tensor:
         """Rewards [N, outputs] or logits [N, V / tp] (gathered: [N, V]) of hidden states."""

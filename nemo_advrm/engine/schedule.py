@@ -37,13 +37,13 @@ class Microbatch:
     Attributes:
         tokens_BS: int64 token ids.
         lengths_B: int64 number of real tokens per row.
-        forward: keyword arguments of the model's forward (``read_at_B``, ``predict_BS``).
+        forward: keyword arguments of the model's forward (``read_at_B``, ``predict_BS``, ``with_hidden``).
         extra: tensors for the loss.
     """
 
     tokens_BS: Tensor
     lengths_B: Tensor
-    forward: dict[str, Tensor] = field(default_factory=dict)
+    forward: dict[str, Any] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
 
 
@@ -154,7 +154,7 @@ def _padded(microbatch: Microbatch, rows: int, length: int) -> Microbatch:
         columns = (0, length - own_length) if tensor.dim() == 2 else ()
         return F.pad(tensor, (*columns, 0, rows - own_rows))
 
-    forward = {name: grown(tensor) for name, tensor in microbatch.forward.items()}
+    forward = {name: grown(v) if isinstance(v, Tensor) else v for name, v in microbatch.forward.items()}
     return replace(microbatch, tokens_BS=grown(microbatch.tokens_BS), forward=forward)
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from nemo_advrm.data.scores import as_scores
+from nemo_advrm.errors import RewardSourceError
 from nemo_advrm.rollouts.types import Rollouts
 
 
@@ -18,6 +19,18 @@ class RewardSource(Protocol):
 
     def score(self, rollouts: Rollouts) -> Tensor:
         """Returns one score per response, [N] fp32 on the CPU; higher is better."""
+        ...
+
+
+class HiddenStateSource(RewardSource, Protocol):
+    """A source whose model runs in this process, so that its hidden states can be read. All ranks call."""
+
+    def score_with_hidden_states(self, rollouts: Rollouts) -> tuple[Tensor, Tensor]:
+        """Returns the scores, [N], and the vectors that the head made them of, [N, D], from one forward pass.
+
+        Both are fp32 on the CPU and the same on all ranks of a model replica. A decoder's vector is its hidden state
+        after the last norm, at the token where the score is read.
+        """
         ...
 
 
@@ -33,3 +46,17 @@ def checked_scores(source: RewardSource, rollouts: Rollouts) -> Tensor:
     Raises RewardSourceError when :func:`as_scores` refuses the scores (wrong count, NaN, no numbers).
     """
     return as_scores(source.name, source.score(rollouts), len(rollouts))
+
+
+def checked_scores_with_hidden_states(source: HiddenStateSource, rollouts: Rollouts) -> tuple[Tensor, Tensor]:
+    """Like :func:`checked_scores`, with the hidden states, [N, D].
+
+    Raises RewardSourceError also for hidden states of another shape or that are not finite.
+    """
+    scores_N, hidden_ND = source.score_with_hidden_states(rollouts)
+    if hidden_ND.dim() != 2 or len(hidden_ND) != len(rollouts) or not hidden_ND.isfinite().all():
+        raise RewardSourceError(
+            f"reward source {source.name} gave hidden states of shape {tuple(hidden_ND.shape)} for {len(rollouts)} "
+            "responses, or some that are NaN or infinite"
+        )
+    return as_scores(source.name, scores_N, len(rollouts)), hidden_ND

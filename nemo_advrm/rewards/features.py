@@ -35,7 +35,7 @@ class ReferenceFeatures:
         name: of the policy, for messages.
         model: a language model on the running layout.
         tokenizer: the policy's.
-        prompts: ids of the other prompts of ``prompt_gain``, at least two.
+        prompts: ids of the other prompts of ``prompt_gain``, at least two; none where only ``log_prob`` is asked for.
     """
 
     def __init__(self, name: str, model: MegatronModel, tokenizer: Tokenizer, prompts: list[list[int]]) -> None:
@@ -43,7 +43,7 @@ class ReferenceFeatures:
         self.model = model
         self.tokenizer = tokenizer
         self.prompts = prompts
-        self._opening = answer_start_tokens(tokenizer, prompts)
+        self._opening = answer_start_tokens(tokenizer, prompts) if prompts else []
         self._last: tuple[Rollouts, bool, Tensor] | None = None
 
     def values(self, rollouts: Rollouts, names: tuple[str, ...]) -> Tensor:
@@ -168,6 +168,11 @@ class HybridReward:
     def score(self, rollouts: Rollouts) -> Tensor:
         """Returns the hybrid scores, [N] fp32 on the CPU; raises what the member and the features raise."""
         return self.combine(self.member.score(rollouts), rollouts)
+
+    def score_with_hidden_states(self, rollouts: Rollouts) -> tuple[Tensor, Tensor]:
+        """Returns the hybrid scores, [N], and the hidden states of the member, [N, D]; fp32 on the CPU."""
+        scores_N, hidden_ND = self.member.score_with_hidden_states(rollouts)
+        return self.combine(scores_N, rollouts), hidden_ND
 
     def combine(self, scores_N: Tensor, rollouts: Rollouts) -> Tensor:
         """Returns the hybrid scores, [N], from the member's own scores."""

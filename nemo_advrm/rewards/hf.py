@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nemo_advrm.config.schema import Config
 from nemo_advrm.convert.hf_directory import HFDirectory, load_classifier, read_classifier
@@ -78,9 +80,24 @@ class HFReward:
 
         return once_per_replica(self.name, lambda: self.score_tokens(rows()))
 
-    @torch.no_grad()
+    def score_with_hidden_states(self, rollouts: Rollouts) -> tuple[Tensor, Tensor]:
+        """See :class:`nemo_advrm.rewards.base.HiddenStateSource`. Of an encoder they are what its head has pooled."""
+
+        def both() -> Tensor:
+            assert self.model is not None
+            rows = token_sequences(rollouts, self.tokenizer, self.longest or None)
+            return self._read(rows, _output_layer(self.name, self.model))
+
+        table = once_per_replica(self.name, both)
+        return table[:, 0], table[:, 1:]
+
     def score_tokens(self, sequences: list[list[int]]) -> Tensor:
         """Returns scores, [N] fp32 on the CPU. Raises RewardSourceError for a row longer than the model takes."""
+        return self._read(sequences)[:, 0]
+
+    @torch.no_grad()
+    def _read(self, sequences: list[list[int]], layer: nn.Linear | None = None) -> Tensor:
+        """Returns the score of each row and the inputs of ``layer``, [N, 1 + D] fp32 on the CPU."""
         assert self.model is not None
         longest = max(map(len, sequences), default=0)
         if self.longest and longest > self.longest:
@@ -88,15 +105,18 @@ class HFReward:
                 f"reward source {self.name}: a response has {longest} tokens with its prompt, the model takes "
                 f"{self.longest}"
             )
-        scores_N = torch.zeros(len(sequences))
+        table = torch.zeros(len(sequences), 1 if layer is None else 1 + layer.in_features)
         device = self.model.device
         lengths = [len(s) for s in sequences]
         for group in split_by_tokens(lengths, self.max_tokens, self.max_rows, cost_of_one=microbatch_cost(device)):
             tokens_BS, lengths_B = pad_rows([sequences[i] for i in group], self.tokenizer.pad_id)
             mask_BS = (torch.arange(tokens_BS.size(1)) < lengths_B[:, None]).long()
-            outputs_BA = self._forward(tokens_BS.to(device), mask_BS.to(device), lengths_B.to(device))
-            scores_N[group] = combine(outputs_BA.float(), self.attributes).cpu()
-        return scores_N
+            with _inputs_of(layer) as inputs:
+                outputs_BA = self._forward(tokens_BS.to(device), mask_BS.to(device), lengths_B.to(device))
+            table[group, 0] = combine(outputs_BA.float(), self.attributes).cpu()
+            if layer is not None:
+                table[group, 1:] = inputs[0].float().cpu()
+        return table
 
     def _forward(self, tokens_BS: Tensor, mask_BS: Tensor, lengths_B: Tensor) -> Tensor:
         """Returns the head's outputs for each row, [B, A]."""
@@ -109,6 +129,29 @@ class HFReward:
         hidden_BSH = trunk(input_ids=tokens_BS, attention_mask=mask_BS, **options).last_hidden_state
         last_BH = hidden_BSH[torch.arange(len(lengths_B), device=tokens_BS.device), lengths_B - 1]
         return self.model.score(last_BH)
+
+
+def _output_layer(name: str, model: Any) -> nn.Linear:
+    """Returns the linear layer that computes the model's outputs. Raises RewardSourceError when there is none."""
+    outputs = model.config.num_labels
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear) and layer.out_features == outputs]
+    if not layers:
+        raise RewardSourceError(f"reward source {name}: no linear layer computes its {outputs} outputs")
+    return layers[-1]  # transformers registers heads last
+
+
+@contextmanager
+def _inputs_of(layer: nn.Module | None) -> Iterator[list[Tensor]]:
+    """Yields a list to which every forward pass of ``layer`` inside appends its input."""
+    seen: list[Tensor] = []
+    if layer is None:
+        yield seen
+        return
+    hook = layer.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+    try:
+        yield seen
+    finally:
+        hook.remove()
 
 
 def check_directory(path: Path, attributes: tuple[float, ...] = ()) -> tuple[HFDirectory, HFTokenizer]:

@@ -53,6 +53,16 @@ class MegatronReward:
         """Returns scores, [N] fp32 on the CPU. Raises RewardSourceError for a row longer than the learned positions."""
         from nemo_advrm.engine.scoring import score_sequences
 
+        return combine(score_sequences(self.model, self._rows(rollouts), self.tokenizer.pad_id), self.attributes)
+
+    def score_with_hidden_states(self, rollouts: Rollouts) -> tuple[Tensor, Tensor]:
+        """See :class:`nemo_advrm.rewards.base.HiddenStateSource`."""
+        from nemo_advrm.engine.scoring import scores_and_hidden_states
+
+        scores, hidden_ND = scores_and_hidden_states(self.model, self._rows(rollouts), self.tokenizer.pad_id)
+        return combine(scores, self.attributes), hidden_ND
+
+    def _rows(self, rollouts: Rollouts) -> list[list[int]]:
         rows = token_sequences(rollouts, self.tokenizer, self.longest or None)
         longest = max(map(len, rows), default=0)
         if self.longest and longest > self.longest:
@@ -60,7 +70,7 @@ class MegatronReward:
                 f"reward source {self.name}: a response has {longest} tokens with its prompt, the model takes "
                 f"{self.longest}"
             )
-        return combine(score_sequences(self.model, rows, self.tokenizer.pad_id), self.attributes)
+        return rows
 
 
 ScoreFunction = Callable[[list[tuple[Message, ...]], list[str], list[bool]], list[float]]

@@ -20,7 +20,7 @@ from nemo_advrm.engine.builders import build_policy, build_reward_model
 from nemo_advrm.engine.generation import generate, uniforms
 from nemo_advrm.engine.model import build_model
 from nemo_advrm.engine.sampling import Sampling
-from nemo_advrm.engine.scoring import score_sequences
+from nemo_advrm.engine.scoring import score_sequences, scores_and_hidden_states
 from nemo_advrm.models.critic import Critic
 from nemo_advrm.models.language_model import SupervisedModel
 from nemo_advrm.models.reward_model import RewardModel
@@ -78,6 +78,12 @@ def scores(architecture: str, path: str, model: dict[str, Any]) -> torch.Tensor:
     cfg = _config(architecture, model)
     scorer = build_reward_model(cfg, TOKENIZER, f"{path}/reward", 0, trainable=False)
     return score_sequences(scorer, sequences(11), TOKENIZER.pad_id)
+
+
+def hidden_states(architecture: str, path: str, model: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    cfg = _config(architecture, model)
+    scorer = build_reward_model(cfg, TOKENIZER, f"{path}/reward", 0, trainable=False)
+    return scores_and_hidden_states(scorer, sequences(11), TOKENIZER.pad_id)
 
 
 def log_probs(architecture: str, path: str, model: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -182,6 +182,17 @@ def test_scores_are_those_of_one_process(
         torch.testing.assert_close(there, here, **TOLERANCE)
 
 
+def test_hidden_states_are_those_of_one_process(
+    worlds: Worlds, place: Place, architecture: str, initial: Callable[[str], str], alone: Callable[..., Any]
+) -> None:
+    kwargs = {"architecture": architecture, "path": initial(architecture)}
+    scores_N, hidden_NH = here = alone("hidden_states", **kwargs)
+    assert torch.equal(scores_N, alone("scores", **kwargs))  # the same forward pass
+    assert hidden_NH.shape == (11, 32) and hidden_NH.dtype == torch.float32 and hidden_NH.std(0).min() > 0.05
+    for there in worlds.run(place.layout, "parity_jobs", "hidden_states", place.processes, model=place.model, **kwargs):
+        torch.testing.assert_close(there, here, **TOLERANCE)
+
+
 def test_log_probs_and_entropy_are_those_of_one_process(
     worlds: Worlds, place: Place, architecture: str, initial: Callable[[str], str], alone: Callable[..., Any]
 ) -> None:
