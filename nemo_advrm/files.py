@@ -30,7 +30,7 @@ def atomic_write(path: Path, **options: Any) -> Iterator[IO[str]]:
     ``options`` are those of ``open``. Raises OSError; then ``path`` is unchanged and no other file is left.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{host_name()}.{os.getpid()}.tmp")
+    temporary = temporary_name(path)
     try:
         with open(temporary, "w", encoding="utf-8", **options) as file:
             yield file
@@ -42,6 +42,11 @@ def atomic_write(path: Path, **options: Any) -> Iterator[IO[str]]:
             temporary.unlink()
         raise
     sync(path.parent)
+
+
+def temporary_name(path: Path) -> Path:
+    """Where this process writes a file that replaces ``path``; :func:`temporary_files` finds what a kill leaves."""
+    return path.with_name(f".{path.name}.{host_name()}.{os.getpid()}.tmp")
 
 
 def write_text(path: Path, text: str) -> None:

@@ -74,7 +74,12 @@ PREFERENCE_LOSSES: Registry[Any] = Registry(  # of nemo_advrm.objectives.losses.
     },
 )
 DETECTORS: Registry[Any] = Registry(  # of subclasses of nemo_advrm.detectors.base.Detector
-    "adversarial.detector", {"ensemble_disagreement": "nemo_advrm.detectors.disagreement:EnsembleDisagreement"}
+    "adversarial.detector",
+    {
+        "ensemble_disagreement": "nemo_advrm.detectors.disagreement:EnsembleDisagreement",
+        "mahalanobis": "nemo_advrm.detectors.mahalanobis:MahalanobisDistance",
+        "sft_log_prob": "nemo_advrm.detectors.sft_log_prob:SFTLogProb",
+    },
 )
 ATTACKS: Registry[Any] = Registry(  # of subclasses of nemo_advrm.attacks.base.Attack
     "adversarial.attack", {"adv_rm": "nemo_advrm.attacks.adv_rm:AdvRM"}

@@ -9,16 +9,22 @@ from pathlib import Path
 import pytest
 import torch
 from reward_members import one_step_of_rl, save_megatron
+from tiny import TOKENIZER
 from toy_extensions import PHRASES
 
 from nemo_advrm import cli
 from nemo_advrm.config import load_config
 from nemo_advrm.config.schema import SelectionConfig
 from nemo_advrm.data.jsonl import read_jsonl
+from nemo_advrm.data.messages import Message
+from nemo_advrm.data.sft_scores import SFTScores
 from nemo_advrm.engine.runtime import Runtime
+from nemo_advrm.engine.scoring import scores_and_hidden_states
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.registry import Registry
 from nemo_advrm.rewards.find_rule import FindRule
+from nemo_advrm.rewards.local import MegatronReward
+from nemo_advrm.rewards.sources import load_members
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +65,22 @@ def test_an_attack_and_a_detector_from_outside_find_samples(
     assert cli.main(["select", *settings, *own, f"run_dir={run}", "selection.threshold_z=-100"]) == 0
     assert cli.main(["select", *settings, own[0], f"run_dir={run}"]) == 2  # by another detector than the attack's
     assert "used python:toy_extensions:Spread; set the value" in capsys.readouterr().err
+
+
+def test_a_detector_from_outside_reads_hidden_states(settings: list[str], tmp_path: Path) -> None:
+    own = ["adversarial.attack=python:toy_extensions:FixedPhrases", "adversarial.target_members=[2]"]
+    own, run = [*own, "adversarial.detector=python:toy_extensions:FarState"], tmp_path / "run"
+    assert cli.main(["attack", *settings, *own, f"run_dir={run}"]) == 0
+    cfg = load_config([*settings, *own])
+    target = load_members(cfg, cfg.ensemble.members, TOKENIZER)[1]
+    assert isinstance(target, MegatronReward)
+    sft_ND = SFTScores.read(run / "reference.jsonl").hidden_states[1]
+    for row in rows_of(run / "attack" / "samples.jsonl"):
+        prompt = TOKENIZER.encode_conversation([Message(role="user", content=row["prompt"])], row["response"], True)
+        _, hidden_ND = scores_and_hidden_states(target.model, [prompt], TOKENIZER.pad_id)
+        assert row["disagreement"] == pytest.approx((hidden_ND[0] - sft_ND.mean(0)).norm().item(), rel=1e-4)
+    # no model is read: what the detector says of the SFT responses follows from their stored states
+    assert cli.main(["select", *settings, *own, f"run_dir={run}", "selection.threshold_z=-100"]) == 0
 
 
 @pytest.mark.parametrize(("enough", "null_ratio", "ends"), [(1, 0.5, True), (2, 0.5, False), (1, 2.0, False)])

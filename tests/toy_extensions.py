@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nemo_advrm.attacks.base import AttackInputs, Budget, SearchAttack
-from nemo_advrm.detectors.base import Detector, Features
+from nemo_advrm.detectors.base import HIDDEN_STATES, Detector, Features
 from nemo_advrm.engine.generation import Generation
 from nemo_advrm.engine.model import MegatronModel
 from nemo_advrm.objectives.losses import PreferenceLoss
@@ -25,6 +25,20 @@ class Spread(Detector):
 
     def score(self, features: Features) -> Tensor:
         return features.scores_NK.std(-1)
+
+
+class FarState(Detector):
+    """How far the attacked member's hidden state is from the mean of those of SFT responses."""
+
+    reads = (HIDDEN_STATES,)
+
+    def fit(self, features: Features) -> None:
+        assert features.hidden_states_ND is not None
+        self.mean_D = features.hidden_states_ND.mean(0)
+
+    def score(self, features: Features) -> Tensor:
+        assert features.hidden_states_ND is not None
+        return (features.hidden_states_ND - self.mean_D).norm(dim=-1)
 
 
 class FixedPhrases(SearchAttack):

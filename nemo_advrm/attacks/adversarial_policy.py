@@ -13,6 +13,7 @@ from nemo_advrm.data.tokenizers import Tokenizer
 from nemo_advrm.models.policy import PolicyModel
 from nemo_advrm.rewards.base import RewardSource
 from nemo_advrm.rewards.ensemble import AdversarialReward
+from nemo_advrm.rewards.features import ReferenceFeatures
 from nemo_advrm.rewards.find_rule import FindRule
 from nemo_advrm.rollouts.types import Prompt
 from nemo_advrm.training.callbacks.enough_finds import EnoughFinds
@@ -31,6 +32,7 @@ class AdversarialPolicy(PolicyModel):
         target: the attacked member, from 1.
         restore_from: checkpoint of the SFT policy.
         seed: seed of prompt order and sampling.
+        sft_policy: the loaded SFT policy, for a detector that reads log-probabilities; it is the reference policy too.
     """
 
     stage = "attack"
@@ -45,9 +47,11 @@ class AdversarialPolicy(PolicyModel):
         target: int,
         restore_from: str,
         seed: int = 0,
+        sft_policy: ReferenceFeatures | None = None,
     ) -> None:
-        reward = AdversarialReward(members, cfg.adversarial, sft_responses, target - 1)
-        super().__init__(cfg, tokenizer, prompts, reward, restore_from, seed)
+        reward = AdversarialReward(members, cfg.adversarial, sft_responses, target - 1, sft_policy)
+        reference = None if sft_policy is None else sft_policy.model
+        super().__init__(cfg, tokenizer, prompts, reward, restore_from, seed, reference)
         self.sft_responses = sft_responses
         self.target = target
 
@@ -63,6 +67,7 @@ class AdversarialPolicy(PolicyModel):
             inputs.target,
             inputs.policy,
             inputs.seed,
+            inputs.sft_policy,
         )
 
     def callbacks(self, samples: Path, gold: RewardSource | None, enough: int = 0) -> list[Callback]:

@@ -18,6 +18,7 @@ from nemo_advrm.engine.collectives import run_on_rank_zero
 from nemo_advrm.models.trainable import TrainableModel
 from nemo_advrm.rewards.base import RewardSource
 from nemo_advrm.rewards.ensemble import AdversarialReward
+from nemo_advrm.rewards.features import ReferenceFeatures
 from nemo_advrm.rewards.find_rule import Find, FindRule
 from nemo_advrm.rewards.sample_rows import gold_and_z, trajectory_rows
 from nemo_advrm.rollouts.types import Prompt, Rollouts
@@ -55,6 +56,7 @@ class AttackInputs:
         gold: scores the samples for evaluation; None without a gold reward. An attack must not search with it.
         seed: seed of this attack; equal seeds must give equal samples.
         directory: directory of ``samples.jsonl`` and all other files of this attack.
+        sft_policy: the loaded SFT policy; None unless the detector reads log-probabilities.
     """
 
     cfg: Config
@@ -67,11 +69,13 @@ class AttackInputs:
     gold: RewardSource | None
     seed: int
     directory: Path
+    sft_policy: ReferenceFeatures | None = None
 
     @cached_property
     def reward(self) -> AdversarialReward:
         """The adversarial reward, with the detector ``adversarial.detector``."""
-        return AdversarialReward(self.members, self.cfg.adversarial, self.sft_responses, self.target - 1)
+        options, target_index = self.cfg.adversarial, self.target - 1
+        return AdversarialReward(self.members, options, self.sft_responses, target_index, self.sft_policy)
 
     @cached_property
     def rule(self) -> FindRule:

@@ -18,7 +18,9 @@ from nemo_advrm.engine.collectives import run_on_rank_zero
 from nemo_advrm.engine.model import MegatronModel
 from nemo_advrm.objectives.success import standard_success, strict_success
 from nemo_advrm.rewards.base import RewardSource
+from nemo_advrm.rewards.detector_features import attack_reader
 from nemo_advrm.rewards.ensemble import AdversarialReward
+from nemo_advrm.rewards.features import ReferenceFeatures
 from nemo_advrm.rewards.find_rule import FindRule
 from nemo_advrm.rewards.limits import prompts_with_room
 from nemo_advrm.rewards.sample_rows import gold_and_z, trajectory_rows
@@ -44,6 +46,7 @@ class HeldOut:
     members: list[RewardSource]
     sft_responses: SFTScores
     gold: RewardSource | None
+    sft_policy: ReferenceFeatures | None = None
 
     def measure(self, adversary: MegatronModel, target: int, home: Path) -> dict[str, Any]:
         """Returns RATES of the adversary's responses, and under ``null`` those of the SFT responses; all ranks call.
@@ -53,7 +56,8 @@ class HeldOut:
         """
         target_index = target - 1
         rollouts = sample(self._engine, adversary, self.prompts, self._per_prompt, sampling_seed(self.cfg))
-        reward = AdversarialReward(self.members, self.cfg.adversarial, self.sft_responses, target_index)
+        options = self.cfg.adversarial
+        reward = AdversarialReward(self.members, options, self.sft_responses, target_index, self.sft_policy)
         reward_output = reward.compute_rewards(rollouts)
         gold_N, gold_z_N = gold_and_z(self.gold, rollouts, self.sft_responses)
         rows = trajectory_rows(rollouts, reward_output, target, home.name, 0, gold_N, gold_z_N)
@@ -117,6 +121,7 @@ def held_out_set(
     prompts: list[Prompt],
     members: list[RewardSource],
     gold: RewardSource | None,
+    sft_policy: ReferenceFeatures | None = None,
 ) -> HeldOut | None:
     """Builds the set of ``adversarial.held_out_prompts`` prompts, none of them in ``prompts``; None when that is 0.
 
@@ -128,6 +133,7 @@ def held_out_set(
     kept = held_out_prompts(cfg, count, [prompt.messages for prompt in prompts])
     encoded = prompts_with_room(encode_prompts(kept, tokenizer, cfg), tokenizer.fingerprint, members, cfg)
     path = directory / HELD_OUT_REFERENCE
-    sample_sft_scores(cfg, tokenizer, path, encoded, members, gold, sampling_seed(cfg))
+    reader = attack_reader(cfg, members, sft_policy)
+    sample_sft_scores(cfg, tokenizer, path, encoded, reader, gold, sampling_seed(cfg))
     sft_responses = run_on_rank_zero(read_sft_scores, path, encoded)
-    return HeldOut(cfg, tokenizer, encoded, members, sft_responses, gold)
+    return HeldOut(cfg, tokenizer, encoded, members, sft_responses, gold, sft_policy)

@@ -13,6 +13,7 @@ from nemo_advrm.attacks.attack_summary import check_samples, of_adversary, of_ta
 from nemo_advrm.attacks.base import Attack, AttackInputs, Budget
 from nemo_advrm.attacks.held_out_success import HELD_OUT_REFERENCE, HeldOut, held_out_set
 from nemo_advrm.config.schema import Config
+from nemo_advrm.data.hidden_states import beside
 from nemo_advrm.data.jsonl import read_jsonl, write_jsonl_atomic
 from nemo_advrm.data.sft_scores import SFTScores
 from nemo_advrm.data.tokenizers import Tokenizer
@@ -22,6 +23,7 @@ from nemo_advrm.errors import ConfigError
 from nemo_advrm.models.trainable import derive_seed
 from nemo_advrm.registry import ATTACKS
 from nemo_advrm.rewards.base import RewardSource
+from nemo_advrm.rewards.features import ReferenceFeatures
 from nemo_advrm.rewards.find_rule import asks_others
 from nemo_advrm.rollouts.types import Prompt
 from nemo_advrm.run_directory import results
@@ -47,6 +49,7 @@ class AttackRun:
         members: the ensemble, R_1 first.
         gold: measures success; None without a gold reward.
         seed: seed from which every adversary derives its own.
+        sft_policy: the loaded SFT policy; None unless the detector reads log-probabilities.
     """
 
     cfg: Config
@@ -57,6 +60,7 @@ class AttackRun:
     sft_responses: SFTScores
     gold: RewardSource | None
     seed: int
+    sft_policy: ReferenceFeatures | None = None
 
     def run(self) -> dict[str, Any]:
         """Runs all attacks that are not finished, one after the other, joins their samples and returns the summary."""
@@ -80,7 +84,7 @@ class AttackRun:
         home = self.directory / policy_name(target, number)
         if _finished_adversary(home) is None:
             held_out = held_out_set(
-                self.cfg, self.tokenizer, self.directory, self.prompts, self.members, self.gold
+                self.cfg, self.tokenizer, self.directory, self.prompts, self.members, self.gold, self.sft_policy
             )
             self._find(home, target, derive_seed(self.seed, "attack", target, number), held_out)
 
@@ -90,7 +94,17 @@ class AttackRun:
         cfg, rl = self.cfg, self.cfg.rl
         start = cfg.pretrained_checkpoint.restore_from_path
         inputs = AttackInputs(
-            cfg, self.tokenizer, self.prompts, start, self.sft_responses, self.members, target, self.gold, seed, home
+            cfg,
+            self.tokenizer,
+            self.prompts,
+            start,
+            self.sft_responses,
+            self.members,
+            target,
+            self.gold,
+            seed,
+            home,
+            self.sft_policy,
         )
         enough = -(-cfg.adversarial.enough // cfg.adversarial.num_adversaries)
         attack: Attack = ATTACKS[cfg.adversarial.attack]()
@@ -132,7 +146,8 @@ def join_attacks(cfg: Config, directory: Path) -> dict[str, Any]:
     run_on_rank_zero(_join_records, directory, everyone)
     # not samples.jsonl, because selection marks rows in it; its rows are counted instead (check_samples)
     left = [f"{home.name}/{name}" for home in everyone for name in (manifest.NAME, "summary.json", *records(home))]
-    left += [name for name in ("metrics.jsonl", HELD_OUT_REFERENCE) if (directory / name).exists()]
+    shared = ("metrics.jsonl", HELD_OUT_REFERENCE, beside(directory / HELD_OUT_REFERENCE).name)
+    left += [name for name in shared if (directory / name).exists()]
     results.mark(directory, "summary.json", result, left)
     return result
 

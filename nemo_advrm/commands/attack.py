@@ -13,6 +13,8 @@ from nemo_advrm.engine import runtime
 from nemo_advrm.engine.collectives import run_on_rank_zero
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.models.trainable import derive_seed
+from nemo_advrm.rewards.detector_features import attack_reader, check_detector
+from nemo_advrm.rewards.hybrid import Opened, open_sft_policy
 from nemo_advrm.rewards.limits import prompts_with_room
 from nemo_advrm.rewards.sft_responses import read_sft_scores, sample_sft_scores
 from nemo_advrm.rewards.sources import build_gold, load_members
@@ -28,18 +30,22 @@ def main(cfg: Config) -> int:
         raise ConfigError("pretrained_checkpoint.restore_from_path is not set: name the policy the attack starts from")
     check_target_members(cfg, len(cfg.ensemble.members))
     check_held_out(cfg, "adversarial.held_out_prompts", cfg.adversarial.held_out_prompts)
+    check_detector(cfg)
     run_dir.start(cfg)
     directory = Path(cfg.run_dir)
     tokenizer = build_tokenizer(cfg.model.tokenizer)
     prompts = encode_prompts(attack_prompts(cfg), tokenizer, cfg)
-    members = load_members(cfg, cfg.ensemble.members, tokenizer)
+    opened: Opened = {}
+    members = load_members(cfg, cfg.ensemble.members, tokenizer, opened)
     prompts = prompts_with_room(prompts, tokenizer.fingerprint, members, cfg)
     run_dir.claim(cfg, directory, "attack")
     gold = build_gold(cfg, tokenizer)
-    path = directory / "reference.jsonl"
-    sample_sft_scores(cfg, tokenizer, path, prompts, members, gold, derive_seed(cfg.seed, "reference"))
+    sft_policy = open_sft_policy(cfg, tokenizer, cfg.pretrained_checkpoint.restore_from_path, opened)
+    path, reader = directory / "reference.jsonl", attack_reader(cfg, members, sft_policy)
+    sample_sft_scores(cfg, tokenizer, path, prompts, reader, gold, derive_seed(cfg.seed, "reference"))
     sft_responses = run_on_rank_zero(read_sft_scores, path, prompts)
-    attack = AttackRun(cfg, tokenizer, directory / "attack", prompts, members, sft_responses, gold, cfg.seed)
+    home = directory / "attack"
+    attack = AttackRun(cfg, tokenizer, home, prompts, members, sft_responses, gold, cfg.seed, sft_policy)
     summary = attack.run()
     if runtime.current().is_writer:
         for target, found in summary["directions"].items():

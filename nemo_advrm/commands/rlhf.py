@@ -12,6 +12,7 @@ from nemo_advrm.errors import ConfigError
 from nemo_advrm.models.trainable import derive_seed
 from nemo_advrm.objectives.sft_statistics import MemberStatistics
 from nemo_advrm.rewards.base import RewardSource
+from nemo_advrm.rewards.detector_features import FeatureReader
 from nemo_advrm.rewards.limits import prompts_with_room
 from nemo_advrm.rewards.sft_responses import sample_sft_scores
 from nemo_advrm.rewards.sources import build_gold, load_members
@@ -58,6 +59,6 @@ def _statistics(
     if cfg.ensemble.reference_path:
         return read_statistics(Path(cfg.ensemble.reference_path), members, "ensemble.reference_path")
     path = directory / "reference.jsonl"
-    seed = derive_seed(cfg.seed, "reference")
-    sample_sft_scores(cfg, tokenizer, path, prompts[: cfg.sft_statistics.num_prompts], members, None, seed)
+    seed, reader = derive_seed(cfg.seed, "reference"), FeatureReader(members)
+    sample_sft_scores(cfg, tokenizer, path, prompts[: cfg.sft_statistics.num_prompts], reader, None, seed)
     return read_statistics(path, members, "reference")

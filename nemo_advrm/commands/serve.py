@@ -143,7 +143,8 @@ def _reward(cfg: Config, members: list[RewardSource], sft_responses: SFTScores |
     if sft_responses is not None:
         given = cfg.serve.reference_path or cfg.ensemble.reference_path
         check_members(sft_responses, members, f"serve.reference_path={given}")
-        return AdversarialReward(members, cfg.adversarial, sft_responses, cfg.adversarial.target_members[0] - 1)
+        target_index = cfg.adversarial.target_members[0] - 1
+        return AdversarialReward(members, cfg.adversarial, sft_responses, target_index, detect=False)
     statistics = read_statistics(Path(path), members, "serve.reference_path") if path else None
     if len(members) > 1 and cfg.ensemble.standardise and not path:
         run_on_rank_zero(lambda: print(RAW_SCORES, flush=True))

@@ -34,7 +34,7 @@ class AdversarialConfig:
     attack: str = key("adv_rm", "how bad responses are found: adv_rm (by RL) or python:MODULE:CLASS")
     detector: str = key(
         "ensemble_disagreement",
-        "what marks a response as unknown to the target: ensemble_disagreement or python:MODULE:CLASS",
+        "what marks a response as unknown to the target (docs/method.md) or python:MODULE:CLASS",
     )
     preset: str = key(
         "paper",

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from nemo_advrm.data.hidden_states import beside, read_hidden_states
 from nemo_advrm.data.jsonl import read_jsonl
 from nemo_advrm.data.messages import Message
 from nemo_advrm.data.run_records import REFERENCE_ROW, problem
-from nemo_advrm.detectors.base import Features, StandardisedDetector, build_detector
-from nemo_advrm.errors import CheckpointError
+from nemo_advrm.detectors.base import (
+    HIDDEN_STATES,
+    LOG_PROBS,
+    Features,
+    StandardisedDetector,
+    build_detector,
+)
+from nemo_advrm.errors import CheckpointError, ConfigError
 from nemo_advrm.objectives.sft_statistics import (
     SFTStatistics,
     fit_sft_statistics,
@@ -34,6 +41,8 @@ class SFTScores:
         gold_PN: gold rewards, or None where the run has none.
         ended_PN: False where the length limit cut a response off; None (older files) means that all ended.
         tokens_PN: the policy's token ids of the responses; None when the file has none.
+        hidden_states: of the responses, [P * n, D], by index of the member; those that the attack's detector reads.
+        log_probs_PN: of the responses under the SFT policy, in nats; None unless the attack's detector reads them.
     """
 
     prompts_P: list[tuple[Message, ...]]
@@ -42,6 +51,9 @@ class SFTScores:
     gold_PN: Tensor | None
     ended_PN: list[list[bool]] | None = None
     tokens_PN: list[list[list[int]]] | None = None
+    hidden_states: dict[int, Tensor] = field(default_factory=dict)
+    log_probs_PN: Tensor | None = None
+    _detectors: dict[tuple[str, int], StandardisedDetector] = field(default_factory=dict, init=False, repr=False)
 
     def finished(self, prompt_id: int) -> list[int]:
         """Return the indices of the responses to a prompt that were not cut off."""
@@ -58,8 +70,30 @@ class SFTScores:
         return fit_sft_statistics(self.scores_PNK)
 
     def detector(self, name: str, target: int) -> StandardisedDetector:
-        """Return the detector ``name`` for the attacked member ``target``, fitted to these responses."""
-        return StandardisedDetector(build_detector(name), Features(self.scores_PNK.flatten(0, 1), target))
+        """Return the detector ``name`` for the member of index ``target``, fitted to these responses once.
+
+        Raises ConfigError when they lack what the detector reads, because they were scored for another one.
+        """
+        if (name, target) not in self._detectors:
+            detector, features = build_detector(name), self.features(target)
+            known = {HIDDEN_STATES: features.hidden_states_ND, LOG_PROBS: features.lengths_N}
+            missing = [feature for feature in detector.reads if feature in known and known[feature] is None]
+            if missing:
+                raise ConfigError(
+                    f"adversarial.detector={name} reads {', '.join(missing)} of member {target + 1}, which "
+                    "reference.jsonl and its file of hidden states do not have: restore both, or start the attack over "
+                    "in another run_dir"
+                )
+            self._detectors[name, target] = StandardisedDetector(detector, features, self.scores_PNK.size(1))
+        return self._detectors[name, target]
+
+    def features(self, target: int) -> Features:
+        """Return what is known of all responses for the attacked member of index ``target``."""
+        features = Features(self.scores_PNK.flatten(0, 1), target, self.hidden_states.get(target))
+        if self.log_probs_PN is None or self.tokens_PN is None:
+            return features
+        lengths_N = torch.tensor([len(tokens) for own in self.tokens_PN for tokens in own])
+        return replace(features, log_probs_N=self.log_probs_PN.flatten(), lengths_N=lengths_N)
 
     def prompt_mean(self, prompt_index: Sequence[int]) -> Tensor:
         """Return T_k of the prompt of each response, [N, K]."""
@@ -91,9 +125,10 @@ class SFTScores:
 
     @classmethod
     def read(cls, path: Path) -> SFTScores:
-        """Read ``reference.jsonl``.
+        """Read ``reference.jsonl`` and the hidden states beside it.
 
-        Raises CheckpointError for a malformed row, and when prompts have unequal numbers of samples.
+        Raises CheckpointError for a malformed row, and when prompts have unequal numbers of samples; DataError for
+        hidden states that are damaged.
         """
         grouped: dict[int, list[dict[str, Any]]] = {}
         members = 0
@@ -114,6 +149,8 @@ class SFTScores:
         without = sum(g is None for group in gold for g in group)
         if 0 < without < sum(map(len, gold)):
             raise CheckpointError(f"{path}: {without} rows have no gold score, but others have one; restore the file")
+        log_probs = [[r.get("log_prob") for r in group] for group in rows]
+        count = sum(map(len, rows))
         return cls(
             [tuple(group[0]["messages"]) for group in rows],
             [[r["response"] for r in group] for group in rows],
@@ -121,6 +158,8 @@ class SFTScores:
             None if without else torch.tensor(gold, dtype=torch.float32),
             [[r.get("ended") is not False for r in group] for group in rows],
             [[r["tokens"] for r in group] for group in rows] if all("tokens" in r for g in rows for r in g) else None,
+            read_hidden_states(beside(path), count),
+            None if any(p is None for own in log_probs for p in own) else torch.tensor(log_probs, dtype=torch.float32),
         )
 
 

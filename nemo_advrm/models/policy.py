@@ -47,6 +47,7 @@ class PolicyModel(TrainableModel):
         reward: computes the rewards of rollouts.
         restore_from: checkpoint of the initial policy, which is also the reference policy of the KL penalty.
         seed: seed of prompt order and sampling.
+        reference: the reference policy when it is loaded already, else it is loaded from ``restore_from``.
 
     After each step ``last_rollouts`` and ``last_reward_output`` hold this data-parallel rank's rollouts.
     """
@@ -61,6 +62,7 @@ class PolicyModel(TrainableModel):
         reward: PolicyReward,
         restore_from: str,
         seed: int = 0,
+        reference: MegatronModel | None = None,
     ) -> None:
         super().__init__(cfg, tokenizer, cfg.rl.max_steps, seed)
         replicas = runtime.current().dp_size
@@ -71,7 +73,9 @@ class PolicyModel(TrainableModel):
         self.prompts = prompts
         self.reward = reward
         self.model = build_policy(cfg, tokenizer, restore_from, derive_seed(seed, "weights"), trainable=True)
-        self.reference = build_policy(cfg, tokenizer, restore_from, derive_seed(seed, "weights"), trainable=False)
+        self.reference = reference or build_policy(
+            cfg, tokenizer, restore_from, derive_seed(seed, "weights"), trainable=False
+        )
         self.optimizer = MegatronOptimizer(self.model, cfg.model.optim, cfg.trainer.gradient_clip_val)
         self.critic = Critic(cfg, tokenizer, restore_from, seed) if cfg.rl.algorithm == "ppo" else None
         self.engine = rollout_engine(cfg, tokenizer)

@@ -20,7 +20,7 @@ _MARKS: dict[str, tuple[str, results.Check]] = {
 }
 # the files of the others, in the run directory or in that of a branch and round
 _FILES = {
-    "reference": ("reference.jsonl",),
+    "reference": ("reference.jsonl", "reference.hidden_states.safetensors"),
     "select": ("pairs.jsonl",),
     "random": ("random_pairs.jsonl",),
     "samples": ("best_of_n/samples.jsonl",),

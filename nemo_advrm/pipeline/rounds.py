@@ -46,7 +46,10 @@ from nemo_advrm.pipeline.dag import Step, order
 from nemo_advrm.pipeline.run_inputs import Inputs
 from nemo_advrm.pipeline.state import RunState
 from nemo_advrm.rewards.base import RewardSource, checked_scores
+from nemo_advrm.rewards.detector_features import attack_reader
 from nemo_advrm.rewards.ensemble import UncertaintyReward
+from nemo_advrm.rewards.features import ReferenceFeatures
+from nemo_advrm.rewards.hybrid import Opened, open_sft_policy
 from nemo_advrm.rewards.sft_responses import read_rollouts, read_sft_scores, write_sft_scores
 from nemo_advrm.rewards.sources import build_gold, load_members
 from nemo_advrm.rewards.standardisation import combined
@@ -153,25 +156,19 @@ class Rounds:
             rollouts = sample(engine, self._policy(), self.inputs.prompts, count, seed)
         else:
             rollouts = self._sft_responses()
-        write_sft_scores(
-            self._home(step.branch, step.round) / "reference.jsonl", rollouts, count, self._attacked(step), self.gold
-        )
+        members, sft_policy = self._attacked(step)
+        reader = attack_reader(cfg, members, sft_policy)
+        write_sft_scores(self._home(step.branch, step.round) / "reference.jsonl", rollouts, count, reader, self.gold)
 
     def _attack(self, step: Step) -> None:
         """Trains one adversary against one target."""
         cfg = self._attack_settings(step)
         cfg.pretrained_checkpoint.restore_from_path = self._policy_path
         home = self._home(step.branch, step.round)
-        attack = AttackRun(
-            cfg,
-            self.tokenizer,
-            home / "attack",
-            self.inputs.prompts,
-            self._attacked(step),
-            run_on_rank_zero(read_sft_scores, home / "reference.jsonl", self.inputs.prompts),
-            self.gold,
-            derive_seed(self.cfg.seed, "attack", step.round),
-        )
+        members, sft_policy = self._attacked(step)
+        prompts, seed = self.inputs.prompts, derive_seed(self.cfg.seed, "attack", step.round)
+        sft = run_on_rank_zero(read_sft_scores, home / "reference.jsonl", prompts)
+        attack = AttackRun(cfg, self.tokenizer, home / "attack", prompts, members, sft, self.gold, seed, sft_policy)
         attack.train(*step.adversary)
 
     def _join_attacks(self, step: Step) -> None:
@@ -285,14 +282,19 @@ class Rounds:
     def _sft_responses(self) -> Rollouts:
         return read_rollouts(self.directory / "round_0" / "reference.jsonl", self.inputs.prompts, self.tokenizer)
 
-    def _attacked(self, step: Step) -> list[RewardSource]:
-        """Returns the members of a round as its attack uses them."""
-        return self._members(step.branch, step.round, branches.all_branches(self.cfg)[step.branch].plain_members)
+    def _attacked(self, step: Step) -> tuple[list[RewardSource], ReferenceFeatures | None]:
+        """Returns the members of a round as its attack uses them, and the SFT policy if its detector reads it."""
+        opened: Opened = {}
+        plain = branches.all_branches(self.cfg)[step.branch].plain_members
+        members = self._members(step.branch, step.round, plain, opened=opened)
+        return members, open_sft_policy(for_stage(self.cfg, "attack"), self.tokenizer, self._policy_path, opened)
 
-    def _members(self, branch: str, number: int, plain: list[int], count: int | None = None) -> list[RewardSource]:
+    def _members(
+        self, branch: str, number: int, plain: list[int], count: int | None = None, opened: Opened | None = None
+    ) -> list[RewardSource]:
         """Loads the first ``count`` members of a round (None: all); those in ``plain`` without reference features."""
         paths = [str(self.directory / name / "model") for name in branches.member_steps(self.cfg, branch, number)]
         if self.cfg.reward_model.reference_features:
             off = "?reference_features=off"
             paths = [f"{path}{off}" if k in plain else path for k, path in enumerate(paths[:count], 1)]
-        return load_members(for_stage(self.cfg, "train_rm"), paths[:count], self.tokenizer)
+        return load_members(for_stage(self.cfg, "train_rm"), paths[:count], self.tokenizer, opened)

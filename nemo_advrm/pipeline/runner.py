@@ -16,6 +16,7 @@ from nemo_advrm.attacks.run import check_target_members
 from nemo_advrm.config import for_stage
 from nemo_advrm.config.schema import Config
 from nemo_advrm.config.validation import check_held_out
+from nemo_advrm.detectors.base import build_detector
 from nemo_advrm.engine import runtime, stopping
 from nemo_advrm.engine.collectives import run_on_rank_zero
 from nemo_advrm.errors import ConfigError
@@ -185,4 +186,5 @@ def check(cfg: Config) -> None:
     rl, attack = for_stage(cfg, "rlhf"), for_stage(cfg, "attack")
     check_held_out(rl, "rl.held_out_prompts", rl.rl.held_out_prompts)
     check_held_out(attack, "adversarial.held_out_prompts", attack.adversarial.held_out_prompts)
+    build_detector(attack.adversarial.detector)  # one from outside that cannot be imported is an error now
     run_on_rank_zero(of_run, cfg)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
 from nemo_advrm.config.schema import AdversarialConfig
 from nemo_advrm.data.sft_scores import SFTScores
-from nemo_advrm.detectors.base import Features
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.nearest_name import unknown_name
 from nemo_advrm.objectives.adversarial import paper_reward, raw_reward
@@ -19,7 +18,11 @@ from nemo_advrm.objectives.sft_statistics import MemberStatistics, standardise_m
 from nemo_advrm.objectives.spread import rounding, rounding_of
 from nemo_advrm.objectives.uncertainty import combine, others_mean
 from nemo_advrm.rewards.base import RewardSource, checked_scores, source_dtype
+from nemo_advrm.rewards.detector_features import FeatureReader
 from nemo_advrm.rollouts.types import Rollouts
+
+if TYPE_CHECKING:
+    from nemo_advrm.rewards.features import ReferenceFeatures
 
 PRESETS = ("paper", "raw")
 
@@ -129,6 +132,11 @@ class AdversarialReward:
         options: preset and coefficients, see :class:`nemo_advrm.config.schema.AdversarialConfig`.
         sft_responses: scored SFT responses to the prompts of the attack.
         target_index: index of the attacked member in ``sources``, from 0.
+        sft_policy: the frozen SFT policy, for a detector that reads log-probabilities.
+        detect: False computes the rewards alone, which do not depend on the detector.
+
+    Raises:
+        ConfigError: no such target or preset, or the detector reads what the target or the attack does not have.
     """
 
     def __init__(
@@ -137,6 +145,8 @@ class AdversarialReward:
         options: AdversarialConfig,
         sft_responses: SFTScores,
         target_index: int = 0,
+        sft_policy: ReferenceFeatures | None = None,
+        detect: bool = True,
     ) -> None:
         self.ensemble = UncertaintyReward(sources)
         if not 0 <= target_index < len(sources):
@@ -149,18 +159,20 @@ class AdversarialReward:
         self.sft_responses = sft_responses
         self.target_index = target_index
         self._statistics = sft_responses.statistics()
-        self._detector = sft_responses.detector(options.detector, target_index)
+        self._reader = FeatureReader(sources, options.detector if detect else "", [target_index], sft_policy)
+        self._detector = sft_responses.detector(options.detector, target_index) if detect else None
 
     def compute_rewards(self, rollouts: Rollouts) -> RewardOutput:
         """Computes the adversarial rewards.
 
         ``details`` holds ``z`` [N, K] and ``prompt_mean`` [N, K] of the members, and the detector's output for each
-        response: ``disagreement`` [N] in its own unit (U) and ``disagreement_z`` [N] standardised (Z(U)).
+        response: ``disagreement`` [N] in its own unit (U) and ``disagreement_z`` [N] standardised (Z(U)), whatever the
+        detector is.
         """
-        scores_NK = self.ensemble.member_scores(rollouts)
+        features = self._reader.read(rollouts).of(self.target_index)
+        scores_NK = features.scores_NK
         prompt_mean_NK = self.sft_responses.prompt_mean(rollouts.prompt_index)
         z_NK = z_scores(scores_NK, prompt_mean_NK, self._statistics.std_K)
-        features = Features(scores_NK, self.target_index)
         options = self.options
         if options.preset == "paper":
             rewards_N = paper_reward(
@@ -182,12 +194,10 @@ class AdversarialReward:
         noise_N = weights[0] * noise_NK[:, self.target_index] + weights[1] * others_mean(noise_NK, self.target_index)
         if options.preset == "paper":  # a response that gets the constant penalty has no rounding error
             noise_N = torch.where(scores_NK[:, self.target_index] > prompt_mean_NK[:, self.target_index], noise_N, 0.0)
-        details = {
-            "z": z_NK,
-            "disagreement": self._detector.raw(features),
-            "disagreement_z": self._detector.score(features),
-            "prompt_mean": prompt_mean_NK,
-        }
+        details = {"z": z_NK, "prompt_mean": prompt_mean_NK}
+        if self._detector is not None:
+            details["disagreement"] = self._detector.raw(features)
+            details["disagreement_z"] = self._detector.score(features)
         return RewardOutput(rewards_N, scores_NK, details, noise_N)
 
 

@@ -14,7 +14,6 @@ from nemo_advrm.config.schema import AdversarialConfig, Config, SelectionConfig
 from nemo_advrm.data.plain_text import round_trips
 from nemo_advrm.data.sft_scores import SFTScores
 from nemo_advrm.data.tokenizers import Tokenizer
-from nemo_advrm.detectors.base import Features
 from nemo_advrm.objectives.selection import first_step, qualifies
 from nemo_advrm.objectives.sft_statistics import SFTStatistics, own_z_scores
 
@@ -156,9 +155,8 @@ class FindRule:
 
     @cached_property
     def _own_disagreement_z_PN(self) -> Tensor:
-        scores_PNK = self.sft_responses.scores_PNK
         detector = self.sft_responses.detector(self.detector, self.target_index)
-        return detector.score(Features(scores_PNK.flatten(0, 1), self.target_index)).reshape(scores_PNK.shape[:2])
+        return detector.own_S.reshape(self.sft_responses.scores_PNK.shape[:2])
 
     @cached_property
     def _ended_PI(self) -> list[set[int]]:

@@ -16,6 +16,7 @@ from nemo_advrm.data.encoding import EncodedPair
 from nemo_advrm.data.messages import Message, prompt_key
 from nemo_advrm.data.preference_rows import PreferencePair
 from nemo_advrm.data.tokenizers import HFTokenizer, Tokenizer
+from nemo_advrm.detectors.base import LOG_PROBS, build_detector
 from nemo_advrm.engine import checkpoint, manifest
 from nemo_advrm.engine.builders import build_policy
 from nemo_advrm.engine.collectives import run_on_rank_zero
@@ -142,6 +143,25 @@ def frozen_policy(cfg: Config, restore_from: str) -> str:
     policy = policy if before is None else before.policy
     _policy_meta(policy, "reward_model.feature_policy")
     return policy
+
+
+def open_sft_policy(
+    cfg: Config, tokenizer: Tokenizer, policy: str, opened: Opened | None = None
+) -> ReferenceFeatures | None:
+    """Opens the SFT policy when ``adversarial.detector`` reads log-probabilities under it, else None; all ranks call.
+
+    Args:
+        policy: directory of the policy from which the attack starts.
+        opened: policies that hybrid members have opened; the same one is not loaded again.
+
+    Raises CheckpointError when it is damaged or no language model.
+    """
+    if LOG_PROBS not in build_detector(cfg.adversarial.detector).reads:
+        return None
+    opened = {} if opened is None else opened
+    path = str(Path(policy).absolute())
+    shared = [features for key, features in opened.items() if key[0] == path]
+    return shared[0] if shared else _open(policy, (), tokenizer, "the SFT policy of the attack", cfg, opened)
 
 
 def with_prompts(pairs: Sequence[EncodedPair]) -> list[EncodedPair]:

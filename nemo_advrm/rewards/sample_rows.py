@@ -11,6 +11,7 @@ from nemo_advrm.data.messages import Message
 from nemo_advrm.data.sft_scores import SFTScores
 from nemo_advrm.objectives.sft_statistics import own_z_scores
 from nemo_advrm.rewards.base import RewardSource, checked_scores
+from nemo_advrm.rewards.detector_features import FeatureReader
 from nemo_advrm.rewards.ensemble import RewardOutput
 from nemo_advrm.rollouts.types import Rollouts
 
@@ -82,17 +83,19 @@ def _column(values_N: Tensor | None, count: int) -> list[float | None]:
 
 
 def score_sft_responses(
-    rollouts: Rollouts, per_prompt: int, sources: list[RewardSource], gold: RewardSource | None = None
+    rollouts: Rollouts, per_prompt: int, reader: FeatureReader, gold: RewardSource | None = None
 ) -> tuple[SFTScores, list[dict[str, Any]]]:
     """Scores SFT responses by every member, and by ``gold`` for evaluation; returns them with their rows.
 
     Args:
         rollouts: ``per_prompt`` responses to every prompt, those to one prompt adjacent.
+        reader: scores them, and reads what the attack's detector reads.
 
     Returns:
         The scored responses, and the rows of ``reference.jsonl``.
     """
-    scores_NK = torch.stack([checked_scores(source, rollouts) for source in sources], -1)
+    found = reader.read(rollouts)
+    scores_NK = found.scores_NK
     gold_N = checked_scores(gold, rollouts) if gold is not None else None
     count = len(rollouts) // per_prompt
     responses = [rollouts.responses[i * per_prompt : (i + 1) * per_prompt] for i in range(count)]
@@ -102,9 +105,10 @@ def score_sft_responses(
         scores_NK.reshape(count, per_prompt, -1),
         None if gold_N is None else gold_N.reshape(count, per_prompt),
         [rollouts.ended[i * per_prompt : (i + 1) * per_prompt] for i in range(count)],
+        hidden_states=found.hidden_states,
     )
     index = [i for i in range(count) for _ in range(per_prompt)]
-    if len(sources) > 1:
+    if len(reader.members) > 1:
         z_NK = own_z_scores(sft_responses.scores_PNK, sft_responses.statistics()).flatten(0, 1)
     else:
         z_NK = torch.full_like(scores_NK, float("nan"))
@@ -123,4 +127,7 @@ def score_sft_responses(
         }
         for i in range(len(rollouts))
     ]
+    if found.log_probs_N is not None:
+        for row, log_prob in zip(rows, found.log_probs_N.tolist(), strict=True):
+            row["log_prob"] = log_prob
     return sft_responses, rows

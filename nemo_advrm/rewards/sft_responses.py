@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_advrm.config.schema import Config
+from nemo_advrm.data.hidden_states import beside, write_hidden_states
 from nemo_advrm.data.jsonl import write_jsonl_atomic
 from nemo_advrm.data.sft_scores import SFTScores
 from nemo_advrm.data.tokenizers import Tokenizer
@@ -13,6 +14,7 @@ from nemo_advrm.engine.builders import build_policy
 from nemo_advrm.engine.collectives import run_on_rank_zero
 from nemo_advrm.errors import DataError
 from nemo_advrm.rewards.base import RewardSource
+from nemo_advrm.rewards.detector_features import FeatureReader
 from nemo_advrm.rewards.sample_rows import score_sft_responses
 from nemo_advrm.rollouts.base import rollout_engine
 from nemo_advrm.rollouts.sample import sample
@@ -24,7 +26,7 @@ def sample_sft_scores(
     tokenizer: Tokenizer,
     path: Path,
     prompts: list[Prompt],
-    sources: list[RewardSource],
+    reader: FeatureReader,
     gold: RewardSource | None,
     seed: int,
 ) -> None:
@@ -34,14 +36,19 @@ def sample_sft_scores(
     policy = build_policy(cfg, tokenizer, cfg.pretrained_checkpoint.restore_from_path, 0, trainable=False)
     per_prompt = cfg.sft_statistics.samples_per_prompt
     rollouts = sample(rollout_engine(cfg, tokenizer), policy, prompts, per_prompt, seed)
-    write_sft_scores(path, rollouts, per_prompt, sources, gold)
+    write_sft_scores(path, rollouts, per_prompt, reader, gold)
 
 
 def write_sft_scores(
-    path: Path, rollouts: Rollouts, per_prompt: int, sources: list[RewardSource], gold: RewardSource | None
+    path: Path, rollouts: Rollouts, per_prompt: int, reader: FeatureReader, gold: RewardSource | None
 ) -> SFTScores:
-    """Scores SFT responses by every member (and by gold, for evaluation) and writes ``path``; all ranks call."""
-    sft_responses, rows = score_sft_responses(rollouts, per_prompt, sources, gold)
+    """Scores SFT responses by every member (and by gold, for evaluation) and writes ``path``; all ranks call.
+
+    What ``reader`` reads for the attack's detector is stored too: log-probabilities in ``path``, hidden states beside
+    it. So the detector is fitted to the same numbers in every process, and selection needs no model.
+    """
+    sft_responses, rows = score_sft_responses(rollouts, per_prompt, reader, gold)
+    run_on_rank_zero(write_hidden_states, beside(path), sft_responses.hidden_states)
     run_on_rank_zero(write_jsonl_atomic, path, rows)
     run_on_rank_zero(lambda: print(finished_line(sft_responses), flush=True))
     return sft_responses

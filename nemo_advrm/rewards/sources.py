@@ -237,9 +237,11 @@ def build_gold(cfg: Config, running: Tokenizer | None = None) -> RewardSource | 
     return None if spec is None else build(spec, "gold", cfg, running)
 
 
-def load_members(cfg: Config, members: Sequence[str], running: Tokenizer | None = None) -> list[RewardSource]:
-    """Opens all members, R_1 first; all ranks call."""
-    opened: dict[Any, Any] = {}
+def load_members(
+    cfg: Config, members: Sequence[str], running: Tokenizer | None = None, opened: dict[Any, Any] | None = None
+) -> list[RewardSource]:
+    """Opens all members, R_1 first; all ranks call. ``opened`` receives the frozen policies of hybrid ones."""
+    opened = {} if opened is None else opened
     specs = parse_members(members)
     return [build(spec, f"R_{k + 1} ({spec.text})", cfg, running, opened) for k, spec in enumerate(specs)]
 

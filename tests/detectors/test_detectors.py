@@ -1,4 +1,4 @@
-"""Detectors: the ensemble's disagreement by hand, standardised by SFT responses, and what is refused."""
+"""Detectors by hand and by planted outliers, standardised by SFT responses, and what is refused."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from torch import Tensor
 
 from nemo_advrm.detectors.base import HIDDEN_STATES, Detector, Features, StandardisedDetector, build_detector
 from nemo_advrm.detectors.disagreement import EnsembleDisagreement
+from nemo_advrm.detectors.mahalanobis import MahalanobisDistance
+from nemo_advrm.detectors.sft_log_prob import SFTLogProb
 from nemo_advrm.errors import ConfigError, RewardSourceError
 
 # 2 prompts, 2 responses, 2 members: U is 1 -1 5 9, with one mean of all four
@@ -54,21 +56,118 @@ def test_one_member_cannot_disagree() -> None:
         fitted(torch.randn(12, 1))
 
 
-class DeepDetector(Detector):
-    """One that reads what no caller of this test can give."""
+class Scaled(Detector):
+    """The disagreement in another unit."""
+
+    unit = 1.0
+
+    def score(self, features: Features) -> Tensor:
+        return self.unit * (features.scores_NK[:, 0] - features.scores_NK[:, 1])
+
+
+@pytest.mark.parametrize("unit", [1e-12, 1.0, 1e12])
+def test_rounding_errors_are_told_from_a_spread_in_any_unit(unit: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Scaled, "unit", unit)
+    fresh = Features(torch.tensor([[9.0, 2.0]]), 0)
+    torch.testing.assert_close(StandardisedDetector(Scaled(), Features(SCORES, 0)).score(fresh), fitted().score(fresh))
+    copies_NK = 1000 + torch.randn(12, 1).repeat(1, 2)
+    copies_NK[:, 1] += 1e-4 * torch.randn(12).sign()  # the last digits of fp32
+    with pytest.raises(RewardSourceError, match="copies of each other"):
+        StandardisedDetector(Scaled(), Features(copies_NK, 0))
+
+
+class Learning(Detector):
+    """Distance from the mean state, in products of matrices, which allow no two formats."""
 
     reads = (HIDDEN_STATES,)
 
+    def fit(self, features: Features) -> None:
+        assert features.hidden_states_ND is not None
+        self.mean_D = features.hidden_states_ND.mean(0)
+        self.fitted_to = len(features)
+
     def score(self, features: Features) -> Tensor:
         assert features.hidden_states_ND is not None
-        return features.hidden_states_ND.norm(dim=-1)
+        away_ND = features.hidden_states_ND - self.mean_D
+        return (away_ND @ torch.ones_like(self.mean_D)).abs()
 
 
-def test_a_detector_is_found_by_name_and_refused_where_its_features_cannot_be_had() -> None:
+def states(count: int, width: int, seed: int) -> Features:
+    draw = torch.Generator().manual_seed(seed)
+    states_ND = torch.randn(count, width, generator=draw) * torch.linspace(0.1, 5, width)
+    return Features(torch.zeros(count, 2), 0, states_ND)
+
+
+def test_a_detector_that_learns_gets_one_number_format_and_its_scores_come_in_fp32() -> None:
+    detector = StandardisedDetector(Learning(), states(60, 4, 0), per_prompt=3)
+    fresh = states(5, 4, 1)
+    assert detector.raw(fresh).dtype == detector.score(fresh).dtype == detector.own_S.dtype == torch.float32
+    assert detector.detector.fitted_to == 60  # type: ignore[attr-defined]
+
+
+def test_sft_responses_are_scored_by_a_detector_that_has_not_seen_their_prompt(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[tuple[list[float], list[float]]] = []
+    score = Learning.score
+
+    def watched(self: Learning, features: Features) -> Tensor:
+        seen.append((self.mean_D.tolist(), features.hidden_states_ND.flatten().tolist()))  # type: ignore[union-attr]
+        return score(self, features)
+
+    monkeypatch.setattr(Learning, "score", watched)
+    values = torch.tensor([1.0, 2.0, 10.0, 20.0, 100.0, 200.0])  # three prompts with two responses each
+    StandardisedDetector(Learning(), Features(torch.zeros(6, 2), 0, values[:, None]), per_prompt=2)
+    apart = {tuple(scored): mean[0] for mean, scored in seen if len(scored) == 2}
+    assert apart == {(1, 2): 330 / 4, (10, 20): 303 / 4, (100, 200): 33 / 4}
+
+
+@pytest.mark.parametrize("width", [20, 200])
+def test_fresh_sft_responses_are_usual_and_a_planted_outlier_is_not(width: int) -> None:
+    detector = StandardisedDetector(MahalanobisDistance(), states(600, width, 0), per_prompt=6)
+    fresh = states(400, width, 1)
+    assert detector.own_S.mean().item() == pytest.approx(0, abs=1e-6)
+    assert detector.score(fresh).mean().item() == pytest.approx(0, abs=0.3)
+    assert detector.score(fresh).std().item() == pytest.approx(1, abs=0.15)
+    assert fresh.hidden_states_ND is not None
+    moved = {}
+    for direction in (0, width - 1):  # the narrowest and the widest
+        moved_ND = fresh.hidden_states_ND.clone()
+        moved_ND[:, direction] += 10  # a hundred deviations of the one, two of the other
+        moved[direction] = detector.score(Features(fresh.scores_NK, 0, moved_ND))
+    assert moved[width - 1].mean() < 1 < moved[0].mean() - moved[width - 1].mean()
+    if width == 20:  # with 30 responses for each dimension; with 3 the covariance is shrunk, and so is what is seen
+        assert moved[0].min() > 1.96
+
+
+def test_the_log_prob_of_a_response_counts_per_token_by_hand() -> None:
+    features = Features(
+        torch.zeros(3, 2), 0, log_probs_N=torch.tensor([-6.0, -6.0, 0.0]), lengths_N=torch.tensor([2, 3, 0])
+    )
+    assert SFTLogProb().score(features).tolist() == [3, 2, 0]
+
+
+@pytest.mark.parametrize(("gives", "words"), [(torch.full((4,), torch.nan), "NaN"), (torch.zeros(4, 1), r"\(4, 1\)")])
+def test_scores_that_are_no_numbers_or_too_many_are_refused(
+    gives: Tensor, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Scaled, "score", lambda self, features: gives)
+    with pytest.raises(RewardSourceError, match=f"Scaled: gave .*{words}.* for 4 responses"):
+        StandardisedDetector(Scaled(), Features(SCORES, 0))
+
+
+def test_responses_of_equal_states_are_an_error_by_name() -> None:
+    equal = Features(torch.zeros(6, 2), 0, torch.ones(6, 3))
+    with pytest.raises(RewardSourceError, match="covariance of 6 points in 3 dimensions is singular"):
+        StandardisedDetector(MahalanobisDistance(), equal)
+
+
+def test_a_detector_is_found_by_name_and_reads_what_exists(monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(build_detector("ensemble_disagreement"), EnsembleDisagreement)
     with pytest.raises(ConfigError, match=r"adversarial\.detector=ensemble_disagrement: did you mean"):
         build_detector("ensemble_disagrement")
-    own = "python:test_detectors:DeepDetector"
-    with pytest.raises(ConfigError, match="reads hidden_states, and only scores can be had"):
+    own = "python:test_detectors:Learning"
+    assert build_detector(own).reads == (HIDDEN_STATES,)
+    monkeypatch.setattr(build_detector(own).__class__, "reads", ("hidden_state",))
+    with pytest.raises(ConfigError, match="reads hidden_state; there are scores, hidden_states, log_probs"):
         build_detector(own)
-    assert build_detector(own, available=(HIDDEN_STATES,)).reads == (HIDDEN_STATES,)

@@ -17,6 +17,7 @@ from nemo_advrm.data.sft_scores import SFTScores
 from nemo_advrm.engine.runtime import Runtime
 from nemo_advrm.errors import CheckpointError, DataError
 from nemo_advrm.models.policy import PolicyModel
+from nemo_advrm.rewards.detector_features import FeatureReader
 from nemo_advrm.rewards.ensemble import RewardOutput
 from nemo_advrm.rewards.local import FunctionReward
 from nemo_advrm.rewards.sample_rows import score_sft_responses, trajectory_rows
@@ -336,6 +337,6 @@ def test_rows_for_other_ranks_hold_plain_numbers_and_pickle_to_what_they_say() -
     assert len(pickle.dumps(rows)) < 400 * count  # 20 kB a row where it holds views
     torch.testing.assert_close(torch.tensor([row["z"] for row in rows]), details["z"])
     source = FunctionReward("score", lambda prompts, responses, ended: [float(i) for i in range(count)])
-    _, rows = score_sft_responses(rollouts, count, [source], source)
+    _, rows = score_sft_responses(rollouts, count, FeatureReader([source]), source)
     assert not any(torch.is_tensor(value) for row in rows for value in row.values())
     assert [(row["scores"], row["gold"]) for row in rows[:2]] == [([0.0], 0.0), ([1.0], 1.0)]

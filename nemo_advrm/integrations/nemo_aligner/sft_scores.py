@@ -15,6 +15,7 @@ from nemo_advrm.engine.collectives import run_on_rank_zero
 from nemo_advrm.errors import ConfigError, RewardSourceError, UserError
 from nemo_advrm.integrations.nemo_aligner.rollout_reader import FINGERPRINT, RolloutReader, as_prompt
 from nemo_advrm.rewards.base import RewardSource
+from nemo_advrm.rewards.detector_features import FeatureReader
 from nemo_advrm.rewards.sample_rows import score_sft_responses
 from nemo_advrm.rollouts.types import Rollouts
 
@@ -102,7 +103,7 @@ def _score(
         fingerprint=FINGERPRINT,
     )
     try:
-        _, rows = score_sft_responses(rollouts, per_prompt, list(members))
+        _, rows = score_sft_responses(rollouts, per_prompt, FeatureReader(members))
         write_jsonl_atomic(path, rows)
     except UserError as error:
         raise RewardSourceError(str(error)) from error
