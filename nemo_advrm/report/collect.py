@@ -30,7 +30,7 @@ from nemo_advrm.report.files import (
     read_jsonl,
     read_settings,
 )
-from nemo_advrm.report.records import Attack, AttackRates, Member, Pair, Round, Run, Side
+from nemo_advrm.report.records import Attack, Member, Pair, Round, Run, Side
 
 DEFAULT_THRESHOLD_Z = 1.96
 
@@ -138,7 +138,7 @@ def _read_attacks(
         notes.append(f"Round {round_number} only measures its attack: no pairs were selected from it.")
     gold_means = _gold_means(reference)
     attacks = tuple(_read_attack(target, *by_target[target], gold_means, selects) for target in sorted(by_target))
-    if attacks and all(one.rates.standard is None and one.rates.strict is None for one in attacks):
+    if attacks and all(one.rates["standard"] is None and one.rates["strict"] is None for one in attacks):
         notes.append(f"Round {round_number} has no gold reward, so attack success is not measured.")
     threshold_z = number(summary.get("threshold_z"))
     return attacks, DEFAULT_THRESHOLD_Z if threshold_z is None else threshold_z
@@ -154,20 +154,18 @@ def _read_attack(target: int, rates: Row, rows: list[Row], gold_means: dict[str,
     success = number(rates.get("selected_success"))
     return Attack(
         target=target,
-        rates=AttackRates(
-            samples=samples if samples is not None else (len(rows) or None),
-            selected=selected,
-            standard=number(rates.get("success_standard")),
-            strict=number(rates.get("success_strict")),
-            selected_success=_selected_success(marked, gold_means) if success is None else success,
-            steps=count(rates.get("steps")),
-            seconds=number(rates.get("seconds")),
-            held_out=number(held_out.get("success_standard")),
-            held_out_null=number(as_object(held_out.get("null")).get("success_standard")),
-            found=number(rates.get("found")),
-            null=number(rates.get("null")),
-            wrong_labels=number(rates.get("wrong_labels")),
-        ),
+        rates={
+            "samples": samples if samples is not None else (len(rows) or None),
+            "selected": selected,
+            "standard": number(rates.get("success_standard")),
+            "strict": number(rates.get("success_strict")),
+            "selected_success": _selected_success(marked, gold_means) if success is None else success,
+            "steps": count(rates.get("steps")),
+            "seconds": number(rates.get("seconds")),
+            "held_out": number(held_out.get("success_standard")),
+            "held_out_null": number(as_object(held_out.get("null")).get("success_standard")),
+            **{key: number(rates.get(key)) for key in ("found", "null", "wrong_labels")},
+        },
         z_NK=matrix(rows, "z"),
         disagreement_z_N=column(rows, "disagreement_z"),
         selected_N=np.array([row.get("selected") is True for row in rows], dtype=np.bool_),

@@ -34,39 +34,21 @@ class Member:
 
 
 @dataclass(frozen=True)
-class AttackRates:
-    """The figures of the attack on one member, as they stand in report/summary.json. Rates are fractions in [0, 1].
-
-    standard, strict: success over all samples. selected: samples that became a training pair.
-    selected_success: share of them whose gold is below the mean of the SFT responses to their prompt.
-    held_out, held_out_null: standard success of the finished adversary on prompts that it was not trained on, and the
-    rate at which SFT responses to them count as a success. found, null: samples that qualify for selection, and how
-    many of as many SFT responses would. wrong_labels: share of the pairs whose rejected side has the higher gold.
-    """
-
-    samples: int | None = None
-    selected: int | None = None
-    standard: float | None = None
-    strict: float | None = None
-    selected_success: float | None = None
-    steps: int | None = None
-    seconds: float | None = None
-    held_out: float | None = None
-    held_out_null: float | None = None
-    found: float | None = None
-    null: float | None = None
-    wrong_labels: float | None = None
-
-
-@dataclass(frozen=True)
 class Attack:
     """The attack of one round on member `target`: its rates, and its N adversarial samples.
 
+    rates: the figures of the attack as they stand in report/summary.json; rates are fractions in [0, 1].
+        samples, steps, seconds: of the attack. standard, strict: success over all samples. selected: samples that
+        became a training pair. selected_success: share of them whose gold is below the mean of the SFT responses to
+        their prompt. held_out, held_out_null: standard success of the finished adversary on prompts that it was not
+        trained on, and the rate at which SFT responses to them count as a success. found, null: samples that qualify
+        for selection, and how many of as many SFT responses would. wrong_labels: share of the pairs whose rejected
+        side has the higher gold.
     z_NK: z-scores of the samples under the K members. disagreement_z_N: Z(U). selected_N: became a training pair.
     """
 
     target: int
-    rates: AttackRates
+    rates: dict[str, float | None]
     z_NK: FloatArray
     disagreement_z_N: FloatArray
     selected_N: BoolArray

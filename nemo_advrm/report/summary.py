@@ -31,7 +31,7 @@ is above or below 0, and `open` if it includes 0 or there is one seed.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -107,18 +107,18 @@ def _attack(attacks: Sequence[Attack]) -> Summary | None:
         return None
     rates = [one.rates for one in attacks]
     return {
-        "samples": sum(one.samples or 0 for one in rates),
-        "selected": sum(one.selected or 0 for one in rates),
-        "standard": _weighted((one.standard, one.samples) for one in rates),
-        "strict": _weighted((one.strict, one.samples) for one in rates),
-        "selected_success": _weighted((one.selected_success, one.selected) for one in rates),
-        "directions": {str(one.target): asdict(one.rates) for one in attacks},
+        "samples": sum(one["samples"] or 0 for one in rates),
+        "selected": sum(one["selected"] or 0 for one in rates),
+        "standard": _weighted(rates, "standard", "samples"),
+        "strict": _weighted(rates, "strict", "samples"),
+        "selected_success": _weighted(rates, "selected_success", "selected"),
+        "directions": {str(one.target): one.rates for one in attacks},
     }
 
 
-def _weighted(rates: Iterable[tuple[float | None, int | None]]) -> float | None:
-    """Mean of the known rates, each weighted by its number of samples; None if no rate is known."""
-    known = [(rate, count) for rate, count in rates if rate is not None and count]
+def _weighted(rates: Sequence[dict[str, float | None]], name: str, weight: str) -> float | None:
+    """Mean of a rate over the attacks that know it, each weighted by its number of samples; None if none knows it."""
+    known = [(rate, count) for one in rates if (rate := one[name]) is not None and (count := one[weight])]
     total = sum(count for _, count in known)
     return sum(rate * count for rate, count in known) / total if total else None
 
