@@ -6,33 +6,45 @@
 # make test-slurm    run the SLURM scripts on a real SLURM of this machine; as root, installs slurm-wlm and munge by apt
 # make docs         build the documentation as a site in site/; a broken link is an error
 # make setup | lint | clean
-PYTHON ?= python3.11
+#
+# make setup takes the first Python of PYTHONS that this machine has, pyenv's too; PYTHON=/path/to/python names another.
+# 3.11 comes first because all tests run on it. It installs with uv where there is one; UV= makes it use pip.
+PYTHONS ?= 3.11 3.12 3.13
+PYTHON ?=
+UV ?= $(shell command -v uv 2>/dev/null)
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 WORKERS ?= 2
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-SHELL_SCRIPTS := slurm/*.sh slurm/*.sbatch slurm/site.sh.example tests/slurm/setup.sh .ci/run
+INSTALL = $(if $(UV),$(UV) pip install --python $(BIN)/python,$(PIP) install)
+SHELL_SCRIPTS := slurm/*.sh slurm/*.sbatch slurm/site.sh.example tests/slurm/setup.sh .ci/run .ci/find_python
 ALIGNER_VENV ?= .venv-aligner
 ALIGNER_PINS := tests/aligner/requirements.txt tests/aligner/requirements-no-deps.txt
 ALIGNER_STAMP := $(ALIGNER_VENV)/.installed-$(shell cat $(ALIGNER_PINS) | sha256sum | cut -c1-16)
 ALIGNER_PIP := $(ALIGNER_VENV)/bin/python -m pip --disable-pip-version-check
 
-.PHONY: setup run study study-docs test test-slow test-aligner test-slurm lint docs clean
+.PHONY: setup same-python run study study-docs test test-slow test-aligner test-slurm lint docs clean
 
 setup: $(STAMP)
 
 # The stamp makes this a no-op until the requirements change. torch goes first, by itself, so that a machine gets the
-# build (CPU or CUDA) its package index serves before anything else can ask for a different one.
-$(STAMP): setup.py pyproject.toml
-	@command -v $(PYTHON) >/dev/null 2>&1 && $(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' \
-	  2>/dev/null || { echo "error: $(PYTHON) is not a working Python 3.11; install it or name one: make setup PYTHON=/path/to/python3.11" >&2; exit 1; }
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) \
-	  || { echo "error: $(PYTHON) -m venv failed; on Debian and Ubuntu install python3.11-venv" >&2; exit 1; }
+# build (CPU or CUDA) its package index serves before anything else can ask for a different one. pip installs it in any
+# case: uv does not read pip's configuration, in which a machine may name the build to take.
+$(STAMP): setup.py pyproject.toml | same-python
+	@test -x $(BIN)/python || { python=$$(.ci/find_python $(or $(PYTHON),$(PYTHONS))) && \
+	  echo "setup: $(VENV) from $$python" && "$$python" -m venv $(VENV); }
+	@echo "setup: $$($(BIN)/python --version) in $(VENV), packages by $(or $(UV),pip)"
 	$(PIP) install -q $(TORCH)
-	$(PIP) install -q -e '.[dev,serve]'
+	$(INSTALL) -q -e '.[dev,serve]'
 	@touch $@
+
+# An environment keeps the Python it was made with: a PYTHON that is named must be that one.
+same-python:
+	@test -z '$(PYTHON)' || ! test -x $(BIN)/python || { python=$$(.ci/find_python '$(PYTHON)') || exit 1; \
+	  test "$$("$$python" --version)" = "$$($(BIN)/python --version)" || { echo "error: $(VENV) was not made with \
+	$(PYTHON) ($$($(BIN)/python --version)): name another, as VENV=.venv-3.12" >&2; exit 1; }; }
 
 run: setup
 	$(BIN)/nemo-advrm pipeline experiment=synthetic report.study_path=benchmarks/study/results.jsonl $(ARGS)
@@ -55,7 +67,7 @@ test-slow: setup
 # The name of the stamp holds the hash of the pins: an environment is built once for each set of them.
 $(ALIGNER_STAMP):
 	rm -rf $(ALIGNER_VENV)
-	$(PYTHON) -m venv $(ALIGNER_VENV)
+	$$(.ci/find_python $(or $(PYTHON),3.11)) -m venv $(ALIGNER_VENV)
 	$(ALIGNER_PIP) install -q $(TORCH)
 	$(ALIGNER_PIP) install -q -r tests/aligner/requirements.txt
 	$(ALIGNER_PIP) install -q --no-deps -r tests/aligner/requirements-no-deps.txt

@@ -11,27 +11,31 @@ ROOT = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"', (ROOT / "nemo_advrm" / "__init__.py").read_text(), re.M)[1]
 README = ROOT / "README.md"
 
-# The lower bound of every requirement is the version that was tried; the upper bound is the next release that may
-# break an interface used here.
+# The lower bound of every requirement is the oldest version that was tried; the upper bound is the next release that
+# may break an interface used here. torch has no upper bound: NVIDIA's containers bring a build of their own.
 INSTALL = [
-    "torch>=2.13.0,<2.14",
+    "torch>=2.9",
     "nemo_toolkit[core]>=3.0.0,<3.1",
-    "megatron-core>=0.16.1,<0.17",
+    # 0.16 is the last series for Python 3.11; what differs between the series is in nemo_advrm/engine/compat.py
+    "megatron-core>=0.16.1,<0.17; python_version < '3.12'",
+    "megatron-core>=0.16.1,<0.20; python_version >= '3.12'",
+    # Megatron-Core 0.18 and later import it without asking; CUDA builds of torch bring their own, CPU builds none
+    "triton>=3.5; python_version >= '3.12' and platform_system == 'Linux'",
     "lightning>=2.4.0,<2.5",  # NeMo 3.0 allows nothing newer
     "pytorch-lightning>=2.6.6,<2.7",
     "hydra-core>=1.3.2,<1.4",
     "omegaconf>=2.3.0,<2.4",
     "datasets>=5.2.0,<6",
-    "transformers>=5.23.0,<6",
+    "transformers>=5.17.0,<6",
     "huggingface_hub>=2.4.0,<3",
-    "tokenizers>=0.23.3,<0.24",
+    "tokenizers>=0.23.1,<0.24",
     "accelerate>=1.15,<2",  # transformers opens a model without its weights by it, to check what they are
     "einops>=0.8.2,<0.9",
     "sentencepiece>=0.2.3,<0.3",
     "pyyaml>=6.0.3,<7",
     "pydantic>=2.14.4,<3",
     "typing-extensions>=4.15,<5",
-    "numpy>=2.4.6,<2.5",
+    "numpy>=2.4.6,<3",
     "scipy>=1.17.1,<2",
     "filelock>=4.3.1,<5",  # the lock of a run directory
     "psutil>=7.2.2,<8",  # without it Megatron-Core's checkpoint writer dies and save() hangs
@@ -88,9 +92,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
-    # 3.11 only: the code uses 3.11 features, megatron-core 0.16 is the newest series for 3.11, and nothing
-    # newer than 3.11 has been tried with these bounds.
-    python_requires=">=3.11,<3.12",
+    python_requires=">=3.11,<3.14",
     # conf/ stands at the top of the repository, where a user looks for it, and is installed inside the package.
     packages=[*find_packages(include=["nemo_advrm", "nemo_advrm.*"]), "nemo_advrm.conf"],
     package_dir={"nemo_advrm.conf": "conf"},

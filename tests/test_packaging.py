@@ -1,11 +1,18 @@
-"""What is installed: a wheel that carries conf/, the command, and requirements bounded on both sides."""
+"""What is installed: a wheel that carries conf/, the command, and requirements bounded on both sides.
+
+torch has no upper bound, and neither has the triton that belongs to it: NVIDIA's containers bring builds of their own.
+"""
 
 from __future__ import annotations
 
+import ast
+import json
+import os
 import re
 import shutil
 import subprocess
 import sys
+import venv
 import zipfile
 from pathlib import Path
 
@@ -59,8 +66,69 @@ def test_wheel_installs_the_command_and_bounds_every_requirement(wheel: Path) ->
     requirements = re.findall(r"^Requires-Dist: (.+)$", metadata, re.M)
     extras = re.findall(r"^Provides-Extra: (.+)$", metadata, re.M)
     assert set(extras) == {"smollm2", "serve", "gpu", "docs", "dev"}
-    assert requirements and all(">=" in line and "<" in line for line in requirements), requirements
-    assert set(re.findall(r"^Requires-Python: (.+)$", metadata, re.M)[0].split(",")) == {">=3.11", "<3.12"}
+    specifiers = {line: line.partition(";")[0] for line in requirements}
+    assert requirements and all(">=" in specifier for specifier in specifiers.values()), requirements
+    open_ended = [line for line, specifier in specifiers.items() if "<" not in specifier]
+    assert [re.split(r"\W", line)[0] for line in open_ended] == ["torch", "triton"], open_ended
+    assert set(re.findall(r"^Requires-Python: (.+)$", metadata, re.M)[0].split(",")) == {">=3.11", "<3.14"}
+
+
+def test_every_python_gets_a_megatron_core_that_exists_for_it() -> None:
+    """0.16 is the last series for Python 3.11."""
+    from packaging.requirements import Requirement
+
+    source = ast.parse((ROOT / "setup.py").read_text())
+    names = {t.id: node.value for node in source.body if isinstance(node, ast.Assign) for t in node.targets}
+    wanted = [Requirement(line) for line in ast.literal_eval(names["INSTALL"]) if line.startswith("megatron-core")]
+    newest = {"3.11": "0.16.1", "3.12": "0.19.2", "3.13": "0.19.2"}
+    for python, version in newest.items():
+        chosen = [r for r in wanted if r.marker is not None and r.marker.evaluate({"python_version": python})]
+        assert len(chosen) == 1 and version in chosen[0].specifier, python
+    assert not any("0.17.0" in r.specifier for r in wanted if r.marker.evaluate({"python_version": "3.11"}))
+
+
+SHORT = [
+    "experiment=synthetic",
+    *("stage.sft.trainer.max_steps=2", "stage.train_rm.trainer.max_steps=2", "rl.max_steps=1"),
+    *("synthetic.sft_rows=100", "synthetic.preference_pairs=40", "synthetic.validation_pairs=20"),
+    *("sft_statistics.num_prompts=16", "sft_statistics.samples_per_prompt=3"),
+    *("pipeline.rounds=0", "pipeline.rlhf={}", "pipeline.best_of_n=false", "pipeline.room=", "rl.held_out_prompts=4"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_an_installed_wheel_runs_the_pipeline_from_any_directory(wheel: Path, tmp_path: Path) -> None:
+    """The environment is empty but for the libraries, which are those of this one: to install them takes minutes."""
+    environment, elsewhere = tmp_path / "environment", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    venv.create(environment, with_pip=False)
+    python = environment / "bin" / "python"
+    purelib = environment / "lib" / f"python{sys.version_info[0]}.{sys.version_info[1]}" / "site-packages"
+    libraries = [path for path in sys.path if path.endswith("site-packages")]
+    # a path in a .pth file is searched, but the .pth files there are not read: no editable nemo_advrm comes with it
+    (purelib / "libraries.pth").write_text("\n".join(libraries))
+    pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "-q", "--no-deps", "--no-index"]
+    # --ignore-installed: pip would find the editable installation among the libraries, and remove it
+    installed = subprocess.run([*pip, "--ignore-installed", str(wheel)], capture_output=True, text=True)
+    assert installed.returncode == 0, installed.stderr
+
+    def run(*arguments: str) -> str:
+        clean = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
+        command = [environment / "bin" / "nemo-advrm", *arguments]
+        done = subprocess.run(
+            command, capture_output=True, text=True, cwd=elsewhere, env={**clean, "OMP_NUM_THREADS": "1"}
+        )
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+        return done.stdout
+
+    assert "pipeline" in run("--help")
+    run("pipeline", *SHORT)
+    (state,) = elsewhere.glob("runs/*/state.json")
+    assert all(stage["status"] == "complete" for stage in json.loads(state.read_text())["stages"].values())
+    where = "import nemo_advrm, pathlib; print(pathlib.Path(nemo_advrm.__file__).parent)"
+    found = subprocess.run([python, "-c", where], capture_output=True, text=True, cwd=elsewhere).stdout.strip()
+    assert Path(found) == purelib / "nemo_advrm"
 
 
 def test_makefile_names_a_missing_python_in_one_line(tmp_path: Path) -> None:
@@ -70,3 +138,47 @@ def test_makefile_names_a_missing_python_in_one_line(tmp_path: Path) -> None:
     errors = [line for line in run.stderr.splitlines() if line.startswith("error:")]
     assert len(errors) == 1 and "no-such-python" in errors[0] and "3.11" in errors[0]
     assert not (tmp_path / "venv").exists()
+
+
+def test_an_environment_of_another_python_is_refused(tmp_path: Path) -> None:
+    """Else the tests of one Python would run on another."""
+    fake_python(tmp_path / "bin" / "python", "3.11")
+    named = fake_python(tmp_path / "other" / "python3.12", "3.12")
+    named.write_text(named.read_text() + "[ $1 = --version ] && echo Python 3.12.1; true\n")
+    make = ["make", "-C", str(ROOT), "setup", f"PYTHON={named}", f"VENV={tmp_path}"]
+    run = subprocess.run(make, capture_output=True, text=True)
+    assert run.returncode != 0
+    assert [line for line in run.stderr.splitlines() if line.startswith("error:")] == [
+        f"error: {tmp_path} was not made with {named} ({tmp_path / 'bin' / 'python'}): name another, as VENV=.venv-3.12"
+    ]
+
+
+def fake_python(path: Path, version: str) -> Path:
+    """A command that answers as a Python of this version does."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    minor = int(version.split(".")[1])
+    path.write_text(f"#!/bin/sh\n[ {minor} -ge 11 ] && [ {minor} -lt 14 ] && echo {path}\n")
+    path.chmod(0o755)
+    return path
+
+
+def find_python(*names: str, path: Path, home: Path) -> str:
+    environment = {"PATH": f"{path}:/usr/bin:/bin", "PYENV_ROOT": str(home)}
+    run = subprocess.run([ROOT / ".ci" / "find_python", *names], capture_output=True, text=True, env=environment)
+    return run.stdout.strip()
+
+
+def test_the_first_version_that_is_there_is_used_from_path_or_pyenv(tmp_path: Path) -> None:
+    on_path, pyenv = tmp_path / "bin", tmp_path / "pyenv"
+    newer = fake_python(on_path / "python3.13", "3.13")
+    for version in ("3.12.9", "3.12.10"):
+        fake_python(pyenv / "versions" / version / "bin" / "python", version)
+    tried = {"path": on_path, "home": pyenv}
+    assert find_python("3.13", "3.12", **tried) == str(newer)
+    assert find_python("3.12", "3.13", **tried) == str(pyenv / "versions" / "3.12.10" / "bin" / "python")
+    assert find_python(str(newer), **tried) == str(newer)
+
+
+def test_a_python_outside_the_range_is_not_used(tmp_path: Path) -> None:
+    old = fake_python(tmp_path / "bin" / "python3.10", "3.10")
+    assert find_python("3.10", str(old), path=tmp_path / "bin", home=tmp_path) == ""
