@@ -14,7 +14,7 @@ README = ROOT / "README.md"
 # The lower bound of every requirement is the oldest version that was tried; the upper bound is the next release that
 # may break an interface used here. torch has no upper bound: NVIDIA's containers bring a build of their own.
 INSTALL = [
-    "torch>=2.9",
+    "torch>=2.11",
     "nemo_toolkit[core]>=3.0.0,<3.1",
     # 0.16 is the last series for Python 3.11; what differs between the series is in nemo_advrm/engine/compat.py
     "megatron-core>=0.16.1,<0.17; python_version < '3.12'",
@@ -28,7 +28,7 @@ INSTALL = [
     "datasets>=5.2.0,<6",
     "transformers>=5.17.0,<6",
     "huggingface_hub>=2.4.0,<3",
-    "tokenizers>=0.23.1,<0.24",
+    "tokenizers>=0.23.3,<0.24",
     "accelerate>=1.15,<2",  # transformers opens a model without its weights by it, to check what they are
     "einops>=0.8.2,<0.9",
     "sentencepiece>=0.2.3,<0.3",
