@@ -19,8 +19,7 @@ from nemo_advrm.config.schema_commands import FORMATS
 from nemo_advrm.config.validation import check_fields
 from nemo_advrm.convert.tensor_names import TensorSpec
 from nemo_advrm.convert.tensors import TensorSink, TensorSource
-from nemo_advrm.data.tokenizers import build_tokenizer
-from nemo_advrm.data.vocabulary import check_vocabulary
+from nemo_advrm.data.tokenizers import build_tokenizer, check_vocabulary
 from nemo_advrm.engine.feature_file import FILE, refuse_features
 from nemo_advrm.errors import CheckpointError, ConfigError, DataError
 from nemo_advrm.untrusted_files import read_json_object, read_yaml

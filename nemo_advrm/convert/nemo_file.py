@@ -22,8 +22,7 @@ from nemo_advrm.convert.nemo_config import UnresolvedConfig, read_model, write_c
 from nemo_advrm.convert.nemo_tokenizer_files import TEMPORARY, pack_tokenizer, unpack_tokenizer
 from nemo_advrm.convert.tensor_names import TensorSpec, canonical_shapes
 from nemo_advrm.convert.tensors import Description, TensorSink, TensorSource
-from nemo_advrm.data.tokenizers import Tokenizer, build_tokenizer
-from nemo_advrm.data.vocabulary import check_vocabulary
+from nemo_advrm.data.tokenizers import Tokenizer, build_tokenizer, check_vocabulary
 from nemo_advrm.engine.gpt import Head
 from nemo_advrm.engine.model import padded_vocab_size
 from nemo_advrm.engine.weights_metadata import check_positions, read_metadata

@@ -69,20 +69,18 @@ def _permutation(num_rows: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(num_rows)
 
 
-def shard(rows: Sequence[int], dp_rank: int, dp_size: int, lengths: Sequence[int] | None = None) -> list[int]:
+def shard(rows: Sequence[int], dp_rank: int, dp_size: int, lengths: Sequence[int]) -> list[int]:
     """Return the rows of a global batch that data-parallel rank `dp_rank` of `dp_size` processes.
 
     `lengths[i]` is the token length of `rows[i]`. Rows are assigned longest first, back and forth over the ranks (0 1
     1 0 0 1 ..): ranks get nearly equal work, and their row counts differ by at most one. Every row goes to exactly one
-    rank. Without `lengths` rows are assigned in the given order.
+    rank.
     """
     if not 0 <= dp_rank < dp_size:
         raise ValueError(f"dp_rank {dp_rank} is outside 0..{dp_size - 1}")
-    order = list(range(len(rows)))
-    if lengths is not None:
-        if len(lengths) != len(rows):
-            raise ValueError(f"{len(lengths)} lengths for {len(rows)} rows")
-        order.sort(key=lambda index: -lengths[index])
+    if len(lengths) != len(rows):
+        raise ValueError(f"{len(lengths)} lengths for {len(rows)} rows")
+    order = sorted(range(len(rows)), key=lambda index: -lengths[index])
     period = 2 * dp_size
     return [rows[index] for place, index in enumerate(order) if place % period in (dp_rank, period - 1 - dp_rank)]
 

@@ -61,10 +61,6 @@ class ChatTemplate:
                     rule.date,
                 )
 
-    def render(self, messages: Sequence[Message]) -> str:
-        """Render a finished conversation, whose last message is the answer."""
-        return self._render(messages)
-
     def render_open(self, messages: Sequence[Message]) -> str:
         """Render the conversation up to the end of the last message's text, without what the template writes after it.
 
@@ -75,17 +71,12 @@ class ChatTemplate:
         last = messages[-1]
         written = {character for message in messages for character in message["content"]}
         mark = next(c for c in map(chr, range(ord(_MARK), 0, -1)) if c not in written)
-        marked = replace_content(last, f"{last['content']}{mark} ")
-        text = self._render([*messages[:-1], marked])
+        text = self.render([*messages[:-1], {**last, "content": f"{last['content']}{mark} "}])
         place = text.rfind(mark)
         if text.count(mark) != 1:
             times = "more than once" if text.count(mark) else "not"
             raise DataError(f"the chat template of {self._name} writes the end of the last message {times}")
         return text[:place] if text[place + 1 : place + 2] == " " else text[:place].rstrip()
-
-    def render_prompt(self, messages: Sequence[Message]) -> str:
-        """Render the conversation and the start of an assistant turn, which a policy continues."""
-        return self._render(messages, add_generation_prompt=True)
 
     @cached_property
     def tail(self) -> str:
@@ -104,9 +95,9 @@ class ChatTemplate:
         """
         refusal: DataError | None = None
         for probe in _PROBES[:2]:  # some templates require a system message
-            marked = [replace_content(m, _MARK) if m["role"] == role else m for m in probe]
+            marked = [{**message, "content": _MARK} if message["role"] == role else message for message in probe]
             try:
-                text = self._render(marked)
+                text = self.render(marked)
             except DataError as error:
                 refusal = refusal or error
                 continue
@@ -115,7 +106,11 @@ class ChatTemplate:
         assert refusal is not None
         raise refusal
 
-    def _render(self, messages: Sequence[Message], dates: dict[str, str] | None = None, **options: Any) -> str:
+    def render(self, messages: Sequence[Message], dates: dict[str, str] | None = None, **options: Any) -> str:
+        """Render a finished conversation, or with ``add_generation_prompt=True`` a prompt that a policy continues.
+
+        ``dates`` replace those of the rule. Raises DataError when the template refuses the conversation.
+        """
         if self.asks_date:
             options["pinned_dates"] = dates or self._dates
         limit_templates()
@@ -133,7 +128,7 @@ class ChatTemplate:
         for probe in _PROBES:
             for prompt in (False, True):
                 try:
-                    texts.append(self._render(probe, dates, add_generation_prompt=prompt))
+                    texts.append(self.render(probe, dates, add_generation_prompt=prompt))
                 except DataError as error:
                     refusal = refusal or error
         if not texts and refusal is not None:
@@ -145,19 +140,8 @@ def fixed_text(template: str, rule: ReadingRule) -> str | None:
     """Return the source of a template with the dates of ``rule`` written into it; None if it does not use the date."""
     if "strftime_now" not in template:
         return None
-    dates = ", ".join(f"{_quoted(format)}: {_quoted(date)}" for format, date in sorted(_dates(template, rule).items()))
-    return f"{{%- set pinned_dates = {{{dates}}} %}}{{{{ '' }}}}{_CLOCK}{template}"
-
-
-def _quoted(text: str) -> str:
-    """Quote a string for jinja."""
-    return json.dumps(text, ensure_ascii=False)
-
-
-def replace_content(message: Message, content: str) -> Message:
-    changed = dict(message)
-    changed["content"] = content
-    return changed
+    dates = json.dumps(_dates(template, rule), ensure_ascii=False, sort_keys=True)  # is a mapping in jinja too
+    return f"{{%- set pinned_dates = {dates} %}}{{{{ '' }}}}{_CLOCK}{template}"
 
 
 def _dates(template: str, rule: ReadingRule) -> dict[str, str]:

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from nemo_advrm.data.jsonl import BadRow
+from nemo_advrm.data.loading import check_choice, raise_or_count
 from nemo_advrm.data.preference_rows import PreferencePair
-from nemo_advrm.data.preferences import check_choice, raise_or_count
 from nemo_advrm.data.tokenizers import Tokenizer
 from nemo_advrm.errors import DataError
 

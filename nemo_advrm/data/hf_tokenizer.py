@@ -11,7 +11,7 @@ from typing import Any
 
 from nemo_advrm.data.chat_template import ChatTemplate
 from nemo_advrm.data.messages import Message
-from nemo_advrm.data.reading import ANSWER, ReadingRule, concatenate
+from nemo_advrm.data.reading import ANSWER, ReadingRule, concatenate, plain_prompt
 from nemo_advrm.data.special_tokens import SpecialTokens
 from nemo_advrm.errors import DataError
 from nemo_advrm.gguf_limits import check_header
@@ -140,16 +140,13 @@ class HFTokenizer:
             return list(self._start)
         if self._template is None:
             return [*self._start, *self.encode(self.render_prompt(messages))]
-        return self._special.encode_rendered(messages, self._template.render_prompt)
+        return self._special.encode_rendered(messages, self.render_prompt)
 
     def render_prompt(self, messages: Sequence[Message]) -> str:
         """Render the text before an answer, special tokens included; "" for (). Raises as :meth:`encode_prompt`."""
-        if not messages:
-            return ""
-        if self._template is None:
-            turns = [f"{message['role'].capitalize()}:\n{message['content']}\n\n" for message in messages]
-            return "".join(turns) + "Assistant:\n"
-        return self._template.render_prompt(messages)
+        if self._template is None or not messages:
+            return plain_prompt(messages)
+        return self._template.render(messages, add_generation_prompt=True)
 
     def encode_response(self, text: str) -> list[int]:
         return [*self.encode(text), self.eos_id]

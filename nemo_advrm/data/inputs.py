@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, TypeVar
 
-from nemo_advrm.config.schema import Config
+from nemo_advrm.config.schema import Config, DataConfig
+from nemo_advrm.data.loading import LoadReport
 from nemo_advrm.data.messages import Message
-from nemo_advrm.data.preferences import LoadReport, PreferencePair, load_preferences
+from nemo_advrm.data.preferences import PreferencePair, load_preferences
 from nemo_advrm.data.prompts import group_key, load_prompts, split_train_validation
 from nemo_advrm.data.sft_rows import SftRow, load_sft
 from nemo_advrm.errors import ConfigError, DataError
 from nemo_advrm.rank_info import RankInfo
+
+Row = TypeVar("Row")
 
 
 def training_and_validation_pairs(cfg: Config) -> tuple[list[PreferencePair], list[PreferencePair]]:
@@ -50,36 +55,20 @@ def evaluation_pairs(cfg: Config) -> list[PreferencePair]:
 def prompts(cfg: Config) -> list[tuple[Message, ...]]:
     """Return the distinct prompts of ``data.prompts_path``, or of ``data.train_path`` when it is not set."""
     data = cfg.data
-    report = load_prompts(
-        data.prompts_path or data.train_path,
-        on_bad_row=data.on_bad_row,
-        split=data.prompts_split if data.prompts_path else data.prompts_split or data.train_split,
-        ignore_columns=data.ignore_columns,
-    )
-    _print_on_rank_0(report.summary())
-    return report.prompts
+    split = data.prompts_split if data.prompts_path else data.prompts_split or data.train_split
+    return _read(load_prompts, data.prompts_path or data.train_path, data, split=split).rows
 
 
 def held_out(cfg: Config) -> list[tuple[Message, ...]]:
     """Return the distinct prompts of ``data.held_out_prompts_path``."""
-    data = cfg.data
-    report = load_prompts(data.held_out_prompts_path, on_bad_row=data.on_bad_row, ignore_columns=data.ignore_columns)
-    _print_on_rank_0(report.summary())
-    return report.prompts
+    return _read(load_prompts, cfg.data.held_out_prompts_path, cfg.data).rows
 
 
 def sft(cfg: Config) -> list[SftRow]:
     """Return prompts and answers of ``data.train_path``, at most ``data.limit_train_rows``."""
     data = cfg.data
-    report = load_sft(
-        data.train_path,
-        format=data.format,
-        on_bad_row=data.on_bad_row,
-        split=data.train_split,
-        ignore_columns=data.ignore_columns,
-    )
-    _print_on_rank_0(report.summary())
-    return report.rows[: data.limit_train_rows or None]
+    rows = _read(load_sft, data.train_path, data, format=data.format, split=data.train_split).rows
+    return rows[: data.limit_train_rows or None]
 
 
 def with_unusable_rows_skipped(cfg: Config) -> Config:
@@ -96,16 +85,13 @@ def print_encoding_counts(what: str, counts: dict[str, int]) -> None:
     _print_on_rank_0(f"{what}: {changed}" if changed else "")
 
 
-def _pairs(cfg: Config, path: str, role: str) -> LoadReport:
-    data = cfg.data
-    report = load_preferences(
-        path,
-        format=data.format,
-        on_bad_row=data.on_bad_row,
-        split=data.train_split if role == "train" else data.validation_split,
-        role=role,
-        ignore_columns=data.ignore_columns,
-    )
+def _pairs(cfg: Config, path: str, role: str) -> LoadReport[PreferencePair]:
+    split = cfg.data.train_split if role == "train" else cfg.data.validation_split
+    return _read(load_preferences, path, cfg.data, format=cfg.data.format, split=split, role=role)
+
+
+def _read(load: Callable[..., LoadReport[Row]], path: str, data: DataConfig, **options: Any) -> LoadReport[Row]:
+    report = load(path, on_bad_row=data.on_bad_row, ignore_columns=data.ignore_columns, **options)
     _print_on_rank_0(report.summary())
     return report
 

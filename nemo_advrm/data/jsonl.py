@@ -7,6 +7,7 @@ import gzip
 import json
 import math
 import os
+import re
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -62,21 +63,13 @@ def require_path(path: str | Path) -> Path:
     raise DataError(f"{path}: no such file{what}{hint}")
 
 
-def read_lines(path: str | Path, limit: int | None = None) -> Iterator[tuple[int, str]]:
+def _lines(path: str | Path, limit: int) -> Iterator[tuple[int, str | BadRow]]:
     """Yield (1-based line number, text) of each non-blank line of a plain or gzip file (suffix .gz).
 
-    Raises DataError for a missing or empty file, a truncated or damaged gzip stream, one that unpacks to more than
-    :func:`max_unpacked_bytes`, and bytes that are not UTF-8;
-    BadRow (reason `too_long`) for a line of more than ``limit`` bytes (``MAX_LINE_BYTES``).
+    A line of more than ``limit`` bytes is a BadRow (reason `too_long`) and is not held in memory. Raises DataError for
+    a missing or empty file, a truncated or damaged gzip stream, one that unpacks to more than
+    :func:`max_unpacked_bytes`, and bytes that are not UTF-8.
     """
-    for number, text in _lines(path, limit or MAX_LINE_BYTES):
-        if isinstance(text, BadRow):
-            raise text
-        yield number, text
-
-
-def _lines(path: str | Path, limit: int) -> Iterator[tuple[int, str | BadRow]]:
-    """As :func:`read_lines`, but yields a BadRow in place of a too long line; keeps at most ``limit`` bytes of it."""
     path = require_path(path)
     if path.is_dir():
         raise DataError(f"{path}: is a directory, a file was expected")
@@ -133,52 +126,57 @@ def begins_array(path: str | Path) -> bool:
         return False  # the reader that follows reports the error
 
 
-def parse_json(text: str, source: str) -> Any:
-    """Parse one line of JSON. Raises BadRow (reason `broken_json`) with `source` (file:line)."""
-    try:
-        return decode_json(text)
-    except json.JSONDecodeError as error:
-        raise BadRow(source, "broken_json", f"broken JSON at column {error.colno}: {error.msg}") from None
-    except ValueError as error:
-        raise BadRow(source, "broken_json", f"broken JSON: {error}") from None
-
-
 def check_depth(value: Any, source: str) -> Any:
-    """Return ``value``. Raises BadRow when its lists and objects are nested too deeply."""
+    """Return ``value``, or a BadRow when its lists and objects are nested too deeply."""
     try:
         untrusted_files.check_depth(value)
     except TooDeep as error:
-        raise BadRow(source, "broken_json", f"broken JSON: {error}") from None
+        return BadRow(source, "broken_json", f"broken JSON: {error}")
     return value
 
 
 def read_rows(path: str | Path) -> Iterator[tuple[int, Any]]:
-    """As :func:`read_jsonl`, but yields a BadRow in place of a line that is too long or broken."""
+    """Yield (1-based line number, JSON value) for each line of a .jsonl[.gz] file.
+
+    A line that is too long or broken is a BadRow. Raises DataError as :func:`_lines` does.
+    """
     for number, text in _lines(path, MAX_LINE_BYTES):
         if isinstance(text, BadRow):
             yield number, text
             continue
         try:
-            yield number, parse_json(text, f"{path}:{number}")
-        except BadRow as error:
-            yield number, error
+            yield number, decode_json(text)
+        except ValueError as error:
+            yield number, BadRow(f"{path}:{number}", "broken_json", f"broken JSON{_where(error)}")
+
+
+def _where(error: ValueError) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f" at column {error.colno}: {error.msg}"
+    return f": {error}"
 
 
 def read_jsonl(path: str | Path) -> Iterator[tuple[int, Any]]:
-    """Yield (1-based line number, JSON value) for each line of a .jsonl[.gz] file. Raises DataError with file:line."""
-    for number, text in read_lines(path):
-        yield number, parse_json(text, f"{path}:{number}")
+    """As :func:`read_rows`, but raises a BadRow (a DataError with file:line) instead of yielding it."""
+    return _or_raise(read_rows(path))
+
+
+def _or_raise(rows: Iterator[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:
+    for number, row in rows:
+        if isinstance(row, BadRow):
+            raise row
+        yield number, row
 
 
 def read_json_array(path: str | Path) -> Iterator[tuple[int, Any]]:
     """Yield (line on which the element starts, JSON value) for each element of a file that holds one JSON array.
 
-    Raises DataError with the file and line.
+    An element that is nested too deeply is a BadRow. Raises DataError with the file and line.
     """
     # Decode elements one by one: json.loads on the whole text would lose their line numbers.
     lines: dict[int, str] = {}
     held = 0
-    for number, content in read_lines(path, MAX_ARRAY_BYTES):
+    for number, content in _or_raise(_lines(path, MAX_ARRAY_BYTES)):
         lines[number] = content
         held += len(content)
         if held + number > MAX_ARRAY_BYTES:  # blank lines use memory too
@@ -186,9 +184,7 @@ def read_json_array(path: str | Path) -> Iterator[tuple[int, Any]]:
     text = "\n".join(lines.get(number, "") for number in range(1, max(lines) + 1))
 
     def skip_space(position: int) -> int:
-        while position < len(text) and text[position].isspace():
-            position += 1
-        return position
+        return re.compile(r"\s*").match(text, position).end()  # type: ignore[union-attr]
 
     def line_of(position: int) -> int:
         return text.count("\n", 0, position) + 1
@@ -202,13 +198,11 @@ def read_json_array(path: str | Path) -> Iterator[tuple[int, Any]]:
         line, counted = line + text.count("\n", counted, position), position
         try:
             value, position = DECODER.raw_decode(text, position)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}:{error.lineno}: broken JSON at column {error.colno}: {error.msg}") from None
         except RecursionError:
             raise DataError(f"{path}:{line}: broken JSON: {TooDeep()}") from None
         except ValueError as error:
-            raise DataError(f"{path}:{line}: broken JSON: {error}") from None
-        yield line, value
+            raise DataError(f"{path}:{getattr(error, 'lineno', line)}: broken JSON{_where(error)}") from None
+        yield line, check_depth(value, f"{path}:{line}")
         position = skip_space(position)
         if text[position : position + 1] == ",":
             position = skip_space(position + 1)

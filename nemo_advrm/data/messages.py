@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from nemo_advrm.data.columns import Columns, has_text
+from nemo_advrm.data.columns import Columns
 from nemo_advrm.data.jsonl import BadRow
 
 # One chat turn: {"role": one of ROLES, "content": text}.
@@ -37,12 +37,7 @@ def prompt_name(prompt: Sequence[Message], number: int) -> str:
 
 def prompt_key(prompt: Sequence[Message]) -> str:
     """Return a string that is equal only for equal prompts (messages are dicts, which cannot be hashed)."""
-    return json.dumps([_message_key(message) for message in prompt], ensure_ascii=False)
-
-
-def _message_key(message: Message) -> list[Any]:
-    rest = sorted((key, value) for key, value in message.items() if key not in ("role", "content"))
-    return [message["role"], message["content"], *rest]
+    return json.dumps([[message["role"], message["content"]] for message in prompt], ensure_ascii=False)
 
 
 def check_messages(value: Any, key: str, source: str, columns: Columns | None = None) -> tuple[Message, ...]:
@@ -128,9 +123,7 @@ def prompt_messages(value: Any, key: str, source: str, columns: Columns | None =
 
 
 def system_messages(value: Any, key: str, source: str, columns: Columns | None = None) -> tuple[Message, ...]:
-    """Read the system turns of a system column: a text or a list of system messages; () when it is empty."""
-    if not has_text(value):
-        return ()
+    """Read the system turns of a system column: a text or a list of system messages."""
     if isinstance(value, str):
         return (Message(role="system", content=value),)
     messages = check_messages(value, key, source, columns)

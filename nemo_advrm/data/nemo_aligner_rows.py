@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from nemo_advrm.data.jsonl import BadRow, read_jsonl
+from nemo_advrm.data.jsonl import read_jsonl
 from nemo_advrm.data.messages import Message
-from nemo_advrm.data.preference_rows import PreferencePair, read_labels, read_text
+from nemo_advrm.data.preference_rows import PreferencePair, read_text
+from nemo_advrm.data.row_reader import RowReader
 from nemo_advrm.errors import DataError
 
 Render = Callable[[Sequence[Message]], str]
@@ -83,12 +84,14 @@ def read_nemo_aligner(path: str | Path, labels: int = 0) -> list[tuple[Row, ...]
     rows: list[Row] = []
     for number, row in read_jsonl(path):
         source = f"{path}:{number}"
-        read_text(row, source)
-        found = read_labels(row, "label", source) if labels else None
-        if labels and (found is None or len(found) != labels):
-            raise BadRow(source, "bad_value", f"`label` must hold {labels} numbers, not {len(found or ())}")
-        if not labels and "label" in row:
-            raise BadRow(source, "bad_value", "`label` belongs to a regression file, whose lines are not pairs")
+        if labels:
+            reader = RowReader(row, source)
+            reader.text()
+            found = reader.numbers("label") or ()
+            if len(found) != labels:
+                raise reader.bad("bad_value", f"`label` must hold {labels} numbers, not {len(found)}")
+        else:
+            read_text(row, source)
         rows.append(row)
     if labels:
         return [(row,) for row in rows]

@@ -7,29 +7,16 @@ import json
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
+from nemo_advrm.data.hf_tokenizer import before, load_hf_tokenizer
 from nemo_advrm.data.messages import Message
-from nemo_advrm.data.reading import concatenate
+from nemo_advrm.data.reading import concatenate, plain_prompt
 from nemo_advrm.errors import DataError
 from nemo_advrm.untrusted_files import read_json_object
 
 SETTINGS = "tokenizer_nemo.json"
 SENTENCEPIECE = "tokenizer.model"
-# Plain template for conversations: a .nemo file does not store the template with which the model was trained.
-_TURN = "{role}:\n{content}\n\n"
-_ANSWER = "Assistant:\n"
-
-
-class _Backend(Protocol):
-    size: int
-    eos: int
-    pad: int
-    special: dict[str, int]
-
-    def ids(self, text: str) -> list[int]: ...
-
-    def text(self, ids: list[int]) -> str: ...
 
 
 class NemoTokenizer:
@@ -56,7 +43,7 @@ class NemoTokenizer:
                 f"{self.path}: not a tokenizer of a .nemo file ({SETTINGS}: `special_tokens` are not strings)"
             )
         if library == "sentencepiece":
-            self._backend: _Backend = _SentencePiece(self.path / SENTENCEPIECE, self.settings)
+            self._backend: _SentencePiece | _HuggingFace = _SentencePiece(self.path / SENTENCEPIECE, self.settings)
         else:
             self._backend = _HuggingFace(self.path, self.settings)
         self.name = f"nemo:{self.path.name}"
@@ -75,10 +62,6 @@ class NemoTokenizer:
         return digest.hexdigest()[:16]
 
     def encode(self, text: str) -> list[int]:
-        return self._backend.ids(text)
-
-    def parse_rendered(self, text: str) -> list[int]:
-        """Encode a rendered conversation, special tokens included."""
         return self._backend.ids(text)
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
@@ -100,9 +83,8 @@ class NemoTokenizer:
         return self.encode(self.render_prompt(messages)) if messages else []
 
     def render_prompt(self, messages: Sequence[Message]) -> str:
-        """Render the text before an answer; "" for ()."""
-        turns = [_TURN.format(role=m["role"].capitalize(), content=m["content"]) for m in messages]
-        return "".join(turns) + _ANSWER if messages else ""
+        """Render the text before an answer: a .nemo file does not store the template of its model."""
+        return plain_prompt(messages)
 
     def encode_response(self, text: str) -> list[int]:
         ids = self.encode(text)
@@ -110,8 +92,7 @@ class NemoTokenizer:
         return [*ids, self.eos_id] if self.append_eod or not ids else ids
 
     def decode_response(self, ids: Sequence[int]) -> str:
-        tokens = [int(token) for token in ids]
-        return self.decode(tokens[: tokens.index(self.eos_id)] if self.eos_id in tokens else tokens)
+        return self.decode(before(ids, {self.eos_id}))
 
 
 class _SentencePiece:
@@ -166,12 +147,7 @@ class _HuggingFace:
     """NeMo's wrapper of transformers tokenizers: ids without bos and eos."""
 
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
-        from transformers import AutoTokenizer  # takes seconds to import
-
-        try:
-            self._tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
-        except Exception as error:  # transformers raises many types for bad directories
-            raise DataError(f"{path}: the tokenizer cannot be read: {' '.join(str(error).split())[:300]}") from error
+        self._tokenizer = load_hf_tokenizer(path)
         named = settings.get("special_tokens")
         if isinstance(named, dict) and named:
             self._tokenizer.add_special_tokens(named)

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from nemo_advrm.data.columns import unread_content
 from nemo_advrm.data.jsonl import plain, read_appended_jsonl, write_jsonl_atomic
-from nemo_advrm.data.messages import Message, check_messages, prompt_key, type_name
-from nemo_advrm.data.preference_rows import PreferencePair, read_ended
+from nemo_advrm.data.messages import Message, check_messages, prompt_key
+from nemo_advrm.data.preference_rows import PreferencePair
+from nemo_advrm.data.run_records import PAIR_ROW, problem
 from nemo_advrm.errors import DataError
 
 _log = logging.getLogger(__name__)
@@ -103,34 +103,32 @@ class PairStore:
 
         Raises DataError for a missing file or a bad row.
         """
-        return _unique(pair for _, pair in self._read())
+        return [pair for _, pair in self._read()]
 
     def to_preferences(self, weight: float = 1.0) -> list[PreferencePair]:
         """Return the pairs as rows for reward model training with loss weight `weight`; `source` is file:line."""
-        seen: set[tuple[str, str]] = set()
-        rows = []
-        for number, pair in self._read():
-            if pair.key not in seen:
-                seen.add(pair.key)
-                source = f"{self.path}:{number}"
-                rows.append(
-                    PreferencePair(
-                        pair.prompt,
-                        pair.chosen,
-                        pair.rejected,
-                        weight=weight,
-                        source=source,
-                        chosen_ended=pair.chosen_ended,
-                        rejected_ended=pair.rejected_ended,
-                    )
-                )
-        return rows
+        return [
+            PreferencePair(
+                pair.prompt,
+                pair.chosen,
+                pair.rejected,
+                weight=weight,
+                source=source,
+                chosen_ended=pair.chosen_ended,
+                rejected_ended=pair.rejected_ended,
+            )
+            for source, pair in self._read()
+        ]
 
-    def _read(self) -> list[tuple[int, AdversarialPair]]:
+    def _read(self) -> Iterable[tuple[str, AdversarialPair]]:
         rows, torn = read_appended_jsonl(self.path)
         if torn:
             _log.warning("%s: the last line is torn and was dropped", torn)
-        return [(number, parse_pair(row, f"{self.path}:{number}")) for number, row in rows]
+        first: dict[tuple[str, str], tuple[str, AdversarialPair]] = {}
+        for number, row in rows:
+            pair = parse_pair(row, f"{self.path}:{number}")
+            first.setdefault(pair.key, (f"{self.path}:{number}", pair))
+        return first.values()
 
 
 def merge(paths: Iterable[str | Path]) -> list[AdversarialPair]:
@@ -140,15 +138,8 @@ def merge(paths: Iterable[str | Path]) -> list[AdversarialPair]:
 
 def parse_pair(row: Any, source: str) -> AdversarialPair:
     """Parse one JSON row. Raises DataError with `source` and the key that is missing, of a wrong type or unread."""
-    if not isinstance(row, dict):
-        raise DataError(f"{source}: the row is {type_name(row)}, not an adversarial pair")
-    for key in ("prompt", "chosen", "rejected", "provenance"):
-        if key not in row:
-            raise DataError(f"{source}: `{key}` is missing (the row has: {', '.join(row) or 'nothing'})")
-    for key in ("chosen", "rejected"):
-        # Empty answers are kept: an attack may find that a reward model prefers them.
-        if not isinstance(row[key], str):
-            raise DataError(f"{source}: `{key}` is {type_name(row[key])}, not a string")
+    if wrong := problem(PAIR_ROW, row):
+        raise DataError(f"{source}: not an adversarial pair ({wrong})")
     if row["chosen"] == row["rejected"]:
         raise DataError(f"{source}: `chosen` and `rejected` are identical")
     unread = unread_content(row, ("prompt", "chosen", "rejected", "chosen_ended", "rejected_ended"))
@@ -156,41 +147,10 @@ def parse_pair(row: Any, source: str) -> AdversarialPair:
         raise DataError(f"{source}: `{unread}` holds content that is not read: without it this is another conversation")
     # Raw text has an empty prompt.
     prompt = () if row["prompt"] == [] else check_messages(row["prompt"], "prompt", source)
-    ended = [read_ended(row, key, source) for key in ("chosen_ended", "rejected_ended")]
-    return AdversarialPair(prompt, row["chosen"], row["rejected"], _parse_provenance(row["provenance"], source), *ended)
-
-
-def _parse_provenance(value: Any, source: str) -> Provenance:
-    if not isinstance(value, dict):
-        raise DataError(f"{source}: `provenance` is {type_name(value)}, not an object")
-    parsed: dict[str, Any] = {}
-    for field in fields(Provenance):
-        key, item = field.name, value.get(field.name)
-        place = f"{source}: `provenance.{key}`"
-        if item is None:
-            if key not in ("chosen_gold", "rejected_gold"):
-                raise DataError(f"{place} is missing")
-        elif key in ("scores", "z", "chosen_scores"):
-            if not isinstance(item, list) or not item or not all(map(_is_number, item)):
-                raise DataError(f"{place} is not a list of finite numbers: {item}")
-            parsed[key] = tuple(map(float, item))
-        elif key == "policy_checkpoint":
-            if not isinstance(item, str):
-                raise DataError(f"{place} is {type_name(item)}, not a string")
-            parsed[key] = item
-        elif key in ("round", "step", "direction", "prompt_id"):
-            if not isinstance(item, int) or isinstance(item, bool):
-                raise DataError(f"{place} is not a whole number: {item}")
-            parsed[key] = item
-        else:
-            if not _is_number(item):
-                raise DataError(f"{place} is not a finite number: {item}")
-            parsed[key] = float(item)
-    return Provenance(**parsed)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    ended = [row.get(key) is not False for key in ("chosen_ended", "rejected_ended")]
+    known = {key: row["provenance"].get(key) for key in Provenance.__dataclass_fields__}
+    provenance = Provenance(**{key: tuple(item) if isinstance(item, list) else item for key, item in known.items()})
+    return AdversarialPair(prompt, row["chosen"], row["rejected"], provenance, *ended)
 
 
 def _unique(pairs: Iterable[AdversarialPair]) -> list[AdversarialPair]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nemo_advrm.data.jsonl import BadRow, begins_array, check_depth, read_json_array, read_rows, require_path
-from nemo_advrm.data.splits import SUFFIXES, TABLE_SUFFIXES, choose_split, find_files, split_named
+from nemo_advrm.data.jsonl import begins_array, read_json_array, read_rows, require_path
+from nemo_advrm.data.splits import SUFFIXES, TABLE_SUFFIXES, choose_split, find_files, refuse_copies
 from nemo_advrm.data.table_files import BATCH_ROWS, check_arrow_claims, read_table, rows_of_batches
 from nemo_advrm.errors import DataError, one_line
 
@@ -49,28 +49,23 @@ def open_rows(path: str | Path, *, split: str = "", role: str = "train") -> Open
 
 
 def _read_file(path: Path) -> Rows:
-    return _read_table(path) if path.name.endswith(TABLE_SUFFIXES) else _read_json(path)
-
-
-def _read_json(path: Path) -> Rows:
-    # Many files named .json contain JSON lines, so the first character decides.
-    if path.name.endswith((".json", ".json.gz")) and begins_array(path):
-        for number, row in read_json_array(path):
-            source = f"{path}:{number}"
-            try:
-                yield source, check_depth(row, source)
-            except BadRow as error:
-                yield source, error
-        return
-    for number, row in read_rows(path):
-        yield f"{path}:{number}", row
+    if path.name.endswith(TABLE_SUFFIXES):
+        rows = read_table(path)
+    elif path.name.endswith((".json", ".json.gz")) and begins_array(path):  # many of them contain JSON lines
+        rows = read_json_array(path)
+    else:
+        rows = read_rows(path)
+    return ((f"{path}:{number}", row) for number, row in rows)
 
 
 def _open_directory(path: Path, split: str, role: str) -> Opened:
     if not (path / "dataset_dict.json").exists() and not (path / "state.json").exists():
-        found = find_files(path, role, split)
-        name = f"{path} [{found.split}]" if found.split else str(path)
-        return Opened(name, (row for file in found.files for row in _read_file(file)), found.notes)
+        files, others = find_files(path)
+        chosen = choose_split(files, role, split, str(path))
+        refuse_copies(path, files[chosen])
+        notes = _notes(files, chosen) + ((f"files not read: {', '.join(others)}",) if others else ())
+        rows = (row for file in files[chosen] for row in _read_file(file))
+        return Opened(f"{path} [{chosen}]" if chosen else str(path), rows, notes)
     import datasets  # takes seconds to import
 
     for file in sorted(path.rglob("*.arrow")):
@@ -81,14 +76,13 @@ def _open_directory(path: Path, split: str, role: str) -> Opened:
         raise DataError(f"{path}: the dataset directory cannot be read: {error}") from error
     if not isinstance(loaded, datasets.DatasetDict):
         return Opened(str(path), _rows_of(loaded, str(path)))
-    chosen = choose_split(map(split_named, loaded), role, split, str(path)).name
-    rest = ", ".join(name for name in loaded if name != chosen)
-    notes = (f"other splits there: {rest}",) if rest else ()
-    return Opened(f"{path} [{chosen}]", _rows_of(loaded[chosen], f"{path}/{chosen}"), notes)
+    chosen = choose_split(loaded, role, split, str(path))
+    return Opened(f"{path} [{chosen}]", _rows_of(loaded[chosen], f"{path}/{chosen}"), _notes(loaded, chosen))
 
 
-def _read_table(path: Path) -> Rows:
-    return ((f"{path}:{number}", row) for number, row in read_table(path))
+def _notes(splits: Iterable[str], chosen: str) -> tuple[str, ...]:
+    rest = ", ".join(sorted(name for name in splits if name != chosen))
+    return (f"other splits there: {rest}",) if rest else ()
 
 
 def _hub_split(name: str, role: str) -> str:
@@ -100,7 +94,7 @@ def _hub_split(name: str, role: str) -> str:
         names = datasets.get_dataset_split_names(name)
     except Exception as error:  # as in _read_hub
         raise DataError(f"hf:{name}: its splits cannot be listed: {error}") from error
-    return choose_split(map(split_named, names), role, "", f"hf:{name}").name
+    return choose_split(names, role, "", f"hf:{name}")
 
 
 def _read_hub(name: str, split: str) -> Rows:

@@ -4,24 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any
 
 from nemo_advrm.data.columns import ANSWER_COLUMNS, PROMPT_COLUMNS, Columns, first_filled, has_text
 from nemo_advrm.data.messages import starts_as_transcript, type_name
-from nemo_advrm.data.preference_rows import (
-    Answer,
-    AnswerSet,
-    answer_set_of_pair,
-    read_ended,
-    read_labels,
-    require_same_prompt,
-)
+from nemo_advrm.data.preference_rows import Answer, AnswerSet, answer_set_of_pair, require_same_prompt
 from nemo_advrm.data.row_reader import RowReader, Turns, check_number
 
 Row = Mapping[str, Any]
-Value = TypeVar("Value")
-# One answer of a row: (path in the row for error messages, text or chat messages, score, labels).
-RawAnswer = tuple[str, Any, float, tuple[float, ...] | None]
+# One answer of a row: (path in the row for error messages, text or chat messages, score).
+RawAnswer = tuple[str, Any, float]
 
 # Columns with all answers to a prompt, and the columns with ratings or ranks of answers that are plain texts.
 _LISTS = ("completions", "responses", "answers", "generations", "candidates")
@@ -98,15 +90,10 @@ def _pair(reader: RowReader, both: list[tuple[Turns, str]], *, allow_empty: bool
         reader.source,
         margin=reader.number("margin", at_least=0),
         weight=reader.number("weight", at_least=0),
-        labels=(_column(reader, "chosen_labels", read_labels), _column(reader, "rejected_labels", read_labels)),
-        ended=(_column(reader, "chosen_ended", read_ended), _column(reader, "rejected_ended", read_ended)),
+        labels=(reader.numbers("chosen_labels"), reader.numbers("rejected_labels")),
+        ended=(reader.is_ended("chosen_ended"), reader.is_ended("rejected_ended")),
         allow_empty=allow_empty,
     )
-
-
-def _column(reader: RowReader, key: str, read: Callable[[dict[str, Any], str, str], Value]) -> Value:
-    reader.get(key)
-    return read(reader.row, key, reader.source)
 
 
 def _read_best_of_n(reader: RowReader) -> AnswerSet:
@@ -119,7 +106,7 @@ def _read_best_of_n(reader: RowReader) -> AnswerSet:
         # a string or a list of chat messages is one answer
         whole = not isinstance(value, list) or isinstance(value[0], dict)
         for index, item in enumerate([value] if whole else value):
-            answers.append((key if whole else f"{key}[{index}]", item, score, None))
+            answers.append((key if whole else f"{key}[{index}]", item, score))
     return replace(_answer_set(reader, answers), compares_all=False)
 
 
@@ -174,30 +161,28 @@ def _listed(reader: RowReader, names: tuple[str, ...], lists: tuple[str, ...], s
     column = str(_list_column(reader.row))
     items = reader.get(column) or []
     beside = next((name for name in lists if isinstance(reader.row.get(name), list)), None)
-    scores = reader.get(beside) if beside else None
-    if scores is not None and len(scores) != len(items):
+    scores = reader.get(beside) if beside else [None] * len(items)
+    if len(scores) != len(items):
         raise reader.bad("bad_value", f"`{beside}` has {len(scores)} numbers for {len(items)} answers in `{column}`")
     answers: list[RawAnswer] = []
-    for index, item in enumerate(items):
+    for index, (item, score) in enumerate(zip(items, scores, strict=True)):
         place = f"{column}[{index}]"
+        where = f"{beside}[{index}]" if beside else f"{place}.{names[0]}"
         if isinstance(item, dict):
             item = reader.columns.without_ignored(item)
-            name, key = _first_number(item, names), first_filled(item, _TEXTS)
+            name, key = _first_number(item, names) or names[0], first_filled(item, _TEXTS)
             if key is None:
                 raise reader.bad("empty", f"`{place}` holds no answer ({', '.join(_TEXTS)})")
-            score = scores[index] if scores is not None else item.get(name or names[0])
-            where = f"{beside}[{index}]" if beside else f"{place}.{name or names[0]}"
+            if not beside:
+                score, where = item.get(name), f"{place}.{name}"
             for other in item:
                 if other not in (key, *names) and not _is_writer_instruction(other, item, reader):
                     reader.columns.note_unread(f"{place}.", other, item[other], reader.source)
             place, item = f"{place}.{key}", item[key]
-        else:
-            where = f"{beside}[{index}]" if beside else f"{place}.{names[0]}"
-            score = scores[index] if scores is not None else None
         number = check_number(score, where, reader.source)
         if number is None:
             raise reader.bad("missing_key", f"`{where}` is missing: every answer needs a number")
-        answers.append((place, item, sign * number, None))
+        answers.append((place, item, sign * number))
     return answers
 
 
@@ -224,7 +209,7 @@ def _read_two_responses(reader: RowReader) -> AnswerSet:
     first, second = _two_columns(reader.row) or _TWO[0]
     name = next(key for key in _PREFERENCES if reader.row.get(key) is not None)
     preference = reader.number(name) or 0.0
-    answers: list[RawAnswer] = [(first, reader.get(first), -preference, None), (second, reader.get(second), 0.0, None)]
+    answers: list[RawAnswer] = [(first, reader.get(first), -preference), (second, reader.get(second), 0.0)]
     return _answer_set(reader, answers, graded=True)
 
 
@@ -238,28 +223,24 @@ def _read_rated(reader: RowReader) -> AnswerSet:
     rating = str(_first_number(reader.row, _RATINGS))
     score = reader.number(rating) or 0.0
     labels = tuple(number for attribute in ATTRIBUTES if (number := reader.number(attribute)) is not None)
-    return _answer_set(reader, [(name, value, score, labels or None)], graded=True, merged=True)
+    answer_set = _answer_set(reader, [(name, value, score)], graded=True)
+    answers = tuple(replace(answer, labels=labels or None) for answer in answer_set.answers)
+    return replace(answer_set, answers=answers, merged=True)
 
 
-def _answer_set(
-    reader: RowReader,
-    answers: list[RawAnswer],
-    *,
-    graded: bool = False,
-    merged: bool = False,
-) -> AnswerSet:
+def _answer_set(reader: RowReader, answers: list[RawAnswer], *, graded: bool = False) -> AnswerSet:
     """Return the prompt with its scored answers. Raises BadRow when the answers have different prompts."""
     scored: list[Answer] = []
     prompt: Turns = ()
-    for index, (place, value, score, labels) in enumerate(answers):
+    for index, (place, value, score) in enumerate(answers):
         own, text = reader.answer(value, place, transcript=_is_transcript(value) and reader.prompt_column() is None)
         if not text.strip():
             raise reader.bad("empty", f"the answer in `{place}` is empty")
         prompt = own if index == 0 else prompt
         require_same_prompt(prompt, own, reader.source, f"`{answers[0][0]}` and `{place}`")
-        scored.append(Answer(text, score, labels, reader.source))
+        scored.append(Answer(text, score, source=reader.source))
     weight = reader.number("weight", at_least=0)
-    return AnswerSet(prompt, tuple(scored), None, 1.0 if weight is None else weight, graded, merged)
+    return AnswerSet(prompt, tuple(scored), None, 1.0 if weight is None else weight, graded)
 
 
 def _has_prompt(row: Row) -> bool:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from nemo_advrm.data.columns import Columns
 from nemo_advrm.data.jsonl import BadRow
-from nemo_advrm.data.messages import Message, starts_as_transcript, type_name
+from nemo_advrm.data.messages import Message, starts_as_transcript
 from nemo_advrm.data.row_reader import RowReader
 
 
@@ -73,26 +72,24 @@ class AnswerSet:
         return max(self.answers, key=lambda answer: answer.score)
 
 
-@dataclass
-class Pairs:
-    """The pairs made from answer sets, and the numbers of ties and of prompts with a single answer."""
+def make_pairs(answer_sets: Iterable[AnswerSet]) -> tuple[list[PreferencePair], tuple[str, ...]]:
+    """Pair every better answer of a set with every worse one.
 
-    rows: list[PreferencePair] = field(default_factory=list)
-    ties: int = 0
-    single: int = 0
-
-    def add(self, answer_set: AnswerSet) -> None:
-        """Pair every better answer with every worse one; count pairs with equal scores or equal texts as ties."""
-        if len(answer_set.answers) == 1:
-            self.single += 1
+    Returns:
+        The pairs, and notes with the numbers of ties (equal scores or texts) and of prompts with a single answer.
+    """
+    rows: list[PreferencePair] = []
+    ties = single = 0
+    for answer_set in answer_sets:
+        single += len(answer_set.answers) == 1
         for better, worse in _ordered(answer_set.answers):
             if better.score == worse.score or better.text == worse.text:
-                self.ties += answer_set.compares_all or better.score != worse.score
+                ties += answer_set.compares_all or better.score != worse.score
                 continue
             margin = answer_set.margin
             if margin is None and answer_set.graded:
                 margin = better.score - worse.score
-            self.rows.append(
+            rows.append(
                 PreferencePair(
                     answer_set.prompt,
                     better.text,
@@ -106,11 +103,8 @@ class Pairs:
                     worse.ended,
                 )
             )
-
-    def notes(self) -> list[str]:
-        """Return the notes for the summary of a load."""
-        counts = (self.ties, "ties made no pair"), (self.single, "prompts with one answer made no pair")
-        return [f"{count} {what}" for count, what in counts if count]
+    counts = (ties, "ties made no pair"), (single, "prompts with one answer made no pair")
+    return rows, tuple(f"{count} {what}" for count, what in counts if count)
 
 
 def _ordered(answers: tuple[Answer, ...]) -> Iterator[tuple[Answer, Answer]]:
@@ -128,8 +122,6 @@ def parse_text_rows(
     already contains the template of a model. Raises BadRow as the readers of forms do.
     """
     texts = [read_text(chosen_row, chosen_source, columns), read_text(rejected_row, rejected_source, columns)]
-    if "label" in chosen_row or "label" in rejected_row:
-        raise BadRow(chosen_source, "bad_value", "`label` belongs to a regression file, whose lines are not pairs")
     if all(starts_as_transcript(text) for text in texts):
         reader = RowReader({}, chosen_source, columns)
         return answer_set_of_pair(
@@ -139,18 +131,11 @@ def parse_text_rows(
 
 
 def read_text(row: Any, source: str, columns: Columns | None = None) -> str:
-    """Return `text` of a NeMo-Aligner row. Raises BadRow with `source` without text, or for other content."""
-    if not isinstance(row, dict):
-        raise BadRow(source, "wrong_type", f"the row is {type_name(row)}, an object with `text` was expected")
+    """Return `text` of a NeMo-Aligner row of a pair. Raises BadRow without text, with `label`, or for other content."""
     reader = RowReader(row, source, columns)
-    text = reader.get("text")
-    if text is None:
-        raise BadRow(source, "missing_key", f"`text` is missing ({reader.keys()})")
-    if not isinstance(text, str):
-        raise BadRow(source, "wrong_type", f"`text` is {type_name(text)}, a string was expected")
-    reader.raw_text(text, "text")
-    reader.finish()
-    return text
+    if "label" in row:
+        raise reader.bad("bad_value", "`label` belongs to a regression file, whose lines are not pairs")
+    return reader.text()
 
 
 def answer_set_of_pair(
@@ -184,24 +169,3 @@ def require_same_prompt(first: tuple[Message, ...], second: tuple[Message, ...],
         same = zip(first, second, strict=False)
         turn = next((i for i, (a, b) in enumerate(same) if a != b), min(len(first), len(second)))
         raise BadRow(source, "different_prompts", f"{what} differ in turn {turn + 1}, before the answer")
-
-
-def read_ended(row: dict[str, Any], key: str, source: str) -> bool:
-    """Return False for an answer that the row marks as cut off, otherwise True. Raises BadRow with `source`."""
-    value = row.get(key)
-    if value is not None and not isinstance(value, bool):
-        raise BadRow(source, "wrong_type", f"`{key}` is {type_name(value)}, true or false was expected")
-    return value is not False
-
-
-def read_labels(row: dict[str, Any], key: str, source: str) -> tuple[float, ...] | None:
-    """Return the finite numbers of one key; None when the row has no such key. Raises BadRow with `source`."""
-    value = row.get(key)
-    if value is None:
-        return None
-    if not isinstance(value, list) or not value:
-        raise BadRow(source, "wrong_type", f"`{key}` is {type_name(value)}, a list of numbers was expected")
-    for number in value:
-        if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
-            raise BadRow(source, "bad_value", f"`{key}` holds {number!r}, finite numbers were expected")
-    return tuple(float(number) for number in value)

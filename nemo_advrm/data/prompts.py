@@ -4,75 +4,38 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from nemo_advrm.data.columns import CONVERSATION_COLUMNS, Columns
 from nemo_advrm.data.jsonl import BadRow
+from nemo_advrm.data.loading import LoadReport, each_row, load_rows
 from nemo_advrm.data.messages import Message, ReadPrompt, prompt_key, prompt_messages
-from nemo_advrm.data.preference_files import open_rows
+from nemo_advrm.data.preference_files import Rows
 from nemo_advrm.data.preference_forms import find_form
-from nemo_advrm.data.preferences import check_choice, load_summary, raise_or_count
 from nemo_advrm.data.row_reader import RowReader
 from nemo_advrm.errors import ConfigError, DataError
 
 Row = TypeVar("Row")
 
 
-@dataclass(frozen=True)
-class PromptReport:
-    """The prompts of a file; `rows` counts them before duplicates were removed. Other fields as in `LoadReport`."""
-
-    prompts: list[tuple[Message, ...]]
-    rows: int
-    skipped: dict[str, int]
-    path: str
-    examples: dict[str, str] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
-
-    def summary(self) -> str:
-        """Return one line for the log."""
-        same = f"{self.rows - len(self.prompts)} rows repeat a prompt" if self.rows > len(self.prompts) else ""
-        return load_summary(self.path, self.rows, self.skipped, (same, *self.notes))
-
-
-def load_prompts(
-    path: str | Path,
-    *,
-    on_bad_row: str = "error",
-    unique: bool = True,
-    split: str = "",
-    ignore_columns: Iterable[str] = (),
-) -> PromptReport:
-    """Load prompts in file order, without duplicates if `unique`; each has the `source` of its (first) row.
+def load_prompts(path: str | Path, **options: Any) -> LoadReport[tuple[Message, ...]]:
+    """Load the distinct prompts of `path` in file order; each has the `source` of its first row.
 
     A row is one of: a prompt column and a system column (text, transcript or messages); {"text"} (text or transcript);
     {"messages"} (a last assistant turn is removed); a preference row of any form, whose prompt is used (pairs of raw
-    text have none and are bad rows). Rows that differ only in ignored columns are different prompts. Containers,
-    columns, bad rows and errors as in `load_preferences`.
+    text have none and are bad rows). Rows that differ only in ignored columns are different prompts. Options and errors
+    as in :func:`load_rows`.
     """
-    check_choice("data.on_bad_row", on_bad_row, ("error", "skip"))
-    columns = Columns(ignore_columns)
-    opened = open_rows(path, split=split, role="prompts")
-    prompts: dict[tuple[Any, ...], tuple[Message, ...]] = {}
-    bad: list[BadRow] = []
-    usable = 0
-    for source, row in opened.rows:
-        try:
-            if isinstance(row, BadRow):
-                raise row
-            prompt = _prompt_of(row, source, columns)
-        except BadRow as error:
-            bad.append(error)
-            continue
-        key = (prompt_key(prompt), *columns.dropped(row)) if unique else (usable,)
-        prompts.setdefault(key, ReadPrompt(prompt, source))
-        usable += 1
-    skipped, examples = raise_or_count(bad, usable=usable, on_bad_row=on_bad_row, path=opened.name)
-    notes = tuple(filter(None, (columns.summary(), *opened.notes)))
-    return PromptReport(list(prompts.values()), usable, skipped, opened.name, examples, notes)
+    report = load_rows(path, _keyed_prompts, role="prompts", **options)
+    prompts: dict[Any, tuple[Message, ...]] = {}
+    for key, prompt in report.rows:
+        prompts.setdefault(key, prompt)
+    repeated = len(report.rows) - len(prompts)
+    notes = (f"{repeated} more rows repeat a prompt",) if repeated else ()
+    return replace(report, rows=list(prompts.values()), notes=(*notes, *report.notes))
 
 
 def split_train_validation(rows: Sequence[Row], fraction: float, seed: int) -> tuple[list[Row], list[Row]]:
@@ -106,13 +69,16 @@ def split_train_validation(rows: Sequence[Row], fraction: float, seed: int) -> t
     return train, [row for index, row in enumerate(rows) if index in held_out]
 
 
-def _prompt_of(row: Any, source: str, columns: Columns) -> tuple[Message, ...]:
-    reader = RowReader(row, source, columns)
-    prompt = _read_prompt(reader)
-    if not any(message["content"].strip() for message in prompt):
-        raise reader.bad("empty", "the row holds no prompt")
-    reader.finish(prompts_only=True)
-    return prompt
+def _keyed_prompts(rows: Rows, columns: Columns) -> Iterator[tuple[Any, ReadPrompt] | BadRow]:
+    def read(row: Any, source: str) -> tuple[Any, ReadPrompt]:
+        reader = RowReader(row, source, columns)
+        prompt = _read_prompt(reader)
+        if not any(message["content"].strip() for message in prompt):
+            raise reader.bad("empty", "the row holds no prompt")
+        reader.finish(prompts_only=True)
+        return (prompt_key(prompt), *columns.dropped(row)), ReadPrompt(prompt, source)
+
+    return each_row(rows, read)
 
 
 def _read_prompt(reader: RowReader) -> tuple[Message, ...]:

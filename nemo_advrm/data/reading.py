@@ -85,6 +85,12 @@ def warn_old_rule(where: str) -> None:
     )
 
 
+def plain_prompt(messages: Sequence[Message]) -> str:
+    """Render the text before an answer for a model without a chat template; "" for ()."""
+    turns = [f"{message['role'].capitalize()}:\n{message['content']}\n\n" for message in messages]
+    return "".join(turns) + "Assistant:\n" if turns else ""
+
+
 def concatenate(tokenizer: Any, messages: Sequence[Message], response: str, ended: bool = True) -> list[int]:
     """Encode a conversation without a chat template: the prompt, the answer and, if `ended`, its end token."""
     answer = tokenizer.encode_response(response) if ended else tokenizer.encode(response)

@@ -124,6 +124,36 @@ class RowReader:
         """Return a column as a finite number; None when it is missing or null. Raises BadRow."""
         return check_number(self.get(name), name, self.source, at_least=at_least)
 
+    def text(self) -> str:
+        """Return `text` of a NeMo-Aligner row, which has no other content. Raises BadRow."""
+        text = self.get("text")
+        if text is None:
+            raise self.bad("missing_key", f"`text` is missing ({self.keys()})")
+        if not isinstance(text, str):
+            raise self.bad("wrong_type", f"`text` is {type_name(text)}, a string was expected")
+        self.raw_text(text, "text")
+        self.finish()
+        return text
+
+    def is_ended(self, name: str) -> bool:
+        """Return False for an answer that the row marks as cut off, otherwise True. Raises BadRow."""
+        value = self.get(name)
+        if value is not None and not isinstance(value, bool):
+            raise self.bad("wrong_type", f"`{name}` is {type_name(value)}, true or false was expected")
+        return value is not False
+
+    def numbers(self, name: str) -> tuple[float, ...] | None:
+        """Return a column as finite numbers; None when it is missing or null. Raises BadRow."""
+        value = self.get(name)
+        if value is None:
+            return None
+        if not isinstance(value, list) or not value:
+            raise self.bad("wrong_type", f"`{name}` is {type_name(value)}, a list of numbers was expected")
+        found = [check_number(item, f"{name}[{index}]", self.source) for index, item in enumerate(value)]
+        if None in found:
+            raise self.bad("bad_value", f"`{name}` holds null, finite numbers were expected")
+        return tuple(number for number in found if number is not None)
+
     def finish(self, *, prompts_only: bool = False) -> None:
         """Raise BadRow (`unread_content`) for a column with content that was not read; record the other columns.
 

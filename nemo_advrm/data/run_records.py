@@ -33,7 +33,7 @@ Tokens = Annotated[list[Annotated[int, Field(strict=True, ge=0, lt=2**31)]], _FI
 Scores = Annotated[list[Number], Field(min_length=1, fail_fast=True)]
 
 
-@with_config(_STRICT)
+@with_config(ConfigDict(strict=True, extra="forbid"))  # another key could be content that nobody reads
 class ChatMessage(TypedDict):
     role: Text
     content: Text
@@ -106,25 +106,31 @@ class AttackMetrics(TypedDict, total=False):
 
 
 @with_config(_STRICT)
-class Provenance(TypedDict, total=False):
-    """The numbers of ``data.pair_store.Provenance`` that a report shows."""
+class Provenance(TypedDict):
+    """The origin of an adversarial pair, see ``data.pair_store.Provenance``."""
 
-    direction: Count
+    round: Count
     step: Count
+    direction: Count
+    prompt_id: Count
     scores: Scores
     z: Scores
     disagreement_z: Number
+    policy_checkpoint: Text
     chosen_scores: Scores
-    chosen_gold: Number | None
-    rejected_gold: Number | None
+    chosen_gold: NotRequired[Number | None]
+    rejected_gold: NotRequired[Number | None]
 
 
 @with_config(_STRICT)
-class PairRow(TypedDict, total=False):
-    """A row of ``pairs.jsonl`` as a report reads it; training reads it by ``data.pair_store``."""
+class PairRow(TypedDict):
+    """A row of ``pairs.jsonl``. An empty answer is allowed: an attack may find that a reward model prefers it."""
 
+    prompt: list[Any]
     chosen: Text
     rejected: Text
+    chosen_ended: NotRequired[Flag | None]
+    rejected_ended: NotRequired[Flag | None]
     provenance: Provenance
 
 

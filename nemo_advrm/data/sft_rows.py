@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from nemo_advrm.data.columns import ANSWER_COLUMNS, CONVERSATION_COLUMNS, Columns
-from nemo_advrm.data.jsonl import BadRow
+from nemo_advrm.data.loading import LoadReport, each_row, load_rows
 from nemo_advrm.data.messages import Message
-from nemo_advrm.data.preference_files import open_rows
 from nemo_advrm.data.preference_forms import find_form
-from nemo_advrm.data.preferences import check_choice, load_summary, raise_or_count
 from nemo_advrm.data.row_reader import RowReader
 
 
@@ -28,48 +25,16 @@ class SftRow(NamedTuple):
     ended: bool = True
 
 
-@dataclass(frozen=True)
-class SftReport:
-    """The rows of a file and the skipped rows per reason, as in `LoadReport`."""
-
-    rows: list[SftRow]
-    skipped: dict[str, int]
-    path: str
-    notes: tuple[str, ...] = ()
-
-    def summary(self) -> str:
-        """Return one line for the log."""
-        return load_summary(self.path, len(self.rows), self.skipped, self.notes)
-
-
-def load_sft(
-    path: str | Path,
-    *,
-    format: str = "auto",
-    on_bad_row: str = "error",
-    split: str = "",
-    ignore_columns: Iterable[str] = (),
-) -> SftReport:
+def load_sft(path: str | Path, *, format: str = "auto", **options: Any) -> LoadReport[SftRow]:
     """Load prompts and answers from `path`.
 
     A row is one of: {"messages"}, whose last assistant turn is the answer; a prompt column with `response`,
-    `completion`, `output` or `answer`; a preference row of any form, whose best answer is used. Containers, columns,
-    bad rows and errors as in `load_preferences`.
+    `completion`, `output` or `answer`; a preference row of any form, whose best answer is used. Options and errors as
+    in :func:`load_rows`.
     """
-    check_choice("data.on_bad_row", on_bad_row, ("error", "skip"))
-    columns = Columns(ignore_columns)
-    opened = open_rows(path, split=split)
-    rows: list[SftRow] = []
-    bad: list[BadRow] = []
-    for source, row in opened.rows:
-        try:
-            if isinstance(row, BadRow):
-                raise row
-            rows.append(_read(row, source, format, columns))
-        except BadRow as error:
-            bad.append(error)
-    skipped, _ = raise_or_count(bad, usable=len(rows), on_bad_row=on_bad_row, path=opened.name)
-    return SftReport(rows, skipped, opened.name, tuple(filter(None, (columns.summary(), *opened.notes))))
+    return load_rows(
+        path, lambda rows, columns: each_row(rows, partial(_read, format=format, columns=columns)), **options
+    )
 
 
 def _read(row: Any, source: str, format: str, columns: Columns) -> SftRow:

@@ -11,22 +11,11 @@ import torch
 from torch import Tensor
 
 from nemo_advrm.data.hidden_states import beside, read_hidden_states
-from nemo_advrm.data.jsonl import read_jsonl
 from nemo_advrm.data.messages import Message
-from nemo_advrm.data.run_records import REFERENCE_ROW, problem
-from nemo_advrm.detectors.base import (
-    HIDDEN_STATES,
-    LOG_PROBS,
-    Features,
-    StandardisedDetector,
-    build_detector,
-)
-from nemo_advrm.errors import CheckpointError, ConfigError
-from nemo_advrm.objectives.sft_statistics import (
-    SFTStatistics,
-    fit_sft_statistics,
-    fresh_std,
-)
+from nemo_advrm.data.run_records import REFERENCE_ROW, RESTORE_ROWS, read_rows
+from nemo_advrm.detectors.base import HIDDEN_STATES, LOG_PROBS, Features, StandardisedDetector, build_detector
+from nemo_advrm.errors import ConfigError, DataError
+from nemo_advrm.objectives.sft_statistics import SFTStatistics, fit_sft_statistics, fresh_std
 from nemo_advrm.objectives.spread import divide_by_spread, rounding_of
 
 
@@ -127,35 +116,29 @@ class SFTScores:
     def read(cls, path: Path) -> SFTScores:
         """Read ``reference.jsonl`` and the hidden states beside it.
 
-        Raises CheckpointError for a malformed row, and when prompts have unequal numbers of samples; DataError for
-        hidden states that are damaged.
+        Raises DataError for a malformed row, when prompts have unequal numbers of samples, and for hidden states that
+        are damaged.
         """
         grouped: dict[int, list[dict[str, Any]]] = {}
         members = 0
-        for number, row in read_jsonl(path):
-            wrong = problem(REFERENCE_ROW, row)
-            if not wrong:
-                group = grouped.setdefault(row["prompt_id"], [])
-                members = members or len(row["scores"])
-                wrong = _mismatch(row, group[0] if group else row, members)
-            if wrong:
-                raise CheckpointError(f"{path}:{number}: not a row of SFT scores ({wrong}); restore the file")
+        for number, row in read_rows(path, REFERENCE_ROW, "SFT scores", RESTORE_ROWS):
+            group = grouped.setdefault(row["prompt_id"], [])
+            members = members or len(row["scores"])
+            if wrong := _mismatch(row, group[0] if group else row, members):
+                raise DataError(f"{path}:{number}: no row of SFT scores ({wrong}): {RESTORE_ROWS}")
             group.append(row)
         sizes = {len(rows) for rows in grouped.values()}
         if len(sizes) != 1 or sorted(grouped) != list(range(len(grouped))):
-            raise CheckpointError(f"{path}: incomplete SFT scores (prompts or samples are missing); remove the file")
+            raise DataError(f"{path}: incomplete SFT scores (prompts or samples are missing); remove the file")
         rows = [grouped[i] for i in range(len(grouped))]
         gold = [[r.get("gold") for r in group] for group in rows]
-        without = sum(g is None for group in gold for g in group)
-        if 0 < without < sum(map(len, gold)):
-            raise CheckpointError(f"{path}: {without} rows have no gold score, but others have one; restore the file")
         log_probs = [[r.get("log_prob") for r in group] for group in rows]
         count = sum(map(len, rows))
         return cls(
             [tuple(group[0]["messages"]) for group in rows],
             [[r["response"] for r in group] for group in rows],
             torch.tensor([[r["scores"] for r in group] for group in rows], dtype=torch.float32),
-            None if without else torch.tensor(gold, dtype=torch.float32),
+            None if gold[0][0] is None else torch.tensor(gold, dtype=torch.float32),
             [[r.get("ended") is not False for r in group] for group in rows],
             [[r["tokens"] for r in group] for group in rows] if all("tokens" in r for g in rows for r in g) else None,
             read_hidden_states(beside(path), count),

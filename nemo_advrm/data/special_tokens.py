@@ -58,7 +58,7 @@ class SpecialTokens:
         """Encode ``render(messages)``; only special tokens that the template wrote are special."""
         text = render(list(messages))
         ids = self._tokenizer(text, add_special_tokens=False).input_ids
-        contents = [value for message in messages for value in _strings(message)]
+        contents = [message["content"] for message in messages]
         if not any(first in content for content in contents for first in self._first):
             return ids
         guards = self._guards(contents)
@@ -177,27 +177,8 @@ class _Copy:
         return None if renamed & words or missing else (copy, names, own)
 
 
-def _strings(message: Message) -> list[str]:
-    found: list[str] = []
-
-    def keep(value: str) -> str:
-        found.append(value)
-        return value
-
-    _changed(message, keep)
-    return found
-
-
 def _changed(message: Message, change: Callable[[str], str]) -> Message:
-    return {key: value if key == "role" else _change(value, change) for key, value in message.items()}
-
-
-def _change(value: Any, change: Callable[[str], str]) -> Any:
-    if isinstance(value, str):
-        return change(value)
-    if isinstance(value, dict):
-        return {key: _change(item, change) for key, item in value.items()}
-    return [_change(item, change) for item in value] if isinstance(value, list | tuple) else value
+    return Message(role=message["role"], content=change(message["content"]))
 
 
 def _translate(text: str, table: dict[str, str]) -> str:

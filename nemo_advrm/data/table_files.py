@@ -86,10 +86,7 @@ def _checked(row: Any, source: str) -> Any:
         return BadRow(source, "too_long", f"the row is longer than {jsonl.MAX_LINE_BYTES} bytes")
     if isinstance(row, Exception):
         return BadRow(source, "bad_value", f"a value cannot be read: {one_line(row, 200)}")
-    try:
-        return check_depth(row, source)
-    except BadRow as error:
-        return error
+    return check_depth(row, source)
 
 
 def check_arrow_claims(path: Path) -> None:
@@ -180,7 +177,8 @@ def _parquet_batches(path: Path) -> Iterator[Any]:
     most, rows, unpacked = max_unpacked_bytes(size), 0, 0
     with parquet.ParquetFile(path) as file:
         metadata = file.metadata
-        texts = {leaf.path for leaf in _leaves(file.schema) if leaf.physical_type == "BYTE_ARRAY"}
+        leaves = [file.schema.column(index) for index in range(len(file.schema))]
+        texts = {leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY"}
         for group in map(metadata.row_group, range(metadata.num_row_groups)):
             rows += group.num_rows
             for column in map(group.column, range(group.num_columns)):
@@ -197,10 +195,6 @@ def _parquet_batches(path: Path) -> Iterator[Any]:
     # Read texts as dictionaries: a repeated text stays one value in memory until the batch has been checked.
     with parquet.ParquetFile(path, read_dictionary=sorted(texts)) as file:
         yield from file.iter_batches(batch_size=BATCH_ROWS, use_threads=False)
-
-
-def _leaves(schema: Any) -> list[Any]:
-    return [schema.column(index) for index in range(len(schema))]
 
 
 def _arrow_batches(path: Path) -> Iterator[Any]:

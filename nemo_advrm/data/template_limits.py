@@ -61,11 +61,11 @@ def _compiler(theirs: Any) -> Any:
     return compile_template
 
 
-def _spend(steps: int = 1) -> None:
+def _spend() -> None:
     budget = _budget.get()
     if budget is None:
         return
-    budget.steps -= steps
+    budget.steps -= 1
     if budget.steps < 0:
         raise TemplateLimit(f"it takes more than {MAX_STEPS} steps")
     if time.monotonic() > budget.deadline:

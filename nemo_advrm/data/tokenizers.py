@@ -1,4 +1,4 @@
-"""The tokenizer protocol, a byte tokenizer that needs no files, and the lookup of a tokenizer by name."""
+"""The tokenizer protocol, a byte tokenizer that needs no files, the lookup by name, and checks of tokenizers."""
 
 from __future__ import annotations
 
@@ -7,14 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar, Protocol, runtime_checkable
 
-from nemo_advrm.data.hf_tokenizer import HFTokenizer, before, digest, load_hf_tokenizer
+from nemo_advrm.data.hf_tokenizer import HFTokenizer, before, digest
 from nemo_advrm.data.messages import Message
 from nemo_advrm.data.reading import ReadingRule, concatenate
-from nemo_advrm.errors import ConfigError
+from nemo_advrm.errors import CheckpointError, ConfigError, DataError
 from nemo_advrm.nearest_name import nearest_name
 from nemo_advrm.registry import TOKENIZERS
-
-__all__ = ["ByteTokenizer", "HFTokenizer", "Tokenizer", "build_tokenizer", "load_hf_tokenizer"]
 
 
 @runtime_checkable
@@ -143,3 +141,35 @@ def build_tokenizer(spec: str, rule: ReadingRule | None = None) -> Tokenizer:
     if Path(spec).is_dir():
         hint = f"did you mean 'hf:{spec}'?"
     raise ConfigError(f"tokenizer {spec!r} is unknown; {hint}")
+
+
+def check_vocabulary(tokenizer: Tokenizer, rows: int, model: str) -> None:
+    """Raise CheckpointError, naming ``model`` and the token, when the largest id has no row.
+
+    Additional rows are padding. The usual cause is a padding token that was added to the tokenizer but not to the
+    weights.
+    """
+    largest = tokenizer.vocab_size - 1
+    if largest < rows:
+        return
+    token = tokenizer.decode([largest], skip_special=False)
+    raise CheckpointError(
+        f"{model}: the tokenizer {tokenizer.name} has the token {token!r} with id {largest}, the embedding has {rows} "
+        f"rows (ids up to {rows - 1}): this is not the tokenizer with which it was trained, or tokens were added to "
+        "it without resizing the embedding"
+    )
+
+
+def round_trips(text: str, tokenizer: Tokenizer) -> bool:
+    """Return whether encoding and decoding `text` with the policy's `tokenizer` returns it unchanged.
+
+    False for a lone surrogate (not valid in UTF-8), for U+FFFD (it replaced tokens that are not valid text, which are
+    lost), and for text that changes in the round trip. A policy can write all of these and a reward model may prefer
+    them, but no user can send them.
+    """
+    try:
+        text.encode()
+        lost = "\N{REPLACEMENT CHARACTER}" in text
+        return not lost and tokenizer.decode_response(tokenizer.encode_response(text)) == text
+    except (UnicodeEncodeError, DataError):
+        return False

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from nemo_advrm.detectors.base import SCORES, Detector, Features
-from nemo_advrm.objectives.uncertainty import disagreement
+from nemo_advrm.objectives.uncertainty import gap
 
 
 class EnsembleDisagreement(Detector):
@@ -15,4 +15,4 @@ class EnsembleDisagreement(Detector):
 
     def score(self, features: Features) -> Tensor:
         """[N]; raises ConfigError for fewer than 2 members."""
-        return disagreement(features.scores_NK, features.target)
+        return gap(features.scores_NK, features.target)

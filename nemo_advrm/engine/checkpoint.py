@@ -23,8 +23,7 @@ from torch.distributed.checkpoint.api import CheckpointException  # not an Excep
 
 from nemo_advrm import files
 from nemo_advrm.config.schema import ModelConfig
-from nemo_advrm.data.tokenizers import Tokenizer
-from nemo_advrm.data.vocabulary import check_vocabulary
+from nemo_advrm.data.tokenizers import Tokenizer, check_vocabulary
 from nemo_advrm.engine import manifest, runtime
 from nemo_advrm.engine.architecture import first_difference
 from nemo_advrm.engine.collectives import all_reduce_max, run_on_rank_zero

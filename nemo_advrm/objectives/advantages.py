@@ -77,9 +77,7 @@ def gae(
 
 
 @torch.no_grad()
-def gae_noise(
-    token_noise_BT: Tensor, values_noise_BT: Tensor, mask_BT: Tensor, gamma: float, lam: float
-) -> Tensor:
+def gae_noise(token_noise_BT: Tensor, values_noise_BT: Tensor, mask_BT: Tensor, gamma: float, lam: float) -> Tensor:
     """The rounding error of the advantages of `gae`, [B, T], from that of token rewards and of values.
 
     The errors of tokens are independent, so their squares add up, weighted like the rewards themselves. Of the values

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nemo_advrm.errors import ConfigError
-from nemo_advrm.objectives.masked import masked_mean, zero_masked
+from nemo_advrm.objectives.masked import zero_masked
 from nemo_advrm.registry import PREFERENCE_LOSSES
 
 # exp(20) = 4.9e8: far outside any clipping range, yet neither it nor its gradient overflows.
@@ -41,15 +41,9 @@ def scaled_bradley_terry(chosen_B: Tensor, rejected_B: Tensor, margin_B: Tensor)
     return margin_B * bradley_terry(chosen_B, rejected_B)
 
 
-def regression(pred_BA: Tensor, target_BA: Tensor, mask_BA: Tensor | None = None) -> Tensor:
-    """Squared error averaged over the present attributes of each row, [B]; 0 for a row without any.
-
-    `mask_BA` is 1 where the attribute is present; None means that all are. Source: Wang et al. (2024), HelpSteer2.
-    """
-    if mask_BA is None:
-        return (pred_BA - target_BA).square().mean(-1)
-    error_BA = zero_masked(pred_BA, mask_BA) - zero_masked(target_BA, mask_BA)
-    return masked_mean(error_BA.square(), mask_BA, dim=-1)
+def regression(pred_BA: Tensor, target_BA: Tensor) -> Tensor:
+    """Squared error averaged over the attributes of each row, [B]. Source: Wang et al. (2024), HelpSteer2."""
+    return (pred_BA - target_BA).square().mean(-1)
 
 
 def centering(chosen_B: Tensor, rejected_B: Tensor, coefficient: float) -> Tensor:

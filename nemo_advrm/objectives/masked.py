@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nemo_advrm.objectives.spread import divide_by_spread, rounding
+from nemo_advrm.objectives.spread import divide_by_spread
 
 
 def zero_masked(values: Tensor, mask: Tensor) -> Tensor:
@@ -29,19 +29,15 @@ def masked_mean(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
     return masked_sum(values, mask, dim) / count.clamp(min=1)
 
 
-def masked_whiten(values: Tensor, mask: Tensor, shift_mean: bool = True, noise: float | None = None) -> Tensor:
-    """Scale the kept entries, over all dimensions, to unit population variance, and to zero mean if `shift_mean`.
+def masked_whiten(values: Tensor, mask: Tensor, noise: float = 0.0) -> Tensor:
+    """Scale the kept entries, over all dimensions, to zero mean and unit population variance.
 
-    Same shape as `values`; 0 wherever the mask is 0. Entries whose spread is at most `noise` (by default the rounding
-    error of their own size, see `objectives.spread`) count as equal: they give 0, or their mean without `shift_mean`.
+    Same shape as `values`; 0 wherever the mask is 0. Entries whose spread is at most `noise` (see `objectives.spread`)
+    count as equal and give 0.
     """
     kept = zero_masked(values, mask)
     mean = masked_mean(kept, mask)
     centred = zero_masked(kept - mean, mask)
     variance = masked_mean(centred.square(), mask)
-    floor = rounding(values.dtype) * masked_mean(kept.square(), mask).sqrt() if noise is None else noise
     std = variance.clamp(min=torch.finfo(values.dtype).tiny).sqrt()  # the root's gradient is infinite at 0
-    white = divide_by_spread(centred, std, floor)
-    if not shift_mean:
-        white = white + torch.where(std > floor, mean / std, mean)
-    return zero_masked(white, mask)
+    return zero_masked(divide_by_spread(centred, std, noise), mask)

@@ -1,20 +1,18 @@
 """Over-optimisation, where gold falls while the proxy rises: stable steps and the curves of Gao et al.
 
 Distance is d = sqrt(KL) in sqrt(nats), and R is the gold reward minus its value at the start, so that R(0) = 0
-(Gao, Schulman & Hilton 2022, "Scaling Laws for Reward Model Overoptimization", arXiv 2210.10760, eq. 1 and 2).
+(Gao, Schulman & Hilton 2022, "Scaling Laws for Reward Model Overoptimization", arXiv 2210.10760, eq. 2).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from nemo_advrm.errors import ConfigError, DataError
-
-Terms = Callable[[Tensor], Tensor]
 
 
 def smooth(values: Sequence[float], window: int) -> list[float]:
@@ -59,22 +57,24 @@ def fit_rl(d: Sequence[float], r: Sequence[float]) -> tuple[float, float]:
     Raises DataError for unequal lengths, a value that is not finite, a negative d, or points that do not determine the
     two coefficients (fewer than two distinct d > 0).
     """
-    return _least_squares(d, r, _rl_terms)
-
-
-def fit_best_of_n(d: Sequence[float], r: Sequence[float]) -> tuple[float, float]:
-    """(alpha, beta) of R(d) = d (alpha - beta d), the form for best-of-n, by least squares; raises like `fit_rl`."""
-    return _least_squares(d, r, _best_of_n_terms)
+    if len(d) != len(r):
+        raise DataError(f"an over-optimisation curve needs as many distances as rewards: got {len(d)} and {len(r)}")
+    d_S, r_S = torch.tensor(d, dtype=torch.float64), torch.tensor(r, dtype=torch.float64)
+    if not (d_S.isfinite().all() and r_S.isfinite().all()):
+        raise DataError("an over-optimisation curve holds a NaN or infinite value")
+    if (d_S < 0).any():
+        raise DataError("the distance d = sqrt(KL) of an over-optimisation curve must not be negative")
+    terms_S2 = _terms(d_S)
+    if len(d) < 2 or torch.linalg.matrix_rank(terms_S2) < 2:
+        raise DataError("an over-optimisation curve needs at least 2 different distances above 0 to be fitted")
+    alpha, beta = torch.linalg.lstsq(terms_S2, r_S[:, None], driver="gelsd").solution[:, 0].tolist()
+    return alpha, beta
 
 
 def predict_rl(d: Sequence[float], alpha: float, beta: float) -> list[float]:
     """R(d) = d (alpha - beta log d); 0 at d = 0."""
-    return _predict(d, alpha, beta, _rl_terms)
-
-
-def predict_best_of_n(d: Sequence[float], alpha: float, beta: float) -> list[float]:
-    """R(d) = d (alpha - beta d)."""
-    return _predict(d, alpha, beta, _best_of_n_terms)
+    coefficients = torch.tensor((alpha, beta), dtype=torch.float64)
+    return (_terms(torch.tensor(d, dtype=torch.float64)) @ coefficients).tolist()
 
 
 def r_squared(observed: Sequence[float], predicted: Sequence[float]) -> float:
@@ -93,30 +93,6 @@ def r_squared(observed: Sequence[float], predicted: Sequence[float]) -> float:
     return 1 - residual / total
 
 
-def _rl_terms(d_S: Tensor) -> Tensor:
-    # d log d -> 0 as d -> 0
+def _terms(d_S: Tensor) -> Tensor:
+    """d and -d log d, [S, 2]; d log d -> 0 as d -> 0."""
     return torch.stack((d_S, -torch.special.xlogy(d_S, d_S)), dim=1)
-
-
-def _best_of_n_terms(d_S: Tensor) -> Tensor:
-    return torch.stack((d_S, -d_S.square()), dim=1)
-
-
-def _predict(d: Sequence[float], alpha: float, beta: float, terms: Terms) -> list[float]:
-    coefficients = torch.tensor((alpha, beta), dtype=torch.float64)
-    return (terms(torch.tensor(d, dtype=torch.float64)) @ coefficients).tolist()
-
-
-def _least_squares(d: Sequence[float], r: Sequence[float], terms: Terms) -> tuple[float, float]:
-    if len(d) != len(r):
-        raise DataError(f"an over-optimisation curve needs as many distances as rewards: got {len(d)} and {len(r)}")
-    d_S, r_S = torch.tensor(d, dtype=torch.float64), torch.tensor(r, dtype=torch.float64)
-    if not (d_S.isfinite().all() and r_S.isfinite().all()):
-        raise DataError("an over-optimisation curve holds a NaN or infinite value")
-    if (d_S < 0).any():
-        raise DataError("the distance d = sqrt(KL) of an over-optimisation curve must not be negative")
-    terms_S2 = terms(d_S)
-    if len(d) < 2 or torch.linalg.matrix_rank(terms_S2) < 2:
-        raise DataError("an over-optimisation curve needs at least 2 different distances above 0 to be fitted")
-    alpha, beta = torch.linalg.lstsq(terms_S2, r_S[:, None], driver="gelsd").solution[:, 0].tolist()
-    return alpha, beta

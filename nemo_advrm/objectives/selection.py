@@ -10,13 +10,13 @@ from collections.abc import Callable, Hashable, Sequence
 import torch
 from torch import Tensor
 
-from nemo_advrm.errors import ConfigError
 from nemo_advrm.objectives.uncertainty import others
 
 # Why a row that qualifies cannot be one side of a pair, in the order of the checks.
 UNUSABLE = ("unended", "not_text", "no_usable_sft")
 # Why a find (a distinct response that qualifies and is usable in a pair) is left out.
 AFTER_FINDS = ("below_top_fraction", "near_duplicate", "prompt_cap", "total_cap")
+_SHINGLE, _HASHES = 5, 3  # characters of a shingle, and numbers of a text's signature
 DROP_REASONS = ("not_qualified", *UNUSABLE, "exact_duplicate", *AFTER_FINDS)
 
 
@@ -55,11 +55,11 @@ def select_pairs(
     responses: Sequence[Hashable],
     signature: Callable[[int], Hashable],
     *,
-    unusable: Sequence[str | None] | None = None,
-    per_signature: int = 1,
-    per_prompt: int | None = None,
-    total: int | None = 1000,
-    top_fraction: float = 1.0,
+    unusable: Sequence[str | None],
+    per_signature: int,
+    per_prompt: int,
+    total: int,
+    top_fraction: float,
     generator: torch.Generator | None = None,
 ) -> tuple[list[int], dict[str, int]]:
     """Indices of the rows to keep, in the order they were taken, and how many rows each of DROP_REASONS dropped.
@@ -70,25 +70,16 @@ def select_pairs(
     Args:
         unusable: for each row one of UNUSABLE, or None if it is usable in a pair; counted only for qualified rows.
         signature: gives the signature of the row with an index; at most `per_signature` rows share one.
-        per_prompt, total: at most this many rows of one prompt, and in all (None: no cap).
+        per_prompt, total: at most this many rows of one prompt, and in all.
         top_fraction: the part of the distinct qualified rows that stays, rounded up.
         generator: on the CPU; the rows that stay are taken in random order, for more variety than the extremes have.
-
-    Raises ConfigError for a cap below 1 or a fraction outside (0, 1].
     """
-    for key, cap in (("per_signature", per_signature), ("per_prompt", per_prompt), ("total", total)):
-        if cap is not None and cap < 1:
-            raise ConfigError(f"selection: {key} must be at least 1, not {cap}")
-    if not 0 < top_fraction <= 1:
-        raise ConfigError(f"selection: top_fraction must be above 0 and at most 1, not {top_fraction}")
     ranking = ranking_B.tolist()
     qualified = [i for i, ok in enumerate(qualified_B.tolist()) if ok and not math.isnan(ranking[i])]
     dropped = dict.fromkeys(DROP_REASONS, 0)
     dropped["not_qualified"] = len(ranking) - len(qualified)
-    for reason in (unusable[i] for i in qualified) if unusable is not None else ():
-        if reason is not None:
-            dropped[reason] += 1
-    qualified = [i for i in qualified if unusable is None or unusable[i] is None]
+    dropped |= Counter(reason for i in qualified if (reason := unusable[i]) is not None)
+    qualified = [i for i in qualified if unusable[i] is None]
 
     distinct: dict[Hashable, int] = {}
     for i in sorted(qualified, key=lambda i: (-ranking[i], i)):
@@ -106,13 +97,13 @@ def select_pairs(
     of_signature: Counter[Hashable] = Counter()
     of_prompt: Counter[Hashable] = Counter()
     for i in candidates:
-        if total is not None and len(taken) >= total:
+        if len(taken) >= total:
             dropped["total_cap"] += 1
             continue
         mark = signature(i)
         if of_signature[mark] >= per_signature:
             dropped["near_duplicate"] += 1
-        elif per_prompt is not None and of_prompt[prompts[i]] >= per_prompt:
+        elif of_prompt[prompts[i]] >= per_prompt:
             dropped["prompt_cap"] += 1
         else:
             taken.append(i)
@@ -121,23 +112,23 @@ def select_pairs(
     return taken, dropped
 
 
-def text_signature(text: str, shingle: int = 5, hashes: int = 3) -> tuple[int, ...]:
-    """MinHash of a text's character shingles: texts with Jaccard similarity J share it with probability J^hashes.
+def text_signature(text: str) -> tuple[int, ...]:
+    """MinHash of a text's character shingles: texts with Jaccard similarity J share it with probability J^3.
 
     Case, digits (every number becomes 0), white space and runs of one punctuation mark are normalised first. The result
     is the same in every process. It needs no word boundaries, so it works for Chinese and code. Source: Broder (1997),
     "On the resemblance and containment of documents".
     """
     levelled = _level(text)
-    shingles = {levelled[i : i + shingle] for i in range(max(1, len(levelled) - shingle + 1))}
-    base = [int.from_bytes(hashlib.blake2b(s.encode(), digest_size=8).digest(), "big") for s in shingles]
+    shingles = {levelled[i : i + _SHINGLE] for i in range(max(1, len(levelled) - _SHINGLE + 1))}
+    base = [_hash(shingle) for shingle in shingles]
     # An odd multiplier permutes the 64-bit numbers; the xor-shift brings the well-mixed high bits into play.
-    return tuple(min(_permute(value, odd) for value in base) for odd in _multipliers(hashes))
+    multipliers = (_hash(f"minhash {i}") | 1 for i in range(_HASHES))
+    return tuple(min(_permute(value, odd) for value in base) for odd in multipliers)
 
 
-def _multipliers(count: int) -> list[int]:
-    digests = (hashlib.blake2b(f"minhash {i}".encode(), digest_size=8).digest() for i in range(count))
-    return [int.from_bytes(digest, "big") | 1 for digest in digests]
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
 def _permute(value: int, odd: int) -> int:

@@ -69,9 +69,7 @@ def fit_sft_statistics(scores_PNK: Tensor) -> SFTStatistics:
         raise RewardSourceError(
             f"SFT statistics need at least 2 SFT responses for 1 prompt, not {samples} for {prompts}"
         )
-    for k in range(members):
-        if not scores_PNK[:, :, k].isfinite().all():
-            raise RewardSourceError(f"reward model {k + 1} gave a NaN or infinite score to an SFT response")
+    _require_finite(scores_PNK.flatten(0, 1))
     scores64_PNK = scores_PNK.double()
     prompt_mean_PK = scores64_PNK.mean(1)
     std_K = fresh_std((scores64_PNK - prompt_mean_PK[:, None]).reshape(-1, members), samples)
@@ -109,9 +107,7 @@ def fit_members(scores_SK: Tensor) -> MemberStatistics:
     """
     if scores_SK.shape[0] < 2:
         raise RewardSourceError(f"members are standardised by at least 2 SFT responses, not {scores_SK.shape[0]}")
-    for k, finite in enumerate(scores_SK.isfinite().all(0).tolist()):
-        if not finite:
-            raise RewardSourceError(f"reward model {k + 1} gave a NaN or infinite score to an SFT response")
+    _require_finite(scores_SK)
     scores64_SK = scores_SK.double()
     mean_K = scores64_SK.mean(0)
     std_K = fresh_std(scores64_SK - mean_K, scores_SK.shape[0])
@@ -123,6 +119,12 @@ def standardise_members(scores_BK: Tensor, statistics: MemberStatistics) -> Tens
     """(R_k - mean_k) / std_k, [B, K]. Members then share offset and scale, which Bradley-Terry leaves free."""
     _require_spread(statistics.std_K, torch.zeros_like(statistics.std_K))
     return (scores_BK - statistics.mean_K) / statistics.std_K
+
+
+def _require_finite(scores_SK: Tensor) -> None:
+    for k, finite in enumerate(scores_SK.isfinite().all(0).tolist()):
+        if not finite:
+            raise RewardSourceError(f"reward model {k + 1} gave a NaN or infinite score to an SFT response")
 
 
 def _require_spread(std_K: Tensor, noise_K: Tensor) -> None:

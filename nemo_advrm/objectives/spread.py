@@ -42,7 +42,7 @@ def divide_by_spread(deviations: Tensor, spread: Tensor, noise: Tensor | float =
     return torch.where(is_real, deviations / torch.where(is_real, spread, torch.ones_like(spread)), 0.0)
 
 
-def variance_of(mean: float, mean_square: float, dtype: torch.dtype = torch.float32) -> float:
-    """Population variance from two moments that were summed in `dtype`; 0 if their difference is rounding error."""
+def variance_of(mean: float, mean_square: float) -> float:
+    """Population variance from two moments that were summed in fp32; 0 if their difference is rounding error."""
     variance = mean_square - mean * mean
-    return variance if variance > rounding(dtype) * mean_square else 0.0
+    return variance if variance > rounding(torch.float32) * mean_square else 0.0

@@ -10,8 +10,6 @@ from torch import Tensor
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.nearest_name import unknown_name
 
-COMBINATIONS = ("mean", "min", "lcb", "uwo", "gap")
-
 # Names differ between papers: the Adv-RM paper's "UWO" is our lcb with b = 1.
 FORMULAS = {
     "mean": "mean of the members",
@@ -20,6 +18,7 @@ FORMULAS = {
     "uwo": "mean - b * variance over the members (UWO of Coste et al.)",
     "gap": "R_1 - mean of the others",
 }
+COMBINATIONS = tuple(FORMULAS)
 
 
 def mean(scores_BK: Tensor) -> Tensor:
@@ -43,14 +42,11 @@ def uncertainty_weighted(scores_BK: Tensor, coefficient: float) -> Tensor:
 
 
 def gap(scores_BK: Tensor, target: int = 0) -> Tensor:
-    """Score of the target member minus the mean of the others, [B]. Raises ConfigError like `others`."""
-    rest_B = others_mean(scores_BK, target)
-    return scores_BK[:, target] - rest_B
+    """U of the selection rule, [B]: score of the target member minus the mean of the others. Raises like `others`.
 
-
-def disagreement(scores_BK: Tensor, target: int = 0) -> Tensor:
-    """U of the selection rule, [B]: the `gap`, R_1 - R_2 for two members (Adv-RM, arXiv 2504.06141)."""
-    return gap(scores_BK, target)
+    For two members it is R_1 - R_2. Source: Adv-RM (arXiv 2504.06141).
+    """
+    return scores_BK[:, target] - others_mean(scores_BK, target)
 
 
 def combine(name: str, scores_BK: Tensor, coefficient: float = 1.0) -> Tensor:

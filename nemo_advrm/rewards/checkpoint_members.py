@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nemo_advrm.config.fields import Role
+from nemo_advrm.config.keys import all_keys
 from nemo_advrm.config.schema import ModelConfig
 from nemo_advrm.data.reading import KEY, rule_from_meta, warn_old_rule
 from nemo_advrm.data.tokenizers import HFTokenizer, Tokenizer, build_tokenizer
@@ -14,24 +16,11 @@ from nemo_advrm.errors import CheckpointError
 
 LOCAL_KINDS = ("megatron", "hf", "nemo")
 # keys of ModelConfig that are taken from the running job and not from the member's checkpoint
-OF_THE_JOB = (
-    "tensor_model_parallel_size",
-    "pipeline_model_parallel_size",
-    "virtual_pipeline_model_parallel_size",
-    "num_layers_in_first_pipeline_stage",
-    "num_layers_in_last_pipeline_stage",
-    "context_parallel_size",
-    "sequence_parallel",
-    "use_distributed_optimizer",
-    "overlap_grad_reduce",
-    "overlap_param_gather",
-    "recompute",
-    "recompute_num_layers",
-    "offload_reference",
-    "offload_optimizer_while_generating",
-    "micro_batch_size",
-    "micro_batch_tokens",
-    "global_batch_size",
+OF_THE_JOB = tuple(
+    name
+    for name, key in all_keys(ModelConfig).items()
+    if key.about.role in (Role.PARALLELISM, Role.BATCHING)
+    and name not in ("fused_kernels", "make_vocab_size_divisible_by")
 )
 
 

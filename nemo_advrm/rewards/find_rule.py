@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from nemo_advrm.config.schema import AdversarialConfig, Config, SelectionConfig
-from nemo_advrm.data.plain_text import round_trips
 from nemo_advrm.data.sft_scores import SFTScores
-from nemo_advrm.data.tokenizers import Tokenizer
+from nemo_advrm.data.tokenizers import Tokenizer, round_trips
 from nemo_advrm.objectives.selection import first_step, qualifies
 from nemo_advrm.objectives.sft_statistics import SFTStatistics, own_z_scores
 

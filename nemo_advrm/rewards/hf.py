@@ -15,8 +15,7 @@ from nemo_advrm.convert.hf_directory import HFDirectory, load_classifier, read_c
 from nemo_advrm.data.attributes import combine
 from nemo_advrm.data.batching import microbatch_cost, pad_rows, split_by_tokens
 from nemo_advrm.data.reading import rule_from_hf_config
-from nemo_advrm.data.tokenizers import HFTokenizer
-from nemo_advrm.data.vocabulary import check_vocabulary
+from nemo_advrm.data.tokenizers import HFTokenizer, check_vocabulary
 from nemo_advrm.engine import runtime
 from nemo_advrm.errors import RewardSourceError
 from nemo_advrm.rewards.replica import once_per_replica

@@ -138,13 +138,10 @@ class ReplicatedServer:
                 f"reward source {self.name}: {url} refused the request: status {response.status_code} "
                 f"{_shortened(content)}"
             )
-        return self._json(url, response.headers.get("content-type", ""), bytes(content))
-
-    def _json(self, url: str, content_type: str, content: bytes) -> Any:
         try:
-            return decode_json(content) if content else None
+            return decode_json(bytes(content)) if content else None
         except ValueError as error:
-            kind = content_type or "no content type"
+            kind = response.headers.get("content-type", "no content type")
             raise RewardSourceError(f"reward source {self.name}: {url} sent no JSON ({kind}): {error}") from error
 
 

@@ -23,10 +23,16 @@ def longest_row(source: Any) -> int:
     return int(getattr(source, "longest", 0)) or int(getattr(source, "context", 0))
 
 
+def _limit(source: RewardSource) -> tuple[int, Any]:
+    """Returns the maximum tokens of a row of ``source`` and the tokenizer that counts them; (0, None) for none."""
+    limit, tokenizer = int(getattr(source, "longest", 0)), getattr(source, "tokenizer", None)
+    return (0, None) if tokenizer is None else (limit, tokenizer)
+
+
 def places_that_fit(source: RewardSource, rollouts: Rollouts) -> list[int]:
     """Returns the indices of rollouts that fit ``source`` without truncation; all for a source without a limit."""
-    limit, tokenizer = int(getattr(source, "longest", 0)), getattr(source, "tokenizer", None)
-    if not limit or tokenizer is None:
+    limit, tokenizer = _limit(source)
+    if not limit:
         return list(range(len(rollouts)))
     return [i for i, row in enumerate(token_sequences(rollouts, tokenizer)) if len(row) <= limit]
 
@@ -41,8 +47,8 @@ def prompts_with_room(
     """
     kept = prompts
     for source in sources:
-        limit, tokenizer = int(getattr(source, "longest", 0)), getattr(source, "tokenizer", None)
-        if not limit or tokenizer is None:
+        limit, tokenizer = _limit(source)
+        if not limit:
             continue
         same = tokenizer.fingerprint == fingerprint
         needed = cfg.rl.max_new_tokens if same else 1

@@ -43,7 +43,7 @@ class _Remote:
         self.server = ReplicatedServer(name, addresses, options)
 
     def score(self, rollouts: Rollouts) -> Tensor:
-        return once_per_replica(self.name, lambda: self._ask(self._rows(rollouts), self._request))
+        return once_per_replica(self.name, lambda: self.ask(self._rows(rollouts)))
 
     def _rows(self, rollouts: Rollouts) -> list[Any]:
         raise NotImplementedError
@@ -51,12 +51,13 @@ class _Remote:
     def _request(self, rows: list[Any], deadline: float) -> Any:
         raise NotImplementedError
 
-    def _ask(self, rows: list[Any], request: Callable[[list[Any], float], Any]) -> Tensor:
+    def ask(self, rows: list[Any]) -> Tensor:
+        """Returns the scores of rows in the form of the server, [N] fp32."""
         deadline = time.monotonic() + self.options.deadline_seconds
         size = self.options.rows_per_request
         parts = [rows[i : i + size] for i in range(0, len(rows), size)]
         with ThreadPoolExecutor(max(1, min(len(parts), self.options.connections))) as pool:
-            answers = list(pool.map(lambda part: as_scores(self.name, request(part, deadline), len(part)), parts))
+            answers = list(pool.map(lambda part: as_scores(self.name, self._request(part, deadline), len(part)), parts))
         return torch.cat(answers) if answers else torch.zeros(0)
 
     def _ready(self, path: str) -> None:
@@ -185,7 +186,7 @@ def trl_reward(url: str, options: RemoteConfig | None = None) -> Callable[..., l
             {"messages": _as_messages(prompt), "response": _as_response(completion)}
             for prompt, completion in zip(prompts, completions, strict=True)
         ]
-        return source._ask(rows, source._request).tolist()
+        return source.ask(rows).tolist()
 
     reward.__name__ = "nemo_advrm_reward"
     return reward
@@ -199,7 +200,7 @@ def text_reward(url: str, options: RemoteConfig | None = None) -> Callable[[list
     source = ServerReward(url, url.split("|"), options or RemoteConfig())
 
     def reward(texts: list[str]) -> list[float]:
-        return source._ask([{"text": text} for text in texts], source._request).tolist()
+        return source.ask([{"text": text} for text in texts]).tolist()
 
     return reward
 

@@ -156,15 +156,9 @@ def combined(
 
 def write_statistics(directory: Path, statistics: MemberStatistics, sources: Sequence[RewardSource]) -> None:
     """Writes the mean and standard deviation of each member to ``standardisation.jsonl``, one row per member."""
-    write_jsonl_atomic(
-        directory / FILE,
-        [
-            {"member": source.name, "mean": mean, "std": std}
-            for source, mean, std in zip(
-                sources, statistics.mean_K.tolist(), statistics.std_K.tolist(), strict=True
-            )
-        ],
-    )
+    columns = zip(sources, statistics.mean_K.tolist(), statistics.std_K.tolist(), strict=True)
+    rows = [{"member": source.name, "mean": mean, "std": std} for source, mean, std in columns]
+    write_jsonl_atomic(directory / FILE, rows)
 
 
 def described(aggregate: str, coefficient: float, members: int, standardised: bool) -> list[str]:

@@ -8,8 +8,8 @@ from nemo_advrm.config.schema import Config
 from nemo_advrm.config.validation import samples_prompts
 from nemo_advrm.data import inputs
 from nemo_advrm.data.jsonl import BadRow
+from nemo_advrm.data.loading import raise_or_count
 from nemo_advrm.data.messages import Message, prompt_key, prompt_name
-from nemo_advrm.data.preferences import raise_or_count
 from nemo_advrm.data.tokenizers import Tokenizer
 from nemo_advrm.engine import runtime
 from nemo_advrm.errors import ConfigError, DataError

@@ -7,7 +7,7 @@ from pathlib import Path
 from nemo_advrm.config.schema import Config
 from nemo_advrm.data import inputs
 from nemo_advrm.data.jsonl import BadRow
-from nemo_advrm.data.preferences import raise_or_count
+from nemo_advrm.data.loading import raise_or_count
 from nemo_advrm.data.sft_rows import SftRow
 from nemo_advrm.data.tokenizers import Tokenizer
 from nemo_advrm.engine.microbatches import EncodedResponse

@@ -20,7 +20,7 @@ from nemo_advrm.data.jsonl import JsonlWriter, write_jsonl_atomic
 from nemo_advrm.data.run_records import ATTACK_SAMPLE, read_rows
 from nemo_advrm.data.sft_scores import SFTScores
 from nemo_advrm.engine import manifest
-from nemo_advrm.errors import CheckpointError, DataError
+from nemo_advrm.errors import DataError
 from nemo_advrm.pipeline import artefacts
 from nemo_advrm.pipeline.dag import Step
 from nemo_advrm.pipeline.state import RunState
@@ -209,7 +209,7 @@ def test_rows_of_another_type_in_a_reference_or_among_samples_are_named(tmp_path
     (tmp_path / "attack").mkdir()
     for name in ("reference.jsonl", "attack/samples.jsonl"):
         (tmp_path / name).write_text(f"{row}\n")
-    with pytest.raises(CheckpointError, match=r"reference\.jsonl:1: not a row of SFT scores \("):
+    with pytest.raises(DataError, match=r"reference\.jsonl:1: no row of SFT scores \("):
         SFTScores.read(tmp_path / "reference.jsonl")
     with pytest.raises(DataError, match=r"samples\.jsonl:1: no row of an attack \(.+\): restore"):
         list(read_rows(tmp_path / "attack" / "samples.jsonl", ATTACK_SAMPLE, "an attack", "restore the file"))

@@ -62,7 +62,7 @@ def test_impossible_schedules_name_the_key() -> None:
 @pytest.mark.parametrize("by_length", [True, False])
 def test_every_row_goes_to_exactly_one_rank(dp_size: int, count: int, by_length: bool) -> None:
     rows = random.Random(count).sample(range(1000), count)
-    lengths = [1 + row % 97 for row in rows] if by_length else None
+    lengths = [1 + row % 97 if by_length else 1 for row in rows]
     shards = [shard(rows, rank, dp_size, lengths) for rank in range(dp_size)]
     assert sorted(row for part in shards for row in part) == sorted(rows)
     sizes = [len(part) for part in shards]
@@ -83,7 +83,7 @@ def test_shard_by_hand() -> None:
     assert shard([10, 11, 12, 13], 0, 2, [5, 2, 7, 9]) == [13, 11]
     assert shard([10, 11, 12, 13], 1, 2, [5, 2, 7, 9]) == [12, 10]
     with pytest.raises(ValueError, match="dp_rank 2"):
-        shard([1], 2, 2)
+        shard([1], 2, 2, [5])
     with pytest.raises(ValueError, match="1 lengths for 2 rows"):
         shard([1, 2], 0, 1, [5])
 

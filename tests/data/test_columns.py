@@ -59,7 +59,7 @@ def test_a_system_column_is_the_system_turn(tmp_path: Path, row: dict, name: str
     path = write(tmp_path / "a.jsonl", {name: value, **row})
     (pair,) = load_preferences(path).rows
     assert (pair.prompt, pair.chosen, pair.rejected) == ((RHYME, USER), "good", "bad")
-    assert load_prompts(path).prompts == [(RHYME, USER)]
+    assert load_prompts(path).rows == [(RHYME, USER)]
     assert load_sft(path).rows[0][:2] == ((RHYME, USER), "good")
 
 
@@ -77,7 +77,7 @@ def test_the_only_column_with_a_prompt_is_the_prompt(tmp_path: Path, name: str) 
     rows = ({name: value, "chosen": "good", "rejected": "bad", "prompt": None} for value in ("Hi", [USER]))
     path = write(tmp_path / "a.jsonl", *rows)
     assert [pair.prompt for pair in load_preferences(path).rows] == [(USER,), (USER,)]
-    assert load_prompts(path).prompts == [(USER,)]
+    assert load_prompts(path).rows == [(USER,)]
 
 
 UNREAD = [
@@ -158,12 +158,12 @@ def test_columns_that_repeat_what_was_read_are_no_loss(tmp_path: Path) -> None:
 def test_rows_that_differ_in_such_a_column_only_are_different(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", *({**GOOD, "system": f"Rhyme on {i}."} for i in range(20)))
     rows = load_preferences(path).rows
-    assert len({prompt_key(row.prompt) for row in rows}) == len(load_prompts(path).prompts) == 20
+    assert len({prompt_key(row.prompt) for row in rows}) == len(load_prompts(path).rows) == 20
     train, validation = split_train_validation(rows, 0.5, 0)
     assert len(train) == len(validation) == 10
     # also where the column is left out knowingly
     path = write(tmp_path / "a.jsonl", *({"prompt": "Hi", "tools": [f"tool {i}"]} for i in (1, 2, 2)))
-    assert len(load_prompts(path, ignore_columns=["tools"]).prompts) == 2
+    assert len(load_prompts(path, ignore_columns=["tools"]).rows) == 2
     assert prompt_key([{**USER, "name": "A"}]) != prompt_key([{**USER, "name": "B"}])
 
 
@@ -202,7 +202,7 @@ def test_a_prompt_beside_whole_conversations_is_joined(tmp_path: Path, row: dict
     path = write(tmp_path / "a.jsonl", row)
     (pair,) = load_preferences(path).rows
     assert (list(pair.prompt), pair.chosen, pair.rejected) == (prompt, "good", "bad")
-    assert load_prompts(path).prompts == [tuple(prompt)]
+    assert load_prompts(path).rows == [tuple(prompt)]
 
 
 @pytest.mark.parametrize("row", [WHOLE, TALK, {"chosen": [[USER, says("good")]], "rejected": [[USER, says("bad")]]}])

@@ -58,7 +58,7 @@ def test_files_from_before_ended_was_written_hold_finished_answers(tmp_path: Pat
     store.path.write_text(text.replace('"chosen_ended": true, "rejected_ended": true, ', ""))
     assert "ended" not in store.path.read_text() and store.load() == [pair("a")]
     store.path.write_text(text.replace('"rejected_ended": true', '"rejected_ended": "no"'))
-    with pytest.raises(DataError, match=r"pairs\.jsonl:1: `rejected_ended` is a string"):
+    with pytest.raises(DataError, match=r"pairs\.jsonl:1: .*rejected_ended.*boolean"):
         store.load()
 
 
@@ -120,7 +120,7 @@ def test_numpy_scores_are_written_as_numbers(tmp_path: Path) -> None:
 def test_unusable_pairs_are_refused_before_anything_is_written(tmp_path: Path) -> None:
     store = PairStore(tmp_path / "pairs.jsonl")
     nan = replace(pair("a"), provenance=replace(PROVENANCE, z=(float("nan"), 0.0)))
-    with pytest.raises(DataError, match=r"new pair 1: `provenance\.z` is not a list of finite numbers"):
+    with pytest.raises(DataError, match=r"new pair 1: .*provenance\.z.*finite number"):
         store.append([pair("b"), nan])
     with pytest.raises(DataError, match="identical"):
         store.append([pair("fine")])
@@ -130,10 +130,10 @@ def test_unusable_pairs_are_refused_before_anything_is_written(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ('"rejected": "a"', '"rejcted": "a"', "`rejected` is missing"),
-        ('"rejected": "a"', '"rejected": 1', "`rejected` is a number"),
-        ('"step": 12', '"step": "x"', r"`provenance\.step` is not a whole number"),
-        ('"disagreement_z": 3.25, ', "", r"`provenance\.disagreement_z` is missing"),
+        ('"rejected": "a"', '"rejcted": "a"', "it lacks rejected"),
+        ('"rejected": "a"', '"rejected": 1', "rejected=1: "),
+        ('"step": 12', '"step": "x"', r"provenance\.step=\"x\": .*integer"),
+        ('"disagreement_z": 3.25, ', "", r"it lacks provenance\.disagreement_z"),
         ('"role": "user"', '"role": "robot"', r"`prompt\[0\]\.role` is 'robot'"),
         ('"prompt"', '"prompt', "broken JSON"),
     ],

@@ -124,7 +124,7 @@ def test_every_form_makes_its_pairs(tmp_path: Path, form: str, row: dict, pairs:
         found = load_preferences(path, format=format).rows
         assert [(pair.chosen, pair.rejected, pair.margin) for pair in found] == pairs
         assert all(pair.prompt == (USER,) for pair in found) and {pair.source for pair in found} == {f"{path}:1"}
-    assert load_prompts(path).prompts == [(USER,)]
+    assert load_prompts(path).rows == [(USER,)]
     assert load_sft(path).rows[0][:2] == ((USER,), pairs[0][0])
 
 
@@ -152,7 +152,7 @@ def test_rated_answers_are_compared_over_all_rows_of_their_prompt(tmp_path: Path
     assert report.rows[0].chosen_labels == (4, 3, 4, 2, 1) and report.rows[0].rejected_labels == (1, 2, 3, 1, 0)
     assert report.rows[0].source == f"{path}:3"
     assert report.summary() == f"{path}: 3 rows; 1 ties made no pair; 1 prompts with one answer made no pair"
-    assert len(load_sft(path).rows) == 6 and len(load_prompts(path).prompts) == 3
+    assert len(load_sft(path).rows) == 6 and len(load_prompts(path).rows) == 3
 
 
 def test_rated_answers_of_prompts_that_differ_in_a_dropped_column_are_not_compared(tmp_path: Path) -> None:

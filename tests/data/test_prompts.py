@@ -40,9 +40,8 @@ def test_every_row_form_gives_its_prompt_once(tmp_path: Path) -> None:
         {"prompt": [{"role": "user", "content": "a"}]},
     )
     report = load_prompts(path)
-    assert report.prompts == [user("a"), user("b"), user("c"), user("d")]
-    assert report.summary() == f"{path}: 6 rows; 2 rows repeat a prompt"
-    assert load_prompts(path, unique=False).prompts == [user(text) for text in "abccda"]
+    assert report.rows == [user("a"), user("b"), user("c"), user("d")]
+    assert report.summary() == f"{path}: 4 rows; 2 more rows repeat a prompt"
 
 
 def test_bad_prompt_rows_are_named_or_counted(tmp_path: Path) -> None:
@@ -50,7 +49,7 @@ def test_bad_prompt_rows_are_named_or_counted(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"p\.jsonl:2: none of `prompt`.*the row has: subject.*2 of 3 rows"):
         load_prompts(path)
     report = load_prompts(path, on_bad_row="skip")
-    assert report.prompts == [user("a")] and "skipped 2 (2 missing_key)" in report.summary()
+    assert report.rows == [user("a")] and "skipped 2 (2 missing_key)" in report.summary()
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -98,7 +97,7 @@ def test_impossible_splits_are_errors() -> None:
 def test_real_prompts_and_their_split() -> None:
     path = SHARED / "hh_rlhf_harmless_test.jsonl.gz"
     rows = load_preferences(path).rows
-    prompts = load_prompts(path).prompts
+    prompts = load_prompts(path).rows
     assert len(prompts) == len({prompt_key(row.prompt) for row in rows})
     train, validation = split_train_validation(rows, 0.1, 0)
     assert len(train) + len(validation) == 2312 and len(validation) in range(231, 235)

@@ -68,7 +68,7 @@ def test_the_split_that_is_meant_is_read(tmp_path: Path, names: list[str], train
     directory = make(tmp_path, *names)
     assert read(directory) == train
     assert read(directory, role="validation") == held_out
-    asked = {prompt[0]["content"].rpartition(" ")[0] for prompt in load_prompts(directory).prompts}
+    asked = {prompt[0]["content"].rpartition(" ")[0] for prompt in load_prompts(directory).rows}
     assert asked == train
 
 

@@ -63,16 +63,6 @@ def test_regression_averages_over_attributes() -> None:
     torch.testing.assert_close(loss, torch.tensor([(1 + 4) / 2, 9 / 2]))
 
 
-def test_regression_ignores_absent_attributes_whatever_they_hold() -> None:
-    pred = torch.tensor([[1.0, 2.0, 3.0], [1.0, 1.0, 1.0]], requires_grad=True)
-    target = torch.tensor([[0.0, math.nan, 5.0], [math.nan, math.nan, math.nan]])
-    loss = regression(pred, target, torch.tensor([[1, 0, 1], [0, 0, 0]]))
-    loss.sum().backward()
-    torch.testing.assert_close(loss, torch.tensor([(1 + 4) / 2, 0.0]))
-    # d/dp of (p - t)^2 / 2 over two present attributes is (p - t)
-    torch.testing.assert_close(pred.grad, torch.tensor([[1.0, 0.0, -2.0], [0.0, 0.0, 0.0]]))
-
-
 def test_regularisers_by_hand() -> None:
     chosen, rejected = torch.tensor([3.0, 1.0]), torch.tensor([1.0, -1.0])
     torch.testing.assert_close(centering(chosen, rejected, 0.1), torch.tensor([1.6, 0.0]))

@@ -8,9 +8,7 @@ import pytest
 
 from nemo_advrm.errors import ConfigError, DataError
 from nemo_advrm.objectives.overoptimization import (
-    fit_best_of_n,
     fit_rl,
-    predict_best_of_n,
     predict_rl,
     r_squared,
     smooth,
@@ -68,13 +66,6 @@ def test_the_rl_fit_recovers_its_coefficients() -> None:
     assert r_squared(rewards, predict_rl(DISTANCES, alpha, beta)) == pytest.approx(1.0)
 
 
-def test_the_best_of_n_fit_recovers_its_coefficients() -> None:
-    rewards = [d * (1.5 - 0.7 * d) for d in DISTANCES]
-    alpha, beta = fit_best_of_n(DISTANCES, rewards)
-    assert (alpha, beta) == (pytest.approx(1.5), pytest.approx(0.7))
-    assert predict_best_of_n([2.0], alpha, beta) == [pytest.approx(2 * (1.5 - 1.4))]
-
-
 def test_noise_is_fitted_by_least_squares() -> None:
     # at d = 1 log d = 0, so alpha is the mean of the two observations there; d = e has only its own to meet
     alpha, beta = fit_rl([1.0, 1.0, math.e], [1.0, 2.0, math.e])
@@ -83,7 +74,6 @@ def test_noise_is_fitted_by_least_squares() -> None:
     assert residual == pytest.approx(0.5)
 
 
-@pytest.mark.parametrize("fit", [fit_rl, fit_best_of_n])
 @pytest.mark.parametrize(
     ("d", "r", "message"),
     [
@@ -97,9 +87,9 @@ def test_noise_is_fitted_by_least_squares() -> None:
         ([-1.0, 2.0], [1.0, 1.0], "negative"),
     ],
 )
-def test_points_that_determine_nothing_are_an_error(fit, d: list[float], r: list[float], message: str) -> None:
+def test_points_that_determine_nothing_are_an_error(d: list[float], r: list[float], message: str) -> None:
     with pytest.raises(DataError, match=message):
-        fit(d, r)
+        fit_rl(d, r)
 
 
 def test_r_squared_by_hand() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nemo_advrm.errors import ConfigError
-from nemo_advrm.objectives.uncertainty import COMBINATIONS, FORMULAS, combine, disagreement, gap, same_as
+from nemo_advrm.objectives.uncertainty import COMBINATIONS, FORMULAS, combine, gap, same_as
 
 SCORES = torch.tensor([[1.0, 3.0, 8.0], [2.0, 2.0, 2.0]])
 
@@ -32,8 +32,8 @@ def test_an_ensemble_of_one_is_that_model(name: str) -> None:
 
 def test_disagreement_of_two_members_is_their_difference_from_either_side() -> None:
     scores = torch.tensor([[5.0, 2.0]])
-    assert disagreement(scores).item() == 3.0
-    assert disagreement(scores, target=1).item() == -3.0
+    assert gap(scores).item() == 3.0
+    assert gap(scores, target=1).item() == -3.0
 
 
 def test_gap_of_a_later_target_leaves_that_target_out_of_the_rest() -> None:
@@ -51,9 +51,9 @@ def test_errors() -> None:
     with pytest.raises(ConfigError, match="did you mean 'lcb'"):
         combine("lbc", SCORES, 1.0)
     with pytest.raises(ConfigError, match="at least 2 reward models"):
-        disagreement(SCORES[:, :1])
+        gap(SCORES[:, :1])
     with pytest.raises(ConfigError, match="reward model 4 does not exist"):
-        disagreement(SCORES, target=3)
+        gap(SCORES, target=3)
 
 
 @pytest.mark.parametrize("members", [1, 2, 3])

@@ -17,8 +17,7 @@ from tiny import TOKENIZER, tiny_config
 
 from nemo_advrm.convert.hf_source import HFSource
 from nemo_advrm.data.messages import Message
-from nemo_advrm.data.tokenizers import HFTokenizer
-from nemo_advrm.data.vocabulary import check_vocabulary
+from nemo_advrm.data.tokenizers import HFTokenizer, check_vocabulary
 from nemo_advrm.engine.runtime import Runtime
 from nemo_advrm.errors import CheckpointError, ConfigError, DataError
 from nemo_advrm.evaluation.pair_accuracy import rollouts_for

@@ -17,7 +17,7 @@ from nemo_advrm.config import load_config
 from nemo_advrm.config.schema import AdversarialConfig
 from nemo_advrm.data.scores import as_scores
 from nemo_advrm.data.sft_scores import SFTScores
-from nemo_advrm.errors import CheckpointError, ConfigError, RewardSourceError
+from nemo_advrm.errors import ConfigError, DataError, RewardSourceError
 from nemo_advrm.evaluation import pair_accuracy
 from nemo_advrm.objectives.sft_statistics import MemberStatistics, fit_members, z_scores
 from nemo_advrm.objectives.spread import rounding
@@ -367,7 +367,7 @@ def test_a_reference_is_read_from_its_file_whatever_the_order_of_prompts(tmp_pat
 def test_a_reference_with_missing_samples_or_prompts_is_refused(tmp_path: Path, prompts: tuple[int, ...]) -> None:
     path = tmp_path / "reference.jsonl"
     path.write_text("".join(_row(p, "x", "[1, 2]") for p in prompts))
-    with pytest.raises(CheckpointError, match=r"reference\.jsonl: incomplete SFT scores"):
+    with pytest.raises(DataError, match=r"reference\.jsonl: incomplete SFT scores"):
         SFTScores.read(path)
 
 
@@ -397,7 +397,7 @@ def test_a_reference_that_would_be_read_as_something_else_is_refused(
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert SFTScores.read(path).finished(0) == [0, 1]
     path.write_text("".join(json.dumps(row) + "\n" for row in (rows[0], rows[1] | changed)))
-    with pytest.raises(CheckpointError, match=rf"reference\.jsonl:2: not a row of SFT scores \(.*{words}"):
+    with pytest.raises(DataError, match=rf"reference\.jsonl:2: no row of SFT scores \(.*{words}"):
         SFTScores.read(path)
 
 
