@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nemo_advrm.data.hf_tokenizer import load_hf_tokenizer
 from nemo_advrm.data.reading import ReadingRule
-from nemo_advrm.data.tokenizers import HFTokenizer, load_hf_tokenizer
+from nemo_advrm.data.tokenizers import HFTokenizer
 
 NEW_TOKEN = "<|rm_pad|>"
 _RESERVED = re.compile(r"pad|reserved|unused", re.IGNORECASE)

@@ -6,8 +6,9 @@ import shutil
 from pathlib import Path
 
 from nemo_advrm.data.chat_template import fixed_text
+from nemo_advrm.data.hf_tokenizer import load_hf_tokenizer
 from nemo_advrm.data.reading import ReadingRule
-from nemo_advrm.data.tokenizers import build_tokenizer, load_hf_tokenizer
+from nemo_advrm.data.tokenizers import build_tokenizer
 from nemo_advrm.errors import CheckpointError, DataError
 
 # all files of transformers tokenizers, and the generation settings

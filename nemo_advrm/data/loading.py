@@ -14,6 +14,7 @@ from nemo_advrm.data.preference_files import Rows, open_rows
 from nemo_advrm.errors import ConfigError, DataError
 
 Row = TypeVar("Row")
+Other = TypeVar("Other")
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,10 @@ class LoadReport(Generic[Row]):
     path: str
     examples: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+
+    def with_rows(self, rows: list[Other], notes: tuple[str, ...]) -> LoadReport[Other]:
+        """Return the report with other rows that were made of its rows, and with further notes."""
+        return LoadReport(rows, self.skipped, self.path, self.examples, (*notes, *self.notes))
 
     def summary(self) -> str:
         """Return one line for the log."""

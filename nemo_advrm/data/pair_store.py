@@ -13,33 +13,11 @@ from nemo_advrm.data.columns import unread_content
 from nemo_advrm.data.jsonl import plain, read_appended_jsonl, write_jsonl_atomic
 from nemo_advrm.data.messages import Message, check_messages, prompt_key
 from nemo_advrm.data.preference_rows import PreferencePair
-from nemo_advrm.data.run_records import PAIR_ROW, problem
+from nemo_advrm.data.run_records import PAIR_ROW, Provenance, problem
 from nemo_advrm.errors import DataError
 
+__all__ = ["AdversarialPair", "PairStore", "Provenance", "merge"]
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Provenance:
-    """The origin of an adversarial pair.
-
-    `round` and `step` are those in which the rejected answer was sampled; `direction` is the 1-based ensemble member
-    that was attacked. `scores` and `z` [K] are the raw and standardised scores of the rejected answer under every
-    member; `disagreement_z` is Z(U), the value by which it was selected. `chosen_scores` [K] are the scores of the
-    chosen answer. Gold scores are None when the run has no gold reward.
-    """
-
-    round: int
-    step: int
-    direction: int
-    prompt_id: int
-    scores: tuple[float, ...]
-    z: tuple[float, ...]
-    disagreement_z: float
-    policy_checkpoint: str
-    chosen_scores: tuple[float, ...]
-    chosen_gold: float | None = None
-    rejected_gold: float | None = None
 
 
 @dataclass(frozen=True)
@@ -140,6 +118,7 @@ def parse_pair(row: Any, source: str) -> AdversarialPair:
     """Parse one JSON row. Raises DataError with `source` and the key that is missing, of a wrong type or unread."""
     if wrong := problem(PAIR_ROW, row):
         raise DataError(f"{source}: not an adversarial pair ({wrong})")
+    provenance = PAIR_ROW.validate_python(row)["provenance"]
     if row["chosen"] == row["rejected"]:
         raise DataError(f"{source}: `chosen` and `rejected` are identical")
     unread = unread_content(row, ("prompt", "chosen", "rejected", "chosen_ended", "rejected_ended"))
@@ -148,8 +127,6 @@ def parse_pair(row: Any, source: str) -> AdversarialPair:
     # Raw text has an empty prompt.
     prompt = () if row["prompt"] == [] else check_messages(row["prompt"], "prompt", source)
     ended = [row.get(key) is not False for key in ("chosen_ended", "rejected_ended")]
-    known = {key: row["provenance"].get(key) for key in Provenance.__dataclass_fields__}
-    provenance = Provenance(**{key: tuple(item) if isinstance(item, list) else item for key, item in known.items()})
     return AdversarialPair(prompt, row["chosen"], row["rejected"], provenance, *ended)
 
 

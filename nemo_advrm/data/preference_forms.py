@@ -158,8 +158,10 @@ def _listed(reader: RowReader, names: tuple[str, ...], lists: tuple[str, ...], s
 
     Raises BadRow for an answer without text or number.
     """
-    column = str(_list_column(reader.row))
-    items = reader.get(column) or []
+    column = _list_column(reader.row)
+    if column is None:
+        raise reader.bad("missing_key", f"none of {', '.join(_LISTS)} is a list of answers ({reader.keys()})")
+    items = reader.get(column)
     beside = next((name for name in lists if isinstance(reader.row.get(name), list)), None)
     scores = reader.get(beside) if beside else [None] * len(items)
     if len(scores) != len(items):
@@ -207,8 +209,10 @@ def _read_two_responses(reader: RowReader) -> AnswerSet:
     Its absolute value is the margin.
     """
     first, second = _two_columns(reader.row) or _TWO[0]
-    name = next(key for key in _PREFERENCES if reader.row.get(key) is not None)
-    preference = reader.number(name) or 0.0
+    name = next((key for key in _PREFERENCES if reader.row.get(key) is not None), _PREFERENCES[0])
+    preference = reader.number(name)
+    if preference is None:
+        raise reader.bad("missing_key", f"`{name}` is missing ({reader.keys()})")
     answers: list[RawAnswer] = [(first, reader.get(first), -preference), (second, reader.get(second), 0.0)]
     return _answer_set(reader, answers, graded=True)
 
@@ -220,8 +224,10 @@ def _is_rated(row: Row) -> bool:
 def _read_rated(reader: RowReader) -> AnswerSet:
     """Read HelpSteer rows with one rated answer each; all answers of the file to one prompt are compared."""
     name, value = reader.first(ANSWER_COLUMNS) or ("response", None)
-    rating = str(_first_number(reader.row, _RATINGS))
-    score = reader.number(rating) or 0.0
+    rating = _first_number(reader.row, _RATINGS)
+    score = None if rating is None else reader.number(rating)
+    if score is None:
+        raise reader.bad("missing_key", f"none of {', '.join(_RATINGS)} is a number ({reader.keys()})")
     labels = tuple(number for attribute in ATTRIBUTES if (number := reader.number(attribute)) is not None)
     answer_set = _answer_set(reader, [(name, value, score)], graded=True)
     answers = tuple(replace(answer, labels=labels or None) for answer in answer_set.answers)

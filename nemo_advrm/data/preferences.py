@@ -34,7 +34,7 @@ def load_preferences(path: str | Path, *, format: str = "auto", **options: Any) 
     if not pairs:
         total = len(report.rows) + sum(report.skipped.values())
         raise DataError(f"{report.path}: none of the {total} rows makes a pair ({', '.join(notes)})")
-    return replace(report, rows=pairs, notes=(*notes, *report.notes))
+    return report.with_rows(pairs, notes)
 
 
 def _answer_sets(rows: Rows, columns: Columns, format: str) -> Iterable[AnswerSet | BadRow]:

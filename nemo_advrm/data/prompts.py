@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -35,7 +34,7 @@ def load_prompts(path: str | Path, **options: Any) -> LoadReport[tuple[Message, 
         prompts.setdefault(key, prompt)
     repeated = len(report.rows) - len(prompts)
     notes = (f"{repeated} more rows repeat a prompt",) if repeated else ()
-    return replace(report, rows=list(prompts.values()), notes=(*notes, *report.notes))
+    return report.with_rows(list(prompts.values()), notes)
 
 
 def split_train_validation(rows: Sequence[Row], fraction: float, seed: int) -> tuple[list[Row], list[Row]]:

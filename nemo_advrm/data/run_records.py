@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NotRequired
 
@@ -30,6 +31,7 @@ Number = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=-_MAX_FP32,
 Amount = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=0, le=_MAX_FP32)]
 Share = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=0, le=1)]
 Tokens = Annotated[list[Annotated[int, Field(strict=True, ge=0, lt=2**31)]], _FIRST_ERROR]
+ScoreTuple = Annotated[tuple[Number, ...], Field(min_length=1, fail_fast=True)]
 Scores = Annotated[list[Number], Field(min_length=1, fail_fast=True)]
 
 
@@ -105,25 +107,30 @@ class AttackMetrics(TypedDict, total=False):
     ended: Share
 
 
-@with_config(_STRICT)
-class Provenance(TypedDict):
-    """The origin of an adversarial pair, see ``data.pair_store.Provenance``."""
+@dataclass(frozen=True)
+class Provenance:
+    """The origin of an adversarial pair.
+
+    `round` and `step` are those in which the rejected answer was sampled; `direction` is the 1-based ensemble member
+    that was attacked. `scores` and `z` [K] are the raw and standardised scores of the rejected answer under every
+    member; `disagreement_z` is Z(U), the value by which it was selected. `chosen_scores` [K] are the scores of the
+    chosen answer. Gold scores are None when the run has no gold reward.
+    """
 
     round: Count
     step: Count
     direction: Count
     prompt_id: Count
-    scores: Scores
-    z: Scores
+    scores: ScoreTuple
+    z: ScoreTuple
     disagreement_z: Number
     policy_checkpoint: Text
-    chosen_scores: Scores
-    chosen_gold: NotRequired[Number | None]
-    rejected_gold: NotRequired[Number | None]
+    chosen_scores: ScoreTuple
+    chosen_gold: Number | None = None
+    rejected_gold: Number | None = None
 
 
-@with_config(_STRICT)
-class PairRow(TypedDict):
+class PairRow(TypedDict):  # not strict: that would require an instance of Provenance
     """A row of ``pairs.jsonl``. An empty answer is allowed: an attack may find that a reward model prefers it."""
 
     prompt: list[Any]

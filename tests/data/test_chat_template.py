@@ -12,9 +12,10 @@ from hf_tokenizers import save_hf
 from transformers.utils import chat_template_utils
 
 from nemo_advrm.convert.tokenizer_files import pin_date
+from nemo_advrm.data.hf_tokenizer import load_hf_tokenizer
 from nemo_advrm.data.messages import Message
 from nemo_advrm.data.reading import ReadingRule
-from nemo_advrm.data.tokenizers import HFTokenizer, load_hf_tokenizer
+from nemo_advrm.data.tokenizers import HFTokenizer
 from nemo_advrm.errors import DataError
 
 TURNS = "{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>{% endfor %}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -263,3 +264,11 @@ def test_a_bad_sft_row_is_named(tmp_path: Path, row: dict, words: str) -> None:
 
 def test_the_schema_offers_the_forms_that_exist() -> None:
     assert FORMATS == PREFERENCE_FORMATS
+
+
+@pytest.mark.parametrize("format", ["two_responses", "ranked", "rated_list", "rated", "best_of_n"])
+@pytest.mark.parametrize("load", [load_preferences, load_sft])
+def test_a_row_of_another_form_than_the_chosen_one_is_a_bad_row(tmp_path: Path, format: str, load: Any) -> None:
+    path = write(tmp_path / "a.jsonl", {"prompt": "Hi", "completions": []})
+    with pytest.raises(DataError, match=r"a\.jsonl:1: .*(missing|none of|empty)"):
+        load(path, format=format)
