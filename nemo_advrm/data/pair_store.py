@@ -116,14 +116,14 @@ def merge(paths: Iterable[str | Path]) -> list[AdversarialPair]:
 
 def parse_pair(row: Any, source: str) -> AdversarialPair:
     """Parse one JSON row. Raises DataError with `source` and the key that is missing, of a wrong type or unread."""
+    unread = unread_content(row, ("prompt", "chosen", "rejected", "chosen_ended", "rejected_ended"))
+    if unread is not None:
+        raise DataError(f"{source}: `{unread}` holds content that is not read: without it this is another conversation")
     if wrong := problem(PAIR_ROW, row):
         raise DataError(f"{source}: not an adversarial pair ({wrong})")
     provenance = PAIR_ROW.validate_python(row)["provenance"]
     if row["chosen"] == row["rejected"]:
         raise DataError(f"{source}: `chosen` and `rejected` are identical")
-    unread = unread_content(row, ("prompt", "chosen", "rejected", "chosen_ended", "rejected_ended"))
-    if unread is not None:
-        raise DataError(f"{source}: `{unread}` holds content that is not read: without it this is another conversation")
     # Raw text has an empty prompt.
     prompt = () if row["prompt"] == [] else check_messages(row["prompt"], "prompt", source)
     ended = [row.get(key) is not False for key in ("chosen_ended", "rejected_ended")]
