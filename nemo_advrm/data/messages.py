@@ -37,7 +37,12 @@ def prompt_name(prompt: Sequence[Message], number: int) -> str:
 
 def prompt_key(prompt: Sequence[Message]) -> str:
     """Return a string that is equal only for equal prompts (messages are dicts, which cannot be hashed)."""
-    return json.dumps([[message["role"], message["content"]] for message in prompt], ensure_ascii=False)
+    return json.dumps([_message_key(message) for message in prompt], ensure_ascii=False)
+
+
+def _message_key(message: Message) -> list[Any]:
+    rest = sorted((key, value) for key, value in message.items() if key not in ("role", "content"))
+    return [message["role"], message["content"], *rest]
 
 
 def check_messages(value: Any, key: str, source: str, columns: Columns | None = None) -> tuple[Message, ...]:

@@ -178,7 +178,7 @@ class _Copy:
 
 
 def _changed(message: Message, change: Callable[[str], str]) -> Message:
-    return Message(role=message["role"], content=change(message["content"]))
+    return {**message, "content": change(message["content"])}
 
 
 def _translate(text: str, table: dict[str, str]) -> str:

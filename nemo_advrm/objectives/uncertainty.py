@@ -46,7 +46,8 @@ def gap(scores_BK: Tensor, target: int = 0) -> Tensor:
 
     For two members it is R_1 - R_2. Source: Adv-RM (arXiv 2504.06141).
     """
-    return scores_BK[:, target] - others_mean(scores_BK, target)
+    rest_B = others_mean(scores_BK, target)
+    return scores_BK[:, target] - rest_B
 
 
 def combine(name: str, scores_BK: Tensor, coefficient: float = 1.0) -> Tensor:
