@@ -18,8 +18,8 @@ from nemo_advrm.convert.tensor_names import VOCABULARY_ROWS, Shape, TensorSpec
 from nemo_advrm.convert.tensors import TensorSink, TensorSource
 from nemo_advrm.convert.tokenizer_files import check_tokenizer, copy_tokenizer, pin_date
 from nemo_advrm.convert.transforms import Transform
-from nemo_advrm.data.reading import HF_KEY
 from nemo_advrm.data.hf_tokenizer import load_hf_tokenizer
+from nemo_advrm.data.reading import HF_KEY
 from nemo_advrm.data.tokenizers import build_tokenizer
 from nemo_advrm.errors import CheckpointError, list_names
 
