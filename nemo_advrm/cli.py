@@ -221,27 +221,20 @@ def _command_help(name: str) -> str:
 def _key_rows(name: str) -> Iterator[tuple[str, str]]:
     """Yields (key=default, choices and help line) of the keys that a command's help shows."""
     from nemo_advrm.config import load_config, schema
-    from nemo_advrm.config.keys import ANY_NAME, all_keys
+    from nemo_advrm.config.keys import ANY_NAME, all_keys, shown
     from nemo_advrm.config.overrides import key_name
 
     command = COMMANDS[name]
     if command.schema:
         for key in all_keys(getattr(schema, command.schema)).values():
-            yield f"{key_name(key.name)}={_shown(key.default)}", key.about.line
+            yield f"{key_name(key.name)}={shown(key.default)}", key.about.line
         return
     defaults = load_config((), name)
     for wanted in dict.fromkeys(command.keys.split()):
         for key in all_keys().values():
             if key.name == wanted or (wanted.endswith(".") and key.name.startswith(wanted)):
                 value = key.default if ANY_NAME in key.name else operator.attrgetter(key.name)(defaults)
-                yield f"{key.name.replace(ANY_NAME, 'NAME')}={_shown(value)}", key.about.line
-
-
-def _shown(value: object) -> str:
-    """Returns a value as written on the command line."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    return str(value) if value != "" else '""'
+                yield f"{key.name.replace(ANY_NAME, 'NAME')}={shown(value)}", key.about.line
 
 
 if __name__ == "__main__":

@@ -20,13 +20,13 @@ from nemo_advrm.data.tokenizers import Tokenizer
 from nemo_advrm.engine import manifest, stopping
 from nemo_advrm.engine.collectives import run_on_rank_zero
 from nemo_advrm.errors import ConfigError
-from nemo_advrm.models.trainable import derive_seed
 from nemo_advrm.registry import ATTACKS
 from nemo_advrm.rewards.base import RewardSource
 from nemo_advrm.rewards.features import ReferenceFeatures
 from nemo_advrm.rewards.find_rule import asks_others
 from nemo_advrm.rollouts.types import Prompt
 from nemo_advrm.run_directory import results
+from nemo_advrm.seeds import derive_seed
 from nemo_advrm.training.run_training import drop_training_checkpoints, records, save_model
 
 

@@ -12,7 +12,6 @@ from nemo_advrm.data.tokenizers import build_tokenizer
 from nemo_advrm.engine import runtime
 from nemo_advrm.engine.collectives import run_on_rank_zero
 from nemo_advrm.errors import ConfigError
-from nemo_advrm.models.trainable import derive_seed
 from nemo_advrm.rewards.detector_features import attack_reader, check_detector
 from nemo_advrm.rewards.hybrid import Opened, open_sft_policy
 from nemo_advrm.rewards.limits import prompts_with_room
@@ -20,6 +19,7 @@ from nemo_advrm.rewards.sft_responses import read_sft_scores, sample_sft_scores
 from nemo_advrm.rewards.sources import build_gold, load_members
 from nemo_advrm.rollouts.run_prompts import attack_prompts, encode_prompts
 from nemo_advrm.run_directory import run_dir
+from nemo_advrm.seeds import derive_seed
 
 
 def main(cfg: Config) -> int:

@@ -9,7 +9,6 @@ from nemo_advrm.config.validation import check_held_out
 from nemo_advrm.data.tokenizers import Tokenizer, build_tokenizer
 from nemo_advrm.engine import runtime
 from nemo_advrm.errors import ConfigError
-from nemo_advrm.models.trainable import derive_seed
 from nemo_advrm.objectives.sft_statistics import MemberStatistics
 from nemo_advrm.rewards.base import RewardSource
 from nemo_advrm.rewards.detector_features import FeatureReader
@@ -20,6 +19,7 @@ from nemo_advrm.rewards.standardisation import combined, read_statistics
 from nemo_advrm.rollouts.run_prompts import encode_prompts, rlhf_prompts
 from nemo_advrm.rollouts.types import Prompt
 from nemo_advrm.run_directory import run_dir
+from nemo_advrm.seeds import derive_seed
 from nemo_advrm.training.rlhf_training import run_rlhf
 
 

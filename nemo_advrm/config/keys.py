@@ -124,6 +124,12 @@ def nearest_key(name: str, root: type = schema.Config) -> str:
     return max(sorted(names), key=similarity)
 
 
+def shown(value: Any) -> str:
+    """A value as it is written on the command line."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return str(value) if value != "" else '""'
+
 
 def type_name(annotation: Any) -> str:
     """How a type is called in a message: ``int``, ``list[float]``, ``section``."""

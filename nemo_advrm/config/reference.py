@@ -5,10 +5,9 @@ from __future__ import annotations
 import dataclasses
 import typing
 from collections.abc import Iterator
-from typing import Any
 
 from nemo_advrm.config import schema
-from nemo_advrm.config.keys import ANY_NAME, Key, all_keys, type_name
+from nemo_advrm.config.keys import ANY_NAME, Key, all_keys, shown, type_name
 
 _HEAD = """# Configuration
 
@@ -46,16 +45,10 @@ def _table(keys: typing.Iterable[Key]) -> Iterator[str]:
         allowed = "" if about.limits is None or str(about.limits) == "finite" else f" ({about.limits})"
         restart = "" if about.restart.value == "same" else about.restart.value
         name = key.name.replace(ANY_NAME, "NAME").rstrip("_")
-        cells = [f"`{name}`", type_name(key.annotation), f"`{_shown(key.default)}`"]
+        cells = [f"`{name}`", type_name(key.annotation), f"`{shown(key.default)}`"]
         cells += [about.line + allowed, about.role.value, restart]
         yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
     yield ""
-
-
-def _shown(value: Any) -> str:
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    return str(value) if value != "" else '""'
 
 
 if __name__ == "__main__":

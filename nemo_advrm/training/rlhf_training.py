@@ -7,12 +7,12 @@ from pathlib import Path
 from nemo_advrm.config.schema import Config
 from nemo_advrm.data.tokenizers import Tokenizer
 from nemo_advrm.models.policy import PolicyModel
-from nemo_advrm.models.trainable import derive_seed
 from nemo_advrm.rewards.base import RewardSource
 from nemo_advrm.rewards.ensemble import PolicyReward
 from nemo_advrm.rewards.limits import prompts_with_room
 from nemo_advrm.rollouts.run_prompts import encode_prompts, held_out_prompts
 from nemo_advrm.rollouts.types import Prompt
+from nemo_advrm.seeds import derive_seed
 from nemo_advrm.training.callbacks.held_out import HeldOutEvaluation
 from nemo_advrm.training.callbacks.rollout_records import OveroptimizationTracker
 from nemo_advrm.training.run_training import fit, read_result, write_result

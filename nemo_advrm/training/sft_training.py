@@ -13,7 +13,7 @@ from nemo_advrm.data.tokenizers import Tokenizer
 from nemo_advrm.engine.microbatches import EncodedResponse
 from nemo_advrm.errors import ConfigError, DataError
 from nemo_advrm.models.language_model import SupervisedModel
-from nemo_advrm.models.trainable import derive_seed
+from nemo_advrm.seeds import derive_seed
 from nemo_advrm.training.run_training import fit, read_result, write_result
 
 
