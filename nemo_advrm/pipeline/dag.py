@@ -116,7 +116,9 @@ def _branch(cfg: Config, branch: str, options: BranchConfig) -> list[Step]:
         is_attacked = number < options.rounds or branch == MAIN
         if place != home(branch, number) or not is_attacked or options.pairs == "none":
             continue
-        responses = Step(f"{place}/reference", "reference", _with_responses(members, number, branch), number, 0, branch)
+        # the main rounds sample the responses in round 0, which all others score
+        needed = members if (number, branch) == (0, MAIN) else (*members, "round_0/reference")
+        responses = Step(f"{place}/reference", "reference", needed, number, 0, branch)
         steps.append(responses)
         if options.pairs == "random":
             as_many = f"{attack_home(cfg, MAIN, number)}/select"
@@ -147,20 +149,12 @@ def _are_all_used(cfg: Config, branch: str, number: int) -> bool:
 
 def _before_training(cfg: Config, branch: str, number: int, member: int) -> tuple[str, ...]:
     """Returns the steps that the training of a member waits for: its pairs, and the model it starts from."""
+    if number and all_branches(cfg)[branch].pairs == "none":
+        return (member_step(cfg, branch, number - 1, member),)
     if number:
-        before = [f"{attack_home(cfg, branch, number - 1)}/select"]
-        if all_branches(cfg)[branch].pairs == "none":
-            before = [member_step(cfg, branch, number - 1, member)]
-        return tuple(before)
-    trunk = trunk_step(cfg, branch, member) if cfg.pipeline.sft else ""
-    if labels_by_gold(cfg):
-        return ("preferences", trunk) if trunk else ("preferences",)
-    return (trunk,) if trunk else ()
-
-
-def _with_responses(members: tuple[str, ...], number: int, branch: str) -> tuple[str, ...]:
-    """Returns the steps that scoring SFT responses waits for: the members, and round 0, which samples them."""
-    return members if (number, branch) == (0, MAIN) else (*members, "round_0/reference")
+        return (f"{attack_home(cfg, branch, number - 1)}/select",)
+    pairs = ("preferences",) if labels_by_gold(cfg) else ()
+    return (*pairs, trunk_step(cfg, branch, member)) if cfg.pipeline.sft else pairs
 
 
 def _arm(cfg: Config, name: str) -> list[Step]:
@@ -182,12 +176,12 @@ def _best_of_n(cfg: Config) -> list[Step]:
     """Returns the steps of best-of-n: the samples, and a curve for every reward, named after the first arm with it."""
     if not cfg.pipeline.best_of_n:
         return []
-    arms: dict[Any, str] = {}
+    arms: dict[Any, tuple[str, RLHFRunConfig]] = {}
     for name, arm in cfg.pipeline.rlhf.items():
-        arms.setdefault(reward_of(cfg, arm), name)
+        arms.setdefault(reward_of(cfg, arm), (name, arm))
     curves = [
         Step(f"best_of_n/{name}", "best_of_n", ("best_of_n", *_before_arm(cfg, arm)), branch=arm.branch, arm=name)
-        for name, arm in ((name, cfg.pipeline.rlhf[name]) for name in arms.values())
+        for name, arm in arms.values()
     ]
     return [Step("best_of_n", "samples", ("sft",) if cfg.pipeline.sft else ()), *curves]
 
