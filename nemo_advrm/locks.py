@@ -124,17 +124,16 @@ def is_held_by_others(path: Path, now: float) -> bool:
         return False
     lease = _lease(path)
     owner = lease.owner
-    if _is_on_this_host(owner):
-        if _command(owner):
-            return True  # whatever its age: a stopped process continues some time
-    else:
-        with contextlib.suppress(FileNotFoundError):
-            if now - path.stat().st_mtime <= _OLD_SECONDS:
-                return True
+    if _is_on_this_host(owner) and _command(owner):
+        return True  # whatever its age: a stopped process continues some time
+    with contextlib.suppress(FileNotFoundError):
+        if now - path.stat().st_mtime > _OLD_SECONDS:
             lease.force_break()
+        elif not _is_on_this_host(owner):
+            return True
     try:
         lease.acquire(blocking=False)
-    except Timeout:
+    except (Timeout, LeaseSettingsMismatch):  # also a zombie's, which filelock counts as running
         return True
     lease.release()
     return False
@@ -164,12 +163,15 @@ def _acquired(path: Path, what: Path, key: str) -> SoftFileLease:
     owner, first = lease.owner, _refreshed(path)
     if _is_on_this_host(owner) and _command(owner):
         raise _in_use(what, owner, key, path)
-    if first is not None and not _is_on_this_host(owner):
-        print(f"{what}: waiting up to {LEASE_SECONDS:g} s for a sign of life of {_described(owner)}", flush=True)
+    was_released = False
     try:
-        if _has_our_name_only(owner):
-            _wait_for_refresh(path, owner, what, key)
-        _acquire_within(2 * LEASE_SECONDS, lease, path, lambda: _refreshed(path) not in (first, None))
+        if not (_is_on_this_host(owner) and _acquire_at_once(lease)):
+            if first is not None:
+                told = f"waiting up to {LEASE_SECONDS:g} s for a sign of life of {_described(owner)}"
+                print(f"{what}: {told}", flush=True)
+            if _has_our_name_only(owner):
+                was_released = not _wait_for_refresh(path, owner, what, key)
+            _acquire_within(2 * LEASE_SECONDS, lease, path, lambda: _refreshed(path) not in (first, None))
     except Timeout:
         raise _in_use(what, lease.owner, key, path) from None
     except LeaseSettingsMismatch:  # filelock would never take it over
@@ -177,9 +179,18 @@ def _acquired(path: Path, what: Path, key: str) -> SoftFileLease:
         raise InUse(f"{_in_use(what, owner, key, path)} ({told})") from None
     # a shorter wait for the readable lock of another host ended because its holder released it
     had_ended = owner is None or _is_on_this_host(owner) or time.monotonic() - started >= LEASE_SECONDS
-    if first is not None and had_ended:
+    if first is not None and had_ended and not was_released:
         print(f"{what}: took over the lock of {_described(owner)}, which has ended without releasing it", flush=True)
     return lease
+
+
+def _acquire_at_once(lease: SoftFileLease) -> bool:
+    """Acquire the lock of an ended process of this host; returns False for a zombie's: filelock calls that running."""
+    try:
+        lease.acquire(blocking=False)
+    except Timeout:
+        return False
+    return True
 
 
 def _has_our_name_only(owner: OwnerRecord | None) -> bool:
@@ -190,12 +201,20 @@ def _has_our_name_only(owner: OwnerRecord | None) -> bool:
     return owner is not None and owner.hostname == _recorded_owner().hostname and not _is_on_this_host(owner)
 
 
-def _wait_for_refresh(path: Path, owner: OwnerRecord | None, what: Path, key: str) -> None:
-    """Raise InUse when the holder refreshes its lock within ``LEASE_SECONDS``."""
+def _wait_for_refresh(path: Path, owner: OwnerRecord | None, what: Path, key: str) -> bool:
+    """Wait ``LEASE_SECONDS`` while the lock is there; returns whether it still is.
+
+    Raises InUse when the holder refreshes its lock.
+    """
     first, deadline = _refreshed(path), time.monotonic() + LEASE_SECONDS
-    while time.monotonic() < deadline:
-        if _refreshed(path) not in (first, None):
+    while True:
+        now = _refreshed(path)
+        if now is None:
+            return False
+        if now != first:
             raise _in_use(what, owner, key, path)
+        if time.monotonic() >= deadline:
+            return True
         time.sleep(min(1.0, LEASE_SECONDS / 100))
 
 

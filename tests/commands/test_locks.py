@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 from filelock import SoftFileLease
 
@@ -79,6 +80,46 @@ def test_a_running_process_of_this_host_is_named_at_once_and_a_killed_one_taken_
     assert f"took over the lock of process {child} on {host_name()}, which has ended" in capsys.readouterr().out
 
 
+@pytest.fixture
+def zombies() -> Iterator[Callable[[Path], int]]:
+    """Makes processes that were killed while they held a directory's lock, and that nobody has waited for."""
+    children: list[int] = []
+
+    def make(directory: Path) -> int:
+        child, _ = in_child(lambda: acquire(directory))
+        children.append(child)
+        os.kill(child, 9)
+        while psutil.Process(child).status() != psutil.STATUS_ZOMBIE:
+            time.sleep(0.01)
+        return child
+
+    yield make
+    for child in children:
+        os.waitpid(child, 0)
+
+
+def test_the_lock_of_a_zombie_is_taken_over_after_a_wait_that_is_announced(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], zombies: Callable[[Path], int]
+) -> None:
+    child = zombies(tmp_path)
+    acquire(tmp_path)
+    waited, taken = capsys.readouterr().out.splitlines()
+    assert f"waiting up to {LEASE} s for a sign of life of process {child} on {host_name()}" in waited
+    assert f"took over the lock of process {child} on {host_name()}, which has ended" in taken
+
+
+@pytest.mark.parametrize("duration", [LEASE, 2 * LEASE])
+def test_an_old_lock_of_a_zombie_is_free(
+    tmp_path: Path, zombies: Callable[[Path], int], monkeypatch: pytest.MonkeyPatch, duration: float
+) -> None:
+    zombies(tmp_path)
+    path = tmp_path / "writer.lease"
+    monkeypatch.setattr(locks, "LEASE_SECONDS", duration)  # that of this process; another one is another version's
+    assert is_held_by_others(path, time.time())
+    assert not is_held_by_others(path, time.time() + 1000)
+    assert not path.exists()
+
+
 def test_a_child_of_the_writer_is_not_the_writer_and_does_not_release_it(tmp_path: Path) -> None:
     acquire(tmp_path)
     child = os.fork()
@@ -128,6 +169,22 @@ def test_a_lock_that_is_released_during_the_wait_is_not_taken_over(
     timer.start()
     acquire(tmp_path)
     timer.join()
+    assert "took over" not in capsys.readouterr().out
+
+
+def test_a_lock_of_another_machine_with_our_name_is_free_as_soon_as_it_is_released(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(locks, "LEASE_SECONDS", 30.0)
+    own = locks._recorded_owner()
+    start = (locks._boot(own) ^ 1) << 64 | 5
+    path = tmp_path / "writer.lease"
+    path.write_text(f"filelock/2\npid=77\nhost={own.hostname}\nstart={start}\nmode=lease\ntoken=x\nduration=30.0\n")
+    timer, began = threading.Timer(0.1, path.unlink), time.monotonic()
+    timer.start()
+    acquire(tmp_path)
+    timer.join()
+    assert time.monotonic() - began < 15
     assert "took over" not in capsys.readouterr().out
 
 
@@ -220,5 +277,5 @@ def test_a_holder_of_another_machine_with_our_name_is_given_time(
     with pytest.raises(locks.InUse, match="is being written by"):
         locks._wait_for_refresh(path, elsewhere, tmp_path / "run", "run_dir")
     monkeypatch.setattr(locks, "_refreshed", lambda path: 1)
-    locks._wait_for_refresh(path, elsewhere, tmp_path / "run", "run_dir")  # no sign of life
+    assert locks._wait_for_refresh(path, elsewhere, tmp_path / "run", "run_dir")  # no sign of life
     locks.release(tmp_path / "run")
