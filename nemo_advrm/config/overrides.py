@@ -6,6 +6,7 @@ that a path such as ``runs/a=b`` or ``007`` would change or be refused.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import typing
 from collections.abc import Sequence
@@ -35,9 +36,7 @@ def parse_overrides(overrides: Sequence[str], root: type = Config) -> list[Overr
         if line.startswith("="):
             raise ConfigError(f"cannot read the setting {line!r} (no key); write key=value")
         if line.startswith("-"):
-            name, _, value = line.lstrip("-").partition("=")
-            setting = f"{name.replace('-', '_')}={value or 'true'}"
-            raise ConfigError(f"unknown option {line}: settings are written key=value, as in {setting}")
+            raise ConfigError(f"unknown option {line}: settings are written key=value{_as_setting(line, root)}")
         if any("\ud800" <= letter <= "\udfff" for letter in line):
             raise ConfigError(f"cannot read the setting {line!a}: it has bytes that are not text in this locale")
         try:
@@ -52,6 +51,16 @@ def parse_overrides(overrides: Sequence[str], root: type = Config) -> list[Overr
                 "holds any of , = : { } [ ] ( ) or a space, as in 'key=\"a,b\"'"
             ) from None
     return parsed
+
+
+def _as_setting(option: str, root: type) -> str:
+    """How an option of another program would be written here, to end a message; "" when it names no key."""
+    name, _, value = option.lstrip("-").partition("=")
+    key = name.replace("-", "_")
+    kind = expected_type(key, root) or expected_type(f"{key}_", root)  # `from` is the field `from_`
+    if not key or kind is None or dataclasses.is_dataclass(kind):
+        return ""
+    return f", as in {key}={value or ('true' if kind is bool else 'VALUE')}"
 
 
 def _parse_as_typed(parser: OverridesParser, line: str, root: type) -> Override:

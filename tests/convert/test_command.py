@@ -40,6 +40,22 @@ def test_a_wrong_word_is_explained(word: str, message: str) -> None:
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("word", "ending"),
+    [
+        ("--out", "key=value, as in out=VALUE"),
+        ("--from", "key=value, as in from=VALUE"),
+        ("--out=place", "key=value, as in out=place"),
+        ("--dry-run=false", "key=value, as in dry_run=false"),
+        *((word, f"unknown option {word}: settings are written key=value") for word in ("-", "--", "-x", "--=")),
+    ],
+)
+def test_an_option_is_explained_by_a_setting_that_exists(word: str, ending: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_flat(ConvertConfig, ["to=megatron", word])
+    assert str(caught.value).endswith(ending)
+
+
 def test_the_command_converts(saved: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["convert", "from=hf", f"path={saved('llama2')}", "to=megatron", f"out={tmp_path / 'out'}"]
     assert cli.main([*words, "dry_run=true"]) == 0
