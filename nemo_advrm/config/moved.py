@@ -45,6 +45,7 @@ MOVED_MODULES: dict[str, str] = {
     "nemo_advrm.callbacks": "nemo_advrm.training.callbacks",
     "nemo_advrm.callbacks.checkpoints": "nemo_advrm.training.callbacks.periodic_checkpoints",
     "nemo_advrm.callbacks.metrics": "nemo_advrm.training.callbacks.metrics_writer",
+    "nemo_advrm.callbacks.preemption": "nemo_advrm.training.callbacks.periodic_checkpoints",
     "nemo_advrm.callbacks.rollouts": "nemo_advrm.training.callbacks.rollout_records",
     "nemo_advrm.checks": "nemo_advrm.config.validation",
     "nemo_advrm.keys": "nemo_advrm.config.keys",
@@ -56,6 +57,7 @@ MOVED_MODULES: dict[str, str] = {
     "nemo_advrm.schema": "nemo_advrm.config.schema",
     "nemo_advrm.stages": "nemo_advrm.commands",
     "nemo_advrm.synthetic.signature": "nemo_advrm.synthetic.gold",
+    "nemo_advrm.training.callbacks.preemption": "nemo_advrm.training.callbacks.periodic_checkpoints",
 }
 
 # Function or class by its present module and old name -> present name, after "MODULE:" where it went elsewhere; a
@@ -64,6 +66,7 @@ MOVED_NAMES: dict[str, str] = {
     "nemo_advrm.models.policy.AdversarialPolicy": "nemo_advrm.attacks.adversarial_policy:AdversarialPolicy",
     "nemo_advrm.integrations.nemo_aligner.members.read_reference": "read_sft_scores",
     "nemo_advrm.integrations.nemo_aligner.sft_scores.write_reference": "write_sft_scores",
+    "nemo_advrm.training.callbacks.periodic_checkpoints.PreemptionCheckpoint": "PeriodicCheckpoint",
 }
 
 

@@ -53,6 +53,8 @@ DOCUMENTED = (  # nemo_advrm.aligner.reference needs NeMo-Aligner
     "nemo_advrm.aligner.rollouts:RolloutReader",
     "nemo_advrm.aligner.members:read_reference",
     "nemo_advrm.callbacks.augmentation:AdversarialAugmentation",
+    "nemo_advrm.callbacks.preemption:PreemptionCheckpoint",
+    "nemo_advrm.training.callbacks.preemption:PreemptionCheckpoint",
     "nemo_advrm.cli:guarded",
     "nemo_advrm.config:from_hydra",
     "nemo_advrm.data.nemo_aligner_rows:as_transcript",

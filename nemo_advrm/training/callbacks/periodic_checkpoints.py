@@ -12,6 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
 from nemo_advrm import files
+from nemo_advrm.config.moved import old_names
 from nemo_advrm.engine import manifest, runtime, stopping
 from nemo_advrm.engine.collectives import run_on_rank_zero
 from nemo_advrm.errors import CheckpointError, Preempted
@@ -145,3 +146,6 @@ class PeriodicCheckpoint(Checkpoint):
 
 def _stopped_and_saved(reason: str, path: Path, step: int) -> Preempted:
     return Preempted(f"stopped by {reason} after step {step}, saved in {path}; the same command resumes from there")
+
+
+__getattr__ = old_names(__name__)
