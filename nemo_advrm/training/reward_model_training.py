@@ -155,8 +155,10 @@ def warm(cfg: Config) -> Config:
     """Returns the configuration of a warm retraining: ``augmentation.warm_steps`` steps at ``augmentation.warm_lr``.
 
     Without pairs such a training is the control of one with them: with ``augmentation.mode=on_top`` and the same seed
-    it has the same batches.
+    it has the same batches. Raises ConfigError for ``augmentation.warm_steps=0``.
     """
+    if not cfg.augmentation.warm_steps:  # trainer.max_steps=0 would mean whole epochs
+        raise ConfigError("augmentation.warm_steps=0: a warm retraining needs at least 1 step")
     optim = replace(cfg.model.optim, lr=cfg.augmentation.warm_lr or cfg.model.optim.lr)
     return replace(
         cfg,

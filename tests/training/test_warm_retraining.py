@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,8 +12,12 @@ from augmentation_jobs import store_of
 from reward_members import save_megatron
 from tiny import TOKENIZER, pairs, tiny_config
 
+from nemo_advrm.config.schema import Config
 from nemo_advrm.engine.runtime import Runtime
+from nemo_advrm.errors import ConfigError
 from nemo_advrm.models.reward_model import RewardModel
+from nemo_advrm.pipeline import rounds
+from nemo_advrm.pipeline.dag import Step
 from nemo_advrm.training.reward_model_training import EncodedPreferences, train_reward_model, warm
 
 
@@ -24,6 +29,38 @@ def test_steps_and_rate_are_those_of_warm_retraining() -> None:
     cfg.augmentation.warm_lr = 0.25
     assert warm(cfg).model.optim.lr == 0.25
     assert (cfg.trainer.max_steps, cfg.model.optim.lr) == (1000, 1e-3), "the configuration itself is left alone"
+    cfg.augmentation.warm_steps = 0
+    with pytest.raises(ConfigError, match=r"augmentation\.warm_steps=0: a warm retraining needs at least 1 step"):
+        warm(cfg)
+
+
+@pytest.mark.parametrize("warm_steps", [0, 4])
+def test_a_member_is_trained_with_the_configured_pairs_and_those_of_all_rounds_before(
+    warm_steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = tiny_config()
+    cfg.run_dir, cfg.pipeline.rounds, cfg.pipeline.sft = str(tmp_path), 3, False
+    cfg.augmentation.pairs_path, cfg.augmentation.warm_steps = "others.jsonl", warm_steps
+    data = EncodedPreferences([], [], [])
+    inputs: Any = SimpleNamespace(tokenizer=TOKENIZER, preferences=lambda member: data)
+    state: Any = None
+    calls: list[tuple[Config, str]] = []
+
+    def trained(cfg: Config, *rest: Any) -> None:
+        calls.append((cfg, rest[-1]))
+
+    monkeypatch.setattr(rounds, "train_reward_model", trained)
+    monkeypatch.setattr(rounds, "keep_back", lambda cfg, data: data)
+    steps = rounds.Rounds(cfg, state, inputs)
+    for number in (0, 2):
+        steps.do(Step(f"round_{number}/rm_1", "train_rm", round=number, member=1))
+    (first, _), (last, start) = calls
+    assert first.augmentation.pairs_path == "others.jsonl"
+    stores = [f"{tmp_path}/round_{number}/pairs.jsonl" for number in (0, 1)]
+    assert last.augmentation.pairs_path == ",".join(["others.jsonl", *stores])
+    assert last.trainer.max_steps == (warm_steps or cfg.trainer.max_steps)
+    assert start == (f"{tmp_path}/round_1/rm_1/model" if warm_steps else "")
+    assert cfg.augmentation.pairs_path == "others.jsonl"
 
 
 def test_with_and_without_pairs_a_member_goes_on_from_the_same_weights_on_the_same_batches(
