@@ -37,12 +37,19 @@ def check_settings(cfg: ConvertConfig) -> None:
     for key, value in (("path", cfg.path), ("out", cfg.out)):
         if not value and not (key == "out" and cfg.dry_run):
             raise ConfigError(f"{key} is not set")
-    try:
-        split_torch_state_dict_into_shards({}, max_shard_size=cfg.max_shard_size)  # parses it
-    except (ValueError, OverflowError):
-        raise ConfigError(f"max_shard_size={cfg.max_shard_size}: not a size such as 5GB or 500MB") from None
+    if not _is_size(cfg.max_shard_size):
+        raise ConfigError(f"max_shard_size={cfg.max_shard_size}: not a size such as 5GB or 500MB")
     if cfg.tokenizer and not Path(cfg.tokenizer).exists():
         raise ConfigError(f"tokenizer={cfg.tokenizer}: there is no such file or directory")
+
+
+def _is_size(text: str) -> bool:
+    """Whether ``text`` is a size of at least 1 byte, as huggingface_hub reads sizes; its parser is not public."""
+    tensors = {"empty": torch.empty(0), "byte": torch.empty(1, dtype=torch.uint8)}  # share a file of 1 byte
+    try:
+        return not split_torch_state_dict_into_shards(tensors, max_shard_size=text).is_sharded
+    except (ValueError, OverflowError):
+        return False
 
 
 def open_source(cfg: ConvertConfig) -> TensorSource:

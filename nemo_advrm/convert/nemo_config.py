@@ -155,7 +155,9 @@ def _read(config: Mapping[str, Any], scores: bool) -> ModelConfig:
     if not scores and config.get("scale_positional_embedding"):
         settings["rope_scaling"] = "llama3"
         for theirs, ours, default in _ROPE_KEYS:
-            settings[ours] = _CASTS[_TYPES[ours]](config.get(theirs) or default)
+            settings[ours] = _value(config, theirs, ours, default)
+            if settings[ours] <= 0:
+                raise ValueError(f"{theirs}={config[theirs]} is not a number above 0")
     if not scores and config.get("apply_embedding_scaling"):
         settings["embedding_scale"] = math.sqrt(settings["hidden_size"])
     settings["ffn_hidden_size"] = settings["ffn_hidden_size"] or 4 * settings["hidden_size"]
@@ -185,6 +187,9 @@ def _value(config: Mapping[str, Any], key: str, ours: str, default: Any) -> Any:
     if cast in (bool, str):
         return cast(config.get(key, default))
     value = config.get(key)
+    # null stands for the default of a size, but of no other number
+    if value is None and cast is float and key in config:
+        raise ValueError(f"{key}=null is not a number")
     if value is None and default is None:
         raise KeyError(key)
     if value is None:

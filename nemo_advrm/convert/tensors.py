@@ -151,5 +151,7 @@ class TensorSink(ABC):
                     raise CheckpointError(f"{self.path}: {missing}")
                 atomic_replace(self._complete(self._directory.partial), self.path)
         finally:
-            self._close()
-            self._directory.remove()
+            try:
+                self._close()
+            finally:  # closing an archive writes its end, which fails on a full disk
+                self._directory.remove()

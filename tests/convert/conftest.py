@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import resource
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,3 +37,14 @@ def run(from_: str, path: Path, to: str, out: Path, **settings: Any) -> list[str
     lines: list[str] = []
     convert(ConvertConfig(from_=from_, path=str(path), to=to, out=str(out), **settings), report=lines.append)
     return lines
+
+
+@contextlib.contextmanager
+def full_disk() -> Iterator[None]:
+    """Every file ends after 4096 bytes with an OSError, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)

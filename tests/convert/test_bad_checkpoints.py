@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import resource
 import shutil
 import signal
 import subprocess
@@ -17,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import run
+from conftest import full_disk, run
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.metadata import Metadata, TensorProperties, TensorStorageMetadata
 
@@ -216,7 +215,7 @@ def test_a_full_disk_is_told_before_writing(source: Path, monkeypatch: pytest.Mo
         ({"tensor_model_parallel_size": 4}, LayoutError, "num_query_groups=2"),
         ({"pipeline_model_parallel_size": 3}, LayoutError, "num_layers=4"),
         ({"dtype": "bf61"}, ConfigError, "did you mean bf16"),
-        ({"max_shard_size": "big"}, ConfigError, "max_shard_size"),
+        *(({"max_shard_size": size}, ConfigError, size) for size in ("big", "0GB", "-5GB", "0.0001KB", "nanGB")),
         ({"tokenizer": "/no/such/place"}, ConfigError, "tokenizer="),
         ({"card": "/no/such.json"}, ConfigError, "card="),
     ],
@@ -347,13 +346,8 @@ def test_models_that_hugging_face_does_not_have_are_refused(ours: Path) -> None:
 def test_a_disk_that_fills_up_in_the_middle_is_one_error_and_leaves_nothing(
     source: Path, ours: Path, tmp_path: Path, from_: str, to: str
 ) -> None:
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))  # a file ends there with an OSError, as on a full disk
-    try:
-        with pytest.raises(CheckpointError, match="could not be written"):
-            run(from_, source if from_ == "hf" else ours, to, tmp_path / "out")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    with full_disk(), pytest.raises(CheckpointError, match="could not be written"):
+        run(from_, source if from_ == "hf" else ours, to, tmp_path / "out")
     assert list(tmp_path.glob("out*")) == []
 
 

@@ -15,7 +15,7 @@ import convert_jobs
 import pytest
 import torch
 import yaml
-from conftest import run
+from conftest import full_disk, run
 from distributed import Worlds
 from test_nemo_archive import REAL, repacked
 from tokenizers import Tokenizer as FastTokenizer
@@ -99,6 +99,12 @@ def test_nemo_to_megatron_to_nemo_keeps_every_bit_and_the_tokenizer(imported: Pa
     assert ids(imported) == ids(tmp_path / "megatron")
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["again.nemo", "megatron"]
+
+
+def test_a_disk_that_fills_up_is_one_error_and_leaves_nothing(imported: Path, tmp_path: Path) -> None:
+    with full_disk(), pytest.raises(CheckpointError, match="could not be written"):
+        run("megatron", imported, "nemo", tmp_path / "out.nemo")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.fixture(scope="module")
@@ -198,11 +204,22 @@ def config(**changes: Any) -> dict[str, Any]:
         ("use_avg_pool", True),
         ("hidden_size", "many"),
         ("num_layers", None),
+        ("layernorm_epsilon", None),
+        ("hidden_dropout", None),
     ],
 )
 def test_settings_that_change_the_result_are_refused_by_name(key: str, value: Any) -> None:
     with pytest.raises(CheckpointError, match=key):
         read_model(config(**{key: value}), "file.nemo")
+
+
+@pytest.mark.parametrize("key", ["scale_factor", "low_freq_factor", "high_freq_factor"])
+def test_a_factor_of_the_scaled_positions_that_is_null_or_0_is_not_the_default(key: str) -> None:
+    scaled = config(target="x.GPTSFTModel", scale_positional_embedding=True)
+    with pytest.raises(CheckpointError, match=f"{key}=null is not a number"):
+        read_model({**scaled, key: None}, "file.nemo")
+    with pytest.raises(CheckpointError, match=f"{key}=0 is not a number above 0"):
+        read_model({**scaled, key: 0}, "file.nemo")
 
 
 def test_the_architecture_is_read_and_written_back() -> None:
