@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
@@ -23,6 +22,7 @@ from torch.nn.attention.bias import causal_lower_right
 
 from nemo_advrm.engine import context
 from nemo_advrm.engine.kv_cache import KVCache
+from nemo_advrm.engine.rotation import rotate
 
 
 class FusedCoreAttention(MegatronModule):
@@ -187,14 +187,13 @@ class CachedSelfAttention(SelfAttention):
         *args: Any,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor, Tensor, Any, AttnMaskType, None]:
+        if rotary_pos_emb is not None and not self.config.apply_rope_fusion:
+            # angles of this call's tokens (see HeadedGPT.forward), the same for queries and keys
+            query, key = rotate(query, rotary_pos_emb[0]), rotate(key, rotary_pos_emb[1])
+            rotary_pos_emb = None
         if inference_context is None:
             return super()._adjust_key_value_for_inference(
                 inference_context, query, key, value, rotary_pos_emb, *args, **kwargs
-            )
-        if rotary_pos_emb is not None:  # angles of this call's tokens (see HeadedGPT.forward)
-            query, key = (
-                apply_rotary_pos_emb(x, angles, self.config)
-                for x, angles in zip((query, key), rotary_pos_emb, strict=True)
             )
         cache = inference_context
         key, value = cache.update(self.layer_number, key, value)

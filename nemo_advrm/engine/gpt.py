@@ -17,6 +17,7 @@ from nemo_advrm.engine import context
 from nemo_advrm.engine.context import SplitLogits
 from nemo_advrm.engine.kv_cache import KVCache
 from nemo_advrm.engine.layers import Norm
+from nemo_advrm.engine.rotation import rotation
 from nemo_advrm.engine.transformer import layer_spec
 
 Head = Literal["lm", "reward", "value"]
@@ -159,8 +160,10 @@ class HeadedGPT(GPTModel):
         )[:6]
         if sliced and rotary is not None:
             rotary = context.cp_slice(rotary, 0)
-        if rotary is not None and inference_context is not None:
-            rotary = inference_context.rotary_angles(rotary, length)
+        if rotary is not None and not self.config.apply_rope_fusion:
+            if inference_context is not None:
+                rotary = inference_context.rotary_angles(rotary, length)
+            rotary = rotation(rotary, self.config.params_dtype)
         hidden_SBH = self.decoder(
             hidden_states=decoder_input,
             attention_mask=attention_mask,
