@@ -116,7 +116,9 @@ def merge(paths: Iterable[str | Path]) -> list[AdversarialPair]:
 
 def parse_pair(row: Any, source: str) -> AdversarialPair:
     """Parse one JSON row. Raises DataError with `source` and the key that is missing, of a wrong type or unread."""
-    unread = unread_content(row, ("prompt", "chosen", "rejected", "chosen_ended", "rejected_ended"))
+    # a file of another kind has no `prompt`: that is said first
+    known = ("prompt", "chosen", "rejected", "chosen_ended", "rejected_ended")
+    unread = unread_content(row, known) if isinstance(row, dict) and "prompt" in row else None
     if unread is not None:
         raise DataError(f"{source}: `{unread}` holds content that is not read: without it this is another conversation")
     if wrong := problem(PAIR_ROW, row):

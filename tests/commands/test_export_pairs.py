@@ -156,7 +156,7 @@ REGRESSION = "reward_model_type=regression"
         (["pairs={store}", "template=hf:nowhere"], "nowhere: no such tokenizer directory"),
         (["pairs={home}/pairs.json", RANKING], "the nearest existing name is {home}/pairs.jsonl"),
         (["pairs={home}", RANKING], "cannot be read: Is a directory"),
-        (["pairs={train}", RANKING], "train.jsonl:1: `prompt` is missing"),
+        (["pairs={train}", RANKING], "train.jsonl:1: not an adversarial pair (it lacks prompt)"),
         (["pairs={store}", RANKING, "with={home}/none.jsonl"], "none.jsonl: no such file"),
         (["pairs={store}", RANKING, "with={odd}"], "odd number of lines (3)"),
         (["pairs={store}", RANKING, "with={broken}"], "broken.jsonl:2: broken JSON"),
