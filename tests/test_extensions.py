@@ -75,10 +75,13 @@ def test_a_detector_from_outside_reads_hidden_states(settings: list[str], tmp_pa
     target = load_members(cfg, cfg.ensemble.members, TOKENIZER)[1]
     assert isinstance(target, MegatronReward)
     sft_ND = SFTScores.read(run / "reference.jsonl").hidden_states[1]
+    known = [torch.arange(len(sft_ND)) % 3 != part for part in range(3)]  # three responses to each prompt
+    means = [sft_ND[rows].mean(0) for rows in known]
     for row in rows_of(run / "attack" / "samples.jsonl"):
         prompt = TOKENIZER.encode_conversation([Message(role="user", content=row["prompt"])], row["response"], True)
         _, hidden_ND = scores_and_hidden_states(target.model, [prompt], TOKENIZER.pad_id)
-        assert row["disagreement"] == pytest.approx((hidden_ND[0] - sft_ND.mean(0)).norm().item(), rel=1e-4)
+        far = torch.stack([(hidden_ND[0] - mean_D).norm() for mean_D in means]).mean().item()
+        assert row["disagreement"] == pytest.approx(far, rel=1e-4)
     # no model is read: what the detector says of the SFT responses follows from their stored states
     assert cli.main(["select", *settings, *own, f"run_dir={run}", "selection.threshold_z=-100"]) == 0
 

@@ -17,8 +17,9 @@ from nemo_advrm.registry import DETECTORS
 
 SCORES, HIDDEN_STATES, LOG_PROBS = "scores", "hidden_states", "log_probs"
 READABLE = (SCORES, HIDDEN_STATES, LOG_PROBS)
-# parts of the SFT responses that are scored in turn by a detector that was fitted to the other parts
-FOLDS = 5
+# largest number of copies of a detector that learns; each is fitted to another part of the SFT responses. As many as the
+# default of sft_statistics.samples_per_prompt, so that each copy leaves out one response to every prompt.
+FOLDS = 6
 
 
 @dataclass(frozen=True)
@@ -58,9 +59,9 @@ class Features:
 class Detector(ABC):
     """Scores how far a response lies outside what the attacked reward model knows; larger is farther outside.
 
-    A detector that learns from the SFT responses overrides :meth:`fit`. It gets fp64 features in both methods, and is
-    standardised by scores of SFT responses to prompts that it was not fitted to. One without a ``fit`` is a function of
-    the features alone; it gets fp64 features of the SFT responses and fp32 features of fresh ones.
+    A detector that learns from the SFT responses overrides :meth:`fit`. Copies of it are fitted to parts of the SFT
+    responses (:class:`StandardisedDetector`), and both methods get fp64 features. A detector without its own ``fit`` is
+    a function of the features alone; it gets fp64 features of the SFT responses and fp32 features of fresh ones.
 
     Attributes:
         reads: the features that :meth:`fit` and :meth:`score` use, of READABLE. Others are not computed.
@@ -79,33 +80,37 @@ class Detector(ABC):
 class StandardisedDetector:
     """A detector whose scores are standardised: 0 is the mean over SFT responses, 1 their standard deviation.
 
-    The mean and the deviation are those of responses that the detector was not fitted to. One that learns finds the
-    responses it has seen more usual than fresh ones: standardised by 600 random states of width 200 that it was fitted
-    to, half of all fresh ones are above 1.96. So it is fitted FOLDS times, each time without the responses to a part of
-    the prompts, which it then scores (3 % are above 1.96). The detector of fresh responses is fitted to all.
+    A detector that learns gives lower scores to the responses that it was fitted to than to fresh ones. So copies of it
+    (at most FOLDS) are fitted, each without some responses to every prompt, and those are scored by the copy that has not
+    seen them. A fresh response gets the mean of all copies' scores, each weighted by the number of responses that it left
+    out. To each copy a fresh response is thus like the ones it left out: it knows equally many other responses to the
+    same prompt. If whole prompts were left out instead, fresh responses, whose prompts are known, would look too usual,
+    because hidden states of one prompt are alike.
 
     Args:
         detector: not fitted yet.
         sft: features of all SFT responses, fp32.
-        per_prompt: responses to each prompt; those to one prompt are adjacent.
+        per_prompt: responses to each prompt; those to one prompt are adjacent. None: all answer one prompt.
 
     Attributes:
         own_S: standardised scores of the SFT responses themselves, fp32.
 
     Raises:
-        RewardSourceError: the detector gives all SFT responses the same score, or one that is not finite.
+        RewardSourceError: the detector gives all SFT responses the same score, or one that is not finite, or it learns
+            and there is one response to each prompt.
     """
 
-    def __init__(self, detector: Detector, sft: Features, per_prompt: int = 1) -> None:
-        untouched, sft64 = copy.deepcopy(detector), sft.double()
-        self.detector = detector
+    def __init__(self, detector: Detector, sft: Features, per_prompt: int | None = None) -> None:
+        sft64 = sft.double()
         self.learns = type(detector).fit is not Detector.fit
-        detector.fit(sft64)
-        seen_S = self._checked(detector, sft64)
-        raw_S = self._unseen(untouched, sft64, per_prompt) if self.learns else seen_S
+        if self.learns:
+            raw_S = self._fit_copies(detector, sft64, per_prompt or len(sft))
+        else:
+            self.detectors, self.weights = [detector], [1.0]
+            raw_S = self._mean_score(sft64)
         self.mean = raw_S.mean().item()
         self.std = fresh_std((raw_S - self.mean)[:, None], len(raw_S)).item()
-        if not self._noise(sft64, seen_S) < self.std < float("inf"):
+        if not self._noise(sft64) < self.std < float("inf"):
             raise RewardSourceError(
                 f"{type(detector).__name__}: its scores have a spread of {self.std:g} over the SFT responses, so they "
                 "cannot be standardised: the members are copies of each other (give them different seeds or data), or "
@@ -122,28 +127,38 @@ class StandardisedDetector:
         return self._standardised(self._raw(features))
 
     def _raw(self, features: Features) -> Tensor:
-        return self._checked(self.detector, features.double() if self.learns else features)
+        return self._mean_score(features.double() if self.learns else features)
 
     def _standardised(self, raw_N: Tensor) -> Tensor:
         return ((raw_N - self.mean) / self.std).float()
 
-    def _unseen(self, untouched: Detector, sft: Features, per_prompt: int) -> Tensor:
-        """[S] scores of SFT responses, each by a detector that was not fitted to the responses to its prompt."""
-        group_S = torch.arange(len(sft)) // per_prompt
-        if group_S[-1] == 0:  # one prompt
-            group_S = torch.arange(len(sft))
-        parts = min(FOLDS, int(group_S[-1]) + 1)
+    def _mean_score(self, features: Features) -> Tensor:
+        if not self.learns:
+            return _checked(self.detectors[0], features)
+        columns = [_checked(detector, features).double() for detector in self.detectors]
+        return torch.stack(columns, -1) @ torch.tensor(self.weights, dtype=torch.float64)
+
+    def _fit_copies(self, detector: Detector, sft: Features, per_prompt: int) -> Tensor:
+        """Fits the copies; returns [S] scores of SFT responses, each by the copy that was not fitted to it."""
+        parts = min(FOLDS, per_prompt)
         if parts < 2:
-            raise RewardSourceError(f"{type(untouched).__name__} learns from SFT responses, and there is only one")
+            raise RewardSourceError(
+                f"{type(detector).__name__} learns from SFT responses and needs at least 2 to each prompt, not "
+                f"{per_prompt}"
+            )
+        part_S = torch.arange(len(sft)) % per_prompt % parts
         raw_S = torch.zeros(len(sft), dtype=torch.float64)
+        self.detectors, self.weights = [], []
         for part in range(parts):
-            out_S = group_S % parts == part
-            one = copy.deepcopy(untouched)
-            one.fit(sft.select(~out_S))
-            raw_S[out_S] = self._checked(one, sft.select(out_S)).double()
+            left_out_S = part_S == part
+            one = copy.deepcopy(detector)
+            one.fit(sft.select(~left_out_S))
+            raw_S[left_out_S] = _checked(one, sft.select(left_out_S)).double()
+            self.detectors.append(one)
+            self.weights.append(left_out_S.double().mean().item())
         return raw_S
 
-    def _noise(self, sft: Features, seen_S: Tensor) -> float:
+    def _noise(self, sft: Features) -> float:
         """How far rounding errors move the scores, in the detector's unit: a spread below it is no spread.
 
         Measured and not derived, because the unit is the detector's own: every feature is moved by its rounding error.
@@ -154,17 +169,18 @@ class StandardisedDetector:
             sign = 2 * torch.randint(0, 2, tensor.shape, generator=draw, dtype=tensor.dtype) - 1
             return tensor * (1 + RELATIVE_NOISE * sign)
 
-        moved_S = self._checked(self.detector, sft.map(rounded)) - seen_S
-        return max(_root_mean_square(moved_S), RELATIVE_NOISE * _root_mean_square(seen_S))
+        plain_S = self._mean_score(sft)
+        moved_S = self._mean_score(sft.map(rounded)) - plain_S
+        return max(_root_mean_square(moved_S), RELATIVE_NOISE * _root_mean_square(plain_S))
 
-    @staticmethod
-    def _checked(detector: Detector, features: Features) -> Tensor:
-        """The detector's scores, [N]. Raises RewardSourceError for another shape and for scores that are not finite."""
-        raw_N = detector.score(features)
-        if raw_N.shape != (len(features),) or not raw_N.isfinite().all():
-            wrong = "NaN or infinite scores" if raw_N.shape == (len(features),) else f"shape {tuple(raw_N.shape)}"
-            raise RewardSourceError(f"{type(detector).__name__}: gave {wrong} for {len(features)} responses")
-        return raw_N
+
+def _checked(detector: Detector, features: Features) -> Tensor:
+    """The detector's scores, [N]. Raises RewardSourceError for another shape and for scores that are not finite."""
+    raw_N = detector.score(features)
+    if raw_N.shape != (len(features),) or not raw_N.isfinite().all():
+        wrong = "NaN or infinite scores" if raw_N.shape == (len(features),) else f"shape {tuple(raw_N.shape)}"
+        raise RewardSourceError(f"{type(detector).__name__}: gave {wrong} for {len(features)} responses")
+    return raw_N
 
 
 def build_detector(name: str) -> Detector:

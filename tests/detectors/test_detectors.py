@@ -102,24 +102,55 @@ def test_a_detector_that_learns_gets_one_number_format_and_its_scores_come_in_fp
     detector = StandardisedDetector(Learning(), states(60, 4, 0), per_prompt=3)
     fresh = states(5, 4, 1)
     assert detector.raw(fresh).dtype == detector.score(fresh).dtype == detector.own_S.dtype == torch.float32
-    assert detector.detector.fitted_to == 60  # type: ignore[attr-defined]
+    assert [one.fitted_to for one in detector.detectors] == [40] * 3  # type: ignore[attr-defined]
 
 
-def test_sft_responses_are_scored_by_a_detector_that_has_not_seen_their_prompt(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    seen: list[tuple[list[float], list[float]]] = []
-    score = Learning.score
-
-    def watched(self: Learning, features: Features) -> Tensor:
-        seen.append((self.mean_D.tolist(), features.hidden_states_ND.flatten().tolist()))  # type: ignore[union-attr]
-        return score(self, features)
-
-    monkeypatch.setattr(Learning, "score", watched)
+def test_an_sft_response_is_scored_by_the_copy_that_has_not_seen_it_and_a_fresh_one_by_all_by_hand() -> None:
     values = torch.tensor([1.0, 2.0, 10.0, 20.0, 100.0, 200.0])  # three prompts with two responses each
-    StandardisedDetector(Learning(), Features(torch.zeros(6, 2), 0, values[:, None]), per_prompt=2)
-    apart = {tuple(scored): mean[0] for mean, scored in seen if len(scored) == 2}
-    assert apart == {(1, 2): 330 / 4, (10, 20): 303 / 4, (100, 200): 33 / 4}
+    detector = StandardisedDetector(Learning(), Features(torch.zeros(6, 2), 0, values[:, None]), per_prompt=2)
+    second, first = 222 / 3, 111 / 3  # what the copies know: second and first responses
+    raw_S = torch.tensor([second - 1, 2 - first, second - 10, first - 20, 100 - second, 200 - first]).abs()
+    torch.testing.assert_close(detector.own_S, (raw_S - raw_S.mean()) / detector.std)
+    fresh = Features(torch.zeros(1, 2), 0, torch.tensor([[50.0]]))
+    torch.testing.assert_close(detector.raw(fresh), torch.tensor([((second - 50) + (50 - first)) / 2]))
+
+
+def test_copies_that_leave_out_more_responses_weigh_more() -> None:
+    detector = StandardisedDetector(Learning(), states(32, 4, 0), per_prompt=8)
+    assert [one.fitted_to for one in detector.detectors] == [24, 24, 28, 28, 28, 28]  # type: ignore[attr-defined]
+    assert detector.weights == [1 / 4, 1 / 4, 1 / 8, 1 / 8, 1 / 8, 1 / 8]
+
+
+def test_a_detector_that_learns_needs_two_responses_to_each_prompt() -> None:
+    with pytest.raises(RewardSourceError, match="Learning learns .* at least 2 to each prompt, not 1"):
+        StandardisedDetector(Learning(), states(12, 4, 0), per_prompt=1)
+
+
+class NotCopied(Scaled):
+    def __deepcopy__(self, memo: dict) -> NotCopied:
+        raise AssertionError("copied")
+
+
+def test_a_detector_that_learns_nothing_is_not_copied() -> None:
+    StandardisedDetector(NotCopied(), Features(SCORES, 0))
+
+
+@pytest.mark.parametrize(("prompts", "per_prompt", "width"), [(60, 6, 12), (60, 8, 48), (100, 6, 100), (200, 2, 16)])
+def test_fresh_responses_to_the_known_prompts_are_as_usual_as_sft_responses(
+    prompts: int, per_prompt: int, width: int
+) -> None:
+    """States of one prompt are alike, and as many as the dimensions: a copy that knows the prompt finds them usual."""
+    draw = torch.Generator().manual_seed(0)
+    means_PD = 3 * torch.randn(prompts, width, generator=draw)
+
+    def responses(count: int) -> Features:
+        states_ND = means_PD.repeat_interleave(count, 0) + torch.randn(prompts * count, width, generator=draw)
+        return Features(torch.zeros(len(states_ND), 2), 0, states_ND)
+
+    detector = StandardisedDetector(MahalanobisDistance(), responses(per_prompt), per_prompt)
+    score = detector.score(responses(50))
+    assert score.mean().item() == pytest.approx(0, abs=0.1)
+    assert 0.005 < (score > 1.96).double().mean().item() < 0.05  # 0.025 if the scores were normally distributed
 
 
 @pytest.mark.parametrize("width", [20, 200])
@@ -158,7 +189,7 @@ def test_scores_that_are_no_numbers_or_too_many_are_refused(
 
 def test_responses_of_equal_states_are_an_error_by_name() -> None:
     equal = Features(torch.zeros(6, 2), 0, torch.ones(6, 3))
-    with pytest.raises(RewardSourceError, match="covariance of 6 points in 3 dimensions is singular"):
+    with pytest.raises(RewardSourceError, match="covariance of 5 points in 3 dimensions is singular"):
         StandardisedDetector(MahalanobisDistance(), equal)
 
 
