@@ -17,7 +17,7 @@ from nemo_advrm.registry import DETECTORS
 
 SCORES, HIDDEN_STATES, LOG_PROBS = "scores", "hidden_states", "log_probs"
 READABLE = (SCORES, HIDDEN_STATES, LOG_PROBS)
-# largest number of copies of a detector that learns; each is fitted to another part of the SFT responses. As many as the
+# largest number of copies of a detector that learns; each is fitted without one part of the SFT responses. It is the
 # default of sft_statistics.samples_per_prompt, so that each copy leaves out one response to every prompt.
 FOLDS = 6
 
@@ -81,11 +81,11 @@ class StandardisedDetector:
     """A detector whose scores are standardised: 0 is the mean over SFT responses, 1 their standard deviation.
 
     A detector that learns gives lower scores to the responses that it was fitted to than to fresh ones. So copies of it
-    (at most FOLDS) are fitted, each without some responses to every prompt, and those are scored by the copy that has not
-    seen them. A fresh response gets the mean of all copies' scores, each weighted by the number of responses that it left
-    out. To each copy a fresh response is thus like the ones it left out: it knows equally many other responses to the
-    same prompt. If whole prompts were left out instead, fresh responses, whose prompts are known, would look too usual,
-    because hidden states of one prompt are alike.
+    (at most FOLDS) are fitted, each without some responses to every prompt, which this copy then scores. A fresh
+    response gets the mean of all copies' scores, each weighted by the number of responses that it left out. To each
+    copy a fresh response is thus like those it left out: it knows equally many other responses to the same prompt. If
+    whole prompts were left out instead, fresh responses, whose prompts are known, would look too usual, because hidden
+    states of one prompt are alike.
 
     Args:
         detector: not fitted yet.

@@ -122,7 +122,7 @@ def test_copies_that_leave_out_more_responses_weigh_more() -> None:
 
 
 def test_a_detector_that_learns_needs_two_responses_to_each_prompt() -> None:
-    with pytest.raises(RewardSourceError, match="Learning learns .* at least 2 to each prompt, not 1"):
+    with pytest.raises(RewardSourceError, match=r"Learning learns .* at least 2 to each prompt, not 1"):
         StandardisedDetector(Learning(), states(12, 4, 0), per_prompt=1)
 
 
