@@ -8,7 +8,8 @@
 # make setup | lint | clean
 #
 # make setup takes the first Python of PYTHONS that this machine has, pyenv's too; PYTHON=/path/to/python names another.
-# 3.11 comes first because all tests run on it. It installs with uv where there is one; UV= makes it use pip.
+# 3.11 comes first because all tests run on it. It installs with uv where there is one, but with pip if pip's configuration
+# names a package index, which uv does not read; UV= makes it use pip.
 PYTHONS ?= 3.11 3.12 3.13
 PYTHON ?=
 UV ?= $(shell command -v uv 2>/dev/null)
@@ -18,7 +19,6 @@ WORKERS ?= 2
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-INSTALL = $(if $(UV),$(UV) pip install --python $(BIN)/python,$(PIP) install)
 SHELL_SCRIPTS := slurm/*.sh slurm/*.sbatch slurm/site.sh.example tests/slurm/setup.sh .ci/run .ci/find_python
 ALIGNER_VENV ?= .venv-aligner
 ALIGNER_PINS := tests/aligner/requirements.txt tests/aligner/requirements-no-deps.txt
@@ -35,16 +35,21 @@ setup: $(STAMP)
 $(STAMP): setup.py pyproject.toml | same-python
 	@test -x $(BIN)/python || { python=$$(.ci/find_python $(or $(PYTHON),$(PYTHONS))) && \
 	  echo "setup: $(VENV) from $$python" && "$$python" -m venv $(VENV); }
-	@echo "setup: $$($(BIN)/python --version) in $(VENV), packages by $(or $(UV),pip)"
-	$(PIP) install -q $(TORCH)
-	$(INSTALL) -q -e '.[dev,serve]'
+	@by='$(or $(UV),pip)'; install='$(if $(UV),$(UV) pip install --python $(BIN)/python,$(PIP) install)'; \
+	  if test -n '$(UV)' && $(PIP) config list | grep index-url= >/dev/null; then \
+	    by='pip, whose configuration names a package index that uv does not read'; install='$(PIP) install'; fi; \
+	  echo "setup: $$($(BIN)/python --version) in $(VENV), packages by $$by" && \
+	  $(PIP) install -q $(TORCH) && \
+	  $$install -q -e '.[dev,serve]'
 	@touch $@
 
-# An environment keeps the Python it was made with: a PYTHON that is named must be that one.
+# An environment keeps the Python it was made with: a PYTHON that is named must be that one, a 3.x any release of 3.x.
 same-python:
-	@test -z '$(PYTHON)' || ! test -x $(BIN)/python || { python=$$(.ci/find_python '$(PYTHON)') || exit 1; \
-	  test "$$("$$python" --version)" = "$$($(BIN)/python --version)" || { echo "error: $(VENV) was not made with \
-	$(PYTHON) ($$($(BIN)/python --version)): name another, as VENV=.venv-3.12" >&2; exit 1; }; }
+	@test -z '$(PYTHON)' || ! test -x $(BIN)/python || { has=$$($(BIN)/python --version); \
+	  case '$(PYTHON)' in 3.*) named='Python $(PYTHON)' ;; \
+	  *) python=$$(.ci/find_python '$(PYTHON)') || exit 1; named=$$("$$python" --version) ;; esac; \
+	  case "$$has." in "$$named".*) ;; *) echo "error: $(VENV) was not made with $(PYTHON) ($$has): remove it or name \
+	another VENV" >&2; exit 1 ;; esac; }
 
 run: setup
 	$(BIN)/nemo-advrm pipeline experiment=synthetic report.study_path=benchmarks/study/results.jsonl $(ARGS)
@@ -66,8 +71,7 @@ test-slow: setup
 
 # The name of the stamp holds the hash of the pins: an environment is built once for each set of them.
 $(ALIGNER_STAMP):
-	rm -rf $(ALIGNER_VENV)
-	$$(.ci/find_python $(or $(PYTHON),3.11)) -m venv $(ALIGNER_VENV)
+	python=$$(.ci/find_python $(or $(PYTHON),3.11)) && rm -rf $(ALIGNER_VENV) && "$$python" -m venv $(ALIGNER_VENV)
 	$(ALIGNER_PIP) install -q $(TORCH)
 	$(ALIGNER_PIP) install -q -r tests/aligner/requirements.txt
 	$(ALIGNER_PIP) install -q --no-deps -r tests/aligner/requirements-no-deps.txt

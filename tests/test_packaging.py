@@ -149,17 +149,69 @@ def test_an_environment_of_another_python_is_refused(tmp_path: Path) -> None:
     run = subprocess.run(make, capture_output=True, text=True)
     assert run.returncode != 0
     assert [line for line in run.stderr.splitlines() if line.startswith("error:")] == [
-        f"error: {tmp_path} was not made with {named} ({tmp_path / 'bin' / 'python'}): name another, as VENV=.venv-3.12"
+        f"error: {tmp_path} was not made with {named} ({tmp_path / 'bin' / 'python'}): remove it or name another VENV"
     ]
+
+
+@pytest.mark.parametrize(("named", "accepted"), [("3.12", True), ("3.12.9", True), ("3.1", False), ("3.12.1", False)])
+def test_a_named_version_is_any_release_of_it(tmp_path: Path, named: str, accepted: bool) -> None:
+    """An environment of 3.12.9 stays good for PYTHON=3.12 when pyenv gets 3.12.10."""
+    command(tmp_path / "bin" / "python", "echo Python 3.12.9")
+    newer = command(tmp_path / "pyenv" / "versions" / "3.12.10" / "bin" / "python", "echo Python 3.12.10")
+    make = ["make", "-C", str(ROOT), "same-python", f"PYTHON={named}", f"VENV={tmp_path}"]
+    environment = {**os.environ, "PYENV_ROOT": str(newer.parents[3])}
+    run = subprocess.run(make, capture_output=True, text=True, env=environment)
+    refused = f"error: {tmp_path} was not made with {named} (Python 3.12.9): remove it or name another VENV"
+    assert (run.returncode == 0, refused in run.stderr) == (accepted, not accepted), run.stderr
+
+
+@pytest.mark.parametrize(
+    ("configuration", "installer"),
+    [
+        ("global.timeout='60'", "uv"),
+        ("global.index-url='https://packages.example/simple'", "pip"),
+        (":env:.extra-index-url='https://packages.example/simple'", "pip"),
+    ],
+)
+def test_pip_installs_where_its_configuration_names_an_index(
+    tmp_path: Path, configuration: str, installer: str
+) -> None:
+    python, uv = tmp_path / "venv" / "bin" / "python", tmp_path / "uv"
+    answers = f'case "$*" in --version) echo Python 3.12.9 ;; *"config list") echo "{configuration}" ;; esac'
+    command(python, f'echo "pip $*" >> {tmp_path}/calls; {answers}')
+    command(uv, f'echo "uv $*" >> {tmp_path}/calls')
+    make = ["make", "-C", str(ROOT), "setup", "PYTHON=", f"VENV={tmp_path / 'venv'}", f"UV={uv}"]
+    run = subprocess.run(make, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    torch, package = [line for line in (tmp_path / "calls").read_text().splitlines() if " install " in line]
+    assert torch.startswith("pip ") and "torch==" in torch
+    assert package.startswith(f"{installer} ") and package.endswith("-e .[dev,serve]")
+    by = uv if installer == "uv" else "pip, whose configuration names a package index that uv does not read"
+    assert f"packages by {by}\n" in run.stdout
+
+
+def test_without_a_python_the_environment_for_nemo_aligner_is_kept(tmp_path: Path) -> None:
+    kept = tmp_path / "aligner" / "kept"
+    kept.parent.mkdir()
+    kept.touch()
+    stamp = tmp_path / "aligner" / ".installed"
+    names = [f"ALIGNER_VENV={kept.parent}", f"ALIGNER_STAMP={stamp}", "PYTHON=no-such-python"]
+    run = subprocess.run(["make", "-C", str(ROOT), str(stamp), *names], capture_output=True, text=True)
+    assert run.returncode != 0 and kept.exists() and not stamp.exists()
+    assert "no-such-python" in run.stderr and "not found" not in run.stderr.replace("was found", "")
+
+
+def command(path: Path, script: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return path
 
 
 def fake_python(path: Path, version: str) -> Path:
     """A command that answers as a Python of this version does."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     minor = int(version.split(".")[1])
-    path.write_text(f"#!/bin/sh\n[ {minor} -ge 11 ] && [ {minor} -lt 14 ] && echo {path}\n")
-    path.chmod(0o755)
-    return path
+    return command(path, f"[ {minor} -ge 11 ] && [ {minor} -lt 14 ] && echo {path}")
 
 
 def find_python(*names: str, path: Path, home: Path) -> str:
@@ -177,6 +229,13 @@ def test_the_first_version_that_is_there_is_used_from_path_or_pyenv(tmp_path: Pa
     assert find_python("3.13", "3.12", **tried) == str(newer)
     assert find_python("3.12", "3.13", **tried) == str(pyenv / "versions" / "3.12.10" / "bin" / "python")
     assert find_python(str(newer), **tried) == str(newer)
+
+
+def test_only_versions_of_pyenv_are_searched_not_what_is_below_them(tmp_path: Path) -> None:
+    versions = tmp_path / "3.12" / "versions"  # pyenv's own folder is no version either
+    fake_python(versions / "3.11.4" / "envs" / "3.12-study" / "bin" / "python", "3.11")
+    fake_python(versions / "3.11.4" / "bin" / "python", "3.11")
+    assert find_python("3.12", path=tmp_path, home=versions.parent) == ""
 
 
 def test_a_python_outside_the_range_is_not_used(tmp_path: Path) -> None:

@@ -146,7 +146,7 @@ def _read(directory: Path) -> dict[str, Entry]:
 def _read_nested(directory: Path) -> dict[str, Entry]:
     """What a manifest lists, with what the manifests among it do: an attack lists an adversary, which lists its model.
 
-    The system refuses a list that contains itself: its path gets too long.
+    The system refuses a manifest that lists itself through a link: its path passes too many links or gets too long.
     """
     entries = _read(directory)
     for name in [name for name in entries if name.endswith(f"/{NAME}")]:

@@ -191,7 +191,9 @@ def _roll_call(store: dist.Store, rank_info: RankInfo, timeout: datetime.timedel
 
 
 def _limited(work: Callable[[], T], seconds: float, starting: RankInfo | None = None) -> T:
-    """The result of ``work`` on the store; raises DistStoreError after ``seconds``, while ``starting`` also Preempted.
+    """The result of ``work`` on the store.
+
+    Raises DistStoreError after ``seconds``, and Preempted after a signal if ``starting`` is given.
 
     A thread, because torch does not limit the wait for a store's answer: a program that is no store accepts the
     connection and never answers, and so does a stopped rank 0. The thread of such a request is left behind.

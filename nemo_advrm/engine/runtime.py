@@ -159,7 +159,8 @@ def uses_gpu(accelerator: str) -> bool:
 def start(layout: Layout | None = None, accelerator: str = "auto", timeout_minutes: float = 30.0) -> Runtime:
     """Join the job and build Megatron's process groups for ``layout``.
 
-    A second call with the same layout returns the running Runtime; another layout rebuilds the groups.
+    A second call with the same layout returns the running Runtime; another layout rebuilds the groups. ``accelerator``
+    is a value of the schema's ``trainer.accelerator``, which is not checked again.
 
     Raises LayoutError if the layout does not divide the number of processes, ConfigError if a GPU is requested and
     none is found, ProcessLost if other processes do not join in time.
