@@ -32,6 +32,7 @@ class SFTScores:
         tokens_PN: the policy's token ids of the responses; None when the file has none.
         hidden_states: of the responses, [P * n, D], by index of the member; those that the attack's detector reads.
         log_probs_PN: of the responses under the SFT policy, in nats; None unless the attack's detector reads them.
+        lengths_PN: the number of tokens that ``log_probs_PN`` sum over; None where there are none.
     """
 
     prompts_P: list[tuple[Message, ...]]
@@ -42,6 +43,7 @@ class SFTScores:
     tokens_PN: list[list[list[int]]] | None = None
     hidden_states: dict[int, Tensor] = field(default_factory=dict)
     log_probs_PN: Tensor | None = None
+    lengths_PN: Tensor | None = None
     _detectors: dict[tuple[str, int], StandardisedDetector] = field(default_factory=dict, init=False, repr=False)
 
     def finished(self, prompt_id: int) -> list[int]:
@@ -79,10 +81,9 @@ class SFTScores:
     def features(self, target: int) -> Features:
         """Return what is known of all responses for the attacked member of index ``target``."""
         features = Features(self.scores_PNK.flatten(0, 1), target, self.hidden_states.get(target))
-        if self.log_probs_PN is None or self.tokens_PN is None:
+        if self.log_probs_PN is None or self.lengths_PN is None:
             return features
-        lengths_N = torch.tensor([len(tokens) for own in self.tokens_PN for tokens in own])
-        return replace(features, log_probs_N=self.log_probs_PN.flatten(), lengths_N=lengths_N)
+        return replace(features, log_probs_N=self.log_probs_PN.flatten(), lengths_N=self.lengths_PN.flatten())
 
     def prompt_mean(self, prompt_index: Sequence[int]) -> Tensor:
         """Return T_k of the prompt of each response, [N, K]."""
@@ -133,6 +134,7 @@ class SFTScores:
         rows = [grouped[i] for i in range(len(grouped))]
         gold = [[r.get("gold") for r in group] for group in rows]
         log_probs = [[r.get("log_prob") for r in group] for group in rows]
+        lengths = [[r.get("log_prob_tokens") for r in group] for group in rows]
         count = sum(map(len, rows))
         return cls(
             [tuple(group[0]["messages"]) for group in rows],
@@ -143,6 +145,7 @@ class SFTScores:
             [[r["tokens"] for r in group] for group in rows] if all("tokens" in r for g in rows for r in g) else None,
             read_hidden_states(beside(path), count),
             None if any(p is None for own in log_probs for p in own) else torch.tensor(log_probs, dtype=torch.float32),
+            None if any(n is None for own in lengths for n in own) else torch.tensor(lengths),
         )
 
 

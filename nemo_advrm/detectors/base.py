@@ -31,7 +31,7 @@ class Features:
         target: index of the attacked member.
         hidden_states_ND: of the attacked member, after the last norm, at the token where its score is read.
         log_probs_N: of the whole response under the SFT policy, in nats.
-        lengths_N: tokens of the response as the policy wrote it, with its end token; given with ``log_probs_N``.
+        lengths_N: the number of tokens that ``log_probs_N`` sums over, with the end token; given with ``log_probs_N``.
     """
 
     scores_NK: Tensor
@@ -44,8 +44,8 @@ class Features:
         return len(self.scores_NK)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Features:
-        """The features with ``change`` applied to every tensor."""
-        found = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        """The features with ``change`` applied to every tensor of floating-point numbers; lengths stay."""
+        found = {name: value for name, value in self._tensors().items() if value.is_floating_point()}
         return replace(self, **{name: change(value) for name, value in found.items()})
 
     def double(self) -> Features:
@@ -53,7 +53,10 @@ class Features:
 
     def select(self, rows_N: Tensor) -> Features:
         """The responses of a bool mask."""
-        return self.map(lambda tensor: tensor[rows_N])
+        return replace(self, **{name: tensor[rows_N] for name, tensor in self._tensors().items()})
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
 
 class Detector(ABC):

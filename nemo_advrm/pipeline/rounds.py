@@ -50,7 +50,7 @@ from nemo_advrm.rewards.detector_features import attack_reader
 from nemo_advrm.rewards.ensemble import UncertaintyReward
 from nemo_advrm.rewards.features import ReferenceFeatures
 from nemo_advrm.rewards.hybrid import Opened, open_sft_policy
-from nemo_advrm.rewards.sft_responses import read_rollouts, read_sft_scores, write_sft_scores
+from nemo_advrm.rewards.sft_responses import policy_to_sample, read_rollouts, read_sft_scores, write_sft_scores
 from nemo_advrm.rewards.sources import build_gold, load_members
 from nemo_advrm.rewards.standardisation import combined
 from nemo_advrm.rollouts.base import rollout_engine
@@ -150,13 +150,14 @@ class Rounds:
         """Samples SFT responses in round 0 of the main rounds and scores them by the members of the step's round."""
         cfg = for_stage(self.cfg, "attack")
         count = cfg.sft_statistics.samples_per_prompt
+        members, sft_policy = self._attacked(step)
         if (step.round, step.branch) == (0, branches.MAIN):
             seed = derive_seed(self.cfg.seed, "reference")
             engine = rollout_engine(cfg, self.tokenizer)
-            rollouts = sample(engine, self._policy(), self.inputs.prompts, count, seed)
+            policy = policy_to_sample(cfg, sft_policy) or self._policy()
+            rollouts = sample(engine, policy, self.inputs.prompts, count, seed)
         else:
             rollouts = self._sft_responses()
-        members, sft_policy = self._attacked(step)
         reader = attack_reader(cfg, members, sft_policy)
         write_sft_scores(self._home(step.branch, step.round) / "reference.jsonl", rollouts, count, reader, self.gold)
 

@@ -34,7 +34,7 @@ class FoundFeatures:
         scores_NK: raw scores of all members, fp32.
         hidden_states: of the attacked members, [N, D] fp32 each, by index of the member.
         log_probs_N: under the SFT policy, in nats.
-        lengths_N: tokens of each response, as the policy wrote it.
+        lengths_N: the number of tokens that each log-probability sums over.
     """
 
     scores_NK: Tensor
@@ -97,13 +97,11 @@ class FeatureReader:
         log_probs_N = lengths_N = None
         if self.sft_policy is not None:
             log_probs_N = self.sft_policy.values(rollouts, ("log_prob",))[:, 0]
-            lengths_N = torch.tensor([len(tokens) for tokens in rollouts.response_tokens])
+            lengths_N = self.sft_policy.lengths(rollouts)
         return FoundFeatures(torch.stack(columns, -1), hidden_states, log_probs_N, lengths_N)
 
 
-def attack_reader(
-    cfg: Config, members: Sequence[RewardSource], sft_policy: ReferenceFeatures | None
-) -> FeatureReader:
+def attack_reader(cfg: Config, members: Sequence[RewardSource], sft_policy: ReferenceFeatures | None) -> FeatureReader:
     """Returns the reader of the SFT responses of an attack on all of its target members."""
     options = cfg.adversarial
     return FeatureReader(members, options.detector, [target - 1 for target in options.target_members], sft_policy)

@@ -61,6 +61,13 @@ class ReferenceFeatures:
         table_N2 = self._last[2]
         return torch.stack([table_N2[:, ("log_prob", "prompt_gain").index(name)] for name in names], -1)
 
+    def lengths(self, rollouts: Rollouts) -> Tensor:
+        """Returns the number of tokens that ``log_prob`` of every response sums over, [N].
+
+        It is not the number of sampled tokens: a text may be sampled in more tokens than it is encoded in.
+        """
+        return torch.tensor([len(self._parts(rollouts, i)[1]) for i in range(len(rollouts))])
+
     def check(self, rollouts: Rollouts) -> None:
         """Raises what :meth:`values` would raise for one of the rows, without running the policy."""
         for i in range(len(rollouts)):

@@ -23,12 +23,12 @@ from nemo_advrm.engine.collectives import run_on_rank_zero
 from nemo_advrm.engine.feature_file import FeatureWeights, policy_fingerprint
 from nemo_advrm.errors import CheckpointError, ConfigError, DataError
 from nemo_advrm.objectives.bradley_terry import fit_weights
-from nemo_advrm.rewards.checkpoint_members import SourceSpec, member_config, member_tokenizer
+from nemo_advrm.rewards.checkpoint_members import OF_THE_JOB, SourceSpec, member_config, member_tokenizer
 from nemo_advrm.rewards.features import HybridReward, ReferenceFeatures
 from nemo_advrm.rewards.local import MegatronReward
 from nemo_advrm.rollouts.types import Rollouts
 
-# features by policy and prompts; shared between members, so that a frozen policy is loaded once
+# features by policy, settings and prompts; shared between members, so that a frozen policy is loaded once
 Opened = dict[tuple[Any, ...], ReferenceFeatures]
 # distinct prompts that are considered for each fixed prompt
 _CANDIDATES = 16
@@ -98,9 +98,7 @@ def fit_features(
     return HybridReward(member, features, FeatureWeights(names, tuple(fitted), policy, fingerprint, fixed, len(pairs)))
 
 
-def fixed_prompts(
-    rows: Sequence[PreferencePair], tokenizer: Tokenizer, count: int
-) -> tuple[tuple[Message, ...], ...]:
+def fixed_prompts(rows: Sequence[PreferencePair], tokenizer: Tokenizer, count: int) -> tuple[tuple[Message, ...], ...]:
     """Chooses ``count`` distinct prompts of the rows, independently of the rows' order.
 
     Candidates are drawn by hash, and the shorter half is preferred, because every response is scored under every fixed
@@ -152,15 +150,16 @@ def open_sft_policy(
 
     Args:
         policy: directory of the policy from which the attack starts.
-        opened: policies that hybrid members have opened; the same one is not loaded again.
+        opened: policies that hybrid members have opened; the same one is not loaded again if its settings are equal.
 
     Raises CheckpointError when it is damaged or no language model.
     """
     if LOG_PROBS not in build_detector(cfg.adversarial.detector).reads:
         return None
     opened = {} if opened is None else opened
-    path = str(Path(policy).absolute())
-    shared = [features for key, features in opened.items() if key[0] == path]
+    # another precision or batch shape than the attack's would be that of the KL penalty's reference policy too
+    wanted = _policy_and_settings(policy, cfg)
+    shared = [features for key, features in opened.items() if key[:2] == wanted]
     return shared[0] if shared else _open(policy, (), tokenizer, "the SFT policy of the attack", cfg, opened)
 
 
@@ -194,7 +193,7 @@ def rollouts_of(pairs: Sequence[EncodedPair], tokenizer: Tokenizer) -> Rollouts:
 def _open(
     policy: str, prompts: Sequence[tuple[Message, ...]], running: Tokenizer, place: str, cfg: Config, opened: Opened
 ) -> ReferenceFeatures:
-    key = (str(Path(policy).absolute()), *map(prompt_key, prompts))
+    key = (*_policy_and_settings(policy, cfg), *map(prompt_key, prompts))
     if key not in opened:
         meta = _policy_meta(policy, place)
         tokenizer = member_tokenizer(SourceSpec("megatron", policy, policy, place), meta, running)
@@ -209,6 +208,12 @@ def _open(
         model = build_policy(own, tokenizer, policy, seed=0, trainable=False)
         opened[key] = ReferenceFeatures(policy, model, tokenizer, [tokenizer.encode_prompt(p) for p in prompts])
     return opened[key]
+
+
+def _policy_and_settings(policy: str, cfg: Config) -> tuple[str, str]:
+    """Returns the path of a frozen policy, and what its computation takes from the configuration."""
+    settings = {name: getattr(cfg.model, name) for name in OF_THE_JOB}
+    return str(Path(policy).absolute()), repr((cfg.precision, settings))
 
 
 def _policy_meta(policy: str, place: str) -> dict[str, Any]:

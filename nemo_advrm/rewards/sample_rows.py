@@ -127,7 +127,7 @@ def score_sft_responses(
         }
         for i in range(len(rollouts))
     ]
-    if found.log_probs_N is not None:
-        for row, log_prob in zip(rows, found.log_probs_N.tolist(), strict=True):
-            row["log_prob"] = log_prob
+    if found.log_probs_N is not None and found.lengths_N is not None:
+        for row, log_prob, length in zip(rows, found.log_probs_N.tolist(), found.lengths_N.tolist(), strict=True):
+            row |= {"log_prob": log_prob, "log_prob_tokens": length}
     return sft_responses, rows

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nemo_advrm.config.schema import Config
 from nemo_advrm.data.hidden_states import beside, write_hidden_states
@@ -20,6 +20,10 @@ from nemo_advrm.rollouts.base import rollout_engine
 from nemo_advrm.rollouts.sample import sample
 from nemo_advrm.rollouts.types import Prompt, Rollouts
 
+if TYPE_CHECKING:
+    from nemo_advrm.engine.model import MegatronModel
+    from nemo_advrm.rewards.features import ReferenceFeatures
+
 
 def sample_sft_scores(
     cfg: Config,
@@ -30,13 +34,25 @@ def sample_sft_scores(
     gold: RewardSource | None,
     seed: int,
 ) -> None:
-    """Samples responses of ``pretrained_checkpoint.restore_from_path`` and scores them, unless ``path`` exists."""
+    """Samples responses of ``pretrained_checkpoint.restore_from_path`` and scores them, unless ``path`` exists.
+
+    The policy is not loaded again where ``reader`` has it.
+    """
     if run_on_rank_zero(path.exists):
         return
-    policy = build_policy(cfg, tokenizer, cfg.pretrained_checkpoint.restore_from_path, 0, trainable=False)
+    policy = policy_to_sample(cfg, reader.sft_policy)
+    if policy is None:
+        policy = build_policy(cfg, tokenizer, cfg.pretrained_checkpoint.restore_from_path, 0, trainable=False)
     per_prompt = cfg.sft_statistics.samples_per_prompt
     rollouts = sample(rollout_engine(cfg, tokenizer), policy, prompts, per_prompt, seed)
     write_sft_scores(path, rollouts, per_prompt, reader, gold)
+
+
+def policy_to_sample(cfg: Config, sft_policy: ReferenceFeatures | None) -> MegatronModel | None:
+    """Returns the model of a loaded SFT policy if it takes conversations as long as the job's, else None."""
+    if sft_policy is None or sft_policy.model.model_config.encoder_seq_length < cfg.model.encoder_seq_length:
+        return None
+    return sft_policy.model
 
 
 def write_sft_scores(

@@ -178,6 +178,16 @@ def test_the_log_prob_of_a_response_counts_per_token_by_hand() -> None:
     assert SFTLogProb().score(features).tolist() == [3, 2, 0]
 
 
+def test_rounding_changes_no_lengths() -> None:
+    features = Features(torch.ones(2, 2), 0, log_probs_N=torch.ones(2), lengths_N=torch.tensor([2, 3]))
+    changed = features.map(lambda tensor: tensor * 1.5)
+    assert changed.log_probs_N is not None and changed.log_probs_N.tolist() == [1.5, 1.5]
+    assert changed.lengths_N is not None and changed.lengths_N.tolist() == [2, 3]
+    assert features.double().lengths_N is features.lengths_N
+    chosen_N = features.select(torch.tensor([False, True])).lengths_N
+    assert chosen_N is not None and chosen_N.tolist() == [3]
+
+
 @pytest.mark.parametrize(("gives", "words"), [(torch.full((4,), torch.nan), "NaN"), (torch.zeros(4, 1), r"\(4, 1\)")])
 def test_scores_that_are_no_numbers_or_too_many_are_refused(
     gives: Tensor, words: str, monkeypatch: pytest.MonkeyPatch

@@ -24,13 +24,14 @@ from nemo_advrm.engine.runtime import Layout, Runtime
 from nemo_advrm.errors import ConfigError, DataError, RewardSourceError
 from nemo_advrm.models import policy as policy_module
 from nemo_advrm.models.rollout_batch import RolloutBatch, response_log_probs
-from nemo_advrm.rewards import hybrid
+from nemo_advrm.rewards import hybrid, sft_responses
 from nemo_advrm.rewards.base import checked_scores_with_hidden_states
 from nemo_advrm.rewards.detector_features import FeatureReader
 from nemo_advrm.rewards.ensemble import AdversarialReward
 from nemo_advrm.rewards.features import HybridReward
 from nemo_advrm.rewards.hf import HFReward, _inputs_of, _output_layer
 from nemo_advrm.rewards.local import FunctionReward
+from nemo_advrm.rewards.sft_responses import write_sft_scores
 from nemo_advrm.rewards.sources import load_members
 from nemo_advrm.rollouts.types import Rollouts
 
@@ -107,8 +108,33 @@ def test_a_hybrid_member_gives_the_states_of_its_model(home: Path, tmp_path: Pat
     cfg = tiny_config()
     cfg.adversarial.detector = "sft_log_prob"
     assert hybrid.open_sft_policy(cfg, TOKENIZER, str(policy), opened) is mixed.features
+    # unless it would have another number format or batch shape than the attack's policy
+    other = tiny_config(micro_batch_size=cfg.model.micro_batch_size + 1)
+    other.adversarial.detector = "sft_log_prob"
+    apart = hybrid.open_sft_policy(other, TOKENIZER, str(policy), opened)
+    assert apart is not None and apart is not mixed.features
+    assert apart.model.model_config.micro_batch_size == other.model.micro_batch_size
+    assert hybrid.open_sft_policy(other, TOKENIZER, str(policy), opened) is apart
     cfg.adversarial.detector = "mahalanobis"
     assert hybrid.open_sft_policy(cfg, TOKENIZER, str(policy), opened) is None
+
+
+def test_a_length_counts_the_tokens_that_the_log_prob_sums_over(home: Path, tmp_path: Path) -> None:
+    """A response that was sampled in more tokens than its text is encoded in is no likelier per token."""
+    cfg = tiny_config()
+    cfg.adversarial.detector = "sft_log_prob"
+    (member,) = load_members(cfg, [str(home / "megatron")], TOKENIZER)
+    policy = hybrid.open_sft_policy(cfg, TOKENIZER, str(home / "policy"))
+    reader, made, split = FeatureReader([member], "sft_log_prob", [0], policy), rollouts(), rollouts()
+    lengths = [len(tokens) for tokens in made.response_tokens]
+    split.response_tokens[0] = [token for token in made.response_tokens[0] for _ in range(3)]
+    for each in (made, split):
+        found = reader.read(each)
+        assert found.lengths_N is not None and found.lengths_N.tolist() == lengths
+    order = [0, 2, 1, 3]  # those to one prompt are adjacent
+    write_sft_scores(tmp_path / "reference.jsonl", split.select(order), 2, reader, None)
+    stored_N = SFTScores.read(tmp_path / "reference.jsonl").features(0).lengths_N
+    assert stored_N is not None and stored_N.tolist() == [lengths[i] for i in order]
 
 
 def scored_by(name: str) -> FunctionReward:
@@ -192,7 +218,10 @@ def test_an_attack_by_rl_is_recorded_measured_and_selected_by_a_detector(
     built: list[bool] = []
     build = policy_module.build_policy
     monkeypatch.setattr(policy_module, "build_policy", lambda *a, **k: built.append(k["trainable"]) or build(*a, **k))
+    for_sampling: list[str] = []
+    monkeypatch.setattr(sft_responses, "build_policy", lambda *a, **k: for_sampling.append(a[2]) or build(*a, **k))
     assert cli.main(["attack", *arguments]) == 0
+    assert len(for_sampling) == (0 if detector == "sft_log_prob" else 2)  # for the attack's prompts and held-out ones
     assert built == ([True] if detector == "sft_log_prob" else [True, False])  # the reference policy is shared
     sft = SFTScores.read(run / "reference.jsonl")
     assert set(sft.hidden_states) == ({0} if detector == "mahalanobis" else set())
