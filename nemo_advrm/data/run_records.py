@@ -269,13 +269,13 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     found = []
     for number, row in read_jsonl(path):
         if wrong := problem(METRICS_ROW, row) or problem(ATTACK_METRICS, row):
-            raise DataError(f"{path}:{number}: no row of metrics ({wrong}): restore or remove the line")
+            raise DataError(f"{path}:{number}: not a row of metrics ({wrong}): restore or remove the line")
         found.append(row)
     return found
 
 
 def read_rows(path: Path, adapter: TypeAdapter[Any], what: str, cure: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number, row) of a file; DataError that names the line and the ``cure`` where it is no row of ``what``.
+    """(line number, row) of a file; DataError that names the line and the ``cure`` where it is not a row of ``what``.
 
     Either all rows have gold or none has.
     """
@@ -287,5 +287,5 @@ def read_rows(path: Path, adapter: TypeAdapter[Any], what: str, cure: str) -> It
         if not wrong and has_gold != (row.get("gold") is not None):
             wrong = f"gold={json.dumps(row.get('gold'))}, unlike the rows before"
         if wrong:
-            raise DataError(f"{path}:{number}: no row of {what} ({wrong}): {cure}")
+            raise DataError(f"{path}:{number}: not a row of {what} ({wrong}): {cure}")
         yield number, row

@@ -126,7 +126,7 @@ class SFTScores:
             group = grouped.setdefault(row["prompt_id"], [])
             members = members or len(row["scores"])
             if wrong := _mismatch(row, group[0] if group else row, members):
-                raise DataError(f"{path}:{number}: no row of SFT scores ({wrong}): {RESTORE_ROWS}")
+                raise DataError(f"{path}:{number}: not a row of SFT scores ({wrong}): {RESTORE_ROWS}")
             group.append(row)
         sizes = {len(rows) for rows in grouped.values()}
         if len(sizes) != 1 or sorted(grouped) != list(range(len(grouped))):

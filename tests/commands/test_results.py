@@ -209,9 +209,9 @@ def test_rows_of_another_type_in_a_reference_or_among_samples_are_named(tmp_path
     (tmp_path / "attack").mkdir()
     for name in ("reference.jsonl", "attack/samples.jsonl"):
         (tmp_path / name).write_text(f"{row}\n")
-    with pytest.raises(DataError, match=r"reference\.jsonl:1: no row of SFT scores \("):
+    with pytest.raises(DataError, match=r"reference\.jsonl:1: not a row of SFT scores \("):
         SFTScores.read(tmp_path / "reference.jsonl")
-    with pytest.raises(DataError, match=r"samples\.jsonl:1: no row of an attack \(.+\): restore"):
+    with pytest.raises(DataError, match=r"samples\.jsonl:1: not a row of an attack \(.+\): restore"):
         list(read_rows(tmp_path / "attack" / "samples.jsonl", ATTACK_SAMPLE, "an attack", "restore the file"))
 
 
@@ -264,7 +264,7 @@ def test_each_value_of_a_summary_of_an_adversary_is_checked(tmp_path: Path) -> N
 )
 def test_metrics_of_an_attack_of_another_type_are_named(tmp_path: Path, row: Any) -> None:
     write_jsonl_atomic(tmp_path / "metrics.jsonl", [{"step": 0, "success": 0.5}, row])
-    with pytest.raises(DataError, match=r"metrics\.jsonl:2: no row of metrics"):
+    with pytest.raises(DataError, match=r"metrics\.jsonl:2: not a row of metrics"):
         attack_summary.of_adversary(tmp_path, 1.0)
 
 

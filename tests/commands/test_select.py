@@ -101,7 +101,7 @@ def test_the_best_sft_response_is_not_that_of_the_member_with_the_largest_scale(
     ("row", "words"),
     [
         (_found("hack", 3), "prompt_id=3, reference.jsonl has 3 prompts"),
-        (_found("hack", -1), "no row of an attack .prompt_id=-1: "),
+        (_found("hack", -1), "not a row of an attack .prompt_id=-1: "),
         ({**_found("hack"), "scores": [9.0, 0.0, 1.0]}, "scores=.*, reference.jsonl has 2 members"),
         ({**_found("hack"), "z": [9.0]}, "z=.*, reference.jsonl has 2 members"),
     ],

@@ -397,7 +397,7 @@ def test_a_reference_that_would_be_read_as_something_else_is_refused(
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert SFTScores.read(path).finished(0) == [0, 1]
     path.write_text("".join(json.dumps(row) + "\n" for row in (rows[0], rows[1] | changed)))
-    with pytest.raises(DataError, match=rf"reference\.jsonl:2: no row of SFT scores \(.*{words}"):
+    with pytest.raises(DataError, match=rf"reference\.jsonl:2: not a row of SFT scores \(.*{words}"):
         SFTScores.read(path)
 
 

@@ -301,7 +301,7 @@ def test_a_restart_names_a_row_that_is_none_of_rlhf(single: Runtime, tmp_path: P
     tracker.on_train_batch_end(SimpleNamespace(global_step=1), module, None, None, 0)
     tracker.teardown(None, None, "fit")
     path.write_text(path.read_text().replace('"response": "y"', '"response": ["y"]'))
-    with pytest.raises(DataError, match=r"samples\.jsonl:2: no row of RLHF's samples \(response="):
+    with pytest.raises(DataError, match=r"samples\.jsonl:2: not a row of RLHF's samples \(response="):
         tracker.on_train_start(SimpleNamespace(global_step=1), module)
 
 
