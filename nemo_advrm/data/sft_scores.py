@@ -133,8 +133,7 @@ class SFTScores:
             raise DataError(f"{path}: incomplete SFT scores (prompts or samples are missing); remove the file")
         rows = [grouped[i] for i in range(len(grouped))]
         gold = [[r.get("gold") for r in group] for group in rows]
-        log_probs = [[r.get("log_prob") for r in group] for group in rows]
-        lengths = [[r.get("log_prob_tokens") for r in group] for group in rows]
+        log_probs, lengths = _column(rows, "log_prob"), _column(rows, "log_prob_tokens")
         count = sum(map(len, rows))
         return cls(
             [tuple(group[0]["messages"]) for group in rows],
@@ -142,11 +141,17 @@ class SFTScores:
             torch.tensor([[r["scores"] for r in group] for group in rows], dtype=torch.float32),
             None if gold[0][0] is None else torch.tensor(gold, dtype=torch.float32),
             [[r.get("ended") is not False for r in group] for group in rows],
-            [[r["tokens"] for r in group] for group in rows] if all("tokens" in r for g in rows for r in g) else None,
+            _column(rows, "tokens"),
             read_hidden_states(beside(path), count),
-            None if any(p is None for own in log_probs for p in own) else torch.tensor(log_probs, dtype=torch.float32),
-            None if any(n is None for own in lengths for n in own) else torch.tensor(lengths),
+            None if log_probs is None else torch.tensor(log_probs, dtype=torch.float32),
+            None if lengths is None else torch.tensor(lengths),
         )
+
+
+def _column(rows: list[list[dict[str, Any]]], key: str) -> list[list[Any]] | None:
+    """Return the values of ``key`` by prompt, None when a row lacks it, as rows of older versions do."""
+    found = [[row.get(key) for row in group] for group in rows]
+    return None if any(value is None for group in found for value in group) else found
 
 
 def _mismatch(row: dict[str, Any], first: dict[str, Any], members: int) -> str:
