@@ -171,7 +171,12 @@ def _acquired(path: Path, what: Path, key: str) -> SoftFileLease:
                 print(f"{what}: {told}", flush=True)
             if _has_our_name_only(owner):
                 was_released = not _wait_for_refresh(path, owner, what, key)
-            _acquire_within(2 * LEASE_SECONDS, lease, path, lambda: _refreshed(path) not in (first, None))
+
+            def shows_life() -> bool:
+                holder = lease.owner  # None also while a process that has just created the file writes its name
+                return holder is not None and (holder != owner or _refreshed(path) != first)
+
+            _acquire_within(2 * LEASE_SECONDS, lease, path, shows_life)
     except Timeout:
         raise _in_use(what, lease.owner, key, path) from None
     except LeaseSettingsMismatch:  # filelock would never take it over

@@ -80,6 +80,35 @@ def test_a_running_process_of_this_host_is_named_at_once_and_a_killed_one_taken_
     assert f"took over the lock of process {child} on {host_name()}, which has ended" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("seen", ["missing", "empty"])
+def test_a_process_that_creates_the_lock_at_the_same_moment_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seen: str
+) -> None:
+    monkeypatch.setattr(locks, "LEASE_SECONDS", 30.0)
+    child, kill = in_child(lambda: acquire(tmp_path / "other"))
+    holder = (tmp_path / "other" / "writer.lease").read_bytes()
+    path = tmp_path / "writer.lease"
+    if seen == "empty":
+        path.touch()
+    acquire_within = locks._acquire_within
+
+    def created_meanwhile(*args: object) -> None:
+        path.touch()
+        writes = threading.Timer(0.2, path.write_bytes, [holder])
+        writes.start()
+        try:
+            acquire_within(*args)
+        finally:
+            writes.join()
+
+    monkeypatch.setattr(locks, "_acquire_within", created_meanwhile)
+    try:
+        with pytest.raises(ConfigError, match=rf"is being written by process {child} on {host_name()} \("):
+            acquire(tmp_path)
+    finally:
+        kill()
+
+
 @pytest.fixture
 def zombies() -> Iterator[Callable[[Path], int]]:
     """Makes processes that were killed while they held a directory's lock, and that nobody has waited for."""
