@@ -1,6 +1,7 @@
 # make run    set up .venv and run the main job: the Adv-RM rounds on the embedded synthetic language
 # make study  the whole study behind docs/synthetic.md (hours; SEEDS=10-19); make study-docs writes its tables
-# make test   set up .venv and run the fast tests
+# make test   set up .venv and run the fast tests; ARGS='-m platform' runs those that Python, torch and Megatron-Core
+#             versions can change, for an environment with others (PYTHON=3.13 VENV=.venv-3.13)
 # make test-slow     run the tests that start many real processes (signals at every moment of a run, ...)
 # make test-aligner  run the tests against NeMo-Aligner 0.7.0, in an environment of its own (.venv-aligner, 2.6 GB)
 # make test-slurm    run the SLURM scripts on a real SLURM of this machine; as root, installs slurm-wlm and munge by apt

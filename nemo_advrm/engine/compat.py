@@ -4,6 +4,15 @@ A name is probed where that is possible, because NVIDIA's containers hold builds
 
 0.19 deprecates ``GPTModel`` for ``HybridModel``. It is kept: HybridModel makes two layers of each of ours, with other
 names of their tensors, so that every checkpoint would need a translation, in both directions for older versions.
+
+Two things that 0.19 brings are not used in place of our own:
+
+- Its inference engines (``megatron.core.inference``): they would not give equal responses. They draw all rows by one
+  ``torch.multinomial``, so that a response depends on the others of its batch. Ours depends on its own row and the seed
+  (``generation.uniforms``) at every batch size and layout. They also need a GPU (their generator and caches are on
+  ``torch.cuda.current_device()``), and the one that is not deprecated needs flash-attn.
+- Its asynchronous save: the default strategy needs nvidia-resiliency-ext 0.6, and Megatron's own still starts a process
+  for each rank (:mod:`nemo_advrm.engine.file_writers` says what that costs). Plan and format are Megatron's in both.
 """
 
 from __future__ import annotations

@@ -89,6 +89,7 @@ def unbroken(single: Runtime, data: Path, tmp_path_factory: pytest.TempPathFacto
     return _train(tmp_path_factory.mktemp("unbroken") / "run", data, "trainer.async_checkpoint=false")
 
 
+@pytest.mark.platform
 def test_the_next_save_waits_for_the_one_before_and_says_that_the_disk_is_slow(
     single: Runtime, data: Path, tmp_path: Path, gate: threading.Event, unbroken: list[dict[str, float]]
 ) -> None:
@@ -186,6 +187,7 @@ def _losses_when_waiting(worlds: Worlds, layout: str, run_dir: Path, data: Path)
     return _losses(run_dir)
 
 
+@pytest.mark.platform
 @pytest.mark.parametrize("layout", ["pp2", "dp2"])
 def test_two_processes_have_the_losses_that_they_have_without_saving_in_the_background(
     worlds: Worlds, data: Path, tmp_path: Path, layout: str

@@ -45,12 +45,14 @@ def test_the_samples_of_an_attack_are_selected_from(tmp_path: Path, capsys: pyte
     assert "2 not qualified, 2 not text" in capsys.readouterr().out
 
 
+@pytest.mark.platform
 def test_a_checkpoint_is_converted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["convert", "from=megatron", f"path={FILES / 'checkpoint'}", "to=hf", f"out={tmp_path / 'hf'}"]
     assert cli.main(words) == 0, capsys.readouterr().err
     assert (tmp_path / "hf" / "model.safetensors").exists()
 
 
+@pytest.mark.platform
 def test_a_nemo_file_is_converted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["convert", "from=nemo", f"path={FILES / 'reward_model.nemo'}", "to=megatron", f"out={tmp_path / 'out'}"]
     assert cli.main(words) == 0, capsys.readouterr().err

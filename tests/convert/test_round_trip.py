@@ -60,6 +60,7 @@ def hf_scores(directory: Path, side: str, sequences: list[list[int]] = SEQUENCES
     return model.eval()(torch.tensor(rows), attention_mask=torch.tensor(masks)).logits[:, 0]
 
 
+@pytest.mark.platform
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_a_language_model_keeps_its_logits_and_bits(
     single: Runtime, worlds: Worlds, saved: Callable[..., Path], name: str, tmp_path: Path
@@ -81,6 +82,7 @@ def test_a_language_model_keeps_its_logits_and_bits(
     assert_same_bits(weights(tmp_path / "hf"), weights(source))
 
 
+@pytest.mark.platform
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_a_reward_model_keeps_its_scores_and_bits_in_padded_batches(
     single: Runtime, worlds: Worlds, saved: Callable[..., Path], name: str, tmp_path: Path
@@ -192,6 +194,7 @@ def test_a_checkpoint_for_many_ranks_is_padded_to_them(
     assert_same_bits(weights(tmp_path / "hf"), weights(source))
 
 
+@pytest.mark.platform
 @pytest.mark.parametrize("layout", [*LAYOUTS.values(), Layout(context=2)], ids=[*LAYOUTS, "cp2"])
 def test_a_reward_model_saved_at_any_layout_is_exported(
     single: Runtime, worlds: Worlds, layout: Layout, tmp_path: Path

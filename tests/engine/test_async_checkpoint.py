@@ -30,6 +30,7 @@ def before(single: Runtime, tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.platform
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_training_goes_on_while_the_weights_and_optimizer_of_the_step_are_written(
     worlds: Worlds, tmp_path: Path, name: str
@@ -53,6 +54,7 @@ def test_training_goes_on_while_the_weights_and_optimizer_of_the_step_are_writte
         assert (waiting / file).read_text() == (background / file).read_text()
 
 
+@pytest.mark.platform
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("while_writing", [True, False], ids=["tensors", "what_completes_it"])
 def test_a_failed_background_write_is_the_error_of_all_ranks_and_leaves_the_checkpoint_before(

@@ -22,6 +22,8 @@ from nemo_advrm.engine.model import MegatronModel, build_model
 from nemo_advrm.engine.runtime import Layout, Runtime
 from nemo_advrm.errors import CheckpointError
 
+pytestmark = pytest.mark.platform
+
 
 def _build(head: str = "reward", seed: int = 1, **model: Any) -> MegatronModel:
     cfg = tiny_config("gpt", **model)

@@ -16,6 +16,8 @@ from nemo_advrm.engine.runtime import Runtime
 from nemo_advrm.engine.sampling import Sampling
 from nemo_advrm.errors import ConfigError
 
+pytestmark = pytest.mark.platform
+
 HIDDEN = (0, 2, 40)
 NEW = 12
 

@@ -31,6 +31,7 @@ def _plain_loss(module: torch.nn.Module, rows: list[EncodedPair]) -> torch.Tenso
     return torch.stack(losses).mean()
 
 
+@pytest.mark.platform
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("clip", [0.0, 0.05])
 def test_three_steps_are_those_of_plain_adamw(single: Runtime, architecture: str, clip: float) -> None:
@@ -65,6 +66,7 @@ def test_three_steps_are_those_of_plain_adamw(single: Runtime, architecture: str
         torch.testing.assert_close(parameter, parameters[name], rtol=1e-4, atol=2e-6, msg=name)
 
 
+@pytest.mark.platform
 def test_gradients_are_counted_once_after_zero_grad_and_added_up_without_it(single: Runtime) -> None:
     module = RewardModel(tiny_config(), TOKENIZER, pairs(8), [])
     batch = module._microbatches(pairs(8))
@@ -115,6 +117,7 @@ def test_the_learning_rate_is_the_one_computed_by_hand(step: int, optim: OptimCo
     assert learning_rate(step, optim, 100) == pytest.approx(expected)
 
 
+@pytest.mark.platform
 def test_the_learning_rate_of_the_schedule_is_the_one_applied(single: Runtime) -> None:
     cfg = tiny_config()
     cfg.model.optim.sched.warmup_steps = 2

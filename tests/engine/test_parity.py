@@ -54,9 +54,20 @@ PLACES = {
     "tp2_selective_recompute": Place(Layout(tensor=2), model={**SEQUENCE, "recompute": "selective"}),
 }
 CASES = {f"{name}-{model}": (place, model) for name, place in PLACES.items() for model in place.architectures}
+# one of each way to split, both architectures
+ON_EVERY_PLATFORM = (
+    "tp2_sequence_parallel-gpt",
+    "pp2_interleaved-gpt",
+    "dp2_distributed_optimizer-llama",
+    "cp2-llama",
+    "tp2_pp2-llama",
+)
 
 
-@pytest.fixture(scope="session", params=CASES)
+@pytest.fixture(
+    scope="session",
+    params=[pytest.param(n, marks=[pytest.mark.platform] if n in ON_EVERY_PLATFORM else []) for n in CASES],
+)
 def case(request: pytest.FixtureRequest) -> tuple[Place, str]:
     return CASES[request.param]
 

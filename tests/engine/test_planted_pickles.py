@@ -138,6 +138,7 @@ def refused(door: Callable[[Path], None], state: Path, *named: str) -> None:
     assert any(name in str(caught.value) for name in named), caught.value
 
 
+@pytest.mark.platform
 @pytest.mark.parametrize("door", DOORS)
 def test_a_pickle_in_place_of_any_file_of_a_checkpoint_does_not_run(
     door: Callable[[Path], None], state: Path, mark: Path
@@ -161,6 +162,7 @@ def test_a_pickle_in_place_of_any_file_of_a_checkpoint_does_not_run(
         file.write_bytes(whole)
 
 
+@pytest.mark.platform
 @pytest.mark.parametrize("door", [resume, restore, score])
 @pytest.mark.parametrize("item", ["a tensor", "a state of a layer"])
 @pytest.mark.parametrize("form", [archived, pickle.dumps])
@@ -178,6 +180,7 @@ def test_a_pickle_in_place_of_one_item_of_the_weights_does_not_run(
     refused(door, state, f"{name}: ")
 
 
+@pytest.mark.platform
 def test_a_pickle_in_the_optimizers_state_does_not_run(state: Path, mark: Path) -> None:
     name = exchange(
         state / MODEL / "weights",
@@ -187,6 +190,7 @@ def test_a_pickle_in_the_optimizers_state_does_not_run(state: Path, mark: Path) 
     refused(resume, state, f"{name}: ")
 
 
+@pytest.mark.platform
 def test_classes_that_libraries_allow_for_the_whole_process_are_not_known(tmp_path: Path) -> None:
     from argparse import Namespace
 

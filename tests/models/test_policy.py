@@ -45,6 +45,7 @@ def _learner(algorithm: str, initial: str, kl: float = 0.0, **options: Any) -> P
     return rl.policy(cfg, initial)
 
 
+@pytest.mark.platform
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_the_policy_learns_to_repeat_the_word_that_is_rewarded(initial: str, algorithm: str) -> None:
     metrics = rl.train(_learner(algorithm, initial, updates_per_rollout=2), 18)
@@ -52,6 +53,7 @@ def test_the_policy_learns_to_repeat_the_word_that_is_rewarded(initial: str, alg
     assert sum(m["proxy"] for m in metrics[-3:]) / 3 > metrics[0]["proxy"] + 1.5
 
 
+@pytest.mark.platform
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_every_weight_moves_in_one_step_and_the_reference_does_not(initial: str, algorithm: str) -> None:
     cfg = rl.policy_config(algorithm)
