@@ -32,6 +32,7 @@ INSTALL = [
     "accelerate>=1.15,<2",  # transformers opens a model without its weights by it, to check what they are
     "einops>=0.8.2,<0.9",
     "sentencepiece>=0.2.3,<0.3",
+    "packaging>=24.2,<27",
     "pyyaml>=6.0.3,<7",
     "pydantic>=2.14.4,<3",
     "typing-extensions>=4.15,<5",

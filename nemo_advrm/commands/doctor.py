@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
-import platform
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,12 +11,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from nemo_advrm import tried_versions
 from nemo_advrm.config.schema import Config, ModelConfig
 from nemo_advrm.engine import transformer_engine
 
 FP8_CAPABILITY, MXFP8_CAPABILITY = (8, 9), (10, 0)
 
-REQUIRED = ("torch", "megatron-core", "nemo-toolkit", "lightning", "transformers")
+REQUIRED = ("torch", "megatron-core", "nemo-toolkit", "lightning", "transformers", "numpy")
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,10 @@ def main(cfg: Config) -> int:
 
 def findings(model: ModelConfig) -> list[Finding]:
     """Returns all findings, required parts first, and the fused kernels that ``model`` would use here."""
-    rows = [Finding("Python", platform.python_version(), "all tests run on 3.11, a part of them on 3.12")]
+    here = tried_versions.installed()
+    rows = [Finding("Python", here["python"], _python(here["python"]))]
     rows += [_required(package) for package in REQUIRED]
-    rows += [_transformer_engine(), _apex()]
+    rows += [_transformer_engine(), _tried_set(here), _apex()]
     try:
         import torch
     except ImportError:
@@ -69,7 +70,21 @@ def _required(package: str) -> Finding:
     version = _version(package)
     if version is None:
         return Finding(package, "absent", "required: run make setup, or pip install nemo_advrm", False)
-    return Finding(package, version, "")
+    return Finding(package, version, tried_versions.compare(package, version))
+
+
+def _python(version: str) -> str:
+    """Returns whether a release of this 3.x was tried."""
+    tried = [one.versions["python"] for one in tried_versions.TRIED]
+    if version.rpartition(".")[0] in {one.rpartition(".")[0] for one in tried}:
+        return "tried"
+    return f"untested: {', '.join(sorted(set(tried)))} were tried"
+
+
+def _tried_set(here: dict[str, str]) -> Finding:
+    """Returns whether the versions of this environment ran together."""
+    together, meaning = tried_versions.compare_set(here)
+    return Finding("Tried versions", "yes" if together else "no", f"{meaning} (docs/install.md)", together)
 
 
 def _transformer_engine() -> Finding:
@@ -79,7 +94,8 @@ def _transformer_engine() -> Finding:
         return Finding(name, "absent", f"{lost}. On a GPU: pip install 'nemo_advrm[gpu]'", False)
     if fault := transformer_engine.import_error():
         return Finding(name, version, f"{fault}; treated as absent", False)
-    return Finding(name, version, "FP8 and fused layers can be used by runs on a GPU")
+    tried = tried_versions.compare("transformer-engine", version)
+    return Finding(name, version, f"{tried}. FP8 and fused layers can be used by runs on a GPU")
 
 
 def _apex() -> Finding:
