@@ -20,7 +20,8 @@ WORKERS ?= 2
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-SHELL_SCRIPTS := slurm/*.sh slurm/*.sbatch slurm/site.sh.example tests/slurm/setup.sh .ci/run .ci/find_python
+SHELL_SCRIPTS := slurm/*.sh slurm/*.sbatch slurm/site.sh.example tests/slurm/setup.sh docker/install.sh .ci/run \
+  .ci/find_python
 ALIGNER_VENV ?= .venv-aligner
 ALIGNER_PINS := tests/aligner/requirements.txt tests/aligner/requirements-no-deps.txt
 ALIGNER_STAMP := $(ALIGNER_VENV)/.installed-$(shell cat $(ALIGNER_PINS) | sha256sum | cut -c1-16)
@@ -91,6 +92,7 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/shellcheck --external-sources --source-path=SCRIPTDIR $(SHELL_SCRIPTS)
+	$(BIN)/hadolint docker/Dockerfile
 
 docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet

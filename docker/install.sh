@@ -1,0 +1,49 @@
+#!/usr/bin/env bash
+# Installs nemo_advrm over a Python that has NVIDIA's builds of PyTorch, Transformer Engine, Apex and Megatron-Core:
+# an image's, or a cluster's module. These stay as they are.
+#
+#   docker/install.sh WHEEL FOLDER [EXTRA...]        docker/install.sh dist/nemo_advrm-*.whl /opt/nemo_advrm serve
+#
+# FOLDER becomes a virtual environment that sees the packages of that Python (PYTHON, default python3) and holds what they
+# lack. Packages of GPU code are kept whatever their version; others are installed anew if nemo_advrm asks for a newer one.
+# ALSO_KEEP="pydantic protobuf" names more to keep, ALSO_KEEP="*" all: pip then fails if one does not fit.
+#
+# Rejected: pip install into the image's own environment, where pip removes what it upgrades, and cannot upgrade what
+# Debian installed; the image's constraints (PIP_CONSTRAINT), which also hold what nemo_advrm needs newer.
+set -euo pipefail
+
+if (($# < 2)); then
+    echo "usage: install.sh WHEEL FOLDER [EXTRA...]" >&2
+    exit 2
+fi
+wheel=$1 folder=$2
+shift 2
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+python=$(command -v "${PYTHON:-python3}") || { echo "error: no ${PYTHON:-python3} on the path: name one in PYTHON" >&2; exit 2; }
+[[ -f $wheel ]] || { echo "error: no wheel $wheel" >&2; exit 2; }
+[[ ! -e $folder ]] || { echo "error: $folder exists" >&2; exit 2; }
+unset PIP_CONSTRAINT
+
+plan=$(mktemp -d)
+trap 'rm -rf "$plan"' EXIT
+# A half-made environment does not look like one.
+trap 'rm -rf "$folder"; echo "error: nemo_advrm was not installed; nothing of the image was changed" >&2' ERR
+
+"$python" "$here/kept_packages.py" plan "$plan" "$wheel" "$@"
+# without pip: Debian's Python has none for new environments, and the image's own works on both
+"$python" -m venv --without-pip --system-site-packages "$folder"
+# NeMo's image keeps its packages in a virtual environment, which is no system for another one
+"$python" - "$folder" <<'END'
+import sys, sysconfig
+from pathlib import Path
+
+if sys.prefix != sys.base_prefix:
+    new = Path(sysconfig.get_path("purelib", vars={"base": sys.argv[1]}))
+    own = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
+    (new / "image.pth").write_text("".join(f"import site; site.addsitedir({path!r})\n" for path in sorted(own)))
+END
+pip=("$python" -m pip --python "$folder/bin/python" install --no-cache-dir --disable-pip-version-check)
+"${pip[@]}" --constraint "$plan/constraints.txt" --requirement "$plan/requirements.txt"
+"${pip[@]}" --no-deps "$wheel"
+"$folder/bin/python" "$here/kept_packages.py" check "$plan"
+echo "installed: $folder/bin/nemo-advrm"
