@@ -30,17 +30,20 @@ trap 'rm -rf "$plan"' EXIT
 trap 'rm -rf "$folder"; echo "error: nemo_advrm was not installed; nothing of the image was changed" >&2' ERR
 
 "$python" "$here/kept_packages.py" plan "$plan" "$wheel" "$@"
-# without pip: Debian's Python has none for new environments, and the image's own works on both
-"$python" -m venv --without-pip --system-site-packages "$folder"
-# NeMo's image keeps its packages in a virtual environment, which is no system for another one
+# Without pip: Debian's Python has none for new environments, and the image's own installs into any. NeMo's image keeps
+# its packages in a virtual environment, which is no system for another one: its folder is named in a .pth file.
 "$python" - "$folder" <<'END'
-import sys, sysconfig
+import sys, sysconfig, venv
 from pathlib import Path
 
-if sys.prefix != sys.base_prefix:
-    new = Path(sysconfig.get_path("purelib", vars={"base": sys.argv[1]}))
-    own = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
-    (new / "image.pth").write_text("".join(f"import site; site.addsitedir({path!r})\n" for path in sorted(own)))
+folder, prefix = sys.argv[1], Path(sys.prefix)
+nested = sys.prefix != sys.base_prefix
+system = not nested or "include-system-site-packages = true" in (prefix / "pyvenv.cfg").read_text().lower()
+venv.create(folder, system_site_packages=system, symlinks=True)
+if nested:
+    image = sorted({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")})
+    own = Path(sysconfig.get_path("purelib", vars={"base": folder}))
+    (own / "image.pth").write_text("".join(f"import site; site.addsitedir({path!r})\n" for path in image))
 END
 pip=("$python" -m pip --python "$folder/bin/python" install --no-cache-dir --disable-pip-version-check)
 "${pip[@]}" --constraint "$plan/constraints.txt" --requirement "$plan/requirements.txt"

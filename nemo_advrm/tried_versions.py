@@ -45,7 +45,7 @@ def _on_cpu(python: str, torch: str, megatron_core: str, numpy: str, **others: s
 TRIED = (
     TriedSet(
         "2026-11-28",
-        "CPU: all fast and slow tests, the pipeline, the study",
+        "CPU: all tests, the pipeline and the study, over several commits",
         _on_cpu("3.11.7", "2.13.0", "0.16.1", numpy="2.4.6"),
     ),
     TriedSet(

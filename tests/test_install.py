@@ -85,7 +85,7 @@ def in_between(one: Requirement) -> str:
 
 def environment(folder: Path, packages: Mapping[str, str], modules: Mapping[str, str] = {}) -> Path:
     """A virtual environment with this pip and these packages; returns its Python."""
-    venv.create(folder, with_pip=False)
+    venv.create(folder, symlinks=True)
     site_packages = next((folder / "lib").glob("python*/site-packages"))
     import pip
 

@@ -78,12 +78,15 @@ def test_every_python_gets_a_megatron_core_that_exists_for_it() -> None:
     assert not any("0.17.0" in r.specifier for r in wanted if r.marker.evaluate({"python_version": "3.11"}))
 
 
+# One round with an attack, RLHF on the hardened model, best of n and the report, in two workers.
 SHORT = [
     "experiment=synthetic",
-    *("stage.sft.trainer.max_steps=2", "stage.train_rm.trainer.max_steps=2", "rl.max_steps=1"),
-    *("synthetic.sft_rows=100", "synthetic.preference_pairs=40", "synthetic.validation_pairs=20"),
-    *("sft_statistics.num_prompts=16", "sft_statistics.samples_per_prompt=3"),
-    *("pipeline.rounds=0", "pipeline.rlhf={}", "pipeline.best_of_n=false", "pipeline.room=", "rl.held_out_prompts=4"),
+    *("stage.sft.trainer.max_steps=20", "stage.train_rm.trainer.max_steps=6", "rl.max_steps=3"),
+    *("synthetic.sft_rows=500", "synthetic.preference_pairs=60", "synthetic.validation_pairs=20"),
+    *("sft_statistics.num_prompts=32", "sft_statistics.samples_per_prompt=3", "adversarial.held_out_prompts=0"),
+    *("selection.threshold_z=0.5", "selection.null_ratio=0", "selection.last_fraction=1", "augmentation.warm_steps=2"),
+    *("reward_model.reference_features=[]", "~pipeline.rlhf.r1_kl", "~pipeline.rlhf.hybrid", "rl.held_out_prompts=4"),
+    *("best_of_n.prompts=4", "best_of_n.samples=4", "pipeline.room=", "pipeline.jobs=2"),
 ]
 
 
@@ -116,7 +119,11 @@ def test_an_installed_wheel_runs_the_pipeline_from_any_directory(wheel: Path, tm
     assert "pipeline" in run("--help")
     run("pipeline", *SHORT)
     (state,) = elsewhere.glob("runs/*/state.json")
-    assert all(stage["status"] == "complete" for stage in json.loads(state.read_text())["stages"].values())
+    stages = json.loads(state.read_text())["stages"]
+    assert {"round_0/attack", "round_0/select", "round_1/rm_1", "rlhf/adv_rm", "report"} <= set(stages)
+    assert all(stage["status"] == "complete" for stage in stages.values())
+    assert "<html" in (state.parent / "report" / "index.html").read_text()
+    assert run("report", str(state.parent))  # its templates are of the wheel, too
     where = "import nemo_advrm, pathlib; print(pathlib.Path(nemo_advrm.__file__).parent)"
     found = subprocess.run([python, "-c", where], capture_output=True, text=True, cwd=elsewhere).stdout.strip()
     assert Path(found) == purelib / "nemo_advrm"

@@ -60,6 +60,11 @@ def test_the_lower_bounds_of_setup_py_were_tried() -> None:
         assert bounds[package] == tried, package
 
 
+def test_the_page_on_installation_holds_the_table() -> None:
+    made = "python -m nemo_advrm.tried_versions"
+    assert tried_versions.table() in (ROOT / "docs" / "install.md").read_text(), f"put in what this prints: {made}"
+
+
 @pytest.mark.parametrize(
     ("version", "said"),
     [
