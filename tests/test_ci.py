@@ -111,7 +111,7 @@ def test_without_such_a_python_without_space_or_when_set_up_fails_the_rest_runs_
 
 def test_a_set_up_that_does_not_end_is_stopped_when_time_is_short(checkout: Checkout) -> None:
     (checkout.path / "hangs").write_text("setup")
-    status, last, calls = checkout.run(minutes=5)
+    status, last, calls = checkout.run(minutes=9)
     assert (status, calls) == (0, FIRST)
     assert "its set-up took too long" in last and "test-slurm (no time)" in last
 
