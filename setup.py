@@ -14,7 +14,7 @@ README = ROOT / "README.md"
 # The lower bound of every requirement is the oldest version that was tried; the upper bound is the next release that
 # may break an interface used here. torch has no upper bound: NVIDIA's containers bring a build of their own.
 INSTALL = [
-    "torch>=2.11",
+    "torch>=2.9.1",
     "nemo_toolkit[core]>=3.0.0,<3.1",
     # 0.16 is the last series for Python 3.11; what differs between the series is in nemo_advrm/engine/compat.py
     "megatron-core>=0.16.1,<0.17; python_version < '3.12'",
