@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from nemo_advrm import __version__, signals
+from nemo_advrm import __version__, parent_process, signals
 from nemo_advrm.command_table import COMMANDS
 from nemo_advrm.errors import (
     EXIT_PREEMPTED,
@@ -154,6 +154,7 @@ def run_command(name: str, words: Sequence[str]) -> int | None:
 
 
 def _dispatch(words: list[str]) -> int | None:
+    parent_process.end_with_parent()
     if not words or words[0] in ("-h", "--help", "help"):
         print(_help())
         return 0 if words else EXIT_USER_ERROR

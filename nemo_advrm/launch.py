@@ -13,13 +13,12 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from nemo_advrm import signals
+from nemo_advrm import parent_process, signals
 from nemo_advrm.config.schema import Config
 from nemo_advrm.errors import EXIT_PREEMPTED, ConfigError
+from nemo_advrm.parent_process import SHUTDOWN_SECONDS
 from nemo_advrm.rank_info import RankInfo, host_name
 
-# time for the processes to save their state after a TERM, before they are killed
-SHUTDOWN_SECONDS = 90
 # between two checks for a signal to forward
 POLL_SECONDS = 0.1
 
@@ -64,7 +63,7 @@ def _run(command: list[str], processes: int) -> int:
         shutdown_timeout=SHUTDOWN_SECONDS,
         signals_to_handle="SIGINT,SIGHUP,SIGQUIT",  # at TERM it would end with 143 whatever the processes have saved
     )
-    with signals.owned(), _signals_forwarded():
+    with signals.owned(), _signals_forwarded(), parent_process.inherited():
         try:
             elastic_launch(config, command[0])(*command[1:])
         except ChildFailedError as failed:

@@ -6,7 +6,7 @@ import os
 import socket
 from dataclasses import dataclass, field
 
-# "NUMBER PID" in a worker of a pipeline (see nemo_advrm.pipeline.workers): its number, from 1, and its parent process
+# in a worker of a pipeline (see nemo_advrm.pipeline.workers): its number, from 1
 WORKER = "NEMO_ADVRM_WORKER"
 
 
@@ -57,4 +57,4 @@ def is_distributed() -> bool:
 
 def worker() -> int:
     """Number of this pipeline worker, from 1; 0 in any other process."""
-    return int(os.environ.get(WORKER, "0").split()[0])
+    return int(os.environ.get(WORKER, "0"))

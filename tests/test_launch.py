@@ -6,11 +6,14 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
+from nemo_advrm import cli, parent_process
 from nemo_advrm.rank_info import RankInfo
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
@@ -101,3 +104,50 @@ def test_a_signal_reaches_processes_that_start_later_and_one_that_cannot_hear_it
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 75
     assert done.stderr.splitlines()[-1] == "stopped by SIGTERM before the first step: nothing is lost"
+
+
+# as a rank of the command does; with `deaf` it ignores TERM, as one that hangs
+_RANK = """
+import os, signal, sys, time
+from pathlib import Path
+from nemo_advrm import parent_process, signals
+parent_process.SHUTDOWN_SECONDS = 1
+home, deaf = Path({home!r}), {deaf}
+with signals.owned():
+    parent_process.end_with_parent()
+    (home / f"pid_{{os.environ['RANK']}}").write_text(str(os.getpid()))
+    while deaf or not signals.received():
+        time.sleep(0.02)
+    (home / f"saved_{{os.environ['RANK']}}").write_text(signals.received())
+"""
+
+
+@pytest.mark.parametrize("deaf", [False, True])
+def test_the_processes_end_when_their_launcher_is_killed(tmp_path: Path, deaf: bool) -> None:
+    launcher = launch(_RANK.format(home=str(tmp_path), deaf=deaf))
+    paths, deadline = [tmp_path / "pid_0", tmp_path / "pid_1"], time.monotonic() + 60
+    while not all(path.exists() and path.read_text() for path in paths):
+        assert time.monotonic() < deadline and launcher.poll() is None
+        time.sleep(0.05)
+    ranks = [psutil.Process(int(path.read_text())) for path in paths]
+    assert all(rank.is_running() for rank in ranks)
+    launcher.kill()
+    launcher.communicate(timeout=60)
+    _, alive = psutil.wait_procs(ranks, timeout=60)
+    assert not alive
+    saved = {path.name: path.read_text() for path in tmp_path.glob("saved_*")}
+    assert saved == ({} if deaf else {"saved_0": "SIGTERM", "saved_1": "SIGTERM"})
+
+
+def test_processes_of_another_launcher_are_not_watched(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")  # torchrun's
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    before = threading.active_count()
+    parent_process.end_with_parent()
+    assert threading.active_count() == before
+
+
+def test_a_process_whose_launcher_is_gone_already_starts_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    with parent_process.inherited():  # this process is not its own parent
+        assert cli.main(["--version"]) == 75
+    assert "the command that started this process has ended: the same command resumes" in capsys.readouterr().err

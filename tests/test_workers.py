@@ -19,13 +19,13 @@ from nemo_advrm.pipeline.workers import Worker
 
 DISTRIBUTED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_STEP_NUM_TASKS")
 SAYS_PID = "import os, sys, time; from pathlib import Path\n"
-SAYS_PID += "number = os.environ['NEMO_ADVRM_WORKER'].split()[0]\n"
+SAYS_PID += "number = os.environ['NEMO_ADVRM_WORKER']\n"
 SAYS_PID += "Path(os.environ['HOME_OF_TEST'], f'pid_{number}').write_text(str(os.getpid()))\n"
 SLEEPS = SAYS_PID + "time.sleep(60)"
 # as a worker of the command does: it hears signals, and ends when its parent does
 SAVES = SAYS_PID.replace("pid_", "early_") + "from nemo_advrm import signals\n"
-SAVES += "from nemo_advrm.pipeline import workers\n"
-SAVES += "with signals.owned():\n    workers._end_with_parent()\n" + "    " + SAYS_PID.splitlines()[-1]
+SAVES += "from nemo_advrm.parent_process import end_with_parent\n"
+SAVES += "with signals.owned():\n    end_with_parent()\n" + "    " + SAYS_PID.splitlines()[-1]
 SAVES += "\n    while not signals.received(): time.sleep(0.02)\n    Path(os.environ['HOME_OF_TEST'], f'saved_{number}')"
 SAVES += ".write_text(signals.received())\n    sys.exit(75)"
 

@@ -7,7 +7,6 @@ locks of the steps), so that they need no scheduler and do not talk to each othe
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import math
 import os
 import signal
@@ -17,13 +16,12 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from nemo_advrm import signals
+from nemo_advrm import parent_process, signals
 from nemo_advrm.config.schema import Config
-from nemo_advrm.errors import EXIT_PREEMPTED, ConfigError, Preempted
-from nemo_advrm.launch import POLL_SECONDS, SHUTDOWN_SECONDS, child_exit_status
+from nemo_advrm.errors import EXIT_PREEMPTED, ConfigError
+from nemo_advrm.launch import POLL_SECONDS, child_exit_status
+from nemo_advrm.parent_process import SHUTDOWN_SECONDS
 from nemo_advrm.rank_info import WORKER, is_distributed, worker
-
-_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -41,7 +39,6 @@ def supervise(cfg: Config, argv: list[str]) -> int | None:
     to all workers. No worker is left running when this returns or raises.
     """
     if worker():
-        _end_with_parent()
         return None
     workers = plan(cfg)
     if len(workers) == 1:
@@ -102,7 +99,7 @@ def _run(command: list[str], workers: list[Worker]) -> int:
     children: dict[int, subprocess.Popen[bytes]] = {}
     try:
         for one in workers:
-            environment = {**os.environ, WORKER: f"{one.number} {os.getpid()}"}
+            environment = {**os.environ, **parent_process.environment(), WORKER: str(one.number)}
             if one.gpus is not None:
                 environment["CUDA_VISIBLE_DEVICES"] = ",".join(one.gpus)
             # in a process group of its own, so that ctrl-C reaches this process only, which forwards it once
@@ -177,12 +174,3 @@ def _kill(pid: int) -> None:
         for each in (*process.children(recursive=True), process):
             with contextlib.suppress(psutil.Error):
                 each.kill()
-
-
-def _end_with_parent() -> None:
-    """Makes the kernel send SIGTERM to this worker when the command that started it is killed."""
-    if "RANK" in os.environ:  # a rank of a worker with several processes: the worker forwards the signal
-        return
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != int(os.environ[WORKER].split()[1]):
-        raise Preempted("the command that started this worker has ended: the same command resumes")
