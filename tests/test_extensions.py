@@ -18,6 +18,7 @@ from nemo_advrm.config.schema import SelectionConfig
 from nemo_advrm.data.jsonl import read_jsonl
 from nemo_advrm.data.messages import Message
 from nemo_advrm.data.sft_scores import SFTScores
+from nemo_advrm.detectors.base import HIDDEN_STATES
 from nemo_advrm.engine.runtime import Runtime
 from nemo_advrm.engine.scoring import scores_and_hidden_states
 from nemo_advrm.errors import ConfigError
@@ -74,7 +75,7 @@ def test_a_detector_from_outside_reads_hidden_states(settings: list[str], tmp_pa
     cfg = load_config([*settings, *own])
     target = load_members(cfg, cfg.ensemble.members, TOKENIZER)[1]
     assert isinstance(target, MegatronReward)
-    sft_ND = SFTScores.read(run / "reference.jsonl").hidden_states[1]
+    sft_ND = SFTScores.read(run / "reference.jsonl", [HIDDEN_STATES]).hidden_states[1]
     known = [torch.arange(len(sft_ND)) % 3 != part for part in range(3)]  # three responses to each prompt
     means = [sft_ND[rows].mean(0) for rows in known]
     for row in rows_of(run / "attack" / "samples.jsonl"):

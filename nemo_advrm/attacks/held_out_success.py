@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from nemo_advrm.rewards.features import ReferenceFeatures
 from nemo_advrm.rewards.find_rule import FindRule
 from nemo_advrm.rewards.limits import prompts_with_room
 from nemo_advrm.rewards.sample_rows import gold_and_z, trajectory_rows
-from nemo_advrm.rewards.sft_responses import read_sft_scores, sample_sft_scores
+from nemo_advrm.rewards.sft_responses import read_for_attack, sample_sft_scores
 from nemo_advrm.rollouts.base import RolloutEngine, rollout_engine
 from nemo_advrm.rollouts.run_prompts import encode_prompts, held_out_prompts
 from nemo_advrm.rollouts.sample import sample
@@ -47,6 +47,7 @@ class HeldOut:
     sft_responses: SFTScores
     gold: RewardSource | None
     sft_policy: ReferenceFeatures | None = None
+    _rules: dict[int, FindRule] = field(default_factory=dict, init=False, repr=False)
 
     def measure(self, adversary: MegatronModel, target: int, home: Path) -> dict[str, Any]:
         """Returns RATES of the adversary's responses, and under ``null`` those of the SFT responses; all ranks call.
@@ -62,7 +63,7 @@ class HeldOut:
         gold_N, gold_z_N = gold_and_z(self.gold, rollouts, self.sft_responses)
         rows = trajectory_rows(rollouts, reward_output, target, home.name, 0, gold_N, gold_z_N)
         run_on_rank_zero(write_jsonl_atomic, home / "held_out.jsonl", rows)
-        rule = FindRule(self.cfg, self.sft_responses, target, self.tokenizer)
+        rule = self._rule(target)
         z_N = reward_output.details["z"][:, target_index]
         return {
             "prompts": len(self.prompts),
@@ -82,6 +83,12 @@ class HeldOut:
             None if gold_z_PN is None else gold_z_PN.flatten(),
             rule.null_share,
         )
+
+    def _rule(self, target: int) -> FindRule:
+        """Returns the rule of a target, whose measures of the SFT responses all of its adversaries share."""
+        if target not in self._rules:
+            self._rules[target] = FindRule(self.cfg, self.sft_responses, target, self.tokenizer)
+        return self._rules[target]
 
     @cached_property
     def _engine(self) -> RolloutEngine:
@@ -135,5 +142,5 @@ def held_out_set(
     path = directory / HELD_OUT_REFERENCE
     reader = attack_reader(cfg, members, sft_policy)
     sample_sft_scores(cfg, tokenizer, path, encoded, reader, gold, sampling_seed(cfg))
-    sft_responses = run_on_rank_zero(read_sft_scores, path, encoded)
+    sft_responses = read_for_attack(cfg, path, encoded)
     return HeldOut(cfg, tokenizer, encoded, members, sft_responses, gold, sft_policy)

@@ -17,6 +17,7 @@ from nemo_advrm.data.pair_store import AdversarialPair, PairStore
 from nemo_advrm.data.run_records import ATTACK_SAMPLE, RESTORE_ROWS, read_rows
 from nemo_advrm.data.sft_scores import SFTScores
 from nemo_advrm.data.tokenizers import build_tokenizer
+from nemo_advrm.detectors.base import features_of
 from nemo_advrm.errors import ConfigError, DataError
 from nemo_advrm.objectives.selection import AFTER_FINDS, first_step, select_pairs, text_signature
 from nemo_advrm.rewards.find_rule import FindRule, falls_short
@@ -40,7 +41,7 @@ def select_round(cfg: Config, directory: Path, round_number: int, seed: int) -> 
     """
     check_rule(cfg, directory / "attack")
     tokenizer = build_tokenizer(cfg.model.tokenizer)  # the policy's tokenizer
-    sft_responses = SFTScores.read(directory / "reference.jsonl")
+    sft_responses = SFTScores.read(directory / "reference.jsonl", features_of(cfg.adversarial.detector))
     path = directory / "attack" / "samples.jsonl"
     # a repeated selection ignores the marks of the one before
     rows: list[dict[str, Any]] = []
@@ -176,7 +177,7 @@ def random_pairs(cfg: Config, home: Path, count: int, seed: int, round_number: i
     and ``wrong_labels``. Raises ConfigError when ``home/reference.jsonl`` has too few such responses.
     """
     tokenizer = build_tokenizer(cfg.model.tokenizer)
-    sft_responses = SFTScores.read(home / "reference.jsonl")
+    sft_responses = SFTScores.read(home / "reference.jsonl", features_of(cfg.adversarial.detector))
     rules = [FindRule(cfg, sft_responses, target, tokenizer) for target in cfg.adversarial.target_members]
     usable_PI, sft_PN = rules[0].usable_PI, sft_responses.responses_PN
     sides = [ChosenSide(cfg.selection, sft_responses, usable_PI, rule.target, seed) for rule in rules]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -83,10 +84,15 @@ class AttackRun:
         """
         home = self.directory / policy_name(target, number)
         if _finished_adversary(home) is None:
-            held_out = held_out_set(
-                self.cfg, self.tokenizer, self.directory, self.prompts, self.members, self.gold, self.sft_policy
-            )
+            held_out = self._held_out  # all ranks sample its SFT responses, before the attack
             self._find(home, target, derive_seed(self.seed, "attack", target, number), held_out)
+
+    @cached_property
+    def _held_out(self) -> HeldOut | None:
+        """The held-out prompts, read once for all adversaries, and with them the detectors that are fitted to them."""
+        return held_out_set(
+            self.cfg, self.tokenizer, self.directory, self.prompts, self.members, self.gold, self.sft_policy
+        )
 
     def _find(self, home: Path, target: int, seed: int, held_out: HeldOut | None) -> None:
         """Runs one attack into ``home`` and marks it finished."""

@@ -10,12 +10,11 @@ from nemo_advrm.config.schema import Config
 from nemo_advrm.config.validation import check_held_out
 from nemo_advrm.data.tokenizers import build_tokenizer
 from nemo_advrm.engine import runtime
-from nemo_advrm.engine.collectives import run_on_rank_zero
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.rewards.detector_features import attack_reader, check_detector
 from nemo_advrm.rewards.hybrid import Opened, open_sft_policy
 from nemo_advrm.rewards.limits import prompts_with_room
-from nemo_advrm.rewards.sft_responses import read_sft_scores, sample_sft_scores
+from nemo_advrm.rewards.sft_responses import read_for_attack, sample_sft_scores
 from nemo_advrm.rewards.sources import build_gold, load_members
 from nemo_advrm.rollouts.run_prompts import attack_prompts, encode_prompts
 from nemo_advrm.run_directory import run_dir
@@ -43,7 +42,7 @@ def main(cfg: Config) -> int:
     sft_policy = open_sft_policy(cfg, tokenizer, cfg.pretrained_checkpoint.restore_from_path, opened)
     path, reader = directory / "reference.jsonl", attack_reader(cfg, members, sft_policy)
     sample_sft_scores(cfg, tokenizer, path, prompts, reader, gold, derive_seed(cfg.seed, "reference"))
-    sft_responses = run_on_rank_zero(read_sft_scores, path, prompts)
+    sft_responses = read_for_attack(cfg, path, prompts)
     home = directory / "attack"
     attack = AttackRun(cfg, tokenizer, home, prompts, members, sft_responses, gold, cfg.seed, sft_policy)
     summary = attack.run()

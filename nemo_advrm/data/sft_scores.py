@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,8 @@ class SFTScores:
         gold_PN: gold rewards, or None where the run has none.
         ended_PN: False where the length limit cut a response off; None (older files) means that all ended.
         tokens_PN: the policy's token ids of the responses; None when the file has none.
-        hidden_states: of the responses, [P * n, D], by index of the member; those that the attack's detector reads.
+        hidden_states: of the responses, [P * n, D], by index of the member; those of the attacked members if the
+            attack's detector reads them.
         log_probs_PN: of the responses under the SFT policy, in nats; None unless the attack's detector reads them.
         lengths_PN: the number of tokens that ``log_probs_PN`` sum over; None where there are none.
     """
@@ -63,7 +64,7 @@ class SFTScores:
     def detector(self, name: str, target: int) -> StandardisedDetector:
         """Return the detector ``name`` for the member of index ``target``, fitted to these responses once.
 
-        Raises ConfigError when they lack what the detector reads, because they were scored for another one.
+        Raises ConfigError when they lack what the detector reads: they were scored, or read, for another one.
         """
         if (name, target) not in self._detectors:
             detector, features = build_detector(name), self.features(target)
@@ -114,8 +115,12 @@ class SFTScores:
         return z_B.reshape(prompts, count) * ((count + 1) / (count - 1)) ** 0.5
 
     @classmethod
-    def read(cls, path: Path) -> SFTScores:
-        """Read ``reference.jsonl`` and the hidden states beside it.
+    def read(cls, path: Path, reads: Collection[str] = ()) -> SFTScores:
+        """Read ``reference.jsonl``, and what a detector reads of the responses besides their scores.
+
+        Args:
+            reads: :attr:`nemo_advrm.detectors.base.Detector.reads` of the detector that will be asked for. Hidden
+                states are a file of their own, of gigabytes for a large model, and are only read if they are named.
 
         Raises DataError for a malformed row, when prompts have unequal numbers of samples, and for hidden states that
         are damaged.
@@ -133,7 +138,9 @@ class SFTScores:
             raise DataError(f"{path}: incomplete SFT scores (prompts or samples are missing); remove the file")
         rows = [grouped[i] for i in range(len(grouped))]
         gold = [[r.get("gold") for r in group] for group in rows]
-        log_probs, lengths = _column(rows, "log_prob"), _column(rows, "log_prob_tokens")
+        log_probs = lengths = None
+        if LOG_PROBS in reads:
+            log_probs, lengths = _column(rows, "log_prob"), _column(rows, "log_prob_tokens")
         count = sum(map(len, rows))
         return cls(
             [tuple(group[0]["messages"]) for group in rows],
@@ -142,7 +149,7 @@ class SFTScores:
             None if gold[0][0] is None else torch.tensor(gold, dtype=torch.float32),
             [[r.get("ended") is not False for r in group] for group in rows],
             _column(rows, "tokens"),
-            read_hidden_states(beside(path), count),
+            read_hidden_states(beside(path), count) if HIDDEN_STATES in reads else {},
             None if log_probs is None else torch.tensor(log_probs, dtype=torch.float32),
             None if lengths is None else torch.tensor(lengths),
         )

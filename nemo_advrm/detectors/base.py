@@ -198,5 +198,10 @@ def build_detector(name: str) -> Detector:
     return detector
 
 
+def features_of(name: str) -> Collection[str]:
+    """What the detector that ``adversarial.detector`` names reads."""
+    return build_detector(name).reads
+
+
 def _root_mean_square(values_S: Tensor) -> float:
     return float(values_S.square().mean().sqrt())

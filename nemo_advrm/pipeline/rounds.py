@@ -50,7 +50,7 @@ from nemo_advrm.rewards.detector_features import attack_reader
 from nemo_advrm.rewards.ensemble import UncertaintyReward
 from nemo_advrm.rewards.features import ReferenceFeatures
 from nemo_advrm.rewards.hybrid import Opened, open_sft_policy
-from nemo_advrm.rewards.sft_responses import policy_to_sample, read_rollouts, read_sft_scores, write_sft_scores
+from nemo_advrm.rewards.sft_responses import policy_to_sample, read_for_attack, read_rollouts, write_sft_scores
 from nemo_advrm.rewards.sources import build_gold, load_members
 from nemo_advrm.rewards.standardisation import combined
 from nemo_advrm.rollouts.base import rollout_engine
@@ -168,7 +168,7 @@ class Rounds:
         home = self._home(step.branch, step.round)
         members, sft_policy = self._attacked(step)
         prompts, seed = self.inputs.prompts, derive_seed(self.cfg.seed, "attack", step.round)
-        sft = run_on_rank_zero(read_sft_scores, home / "reference.jsonl", prompts)
+        sft = read_for_attack(cfg, home / "reference.jsonl", prompts)
         attack = AttackRun(cfg, self.tokenizer, home / "attack", prompts, members, sft, self.gold, seed, sft_policy)
         attack.train(*step.adversary)
 

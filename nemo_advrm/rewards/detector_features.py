@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nemo_advrm.config.schema import Config
-from nemo_advrm.detectors.base import HIDDEN_STATES, LOG_PROBS, Features, build_detector
+from nemo_advrm.detectors.base import HIDDEN_STATES, LOG_PROBS, Features, features_of
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.rewards.base import (
     HiddenStateSource,
@@ -70,7 +70,7 @@ class FeatureReader:
         targets: Sequence[int] = (),
         sft_policy: ReferenceFeatures | None = None,
     ) -> None:
-        reads = build_detector(detector).reads if detector else ()
+        reads = features_of(detector) if detector else ()
         self.members = members
         self.hidden_of = set(targets) if HIDDEN_STATES in reads else set()
         for target in sorted(self.hidden_of):
@@ -109,7 +109,7 @@ def attack_reader(cfg: Config, members: Sequence[RewardSource], sft_policy: Refe
 
 def check_detector(cfg: Config) -> None:
     """Raises ConfigError before anything is loaded when an attacked member cannot give what the detector reads."""
-    if HIDDEN_STATES not in build_detector(cfg.adversarial.detector).reads:
+    if HIDDEN_STATES not in features_of(cfg.adversarial.detector):
         return
     specs = parse_members(cfg.ensemble.members)
     for target in cfg.adversarial.target_members:

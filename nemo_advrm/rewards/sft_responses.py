@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ from nemo_advrm.data.hidden_states import beside, write_hidden_states
 from nemo_advrm.data.jsonl import write_jsonl_atomic
 from nemo_advrm.data.sft_scores import SFTScores
 from nemo_advrm.data.tokenizers import Tokenizer
+from nemo_advrm.detectors.base import features_of
 from nemo_advrm.engine.builders import build_policy
 from nemo_advrm.engine.collectives import run_on_rank_zero
 from nemo_advrm.errors import DataError
@@ -79,9 +81,12 @@ def finished_line(sft_responses: SFTScores) -> str:
     return f"{line}\nwarning: most were cut off, and a cut-off one is never chosen: raise rl.max_new_tokens"
 
 
-def read_sft_scores(path: Path, prompts: list[Prompt]) -> SFTScores:
-    """Reads ``reference.jsonl``; raises DataError for a bad file and for one with other prompts than the run's."""
-    sft_responses = SFTScores.read(path)
+def read_sft_scores(path: Path, prompts: list[Prompt], reads: Collection[str] = ()) -> SFTScores:
+    """Reads ``reference.jsonl`` and what a detector ``reads``, see :meth:`SFTScores.read`.
+
+    Raises DataError for a bad file and for one with other prompts than the run's.
+    """
+    sft_responses = SFTScores.read(path, reads)
     cure = "restore it, or remove it to sample the responses again"
     if len(sft_responses.prompts_P) != len(prompts):
         raise DataError(f"{path} has {len(sft_responses.prompts_P)} prompts, the run has {len(prompts)}: {cure}")
@@ -89,6 +94,11 @@ def read_sft_scores(path: Path, prompts: list[Prompt]) -> SFTScores:
         if prompt.messages != found:
             raise DataError(f"{path}: prompt_id={prompt.index} is not the run's prompt of that number: {cure}")
     return sft_responses
+
+
+def read_for_attack(cfg: Config, path: Path, prompts: list[Prompt]) -> SFTScores:
+    """Reads ``path`` on rank 0 for all ranks, with what the attack's detector reads; see :func:`read_sft_scores`."""
+    return run_on_rank_zero(read_sft_scores, path, prompts, features_of(cfg.adversarial.detector))
 
 
 def read_rollouts(path: Path, prompts: list[Prompt], tokenizer: Tokenizer) -> Rollouts:

@@ -15,9 +15,11 @@ from transformers import AutoModelForSequenceClassification, BertConfig, BertFor
 
 from nemo_advrm import cli
 from nemo_advrm.config.schema import AdversarialConfig
+from nemo_advrm.data import sft_scores
 from nemo_advrm.data.hidden_states import beside, read_hidden_states, write_hidden_states
 from nemo_advrm.data.jsonl import read_jsonl
 from nemo_advrm.data.sft_scores import SFTScores
+from nemo_advrm.detectors.base import features_of
 from nemo_advrm.engine.feature_file import FeatureWeights, policy_fingerprint
 from nemo_advrm.engine.microbatches import EncodedResponse
 from nemo_advrm.engine.runtime import Layout, Runtime
@@ -133,7 +135,7 @@ def test_a_length_counts_the_tokens_that_the_log_prob_sums_over(home: Path, tmp_
         assert found.lengths_N is not None and found.lengths_N.tolist() == lengths
     order = [0, 2, 1, 3]  # those to one prompt are adjacent
     write_sft_scores(tmp_path / "reference.jsonl", split.select(order), 2, reader, None)
-    stored_N = SFTScores.read(tmp_path / "reference.jsonl").features(0).lengths_N
+    stored_N = SFTScores.read(tmp_path / "reference.jsonl", features_of("sft_log_prob")).features(0).lengths_N
     assert stored_N is not None and stored_N.tolist() == [lengths[i] for i in order]
 
 
@@ -213,8 +215,14 @@ def test_an_attack_by_rl_is_recorded_measured_and_selected_by_a_detector(
         "adversarial.held_out_prompts=2",
         f"data.held_out_prompts_path={held_out}",
         "sft_statistics.samples_per_prompt=8",
+        "adversarial.num_adversaries=2",
         f"run_dir={run}",
     ]
+    fitted_to: list[int] = []
+    standardised = sft_scores.StandardisedDetector
+    monkeypatch.setattr(
+        sft_scores, "StandardisedDetector", lambda d, sft, n: fitted_to.append(len(sft)) or standardised(d, sft, n)
+    )
     built: list[bool] = []
     build = policy_module.build_policy
     monkeypatch.setattr(policy_module, "build_policy", lambda *a, **k: built.append(k["trainable"]) or build(*a, **k))
@@ -222,12 +230,14 @@ def test_an_attack_by_rl_is_recorded_measured_and_selected_by_a_detector(
     monkeypatch.setattr(sft_responses, "build_policy", lambda *a, **k: for_sampling.append(a[2]) or build(*a, **k))
     assert cli.main(["attack", *arguments]) == 0
     assert len(for_sampling) == (0 if detector == "sft_log_prob" else 2)  # for the attack's prompts and held-out ones
-    assert built == ([True] if detector == "sft_log_prob" else [True, False])  # the reference policy is shared
-    sft = SFTScores.read(run / "reference.jsonl")
+    assert built == 2 * ([True] if detector == "sft_log_prob" else [True, False])  # the reference policy is shared
+    # once to the responses to the attack's prompts and once to those to the held-out ones, for both adversaries
+    assert len(fitted_to) == 2
+    sft = SFTScores.read(run / "reference.jsonl", features_of(detector))
     assert set(sft.hidden_states) == ({0} if detector == "mahalanobis" else set())
     rows = [row for _, row in read_jsonl(run / "attack" / "samples.jsonl")]
     made = [row for _, row in read_jsonl(run / "attack" / "direction_1_policy_1" / "held_out.jsonl")]
-    assert len(rows) == 8 and len(made) == 16
+    assert len(rows) == 16 and len(made) == 16
     fitted = sft.detector(detector, 0)
     for row in rows:
         assert row["disagreement_z"] == pytest.approx((row["disagreement"] - fitted.mean) / fitted.std, rel=1e-3)
@@ -240,6 +250,11 @@ def test_an_attack_by_rl_is_recorded_measured_and_selected_by_a_detector(
                 expected = log_prob(tmp_path / "policy", prompt, answer)
                 assert sft.log_probs_PN[p, i].item() == pytest.approx(expected, rel=1e-4)
     assert cli.main(["select", *arguments, "selection.threshold_z=-100", "selection.null_ratio=0"]) == 0
+    # who asks for no detector reads none of its features, so a damaged file of them is no fault either
+    beside(run / "reference.jsonl").write_bytes(b"damaged")
+    plain = SFTScores.read(run / "reference.jsonl")
+    assert plain.hidden_states == {} and plain.log_probs_PN is None and plain.lengths_PN is None
+    assert torch.equal(plain.scores_PNK, sft.scores_PNK)
 
 
 def log_prob(policy: Path, prompt: list[int], answer: list[int]) -> float:
