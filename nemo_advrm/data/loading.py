@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -21,7 +21,8 @@ Other = TypeVar("Other")
 class LoadReport(Generic[Row]):
     """The rows of a file, the number of skipped rows per reason, and an example message of each reason.
 
-    ``notes`` list what made no row, and the columns and files that were not read.
+    ``notes`` list what made no row, and the columns and files that were not read. ``repeated`` is the number of rows
+    that were left out because an earlier row has the same key.
     """
 
     rows: list[Row]
@@ -29,10 +30,11 @@ class LoadReport(Generic[Row]):
     path: str
     examples: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    repeated: int = 0
 
     def with_rows(self, rows: list[Other], notes: tuple[str, ...]) -> LoadReport[Other]:
         """Return the report with other rows that were made of its rows, and with further notes."""
-        return LoadReport(rows, self.skipped, self.path, self.examples, (*notes, *self.notes))
+        return LoadReport(rows, self.skipped, self.path, self.examples, (*notes, *self.notes), self.repeated)
 
     def summary(self) -> str:
         """Return one line for the log."""
@@ -48,11 +50,13 @@ def load_rows(
     split: str = "",
     role: str = "train",
     ignore_columns: Iterable[str] = (),
+    key: Callable[[Row], Hashable] | None = None,
 ) -> LoadReport[Row]:
     """Load all rows of ``path`` (:func:`open_rows` lists containers and splits).
 
     With ``on_bad_row="skip"`` bad rows are skipped and counted by reason. ``ignore_columns`` are not read, see
-    :class:`Columns`.
+    :class:`Columns`. With ``key`` the first row of each key is kept, and the others are counted while they are read: a
+    file of many rows to few prompts is never in memory as a whole.
 
     Raises:
         DataError: the file cannot be read or has no usable row; with ``on_bad_row="error"`` also for bad rows, with the
@@ -64,13 +68,21 @@ def load_rows(
     opened = open_rows(path, split=split, role=role)
     rows: list[Row] = []
     bad: list[BadRow] = []
+    seen: set[Hashable] = set()
+    repeated = 0
     for result in parse(opened.rows, columns):
         if isinstance(result, BadRow):
             bad.append(result)
-        else:
+        elif key is None:
             rows.append(result)
-    skipped, examples = raise_or_count(bad, usable=len(rows), on_bad_row=on_bad_row, path=opened.name)
-    return LoadReport(rows, skipped, opened.name, examples, tuple(filter(None, (columns.summary(), *opened.notes))))
+        elif (own := key(result)) in seen:
+            repeated += 1
+        else:
+            seen.add(own)
+            rows.append(result)
+    skipped, examples = raise_or_count(bad, usable=len(rows) + repeated, on_bad_row=on_bad_row, path=opened.name)
+    notes = tuple(filter(None, (columns.summary(), *opened.notes)))
+    return LoadReport(rows, skipped, opened.name, examples, notes, repeated)
 
 
 def each_row(records: Rows, parse: Callable[[Any, str], Row]) -> Iterator[Row | BadRow]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -38,26 +39,36 @@ def load_preferences(path: str | Path, *, format: str = "auto", **options: Any) 
 
 
 def _answer_sets(rows: Rows, columns: Columns, format: str) -> Iterable[AnswerSet | BadRow]:
-    records = list(rows)
     if format == "auto":
-        first = next((row for _, row in records if isinstance(row, dict)), {})
+        before: list[tuple[str, Any]] = []
+        first: dict[str, Any] = {}
+        for source, row in rows:
+            before.append((source, row))
+            if isinstance(row, dict):
+                first = row
+                break
+        rows = chain(before, rows)
         format = "nemo_aligner" if find_form(first) is None and "text" in first else "auto"
     if format == "nemo_aligner":
-        return _text_pairs(records, columns)
-    return each_row(iter(records), partial(read_answer_set, format=format, columns=columns))
+        return _text_pairs(rows, columns)
+    return each_row(rows, partial(read_answer_set, format=format, columns=columns))
 
 
-def _text_pairs(records: list[tuple[str, Any]], columns: Columns) -> Iterator[AnswerSet | BadRow]:
+def _text_pairs(rows: Rows, columns: Columns) -> Iterator[AnswerSet | BadRow]:
     # Pair lines by position before parsing them, so that a broken line affects only its own pair.
-    for (source, row), (rejected_source, rejected_row) in zip(records[::2], records[1::2], strict=False):
+    lines = 0
+    for source, row in rows:
+        rejected_source, rejected_row = next(rows, ("", None))
+        if not rejected_source:
+            message = f"odd number of lines ({lines + 1}): no rejected line after this one"
+            yield BadRow(source, "unpaired_line", message)
+            return
+        lines += 2
         broken = next((item for item in (row, rejected_row) if isinstance(item, BadRow)), None)
         try:
             yield broken or parse_text_rows(row, rejected_row, source, rejected_source, columns)
         except BadRow as error:
             yield error
-    if len(records) % 2:
-        source = records[-1][0]
-        yield BadRow(source, "unpaired_line", f"odd number of lines ({len(records)}): no rejected line after this one")
 
 
 def _merged(answer_sets: list[AnswerSet]) -> list[AnswerSet]:

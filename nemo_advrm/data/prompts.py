@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,13 +29,9 @@ def load_prompts(path: str | Path, **options: Any) -> LoadReport[tuple[Message, 
     text have none and are bad rows). Rows that differ only in ignored columns are different prompts. Options and errors
     as in :func:`load_rows`.
     """
-    report = load_rows(path, _keyed_prompts, role="prompts", **options)
-    prompts: dict[Any, tuple[Message, ...]] = {}
-    for key, prompt in report.rows:
-        prompts.setdefault(key, prompt)
-    repeated = len(report.rows) - len(prompts)
-    notes = (f"{repeated} more rows repeat a prompt",) if repeated else ()
-    return report.with_rows(list(prompts.values()), notes)
+    report = load_rows(path, _keyed_prompts, role="prompts", key=itemgetter(0), **options)
+    notes = (f"{report.repeated} more rows repeat a prompt",) if report.repeated else ()
+    return report.with_rows([prompt for _, prompt in report.rows], notes)
 
 
 def split_train_validation(rows: Sequence[Row], fraction: float, seed: int) -> tuple[list[Row], list[Row]]:
@@ -68,14 +65,18 @@ def split_train_validation(rows: Sequence[Row], fraction: float, seed: int) -> t
     return train, [row for index, row in enumerate(rows) if index in held_out]
 
 
-def _keyed_prompts(rows: Rows, columns: Columns) -> Iterator[tuple[Any, ReadPrompt] | BadRow]:
-    def read(row: Any, source: str) -> tuple[Any, ReadPrompt]:
+def _keyed_prompts(rows: Rows, columns: Columns) -> Iterator[tuple[bytes, ReadPrompt] | BadRow]:
+    """Yield (digest of the prompt and the ignored content, prompt) of each row."""
+
+    def read(row: Any, source: str) -> tuple[bytes, ReadPrompt]:
         reader = RowReader(row, source, columns)
         prompt = _read_prompt(reader)
         if not any(message["content"].strip() for message in prompt):
             raise reader.bad("empty", "the row holds no prompt")
         reader.finish(prompts_only=True)
-        return (prompt_key(prompt), *columns.dropped(row)), ReadPrompt(prompt, source)
+        # repr escapes lone surrogates, which UTF-8 cannot encode
+        text = repr((prompt_key(prompt), columns.dropped(row)))
+        return hashlib.sha256(text.encode()).digest(), ReadPrompt(prompt, source)
 
     return each_row(rows, read)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,18 @@ def test_every_row_form_gives_its_prompt_once(tmp_path: Path) -> None:
     report = load_prompts(path)
     assert report.rows == [user("a"), user("b"), user("c"), user("d")]
     assert report.summary() == f"{path}: 4 rows; 2 more rows repeat a prompt"
+
+
+def test_rows_that_repeat_a_prompt_are_not_held_in_memory(tmp_path: Path) -> None:
+    path = write(tmp_path / "p.jsonl", *({"prompt": f"{i % 2} " + "word " * 1000, "id": i} for i in range(2000)))
+    size = path.stat().st_size
+    assert size > 10_000_000
+    tracemalloc.start()
+    report = load_prompts(path)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(report.rows) == 2 and "1998 more rows repeat a prompt" in report.summary()
+    assert peak < size / 10
 
 
 def test_bad_prompt_rows_are_named_or_counted(tmp_path: Path) -> None:
