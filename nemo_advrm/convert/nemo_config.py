@@ -43,7 +43,11 @@ _KEYS: tuple[tuple[str, str, Any], ...] = (
     ("encoder_seq_length", "encoder_seq_length", 512),
     ("make_vocab_size_divisible_by", "make_vocab_size_divisible_by", 128),
 )
-# the same of Llama 3.1's scaling, which `scale_positional_embedding` switches on
+# sizes for which null is the default in NeMo too: it passes null on to Megatron-Core's TransformerConfig, which takes
+# 4 * hidden_size, num_attention_heads and hidden_size / num_attention_heads. Any other null fails in NeMo, whose
+# `cfg.get(key, default)` returns the null of a key that is there.
+_NULL_SIZES = ("ffn_hidden_size", "num_query_groups", "kv_channels")
+# like _KEYS, for Llama 3.1's scaling, which `scale_positional_embedding` switches on
 _ROPE_KEYS: tuple[tuple[str, str, Any], ...] = (
     ("scale_factor", "rope_scaling_factor", 8),
     ("low_freq_factor", "rope_scaling_low_freq_factor", 1),
@@ -187,12 +191,11 @@ def _value(config: Mapping[str, Any], key: str, ours: str, default: Any) -> Any:
     if cast in (bool, str):
         return cast(config.get(key, default))
     value = config.get(key)
-    # null stands for the default of a size, but of no other number
-    if value is None and cast is float and key in config:
-        raise ValueError(f"{key}=null is not a number")
-    if value is None and default is None:
-        raise KeyError(key)
     if value is None:
+        if key in config and key not in _NULL_SIZES:
+            raise ValueError(f"{key}=null is not a number")
+        if default is None:
+            raise KeyError(key)
         return cast(default)
     # NeMo writes some sizes as strings
     if cast is int and (isinstance(value, bool) or not str(value).isdigit() or int(value) == 0):

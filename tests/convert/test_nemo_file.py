@@ -206,6 +206,8 @@ def config(**changes: Any) -> dict[str, Any]:
         ("num_layers", None),
         ("layernorm_epsilon", None),
         ("hidden_dropout", None),
+        ("encoder_seq_length", None),
+        ("make_vocab_size_divisible_by", None),
     ],
 )
 def test_settings_that_change_the_result_are_refused_by_name(key: str, value: Any) -> None:
@@ -213,13 +215,19 @@ def test_settings_that_change_the_result_are_refused_by_name(key: str, value: An
         read_model(config(**{key: value}), "file.nemo")
 
 
-@pytest.mark.parametrize("key", ["scale_factor", "low_freq_factor", "high_freq_factor"])
+@pytest.mark.parametrize("key", ["scale_factor", "low_freq_factor", "high_freq_factor", "old_context_len"])
 def test_a_factor_of_the_scaled_positions_that_is_null_or_0_is_not_the_default(key: str) -> None:
     scaled = config(target="x.GPTSFTModel", scale_positional_embedding=True)
     with pytest.raises(CheckpointError, match=f"{key}=null is not a number"):
         read_model({**scaled, key: None}, "file.nemo")
     with pytest.raises(CheckpointError, match=f"{key}=0 is not a number above 0"):
         read_model({**scaled, key: 0}, "file.nemo")
+
+
+def test_a_size_that_is_null_is_megatrons_default() -> None:
+    model, _ = read_model(config(ffn_hidden_size=None, num_query_groups=None, kv_channels=None), "file.nemo")
+    assert model.ffn_hidden_size == 4 * model.hidden_size
+    assert (model.num_query_groups, model.kv_channels) == (0, 0)
 
 
 def test_the_architecture_is_read_and_written_back() -> None:
