@@ -9,7 +9,7 @@ import math
 import os
 import re
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -265,30 +265,44 @@ def write_jsonl_atomic(path: str | Path, rows: Iterable[Any]) -> None:
             file.write(dump_line(row) + "\n")
 
 
+def _ends_with_newline(path: Path) -> bool:
+    with open(path, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 1))
+        return file.read() == b"\n"
+
+
 class JsonlWriter:
     """Appends rows to a JSON-lines file and flushes each, so that a killed run keeps its rows.
 
     Opening removes a torn last line, which a killed run may leave. With `resume_step` it also removes rows with a
     greater "step": a run that resumes from the checkpoint of that step writes them again.
 
+    ``each`` is called with (line number, row) of every row that stays, before the file is changed. It may raise, and is
+    how a caller checks or counts earlier rows without reading the file a second time.
+
     ``rows`` is the number of rows in the file.
 
     Raises DataError for broken JSON before the last line, and, with `resume_step`, for a "step" that is not an integer.
     """
 
-    def __init__(self, path: str | Path, *, resume_step: int | None = None) -> None:
+    def __init__(
+        self, path: str | Path, *, resume_step: int | None = None, each: Callable[[int, Any], None] | None = None
+    ) -> None:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.rows = self._repair(resume_step) if self.path.exists() else 0
+        self.rows = self._repair(resume_step, each) if self.path.exists() else 0
         self._file = open(self.path, "a", encoding="utf-8", errors=_LONE_SURROGATES)  # noqa: SIM115 (closed by close())
 
-    def _repair(self, resume_step: int | None) -> int:
+    def _repair(self, resume_step: int | None, each: Callable[[int, Any], None] | None) -> int:
         rows, torn = read_appended_jsonl(self.path)
-        if resume_step is None:
-            kept = [row for _, row in rows]
-        else:
-            kept = [row for number, row in rows if self._step(number, row) <= resume_step]
-        if torn or len(kept) < len(rows) or not self.path.read_bytes().endswith(b"\n"):
+        kept = []
+        for number, row in rows:
+            if resume_step is None or self._step(number, row) <= resume_step:
+                kept.append(row)
+                if each is not None:
+                    each(number, row)
+        if torn or len(kept) < len(rows) or not _ends_with_newline(self.path):
             write_jsonl_atomic(self.path, kept)
         return len(kept)
 

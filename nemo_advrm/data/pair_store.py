@@ -9,11 +9,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from nemo_advrm.data.columns import unread_content
 from nemo_advrm.data.jsonl import plain, read_appended_jsonl, write_jsonl_atomic
 from nemo_advrm.data.messages import Message, check_messages, prompt_key
 from nemo_advrm.data.preference_rows import PreferencePair
-from nemo_advrm.data.run_records import PAIR_ROW, Provenance, problem
+from nemo_advrm.data.run_records import PAIR_ROW, Provenance, first_problem
 from nemo_advrm.errors import DataError
 
 __all__ = ["AdversarialPair", "PairStore", "Provenance", "merge"]
@@ -121,9 +123,10 @@ def parse_pair(row: Any, source: str) -> AdversarialPair:
     unread = unread_content(row, known) if isinstance(row, dict) and "prompt" in row else None
     if unread is not None:
         raise DataError(f"{source}: `{unread}` holds content that is not read: without it this is another conversation")
-    if wrong := problem(PAIR_ROW, row):
-        raise DataError(f"{source}: not an adversarial pair ({wrong})")
-    provenance = PAIR_ROW.validate_python(row)["provenance"]
+    try:
+        provenance = PAIR_ROW.validate_python(row)["provenance"]
+    except ValidationError as error:
+        raise DataError(f"{source}: not an adversarial pair ({first_problem(error)})") from None
     if row["chosen"] == row["rejected"]:
         raise DataError(f"{source}: `chosen` and `rejected` are identical")
     # Raw text has an empty prompt.

@@ -254,13 +254,19 @@ def problem(adapter: TypeAdapter[Any], value: Any, *, may_lack_keys: bool = Fals
     try:
         adapter.validate_python(value)
     except ValidationError as error:
-        for one in error.errors(include_url=False):
-            place = ".".join(map(str, one["loc"]))[:80]
-            if one["type"] != "missing":
-                found = json.dumps(one["input"])[:60]
-                return f"{place}{'=' if place else ''}{found}: {one['msg'][:1].lower()}{one['msg'][1:]}"
-            if not may_lack_keys:
-                return f"it lacks {place}"
+        return first_problem(error, may_lack_keys=may_lack_keys)
+    return ""
+
+
+def first_problem(error: ValidationError, *, may_lack_keys: bool = False) -> str:
+    """The first thing that pydantic found wrong, as :func:`problem` says it."""
+    for one in error.errors(include_url=False):
+        place = ".".join(map(str, one["loc"]))[:80]
+        if one["type"] != "missing":
+            found = json.dumps(one["input"])[:60]
+            return f"{place}{'=' if place else ''}{found}: {one['msg'][:1].lower()}{one['msg'][1:]}"
+        if not may_lack_keys:
+            return f"it lacks {place}"
     return ""
 
 
@@ -275,17 +281,28 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def read_rows(path: Path, adapter: TypeAdapter[Any], what: str, cure: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number, row) of a file; DataError that names the line and the ``cure`` where it is not a row of ``what``.
-
-    Either all rows have gold or none has.
-    """
-    has_gold: bool | None = None
+    """(line number, row) of a file; raises what :class:`RowCheck` raises."""
+    check = RowCheck(path, adapter, what, cure)
     for number, row in read_jsonl(path):
-        wrong = problem(adapter, row)
-        if not wrong and has_gold is None:
-            has_gold = row.get("gold") is not None
-        if not wrong and has_gold != (row.get("gold") is not None):
+        check(number, row)
+        yield number, row
+
+
+class RowCheck:
+    """Checks the rows of one file, one call each in the order of the file. Either all rows have gold or none has.
+
+    A call raises DataError, which names the line and the ``cure``, for what is not a row of ``what``.
+    """
+
+    def __init__(self, path: Path, adapter: TypeAdapter[Any], what: str, cure: str) -> None:
+        self.path, self.adapter, self.what, self.cure = path, adapter, what, cure
+        self._has_gold: bool | None = None
+
+    def __call__(self, number: int, row: Any) -> None:
+        wrong = problem(self.adapter, row)
+        if not wrong and self._has_gold is None:
+            self._has_gold = row.get("gold") is not None
+        if not wrong and self._has_gold != (row.get("gold") is not None):
             wrong = f"gold={json.dumps(row.get('gold'))}, unlike the rows before"
         if wrong:
-            raise DataError(f"{path}:{number}: not a row of {what} ({wrong}): {cure}")
-        yield number, row
+            raise DataError(f"{self.path}:{number}: not a row of {self.what} ({wrong}): {self.cure}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -192,9 +193,10 @@ def test_samples_that_are_not_as_many_as_their_attack_wrote_are_refused(tmp_path
 def test_rows_that_a_restart_misses_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 4}\n{"step": 5}\n')
-    assert lost_steps(path, range(1, 2)) == ""
-    assert lost_steps(path, range(1, 4)).endswith("the rows of 2 steps from 2 to 3 are lost")
-    assert lost_steps(tmp_path / "none", range(1)).endswith("the rows of step 0 are lost")
+    there = Counter([1, 4, 5])
+    assert lost_steps(path, there, range(1, 2)) == ""
+    assert lost_steps(path, there, range(1, 4)).endswith("the rows of 2 steps from 2 to 3 are lost")
+    assert lost_steps(path, Counter(), range(1)).endswith("the rows of step 0 are lost")
     trainer: Any = SimpleNamespace(global_step=4)
     writer = MetricsWriter(path)
     writer.on_train_start(trainer, None)  # type: ignore[arg-type]
@@ -270,12 +272,11 @@ def test_metrics_of_an_attack_of_another_type_are_named(tmp_path: Path, row: Any
 
 def test_a_step_with_a_part_of_its_rows_or_with_doubled_ones_is_told(tmp_path: Path) -> None:
     path = tmp_path / "samples.jsonl"
-    path.write_text('{"step": 0}\n' * 7 + '{"step": 1}\n' * 8)
-    assert lost_steps(path, range(2), 8).endswith("samples.jsonl: step 0 has 7 of 8 rows")
-    assert lost_steps(path, range(3), 8).endswith("step 0 has 7 of 8 rows (2 steps from 0 to 2 are wrong)")
-    path.write_text('{"step": 0}\n' * 16)
-    assert lost_steps(path, range(1), 8) == ""
-    recorder: Any = SimpleNamespace(path=path)
+    there = Counter({0: 7, 1: 8})
+    assert lost_steps(path, there, range(2), 8).endswith("samples.jsonl: step 0 has 7 of 8 rows")
+    assert lost_steps(path, there, range(3), 8).endswith("step 0 has 7 of 8 rows (2 steps from 0 to 2 are wrong)")
+    assert lost_steps(path, Counter({0: 16}), range(1), 8) == ""
+    recorder: Any = SimpleNamespace(path=path, earlier=Counter({0: 16}))
     with pytest.raises(DataError, match=r"step 0 has 16 of 8 rows: restore the file, or remove "):  # of an attack
         TrajectoryRecorder._check_rows(recorder, 1, RLConfig(prompts_per_step=2, group_size=4))
 

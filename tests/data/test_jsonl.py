@@ -69,6 +69,20 @@ def test_reopening_repairs_a_torn_line_and_forgets_steps_that_run_again(tmp_path
     assert rows(path) == [{"step": 1}, {"step": 2}, {"step": 3}, {"step": 4, "again": True}]
 
 
+def test_reopening_shows_each_row_that_stays_before_it_changes_the_file(tmp_path: Path) -> None:
+    path, seen = tmp_path / "m.jsonl", []
+    path.write_text('{"step": 1}\n\n{"step": 2}\n{"step": 3}\n{"st')
+    JsonlWriter(path, resume_step=2, each=lambda number, row: seen.append((number, row["step"]))).close()
+    assert seen == [(1, 1), (3, 2)] and rows(path) == [{"step": 1}, {"step": 2}]
+
+    def refuses(number: int, row: dict[str, int]) -> None:
+        raise DataError(f"{path}:{number}")
+
+    with pytest.raises(DataError, match=r"m\.jsonl:1"):
+        JsonlWriter(path, resume_step=1, each=refuses)
+    assert rows(path) == [{"step": 1}, {"step": 2}]
+
+
 def test_reopening_keeps_a_row_whose_newline_is_missing(tmp_path: Path) -> None:
     path = tmp_path / "m.jsonl"
     path.write_text(json.dumps({"step": 1}))

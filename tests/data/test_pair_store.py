@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nemo_advrm.data import jsonl
+from nemo_advrm.data import jsonl, pair_store
 from nemo_advrm.data.messages import Message
 from nemo_advrm.data.pair_store import AdversarialPair, PairStore, Provenance, merge
 from nemo_advrm.data.preferences import load_preferences
+from nemo_advrm.data.run_records import PAIR_ROW
 from nemo_advrm.errors import DataError
 
 PROVENANCE = Provenance(
@@ -108,6 +109,20 @@ def test_a_kill_while_writing_leaves_the_old_file(tmp_path: Path, monkeypatch: p
         store.append([pair("b")])
     monkeypatch.undo()
     assert store.load() == [pair("a")] and os.listdir(tmp_path) == ["pairs.jsonl"]
+
+
+def test_a_row_is_validated_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = PairStore(tmp_path / "pairs.jsonl")
+    store.append([pair("a"), pair("b")])
+    validated: list[object] = []
+
+    class Counting:
+        def validate_python(self, row: object) -> object:
+            validated.append(row)
+            return PAIR_ROW.validate_python(row)
+
+    monkeypatch.setattr(pair_store, "PAIR_ROW", Counting())
+    assert len(store.load()) == 2 == len(validated)
 
 
 def test_numpy_scores_are_written_as_numbers(tmp_path: Path) -> None:

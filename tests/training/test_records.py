@@ -13,6 +13,7 @@ import pytest
 import torch
 from tiny import tiny_config
 
+from nemo_advrm.data import jsonl
 from nemo_advrm.data.sft_scores import SFTScores
 from nemo_advrm.engine.runtime import Runtime
 from nemo_advrm.errors import CheckpointError, DataError
@@ -303,6 +304,23 @@ def test_a_restart_names_a_row_that_is_none_of_rlhf(single: Runtime, tmp_path: P
     path.write_text(path.read_text().replace('"response": "y"', '"response": ["y"]'))
     with pytest.raises(DataError, match=r"samples\.jsonl:2: not a row of RLHF's samples \(response="):
         tracker.on_train_start(SimpleNamespace(global_step=1), module)
+
+
+def test_a_restart_reads_the_rows_of_an_earlier_training_once(
+    single: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "samples.jsonl"
+    module: Any = _Policy()
+    tracker: Any = OveroptimizationTracker(path, _gold(), every=1, samples=2)
+    tracker.on_train_start(SimpleNamespace(global_step=0), module)
+    for done in (1, 2):
+        tracker.on_train_batch_end(SimpleNamespace(global_step=done), module, None, None, 0)
+    tracker.teardown(None, None, "fit")
+    decoded: list[Any] = []
+    decode = jsonl.decode_json
+    monkeypatch.setattr(jsonl, "decode_json", lambda line: decoded.append(line) or decode(line))
+    tracker.on_train_start(SimpleNamespace(global_step=1), module)
+    assert len(decoded) == 4 and tracker.earlier == {0: 2} and len(_rows(path)) == 2
 
 
 @pytest.mark.parametrize("rows", [None, "4", -1, 4.0, True])

@@ -6,7 +6,6 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from nemo_advrm.data.run_records import ATTACK_SAMPLE, RESTORE_ROWS, read_rows
 from nemo_advrm.engine import runtime
 from nemo_advrm.engine.collectives import run_on_rank_zero
 from nemo_advrm.models.policy import PolicyModel
@@ -21,7 +20,7 @@ class EnoughFinds(Callback):
     of the steps so far. The finds must also reach ``selection.null_ratio`` times the null count. They are logged as
     ``finds``.
 
-    A restarted training ends at the same step, because the finds of earlier steps are read from the samples. The
+    A restarted training ends at the same step, because the recorder hands on the samples of earlier steps. The
     callback must come after ``recorder``, and before callbacks that act at the last step of a training.
 
     Args:
@@ -36,9 +35,11 @@ class EnoughFinds(Callback):
         self.enough = enough
         # for every step: its finds and its number of samples
         self._steps: list[tuple[set[Find], int]] = []
+        self._earlier: dict[int, list[dict[str, Any]]] = {}
+        recorder.read_earlier = lambda row: self._earlier.setdefault(row["step"], []).append(row)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._steps = run_on_rank_zero(self._read, trainer.global_step)
+        self._steps = run_on_rank_zero(self._finds_before, trainer.global_step)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -53,9 +54,7 @@ class EnoughFinds(Callback):
             pl_module.max_steps = trainer.global_step
             trainer.should_stop = True
 
-    def _read(self, steps: int) -> list[tuple[set[Find], int]]:
-        """Returns the finds of the steps before a restart."""
-        by_step: list[list[dict[str, Any]]] = [[] for _ in range(steps)]
-        for _, row in read_rows(self.recorder.path, ATTACK_SAMPLE, "an attack", RESTORE_ROWS) if steps else ():
-            by_step[row["step"]].append(row)
+    def _finds_before(self, steps: int) -> list[tuple[set[Find], int]]:
+        """Returns the finds of the steps before a restart, on the writing rank."""
+        by_step, self._earlier = [self._earlier.get(step, []) for step in range(steps)], {}
         return [(self.rule.finds(rows), len(rows)) for rows in by_step]

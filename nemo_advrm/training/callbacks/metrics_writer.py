@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 
 from nemo_advrm.data.jsonl import JsonlWriter
 from nemo_advrm.engine import runtime
-from nemo_advrm.training.callbacks.rows import RowsCallback, has_validation, lost_steps, open_rows
+from nemo_advrm.training.callbacks.rows import RowsCallback, lost_steps
 
 _log = logging.getLogger(__name__)
 
@@ -27,18 +27,21 @@ class MetricsWriter(RowsCallback):
     def __init__(self, path: Path, first_step: int = 1) -> None:
         super().__init__(path)
         self.first_step = first_step
-        self._validated: int | None = None
+        self._validated: int | None = None  # the last step after which a validation was written
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         resume_step = trainer.global_step + self.first_step - 1
-        self._writer = open_rows(self.path, resume_step)
+        self._open(resume_step)
         if self._writer is not None:
-            lost = lost_steps(self.path, range(self.first_step, resume_step + 1))
+            lost = lost_steps(self.path, self.earlier, range(self.first_step, resume_step + 1))
             if lost:
                 _log.warning("%s; training resumes after step %d", lost, trainer.global_step)
-            # at a restart Lightning repeats the validation of the step before
-            if has_validation(self.path, resume_step):
-                self._validated = resume_step
+
+    def _earlier_row(self, number: int, row: dict[str, Any]) -> None:
+        super()._earlier_row(number, row)
+        # at a restart Lightning repeats the validation of the step before
+        if any(key.startswith("val/") for key in row):
+            self._validated = row.get("step")
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 
 from nemo_advrm.config.schema import RLConfig
-from nemo_advrm.data.run_records import RESTORE_ROWS, RLHF_SAMPLE, read_rows
+from nemo_advrm.data.run_records import ATTACK_SAMPLE, RESTORE_ROWS, RLHF_SAMPLE, RowCheck
 from nemo_advrm.data.sft_scores import SFTScores
 from nemo_advrm.engine import runtime
 from nemo_advrm.engine.collectives import run_on_rank_zero
@@ -19,18 +20,30 @@ from nemo_advrm.models.policy import PolicyModel
 from nemo_advrm.objectives.success import standard_success, strict_success
 from nemo_advrm.rewards.base import RewardSource, checked_scores
 from nemo_advrm.rewards.sample_rows import gold_and_z, prompt_text, trajectory_rows
-from nemo_advrm.training.callbacks.rows import RowsCallback, lost_steps, open_rows
+from nemo_advrm.training.callbacks.rows import RowsCallback, lost_steps
 
 _log = logging.getLogger(__name__)
 
 
 class _RolloutWriter(RowsCallback):
-    """Base class: appends rows of the last rollouts of all data-parallel ranks to a JSON-lines file."""
+    """Base class: appends rows of the last rollouts of all data-parallel ranks to a JSON-lines file.
+
+    Args:
+        check: checks every row that is in the file when a training resumes.
+    """
+
+    def __init__(self, path: Path, check: RowCheck) -> None:
+        super().__init__(path)
+        self._check = check
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._writer = open_rows(self.path, trainer.global_step - 1)
+        self._open(trainer.global_step - 1)
         assert isinstance(pl_module, PolicyModel)
         run_on_rank_zero(self._check_rows, trainer.global_step, pl_module.config.rl)
+
+    def _earlier_row(self, number: int, row: dict[str, Any]) -> None:
+        super()._earlier_row(number, row)
+        self._check(number, row)
 
     def _check_rows(self, steps: int, rl: RLConfig) -> None:
         """Checks at the start of training that the rows of the ``steps`` before it are in the file."""
@@ -46,7 +59,8 @@ class _RolloutWriter(RowsCallback):
 class TrajectoryRecorder(_RolloutWriter):
     """Records every response of an adversary with its scores, z and Z(U), and logs success rates.
 
-    ``last_rows`` are this data-parallel rank's rows of the last step.
+    ``last_rows`` are this data-parallel rank's rows of the last step. ``read_earlier`` is called with every row that is
+    in the file when a training resumes, on the writing rank.
 
     Args:
         path: the file to write, in the adversary's directory.
@@ -56,15 +70,21 @@ class TrajectoryRecorder(_RolloutWriter):
     """
 
     def __init__(self, path: Path, target: int, sft_responses: SFTScores, gold: RewardSource | None) -> None:
-        super().__init__(path)
+        super().__init__(path, RowCheck(path, ATTACK_SAMPLE, "an attack", RESTORE_ROWS))
         self.target = target
         self.sft_responses = sft_responses
         self.gold = gold
         self.last_rows: list[dict[str, Any]] = []
+        self.read_earlier: Callable[[dict[str, Any]], None] | None = None
+
+    def _earlier_row(self, number: int, row: dict[str, Any]) -> None:
+        super()._earlier_row(number, row)
+        if self.read_earlier is not None:
+            self.read_earlier(row)
 
     def _check_rows(self, steps: int, rl: RLConfig) -> None:
         # samples are the result of an attack: missing ones are an error
-        lost = lost_steps(self.path, range(steps), rl.prompts_per_step * rl.group_size, exact=True)
+        lost = lost_steps(self.path, self.earlier, range(steps), rl.prompts_per_step * rl.group_size, exact=True)
         if lost:
             raise DataError(f"{lost}: restore the file, or remove {self.path.parent} to start this attack over")
 
@@ -107,7 +127,7 @@ class OveroptimizationTracker(_RolloutWriter):
     """
 
     def __init__(self, path: Path, gold: RewardSource | None, every: int, samples: int) -> None:
-        super().__init__(path)
+        super().__init__(path, RowCheck(path, RLHF_SAMPLE, "RLHF's samples", RESTORE_ROWS))
         self.gold = gold
         self.every = max(1, every)
         self.samples = samples
@@ -129,15 +149,12 @@ class OveroptimizationTracker(_RolloutWriter):
     def _check_rows(self, steps: int, rl: RLConfig) -> None:
         assert self._writer is not None
         if self._saved_rows is None:  # a checkpoint of version 0.1.0
-            lost = lost_steps(self.path, range(0, steps, self.every)) if self.samples else ""
+            lost = lost_steps(self.path, self.earlier, range(0, steps, self.every)) if self.samples else ""
         else:
             missing = self._saved_rows - self._writer.rows
             lost = f"{self.path}: {missing} of {self._saved_rows} rows are lost" if missing > 0 else ""
         if lost:
             _log.warning("%s; training resumes after step %d", lost, steps)
-        if self._writer.rows:
-            for _ in read_rows(self.path, RLHF_SAMPLE, "RLHF's samples", RESTORE_ROWS):
-                pass
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

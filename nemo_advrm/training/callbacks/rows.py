@@ -9,16 +9,34 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from nemo_advrm.data.jsonl import JsonlWriter, read_appended_jsonl
+from nemo_advrm.data.jsonl import JsonlWriter
 from nemo_advrm.engine.collectives import run_on_rank_zero
 
 
 class RowsCallback(Callback):
-    """Base class of callbacks that append rows to a file."""
+    """Base class of callbacks that append rows to a file.
+
+    ``earlier`` is the number of rows by step that were in the file when it was opened, on the writing rank.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.earlier: Counter[Any] = Counter()
         self._writer: JsonlWriter | None = None  # on the writing rank
+
+    def _open(self, resume_step: int) -> None:
+        """Opens the file for appending on the writing rank; all ranks call.
+
+        Rows of steps after ``resume_step`` are removed. Raises DataError on every rank when the file cannot be used.
+        """
+        self.earlier.clear()
+        opened: list[JsonlWriter] = []
+        run_on_rank_zero(lambda: opened.append(JsonlWriter(self.path, resume_step=resume_step, each=self._earlier_row)))
+        self._writer = opened[0] if opened else None
+
+    def _earlier_row(self, number: int, row: dict[str, Any]) -> None:
+        """Takes note of a row that was in the file; overridden to check it, which may raise DataError."""
+        self.earlier[row.get("step")] += 1
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if self._writer is not None:
@@ -30,23 +48,12 @@ class RowsCallback(Callback):
             self._writer = None
 
 
-def open_rows(path: Path, resume_step: int) -> JsonlWriter | None:
-    """Opens ``path`` for appending on the writing rank; returns None on the others. All ranks call.
-
-    Rows of steps after ``resume_step`` are removed. Raises DataError on every rank when the file cannot be used.
-    """
-    opened: list[JsonlWriter] = []
-    run_on_rank_zero(lambda: opened.append(JsonlWriter(path, resume_step=resume_step)))
-    return opened[0] if opened else None
-
-
-def lost_steps(path: Path, steps: Iterable[int], rows: int = 1, exact: bool = False) -> str:
+def lost_steps(path: Path, there: Counter[Any], steps: Iterable[int], rows: int = 1, exact: bool = False) -> str:
     """Returns a message that names the ``steps`` with fewer than ``rows`` rows in ``path``, "" without any.
 
-    With ``exact``, steps with more rows are named as well, because these rows would count twice.
+    ``there`` has the number of rows by step. With ``exact``, steps with more rows are named as well, because these rows
+    would count twice.
     """
-    found = read_appended_jsonl(path)[0] if path.exists() else []
-    there = Counter(row.get("step") for _, row in found if isinstance(row, dict))
     wrong = [step for step in steps if there[step] < rows or (exact and there[step] > rows)]
     if not wrong:
         return ""
@@ -56,10 +63,3 @@ def lost_steps(path: Path, steps: Iterable[int], rows: int = 1, exact: bool = Fa
     first = next(step for step in wrong if there[step])
     others = "" if len(wrong) == 1 else f" ({named} are wrong)"
     return f"{path}: step {first} has {there[first]} of {rows} rows{others}"
-
-
-def has_validation(path: Path, step: int) -> bool:
-    """Returns whether ``path`` has the row of the validation after ``step``."""
-    rows = read_appended_jsonl(path)[0] if path.exists() else []
-    of_step = [row for _, row in rows if isinstance(row, dict) and row.get("step") == step]
-    return any(key.startswith("val/") for row in of_step for key in row)
