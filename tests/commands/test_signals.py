@@ -113,6 +113,14 @@ def test_a_signal_is_recorded_once_and_only_inside(tmp_path: Path) -> None:
             assert signals.received() == "SIGTERM"
 
 
+@pytest.mark.parametrize("ends", [True, False])
+def test_objects_are_not_searched_for_cycles_at_exit(ends: bool) -> None:
+    arguments = "" if ends else "['--version']"
+    code = f"import gc; from nemo_advrm import cli; cli.main({arguments}); print(gc.get_freeze_count() > 1000)"
+    done = subprocess.run([sys.executable, "-c", code, "--version"], capture_output=True, text=True, timeout=60)
+    assert done.stdout.splitlines()[-1] == str(ends), done.stderr
+
+
 def test_a_signal_after_the_work_changes_the_status_no_more() -> None:
     code = (
         "import signal, sys; from signal_points import signal_at; from nemo_advrm import cli\n"
