@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
-from nemo_advrm.data.jsonl import BadRow
-from nemo_advrm.data.loading import check_choice, raise_or_count
 from nemo_advrm.data.preference_rows import PreferencePair
+from nemo_advrm.data.row_lengths import RowLengths
 from nemo_advrm.data.tokenizers import Tokenizer
-from nemo_advrm.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -54,51 +53,39 @@ def encode_pairs(
     Raises DataError when no pair is left, and for a conversation that the tokenizer or its chat template refuses; with
     `on_bad_row="skip"` that pair is skipped and counted as `refused`.
     """
-    check_choice("data.on_overlong", on_overlong, ("error", "skip", "truncate_prompt"))
-    encoded: list[EncodedPair] = []
-    truncated = 0
-    overlong: list[str] = []
-    refused: list[BadRow] = []
-    for row in rows:
-        try:
-            chosen = tokenizer.encode_conversation(row.prompt, row.chosen, row.chosen_ended)
-            rejected = tokenizer.encode_conversation(row.prompt, row.rejected, row.rejected_ended)
-            longest = max(len(chosen), len(rejected))
-            if longest > max_length:
-                cut = longest - max_length
-                if on_overlong != "truncate_prompt" or cut >= _shared_prompt(tokenizer, row, chosen, rejected):
-                    side = "chosen" if len(chosen) >= len(rejected) else "rejected"
-                    overlong.append(
-                        f"{row.source}: prompt + `{side}` is {longest} tokens long, the limit is {max_length}"
-                    )
-                    continue
-                chosen, rejected = chosen[cut:], rejected[cut:]
-                truncated += 1
-        except DataError as error:
-            refused.append(BadRow(row.source, "refused", str(error)))
-            continue
-        encoded.append(
-            EncodedPair(
-                chosen,
-                rejected,
-                _shared(chosen, rejected),
-                row.margin,
-                row.weight,
-                row.source,
-                row.chosen_labels,
-                row.rejected_labels,
-                row,
-            )
-        )
-    if refused:
-        raise_or_count(refused, usable=len(rows) - len(refused), on_bad_row=on_bad_row, path="")
     advice = "raise model.encoder_seq_length, or set data.on_overlong=skip or data.on_overlong=truncate_prompt"
-    if overlong and on_overlong == "error":
-        raise DataError(f"{overlong[0]} ({len(overlong)} of {len(rows)} rows are too long); {advice}")
-    if not encoded:
-        raise DataError(f"{overlong[0]}: all {len(rows)} rows are too long" if overlong else "no rows to encode")
-    counts = {"overlong": len(overlong), "truncated": truncated, "refused": len(refused)}
-    return encoded, {"encoded": len(encoded), **counts}
+    lengths = RowLengths(on_overlong, on_bad_row, advice)
+    encoded: list[EncodedPair] = []
+    for row in rows:
+        sides = lengths.encode(row.source, partial(_fitting_sides, row, tokenizer, max_length, lengths))
+        if sides is not None:
+            chosen, rejected = sides
+            encoded.append(
+                EncodedPair(
+                    chosen,
+                    rejected,
+                    _shared(chosen, rejected),
+                    row.margin,
+                    row.weight,
+                    row.source,
+                    row.chosen_labels,
+                    row.rejected_labels,
+                    row,
+                )
+            )
+    return encoded, {"encoded": len(encoded), **lengths.finish(len(encoded), "no rows to encode")}
+
+
+def _fitting_sides(
+    row: PreferencePair, tokenizer: Tokenizer, max_length: int, lengths: RowLengths
+) -> tuple[list[int], list[int]] | None:
+    """Return the chosen and the rejected conversation within ``max_length``, None for a pair that is left out."""
+    chosen = tokenizer.encode_conversation(row.prompt, row.chosen, row.chosen_ended)
+    rejected = tokenizer.encode_conversation(row.prompt, row.rejected, row.rejected_ended)
+    longest, side = max((len(chosen), "chosen"), (len(rejected), "rejected"), key=lambda each: each[0])
+    told = f"{row.source}: prompt + `{side}` is {longest} tokens long, the limit is {max_length}"
+    cut = lengths.tokens_to_cut(longest, max_length, lambda: _shared_prompt(tokenizer, row, chosen, rejected) - 1, told)
+    return None if cut is None else (chosen[cut:], rejected[cut:])
 
 
 def _shared_prompt(tokenizer: Tokenizer, row: PreferencePair, chosen: list[int], rejected: list[int]) -> int:

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from nemo_advrm.config.schema import Config
+from nemo_advrm.data.inputs import print_encoding_counts
 from nemo_advrm.data.messages import prompt_name
-from nemo_advrm.errors import DataError
+from nemo_advrm.data.row_lengths import RowLengths
 from nemo_advrm.rewards.base import RewardSource
 from nemo_advrm.rewards.token_sequences import token_sequences
 from nemo_advrm.rollouts.types import Prompt, Rollouts
@@ -46,25 +47,27 @@ def prompts_with_room(
     ``rl.max_new_tokens`` tokens when the source has the policy's tokenizer (``fingerprint``), else one token.
     """
     kept = prompts
+    # a prompt cannot be cut for one member: the members would score different conversations
+    on_overlong = "skip" if cfg.data.on_overlong == "skip" else "error"
     for source in sources:
         limit, tokenizer = _limit(source)
         if not limit:
             continue
         same = tokenizer.fingerprint == fingerprint
         needed = cfg.rl.max_new_tokens if same else 1
+        room = f"rl.max_new_tokens={needed}" if same else "a response"
+        lengths = RowLengths(on_overlong, cfg.data.on_bad_row, "or set data.on_overlong=skip")
         fitting = []
         for prompt in kept:
             length = len(prompt.tokens) if same else len(tokenizer.encode_prompt(prompt.messages))
-            if length + needed <= limit:
+            name = prompt_name(prompt.messages, prompt.index + 1)
+            told = (
+                f"{name}: the prompt has {length} tokens, which leaves no room for {room}: "
+                f"reward source {source.name} takes {limit} tokens"
+            )
+            if lengths.tokens_to_cut(length + needed, limit, 0, told) is not None:
                 fitting.append(prompt)
-            elif cfg.data.on_overlong != "skip":
-                room = f"rl.max_new_tokens={needed}" if same else "a response"
-                raise DataError(
-                    f"{prompt_name(prompt.messages, prompt.index + 1)}: the prompt has {length} tokens, which leaves "
-                    f"no room for {room}: reward source {source.name} takes {limit} tokens "
-                    "(or set data.on_overlong=skip)"
-                )
-        if not fitting:
-            raise DataError(f"no prompt leaves room for a response: reward source {source.name} takes {limit} tokens")
+        counts = lengths.finish(len(fitting), "there are no prompts")
+        print_encoding_counts(f"prompts for {source.name}", counts)
         kept = fitting
     return [dataclasses.replace(prompt, index=i) for i, prompt in enumerate(kept)]

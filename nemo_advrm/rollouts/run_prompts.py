@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 
 from nemo_advrm.config.schema import Config
 from nemo_advrm.config.validation import samples_prompts
 from nemo_advrm.data import inputs
-from nemo_advrm.data.jsonl import BadRow
-from nemo_advrm.data.loading import raise_or_count
 from nemo_advrm.data.messages import Message, prompt_key, prompt_name
+from nemo_advrm.data.row_lengths import RowLengths
 from nemo_advrm.data.tokenizers import Tokenizer
 from nemo_advrm.engine import runtime
 from nemo_advrm.errors import ConfigError, DataError
@@ -23,40 +23,26 @@ def encode_prompts(prompts: list[tuple[Message, ...]], tokenizer: Tokenizer, cfg
     ``data.on_overlong`` decides about a prompt that leaves no room for the response, ``data.on_bad_row`` about one that
     the chat template refuses. Raises DataError for such a prompt by default, and when no prompt is left.
     """
-    room = cfg.model.encoder_seq_length - cfg.rl.max_new_tokens
-    choice = cfg.data.on_overlong
+    limit, needed = cfg.model.encoder_seq_length, cfg.rl.max_new_tokens
+    room = limit - needed
+    lengths = RowLengths(cfg.data.on_overlong, cfg.data.on_bad_row, "or set data.on_overlong=skip or truncate_prompt")
     encoded: list[Prompt] = []
-    refused: list[BadRow] = []
-    overlong = truncated = 0
     for i, messages in enumerate(prompts):
-        try:
-            tokens = tokenizer.encode_prompt(messages)
-        except DataError as error:
-            refused.append(BadRow(prompt_name(messages, i + 1), "refused", str(error)))
+        name = prompt_name(messages, i + 1)
+        tokens = lengths.encode(name, partial(tokenizer.encode_prompt, messages))
+        if tokens is None:
             continue
-        if len(tokens) > room and choice == "truncate_prompt" and room > 0:
-            tokens = tokens[-room:]
-            truncated += 1
-        if len(tokens) > room:
-            if choice == "skip":
-                overlong += 1
-                continue
-            raise DataError(
-                f"{prompt_name(messages, i + 1)}: the prompt has {len(tokens)} tokens; "
-                f"model.encoder_seq_length={cfg.model.encoder_seq_length} less "
-                f"rl.max_new_tokens={cfg.rl.max_new_tokens} leaves {room} (or set data.on_overlong=skip or "
-                "truncate_prompt)"
-            )
-        encoded.append(Prompt(len(encoded), messages, tokens))
-    if refused:
-        usable = len(prompts) - len(refused)
-        raise_or_count(refused, usable=usable, on_bad_row=cfg.data.on_bad_row, path="prompts")
-        if runtime.current().is_writer:
-            print(f"prompts: {len(refused)} of {len(prompts)} left out: {refused[0]}", flush=True)
-    if (overlong or truncated) and runtime.current().is_writer:
-        print(f"prompts: {overlong} overlong, {truncated} truncated, of {len(prompts)}", flush=True)
-    if not encoded:
-        raise DataError(f"no prompt leaves room for rl.max_new_tokens={cfg.rl.max_new_tokens}")
+        told = (
+            f"{name}: the prompt has {len(tokens)} tokens; model.encoder_seq_length={limit} less "
+            f"rl.max_new_tokens={needed} leaves {room}"
+        )
+        cut = lengths.tokens_to_cut(len(tokens), room, len(tokens) - 1, told)
+        if cut is not None:
+            encoded.append(Prompt(len(encoded), messages, tokens[cut:]))
+    counts = lengths.finish(len(encoded), "there are no prompts")
+    if lengths.refused and runtime.current().is_writer:
+        print(f"prompts: {len(lengths.refused)} of {len(prompts)} left out: {lengths.refused[0]}", flush=True)
+    inputs.print_encoding_counts("prompts", {name: counts[name] for name in ("overlong", "truncated")})
     return encoded
 
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from nemo_advrm.config.schema import Config
 from nemo_advrm.data import inputs
-from nemo_advrm.data.jsonl import BadRow
-from nemo_advrm.data.loading import raise_or_count
+from nemo_advrm.data.row_lengths import RowLengths
 from nemo_advrm.data.sft_rows import SftRow
 from nemo_advrm.data.tokenizers import Tokenizer
 from nemo_advrm.engine.microbatches import EncodedResponse
-from nemo_advrm.errors import ConfigError, DataError
+from nemo_advrm.errors import ConfigError
 from nemo_advrm.models.language_model import SupervisedModel
 from nemo_advrm.seeds import derive_seed
 from nemo_advrm.training.run_training import fit, read_result, write_result
@@ -38,36 +38,28 @@ def encode_responses(cfg: Config, tokenizer: Tokenizer, rows: list[SftRow]) -> l
     ``data.on_overlong`` decides about rows longer than the context, ``data.on_bad_row`` about rows that the chat
     template refuses. Raises DataError for such a row by default, and when no row is left.
     """
+    limit = cfg.model.encoder_seq_length
+    advice = "raise model.encoder_seq_length, or set data.on_overlong=skip or data.on_overlong=truncate_prompt"
+    lengths = RowLengths(cfg.data.on_overlong, cfg.data.on_bad_row, advice)
     encoded = []
-    refused: list[BadRow] = []
-    counts = {"overlong": 0, "truncated": 0}
-    limit, choice = cfg.model.encoder_seq_length, cfg.data.on_overlong
     for row in rows:
-        try:
-            head = tokenizer.encode_prompt(row.prompt)
-            answer = tokenizer.encode_response(row.response) if row.ended else tokenizer.encode(row.response)
-        except DataError as error:
-            refused.append(BadRow(row.source, "refused", str(error)))
+        parts = lengths.encode(row.source, partial(_prompt_and_answer, row, tokenizer))
+        if parts is None:
             continue
-        if len(head) + len(answer) > limit:
-            room = limit - len(answer)
-            if choice == "error":
-                raise DataError(
-                    f"{row.source}: the row has {len(head) + len(answer)} tokens, the limit is "
-                    f"model.encoder_seq_length={limit} (data.on_overlong=skip leaves such rows out)"
-                )
-            if choice == "skip" or room < 1:
-                counts["overlong"] += 1
-                continue
-            counts["truncated"] += 1
-            head = head[len(head) - room :]
-        encoded.append(EncodedResponse(head + answer, len(head)))
-    if refused:
-        raise_or_count(refused, usable=len(rows) - len(refused), on_bad_row=cfg.data.on_bad_row, path="")
-    inputs.print_encoding_counts("rows", {**counts, "refused": len(refused)})
-    if not encoded:
-        raise DataError(f"{cfg.data.train_path or 'corpus'}: all rows are longer than model.encoder_seq_length={limit}")
+        head, answer = parts
+        length = len(head) + len(answer)
+        told = f"{row.source}: the row has {length} tokens, the limit is model.encoder_seq_length={limit}"
+        cut = lengths.tokens_to_cut(length, limit, len(head) - 1, told)
+        if cut is not None:
+            encoded.append(EncodedResponse(head[cut:] + answer, len(head) - cut))
+    counts = lengths.finish(len(encoded), f"{cfg.data.train_path or 'corpus'}: holds no rows")
+    inputs.print_encoding_counts("rows", counts)
     return encoded
+
+
+def _prompt_and_answer(row: SftRow, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    answer = tokenizer.encode_response(row.response) if row.ended else tokenizer.encode(row.response)
+    return tokenizer.encode_prompt(row.prompt), answer
 
 
 def train_sft(cfg: Config, tokenizer: Tokenizer, directory: Path, rows: list[EncodedResponse]) -> dict[str, float]:
