@@ -106,6 +106,9 @@ def check(folder: Path) -> None:
     wrong += [f"{name} {own[name]} was added" for name in own if is_of(KEPT, name) and name not in before["wanted"]]
     if wrong:
         sys.exit("error: packages of the image would be replaced: " + "; ".join(sorted(wrong)))
+    hidden = [f"{name} {version} by {now[name]}" for name, version in own.items() if now[name] != version]
+    if hidden:  # PYTHONPATH, which modules of clusters set, comes before any environment
+        sys.exit("error: needed packages are hidden by older ones of PYTHONPATH: " + "; ".join(sorted(hidden)))
     for name, version in sorted(own.items()):
         if name in before["image"]:
             print(f"newer here, the image's stays beneath: {name} {before['image'][name]} -> {version}")

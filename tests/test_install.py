@@ -95,14 +95,16 @@ def environment(folder: Path, packages: Mapping[str, str], modules: Mapping[str,
     return folder / "bin" / "python"
 
 
-def packages_of(python: Path) -> dict[str, str]:
+def packages_of(python: Path, **variables: str) -> dict[str, str]:
     """All packages that a Python imports, with their versions."""
     code = (
         "import importlib.metadata as m; found = {}\n"
         "for d in m.distributions(): found.setdefault(d.metadata['Name'].replace('_', '-').lower(), d.version)\n"
         "print(*(f'{name} {version}' for name, version in found.items()), sep='\\n')"
     )
-    run = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True, env=offline(None))
+    run = subprocess.run(
+        [python, "-c", code], capture_output=True, text=True, check=True, env=offline(None, **variables)
+    )
     return dict(line.split() for line in run.stdout.splitlines())
 
 
@@ -229,6 +231,38 @@ def test_a_package_that_would_hide_one_of_the_image_is_refused(
     run = install(image, tmp_path / "index", wheel, tmp_path / "new")
     assert run.returncode != 0 and not (tmp_path / "new").exists()
     assert "error: packages of the image would be replaced: nvidia-cublas 13.0.0 was added" in run.stderr
+
+
+@pytest.fixture
+def module(tmp_path: Path) -> dict[str, str]:
+    """The variables of a cluster's module of PyTorch: a Python that is no virtual environment, and PYTHONPATH."""
+    python = Path(sys.base_prefix) / "bin" / "python3"
+    if subprocess.run([python, "-m", "pip", "--version"], capture_output=True, env=offline(None)).returncode:
+        pytest.skip(f"{python} has no pip")
+    for name, version in NVIDIA.items():
+        install_by_hand(tmp_path / "module", name, version)
+    return {"PYTHON": str(python), "PYTHONPATH": str(tmp_path / "module")}
+
+
+def test_a_module_of_a_cluster_is_left_as_it_is(
+    tmp_path: Path, wheel: Path, index: Path, wanted: dict[str, Requirement], module: dict[str, str]
+) -> None:
+    run = install(tmp_path / "none", index, wheel, tmp_path / "new", "serve", **module)
+    assert run.returncode == 0, run.stdout + run.stderr
+    after = packages_of(tmp_path / "new" / "bin" / "python", PYTHONPATH=module["PYTHONPATH"])
+    assert NVIDIA.items() <= after.items()
+    assert after["megatron-core"] == newest(wanted["megatron-core"])
+
+
+def test_a_needed_package_that_the_path_hides_is_an_error(
+    tmp_path: Path, wheel: Path, index: Path, wanted: dict[str, Requirement], module: dict[str, str]
+) -> None:
+    install_by_hand(tmp_path / "module", "pydantic", "2.0.0")
+    run = install(tmp_path / "none", index, wheel, tmp_path / "new", **module)
+    hidden = (
+        f"error: needed packages are hidden by older ones of PYTHONPATH: pydantic {newest(wanted['pydantic'])} by 2.0.0"
+    )
+    assert run.returncode != 0 and hidden in run.stderr and not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize(

@@ -91,9 +91,7 @@ def test_a_signal_is_handed_to_the_processes_whose_status_counts(tmp_path: Path,
     assert process.returncode == status
 
 
-def test_a_signal_reaches_processes_that_start_later_and_one_that_cannot_hear_it_yet_loses_nothing() -> (
-    None
-):
+def test_a_signal_reaches_processes_that_start_later_and_one_that_cannot_hear_it_yet_loses_nothing() -> None:
     code = (
         "import os, signal, sys; from nemo_advrm import launch, signals\n"
         "with signals.owned():\n"

@@ -83,7 +83,6 @@ def test_a_config_json_without_a_rule_of_ours_is_left_to_who_opens_the_model(pay
     assert rule_from_hf_config(tmp_path) == ReadingRule()
 
 
-
 def test_the_report_leaves_such_files_out_with_a_note(payload: bytes, tmp_path: Path) -> None:
     for name in ("state.json", "rows.jsonl", "config.yaml"):
         (tmp_path / name).write_bytes(payload)

@@ -36,9 +36,7 @@ def ask(port: int, texts: list[str], rows: list[list[int]], requests: int) -> di
         config = client.model_config
         names = [tensor.name for tensor in (*config.inputs, *config.outputs)]
         answers["sentences"] = [rewards(client.infer_batch(sentences=sentences))]
-        answers["sample"] = [
-            [float(client.infer_sample(sentences=sentence)["rewards"][0]) for sentence in sentences]
-        ]
+        answers["sample"] = [[float(client.infer_sample(sentences=sentence)["rewards"][0]) for sentence in sentences]]
         try:
             client.infer_batch(tokens=tokens, sequence_lengths=lengths + 99)
             error = ""

@@ -150,9 +150,7 @@ def trained(
         ("log_probs", {"path": actor, "rows": [plugin.ROW]}),
     )
     chosen, rejected = (torch.tensor(rm["scores"][start::2]) for start in (0, 1))
-    return Trained(
-        run["batches"], run["rewards"], log_probs[0], rm["losses"], float((chosen - rejected).mean())
-    )
+    return Trained(run["batches"], run["rewards"], log_probs[0], rm["losses"], float((chosen - rejected).mean()))
 
 
 def test_its_reinforce_is_rewarded_by_our_server(files: plugin.Files, reference: Path, trained: Trained) -> None:

@@ -104,9 +104,7 @@ def _config(directory: Path, seed: int) -> Config:
     return load_config([f"run_dir={directory}", f"seed={seed}"], "pipeline")
 
 
-def _claim_at_once(
-    world: World, seeds: list[int], directories: list[Path], shared: bool = True
-) -> list[list[str]]:
+def _claim_at_once(world: World, seeds: list[int], directories: list[Path], shared: bool = True) -> list[list[str]]:
     """What jobs with these seeds are told that claim one directory after the other, each at the same moment."""
     cfg = _config(directories[0].parent, seed=0)
     configs = [replace(cfg, seed=seed) for seed in seeds]

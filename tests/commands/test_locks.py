@@ -295,8 +295,10 @@ def test_a_holder_of_another_machine_with_our_name_is_given_time(
     (lease,) = [lease for path, lease in locks._held.items() if path.parent == tmp_path / "run"]
     own = lease.owner
     assert own is not None and own.start is not None
-    elsewhere = own._replace(start=own.start + (1 << 64)) if hasattr(own, "_replace") else replace(
-        own, start=own.start + (1 << 64)
+    elsewhere = (
+        own._replace(start=own.start + (1 << 64))
+        if hasattr(own, "_replace")
+        else replace(own, start=own.start + (1 << 64))
     )
     assert locks._is_on_this_host(own) and not locks._has_our_name_only(own)
     assert not locks._is_on_this_host(elsewhere) and locks._has_our_name_only(elsewhere)

@@ -44,9 +44,7 @@ def logits(path: str, tokens_BS: torch.Tensor) -> torch.Tensor:
     model = build(path)
     rows, length = tokens_BS.shape
     everywhere = torch.ones(rows, length, dtype=torch.bool)
-    microbatch = Microbatch(
-        tokens_BS, torch.full((rows,), length), {"predict_BS": everywhere, "gather_logits": True}
-    )
+    microbatch = Microbatch(tokens_BS, torch.full((rows,), length), {"predict_BS": everywhere, "gather_logits": True})
     found = forward(model, [microbatch], lambda output, _: output)
     shape = (tokens_BS.numel(), model.vocab_size)
     whole = runtime.current().broadcast_from_last_stage(found[0] if found else torch.empty(shape))

@@ -72,9 +72,7 @@ def test_a_language_model_keeps_its_logits_and_bits(
     run("hf", source, "megatron", tmp_path / "megatron")
     torch.testing.assert_close(convert_jobs.logits(str(tmp_path / "megatron"), TOKENS_BS), wanted, **TOLERANCE)
     for layout in LAYOUTS.values():
-        for there in worlds.run(
-            layout, "convert_jobs", "logits", path=str(tmp_path / "megatron"), tokens_BS=TOKENS_BS
-        ):
+        for there in worlds.run(layout, "convert_jobs", "logits", path=str(tmp_path / "megatron"), tokens_BS=TOKENS_BS):
             torch.testing.assert_close(there, wanted, **TOLERANCE)
 
     run("megatron", tmp_path / "megatron", "hf", tmp_path / "hf")
@@ -106,9 +104,7 @@ def test_a_reward_model_keeps_its_scores_and_bits_in_padded_batches(
     assert config["pad_token_id"] != config["eos_token_id"]
 
 
-def test_padding_that_is_the_end_token_is_replaced(
-    single: Runtime, saved: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_padding_that_is_the_end_token_is_replaced(single: Runtime, saved: Callable[..., Path], tmp_path: Path) -> None:
     source = saved("llama3", reward=True, pad_token_id=2)
     run("hf", source, "megatron", tmp_path / "megatron")
     wanted = convert_jobs.scores(str(tmp_path / "megatron"), SEQUENCES)

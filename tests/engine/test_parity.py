@@ -151,8 +151,13 @@ def test_reward_model_training_is_that_of_one_process(
     reference = Path(initial(architecture)) / "trained_reward"
     here = alone("train_reward_model", out=str(reference), **kwargs)
     everyone = worlds.run(
-        place.layout, "parity_jobs", "train_reward_model", place.processes,
-        model=place.model, out=str(tmp_path / "out"), **kwargs,
+        place.layout,
+        "parity_jobs",
+        "train_reward_model",
+        place.processes,
+        model=place.model,
+        out=str(tmp_path / "out"),
+        **kwargs,
     )
     assert {"train/loss", "train/accuracy", "train/margin", "train/chosen_std", "grad_norm"} <= here[0].keys()
     assert math.isfinite(here[1]["train/loss"]) and here[0]["grad_norm"] > 0.1
@@ -174,8 +179,13 @@ def test_supervised_training_is_that_of_one_process(
     reference = Path(initial(architecture)) / "trained_lm"
     here = alone("train_supervised", out=str(reference), **kwargs)
     everyone = worlds.run(
-        place.layout, "parity_jobs", "train_supervised", place.processes,
-        model=place.model, out=str(tmp_path / "out"), **kwargs,
+        place.layout,
+        "parity_jobs",
+        "train_supervised",
+        place.processes,
+        model=place.model,
+        out=str(tmp_path / "out"),
+        **kwargs,
     )
     for there in everyone:
         for step in range(2):

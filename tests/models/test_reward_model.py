@@ -211,9 +211,7 @@ def test_a_score_does_not_depend_on_batch_mates_order_or_padding(scorer: Megatro
 
 
 @pytest.mark.parametrize("pad_id", [0, TOKENIZER.eos_id, 37])
-def test_the_score_is_read_at_the_last_real_token_whatever_the_pad_token_is(
-    scorer: MegatronModel, pad_id: int
-) -> None:
+def test_the_score_is_read_at_the_last_real_token_whatever_the_pad_token_is(scorer: MegatronModel, pad_id: int) -> None:
     # rows hold the pad token inside and at their ends, as with pad = eos
     rows = [[5, pad_id, 9, TOKENIZER.eos_id], [7, 8, pad_id, pad_id], [pad_id], sequences(1, longest=30)[0]]
     expected = torch.stack([_alone(scorer, row)[0] for row in rows])

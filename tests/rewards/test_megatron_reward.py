@@ -59,9 +59,7 @@ def test_text_of_another_tokenizer_scores_like_the_same_tokens(source: MegatronR
     torch.testing.assert_close(score_sequences(source.model, sequences, 0), source.score(rollouts))
 
 
-def test_a_language_model_is_not_taken_for_a_reward_model(
-    source: MegatronReward, tmp_path: Path
-) -> None:
+def test_a_language_model_is_not_taken_for_a_reward_model(source: MegatronReward, tmp_path: Path) -> None:
     cfg = tiny_config()
     checkpoint.save(tmp_path / "lm", build_model(cfg.model, cfg.precision, "lm", VOCABULARY, seed=3, trainable=False))
     with pytest.raises(CheckpointError, match="lm"):

@@ -135,9 +135,7 @@ def _write_reference(path: Path, members: list[Path]) -> SFTScores:
     return SFTScores.read(path)
 
 
-def test_the_adversarial_reward_is_served_to_prompts_of_its_reference(
-    checkpoints: list[Path], tmp_path: Path
-) -> None:
+def test_the_adversarial_reward_is_served_to_prompts_of_its_reference(checkpoints: list[Path], tmp_path: Path) -> None:
     reference = _write_reference(tmp_path / "reference.jsonl", checkpoints)
     members = f"ensemble.members=[{','.join(map(str, checkpoints))}]"
     adversarial = ["serve.reward=adversarial", f"serve.reference_path={tmp_path / 'reference.jsonl'}"]
@@ -209,14 +207,10 @@ def test_an_attack_on_a_mixed_ensemble(served: Served, single: Runtime, tmp_path
     assert len({row["scores"][0] for row in rows}) > 3
 
 
-def test_evaluate_takes_members_of_any_kind(
-    served: Served, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_evaluate_takes_members_of_any_kind(served: Served, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pairs = tmp_path / "pairs.jsonl"
     texts = (("this river", "birds sing .", "birds rest ."), ("these clouds", "this river sleeps .", "birds dance ."))
-    pairs.write_text(
-        "".join(json.dumps({"prompt": p, "chosen": c, "rejected": r}) + "\n" for p, c, r in texts)
-    )
+    pairs.write_text("".join(json.dumps({"prompt": p, "chosen": c, "rejected": r}) + "\n" for p, c, r in texts))
     member, data = str(served.members[0]), f"data.validation_path={pairs}"
     hf = f"hf:{save_hf_reward(tmp_path / 'hf')}"
     assert cli.main(["evaluate", f"ensemble.members=[{member},{hf},{served.server.address}]", data]) == 0

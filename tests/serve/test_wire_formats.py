@@ -33,9 +33,7 @@ def _post(served: Served, path: str, body: object) -> dict:
 def test_own_interface(served: Served, form: str) -> None:
     data = rollouts()
     forms = {
-        "messages": [
-            {"messages": list(p), "response": r} for p, r in zip(data.prompts, data.responses, strict=True)
-        ],
+        "messages": [{"messages": list(p), "response": r} for p, r in zip(data.prompts, data.responses, strict=True)],
         "text": [{"text": text} for text in served.texts()],
         "tokens": [{"tokens": row} for row in _token_rows()],
     }
@@ -127,9 +125,11 @@ def test_tritonclient_with_text_and_with_tokens(served: Served) -> None:
                 assert rewards.shape == (4, 1) and rewards.dtype == np.float32
                 assert rewards.flatten().tolist() == pytest.approx(served.expected, **CLOSE)
                 assert result.get_response()["id"] == "7"
-    with pytest.raises(triton.InferenceServerException, match="there is no model other") if hasattr(
-        triton, "InferenceServerException"
-    ) else pytest.raises(Exception, match="there is no model other"):
+    with (
+        pytest.raises(triton.InferenceServerException, match="there is no model other")
+        if hasattr(triton, "InferenceServerException")
+        else pytest.raises(Exception, match="there is no model other")
+    ):
         client.infer("other", inputs)
     client.close()
 
