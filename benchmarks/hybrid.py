@@ -32,8 +32,9 @@ from nemo_advrm.models.reward_model import RewardModel
 from nemo_advrm.objectives.accuracy import accuracy
 from nemo_advrm.objectives.bradley_terry import fit_weights
 from nemo_advrm.rewards.features import ReferenceFeatures, hybrid_scores
-from nemo_advrm.rewards.hybrid import fixed_prompts, rollouts_of
+from nemo_advrm.rewards.hybrid import fixed_prompts
 from nemo_advrm.rewards.local import MegatronReward
+from nemo_advrm.rewards.token_sequences import rollouts_of
 from nemo_advrm.training.run_training import fit
 
 SCORED = ("fit", "test", "mismatched")

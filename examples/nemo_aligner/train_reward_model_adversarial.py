@@ -24,9 +24,9 @@ from nemo_aligner.utils.train_script_utils import (
 from nemo_aligner.utils.utils import load_and_override_model_config, load_from_nemo
 from omegaconf import DictConfig, OmegaConf
 
+from nemo_advrm.data.messages import plain_text
 from nemo_advrm.data.nemo_aligner_rows import as_transcript
 from nemo_advrm.integrations.nemo_aligner import AdversarialAugmentation, MegatronGPTFP8RewardModel
-from nemo_advrm.rewards.remote import plain_text
 
 mp.set_start_method("spawn", force=True)
 RENDERS = {"transcript": as_transcript, "plain": plain_text}

@@ -11,7 +11,6 @@ from typing import Any
 
 from nemo_advrm import files
 from nemo_advrm.attacks import summary_file
-from nemo_advrm.attacks.held_out_success import RATES
 from nemo_advrm.config.schema import Config
 from nemo_advrm.data.jsonl import read_jsonl
 from nemo_advrm.data.run_records import ATTACK_SAMPLE, RESTORE_ROWS, read_metrics, read_rows
@@ -45,7 +44,7 @@ def of_target(adversaries: list[dict[str, Any]]) -> dict[str, Any]:
         result[key] = _mean(adversaries, key)
     held_out = [s["held_out"] for s in adversaries if s.get("held_out")]
     if held_out:  # the SFT responses under "null" are the same for all adversaries
-        rates = {key: _mean(held_out, key) for key in RATES}
+        rates = {key: _mean(held_out, key) for key in summary_file.RATES}
         result["held_out"] = {**held_out[0], **rates, "responses": sum(h["responses"] for h in held_out)}
     return result
 

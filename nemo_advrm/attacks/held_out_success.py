@@ -32,8 +32,6 @@ from nemo_advrm.rollouts.types import Prompt
 from nemo_advrm.seeds import derive_seed
 
 HELD_OUT_REFERENCE = "held_out_reference.jsonl"
-# what is measured, as means over responses
-RATES = ("success_standard", "success_strict", "finds", "gold")
 
 
 @dataclass(frozen=True)

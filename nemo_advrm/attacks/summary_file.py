@@ -8,6 +8,9 @@ from typing import Any
 from nemo_advrm.data.run_records import ADVERSARY_SUMMARY, ATTACK_SUMMARY, problem
 from nemo_advrm.run_directory import results
 
+# what is measured on held-out prompts, as means over responses
+RATES = ("success_standard", "success_strict", "finds", "gold")
+
 
 def wrong_adversary(summary: dict[str, Any]) -> str:
     """Returns what is wrong with the summary of one adversary or one target, "" when nothing is."""

@@ -32,7 +32,7 @@ def main(cfg: Config) -> int:
     if not cfg.ensemble.members and not cfg.pretrained_checkpoint.restore_from_path:
         raise ConfigError("pretrained_checkpoint.restore_from_path is not set: name a reward model")
     cfg = sources.for_scoring(cfg, cfg.ensemble.members or [cfg.pretrained_checkpoint.restore_from_path])
-    run_dir.start(cfg)
+    run_dir.start(cfg, megatron=False)
     rows = inputs.evaluation_pairs(cfg)
     members = sources.load_members(cfg, cfg.ensemble.members, build_tokenizer(cfg.model.tokenizer))
     scored: list[Scored] = []

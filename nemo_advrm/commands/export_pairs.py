@@ -9,7 +9,7 @@ from pathlib import Path
 
 from nemo_advrm.config.schema import ExportPairsConfig
 from nemo_advrm.data.jsonl import write_jsonl_atomic
-from nemo_advrm.data.messages import prompt_key, starts_as_transcript
+from nemo_advrm.data.messages import plain_text, prompt_key, starts_as_transcript
 from nemo_advrm.data.nemo_aligner_rows import (
     EXTRA_ID_END,
     Render,
@@ -23,7 +23,6 @@ from nemo_advrm.data.pair_store import PairStore
 from nemo_advrm.data.preference_rows import PreferencePair
 from nemo_advrm.data.tokenizers import HFTokenizer, build_tokenizer
 from nemo_advrm.errors import ConfigError, DataError
-from nemo_advrm.rewards.remote import plain_text
 
 _TEMPLATES: dict[str, tuple[Render, str]] = {
     "transcript": (as_transcript, ""),

@@ -14,7 +14,6 @@ from nemo_advrm.errors import ConfigError
 from nemo_advrm.plan.jobs import Job, job_of
 from nemo_advrm.plan.memory import RankMemory, all_stages
 from nemo_advrm.plan.search import Candidate, budget, search, single_changes
-from nemo_advrm.plan.shards import build_stages
 from nemo_advrm.plan.step_time import Clock
 from nemo_advrm.plan.text import change_line, describe_job, layout_line, memory_table, nodes_of, time_lines
 
@@ -71,6 +70,9 @@ def _parameters(job: Job) -> list[tuple[str, int]]:
 
 def _check_by_building(job: Job) -> None:
     """Builds the models of every pipeline stage without memory, so that a layout Megatron refuses is not planned."""
+    # imported here: it needs Megatron-Core, and a search of layouts, which builds nothing, does not
+    from nemo_advrm.plan.shards import build_stages
+
     model = job.cfg.model
     for head in dict.fromkeys(held.head for held in job.models):
         built = build_stages(model, head, job.vocab_size, job.gpus, job.head_outputs)

@@ -34,7 +34,7 @@ def main(cfg: Config) -> int:
     sft_responses = _sft_responses(cfg)
     statistics_path = _statistics_path(cfg)
     cfg = sources.for_scoring(cfg, cfg.ensemble.members)
-    rt = run_dir.start(cfg)
+    rt = run_dir.start(cfg, megatron=False)
     if rt.dp_size > 1:
         raise ConfigError(
             f"trainer.devices={rt.world_size} makes {rt.dp_size} replicas of the model, a server has one: set "

@@ -66,6 +66,7 @@ MOVED_NAMES: dict[str, str] = {
     "nemo_advrm.models.policy.AdversarialPolicy": "nemo_advrm.attacks.adversarial_policy:AdversarialPolicy",
     "nemo_advrm.integrations.nemo_aligner.members.read_reference": "read_sft_scores",
     "nemo_advrm.integrations.nemo_aligner.sft_scores.write_reference": "write_sft_scores",
+    "nemo_advrm.rewards.remote.plain_text": "nemo_advrm.data.messages:plain_text",
     "nemo_advrm.training.callbacks.periodic_checkpoints.PreemptionCheckpoint": "PeriodicCheckpoint",
 }
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from nemo_advrm.config.schema import ModelConfig
 from nemo_advrm.convert.tensor_names import TensorSpec, canonical_shapes
-from nemo_advrm.engine.gpt import Head
+from nemo_advrm.engine.dimensions import Head
 from nemo_advrm.errors import CheckpointError, list_names
 
 

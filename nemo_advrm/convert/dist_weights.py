@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import io
 import itertools
+import json
 from pathlib import Path
 from typing import ClassVar
 
 import torch
-from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemWriter, Metadata
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
@@ -40,11 +40,19 @@ from nemo_advrm.convert.tensor_names import (
     stacked_name,
 )
 from nemo_advrm.convert.tensors import TensorSource
-from nemo_advrm.engine.file_readers import WeightsReader, reason
-from nemo_advrm.engine.gpt import Head
+from nemo_advrm.engine.dimensions import Head
+from nemo_advrm.engine.safe_readers import WeightsReader, reason
 from nemo_advrm.errors import CheckpointError
 
 PREFIX = "model."  # of the keys of a model in a checkpoint
+# the content of metadata.json. Megatron's save_config writes the same, but importing Megatron-Core takes longer than
+# most conversions
+FORMAT_OF_FILES = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
 _LAYERS = "decoder.layers."
 _MOST_LAYERS = 10_000  # a damaged or malicious file may claim any number
 
@@ -198,7 +206,7 @@ class StackedWriter:
         stored = {key: BytesStorageMetadata() for key in states} | tensors
         self._writer.finish(Metadata(stored), [self._results])
         torch.save({}, self._directory / "common.pt")
-        save_config(CheckpointingConfig("torch_dist"), str(self._directory))
+        (self._directory / "metadata.json").write_text(json.dumps(FORMAT_OF_FILES), encoding="utf-8")
 
     def _place(self, name: str) -> tuple[str, ChunkStorageMetadata, torch.Size]:
         """Return the key of a tensor, its chunk, and the size of the whole stack of layers."""

@@ -11,7 +11,7 @@ from nemo_advrm.convert import hf_directory
 from nemo_advrm.convert.architecture_tables import ARCHITECTURES, Architecture
 from nemo_advrm.convert.tensor_names import with_all_sizes
 from nemo_advrm.engine.architecture import first_difference
-from nemo_advrm.engine.gpt import Head
+from nemo_advrm.engine.dimensions import Head
 from nemo_advrm.errors import CheckpointError, one_line
 from nemo_advrm.nearest_name import nearest_name
 

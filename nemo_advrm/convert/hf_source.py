@@ -19,7 +19,7 @@ from nemo_advrm.convert.tensor_names import TensorSpec, canonical_shapes
 from nemo_advrm.convert.tensors import Description, TensorSource
 from nemo_advrm.convert.transforms import Transform
 from nemo_advrm.data.reading import rule_from_hf_config
-from nemo_advrm.engine.gpt import Head
+from nemo_advrm.engine.dimensions import Head
 from nemo_advrm.errors import CheckpointError, list_names, one_line
 from nemo_advrm.gguf_limits import check_header
 

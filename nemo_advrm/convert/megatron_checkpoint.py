@@ -19,9 +19,9 @@ from nemo_advrm.convert.tokenizer_files import check_tokenizer, copy_tokenizer
 from nemo_advrm.data.reading import KEY, ReadingRule, rule_from_meta
 from nemo_advrm.data.tokenizers import Tokenizer, build_tokenizer
 from nemo_advrm.engine import manifest
-from nemo_advrm.engine.checkpoint import FORMAT, WEIGHTS, read_meta
+from nemo_advrm.engine.checkpoint_meta import FORMAT, WEIGHTS, read_meta
 from nemo_advrm.engine.description import FIELDS
-from nemo_advrm.engine.model import padded_vocab_size
+from nemo_advrm.engine.dimensions import padded_vocab_size
 from nemo_advrm.engine.weights_metadata import open_metadata
 from nemo_advrm.errors import CheckpointError, ConfigError, DataError
 from nemo_advrm.untrusted_files import read_json_object

@@ -13,8 +13,7 @@ from typing import Any
 from nemo_advrm.config.schema import ModelConfig
 from nemo_advrm.convert.tensor_names import with_all_sizes
 from nemo_advrm.engine.description import check_texts
-from nemo_advrm.engine.gpt import Head
-from nemo_advrm.engine.transformer import NORMALIZATIONS
+from nemo_advrm.engine.dimensions import NORMALIZATIONS, Head
 from nemo_advrm.errors import CheckpointError
 
 REWARD_TARGET = "nemo_aligner.models.nlp.gpt.megatron_gpt_reward_model.MegatronGPTRewardModel"

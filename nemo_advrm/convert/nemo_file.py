@@ -23,8 +23,7 @@ from nemo_advrm.convert.nemo_tokenizer_files import TEMPORARY, pack_tokenizer, u
 from nemo_advrm.convert.tensor_names import TensorSpec, canonical_shapes
 from nemo_advrm.convert.tensors import Description, TensorSink, TensorSource
 from nemo_advrm.data.tokenizers import Tokenizer, build_tokenizer, check_vocabulary
-from nemo_advrm.engine.gpt import Head
-from nemo_advrm.engine.model import padded_vocab_size
+from nemo_advrm.engine.dimensions import Head, padded_vocab_size
 from nemo_advrm.engine.weights_metadata import check_positions, read_metadata
 from nemo_advrm.errors import CheckpointError, DataError, list_names
 from nemo_advrm.untrusted_files import decode_json, parse_yaml

@@ -31,9 +31,10 @@ from nemo_advrm.convert.partial import lock_output, unlock_output
 from nemo_advrm.convert.tokenizer_files import copy_tokenizer
 from nemo_advrm.data.tokenizers import build_tokenizer
 from nemo_advrm.engine import checkpoint, runtime
+from nemo_advrm.engine.checkpoint_meta import read_meta
 from nemo_advrm.engine.collectives import run_on_rank_zero
 from nemo_advrm.engine.description import check_description, check_section, check_texts
-from nemo_advrm.engine.gpt import Head
+from nemo_advrm.engine.dimensions import Head
 from nemo_advrm.errors import CheckpointError, one_line
 from nemo_advrm.files import atomic_replace
 from nemo_advrm.registry import PREFERENCE_LOSSES
@@ -82,7 +83,7 @@ def _pack(model: TrainableModel, partial: Path, path: Path) -> None:
     spec = cfg.model.tokenizer
     if spec.startswith("hf:"):
         copy_tokenizer(Path(spec.removeprefix("hf:")), partial / TOKENIZER)
-    meta = checkpoint.read_meta(partial / "checkpoint")
+    meta = read_meta(partial / "checkpoint")
     settings = {
         "target": _name(type(model)),
         "nemo_advrm_version": __version__,

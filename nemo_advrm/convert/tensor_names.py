@@ -7,8 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from nemo_advrm.config.schema import ModelConfig
-from nemo_advrm.engine.gpt import Head
-from nemo_advrm.engine.transformer import ACTIVATIONS, ffn_size, head_size, query_groups
+from nemo_advrm.engine.dimensions import GATED, Head, ffn_size, head_size, query_groups
 
 Shape = tuple[int, ...]
 
@@ -87,7 +86,7 @@ def _linear(name: str, rows: int, columns: int, bias: bool) -> dict[str, Shape]:
 def _layer_shapes(model: ModelConfig) -> dict[str, Shape]:
     hidden, ffn, size = model.hidden_size, ffn_size(model), head_size(model)
     heads, groups = model.num_attention_heads, query_groups(model)
-    gated = ACTIVATIONS[model.activation][1]
+    gated = model.activation in GATED
     shapes = _norm(model, ATTENTION_NORM, hidden)
     shapes |= _linear("self_attention.linear_qkv", (heads + 2 * groups) * size, hidden, model.bias or model.qkv_bias)
     if model.qk_layernorm:

@@ -38,7 +38,7 @@ from nemo_advrm.convert.partial import PartialDirectory
 from nemo_advrm.convert.tensor_names import VOCABULARY_ROWS, TensorSpec
 from nemo_advrm.convert.transforms import pad_vocabulary
 from nemo_advrm.data.reading import ReadingRule
-from nemo_advrm.engine.gpt import Head
+from nemo_advrm.engine.dimensions import Head
 from nemo_advrm.errors import CheckpointError, list_names
 from nemo_advrm.files import atomic_replace
 

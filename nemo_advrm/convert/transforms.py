@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from nemo_advrm.config.schema import ModelConfig
-from nemo_advrm.engine.transformer import head_size, query_groups
+from nemo_advrm.engine.dimensions import head_size, query_groups
 
 
 @dataclass(frozen=True)

@@ -138,6 +138,11 @@ def system_messages(value: Any, key: str, source: str, columns: Columns | None =
     return messages
 
 
+def plain_text(prompt: Sequence[Message]) -> str:
+    """Returns the concatenated contents of a prompt's messages."""
+    return "".join(message["content"] for message in prompt)
+
+
 def occurs(part: Sequence[Message], whole: Sequence[Message]) -> bool:
     """Return whether `whole` contains the turns of `part` consecutively (white space around a turn is ignored)."""
     size = len(part)

@@ -8,7 +8,7 @@ from typing import Any
 
 from nemo_advrm.config.keys import architecture_keys
 from nemo_advrm.config.schema import ModelConfig
-from nemo_advrm.engine.transformer import ffn_size, head_size, query_groups
+from nemo_advrm.engine.dimensions import ffn_size, head_size, query_groups
 
 _OF_HEAD = {
     "share_embeddings_and_output_weights": ("lm",),

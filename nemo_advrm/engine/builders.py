@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from nemo_advrm.config.schema import Config, RewardModelConfig
+from nemo_advrm.config.schema import Config
 from nemo_advrm.data.tokenizers import Tokenizer
 from nemo_advrm.engine import checkpoint
-from nemo_advrm.engine.gpt import Head
+from nemo_advrm.engine.checkpoint_meta import read_meta
+from nemo_advrm.engine.dimensions import Head, head_outputs
 from nemo_advrm.engine.model import MegatronModel, build_model
-from nemo_advrm.objectives.losses import reads_labels
 
 
 def build_policy(cfg: Config, tokenizer: Tokenizer, restore_from: str, seed: int, trainable: bool) -> MegatronModel:
@@ -25,11 +25,6 @@ def build_policy(cfg: Config, tokenizer: Tokenizer, restore_from: str, seed: int
 def build_critic(cfg: Config, tokenizer: Tokenizer, restore_from: str, seed: int) -> MegatronModel:
     """A model with a value head; see :func:`build_policy`. The head is new if the checkpoint is a language model's."""
     return _build(cfg, "value", tokenizer, restore_from, seed, trainable=True)
-
-
-def head_outputs(options: RewardModelConfig) -> int:
-    """Outputs of a reward model's head: one for each label of a loss that reads labels, else one."""
-    return options.num_attributes if reads_labels(options.loss) else 1
 
 
 def build_reward_model(
@@ -53,6 +48,6 @@ def _build(
     model = build_model(cfg.model, cfg.precision, head, size, seed=seed, trainable=trainable, **options)
     if restore_from:
         path = Path(restore_from)
-        new_head = head != "lm" and trainable and checkpoint.read_meta(path)["head"] != head
+        new_head = head != "lm" and trainable and read_meta(path)["head"] != head
         checkpoint.load(path, model, new_head=new_head)
     return model

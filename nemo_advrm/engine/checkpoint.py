@@ -26,18 +26,16 @@ from nemo_advrm.config.schema import ModelConfig
 from nemo_advrm.data.tokenizers import Tokenizer, check_vocabulary
 from nemo_advrm.engine import manifest, runtime
 from nemo_advrm.engine.architecture import first_difference
+from nemo_advrm.engine.checkpoint_meta import FORMAT, WEIGHTS, read_meta
 from nemo_advrm.engine.collectives import all_reduce_max, run_on_rank_zero
-from nemo_advrm.engine.description import check_description
+from nemo_advrm.engine.dimensions import padded_vocab_size
 from nemo_advrm.engine.file_readers import load_weights
 from nemo_advrm.engine.file_writers import FileWriters, RankFiles, write_common
 from nemo_advrm.engine.fp8_states import check_fp8_states
-from nemo_advrm.engine.model import MegatronModel, padded_vocab_size
+from nemo_advrm.engine.model import MegatronModel
 from nemo_advrm.engine.optim import MegatronOptimizer
 from nemo_advrm.errors import CheckpointError, one_line
-from nemo_advrm.untrusted_files import read_json_object
 
-FORMAT = 1
-WEIGHTS = "weights"  # directory of Megatron's files
 # how often the ranks ask each other whether all have written, while a save is waited for
 LOOK_SECONDS = 1.0
 # how long the threads of a save that is given up may take to finish the tensor they write
@@ -217,24 +215,6 @@ def _reason(error: BaseException, directory: Path) -> str:
         usage = shutil.disk_usage(directory)
         return f"is the disk full? {usage.free / 1e6:.1f} of {usage.total / 1e6:.1f} MB are free; {reason}"
     return reason
-
-
-def read_meta(path: Path) -> dict[str, Any]:
-    """The content of ``meta.json``; raises CheckpointError when the checkpoint is missing or incomplete."""
-    path = Path(path)
-    files.finish_interrupted_replace(path)
-    if not path.exists():
-        raise CheckpointError(f"{path}: there is no such checkpoint")
-    try:
-        meta = read_json_object(path / "meta.json")
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: not a complete checkpoint ({error})") from None
-    if not {"format", "head", "model"} <= set(meta):
-        raise CheckpointError(f"{path}: not a checkpoint of nemo_advrm (meta.json lacks format, head or model)")
-    if type(meta["format"]) is int and meta["format"] > FORMAT:
-        raise CheckpointError(f"{path}: written by a newer version (format {meta['format']}, this one knows {FORMAT})")
-    check_description(meta, str(path / "meta.json"))
-    return meta
 
 
 def check_tokenizer(tokenizer: Tokenizer, model: ModelConfig, path: str = "") -> None:

@@ -3,18 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import typing
-from pathlib import Path
 from typing import Any
-
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from nemo_advrm.config.keys import about
 from nemo_advrm.config.schema import ModelConfig
-from nemo_advrm.engine.parameters import model_parameters
-from nemo_advrm.engine.transformer import head_size, query_groups
-from nemo_advrm.engine.weights_metadata import open_metadata
 from nemo_advrm.errors import CheckpointError, one_line
 
 _HEADS = ("lm", "reward", "value")
@@ -51,23 +44,6 @@ def check_description(meta: dict[str, Any], source: str) -> None:
             raise CheckpointError(f"{source}: {key} is {_shown(meta[key])}, which no model has")
     check_section(ModelConfig, meta["model"], "model", source)
     check_texts(meta, source)
-
-
-def check_size(path: Path, meta: dict[str, Any], model: ModelConfig) -> None:
-    """Raise CheckpointError if ``meta`` describes a larger model than the weights hold, before memory is allocated."""
-    stored = open_metadata(path / "weights").state_dict_metadata
-    held = sum(
-        math.prod(item.size)
-        for key, item in stored.items()
-        if key.startswith("model.") and isinstance(item, TensorStorageMetadata)
-    )
-    heads, groups = model.num_attention_heads, query_groups(model)
-    if head_size(model) < 1 or heads % groups:
-        raise CheckpointError(f"{path}: describes {heads} attention heads, which its other sizes do not allow")
-    rows, outputs = meta.get("vocab_size", 1), meta.get("head_outputs", 1)
-    described = model_parameters(model, meta["head"], rows, outputs).total
-    if described > held:
-        raise CheckpointError(f"{path}: describes a model of {described} parameters, its weights have {held}")
 
 
 def check_section(kind: Any, settings: dict[str, Any], place: str, source: str) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_advrm.engine.file_readers import only_torch_classes, reason
+from nemo_advrm.engine.safe_readers import only_torch_classes, reason
 from nemo_advrm.errors import CheckpointError
 
 # classes in these states beside tensors and plain values (transformer_engine/common/recipe)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
@@ -15,12 +15,11 @@ from torch import Tensor, nn
 from nemo_advrm.config.schema import ModelConfig
 from nemo_advrm.engine import context
 from nemo_advrm.engine.context import SplitLogits
+from nemo_advrm.engine.dimensions import Head
 from nemo_advrm.engine.kv_cache import KVCache
 from nemo_advrm.engine.layers import Norm
 from nemo_advrm.engine.rotation import rotation
 from nemo_advrm.engine.transformer import layer_spec
-
-Head = Literal["lm", "reward", "value"]
 
 
 class ScalarHead(nn.Module):

@@ -13,7 +13,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from nemo_advrm.config.schema import ModelConfig, PrecisionConfig
 from nemo_advrm.engine import runtime
-from nemo_advrm.engine.gpt import Head, HeadedGPT
+from nemo_advrm.engine.dimensions import Head, padded_vocab_size
+from nemo_advrm.engine.gpt import HeadedGPT
 from nemo_advrm.engine.transformer import transformer_config
 
 
@@ -106,18 +107,6 @@ class MegatronModel:
         }
 
 
-def padded_vocab_size(model: ModelConfig, tokenizer_size: int) -> int:
-    """Vocabulary size, padded so that tensor-parallel ranks get equal parts.
-
-    The padding is the same for TP 1, 2, 4 and 8, so that a checkpoint opens at each of them.
-    """
-    wanted = model.vocab_size or tokenizer_size
-    unit = model.make_vocab_size_divisible_by
-    if unit % model.tensor_model_parallel_size:
-        unit *= model.tensor_model_parallel_size
-    return -(-wanted // unit) * unit
-
-
 def build_model(
     model: ModelConfig,
     precision: PrecisionConfig,
@@ -135,6 +124,7 @@ def build_model(
     A model that is not trainable has no gradient buffers and is in eval mode. A language model gives
     ``banned_token_ids`` no probability.
     """
+    runtime.need_megatron()
     rt = runtime.current()
     config = transformer_config(model, precision, rt.on_gpu)
     config.finalize_model_grads_func = finalize_model_grads

@@ -6,8 +6,7 @@ from dataclasses import dataclass, replace
 
 from nemo_advrm.config.layout import layers_per_stage
 from nemo_advrm.config.schema import ModelConfig
-from nemo_advrm.engine.gpt import Head
-from nemo_advrm.engine.transformer import ACTIVATIONS, ffn_size, head_size, query_groups
+from nemo_advrm.engine.dimensions import GATED, Head, ffn_size, head_size, query_groups
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ class Sizes:
             key=groups * channels,
             heads=model.num_attention_heads,
             groups=groups,
-            gated=ACTIVATIONS[model.activation][1],
+            gated=model.activation in GATED,
         )
 
 
@@ -86,8 +85,8 @@ def _layer(model: ModelConfig, tensor: int) -> tuple[int, int]:
 def stage_parameters(model: ModelConfig, head: Head, vocab_size: int, stage: int, head_outputs: int = 1) -> Parameters:
     """Parameters of one rank of pipeline stage ``stage`` at the layout of ``model``.
 
-    ``vocab_size`` is the padded size (:func:`nemo_advrm.engine.model.padded_vocab_size`). All ranks of a stage have
-    the same number.
+    ``vocab_size`` is the padded size (:func:`nemo_advrm.engine.dimensions.padded_vocab_size`). All ranks of a stage
+    have the same number.
     """
     tensor, layers = model.tensor_model_parallel_size, layers_per_stage(model)
     matrices, other = (count * layers[stage] for count in _layer(model, tensor))

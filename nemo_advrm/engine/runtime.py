@@ -39,6 +39,7 @@ class Runtime:
         replica: the processes of this one's model replica.
         dp_rank, dp_size: rank and number of the data-parallel replicas.
         is_first_stage, is_last_stage: of the pipeline.
+        without_megatron: None once Megatron's process groups exist, else the timeout in minutes that they will have.
     """
 
     layout: Layout
@@ -50,6 +51,7 @@ class Runtime:
     dp_size: int
     is_first_stage: bool
     is_last_stage: bool
+    without_megatron: float | None = None
 
     @property
     def on_gpu(self) -> bool:
@@ -82,10 +84,10 @@ class Runtime:
 
     def gather_data_parallel(self, value: Any) -> list[Any]:
         """All-gather a picklable ``value`` over data-parallel ranks, in rank order."""
-        from megatron.core import parallel_state
-
         if self.dp_size == 1:
             return [value]
+        from megatron.core import parallel_state
+
         values: list[Any] = [None] * self.dp_size
         dist.all_gather_object(values, without_views(value), group=parallel_state.get_data_parallel_group())
         return values
@@ -95,10 +97,10 @@ class Runtime:
 
         All ranks call. Only rank 0's data-parallel group communicates, as all ranks of a replica have the same value.
         """
-        from megatron.core import parallel_state
-
         if self.dp_size == 1:
             return [value] if self.is_writer else []
+        from megatron.core import parallel_state
+
         group = parallel_state.get_data_parallel_group()
         if 0 not in dist.get_process_group_ranks(group):
             return []
@@ -108,10 +110,10 @@ class Runtime:
 
     def dp_all_reduce_max(self, count: int) -> int:
         """Maximum of ``count`` over data-parallel ranks, on all of them."""
-        from megatron.core import parallel_state
-
         if self.dp_size == 1:
             return count
+        from megatron.core import parallel_state
+
         # by gloo on GPUs too: then only the host waits, and the GPU continues with its queued work
         groups = parallel_state.get_data_parallel_group_gloo if self.on_gpu else parallel_state.get_data_parallel_group
         most = torch.tensor(count)
@@ -130,6 +132,7 @@ class Runtime:
         """
         from megatron.core import tensor_parallel
 
+        need_megatron()
         torch.manual_seed(seed)
         if not self.on_gpu:
             tensor_parallel.get_cuda_rng_tracker().reset()
@@ -156,11 +159,17 @@ def uses_gpu(accelerator: str) -> bool:
     return accelerator != "cpu" and torch.cuda.is_available()
 
 
-def start(layout: Layout | None = None, accelerator: str = "auto", timeout_minutes: float = 30.0) -> Runtime:
+def start(
+    layout: Layout | None = None, accelerator: str = "auto", timeout_minutes: float = 30.0, megatron: bool = True
+) -> Runtime:
     """Join the job and build Megatron's process groups for ``layout``.
 
     A second call with the same layout returns the running Runtime; another layout rebuilds the groups. ``accelerator``
     is a value of the schema's ``trainer.accelerator``, which is not checked again.
+
+    With ``megatron=False`` a process that is alone leaves the groups to :func:`need_megatron`: importing Megatron-Core
+    takes longer than a Hugging Face model needs to score a file. Several processes always get their groups, which
+    collectives between replicas use.
 
     Raises LayoutError if the layout does not divide the number of processes, ConfigError if a GPU is requested and
     none is found, ProcessLost if other processes do not join in time.
@@ -168,6 +177,8 @@ def start(layout: Layout | None = None, accelerator: str = "auto", timeout_minut
     global _current
     layout = layout or Layout()
     if _current is not None and _current.layout == layout:
+        if megatron:
+            need_megatron()
         return _current
     if accelerator == "gpu" and not torch.cuda.is_available():
         raise ConfigError("trainer.accelerator=gpu: PyTorch sees no GPU; use accelerator=cpu or check the driver")
@@ -183,6 +194,11 @@ def start(layout: Layout | None = None, accelerator: str = "auto", timeout_minut
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         peers.join(rank_info, "nccl" if on_gpu else "gloo", timeout_minutes)
+    if not megatron and rank_info.world_size == 1:
+        alone = dist.group.WORLD
+        assert alone is not None
+        _current = Runtime(layout, device, 0, 1, alone, 0, 1, True, True, timeout_minutes)
+        return _current
     replica = _initialize_groups(layout, on_gpu, timeout_minutes)
     from megatron.core import parallel_state
 
@@ -198,6 +214,14 @@ def start(layout: Layout | None = None, accelerator: str = "auto", timeout_minut
         is_last_stage=parallel_state.is_pipeline_last_stage(ignore_virtual=True),
     )
     return _current
+
+
+def need_megatron() -> None:
+    """Build Megatron's process groups where :func:`start` has left them out; called before a model is built."""
+    rt = current()
+    if rt.without_megatron is not None:
+        rt.replica = _initialize_groups(rt.layout, rt.on_gpu, rt.without_megatron)
+        rt.without_megatron = None
 
 
 def _initialize_groups(layout: Layout, on_gpu: bool, timeout_minutes: float) -> dist.ProcessGroup:

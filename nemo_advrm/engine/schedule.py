@@ -16,7 +16,7 @@ from torch import Tensor
 from nemo_advrm.data.batching import microbatch_cost, split_by_tokens
 from nemo_advrm.engine import runtime, throughput
 from nemo_advrm.engine.context import SplitLogits
-from nemo_advrm.engine.gpt import Head
+from nemo_advrm.engine.dimensions import Head
 from nemo_advrm.engine.model import MegatronModel
 from nemo_advrm.engine.precision import alignment
 

@@ -17,6 +17,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from nemo_advrm.config.schema import ModelConfig, PrecisionConfig
 from nemo_advrm.engine import fusions, transformer_engine
 from nemo_advrm.engine.attention import CachedSelfAttention, FusedCoreAttention
+from nemo_advrm.engine.dimensions import GATED, NORMALIZATIONS, ffn_size, head_size, query_groups
 from nemo_advrm.engine.layers import Norm, PostNormLayer
 from nemo_advrm.engine.precision import check_machine, check_model, options
 from nemo_advrm.errors import ConfigError
@@ -30,34 +31,14 @@ def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
     return F.gelu(x, approximate="tanh")
 
 
-# name -> (function, gated linear unit)
-ACTIVATIONS: dict[str, tuple[Any, bool]] = {
-    "swiglu": (F.silu, True),
-    "geglu": (F.gelu, True),
-    "geglu_tanh": (gelu_tanh, True),
-    "gelu": (F.gelu, False),
-    "relu": (F.relu, False),
-    "squared_relu": (squared_relu, False),
+ACTIVATIONS: dict[str, Any] = {
+    "swiglu": F.silu,
+    "geglu": F.gelu,
+    "geglu_tanh": gelu_tanh,
+    "gelu": F.gelu,
+    "relu": F.relu,
+    "squared_relu": squared_relu,
 }
-# name -> (Megatron's normalization, whether the stored weight is the scale minus one)
-NORMALIZATIONS: dict[str, tuple[str, bool]] = {
-    "RMSNorm": ("RMSNorm", False),
-    "rmsnorm1p": ("RMSNorm", True),
-    "LayerNorm": ("LayerNorm", False),
-    "layernorm1p": ("LayerNorm", True),
-}
-
-
-def ffn_size(model: ModelConfig) -> int:
-    return model.ffn_hidden_size or 4 * model.hidden_size
-
-
-def head_size(model: ModelConfig) -> int:
-    return model.kv_channels or model.hidden_size // model.num_attention_heads
-
-
-def query_groups(model: ModelConfig) -> int:
-    return model.num_query_groups or model.num_attention_heads
 
 
 def _sliding_window(model: ModelConfig) -> dict[str, Any]:
@@ -110,7 +91,7 @@ def transformer_config(model: ModelConfig, precision: PrecisionConfig, on_gpu: b
     data-parallel ranks (``calculate_per_token_loss``). So a loss does not depend on how rows are distributed over
     microbatches and ranks.
     """
-    activation, gated = ACTIVATIONS[model.activation]
+    activation = ACTIVATIONS[model.activation]
     normalization, zero_centered = NORMALIZATIONS[model.normalization]
     fused = fusions.settings(model, on_gpu)
     if fused["bias_activation_fusion"]:
@@ -138,7 +119,7 @@ def transformer_config(model: ModelConfig, precision: PrecisionConfig, on_gpu: b
         layernorm_zero_centered_gamma=zero_centered,
         layernorm_epsilon=model.layernorm_epsilon,
         activation_func=activation,
-        gated_linear_unit=gated,
+        gated_linear_unit=model.activation in GATED,
         add_bias_linear=model.bias,
         add_qkv_bias=model.qkv_bias or model.bias,
         qk_layernorm=model.qk_layernorm,

@@ -17,9 +17,9 @@ from nemo_advrm.objectives.accuracy import accuracy
 from nemo_advrm.objectives.sft_statistics import standardise_members
 from nemo_advrm.objectives.uncertainty import combine
 from nemo_advrm.rewards.base import RewardSource, checked_scores
-from nemo_advrm.rewards.hybrid import rollouts_of
 from nemo_advrm.rewards.limits import longest_row
 from nemo_advrm.rewards.standardisation import described, read_statistics
+from nemo_advrm.rewards.token_sequences import rollouts_of
 from nemo_advrm.rollouts.types import Rollouts
 
 # number of pairs that are scored a second time, spread evenly over the file

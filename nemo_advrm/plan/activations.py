@@ -21,10 +21,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from nemo_advrm.config.schema import ModelConfig
+from nemo_advrm.engine.dimensions import head_size
 from nemo_advrm.engine.flops import Microbatch
 from nemo_advrm.engine.fusions import fuses_activation
 from nemo_advrm.engine.parameters import Sizes
-from nemo_advrm.engine.transformer import head_size
 
 _SUM_BYTES = 4  # softmax sums and means are fp32
 

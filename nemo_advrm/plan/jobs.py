@@ -6,10 +6,8 @@ from dataclasses import dataclass
 
 from nemo_advrm.config.layout import data_parallel_size
 from nemo_advrm.config.schema import Config
-from nemo_advrm.engine.builders import head_outputs
+from nemo_advrm.engine.dimensions import Head, head_outputs, padded_vocab_size
 from nemo_advrm.engine.flops import Microbatch
-from nemo_advrm.engine.gpt import Head
-from nemo_advrm.engine.model import padded_vocab_size
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from nemo_advrm.config.schema import ModelConfig, PrecisionConfig
-from nemo_advrm.engine.gpt import Head, HeadedGPT
+from nemo_advrm.engine.dimensions import Head
+from nemo_advrm.engine.gpt import HeadedGPT
 from nemo_advrm.engine.transformer import transformer_config
 
 

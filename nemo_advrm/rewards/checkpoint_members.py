@@ -50,10 +50,10 @@ class SourceSpec:
 
 def reward_meta(spec: SourceSpec) -> dict[str, Any]:
     """Reads the metadata of a reward model's checkpoint. Raises CheckpointError when it is no reward model."""
-    from nemo_advrm.engine import checkpoint
-    from nemo_advrm.engine.description import check_size
+    from nemo_advrm.engine.checkpoint_meta import read_meta
+    from nemo_advrm.engine.weights_size import check_size
 
-    meta = checkpoint.read_meta(spec.path)
+    meta = read_meta(spec.path)
     if meta["head"] != "reward":
         raise CheckpointError(f"{spec.text}: holds a model with the head {meta['head']!r}, not a reward model")
     check_size(spec.path, meta, member_config(meta, ModelConfig()))

@@ -17,8 +17,9 @@ from nemo_advrm.data.messages import Message, prompt_key
 from nemo_advrm.data.preference_rows import PreferencePair
 from nemo_advrm.data.tokenizers import HFTokenizer, Tokenizer
 from nemo_advrm.detectors.base import LOG_PROBS, build_detector
-from nemo_advrm.engine import checkpoint, manifest
+from nemo_advrm.engine import manifest
 from nemo_advrm.engine.builders import build_policy
+from nemo_advrm.engine.checkpoint_meta import read_meta
 from nemo_advrm.engine.collectives import run_on_rank_zero
 from nemo_advrm.engine.feature_file import FeatureWeights, policy_fingerprint
 from nemo_advrm.errors import CheckpointError, ConfigError, DataError
@@ -26,7 +27,7 @@ from nemo_advrm.objectives.bradley_terry import fit_weights
 from nemo_advrm.rewards.checkpoint_members import OF_THE_JOB, SourceSpec, member_config, member_tokenizer
 from nemo_advrm.rewards.features import HybridReward, ReferenceFeatures
 from nemo_advrm.rewards.local import MegatronReward
-from nemo_advrm.rollouts.types import Rollouts
+from nemo_advrm.rewards.token_sequences import rollouts_of
 
 # features by policy, settings and prompts; shared between members, so that a frozen policy is loaded once
 Opened = dict[tuple[Any, ...], ReferenceFeatures]
@@ -168,28 +169,6 @@ def with_prompts(pairs: Sequence[EncodedPair]) -> list[EncodedPair]:
     return [pair for pair in pairs if pair.row is not None and pair.row.prompt]
 
 
-def rollouts_of(pairs: Sequence[EncodedPair], tokenizer: Tokenizer) -> Rollouts:
-    """Returns all chosen responses, then all rejected ones, as tokens of ``tokenizer`` and as texts.
-
-    Raises DataError when the texts of a pair are unknown.
-    """
-    rows = [pair.row for pair in pairs]
-    if any(row is None for row in rows):
-        raise DataError("the texts of the pairs are not known")
-    texts = [row.chosen for row in rows if row] + [row.rejected for row in rows if row]
-    tokens = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
-    return Rollouts(
-        prompts=[row.prompt for row in rows if row] * 2,
-        responses=texts,
-        ended=[row.chosen_ended for row in rows if row] + [row.rejected_ended for row in rows if row],
-        prompt_tokens=[[] for _ in texts],
-        response_tokens=tokens,
-        prompt_index=[0] * len(texts),
-        fingerprint=tokenizer.fingerprint,
-        tokens_only=True,
-    )
-
-
 def _open(
     policy: str, prompts: Sequence[tuple[Message, ...]], running: Tokenizer, place: str, cfg: Config, opened: Opened
 ) -> ReferenceFeatures:
@@ -218,7 +197,7 @@ def _policy_and_settings(policy: str, cfg: Config) -> tuple[str, str]:
 
 def _policy_meta(policy: str, place: str) -> dict[str, Any]:
     try:
-        meta = checkpoint.read_meta(Path(policy))
+        meta = read_meta(Path(policy))
     except CheckpointError as error:
         raise CheckpointError(f"{place}: {error}") from error
     if meta["head"] != "lm":

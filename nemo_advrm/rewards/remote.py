@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +11,7 @@ from urllib.parse import parse_qs, quote, urlsplit
 import torch
 from torch import Tensor
 
+from nemo_advrm.config.moved import old_names
 from nemo_advrm.config.schema import RemoteConfig
 from nemo_advrm.data.messages import Message
 from nemo_advrm.data.scores import as_scores
@@ -20,7 +20,7 @@ from nemo_advrm.errors import RewardSourceError
 from nemo_advrm.rewards.base import RewardSource
 from nemo_advrm.rewards.http_client import ReplicatedServer
 from nemo_advrm.rewards.replica import once_per_replica
-from nemo_advrm.rewards.token_sequences import token_sequences
+from nemo_advrm.rewards.token_sequences import token_sequences, written_out
 from nemo_advrm.rollouts.types import Rollouts
 
 
@@ -148,17 +148,6 @@ def _column(data: Any) -> Any:
     return data
 
 
-def plain_text(prompt: Sequence[Message]) -> str:
-    """Returns the concatenated contents of a prompt's messages."""
-    return "".join(message["content"] for message in prompt)
-
-
-def written_out(rollouts: Rollouts) -> Rollouts:
-    """Returns the rollouts as whole texts, each the concatenation of the prompt's messages and the response."""
-    whole = [plain_text(prompt) + text for prompt, text in zip(rollouts.prompts, rollouts.responses, strict=True)]
-    return dataclasses.replace(rollouts, prompts=[() for _ in whole], responses=whole, rendered=True)
-
-
 def _text_inputs(texts: list[str]) -> list[dict[str, Any]]:
     return [{"name": "sentences", "shape": [len(texts), 1], "datatype": "BYTES", "data": texts}]
 
@@ -213,3 +202,6 @@ def _as_messages(prompt: Any) -> list[Message]:
 
 def _as_response(completion: Any) -> str:
     return completion if isinstance(completion, str) else "".join(m["content"] for m in completion)
+
+
+__getattr__ = old_names(__name__)

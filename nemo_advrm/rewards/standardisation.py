@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from nemo_advrm.data.jsonl import write_jsonl_atomic
+from nemo_advrm.data.messages import plain_text
 from nemo_advrm.data.sft_scores import SFTScores
 from nemo_advrm.data.tokenizers import Tokenizer
 from nemo_advrm.engine import runtime
@@ -21,7 +22,7 @@ from nemo_advrm.objectives.uncertainty import FORMULAS, same_as
 from nemo_advrm.rewards.base import RewardSource, checked_scores
 from nemo_advrm.rewards.ensemble import UncertaintyReward
 from nemo_advrm.rewards.limits import places_that_fit
-from nemo_advrm.rewards.remote import plain_text, written_out
+from nemo_advrm.rewards.token_sequences import written_out
 from nemo_advrm.rollouts.types import Rollouts
 
 FILE = "standardisation.jsonl"

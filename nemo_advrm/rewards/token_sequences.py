@@ -1,7 +1,12 @@
-"""Encodes rollouts with the tokenizer of one reward model."""
+"""Rollouts as one reward model reads them: encoded with its tokenizer, or written out as texts."""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
+
+from nemo_advrm.data.encoding import EncodedPair
+from nemo_advrm.data.messages import plain_text
 from nemo_advrm.data.tokenizers import HFTokenizer, Tokenizer
 from nemo_advrm.errors import DataError
 from nemo_advrm.rollouts.types import Rollouts
@@ -55,3 +60,31 @@ def encode_rendered(tokenizer: Tokenizer, text: str) -> list[int]:
     if ids and not getattr(tokenizer, "append_eod", True):
         return ids
     return [*ids, tokenizer.eos_id]
+
+
+def written_out(rollouts: Rollouts) -> Rollouts:
+    """Returns the rollouts as whole texts, each the concatenation of the prompt's messages and the response."""
+    whole = [plain_text(prompt) + text for prompt, text in zip(rollouts.prompts, rollouts.responses, strict=True)]
+    return dataclasses.replace(rollouts, prompts=[() for _ in whole], responses=whole, rendered=True)
+
+
+def rollouts_of(pairs: Sequence[EncodedPair], tokenizer: Tokenizer) -> Rollouts:
+    """Returns all chosen responses, then all rejected ones, as tokens of ``tokenizer`` and as texts.
+
+    Raises DataError when the texts of a pair are unknown.
+    """
+    rows = [pair.row for pair in pairs]
+    if any(row is None for row in rows):
+        raise DataError("the texts of the pairs are not known")
+    texts = [row.chosen for row in rows if row] + [row.rejected for row in rows if row]
+    tokens = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
+    return Rollouts(
+        prompts=[row.prompt for row in rows if row] * 2,
+        responses=texts,
+        ended=[row.chosen_ended for row in rows if row] + [row.rejected_ended for row in rows if row],
+        prompt_tokens=[[] for _ in texts],
+        response_tokens=tokens,
+        prompt_index=[0] * len(texts),
+        fingerprint=tokenizer.fingerprint,
+        tokens_only=True,
+    )

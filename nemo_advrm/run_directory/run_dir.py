@@ -12,7 +12,8 @@ from nemo_advrm import files, locks
 from nemo_advrm.config import resolved, versions
 from nemo_advrm.config.layout import validate_layout
 from nemo_advrm.config.schema import Config
-from nemo_advrm.engine import checkpoint, runtime, stopping
+from nemo_advrm.engine import runtime, stopping
+from nemo_advrm.engine.checkpoint_meta import read_meta
 from nemo_advrm.engine.collectives import run_on_rank_zero
 from nemo_advrm.engine.precision import FP8, check_machine
 from nemo_advrm.errors import ConfigError
@@ -28,8 +29,8 @@ _LOCKS = re.compile(r"locks|\w+\.(lease.*|lock|owner)")
 NOT_BEGUN = "before the work began: nothing is lost, the same command resumes"
 
 
-def start(cfg: Config) -> runtime.Runtime:
-    """Join the job at the layout of ``cfg``.
+def start(cfg: Config, megatron: bool = True) -> runtime.Runtime:
+    """Join the job at the layout of ``cfg``; ``megatron=False`` as in :func:`nemo_advrm.engine.runtime.start`.
 
     Raises LayoutError or ConfigError when the layout does not fit the model or the processes, CheckpointError
     when a checkpoint that the stage starts from is missing, Preempted when a signal has come to any process.
@@ -45,11 +46,11 @@ def start(cfg: Config) -> runtime.Runtime:
     )
     if cfg.trainer.cpu_threads:
         torch.set_num_threads(cfg.trainer.cpu_threads)
-    started = runtime.start(layout, cfg.trainer.accelerator, cfg.trainer.timeout_minutes)
+    started = runtime.start(layout, cfg.trainer.accelerator, cfg.trainer.timeout_minutes, megatron)
     stopping.leave_if_asked(NOT_BEGUN)
     # what is missing or incomplete is told before anything is written
     if cfg.pretrained_checkpoint.restore_from_path:
-        checkpoint.read_meta(Path(cfg.pretrained_checkpoint.restore_from_path))
+        read_meta(Path(cfg.pretrained_checkpoint.restore_from_path))
     gold = sources.gold_spec(cfg)
     for scorer in [*sources.parse_members(cfg.ensemble.members), *([gold] if gold else [])]:
         sources.check(scorer, cfg, world_size)

@@ -7,13 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from nemo_advrm.data.messages import Message, prompt_key
+from nemo_advrm.data.messages import Message, plain_text, prompt_key
 from nemo_advrm.data.sft_scores import SFTScores
 from nemo_advrm.data.tokenizers import Tokenizer
 from nemo_advrm.errors import DataError, UserError
 from nemo_advrm.rewards.base import RewardSource
 from nemo_advrm.rewards.limits import longest_row
-from nemo_advrm.rewards.remote import plain_text
 from nemo_advrm.rewards.token_sequences import encode_rendered
 from nemo_advrm.rollouts.types import Rollouts
 from nemo_advrm.serve.errors import InvalidSample

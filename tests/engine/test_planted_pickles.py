@@ -21,9 +21,9 @@ from tiny import TOKENIZER, tiny_config
 from nemo_advrm import cli
 from nemo_advrm.config.schema import ConvertConfig
 from nemo_advrm.convert.conversion import convert
-from nemo_advrm.engine.file_readers import load_plain
 from nemo_advrm.engine.fp8_states import check_fp8_states
 from nemo_advrm.engine.runtime import Runtime
+from nemo_advrm.engine.safe_readers import load_plain
 from nemo_advrm.errors import CheckpointError, UserError
 from nemo_advrm.models.reward_model import RewardModel
 from nemo_advrm.rewards.sources import load_members

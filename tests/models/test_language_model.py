@@ -6,8 +6,8 @@ import pytest
 import torch
 from tiny import ARCHITECTURES, TOKENIZER, responses, tiny_config
 
+from nemo_advrm.engine.dimensions import padded_vocab_size
 from nemo_advrm.engine.microbatches import EncodedResponse, response_microbatch
-from nemo_advrm.engine.model import padded_vocab_size
 from nemo_advrm.engine.runtime import Runtime
 from nemo_advrm.models.language_model import SupervisedModel
 

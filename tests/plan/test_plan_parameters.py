@@ -14,7 +14,7 @@ from recipes import RECIPES
 
 from nemo_advrm.config import conf_dir, load_config
 from nemo_advrm.config.schema import ModelConfig
-from nemo_advrm.engine.model import padded_vocab_size
+from nemo_advrm.engine.dimensions import padded_vocab_size
 from nemo_advrm.engine.parameters import model_parameters, stage_parameters
 
 # totals that the Hugging Face hub shows for each model's safetensors files (the field safetensors.total of its API)

@@ -21,8 +21,9 @@ from nemo_advrm.objectives.sft_statistics import fit_members
 from nemo_advrm.optional_deps import require_extra
 from nemo_advrm.rewards.base import RewardSource
 from nemo_advrm.rewards.ensemble import AdversarialReward, PolicyReward, UncertaintyReward
-from nemo_advrm.rewards.remote import ServerReward, TritonReward, connect, written_out
+from nemo_advrm.rewards.remote import ServerReward, TritonReward, connect
 from nemo_advrm.rewards.sources import parse
+from nemo_advrm.rewards.token_sequences import written_out
 from nemo_advrm.rollouts.types import Rollouts
 
 EXPECTED = (

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from nemo_advrm.data.messages import Message
+from nemo_advrm.data.messages import Message, plain_text
 from nemo_advrm.errors import RewardSourceError
-from nemo_advrm.rewards.remote import plain_text
 from nemo_advrm.rollouts.types import Rollouts
 
 FINGERPRINT = "nemo_aligner actor"
