@@ -221,7 +221,8 @@ def _is_neutral(key: str, value: Any) -> bool:
 
 def _check_weight_files(path: Path) -> None:
     """Raise CheckpointError for weight files that are not read: they contain a part of the model, or another model."""
-    from nemo_advrm.convert.safetensors_files import INDEX, SINGLE, indexed_files  # imports Megatron-Core
+    # imported here: huggingface_hub, which it needs, is of no use to members of other kinds
+    from nemo_advrm.convert.safetensors_files import INDEX, SINGLE, indexed_files
 
     if not path.is_dir():
         return

@@ -48,7 +48,7 @@ def test_what_cannot_be_served_is_refused(
     assert "the token file" in _fails(capsys, run, member, f"serve.token_file={tmp_path / 'none'}")
     assert "serve.reference_path" in _fails(capsys, run, member, "serve.reward=adversarial")
     assert "no such checkpoint" in _fails(capsys, run, "ensemble.members=[nowhere/model]")
-    monkeypatch.setattr(run_dir, "start", lambda cfg: SimpleNamespace(world_size=4, dp_size=2))
+    monkeypatch.setattr(run_dir, "start", lambda cfg, megatron: SimpleNamespace(world_size=4, dp_size=2))
     assert re.search("4 makes 2 replicas.*tensor.*pipeline.*context_parallel_size", _fails(capsys, run, member))
     assert not (tmp_path / "run").exists()
 
