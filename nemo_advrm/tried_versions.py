@@ -64,6 +64,11 @@ TRIED = (
         _on_cpu("3.11.7", "2.9.1", "0.16.1", numpy="2.4.6"),
     ),
     TriedSet(
+        "2026-11-28",
+        "CPU: the wheel in an empty environment, every stage of experiment=synthetic in a few steps",
+        _on_cpu("3.12.1", "2.14.1", "0.19.2", numpy="2.5.5"),
+    ),
+    TriedSet(
         "2026-11-27",
         "one H200, at commit cbcff36: training in bf16 and FP8, scoring, generation",
         {

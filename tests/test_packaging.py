@@ -120,7 +120,7 @@ def test_an_installed_wheel_runs_the_pipeline_from_any_directory(wheel: Path, tm
     run("pipeline", *SHORT)
     (state,) = elsewhere.glob("runs/*/state.json")
     stages = json.loads(state.read_text())["stages"]
-    assert {"round_0/attack", "round_0/select", "round_1/rm_1", "rlhf/adv_rm", "report"} <= set(stages)
+    assert {"round_0/attack", "round_0/select", "round_1/rm_1", "rlhf/adv_rm", "best_of_n/adv_rm"} <= set(stages)
     assert all(stage["status"] == "complete" for stage in stages.values())
     assert "<html" in (state.parent / "report" / "index.html").read_text()
     assert run("report", str(state.parent))  # its templates are of the wheel, too
