@@ -33,6 +33,7 @@ from nemo_advrm.serve.schemas import (
     PoolingRequest,
     ScoreRequest,
     ScoreResponse,
+    SlimeRequest,
     Status,
     Usage,
     first_error,
@@ -186,10 +187,15 @@ def _json_routes(service: ScoringService) -> APIRouter:
 
     @router.post("/get_reward", tags=["other frameworks"], responses=_SCORING_ERRORS)
     async def openrlhf(request: OpenRLHFRequest) -> OpenRLHFResponse:
-        """OpenRLHF's `--remote_rm_url`."""
+        """OpenRLHF's `--reward.remote_url` (`--remote_rm_url` in older versions)."""
         scores = await service.score([Sample("text", response=text) for text in request.query])
         rewards = [s.reward for s in scores]
         return OpenRLHFResponse(rewards=rewards, scores=rewards)
+
+    @router.post("/remote_rm", tags=["other frameworks"], responses=_SCORING_ERRORS)
+    async def slime(request: SlimeRequest) -> float:
+        """slime's `--rm-type remote_rm`: one sample; the body of the answer is its reward, a number."""
+        return (await service.score([request.sample()]))[0].reward
 
     @router.post("/classify", tags=["other frameworks"], responses=_SCORING_ERRORS)
     async def classify(request: PoolingRequest) -> ClassifyResponse:

@@ -1,4 +1,4 @@
-"""Requests and responses of the JSON interfaces: our own, OpenRLHF's, and those of vLLM and SGLang that verl calls."""
+"""Requests and responses of the JSON interfaces: our own, OpenRLHF's, slime's, and those of vLLM and SGLang."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ class OtherClientRequest(BaseModel):
 
 
 class OpenRLHFRequest(OtherClientRequest):
-    """What OpenRLHF posts to `--remote_rm_url`: texts of prompt and response with their special tokens."""
+    """What OpenRLHF posts to `--reward.remote_url`: texts of prompt and response with their special tokens."""
 
     query: list[Text] = Field(min_length=1, fail_fast=True)
     prompts: list[Any] | None = None
@@ -131,6 +131,24 @@ class OpenRLHFResponse(BaseModel):
     rewards: list[float]
     scores: list[float]
     extra_logs: dict[str, list[float]] = {}
+
+
+class SlimeRequest(OtherClientRequest):
+    """What slime posts to `--rm-url` for one sample (`remote_rm` in slime/rollout/rm_hub/__init__.py)."""
+
+    prompt: Annotated[
+        Annotated[Text, Tag("text")]
+        | Annotated[list[ChatMessage], Field(max_length=1024, fail_fast=True), Tag("messages")],
+        Discriminator(lambda prompt: "messages" if isinstance(prompt, list) else "text"),
+    ] = Field(description="the text that the policy continued, or chat messages, if slime applies no chat template")
+    response: str
+    label: Any = Field(None, description="for rule-based rewards; not read")
+
+    def sample(self) -> Sample:
+        if isinstance(self.prompt, str):
+            return Sample("text", response=self.prompt + self.response)
+        messages = tuple(Message(role=m.role, content=m.content) for m in self.prompt)
+        return Sample("chat", messages, self.response)
 
 
 class PoolingRequest(OtherClientRequest):

@@ -76,6 +76,19 @@ def test_other_interfaces_refuse_as_clearly(served: Served) -> None:
     _refused(post("/get_reward", json={"query": "one text"}), 422, "query")
     _refused(post("/classify", json={"input": "birds", "activation": True}), 422, "activation")
     _refused(post("/classify", json={"input": [[]]}), 422, "input")
+    slime: list[tuple[dict[str, Any], str]] = [
+        ({"prompt": "birds"}, "response: Field required"),
+        ({"prompt": "", "response": "sing"}, "prompt"),
+        ({"prompt": "birds", "response": None}, "response"),
+        ({"prompt": 5, "response": "sing"}, "prompt"),
+        ({"prompt": [{"role": "user", "content": [{"type": "image"}]}], "response": "sing"}, "content"),
+        ({"prompt": [{"role": "tool", "content": "birds"}], "response": "sing"}, "role"),
+        ({"prompt": [{"role": "user", "content": "birds", "tool_calls": []}], "response": "sing"}, "tool_calls"),
+        ({"prompt": [], "response": "sing"}, "role 'user'"),
+        ({"prompt": "birds", "response": "klingon"}, "sample 0: word 2 of 'birds klingon'"),
+    ]
+    for body, words in slime:
+        _refused(post("/remote_rm", json=body), 422, words)
     _refused(post("/nothing", json={}), 404, "Not Found")
     _refused(served.client.get("/v1/score"), 405, "Not Allowed")
     for kind in ("text/plain", "application/xml", "multipart/form-data"):

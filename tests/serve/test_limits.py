@@ -20,6 +20,7 @@ from nemo_advrm.serve.samples import Preparer
 MAX = 8
 INFER = "/v2/models/reward_model/infer"
 FIELDS = {"/v1/score": "samples", "/get_reward": "query", "/classify": "input", "/v1/embeddings": "input"}
+ONE_SAMPLE = {"/remote_rm": "prompt"}  # a request of slime is one sample
 LIMITS = RequestLimits.of(ServeConfig())
 
 
@@ -94,7 +95,7 @@ def test_lengths_in_headers_are_numbers(local: LocalServer, length: str) -> None
 DEEP = b"[" * 17 + b"]" * 17
 
 
-@pytest.mark.parametrize("path", [*FIELDS, INFER])
+@pytest.mark.parametrize("path", [*FIELDS, *ONE_SAMPLE, INFER])
 @pytest.mark.parametrize(
     ("value", "status"),
     [
@@ -117,7 +118,8 @@ DEEP = b"[" * 17 + b"]" * 17
 )
 def test_shapes_that_cost_much(local: LocalServer, path: str, value: bytes, status: int | None) -> None:
     """``status`` where one rule decides; always a 4xx with one short line."""
-    answer = local.post(path, b'{"' + FIELDS.get(path, "inputs").encode() + b'": ' + value + b"}")
+    field = (FIELDS | ONE_SAMPLE).get(path, "inputs").encode()
+    answer = local.post(path, b'{"' + field + b'": ' + value + b', "response": ""}')
     assert 400 <= answer.status_code < 500 and answer.status_code in (status, answer.status_code if not status else 0)
     message = answer.json()["error"]
     assert message and len(message) < 600 and "\n" not in message
@@ -141,6 +143,9 @@ def test_long_texts_are_refused_before_they_are_encoded(monkeypatch: pytest.Monk
         chat = {"messages": [{"role": "user", "content": "a" * 60}], "response": "b" * 41}
         answer = local.client.post("/v1/score", json={"samples": [{"text": "birds"}, chat]})
         assert answer.status_code == 422 and "sample 1: the text has 101 characters" in answer.json()["error"]
+        for prompt in ("a" * 60, chat["messages"]):
+            answer = local.client.post("/remote_rm", json={"prompt": prompt, "response": "b" * 41})
+            assert answer.status_code == 422 and "sample 0: the text has 101 characters" in answer.json()["error"]
 
 
 def test_counts_do_not_look_into_texts() -> None:

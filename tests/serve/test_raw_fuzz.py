@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from local_server import request
 
-SCORE = ("/v1/score", "/get_reward", "/classify", "/v1/embeddings")
+SCORE = ("/v1/score", "/get_reward", "/remote_rm", "/classify", "/v1/embeddings")
 PATHS = (
     *SCORE,
     "/v2/models/reward_model/infer",

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from nemo_advrm.serve.schemas import OpenRLHFRequest, PoolingRequest, ScoreRequest
+from nemo_advrm.serve.schemas import OpenRLHFRequest, PoolingRequest, ScoreRequest, SlimeRequest
 
 TURN = {"role": "user", "content": "Hi"}
 
@@ -37,7 +37,11 @@ def test_content_in_a_message_is_refused_by_name(key: str) -> None:
 
 @pytest.mark.parametrize(
     ("form", "body"),
-    [(OpenRLHFRequest, {"query": ["a"], "prompts": ["p"]}), (PoolingRequest, {"input": "a", "user": "someone"})],
+    [
+        (OpenRLHFRequest, {"query": ["a"], "prompts": ["p"]}),
+        (PoolingRequest, {"input": "a", "user": "someone"}),
+        (SlimeRequest, {"prompt": "a", "response": "b", "label": {"answer": "c"}}),
+    ],
 )
 @pytest.mark.parametrize("key", ["system", "instruction", "messages", "tools", "documents"])
 def test_content_beside_the_text_of_other_clients_is_refused(form: type[BaseModel], body: dict, key: str) -> None:

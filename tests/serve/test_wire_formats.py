@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import httpx
 import numpy as np
@@ -23,7 +24,7 @@ def _token_rows() -> list[list[int]]:
     return [p + TOKENIZER.encode_response(r) for p, r in zip(data.prompt_tokens, data.responses, strict=True)]
 
 
-def _post(served: Served, path: str, body: object) -> dict:
+def _post(served: Served, path: str, body: object) -> Any:
     answer = served.client.post(path, json=body)
     assert answer.status_code == 200, answer.text
     return answer.json()
@@ -61,6 +62,16 @@ def test_openrlhf(served: Served) -> None:
     assert _post(served, "/get_reward", {"query": [texts[0].removesuffix(" <eos>")]})["rewards"] == pytest.approx(
         served.expected[:1], **CLOSE
     )
+
+
+def test_slime(served: Served) -> None:
+    data = rollouts()
+    for prompt, response, expected in zip(data.prompts, data.responses, served.expected, strict=True):
+        # slime's prompt is what the policy's chat template wrote, or messages if it applies none
+        for form in (f"{prompt[0]['content']} <sep> ", list(prompt)):
+            for label in ("", None, {"answer": "5"}):
+                reward = _post(served, "/remote_rm", {"prompt": form, "response": response, "label": label})
+                assert isinstance(reward, float) and reward == pytest.approx(expected, **CLOSE)
 
 
 def test_verl_asks_vllm_and_sglang(served: Served) -> None:
@@ -160,4 +171,4 @@ def test_info_and_metrics(served: Served) -> None:
 
 def test_the_openapi_document_names_every_json_route(served: Served) -> None:
     document = json.loads(httpx.get(f"{served.server.address}/openapi.json").text)
-    assert {"/v1/score", "/get_reward", "/classify", "/v1/embeddings"} <= set(document["paths"])
+    assert {"/v1/score", "/get_reward", "/remote_rm", "/classify", "/v1/embeddings"} <= set(document["paths"])
