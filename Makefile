@@ -4,6 +4,7 @@
 #             versions can change, for an environment with others (PYTHON=3.13 VENV=.venv-3.13)
 # make test-slow     run the tests that start many real processes (signals at every moment of a run, ...)
 # make test-aligner  run the tests against NeMo-Aligner 0.7.0, in an environment of its own (.venv-aligner, 2.6 GB)
+# make test-frameworks  run OpenRLHF's and verl's own reward clients, in environments of their own (.venv-frameworks, 3 GB)
 # make test-slurm    run the SLURM scripts on a real SLURM of this machine; as root, installs slurm-wlm and munge by apt
 # make docs         build the documentation as a site in site/; a broken link is an error
 # make setup | lint | clean
@@ -26,8 +27,12 @@ ALIGNER_VENV ?= .venv-aligner
 ALIGNER_PINS := tests/aligner/requirements.txt tests/aligner/requirements-no-deps.txt
 ALIGNER_STAMP := $(ALIGNER_VENV)/.installed-$(shell cat $(ALIGNER_PINS) | sha256sum | cut -c1-16)
 ALIGNER_PIP := $(ALIGNER_VENV)/bin/python -m pip --disable-pip-version-check
+FRAMEWORKS := openrlhf verl
+FRAMEWORKS_VENV ?= .venv-frameworks
+FRAMEWORK_STAMPS := $(foreach name,$(FRAMEWORKS),$(FRAMEWORKS_VENV)/$(name)/.installed-$(shell \
+  cat tests/frameworks/$(name)*.txt | sha256sum | cut -c1-16))
 
-.PHONY: setup same-python run study study-docs test test-slow test-aligner test-slurm lint docs clean
+.PHONY: setup same-python run study study-docs test test-slow test-aligner test-frameworks test-slurm lint docs clean
 
 setup: $(STAMP)
 
@@ -81,6 +86,18 @@ $(ALIGNER_STAMP):
 
 test-aligner: setup $(ALIGNER_STAMP)
 	ALIGNER_PYTHON=$(ALIGNER_VENV)/bin/python $(BIN)/python -m pytest tests/aligner $(ARGS)
+
+# As above, for each framework: its folder is the name of its files of pins.
+$(FRAMEWORK_STAMPS):
+	home=$(@D) && pins=tests/frameworks/$$(basename $$home) && \
+	  python=$$(.ci/find_python $(or $(PYTHON),3.11)) && rm -rf $$home && "$$python" -m venv $$home && \
+	  pip="$$home/bin/python -m pip --disable-pip-version-check install -q" && \
+	  $$pip $(TORCH) && $$pip -r $$pins.txt && if test -f $$pins-no-deps.txt; then $$pip --no-deps -r $$pins-no-deps.txt; fi
+	@touch $@
+
+test-frameworks: setup $(FRAMEWORK_STAMPS)
+	OPENRLHF_PYTHON=$(FRAMEWORKS_VENV)/openrlhf/bin/python VERL_PYTHON=$(FRAMEWORKS_VENV)/verl/bin/python \
+	  OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rs tests/frameworks $(ARGS)
 
 # The installation is part of this target only: nothing is installed by make test, where these tests are skipped.
 test-slurm: setup
