@@ -1,7 +1,8 @@
 """Runs NeMo-RL's GRPO script with the environment ``advrm``; start it in a clone of NeMo-RL.
 
-    uv run PATH/TO/nemo_advrm/examples/nemo_rl/run_grpo.py --config examples/configs/grpo_math_1B.yaml \\
-        data.default.env_name=advrm +env.advrm.server=http://127.0.0.1:8000
+    cp PATH/TO/nemo_advrm/examples/nemo_rl/grpo_advrm.yaml examples/configs/
+    uv run PATH/TO/nemo_advrm/examples/nemo_rl/run_grpo.py --config examples/configs/grpo_advrm.yaml \\
+        data.train.data_path=PROMPTS.jsonl env.advrm.server=http://127.0.0.1:8000
 """
 
 from __future__ import annotations
@@ -15,15 +16,14 @@ from nemo_rl.distributed.ray_actor_environment_registry import ACTOR_ENVIRONMENT
 from nemo_rl.distributed.virtual_cluster import PY_EXECUTABLES
 from nemo_rl.environments.utils import register_env
 
-HERE = Path(__file__).resolve().parent
-ENVIRONMENT = "advrm_environment.AdvRMEnvironment"
+ROOT = Path(__file__).resolve().parents[2]
+ENVIRONMENT = "nemo_advrm.integrations.nemo_rl.environment.AdvRMEnvironment"
 
 
 def register() -> None:
     """Register ``env_name: advrm`` and make it importable in the processes that Ray starts."""
-    paths = [str(HERE), str(HERE.parents[1])]
-    sys.path[:0] = paths
-    os.environ["PYTHONPATH"] = os.pathsep.join([*paths, os.environ.get("PYTHONPATH", "")])
+    sys.path.insert(0, str(ROOT))
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     ACTOR_ENVIRONMENT_REGISTRY[ENVIRONMENT] = PY_EXECUTABLES.SYSTEM
     register_env("advrm", ENVIRONMENT)
 

@@ -1,4 +1,9 @@
-"""A NeMo-RL environment that gets its rewards from a running ``nemo-advrm serve``."""
+"""A NeMo-RL environment that gets its rewards from a running ``nemo-advrm serve``.
+
+NeMo-RL's own ``RewardModelEnvironment`` loads an exported reward model on GPUs of its own. It renders the conversation
+with the reward model's chat template, although its data processors have already rendered the prompt with the policy's,
+so a model trained on plain conversations scores another text. This environment sends the text as it is.
+"""
 
 from __future__ import annotations
 
@@ -37,6 +42,7 @@ class AdvRMEnvironment(EnvironmentInterface[dict[str, Any]]):
         )
 
     def global_post_process_and_metrics(self, batch: Any) -> tuple[Any, dict[str, float]]:
+        """Returns the batch unchanged, and mean and standard deviation of its rewards."""
         if "total_reward" not in batch:
             return batch, {}
         rewards = batch["total_reward"].float()
