@@ -51,6 +51,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if HERE in item.path.parents:
             item.add_marker(pytest.mark.timeout(2 * LIMIT_SECONDS))
+            name = item.path.stem.removeprefix("test_")
+            if not os.environ.get(f"{name.upper()}_PYTHON"):  # here, so that no server is started for nothing
+                reason = f"the environment of {name} is not there: run make test-frameworks"
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(scope="session")
@@ -58,11 +62,8 @@ def framework(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
     """Runs a function of ``<framework>_jobs.py`` in the framework's environment and returns its answer."""
 
     def run(name: str, job: str, **arguments: Any) -> Any:
-        python = os.environ.get(f"{name.upper()}_PYTHON", "")
-        if not python:
-            pytest.skip(f"the environment of {name} is not there: run make test-frameworks")
-        program = Path(python).absolute()
-        assert program.exists(), f"{name.upper()}_PYTHON={python} does not exist"
+        program = Path(os.environ[f"{name.upper()}_PYTHON"]).absolute()
+        assert program.exists(), f"{name.upper()}_PYTHON={program} does not exist"
         directory = tmp_path_factory.mktemp(f"{name}_{job}")
         (directory / "job.json").write_text(json.dumps([f"{name}_jobs", job, arguments]))
         environment = {**os.environ, **ENVIRONMENT}
