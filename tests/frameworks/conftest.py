@@ -28,7 +28,7 @@ from nemo_advrm.rollouts.types import Rollouts
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-LIMIT_SECONDS = 600.0
+LIMIT_SECONDS = 1200.0
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "PYTHONPATH": str(ROOT),
@@ -59,15 +59,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def framework(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
-    """Runs a function of ``<framework>_jobs.py`` in the framework's environment and returns its answer."""
+    """Runs functions of ``<framework>_jobs.py`` in one process of the framework's environment, whose imports are slow.
 
-    def run(name: str, job: str, **arguments: Any) -> Any:
+    The answer of each function that raised is None; its traceback is printed.
+    """
+
+    def run(name: str, **jobs: dict[str, Any]) -> dict[str, Any]:
         program = Path(os.environ[f"{name.upper()}_PYTHON"]).absolute()
         assert program.exists(), f"{name.upper()}_PYTHON={program} does not exist"
-        directory = tmp_path_factory.mktemp(f"{name}_{job}")
-        (directory / "job.json").write_text(json.dumps([f"{name}_jobs", job, arguments]))
+        directory = tmp_path_factory.mktemp(name)
+        (directory / "jobs.json").write_text(json.dumps([f"{name}_jobs", jobs]))
         environment = {**os.environ, **ENVIRONMENT}
-        command = [str(program), str(HERE / "framework_driver.py"), "job.json", "answer.json"]
+        command = [str(program), str(HERE / "framework_driver.py"), "jobs.json", "answers.json"]
         with (directory / "log").open("w") as log:
             # a session of its own: Ray leaves processes when its parent is killed
             process = subprocess.Popen(
@@ -79,7 +82,9 @@ def framework(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
         assert status == 0, (directory / "log").read_text()[-5000:]
-        return json.loads((directory / "answer.json").read_text())
+        answers, errors = json.loads((directory / "answers.json").read_text())
+        print(*errors, sep="\n")
+        return answers
 
     return run
 

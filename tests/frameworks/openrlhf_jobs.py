@@ -65,6 +65,9 @@ def _experience(output: dict[str, Any]) -> Any:
     return generator._process_response_into_experience(output, max_len=256)
 
 
+roll_out_refused = roll_out
+
+
 def imports(modules: list[str]) -> dict[str, str]:
     """The error that the import of each module raises here, or ""."""
     errors = {}
