@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hf_models import tiny_hf
 from hf_tokenizers import CHATML, save_hf
 from reward_members import save_hf_reward
 from server_process import ServerProcess
@@ -112,6 +113,7 @@ class ServedChats:
 def served(single: Runtime, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServedChats]:
     home = tmp_path_factory.mktemp("frameworks")
     policy = save_hf(home / "policy", template=CHATML, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    tiny_hf("llama3", vocab_size=280, bos_token_id=1, eos_token_id=2, pad_token_id=0).save_pretrained(policy)
     hf = save_hf_reward(home / "hf", seed=1)
     source = save_hf_reward(home / "source", seed=2)
     convert(ConvertConfig(from_="hf", path=str(source), to="megatron", out=str(home / "megatron")))
