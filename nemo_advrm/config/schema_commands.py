@@ -7,7 +7,7 @@ from typing import Any
 
 from nemo_advrm.config.fields import COUNT, NOT_NEGATIVE, PORT, POSITIVE, Range, free, key
 
-FORMATS = ("", "hf", "megatron", "nemo")  # of checkpoints; empty is refused with what is missing
+FORMATS = ("", "hf", "megatron", "nemo", "bridge")  # of checkpoints; empty is refused with what is missing
 
 
 @dataclass

@@ -64,6 +64,10 @@ def open_source(cfg: ConvertConfig) -> TensorSource:
 
         refuse_features(path, cfg.drop_reference_features)
         return MegatronSource(path, tokenizer)
+    if cfg.from_ == "bridge":
+        from nemo_advrm.convert.bridge_checkpoint import BridgeSource
+
+        return BridgeSource(path, tokenizer)
     from nemo_advrm.convert.nemo_file import NemoSource
 
     return NemoSource(path, tokenizer)
@@ -96,6 +100,12 @@ def convert(cfg: ConvertConfig, report: Any = print) -> None:
         ConfigError, CheckpointError, LayoutError: settings or checkpoint do not fit; raised before anything is written.
     """
     check_settings(cfg)
+    if "bridge" in (cfg.from_, cfg.to):
+        from nemo_advrm.convert import bridge_calls
+
+        if bridge_calls.is_bridges_work(cfg):
+            bridge_calls.hand_over(cfg, report)
+            return
     with open_source(cfg) as source:
         source.description.provenance |= {"converted_by": f"nemo_advrm {__version__}", **_card_facts(cfg)}
         _check_vocabulary(source)

@@ -64,19 +64,26 @@ class StackedReader:
         directory: contains ``.metadata`` and the data files.
         metadata: content of ``.metadata`` (:func:`nemo_advrm.engine.weights_metadata.read_metadata`).
         source: name for error messages instead of ``directory``.
+        prefix: of the keys of the model.
+        only: beginnings of the names to read; () for all.
 
     Raises CheckpointError for a tensor without dimensions or with more than 10,000 layers.
     """
 
-    def __init__(self, directory: Path, metadata: Metadata, source: str = "") -> None:
+    def __init__(
+        self, directory: Path, metadata: Metadata, source: str = "", prefix: str = PREFIX, only: tuple[str, ...] = ()
+    ) -> None:
+        self._prefix = prefix
         self._reader = WeightsReader(directory, metadata)
         self._metadata = metadata
         self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
         self.specs: dict[str, TensorSpec] = {}
         for key, stored in self._metadata.state_dict_metadata.items():
-            if not key.startswith(PREFIX) or not isinstance(stored, TensorStorageMetadata):
+            if not key.startswith(prefix) or not isinstance(stored, TensorStorageMetadata):
                 continue
-            name, shape = key.removeprefix(PREFIX), tuple(stored.size)
+            name, shape = key.removeprefix(prefix), tuple(stored.size)
+            if only and not name.startswith(only):
+                continue
             if not shape:
                 raise CheckpointError(f"{source or directory}: {key} has no dimensions")
             if not name.startswith(_LAYERS):
@@ -90,7 +97,7 @@ class StackedReader:
 
     def read(self, name: str) -> Tensor:
         spec, layer = self.specs[name], layer_of(name)
-        key = PREFIX + stacked_name(name)
+        key = self._prefix + stacked_name(name)
         stored = self._metadata.state_dict_metadata[key]
         assert isinstance(stored, TensorStorageMetadata)
         offsets, sizes = [0] * len(stored.size), list(stored.size)

@@ -101,7 +101,8 @@ def find_architecture(config: dict[str, Any], where: str) -> tuple[Architecture,
     known = [table.family + suffix for table in ARCHITECTURES for suffix in CLASSES]
     raise CheckpointError(
         f"{where}: {names[0]} cannot be converted; the nearest that can is {nearest_name(names[0], known)} "
-        f"(families: {', '.join(table.family for table in ARCHITECTURES)}; classes: {', '.join(CLASSES)})"
+        f"(families: {', '.join(table.family for table in ARCHITECTURES)}; classes: {', '.join(CLASSES)}). "
+        "Megatron-Bridge may know it (convert from=hf to=bridge), but this package does not train it: docs/bridge.md"
     )
 
 

@@ -23,7 +23,7 @@ from nemo_advrm.engine.dimensions import Head
 from nemo_advrm.errors import CheckpointError, list_names, one_line
 from nemo_advrm.gguf_limits import check_header
 
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "spiece.model")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "spiece.model")
 
 
 # config.json, the specs of the tensors by their Hugging Face names, and a function that reads one of them
@@ -45,7 +45,7 @@ class HFSource(TensorSource):
         self._model = model_config(table, config, where)
         self._parts: dict[str, tuple[Transform, list[str]]] = {}
         self.specs = self._map(table, head)
-        own = path if path.suffix == ".gguf" or any((path / name).exists() for name in _TOKENIZER_FILES) else None
+        own = path if path.suffix == ".gguf" or any((path / name).exists() for name in TOKENIZER_FILES) else None
         self.description = Description(
             model=self._model,
             head=head,
