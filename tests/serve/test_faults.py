@@ -85,7 +85,7 @@ def test_other_interfaces_refuse_as_clearly(served: Served) -> None:
         ({"prompt": [{"role": "tool", "content": "birds"}], "response": "sing"}, "role"),
         ({"prompt": [{"role": "user", "content": "birds", "tool_calls": []}], "response": "sing"}, "tool_calls"),
         ({"prompt": [], "response": "sing"}, "role 'user'"),
-        ({"prompt": "birds ", "response": "klingon"}, "sample 0: word 2 of 'birds klingon'"),
+        ({"prompt": "birds ", "response": "klingon"}, "sample 0: word 1 of 'klingon'"),
     ]
     for body, words in slime:
         _refused(post("/remote_rm", json=body), 422, words)
