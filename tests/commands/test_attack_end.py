@@ -13,7 +13,8 @@ from tiny import TOKENIZER
 
 from nemo_advrm import cli
 from nemo_advrm.attacks.attack_summary import line, success_rates
-from nemo_advrm.attacks.held_out_success import RATES, HeldOut
+from nemo_advrm.attacks.held_out_success import HeldOut
+from nemo_advrm.attacks.summary_file import RATES
 from nemo_advrm.commands import attack as attack_stage
 from nemo_advrm.config import load_config
 from nemo_advrm.data.jsonl import read_jsonl
