@@ -31,7 +31,8 @@ def installed() -> bool:
 def is_bridges_work(cfg: ConvertConfig) -> bool:
     """Whether Bridge itself must do a conversion: to its format, or to hf from an architecture without a table.
 
-    Raises ConfigError for a conversion that neither can do.
+    Raises ConfigError for a conversion that neither can do, and when only the checkpoint itself names the model whose
+    architecture decides: Bridge unpickles, so the user chooses it, not the file.
     """
     if cfg.to == "bridge":
         if cfg.from_ != "hf":
@@ -47,13 +48,19 @@ def is_bridges_work(cfg: ConvertConfig) -> bool:
             f"from=bridge to={cfg.to}: {origin} has an architecture that this package does not train; only to=hf, by "
             "Megatron-Bridge, is possible"
         )
+    if not cfg.tokenizer:
+        raise ConfigError(
+            f"tokenizer is not set: {origin} has an architecture that only Megatron-Bridge converts, which unpickles "
+            f"checkpoints: if you trust {cfg.path}, set tokenizer={origin}"
+        )
     return True
 
 
 def hand_over(cfg: ConvertConfig, report: Callable[[str], Any]) -> None:
     """Lets Bridge convert ``path`` to ``out``, on the CPU in this process; with ``dry_run`` only says how.
 
-    Bridge loads checkpoints by unpickling: only those that are trusted. What it left behind is removed after an error.
+    Bridge loads checkpoints by unpickling, so :func:`is_bridges_work` asks first. What it left behind is removed after
+    an error.
 
     Raises:
         ConfigError: Bridge is not installed, or a setting has no meaning for it.
@@ -75,7 +82,7 @@ def hand_over(cfg: ConvertConfig, report: Callable[[str], Any]) -> None:
     if cfg.to == "bridge":
         origin, source = path, path
     else:
-        origin, source = (Path(cfg.tokenizer) if cfg.tokenizer else hf_origin(path)), iteration(path)
+        origin, source = Path(cfg.tokenizer), iteration(path)
     if not (origin / "config.json").exists():
         raise CheckpointError(f"{origin}: no directory with config.json (nothing is downloaded)")
     if cfg.out and out.exists():
@@ -91,7 +98,7 @@ def hand_over(cfg: ConvertConfig, report: Callable[[str], Any]) -> None:
 def _convert(cfg: ConvertConfig, origin: Path, source: Path, out: Path) -> None:
     try:
         from megatron.bridge import AutoBridge
-    except ImportError as error:
+    except Exception as error:  # its CUDA libraries raise OSError and others where they are not complete
         raise ConfigError(f"Megatron-Bridge cannot be imported: {one_line(error, 300)}") from error
     if not AutoBridge.can_handle(str(origin)):
         raise CheckpointError(f"{origin}: neither this package nor Megatron-Bridge has a table for its architecture")

@@ -169,11 +169,15 @@ def _contradictions(settings: Mapping[str, Any], model: ModelConfig) -> Iterator
         **({"rotary_base": model.rotary_base, "rotary_percent": model.rotary_percent} if rope else {}),
         "rope_scaling": bool(model.rope_scaling),
         **({"rope_scaling_factor": model.rope_scaling_factor} if model.rope_scaling else {}),
+        "window_size": [model.sliding_window - 1, 0] if model.sliding_window else None,
     }
     for key, mine in wanted.items():
         theirs = given.get(key)
         if theirs is not None and not _equal(theirs, mine):
             yield f"{key} is {one_line(repr(theirs), 60)}, not {mine!r}"
+    words = given.get("vocab_size")
+    if isinstance(words, int) and words > model.vocab_size:  # more rows are padding, which is cut off
+        yield f"vocab_size is {words}, more than {model.vocab_size}"
     for key, fine in _REFUSED.items():
         if given.get(key) not in fine:
             yield f"{key} is {one_line(repr(given[key]), 60)}, which no model here has"

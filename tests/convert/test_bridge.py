@@ -35,8 +35,9 @@ def run_config(hf: Path, nested: bool = False, **changed: Any) -> dict[str, Any]
         "num_moe_experts": None,
         "multi_latent_attention": False,
         "activation_func": {"_target_": "torch.nn.functional.silu", "_call_": False},
+        "window_size": [config["sliding_window"] - 1, 0] if config["model_type"] == "mistral" else None,
     } | changed
-    outer = {"position_embedding_type": "rope", "vocab_size": config["vocab_size"]}
+    outer = {"position_embedding_type": "rope", "vocab_size": inner.pop("vocab_size", config["vocab_size"])}
     if nested:
         return {
             "_target_": "Config",
@@ -92,6 +93,8 @@ def test_an_iteration_becomes_a_checkpoint_of_ours(bridge_checkpoint: Callable[.
     [
         ({"rotary_base": 1234.0}, "rotary_base is 1234.0, not 500000.0"),
         ({"num_layers": 3}, "num_layers is 3, not 4"),
+        ({"window_size": [15, 0]}, r"window_size is \[15, 0\], not None"),
+        ({"vocab_size": 99_999}, "vocab_size is 99999, more than"),
         ({"normalization": "LayerNorm"}, "normalization is 'LayerNorm', not 'RMSNorm'"),
         ({"num_moe_experts": 8}, "num_moe_experts is 8, which no model here has"),
         ({"qk_layernorm": True}, "qk_layernorm is True, not False"),
@@ -210,7 +213,11 @@ def test_bridge_is_called_for_an_architecture_without_a_table(
     (out / "iter_0000000" / "run_config.yaml").write_text(yaml.safe_dump({"model": {"hf_model_id": str(mixtral)}}))
     with pytest.raises(ConfigError, match="does not train; only to=hf"):
         run("bridge", out, "megatron", tmp_path / "ours")
-    run("bridge", out, "hf", tmp_path / "hf")
+    # the checkpoint names the model, but does not decide that Bridge unpickles it
+    with pytest.raises(ConfigError, match=r"tokenizer is not set: .* if you trust"):
+        run("bridge", out, "hf", tmp_path / "hf")
+    assert not calls
+    run("bridge", out, "hf", tmp_path / "hf", tokenizer=str(mixtral))
     assert calls == [
         ("from_hf_pretrained", str(mixtral), {}),
         ("export_ckpt", str(out / "iter_0000000"), str(tmp_path / "hf"), True),
