@@ -52,7 +52,9 @@ class AdvRMRewardManager(RewardManagerBase):
         return {
             "messages": [{"role": m["role"], "content": m["content"]} for m in item.non_tensor_batch["raw_prompt"]],
             # special tokens before the end stay in the text: leaving them out would score what was not written
-            "response": self.tokenizer.decode(tokens[:end], skip_special_tokens=False),
+            "response": self.tokenizer.decode(
+                tokens[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False
+            ),
             "ended": end < len(tokens),
         }
 
