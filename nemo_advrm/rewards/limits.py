@@ -56,7 +56,7 @@ def prompts_with_room(
         same = tokenizer.fingerprint == fingerprint
         needed = cfg.rl.max_new_tokens if same else 1
         room = f"rl.max_new_tokens={needed}" if same else "a response"
-        lengths = RowLengths(on_overlong, cfg.data.on_bad_row, "or set data.on_overlong=skip")
+        lengths = RowLengths(on_overlong, cfg.data.on_bad_row, "set data.on_overlong=skip to leave such prompts out")
         fitting = []
         for prompt in kept:
             length = len(prompt.tokens) if same else len(tokenizer.encode_prompt(prompt.messages))

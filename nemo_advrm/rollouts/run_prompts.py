@@ -25,7 +25,8 @@ def encode_prompts(prompts: list[tuple[Message, ...]], tokenizer: Tokenizer, cfg
     """
     limit, needed = cfg.model.encoder_seq_length, cfg.rl.max_new_tokens
     room = limit - needed
-    lengths = RowLengths(cfg.data.on_overlong, cfg.data.on_bad_row, "or set data.on_overlong=skip or truncate_prompt")
+    advice = "set data.on_overlong=skip or data.on_overlong=truncate_prompt"
+    lengths = RowLengths(cfg.data.on_overlong, cfg.data.on_bad_row, advice)
     encoded: list[Prompt] = []
     for i, messages in enumerate(prompts):
         name = prompt_name(messages, i + 1)
