@@ -18,6 +18,16 @@ from nemo_advrm.convert.conversion import DTYPES
 from nemo_advrm.errors import CheckpointError, ConfigError, one_line
 
 MODULE = "megatron.bridge"
+# settings that its calls do not have
+_NOT_BRIDGES = (
+    "architecture",
+    "card",
+    "drop_head_bias",
+    "drop_reference_features",
+    "max_shard_size",
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+)
 
 
 def installed() -> bool:
@@ -67,7 +77,7 @@ def hand_over(cfg: ConvertConfig, report: Callable[[str], Any]) -> None:
         CheckpointError: Bridge does not know the architecture, or fails.
     """
     path, out = Path(cfg.path), Path(cfg.out)
-    ignored = [key for key in ("architecture", "card", "drop_head_bias") if getattr(cfg, key)]
+    ignored = [key for key in _NOT_BRIDGES if getattr(cfg, key) != getattr(ConvertConfig(), key)]
     if cfg.to == "hf" and cfg.dtype:
         ignored.append("dtype")
     if cfg.to == "bridge" and cfg.tokenizer:

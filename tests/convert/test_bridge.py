@@ -229,6 +229,8 @@ def test_what_bridge_cannot_do_is_told(mixtral: Path, tmp_path: Path, calls: lis
         run("nemo", mixtral, "bridge", tmp_path / "out")
     with pytest.raises(ConfigError, match="card is not possible"):
         run("hf", mixtral, "bridge", tmp_path / "out", card="card.json")
+    with pytest.raises(ConfigError, match="tensor_model_parallel_size is not possible"):
+        run("hf", mixtral, "bridge", tmp_path / "out", tensor_model_parallel_size=2)
     (mixtral / "damaged").touch()
     with pytest.raises(CheckpointError, match="Megatron-Bridge failed: Failed to load"):
         run("hf", mixtral, "bridge", tmp_path / "out")
