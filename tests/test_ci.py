@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,12 +14,14 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# writes a line to calls.log; the words in a file `fails` are the calls that fail, each as often as it stands there
+# writes a line to calls.log; the words in a file `fails` are the calls that fail, each as often as it stands there; the
+# call in `hangs` does not end, that in `daemon` leaves a process behind
 MAKE = """#!/usr/bin/env bash
 call="$*"
 case $call in setup*) call=setup ;; test*platform*) call="$call on $(basename "$VENV")" ;; esac
 echo "$call" >>calls.log
 case "$(cat hangs 2>/dev/null)" in "$1") sleep 100 ;; esac
+case "$(cat daemon 2>/dev/null)" in "$1") sleep 100 >/dev/null 2>&1 & echo $! >daemon.pid ;; esac
 test "$1" != setup || { mkdir -p "${3#VENV=}/bin" && printf '#!/bin/sh\\necho Python 3.13' >"${3#VENV=}/bin/python" &&
     chmod +x "${3#VENV=}/bin/python"; }
 if test -s fails && test "$(head -n 1 fails)" = "$1${2:+ $2}"; then
@@ -107,6 +111,30 @@ def test_without_such_a_python_without_space_or_when_set_up_fails_the_rest_runs_
     (checkout.path / "fails").write_text(f"setup PYTHON={sys.executable}\n")
     status, last, calls = checkout.run()
     assert (status, calls) == expected and "its set-up failed: the reason" in last
+
+
+def test_one_run_at_a_time_uses_the_environment_and_what_a_test_leaves_behind_does_not_hold_it(
+    checkout: Checkout,
+) -> None:
+    lock = checkout.path / "cache" / "nemo_advrm" / f"newest-{THIS}.lock"
+    lock.parent.mkdir(parents=True)
+    with open(lock, "w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        status, last, calls = checkout.run()
+    assert (status, calls) == (0, [*FIRST, *LAST]) and "another run is using its environment" in last
+
+    (checkout.path / "calls.log").unlink()
+    (checkout.path / "daemon").write_text("test-slurm")
+    assert checkout.run()[0] == 0
+    with open(lock, "w") as free:
+        fcntl.flock(free, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.kill(int((checkout.path / "daemon.pid").read_text()), signal.SIGTERM)
+
+
+def test_a_cache_that_cannot_be_written_leaves_the_newest_python_out(checkout: Checkout) -> None:
+    (checkout.path / "cache" / "nemo_advrm" / f"newest-{THIS}.lock").mkdir(parents=True)
+    status, last, calls = checkout.run()
+    assert (status, calls) == (0, [*FIRST, *LAST]) and "cannot be written" in last
 
 
 def test_a_set_up_that_does_not_end_is_stopped_when_time_is_short(checkout: Checkout) -> None:
