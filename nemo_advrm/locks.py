@@ -174,7 +174,7 @@ def _acquired(path: Path, what: Path, key: str) -> SoftFileLease:
 
             def shows_life() -> bool:
                 holder = lease.owner  # None also while a process that has just created the file writes its name
-                return holder is not None and (holder != owner or _refreshed(path) != first)
+                return holder is not None and (holder != owner or _refreshed(path) not in (first, None))
 
             _acquire_within(2 * LEASE_SECONDS, lease, path, shows_life)
     except Timeout:
