@@ -25,9 +25,16 @@ python=$(command -v "${PYTHON:-python3}") || { echo "error: no ${PYTHON:-python3
 unset PIP_CONSTRAINT
 
 plan=$(mktemp -d)
-trap 'rm -rf "$plan"' EXIT
-# A half-made environment does not look like one.
-trap 'rm -rf "$folder"; echo "error: nemo_advrm was not installed; nothing of the image was changed" >&2' ERR
+installed=
+# A half-made environment does not look like one, so none is left, by an interrupt either.
+end() {
+    rm -rf "$plan"
+    if [[ ! $installed ]]; then
+        rm -rf "$folder"
+        echo "error: nemo_advrm was not installed; nothing of the image was changed" >&2
+    fi
+}
+trap end EXIT
 
 "$python" "$here/kept_packages.py" plan "$plan" "$wheel" "$@"
 # Without pip: Debian's Python has none for new environments, and the image's own installs into any. NeMo's image keeps
@@ -49,4 +56,5 @@ pip=("$python" -m pip --python "$folder/bin/python" install --no-cache-dir --dis
 "${pip[@]}" --constraint "$plan/constraints.txt" --requirement "$plan/requirements.txt"
 "${pip[@]}" --no-deps "$wheel"
 "$folder/bin/python" "$here/kept_packages.py" check "$plan"
+installed=yes
 echo "installed: $folder/bin/nemo-advrm"
