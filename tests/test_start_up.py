@@ -153,6 +153,7 @@ def test_select_imports_no_megatron(old_run: Path) -> None:
 
 
 def test_report_imports_what_it_draws_and_fits_with(old_run: Path) -> None:
+    (old_run / "state.json").write_text('{"stages": {}}')
     found = loaded("report", f"run_dir={old_run}")
     drawing = {"matplotlib", "PIL", "jinja2", "rich", "scipy"}
     assert found <= CONFIGURATION | TORCH | ROWS | drawing | {"psutil"} and "matplotlib" in found
@@ -166,9 +167,9 @@ def test_export_pairs_imports_no_torch(old_run: Path, tmp_path: Path) -> None:
 def test_convert_imports_no_megatron(hf_member: Path, tmp_path: Path) -> None:
     to_megatron = loaded("convert", "from=hf", f"path={hf_member}", "to=megatron", f"out={tmp_path / 'megatron'}")
     assert to_megatron <= CONFIGURATION | WITH_TRANSFORMERS
-    words = ["from=megatron", f"path={FILES / 'checkpoint'}", "to=nemo", f"out={tmp_path / 'rm.nemo'}"]
-    to_nemo = loaded("convert", *words)
-    assert to_nemo <= CONFIGURATION | TORCH | ROWS | WITH_CHECKPOINTS | {"huggingface_hub"}
+    words = ["from=megatron", f"path={tmp_path / 'megatron'}", "to=nemo", f"out={tmp_path / 'rm.nemo'}"]
+    to_nemo = loaded("convert", *words, f"tokenizer={hf_member}")
+    assert to_nemo <= CONFIGURATION | WITH_TRANSFORMERS
 
 
 def test_plan_imports_megatron_only_to_build_the_models() -> None:

@@ -10,6 +10,10 @@ from pathlib import Path
 
 import pytest
 
+# for some thirty trainings, on a slow machine
+LIMIT_SECONDS = 1200
+pytestmark = pytest.mark.timeout(LIMIT_SECONDS)
+
 CASES = ("sft", "reward_model", "reward_model_async", "rloo", "ppo", "ppo_async")
 
 
@@ -20,7 +24,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
     for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID"):
         environment.pop(name, None)
     command = [sys.executable, str(Path(__file__).with_name("restart_driver.py")), str(home)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=LIMIT_SECONDS)
     log = home / "log.txt"
     assert done.returncode == 0, done.stderr[-3000:] + (log.read_text()[-3000:] if log.exists() else "")
     return {row["case"]: row for row in map(json.loads, done.stdout.splitlines())}
