@@ -81,7 +81,7 @@ TRIED = (
 
 def installed() -> dict[str, str]:
     """Returns the versions of this environment, by the names of a TriedSet; empty where nothing is installed."""
-    return {"python": platform.python_version(), **{package: _version(package) for package in PACKAGES}}
+    return {"python": platform.python_version(), **{package: version_of(package) for package in PACKAGES}}
 
 
 def requirements() -> dict[str, Requirement]:
@@ -139,7 +139,8 @@ def table() -> str:
     return "\n".join(lines)
 
 
-def _version(package: str) -> str:
+def version_of(package: str) -> str:
+    """Returns the version of an installed package, empty where it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

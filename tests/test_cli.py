@@ -11,7 +11,7 @@ from types import ModuleType
 
 import pytest
 
-from nemo_advrm import __version__, cli
+from nemo_advrm import __version__, cli, tried_versions
 from nemo_advrm.command_table import COMMANDS
 from nemo_advrm.commands import doctor
 from nemo_advrm.config.keys import all_keys
@@ -163,14 +163,14 @@ def test_doctor_names_everything_and_exits_with_0(capsys: pytest.CaptureFixture[
 
 
 def test_doctor_says_what_every_absence_means(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "_version", lambda package: None)
+    monkeypatch.setattr(tried_versions, "version_of", lambda package: "")
     absent = {finding.what: finding.meaning for finding in doctor.findings(ModelConfig()) if not finding.present}
     assert {"torch", "megatron-core", "Transformer Engine", "Apex"} <= set(absent)
     assert all(absent.values())
 
 
 def test_doctor_says_why_transformer_engine_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "_version", lambda package: "2.9.0")
+    monkeypatch.setattr(tried_versions, "version_of", lambda package: "2.9.0")
     monkeypatch.setattr(transformer_engine, "import_error", lambda: "cannot be imported (OSError: libcuda.so.1)")
     found = doctor._transformer_engine()
     assert not found.present and found.found == "2.9.0"

@@ -102,8 +102,7 @@ def test_tried_versions_that_did_not_run_together_are_untested(two_sets: None) -
 
 
 def test_doctor_tells_an_untested_environment(monkeypatch: pytest.MonkeyPatch, two_sets: None) -> None:
-    monkeypatch.setattr(doctor, "_version", lambda package: "2.99.0")
-    monkeypatch.setattr(tried_versions, "_version", lambda package: "2.99.0")
+    monkeypatch.setattr(tried_versions, "version_of", lambda package: "2.99.0")
     required = doctor._required("torch")
     assert required.present and required.meaning.startswith(
         "untested: 2.11.0 to 2.13.0 were tried; nemo_advrm asks for"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,16 +58,9 @@ def findings(model: ModelConfig) -> list[Finding]:
     return [*rows, _cpu(_cpu_flags())]
 
 
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def _required(package: str) -> Finding:
-    version = _version(package)
-    if version is None:
+    version = tried_versions.version_of(package)
+    if not version:
         return Finding(package, "absent", "required: run make setup, or pip install nemo_advrm", False)
     return Finding(package, version, tried_versions.compare(package, version))
 
@@ -88,8 +80,8 @@ def _tried_set(here: dict[str, str]) -> Finding:
 
 
 def _transformer_engine() -> Finding:
-    name, version = "Transformer Engine", _version("transformer-engine")
-    if version is None:
+    name, version = "Transformer Engine", tried_versions.version_of("transformer-engine")
+    if not version:
         lost = "no FP8, no fused layers; Megatron-Core's own layers are used (same results)"
         return Finding(name, "absent", f"{lost}. On a GPU: pip install 'nemo_advrm[gpu]'", False)
     if fault := transformer_engine.import_error():
@@ -99,13 +91,14 @@ def _transformer_engine() -> Finding:
 
 
 def _apex() -> Finding:
-    if _version("apex") is None:
+    version = tried_versions.version_of("apex")
+    if not version:
         meaning = (
             "no fused Adam and no fused weight-gradient accumulation unless Transformer Engine brings them: slower on "
             "a GPU, same results. It is not on the package index; NVIDIA/apex is built from source"
         )
         return Finding("Apex", "absent", meaning, False)
-    return Finding("Apex", _version("apex") or "", "fused optimizer and gradient accumulation can be used")
+    return Finding("Apex", version, "fused optimizer and gradient accumulation can be used")
 
 
 def _gpus(torch) -> list[Finding]:  # type: ignore[no-untyped-def]

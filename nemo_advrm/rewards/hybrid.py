@@ -16,7 +16,7 @@ from nemo_advrm.data.encoding import EncodedPair
 from nemo_advrm.data.messages import Message, prompt_key
 from nemo_advrm.data.preference_rows import PreferencePair
 from nemo_advrm.data.tokenizers import HFTokenizer, Tokenizer
-from nemo_advrm.detectors.base import LOG_PROBS, build_detector
+from nemo_advrm.detectors.base import LOG_PROBS, features_of
 from nemo_advrm.engine import manifest
 from nemo_advrm.engine.builders import build_policy
 from nemo_advrm.engine.checkpoint_meta import read_meta
@@ -155,7 +155,7 @@ def open_sft_policy(
 
     Raises CheckpointError when it is damaged or no language model.
     """
-    if LOG_PROBS not in build_detector(cfg.adversarial.detector).reads:
+    if LOG_PROBS not in features_of(cfg.adversarial.detector):
         return None
     opened = {} if opened is None else opened
     # another precision or batch shape than the attack's would be that of the KL penalty's reference policy too

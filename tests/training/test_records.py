@@ -264,6 +264,15 @@ def test_the_tracker_adds_gold_at_its_interval_and_at_the_last_step(single: Runt
     assert rows[0] == first
 
 
+def _trained_tracker(path: Path, module: Any, steps: int) -> Any:
+    """A tracker, still open, that has written two rows of each of some steps."""
+    tracker: Any = OveroptimizationTracker(path, _gold(), every=1, samples=2)
+    tracker.on_train_start(SimpleNamespace(global_step=0), module)
+    for done in range(1, steps + 1):
+        tracker.on_train_batch_end(SimpleNamespace(global_step=done), module, None, None, 0)
+    return tracker
+
+
 @pytest.mark.parametrize("left", [0, 1, 3])
 def test_the_tracker_tells_at_a_restart_how_many_of_its_rows_are_lost(
     single: Runtime, tmp_path: Path, caplog: pytest.LogCaptureFixture, left: int
@@ -271,10 +280,7 @@ def test_the_tracker_tells_at_a_restart_how_many_of_its_rows_are_lost(
     """Also when every step still has a row."""
     path = tmp_path / "samples.jsonl"
     module: Any = _Policy()
-    tracker: Any = OveroptimizationTracker(path, _gold(), every=1, samples=2)
-    tracker.on_train_start(SimpleNamespace(global_step=0), module)
-    for done in (1, 2):
-        tracker.on_train_batch_end(SimpleNamespace(global_step=done), module, None, None, 0)
+    tracker = _trained_tracker(path, module, steps=2)
     state = tracker.state_dict()
     tracker.on_train_batch_end(SimpleNamespace(global_step=3), module, None, None, 0)
     tracker.teardown(None, None, "fit")
@@ -297,9 +303,7 @@ def test_the_tracker_tells_at_a_restart_how_many_of_its_rows_are_lost(
 def test_a_restart_names_a_row_that_is_none_of_rlhf(single: Runtime, tmp_path: Path) -> None:
     path = tmp_path / "samples.jsonl"
     module: Any = _Policy()
-    tracker: Any = OveroptimizationTracker(path, _gold(), every=1, samples=2)
-    tracker.on_train_start(SimpleNamespace(global_step=0), module)
-    tracker.on_train_batch_end(SimpleNamespace(global_step=1), module, None, None, 0)
+    tracker = _trained_tracker(path, module, steps=1)
     tracker.teardown(None, None, "fit")
     path.write_text(path.read_text().replace('"response": "y"', '"response": ["y"]'))
     with pytest.raises(DataError, match=r"samples\.jsonl:2: not a row of RLHF's samples \(response="):
@@ -311,10 +315,7 @@ def test_a_restart_reads_the_rows_of_an_earlier_training_once(
 ) -> None:
     path = tmp_path / "samples.jsonl"
     module: Any = _Policy()
-    tracker: Any = OveroptimizationTracker(path, _gold(), every=1, samples=2)
-    tracker.on_train_start(SimpleNamespace(global_step=0), module)
-    for done in (1, 2):
-        tracker.on_train_batch_end(SimpleNamespace(global_step=done), module, None, None, 0)
+    tracker = _trained_tracker(path, module, steps=2)
     tracker.teardown(None, None, "fit")
     decoded: list[Any] = []
     decode = jsonl.decode_json
