@@ -36,6 +36,12 @@ NVIDIA = {
 }
 
 
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``python -c`` and ``python -m`` import from the current folder, where ``pip install -e`` leaves nemo_advrm.egg-info."""
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("setuptools", minversion="77", reason="building a wheel needs setuptools 77")
