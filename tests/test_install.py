@@ -38,7 +38,7 @@ NVIDIA = {
 
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """``python -c`` and ``python -m`` import from the current folder, where ``pip install -e`` leaves nemo_advrm.egg-info."""
+    """``python -c`` imports from the current folder, where ``pip install -e`` leaves nemo_advrm.egg-info."""
     monkeypatch.chdir(tmp_path)
 
 
