@@ -82,10 +82,18 @@ DETECTORS: Registry[Any] = Registry(  # of subclasses of nemo_advrm.detectors.ba
     },
 )
 ATTACKS: Registry[Any] = Registry(  # of subclasses of nemo_advrm.attacks.base.Attack
-    "adversarial.attack", {"adv_rm": "nemo_advrm.attacks.adv_rm:AdvRM"}
+    "adversarial.attack",
+    {
+        "adv_rm": "nemo_advrm.attacks.adv_rm:AdvRM",
+        "over_optimisation": "nemo_advrm.attacks.over_optimisation:OverOptimisation",
+    },
 )
 ROLLOUT_ENGINES: Registry[Any] = Registry(  # of subclasses of nemo_advrm.rollouts.base.RolloutEngine
-    "rl.rollout_engine", {"megatron": "nemo_advrm.rollouts.megatron_engine:MegatronEngine"}
+    "rl.rollout_engine",
+    {
+        "megatron": "nemo_advrm.rollouts.megatron_engine:MegatronEngine",
+        "transformers": "nemo_advrm.rollouts.transformers_engine:TransformersEngine",
+    },
 )
 TOKENIZERS: Registry[Any] = Registry(  # of nemo_advrm.data.tokenizers.Tokenizer, those that need no files
     "model.tokenizer",

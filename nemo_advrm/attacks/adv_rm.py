@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from nemo_advrm.attacks.adversarial_policy import AdversarialPolicy
 from nemo_advrm.attacks.base import SAMPLES, Attack, AttackInputs, Budget, Found
 from nemo_advrm.training.run_training import fit
@@ -9,6 +11,8 @@ from nemo_advrm.training.run_training import fit
 
 class AdvRM(Attack):
     """Trains an :class:`AdversarialPolicy`; its rollouts are the samples. A stopped training is resumed."""
+
+    trains: ClassVar[bool] = True
 
     def find(self, inputs: AttackInputs, budget: Budget) -> Found:
         """See :meth:`Attack.find`; ``rl.*`` configures the algorithm and the steps, as the budget does."""

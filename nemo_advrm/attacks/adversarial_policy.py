@@ -7,7 +7,7 @@ from pathlib import Path
 from lightning.pytorch import Callback
 
 from nemo_advrm.attacks.base import AttackInputs
-from nemo_advrm.config.schema import Config
+from nemo_advrm.config.schema import AdversarialConfig, Config
 from nemo_advrm.data.sft_scores import SFTScores
 from nemo_advrm.data.tokenizers import Tokenizer
 from nemo_advrm.models.policy import PolicyModel
@@ -33,6 +33,7 @@ class AdversarialPolicy(PolicyModel):
         restore_from: checkpoint of the SFT policy.
         seed: seed of prompt order and sampling.
         sft_policy: the loaded SFT policy, for a detector that reads log-probabilities; it is the reference policy too.
+        reward_options: options of the reward; None: ``cfg.adversarial``, by which finds are counted in any case.
     """
 
     stage = "attack"
@@ -48,8 +49,9 @@ class AdversarialPolicy(PolicyModel):
         restore_from: str,
         seed: int = 0,
         sft_policy: ReferenceFeatures | None = None,
+        reward_options: AdversarialConfig | None = None,
     ) -> None:
-        reward = AdversarialReward(members, cfg.adversarial, sft_responses, target - 1, sft_policy)
+        reward = AdversarialReward(members, reward_options or cfg.adversarial, sft_responses, target - 1, sft_policy)
         reference = None if sft_policy is None else sft_policy.model
         super().__init__(cfg, tokenizer, prompts, reward, restore_from, seed, reference)
         self.sft_responses = sft_responses
@@ -68,6 +70,7 @@ class AdversarialPolicy(PolicyModel):
             inputs.policy,
             inputs.seed,
             inputs.sft_policy,
+            inputs.reward_options,
         )
 
     def callbacks(self, samples: Path, gold: RewardSource | None, enough: int = 0) -> list[Callback]:

@@ -95,6 +95,14 @@ def check_rule(cfg: Config, directory: Path) -> None:
     raise ConfigError(f"{setting}: the attack in {directory} {done}; set the value that the attack had")
 
 
+def has_underrated(directory: Path) -> bool:
+    """Returns whether the finds of the attack in ``directory`` are good responses that are scored low."""
+    if not has_summary(directory):
+        return False
+    summary = results.read_object(directory / "summary.json", (), _RESTORE, summary_file.wrong_attack)
+    return bool(summary.get("underrates"))
+
+
 def add_to_summary(directory: Path, by_target: dict[str, dict[str, Any]]) -> None:
     """Adds the results of selection, by target, to the attack's ``summary.json``, if it has one."""
     path = directory / "summary.json"

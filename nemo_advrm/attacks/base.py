@@ -7,15 +7,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from nemo_advrm.config.schema import Config
+from nemo_advrm.attacks.language_models import LanguageModels
+from nemo_advrm.config.schema import AdversarialConfig, Config
 from nemo_advrm.data.jsonl import write_jsonl_atomic
 from nemo_advrm.data.sft_scores import SFTScores
 from nemo_advrm.data.tokenizers import Tokenizer
 from nemo_advrm.engine import runtime
 from nemo_advrm.engine.collectives import run_on_rank_zero
 from nemo_advrm.models.trainable import TrainableModel
+from nemo_advrm.registry import ATTACKS
 from nemo_advrm.rewards.base import RewardSource
 from nemo_advrm.rewards.ensemble import AdversarialReward
 from nemo_advrm.rewards.features import ReferenceFeatures
@@ -57,6 +59,9 @@ class AttackInputs:
         seed: seed of this attack; equal seeds must give equal samples.
         directory: directory of ``samples.jsonl`` and all other files of this attack.
         sft_policy: the loaded SFT policy; None unless the detector reads log-probabilities.
+        models: opened language models, shared by all attacks of a command; None: those of this attack alone.
+        reward_options: options of the reward; None: ``cfg.adversarial``, by which finds are counted in any case.
+        underrates: the attack's, see :class:`Attack`.
     """
 
     cfg: Config
@@ -70,17 +75,25 @@ class AttackInputs:
     seed: int
     directory: Path
     sft_policy: ReferenceFeatures | None = None
+    models: LanguageModels | None = None
+    reward_options: AdversarialConfig | None = None
+    underrates: bool = False
+
+    @cached_property
+    def language_models(self) -> LanguageModels:
+        """The SFT policy as a language model, and the model ``adversarial.lm``; each is loaded at its first use."""
+        return self.models or LanguageModels(self.cfg, self.tokenizer, self.policy, self.sft_policy)
 
     @cached_property
     def reward(self) -> AdversarialReward:
         """The adversarial reward, with the detector ``adversarial.detector``."""
-        options, target_index = self.cfg.adversarial, self.target - 1
+        options, target_index = self.reward_options or self.cfg.adversarial, self.target - 1
         return AdversarialReward(self.members, options, self.sft_responses, target_index, self.sft_policy)
 
     @cached_property
     def rule(self) -> FindRule:
         """The rule by which selection takes samples."""
-        return FindRule(self.cfg, self.sft_responses, self.target, self.tokenizer)
+        return FindRule(self.cfg, self.sft_responses, self.target, self.tokenizer, self.underrates)
 
     def rows(self, rollouts: Rollouts, step: int) -> list[dict[str, Any]]:
         """Scores responses and returns their rows of ``samples.jsonl``; all ranks of a model replica call."""
@@ -103,7 +116,20 @@ class Found:
 
 
 class Attack(ABC):
-    """Finds bad responses that the target member likes. ``adversarial.attack`` names the one that is used."""
+    """Finds bad responses that the target member likes. ``adversarial.attack`` names the one that is used.
+
+    Attributes:
+        underrates: it finds good responses that the target scores low instead. The find rule is then another one
+            (:class:`nemo_advrm.rewards.find_rule.FindRule`), and a find is the chosen side of its pair.
+        trains: it trains a copy of the SFT policy, which must be a Megatron-Core model.
+    """
+
+    underrates: ClassVar[bool] = False
+    trains: ClassVar[bool] = False
+
+    def reward_options(self, configured: AdversarialConfig) -> AdversarialConfig:
+        """Returns the options of the reward that this attack maximises; the find rule keeps the configured ones."""
+        return configured
 
     @abstractmethod
     def find(self, inputs: AttackInputs, budget: Budget) -> Found:
@@ -111,6 +137,12 @@ class Attack(ABC):
 
         A call in a directory where an earlier call was stopped resumes or starts over.
         """
+
+
+def attack_of(cfg: Config) -> Attack:
+    """Returns the attack ``adversarial.attack``. Raises ConfigError for an unknown one."""
+    attack: Attack = ATTACKS[cfg.adversarial.attack]()
+    return attack
 
 
 class SearchAttack(Attack):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_advrm.config.schema import Config
+from nemo_advrm.config.schema import AdversarialConfig, Config
 from nemo_advrm.data.jsonl import write_jsonl_atomic
 from nemo_advrm.data.sft_scores import SFTScores
 from nemo_advrm.data.tokenizers import Tokenizer
@@ -47,15 +47,18 @@ class HeldOut:
     sft_policy: ReferenceFeatures | None = None
     _rules: dict[int, FindRule] = field(default_factory=dict, init=False, repr=False)
 
-    def measure(self, adversary: MegatronModel, target: int, home: Path) -> dict[str, Any]:
+    def measure(
+        self, adversary: MegatronModel, target: int, home: Path, options: AdversarialConfig | None = None
+    ) -> dict[str, Any]:
         """Returns RATES of the adversary's responses, and under ``null`` those of the SFT responses; all ranks call.
 
         It samples as many responses as there are SFT responses, with the same random numbers for every adversary, and
-        writes them to ``home/held_out.jsonl``. Rates that need gold are None without it.
+        writes them to ``home/held_out.jsonl``. Rates that need gold are None without it. ``options`` are those of the
+        reward that the adversary was trained on, by default ``cfg.adversarial``.
         """
         target_index = target - 1
         rollouts = sample(self._engine, adversary, self.prompts, self._per_prompt, sampling_seed(self.cfg))
-        options = self.cfg.adversarial
+        options = options or self.cfg.adversarial
         reward = AdversarialReward(self.members, options, self.sft_responses, target_index, self.sft_policy)
         reward_output = reward.compute_rewards(rollouts)
         gold_N, gold_z_N = gold_and_z(self.gold, rollouts, self.sft_responses)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from nemo_advrm.attacks.attack_summary import add_to_summary, check_rule, success_rates
+from nemo_advrm.attacks.attack_summary import add_to_summary, check_rule, has_underrated, success_rates
 from nemo_advrm.attacks.pairing import ChosenSide, wrong_labels
 from nemo_advrm.config.schema import Config
 from nemo_advrm.data.jsonl import write_jsonl_atomic
@@ -40,6 +40,7 @@ def select_round(cfg: Config, directory: Path, round_number: int, seed: int) -> 
         DataError: a sample is not one of this attack; names the line.
     """
     check_rule(cfg, directory / "attack")
+    underrates = has_underrated(directory / "attack")
     tokenizer = build_tokenizer(cfg.model.tokenizer)  # the policy's tokenizer
     sft_responses = SFTScores.read(directory / "reference.jsonl", features_of(cfg.adversarial.detector))
     path = directory / "attack" / "samples.jsonl"
@@ -54,10 +55,10 @@ def select_round(cfg: Config, directory: Path, round_number: int, seed: int) -> 
     for target in sorted({row["direction"] for row in rows}):
         own = [row for row in rows if row["direction"] == target]
         late = late_rows(own, cfg.selection.last_fraction)
-        rule = FindRule(cfg, sft_responses, target, tokenizer)
+        rule = FindRule(cfg, sft_responses, target, tokenizer, underrates)
         chosen, counts, facts = _select_target(cfg, late, rule, target, seed)
         totals.update({"selected": len(chosen), "early": len(own) - len(late), **counts})
-        side = ChosenSide(cfg.selection, sft_responses, rule.usable_PI, target, seed)
+        side = ChosenSide(cfg.selection, sft_responses, rule.usable_PI, target, seed, underrates)
         made = [side.pair(row, round_number, f"attack/{row['policy']}/model") for row in chosen]
         by_target[str(target)] = {"selected": len(made), **facts, "wrong_labels": wrong_labels(made)}
         pairs += made

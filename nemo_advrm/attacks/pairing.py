@@ -20,16 +20,26 @@ class ChosenSide:
 
     Quality is the mean of z: with raw scores the member with the largest scale would decide. ``other`` leaves the
     target out, because its scores are what the attack exploits.
+
+    With ``underrates`` the finds are good responses, so they are the chosen sides and the SFT responses the rejected
+    ones: of these the worst is taken where otherwise the best is.
     """
 
     def __init__(
-        self, options: SelectionConfig, sft_responses: SFTScores, usable_PI: list[list[int]], target: int, seed: int
+        self,
+        options: SelectionConfig,
+        sft_responses: SFTScores,
+        usable_PI: list[list[int]],
+        target: int,
+        seed: int,
+        underrates: bool = False,
     ) -> None:
         self.options = options
         self.sft_responses = sft_responses
         self.usable_PI = usable_PI
         self.target = target
         self.seed = seed
+        self.underrates = underrates
         z_PNK = own_z_scores(sft_responses.scores_PNK, sft_responses.statistics())
         if options.chosen == "other":
             z_BK = z_PNK.flatten(0, 1)
@@ -37,36 +47,47 @@ class ChosenSide:
         else:
             self.quality_PN = z_PNK.mean(-1)
 
-    def place(self, prompt_id: int, step: int, rejected: str) -> int:
-        """Returns the index of the SFT response that is preferred to ``rejected``, which was sampled at ``step``."""
+    def place(self, prompt_id: int, step: int, find: str) -> int:
+        """Returns the index of the SFT response that is paired with ``find``, which was sampled at ``step``."""
         usable = self.usable_PI[prompt_id]
         if self.options.chosen == "random":
-            draw = torch.Generator().manual_seed(derive_seed(self.seed, "chosen", self.target, step, rejected))
+            draw = torch.Generator().manual_seed(derive_seed(self.seed, "chosen", self.target, step, find))
             return usable[int(torch.randint(len(usable), (1,), generator=draw))]
-        return max(usable, key=lambda i: self.quality_PN[prompt_id, i].item())
+        sign = -1 if self.underrates else 1
+        return max(usable, key=lambda i: sign * self.quality_PN[prompt_id, i].item())
 
     def pair(self, row: dict[str, Any], round_number: int, policy_checkpoint: str) -> AdversarialPair:
-        """Returns the pair whose rejected side is the response of a row of ``samples.jsonl``."""
+        """Returns the pair of a find, a row of ``samples.jsonl``, and an SFT response to its prompt.
+
+        The provenance has the find's own z and Z(U), and the scores of each side.
+        """
         prompt_id, sft_responses = row["prompt_id"], self.sft_responses
         place, gold_PN = self.place(prompt_id, row["step"], row["response"]), sft_responses.gold_PN
+        sft_scores = tuple(sft_responses.scores_PNK[prompt_id, place].tolist())
+        sft_gold = None if gold_PN is None else gold_PN[prompt_id, place].item()
+        sides = [(sft_responses.responses_PN[prompt_id][place], sft_scores, sft_gold, True)]
+        sides.append((row["response"], tuple(row["scores"]), row["gold"], row.get("ended") is not False))
+        chosen, rejected = reversed(sides) if self.underrates else sides
         return AdversarialPair(
             sft_responses.prompts_P[prompt_id],
-            sft_responses.responses_PN[prompt_id][place],
-            row["response"],
+            chosen[0],
+            rejected[0],
             Provenance(
                 round=round_number,
                 step=row["step"],
                 direction=self.target,
                 prompt_id=prompt_id,
-                scores=tuple(row["scores"]),
+                scores=rejected[1],
                 z=tuple(row["z"]),
                 disagreement_z=row["disagreement_z"],
                 policy_checkpoint=policy_checkpoint,
-                chosen_scores=tuple(sft_responses.scores_PNK[prompt_id, place].tolist()),
-                chosen_gold=None if gold_PN is None else gold_PN[prompt_id, place].item(),
-                rejected_gold=row["gold"],
+                chosen_scores=chosen[1],
+                chosen_gold=chosen[2],
+                rejected_gold=rejected[2],
+                underrates=self.underrates or None,
             ),
-            rejected_ended=row.get("ended") is not False,
+            chosen_ended=chosen[3],
+            rejected_ended=rejected[3],
         )
 
 

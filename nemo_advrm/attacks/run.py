@@ -11,8 +11,9 @@ from typing import Any
 from nemo_advrm.attacks import summary_file
 from nemo_advrm.attacks.adversary_names import policy_name
 from nemo_advrm.attacks.attack_summary import check_samples, of_adversary, of_target
-from nemo_advrm.attacks.base import Attack, AttackInputs, Budget
+from nemo_advrm.attacks.base import AttackInputs, Budget, attack_of
 from nemo_advrm.attacks.held_out_success import HELD_OUT_REFERENCE, HeldOut, held_out_set
+from nemo_advrm.attacks.language_models import LanguageModels
 from nemo_advrm.config.schema import Config
 from nemo_advrm.data.hidden_states import beside
 from nemo_advrm.data.jsonl import read_jsonl, write_jsonl_atomic
@@ -21,7 +22,6 @@ from nemo_advrm.data.tokenizers import Tokenizer
 from nemo_advrm.engine import manifest, stopping
 from nemo_advrm.engine.collectives import run_on_rank_zero
 from nemo_advrm.errors import ConfigError
-from nemo_advrm.registry import ATTACKS
 from nemo_advrm.rewards.base import RewardSource
 from nemo_advrm.rewards.features import ReferenceFeatures
 from nemo_advrm.rewards.find_rule import asks_others
@@ -39,6 +39,15 @@ def check_target_members(cfg: Config, members: int) -> None:
                 f"adversarial.target_members={cfg.adversarial.target_members}: there is no member {target}, the "
                 f"ensemble has {members} (ensemble.size, ensemble.members)"
             )
+
+
+def check_attack(cfg: Config) -> None:
+    """Raises ConfigError for an attack that trains a policy which the rollout engine cannot train."""
+    if attack_of(cfg).trains and cfg.rl.rollout_engine == "transformers":
+        raise ConfigError(
+            f"adversarial.attack={cfg.adversarial.attack} trains the policy; rl.rollout_engine=transformers cannot: "
+            "convert the policy (nemo-advrm convert from=hf), or choose an attack without RL (docs/attacks.md)"
+        )
 
 
 @dataclass(frozen=True)
@@ -88,6 +97,12 @@ class AttackRun:
             self._find(home, target, derive_seed(self.seed, "attack", target, number), held_out)
 
     @cached_property
+    def _models(self) -> LanguageModels:
+        """Language models for all attacks that train nothing."""
+        path = self.cfg.pretrained_checkpoint.restore_from_path
+        return LanguageModels(self.cfg, self.tokenizer, path, self.sft_policy)
+
+    @cached_property
     def _held_out(self) -> HeldOut | None:
         """The held-out prompts, read once for all adversaries, and with them the detectors that are fitted to them."""
         return held_out_set(
@@ -98,12 +113,13 @@ class AttackRun:
         """Runs one attack into ``home`` and marks it finished."""
         started = time.monotonic()
         cfg, rl = self.cfg, self.cfg.rl
-        start = cfg.pretrained_checkpoint.restore_from_path
+        attack = attack_of(cfg)
+        options = attack.reward_options(cfg.adversarial)
         inputs = AttackInputs(
             cfg,
             self.tokenizer,
             self.prompts,
-            start,
+            cfg.pretrained_checkpoint.restore_from_path,
             self.sft_responses,
             self.members,
             target,
@@ -111,14 +127,16 @@ class AttackRun:
             seed,
             home,
             self.sft_policy,
+            self._models,
+            options,
+            attack.underrates,
         )
         enough = -(-cfg.adversarial.enough // cfg.adversarial.num_adversaries)
-        attack: Attack = ATTACKS[cfg.adversarial.attack]()
         found = attack.find(inputs, Budget(rl.max_steps, rl.prompts_per_step * rl.group_size, enough))
         module, measured = found.adversary, None
         if module is not None:
             if held_out is not None:
-                measured = held_out.measure(module.model, target, home)
+                measured = held_out.measure(module.model, target, home, options)
             save_model(home, module)
         seconds = time.monotonic() - started
         summary = run_on_rank_zero(of_adversary, home, seconds, measured)
@@ -146,6 +164,7 @@ def join_attacks(cfg: Config, directory: Path) -> dict[str, Any]:
         "directions": found,
         "threshold_z": cfg.selection.threshold_z,
         "by_disagreement": asks_others(cfg.adversarial),
+        "underrates": attack_of(cfg).underrates,
         "detector": cfg.adversarial.detector,
     }
     everyone = [home for own in homes.values() for home in own]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from nemo_advrm.attacks.attack_summary import line
-from nemo_advrm.attacks.run import AttackRun, check_target_members
+from nemo_advrm.attacks.run import AttackRun, check_attack, check_target_members
 from nemo_advrm.config.schema import Config
 from nemo_advrm.config.validation import check_held_out
 from nemo_advrm.data.tokenizers import build_tokenizer
@@ -25,6 +25,7 @@ def main(cfg: Config) -> int:
     """Attacks ``ensemble.members`` starting from the policy ``pretrained_checkpoint.restore_from_path``."""
     if len(cfg.ensemble.members) < 2:
         raise ConfigError("ensemble.members must name at least 2 reward models, the attacked one first")
+    check_attack(cfg)
     if not cfg.pretrained_checkpoint.restore_from_path:
         raise ConfigError("pretrained_checkpoint.restore_from_path is not set: name the policy the attack starts from")
     check_target_members(cfg, len(cfg.ensemble.members))

@@ -31,7 +31,10 @@ class SFTStatisticsConfig:
 class AdversarialConfig:
     """The attack and its reward."""
 
-    attack: str = key("adv_rm", "how bad responses are found: adv_rm (by RL) or python:MODULE:CLASS")
+    attack: str = key("adv_rm", "how bad responses are found (docs/attacks.md) or python:MODULE:CLASS")
+    lm: str = key(
+        "", "language model that proposes substitutes and paraphrases: DIR or hf:DIR; empty: the SFT policy"
+    )
     detector: str = key(
         "ensemble_disagreement",
         "what marks a response as unknown to the target (docs/method.md) or python:MODULE:CLASS",
@@ -74,7 +77,11 @@ class RLConfig:
     """Policy optimisation."""
 
     algorithm: str = key("rloo", "policy gradient", choices=("rloo", "reinforce", "grpo", "ppo"))
-    rollout_engine: str = key("megatron", "what writes the responses: megatron or python:MODULE:CLASS")
+    rollout_engine: str = key(
+        "megatron",
+        "what writes the responses: megatron, transformers (a policy hf:DIR, which no command trains) or "
+        "python:MODULE:CLASS",
+    )
     max_steps: int = key(100, "optimizer steps", COUNT)
     prompts_per_step: int = key(32, "prompts of one batch of rollouts", COUNT)
     group_size: int = key(4, "rollouts per prompt", COUNT)

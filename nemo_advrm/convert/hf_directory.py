@@ -117,16 +117,43 @@ def read_classifier(path: Path, attributes: tuple[float, ...] = ()) -> HFDirecto
     return HFDirectory(int(model.get_input_embeddings().weight.size(0)), _longest(model))
 
 
+def check_language_model(path: Path) -> None:
+    """Check the directory of a language model without reading its weights.
+
+    Raises CheckpointError from :func:`read_config`, and when the model is a classifier, its weights are pickled or
+    quantised, or there is no such directory.
+    """
+    if not path.is_dir():
+        raise CheckpointError(f"hf:{path}: there is no such directory (nothing is downloaded: save the model there)")
+    config = read_config(path)
+    names = config.get("architectures")
+    name = str(names[0]) if isinstance(names, list) and names else "a model without a head"
+    if not name.endswith(("ForCausalLM", "LMHeadModel")):
+        raise CheckpointError(f"hf:{path}: is {name}, not a language model (*ForCausalLM)")
+    if not any(path.glob("*.safetensors")):
+        raise CheckpointError(f"hf:{path}: no .safetensors files (pickled weights are not opened: convert them first)")
+    _check_formats(path)
+
+
 def load_classifier(path: Path, **options: Any) -> Any:
     """Call ``AutoModelForSequenceClassification.from_pretrained``.
 
     Raises CheckpointError for missing, unknown or wrongly shaped tensors, and for a directory that cannot be read.
     """
-    from transformers import AutoModelForSequenceClassification  # takes seconds to import
+    return _load("AutoModelForSequenceClassification", path, options)
+
+
+def load_language_model(path: Path, **options: Any) -> Any:
+    """Call ``AutoModelForCausalLM.from_pretrained``; raises as :func:`load_classifier`."""
+    return _load("AutoModelForCausalLM", path, options)
+
+
+def _load(kind: str, path: Path, options: dict[str, Any]) -> Any:
+    import transformers  # takes seconds to import
 
     try:
         with _without_report():
-            model, found = AutoModelForSequenceClassification.from_pretrained(
+            model, found = getattr(transformers, kind).from_pretrained(
                 str(path),
                 local_files_only=True,
                 trust_remote_code=False,

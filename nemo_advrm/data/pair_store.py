@@ -26,6 +26,8 @@ _log = logging.getLogger(__name__)
 class AdversarialPair:
     """An answer that fools the ensemble (`rejected`) and an ordinary answer to the same prompt (`chosen`).
 
+    With `provenance.underrates` the find is a good answer that is scored low (`chosen`), `rejected` an ordinary one.
+
     An answer with `ended` = False was cut off by the length limit: it was scored without an end token and is encoded
     without one in training. Older files have no such keys; their answers are finished.
     """
@@ -39,8 +41,8 @@ class AdversarialPair:
 
     @property
     def key(self) -> tuple[str, str]:
-        """Pairs with equal (prompt, rejected) are duplicates."""
-        return prompt_key(self.prompt), self.rejected
+        """Pairs with the same find to a prompt are duplicates: the rejected answer, or a chosen one scored too low."""
+        return prompt_key(self.prompt), self.chosen if self.provenance.underrates else self.rejected
 
     def to_row(self) -> dict[str, Any]:
         """Return the JSON row, without gold scores that are None. `load_preferences` reads such files too."""

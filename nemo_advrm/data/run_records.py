@@ -129,6 +129,7 @@ class Provenance:
     chosen_scores: ScoreTuple
     chosen_gold: Number | None = None
     rejected_gold: Number | None = None
+    underrates: Flag | None = None
 
 
 class PairRow(TypedDict):  # not strict: that would require an instance of Provenance
@@ -186,6 +187,7 @@ class AttackSummary(TypedDict):
     directions: dict[Text, AdversarySummary]
     threshold_z: NotRequired[Number]
     by_disagreement: NotRequired[Flag | None]
+    underrates: NotRequired[Flag]
     detector: NotRequired[Text]
 
 

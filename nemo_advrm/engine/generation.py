@@ -88,6 +88,48 @@ def generate(
     return Generation([tokens for tokens, _ in answers], [ended for _, ended in answers])
 
 
+@torch.no_grad()
+def likeliest_tokens(
+    model: MegatronModel, rows: list[list[int]], count: int, max_rows: int = 0
+) -> tuple[Tensor, Tensor]:
+    """The ``count`` likeliest next tokens after each row, by falling probability; all ranks of a replica call.
+
+    Every replica must call, even without rows (see :func:`generate`).
+
+    Args:
+        rows: token ids, none empty; lengths may differ.
+        max_rows: largest batch; 0 means all rows.
+
+    Returns:
+        [N, count] int64 token ids, and their log-probabilities in nats, [N, count] fp32; on the CPU. A token without
+        probability has a log-probability of -inf.
+
+    Raises ConfigError for a row that is empty or longer than the model's context.
+    """
+    limit = model.model_config.encoder_seq_length
+    for i, row in enumerate(rows):
+        if not 0 < len(row) <= limit:
+            raise ConfigError(f"row {i} has {len(row)} tokens, the model takes 1 to model.encoder_seq_length={limit}")
+    model.gather_parameters()
+    model.eval()
+    rt = runtime.current()
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    ids_NK, log_probs_NK = torch.zeros(len(rows), count, dtype=torch.int64), torch.zeros(len(rows), count)
+    step = max_rows or len(rows) or 1
+    with model.resident(), decoding(model.parts):
+        for start in range(0, len(order), step):
+            own = order[start : start + step]
+            tokens_BS, lengths_B = (tensor.to(rt.device) for tensor in pad_rows([rows[i] for i in own], pad_id=0))
+            logits = _prefill(model, tokens_BS, lengths_B, KVCache(lengths_B, tokens_BS.size(1)))
+            log_probs_BK = torch.zeros(len(own), count, device=rt.device)
+            ids_BK = torch.zeros(len(own), count, dtype=torch.int64, device=rt.device)
+            if logits is not None:
+                log_probs_BK, ids_BK = torch.log_softmax(logits.float(), -1).topk(count)
+            log_probs_NK[own] = rt.broadcast_from_last_stage(log_probs_BK).cpu()
+            ids_NK[own] = rt.broadcast_from_last_stage(ids_BK).cpu()
+    return ids_NK, log_probs_NK
+
+
 def _generate_batch(
     model: MegatronModel, prompts: list[list[int]], sampling: Sampling, uniforms_BT: Tensor
 ) -> tuple[list[list[int]], list[bool]]:

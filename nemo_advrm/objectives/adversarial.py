@@ -18,11 +18,11 @@ def paper_reward(
 ) -> Tensor:
     """z_1 - coefficient * mean of the other z_k where R_1 > T_1(x), else `penalty`; [B].
 
-    The condition prevents a trivial solution: a response that no member likes, the others even less. Raises ConfigError
-    unless K > 1 and `target` exists.
+    The condition prevents a trivial solution: a response that no member likes, the others even less. With a coefficient
+    of 0 the others are not read, and there may be none. Raises ConfigError unless K > 1 otherwise, and if there is no
+    `target`.
     """
-    rest_B = others_mean(z_BK, target)
-    reward_B = z_BK[:, target] - coefficient * rest_B
+    reward_B = z_BK[:, target] - _weighted_others(z_BK, coefficient, target)
     return torch.where(scores_BK[:, target] > prompt_mean_BK[:, target], reward_B, torch.full_like(reward_B, penalty))
 
 
@@ -37,13 +37,30 @@ def raw_reward(
     """target_weight * R_1 - others_weight * R_2 * [R_1 > m] + penalty * [R_1 < m], m = min_target_score; [B].
 
     It uses raw scores and one constant for all prompts, so it needs no SFT statistics. Below m the reward still rises
-    with R_1, which gives the adversary a direction. Raises ConfigError unless K > 1 and `target` exists.
+    with R_1, which gives the adversary a direction. The others and their weight are as in `paper_reward`.
     """
-    other_B = others_mean(scores_BK, target)
+    other_B = _weighted_others(scores_BK, others_weight, target)
     target_B = scores_BK[:, target]
     counted_B = torch.where(target_B > min_target_score, other_B, torch.zeros_like(other_B))
-    reward_B = target_weight * target_B - others_weight * counted_B
+    reward_B = target_weight * target_B - counted_B
     return torch.where(target_B < min_target_score, reward_B + penalty, reward_B)
+
+
+def search_reward(z_BK: Tensor, coefficient: float, penalty: float, target: int = 0) -> Tensor:
+    """z_1 - coefficient * mean of the other z_k where z_1 > 0, else `penalty` + z_1; [B].
+
+    `paper_reward` for a search that starts below the threshold: where z_1 <= 0 a constant would give it no direction.
+    The others and the coefficient are as there.
+    """
+    target_B = z_BK[:, target]
+    return torch.where(target_B > 0, target_B - _weighted_others(z_BK, coefficient, target), penalty + target_B)
+
+
+def _weighted_others(values_BK: Tensor, weight: float, target: int) -> Tensor:
+    """`weight` * mean of the members other than the target, [B]; zeros for a weight of 0, also for a single member."""
+    if not weight:
+        return torch.zeros_like(values_BK[:, target])
+    return weight * others_mean(values_BK, target)
 
 
 def length_penalty(rewards_N: Tensor, ended_N: Tensor, noise_N: Tensor | None = None) -> float:

@@ -40,6 +40,20 @@ def qualifies(
     return qualified_B
 
 
+def is_underrated(
+    scores_BK: Tensor, z_BK: Tensor, prompt_mean_B: Tensor, threshold: float, target: int = 0
+) -> Tensor:
+    """R_1 < T_1(x) and -z_1 > threshold, and the mean of the other z_k > 0 where there are others; bool [B].
+
+    The mirror image of `qualifies`, for good responses that the target scores low: the other members say that they are
+    good. A single member cannot tell, so a judge or the way in which the response was made must. NaN never qualifies.
+    """
+    low_B = (scores_BK[:, target] < prompt_mean_B) & (-z_BK[:, target] > threshold)
+    if z_BK.shape[-1] < 2:
+        return low_B
+    return low_B & (others(z_BK, target).mean(-1) > 0)
+
+
 def first_step(steps: int, last_fraction: float) -> int:
     """The first of `steps` (from 0) in their last fraction, which is rounded up to whole steps.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -124,11 +124,16 @@ class UncertaintyReward:
         return self.compute_rewards(rollouts).rewards_N
 
 
+def target_alone(options: AdversarialConfig) -> AdversarialConfig:
+    """Returns the options with no weight for the members other than the target, whatever the preset."""
+    return replace(options, coefficient=0.0, others_weight=0.0)
+
+
 class AdversarialReward:
     """The reward of Adv-RM's adversary: high when the target member scores a response high and the others do not.
 
     Args:
-        sources: the members, R_1 first; at least two.
+        sources: the members, R_1 first. A single one has no others: the reward is then that of ``target_alone``.
         options: preset and coefficients, see :class:`nemo_advrm.config.schema.AdversarialConfig`.
         sft_responses: scored SFT responses to the prompts of the attack.
         target_index: index of the attacked member in ``sources``, from 0.
@@ -155,7 +160,7 @@ class AdversarialReward:
             )
         if options.preset not in PRESETS:
             raise unknown_name("adversarial.preset", options.preset, PRESETS)
-        self.options = options
+        self.options = options if len(sources) > 1 else target_alone(options)
         self.sft_responses = sft_responses
         self.target_index = target_index
         self._statistics = sft_responses.statistics()
@@ -191,7 +196,9 @@ class AdversarialReward:
         weights = (options.target_weight, options.others_weight)
         if options.preset == "paper":
             noise_NK, weights = noise_NK / self._statistics.std_K, (1.0, options.coefficient)
-        noise_N = weights[0] * noise_NK[:, self.target_index] + weights[1] * others_mean(noise_NK, self.target_index)
+        noise_N = weights[0] * noise_NK[:, self.target_index]
+        if weights[1]:
+            noise_N = noise_N + weights[1] * others_mean(noise_NK, self.target_index)
         if options.preset == "paper":  # a response that gets the constant penalty has no rounding error
             noise_N = torch.where(scores_NK[:, self.target_index] > prompt_mean_NK[:, self.target_index], noise_N, 0.0)
         details = {"z": z_NK, "prompt_mean": prompt_mean_NK}

@@ -14,12 +14,10 @@ from torch import Tensor
 
 from nemo_advrm.data.answers import answer_start_tokens, split_at_answer, until_end
 from nemo_advrm.data.tokenizers import Tokenizer
-from nemo_advrm.engine import runtime
 from nemo_advrm.engine.feature_file import FeatureWeights
-from nemo_advrm.engine.log_probs import log_probs_and_entropy
-from nemo_advrm.engine.microbatches import EncodedResponse, response_microbatch
+from nemo_advrm.engine.microbatches import EncodedResponse
 from nemo_advrm.engine.model import MegatronModel
-from nemo_advrm.engine.schedule import Microbatch, forward, microbatch_rows
+from nemo_advrm.engine.response_log_probs import summed_log_probs
 from nemo_advrm.errors import DataError, RewardSourceError
 from nemo_advrm.rewards.local import MegatronReward
 from nemo_advrm.rewards.token_sequences import encode_rendered
@@ -121,29 +119,12 @@ class ReferenceFeatures:
         kept = prompt[-max(1, room) :]
         return EncodedResponse(kept + answer, len(kept))
 
-    @torch.no_grad()
     def log_probs(self, rows: list[EncodedResponse]) -> Tensor:
         """Returns the log-probability of each response, summed over its tokens, [N] fp32 in nats on the CPU.
 
         All ranks call. An empty response has log-probability 0.
         """
-        model, rt = self.model, runtime.current()
-        places = [i for i, row in enumerate(rows) if len(row.tokens) > row.prompt_length]
-        groups = microbatch_rows(model, [len(rows[i].tokens) for i in places])
-        groups = [[places[i] for i in group] for group in groups]
-        microbatches = [response_microbatch(model, [rows[i] for i in group], self.tokenizer.pad_id) for group in groups]
-
-        def collect(logits_NV: Tensor, microbatch: Microbatch) -> Tensor:
-            log_probs_N, _ = log_probs_and_entropy(logits_NV, microbatch.extra["targets_N"])
-            sums_B = torch.zeros(microbatch.tokens_BS.size(0), device=log_probs_N.device)
-            return sums_B.index_add(0, microbatch.extra["rows_N"], log_probs_N.float())
-
-        values_N = torch.zeros(len(rows))
-        for group, sums_B in zip(groups, forward(model, microbatches, collect), strict=False):
-            values_N[group] = sums_B.cpu()
-        if not rows:
-            return values_N
-        return rt.broadcast_from_last_stage(values_N).cpu()
+        return summed_log_probs(self.model, rows, self.tokenizer.pad_id)
 
 
 class HybridReward:

@@ -13,7 +13,7 @@ from torch import Tensor
 from nemo_advrm.config.schema import AdversarialConfig, Config, SelectionConfig
 from nemo_advrm.data.sft_scores import SFTScores
 from nemo_advrm.data.tokenizers import Tokenizer, round_trips
-from nemo_advrm.objectives.selection import first_step, qualifies
+from nemo_advrm.objectives.selection import first_step, is_underrated, qualifies
 from nemo_advrm.objectives.sft_statistics import SFTStatistics, own_z_scores
 
 Find = tuple[int, str]
@@ -39,14 +39,20 @@ class FindRule:
     either, unless ``selection.require_others_negative`` is set. A find is also usable in a pair, not blank, and not one
     of the prompt's SFT responses.
 
+    With ``underrates`` a find is a good response that the target scores low: its z is below -``selection.threshold_z``,
+    and the mean z of the other members, where there are any, is above 0. The detector is not asked.
+
     Args:
         cfg: configuration of the stage.
         sft_responses: SFT responses to the prompts of the attack, with their scores.
         target: the attacked member, from 1.
         tokenizer: of the policy.
+        underrates: whether the attack looks for good responses that are scored low (``Attack.underrates``).
     """
 
-    def __init__(self, cfg: Config, sft_responses: SFTScores, target: int, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self, cfg: Config, sft_responses: SFTScores, target: int, tokenizer: Tokenizer, underrates: bool = False
+    ) -> None:
         self.options = cfg.selection
         self.sft_responses = sft_responses
         self.tokenizer = tokenizer
@@ -54,6 +60,7 @@ class FindRule:
         self.target_index = target - 1
         self.detector = cfg.adversarial.detector
         self.by_disagreement = asks_others(cfg.adversarial)
+        self.underrates = underrates
 
     @cached_property
     def usable_PI(self) -> list[list[int]]:
@@ -64,7 +71,9 @@ class FindRule:
         ]
 
     def ranking(self, rows: Sequence[dict[str, Any]]) -> Tensor:
-        """Returns the statistic that is compared with the threshold and ranks finds, Z(U) or the target's z, [B]."""
+        """Returns what is compared with the threshold and ranks finds, [B]: Z(U), or z (-z) of the target."""
+        if self.underrates:
+            return torch.tensor([-row["z"][self.target_index] for row in rows])
         if self.by_disagreement:
             return torch.tensor([row["disagreement_z"] for row in rows])
         return torch.tensor([row["z"][self.target_index] for row in rows])
@@ -163,10 +172,14 @@ class FindRule:
 
     def _qualified(self, rows: Sequence[dict[str, Any]]) -> Tensor:
         options = self.options
+        scores_BK, z_BK = torch.tensor([row["scores"] for row in rows]), torch.tensor([row["z"] for row in rows])
+        prompt_mean_B = self.sft_responses.prompt_mean([row["prompt_id"] for row in rows])[:, self.target_index]
+        if self.underrates:
+            return is_underrated(scores_BK, z_BK, prompt_mean_B, options.threshold_z, self.target_index)
         return qualifies(
-            torch.tensor([row["scores"] for row in rows]),
-            torch.tensor([row["z"] for row in rows]),
-            self.sft_responses.prompt_mean([row["prompt_id"] for row in rows])[:, self.target_index],
+            scores_BK,
+            z_BK,
+            prompt_mean_B,
             self.ranking(rows),
             options.threshold_z,
             self.target_index,

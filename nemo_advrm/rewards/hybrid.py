@@ -57,7 +57,7 @@ def open_hybrid(member: MegatronReward, spec: SourceSpec, cfg: Config, opened: O
     if weights is None:
         return member
     run_on_rank_zero(weights.check_policy, spec.text)
-    features = _open(weights.policy, weights.prompts, member.tokenizer, spec.text, cfg, opened)
+    features = open_policy(weights.policy, weights.prompts, member.tokenizer, spec.text, cfg, opened)
     return HybridReward(member, features, weights)
 
 
@@ -90,7 +90,7 @@ def fit_features(
     names = tuple(cfg.reward_model.reference_features)
     fingerprint = run_on_rank_zero(lambda: policy_fingerprint(Path(policy)))
     place = "reward_model.feature_policy"
-    features = _open(policy, prompts, member.tokenizer, place, cfg, {} if opened is None else opened)
+    features = open_policy(policy, prompts, member.tokenizer, place, cfg, {} if opened is None else opened)
     rollouts = rollouts_of(pairs, member.tokenizer)
     columns = torch.cat([member.score(rollouts)[:, None], features.values(rollouts, names)], -1)
     chosen_NF, rejected_NF = columns.double().chunk(2)
@@ -161,7 +161,7 @@ def open_sft_policy(
     # another precision or batch shape than the attack's would be that of the KL penalty's reference policy too
     wanted = _policy_and_settings(policy, cfg)
     shared = [features for key, features in opened.items() if key[:2] == wanted]
-    return shared[0] if shared else _open(policy, (), tokenizer, "the SFT policy of the attack", cfg, opened)
+    return shared[0] if shared else open_policy(policy, (), tokenizer, "the SFT policy of the attack", cfg, opened)
 
 
 def with_prompts(pairs: Sequence[EncodedPair]) -> list[EncodedPair]:
@@ -169,9 +169,19 @@ def with_prompts(pairs: Sequence[EncodedPair]) -> list[EncodedPair]:
     return [pair for pair in pairs if pair.row is not None and pair.row.prompt]
 
 
-def _open(
+def open_policy(
     policy: str, prompts: Sequence[tuple[Message, ...]], running: Tokenizer, place: str, cfg: Config, opened: Opened
 ) -> ReferenceFeatures:
+    """Opens a frozen language model, or returns it from ``opened``; all ranks call.
+
+    Args:
+        policy: directory of a checkpoint of this package.
+        prompts: the other prompts of ``prompt_gain``; none where it is not asked for.
+        running: the tokenizer of the job, used where it is that of the checkpoint.
+        place: the configuration key, or the member, that names the policy, for messages.
+
+    Raises CheckpointError when it is damaged or no language model.
+    """
     key = (*_policy_and_settings(policy, cfg), *map(prompt_key, prompts))
     if key not in opened:
         meta = _policy_meta(policy, place)

@@ -12,7 +12,6 @@ from nemo_advrm.data.jsonl import write_jsonl_atomic
 from nemo_advrm.data.sft_scores import SFTScores
 from nemo_advrm.data.tokenizers import Tokenizer
 from nemo_advrm.detectors.base import features_of
-from nemo_advrm.engine.builders import build_policy
 from nemo_advrm.engine.collectives import run_on_rank_zero
 from nemo_advrm.errors import DataError
 from nemo_advrm.rewards.base import RewardSource
@@ -42,11 +41,12 @@ def sample_sft_scores(
     """
     if run_on_rank_zero(path.exists):
         return
+    engine = rollout_engine(cfg, tokenizer)
     policy = policy_to_sample(cfg, reader.sft_policy)
     if policy is None:
-        policy = build_policy(cfg, tokenizer, cfg.pretrained_checkpoint.restore_from_path, 0, trainable=False)
+        policy = engine.open_policy(cfg.pretrained_checkpoint.restore_from_path)
     per_prompt = cfg.sft_statistics.samples_per_prompt
-    rollouts = sample(rollout_engine(cfg, tokenizer), policy, prompts, per_prompt, seed)
+    rollouts = sample(engine, policy, prompts, per_prompt, seed)
     write_sft_scores(path, rollouts, per_prompt, reader, gold)
 
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 from torch import Tensor
 
 from nemo_advrm.config.schema import Config
 from nemo_advrm.data.tokenizers import Tokenizer
+from nemo_advrm.engine.builders import build_policy
 from nemo_advrm.engine.generation import Generation
 from nemo_advrm.engine.model import MegatronModel
 from nemo_advrm.engine.sampling import Sampling
 from nemo_advrm.registry import ROLLOUT_ENGINES
+from nemo_advrm.rollouts.language_model import LanguageModel
+from nemo_advrm.rollouts.megatron_language_model import MegatronLanguageModel
 from nemo_advrm.rollouts.types import Prompt, Rollouts
 
 
@@ -25,6 +29,7 @@ class RolloutEngine(ABC):
 
     def __init__(self, cfg: Config, tokenizer: Tokenizer) -> None:
         rl = cfg.rl
+        self.cfg = cfg
         self.tokenizer = tokenizer
         self.sampling = Sampling(rl.max_new_tokens, (tokenizer.eos_id,), rl.temperature, rl.top_k, rl.top_p)
 
@@ -40,6 +45,14 @@ class RolloutEngine(ABC):
             uniforms_NT: [len(prompts), max_new_tokens] numbers in [0, 1) that determine the samples. An engine with its
                 own random numbers may derive its seeds from them.
         """
+
+    def open_policy(self, path: str) -> Any:
+        """Loads a frozen policy for :meth:`generate`; all ranks call. ``path`` is as in ``pretrained_checkpoint``."""
+        return build_policy(self.cfg, self.tokenizer, path, 0, trainable=False)
+
+    def language_model(self, policy: Any) -> LanguageModel:
+        """Returns what :meth:`open_policy` has loaded as a language model, for attacks that train nothing."""
+        return MegatronLanguageModel("the SFT policy", policy, self.tokenizer)
 
     def roll_out(self, policy: MegatronModel, prompts: list[Prompt], uniforms_NT: Tensor) -> Rollouts:
         """Samples one response to every entry of ``prompts``; a prompt may be listed several times."""

@@ -12,6 +12,7 @@ from nemo_advrm import files, locks
 from nemo_advrm.config import resolved, versions
 from nemo_advrm.config.layout import validate_layout
 from nemo_advrm.config.schema import Config
+from nemo_advrm.convert.hf_directory import check_language_model
 from nemo_advrm.engine import runtime, stopping
 from nemo_advrm.engine.checkpoint_meta import read_meta
 from nemo_advrm.engine.collectives import run_on_rank_zero
@@ -49,8 +50,11 @@ def start(cfg: Config, megatron: bool = True) -> runtime.Runtime:
     started = runtime.start(layout, cfg.trainer.accelerator, cfg.trainer.timeout_minutes, megatron)
     stopping.leave_if_asked(NOT_BEGUN)
     # what is missing or incomplete is told before anything is written
-    if cfg.pretrained_checkpoint.restore_from_path:
-        read_meta(Path(cfg.pretrained_checkpoint.restore_from_path))
+    policy = cfg.pretrained_checkpoint.restore_from_path
+    if policy.startswith("hf:") and cfg.rl.rollout_engine == "transformers":
+        check_language_model(Path(policy.removeprefix("hf:")))
+    elif policy:
+        read_meta(Path(policy))
     gold = sources.gold_spec(cfg)
     for scorer in [*sources.parse_members(cfg.ensemble.members), *([gold] if gold else [])]:
         sources.check(scorer, cfg, world_size)

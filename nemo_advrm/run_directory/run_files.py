@@ -107,5 +107,5 @@ def _with_stages(cfg: Config) -> Iterator[Config]:
 def _paths(cfg: Config) -> list[str]:
     data = [getattr(cfg.data, key) for key in _DATA_KEYS]
     members = [spec.location for spec in sources.parse_members(cfg.ensemble.members) if not spec.is_remote]
-    policies = [cfg.pretrained_checkpoint.restore_from_path, cfg.reward_model.feature_policy]
-    return [*data, *policies, *members]
+    policies = [cfg.pretrained_checkpoint.restore_from_path, cfg.reward_model.feature_policy, cfg.adversarial.lm]
+    return [*data, *(path.removeprefix("hf:") for path in policies), *members]
