@@ -60,13 +60,21 @@ def has_summary(directory: Path) -> bool:
     return path.exists()
 
 
-def check_samples(directory: Path) -> None:
-    """Raises DataError when ``samples.jsonl`` has not as many rows as its attack wrote."""
+def check_samples(directory: Path, cure: str = "") -> None:
+    """Raises DataError when ``samples.jsonl`` has not as many rows as its attack wrote.
+
+    Args:
+        cure: what to do instead of restoring the file; empty: what ``nemo-advrm attack`` needs.
+    """
     path = directory / "samples.jsonl"
-    cure = f"remove {directory / 'summary.json'} and run the attack again, which joins the rows of its policies"
+    rejoin = f"remove {directory / 'summary.json'} and run the attack again, which joins the rows of its policies"
+    cure = cure or rejoin
     targets = summary_file.read_targets(directory / "summary.json", cure)
     wanted = sum(found["samples"] for found in targets.values())
-    rows = sum(1 for _ in read_jsonl(path))
+    try:
+        rows = sum(1 for _ in read_jsonl(path))
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror or error}): restore it, or {cure}") from error
     if rows != wanted:
         raise DataError(f"{path} has {rows} rows, but the attack wrote {wanted}: restore it, or {cure}")
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_advrm.attacks import summary_file
+from nemo_advrm.attacks.attack_summary import check_samples
 from nemo_advrm.engine import manifest
 from nemo_advrm.errors import DataError
 from nemo_advrm.pipeline.branches import home
@@ -46,6 +47,8 @@ def are_there(directory: Path, step: Step, written: dict[str, Any] | None) -> bo
         mark, wrong = _MARKS[step.kind]
         if results.read_finished(place, mark, wrong=wrong) is None:
             raise _damaged(step, f"{place / mark} is missing", place)
+        if step.kind == "join":  # selection marks rows of it, so it is in no manifest
+            check_samples(place, f"remove {place} to run the step again")
         return True
     entries = written or {}
     missing = [name for name in entries if not (directory / name).exists()]

@@ -122,7 +122,8 @@ class Pipeline:
 
         Raises DataError when only a part is missing or changed.
         """
-        for step in steps:
+        # later steps first: those that join others list what these left, and one error about a file is enough
+        for step in reversed(steps):
             if not self.state.is_complete(step.name):
                 continue
             written = self.state.detail(step.name, "files")

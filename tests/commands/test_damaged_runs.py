@@ -206,6 +206,7 @@ def holds_values_that_are_read(command: str, name: str) -> bool:
 def state_of(home: Path) -> dict[str, Any]:
     """What a run is for: its weights, pairs and samples, and which steps its metrics have."""
     rows = r"(.+/)?(samples|pairs|reference|held_out\w*)\.jsonl|preferences/.+|best_of_n/\w+\.json|room\.json"
+    rows += r"|report/summary\.json"  # written anew at every call
     found: dict[str, Any] = {name: (home / name).read_bytes() for name in files_of(home) if re.fullmatch(rows, name)}
     for path in home.rglob("metrics.jsonl"):
         if path.is_file():

@@ -139,6 +139,23 @@ def test_stages_of_a_pipeline_are_looked_at_and_one_of_which_nothing_is_left_is_
     assert not artefacts.are_there(tmp_path, labels, written)
 
 
+@pytest.mark.parametrize("rows", [None, 0, 1, 3])
+def test_joined_samples_of_a_pipeline_are_counted(tmp_path: Path, rows: int | None) -> None:
+    join = Step("round_0/attack", "join")
+    home = tmp_path / join.name
+    home.mkdir(parents=True)
+    samples = home / "samples.jsonl"
+    samples.write_text("{}\n{}\n")
+    results.mark(home, "summary.json", {"directions": {"1": FOUND}, "threshold_z": 1.96}, [])
+    assert artefacts.are_there(tmp_path, join, None)
+    samples.unlink()
+    if rows is not None:
+        samples.write_text("{}\n" * rows)
+    told = "cannot be read" if rows is None else f"has {rows} rows, but the attack wrote 2"
+    with pytest.raises(DataError, match=rf"samples\.jsonl {told}.*: restore it, or remove {home} to run the step again"):
+        artefacts.are_there(tmp_path, join, None)
+
+
 @pytest.mark.parametrize(
     "content",
     ["", "{", "[]", "{}", '{"stages": []}', '{"stages": {"sft": 1}}']

@@ -73,7 +73,7 @@ def read(path: Path) -> tuple[Any, str]:
 
 def write(path: Path, content: Any, rest: str, root: Path) -> None:
     """Write what :func:`read` has read, and let the manifests up to ``root`` list it, as its writer would have."""
-    text = yaml.safe_dump(content) if path.suffix == ".yaml" else json.dumps(content)
+    text = yaml.safe_dump(content, sort_keys=False) if path.suffix == ".yaml" else json.dumps(content)
     before = path.stat()
     path.write_text(text + rest)
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # the report is as old as it was beside state.json
