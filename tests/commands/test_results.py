@@ -152,7 +152,7 @@ def test_joined_samples_of_a_pipeline_are_counted(tmp_path: Path, rows: int | No
     if rows is not None:
         samples.write_text("{}\n" * rows)
     told = "cannot be read" if rows is None else f"has {rows} rows, but the attack wrote 2"
-    with pytest.raises(DataError, match=rf"samples\.jsonl {told}.*: restore it, or remove {home} to run the step again"):
+    with pytest.raises(DataError, match=rf"samples\.jsonl {told}.*: restore it, or remove {home} to run the step"):
         artefacts.are_there(tmp_path, join, None)
 
 
