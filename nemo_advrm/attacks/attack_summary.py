@@ -71,10 +71,12 @@ def check_samples(directory: Path, cure: str = "") -> None:
     cure = cure or rejoin
     targets = summary_file.read_targets(directory / "summary.json", cure)
     wanted = sum(found["samples"] for found in targets.values())
+    if not path.is_file():
+        raise DataError(f"{path} is missing: restore it, or {cure}")
     try:
         rows = sum(1 for _ in read_jsonl(path))
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror or error}): restore it, or {cure}") from error
+    except DataError as error:
+        raise DataError(f"{error}: restore it, or {cure}") from error
     if rows != wanted:
         raise DataError(f"{path} has {rows} rows, but the attack wrote {wanted}: restore it, or {cure}")
 

@@ -146,13 +146,14 @@ def test_joined_samples_of_a_pipeline_are_counted(tmp_path: Path, rows: int | No
     home.mkdir(parents=True)
     samples = home / "samples.jsonl"
     samples.write_text("{}\n{}\n")
-    results.mark(home, "summary.json", {"directions": {"1": FOUND}, "threshold_z": 1.96}, [])
+    (home / "metrics.jsonl").write_text("{}\n")
+    results.mark(home, "summary.json", {"directions": {"1": FOUND}}, ["metrics.jsonl"])
     assert artefacts.are_there(tmp_path, join, None)
     samples.unlink()
     if rows is not None:
         samples.write_text("{}\n" * rows)
-    told = "cannot be read" if rows is None else f"has {rows} rows, but the attack wrote 2"
-    with pytest.raises(DataError, match=rf"samples\.jsonl {told}.*: restore it, or remove {home} to run the step"):
+    told = {None: " is missing", 0: ": the file is empty"}.get(rows, f" has {rows} rows, but the attack wrote 2")
+    with pytest.raises(DataError, match=rf"samples\.jsonl{told}.*: restore it, or remove {home} to run the step"):
         artefacts.are_there(tmp_path, join, None)
 
 
