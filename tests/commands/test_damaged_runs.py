@@ -7,6 +7,7 @@ does not have fails. JSON and YAML files also get a value of another type in eac
 from __future__ import annotations
 
 import copy
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -206,11 +207,13 @@ def holds_values_that_are_read(command: str, name: str) -> bool:
 def state_of(home: Path) -> dict[str, Any]:
     """What a run is for: its weights, pairs and samples, and which steps its metrics have."""
     rows = r"(.+/)?(samples|pairs|reference|held_out\w*)\.jsonl|preferences/.+|best_of_n/\w+\.json|room\.json"
-    rows += r"|report/summary\.json"  # written anew at every call
     found: dict[str, Any] = {name: (home / name).read_bytes() for name in files_of(home) if re.fullmatch(rows, name)}
     for path in home.rglob("metrics.jsonl"):
         if path.is_file():
             found[str(path.relative_to(home))] = re.findall(r'"step": \d+', path.read_text())
+    report = home / "report" / "summary.json"  # written anew at every call, with the times that steps took
+    if report.is_file() and report.read_text().endswith("}\n"):
+        found["report/summary.json"] = list(json.loads(report.read_text()))
     for path in home.rglob("model/weights/.metadata"):
         model = path.parent.parent
         if path.is_file() and path.stat().st_size:
