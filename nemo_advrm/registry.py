@@ -86,6 +86,11 @@ ATTACKS: Registry[Any] = Registry(  # of subclasses of nemo_advrm.attacks.base.A
     {
         "adv_rm": "nemo_advrm.attacks.adv_rm:AdvRM",
         "over_optimisation": "nemo_advrm.attacks.over_optimisation:OverOptimisation",
+        "word_substitution": "nemo_advrm.attacks.word_substitution:WordSubstitution",
+        "style": "nemo_advrm.attacks.style:Style",
+        "decoding": "nemo_advrm.attacks.decoding:Decoding",
+        "probes": "nemo_advrm.attacks.probes:Probes",
+        "inverted": "nemo_advrm.attacks.inverted:Inverted",
     },
 )
 ROLLOUT_ENGINES: Registry[Any] = Registry(  # of subclasses of nemo_advrm.rollouts.base.RolloutEngine

@@ -28,9 +28,9 @@ def of_adversary(directory: Path, seconds: float, held_out: dict[str, Any] | Non
     rows = read_metrics(path) if path.exists() else []  # missing for an attack that trains nothing
     return {
         "samples": sum(1 for _ in read_rows(directory / "samples.jsonl", ATTACK_SAMPLE, "an attack", RESTORE_ROWS)),
-        "success_standard": _mean(rows, "success"),
-        "success_strict": _mean(rows, "success_strict"),
-        "ended": _mean(rows, "ended"),
+        "success_standard": _mean_of_steps(rows, "success"),
+        "success_strict": _mean_of_steps(rows, "success_strict"),
+        "ended": _mean_of_steps(rows, "ended"),
         "steps": len(rows),
         "seconds": seconds,
         **({"held_out": held_out} if held_out else {}),
@@ -156,6 +156,13 @@ def line(target: str, found: dict[str, Any]) -> str:
 def _mean(rows: list[dict[str, Any]], key: str) -> float | None:
     values = [row[key] for row in rows if row.get(key) is not None]
     return sum(values) / len(values) if values else None
+
+
+def _mean_of_steps(rows: list[dict[str, Any]], key: str) -> float | None:
+    """Returns the mean over the samples of all steps; the last step of a search may have fewer than the others."""
+    values = [(row[key], row.get("samples", 1)) for row in rows if row.get(key) is not None]
+    weight = sum(samples for _, samples in values)
+    return sum(value * samples for value, samples in values) / weight if weight else None
 
 
 def _rates(found: dict[str, Any]) -> str:

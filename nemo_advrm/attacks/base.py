@@ -9,7 +9,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
+from torch import Tensor
+
 from nemo_advrm.attacks.language_models import LanguageModels
+from nemo_advrm.attacks.success_rates import success_rates_of
 from nemo_advrm.config.schema import AdversarialConfig, Config
 from nemo_advrm.data.jsonl import write_jsonl_atomic
 from nemo_advrm.data.sft_scores import SFTScores
@@ -17,6 +20,8 @@ from nemo_advrm.data.tokenizers import Tokenizer
 from nemo_advrm.engine import runtime
 from nemo_advrm.engine.collectives import run_on_rank_zero
 from nemo_advrm.models.trainable import TrainableModel
+from nemo_advrm.objectives.adversarial import search_reward
+from nemo_advrm.objectives.sft_statistics import z_scores
 from nemo_advrm.registry import ATTACKS
 from nemo_advrm.rewards.base import RewardSource
 from nemo_advrm.rewards.ensemble import AdversarialReward
@@ -95,6 +100,23 @@ class AttackInputs:
         """The rule by which selection takes samples."""
         return FindRule(self.cfg, self.sft_responses, self.target, self.tokenizer, self.underrates)
 
+    def search_rewards(self, rollouts: Rollouts) -> Tensor:
+        """Returns what a search maximises, [N]; all ranks of a model replica call, and all replicas equally often.
+
+        It is :func:`nemo_advrm.objectives.adversarial.search_reward` of the members' z (of -z for an attack that looks
+        for good responses scored low). It reads scores alone: no detector and no gold.
+        """
+        options, (prompt_mean_PK, std_K) = self.reward.options, self._statistics
+        coefficient = options.coefficient if options.preset == "paper" else options.others_weight
+        scores_NK = self.reward.ensemble.member_scores(rollouts)
+        z_NK = z_scores(scores_NK, prompt_mean_PK[rollouts.prompt_index], std_K)
+        return search_reward(-z_NK if self.underrates else z_NK, coefficient, options.penalty, self.target - 1)
+
+    @cached_property
+    def _statistics(self) -> tuple[Tensor, Tensor]:
+        statistics = self.sft_responses.statistics()
+        return statistics.prompt_mean_PK, statistics.std_K
+
     def rows(self, rollouts: Rollouts, step: int) -> list[dict[str, Any]]:
         """Scores responses and returns their rows of ``samples.jsonl``; all ranks of a model replica call."""
         reward_output = self.reward.compute_rewards(rollouts)
@@ -153,17 +175,32 @@ class SearchAttack(Attack):
         """Yields this data-parallel rank's responses of each step; every rank must make the same number of steps."""
 
     def find(self, inputs: AttackInputs, budget: Budget) -> Found:
-        """Scores the proposed responses until the budget is used up or there are enough finds."""
-        path = inputs.directory / SAMPLES
+        """Scores the proposed responses until the budget is used up or there are enough finds.
+
+        It also writes ``metrics.jsonl``, a row for each step.
+        """
         written: list[dict[str, Any]] = []
+        metrics: list[dict[str, Any]] = []
         steps: list[tuple[set[Find], int]] = []
         for step, rollouts in zip(range(budget.steps), self.propose(inputs, budget), strict=False):
             parts = runtime.current().gather_data_parallel(inputs.rows(rollouts, step))
             rows = [row for part in parts for row in part]
             written += rows
             steps.append((inputs.rule.finds(rows), len(rows)))
+            metrics.append(self._metrics(inputs, rows, step, inputs.rule.late_finds(steps)[0]))
             if budget.enough and inputs.rule.are_enough(steps, budget.enough):
                 break
         inputs.directory.mkdir(parents=True, exist_ok=True)
+        path = inputs.directory / SAMPLES
         run_on_rank_zero(write_jsonl_atomic, path, written)
+        run_on_rank_zero(write_jsonl_atomic, inputs.directory / "metrics.jsonl", metrics)
         return Found(path)
+
+    def _metrics(self, inputs: AttackInputs, rows: list[dict[str, Any]], step: int, finds: int) -> dict[str, Any]:
+        found: dict[str, Any] = {"step": step, "direction": inputs.target, "samples": len(rows), "finds": finds}
+        if not rows:
+            return found
+        rates = success_rates_of(rows, inputs.sft_responses, inputs.rule)
+        names = {"success": "success_standard", "success_strict": "success_strict", "gold": "gold"}
+        found |= {name: rates[rate] for name, rate in names.items() if rates[rate] is not None}
+        return {**found, "ended": sum(row["ended"] for row in rows) / len(rows)}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import shutil
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nemo_advrm.attacks.base import SAMPLES, Attack, AttackInputs, Budget
+from nemo_advrm.attacks.success_rates import success_of, success_rates_of
+from nemo_advrm.attacks.summary_file import RATES
 from nemo_advrm.config.schema import AdversarialConfig, Config
-from nemo_advrm.data.jsonl import write_jsonl_atomic
+from nemo_advrm.data.jsonl import read_jsonl, write_jsonl_atomic
 from nemo_advrm.data.sft_scores import SFTScores
 from nemo_advrm.data.tokenizers import Tokenizer
 from nemo_advrm.engine.collectives import run_on_rank_zero
 from nemo_advrm.engine.model import MegatronModel
-from nemo_advrm.objectives.success import standard_success, strict_success
 from nemo_advrm.rewards.base import RewardSource
 from nemo_advrm.rewards.detector_features import attack_reader
 from nemo_advrm.rewards.ensemble import AdversarialReward
@@ -73,6 +76,20 @@ class HeldOut:
             "null": self.null(rule),
         }
 
+    def measure_search(self, attack: Attack, inputs: AttackInputs, samples_per_step: int) -> dict[str, Any]:
+        """Returns what :meth:`measure` returns, for an attack that trains nothing; all ranks call.
+
+        It searches again, on the held-out prompts, until it has proposed as many responses as there are SFT responses.
+        """
+        home, count = inputs.directory, self.sft_responses.scores_PNK[..., 0].numel()
+        directory = home / "held_out" / home.name  # its name is the policy's in the rows
+        own = replace(inputs, prompts=self.prompts, sft_responses=self.sft_responses, directory=directory)
+        attack.find(own, Budget(-(-count // samples_per_step), samples_per_step))
+        rows = run_on_rank_zero(_take, directory, home / "held_out.jsonl", count)
+        nothing = dict.fromkeys(RATES)
+        rates = success_rates_of(rows, self.sft_responses, own.rule) if rows else {**nothing, "finds": 0.0}
+        return {"prompts": len(self.prompts), "responses": len(rows), **rates, "null": self.null(own.rule)}
+
     def null(self, rule: FindRule) -> dict[str, float | None]:
         """Returns RATES of the SFT responses, each relative to the other responses to its prompt."""
         scores_PN = self.sft_responses.scores_PNK[..., rule.target_index]
@@ -83,6 +100,7 @@ class HeldOut:
             None if gold_PN is None else gold_PN.flatten(),
             None if gold_z_PN is None else gold_z_PN.flatten(),
             rule.null_share,
+            rule.underrates,
         )
 
     def _rule(self, target: int) -> FindRule:
@@ -100,7 +118,13 @@ class HeldOut:
         return self.sft_responses.scores_PNK.size(1)
 
     def _rates(
-        self, scores_N: Tensor, z_N: Tensor, gold_N: Tensor | None, gold_z_N: Tensor | None, finds: float
+        self,
+        scores_N: Tensor,
+        z_N: Tensor,
+        gold_N: Tensor | None,
+        gold_z_N: Tensor | None,
+        finds: float,
+        underrates: bool = False,
     ) -> dict[str, float | None]:
         """Returns RATES of responses in the order of the prompts."""
         sft_gold_PN = self.sft_responses.gold_PN
@@ -108,13 +132,22 @@ class HeldOut:
             return {"success_standard": None, "success_strict": None, "finds": finds, "gold": None}
         # z > 0 means that the score is above the mean of the prompt's (other) SFT responses
         sft_gold_N = sft_gold_PN.mean(1).repeat_interleave(self._per_prompt)
-        standard_N = standard_success(z_N, torch.zeros_like(z_N), gold_N, sft_gold_N)
+        standard, strict = success_of(underrates)
+        standard_N = standard(z_N, torch.zeros_like(z_N), gold_N, sft_gold_N)
         return {
             "success_standard": standard_N.float().mean().item(),
-            "success_strict": strict_success(z_N, gold_z_N).float().mean().item(),
+            "success_strict": strict(z_N, gold_z_N).float().mean().item(),
             "finds": finds,
             "gold": gold_N.mean().item(),
         }
+
+
+def _take(directory: Path, path: Path, count: int) -> list[dict[str, Any]]:
+    """Moves the first ``count`` samples of ``directory`` to ``path`` and returns them."""
+    rows = [row for _, row in read_jsonl(directory / SAMPLES)][:count]
+    write_jsonl_atomic(path, rows)
+    shutil.rmtree(directory.parent)
+    return rows
 
 
 def sampling_seed(cfg: Config) -> int:

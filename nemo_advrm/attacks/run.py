@@ -132,12 +132,15 @@ class AttackRun:
             attack.underrates,
         )
         enough = -(-cfg.adversarial.enough // cfg.adversarial.num_adversaries)
-        found = attack.find(inputs, Budget(rl.max_steps, rl.prompts_per_step * rl.group_size, enough))
+        budget = Budget(rl.max_steps, rl.prompts_per_step * rl.group_size, enough)
+        found = attack.find(inputs, budget)
         module, measured = found.adversary, None
         if module is not None:
             if held_out is not None:
                 measured = held_out.measure(module.model, target, home, options)
             save_model(home, module)
+        elif held_out is not None:
+            measured = held_out.measure_search(attack, inputs, budget.samples_per_step)
         seconds = time.monotonic() - started
         summary = run_on_rank_zero(of_adversary, home, seconds, measured)
         results.mark(home, "summary.json", summary, records(home))

@@ -20,11 +20,16 @@ from nemo_advrm.rollouts.run_prompts import attack_prompts, encode_prompts
 from nemo_advrm.run_directory import run_dir
 from nemo_advrm.seeds import derive_seed
 
+DISAGREEMENT = "ensemble_disagreement"
+
 
 def main(cfg: Config) -> int:
     """Attacks ``ensemble.members`` starting from the policy ``pretrained_checkpoint.restore_from_path``."""
-    if len(cfg.ensemble.members) < 2:
-        raise ConfigError("ensemble.members must name at least 2 reward models, the attacked one first")
+    if len(cfg.ensemble.members) < 2 and (not cfg.ensemble.members or cfg.adversarial.detector == DISAGREEMENT):
+        raise ConfigError(
+            "ensemble.members must name at least 2 reward models, the attacked one first, or one and a detector that "
+            "needs no others (adversarial.detector=mahalanobis)"
+        )
     check_attack(cfg)
     if not cfg.pretrained_checkpoint.restore_from_path:
         raise ConfigError("pretrained_checkpoint.restore_from_path is not set: name the policy the attack starts from")

@@ -28,6 +28,31 @@ class SFTStatisticsConfig:
 
 
 @dataclass
+class SearchConfig:
+    """Attacks that train nothing (docs/attacks.md)."""
+
+    candidates: int = key(
+        8, "texts that are scored for each change: next tokens of decoding, substitutes of a word", Range(at_least=2)
+    )
+    edit_share: float = key(0.2, "largest share of the words that word_substitution changes", Range(above=0, at_most=1))
+    naturalness: float = key(0.3, "weight of the log-probability of a token in decoding, in units of z", NOT_NEGATIVE)
+    tokens_per_choice: int = key(1, "tokens that decoding writes between two choices by the reward", COUNT)
+    styles: list[str] = key(
+        ["the Bible", "a poem", "a lyric", "a tweet", "Shakespeare", "a contract", "a small child", "a sales letter"],
+        "what style rewrites responses as",
+    )
+    style_instruction: str = key(
+        "Rewrite the answer in the style of {style}. Keep its meaning. Write the rewritten answer only.",
+        "what style asks of adversarial.lm; {style} is the style",
+    )
+    inverted_instruction: str = key(
+        "Rewrite the answer in other words. Keep its meaning and every fact. Write the rewritten answer only.",
+        "what inverted asks of adversarial.lm; empty: it uses the rewrites that need no language model alone",
+    )
+    probes_path: str = key("", "text file with further strings for probes, one a line")
+
+
+@dataclass
 class AdversarialConfig:
     """The attack and its reward."""
 
@@ -59,6 +84,7 @@ class AdversarialConfig:
         "different finds per target member, in selection.last_fraction, at which its attack ends; 0: never",
         NOT_NEGATIVE,
     )
+    search: SearchConfig = section(SearchConfig)
     held_out_prompts: int = key(
         0, "prompts beside the attack's own, on which finished adversaries are measured; 0: none", NOT_NEGATIVE
     )

@@ -84,6 +84,7 @@ class AttackSample(TypedDict):
     reward: NotRequired[Number]
     gold_z: NotRequired[Number | None]
     selected: NotRequired[Flag]
+    origin: NotRequired[Text]  # how an attack without RL made the response
 
 
 @with_config(_STRICT)

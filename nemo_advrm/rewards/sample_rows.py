@@ -54,6 +54,7 @@ def trajectory_rows(
     """
     index, lists = rollouts.prompt_index, {name: table.tolist() for name, table in reward_output.details.items()}
     scores, rewards = reward_output.scores_NK.tolist(), reward_output.rewards_N.tolist()
+    origins = [{"origin": name} for name in rollouts.origins or ()] or [{}] * len(rollouts)
     gold, gold_z = _column(gold_N, len(rollouts)), _column(gold_z_N, len(rollouts))
     return [
         {
@@ -73,6 +74,7 @@ def trajectory_rows(
             "gold": gold[i],
             "gold_z": gold_z[i],
             "selected": False,
+            **origins[i],
         }
         for i in range(len(rollouts))
     ]

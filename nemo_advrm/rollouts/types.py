@@ -23,6 +23,7 @@ class Rollouts:
         rendered: the responses are whole conversations rendered by a chat template, and the prompts are empty.
         tokens_only: sources score the tokens, and must have the tokenizer with ``fingerprint``; else they score the
             text.
+        origins: how an attack made each response, in a word or two for its record; None where a policy wrote them.
     """
 
     prompts: list[tuple[Message, ...]]
@@ -34,6 +35,7 @@ class Rollouts:
     fingerprint: str
     rendered: bool = False
     tokens_only: bool = False
+    origins: list[str] | None = None
 
     def __len__(self) -> int:
         return len(self.responses)
