@@ -65,7 +65,7 @@ COMMANDS: dict[str, Command] = {
         resumes=True,
     ),
     "attack": Command(
-        "train an adversarial policy against the first reward model of an ensemble",
+        "find responses that the first reward model of an ensemble scores wrongly, by RL or by search",
         f"{_COMMON} {_START} {_PROMPTS} ensemble.members sft_statistics. adversarial. {_RL} {_PARALLEL}",
         "nemo-advrm attack run_dir=runs/a 'ensemble.members=[runs/rm_1/model,runs/rm_2/model]' "
         "pretrained_checkpoint.restore_from_path=runs/sft/model data.prompts_path=prompts.jsonl",

@@ -1,4 +1,4 @@
-"""The command ``attack``: trains adversarial policies against an ensemble and records their responses."""
+"""The command ``attack``: looks for responses that members of an ensemble score wrongly, and records them."""
 
 from __future__ import annotations
 
