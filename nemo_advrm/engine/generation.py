@@ -101,8 +101,8 @@ def likeliest_tokens(
         max_rows: largest batch; 0 means all rows.
 
     Returns:
-        [N, count] int64 token ids, and their log-probabilities in nats, [N, count] fp32; on the CPU. A token without
-        probability has a log-probability of -inf.
+        [N, count] int64 token ids, and their log-probabilities in nats, [N, count] fp32; on the CPU. That of a banned
+        token is about -1e9.
 
     Raises ConfigError for a row that is empty or longer than the model's context.
     """

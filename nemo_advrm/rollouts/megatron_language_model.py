@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from nemo_advrm.data.tokenizers import Tokenizer
@@ -26,7 +27,11 @@ class MegatronLanguageModel(LanguageModel):
         return generate(self.model, prompts, sampling, uniforms_NT, self._rows)
 
     def next_tokens(self, rows: list[list[int]], count: int) -> tuple[Tensor, Tensor]:
-        return likeliest_tokens(self.model, rows, min(count, self.tokenizer.vocab_size), self._rows)
+        tokenizer = self.tokenizer
+        ids_NK, log_probs_NK = likeliest_tokens(self.model, rows, min(count, tokenizer.vocab_size), self._rows)
+        # a policy gives them a very small probability instead of none
+        banned_NK = torch.isin(ids_NK, torch.tensor(tokenizer.control_ids)) | (ids_NK >= tokenizer.vocab_size)
+        return ids_NK, log_probs_NK.masked_fill(banned_NK, -torch.inf)
 
     def log_probs(self, rows: list[EncodedResponse]) -> Tensor:
         return summed_log_probs(self.model, rows, self.tokenizer.pad_id)
