@@ -6,6 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from attack_inputs import TEXTS_PN, InstructedBytes, TableModel, make_inputs, plain, run, second
+from tiny import TOKENIZER, tiny_config
+
+from nemo_advrm.engine import runtime
+from nemo_advrm.engine.builders import build_policy
+from nemo_advrm.rollouts.megatron_language_model import MegatronLanguageModel
 
 CASES: dict[str, dict[str, Any]] = {
     "probes": {"texts_PN": TEXTS_PN},
@@ -25,3 +30,11 @@ def samples(directory: str) -> dict[str, list[dict[str, Any]]]:
         home = Path(directory) / name
         found[name] = run(make_inputs(home, scores, *settings, **options), steps=3, samples_per_step=5)
     return found
+
+
+def next_tokens(policy: str, rows: list[list[int]]) -> tuple[list[list[int]], list[list[float]]]:
+    """The likeliest next tokens of a Megatron policy at the running layout."""
+    layout = runtime.current().layout
+    lm = MegatronLanguageModel("", build_policy(tiny_config(layout=layout), TOKENIZER, policy, 0, False), TOKENIZER)
+    ids_NK, log_probs_NK = lm.next_tokens(rows, 4)
+    return ids_NK.tolist(), log_probs_NK.tolist()

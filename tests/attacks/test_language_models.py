@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import attack_jobs
 import pytest
 import torch
 from hf_models import tiny_hf
@@ -16,12 +18,15 @@ from nemo_advrm.config.schema import Config
 from nemo_advrm.engine.builders import build_policy
 from nemo_advrm.engine.generation import uniforms
 from nemo_advrm.engine.microbatches import EncodedResponse
-from nemo_advrm.engine.runtime import Runtime
+from nemo_advrm.engine.runtime import Layout, Runtime
 from nemo_advrm.engine.sampling import Sampling, pick
 from nemo_advrm.errors import CheckpointError, ConfigError
 from nemo_advrm.rollouts.language_model import LanguageModel
 from nemo_advrm.rollouts.megatron_language_model import MegatronLanguageModel
 from nemo_advrm.rollouts.transformers_language_model import TransformersLanguageModel
+
+if TYPE_CHECKING:
+    from distributed import Worlds
 
 ROWS = [[10, 11, 12], [20], [30, 31, 32, 33, 34, 35, 36], [40, 41]]
 
@@ -65,6 +70,16 @@ def test_what_a_model_says_of_next_tokens_responses_and_samples_agrees(lm: Langu
     assert lm.generate([], Sampling(3, (1,)), torch.zeros(0, 3)).responses == []
     with pytest.raises(ConfigError, match="row 0 has 200 tokens"):
         lm.next_tokens([[5] * 200], 2)
+
+
+@pytest.mark.parametrize("layout", [Layout(tensor=2), Layout(pipeline=2), Layout(context=2)], ids=str)
+def test_next_tokens_are_the_same_at_every_layout(
+    worlds: Worlds, single: Runtime, tmp_path: Path, layout: Layout
+) -> None:
+    policy = str(save_megatron(tmp_path / "policy", head="lm"))
+    here = attack_jobs.next_tokens(policy, ROWS)
+    for ids, log_probs in worlds.run(layout, "attack_jobs", "next_tokens", policy=policy, rows=ROWS):
+        assert ids == here[0] and torch.allclose(torch.tensor(log_probs), torch.tensor(here[1]), atol=1e-4)
 
 
 def test_samples_of_transformers_are_those_of_their_uniform_numbers(hf: Path, single: Runtime) -> None:
