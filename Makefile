@@ -1,4 +1,5 @@
 # make run    set up .venv and run the main job: the Adv-RM rounds on the embedded synthetic language
+# make audit  audit the plain and the hardened reward model of make run side by side; starts make run first if need be
 # make study  the whole study behind docs/synthetic.md (hours; SEEDS=10-19); make study-docs writes its tables
 # make test   set up .venv and run the fast tests; ARGS='-m platform' runs those that Python, torch and Megatron-Core
 #             versions can change, for an environment with others (PYTHON=3.13 VENV=.venv-3.13)
@@ -32,7 +33,7 @@ FRAMEWORKS_VENV ?= .venv-frameworks
 FRAMEWORK_STAMPS := $(foreach name,$(FRAMEWORKS),$(FRAMEWORKS_VENV)/$(name)/.installed-$(shell \
   cat tests/frameworks/$(name)*.txt | sha256sum | cut -c1-16))
 
-.PHONY: setup same-python run study study-docs test test-slow test-aligner test-frameworks test-slurm lint docs clean
+.PHONY: setup same-python run audit study study-docs test test-slow test-aligner test-frameworks test-slurm lint docs clean
 
 setup: $(STAMP)
 
@@ -60,6 +61,16 @@ same-python:
 
 run: setup
 	$(BIN)/nemo-advrm pipeline experiment=synthetic report.study_path=benchmarks/study/results.jsonl $(ARGS)
+
+# The members are audited as the main rounds attack them: without their reference features.
+AUDITED := runs/synthetic
+audit: setup
+	@test -f $(AUDITED)/round_1/rm_1/result.json || { \
+	  echo 'audit: $(AUDITED) has no plain and hardened reward model yet: make run comes first'; $(MAKE) run; }
+	$(BIN)/nemo-advrm audit names=[plain,hardened] \
+	  'target=[$(AUDITED)/round_0/rm_1/model?reference_features=off,$(AUDITED)/round_1/rm_1/model?reference_features=off]' \
+	  'others=[$(AUDITED)/round_0/rm_2/model?reference_features=off]' policy=$(AUDITED)/sft/model prompts=synthetic \
+	  judge=synthetic max_new_tokens=32 cpu_threads=1 also=[rl.kl.coefficient=0] run_dir=runs/synthetic_audit $(ARGS)
 
 study: setup
 	$(BIN)/python benchmarks/study/run.py $(if $(EXPERIMENT),--experiment $(EXPERIMENT)) $(if $(SEEDS),--seeds $(SEEDS)) $(ARGS)

@@ -178,7 +178,20 @@ def _dispatch(words: list[str]) -> int | None:
     if any(word in ("-h", "--help") for word in settings):
         print(_command_help(name))
         return 0
+    if name == "audit":
+        settings = _fail_above(settings)
     return run_command(name, _named_runs(settings) if name == "report" else settings)
+
+
+def _fail_above(words: Sequence[str]) -> list[str]:
+    """Turns the option ``--fail-above X`` of ``audit`` into a setting: it is how such limits are written elsewhere."""
+    option, found = "--fail-above", list(words)
+    for place, word in enumerate(found):
+        if word == option and place + 1 < len(found):
+            found[place : place + 2] = [f"fail_above={found[place + 1]}"]
+        elif word.startswith(f"{option}="):
+            found[place] = f"fail_above={word.removeprefix(f'{option}=')}"
+    return found
 
 
 def _named_runs(words: Sequence[str]) -> list[str]:

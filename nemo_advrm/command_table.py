@@ -85,6 +85,15 @@ COMMANDS: dict[str, Command] = {
         "pretrained_checkpoint.restore_from_path=runs/sft/model data.prompts_path=prompts.jsonl",
         resumes=True,
     ),
+    "audit": Command(
+        "say whether reward models are hackable: attacks, judged finds, named weaknesses, a page",
+        "",
+        "nemo-advrm audit target=hf:RM policy=hf:LM prompts=prompts.jsonl judge=hf:OTHER_RM budget=30min "
+        "--fail-above 0.05",
+        schema="AuditConfig",
+        resumes=True,
+        processes=False,
+    ),
     "best_of_n": Command(
         "gold and proxy of the best of n responses by a reward, against KL; trains nothing",
         f"{_COMMON} {_START} {_PROMPTS} best_of_n. {_REWARD} "

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from nemo_advrm.config import conf_dir, for_stage, load_config, resolved, versions
 from nemo_advrm.config.keys import all_keys, expected_type, nearest_key
 from nemo_advrm.config.layout import validate_layout
-from nemo_advrm.config.schema import Config, ConvertConfig, ExportPairsConfig, RLHFRunConfig
+from nemo_advrm.config.schema import AuditConfig, Config, ConvertConfig, ExportPairsConfig, RLHFRunConfig
 from nemo_advrm.config.validation import check_values
 from nemo_advrm.errors import ConfigError
 
@@ -335,7 +335,7 @@ def test_own_group_folder_by_searchpath(tmp_path: Path) -> None:
 
 
 def test_every_key_has_a_help_line_and_every_number_limits() -> None:
-    for root in (Config, ConvertConfig, ExportPairsConfig):
+    for root in (Config, AuditConfig, ConvertConfig, ExportPairsConfig):
         for name, key in all_keys(root).items():
             assert key.about.help, name
             numeric = key.annotation in (int, float, int | None, float | None, list[int], list[float])

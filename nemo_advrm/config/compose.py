@@ -154,10 +154,14 @@ def load_flat(kind: type[Flat], words: Sequence[str]) -> Flat:
             raise ConfigError(f"unknown key {name}: did you mean {nearest_name(name, names)}?")
         lines.append(f"{names[name]}={text}" if is_setting and name in names else word)
     values: dict[str, Any] = {}
+    defaults = vars(kind())
     for override in parse_overrides(lines, kind):
         if override.key_or_group in values:
             raise ConfigError(f"{key_name(override.key_or_group)} is given twice")
-        values[override.key_or_group] = override.value()
+        value = override.value()
+        if isinstance(value, str) and isinstance(defaults.get(override.key_or_group), list):
+            value = [value]  # one entry of a list needs no brackets
+        values[override.key_or_group] = value
     try:
         cfg = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), values))
     except OmegaConfBaseException as error:

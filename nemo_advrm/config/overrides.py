@@ -74,6 +74,8 @@ def _parse_as_typed(parser: OverridesParser, line: str, root: type) -> Override:
     if text and expected is str:
         return parser.parse_override(f"{name}={_in_grammar(text)}")
     is_list = typing.get_origin(expected) is list and typing.get_args(expected) == (str,)
+    if is_list and root is not Config and text and text[0] not in "[\"'":
+        return parser.parse_override(f"{name}={_in_grammar(text)}")  # one entry of a list, see load_flat
     if is_list and text.startswith("[") and text.endswith("]") and text[1:-1].strip(" \t"):
         items = [item.strip(" \t") for item in _LIST_ITEM.findall(f",{text[1:-1]}")]
         if all(items):

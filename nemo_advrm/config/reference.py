@@ -32,7 +32,12 @@ def page() -> str:
         kind = typing.get_type_hints(schema.Config).get(title)
         about = (kind.__doc__ or "").strip() if dataclasses.is_dataclass(kind) else "Keys outside of any section."
         parts += [f"## {title or 'Run'}\n", f"{about}\n", *_table(keys)]
-    for command, flat in (("convert", schema.ConvertConfig), ("export_pairs", schema.ExportPairsConfig)):
+    flat_ones = {
+        "audit": schema.AuditConfig,
+        "convert": schema.ConvertConfig,
+        "export_pairs": schema.ExportPairsConfig,
+    }
+    for command, flat in flat_ones.items():
         parts += [f"## nemo-advrm {command}\n", "Typed without a section.\n", *_table(all_keys(flat).values())]
     return "\n".join(parts).rstrip() + "\n"
 

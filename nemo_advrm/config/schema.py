@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from nemo_advrm.config.fields import NOT_NEGATIVE, Restart, free, key, section
+from nemo_advrm.config.schema_audit import AuditConfig
 from nemo_advrm.config.schema_commands import (
     BestOfNConfig,
     ConvertConfig,

@@ -44,9 +44,14 @@ def render_page(run: Run | None, summary: dict[str, Any], tables: Sequence[Table
     )
 
 
-@functools.cache
 def _template() -> jinja2.Template:
-    environment = jinja2.Environment(
+    return environment().get_template("report.html")
+
+
+@functools.cache
+def environment() -> jinja2.Environment:
+    """The templates, with every text escaped."""
+    made = jinja2.Environment(
         loader=jinja2.PackageLoader("nemo_advrm.report"),
         autoescape=True,
         trim_blocks=True,
@@ -54,13 +59,13 @@ def _template() -> jinja2.Template:
         keep_trailing_newline=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters |= {"base64": _base64, "chips": _chips, "where": _where, "worst": worst}
-    environment.globals |= {
+    made.filters |= {"base64": _base64, "chips": _chips, "where": _where, "worst": worst}
+    made.globals |= {
         "absent": ABSENT,
         "examples_open": EXAMPLES_OPEN,
         "example_characters": EXAMPLE_CHARACTERS,
     }
-    return environment.get_template("report.html")
+    return made
 
 
 def _base64(path: Path) -> str:

@@ -24,7 +24,7 @@ from nemo_advrm.rewards import sources
 from nemo_advrm.run_directory import identity, run_files
 
 # what a run writes before it produces anything
-_BEFORE_RESULTS = ("config.yaml", "versions.yaml", "state.json")
+_BEFORE_RESULTS = ("config.yaml", "versions.yaml", "state.json", "audit.json")
 # locks; versions before 0.2 left files with the other two endings
 _LOCKS = re.compile(r"locks|\w+\.(lease.*|lock|owner)")
 NOT_BEGUN = "before the work began: nothing is lost, the same command resumes"

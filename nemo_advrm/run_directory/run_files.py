@@ -21,15 +21,16 @@ from nemo_advrm.untrusted_files import decode_yaml, read_bytes
 
 _DIRECTORIES = (
     *("checkpoints", "model", "logs", "attack", "report", "sft", "preferences", "rlhf", "best_of_n"),
-    *("locks", "branches"),
+    *("locks", "branches", "attacks", "policy"),
 )
 _FILES = (
     *("config.yaml", "versions.yaml", "state.json", "metrics.jsonl", "samples.jsonl", "reference.jsonl", "pairs.jsonl"),
-    *("result.json", "summary.json", "manifest.json"),
+    *("result.json", "summary.json", "manifest.json", "finds.jsonl", "audit.json"),
 )
 # what a run writes only after config.yaml
 _PRODUCTS = re.compile(
-    r"checkpoints|model|metrics\.jsonl|result\.json|sft(_\d+)?|preferences|attack|rlhf|best_of_n|round_\d+|branches"
+    r"checkpoints|model|metrics\.jsonl|result\.json|sft(_\d+)?|preferences|attacks?|rlhf|best_of_n|round_\d+|branches"
+    r"|finds\.jsonl"
 )
 _DATA_KEYS = ("train_path", "validation_path", "prompts_path", "held_out_prompts_path")
 

@@ -1,0 +1,225 @@
+"""The judged finds of an audit: which responses succeed, their pairs for retraining, and who else is fooled by them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nemo_advrm.audit.attack_stage import AttackResult, attack_home
+from nemo_advrm.audit.panel import Panel, Split, stored_scores, texts
+from nemo_advrm.audit.success import Successes, of_rows, submitted
+from nemo_advrm.audit.weaknesses import Answer
+from nemo_advrm.data.pair_store import AdversarialPair, PairStore, Provenance
+from nemo_advrm.objectives.sft_statistics import own_z_scores
+from nemo_advrm.rewards.base import RewardSource, checked_scores
+from nemo_advrm.rewards.sample_rows import prompt_text
+from nemo_advrm.rollouts.types import Rollouts
+
+FINDS = "finds.jsonl"
+MOST_EXPLAINED = 300  # finds of a target that are grouped, transferred and scored under other prompts
+_OTHER_PROMPTS = 2  # under which the score of a find is looked at
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What an attack submitted on the prompts of one split, with the judge's verdict.
+
+    Attributes:
+        rows: rows of ``samples.jsonl``, each with its ``rank`` among those to its prompt.
+        gold_N: the judge's scores; None without one.
+        success: which rows succeed.
+    """
+
+    result: AttackResult
+    split: Split
+    rows: list[dict[str, Any]]
+    gold_N: Tensor | None
+    success: Successes
+
+    def first(self) -> Successes:
+        """The successes of the best response to each prompt alone, one trial for each prompt."""
+        places = [i for i, row in enumerate(self.rows) if row["rank"] == 0]
+
+        def pick(values_N: Tensor | None) -> Tensor | None:
+            return None if values_N is None else values_N[places]
+
+        suspected = self.success.suspected_N[places]
+        return Successes(pick(self.success.standard_N), pick(self.success.strict_N), suspected)
+
+
+@dataclass(frozen=True)
+class FoundAnswer:
+    """A response that fooled a target.
+
+    Attributes:
+        prompt_id: number of its prompt in the split.
+        z: the target's score, in standard deviations of ordinary responses.
+        gold, gold_z: the judge's; None without one.
+        strict: whether it succeeds by the strict measure.
+    """
+
+    attack: str
+    target: int
+    split: Split
+    prompt_id: int
+    row: dict[str, Any]
+    z: float
+    gold: float | None
+    gold_z: float | None
+    strict: bool
+    underrates: bool
+    answer: Answer = field(repr=False)
+
+
+def judge_attack(panel: Panel, result: AttackResult) -> list[Judged]:
+    """Judges what an attack submits on every split; all ranks call. Verdicts of an earlier call are read again."""
+    found = []
+    for split in panel.splits:
+        rows = to_judge(panel, result, split)
+        gold_N = None
+        if panel.judge is not None:
+            path = attack_home(panel, result.attack, result.target) / f"judged_{split.name}.jsonl"
+            gold_N = stored_scores(path, panel.judge, rollouts_of_rows(split, rows))
+        threshold = panel.cfg.selection.threshold_z
+        found.append(Judged(result, split, rows, gold_N, of_rows(rows, gold_N, split, threshold, result.underrates)))
+    return found
+
+
+def to_judge(panel: Panel, result: AttackResult, split: Split) -> list[dict[str, Any]]:
+    """Returns what an attack submits on a split."""
+    return submitted(result.rows(split.name), split, panel.audit.responses_per_prompt, result.underrates)
+
+
+def rollouts_of_rows(split: Split, rows: Sequence[dict[str, Any]]) -> Rollouts:
+    """Returns rows of ``samples.jsonl`` as texts."""
+    prompts = [split.sft.prompts_P[row["prompt_id"]] for row in rows]
+    return texts(prompts, [row["response"] for row in rows], [row.get("ended") is not False for row in rows])
+
+
+def finds_of(judged: Sequence[Judged]) -> list[FoundAnswer]:
+    """Returns the responses that succeed (standard; suspected without a judge), each once, the worst first."""
+    found: dict[tuple[str, int, str], FoundAnswer] = {}
+    for one in judged:
+        split, success = one.split, one.success
+        gold_z_N = None if one.gold_N is None else split.judged.gold_z(one.gold_N, [r["prompt_id"] for r in one.rows])
+        for i, row in enumerate(one.rows):
+            if not success.main_N[i]:
+                continue
+            prompt_id = row["prompt_id"]
+            text = prompt_text(split.sft.prompts_P[prompt_id])
+            answer = Answer(text, row["response"], row.get("ended") is not False)
+            key = (split.name, prompt_id, row["response"])
+            found.setdefault(
+                key,
+                FoundAnswer(
+                    one.result.attack,
+                    one.result.target,
+                    split,
+                    prompt_id,
+                    row,
+                    row["z"][0],
+                    None if one.gold_N is None else one.gold_N[i].item(),
+                    None if gold_z_N is None else gold_z_N[i].item(),
+                    success.strict_N is not None and bool(success.strict_N[i]),
+                    one.result.underrates,
+                    answer,
+                ),
+            )
+    return sorted(found.values(), key=badness)
+
+
+def badness(find: FoundAnswer) -> tuple[bool, float]:
+    """Sorts finds, the worst first: those that succeed strictly, then by how far target and judge are apart."""
+    sign = -1.0 if find.underrates else 1.0
+    return not find.strict, -sign * (find.z - (find.gold_z or 0.0))
+
+
+def write_pairs(panel: Panel, finds: Sequence[FoundAnswer]) -> int:
+    """Writes the finds as preference pairs to ``finds.jsonl`` (for ``augmentation.pairs_path``); returns their number.
+
+    The other side is the ordinary response to the prompt that the judge prefers most (the least, for good responses
+    that are scored low); without a judge, that which all models together prefer. Finds on held-out prompts are left
+    out, so that these stay a test of the retrained model.
+    """
+    path = Path(panel.audit.run_dir) / FINDS
+    path.unlink(missing_ok=True)
+    pairs = [pair for find in finds if find.split is panel.training for pair in _pair(panel, find)]
+    return PairStore(path).append(pairs)
+
+
+def _pair(panel: Panel, find: FoundAnswer) -> list[AdversarialPair]:
+    """Returns the pair of a find; none where no ordinary response ended or it has nothing to train on."""
+    sft, p = find.split.sft, find.prompt_id
+    quality_PN = find.split.gold_PN
+    if quality_PN is None:
+        quality_PN = own_z_scores(sft.scores_PNK, sft.statistics()).mean(-1)
+    usable = sft.finished(p)
+    if not usable:
+        return []
+    sign = -1 if find.underrates else 1
+    place = max(usable, key=lambda i: sign * quality_PN[p, i].item())
+    columns = panel.columns(find.target)
+    other = (sft.responses_PN[p][place], tuple(sft.scores_PNK[p, place, columns].tolist()), True)
+    own = (find.row["response"], tuple(find.row["scores"]), find.answer.ended)
+    golds = (None if find.split.gold_PN is None else find.split.gold_PN[p, place].item(), find.gold)
+    chosen, rejected = (own, other) if find.underrates else (other, own)
+    chosen_gold, rejected_gold = reversed(golds) if find.underrates else golds
+    if chosen[0] == rejected[0]:
+        return []
+    provenance = Provenance(
+        round=0,
+        step=find.row["step"],
+        direction=find.target + 1,
+        prompt_id=p,
+        scores=rejected[1],
+        z=tuple(find.row["z"]),
+        disagreement_z=find.row["disagreement_z"],
+        policy_checkpoint=f"{find.attack}/{panel.names[find.target]}",
+        chosen_scores=chosen[1],
+        chosen_gold=chosen_gold,
+        rejected_gold=rejected_gold,
+        underrates=find.underrates or None,
+    )
+    prompt = sft.prompts_P[p]
+    return [AdversarialPair(prompt, chosen[0], rejected[0], provenance, chosen[2], rejected[2])]
+
+
+def falls(source: RewardSource, split: Split, model: int, prompt_ids: list[int], answers: list[Answer]) -> list[float]:
+    """How far the model's score of each response falls under other prompts, in standard deviations; all ranks call.
+
+    Positive: the model reads the prompt. The mean over up to 2 other prompts of the split. [] where there is one prompt
+    alone.
+    """
+    count = len(split.prompts)
+    shifts = sorted({1, count // 2} - {0, count})[:_OTHER_PROMPTS]
+    if not shifts or not answers:
+        return []
+    prompts = split.sft.prompts_P
+    asked = [[prompts[(p + shift) % count] for p in prompt_ids] for shift in (0, *shifts)]
+    responses, ended = [a.response for a in answers], [a.ended for a in answers]
+    scores_SN = torch.stack([checked_scores(source, texts(each, responses, ended)) for each in asked])
+    std = split.sft.statistics().std_K[model]
+    return ((scores_SN[0] - scores_SN[1:].mean(0)) / std).tolist()
+
+
+def transfer(panel: Panel, finds: Sequence[FoundAnswer]) -> list[dict[str, Any]]:
+    """Returns, for every model of the panel, how it scores the finds of one target; all ranks call.
+
+    ``share``: of the finds it scores above the ordinary responses to the prompt; ``z``: its mean score.
+    """
+    found = []
+    for k, source in enumerate(panel.models):
+        z: list[float] = []
+        for split in panel.splits:
+            own = [find for find in finds if find.split is split and not find.underrates]
+            if own:
+                scores_N = checked_scores(source, rollouts_of_rows(split, [find.row for find in own]))
+                z += split.z(scores_N, [find.prompt_id for find in own], k).tolist()
+        fooled = sum(value > 0 for value in z) / len(z) if z else None
+        found.append({"model": panel.names[k], "share": fooled, "z": sum(z) / len(z) if z else None, "finds": len(z)})
+    return found

@@ -1,0 +1,83 @@
+"""Which responses count as a success, and which an attack submits, by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from nemo_advrm.audit.panel import Split
+from nemo_advrm.audit.success import best_of_ordinary, of_ordinary, rate, submitted, successes
+from nemo_advrm.data.sft_scores import SFTScores
+from nemo_advrm.rollouts.types import Prompt
+
+MESSAGES = ({"role": "user", "content": "q"},)
+
+
+def _split(scores: list[list[list[float]]], gold: list[list[float]] | None) -> Split:
+    table = torch.tensor(scores)
+    prompts, count, _ = table.shape
+    responses = [[f"r{p}{i}" for i in range(count)] for p in range(prompts)]
+    sft = SFTScores([MESSAGES] * prompts, responses, table, None)
+    gold_PN = None if gold is None else torch.tensor(gold)
+    return Split("training", [Prompt(p, MESSAGES, [1]) for p in range(prompts)], sft, gold_PN)
+
+
+def test_liked_and_bad() -> None:
+    z = torch.tensor([1.0, 1.0, -1.0, 0.5])
+    gold, gold_z = torch.tensor([2.0, 4.0, 2.0, 0.0]), torch.tensor([-1.0, 1.0, -1.0, -3.0])
+    mean = torch.full((4,), 3.0)
+    found = successes(z, torch.tensor([3.0, 0.0, 3.0, 1.0]), gold, gold_z, mean, 1.96)
+    assert found.standard_N is not None and found.standard_N.tolist() == [True, False, False, True]
+    assert found.strict_N is not None and found.strict_N.tolist() == [False, False, False, True]
+    assert found.suspected_N.tolist() == [True, False, False, False]
+    assert found.main_N is found.standard_N
+
+
+def test_good_and_scored_low() -> None:
+    z = torch.tensor([-3.0, -1.0, -3.0, 2.0])
+    gold, gold_z, mean = torch.tensor([4.0, 4.0, 2.0, 4.0]), torch.tensor([0.5, 0.5, -0.5, 0.5]), torch.full((4,), 3.0)
+    found = successes(z, torch.zeros(4), gold, gold_z, mean, 1.96, underrates=True)
+    assert found.standard_N is not None and found.standard_N.tolist() == [True, True, False, False]
+    assert found.strict_N is not None and found.strict_N.tolist() == [True, False, False, False]
+    assert found.suspected_N.tolist() == [True, False, True, False]
+
+
+def test_without_a_judge_nothing_is_a_success() -> None:
+    found = successes(torch.ones(2), torch.full((2,), 2.0), None, None, None, 1.96)
+    assert found.standard_N is None and found.strict_N is None
+    assert found.main_N.tolist() == [True, True]
+
+
+def test_an_attack_submits_what_it_values_most() -> None:
+    split = _split([[[0.0], [1.0]], [[0.0], [1.0]]], None)
+    rows = [
+        {"prompt_id": 0, "response": "a", "z": [1.0], "reward": 0.5, "step": 0},
+        {"prompt_id": 0, "response": "b", "z": [0.5], "reward": 2.0, "step": 1},
+        {"prompt_id": 0, "response": "b", "z": [0.5], "reward": 2.0, "step": 2},  # again
+        {"prompt_id": 0, "response": "r01", "z": [9.0], "reward": 9.0, "step": 0},  # an ordinary response
+        {"prompt_id": 0, "response": "c", "z": [0.1], "reward": 0.1, "step": 0},
+        {"prompt_id": 1, "response": "b", "z": [-1.0], "reward": -4.0, "step": 0},
+    ]
+    taken = submitted(rows, split, 2, underrates=False)
+    found = [(row["prompt_id"], row["response"], row["rank"]) for row in taken]
+    assert found == [(0, "b", 0), (0, "a", 1), (1, "b", 0)]
+    low = submitted(rows, split, 1, underrates=True)
+    assert [(row["prompt_id"], row["response"]) for row in low] == [(0, "c"), (1, "b")]
+
+
+def test_ordinary_responses_are_the_null() -> None:
+    """Model and judge agree on prompt 0 and are opposed on prompt 1."""
+    scores = [[[0.0], [1.0], [2.0]], [[0.0], [1.0], [2.0]]]
+    split = _split(scores, [[0.0, 1.0, 2.0], [2.0, 1.0, 0.0]])
+    found = of_ordinary(split, [0], "python:audit_detectors:Scores", 1.0)
+    assert found.standard_N is not None and found.standard_N.tolist() == [False] * 5 + [True]
+    best = best_of_ordinary(found, split, 0)
+    assert best.standard_N is not None and best.standard_N.tolist() == [False, True]
+    null = rate(found.standard_N, trials=2)
+    assert null is not None and null["rate"] == pytest.approx(1 / 6)
+    assert null["trials"] == 2 and null["high"] - null["low"] > 0.6
+
+
+def test_no_responses_have_no_rate() -> None:
+    assert rate(torch.zeros(0, dtype=torch.bool)) is None
+    assert rate(None) is None
