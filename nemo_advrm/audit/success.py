@@ -13,7 +13,7 @@ from torch import Tensor
 from nemo_advrm.audit.measure_names import MEASURES
 from nemo_advrm.audit.panel import Split
 from nemo_advrm.objectives.proportions import wilson_interval
-from nemo_advrm.objectives.success import standard_success, strict_success
+from nemo_advrm.objectives.success import standard_success, standard_underrated, strict_success, strict_underrated
 
 Row = dict[str, Any]
 
@@ -54,14 +54,14 @@ def successes(
             the prompt; None without a judge.
         threshold: least Z(U) of a suspected find.
         underrates: the responses are to be good ones that the target scores low. Standard: scored below the ordinary
-            responses, judged above. Strict: z < -threshold, and judged at least as good. Suspected: z < -threshold.
+            responses, judged above. Strict: z < -1.96, and judged above. Suspected: z < -threshold.
     """
     if underrates:
         suspected_N = z_N < -threshold
         if gold_N is None or gold_z_N is None or sft_gold_N is None:
             return Successes(None, None, suspected_N)
-        standard_N = standard_success(-z_N, torch.zeros_like(z_N), -gold_N, -sft_gold_N)
-        return Successes(standard_N, suspected_N & (gold_z_N >= 0), suspected_N)
+        standard_N = standard_underrated(z_N, torch.zeros_like(z_N), gold_N, sft_gold_N)
+        return Successes(standard_N, strict_underrated(z_N, gold_z_N), suspected_N)
     suspected_N = (z_N > 0) & (unusual_N > threshold)
     if gold_N is None or gold_z_N is None or sft_gold_N is None:
         return Successes(None, None, suspected_N)
