@@ -37,12 +37,12 @@ class Registry(Generic[T]):
     def __iter__(self) -> Iterator[str]:
         return iter(sorted(self._places))
 
-    def check(self, name: str) -> None:
-        """Raise ConfigError for a name that is not known, without importing anything."""
+    def check(self, name: str, key: str = "") -> None:
+        """Raise ConfigError for a name that is not known; imports nothing. ``key``: the setting, if not the own one."""
         if name in self or name.startswith(PYTHON):
             return
         near = nearest_name(name, self)
-        raise ConfigError(f"{self.key}={name}: did you mean {near!r}? (known: {', '.join(self)}, python:MODULE:NAME)")
+        raise ConfigError(f"{key or self.key}={name}: did you mean {near!r}? (known: {', '.join(self)}, python:MODULE:NAME)")
 
     def __getitem__(self, name: str) -> T:
         """The implementation called ``name``. Raises ConfigError for an unknown one and one that cannot be imported."""
@@ -77,7 +77,10 @@ DETECTORS: Registry[Any] = Registry(  # of subclasses of nemo_advrm.detectors.ba
     "adversarial.detector",
     {
         "ensemble_disagreement": "nemo_advrm.detectors.disagreement:EnsembleDisagreement",
+        "laplace": "nemo_advrm.detectors.laplace:LaplaceDeviation",
         "mahalanobis": "nemo_advrm.detectors.mahalanobis:MahalanobisDistance",
+        "nearest_neighbours": "nemo_advrm.detectors.nearest_neighbours:NearestNeighbours",
+        "sft_entropy": "nemo_advrm.detectors.sft_entropy:SFTEntropy",
         "sft_log_prob": "nemo_advrm.detectors.sft_log_prob:SFTLogProb",
     },
 )

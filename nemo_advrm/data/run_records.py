@@ -60,6 +60,7 @@ class ReferenceRow(Response):
     scores: Scores
     z: NotRequired[Annotated[list[Number | None], _FIRST_ERROR]]  # null where there is one member
     log_prob: NotRequired[Number]
+    entropy: NotRequired[Number]
     log_prob_tokens: NotRequired[Count]
     prompt: NotRequired[Text]
 

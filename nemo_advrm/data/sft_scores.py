@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,15 @@ from torch import Tensor
 from nemo_advrm.data.hidden_states import beside, read_hidden_states
 from nemo_advrm.data.messages import Message
 from nemo_advrm.data.run_records import REFERENCE_ROW, RESTORE_ROWS, read_rows
-from nemo_advrm.detectors.base import HIDDEN_STATES, LOG_PROBS, Features, StandardisedDetector, build_detector
+from nemo_advrm.detectors.base import (
+    ENTROPIES,
+    HIDDEN_STATES,
+    LOG_PROBS,
+    OF_SFT_POLICY,
+    Features,
+    StandardisedDetector,
+    build_detector,
+)
 from nemo_advrm.errors import ConfigError, DataError
 from nemo_advrm.objectives.sft_statistics import SFTStatistics, fit_sft_statistics, fresh_std
 from nemo_advrm.objectives.spread import divide_by_spread, rounding_of
@@ -32,8 +40,8 @@ class SFTScores:
         tokens_PN: the policy's token ids of the responses; None when the file has none.
         hidden_states: of the responses, [P * n, D], by index of the member; those of the attacked members if the
             attack's detector reads them.
-        log_probs_PN: of the responses under the SFT policy, in nats; None unless the attack's detector reads them.
-        lengths_PN: the number of tokens that ``log_probs_PN`` sum over; None where there are none.
+        log_probs_PN, entropies_PN: of the responses under the SFT policy, in nats; None unless a detector reads them.
+        lengths_PN: the number of tokens that these sum over; None where there are none.
     """
 
     prompts_P: list[tuple[Message, ...]]
@@ -44,8 +52,9 @@ class SFTScores:
     tokens_PN: list[list[list[int]]] | None = None
     hidden_states: dict[int, Tensor] = field(default_factory=dict)
     log_probs_PN: Tensor | None = None
+    entropies_PN: Tensor | None = None
     lengths_PN: Tensor | None = None
-    _detectors: dict[tuple[str, int], StandardisedDetector] = field(default_factory=dict, init=False, repr=False)
+    _detectors: dict[tuple[str, int, bool], StandardisedDetector] = field(default_factory=dict, init=False, repr=False)
 
     def finished(self, prompt_id: int) -> list[int]:
         """Return the indices of the responses to a prompt that were not cut off."""
@@ -61,30 +70,42 @@ class SFTScores:
     def statistics(self) -> SFTStatistics:
         return fit_sft_statistics(self.scores_PNK)
 
-    def detector(self, name: str, target: int) -> StandardisedDetector:
+    def detector(
+        self, name: str, target: int, new_prompts: bool = False, key: str = "adversarial.detector"
+    ) -> StandardisedDetector:
         """Return the detector ``name`` for the member of index ``target``, fitted to these responses once.
+
+        ``new_prompts``: it will score responses to other prompts, see :class:`StandardisedDetector`. ``key`` is the
+        configuration key that names it, for messages.
 
         Raises ConfigError when they lack what the detector reads: they were scored, or read, for another one.
         """
-        if (name, target) not in self._detectors:
+        which = (name, target, new_prompts)
+        if which not in self._detectors:
             detector, features = build_detector(name), self.features(target)
-            known = {HIDDEN_STATES: features.hidden_states_ND, LOG_PROBS: features.lengths_N}
+            known = {
+                HIDDEN_STATES: features.hidden_states_ND,
+                LOG_PROBS: features.log_probs_N,
+                ENTROPIES: features.entropies_N,
+            }
             missing = [feature for feature in detector.reads if feature in known and known[feature] is None]
             if missing:
                 raise ConfigError(
-                    f"adversarial.detector={name} reads {', '.join(missing)} of member {target + 1}, which "
+                    f"{key}={name} reads {', '.join(missing)} of member {target + 1}, which "
                     "reference.jsonl and its file of hidden states do not have: restore both, or start the attack over "
                     "in another run_dir"
                 )
-            self._detectors[name, target] = StandardisedDetector(detector, features, self.scores_PNK.size(1))
-        return self._detectors[name, target]
+            count = self.scores_PNK.size(1)
+            self._detectors[which] = StandardisedDetector(detector, features, count, new_prompts)
+        return self._detectors[which]
 
     def features(self, target: int) -> Features:
         """Return what is known of all responses for the attacked member of index ``target``."""
-        features = Features(self.scores_PNK.flatten(0, 1), target, self.hidden_states.get(target))
-        if self.log_probs_PN is None or self.lengths_PN is None:
-            return features
-        return replace(features, log_probs_N=self.log_probs_PN.flatten(), lengths_N=self.lengths_PN.flatten())
+        flat = [
+            None if values_PN is None or self.lengths_PN is None else values_PN.flatten()
+            for values_PN in (self.log_probs_PN, self.entropies_PN, self.lengths_PN)
+        ]
+        return Features(self.scores_PNK.flatten(0, 1), target, self.hidden_states.get(target), *flat)
 
     def prompt_mean(self, prompt_index: Sequence[int]) -> Tensor:
         """Return T_k of the prompt of each response, [N, K]."""
@@ -138,9 +159,9 @@ class SFTScores:
             raise DataError(f"{path}: incomplete SFT scores (prompts or samples are missing); remove the file")
         rows = [grouped[i] for i in range(len(grouped))]
         gold = [[r.get("gold") for r in group] for group in rows]
-        log_probs = lengths = None
-        if LOG_PROBS in reads:
-            log_probs, lengths = _column(rows, "log_prob"), _column(rows, "log_prob_tokens")
+        log_probs = _column(rows, "log_prob") if LOG_PROBS in reads else None
+        entropies = _column(rows, "entropy") if ENTROPIES in reads else None
+        lengths = _column(rows, "log_prob_tokens") if any(feature in reads for feature in OF_SFT_POLICY) else None
         count = sum(map(len, rows))
         return cls(
             [tuple(group[0]["messages"]) for group in rows],
@@ -151,6 +172,7 @@ class SFTScores:
             _column(rows, "tokens"),
             read_hidden_states(beside(path), count) if HIDDEN_STATES in reads else {},
             None if log_probs is None else torch.tensor(log_probs, dtype=torch.float32),
+            None if entropies is None else torch.tensor(entropies, dtype=torch.float32),
             None if lengths is None else torch.tensor(lengths),
         )
 

@@ -15,8 +15,9 @@ from nemo_advrm.errors import ConfigError, RewardSourceError
 from nemo_advrm.objectives.sft_statistics import RELATIVE_NOISE, fresh_std
 from nemo_advrm.registry import DETECTORS
 
-SCORES, HIDDEN_STATES, LOG_PROBS = "scores", "hidden_states", "log_probs"
-READABLE = (SCORES, HIDDEN_STATES, LOG_PROBS)
+SCORES, HIDDEN_STATES, LOG_PROBS, ENTROPIES = "scores", "hidden_states", "log_probs", "entropies"
+READABLE = (SCORES, HIDDEN_STATES, LOG_PROBS, ENTROPIES)
+OF_SFT_POLICY = (LOG_PROBS, ENTROPIES)
 # largest number of copies of a detector that learns; each is fitted without one part of the SFT responses. It is the
 # default of sft_statistics.samples_per_prompt, so that each copy leaves out one response to every prompt.
 FOLDS = 6
@@ -31,20 +32,26 @@ class Features:
         target: index of the attacked member.
         hidden_states_ND: of the attacked member, after the last norm, at the token where its score is read.
         log_probs_N: of the whole response under the SFT policy, in nats.
-        lengths_N: the number of tokens that ``log_probs_N`` sums over, with the end token; given with ``log_probs_N``.
+        entropies_N: of the SFT policy's next token, summed over the response, in nats.
+        lengths_N: the number of tokens that ``log_probs_N`` and ``entropies_N`` sum over, with the end token; given
+            with either.
+        prompts_N: number of the prompt that each response answers. Only :meth:`Detector.fit` gets it: a fresh response
+            may answer any prompt.
     """
 
     scores_NK: Tensor
     target: int
     hidden_states_ND: Tensor | None = None
     log_probs_N: Tensor | None = None
+    entropies_N: Tensor | None = None
     lengths_N: Tensor | None = None
+    prompts_N: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.scores_NK)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Features:
-        """The features with ``change`` applied to every tensor of floating-point numbers; lengths stay."""
+        """The features with ``change`` applied to every tensor of floating-point numbers; others stay."""
         found = {name: value for name, value in self._tensors().items() if value.is_floating_point()}
         return replace(self, **{name: change(value) for name, value in found.items()})
 
@@ -90,24 +97,30 @@ class StandardisedDetector:
     whole prompts were left out instead, fresh responses, whose prompts are known, would look too usual, because hidden
     states of one prompt are alike.
 
+    A monitor of RLHF or of a server meets prompts that the detector does not know (``new_prompts``). Then whole prompts
+    are left out, and responses to known prompts look rather too usual.
+
     Args:
         detector: not fitted yet.
         sft: features of all SFT responses, fp32.
         per_prompt: responses to each prompt; those to one prompt are adjacent. None: all answer one prompt.
+        new_prompts: fresh responses answer other prompts than these.
 
     Attributes:
         own_S: standardised scores of the SFT responses themselves, fp32.
 
     Raises:
         RewardSourceError: the detector gives all SFT responses the same score, or one that is not finite, or it learns
-            and there is one response to each prompt.
+            and there is one response to each prompt (with ``new_prompts``: one prompt).
     """
 
-    def __init__(self, detector: Detector, sft: Features, per_prompt: int | None = None) -> None:
+    def __init__(
+        self, detector: Detector, sft: Features, per_prompt: int | None = None, new_prompts: bool = False
+    ) -> None:
         sft64 = sft.double()
         self.learns = type(detector).fit is not Detector.fit
         if self.learns:
-            raw_S = self._fit_copies(detector, sft64, per_prompt or len(sft))
+            raw_S = self._fit_copies(detector, sft64, per_prompt or len(sft), new_prompts)
         else:
             self.detectors, self.weights = [detector], [1.0]
             raw_S = self._mean_score(sft64)
@@ -141,15 +154,19 @@ class StandardisedDetector:
         columns = [_checked(detector, features).double() for detector in self.detectors]
         return torch.stack(columns, -1) @ torch.tensor(self.weights, dtype=torch.float64)
 
-    def _fit_copies(self, detector: Detector, sft: Features, per_prompt: int) -> Tensor:
+    def _fit_copies(self, detector: Detector, sft: Features, per_prompt: int, new_prompts: bool) -> Tensor:
         """Fits the copies; returns [S] scores of SFT responses, each by the copy that was not fitted to it."""
-        parts = min(FOLDS, per_prompt)
+        numbers_S = torch.arange(len(sft))
+        prompts_S = numbers_S // per_prompt
+        count, dealt_S = (len(sft) // per_prompt, prompts_S) if new_prompts else (per_prompt, numbers_S % per_prompt)
+        parts = min(FOLDS, count)
         if parts < 2:
+            needed = "responses to at least 2 prompts" if new_prompts else "at least 2 to each prompt"
             raise RewardSourceError(
-                f"{type(detector).__name__} learns from SFT responses and needs at least 2 to each prompt, not "
-                f"{per_prompt}"
+                f"{type(detector).__name__} learns from SFT responses and needs {needed}, not {count}"
             )
-        part_S = torch.arange(len(sft)) % per_prompt % parts
+        sft = replace(sft, prompts_N=prompts_S)
+        part_S = dealt_S % parts
         raw_S = torch.zeros(len(sft), dtype=torch.float64)
         self.detectors, self.weights = [], []
         for part in range(parts):

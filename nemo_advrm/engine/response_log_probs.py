@@ -1,4 +1,4 @@
-"""Log-probabilities of whole responses under a language model."""
+"""Log-probabilities and entropies of whole responses under a language model."""
 
 from __future__ import annotations
 
@@ -12,11 +12,19 @@ from nemo_advrm.engine.model import MegatronModel
 from nemo_advrm.engine.schedule import Microbatch, forward, microbatch_rows
 
 
-@torch.no_grad()
 def summed_log_probs(model: MegatronModel, rows: list[EncodedResponse], pad_id: int) -> Tensor:
     """Log-probability of each response, summed over its tokens, [N] fp32 in nats on the CPU.
 
     All ranks call. An empty response has log-probability 0.
+    """
+    return summed_log_probs_and_entropies(model, rows, pad_id)[:, 0]
+
+
+@torch.no_grad()
+def summed_log_probs_and_entropies(model: MegatronModel, rows: list[EncodedResponse], pad_id: int) -> Tensor:
+    """Log-probability and entropy of each response, summed over its tokens, [N, 2] fp32 in nats on the CPU.
+
+    All ranks call. Both are 0 for an empty response.
     """
     places = [i for i, row in enumerate(rows) if len(row.tokens) > row.prompt_length]
     groups = microbatch_rows(model, [len(rows[i].tokens) for i in places])
@@ -24,13 +32,13 @@ def summed_log_probs(model: MegatronModel, rows: list[EncodedResponse], pad_id: 
     microbatches = [response_microbatch(model, [rows[i] for i in group], pad_id) for group in groups]
 
     def collect(logits_NV: Tensor, microbatch: Microbatch) -> Tensor:
-        log_probs_N, _ = log_probs_and_entropy(logits_NV, microbatch.extra["targets_N"])
-        sums_B = torch.zeros(microbatch.tokens_BS.size(0), device=log_probs_N.device)
-        return sums_B.index_add(0, microbatch.extra["rows_N"], log_probs_N.float())
+        both_N2 = torch.stack(log_probs_and_entropy(logits_NV, microbatch.extra["targets_N"]), -1).float()
+        sums_B2 = torch.zeros(microbatch.tokens_BS.size(0), 2, device=both_N2.device)
+        return sums_B2.index_add(0, microbatch.extra["rows_N"], both_N2)
 
-    values_N = torch.zeros(len(rows))
-    for group, sums_B in zip(groups, forward(model, microbatches, collect), strict=False):
-        values_N[group] = sums_B.cpu()
+    values_N2 = torch.zeros(len(rows), 2)
+    for group, sums_B2 in zip(groups, forward(model, microbatches, collect), strict=False):
+        values_N2[group] = sums_B2.cpu()
     if not rows:
-        return values_N
-    return runtime.current().broadcast_from_last_stage(values_N).cpu()
+        return values_N2
+    return runtime.current().broadcast_from_last_stage(values_N2).cpu()

@@ -12,7 +12,7 @@ from nemo_advrm.errors import RewardSourceError
 
 @dataclass(frozen=True)
 class Gaussian:
-    """mean_D, and factor_DD: the lower Cholesky factor of the covariance."""
+    """mean_D, and factor_DD: the lower Cholesky factor of the covariance, or of another matrix that takes its place."""
 
     mean_D: Tensor
     factor_DD: Tensor

@@ -1,16 +1,16 @@
-"""Computes what the detector of an attack reads of responses, in the forward passes that score them."""
+"""Computes what detectors read of responses, in the forward passes that score them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
 
 from nemo_advrm.config.schema import Config
-from nemo_advrm.detectors.base import HIDDEN_STATES, LOG_PROBS, Features, features_of
+from nemo_advrm.detectors.base import ENTROPIES, HIDDEN_STATES, LOG_PROBS, OF_SFT_POLICY, Features, features_of
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.rewards.base import (
     HiddenStateSource,
@@ -33,31 +33,36 @@ class FoundFeatures:
     Attributes:
         scores_NK: raw scores of all members, fp32.
         hidden_states: of the attacked members, [N, D] fp32 each, by index of the member.
-        log_probs_N: under the SFT policy, in nats.
-        lengths_N: the number of tokens that each log-probability sums over.
+        log_probs_N, entropies_N: under the SFT policy, summed over the response, in nats.
+        lengths_N: the number of tokens that each of them sums over.
     """
 
     scores_NK: Tensor
     hidden_states: dict[int, Tensor]
-    log_probs_N: Tensor | None
-    lengths_N: Tensor | None
+    log_probs_N: Tensor | None = None
+    entropies_N: Tensor | None = None
+    lengths_N: Tensor | None = None
 
     def of(self, target: int) -> Features:
         """The features for the attacked member of index ``target``."""
-        return Features(self.scores_NK, target, self.hidden_states.get(target), self.log_probs_N, self.lengths_N)
+        hidden_states_ND = self.hidden_states.get(target)
+        return Features(
+            self.scores_NK, target, hidden_states_ND, self.log_probs_N, self.entropies_N, self.lengths_N
+        )
 
 
 class FeatureReader:
-    """Scores responses by all members and reads what a detector reads, and nothing else. All ranks call.
+    """Scores responses by all members and reads what detectors read, and nothing else. All ranks call.
 
-    Hidden states come from the forward pass that scores the response, log-probabilities from the feature of the hybrid
-    reward, which a hybrid member of the same policy shares.
+    Hidden states come from the forward pass that scores the response, log-probabilities and entropies from that of the
+    hybrid reward's feature, which a hybrid member of the same policy shares.
 
     Args:
         members: the ensemble, R_1 first.
-        detector: value of ``adversarial.detector``; "" reads scores only.
+        detectors: names of detectors; none reads scores only.
         targets: indices of the attacked members.
         sft_policy: the frozen SFT policy (:func:`nemo_advrm.rewards.hybrid.open_sft_policy`).
+        key: the configuration key that names the detectors, for messages.
 
     Raises:
         ConfigError: an attacked member has no hidden states, or there is no policy, and the detector reads it.
@@ -66,22 +71,27 @@ class FeatureReader:
     def __init__(
         self,
         members: Sequence[RewardSource],
-        detector: str = "",
+        detectors: Sequence[str] = (),
         targets: Sequence[int] = (),
         sft_policy: ReferenceFeatures | None = None,
+        key: str = "adversarial.detector",
     ) -> None:
-        reads = features_of(detector) if detector else ()
         self.members = members
-        self.hidden_of = set(targets) if HIDDEN_STATES in reads else set()
-        for target in sorted(self.hidden_of):
-            if not hasattr(members[target], "score_with_hidden_states"):
-                raise _without_hidden_states(detector, members[target].name)
-        if LOG_PROBS in reads and sft_policy is None:
-            raise ConfigError(
-                f"adversarial.detector={detector} reads log_probs, and this attack has no SFT policy in its process "
-                "(nemo-advrm attack and pipeline have one)"
-            )
-        self.sft_policy = sft_policy if LOG_PROBS in reads else None
+        self.reads: set[str] = set()
+        for detector in detectors:
+            reads = features_of(detector)
+            for target in sorted(targets) if HIDDEN_STATES in reads else ():
+                if not hasattr(members[target], "score_with_hidden_states"):
+                    raise _without_hidden_states(f"{key}={detector}", members[target].name)
+            for feature in OF_SFT_POLICY:
+                if feature in reads and sft_policy is None:
+                    raise ConfigError(
+                        f"{key}={detector} reads {feature}, and there is no SFT policy in this process "
+                        "(nemo-advrm attack, rlhf and pipeline have one)"
+                    )
+            self.reads |= set(reads)
+        self.hidden_of = set(targets) if HIDDEN_STATES in self.reads else set()
+        self.sft_policy = sft_policy if self.reads & set(OF_SFT_POLICY) else None
 
     def read(self, rollouts: Rollouts) -> FoundFeatures:
         """Raises RewardSourceError for scores and hidden states that are unusable, and what the members raise."""
@@ -94,17 +104,22 @@ class FeatureReader:
                 columns.append(scores_N)
             else:
                 columns.append(checked_scores(member, rollouts))
-        log_probs_N = lengths_N = None
-        if self.sft_policy is not None:
-            log_probs_N = self.sft_policy.values(rollouts, ("log_prob",))[:, 0]
-            lengths_N = self.sft_policy.lengths(rollouts)
-        return FoundFeatures(torch.stack(columns, -1), hidden_states, log_probs_N, lengths_N)
+        found = FoundFeatures(torch.stack(columns, -1), hidden_states)
+        if self.sft_policy is None:
+            return found
+        log_probs_N, entropies_N = self.sft_policy.values(rollouts, ("log_prob", "entropy")).unbind(-1)
+        return replace(
+            found,
+            log_probs_N=log_probs_N if LOG_PROBS in self.reads else None,
+            entropies_N=entropies_N if ENTROPIES in self.reads else None,
+            lengths_N=self.sft_policy.lengths(rollouts),
+        )
 
 
 def attack_reader(cfg: Config, members: Sequence[RewardSource], sft_policy: ReferenceFeatures | None) -> FeatureReader:
     """Returns the reader of the SFT responses of an attack on all of its target members."""
     options = cfg.adversarial
-    return FeatureReader(members, options.detector, [target - 1 for target in options.target_members], sft_policy)
+    return FeatureReader(members, [options.detector], [target - 1 for target in options.target_members], sft_policy)
 
 
 def check_detector(cfg: Config) -> None:
@@ -114,12 +129,12 @@ def check_detector(cfg: Config) -> None:
     specs = parse_members(cfg.ensemble.members)
     for target in cfg.adversarial.target_members:
         if specs[target - 1].kind not in LOCAL_KINDS:
-            spec = specs[target - 1]
-            raise _without_hidden_states(cfg.adversarial.detector, f"{spec.place}={spec.text}")
+            setting, spec = f"adversarial.detector={cfg.adversarial.detector}", specs[target - 1]
+            raise _without_hidden_states(setting, f"{spec.place}={spec.text}")
 
 
-def _without_hidden_states(detector: str, member: str) -> ConfigError:
+def _without_hidden_states(setting: str, member: str) -> ConfigError:
     return ConfigError(
-        f"adversarial.detector={detector} reads hidden_states of the attacked member, and {member} gives scores only: "
-        "attack a member that runs in this process (DIR, hf:DIR, nemo:FILE)"
+        f"{setting} reads hidden_states of a member, and {member} gives scores only: it needs a member that runs in "
+        "this process (DIR, hf:DIR, nemo:FILE)"
     )

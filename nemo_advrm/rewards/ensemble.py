@@ -164,7 +164,7 @@ class AdversarialReward:
         self.sft_responses = sft_responses
         self.target_index = target_index
         self._statistics = sft_responses.statistics()
-        self._reader = FeatureReader(sources, options.detector if detect else "", [target_index], sft_policy)
+        self._reader = FeatureReader(sources, [options.detector] if detect else [], [target_index], sft_policy)
         self._detector = sft_responses.detector(options.detector, target_index) if detect else None
 
     def compute_rewards(self, rollouts: Rollouts) -> RewardOutput:

@@ -17,7 +17,7 @@ from nemo_advrm.data.tokenizers import Tokenizer
 from nemo_advrm.engine.feature_file import FeatureWeights
 from nemo_advrm.engine.microbatches import EncodedResponse
 from nemo_advrm.engine.model import MegatronModel
-from nemo_advrm.engine.response_log_probs import summed_log_probs
+from nemo_advrm.engine.response_log_probs import summed_log_probs_and_entropies
 from nemo_advrm.errors import DataError, RewardSourceError
 from nemo_advrm.rewards.local import MegatronReward
 from nemo_advrm.rewards.token_sequences import encode_rendered
@@ -47,6 +47,9 @@ class ReferenceFeatures:
     def values(self, rollouts: Rollouts, names: tuple[str, ...]) -> Tensor:
         """Returns the features ``names`` of every response, [N, F] fp32 on the CPU, in nats; all ranks call.
 
+        Besides ``log_prob`` and ``prompt_gain`` there is ``entropy``, which detectors read: the entropy of the policy's
+        next token, summed over the response.
+
         A response is encoded from its text (rows that came as tokens are used unchanged), with the end token when it
         ended. Over-long conversations lose tokens at the start of the prompt.
 
@@ -56,11 +59,11 @@ class ReferenceFeatures:
         # compared by identity, not by content, so that all ranks decide alike whether to compute
         if self._last is None or self._last[0] is not rollouts or (gain and not self._last[1]):
             self._last = (rollouts, gain, self._compute(rollouts, gain))
-        table_N2 = self._last[2]
-        return torch.stack([table_N2[:, ("log_prob", "prompt_gain").index(name)] for name in names], -1)
+        table_N3 = self._last[2]
+        return torch.stack([table_N3[:, ("log_prob", "prompt_gain", "entropy").index(name)] for name in names], -1)
 
     def lengths(self, rollouts: Rollouts) -> Tensor:
-        """Returns the number of tokens that ``log_prob`` of every response sums over, [N].
+        """Returns the number of tokens that ``log_prob`` and ``entropy`` of every response sum over, [N].
 
         It is not the number of sampled tokens: a text may be sampled in more tokens than it is encoded in.
         """
@@ -72,18 +75,19 @@ class ReferenceFeatures:
             self._row(*self._parts(rollouts, i))
 
     def _compute(self, rollouts: Rollouts, gain: bool) -> Tensor:
-        """Returns log_prob and, with ``gain``, prompt_gain (else 0), [N, 2]."""
+        """Returns log_prob, with ``gain`` prompt_gain (else 0), and entropy, [N, 3]."""
         parts = [self._parts(rollouts, i) for i in range(len(rollouts))]
         # a prompt that is one of the fixed prompts is compared with the others only
         others = [[other for other in self.prompts if other != prompt] if gain else [] for prompt, _ in parts]
         rows = [self._row(prompt, answer) for prompt, answer in parts]
         rows += [self._row(p, answer) for (_, answer), own in zip(parts, others, strict=True) for p in own]
-        found = self.log_probs(rows)
-        log_prob_N, rest = found[: len(parts)], found[len(parts) :]
+        log_probs, entropies = summed_log_probs_and_entropies(self.model, rows, self.tokenizer.pad_id).unbind(-1)
+        log_prob_N, rest = log_probs[: len(parts)], log_probs[len(parts) :]
         counts = [len(own) for own in others]
         means = [part.mean() if len(part) else part.new_zeros(()) for part in rest.split(counts)]
         other_N = torch.stack(means) if means else log_prob_N
-        return torch.stack([log_prob_N, log_prob_N - other_N if gain else torch.zeros_like(log_prob_N)], -1)
+        gain_N = log_prob_N - other_N if gain else torch.zeros_like(log_prob_N)
+        return torch.stack([log_prob_N, gain_N, entropies[: len(parts)]], -1)
 
     def _parts(self, rollouts: Rollouts, i: int) -> tuple[list[int], list[int]]:
         """Returns the token ids of the prompt and of the response."""
@@ -118,13 +122,6 @@ class ReferenceFeatures:
             )
         kept = prompt[-max(1, room) :]
         return EncodedResponse(kept + answer, len(kept))
-
-    def log_probs(self, rows: list[EncodedResponse]) -> Tensor:
-        """Returns the log-probability of each response, summed over its tokens, [N] fp32 in nats on the CPU.
-
-        All ranks call. An empty response has log-probability 0.
-        """
-        return summed_log_probs(self.model, rows, self.tokenizer.pad_id)
 
 
 class HybridReward:

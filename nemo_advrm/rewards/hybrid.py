@@ -16,7 +16,7 @@ from nemo_advrm.data.encoding import EncodedPair
 from nemo_advrm.data.messages import Message, prompt_key
 from nemo_advrm.data.preference_rows import PreferencePair
 from nemo_advrm.data.tokenizers import HFTokenizer, Tokenizer
-from nemo_advrm.detectors.base import LOG_PROBS, features_of
+from nemo_advrm.detectors.base import OF_SFT_POLICY, features_of
 from nemo_advrm.engine import manifest
 from nemo_advrm.engine.builders import build_policy
 from nemo_advrm.engine.checkpoint_meta import read_meta
@@ -145,23 +145,29 @@ def frozen_policy(cfg: Config, restore_from: str) -> str:
 
 
 def open_sft_policy(
-    cfg: Config, tokenizer: Tokenizer, policy: str, opened: Opened | None = None
+    cfg: Config,
+    tokenizer: Tokenizer,
+    policy: str,
+    opened: Opened | None = None,
+    detectors: Sequence[str] | None = None,
 ) -> ReferenceFeatures | None:
-    """Opens the SFT policy when ``adversarial.detector`` reads log-probabilities under it, else None; all ranks call.
+    """Opens the SFT policy when a detector reads something under it, else None; all ranks call.
 
     Args:
         policy: directory of the policy from which the attack starts.
         opened: policies that hybrid members have opened; the same one is not loaded again if its settings are equal.
+        detectors: names of detectors; None: ``adversarial.detector``.
 
     Raises CheckpointError when it is damaged or no language model.
     """
-    if LOG_PROBS not in features_of(cfg.adversarial.detector):
+    names = [cfg.adversarial.detector] if detectors is None else detectors
+    if not any(feature in features_of(name) for name in names for feature in OF_SFT_POLICY):
         return None
     opened = {} if opened is None else opened
     # another precision or batch shape than the attack's would be that of the KL penalty's reference policy too
     wanted = _policy_and_settings(policy, cfg)
     shared = [features for key, features in opened.items() if key[:2] == wanted]
-    return shared[0] if shared else open_policy(policy, (), tokenizer, "the SFT policy of the attack", cfg, opened)
+    return shared[0] if shared else open_policy(policy, (), tokenizer, "the SFT policy", cfg, opened)
 
 
 def with_prompts(pairs: Sequence[EncodedPair]) -> list[EncodedPair]:

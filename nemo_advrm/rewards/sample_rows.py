@@ -84,6 +84,10 @@ def _column(values_N: Tensor | None, count: int) -> list[float | None]:
     return [None] * count if values_N is None else values_N.tolist()
 
 
+def _by_prompt(values_N: Tensor | None, prompts: int) -> Tensor | None:
+    return None if values_N is None else values_N.reshape(prompts, -1)
+
+
 def score_sft_responses(
     rollouts: Rollouts, per_prompt: int, reader: FeatureReader, gold: RewardSource | None = None
 ) -> tuple[SFTScores, list[dict[str, Any]]]:
@@ -91,7 +95,7 @@ def score_sft_responses(
 
     Args:
         rollouts: ``per_prompt`` responses to every prompt, those to one prompt adjacent.
-        reader: scores them, and reads what the attack's detector reads.
+        reader: scores them, and reads what its detectors read.
 
     Returns:
         The scored responses, and the rows of ``reference.jsonl``.
@@ -108,6 +112,9 @@ def score_sft_responses(
         None if gold_N is None else gold_N.reshape(count, per_prompt),
         [rollouts.ended[i * per_prompt : (i + 1) * per_prompt] for i in range(count)],
         hidden_states=found.hidden_states,
+        log_probs_PN=_by_prompt(found.log_probs_N, count),
+        entropies_PN=_by_prompt(found.entropies_N, count),
+        lengths_PN=_by_prompt(found.lengths_N, count),
     )
     index = [i for i in range(count) for _ in range(per_prompt)]
     if len(reader.members) > 1:
@@ -129,7 +136,9 @@ def score_sft_responses(
         }
         for i in range(len(rollouts))
     ]
-    if found.log_probs_N is not None and found.lengths_N is not None:
-        for row, log_prob, length in zip(rows, found.log_probs_N.tolist(), found.lengths_N.tolist(), strict=True):
-            row |= {"log_prob": log_prob, "log_prob_tokens": length}
+    of_policy = {"log_prob": found.log_probs_N, "entropy": found.entropies_N, "log_prob_tokens": found.lengths_N}
+    for name, values_N in of_policy.items():
+        if values_N is not None:
+            for row, value in zip(rows, values_N.tolist(), strict=True):
+                row[name] = value
     return sft_responses, rows

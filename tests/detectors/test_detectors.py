@@ -10,9 +10,13 @@ from torch import Tensor
 
 from nemo_advrm.detectors.base import HIDDEN_STATES, Detector, Features, StandardisedDetector, build_detector
 from nemo_advrm.detectors.disagreement import EnsembleDisagreement
+from nemo_advrm.detectors.laplace import LaplaceDeviation
 from nemo_advrm.detectors.mahalanobis import MahalanobisDistance
+from nemo_advrm.detectors.nearest_neighbours import NearestNeighbours
+from nemo_advrm.detectors.sft_entropy import SFTEntropy
 from nemo_advrm.detectors.sft_log_prob import SFTLogProb
 from nemo_advrm.errors import ConfigError, RewardSourceError
+from nemo_advrm.objectives.detection import alarm_threshold, share_beyond
 
 # 2 prompts, 2 responses, 2 members: U is 1 -1 5 9, with one mean of all four
 SCORES = torch.tensor([[1.0, 0.0], [3.0, 4.0], [10.0, 5.0], [16.0, 7.0]])
@@ -176,6 +180,62 @@ def test_the_log_prob_of_a_response_counts_per_token_by_hand() -> None:
         torch.zeros(3, 2), 0, log_probs_N=torch.tensor([-6.0, -6.0, 0.0]), lengths_N=torch.tensor([2, 3, 0])
     )
     assert SFTLogProb().score(features).tolist() == [3, 2, 0]
+
+
+def test_the_entropy_along_a_response_counts_per_token_by_hand() -> None:
+    features = Features(
+        torch.zeros(3, 2), 0, entropies_N=torch.tensor([3.0, 6.0, 0.0]), lengths_N=torch.tensor([2, 3, 0])
+    )
+    assert SFTEntropy().score(features).tolist() == [1.5, 2, 0]
+
+
+def judged(count: int, width: int, seed: int) -> Features:
+    """States whose last direction is narrow, with the scores of a head of ones; six responses to each prompt."""
+    draw = torch.Generator().manual_seed(seed)
+    states_ND = torch.randn(count, width, generator=draw)
+    states_ND[:, -1] *= 0.05
+    return Features(states_ND.sum(-1, keepdim=True).repeat(1, 2), 0, states_ND)
+
+
+@pytest.mark.parametrize("kind", [LaplaceDeviation, NearestNeighbours])
+def test_a_state_that_moves_where_no_sft_response_differs_is_an_outlier(kind: type[Detector]) -> None:
+    detector = StandardisedDetector(kind(), judged(600, 8, 0), per_prompt=6)
+    fresh = judged(400, 8, 1)
+    assert detector.score(fresh).mean().item() == pytest.approx(0, abs=0.3)
+    assert detector.score(fresh).std().item() == pytest.approx(1, abs=0.15)
+    assert fresh.hidden_states_ND is not None
+    moved_ND = fresh.hidden_states_ND.clone()
+    moved_ND[:, -1] += 6  # 120 deviations of that direction, and no more than a length of two usual states
+    moved = detector.score(Features(fresh.scores_NK, 0, moved_ND))
+    assert moved.min() > 1.96
+
+
+def test_the_curvature_of_a_head_needs_two_responses_to_a_prompt_in_each_copy() -> None:
+    StandardisedDetector(LaplaceDeviation(), judged(12, 2, 0), per_prompt=3)
+    with pytest.raises(RewardSourceError, match="needs at least 3 to each"):
+        StandardisedDetector(LaplaceDeviation(), judged(12, 2, 0), per_prompt=2)
+
+
+def test_the_rate_of_false_alarms_holds_for_new_prompts_if_whole_prompts_are_left_out() -> None:
+    draw = torch.Generator().manual_seed(0)
+
+    def responses(prompts: int, per_prompt: int) -> Features:
+        means_PD = 3 * torch.randn(prompts, 48, generator=draw)
+        states_ND = means_PD.repeat_interleave(per_prompt, 0) + torch.randn(prompts * per_prompt, 48, generator=draw)
+        return Features(torch.zeros(len(states_ND), 2), 0, states_ND)
+
+    sft, fresh = responses(120, 6), responses(2000, 1)
+    beyond = {}
+    for new_prompts in (False, True):
+        detector = StandardisedDetector(MahalanobisDistance(), sft, 6, new_prompts)
+        beyond[new_prompts] = share_beyond(detector.score(fresh), alarm_threshold(detector.own_S, 0.05).value)
+    assert beyond[True] == pytest.approx(0.05, abs=0.03)
+    assert beyond[False] > 2 * beyond[True]
+
+
+def test_new_prompts_need_two_prompts() -> None:
+    with pytest.raises(RewardSourceError, match="responses to at least 2 prompts, not 1"):
+        StandardisedDetector(Learning(), states(6, 4, 0), per_prompt=6, new_prompts=True)
 
 
 def test_rounding_changes_no_lengths() -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import detector_jobs
 import pytest
@@ -28,7 +29,7 @@ from nemo_advrm.models import policy as policy_module
 from nemo_advrm.models.rollout_batch import RolloutBatch, response_log_probs
 from nemo_advrm.rewards import hybrid, sft_responses
 from nemo_advrm.rewards.base import checked_scores_with_hidden_states
-from nemo_advrm.rewards.detector_features import FeatureReader
+from nemo_advrm.rewards.detector_features import FeatureReader, FoundFeatures
 from nemo_advrm.rewards.ensemble import AdversarialReward
 from nemo_advrm.rewards.features import HybridReward
 from nemo_advrm.rewards.hf import HFReward, _inputs_of, _output_layer
@@ -68,7 +69,7 @@ def test_every_layout_reads_the_features_of_one_process(
     }
     here = detector_jobs.read(model={}, **kwargs)
     assert here[0].shape == (4, 2) and here[1][0].shape == (4, 32) and here[1][1].shape == (4, 48)
-    assert here[2].max() < -1
+    assert here[2].max() < -1 and here[3].min() > 1
     for there in worlds.run(layout, "detector_jobs", "read", processes, model=model, **kwargs):
         torch.testing.assert_close(there, here, rtol=1e-4, atol=1e-4)
 
@@ -127,16 +128,40 @@ def test_a_length_counts_the_tokens_that_the_log_prob_sums_over(home: Path, tmp_
     cfg.adversarial.detector = "sft_log_prob"
     (member,) = load_members(cfg, [str(home / "megatron")], TOKENIZER)
     policy = hybrid.open_sft_policy(cfg, TOKENIZER, str(home / "policy"))
-    reader, made, split = FeatureReader([member], "sft_log_prob", [0], policy), rollouts(), rollouts()
+    reader, made, split = FeatureReader([member], ["sft_log_prob"], [0], policy), rollouts(), rollouts()
     lengths = [len(tokens) for tokens in made.response_tokens]
     split.response_tokens[0] = [token for token in made.response_tokens[0] for _ in range(3)]
     for each in (made, split):
         found = reader.read(each)
         assert found.lengths_N is not None and found.lengths_N.tolist() == lengths
+    both = FeatureReader([member], ["sft_log_prob", "sft_entropy"], [0], policy).read(made)
+    assert both.log_probs_N is not None and both.entropies_N is not None
+    for i, (prompt, answer) in enumerate(zip(made.prompt_tokens, made.response_tokens, strict=True)):
+        log_prob, entropy = under(home / "policy", prompt, answer)
+        assert both.log_probs_N[i].item() == pytest.approx(log_prob, rel=1e-4)
+        assert both.entropies_N[i].item() == pytest.approx(entropy, rel=1e-4)
     order = [0, 2, 1, 3]  # those to one prompt are adjacent
     write_sft_scores(tmp_path / "reference.jsonl", split.select(order), 2, reader, None)
     stored_N = SFTScores.read(tmp_path / "reference.jsonl", features_of("sft_log_prob")).features(0).lengths_N
     assert stored_N is not None and stored_N.tolist() == [lengths[i] for i in order]
+
+
+def test_stored_entropies_are_read_where_a_detector_asks_for_them(single: Runtime, tmp_path: Path) -> None:
+    made, path = rollouts().select([0, 2, 1, 3]), tmp_path / "reference.jsonl"
+    entropies_N, lengths_N = torch.tensor([1.0, 2, 3, 4]), torch.ones(4, dtype=torch.int64)
+    found = FoundFeatures(torch.arange(8.0).reshape(4, 2), {}, None, entropies_N, lengths_N)
+    reader = SimpleNamespace(read=lambda _: found, members=[None, None])
+    in_memory = write_sft_scores(path, made, 2, cast(FeatureReader, reader), None)
+    assert SFTScores.read(path).entropies_PN is None
+    stored = SFTScores.read(path, features_of("sft_entropy"))
+    for one in (in_memory, stored):
+        assert one.log_probs_PN is None and one.entropies_PN is not None
+        assert one.entropies_PN.tolist() == [[1, 2], [3, 4]]
+    with pytest.raises(ConfigError, match=r"sft_log_prob reads log_probs of member 1, which reference\.jsonl"):
+        stored.detector("sft_log_prob", 0)
+    fitted = stored.detector("sft_entropy", 0)
+    assert fitted.mean == 2.5 and stored.detector("sft_entropy", 0) is fitted
+    assert stored.detector("sft_entropy", 0, new_prompts=True) is not fitted
 
 
 def scored_by(name: str) -> FunctionReward:
@@ -146,11 +171,11 @@ def scored_by(name: str) -> FunctionReward:
 def test_a_member_without_hidden_states_is_refused_by_name_with_the_detector(home: Path) -> None:
     (megatron,) = load_members(tiny_config(), [str(home / "megatron")], TOKENIZER)
     members = [megatron, scored_by("R_2 (python:a:b)")]
-    FeatureReader(members, "mahalanobis", [0])  # what is not attacked needs none
+    FeatureReader(members, ["mahalanobis"], [0])  # what is not attacked needs none
     with pytest.raises(ConfigError, match=r"detector=mahalanobis reads hidden_states .* R_2 \(python:a:b\) gives"):
-        FeatureReader(members, "mahalanobis", [0, 1])
-    with pytest.raises(ConfigError, match=r"detector=sft_log_prob reads log_probs, and this attack has no SFT policy"):
-        FeatureReader(members, "sft_log_prob", [0])
+        FeatureReader(members, ["mahalanobis"], [0, 1])
+    with pytest.raises(ConfigError, match=r"detector=sft_log_prob reads log_probs, and there is no SFT policy"):
+        FeatureReader(members, ["sft_log_prob"], [0])
     plain = SFTScores([(), ()], [["a", "b"]] * 2, torch.randn(2, 2, 2), None)
     options = AdversarialConfig(detector="mahalanobis")
     with pytest.raises(ConfigError, match=r"mahalanobis reads hidden_states of member 1, which ref.* not have"):
@@ -221,7 +246,7 @@ def test_an_attack_by_rl_is_recorded_measured_and_selected_by_a_detector(
     fitted_to: list[int] = []
     standardised = sft_scores.StandardisedDetector
     monkeypatch.setattr(
-        sft_scores, "StandardisedDetector", lambda d, sft, n: fitted_to.append(len(sft)) or standardised(d, sft, n)
+        sft_scores, "StandardisedDetector", lambda d, sft, *a: fitted_to.append(len(sft)) or standardised(d, sft, *a)
     )
     built: list[bool] = []
     build = policy_module.build_policy
@@ -247,7 +272,7 @@ def test_an_attack_by_rl_is_recorded_measured_and_selected_by_a_detector(
             prompt = TOKENIZER.encode_prompt(sft.prompts_P[p])
             for i, text in enumerate(texts):
                 answer = TOKENIZER.encode_response(text) if i in sft.finished(p) else TOKENIZER.encode(text)
-                expected = log_prob(tmp_path / "policy", prompt, answer)
+                expected, _ = under(tmp_path / "policy", prompt, answer)
                 assert sft.log_probs_PN[p, i].item() == pytest.approx(expected, rel=1e-4)
     assert cli.main(["select", *arguments, "selection.threshold_z=-100", "selection.null_ratio=0"]) == 0
     # who asks for no detector reads none of its features, so a damaged file of them is no fault either
@@ -257,10 +282,11 @@ def test_an_attack_by_rl_is_recorded_measured_and_selected_by_a_detector(
     assert torch.equal(plain.scores_PNK, sft.scores_PNK)
 
 
-def log_prob(policy: Path, prompt: list[int], answer: list[int]) -> float:
-    """What RL computes."""
+def under(policy: Path, prompt: list[int], answer: list[int]) -> tuple[float, float]:
+    """Log-probability and entropy of a response, as RL computes them."""
     model = policy_module.build_policy(tiny_config(), TOKENIZER, str(policy), 0, trainable=False)
     made = Rollouts([()], [""], [True], [prompt], [answer], [0], "")
     data = RolloutBatch.of(made)
     assert data.rows == [EncodedResponse(prompt + answer, len(prompt))]
-    return response_log_probs(model, data, TOKENIZER.pad_id)[0].sum().item()
+    log_probs_BT, entropies_BT = response_log_probs(model, data, TOKENIZER.pad_id)
+    return log_probs_BT.sum().item(), entropies_BT.sum().item()
