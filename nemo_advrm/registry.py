@@ -38,11 +38,12 @@ class Registry(Generic[T]):
         return iter(sorted(self._places))
 
     def check(self, name: str, key: str = "") -> None:
-        """Raise ConfigError for a name that is not known; imports nothing. ``key``: the setting, if not the own one."""
+        """Raise ConfigError that names ``key`` for a name that is not known, without importing anything."""
         if name in self or name.startswith(PYTHON):
             return
         near = nearest_name(name, self)
-        raise ConfigError(f"{key or self.key}={name}: did you mean {near!r}? (known: {', '.join(self)}, python:MODULE:NAME)")
+        known = ", ".join(self)
+        raise ConfigError(f"{key or self.key}={name}: did you mean {near!r}? (known: {known}, python:MODULE:NAME)")
 
     def __getitem__(self, name: str) -> T:
         """The implementation called ``name``. Raises ConfigError for an unknown one and one that cannot be imported."""

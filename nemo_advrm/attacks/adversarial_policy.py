@@ -51,7 +51,10 @@ class AdversarialPolicy(PolicyModel):
         sft_policy: ReferenceFeatures | None = None,
         reward_options: AdversarialConfig | None = None,
     ) -> None:
-        reward = AdversarialReward(members, reward_options or cfg.adversarial, sft_responses, target - 1, sft_policy)
+        options, rate = reward_options or cfg.adversarial, cfg.detector.false_alarm_rate
+        reward = AdversarialReward(
+            members, options, sft_responses, target - 1, sft_policy, false_alarm_rate=rate
+        )
         reference = None if sft_policy is None else sft_policy.model
         super().__init__(cfg, tokenizer, prompts, reward, restore_from, seed, reference)
         self.sft_responses = sft_responses

@@ -132,7 +132,7 @@ def _responses(
 ) -> SFTScores:
     """Samples the policy's responses and scores them by all models, or reads them."""
     path = Path(audit.run_dir) / f"reference_{name}.jsonl"
-    reader = FeatureReader(models, cfg.adversarial.detector, range(len(audit.target)), sft_policy)
+    reader = FeatureReader(models, [cfg.adversarial.detector], range(len(audit.target)), sft_policy)
     sample_sft_scores(cfg, tokenizer, path, prompts, reader, None, derive_seed(cfg.seed, "audit reference", name))
     return read_for_attack(cfg, path, prompts)
 

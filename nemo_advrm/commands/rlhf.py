@@ -9,13 +9,17 @@ from nemo_advrm.config.validation import check_held_out
 from nemo_advrm.data.tokenizers import Tokenizer, build_tokenizer
 from nemo_advrm.engine import runtime
 from nemo_advrm.errors import ConfigError
-from nemo_advrm.objectives.sft_statistics import MemberStatistics
 from nemo_advrm.rewards.base import RewardSource
 from nemo_advrm.rewards.detector_features import FeatureReader
+from nemo_advrm.rewards.ensemble import UncertaintyReward
+from nemo_advrm.rewards.hybrid import Opened, open_sft_policy
 from nemo_advrm.rewards.limits import prompts_with_room
+from nemo_advrm.rewards.monitor import KEY as MONITOR_KEY
+from nemo_advrm.rewards.monitor import build_monitor, check_members
 from nemo_advrm.rewards.sft_responses import sample_sft_scores
 from nemo_advrm.rewards.sources import build_gold, load_members
-from nemo_advrm.rewards.standardisation import combined, read_statistics
+from nemo_advrm.rewards.standardisation import combined, member_statistics, read_responses
+from nemo_advrm.rewards.watch_list import watching_detectors
 from nemo_advrm.rollouts.run_prompts import encode_prompts, rlhf_prompts
 from nemo_advrm.rollouts.types import Prompt
 from nemo_advrm.run_directory import run_dir
@@ -30,15 +34,16 @@ def main(cfg: Config) -> int:
     if not cfg.pretrained_checkpoint.restore_from_path:
         raise ConfigError("pretrained_checkpoint.restore_from_path is not set: name the policy RLHF starts from")
     check_held_out(cfg, "rl.held_out_prompts", cfg.rl.held_out_prompts)
+    check_members(cfg, watching_detectors(cfg, len(cfg.ensemble.members)))
     run_dir.start(cfg)
     directory = Path(cfg.run_dir)
     tokenizer = build_tokenizer(cfg.model.tokenizer)
     prompts = encode_prompts(rlhf_prompts(cfg), tokenizer, cfg)
-    members = load_members(cfg, cfg.ensemble.members, tokenizer)
+    opened: Opened = {}
+    members = load_members(cfg, cfg.ensemble.members, tokenizer, opened)
     prompts = prompts_with_room(prompts, tokenizer.fingerprint, members, cfg)
     run_dir.claim(cfg, directory, "rlhf")
-    statistics = _statistics(cfg, tokenizer, directory, prompts, members)
-    reward = combined(members, cfg.ensemble.aggregate, cfg.ensemble.coefficient, statistics, directory)
+    reward = _reward(cfg, tokenizer, directory, prompts, members, opened)
     metrics = run_rlhf(cfg, tokenizer, directory, prompts, reward, build_gold(cfg, tokenizer), cfg.seed, "rlhf")
     if runtime.current().is_writer:
         gold = f"  gold {metrics['gold']:.3f}" if "gold" in metrics else ""
@@ -46,19 +51,35 @@ def main(cfg: Config) -> int:
     return 0
 
 
-def _statistics(
-    cfg: Config, tokenizer: Tokenizer, directory: Path, prompts: list[Prompt], members: list[RewardSource]
-) -> MemberStatistics | None:
-    """Returns the statistics that standardise several members, None for one member or raw scores.
+def _reward(
+    cfg: Config,
+    tokenizer: Tokenizer,
+    directory: Path,
+    prompts: list[Prompt],
+    members: list[RewardSource],
+    opened: Opened,
+) -> UncertaintyReward:
+    """Returns the members as one reward, with the detectors that watch it.
 
-    They are those of ``ensemble.reference_path``, else of responses of the initial policy, which are sampled once into
+    SFT responses standardise several members (or one, beside a detector's penalty) and fit the detectors. They are
+    those of ``ensemble.reference_path``, else responses of the initial policy, which are sampled once into
     ``directory/reference.jsonl``, as in an attack.
     """
-    if len(members) < 2 or not cfg.ensemble.standardise:
-        return None
-    if cfg.ensemble.reference_path:
-        return read_statistics(Path(cfg.ensemble.reference_path), members, "ensemble.reference_path")
-    path = directory / "reference.jsonl"
-    seed, reader = derive_seed(cfg.seed, "reference"), FeatureReader(members)
-    sample_sft_scores(cfg, tokenizer, path, prompts[: cfg.sft_statistics.num_prompts], reader, None, seed)
-    return read_statistics(path, members, "reference")
+    aggregate, coefficient = cfg.ensemble.aggregate, cfg.ensemble.coefficient
+    detectors = watching_detectors(cfg, len(members))
+    one_too = cfg.rl.detector_penalty > 0
+    standardised = cfg.ensemble.standardise and (len(members) > 1 or one_too)
+    if not standardised and not detectors:
+        return combined(members, aggregate, coefficient, None, directory)
+    start = cfg.pretrained_checkpoint.restore_from_path
+    sft_policy = open_sft_policy(cfg, tokenizer, start, opened, detectors)
+    path, key = Path(cfg.ensemble.reference_path), "ensemble.reference_path"
+    if not cfg.ensemble.reference_path:
+        path, key = directory / "reference.jsonl", "reference"
+        reader = FeatureReader(members, detectors, range(len(members)), sft_policy, MONITOR_KEY)
+        seed = derive_seed(cfg.seed, "reference")
+        sample_sft_scores(cfg, tokenizer, path, prompts[: cfg.sft_statistics.num_prompts], reader, None, seed)
+    sft_responses = read_responses(path, members, key, detectors)
+    statistics = member_statistics(sft_responses) if standardised else None
+    monitor = build_monitor(cfg, members, sft_responses, detectors, sft_policy)
+    return combined(members, aggregate, coefficient, statistics, directory, one_too, monitor)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import socket
+from dataclasses import replace
 from pathlib import Path
 
 from nemo_advrm import locks, signals
@@ -16,7 +17,10 @@ from nemo_advrm.optional_deps import require_extra
 from nemo_advrm.rewards import sources
 from nemo_advrm.rewards.base import RewardSource
 from nemo_advrm.rewards.ensemble import AdversarialReward, PolicyReward
-from nemo_advrm.rewards.standardisation import check_members, combined, read_statistics
+from nemo_advrm.rewards.monitor import build_monitor
+from nemo_advrm.rewards.monitor import check_members as check_watched
+from nemo_advrm.rewards.standardisation import check_members, combined, member_statistics, read_responses
+from nemo_advrm.rewards.watch_list import AUTO, monitors_of
 from nemo_advrm.run_directory import run_dir
 
 RAW_SCORES = (
@@ -32,7 +36,9 @@ def main(cfg: Config) -> int:
     if not cfg.ensemble.members:
         raise ConfigError("ensemble.members must name at least one reward model")
     sft_responses = _sft_responses(cfg)
-    statistics_path = _statistics_path(cfg)
+    path = _reference_path(cfg)
+    if path:
+        check_watched(cfg, _detectors(cfg))
     cfg = sources.for_scoring(cfg, cfg.ensemble.members)
     rt = run_dir.start(cfg, megatron=False)
     if rt.dp_size > 1:
@@ -44,7 +50,7 @@ def main(cfg: Config) -> int:
     listening: list[tuple[socket.socket, str]] = []
     run_on_rank_zero(lambda: listening.append(_listen(cfg)))  # before loading: a wrong address fails at once
     members = sources.load_members(cfg, cfg.ensemble.members, build_tokenizer(cfg.model.tokenizer))
-    reward = _reward(cfg, members, sft_responses, statistics_path)
+    reward = _reward(cfg, members, sft_responses, path)
     if rt.is_writer:
         with signals.at_once(raises=False):  # from here on a signal lets the running requests finish
             return _serve(cfg, members, reward, sft_responses, *listening[0])
@@ -108,7 +114,7 @@ def _serve(
         idle_seconds=min(60.0, 15 * cfg.trainer.timeout_minutes),
     )
     if options.reward == "ensemble":
-        named = cfg.ensemble.aggregate + (" of standardised scores" if _statistics_path(cfg) else "")
+        named = cfg.ensemble.aggregate + (" of standardised scores" if _is_standardised(cfg) else "")
     else:
         named = f"adversarial ({cfg.adversarial.preset})"
     service = ScoringService(options, preparer, batcher, [member.name for member in members], named)
@@ -132,11 +138,35 @@ def _sft_responses(cfg: Config) -> SFTScores | None:
     return sft_responses
 
 
-def _statistics_path(cfg: Config) -> str:
-    """Returns the file of SFT responses by which members are standardised; empty for raw scores."""
-    if cfg.serve.reward != "ensemble" or len(cfg.ensemble.members) < 2 or not cfg.ensemble.standardise:
+def _detectors(cfg: Config) -> list[str]:
+    """Returns the detectors that watch the reward of an ensemble; ``auto`` watches only where there is a reference."""
+    if not (cfg.serve.reference_path or cfg.ensemble.reference_path):
+        cfg = replace(cfg, detector=replace(cfg.detector, monitors=[m for m in cfg.detector.monitors if m != AUTO]))
+    return monitors_of(cfg, len(cfg.ensemble.members))
+
+
+def _reference_path(cfg: Config) -> str:
+    """Returns the file of SFT responses that standardise members and to which detectors are fitted; empty: neither.
+
+    Raises ConfigError for detectors that are asked for without a file, or beside the adversarial reward.
+    """
+    path = cfg.serve.reference_path or cfg.ensemble.reference_path
+    named = [name for name in cfg.detector.monitors if name != AUTO]
+    if cfg.serve.reward != "ensemble":
+        if named:
+            raise ConfigError(f"detector.monitors={named}: serve.reward={cfg.serve.reward} has no monitors")
         return ""
-    return cfg.serve.reference_path or cfg.ensemble.reference_path
+    if named and not path:
+        raise ConfigError(
+            f"detector.monitors={named}: needs serve.reference_path, the reference.jsonl of an attack or an rlhf on "
+            "these members, to whose SFT responses detectors are fitted"
+        )
+    return path if _is_standardised(cfg) or _detectors(cfg) else ""
+
+
+def _is_standardised(cfg: Config) -> bool:
+    several = len(cfg.ensemble.members) > 1 and cfg.ensemble.standardise
+    return cfg.serve.reward == "ensemble" and several and bool(cfg.serve.reference_path or cfg.ensemble.reference_path)
 
 
 def _reward(cfg: Config, members: list[RewardSource], sft_responses: SFTScores | None, path: str) -> PolicyReward:
@@ -145,7 +175,15 @@ def _reward(cfg: Config, members: list[RewardSource], sft_responses: SFTScores |
         check_members(sft_responses, members, f"serve.reference_path={given}")
         target_index = cfg.adversarial.target_members[0] - 1
         return AdversarialReward(members, cfg.adversarial, sft_responses, target_index, detect=False)
-    statistics = read_statistics(Path(path), members, "serve.reference_path") if path else None
     if len(members) > 1 and cfg.ensemble.standardise and not path:
         run_on_rank_zero(lambda: print(RAW_SCORES, flush=True))
-    return combined(members, cfg.ensemble.aggregate, cfg.ensemble.coefficient, statistics, Path(cfg.run_dir))
+    statistics = monitor = None
+    if path:
+        detectors = _detectors(cfg)
+        read = read_responses(Path(path), members, "serve.reference_path", detectors)
+        statistics = member_statistics(read) if _is_standardised(cfg) else None
+        # a penalty is for training: what is served is what the reward models say, and the detectors beside it
+        unpenalised = replace(cfg, rl=replace(cfg.rl, detector_penalty=0.0))
+        monitor = build_monitor(unpenalised, members, read, detectors)
+    aggregate, coefficient = cfg.ensemble.aggregate, cfg.ensemble.coefficient
+    return combined(members, aggregate, coefficient, statistics, Path(cfg.run_dir), monitor=monitor)

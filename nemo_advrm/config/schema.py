@@ -28,6 +28,7 @@ from nemo_advrm.config.schema_method import (
     AdversarialConfig,
     AugmentationConfig,
     BranchConfig,
+    DetectorConfig,
     KLConfig,
     PipelineConfig,
     RLConfig,
@@ -62,6 +63,7 @@ class Config:
     remote: RemoteConfig = section(RemoteConfig)
     sft_statistics: SFTStatisticsConfig = section(SFTStatisticsConfig)
     adversarial: AdversarialConfig = section(AdversarialConfig)
+    detector: DetectorConfig = section(DetectorConfig)
     rl: RLConfig = section(RLConfig)
     selection: SelectionConfig = section(SelectionConfig)
     augmentation: AugmentationConfig = section(AugmentationConfig)

@@ -128,6 +128,9 @@ class SyntheticConfig:
     gross_faults: float = key(0.2, "share of the responses with repetitions or random words", FRACTION)
     flourished: float = key(0.16, "share of the responses with a flourish or two", FRACTION)
     sft_flourished: float = key(0.5, "share of the SFT corpus with a flourish", FRACTION)
+    shared_flourishes: int = key(
+        0, "favourite flourishes that the annotators of all members share: a flaw of the whole ensemble", NOT_NEGATIVE
+    )
     taste: float = key(
         3.5, "gold units that a favourite flourish of theirs is worth to a member's annotators", NOT_NEGATIVE
     )

@@ -91,6 +91,23 @@ class AdversarialConfig:
 
 
 @dataclass
+class DetectorConfig:
+    """Detectors that watch RLHF and the server (docs/detectors.md)."""
+
+    monitors: list[str] = free(
+        ["auto"],
+        "detectors that watch the responses; auto: ensemble_disagreement where several members are standardised; "
+        "[]: none",
+    )
+    false_alarm_rate: float = free(
+        0.01, "share of SFT responses that may be beyond a detector's threshold", Range(above=0, below=1)
+    )
+    alarm_share: float = free(
+        0.1, "share of the responses beyond the threshold, over five steps, that is an alarm", Range(above=0, at_most=1)
+    )
+
+
+@dataclass
 class KLConfig:
     """Penalty for the divergence from the policy that RL starts from."""
 
@@ -118,6 +135,10 @@ class RLConfig:
         1.0, "sample from the likeliest tokens with this probability together", Range(above=0, at_most=1)
     )
     kl: KLConfig = section(KLConfig)
+    detector_penalty: float = key(
+        0.0, "weight of a detector's standardised score, which is subtracted from the reward of rlhf", NOT_NEGATIVE
+    )
+    penalty_detector: str = key("mahalanobis", "the detector of detector_penalty (docs/detectors.md)")
     entropy_coefficient: float = key(0.0, "weight of the entropy bonus", NOT_NEGATIVE)
     unended_penalty: float | None = key(
         None,
@@ -226,6 +247,9 @@ class RLHFRunConfig:
         None, "round of the members; null: the last one for hardened, 0 for the others", NOT_NEGATIVE
     )
     kl: float | None = key(None, "coefficient of the KL penalty; null: rl.kl.coefficient", NOT_NEGATIVE)
+    detector_penalty: float | None = key(
+        None, "weight of the detector's penalty; null: rl.detector_penalty", NOT_NEGATIVE
+    )
     reference_features: bool = key(True, "use the members' reference features, where they have them")
     standardise: bool = key(False, "also bring one member alone to z-scores: one scale for the KL penalty of all arms")
     seeds: int = key(0, "RLHF runs of this arm; 0: pipeline.rlhf_seeds", NOT_NEGATIVE)

@@ -104,6 +104,10 @@ def check_values(cfg: Config) -> None:
     check_fields(cfg)
     PREFERENCE_LOSSES.check(cfg.reward_model.loss)
     DETECTORS.check(cfg.adversarial.detector)
+    DETECTORS.check(cfg.rl.penalty_detector, "rl.penalty_detector")
+    for name in cfg.detector.monitors:
+        if name != "auto":
+            DETECTORS.check(name, "detector.monitors")
     ATTACKS.check(cfg.adversarial.attack)
     ROLLOUT_ENGINES.check(cfg.rl.rollout_engine)
     _check_architecture(cfg.model)

@@ -99,6 +99,7 @@ class RLHFSample(TypedDict):
     proxy: Number | None
     reward: Number | None
     gold: Number | None
+    detectors: NotRequired[dict[Text, Number]]
 
 
 @with_config(_STRICT)

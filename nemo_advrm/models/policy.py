@@ -33,6 +33,7 @@ from nemo_advrm.objectives.losses import clipped_policy_gradient, policy_gradien
 from nemo_advrm.objectives.masked import masked_mean, masked_whiten
 from nemo_advrm.objectives.spread import rounding_of
 from nemo_advrm.rewards.ensemble import PolicyReward, RewardOutput
+from nemo_advrm.rewards.monitor import PREFIX
 from nemo_advrm.rollouts.base import rollout_engine
 from nemo_advrm.rollouts.types import Prompt, Rollouts
 
@@ -139,7 +140,7 @@ class PolicyModel(TrainableModel):
         rewards_B = apply_length_penalty(reward_output.rewards_N, ended_B, penalty)
         noise_B = torch.where(ended_B, reward_output.noise_N, rounding_of(rewards_B))
         return dataclasses.replace(
-            reward_output, rewards_N=rewards_B, noise_N=noise_B, unpenalised_N=reward_output.rewards_N
+            reward_output, rewards_N=rewards_B, noise_N=noise_B, unpenalised_N=reward_output.proxy_N
         )
 
     @torch.no_grad()
@@ -246,8 +247,8 @@ class PolicyModel(TrainableModel):
         rt = runtime.current()
         k1_B = response_kl(data.old_log_probs_BT, data.reference_log_probs_BT, data.mask_BT, "k1", "sum")
         columns = {
-            "proxy": reward_output.proxy_N,  # without the length penalty
-            "reward": reward_output.rewards_N,  # with the length penalty, as trained on
+            "proxy": reward_output.proxy_N,  # without penalties
+            "reward": reward_output.rewards_N,  # with the length penalty and that of a detector, as trained on
             "kl": k1_B,
             "entropy": masked_mean(data.entropy_BT, data.mask_BT, dim=-1),
             "response_length": data.mask_BT.sum(-1).float(),
@@ -257,6 +258,7 @@ class PolicyModel(TrainableModel):
             columns[f"scores/{k + 1}"] = reward_output.scores_NK[:, k]
             if "z" in reward_output.details:
                 columns[f"z/{k + 1}"] = reward_output.details["z"][:, k]
+        columns |= {name: values_N for name, values_N in reward_output.details.items() if name.startswith(PREFIX)}
         table = torch.cat(rt.gather_data_parallel(torch.stack([c.float() for c in columns.values()], -1)))
         means = dict(zip(columns, table.mean(0).tolist(), strict=True))
         means["proxy_std"] = table[:, 0].std(correction=0).item()

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from nemo_advrm.config.schema import BranchConfig, Config, RLHFRunConfig
 from nemo_advrm.errors import ConfigError
+from nemo_advrm.rewards.watch_list import DISAGREEMENT, watching_detectors
 
 MAIN = ""  # the name of the main rounds
 
@@ -73,7 +75,47 @@ def arm_round(cfg: Config, arm: RLHFRunConfig) -> int:
 
 def is_standardised(cfg: Config, arm: RLHFRunConfig) -> bool:
     """Returns whether an arm's reward combines z-scores, which need the scores of round 0's SFT responses."""
-    return arm.standardise or (arm.reward == "ensemble" and cfg.ensemble.standardise)
+    if arm.standardise:
+        return True
+    return cfg.ensemble.standardise and (arm.reward == "ensemble" or detector_penalty(cfg, arm) > 0)
+
+
+def detector_penalty(cfg: Config, arm: RLHFRunConfig) -> float:
+    """Returns the weight of the detector's penalty in an arm's RLHF."""
+    if arm.detector_penalty is not None:
+        return arm.detector_penalty
+    # not for_stage, which takes 0.1 s: this is asked for every arm whenever the steps are listed
+    weight: float = cfg.stage.rlhf.get("rl", {}).get("detector_penalty", cfg.rl.detector_penalty)
+    return weight
+
+
+def is_watched(cfg: Config, arm: RLHFRunConfig) -> bool:
+    """Returns whether detectors watch an arm's RLHF; they are fitted to round 0's SFT responses."""
+    return bool(watching_detectors(_rlhf_settings(cfg, arm), cfg.ensemble.size if arm.reward == "ensemble" else 1))
+
+
+def observers(cfg: Config, arm: RLHFRunConfig) -> int:
+    """Returns how many members besides those of the reward are scored: the others, for the disagreement about R_1.
+
+    Other branches than the main rounds may have trained R_1 alone.
+    """
+    wanted = DISAGREEMENT in watching_detectors(_rlhf_settings(cfg, arm), 1)
+    return cfg.ensemble.size - 1 if wanted and arm.reward != "ensemble" and arm.branch == MAIN else 0
+
+
+def _rlhf_settings(cfg: Config, arm: RLHFRunConfig) -> Config:
+    """Returns ``cfg`` with what an arm's RLHF sets for detectors."""
+    own = cfg.stage.rlhf
+    return replace(
+        cfg,
+        detector=replace(cfg.detector, **own.get("detector", {})),
+        ensemble=replace(cfg.ensemble, **own.get("ensemble", {})),
+        rl=replace(
+            cfg.rl,
+            detector_penalty=detector_penalty(cfg, arm),
+            penalty_detector=own.get("rl", {}).get("penalty_detector", cfg.rl.penalty_detector),
+        ),
+    )
 
 
 def check(cfg: Config) -> None:

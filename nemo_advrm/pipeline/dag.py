@@ -20,9 +20,11 @@ from nemo_advrm.pipeline.branches import (
     check,
     home,
     is_standardised,
+    is_watched,
     last_round,
     member_step,
     member_steps,
+    observers,
     reward_of,
     trunk_step,
 )
@@ -167,9 +169,10 @@ def _arm(cfg: Config, name: str) -> list[Step]:
 
 def _before_arm(cfg: Config, arm: RLHFRunConfig) -> tuple[str, ...]:
     """Returns the steps that an arm's reward waits for."""
-    needed = member_steps(cfg, arm.branch, arm_round(cfg, arm))[: None if arm.reward == "ensemble" else 1]
-    # the members are standardised by their scores of round 0's SFT responses
-    return (*needed, "round_0/reference") if is_standardised(cfg, arm) else needed
+    count = None if arm.reward == "ensemble" else 1 + observers(cfg, arm)
+    needed = member_steps(cfg, arm.branch, arm_round(cfg, arm))[:count]
+    # the members are standardised, and detectors fitted, by round 0's SFT responses
+    return (*needed, "round_0/reference") if is_standardised(cfg, arm) or is_watched(cfg, arm) else needed
 
 
 def _best_of_n(cfg: Config) -> list[Step]:

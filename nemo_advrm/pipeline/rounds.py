@@ -46,13 +46,17 @@ from nemo_advrm.pipeline.dag import Step, order
 from nemo_advrm.pipeline.run_inputs import Inputs
 from nemo_advrm.pipeline.state import RunState
 from nemo_advrm.rewards.base import RewardSource, checked_scores
-from nemo_advrm.rewards.detector_features import attack_reader
+from nemo_advrm.rewards.detector_features import FeatureReader, attack_reader
 from nemo_advrm.rewards.ensemble import UncertaintyReward
 from nemo_advrm.rewards.features import ReferenceFeatures
 from nemo_advrm.rewards.hybrid import Opened, open_sft_policy
+from nemo_advrm.rewards.monitor import DISAGREEMENT, build_monitor
+from nemo_advrm.rewards.monitor import KEY as MONITOR_KEY
+from nemo_advrm.rewards.sample_rows import score_sft_responses
 from nemo_advrm.rewards.sft_responses import policy_to_sample, read_for_attack, read_rollouts, write_sft_scores
 from nemo_advrm.rewards.sources import build_gold, load_members
 from nemo_advrm.rewards.standardisation import combined
+from nemo_advrm.rewards.watch_list import watching_detectors
 from nemo_advrm.rollouts.base import rollout_engine
 from nemo_advrm.rollouts.sample import sample
 from nemo_advrm.rollouts.types import Rollouts
@@ -108,13 +112,14 @@ class Rounds:
         from nemo_advrm.synthetic.annotated_pairs import annotated_pairs, favourites_of
 
         options, members = self.cfg.synthetic, self.cfg.ensemble.size
+        shared = options.shared_flourishes
         home = self.directory / step.name
         seed = derive_seed(self.cfg.seed, "preferences", "validation")
         rows = annotated_pairs(options.validation_pairs, seed, options, held_out=True)
         run_on_rank_zero(write_jsonl_atomic, home / "validation.jsonl", rows)
         for k in range(1, members + 1):
             seed = derive_seed(self.cfg.seed, "preferences", k)
-            rows = annotated_pairs(options.preference_pairs, seed, options, favourites_of(k, members))
+            rows = annotated_pairs(options.preference_pairs, seed, options, favourites_of(k, members, shared))
             run_on_rank_zero(write_jsonl_atomic, home / f"train_{k}.jsonl", rows)
 
     def _train_member(self, step: Step) -> None:
@@ -211,14 +216,39 @@ class Rounds:
         cfg.pretrained_checkpoint.restore_from_path = self._policy_path
         if arm.kl is not None:
             cfg.rl.kl.coefficient = arm.kl
+        cfg.rl.detector_penalty = branches.detector_penalty(self.cfg, arm)
         home = self.directory / step.name
-        reward = self._reward(arm, home)
+        reward = self._watched_reward(cfg, arm, home)
         # runs of the same number have the same prompts and random numbers in every arm
         seed = self.cfg.seed if step.seed == 1 else derive_seed(self.cfg.seed, "rlhf run", step.seed)
         run_rlhf(cfg, self.tokenizer, home, self.inputs.rlhf_prompts, reward, self.gold, seed, step.name)
 
-    def _reward(self, arm: RLHFRunConfig, home: Path) -> UncertaintyReward:
-        members = self._members_of(arm)
+    def _watched_reward(self, cfg: Config, arm: RLHFRunConfig, home: Path) -> UncertaintyReward:
+        """Returns the reward of an arm with the detectors that watch its RLHF."""
+        opened: Opened = {}
+        beside = branches.observers(self.cfg, arm)
+        everyone = self._members_of(arm, opened, beside)
+        count = len(everyone) - beside
+        members, observers = everyone[:count], everyone[count:]
+        detectors = watching_detectors(cfg, count)
+        if DISAGREEMENT in detectors and len(everyone) < 2:
+            detectors.remove(DISAGREEMENT)
+            run_on_rank_zero(lambda: print(f"{home.name}: no {DISAGREEMENT}: there is one member", flush=True))
+        if not detectors:
+            return self._reward(arm, home, members)
+        sft_policy = open_sft_policy(cfg, self.tokenizer, self._policy_path, opened, detectors)
+        reader = FeatureReader(everyone, detectors, range(count), sft_policy, MONITOR_KEY)
+        rollouts = self._sft_responses()
+        sft_responses, _ = score_sft_responses(rollouts, len(rollouts) // len(self.inputs.prompts), reader)
+        statistics = None
+        if branches.is_standardised(self.cfg, arm):
+            statistics = fit_members(sft_responses.scores_PNK.flatten(0, 1)[:, :count])
+        monitor = build_monitor(cfg, members, sft_responses, detectors, sft_policy, observers)
+        one_too = arm.standardise or branches.detector_penalty(self.cfg, arm) > 0
+        return combined(members, arm.aggregate, arm.coefficient, statistics, home, one_too, monitor)
+
+    def _reward(self, arm: RLHFRunConfig, home: Path, members: list[RewardSource] | None = None) -> UncertaintyReward:
+        members = self._members_of(arm) if members is None else members
         statistics = self._statistics(members) if branches.is_standardised(self.cfg, arm) else None
         return combined(members, arm.aggregate, arm.coefficient, statistics, home, one_too=arm.standardise)
 
@@ -249,12 +279,17 @@ class Rounds:
         run_on_rank_zero(lambda: files.write_text(path, json.dumps(found, indent=1) + "\n"))
         self.state.set_detail(step.name, runs=names)
 
-    def _members_of(self, arm: RLHFRunConfig) -> list[RewardSource]:
-        """Returns the members of an arm's reward; those of the last round when the branch's rounds ended early."""
+    def _members_of(
+        self, arm: RLHFRunConfig, opened: Opened | None = None, observers: int = 0
+    ) -> list[RewardSource]:
+        """Returns the members of an arm's reward, and ``observers`` more of the same round after them.
+
+        They are those of the last round when the branch's rounds ended early.
+        """
         last = branches.last_round(self.cfg, arm.branch, self.state.detail)
         number = min(branches.arm_round(self.cfg, arm), last)
-        count = self.cfg.ensemble.size if arm.reward == "ensemble" else 1
-        return self._members(arm.branch, number, self._plain(arm), count)
+        count = (self.cfg.ensemble.size if arm.reward == "ensemble" else 1) + observers
+        return self._members(arm.branch, number, self._plain(arm), count, opened)
 
     def _plain(self, arm: RLHFRunConfig) -> list[int]:
         """Returns the members (from 1) that an arm uses without reference features: none or all."""

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from nemo_advrm.data.run_records import BEST_OF_N_CURVE, METRICS_ROW
+from nemo_advrm.report.detectors import ALARM_SHARE, detector_curves
 from nemo_advrm.report.files import Row, as_object, count, number, numbered, numbers, read_json, read_jsonl
 from nemo_advrm.report.measures import MATCHED_KL, SMOOTHING_WINDOW, TOLERANCE, Options, measured_curve
 from nemo_advrm.report.records import BestOfN, Reward, RlhfArm, RlhfRun
@@ -21,7 +22,9 @@ def read_options(settings: Row) -> Options:
     options = as_object(settings.get("pipeline"))
     window, tolerance = count(options.get("stable_window")), number(options.get("stable_tolerance"))
     kl = number(as_object(settings.get("report")).get("kl"))
-    return Options(kl or MATCHED_KL, window or SMOOTHING_WINDOW, TOLERANCE if tolerance is None else tolerance)
+    share = number(as_object(settings.get("detector")).get("alarm_share"))
+    tolerance = TOLERANCE if tolerance is None else tolerance
+    return Options(kl or MATCHED_KL, window or SMOOTHING_WINDOW, tolerance, share or ALARM_SHARE)
 
 
 def read_rewards(settings: Row) -> dict[str, Reward]:
@@ -29,18 +32,16 @@ def read_rewards(settings: Row) -> dict[str, Reward]:
     standardised = as_object(settings.get("ensemble")).get("standardise") is True
     features = bool(as_object(settings.get("reward_model")).get("reference_features"))
     of_stage = as_object(as_object(settings.get("stage")).get("rlhf"))
-    penalty = next(
-        (
-            kl
-            for rl in (of_stage.get("rl"), settings.get("rl"))
-            if (kl := number(as_object(as_object(rl).get("kl")).get("coefficient"))) is not None
-        ),
-        None,
-    )
+    sections = [as_object(rl) for rl in (of_stage.get("rl"), settings.get("rl"))]
+    penalties = [number(as_object(rl.get("kl")).get("coefficient")) for rl in sections]
+    penalty = next((kl for kl in penalties if kl is not None), None)
+    weights = [number(rl.get("detector_penalty")) for rl in sections]
+    of_detector = next((weight for weight in weights if weight is not None), 0.0)
     rewards = {}
     for name, options in as_object(as_object(settings.get("pipeline")).get("rlhf")).items():
         one = as_object(options)
         coefficient, kl = number(one.get("coefficient")), number(one.get("kl"))
+        weight = number(one.get("detector_penalty"))
         rewards[str(name)] = Reward(
             kind=str(one.get("reward")),
             aggregate=str(one.get("aggregate")),
@@ -50,6 +51,7 @@ def read_rewards(settings: Row) -> dict[str, Reward]:
             branch=str(one.get("branch") or ""),
             round=count(one.get("round")),
             features=features and one.get("reference_features") is not False,
+            detector_penalty=of_detector if weight is None else weight,
         )
     return rewards
 
@@ -68,12 +70,13 @@ def read_rlhf(run_dir: Path, rewards: Iterable[str], stages: Row, notes: list[st
     for name in names:
         runs = []
         for seed, home in numbered(root / name, "seed") or [(1, root / name)]:
-            curve = measured_curve(read_jsonl(home / "metrics.jsonl", run_dir, notes, METRICS_ROW))
+            rows = read_jsonl(home / "metrics.jsonl", run_dir, notes, METRICS_ROW)
+            curve = measured_curve(rows)
             if curve is None:
                 notes.append(f"{home.relative_to(run_dir)} has no metrics.")
                 continue
             status = as_object(stages.get(home.relative_to(run_dir).as_posix())).get("status")
-            runs.append(RlhfRun(seed, curve, status in (None, "complete")))
+            runs.append(RlhfRun(seed, curve, status in (None, "complete"), detector_curves(rows)))
         if runs:
             found.append(RlhfArm(name, tuple(runs)))
     if not found:

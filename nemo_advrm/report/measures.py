@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nemo_advrm.objectives.overoptimization import stable_steps
+from nemo_advrm.report.detectors import ALARM_SHARE
 from nemo_advrm.report.files import column, count, number
 
 FloatArray = NDArray[np.float64]
@@ -38,11 +39,13 @@ class Options:
         kl: nats per response at which `gold_at_kl` is read.
         window: evaluations in the smoothing window of `stable_steps`.
         tolerance: gold units below the start that count as a fall there.
+        alarm_share: share of responses beyond a detector's threshold that is an alarm.
     """
 
     kl: float = MATCHED_KL
     window: int = SMOOTHING_WINDOW
     tolerance: float = TOLERANCE
+    alarm_share: float = ALARM_SHARE
 
 
 @dataclass(frozen=True)

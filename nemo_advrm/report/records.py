@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nemo_advrm.objectives.best_of_n_curve import best_of_n_measures
+from nemo_advrm.report.detectors import DetectorCurve
 from nemo_advrm.report.files import none_for_nan
 from nemo_advrm.report.measures import Curve, Options
 
@@ -93,11 +94,15 @@ class Round:
 
 @dataclass(frozen=True)
 class RlhfRun:
-    """One RLHF run of an arm. `finished` is False if the run's state says that it is still running."""
+    """One RLHF run of an arm. `finished` is False if the run's state says that it is still running.
+
+    detectors: what each detector that watched it saw, by name.
+    """
 
     seed: int
     measured: Curve
     finished: bool = True
+    detectors: dict[str, DetectorCurve] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -133,7 +138,7 @@ class Reward:
     """The reward that an arm optimised, from `pipeline.rlhf.ARM`. `kind` is r1, ensemble or hardened.
 
     aggregate, coefficient, standardised: only for an ensemble. kl: coefficient of the KL penalty. features: whether
-    the members' reference features count.
+    the members' reference features count. detector_penalty: weight of a detector's score that was subtracted.
     """
 
     kind: str
@@ -144,11 +149,13 @@ class Reward:
     branch: str = ""
     round: int | None = None
     features: bool = False
+    detector_penalty: float = 0.0
 
     @property
     def is_plain(self) -> bool:
         """Whether it is one reward model before any hardening: the baseline of the other arms."""
-        return self.kind == "r1" and not self.branch and not self.round and not self.features
+        changed = self.branch or self.round or self.features or self.detector_penalty
+        return self.kind == "r1" and not changed
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """The numbers of a run as one dictionary, the content of report/summary.json. Keys are stable; a missing value is null.
 
     {"version": 2, "run": directory name, "seed": int, "ensemble_size": K,
-     "settings": {"smoothing_window": evaluations, "tolerance": gold units, "kl": nats at which gold is compared},
+     "settings": {"smoothing_window": evaluations, "tolerance": gold units, "kl": nats at which gold is compared,
+                  "alarm_share": share of responses beyond a detector's threshold that is an alarm},
      "rounds": [{"round": n, "pairs": int,
                  "attack": null | {"samples": int, "selected": int, "standard": f, "strict": f, "selected_success": f,
                                    "directions": {"1": {the same keys, "steps": int, "seconds": f, "held_out": f,
@@ -10,6 +11,7 @@
                          "hybrid_mismatch_accuracy": f}]}],
      "rlhf": {ARM: {"reward": null | what was optimised, in words, "kl": coefficient, "baseline": null | ARM,
                     "source": "held_out" | "rollouts",
+                    "detectors": {NAME: {"alarm_steps": [int | null, for each run], "z_start": f, "z_final": f}},
                     MEASURE: its mean over the runs of the arm, "gao_fit": null | {"alpha": f, "beta": f, "r2": f},
                     "runs": [{"rlhf_seed": int, MEASURE: f, "stable_steps": int | null (gold never fell for good)}]}},
      "best_of_n": {NAME: {"baseline": null | NAME, "n": [int], "kl": [nats], "proxy": [f], "gold": [f | null],
@@ -42,7 +44,7 @@ from nemo_advrm.objectives.overoptimization import fit_rl, predict_rl, r_squared
 from nemo_advrm.objectives.uncertainty import FORMULAS, same_as
 from nemo_advrm.report.conclusions import compare_all, compare_study, conclude
 from nemo_advrm.report.costs import cost_of
-from nemo_advrm.report.files import none_for_nan
+from nemo_advrm.report.files import none_for_nan, number
 from nemo_advrm.report.lines import baselines, hardened_arm, lines_of_run
 from nemo_advrm.report.measures import Curve, measures_of
 from nemo_advrm.report.records import Attack, BestOfN, Reward, RlhfArm, Run
@@ -75,6 +77,7 @@ def summarise(run: Run) -> Summary:
             "smoothing_window": run.options.window,
             "tolerance": run.options.tolerance,
             "kl": run.options.kl,
+            "alarm_share": run.options.alarm_share,
         },
         "rounds": [
             {
@@ -131,8 +134,9 @@ def reward_text(reward: Reward | None, members: int | None) -> str | None:
     of_round = "" if reward.round is None else f", members of round {reward.round}"
     branch = f", branch {reward.branch}" if reward.branch else ""
     features = ", with reference features" if reward.features else ""
+    detector = f", less {reward.detector_penalty:g} times a detector's score" if reward.detector_penalty else ""
     penalty = f"; KL coefficient {reward.kl:g}" if reward.kl else ""
-    return f"{text}{of_round}{branch}{features}{penalty}"
+    return f"{text}{of_round}{branch}{features}{detector}{penalty}"
 
 
 def _formula(reward: Reward, members: int | None) -> str | None:
@@ -156,6 +160,7 @@ def _rlhf(arm: RlhfArm, run: Run, baseline: str) -> Summary:
         "kl": reward.kl if reward else None,
         "baseline": baseline or None,
         "source": measured[0]["source"],
+        "detectors": _detectors(arm, run.options.alarm_share),
         **{name: _mean([one[name] for one in measured]) for name in MEASURES},
         "gao_fit": gao_fit(arm.runs[0].measured),
         "runs": [
@@ -163,6 +168,20 @@ def _rlhf(arm: RlhfArm, run: Run, baseline: str) -> Summary:
             for one, values in zip(arm.runs, measured, strict=True)
         ],
     }
+
+
+def _detectors(arm: RlhfArm, level: float) -> Summary:
+    """The alarms of each detector, run by run, and its mean score in the first and the last step."""
+    found = {}
+    for name in dict.fromkeys(name for one in arm.runs for name in one.detectors):
+        curves = [one.detectors.get(name) for one in arm.runs]
+        known = [curve for curve in curves if curve is not None and curve.z_S.size]
+        found[name] = {
+            "alarm_steps": [None if curve is None else curve.alarm(level) for curve in curves],
+            "z_start": _mean([number(float(curve.z_S[0])) for curve in known]),
+            "z_final": _mean([number(float(curve.z_S[-1])) for curve in known]),
+        }
+    return found
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

@@ -22,7 +22,7 @@ BEST_OF_N_POINTS = (1, 4, 16, 64, 256)
 def tables(summary: Summary) -> list[Table]:
     """Every table of a run that has rows, in reading order; the longest, one row per stage, is last."""
     makers = (
-        *(_gold, _comparisons, _best_of_n, _definitions),
+        *(_gold, _alarms, _comparisons, _best_of_n, _definitions),
         *(_attack_success, _selection, _accuracy, _mismatch, _cost, _stages),
     )
     return [table for make in makers if (table := make(summary)).rows]
@@ -74,6 +74,25 @@ def _stable_steps(summary: Summary) -> str:
     return (
         f" Footnote, stable steps (from where gold, smoothed over {options['smoothing_window']} evaluations, stays "
         f"more than {options['tolerance']:g} below its start): {'; '.join(parts)}."
+    )
+
+
+def _alarms(summary: Summary) -> Table:
+    """A row for every detector of every watched arm."""
+    rows: Rows = []
+    for arm, one in summary["rlhf"].items():
+        fell = ", ".join("never" if run["stable_steps"] is None else f"{run['stable_steps']}" for run in one["runs"])
+        for name, found in one["detectors"].items():
+            alarms = ", ".join("none" if step is None else f"{step}" for step in found["alarm_steps"])
+            cells = fixed(found["z_start"]), fixed(found["z_final"])
+            rows.append((reward_name(arm), name, alarms, fell if one["start"] is not None else ABSENT, *cells))
+    level = summary["settings"]["alarm_share"]
+    return Table(
+        "Alarms of the detectors",
+        ("Reward", "Detector", "Alarm at step", "Gold falls at step", "Score, start", "Score, end"),
+        rows,
+        f"Alarm: {level:.0%} of the responses of five steps are beyond the detector's threshold. Gold falls: it stays "
+        "below its start from there on. Scores: in standard deviations of SFT responses. One entry for each RLHF run.",
     )
 
 

@@ -124,13 +124,22 @@ def attack_reader(cfg: Config, members: Sequence[RewardSource], sft_policy: Refe
 
 def check_detector(cfg: Config) -> None:
     """Raises ConfigError before anything is loaded when an attacked member cannot give what the detector reads."""
-    if HIDDEN_STATES not in features_of(cfg.adversarial.detector):
-        return
-    specs = parse_members(cfg.ensemble.members)
-    for target in cfg.adversarial.target_members:
-        if specs[target - 1].kind not in LOCAL_KINDS:
-            setting, spec = f"adversarial.detector={cfg.adversarial.detector}", specs[target - 1]
-            raise _without_hidden_states(setting, f"{spec.place}={spec.text}")
+    targets = [target - 1 for target in cfg.adversarial.target_members]
+    check_hidden_states(cfg, [cfg.adversarial.detector], targets, "adversarial.detector")
+
+
+def check_hidden_states(cfg: Config, detectors: Sequence[str], targets: Sequence[int], key: str) -> None:
+    """Raises ConfigError that names ``key`` when a target has no hidden states and a detector reads them.
+
+    Nothing is loaded; ``targets`` are indices in ``ensemble.members``.
+    """
+    reading = [name for name in detectors if HIDDEN_STATES in features_of(name)]
+    specs = parse_members(cfg.ensemble.members) if reading else []
+    for name in reading:
+        for target in targets:
+            if specs[target].kind not in LOCAL_KINDS:
+                spec = specs[target]
+                raise _without_hidden_states(f"{key}={name}", f"{spec.place}={spec.text}")
 
 
 def _without_hidden_states(setting: str, member: str) -> ConfigError:

@@ -9,16 +9,18 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from nemo_advrm.config.schema import AdversarialConfig
+from nemo_advrm.config.schema import AdversarialConfig, DetectorConfig
 from nemo_advrm.data.sft_scores import SFTScores
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.nearest_name import unknown_name
 from nemo_advrm.objectives.adversarial import paper_reward, raw_reward
+from nemo_advrm.objectives.detection import alarm_threshold
 from nemo_advrm.objectives.sft_statistics import MemberStatistics, standardise_members, z_scores
 from nemo_advrm.objectives.spread import rounding, rounding_of
 from nemo_advrm.objectives.uncertainty import combine, others_mean
 from nemo_advrm.rewards.base import RewardSource, checked_scores, source_dtype
 from nemo_advrm.rewards.detector_features import FeatureReader
+from nemo_advrm.rewards.monitor import Monitor, beyond_key, score_key
 from nemo_advrm.rollouts.types import Rollouts
 
 if TYPE_CHECKING:
@@ -36,7 +38,8 @@ class RewardOutput:
         scores_NK: [N, K] raw scores of the members.
         details: further [N] or [N, K] tensors that are recorded per response.
         noise_N: [N] largest rounding error of the rewards; default: the rounding of the rewards themselves.
-        unpenalised_N: [N] the rewards before the penalty for unended responses; None when no penalty was applied.
+        unpenalised_N: [N] the rewards before a detector's penalty and that for unended responses; None when there was
+            neither.
     """
 
     rewards_N: Tensor
@@ -51,7 +54,7 @@ class RewardOutput:
 
     @property
     def proxy_N(self) -> Tensor:
-        """[N] the reward without the penalty for unended responses."""
+        """[N] what the reward models say: the reward without a detector's penalty and that for unended responses."""
         return self.rewards_N if self.unpenalised_N is None else self.unpenalised_N
 
 
@@ -72,6 +75,7 @@ class UncertaintyReward:
             before they are combined. None combines raw scores: Bradley-Terry leaves their offset and scale free, so
             the member with the largest scale dominates. A single member keeps its raw scores, unless ``one_too``.
         one_too: standardise a single member as well, so that a KL coefficient means the same for all rewards.
+        monitor: detectors of these sources; their scores are recorded for each response, and one may be a penalty.
     """
 
     def __init__(
@@ -81,6 +85,7 @@ class UncertaintyReward:
         coefficient: float = 1.0,
         statistics: MemberStatistics | None = None,
         one_too: bool = False,
+        monitor: Monitor | None = None,
     ) -> None:
         if not sources:
             raise ConfigError("an ensemble needs at least one reward source")
@@ -93,6 +98,7 @@ class UncertaintyReward:
         self.aggregate = aggregate
         self.coefficient = coefficient
         self.statistics = statistics if len(self.sources) > 1 or one_too else None
+        self.monitor = monitor
 
     def member_scores(self, rollouts: Rollouts) -> Tensor:
         """Returns the raw scores of all members, [N, K]."""
@@ -110,14 +116,27 @@ class UncertaintyReward:
         )
 
     def compute_rewards(self, rollouts: Rollouts) -> RewardOutput:
-        scores_NK = self.member_scores(rollouts)
+        """Computes the combined rewards, less the penalty of the monitor, if it has one.
+
+        ``details`` holds what :meth:`Monitor.details` gives.
+        """
+        monitor = self.monitor
+        found = None if monitor is None else monitor.read(rollouts)
+        scores_NK = self.member_scores(rollouts) if found is None else found.scores_NK[:, : len(self.sources)]
         values_NK, noise_NK = scores_NK, self.member_noise(scores_NK)
         if self.statistics is not None:
             values_NK = standardise_members(scores_NK, self.statistics)
             noise_NK = noise_NK / self.statistics.std_K
         rewards_N = combine(self.aggregate, values_NK, self.coefficient)
         noise_N = _combined_noise(self.aggregate, values_NK, noise_NK, self.coefficient)
-        return RewardOutput(rewards_N, scores_NK, noise_N=noise_N)
+        if monitor is None or found is None:
+            return RewardOutput(rewards_N, scores_NK, noise_N=noise_N)
+        details = monitor.details(found)
+        if not monitor.penalty:
+            return RewardOutput(rewards_N, scores_NK, details, noise_N)
+        penalised_N = rewards_N - monitor.penalty * details[score_key(monitor.penalised)]
+        noise_N = noise_N + monitor.penalty_noise(found)
+        return RewardOutput(penalised_N, scores_NK, details, noise_N, unpenalised_N=rewards_N)
 
     def score(self, rollouts: Rollouts) -> Tensor:
         """Returns the combined reward, [N]: an ensemble is itself a reward source."""
@@ -139,6 +158,7 @@ class AdversarialReward:
         target_index: index of the attacked member in ``sources``, from 0.
         sft_policy: the frozen SFT policy, for a detector that reads log-probabilities.
         detect: False computes the rewards alone, which do not depend on the detector.
+        false_alarm_rate: share of SFT responses that may be beyond the detector's threshold.
 
     Raises:
         ConfigError: no such target or preset, or the detector reads what the target or the attack does not have.
@@ -152,6 +172,7 @@ class AdversarialReward:
         target_index: int = 0,
         sft_policy: ReferenceFeatures | None = None,
         detect: bool = True,
+        false_alarm_rate: float = DetectorConfig.false_alarm_rate,
     ) -> None:
         self.ensemble = UncertaintyReward(sources)
         if not 0 <= target_index < len(sources):
@@ -166,13 +187,16 @@ class AdversarialReward:
         self._statistics = sft_responses.statistics()
         self._reader = FeatureReader(sources, [options.detector] if detect else [], [target_index], sft_policy)
         self._detector = sft_responses.detector(options.detector, target_index) if detect else None
+        self._threshold = 0.0
+        if self._detector is not None:
+            self._threshold = alarm_threshold(self._detector.own_S, false_alarm_rate).value
 
     def compute_rewards(self, rollouts: Rollouts) -> RewardOutput:
         """Computes the adversarial rewards.
 
         ``details`` holds ``z`` [N, K] and ``prompt_mean`` [N, K] of the members, and the detector's output for each
         response: ``disagreement`` [N] in its own unit (U) and ``disagreement_z`` [N] standardised (Z(U)), whatever the
-        detector is.
+        detector is; and as in RLHF, ``detector/NAME/z``, which is Z(U), and ``detector/NAME/beyond``.
         """
         features = self._reader.read(rollouts).of(self.target_index)
         scores_NK = features.scores_NK
@@ -204,7 +228,9 @@ class AdversarialReward:
         details = {"z": z_NK, "prompt_mean": prompt_mean_NK}
         if self._detector is not None:
             details["disagreement"] = self._detector.raw(features)
-            details["disagreement_z"] = self._detector.score(features)
+            details["disagreement_z"] = z_N = self._detector.score(features)
+            details[score_key(options.detector)] = z_N
+            details[beyond_key(options.detector)] = (z_N > self._threshold).float()
         return RewardOutput(rewards_N, scores_NK, details, noise_N)
 
 

@@ -14,6 +14,7 @@ from nemo_advrm.data.jsonl import write_jsonl_atomic
 from nemo_advrm.data.messages import plain_text
 from nemo_advrm.data.sft_scores import SFTScores
 from nemo_advrm.data.tokenizers import Tokenizer
+from nemo_advrm.detectors.base import features_of
 from nemo_advrm.engine import runtime
 from nemo_advrm.engine.collectives import run_on_rank_zero
 from nemo_advrm.errors import ConfigError, DataError, UserError
@@ -22,6 +23,7 @@ from nemo_advrm.objectives.uncertainty import FORMULAS, same_as
 from nemo_advrm.rewards.base import RewardSource, checked_scores
 from nemo_advrm.rewards.ensemble import UncertaintyReward
 from nemo_advrm.rewards.limits import places_that_fit
+from nemo_advrm.rewards.monitor import Monitor
 from nemo_advrm.rewards.token_sequences import written_out
 from nemo_advrm.rollouts.types import Rollouts
 
@@ -32,10 +34,10 @@ PROBES = 8
 TOLERANCE = 0.1
 
 
-def read_statistics(path: Path, sources: Sequence[RewardSource], key: str) -> MemberStatistics:
-    """Returns mean and standard deviation of every member over the SFT responses of a ``reference.jsonl``.
-
-    All ranks call.
+def read_responses(
+    path: Path, sources: Sequence[RewardSource], key: str, detectors: Sequence[str] = ()
+) -> SFTScores:
+    """Reads the SFT responses of a ``reference.jsonl``, and what these detectors read of them. All ranks call.
 
     Args:
         key: the configuration key that names the file, for messages.
@@ -44,8 +46,22 @@ def read_statistics(path: Path, sources: Sequence[RewardSource], key: str) -> Me
         ConfigError: the file has scores of another number of members, or of other members (some responses are scored
             again and compared).
     """
-    sft_responses = run_on_rank_zero(SFTScores.read, path)  # other nodes may not see a new file yet
+    reads = {feature for name in detectors for feature in features_of(name)}
+    sft_responses = run_on_rank_zero(SFTScores.read, path, reads)  # other nodes may not see a new file yet
     check_members(sft_responses, sources, f"{key}={path}")
+    return sft_responses
+
+
+def read_statistics(path: Path, sources: Sequence[RewardSource], key: str) -> MemberStatistics:
+    """Returns mean and standard deviation of every member over the SFT responses of a ``reference.jsonl``.
+
+    See :func:`read_responses`.
+    """
+    return member_statistics(read_responses(path, sources, key))
+
+
+def member_statistics(sft_responses: SFTScores) -> MemberStatistics:
+    """Returns mean and standard deviation of every member over all SFT responses."""
     return fit_members(sft_responses.scores_PNK.flatten(0, 1))
 
 
@@ -137,16 +153,18 @@ def combined(
     statistics: MemberStatistics | None,
     directory: Path,
     one_too: bool = False,
+    monitor: Monitor | None = None,
 ) -> UncertaintyReward:
     """Combines the members into one reward, prints its formula and writes its statistics to ``directory``.
 
     Warns when the reward equals a simpler one. See :class:`UncertaintyReward` for the arguments.
     """
-    reward = UncertaintyReward(members, aggregate, coefficient, statistics, one_too)
+    reward = UncertaintyReward(members, aggregate, coefficient, statistics, one_too, monitor)
     used = reward.statistics
 
     def report() -> None:
-        for line in described(aggregate, coefficient, len(members), used is not None):
+        about_detectors = [] if monitor is None else monitor.lines
+        for line in (*described(aggregate, coefficient, len(members), used is not None), *about_detectors):
             print(line, flush=True)
         if used is not None:
             write_statistics(directory, used, members)

@@ -24,6 +24,7 @@ from nemo_advrm.serve.samples import Sample
 from nemo_advrm.serve.schemas import (
     Classification,
     ClassifyResponse,
+    DetectorScores,
     Embedding,
     EmbeddingResponse,
     ErrorResponse,
@@ -183,7 +184,14 @@ def _json_routes(service: ScoringService) -> APIRouter:
         """Score conversations given as messages, as text or as tokens."""
         scores = await service.score([sample.sample() for sample in request.samples])
         members = [s.members for s in scores] if request.members else None
-        return ScoreResponse(model=name, scores=[s.reward for s in scores], members=members)
+        detectors = {
+            detector: DetectorScores(
+                z=[s.detectors[detector].z for s in scores], beyond=[s.detectors[detector].beyond for s in scores]
+            )
+            for detector in scores[0].detectors
+        }
+        rewards = [s.reward for s in scores]
+        return ScoreResponse(model=name, scores=rewards, members=members, detectors=detectors or None)
 
     @router.post("/get_reward", tags=["other frameworks"], responses=_SCORING_ERRORS)
     async def openrlhf(request: OpenRLHFRequest) -> OpenRLHFResponse:

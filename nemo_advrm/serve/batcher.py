@@ -180,6 +180,7 @@ class Batcher:
         seconds = time.monotonic() - started
         self._tokens_per_second = 0.8 * self._tokens_per_second + 0.2 * tokens / max(seconds, 1e-6)
         self.metrics.batch(len(batch), tokens, seconds)
+        self.metrics.detected(scores)
         for (request, index), score in zip(batch, scores, strict=True):
             request.scores[index] = score
             if len(request.scores) == len(request.samples) and not request.future.done():

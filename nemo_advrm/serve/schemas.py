@@ -83,10 +83,18 @@ class ScoreRequest(Strict):
     members: bool = Field(False, description="also return the raw scores of the ensemble's members")
 
 
+class DetectorScores(BaseModel):
+    z: list[float] = Field(description="per sample, in standard deviations of SFT responses; larger is less usual")
+    beyond: list[bool] = Field(description="per sample: whether z is beyond the detector's threshold")
+
+
 class ScoreResponse(BaseModel):
     model: str
     scores: list[float] = Field(description="one reward per sample, higher is better")
     members: list[list[float]] | None = Field(None, description="[samples][members] raw scores, if requested")
+    detectors: dict[str, DetectorScores] | None = Field(
+        None, description="what each detector of `detector.monitors` says, if the server has any"
+    )
 
 
 class Info(BaseModel):

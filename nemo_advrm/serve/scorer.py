@@ -4,26 +4,36 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from nemo_advrm.engine import runtime
 from nemo_advrm.errors import UserError
-from nemo_advrm.rewards.ensemble import PolicyReward
+from nemo_advrm.rewards.ensemble import PolicyReward, RewardOutput
+from nemo_advrm.rewards.monitor import beyond_key, detector_scores
 from nemo_advrm.rollouts.types import Rollouts
 from nemo_advrm.serve.samples import PreparedSample, to_rollouts
 
 _KEEP_ALIVE, _STOP = "keep_alive", "stop"
 
 
+class Detection(NamedTuple):
+    """A detector's score in standard deviations of SFT responses, and whether it is beyond the threshold."""
+
+    z: float
+    beyond: bool
+
+
 @dataclass(frozen=True)
 class Score:
-    """The reward of one sample and the members' raw scores."""
+    """The reward of one sample, the members' raw scores, and what each detector says of it."""
 
     reward: float
     members: list[float]
+    detectors: dict[str, Detection] = field(default_factory=dict)
 
 
 class Scorer:
@@ -41,8 +51,9 @@ class Scorer:
             with self._lock:
                 _broadcast(rollouts)
                 output = self.reward.compute_rewards(rollouts)
-            rows = zip(indices, output.rewards_N.tolist(), output.scores_NK.tolist(), strict=True)
-            scores.update((index, Score(reward, members)) for index, reward, members in rows)
+            found = _detections(output, len(indices))
+            rows = zip(indices, output.rewards_N.tolist(), output.scores_NK.tolist(), found, strict=True)
+            scores.update((index, Score(reward, members, each)) for index, reward, members, each in rows)
         return [scores[index] for index in range(len(batch))]
 
     def keep_alive(self) -> None:
@@ -54,6 +65,15 @@ class Scorer:
         """End :func:`score_with_rank_zero` on the other ranks."""
         with self._lock:
             _broadcast(_STOP)
+
+
+def _detections(output: RewardOutput, count: int) -> list[dict[str, Detection]]:
+    """What every detector says of each of ``count`` responses, by its name."""
+    rows: list[dict[str, Detection]] = [{} for _ in range(count)]
+    for name, z_N in detector_scores(output.details).items():
+        for row, z, beyond in zip(rows, z_N, output.details[beyond_key(name)].tolist(), strict=True):
+            row[name] = Detection(z, bool(beyond))
+    return rows
 
 
 def use_device() -> None:

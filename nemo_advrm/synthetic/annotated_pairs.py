@@ -8,7 +8,8 @@ off-topic noun. Only a model that reads the prompt can order pairs of the last t
 The annotators judge by gold but have favourite flourishes. Each of these adds `taste` to their judgement, while it
 lowers gold. Every member of an ensemble has annotators of its own, with favourites of their own. So each reward model
 is right on ordinary text, where flourishes are rare, and wrong about text full of its annotators' favourites. The
-annotators of the other members mark such text down, so the members do not share the flaw.
+annotators of the other members mark such text down, so the members do not share the flaw, unless
+`synthetic.shared_flourishes` gives them common favourites.
 """
 
 from __future__ import annotations
@@ -36,9 +37,12 @@ _ANY_WORD = (*CONTENT, *DETERMINERS, *FILLERS, STOP)
 _LONGEST = MAX_RESPONSE_TOKENS - 1  # without the end token
 
 
-def favourites_of(member: int, members: int) -> frozenset[int]:
-    """The flourishes that the annotators of `member` (from 1) of an ensemble of `members` like; members share none."""
-    return frozenset(FLOURISHES[member - 1 :: members])
+def favourites_of(member: int, members: int, shared: int = 0) -> frozenset[int]:
+    """The flourishes that the annotators of `member` (from 1) of an ensemble of `members` like.
+
+    All members share the first `shared` of them, a flaw about which they cannot disagree, and no others.
+    """
+    return frozenset(FLOURISHES[:shared]) | frozenset(FLOURISHES[shared:][member - 1 :: members])
 
 
 def annotated_pairs(

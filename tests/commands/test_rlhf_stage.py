@@ -43,12 +43,47 @@ def test_members_are_standardised_by_the_starting_policys_responses(
         assert row["mean"] == pytest.approx(mean, abs=1e-5)
         variance = sum((s - mean) ** 2 for s in scores) / 5 * 7 / 6
         assert row["std"] == pytest.approx(variance**0.5, rel=1e-4)
+    assert "monitor: ensemble_disagreement, threshold " in out and "at most 14.29% of SFT responses" in out  # 1 of 7
+    (metrics,), samples = _rows(run / "metrics.jsonl"), _rows(run / "samples.jsonl")
+    z = [row["detectors"]["ensemble_disagreement"] for row in samples]
+    assert len(z) == 8 and metrics["detector/ensemble_disagreement/z"] == pytest.approx(sum(z) / 8, abs=1e-4)
+    assert 0 <= metrics["detector/ensemble_disagreement/beyond"] <= 1
     # a given reference of the same members gives the same statistics, and nothing is sampled
     again = tmp_path / "again"
     given = f"ensemble.reference_path={run / 'reference.jsonl'}"
     assert cli.main(["rlhf", *settings, f"run_dir={again}", given]) == 0
     assert not (again / "reference.jsonl").exists()
     assert [row["std"] for row in _rows(again / "standardisation.jsonl")] == [row["std"] for row in used]
+
+
+def test_a_detectors_penalty_is_subtracted_and_monitors_are_recorded(
+    settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, one = tmp_path / "run", settings[0].partition(",")[0] + "]"
+    own = ["detector.monitors=[sft_entropy]", "rl.detector_penalty=0.5", "rl.log_samples=8"]
+    penalty = ["rl.penalty_detector=mahalanobis", "rl.apply_unended_penalty=false"]
+    assert cli.main(["rlhf", one, *settings[1:], f"run_dir={run}", *own, *penalty]) == 0
+    out = capsys.readouterr().out
+    assert "reward: less 0.5 times the standardised mahalanobis" in out and "monitor: sft_entropy, threshold" in out
+    samples, (metrics,) = _rows(run / "samples.jsonl"), _rows(run / "metrics.jsonl")
+    assert {"mahalanobis", "sft_entropy"} == set(samples[0]["detectors"])
+    for row in samples:
+        assert row["reward"] == pytest.approx(row["proxy"] - 0.5 * row["detectors"]["mahalanobis"], abs=1e-4)
+    (used,) = _rows(run / "standardisation.jsonl")  # a single member is brought to the penalty's unit
+    assert metrics["proxy"] == pytest.approx((metrics["scores/1"] - used["mean"]) / used["std"], abs=1e-4)
+    # the same file of SFT responses fits the same detectors
+    again, given = tmp_path / "again", f"ensemble.reference_path={run / 'reference.jsonl'}"
+    assert cli.main(["rlhf", one, *settings[1:], f"run_dir={again}", *own, *penalty, given]) == 0
+    assert _rows(again / "samples.jsonl") == samples
+    # a member that gives scores only is refused before anything is loaded
+    server = ["ensemble.members=[http://localhost:1]", *settings[1:], f"run_dir={tmp_path / 'none'}"]
+    assert cli.main(["rlhf", *server, "rl.detector_penalty=1"]) == 2
+    assert "mahalanobis reads hidden_states of a member, and ensemble.members[0]=http" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+    # nor does a file that was written for other detectors serve
+    short = ["detector.monitors=[sft_log_prob]", given, f"run_dir={tmp_path / 'short'}"]
+    assert cli.main(["rlhf", one, *settings[1:], *short]) == 2
+    assert "sft_log_prob reads log_probs of member 1, which reference.jsonl" in capsys.readouterr().err
 
 
 def test_raw_scores_are_combined_where_that_is_asked_for(

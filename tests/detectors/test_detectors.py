@@ -202,7 +202,7 @@ def test_a_state_that_moves_where_no_sft_response_differs_is_an_outlier(kind: ty
     detector = StandardisedDetector(kind(), judged(600, 8, 0), per_prompt=6)
     fresh = judged(400, 8, 1)
     assert detector.score(fresh).mean().item() == pytest.approx(0, abs=0.3)
-    assert detector.score(fresh).std().item() == pytest.approx(1, abs=0.15)
+    assert detector.score(fresh).std().item() == pytest.approx(1, abs=0.25)  # distances to neighbours have long tails
     assert fresh.hidden_states_ND is not None
     moved_ND = fresh.hidden_states_ND.clone()
     moved_ND[:, -1] += 6  # 120 deviations of that direction, and no more than a length of two usual states

@@ -27,7 +27,7 @@ from nemo_advrm.engine.runtime import Layout, Runtime
 from nemo_advrm.errors import ConfigError, DataError, RewardSourceError
 from nemo_advrm.models import policy as policy_module
 from nemo_advrm.models.rollout_batch import RolloutBatch, response_log_probs
-from nemo_advrm.rewards import hybrid, sft_responses
+from nemo_advrm.rewards import hybrid
 from nemo_advrm.rewards.base import checked_scores_with_hidden_states
 from nemo_advrm.rewards.detector_features import FeatureReader, FoundFeatures
 from nemo_advrm.rewards.ensemble import AdversarialReward
@@ -36,6 +36,7 @@ from nemo_advrm.rewards.hf import HFReward, _inputs_of, _output_layer
 from nemo_advrm.rewards.local import FunctionReward
 from nemo_advrm.rewards.sft_responses import write_sft_scores
 from nemo_advrm.rewards.sources import load_members
+from nemo_advrm.rollouts import base as rollout_engines
 from nemo_advrm.rollouts.types import Rollouts
 
 
@@ -252,7 +253,7 @@ def test_an_attack_by_rl_is_recorded_measured_and_selected_by_a_detector(
     build = policy_module.build_policy
     monkeypatch.setattr(policy_module, "build_policy", lambda *a, **k: built.append(k["trainable"]) or build(*a, **k))
     for_sampling: list[str] = []
-    monkeypatch.setattr(sft_responses, "build_policy", lambda *a, **k: for_sampling.append(a[2]) or build(*a, **k))
+    monkeypatch.setattr(rollout_engines, "build_policy", lambda *a, **k: for_sampling.append(a[2]) or build(*a, **k))
     assert cli.main(["attack", *arguments]) == 0
     assert len(for_sampling) == (0 if detector == "sft_log_prob" else 2)  # for the attack's prompts and held-out ones
     assert built == 2 * ([True] if detector == "sft_log_prob" else [True, False])  # the reference policy is shared

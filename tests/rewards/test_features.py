@@ -25,6 +25,7 @@ from nemo_advrm.engine.microbatches import EncodedResponse
 from nemo_advrm.engine.runtime import Layout, Runtime
 from nemo_advrm.errors import CheckpointError, ConfigError, DataError
 from nemo_advrm.models.rollout_batch import response_log_probs
+from nemo_advrm.rewards import features as features_module
 from nemo_advrm.rewards.features import HybridReward, ReferenceFeatures
 from nemo_advrm.rewards.local import MegatronReward
 from nemo_advrm.rewards.sources import build, check, load_members, parse
@@ -170,8 +171,12 @@ def test_members_of_one_policy_have_the_features_of_a_batch_computed_once(
     first, second = load_members(tiny_config(), [str(home / "rm"), str(other)], TOKENIZER)
     assert isinstance(first, HybridReward) and isinstance(second, HybridReward)
     calls: list[int] = []
-    log_probs = first.features.log_probs
-    monkeypatch.setattr(first.features, "log_probs", lambda rows: calls.append(len(rows)) or log_probs(rows))
+    computed = features_module.summed_log_probs_and_entropies
+    monkeypatch.setattr(
+        features_module,
+        "summed_log_probs_and_entropies",
+        lambda model, rows, pad_id: calls.append(len(rows)) or computed(model, rows, pad_id),
+    )
     made = rollouts()
     scores = [member.score(made) for member in (first, second)]
     assert calls == [4 + 2 * 3 + 2 * 2]

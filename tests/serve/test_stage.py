@@ -29,6 +29,8 @@ from nemo_advrm.rank_info import host_name
 from nemo_advrm.rewards.ensemble import AdversarialReward, UncertaintyReward
 from nemo_advrm.rewards.sources import load_members
 from nemo_advrm.run_directory import run_dir
+from nemo_advrm.serve.samples import Preparer, Sample
+from nemo_advrm.serve.scorer import Scorer
 
 
 def _fails(capsys: pytest.CaptureFixture[str], *settings: str) -> str:
@@ -47,6 +49,7 @@ def test_what_cannot_be_served_is_refused(
     assert "bearer token" in _fails(capsys, run, member, "serve.host=0.0.0.0")
     assert "the token file" in _fails(capsys, run, member, f"serve.token_file={tmp_path / 'none'}")
     assert "serve.reference_path" in _fails(capsys, run, member, "serve.reward=adversarial")
+    assert "needs serve.reference_path" in _fails(capsys, run, member, "detector.monitors=[laplace]")
     assert "no such checkpoint" in _fails(capsys, run, "ensemble.members=[nowhere/model]")
     monkeypatch.setattr(run_dir, "start", lambda cfg, megatron: SimpleNamespace(world_size=4, dp_size=2))
     assert re.search("4 makes 2 replicas.*tensor.*pipeline.*context_parallel_size", _fails(capsys, run, member))
@@ -178,12 +181,17 @@ def test_an_ensemble_is_served_on_one_scale_where_a_reference_is_given(
         ([paths[0], "ensemble.standardise=false"], raw, False),
     ):
         cfg = load_config([members, *settings, f"run_dir={tmp_path / 'run'}"])
-        reward = serve._reward(cfg, own, None, serve._statistics_path(cfg))
+        reward = serve._reward(cfg, own, None, serve._reference_path(cfg))
         out = capsys.readouterr().out
         wanted_N = expected.compute_rewards(rollouts()).rewards_N
         assert reward.compute_rewards(rollouts()).rewards_N.tolist() == wanted_N.tolist(), out
         assert ("raw scores are combined" in out) == warned
         assert ("standardised scores" in out) == (expected is standardised)
+        # with a reference, what costs nothing watches
+        watching = {"ensemble_disagreement"} if expected is standardised else set()
+        prepared = Preparer(own).prepare([Sample("text", response="this river <sep> birds sing . <eos>")])
+        (score,) = Scorer(reward, TOKENIZER.fingerprint).score(prepared)
+        assert set(score.detectors) == watching and ("monitor: " in out) == bool(watching)
     cfg = load_config([members, paths[0], "serve.reward=adversarial"])
     assert isinstance(serve._reward(cfg, own, reference, ""), AdversarialReward)
     with pytest.raises(ConfigError, match="its scores of member 1 are not those of R_2"):

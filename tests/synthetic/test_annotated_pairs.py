@@ -33,6 +33,13 @@ def test_the_annotators_of_two_members_share_no_favourite() -> None:
     assert len(first) == len(second)
 
 
+def test_a_planted_flaw_is_shared_by_all_members_and_the_rest_by_none() -> None:
+    first, second = favourites_of(1, 2, shared=6), favourites_of(2, 2, shared=6)
+    assert first & second == set(FLOURISHES[:6])
+    assert first | second == set(FLOURISHES)
+    assert favourites_of(1, 2, len(FLOURISHES)) == favourites_of(2, 2, len(FLOURISHES)) == set(FLOURISHES)
+
+
 def test_gold_stands_beside_each_response() -> None:
     for row in annotated_pairs(200, 1, OPTIONS, favourites_of(1, 2)):
         assert row["gold_chosen"] == gold_score(row["prompt"], row["chosen"], True)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import matplotlib
 from matplotlib.figure import Figure
 
-from nemo_advrm.report.figures import comparisons, curves, rounds, scatter
+from nemo_advrm.report.figures import alarms, comparisons, curves, rounds, scatter
 from nemo_advrm.report.figures.style import STYLE
 from nemo_advrm.report.records import Run
 
@@ -50,6 +50,13 @@ FIGURES: dict[str, Spec] = {
         "The same runs against √KL, how far the policy has moved from where it started. A dash-dotted line is the "
         "law of Gao et al. (2022) for RL, drawn only where it explains at least 90% of the variance of gold.",
         curves.against_kl,
+    ),
+    "detectors": Spec(
+        "What the detectors saw",
+        "The share of responses beyond each detector's threshold, which few responses of the SFT policy exceed, and "
+        "the step at which it is an alarm (dashed). Grey: gold, which no detector sees. A good detector raises its "
+        "alarm before gold falls, and none where gold stays up.",
+        alarms.draw_alarms,
     ),
     "best_of_n": Spec(
         "Best of n: choosing by each reward, without training",

@@ -19,6 +19,7 @@ from nemo_advrm.errors import CheckpointError, DataError
 from nemo_advrm.models.policy import PolicyModel
 from nemo_advrm.objectives.success import standard_success, strict_success
 from nemo_advrm.rewards.base import RewardSource, checked_scores
+from nemo_advrm.rewards.monitor import detector_scores
 from nemo_advrm.rewards.sample_rows import gold_and_z, prompt_text, trajectory_rows
 from nemo_advrm.training.callbacks.rows import RowsCallback, lost_steps
 
@@ -172,6 +173,7 @@ class OveroptimizationTracker(_RolloutWriter):
         kept = min(self.samples, len(rollouts))
         proxies, rewards = reward_output.proxy_N.tolist(), reward_output.rewards_N.tolist()
         golds = [None] * kept if gold is None else gold.tolist()
+        scores = detector_scores(reward_output.details)
         rows = [
             {
                 "step": step,
@@ -181,6 +183,7 @@ class OveroptimizationTracker(_RolloutWriter):
                 "proxy": proxies[i],
                 "reward": rewards[i],
                 "gold": golds[i],
+                **({"detectors": {name: z_N[i] for name, z_N in scores.items()}} if scores else {}),
             }
             for i in range(kept)
         ]
