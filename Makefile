@@ -70,7 +70,8 @@ audit: setup
 	$(BIN)/nemo-advrm audit names=[plain,hardened] \
 	  'target=[$(AUDITED)/round_0/rm_1/model?reference_features=off,$(AUDITED)/round_1/rm_1/model?reference_features=off]' \
 	  'others=[$(AUDITED)/round_0/rm_2/model?reference_features=off]' policy=$(AUDITED)/sft/model prompts=synthetic \
-	  judge=synthetic max_new_tokens=32 cpu_threads=1 also=[rl.kl.coefficient=0] run_dir=runs/synthetic_audit $(ARGS)
+	  judge=synthetic budget=8min max_new_tokens=32 cpu_threads=1 also=[rl.kl.coefficient=0] \
+	  run_dir=runs/synthetic_audit $(ARGS)
 
 study: setup
 	$(BIN)/python benchmarks/study/run.py $(if $(EXPERIMENT),--experiment $(EXPERIMENT)) $(if $(SEEDS),--seeds $(SEEDS)) $(ARGS)

@@ -17,7 +17,6 @@ from nemo_advrm.attacks.language_models import LanguageModels
 from nemo_advrm.audit.panel import Panel
 from nemo_advrm.audit.settings import steps_of
 from nemo_advrm.config.schema import Config
-from nemo_advrm.data.jsonl import read_jsonl
 from nemo_advrm.data.run_records import ATTACK_SAMPLE, RESTORE_ROWS, read_rows
 from nemo_advrm.data.sft_scores import SFTScores
 from nemo_advrm.engine.collectives import run_on_rank_zero
@@ -53,9 +52,7 @@ class AttackResult:
 
     def rows(self, split: str) -> list[dict[str, Any]]:
         """Returns the responses to the prompts of a split; [] where there are none. Raises DataError for a bad row."""
-        if split not in self.samples:
-            return []
-        return [row for _, row in read_rows(self.samples[split], ATTACK_SAMPLE, "an attack", RESTORE_ROWS)]
+        return _rows(self.samples[split]) if split in self.samples else []
 
 
 def attack_home(panel: Panel, attack: str, target: int) -> Path:
@@ -131,8 +128,7 @@ def run_attack(
         files[held_out.name] = f"{_HELD_OUT}/{SAMPLES}"
     result = AttackResult(attack, target, {name: home / path for name, path in files.items()}, 0.0, 0, made.underrates)
     seconds = time.monotonic() - started
-    tried = sum(1 for _ in read_rows(home / SAMPLES, ATTACK_SAMPLE, "an attack", RESTORE_ROWS))
-    result = dataclasses.replace(result, seconds=round(seconds, 3), responses=tried)
+    result = dataclasses.replace(result, seconds=round(seconds, 3), responses=len(_rows(home / SAMPLES)))
     summary = {
         "attack": attack,
         "target": panel.audit.target[target],
@@ -167,8 +163,15 @@ def seconds_of_search(panel: Panel, attack: str, models: LanguageModels) -> floa
     return seconds / max(1, responses)
 
 
+def _rows(path: Path) -> list[dict[str, Any]]:
+    """Returns the rows of an attack; [] of an empty file: a search may have nothing to propose."""
+    if not path.stat().st_size:
+        return []
+    return [row for _, row in read_rows(path, ATTACK_SAMPLE, "an attack", RESTORE_ROWS)]
+
+
 def _count_rows(path: Path) -> int:
-    return sum(1 for _ in read_jsonl(path))
+    return len(_rows(path))
 
 
 def _inputs(
