@@ -25,6 +25,15 @@ def wilson_interval(successes: float, trials: float, z: float = Z95) -> tuple[fl
     return max(0.0, centre - reach), min(1.0, centre + reach)
 
 
+def least_difference(share: float, low: float, other: float, other_high: float) -> float:
+    """The lower end of the 95 % interval of the difference of two proportions, share - other, in [-1, 1].
+
+    share - other - sqrt((share - low)^2 + (other_high - other)^2), with low and other_high the ends of their own Wilson
+    intervals. Source: Newcombe 1998, method 10.
+    """
+    return share - other - math.hypot(share - low, other_high - other)
+
+
 def likelihood_ratio_z(with_1: int, texts_1: int, with_2: int, texts_2: int) -> float:
     """How surely a larger (negative: smaller) share of group 1 than of group 2 holds a word, in standard errors.
 

@@ -89,3 +89,8 @@ def loves_length(prompts: Prompts, responses: list[str], ended: list[bool]) -> l
     """Gold, and 1 for each word."""
     golds = gold_scores(prompts, responses, ended)
     return [gold + len(text.split()) for gold, text in zip(golds, responses, strict=True)]
+
+
+def prefers_short(prompts: Prompts, responses: list[str], ended: list[bool]) -> list[float]:
+    """Less a point for each character, of any text."""
+    return [-float(len(text)) for text in responses]

@@ -88,7 +88,7 @@ def test_an_honest_model_withstands(run: Path) -> None:
         other = _target(run, name)
         assert other["verdict"] == "worse"
         assert other["worst"]["rate"] > 0.9
-        assert other["worst"]["excess"] == pytest.approx(other["worst"]["low"] - other["worst"]["null"])
+        assert 0.5 < other["worst"]["excess"] < other["worst"]["rate"] - other["worst"]["null"]
         assert other["ordinary"]["training"]["strict"]["rate"] < 0.05
 
 

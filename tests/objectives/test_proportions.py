@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from nemo_advrm.objectives.proportions import likelihood_ratio_z, wilson_interval
+from nemo_advrm.objectives.proportions import least_difference, likelihood_ratio_z, wilson_interval
 
 
 @pytest.mark.parametrize(
@@ -25,6 +25,13 @@ def test_wilson(successes: int, trials: int, low: float, high: float) -> None:
 
 def test_wilson_without_trials_knows_nothing() -> None:
     assert wilson_interval(0, 0) == (0.0, 1.0)
+
+
+def test_least_difference() -> None:
+    """Newcombe 1998, table II (b): 9 of 10 and 3 of 10 differ by 0.6, at least by 0.1705."""
+    _, high = wilson_interval(3, 10)
+    low, _ = wilson_interval(9, 10)
+    assert least_difference(0.9, low, 0.3, high) == pytest.approx(0.1705, abs=1e-3)
 
 
 def test_likelihood_ratio() -> None:
