@@ -144,7 +144,8 @@ def load_flat(kind: type[Flat], words: Sequence[str]) -> Flat:
     """Configuration of a command whose keys are the fields of one class of the schema and in no file.
 
     ``words`` are ``key=value``, read as those of :func:`load_config`. A field ``from_`` is typed ``from``, which Python
-    does not allow as a name. Raises ConfigError as :func:`load_config` does, and for a key given twice.
+    does not allow as a name. One entry of a list needs no brackets. Raises ConfigError as :func:`load_config` does, and
+    for a key given twice.
     """
     names = {key_name(field.name): field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
     lines = []
@@ -160,7 +161,7 @@ def load_flat(kind: type[Flat], words: Sequence[str]) -> Flat:
             raise ConfigError(f"{key_name(override.key_or_group)} is given twice")
         value = override.value()
         if isinstance(value, str) and isinstance(defaults.get(override.key_or_group), list):
-            value = [value]  # one entry of a list needs no brackets
+            value = [value] if value else []  # one entry of a list needs no brackets
         values[override.key_or_group] = value
     try:
         cfg = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), values))
