@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from nemo_advrm import signals
 from nemo_advrm.attacks.base import attack_of
 from nemo_advrm.attacks.language_models import LanguageModels
 from nemo_advrm.audit.attack_stage import (
@@ -28,7 +29,7 @@ from nemo_advrm.audit.setup import judge_ordinary, open_panel, ordinary_texts, r
 from nemo_advrm.audit.success import rate
 from nemo_advrm.audit.summary import Facts, summarise
 from nemo_advrm.config.schema import AuditConfig
-from nemo_advrm.engine import stopping
+from nemo_advrm.engine import runtime, stopping
 from nemo_advrm.engine.collectives import run_on_rank_zero
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.files import write_text
@@ -131,7 +132,8 @@ def _on_all_targets(
         result: AttackResult | None = finished(panel, attack, k)
         if result is None:
             progress.begin(short_name(attack), panel.names[k], samples, trains)
-            result = run_attack(panel, attack, k, samples, models, progress.scored)
+            counter = progress.scored if trains else _stoppable(progress.scored)
+            result = run_attack(panel, attack, k, samples, models, counter)
         done.append(result)
         if not judge:
             progress.end(short_name(attack), panel.names[k], None, f"{result.responses} responses")
@@ -144,6 +146,20 @@ def _on_all_targets(
         line = ", ".join(parts).replace("_", "-") or "nothing submitted"
         progress.end(short_name(attack), panel.names[k], highest, line)
     return done
+
+
+def _stoppable(counter: Callable[[int], None]) -> Callable[[int], None]:
+    """Ends a search at a signal, which starts over then; a training saves its steps itself.
+
+    Of several processes only all together may stop, which they do before the next attack.
+    """
+
+    def counted(count: int) -> None:
+        counter(count)
+        if signals.received() and runtime.current().world_size == 1:
+            stopping.leave_if_asked("during a search: the same command starts it over")
+
+    return counted
 
 
 def _forget(panel: Panel, attack: str) -> None:
