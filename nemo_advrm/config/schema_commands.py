@@ -15,6 +15,25 @@ class EvaluateConfig:
     """The stage ``evaluate``."""
 
     mismatch: bool = key(True, "also score the good answers of other prompts: does the model read the prompt?")
+    benchmark: str = key(
+        "auto",
+        "benchmark whose file is evaluated, with its authors' table (docs/evaluate.md)",
+        choices={
+            "auto": "by its columns",
+            "none": "pairs",
+            "reward_bench": "",
+            "reward_bench_2": "",
+            "rm_bench": "",
+            "judge_bench": "",
+            "ppe_human": "",
+            "ppe_correctness": "",
+        },
+    )
+    compare: bool = key(False, "compare each member with the first one on the same rows: differences with intervals")
+    subset_column: str = key(
+        "", "column of pairs that names a row's subset; empty: subset, domain or category, if it has few values"
+    )
+    draws: int = key(1000, "bootstrap samples of the prompts behind an interval", Range(at_least=100))
 
 
 @dataclass

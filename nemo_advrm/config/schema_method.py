@@ -205,6 +205,14 @@ class SelectionConfig:
 class AugmentationConfig:
     """How adversarial pairs join the preference data."""
 
+    method: str = key(
+        "pairs",
+        "what is added to the training rows",
+        choices={
+            "pairs": "those of pairs_path",
+            "rrm": "also pairs made of the responses to other prompts (docs/method.md)",
+        },
+    )
     mode: str = key(
         "append",
         "how pairs join the training rows",
@@ -218,6 +226,13 @@ class AugmentationConfig:
         0, "steps of retraining from the member of the round before; 0: anew from the policy's trunk", NOT_NEGATIVE
     )
     warm_lr: float = key(0.0, "learning rate of these steps; 0 takes model.optim.lr", NOT_NEGATIVE)
+    rrm_share: float = key(0.5, "share that is used of the 14 pairs that RRM makes of a row", Range(above=0, at_most=1))
+    rrm_filter: str = key(
+        "", "reward model (a kind of ensemble.members) that leaves out the RRM pairs it judges like their labels"
+    )
+    rrm_threshold: float = key(
+        0.2, "difference of its winning probability from the label below which a pair is left out", FRACTION
+    )
 
 
 @dataclass
@@ -227,12 +242,20 @@ class BranchConfig:
     pairs: str = key(
         "attack",
         "pairs that retraining adds",
-        choices={"attack": "", "none": "", "random": "as many as the main rounds selected"},
+        choices={
+            "attack": "",
+            "none": "",
+            "random": "as many as the main rounds selected",
+            "rrm": "those of augmentation.method=rrm",
+        },
     )
     rounds: int = key(1, "rounds of the branch", COUNT)
     coefficient: float | None = key(None, "lambda of its attacks; null: adversarial.coefficient", NOT_NEGATIVE)
     plain_members: list[int] = key([], "members that attacks see without their reference features", COUNT)
     own_trunk: bool = key(False, "members after the first start from SFT policies of their own")
+    rrm_share: float | None = key(
+        None, "share of RRM's pairs that pairs=rrm uses; null: augmentation.rrm_share", Range(above=0, at_most=1)
+    )
 
 
 @dataclass

@@ -54,6 +54,11 @@ def _check_features(cfg: Config) -> None:
         raise ConfigError("reward_model.loss=regression: reference_features are weighed on pairs, against one score")
 
 
+def _check_augmentation(cfg: Config) -> None:
+    if cfg.augmentation.method == "rrm" and cfg.reward_model.loss == "regression":
+        raise ConfigError("reward_model.loss=regression: the pairs of augmentation.method=rrm have no labels to learn")
+
+
 def _check_scoring_deadline(cfg: Config) -> None:
     """The other ranks wait for the scores of a server in a collective, so the server's deadline must end first."""
     limit, deadline = 60 * cfg.trainer.timeout_minutes, cfg.remote.deadline_seconds
@@ -112,6 +117,7 @@ def check_values(cfg: Config) -> None:
     ROLLOUT_ENGINES.check(cfg.rl.rollout_engine)
     _check_architecture(cfg.model)
     _check_features(cfg)
+    _check_augmentation(cfg)
     _check_scoring_deadline(cfg)
     if len(cfg.model.optim.betas) != 2:
         raise ConfigError(f"model.optim.betas={cfg.model.optim.betas}: must be two numbers")

@@ -16,7 +16,7 @@ class EncodedPair:
     """Token ids of the two conversations of a pair; each is scored at its last token.
 
     The first `prompt_length` tokens of both are equal. A conversation whose answer was cut off by a length limit ends
-    with the last token of that answer. `row` is the pair before encoding.
+    with the last token of that answer. `tied` is that of the pair, `row` the pair before encoding.
     """
 
     chosen: list[int]
@@ -27,6 +27,7 @@ class EncodedPair:
     source: str
     chosen_labels: tuple[float, ...] | None = None
     rejected_labels: tuple[float, ...] | None = None
+    tied: bool = False
     row: PreferencePair | None = field(default=None, repr=False, compare=False)
 
     @property
@@ -70,6 +71,7 @@ def encode_pairs(
                     row.source,
                     row.chosen_labels,
                     row.rejected_labels,
+                    row.tied,
                     row,
                 )
             )

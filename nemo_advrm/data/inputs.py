@@ -39,7 +39,7 @@ def training_and_validation_pairs(cfg: Config) -> tuple[list[PreferencePair], li
                 f"{train.path}: training and validation are the same rows; choose with data.train_split and "
                 "data.validation_split, or leave data.validation_path empty to hold out a part"
             )
-        _print_on_rank_0(_shared_prompts(rows, validation, held_out.path))
+        print_line(_shared_prompts(rows, validation, held_out.path))
     else:
         rows, validation = split_train_validation(rows, cfg.data.validation_fraction, cfg.seed)
     return rows[: cfg.data.limit_train_rows or None], validation
@@ -47,9 +47,16 @@ def training_and_validation_pairs(cfg: Config) -> tuple[list[PreferencePair], li
 
 def evaluation_pairs(cfg: Config) -> list[PreferencePair]:
     """Return the pairs of ``data.validation_path``, or of ``data.train_path`` when it is not set."""
+    path, where = evaluation_file(cfg)
+    return _pairs(cfg, path, where["role"]).rows
+
+
+def evaluation_file(cfg: Config) -> tuple[str, dict[str, Any]]:
+    """Return the path of :func:`evaluation_pairs`, and its role and split as :func:`open_rows` takes them."""
     data = cfg.data
     held_out = data.validation_path or data.validation_split or not data.train_split
-    return _pairs(cfg, data.validation_path or data.train_path, "validation" if held_out else "train").rows
+    role = "validation" if held_out else "train"
+    return data.validation_path or data.train_path, {"role": role, "split": _split(cfg, role)}
 
 
 def prompts(cfg: Config) -> list[tuple[Message, ...]]:
@@ -82,17 +89,20 @@ def with_unusable_rows_skipped(cfg: Config) -> Config:
 def print_encoding_counts(what: str, counts: dict[str, int]) -> None:
     """Print the counts of an encoding in one line, unless all rows were encoded unchanged."""
     changed = ", ".join(f"{count} {name}" for name, count in counts.items() if name != "encoded" and count)
-    _print_on_rank_0(f"{what}: {changed}" if changed else "")
+    print_line(f"{what}: {changed}" if changed else "")
 
 
 def _pairs(cfg: Config, path: str, role: str) -> LoadReport[PreferencePair]:
-    split = cfg.data.train_split if role == "train" else cfg.data.validation_split
-    return _read(load_preferences, path, cfg.data, format=cfg.data.format, split=split, role=role)
+    return _read(load_preferences, path, cfg.data, format=cfg.data.format, split=_split(cfg, role), role=role)
+
+
+def _split(cfg: Config, role: str) -> str:
+    return cfg.data.train_split if role == "train" else cfg.data.validation_split
 
 
 def _read(load: Callable[..., LoadReport[Row]], path: str, data: DataConfig, **options: Any) -> LoadReport[Row]:
     report = load(path, on_bad_row=data.on_bad_row, ignore_columns=data.ignore_columns, **options)
-    _print_on_rank_0(report.summary())
+    print_line(report.summary())
     return report
 
 
@@ -104,6 +114,7 @@ def _shared_prompts(train: list[PreferencePair], validation: list[PreferencePair
     return f"{name}: the prompts of {shared} of {len(validation)} pairs are in the training data too"
 
 
-def _print_on_rank_0(line: str) -> None:
+def print_line(line: str) -> None:
+    """Print a line on rank 0, unless it is empty."""
     if line and RankInfo.from_environment().rank == 0:
         print(line, flush=True)

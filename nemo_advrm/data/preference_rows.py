@@ -19,7 +19,8 @@ class PreferencePair:
     `prompt` is () for raw text; then `chosen` and `rejected` contain prompt and answer. `margin` is the preference
     strength, None when the data has none. `weight` multiplies the row's loss. `source` is "file:line". The labels are
     attribute scores of each answer (HelpSteer-like data), the targets of a regression loss. An answer with `ended` =
-    False was cut off by a length limit and is encoded without an end token.
+    False was cut off by a length limit and is encoded without an end token. `tied` marks a pair of which neither answer
+    is preferred; which one is called chosen then means nothing.
     """
 
     prompt: tuple[Message, ...]
@@ -32,6 +33,7 @@ class PreferencePair:
     rejected_labels: tuple[float, ...] | None = None
     chosen_ended: bool = True
     rejected_ended: bool = True
+    tied: bool = False
 
 
 @dataclass(frozen=True)

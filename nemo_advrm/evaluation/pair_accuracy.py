@@ -36,7 +36,16 @@ def combined_line(cfg: Config, members: list[RewardSource], scored: list[Scored]
     options = cfg.ensemble
     if any(kept != scored[0][0] for kept, _ in scored):
         return "not combined: the members scored different pairs (some were too long or refused by a template)"
-    scores_NK = torch.stack([scores for _, scores in scored], -1)
+    combined_N = combined_scores(cfg, members, torch.stack([scores for _, scores in scored], -1))
+    if isinstance(combined_N, str):
+        return combined_N
+    notes = described(options.aggregate, options.coefficient, len(members), options.standardise)
+    return "\n".join([f"{options.aggregate} of the members: {accuracy_line(combined_N)}", *notes])
+
+
+def combined_scores(cfg: Config, members: list[RewardSource], scores_NK: Tensor) -> Tensor | str:
+    """Returns the combined reward of the members' scores, [N], or the line that says why there is none."""
+    options = cfg.ensemble
     if options.standardise:
         if not options.reference_path:
             return (
@@ -45,26 +54,31 @@ def combined_line(cfg: Config, members: list[RewardSource], scored: list[Scored]
             )
         statistics = read_statistics(Path(options.reference_path), members, "ensemble.reference_path")
         scores_NK = standardise_members(scores_NK, statistics)
-    combined_N = combine(options.aggregate, scores_NK, options.coefficient)
-    notes = described(options.aggregate, options.coefficient, len(members), options.standardise)
-    return "\n".join([f"{options.aggregate} of the members: {accuracy_line(combined_N)}", *notes])
+    return combine(options.aggregate, scores_NK, options.coefficient)
 
 
-def mismatch_line_of(source: RewardSource, rows: list[PreferencePair], reason: str, cfg: Config) -> str:
-    """Returns the printed line on pairs whose rejected response answers another prompt; all ranks call."""
+def mismatch_scores(
+    source: RewardSource, rows: list[PreferencePair], reason: str, cfg: Config
+) -> tuple[Tensor, list[int], str]:
+    """Scores pairs whose rejected response answers another prompt; all ranks call.
+
+    Returns:
+        (scores [2 N]: all chosen, then all rejected; the places of their pairs in ``rows``; the printed line).
+    """
     if not rows:
-        return mismatch_line(None, 0, reason)
+        return torch.zeros(0), [], mismatch_line(None, 0, reason)
     try:
-        rollouts, kept = rollouts_for(source, rows, inputs.with_unusable_rows_skipped(cfg), report=False)
+        rollouts, places = kept_rollouts(source, rows, inputs.with_unusable_rows_skipped(cfg), report=False)
     except DataError as error:  # no pair is left
-        return mismatch_line(None, 0, str(error))
-    return mismatch_line(accuracy(checked_scores(source, rollouts)), len(kept), "")
+        return torch.zeros(0), [], mismatch_line(None, 0, str(error))
+    scores = checked_scores(source, rollouts)
+    return scores, places, mismatch_line(accuracy(scores), len(places), "")
 
 
-def rollouts_for(
+def kept_rollouts(
     source: RewardSource, rows: list[PreferencePair], cfg: Config, report: bool = True
-) -> tuple[Rollouts, list[str]]:
-    """Returns all chosen responses, then all rejected ones, and the sources of their pairs.
+) -> tuple[Rollouts, list[int]]:
+    """Returns all chosen responses, then all rejected ones, and the places of their pairs in ``rows``.
 
     They are tokens when the source's tokenizer is known here, else text. ``report`` prints how many pairs were left out
     or truncated. Raises DataError when no pair is left.
@@ -76,7 +90,7 @@ def rollouts_for(
         none: list[list[int]] = [[] for _ in texts]
         prompts = [row.prompt for row in rows] * 2
         rollouts = Rollouts(prompts, texts, ended, none, none, [0] * len(texts), fingerprint="")
-        return rollouts, [row.source for row in rows]
+        return rollouts, list(range(len(rows)))
     limit, own, data = cfg.model.encoder_seq_length, longest_row(source), cfg.data
     try:
         pairs, counts = encode_pairs(rows, tokenizer, min(limit, own or limit), data.on_overlong, data.on_bad_row)
@@ -86,7 +100,8 @@ def rollouts_for(
         raise DataError(f"{source.name}, which takes {own} tokens: {error}") from error
     if report:
         inputs.print_encoding_counts(f"pairs for {source.name}", counts)
-    return rollouts_of(pairs, tokenizer), [pair.source for pair in pairs]
+    place_of = {id(row): place for place, row in enumerate(rows)}
+    return rollouts_of(pairs, tokenizer), [place_of[id(pair.row)] for pair in pairs]
 
 
 def accuracy_line(scores: Tensor) -> str:

@@ -157,10 +157,14 @@ class RewardModel(TrainableModel):
                 microbatch.extra["margin"],
                 options.centering_coefficient,
                 options.score_l2_coefficient,
+                microbatch.extra.get("tied"),
             )
         chosen_B, rejected_B = chosen_BA.detach().mean(-1), rejected_BA.detach().mean(-1)
-        right_B = right_of_pairs(chosen_B, rejected_B)
-        sums: Sums = {"accuracy": (right_B.sum(), count), "margin": ((chosen_B - rejected_B).sum(), count)}
+        right_B, margin_B, preferred = right_of_pairs(chosen_B, rejected_B), chosen_B - rejected_B, count
+        if "tied" in microbatch.extra:  # a tie has no preferred side to be right about
+            kept_B = ~microbatch.extra["tied"]
+            right_B, margin_B, preferred = right_B[kept_B], margin_B[kept_B], int(kept_B.sum())
+        sums: Sums = {"accuracy": (right_B.sum(), preferred), "margin": (margin_B.sum(), preferred)}
         for name, scores_B in (("chosen", chosen_B), ("rejected", rejected_B)):
             sums[f"{name}_mean"] = (scores_B.sum(), count)
             sums[f"{name}_square"] = (scores_B.square().sum(), count)
@@ -181,6 +185,8 @@ def pair_microbatch(model: MegatronModel, rows: list[EncodedPair], pad_id: int, 
         "margin": torch.tensor([neutral if r.margin is None else r.margin for r in rows], device=device),
         "weight": torch.tensor([r.weight for r in rows], device=device),
     }
+    if any(r.tied for r in rows):
+        extra["tied"] = torch.tensor([r.tied for r in rows], device=device)
     if reads_labels(loss):
         extra["chosen_labels"] = torch.tensor([r.chosen_labels for r in rows], device=device)
         extra["rejected_labels"] = torch.tensor([r.rejected_labels for r in rows], device=device)

@@ -59,6 +59,20 @@ def score_l2(chosen_B: Tensor, rejected_B: Tensor, coefficient: float) -> Tensor
     return coefficient * (chosen_B.square() + rejected_B.square()) / 2
 
 
+def tied_loss(
+    of_pairs: Callable[[Tensor, Tensor, Tensor | None], Tensor],
+    chosen_B: Tensor,
+    rejected_B: Tensor,
+    margin_B: Tensor | None,
+) -> Tensor:
+    """Mean of a pair's loss and of its loss with both responses exchanged, [B]: that of a pair without a preference.
+
+    For Bradley-Terry it is the cross-entropy with the soft label 0.5, -log sigmoid(d) / 2 - log sigmoid(-d) / 2 with
+    d = chosen - rejected, which is least at d = 0. Source: Liu et al. (2024), RRM (arXiv 2409.13156), neutral pairs.
+    """
+    return (of_pairs(chosen_B, rejected_B, margin_B) + of_pairs(rejected_B, chosen_B, margin_B)) / 2
+
+
 @dataclass(frozen=True)
 class PreferenceLoss:
     """A loss of preference pairs, registered in :data:`nemo_advrm.registry.PREFERENCE_LOSSES`.
@@ -97,10 +111,12 @@ def preference_loss(
     margin: Tensor | None,
     centering_coefficient: float,
     score_l2_coefficient: float,
+    tied: Tensor | None = None,
 ) -> Tensor:
     """Loss of each pair, [B]: the loss `name` (one of PREFERENCE_LOSSES) plus the two regularisers.
 
-    "bt" ignores `margin`. Raises ConfigError for an unknown name, and for a loss that needs margins without any.
+    "bt" ignores `margin`. Pairs where the boolean `tied`, [B], is true get :func:`tied_loss`. Raises ConfigError for an
+    unknown name, and for a loss that needs margins without any.
     """
     loss = PREFERENCE_LOSSES[name]
     if loss.needs_margin and margin is None:
@@ -108,6 +124,8 @@ def preference_loss(
     if loss.of_pairs is None:
         raise ConfigError(f"preference loss {name!r} reads labels, not pairs")
     loss_B = loss.of_pairs(chosen, rejected, margin)
+    if tied is not None:
+        loss_B = torch.where(tied, tied_loss(loss.of_pairs, chosen, rejected, margin), loss_B)
     # Skipped at 0, so that an overflowing square cannot turn 0 * inf into NaN.
     if centering_coefficient:
         loss_B = loss_B + centering(chosen, rejected, centering_coefficient)

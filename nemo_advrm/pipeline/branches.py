@@ -12,6 +12,7 @@ from nemo_advrm.errors import ConfigError
 from nemo_advrm.rewards.watch_list import DISAGREEMENT, watching_detectors
 
 MAIN = ""  # the name of the main rounds
+WITHOUT_ATTACK = ("none", "rrm")  # kinds of pairs that need no attack on the members
 
 
 def all_branches(cfg: Config) -> dict[str, BranchConfig]:
@@ -129,6 +130,8 @@ def check(cfg: Config) -> None:
             raise ConfigError(f"{key}: the name of a branch may have letters, digits, _ . and -")
         if options.own_trunk and not cfg.pipeline.sft:
             raise ConfigError(f"{key}.own_trunk=true: needs pipeline.sft=true, which trains the SFT policies")
+        if options.pairs == "rrm" and cfg.reward_model.loss == "regression":
+            raise ConfigError(f"{key}.pairs=rrm: its pairs have no labels, which reward_model.loss=regression learns")
         if options.pairs == "random" and options.rounds > cfg.pipeline.rounds:
             raise ConfigError(
                 f"{key}.rounds={options.rounds}: random pairs are as many as the main rounds selected, and there are "

@@ -14,6 +14,7 @@ from nemo_advrm.errors import ConfigError
 from nemo_advrm.nearest_name import nearest_name
 from nemo_advrm.pipeline.branches import (
     MAIN,
+    WITHOUT_ATTACK,
     all_branches,
     arm_round,
     attack_home,
@@ -116,7 +117,7 @@ def _branch(cfg: Config, branch: str, options: BranchConfig) -> list[Step]:
                 steps.append(Step(name, "train_rm", _before_training(cfg, branch, number, k), number, k, branch))
         place = attack_home(cfg, branch, number)
         is_attacked = number < options.rounds or branch == MAIN
-        if place != home(branch, number) or not is_attacked or options.pairs == "none":
+        if place != home(branch, number) or not is_attacked or options.pairs in WITHOUT_ATTACK:
             continue
         # the main rounds sample the responses in round 0, which all others score
         needed = members if (number, branch) == (0, MAIN) else (*members, "round_0/reference")
@@ -151,7 +152,7 @@ def _are_all_used(cfg: Config, branch: str, number: int) -> bool:
 
 def _before_training(cfg: Config, branch: str, number: int, member: int) -> tuple[str, ...]:
     """Returns the steps that the training of a member waits for: its pairs, and the model it starts from."""
-    if number and all_branches(cfg)[branch].pairs == "none":
+    if number and all_branches(cfg)[branch].pairs in WITHOUT_ATTACK:
         return (member_step(cfg, branch, number - 1, member),)
     if number:
         return (f"{attack_home(cfg, branch, number - 1)}/select",)

@@ -135,9 +135,16 @@ class Rounds:
         pairs = map(str, self._pairs_before(step))
         cfg.augmentation.pairs_path = ",".join(filter(None, [cfg.augmentation.pairs_path, *pairs]))
         start = self._policy_path
+        before = branches.member_step(self.cfg, step.branch, max(step.round - 1, 0), step.member)
+        branch = branches.all_branches(self.cfg)[step.branch]
+        if step.round and branch.pairs == "rrm":
+            # as in the paper, the reward model trained without these pairs says which of them teach something
+            plain = f"{self.directory / before / 'model'}?reference_features=off"
+            cfg.augmentation.method = "rrm"
+            cfg.augmentation.rrm_filter = cfg.augmentation.rrm_filter or plain
+            cfg.augmentation.rrm_share = branch.rrm_share or cfg.augmentation.rrm_share
         if step.round and cfg.augmentation.warm_steps:
             cfg = warm(cfg)
-            before = branches.member_step(self.cfg, step.branch, step.round - 1, step.member)
             start = str(self.directory / before / "model")
         elif self.cfg.pipeline.sft:
             start = str(self.directory / branches.trunk_step(self.cfg, step.branch, step.member) / "model")
@@ -146,7 +153,7 @@ class Rounds:
     def _pairs_before(self, step: Step) -> list[Path]:
         """Returns the files of adversarial pairs of the branch's earlier rounds."""
         kind = branches.all_branches(self.cfg)[step.branch].pairs
-        if kind == "none":
+        if kind in branches.WITHOUT_ATTACK:
             return []
         name = RANDOM_PAIRS if kind == "random" else "pairs.jsonl"
         return [self._home(step.branch, number) / name for number in range(step.round)]

@@ -15,6 +15,7 @@ REWARD_NAMES = {
     "hybrid_hardened": "Hybrid, hardened",
     "steps": "Equal steps without pairs",
     "random": "As many random pairs",
+    "rrm": "RRM pairs",
     "overoptimised": "Over-optimisation pairs",
     "mixed": "Hardened against a hybrid",
 }

@@ -30,6 +30,7 @@ from nemo_advrm.rewards.local import MegatronReward
 from nemo_advrm.rewards.token_sequences import rollouts_of
 from nemo_advrm.seeds import derive_seed
 from nemo_advrm.training.callbacks.augmentation import AdversarialAugmentation
+from nemo_advrm.training.rrm_rows import rrm_rows
 from nemo_advrm.training.run_training import fit, read_result, write_result
 
 _log = logging.getLogger(__name__)
@@ -121,7 +122,8 @@ def train_reward_model(
 ) -> dict[str, float]:
     """Trains into ``directory/model`` and returns the validation metrics; a finished training is not repeated.
 
-    ``augmentation.pairs_path`` names files of adversarial pairs, ``augmentation.mode`` how they are used.
+    ``augmentation.pairs_path`` names files of adversarial pairs, ``augmentation.mode`` how they are used. With
+    ``augmentation.method=rrm`` pairs made of the training rows are used in the same way.
 
     Args:
         seed: seed of weights, data order and augmentation.
@@ -138,10 +140,13 @@ def train_reward_model(
         if store.is_file() and not store.stat().st_size:  # selection found nothing, or the file was damaged
             _log.warning("%s holds no adversarial pairs: %s is trained without them", store, title)
     callbacks: list[Callback] = []
-    if stores and cfg.augmentation.mode == "append":
-        train_rows = train_rows + _encoded_stores(cfg, tokenizer, stores)
-    elif stores:
-        callbacks.append(_augmentation(cfg, tokenizer, stores, seed))
+    made: list[EncodedPair] = []
+    if cfg.augmentation.method == "rrm":
+        made = rrm_rows(cfg, tokenizer, data.train, derive_seed(seed, "rrm"), title)
+    if cfg.augmentation.mode == "append":
+        train_rows = [*train_rows, *made, *_encoded_stores(cfg, tokenizer, stores)]
+    elif stores or made:
+        callbacks.append(_augmentation(cfg, tokenizer, stores, seed, made))
     module = RewardModel(cfg, tokenizer, train_rows, data.validation, restore_from, seed)
     fit(module, cfg, directory, title, callbacks, validate=True)
     metrics = {**module.validation_metrics, **_mismatch(module, data.mismatched)}
@@ -173,7 +178,9 @@ def _encoded_stores(cfg: Config, tokenizer: Tokenizer, stores: list[Path]) -> li
     return encode_pairs(pairs, tokenizer, cfg.model.encoder_seq_length, "truncate_prompt")[0] if pairs else []
 
 
-def _augmentation(cfg: Config, tokenizer: Tokenizer, stores: list[Path], seed: int) -> AdversarialAugmentation:
+def _augmentation(
+    cfg: Config, tokenizer: Tokenizer, stores: list[Path], seed: int, made: list[EncodedPair]
+) -> AdversarialAugmentation:
     if reads_labels(cfg.reward_model.loss):
         raise ConfigError(f"reward_model.loss={cfg.reward_model.loss}: adversarial pairs have no labels to learn")
     options, on_top = cfg.augmentation, cfg.augmentation.mode == "on_top"
@@ -185,6 +192,7 @@ def _augmentation(cfg: Config, tokenizer: Tokenizer, stores: list[Path], seed: i
         seed=derive_seed(seed, "augmentation"),
         weight=options.weight,
         pairs_per_step=options.pairs_per_step if on_top else 0,
+        made=made,
     )
 
 

@@ -18,6 +18,7 @@ from nemo_advrm.objectives.losses import (
     regression,
     scaled_bradley_terry,
     score_l2,
+    tied_loss,
 )
 
 LOG2 = math.log(2)
@@ -78,6 +79,28 @@ def test_preference_loss_by_name_with_both_regularisers(name: str, expected: flo
     assert preference_loss(name, chosen, rejected, margin, 0.0, 0.0).item() == pytest.approx(expected)
     regularised = preference_loss(name, chosen, rejected, margin, 0.01, 0.1).item()
     assert regularised == pytest.approx(expected + 0.01 * 16 + 0.1 * 5)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("bt", (nll(2) + nll(-2)) / 2),
+        ("margin_bt", (nll(2 - 1.5) + nll(-2 - 1.5)) / 2),
+        ("scaled_bt", 1.5 * (nll(2) + nll(-2)) / 2),
+    ],
+)
+def test_a_tie_has_the_mean_loss_of_both_preferences(name: str, expected: float) -> None:
+    chosen, rejected, margin = torch.tensor([3.0, 3.0]), torch.tensor([1.0, 1.0]), torch.tensor([1.5, 1.5])
+    losses = preference_loss(name, chosen, rejected, margin, 0.0, 0.0, torch.tensor([True, False]))
+    torch.testing.assert_close(losses[0].item(), expected)
+    torch.testing.assert_close(losses[1:], preference_loss(name, chosen, rejected, margin, 0.0, 0.0)[1:])
+
+
+def test_a_tie_pulls_both_scores_together_and_rests_where_they_are_equal() -> None:
+    chosen, rejected = torch.tensor([2.0, 1.0], requires_grad=True), torch.tensor([0.0, 1.0])
+    tied_loss(lambda c, r, m: bradley_terry(c, r), chosen, rejected, None).sum().backward()
+    slope = 1 / (1 + math.exp(-2)) - 0.5  # sigmoid(d) less the soft label
+    torch.testing.assert_close(chosen.grad, torch.tensor([slope, 0.0]))
 
 
 def test_an_unknown_loss_names_the_nearest() -> None:

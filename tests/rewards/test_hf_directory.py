@@ -20,7 +20,7 @@ from nemo_advrm.data.messages import Message
 from nemo_advrm.data.tokenizers import HFTokenizer, check_vocabulary
 from nemo_advrm.engine.runtime import Runtime
 from nemo_advrm.errors import CheckpointError, ConfigError, DataError
-from nemo_advrm.evaluation.pair_accuracy import rollouts_for
+from nemo_advrm.evaluation.pair_accuracy import kept_rollouts
 from nemo_advrm.rewards.hf import HFReward, check_directory
 from nemo_advrm.rewards.limits import longest_row, prompts_with_room
 from nemo_advrm.rewards.sources import check, load_members, parse
@@ -307,9 +307,9 @@ def test_the_members_limit_is_that_of_evaluation_and_of_prompts(single: Runtime,
     long = PreferencePair(prompt=user, chosen="b" * 100, rejected="c", source="p.jsonl:2")
     cfg = tiny_config(encoder_seq_length=1024)
     with pytest.raises(DataError, match=r"judge, which takes 64 tokens: p\.jsonl:2"):
-        rollouts_for(member, [short, long], cfg)
+        kept_rollouts(member, [short, long], cfg)
     cfg.data.on_overlong = "skip"
-    kept, _ = rollouts_for(member, [short, long], cfg)
+    kept, _ = kept_rollouts(member, [short, long], cfg)
     assert len(kept) == 2 and member.score(kept).isfinite().all()
 
     prompts = [Prompt(i, (Message(role="user", content=text),), [1]) for i, text in enumerate(("a" * 90, "a"))]

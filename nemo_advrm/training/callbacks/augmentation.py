@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ class AdversarialAugmentation(Callback):
         weight: loss weight of adversarial pairs.
         refresh_every_n_steps: steps between reads of the files; 0 reads them once.
         pairs_per_step: number of pairs added to each batch, instead of ``ratio``.
+        made: further pairs, of no file, which stay the same over a training (those of ``augmentation.method=rrm``).
 
     Raises:
         ConfigError: both or neither of ``ratio`` and ``pairs_per_step`` are set, or ``ratio`` is out of range.
@@ -52,6 +54,7 @@ class AdversarialAugmentation(Callback):
         weight: float = 1.0,
         refresh_every_n_steps: int = 0,
         pairs_per_step: int = 0,
+        made: Sequence[EncodedPair] = (),
     ) -> None:
         if (ratio is None) != (pairs_per_step > 0):
             raise ConfigError(
@@ -67,7 +70,9 @@ class AdversarialAugmentation(Callback):
         self.weight = weight
         self.refresh_every_n_steps = refresh_every_n_steps
         self.pairs_per_step = pairs_per_step
-        self._pairs: list[list[EncodedPair]] = [[] for _ in stores]
+        # the files, then the pairs of no file if there are any
+        self._names = [*map(str, stores), *(["augmentation.method=rrm"] if made else [])]
+        self._pairs: list[list[EncodedPair]] = [*([] for _ in stores), *([list(made)] if made else [])]
         # (first step, number of pairs of each file in use from that step on); files grow at their ends only
         self._known: list[tuple[int, list[int]]] = []
         self._saved_hashes: list[str] = []  # from a checkpoint: hashes of the pairs of each file in use then
@@ -83,10 +88,10 @@ class AdversarialAugmentation(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._prepare(trainer.global_step)
-        for store, pairs, used in zip(self.stores, self._pairs, self._known[-1][1], strict=True):
+        for store, pairs, used in zip(self._names, self._pairs, self._known[-1][1], strict=True):
             if len(pairs) < used:
                 raise ConfigError(f"{store} holds {len(pairs)} pairs, but this training had already used {used} of it")
-        for store, now, saved in zip(self.stores, self._hashes(), self._saved_hashes, strict=False):
+        for store, now, saved in zip(self._names, self._hashes(), self._saved_hashes, strict=False):
             if now != saved:
                 raise ConfigError(
                     f"{store}: the pairs that this training had already used were changed since; remove the run's "
