@@ -25,8 +25,8 @@ from nemo_advrm.run_directory import identity, run_files
 
 # what a run writes before it produces anything
 _BEFORE_RESULTS = ("config.yaml", "versions.yaml", "state.json", "audit.json")
-# locks; versions before 0.2 left files with the other two endings
-_LOCKS = re.compile(r"locks|\w+\.(lease.*|lock|owner)")
+# locks, of which versions before 0.2 left files with the other two endings, and what `evaluate` writes into any directory
+_NOT_OF_THE_RUN = re.compile(r"locks|\w+\.(lease.*|lock|owner)|evaluation\.json")
 NOT_BEGUN = "before the work began: nothing is lost, the same command resumes"
 
 
@@ -98,7 +98,7 @@ def _identify(cfg: Config, directory: Path, stage: str) -> None:
     path = directory / "config.yaml"
     if not _has_other_jobs(directory):
         run_files.clean(directory)
-        names = {entry.name for entry in directory.iterdir() if not _LOCKS.fullmatch(entry.name)}
+        names = {entry.name for entry in directory.iterdir() if not _NOT_OF_THE_RUN.fullmatch(entry.name)}
         if path.exists() and names <= set(_BEFORE_RESULTS):
             for name in names:
                 (directory / name).unlink()
