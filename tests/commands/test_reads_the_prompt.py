@@ -68,9 +68,9 @@ def test_one_prompt_cannot_be_mismatched_and_the_reason_is_told(tmp_path, capsys
 def test_evaluate_measures_the_same_as_training_and_can_leave_it_out(tmp_path, capsys) -> None:
     out, _ = trained(tmp_path, capsys, WORDS)
     line = next(line for line in out.splitlines() if line.startswith("mismatched prompts: accuracy"))
-    data = f"data.validation_path={tmp_path / 'pairs.jsonl'}"
+    data, elsewhere = f"data.validation_path={tmp_path / 'pairs.jsonl'}", f"run_dir={tmp_path / 'evaluation'}"
     model = f"pretrained_checkpoint.restore_from_path={tmp_path / 'run' / 'model'}"
-    assert cli.main(["evaluate", model, data]) == 0
+    assert cli.main(["evaluate", model, data, elsewhere]) == 0
     assert line in capsys.readouterr().out.splitlines()
-    assert cli.main(["evaluate", model, data, "evaluate.mismatch=false"]) == 0
+    assert cli.main(["evaluate", model, data, elsewhere, "evaluate.mismatch=false"]) == 0
     assert "mismatched prompts: not measured: evaluate.mismatch=false" in capsys.readouterr().out

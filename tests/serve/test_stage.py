@@ -220,10 +220,11 @@ def test_evaluate_takes_members_of_any_kind(served: Served, tmp_path: Path, caps
     texts = (("this river", "birds sing .", "birds rest ."), ("these clouds", "this river sleeps .", "birds dance ."))
     pairs.write_text("".join(json.dumps({"prompt": p, "chosen": c, "rejected": r}) + "\n" for p, c, r in texts))
     member, data = str(served.members[0]), f"data.validation_path={pairs}"
+    elsewhere = f"run_dir={tmp_path / 'evaluation'}"
     hf = f"hf:{save_hf_reward(tmp_path / 'hf')}"
-    assert cli.main(["evaluate", f"ensemble.members=[{member},{hf},{served.server.address}]", data]) == 0
+    assert cli.main(["evaluate", f"ensemble.members=[{member},{hf},{served.server.address}]", data, elsewhere]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if "  margin " in line]
     assert [line.split(":")[0] for line in lines] == [f"R_1 ({member})", "R_2 (hf", "R_3 (http"]
-    assert cli.main(["evaluate", f"pretrained_checkpoint.restore_from_path={member}", data]) == 0
+    assert cli.main(["evaluate", f"pretrained_checkpoint.restore_from_path={member}", data, elsewhere]) == 0
     (alone,) = [line for line in capsys.readouterr().out.splitlines() if "  margin " in line]
     assert lines[0].endswith(alone)
