@@ -142,6 +142,7 @@ def notes(summary: Facts) -> list[str]:
         "searched with it."
         if summary["judge"]
         else "Judge: none.",
+        f"What the judge cost: {summary['judge_cost']}." if summary["judge_cost"] else "",
         f"Others, which an attack must not please: {others}." if others else "Others: none.",
         f"Detector of suspected finds: {summary['detector']}.",
         f"Budget: {summary['budget']}. Responses that each attack could try on each model: {tried}. It took "

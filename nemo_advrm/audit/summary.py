@@ -10,8 +10,8 @@
                   "transfer": [{"model", "share", "z", "finds"}]}],
      "attacks": [{"attack", "samples", "underrates",
                   "cells": {TARGET: {"responses", "seconds", SPLIT: {MEASURE: RATE}}}}],
-     "left_out": {ATTACK: reason}, "others", "policy", "judge", "prompts", "held_out_prompts", "samples_per_prompt",
-     "detector", "budget", "seed", "pairs": n, "seconds": f}
+     "left_out": {ATTACK: reason}, "others", "policy", "judge", "judge_cost", "prompts", "held_out_prompts",
+     "samples_per_prompt", "detector", "budget", "seed", "pairs": n, "seconds": f}
 
 MEASURE is standard, strict or suspected. RATE is {"rate", "low", "high", "trials"} or null where there is no judge; low
 and high bound its 95 % interval. The worst attack is that with the largest "excess", the lower end of the interval of
@@ -69,6 +69,7 @@ def summarise(
         "others": dict(zip(panel.names[panel.targets :], audit.others, strict=True)),
         "policy": audit.policy,
         "judge": audit.judge,
+        "judge_cost": cost_line() if (cost_line := getattr(panel.judge, "cost_line", None)) else "",
         "prompts": len(panel.training.prompts),
         "held_out_prompts": len(panel.held_out.prompts) if panel.held_out else 0,
         "samples_per_prompt": audit.samples_per_prompt,
