@@ -141,7 +141,7 @@ def stored_scores(path: Path, source: RewardSource, rollouts: Rollouts) -> Tenso
 def _read_scores(path: Path, rollouts: Rollouts) -> list[float] | None:
     if not path.exists():
         return None
-    rows = [row for _, row in read_jsonl(path)]
+    rows = [row for _, row in read_jsonl(path)] if path.stat().st_size else []  # nothing was submitted
     cure = f"remove {path} and its responses are scored again"
     if [row.get("response") if isinstance(row, dict) else None for row in rows] != rollouts.responses:
         raise DataError(f"{path}: holds scores of other responses: {cure}")

@@ -69,6 +69,7 @@ def run_audit(audit: AuditConfig) -> Facts:
                 raise
             left_out[name] = str(error)
             samples.pop(name, None)
+            progress.attacks -= panel.targets
             run_on_rank_zero(_forget, panel, name)
         finally:
             progress.stop()

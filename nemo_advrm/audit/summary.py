@@ -56,6 +56,7 @@ def summarise(
     for target in targets:  # side by side by one measure, in which the worst of all is the worst
         usual = [target["ordinary"], target["best_of_ordinary"]]
         target["shown"] = _worst(target["name"], attacks, [worst["measure"]], usual) if worst else None
+        target["headline"] = _headline(target["name"], target["shown"], target["verdict"] == "worse")
     audit = panel.audit
     return {
         "version": 1,
@@ -109,7 +110,6 @@ def _target(
         "name": name,
         "source": panel.audit.target[k],
         "verdict": "worse" if is_worse else "open",
-        "headline": _headline(name, worst, is_worse),
         "worst": worst,
         "ordinary": ordinary,
         "best_of_ordinary": best,

@@ -68,6 +68,13 @@ class Tricks(SearchAttack):
         return text_of(tokens[: MAX_RESPONSE_TOKENS - 1])
 
 
+class Nothing(SearchAttack):
+    """Has nothing to propose."""
+
+    def propose(self, inputs: AttackInputs, budget: Budget) -> Iterator[Rollouts]:
+        return iter(())
+
+
 def honest(prompts: Prompts, responses: list[str], ended: list[bool]) -> list[float]:
     """The gold reward itself: no flaw."""
     return gold_scores(prompts, responses, ended)

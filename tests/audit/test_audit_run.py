@@ -23,7 +23,7 @@ def settings(single: Runtime, tmp_path_factory: pytest.TempPathFactory) -> list[
     return [
         f"policy={policy}",
         "prompts=synthetic",
-        f"attacks=[{TOYS}:Tricks]",
+        f"attacks=[{TOYS}:Tricks,{TOYS}:Nothing]",
         "budget=360",
         "num_prompts=24",
         "num_held_out=12",
