@@ -6,6 +6,7 @@
 # make test-slow     run the tests that start many real processes (signals at every moment of a run, ...)
 # make test-aligner  run the tests against NeMo-Aligner 0.7.0, in an environment of its own (.venv-aligner, 2.6 GB)
 # make test-frameworks  run OpenRLHF's and verl's own reward clients, in environments of their own (.venv-frameworks, 3 GB)
+# make test-judges   run a language model as a judge behind transformers serve, in an environment over .venv (.venv-judges)
 # make test-slurm    run the SLURM scripts on a real SLURM of this machine; as root, installs slurm-wlm and munge by apt
 # make docs         build the documentation as a site in site/; a broken link is an error
 # make setup | lint | clean
@@ -33,7 +34,13 @@ FRAMEWORKS_VENV ?= .venv-frameworks
 FRAMEWORK_STAMPS := $(foreach name,$(FRAMEWORKS),$(FRAMEWORKS_VENV)/$(name)/.installed-$(shell \
   cat tests/frameworks/$(name)*.txt | sha256sum | cut -c1-16))
 
-.PHONY: setup same-python run audit study study-docs test test-slow test-aligner test-frameworks test-slurm lint docs clean
+JUDGES_VENV ?= .venv-judges
+JUDGES_PINS := tests/judges/requirements.txt tests/judges/requirements-no-deps.txt
+JUDGES_STAMP := $(JUDGES_VENV)/.installed-$(shell cat $(JUDGES_PINS) | sha256sum | cut -c1-16)
+JUDGES_PIP := $(JUDGES_VENV)/bin/python -m pip --disable-pip-version-check
+
+.PHONY: setup same-python run audit study study-docs test test-slow test-aligner test-frameworks test-judges test-slurm \
+  lint docs clean
 
 setup: $(STAMP)
 
@@ -110,6 +117,19 @@ $(FRAMEWORK_STAMPS):
 test-frameworks: setup $(FRAMEWORK_STAMPS)
 	OPENRLHF_PYTHON=$(FRAMEWORKS_VENV)/openrlhf/bin/python VERL_PYTHON=$(FRAMEWORKS_VENV)/verl/bin/python \
 	  OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rs tests/frameworks $(ARGS)
+
+# An environment of its own, so that make test has the packages that it had; it finds those of .venv too: a second torch
+# would take 2 GB. Its stamp is in the clone, because it refers to the .venv of the clone.
+$(JUDGES_STAMP): | setup
+	rm -rf $(JUDGES_VENV) && $(BIN)/python -m venv $(JUDGES_VENV)
+	$(BIN)/python -c 'import pathlib, sys; (home,) = pathlib.Path("$(JUDGES_VENV)").glob("lib/python*/site-packages"); \
+	  (home / "over.pth").write_text("\n".join(path for path in sys.path if path.endswith("site-packages")))'
+	$(JUDGES_PIP) install -q -r tests/judges/requirements.txt
+	$(JUDGES_PIP) install -q --no-deps -r tests/judges/requirements-no-deps.txt
+	@touch $@
+
+test-judges: setup $(JUDGES_STAMP)
+	JUDGE_PYTHON=$(JUDGES_VENV)/bin/python $(BIN)/python -m pytest -rs tests/judges $(ARGS)
 
 # The installation is part of this target only: nothing is installed by make test, where these tests are skipped.
 test-slurm: setup

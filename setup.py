@@ -104,7 +104,12 @@ setup(
     # conf/ stands at the top of the repository, where a user looks for it, and is installed inside the package.
     packages=[*find_packages(include=["nemo_advrm", "nemo_advrm.*"]), "nemo_advrm.conf"],
     package_dir={"nemo_advrm.conf": "conf"},
-    package_data={"nemo_advrm": ["py.typed"], "nemo_advrm.report": ["templates/*"], "nemo_advrm.conf": ["**/*.yaml"]},
+    package_data={
+        "nemo_advrm": ["py.typed"],
+        "nemo_advrm.report": ["templates/*"],
+        "nemo_advrm.rewards.judges": ["*.html"],
+        "nemo_advrm.conf": ["**/*.yaml"],
+    },
     install_requires=INSTALL,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["nemo-advrm = nemo_advrm.cli:main"]},

@@ -16,11 +16,13 @@ from nemo_advrm import __version__, parent_process, signals
 from nemo_advrm.command_table import COMMANDS
 from nemo_advrm.errors import (
     EXIT_PREEMPTED,
+    EXIT_WAITING,
     FailedElsewhere,
     Preempted,
     ProcessLost,
     RewardSourceError,
     UserError,
+    WaitingForPeople,
     printable,
 )
 from nemo_advrm.rank_info import RankInfo, worker
@@ -36,7 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status.
 
     0: success; 2: a user's error; 3: another process of the job was lost; 75: stopped by a signal, and the same command
-    resumes; 130: interrupted. Any other exception is a bug: it propagates, and Python exits with 1.
+    resumes; 76: people must fill in a sheet, and then the same command goes on; 130: interrupted. Any other exception
+    is a bug: it propagates, and Python exits with 1.
 
     ``arguments`` default to those of the process; its signals are then ignored after the command, so that a late one
     does not change the exit status.
@@ -67,6 +70,10 @@ def guarded(call: Callable[[], int | None]) -> int:
     except BrokenPipeError:  # the reader has closed the pipe, as in nemo-advrm stages | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_PIPE
+    except WaitingForPeople as stop:
+        if rank_info.rank == 0:
+            print(f"waiting for people: {printable(stop)}", file=sys.stderr)
+        return EXIT_WAITING
     except UserError as error:
         if isinstance(error, RewardSourceError) and signals.received():  # the reward server got the signal too
             return _stopped_without_saving(error)

@@ -103,7 +103,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "evaluate": Command(
         "measure a reward model on held-out preference pairs",
-        f"{_COMMON} {_START} {_HELD_OUT} data.format {_REWARD} evaluate.mismatch",
+        f"{_COMMON} {_START} {_HELD_OUT} data.format {_REWARD} evaluate. judge.",
         "nemo-advrm evaluate pretrained_checkpoint.restore_from_path=runs/rm_1/model "
         "data.validation_path=held_out.jsonl",
     ),

@@ -1,6 +1,7 @@
 """Errors a user can act on: each carries one clear message that names the file, line or key."""
 
 EXIT_PREEMPTED = 75  # the command line's status for Preempted
+EXIT_WAITING = 76  # the command line's status for WaitingForPeople
 
 
 class UserError(Exception):
@@ -32,6 +33,10 @@ class TrainingDiverged(UserError):
 
 class RewardSourceError(UserError):
     """A reward source failed or returned unusable scores; the message names the source."""
+
+
+class WaitingForPeople(UserError):
+    """A sheet waits for people's answers; the same command goes on when they are there (exit status 76)."""
 
 
 class Preempted(BaseException):

@@ -15,7 +15,7 @@ from nemo_advrm.rewards.detector_features import attack_reader, check_detector
 from nemo_advrm.rewards.hybrid import Opened, open_sft_policy
 from nemo_advrm.rewards.limits import prompts_with_room
 from nemo_advrm.rewards.sft_responses import read_for_attack, sample_sft_scores
-from nemo_advrm.rewards.sources import build_gold, load_members
+from nemo_advrm.rewards.sources import build_gold, load_members, refuse_people
 from nemo_advrm.rollouts.run_prompts import attack_prompts, encode_prompts
 from nemo_advrm.run_directory import run_dir
 from nemo_advrm.seeds import derive_seed
@@ -36,6 +36,7 @@ def main(cfg: Config) -> int:
     check_target_members(cfg, len(cfg.ensemble.members))
     check_held_out(cfg, "adversarial.held_out_prompts", cfg.adversarial.held_out_prompts)
     check_detector(cfg)
+    refuse_people(cfg, "attack")
     run_dir.start(cfg)
     directory = Path(cfg.run_dir)
     tokenizer = build_tokenizer(cfg.model.tokenizer)

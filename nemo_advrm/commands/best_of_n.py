@@ -14,7 +14,7 @@ from nemo_advrm.engine.collectives import run_on_rank_zero
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.evaluation.best_of_n_sampling import SAMPLES, best_of_n_prompts, curve_of_reward, sample_best_of_n
 from nemo_advrm.rewards.limits import prompts_with_room
-from nemo_advrm.rewards.sources import build_gold, load_members
+from nemo_advrm.rewards.sources import build_gold, load_members, refuse_people
 from nemo_advrm.rewards.standardisation import combined, read_statistics
 from nemo_advrm.rollouts.run_prompts import encode_prompts
 from nemo_advrm.rollouts.types import Prompt
@@ -40,6 +40,7 @@ def main(cfg: Config) -> int:
             "ensemble.reference_path is not set: several members are standardised by SFT responses; name the "
             "reference.jsonl of an attack on them, or set ensemble.standardise=false"
         )
+    refuse_people(cfg, "best_of_n")
     run_dir.start(cfg)
     directory = Path(cfg.run_dir)
     tokenizer = build_tokenizer(cfg.model.tokenizer)

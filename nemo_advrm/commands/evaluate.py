@@ -36,6 +36,12 @@ def main(cfg: Config) -> int:
     run_dir.start(cfg, megatron=False)
     rows = evaluation_rows(cfg)
     members = sources.load_members(cfg, cfg.ensemble.members, build_tokenizer(cfg.model.tokenizer))
+    if cfg.evaluate.pairwise:
+        from nemo_advrm.evaluation.pairwise_accuracy import pairwise_lines
+
+        for member in members:
+            _print_of(member, members, pairwise_lines(member, rows, cfg))
+        return 0
     mismatched, reason = (
         mismatched_pairs(rows.to_mismatch) if cfg.evaluate.mismatch else ([], "evaluate.mismatch=false")
     )
@@ -46,7 +52,7 @@ def main(cfg: Config) -> int:
             raise DataError(f"{member.name}: no pair of the evaluated rows has two answers that it could score")
         models.append(model)
         lines = [accuracy_line(model.pair_scores(rows)), model.mismatch_line]
-        _print("\n".join(line if len(members) == 1 else f"{member.name}: {line}" for line in lines))
+        _print_of(member, members, lines)
     if len(members) > 1 and not cfg.evaluate.compare:
         models += _combined(cfg, members, models, rows)
     if runtime.current().is_writer:
@@ -67,6 +73,13 @@ def _combined(
         return []  # they scored different rows
     combined_A = combined_scores(cfg, members, answers_AK)
     return [] if isinstance(combined_A, str) else [ModelScores(f"{cfg.ensemble.aggregate} of the members", combined_A)]
+
+
+def _print_of(member: RewardSource, members: list[RewardSource], lines: list[str]) -> None:
+    """Prints the lines of a member, and what a judge cost; with the member's name when there are several."""
+    cost_line = getattr(member, "cost_line", None)
+    lines = [*lines, cost_line()] if cost_line is not None else lines
+    _print("\n".join(line if len(members) == 1 else f"{member.name}: {line}" for line in lines))
 
 
 def _print(text: str) -> None:

@@ -8,11 +8,13 @@ from nemo_advrm.config.layout import at_layout
 from nemo_advrm.config.schema import Config
 from nemo_advrm.pipeline.dag import LIGHT, find, of_run
 from nemo_advrm.pipeline.runner import Pipeline
+from nemo_advrm.rewards.sources import refuse_people
 from nemo_advrm.run_directory import run_dir
 
 
 def main(cfg: Config) -> int:
     """Runs all steps that are not complete in ``run_dir`` and prints the report, or one step (``pipeline.only``)."""
+    refuse_people(cfg, "pipeline")
     only = None
     if cfg.pipeline.only:
         only = find(of_run(cfg)[1], cfg.pipeline.only)

@@ -23,7 +23,14 @@ from nemo_advrm.config.schema_commands import (
     ServeConfig,
     StageConfig,
 )
-from nemo_advrm.config.schema_data import DataConfig, EnsembleConfig, RemoteConfig, RewardModelConfig, SyntheticConfig
+from nemo_advrm.config.schema_data import (
+    DataConfig,
+    EnsembleConfig,
+    JudgeConfig,
+    RemoteConfig,
+    RewardModelConfig,
+    SyntheticConfig,
+)
 from nemo_advrm.config.schema_method import (
     AdversarialConfig,
     AugmentationConfig,
@@ -61,6 +68,7 @@ class Config:
     reward_model: RewardModelConfig = section(RewardModelConfig)
     ensemble: EnsembleConfig = section(EnsembleConfig)
     remote: RemoteConfig = section(RemoteConfig)
+    judge: JudgeConfig = section(JudgeConfig)
     sft_statistics: SFTStatisticsConfig = section(SFTStatisticsConfig)
     adversarial: AdversarialConfig = section(AdversarialConfig)
     detector: DetectorConfig = section(DetectorConfig)

@@ -34,6 +34,7 @@ class EvaluateConfig:
         "", "column of pairs that names a row's subset; empty: subset, domain or category, if it has few values"
     )
     draws: int = key(1000, "bootstrap samples of the prompts behind an interval", Range(at_least=100))
+    pairwise: bool = key(False, "judges see both answers of a pair, in both orders, instead of one (docs/judges.md)")
 
 
 @dataclass

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-from nemo_advrm.config.fields import COUNT, FRACTION, NOT_NEGATIVE, POSITIVE, Range, key
+from nemo_advrm.config.fields import COUNT, FINITE, FRACTION, NOT_NEGATIVE, POSITIVE, Range, free, key
 
 AGGREGATES = ("mean", "min", "lcb", "uwo", "gap")
 REFERENCE_FEATURES = ("log_prob", "prompt_gain")
@@ -89,7 +90,7 @@ class EnsembleConfig:
     members: list[str] = key(
         [],
         "reward sources, R_1 first: DIR, hf:DIR, nemo:FILE, DIR?attributes=W1,W2, DIR?reference_features=off, "
-        "http://HOST:PORT, triton+http://HOST:PORT/MODEL",
+        "http://HOST:PORT, triton+http://HOST:PORT/MODEL, python:MODULE:FUNCTION, openai:URL#MODEL, human:FILE.csv",
     )
     aggregate: str = key("mean", "how members' rewards become one", choices=AGGREGATES)
     coefficient: float = key(1.0, "weight of the spread in lcb (std) and uwo (variance)", NOT_NEGATIVE)
@@ -109,6 +110,33 @@ class RemoteConfig:
     connections: int = key(8, "requests under way at once", COUNT)
     rows_per_request: int = key(64, "responses in one request", COUNT)
     token_file: str = key("", "file of the bearer token; empty: the environment variable NEMO_ADVRM_TOKEN")
+
+
+@dataclass
+class JudgeConfig:
+    """Judges that read: a language model behind an OpenAI-compatible endpoint, or people (docs/judges.md)."""
+
+    rubric: str = key("", "text file that says what a good response is; empty: one for helpful, true and clear answers")
+    lowest: int = key(1, "lowest score of the scale", FINITE)
+    highest: int = key(10, "highest score of the scale", FINITE)
+    temperature: float = key(0.0, "temperature of the judge's answers", NOT_NEGATIVE)
+    max_tokens: int = key(512, "longest answer of the judge, in tokens", COUNT)
+    body: dict[str, Any] = key({}, "further fields of each request; null leaves a field out")
+    tries: int = key(2, "times that a question is asked until its answer has a readable verdict", COUNT)
+    on_no_answer: str = key(
+        "error",
+        "what happens to a response that the judge refused, or whose verdict cannot be read",
+        choices={"error": "", "lowest": "it gets the lowest score, and is counted"},
+    )
+    key_variable: str = free("NEMO_ADVRM_JUDGE_KEY", "name of the environment variable that holds the endpoint's key")
+    cache: str = free("", "file of the answers, which runs may share; empty: run_dir/judge/answers.jsonl")
+    timeout_seconds: float = free(120.0, "limit of one request", POSITIVE)
+    deadline_seconds: float = free(
+        600.0, "limit of one judgement with its retries; less than trainer.timeout_minutes", POSITIVE
+    )
+    connect_seconds: float = free(30.0, "limit of the endpoint's start", POSITIVE)
+    connections: int = free(8, "requests under way at once", COUNT)
+    max_requests: int = free(0, "requests of a command, after which it stops; 0: no limit", NOT_NEGATIVE)
 
 
 @dataclass

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
 from nemo_advrm.config.keys import ANY_NAME, all_keys
-from nemo_advrm.config.schema import Config, ModelConfig
+from nemo_advrm.config.schema import Config, JudgeConfig, ModelConfig
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.nearest_name import nearest_name
 from nemo_advrm.registry import ATTACKS, DETECTORS, PREFERENCE_LOSSES, ROLLOUT_ENGINES
@@ -61,12 +62,30 @@ def _check_augmentation(cfg: Config) -> None:
 
 def _check_scoring_deadline(cfg: Config) -> None:
     """The other ranks wait for the scores of a server in a collective, so the server's deadline must end first."""
-    limit, deadline = 60 * cfg.trainer.timeout_minutes, cfg.remote.deadline_seconds
-    if deadline >= limit and any("://" in member for member in cfg.ensemble.members):
+    limit = 60 * cfg.trainer.timeout_minutes
+    servers = [text for text in [*cfg.ensemble.members, cfg.pipeline.gold] if "://" in text]
+    for section, used in (
+        ("remote", any(not text.startswith("openai:") for text in servers)),
+        ("judge", any(text.startswith("openai:") for text in servers)),
+    ):
+        deadline = getattr(cfg, section).deadline_seconds
+        if used and deadline >= limit:
+            raise ConfigError(
+                f"{section}.deadline_seconds={deadline:g}: must be less than trainer.timeout_minutes={limit / 60:g} "
+                f"({limit:g} seconds): the other processes wait that long for the scores"
+            )
+
+
+def check_judge(options: JudgeConfig) -> None:
+    """Raise ConfigError for settings of a judge that contradict each other, or that hold its key."""
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", options.key_variable):
+        # what stands there may be the key itself, which neither a message nor config.yaml may show
         raise ConfigError(
-            f"remote.deadline_seconds={deadline:g}: must be less than trainer.timeout_minutes={limit / 60:g} "
-            f"({limit:g} seconds): the other processes wait that long for the scores"
+            "judge.key_variable must be the name of an environment variable, not the key itself (what it is now is not "
+            "shown here)"
         )
+    if options.lowest >= options.highest:
+        raise ConfigError(f"judge.lowest={options.lowest}: must be below judge.highest={options.highest}")
 
 
 def samples_prompts(cfg: Config) -> bool:
@@ -119,6 +138,7 @@ def check_values(cfg: Config) -> None:
     _check_features(cfg)
     _check_augmentation(cfg)
     _check_scoring_deadline(cfg)
+    check_judge(cfg.judge)
     if len(cfg.model.optim.betas) != 2:
         raise ConfigError(f"model.optim.betas={cfg.model.optim.betas}: must be two numbers")
     if not cfg.adversarial.target_members:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -34,6 +34,19 @@ class HiddenStateSource(RewardSource, Protocol):
         ...
 
 
+@runtime_checkable
+class AnsweringSource(RewardSource, Protocol):
+    """A source that may not answer, such as a language model that refuses. All ranks call."""
+
+    def score_answered(self, rollouts: Rollouts) -> Tensor:
+        """Returns the scores, [N] fp32 on the CPU, NaN where there is none."""
+        ...
+
+    def cost_line(self) -> str:
+        """What the scores cost and how many are missing, for a command to print."""
+        ...
+
+
 def source_dtype(source: RewardSource) -> torch.dtype:
     """Returns ``source.dtype``, the number format it computes in; fp32 for a source without one, such as a server."""
     dtype: torch.dtype = getattr(source, "dtype", torch.float32)
@@ -46,6 +59,17 @@ def checked_scores(source: RewardSource, rollouts: Rollouts) -> Tensor:
     Raises RewardSourceError when :func:`as_scores` refuses the scores (wrong count, NaN, no numbers).
     """
     return as_scores(source.name, source.score(rollouts), len(rollouts))
+
+
+def answered_scores(source: RewardSource, rollouts: Rollouts) -> Tensor:
+    """Like :func:`checked_scores`, with NaN where a judge that reads refused to score or could not be read.
+
+    Only such a source has NaN; of every other source they are an error.
+    """
+    if not isinstance(source, AnsweringSource):
+        return checked_scores(source, rollouts)
+    scores_N = source.score_answered(rollouts)
+    return torch.where(scores_N.isnan(), scores_N, as_scores(source.name, scores_N.nan_to_num(), len(rollouts)))
 
 
 def checked_scores_with_hidden_states(source: HiddenStateSource, rollouts: Rollouts) -> tuple[Tensor, Tensor]:

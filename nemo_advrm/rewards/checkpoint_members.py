@@ -28,8 +28,8 @@ OF_THE_JOB = tuple(
 class SourceSpec:
     """A parsed entry of ``ensemble.members``.
 
-    ``kind`` is megatron, hf, nemo, python, http or triton. ``location`` is a path, MODULE:FUNCTION, or server addresses
-    joined by ``|``.
+    ``kind`` is megatron, hf, nemo, python, http, triton, openai or human. ``location`` is a path, MODULE:FUNCTION,
+    server addresses or sheets joined by ``|``, or URL#MODEL.
     """
 
     kind: str

@@ -12,12 +12,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import httpx
 import tenacity
 
-from nemo_advrm.config.schema import RemoteConfig
 from nemo_advrm.errors import ConfigError, RewardSourceError
 from nemo_advrm.untrusted_files import decode_json
 
@@ -33,6 +32,27 @@ class Transient(Exception):
         self.retry_after = retry_after
 
 
+class RequestRefused(RewardSourceError):
+    """A status that is neither 200 nor retried; ``content`` is the start of the answer."""
+
+    def __init__(self, message: str, status: int, content: str) -> None:
+        super().__init__(message)
+        self.status = status
+        self.content = content
+
+
+class NoJSON(RewardSourceError):
+    """An answer with status 200 that is not JSON."""
+
+
+class RequestLimits(Protocol):
+    """The part of ``RemoteConfig`` and ``JudgeConfig`` that requests obey."""
+
+    timeout_seconds: float
+    deadline_seconds: float
+    connections: int
+
+
 @dataclass
 class ReplicatedServer:
     """Several servers of one model. Requests go to one address until it fails, then to the next.
@@ -41,18 +61,21 @@ class ReplicatedServer:
         name: name of the reward source, for messages.
         addresses: base URLs, at least one.
         options: timeouts and limits.
+        token: bearer token, which no message shows; "" sends none.
+        section: the section of the configuration that holds ``options``, for messages.
     """
 
     name: str
     addresses: Sequence[str]
-    options: RemoteConfig
+    options: RequestLimits
+    token: str = field(default="", repr=False)
+    section: str = "remote"
     _preferred: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
         limits = httpx.Limits(max_connections=self.options.connections)
-        token = bearer_token(self.options.token_file)
-        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        headers = {"Authorization": f"Bearer {self.token}"} if self.token else {}
         timeout = httpx.Timeout(self.options.timeout_seconds, connect=min(10.0, self.options.timeout_seconds))
         self._client = httpx.Client(limits=limits, timeout=timeout, headers=headers)
 
@@ -69,10 +92,11 @@ class ReplicatedServer:
 
         Args:
             deadline: value of ``time.monotonic`` to stop at; None: ``remote.deadline_seconds`` from now.
-            key: the key of ``remote`` that set the deadline, for messages.
+            key: the key of the section that set the deadline, for messages.
 
         Raises:
-            RewardSourceError: any other status, no JSON, or the deadline passed; names the source and the address.
+            RewardSourceError: the deadline passed, :class:`RequestRefused` (any other status), :class:`NoJSON`; names
+                the source and the address.
         """
         start = time.monotonic()
         end = deadline if deadline is not None else start + self.options.deadline_seconds
@@ -93,7 +117,7 @@ class ReplicatedServer:
         try:
             return retrying(self._once, method, path, body, end)
         except Transient as failure:
-            limit = f"{getattr(self.options, key):g} s (remote.{key}; waited {time.monotonic() - start:.1f} s)"
+            limit = f"{getattr(self.options, key):g} s ({self.section}.{key}; waited {time.monotonic() - start:.1f} s)"
             raise RewardSourceError(
                 f"reward source {self.name} did not answer within {limit}; last failure: {failure}"
             ) from None
@@ -131,18 +155,27 @@ class ReplicatedServer:
         except httpx.HTTPError as error:
             raise RewardSourceError(f"reward source {self.name}: {url}: {error}") from error
         if response.status_code == 429 or response.status_code >= 500:
-            reason = f"{url}: status {response.status_code} {_shortened(content)}"
+            reason = f"{url}: status {response.status_code} {self._shortened(content)}"
             raise Transient(reason, _seconds(response.headers.get("retry-after")))
         if response.status_code != 200:
-            raise RewardSourceError(
+            raise RequestRefused(
                 f"reward source {self.name}: {url} refused the request: status {response.status_code} "
-                f"{_shortened(content)}"
+                f"{self._shortened(content)}",
+                response.status_code,
+                self._shortened(content),
             )
         try:
             return decode_json(bytes(content)) if content else None
         except ValueError as error:
             kind = response.headers.get("content-type", "no content type")
-            raise RewardSourceError(f"reward source {self.name}: {url} sent no JSON ({kind}): {error}") from error
+            raise NoJSON(f"reward source {self.name}: {url} sent no JSON ({kind}): {error}") from error
+
+    def _shortened(self, content: bytes | bytearray) -> str:
+        """The start of an answer on one line, without the token: some servers repeat it in their refusal."""
+        text = bytes(content[:2000]).decode("utf-8", errors="replace")
+        if self.token:
+            text = text.replace(self.token, "***")
+        return " ".join(text[:400].split())
 
 
 def bearer_token(token_file: str) -> str:
@@ -167,7 +200,3 @@ def _seconds(header: str | None) -> float:
         return min(max(0.0, float(header or 0)), 60.0)
     except ValueError:
         return 0.0
-
-
-def _shortened(content: bytes | bytearray) -> str:
-    return " ".join(bytes(content[:400]).decode("utf-8", errors="replace").split())

@@ -7,6 +7,8 @@ python:MODULE:FUNCTION              a function (prompts, responses, ended) -> on
 http://HOST:PORT                    a server of ``nemo-advrm serve``
 triton+http://HOST:PORT/MODEL       a KServe v2 server: NeMo-Aligner's reward model server, Triton
                                     (sends tokens with ?tokenizer=SPEC, else text)
+openai:URL#MODEL                    a language model behind an OpenAI-compatible endpoint, which judges (docs/judges.md)
+human:FILE.csv                      people, who judge on a sheet; human alone: a sheet in the run directory
 ADDRESS|ADDRESS                     servers of the same model; the next one is used when one fails
 DIR?reference_features=off          first kind only: a hybrid reward model without its features (docs/hybrid.md)
 DIR?attributes=0.8,0,-1             first three kinds: the weights of a model's several outputs
@@ -41,6 +43,7 @@ from nemo_advrm.rewards.checkpoint_members import (
     member_tokenizer,
     reward_meta,
 )
+from nemo_advrm.rewards.judges import opening
 
 PYTHON_KIND = "python"
 SYNTHETIC_GOLD = "python:nemo_advrm.synthetic.gold:gold_scores"
@@ -53,6 +56,8 @@ def parse(text: str, place: str) -> SourceSpec:
     if not text.strip():
         raise ConfigError(f"{place} is empty: name a checkpoint, hf:DIR or a server")
     scheme = _SCHEME.match(text)
+    if text == opening.HUMAN:
+        return opening.parse_judge(text, "", text, place)
     if scheme is None:
         return _local("megatron", text, text, place)
     kind, rest = scheme[1], text[scheme.end() :]
@@ -63,11 +68,13 @@ def parse(text: str, place: str) -> SourceSpec:
         if not module or not function:
             raise ConfigError(f"{place}={text}: must be python:MODULE:FUNCTION")
         return SourceSpec(kind, rest, text, place)
+    if kind in opening.KINDS:
+        return opening.parse_judge(kind, rest, text, place)
     if kind in _SCHEMES:
         return _parse_addresses(text, place)
     if Path(text).exists() or Path(text.partition("?")[0]).exists():  # a directory with a colon in its name
         return _local("megatron", text, text, place)
-    kinds = (*LOCAL_KINDS, PYTHON_KIND, *_SCHEMES)
+    kinds = (*LOCAL_KINDS, PYTHON_KIND, *_SCHEMES, *opening.KINDS)
     raise ConfigError(f"{place}={text}: did you mean {nearest_name(kind, list(kinds))}:? kinds: {', '.join(kinds)}")
 
 
@@ -142,7 +149,15 @@ def only_addresses_differ(before: Any, now: Sequence[str]) -> bool:
     except ConfigError:
         return False
     pairs = zip(was, parse_members(now), strict=True)
-    return all(old.text == new.text or (old.is_remote and old.kind == new.kind) for old, new in pairs)
+    return all(old.text == new.text or _same_but_for_the_address(old, new) for old, new in pairs)
+
+
+def _same_but_for_the_address(old: SourceSpec, new: SourceSpec) -> bool:
+    if old.kind != new.kind:
+        return False
+    if old.kind == opening.OPENAI:
+        return old.location.partition("#")[2] == new.location.partition("#")[2]
+    return old.kind in _SCHEMES.values()
 
 
 def check(spec: SourceSpec, cfg: Config, world_size: int) -> None:
@@ -166,6 +181,8 @@ def check(spec: SourceSpec, cfg: Config, world_size: int) -> None:
             imported(spec.location, f"{spec.place}={spec.text}")
         elif spec.kind == "nemo":
             _check_nemo(spec, cfg, world_size)
+        elif spec.kind in opening.KINDS:
+            opening.check_judge_source(spec, cfg)
     except (CheckpointError, LayoutError) as error:
         raise type(error)(f"{spec.place}: {error}") from error
 
@@ -203,6 +220,8 @@ def build(
         return FunctionReward(name, imported(spec.location, f"{spec.place}={spec.text}"))
     if spec.kind == "hf":
         return hf.HFReward.load(name, spec.path, cfg, spec.attributes)
+    if spec.kind in opening.KINDS:
+        return opening.open_judge(spec, name, cfg)
     require_extra("serve", "httpx", "tenacity")
     from nemo_advrm.rewards import remote
 
@@ -229,6 +248,17 @@ def gold_spec(cfg: Config) -> SourceSpec | None:
         return None
     text = SYNTHETIC_GOLD if cfg.pipeline.gold == "synthetic" else cfg.pipeline.gold
     return parse(text, "pipeline.gold")
+
+
+def refuse_people(cfg: Config, command: str) -> None:
+    """Raises ConfigError for people in a command that scores new responses again and again, and would always stop."""
+    gold = gold_spec(cfg)
+    for spec in [*parse_members(cfg.ensemble.members), *([gold] if gold else [])]:
+        if spec.kind == opening.HUMAN:
+            raise ConfigError(
+                f"{spec.place}={spec.text}: {command} needs scores at every step; people can judge where all responses "
+                "are there at once: evaluate, an audit (docs/judges.md)"
+            )
 
 
 def build_gold(cfg: Config, running: Tokenizer | None = None) -> RewardSource | None:

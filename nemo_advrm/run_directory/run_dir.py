@@ -25,8 +25,9 @@ from nemo_advrm.run_directory import identity, run_files
 
 # what a run writes before it produces anything
 _BEFORE_RESULTS = ("config.yaml", "versions.yaml", "state.json", "audit.json")
-# locks (versions before 0.2 left files with the other two endings), and what `evaluate` writes into any directory
-_NOT_OF_THE_RUN = re.compile(r"locks|\w+\.(lease.*|lock|owner)|evaluation\.json")
+# locks (versions before 0.2 left files with the other two endings), what `evaluate` writes into any directory, and the
+# answers of judges, which are kept whatever becomes of the run
+_NOT_OF_THE_RUN = re.compile(r"locks|\w+\.(lease.*|lock|owner)|evaluation\.json|judge")
 NOT_BEGUN = "before the work began: nothing is lost, the same command resumes"
 
 

@@ -109,5 +109,5 @@ def _paths(cfg: Config) -> list[str]:
     data = [getattr(cfg.data, key) for key in _DATA_KEYS]
     members = [spec.location for spec in sources.parse_members(cfg.ensemble.members) if not spec.is_remote]
     policies = [cfg.pretrained_checkpoint.restore_from_path, cfg.reward_model.feature_policy, cfg.adversarial.lm]
-    data += [cfg.adversarial.search.probes_path, cfg.augmentation.rrm_filter]
+    data += [cfg.adversarial.search.probes_path, cfg.augmentation.rrm_filter, cfg.judge.rubric]
     return [*data, *(path.removeprefix("hf:") for path in policies), *members]

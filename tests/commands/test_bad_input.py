@@ -138,3 +138,18 @@ def test_a_pipeline_of_regression_models_is_refused_before_it_starts(tmp_path: P
     message = fails(capsys, "pipeline", *SMALL, *settings, *regression, f"run_dir={tmp_path / 'run'}")
     assert "reward_model.loss=regression" in message and "no labels" in message
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "members", "gold", "named"),
+    [
+        ("rlhf", "human:a.csv", "", "ensemble.members[0]=human:a.csv"),
+        ("attack", "python:toy_judge:by_length,python:toy_judge:by_length", "human", "pipeline.gold=human"),
+    ],
+)
+def test_people_are_refused_where_every_step_needs_scores(
+    capsys, command: str, members: str, gold: str, named: str
+) -> None:
+    settings = [f"ensemble.members=[{members}]", f"pipeline.gold={gold}"]
+    message = fails(capsys, command, *settings, "pretrained_checkpoint.restore_from_path=x")
+    assert f"{named}: {command} needs scores at every step" in message

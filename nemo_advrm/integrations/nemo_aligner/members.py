@@ -78,7 +78,7 @@ def open_members(cfg: DictConfig, pad_id: int) -> list[RewardSource]:
     members: list[RewardSource] = []
     for k, text in enumerate(cfg.members):
         spec = parse(text, f"ensemble.members[{k}]")
-        if not spec.is_remote:
+        if spec.kind not in ("http", "triton"):
             raise ConfigError(
                 f"{spec.place}={text}: NeMo-Aligner needs servers; serve the model with nemo-advrm serve or "
                 "serve_reward_model.py and set its address"
