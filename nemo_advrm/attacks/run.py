@@ -25,6 +25,7 @@ from nemo_advrm.errors import ConfigError
 from nemo_advrm.rewards.base import RewardSource
 from nemo_advrm.rewards.features import ReferenceFeatures
 from nemo_advrm.rewards.find_rule import asks_others
+from nemo_advrm.rollouts.transformers_engine import hf_directory
 from nemo_advrm.rollouts.types import Prompt
 from nemo_advrm.run_directory import results
 from nemo_advrm.seeds import derive_seed
@@ -42,12 +43,15 @@ def check_target_members(cfg: Config, members: int) -> None:
 
 
 def check_attack(cfg: Config) -> None:
-    """Raises ConfigError for an attack that trains a policy which the rollout engine cannot train."""
-    if attack_of(cfg).trains and cfg.rl.rollout_engine == "transformers":
+    """Raises ConfigError for a policy that the rollout engine cannot open, or cannot train where the attack trains."""
+    if cfg.rl.rollout_engine != "transformers":
+        return
+    if attack_of(cfg).trains:
         raise ConfigError(
             f"adversarial.attack={cfg.adversarial.attack} trains the policy; rl.rollout_engine=transformers cannot: "
             "convert the policy (nemo-advrm convert from=hf), or choose an attack without RL (docs/attacks.md)"
         )
+    hf_directory(cfg.pretrained_checkpoint.restore_from_path)
 
 
 @dataclass(frozen=True)

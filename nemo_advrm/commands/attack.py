@@ -30,9 +30,9 @@ def main(cfg: Config) -> int:
             "ensemble.members must name at least 2 reward models, the attacked one first, or one and a detector that "
             "needs no others (adversarial.detector=mahalanobis)"
         )
-    check_attack(cfg)
     if not cfg.pretrained_checkpoint.restore_from_path:
         raise ConfigError("pretrained_checkpoint.restore_from_path is not set: name the policy the attack starts from")
+    check_attack(cfg)
     check_target_members(cfg, len(cfg.ensemble.members))
     check_held_out(cfg, "adversarial.held_out_prompts", cfg.adversarial.held_out_prompts)
     check_detector(cfg)

@@ -85,6 +85,9 @@ def test_what_the_transformers_engine_cannot_do_is_refused(
     missing = ["adversarial.attack=probes", "pretrained_checkpoint.restore_from_path=hf:nowhere", run]
     assert cli.main(["attack", *of_transformers, *missing]) == 2
     assert "hf:nowhere: there is no such directory" in capsys.readouterr().err
+    reads_policy = ["adversarial.attack=probes", "adversarial.detector=sft_log_prob", run]
+    assert cli.main(["attack", *of_transformers, *reads_policy]) == 2
+    assert "choose a detector that does not read the SFT policy, or convert it" in capsys.readouterr().err
     assert not (tmp_path / "run" / "attack").exists()
 
 
