@@ -27,7 +27,7 @@ class AdversarialPolicy(PolicyModel):
         cfg: configuration of the stage.
         tokenizer: the policy's tokenizer.
         prompts: the prompts of ``sft_responses``, in its order.
-        members: the ensemble, R_1 first; at least two.
+        members: the ensemble, R_1 first.
         sft_responses: SFT responses to the prompts with their scores.
         target: the attacked member, from 1.
         restore_from: checkpoint of the SFT policy.

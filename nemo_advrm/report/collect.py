@@ -192,25 +192,28 @@ def _selected_success(selected: list[Row], gold_means: dict[str, float]) -> floa
 
 
 def _read_pair(row: Row, reference: dict[tuple[str, str], Row]) -> Pair:
-    """Its provenance; z and gold of the chosen response come from the SFT samples that it was taken from."""
+    """Its provenance; z of the SFT response, and its gold in older files, come from the samples it was taken from.
+
+    That is the chosen response, or the rejected one where the find is a good response that is scored low.
+    """
     source = as_object(row.get("provenance"))
-    text = str(row.get("chosen", ""))
-    known = reference.get((str(source.get("prompt_id")), text), {})
-    gold = number(source.get("chosen_gold"))
+    prompt_id, underrates = str(source.get("prompt_id")), source.get("underrates") is True
+
+    def side(name: str, scores: str, is_find: bool) -> Side:
+        text = str(row.get(name, ""))
+        known = {} if is_find else reference.get((prompt_id, text), {})
+        gold = number(source.get(f"{name}_gold"))
+        return Side(
+            text=text,
+            scores=numbers(source.get(scores)) or numbers(known.get("scores")),
+            z=numbers(source.get("z") if is_find else known.get("z")),
+            gold=gold if gold is not None else number(known.get("gold")),
+        )
+
     return Pair(
         prompt=_prompt_text(row.get("prompt")),
-        chosen=Side(
-            text=text,
-            scores=numbers(source.get("chosen_scores")) or numbers(known.get("scores")),
-            z=numbers(known.get("z")),
-            gold=gold if gold is not None else number(known.get("gold")),
-        ),
-        rejected=Side(
-            text=str(row.get("rejected", "")),
-            scores=numbers(source.get("scores")),
-            z=numbers(source.get("z")),
-            gold=number(source.get("rejected_gold")),
-        ),
+        chosen=side("chosen", "chosen_scores", underrates),
+        rejected=side("rejected", "scores", not underrates),
         target=count(source.get("direction")),
         step=count(source.get("step")),
         disagreement_z=number(source.get("disagreement_z")),

@@ -28,6 +28,7 @@ from nemo_advrm.attacks.word_substitution import WordSubstitution, _Text
 from nemo_advrm.engine.runtime import Layout, Runtime
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.objectives.adversarial import search_reward
+from nemo_advrm.report.collect import _read_pair
 from nemo_advrm.synthetic.tokenizer import SyntheticTokenizer
 
 if TYPE_CHECKING:
@@ -197,6 +198,8 @@ def test_inverted_finds_a_good_answer_that_is_scored_low_and_makes_it_the_chosen
         assert pair.provenance.underrates and pair.key[1] == pair.chosen
         assert pair.provenance.chosen_scores == tuple(row["scores"])
         assert pair.provenance.scores == pytest.approx((hates_quotes(pair.rejected), other(pair.rejected)))
+        drawn = _read_pair(pair.to_row(), {(str(row["prompt_id"]), pair.rejected): {"z": [0.5, -0.5]}})
+        assert drawn.chosen.z == tuple(row["z"]) and drawn.rejected.z == (0.5, -0.5), "as the report draws it"
 
 
 @pytest.mark.parametrize("attack", ["probes", "word_substitution", "decoding"])
