@@ -199,7 +199,8 @@ def test_inverted_finds_a_good_answer_that_is_scored_low_and_makes_it_the_chosen
         assert pair.provenance.underrates and pair.key[1] == pair.chosen
         assert pair.provenance.chosen_scores == tuple(row["scores"])
         assert pair.provenance.scores == pytest.approx((hates_quotes(pair.rejected), other(pair.rejected)))
-        drawn = _read_pair(json.loads(json.dumps(pair.to_row())), {(str(row["prompt_id"]), pair.rejected): {"z": [0.5, -0.5]}})
+        known = {(str(row["prompt_id"]), pair.rejected): {"z": [0.5, -0.5]}}
+        drawn = _read_pair(json.loads(json.dumps(pair.to_row())), known)
         assert drawn.chosen.z == tuple(row["z"]) and drawn.rejected.z == (0.5, -0.5), "as the report draws it"
 
 
