@@ -143,8 +143,9 @@ def run_command(name: str, words: Sequence[str]) -> int | None:
         cfg = load_flat(getattr(schema, command.schema), words)
     else:
         from nemo_advrm.config import load_config
+        from nemo_advrm.config.overrides import within_section
 
-        cfg = load_config(words, name)
+        cfg = load_config(within_section(words, command.section), name)
         status = None
         if name == "pipeline":
             from nemo_advrm.pipeline import workers
@@ -263,7 +264,8 @@ def _key_rows(name: str) -> Iterator[tuple[str, str]]:
         for key in all_keys().values():
             if key.name == wanted or (wanted.endswith(".") and key.name.startswith(wanted)):
                 value = key.default if ANY_NAME in key.name else operator.attrgetter(key.name)(defaults)
-                yield f"{key.name.replace(ANY_NAME, 'NAME')}={shown(value)}", key.about.line
+                typed = key.name.removeprefix(f"{command.section}.") if command.section else key.name
+                yield f"{typed.replace(ANY_NAME, 'NAME')}={shown(value)}", key.about.line
 
 
 if __name__ == "__main__":

@@ -18,6 +18,8 @@ class Command:
         schema: class of the schema that holds all keys, for a command that reads no configuration files.
         resumes: at a signal it stops where it can go on. The others, of which a half is worth nothing, end at once.
         processes: it starts as many processes as ``trainer.devices`` says.
+        section: section of the configuration whose keys are typed without its name, as in ``target=`` for
+            ``harden.target=``.
     """
 
     summary: str
@@ -26,6 +28,7 @@ class Command:
     schema: str = ""
     resumes: bool = False
     processes: bool = True
+    section: str = ""
 
 
 _COMMON = "name run_dir seed trainer.devices trainer.num_nodes trainer.accelerator"
@@ -100,6 +103,14 @@ COMMANDS: dict[str, Command] = {
         f"rl.max_new_tokens rl.temperature pipeline.gold {_PARALLEL}",
         "nemo-advrm best_of_n 'ensemble.members=[runs/rm_1/model]' best_of_n.samples=64 "
         "pretrained_checkpoint.restore_from_path=runs/sft/model data.prompts_path=prompts.jsonl",
+    ),
+    "harden": Command(
+        "cure a reward model of what an attack or an audit found, without its training data",
+        f"harden. {_COMMON} {_READING} model.optim.sched.name model.global_batch_size model.micro_batch_size "
+        f"model.micro_batch_tokens trainer.checkpoint_every_n_steps {_PARALLEL}",
+        "nemo-advrm harden target=hf:models/rm finds=runs/audit/finds.jsonl prompts=clean.jsonl out=models/hardened",
+        resumes=True,
+        section="harden",
     ),
     "evaluate": Command(
         "measure a reward model on held-out preference pairs",

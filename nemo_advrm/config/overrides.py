@@ -25,6 +25,17 @@ def key_name(field: str) -> str:
     return field.rstrip("_")
 
 
+def within_section(words: Sequence[str], section: str) -> list[str]:
+    """Writes out the keys of ``section`` that were typed without its name; a key of the root means itself.
+
+    ``target=DIR`` becomes ``harden.target=DIR`` for the section ``harden``; "" is no section.
+    """
+    if not section:
+        return list(words)
+    short = set(typing.get_type_hints(expected_type(section))) - set(typing.get_type_hints(Config))
+    return [f"{section}.{word}" if word.partition("=")[0] in short else word for word in words]
+
+
 def parse_overrides(overrides: Sequence[str], root: type = Config) -> list[Override]:
     """The words of a command line as Hydra's overrides; ``root`` is the class of the schema that holds the keys.
 

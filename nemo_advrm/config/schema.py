@@ -36,6 +36,7 @@ from nemo_advrm.config.schema_method import (
     AugmentationConfig,
     BranchConfig,
     DetectorConfig,
+    HardenConfig,
     KLConfig,
     PipelineConfig,
     RLConfig,
@@ -76,6 +77,7 @@ class Config:
     selection: SelectionConfig = section(SelectionConfig)
     augmentation: AugmentationConfig = section(AugmentationConfig)
     pipeline: PipelineConfig = section(PipelineConfig)
+    harden: HardenConfig = section(HardenConfig)
     synthetic: SyntheticConfig = section(SyntheticConfig)
     evaluate: EvaluateConfig = section(EvaluateConfig)
     best_of_n: BestOfNConfig = section(BestOfNConfig)

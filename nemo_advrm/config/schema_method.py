@@ -304,3 +304,27 @@ class PipelineConfig:
         "name of the arm (pipeline.rlhf) of whose final responses, where R_1 likes them, the share is measured "
         "that the other members do not like; empty: none",
     )
+
+
+@dataclass
+class HardenConfig:
+    """Hardening of a trained reward model (docs/harden.md); the command takes ``target=`` for ``harden.target=``."""
+
+    target: str = key("", "reward model to harden: hf:DIR, nemo:FILE, or a checkpoint directory of this package")
+    finds: str = key("", "pairs.jsonl of select or finds.jsonl of audit; several separated by commas")
+    held_out_finds: str = key("", "finds that are only measured; empty: held_out_fraction of finds, by prompt")
+    prompts: str = key("", "clean prompts with answers (docs/data.md) or a reference.jsonl; prompts alone with policy")
+    policy: str = key(
+        "", "language model that answers the prompts, hf:DIR or a checkpoint; empty: the file has answers"
+    )
+    samples_per_prompt: int = key(2, "responses of the policy to each prompt", COUNT)
+    pairs: str = key("", "held-out preference pairs, whose accuracy is measured before and after; empty: none")
+    out: str = free("", "where the hardened model is written, in the target's format; empty: hardened in run_dir")
+    steps: int = key(100, "optimizer steps; model.global_batch_size finds each", COUNT)
+    lr: float = key(1.0e-5, "peak learning rate; 0 takes model.optim.lr", NOT_NEGATIVE)
+    replay_weight: float = key(1.0, "weight of the squared change of clean responses' scores", NOT_NEGATIVE)
+    replay_per_step: int = key(64, "clean responses in each step", COUNT)
+    held_out_fraction: float = key(
+        0.2, "share of finds, and of clean responses, that is only measured", Range(above=0, below=1)
+    )
+    max_responses: int = key(2048, "clean responses that are used; of more a random part", Range(at_least=4))

@@ -120,20 +120,20 @@ def convert(cfg: ConvertConfig, report: Any = print) -> None:
         try:
             with sink:
                 for name, spec in specs.items():
-                    sink.write(name, _cast(name, source.read(name), spec.dtype))
+                    sink.write(name, cast(name, source.read(name), spec.dtype))
         except OSError as error:
             raise CheckpointError(f"{sink.path}: could not be written ({error}); nothing is left there") from error
         report(f"written: {sink.path}")
 
 
-def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """Cast a tensor. Raises CheckpointError when a finite number becomes infinite."""
-    cast = tensor.to(dtype)
-    if dtype != tensor.dtype and not torch.equal(cast.isfinite(), tensor.isfinite()):
+    converted = tensor.to(dtype)
+    if dtype != tensor.dtype and not torch.equal(converted.isfinite(), tensor.isfinite()):
         raise CheckpointError(
             f"{name} holds {tensor.abs().max():.3g}, which is too large for dtype={str(dtype).removeprefix('torch.')}"
         )
-    return cast
+    return converted
 
 
 def _check_vocabulary(source: TensorSource) -> None:

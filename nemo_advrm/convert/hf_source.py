@@ -62,6 +62,20 @@ class HFSource(TensorSource):
     def native(self, name: str) -> str:
         return " + ".join(self._parts[name][1])
 
+    @property
+    def stored(self) -> dict[str, TensorSpec]:
+        """The specs of all tensors in the files, by their Hugging Face names."""
+        return dict(self._stored)
+
+    def read_stored(self, name: str) -> Tensor:
+        """Read one tensor by its Hugging Face name."""
+        return self._read(name)
+
+    def split(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
+        """Return the Hugging Face tensors that make up one canonical tensor; the inverse of :meth:`read`."""
+        transform, theirs = self._parts[name]
+        return dict(zip(theirs, transform.split(tensor, self._model), strict=True))
+
     def _map(self, table: Architecture, head: Head) -> dict[str, TensorSpec]:
         """Find the parts of each canonical tensor, and return its spec.
 

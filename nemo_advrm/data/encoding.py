@@ -35,6 +35,11 @@ class EncodedPair:
         """Number of tokens of the longer conversation, which is the padded width of the pair."""
         return max(len(self.chosen), len(self.rejected))
 
+    @property
+    def token_count(self) -> int:
+        """Number of tokens of both conversations."""
+        return len(self.chosen) + len(self.rejected)
+
 
 def encode_pairs(
     rows: Sequence[PreferencePair],

@@ -34,8 +34,8 @@ from nemo_advrm.registry import PREFERENCE_LOSSES
 
 MixRows = Callable[[int, list[EncodedPair]], list[EncodedPair]]
 """(step, the global batch) -> the global batch with adversarial pairs mixed in."""
-MoreRows = Callable[[int], list[EncodedPair]]
-"""step -> adversarial pairs that join its global batch."""
+MoreRows = Callable[[int], list[Any]]
+"""step -> rows that join its global batch: adversarial pairs, or what a subclass can train on."""
 
 
 class RewardModel(TrainableModel):
@@ -68,17 +68,7 @@ class RewardModel(TrainableModel):
         self.validation_rows = validation_rows
         self.mix: MixRows | None = None
         self.on_top: MoreRows | None = None
-        loss: PreferenceLoss = PREFERENCE_LOSSES[cfg.reward_model.loss]
-        if loss.needs_margin and all(row.margin is None for row in train_rows):
-            raise ConfigError(f"reward_model.loss={cfg.reward_model.loss} needs rows with the key margin: none has it")
-        if loss.of_labels is not None:
-            for row in (*train_rows, *validation_rows):
-                labels = (row.chosen_labels, row.rejected_labels)
-                if any(x is None or len(x) != cfg.reward_model.num_attributes for x in labels):
-                    raise ConfigError(
-                        f"{row.source}: reward_model.loss=regression needs {cfg.reward_model.num_attributes} labels "
-                        "per response (keys chosen_labels and rejected_labels)"
-                    )
+        self._check_rows()
         self.model = build_reward_model(cfg, tokenizer, restore_from, derive_seed(seed, "weights"), trainable=True)
         self.optimizer = MegatronOptimizer(self.model, cfg.model.optim, cfg.trainer.gradient_clip_val)
         self._validation: list[Sums] = []
@@ -108,13 +98,28 @@ class RewardModel(TrainableModel):
         metrics = _describe(forward_backward(self.model, self._microbatches(batch), self._loss))
         lr = self.learning_rate(step)
         norm = self.optimizer.step(lr, step)
-        tokens = sum(len(row.chosen) + len(row.rejected) for row in batch)
+        tokens = sum(row.token_count for row in batch)
         return {
             **{f"train/{k}": v for k, v in metrics.items()},
             "grad_norm": norm,
             "learning_rate": lr,
             "tokens": float(tokens),
         }
+
+    def _check_rows(self) -> None:
+        """Raise ConfigError when the loss needs margins or labels that the rows do not have."""
+        options = self.config.reward_model
+        loss: PreferenceLoss = PREFERENCE_LOSSES[options.loss]
+        if loss.needs_margin and all(row.margin is None for row in self.train_rows):
+            raise ConfigError(f"reward_model.loss={options.loss} needs rows with the key margin: none has it")
+        if loss.of_labels is not None:
+            for row in (*self.train_rows, *self.validation_rows):
+                labels = (row.chosen_labels, row.rejected_labels)
+                if any(x is None or len(x) != options.num_attributes for x in labels):
+                    raise ConfigError(
+                        f"{row.source}: reward_model.loss=regression needs {options.num_attributes} labels "
+                        "per response (keys chosen_labels and rejected_labels)"
+                    )
 
     # validation
 

@@ -44,7 +44,7 @@ def check_hybrid(spec: SourceSpec, cfg: Config, world_size: int) -> None:
     if weights is None:
         return
     weights.check_policy(spec.text)
-    meta = _policy_meta(weights.policy, spec.text)
+    meta = policy_meta(weights.policy, spec.text)
     validate_layout(dataclasses.replace(cfg, model=member_config(meta, cfg.model)), world_size)
 
 
@@ -140,7 +140,7 @@ def frozen_policy(cfg: Config, restore_from: str) -> str:
         )
     before = FeatureWeights.read(Path(policy))
     policy = policy if before is None else before.policy
-    _policy_meta(policy, "reward_model.feature_policy")
+    policy_meta(policy, "reward_model.feature_policy")
     return policy
 
 
@@ -195,7 +195,7 @@ def open_policy(
         )
     key = (*_policy_and_settings(policy, cfg), *map(prompt_key, prompts))
     if key not in opened:
-        meta = _policy_meta(policy, place)
+        meta = policy_meta(policy, place)
         tokenizer = member_tokenizer(SourceSpec("megatron", policy, policy, place), meta, running)
         if isinstance(tokenizer, HFTokenizer) and isinstance(running, HFTokenizer) and tokenizer.path == running.path:
             tokenizer = running  # finished conversations are read by the reward model's rule
@@ -216,7 +216,8 @@ def _policy_and_settings(policy: str, cfg: Config) -> tuple[str, str]:
     return str(Path(policy).absolute()), repr((cfg.precision, settings))
 
 
-def _policy_meta(policy: str, place: str) -> dict[str, Any]:
+def policy_meta(policy: str, place: str) -> dict[str, Any]:
+    """Reads the metadata of a policy's checkpoint. Raises CheckpointError, naming ``place``, for another model."""
     try:
         meta = read_meta(Path(policy))
     except CheckpointError as error:

@@ -212,8 +212,7 @@ def build(
         reward = MegatronReward(name, model, tokenizer, spec.attributes)
         return hybrid.open_hybrid(reward, spec, cfg, {} if opened is None else opened) if spec.features else reward
     if spec.kind == "nemo":
-        made = dataclasses.replace(spec, kind="megatron", location=str(_converted(spec, cfg)))
-        return build(made, name, cfg, running, opened)
+        return build(as_checkpoint(spec, cfg), name, cfg, running, opened)
     if spec.kind == PYTHON_KIND:
         from nemo_advrm.rewards.local import FunctionReward
 
@@ -289,17 +288,18 @@ def _check_nemo(spec: SourceSpec, cfg: Config, world_size: int) -> None:
         validate_layout(dataclasses.replace(cfg, model=own), world_size)
 
 
-def _converted(spec: SourceSpec, cfg: Config) -> Path:
-    """Converts a .nemo file to a checkpoint below ``run_dir``, once per version of the file; returns its directory."""
+def as_checkpoint(spec: SourceSpec, cfg: Config) -> SourceSpec:
+    """Returns a model on this machine as a checkpoint of this package: itself, or what it is converted to; all ranks.
+
+    A .nemo file or Hugging Face model is converted below ``run_dir``, once per version of its files.
+    """
+    if spec.kind == "megatron":
+        return spec
     from nemo_advrm.convert.conversion import convert
 
-    try:
-        stat = spec.path.stat()
-    except OSError as error:
-        raise CheckpointError(f"{spec.place}={spec.text}: cannot be read ({error.strerror})") from None
-    version = hashlib.sha256(f"{spec.path.absolute()} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:8]
+    version = run_on_rank_zero(_version, spec)
     out = Path(cfg.run_dir) / "members" / f"{spec.path.stem}-{version}"
-    settings = ConvertConfig(from_="nemo", path=spec.location, to="megatron", out=str(out))
+    settings = ConvertConfig(from_=spec.kind, path=spec.location, to="megatron", out=str(out))
 
     def make() -> None:
         if not out.exists():
@@ -307,4 +307,15 @@ def _converted(spec: SourceSpec, cfg: Config) -> Path:
             convert(settings, report=lambda _: None)
 
     run_on_rank_zero(make)
-    return out
+    return dataclasses.replace(spec, kind="megatron", location=str(out))
+
+
+def _version(spec: SourceSpec) -> str:
+    """Returns a name for the present content of a file or directory, from paths, sizes and times."""
+    try:
+        files = sorted(path for path in spec.path.iterdir() if path.is_file()) if spec.path.is_dir() else [spec.path]
+        stats = [(path, path.stat()) for path in files]
+    except OSError as error:
+        raise CheckpointError(f"{spec.place}={spec.text}: cannot be read ({error.strerror})") from None
+    text = " ".join(f"{path.absolute()} {stat.st_size} {stat.st_mtime_ns}" for path, stat in stats)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]

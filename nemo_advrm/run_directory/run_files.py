@@ -110,4 +110,14 @@ def _paths(cfg: Config) -> list[str]:
     members = [spec.location for spec in sources.parse_members(cfg.ensemble.members) if not spec.is_remote]
     policies = [cfg.pretrained_checkpoint.restore_from_path, cfg.reward_model.feature_policy, cfg.adversarial.lm]
     data += [cfg.adversarial.search.probes_path, cfg.augmentation.rrm_filter, cfg.judge.rubric]
-    return [*data, *(path.removeprefix("hf:") for path in policies), *members]
+    return [*data, *(path.removeprefix("hf:") for path in policies), *members, *_of_hardening(cfg)]
+
+
+def _of_hardening(cfg: Config) -> list[str]:
+    """Files of ``nemo-advrm harden``. Its finds do not grow while it runs, unlike those of a pipeline's rounds."""
+    options = cfg.harden
+    target = sources.parse(options.target, "harden.target") if options.target else None
+    model = [] if target is None or target.is_remote else [target.location]
+    finds = [path.strip() for path in options.finds.split(",")]
+    others = [options.held_out_finds, options.prompts, options.pairs, options.policy.removeprefix("hf:")]
+    return [*model, *finds, *others]

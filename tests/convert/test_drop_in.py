@@ -1,0 +1,64 @@
+"""A drop-in model differs from the original in its weights alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import run
+from hf_tokenizers import save_hf
+from reward_members import save_hf_reward
+from safetensors.torch import load_file, save_file
+
+from nemo_advrm.convert.drop_in import write_drop_in
+from nemo_advrm.errors import CheckpointError
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_files_and_tensors_are_the_originals_but_for_the_trained_weights(dtype: torch.dtype, tmp_path: Path) -> None:
+    original = save_hf_reward(tmp_path / "rm")  # its padding token is its end token, which convert to=hf would change
+    weights = {name: tensor.to(dtype) for name, tensor in load_file(original / "model.safetensors").items()}
+    buffers = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.arange(3.0)}  # of older versions
+    save_file(weights | buffers, original / "model.safetensors", metadata={"format": "pt"})
+    (original / "README.md").write_text("Best accuracy: 0.99")
+    (original / "LICENSE").write_text("MIT")
+    (original / "evil.py").write_text("raise SystemExit")
+    trained = tmp_path / "trained"
+    run("hf", save_hf_reward(tmp_path / "other", seed=1), "megatron", trained)
+
+    write_drop_in("hf", original, trained, tmp_path / "out", "Hardened.")
+
+    out = tmp_path / "out"
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "LICENSE"):
+        assert (out / name).read_bytes() == (original / name).read_bytes(), name
+    assert not (out / "evil.py").exists()
+    assert "0.99" not in (out / "README.md").read_text() and "Hardened." in (out / "README.md").read_text()
+    theirs, ours = load_file(tmp_path / "other" / "model.safetensors"), load_file(out / "model.safetensors")
+    assert ours.keys() == weights.keys() | buffers.keys()
+    for name in weights:
+        torch.testing.assert_close(ours[name], theirs[name].to(dtype), rtol=0, atol=0)
+        assert ours[name].dtype == dtype
+    with pytest.raises(CheckpointError, match="already exists"):
+        write_drop_in("hf", original, trained, out, "")
+
+
+def test_a_model_of_another_size_is_refused(tmp_path: Path) -> None:
+    original, trained = save_hf_reward(tmp_path / "rm"), tmp_path / "trained"
+    run("hf", save_hf_reward(tmp_path / "small", num_hidden_layers=2), "megatron", trained)
+    with pytest.raises(CheckpointError, match=r"is no training of .*rm: tensors that only one of them has"):
+        write_drop_in("hf", original, trained, tmp_path / "out", "")
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_a_checkpoint_and_a_nemo_file_stay_what_they_are(tmp_path: Path) -> None:
+    tokenizer = save_hf(tmp_path / "tokenizer", template=None, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    megatron, nemo = tmp_path / "megatron", tmp_path / "rm.nemo"
+    run("hf", save_hf_reward(tmp_path / "rm", template=None), "megatron", megatron, dtype="bf16")
+    run("megatron", megatron, "nemo", nemo, tokenizer=str(tokenizer))
+    trained = tmp_path / "trained"
+    run("megatron", megatron, "megatron", trained, dtype="fp32")
+    write_drop_in("megatron", megatron, trained, tmp_path / "out", "")
+    again = tmp_path / "again"
+    run("megatron", tmp_path / "out", "hf", again, drop_head_bias=True)
+    assert load_file(again / "model.safetensors")["score.weight"].dtype == torch.bfloat16
