@@ -11,22 +11,20 @@ from pathlib import Path
 import torch
 
 from nemo_advrm.config.schema import Config
+from nemo_advrm.convert.hf_directory import check_language_model
 from nemo_advrm.data import inputs
 from nemo_advrm.data.answered_prompts import load_answers, split_by_prompt
 from nemo_advrm.data.encoding import EncodedPair, encode_pairs
 from nemo_advrm.data.jsonl import write_jsonl_atomic
-from nemo_advrm.data.messages import prompt_key
 from nemo_advrm.data.pair_store import PairStore
 from nemo_advrm.data.preferences import PreferencePair
 from nemo_advrm.data.prompts import load_prompts, split_train_validation
 from nemo_advrm.data.row_lengths import RowLengths
 from nemo_advrm.data.sft_rows import SftRow
-from nemo_advrm.data.tokenizers import Tokenizer
-from nemo_advrm.engine.builders import build_policy
+from nemo_advrm.data.tokenizers import HFTokenizer, Tokenizer
 from nemo_advrm.engine.collectives import run_on_rank_zero
 from nemo_advrm.errors import ConfigError, DataError
 from nemo_advrm.rank_info import RankInfo
-from nemo_advrm.rewards import sources
 from nemo_advrm.rewards.checkpoint_members import SourceSpec, member_config, member_tokenizer
 from nemo_advrm.rewards.hybrid import policy_meta
 from nemo_advrm.rollouts.base import rollout_engine
@@ -35,6 +33,7 @@ from nemo_advrm.rollouts.sample import sample
 from nemo_advrm.seeds import derive_seed
 
 CLEAN = "clean.jsonl"
+POLICY = "harden.policy"
 
 
 @dataclass(frozen=True)
@@ -73,10 +72,10 @@ def read_rows(cfg: Config) -> HardeningRows:
     for name in ("finds", "prompts"):
         if not getattr(options, name):
             raise ConfigError(f"{name} is not set: nemo-advrm harden target=hf:DIR finds=FILE prompts=FILE")
-    finds = _finds(options.finds)
+    known = _finds(options.finds)
+    finds = list(known.values())
     if options.held_out_finds:
-        known = {_find_key(row) for row in finds}
-        held_out = [row for row in _finds(options.held_out_finds) if _find_key(row) not in known]
+        held_out = [row for key, row in _finds(options.held_out_finds).items() if key not in known]
         if not held_out:
             raise DataError(f"{options.held_out_finds}: all of its finds are in {options.finds} too")
     else:
@@ -85,7 +84,11 @@ def read_rows(cfg: Config) -> HardeningRows:
         except DataError as error:
             raise DataError(f"{options.finds}: {error}; give more finds, or held_out_finds=FILE") from None
     clean: list[SftRow] = []
-    if not options.policy:
+    if options.policy.startswith("hf:"):
+        check_language_model(Path(options.policy.removeprefix("hf:")))
+    elif options.policy:
+        policy_meta(options.policy, POLICY)
+    else:
         try:
             clean = _answers(options.prompts, cfg)
         except DataError as error:
@@ -169,22 +172,19 @@ def _prompt_tokens(tokenizer: Tokenizer, row: SftRow, tokens: list[int]) -> int:
     return shared - 1
 
 
-def _find_key(row: PreferencePair) -> tuple[str, str]:
-    return prompt_key(row.prompt), row.rejected
-
-
-def _finds(paths: str) -> list[PreferencePair]:
-    """Reads one or more files of pairs; of equal finds the first counts."""
+def _finds(paths: str) -> dict[tuple[str, str], PreferencePair]:
+    """Reads one or more files of pairs, by prompt and find; of equal finds the first counts."""
     first: dict[tuple[str, str], PreferencePair] = {}
     for path in filter(None, (path.strip() for path in paths.split(","))):
-        found = PairStore(path).to_preferences()
+        store = PairStore(path)
+        pairs = store.load()
         if RankInfo.from_environment().rank == 0:
-            print(f"{path}: {len(found)} finds", flush=True)
-        for row in found:
-            first.setdefault(_find_key(row), row)
+            print(f"{path}: {len(pairs)} finds", flush=True)
+        for pair, row in zip(pairs, store.to_preferences(), strict=True):
+            first.setdefault(pair.key, row)
     if not first:
         raise DataError(f"{paths}: holds no finds: there is nothing to cure")
-    return list(first.values())
+    return first
 
 
 def _answers(path: str, cfg: Config) -> list[SftRow]:
@@ -197,21 +197,19 @@ def _answers(path: str, cfg: Config) -> list[SftRow]:
 def _sample(cfg: Config, path: Path) -> None:
     """Samples the policy's responses to the prompts and writes them to ``path``; all ranks call."""
     options = cfg.harden
-    place = "harden.policy"
-    kind = "hf" if options.policy.startswith("hf:") else "megatron"
-    location = options.policy.removeprefix("hf:")
-    spec = sources.as_checkpoint(SourceSpec(kind, location, options.policy, place), cfg)
-    meta = policy_meta(spec.location, place)
-    tokenizer = member_tokenizer(spec, meta, None)
-    own = dataclasses.replace(cfg, model=member_config(meta, cfg.model))
+    own, tokenizer, location = _policy(cfg)
+    engine = rollout_engine(own, tokenizer)
+    policy = engine.open_policy(location)
+    own = dataclasses.replace(
+        own, model=dataclasses.replace(own.model, encoder_seq_length=engine.language_model(policy).context)
+    )
     report = load_prompts(options.prompts, on_bad_row=cfg.data.on_bad_row, ignore_columns=cfg.data.ignore_columns)
     prompts = encode_prompts(report.rows, tokenizer, own)
     most = max(2, options.max_responses // options.samples_per_prompt)
     draw = torch.Generator().manual_seed(derive_seed(cfg.seed, "clean prompts"))
     prompts = [prompts[i] for i in torch.randperm(len(prompts), generator=draw)[:most].sort().values.tolist()]
-    policy = build_policy(own, tokenizer, spec.location, 0, trainable=False)
     seed = derive_seed(cfg.seed, "clean responses")
-    rollouts = sample(rollout_engine(own, tokenizer), policy, prompts, options.samples_per_prompt, seed)
+    rollouts = sample(engine, policy, prompts, options.samples_per_prompt, seed)
     rows = [
         {"prompt_id": index, "messages": list(prompt), "response": response, "ended": ended}
         for index, prompt, response, ended in zip(
@@ -219,3 +217,17 @@ def _sample(cfg: Config, path: Path) -> None:
         )
     ]
     run_on_rank_zero(write_jsonl_atomic, path, rows)
+
+
+def _policy(cfg: Config) -> tuple[Config, Tokenizer, str]:
+    """Returns the configuration of the policy's engine, its tokenizer, and its place as the engine opens it.
+
+    A Hugging Face model answers by transformers, so that it needs no conversion table.
+    """
+    named = cfg.harden.policy
+    if named.startswith("hf:"):
+        own = dataclasses.replace(cfg, rl=dataclasses.replace(cfg.rl, rollout_engine="transformers"))
+        return own, HFTokenizer(Path(named.removeprefix("hf:"))), named
+    meta = policy_meta(named, POLICY)
+    tokenizer = member_tokenizer(SourceSpec("megatron", named, named, POLICY), meta, None)
+    return dataclasses.replace(cfg, model=member_config(meta, cfg.model)), tokenizer, named

@@ -15,6 +15,7 @@ from nemo_advrm.convert.drop_in import common_dtype
 from nemo_advrm.data.attributes import check_attributes
 from nemo_advrm.data.tokenizers import Tokenizer
 from nemo_advrm.engine.checkpoint_meta import read_meta
+from nemo_advrm.engine.feature_file import FILE as FEATURES
 from nemo_advrm.errors import CheckpointError, ConfigError
 from nemo_advrm.rewards import sources
 from nemo_advrm.rewards.checkpoint_members import LOCAL_KINDS, OF_THE_JOB, SourceSpec, member_tokenizer
@@ -67,7 +68,12 @@ def describe_target(cfg: Config) -> Target:
             f"{PLACE}={spec.text}: only weights on this machine can be trained, not a server or a function: name "
             "the model's files (hf:DIR, nemo:FILE or a checkpoint directory)"
         )
-    settings = ConvertConfig(from_=spec.kind, path=spec.location, drop_reference_features=not spec.features)
+    if spec.kind == "megatron" and spec.features and (spec.path / FEATURES).exists():
+        raise CheckpointError(
+            f"{PLACE}={spec.text}: a hybrid reward model, whose features' weights would no longer fit its score: "
+            f"{spec.text}?reference_features=off hardens the plain one"
+        )
+    settings = ConvertConfig(from_=spec.kind, path=spec.location, drop_reference_features=True)
     try:
         with open_source(settings) as source:
             about, specs, dtype = source.description, source.specs, common_dtype(source)
