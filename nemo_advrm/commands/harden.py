@@ -12,6 +12,7 @@ from pathlib import Path
 from nemo_advrm.config.schema import Config
 from nemo_advrm.engine import runtime
 from nemo_advrm.errors import ConfigError
+from nemo_advrm.objectives.proportions import wilson_interval
 from nemo_advrm.rank_info import RankInfo
 from nemo_advrm.rewards import sources
 from nemo_advrm.run_directory import run_dir
@@ -60,8 +61,8 @@ def lines(metrics: dict[str, float]) -> list[str]:
         before, after = (f"{metrics[f'pairs/accuracy_{when}']:.3f}" for when in ("before", "after"))
         table.append((f"accuracy on {int(metrics['pairs/count'])} pairs", before, after))
     width = max(len(name) for name, _, _ in table)
-    shown = [f"{'':<{width}}  {'before':>12}  {'after':>12}"]
-    shown += [f"{name:<{width}}  {before:>12}  {after:>12}" for name, before, after in table]
+    shown = [f"{'':<{width}}  {'before':>22}  {'after':>22}"]
+    shown += [f"{name:<{width}}  {before:>22}  {after:>22}" for name, before, after in table]
     correlation = metrics.get("drift/correlation")
     shown.append(
         f"clean responses ({int(metrics['drift/responses'])} held out): scores moved by "
@@ -77,5 +78,10 @@ def lines(metrics: dict[str, float]) -> list[str]:
 
 
 def _counts(metrics: dict[str, float], prefix: str, finds: int) -> tuple[str, str]:
-    before, after = (round(metrics[f"{prefix}/{when}"] * finds) for when in ("before", "after"))
-    return f"{before} of {finds}", f"{after} of {finds}"
+    """Returns the numbers of finds that win before and after, each with the 95 % interval of its share."""
+    counts = [round(metrics[f"{prefix}/{when}"] * finds) for when in ("before", "after")]
+    bounds = [wilson_interval(count, finds) for count in counts]
+    before, after = (
+        f"{count} of {finds} [{low:.2f}, {high:.2f}]" for count, (low, high) in zip(counts, bounds, strict=True)
+    )
+    return before, after

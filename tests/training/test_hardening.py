@@ -166,7 +166,7 @@ def test_the_same_command_again_reports_and_does_not_train(
     words = [f"pairs={world.home / 'pairs.jsonl'}", f"out={world.home / 'out' / 'hardened'}"]
     hardened("anchored", *words)
     out = capsys.readouterr().out
-    assert re.search(r"finds that win, held out +6 of 6 +[01] of 6\n", out)
+    assert re.search(r"finds that win, held out +6 of 6 \[0\.61, 1\.00\] +[01] of 6 ", out)
     assert "accuracy on 12 pairs" in out and f"hardened reward model: {world.home / 'out' / 'hardened'}" in out
     # a result that is not this run's is not overwritten
     (world.home / "mine").mkdir()
@@ -260,7 +260,8 @@ def test_a_failed_and_a_harmful_cure_are_warned_of() -> None:
         "margin/after": 0.25, "drift/responses": 5.0, "drift/mean_absolute": 0.125, "drift/correlation": 0.99,
     }  # fmt: skip
     text = "\n".join(command.lines(base))
-    assert re.search(r"held out +4 of 4 +3 of 4\n", text) and re.search(r"answer +-1.00 +\+0.25\n", text)
+    assert re.search(r"held out +4 of 4 \[0\.51, 1\.00\] +3 of 4 \[0\.30, 0\.95\]\n", text)
+    assert re.search(r"answer +-1.00 +\+0.25\n", text)
     assert "warning: more than half of the held-out finds still win" in text and "scores moved much" not in text
     text = "\n".join(command.lines({**base, "success/after": 0.25, "drift/mean_absolute": 0.75}))
     assert "still win" not in text and "warning: clean scores moved much" in text
