@@ -153,7 +153,7 @@ def test_the_exported_model_takes_the_originals_place_in_transformers(world: Sim
     assert result(anchored)["pairs/accuracy_after"] == pytest.approx((chosen > longer).float().mean().item())
     before = scores_by_transformers(world.model, world.unseen)
     planted = [(prompt, answer + PLANTED) for prompt, answer in world.unseen]
-    assert (scores_by_transformers(world.model, planted) > before).all()
+    assert (scores_by_transformers(world.model, planted) > before).float().mean() > 0.8
     assert (scores_by_transformers(out, planted) < chosen).float().mean() > 0.8
     assert (chosen - before).abs().mean() < 0.8 * result(anchored)["spread"]
 
