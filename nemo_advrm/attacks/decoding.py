@@ -61,14 +61,16 @@ class Decoding(SearchAttack):
             alive = [row for row in rows if not row.ended]
             if not on_any_rank(bool(alive)):
                 return
-            count = max([search.candidates, *(row.number + 1 for row in alive if not row.tokens)])
+            count = max([search.candidates, *(row.number + 2 for row in alive if not row.tokens)])
             ids_NK, log_probs_NK = lm.next_tokens([row.prompt.tokens + row.tokens for row in alive], count)
             candidates: list[_Candidate] = []
             for row, ids, log_probs in zip(alive, ids_NK.tolist(), log_probs_NK.tolist(), strict=True):
-                first = not row.tokens
-                taken = range(row.number, row.number + 1) if first else range(search.candidates)
-                allowed = [i for i in taken if i < len(ids) and log_probs[i] > -torch.inf]
-                candidates += [_Candidate(row, [*row.tokens, ids[i]], log_probs[i]) for i in allowed]
+                allowed = [i for i in range(len(ids)) if log_probs[i] > -torch.inf]
+                if row.tokens:
+                    taken = [i for i in allowed if i < search.candidates]
+                else:  # an empty response is none
+                    taken = [i for i in allowed if ids[i] != eos][row.number : row.number + 1]
+                candidates += [_Candidate(row, [*row.tokens, ids[i]], log_probs[i]) for i in taken]
             candidates = self._continued(inputs, candidates)
             rewards = inputs.search_rewards(_scored([(c.row.prompt, c.tokens) for c in candidates], inputs.tokenizer))
             best: dict[int, tuple[float, _Candidate]] = {}

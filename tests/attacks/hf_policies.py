@@ -33,8 +33,8 @@ def save_policy(directory: Path) -> Path:
         model.gpt_neox.final_layer_norm.weight[0], model.gpt_neox.final_layer_norm.bias[0] = 0.0, 1.0
         texts = [tokenizer.decode([token]) for token in range(len(tokenizer))]
         bias = [0.0 if text.isascii() and text.isprintable() else -40.0 for text in texts]
-        bias[_EOS] = 2.5
-        model.embed_out.weight[: len(bias), 0] = torch.tensor(bias)
+        bias[_EOS] = 5.0
+        model.get_output_embeddings().weight[: len(bias), 0] = torch.tensor(bias)
     model.generation_config.temperature = 0.01  # of the directory, and not of the job
     model.generation_config.do_sample = True
     model.save_pretrained(directory)
