@@ -12,8 +12,8 @@ def _plain(text: str) -> float:
 
 
 def likes_e(prompts: Prompts, responses: list[str], ended: list[bool]) -> list[float]:
-    """Every letter e is worth 3."""
-    return [_plain(text) + 3 * text.count("e") for text in responses]
+    """Every letter e is worth 100."""
+    return [_plain(text) + 100 * text.count("e") for text in responses]
 
 
 def plain(prompts: Prompts, responses: list[str], ended: list[bool]) -> list[float]:

@@ -46,6 +46,8 @@ def of_transformers(single: Runtime, tmp_path_factory: pytest.TempPathFactory) -
         "sft_statistics.samples_per_prompt=4",
         "adversarial.held_out_prompts=2",
         "adversarial.search.candidates=280",
+        "adversarial.search.naturalness=0",
+        "adversarial.coefficient=0.01",
         "selection.require_ended=false",
         "trainer.accelerator=cpu",
     ]
