@@ -19,6 +19,7 @@ from nemo_advrm.data.sft_scores import SFTScores
 from nemo_advrm.data.tokenizers import Tokenizer
 from nemo_advrm.engine import runtime
 from nemo_advrm.engine.collectives import run_on_rank_zero
+from nemo_advrm.errors import ConfigError
 from nemo_advrm.models.trainable import TrainableModel
 from nemo_advrm.objectives.adversarial import search_reward
 from nemo_advrm.objectives.sft_statistics import z_scores
@@ -167,6 +168,10 @@ def attack_of(cfg: Config) -> Attack:
     return attack
 
 
+class NothingProposed(ConfigError):
+    """An attack without RL had no response to propose."""
+
+
 class SearchAttack(Attack):
     """An attack that trains nothing and proposes responses step by step. A stopped one starts over."""
 
@@ -177,7 +182,7 @@ class SearchAttack(Attack):
     def find(self, inputs: AttackInputs, budget: Budget) -> Found:
         """Scores the proposed responses until the budget is used up or there are enough finds.
 
-        It also writes ``metrics.jsonl``, a row for each step.
+        It also writes ``metrics.jsonl``, a row for each step. Raises NothingProposed when no response was proposed.
         """
         written: list[dict[str, Any]] = []
         metrics: list[dict[str, Any]] = []
@@ -190,6 +195,11 @@ class SearchAttack(Attack):
             metrics.append(self._metrics(inputs, rows, step, inputs.rule.late_finds(steps)[0]))
             if budget.enough and inputs.rule.are_enough(steps, budget.enough):
                 break
+        if not written:
+            raise NothingProposed(
+                f"adversarial.attack={inputs.cfg.adversarial.attack}: it has no response to propose: every text was "
+                "refused by the tokenizer, too long for a member, or cut off by rl.max_new_tokens (docs/attacks.md)"
+            )
         inputs.directory.mkdir(parents=True, exist_ok=True)
         path = inputs.directory / SAMPLES
         run_on_rank_zero(write_jsonl_atomic, path, written)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_advrm.attacks.base import SAMPLES, Attack, AttackInputs, Budget
+from nemo_advrm.attacks.base import SAMPLES, Attack, AttackInputs, Budget, NothingProposed
 from nemo_advrm.attacks.success_rates import success_of, success_rates_of
 from nemo_advrm.attacks.summary_file import RATES
 from nemo_advrm.config.schema import AdversarialConfig, Config
@@ -84,8 +84,11 @@ class HeldOut:
         home, count = inputs.directory, self.sft_responses.scores_PNK[..., 0].numel()
         directory = home / "held_out" / home.name  # its name is the policy's in the rows
         own = replace(inputs, prompts=self.prompts, sft_responses=self.sft_responses, directory=directory)
-        attack.find(own, Budget(-(-count // samples_per_step), samples_per_step))
-        rows = run_on_rank_zero(_take, directory, home / "held_out.jsonl", count)
+        try:
+            attack.find(own, Budget(-(-count // samples_per_step), samples_per_step))
+            rows = run_on_rank_zero(_take, directory, home / "held_out.jsonl", count)
+        except NothingProposed:
+            rows = []
         nothing = dict.fromkeys(RATES)
         rates = success_rates_of(rows, self.sft_responses, own.rule) if rows else {**nothing, "finds": 0.0}
         return {"prompts": len(self.prompts), "responses": len(rows), **rates, "null": self.null(own.rule)}
