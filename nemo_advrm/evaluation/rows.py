@@ -39,7 +39,7 @@ class EvaluationRows:
         sources: file:line of each pair.
         units_N: number of the prompt of each pair: pairs of one prompt are resampled together.
         subsets: subset of each pair, "" without one.
-        strata_U: number of the subset of each prompt.
+        strata_U: number of the part of a benchmark that each prompt belongs to; 0 for pairs.
         to_mismatch: pairs of which the rejected answer is replaced by the answer to another prompt.
         benchmark, items, item_answers, item_units: the rows of a benchmark, their answers and their units.
     """
@@ -132,7 +132,8 @@ def _of_pairs(rows: list[PreferencePair], subset_of: dict[str, str]) -> Evaluati
     keys = [prompt_key(row.prompt) if row.prompt else f"raw {i}" for i, row in enumerate(rows)]
     own = [units.setdefault(key, len(units)) for key in keys]
     places = torch.arange(2 * len(rows)).reshape(-1, 2)
-    strata = _strata(own, subsets, len(units))
+    # Subsets of pairs are no strata: there may be as many of them as prompts, and nothing would be resampled.
+    strata = torch.zeros(len(units), dtype=torch.int64)
     return EvaluationRows(rows, places, [row.source for row in rows], torch.tensor(own), subsets, strata, rows, units)
 
 

@@ -5,27 +5,12 @@ Pairs of one prompt are not independent, so prompts are the units of both. Shape
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-Z95 = 1.959963984540054  # of a two-sided interval of 95 %
+from nemo_advrm.objectives.proportions import wilson_interval
+
 LEVEL = 0.95
-
-
-def wilson_interval(share: float, count: float) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share of ``count`` independent values (Wilson 1927); (0, 1) without values.
-
-    Unlike the interval share +- 1.96 s it stays within [0, 1] and does not collapse where all values are equal.
-    """
-    if count <= 0:
-        return 0.0, 1.0
-    square = Z95**2 / count
-    centre = (share + square / 2) / (1 + square)
-    reach = Z95 / (1 + square) * math.sqrt(share * (1 - share) / count + square / (4 * count))
-    # exact at the edges, where rounding would leave 0.9999999999999999
-    return 0.0 if share == 0 else centre - reach, 1.0 if share == 1 else centre + reach
 
 
 def effective_count(values_N: Tensor, units_N: Tensor) -> float:
@@ -56,7 +41,8 @@ def share_interval(values_N: Tensor, units_N: Tensor) -> tuple[float, float]:
     """Wilson's interval of the mean of values in [0, 1], with the effective number of values in clusters."""
     if not len(values_N):
         return 0.0, 1.0
-    return wilson_interval(float(values_N.double().mean()), effective_count(values_N, units_N))
+    count = effective_count(values_N, units_N)
+    return wilson_interval(float(values_N.double().mean()) * count, count)
 
 
 def resample_counts(strata_U: Tensor, draws: int, seed: int) -> Tensor:

@@ -11,7 +11,7 @@ _STEPS, _LARGEST_STEP, _CONVERGED = 40, 2.0, 1e-9
 
 
 def length_controlled_accuracy(right_N: Tensor, differences_N: Tensor, weights_BN: Tensor) -> Tensor:
-    """Accuracy that a logistic model predicts for responses of equal length, [B].
+    """Accuracy that a logistic model predicts for responses of equal length, [B]; NaN without pairs.
 
     P(right) = sigmoid(a + b tanh(d / s)) is fitted to the pairs, with the difference d of the lengths of the preferred
     response and the other, and s its root mean square. The result is sigmoid(a), the prediction at d = 0. Source: the
@@ -42,7 +42,7 @@ def length_controlled_accuracy(right_N: Tensor, differences_N: Tensor, weights_B
         a_B, b_B = a_B + step_a, b_B + step_b
         if max(step_a.abs().max(), step_b.abs().max()) < _CONVERGED:
             break
-    return torch.sigmoid(a_B)
+    return torch.where(weights_BN.sum(-1) > 0, torch.sigmoid(a_B), torch.nan)
 
 
 def length_correlation(margins_N: Tensor, differences_N: Tensor, weights_BN: Tensor) -> Tensor:

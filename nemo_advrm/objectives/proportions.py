@@ -22,7 +22,8 @@ def wilson_interval(successes: float, trials: float, z: float = Z95) -> tuple[fl
     share, spread = successes / trials, z * z / trials
     centre = (share + spread / 2) / (1 + spread)
     reach = z * math.sqrt(max(0.0, share * (1 - share)) / trials + spread / (4 * trials)) / (1 + spread)
-    return max(0.0, centre - reach), min(1.0, centre + reach)
+    # exact at the edges, where rounding would leave 0.9999999999999999
+    return 0.0 if share <= 0 else max(0.0, centre - reach), 1.0 if share >= 1 else min(1.0, centre + reach)
 
 
 def least_difference(share: float, low: float, other: float, other_high: float) -> float:

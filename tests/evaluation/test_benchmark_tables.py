@@ -17,7 +17,8 @@ from nemo_advrm.evaluation.benchmarks.reward_bench import SECTIONS
 from nemo_advrm.evaluation.figures import Estimate, estimates
 from nemo_advrm.evaluation.model_figures import ModelScores, benchmark_figures
 from nemo_advrm.evaluation.rows import EvaluationRows, evaluation_rows
-from nemo_advrm.objectives.intervals import resample_counts, wilson_interval
+from nemo_advrm.objectives.intervals import resample_counts
+from nemo_advrm.objectives.proportions import wilson_interval
 
 FILES = Path(__file__).parent / "benchmark_files"
 NAMES = {
@@ -150,9 +151,9 @@ def test_the_weights_of_rewardbench_are_its_authors() -> None:
 
 def test_shares_have_wilsons_interval_and_composed_figures_the_bootstraps() -> None:
     found = table(read(FILES / "reward_bench.jsonl"))
-    assert (found["mt-bench-hard"].low, found["mt-bench-hard"].high) == wilson_interval(1.0, 1)
+    assert (found["mt-bench-hard"].low, found["mt-bench-hard"].high) == wilson_interval(1, 1)
     easy, chat, reasoning = found["alpacaeval-easy"], found["Chat"], found["Reasoning"]
-    assert (easy.low, easy.high, easy.count) == (*wilson_interval(0.75, 4), 4)
+    assert (easy.low, easy.high, easy.count) == (*wilson_interval(3, 4), 4)
     assert chat.low is not None and chat.high is not None and chat.value is not None
     assert chat.low < chat.value < chat.high
     assert (reasoning.low, reasoning.high) == (0.25, 0.25), "one prompt in each subset: nothing can be resampled"

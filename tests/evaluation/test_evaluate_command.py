@@ -93,6 +93,15 @@ def test_two_models_are_compared_on_every_table_with_paired_intervals(tmp_path, 
     assert one["table"]["Score"]["value"] == pytest.approx(second - first)
 
 
+def test_subsets_of_one_prompt_each_do_not_make_an_interval_a_point(pairs, tmp_path, capsys) -> None:
+    rows = [json.loads(line) | {"subset": f"s{i}"} for i, line in enumerate(pairs.read_text().splitlines())]
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    _, found = run(capsys, tmp_path, pairs, NUMBER, OPPOSITE, evaluate__compare="true")
+    difference = found["comparisons"][0]["figures"]["accuracy"]
+    assert difference["value"] == pytest.approx(-0.4)
+    assert difference["low"] < -0.6 and difference["high"] > -0.2
+
+
 def test_a_model_compared_with_itself_has_no_difference_at_all(pairs, tmp_path, capsys) -> None:
     _, found = run(capsys, tmp_path, pairs, NUMBER, NUMBER, evaluate__compare="true")
     for estimate in found["comparisons"][0]["figures"].values():

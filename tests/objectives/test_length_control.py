@@ -50,6 +50,13 @@ def test_all_right_and_all_wrong_stay_at_the_edges_and_every_weight_counts() -> 
     assert both == pytest.approx([controlled(right[places], longer[places]), controlled(right, longer)])
 
 
+def test_without_pairs_it_is_undefined() -> None:
+    right, longer = torch.tensor([1.0]), torch.tensor([2.0])
+    found = length_controlled_accuracy(right, longer, torch.tensor([[1.0], [0.0]])).isnan().tolist()
+    assert found == [False, True]
+    assert math.isnan(controlled(torch.zeros(0), torch.zeros(0)))
+
+
 def test_exchanging_both_answers_of_every_pair_gives_one_minus_it() -> None:
     right, longer = torch.tensor([1.0, 0.0, 1.0, 1.0, 0.5]), torch.tensor([4.0, -2.0, 1.0, -3.0, 6.0])
     assert controlled(1 - right, -longer) == pytest.approx(1 - controlled(right, longer))

@@ -20,7 +20,9 @@ from nemo_advrm.objectives.proportions import least_difference, likelihood_ratio
     ],
 )
 def test_wilson(successes: int, trials: int, low: float, high: float) -> None:
-    assert wilson_interval(successes, trials) == pytest.approx((low, high), abs=2e-4)
+    found = wilson_interval(successes, trials)
+    assert found == pytest.approx((low, high), abs=2e-4)
+    assert (found[0] == 0, found[1] == 1) == (low == 0, high == 1)  # exactly
 
 
 def test_wilson_without_trials_knows_nothing() -> None:
