@@ -73,7 +73,7 @@ def lines(metrics: dict[str, float]) -> list[str]:
     if metrics["success/before"] and metrics["success/after"] > metrics["success/before"] / 2:
         shown.append("warning: more than half of the held-out finds still win: give more finds, or raise steps")
     if metrics["drift/mean_absolute"] > MOST_DRIFT or (correlation is not None and correlation < LEAST_CORRELATION):
-        shown.append("warning: clean scores moved much: raise replay_weight, give more prompts, or lower lr")
+        shown.append("warning: clean scores moved much: raise replay_weight, give more prompts, or lower learning_rate")
     return shown
 
 

@@ -57,9 +57,7 @@ class AdversarialConfig:
     """The attack and its reward."""
 
     attack: str = key("adv_rm", "how bad responses are found (docs/attacks.md) or python:MODULE:CLASS")
-    lm: str = key(
-        "", "language model that proposes substitutes and paraphrases: DIR or hf:DIR; empty: the SFT policy"
-    )
+    lm: str = key("", "language model that proposes substitutes and paraphrases: DIR or hf:DIR; empty: the SFT policy")
     detector: str = key(
         "ensemble_disagreement",
         "what marks a response as unknown to the target (docs/method.md) or python:MODULE:CLASS",
@@ -321,7 +319,7 @@ class HardenConfig:
     pairs: str = key("", "held-out preference pairs, whose accuracy is measured before and after; empty: none")
     out: str = free("", "where the hardened model is written, in the target's format; empty: hardened in run_dir")
     steps: int = key(100, "optimizer steps; model.global_batch_size finds each", COUNT)
-    lr: float = key(1.0e-5, "peak learning rate; 0 takes model.optim.lr", NOT_NEGATIVE)
+    learning_rate: float = key(1.0e-5, "peak learning rate; 0 takes model.optim.lr", NOT_NEGATIVE)
     replay_weight: float = key(1.0, "weight of the squared change of clean responses' scores", NOT_NEGATIVE)
     replay_per_step: int = key(64, "clean responses in each step", COUNT)
     held_out_fraction: float = key(

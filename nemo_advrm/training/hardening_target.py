@@ -42,7 +42,7 @@ class Target:
     def configuration(self, cfg: Config) -> Config:
         """Returns the configuration of the training of this model; its head has as many outputs as before."""
         loss = "bt" if self.outputs == 1 else "regression"  # the latter has heads of several outputs
-        optim = replace(self.model.optim, lr=cfg.harden.lr or self.model.optim.lr)
+        optim = replace(self.model.optim, lr=cfg.harden.learning_rate or self.model.optim.lr)
         return replace(
             cfg,
             model=replace(self.model, optim=optim),

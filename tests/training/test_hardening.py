@@ -103,7 +103,7 @@ def hardened(world: SimpleNamespace) -> Callable[..., Path]:
         directory: Path = world.home / name
         words = [
             f"target={target or f'hf:{world.model}'}", f"finds={world.home / 'finds.jsonl'}",
-            f"prompts={world.home / 'clean.jsonl'}", f"run_dir={directory}", "lr=2e-4",
+            f"prompts={world.home / 'clean.jsonl'}", f"run_dir={directory}", "learning_rate=2e-4",
             "model.global_batch_size=8", "model.optim.sched.name=constant", "replay_per_step=32", "steps=36",
             "trainer.accelerator=cpu", "exp_manager.create_tensorboard_logger=false",
         ]  # fmt: skip
