@@ -12,7 +12,6 @@ from pathlib import Path
 from nemo_advrm.config.schema import Config
 from nemo_advrm.engine import runtime
 from nemo_advrm.errors import ConfigError
-from nemo_advrm.objectives.proportions import wilson_interval
 from nemo_advrm.rank_info import RankInfo
 from nemo_advrm.rewards import sources
 from nemo_advrm.run_directory import run_dir
@@ -79,9 +78,8 @@ def lines(metrics: dict[str, float]) -> list[str]:
 
 def _counts(metrics: dict[str, float], prefix: str, finds: int) -> tuple[str, str]:
     """Returns the numbers of finds that win before and after, each with the 95 % interval of its share."""
-    counts = [round(metrics[f"{prefix}/{when}"] * finds) for when in ("before", "after")]
-    bounds = [wilson_interval(count, finds) for count in counts]
     before, after = (
-        f"{count} of {finds} [{low:.2f}, {high:.2f}]" for count, (low, high) in zip(counts, bounds, strict=True)
+        f"{round(metrics[name] * finds)} of {finds} [{metrics[f'{name}_low']:.2f}, {metrics[f'{name}_high']:.2f}]"
+        for name in (f"{prefix}/before", f"{prefix}/after")
     )
     return before, after

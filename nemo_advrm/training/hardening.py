@@ -15,6 +15,7 @@ from nemo_advrm.config.schema import Config
 from nemo_advrm.convert.drop_in import write_drop_in
 from nemo_advrm.data.attributes import combine
 from nemo_advrm.data.encoding import EncodedPair
+from nemo_advrm.data.messages import prompt_key
 from nemo_advrm.data.tokenizers import Tokenizer
 from nemo_advrm.engine import runtime
 from nemo_advrm.engine.collectives import run_on_rank_zero
@@ -23,6 +24,7 @@ from nemo_advrm.errors import ConfigError
 from nemo_advrm.models.hardened_reward_model import HardenedRewardModel, ReplayRow, round_weights
 from nemo_advrm.objectives.accuracy import accuracy
 from nemo_advrm.objectives.hardening import drift
+from nemo_advrm.objectives.intervals import share_interval
 from nemo_advrm.run_directory import results
 from nemo_advrm.training.hardening_data import HardeningData
 from nemo_advrm.training.hardening_target import Target
@@ -73,25 +75,34 @@ def harden(
         {name: combine(scores, attributes) for name, scores in before.items()},
         {name: combine(scores, attributes) for name, scores in after.items()},
         module.spread,
+        {name: _prompts(getattr(data, name)) for name in ("finds", "held_out_finds")},
     )
     write_result(directory, module, metrics, None, steps=module.max_steps, **metrics)
     return metrics
 
 
-def measured(before: Scores, after: Scores, spread: float) -> dict[str, float]:
+def measured(before: Scores, after: Scores, spread: float, prompts: dict[str, Tensor]) -> dict[str, float]:
     """Returns what hardening changed, from the scores [N] of each group before and after.
 
-    A find succeeds where its score is above that of the ordinary answer it is paired with. ``drift/correlation`` is
-    absent where the scores of all held-out clean responses are equal.
+    A find succeeds where its score is above that of the ordinary answer it is paired with; ``low`` and ``high`` are the
+    95 % interval of the share, in which finds to one prompt are not independent. ``drift/correlation`` is absent where
+    the scores of all held-out clean responses are equal.
 
     Args:
         spread: standard deviation of the original scores, the unit of margins and drift.
+        prompts: number of the prompt of each pair of both groups of finds.
     """
     metrics = {"spread": spread, "clean/replayed": float(len(before["clean"]))}
     for when, scores in (("before", before), ("after", after)):
         for prefix, group in (("success", "held_out_finds"), ("trained_success", "finds")):
             chosen_N, rejected_N = scores[group].chunk(2)
-            metrics[f"{prefix}/{when}"] = (rejected_N > chosen_N).float().mean().item()
+            wins_N = (rejected_N > chosen_N).double()
+            low, high = share_interval(wins_N, prompts[group])
+            metrics |= {
+                f"{prefix}/{when}": wins_N.mean().item(),
+                f"{prefix}/{when}_low": low,
+                f"{prefix}/{when}_high": high,
+            }
             metrics[f"{prefix}/finds"] = float(len(chosen_N))
             if prefix == "success":
                 metrics[f"margin/{when}"] = (chosen_N - rejected_N).mean().item() / spread
@@ -135,6 +146,13 @@ def _exported(directory: Path) -> str:
         return ""
     found = results.read_object(path, ("out",), f"remove {path} and the model is written again")
     return str(found["out"])
+
+
+def _prompts(pairs: Sequence[EncodedPair]) -> Tensor:
+    """Returns the number of the prompt of each pair."""
+    numbers: dict[str, int] = {}
+    keys = [prompt_key(pair.row.prompt) if pair.row else pair.source for pair in pairs]
+    return torch.tensor([numbers.setdefault(key, len(numbers)) for key in keys])
 
 
 def _sides(pairs: Sequence[EncodedPair]) -> list[list[int]]:

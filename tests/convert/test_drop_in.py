@@ -59,6 +59,11 @@ def test_a_checkpoint_and_a_nemo_file_stay_what_they_are(tmp_path: Path) -> None
     trained = tmp_path / "trained"
     run("megatron", megatron, "megatron", trained, dtype="fp32")
     write_drop_in("megatron", megatron, trained, tmp_path / "out", "")
-    again = tmp_path / "again"
-    run("megatron", tmp_path / "out", "hf", again, drop_head_bias=True)
-    assert load_file(again / "model.safetensors")["score.weight"].dtype == torch.bfloat16
+    write_drop_in("nemo", nemo, trained, tmp_path / "out.nemo", "")
+    original = load_file(tmp_path / "rm" / "model.safetensors")
+    for kind, path in (("megatron", tmp_path / "out"), ("nemo", tmp_path / "out.nemo")):
+        again = tmp_path / f"{kind}_again"
+        run(kind, path, "hf", again, drop_head_bias=True)
+        weights = load_file(again / "model.safetensors")
+        assert weights["score.weight"].dtype == torch.bfloat16
+        torch.testing.assert_close(weights["score.weight"], original["score.weight"].bfloat16(), rtol=0, atol=0)

@@ -23,6 +23,7 @@ from nemo_advrm.config.schema import Config
 from nemo_advrm.data.pair_store import AdversarialPair, PairStore, Provenance
 from nemo_advrm.engine.runtime import Runtime
 from nemo_advrm.engine.scoring import score_sequences
+from nemo_advrm.objectives.proportions import wilson_interval
 from nemo_advrm.rewards import sources
 from nemo_advrm.training import hardening
 
@@ -253,14 +254,27 @@ def test_what_cannot_be_done_is_one_clear_error(
     assert not (tmp_path / "run" / "config.yaml").exists()
 
 
+def test_finds_to_one_prompt_are_not_counted_as_independent() -> None:
+    """Six finds win: to six prompts, or three to each of two."""
+    clean, finds = torch.arange(4.0), torch.cat([torch.zeros(6), torch.ones(6)])
+    scores = {"clean": clean, "held_out_clean": clean, "pairs": clean[:0], "finds": finds, "held_out_finds": finds}
+    prompts = {"finds": torch.arange(6), "held_out_finds": torch.tensor([0, 0, 0, 1, 1, 1])}
+    found = hardening.measured(scores, scores, 1.0, prompts)
+    assert found["trained_success/before"] == found["success/before"] == 1.0
+    lows = [found["trained_success/before_low"], found["success/before_low"]]
+    assert lows == pytest.approx([wilson_interval(6, 6)[0], wilson_interval(2, 2)[0]])
+
+
 def test_a_failed_and_a_harmful_cure_are_warned_of() -> None:
     base = {
+        **{f"{kind}/{when}_{end}": value for kind in ("success", "trained_success") for when in ("before", "after")
+           for end, value in (("low", 0.25), ("high", 0.96875))},
         "spread": 2.0, "success/finds": 4.0, "trained_success/finds": 8.0, "success/before": 1.0,
         "success/after": 0.75, "trained_success/before": 1.0, "trained_success/after": 0.5, "margin/before": -1.0,
         "margin/after": 0.25, "drift/responses": 5.0, "drift/mean_absolute": 0.125, "drift/correlation": 0.99,
     }  # fmt: skip
     text = "\n".join(command.lines(base))
-    assert re.search(r"held out +4 of 4 \[0\.51, 1\.00\] +3 of 4 \[0\.30, 0\.95\]\n", text)
+    assert re.search(r"held out +4 of 4 \[0\.25, 0\.97\] +3 of 4 \[0\.25, 0\.97\]\n", text)
     assert re.search(r"answer +-1.00 +\+0.25\n", text)
     assert "warning: more than half of the held-out finds still win" in text and "scores moved much" not in text
     text = "\n".join(command.lines({**base, "success/after": 0.25, "drift/mean_absolute": 0.75}))
