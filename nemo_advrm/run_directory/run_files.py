@@ -107,9 +107,12 @@ def _with_stages(cfg: Config) -> Iterator[Config]:
 
 def _paths(cfg: Config) -> list[str]:
     data = [getattr(cfg.data, key) for key in _DATA_KEYS]
-    members = [spec.location for spec in sources.parse_members(cfg.ensemble.members) if not spec.is_remote]
+    named = sources.parse_members(cfg.ensemble.members)
+    if cfg.augmentation.rrm_filter:
+        named.append(sources.parse(cfg.augmentation.rrm_filter, "augmentation.rrm_filter"))
+    members = [spec.location for spec in named if not spec.is_remote]
     policies = [cfg.pretrained_checkpoint.restore_from_path, cfg.reward_model.feature_policy, cfg.adversarial.lm]
-    data += [cfg.adversarial.search.probes_path, cfg.augmentation.rrm_filter, cfg.judge.rubric]
+    data += [cfg.adversarial.search.probes_path, cfg.judge.rubric]
     return [*data, *(path.removeprefix("hf:") for path in policies), *members, *_of_hardening(cfg)]
 
 

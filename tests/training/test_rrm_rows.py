@@ -21,6 +21,7 @@ from nemo_advrm.errors import ConfigError, DataError
 from nemo_advrm.models.reward_model import RewardModel
 from nemo_advrm.pipeline import dag, rounds
 from nemo_advrm.pipeline.dag import Step
+from nemo_advrm.run_directory import run_files
 from nemo_advrm.synthetic.language import NOUNS, WORDS
 from nemo_advrm.training.callbacks.augmentation import AdversarialAugmentation
 from nemo_advrm.training.reward_model_training import EncodedPreferences, train_reward_model
@@ -136,6 +137,15 @@ def test_a_restart_with_other_rrm_pairs_is_refused() -> None:
                 again.on_train_start(at, None)  # type: ignore[arg-type]
         else:
             again.on_train_start(at, None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("member", ["{}", "hf:{}", "{}?reference_features=off"])
+def test_the_files_of_the_filter_belong_to_what_a_run_reads(member: str, tmp_path: Path) -> None:
+    (tmp_path / "weights").write_text("1")
+    cfg = config(rrm_filter=member.format(tmp_path))
+    before = run_files.inputs(cfg)
+    (tmp_path / "weights").write_text("2")
+    assert list(before) == [str(tmp_path)] and run_files.inputs(cfg) != before
 
 
 def test_the_branch_rrm_needs_no_attack_and_filters_by_its_member_of_the_round_before(
