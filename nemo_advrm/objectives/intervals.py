@@ -11,6 +11,8 @@ from torch import Tensor
 from nemo_advrm.objectives.proportions import wilson_interval
 
 LEVEL = 0.95
+# bootstrap samples drawn at once: the numbers of the drawn units need three times the memory of their counts
+_CHUNK = 100
 
 
 def effective_count(values_N: Tensor, units_N: Tensor) -> float:
@@ -55,8 +57,9 @@ def resample_counts(strata_U: Tensor, draws: int, seed: int) -> Tensor:
     counts_BU = torch.zeros(draws, len(strata_U))
     for stratum in strata_U.unique().tolist():
         units_S = (strata_U == stratum).nonzero()[:, 0]
-        drawn_BS = torch.randint(len(units_S), (draws, len(units_S)), generator=generator)
-        counts_BU.scatter_add_(1, units_S[drawn_BS], torch.ones(drawn_BS.shape))
+        for part_CU in counts_BU.split(_CHUNK):
+            drawn_CS = torch.randint(len(units_S), (len(part_CU), len(units_S)), generator=generator)
+            part_CU.scatter_add_(1, units_S[drawn_CS], torch.ones(drawn_CS.shape))
     return counts_BU
 
 
