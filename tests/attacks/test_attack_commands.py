@@ -70,7 +70,7 @@ def test_decoding_works_for_a_policy_without_a_conversion_table(of_transformers:
     assert prompts == {"is it", "an answer"} and not (home / "held_out").exists()
     assert [row["samples"] for row in rows_of(home / "metrics.jsonl")] == [4, 4]
     assert cli.main(["select", *command]) == 0
-    for pair in PairStore(run / "pairs.jsonl").read():
+    for pair in PairStore(run / "pairs.jsonl").load():
         assert pair.rejected.count("e") >= 8 > pair.chosen.count("e")
 
 
