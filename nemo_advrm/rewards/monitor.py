@@ -94,7 +94,8 @@ class Watched:
     def score(self, features: Sequence[Features]) -> Tensor:
         """[N] in standard deviations of SFT responses, fp32; ``features`` for each member."""
         scores_KN = torch.stack([one.score(each) for one, each in zip(self.detectors, features, strict=False)])
-        return (scores_KN.amax(0) - self.mean) / self.std
+        # in fp64 as in fit: a fresh response with the score of the threshold must not be beyond it by a rounding error
+        return ((scores_KN.amax(0).double() - self.mean) / self.std).float()
 
     def noise(self, features: Sequence[Features], dtype: torch.dtype) -> Tensor:
         """[N] how far the rounding of what was read in ``dtype`` moves :meth:`score`, by the size of the raw score."""

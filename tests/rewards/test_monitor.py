@@ -88,6 +88,17 @@ def test_the_penalty_is_the_standardised_score_under_every_aggregate(aggregate: 
     assert monitor.lines[-1] == "reward: less 0.25 times the standardised mahalanobis"
 
 
+@pytest.mark.parametrize("scale", [1.0, 3.0, 7.0, 0.1, 1 / 3])
+def test_fresh_responses_with_scores_of_sft_responses_are_not_beyond_by_a_rounding_error(scale: float) -> None:
+    """Scores of judges and functions are whole numbers, so many fresh ones equal the one that is the threshold."""
+    draw = torch.Generator().manual_seed(5)
+    known = scale * torch.randint(0, 4, (60, 2), generator=draw).float()
+    members = [Head("A", 1.0, 0.0), Head("B", 0.0, 1.0)]
+    monitor = Monitor(members, sft(known, members, 6), [DISAGREEMENT], 0.05)
+    details = monitor.details(monitor.read(written(known)))
+    assert details[f"detector/{DISAGREEMENT}/beyond"].mean() <= 0.05
+
+
 def test_without_a_penalty_the_reward_is_the_one_without_monitors() -> None:
     draw = torch.Generator().manual_seed(1)
     members = [Head("A", 1.0, 0.5)]
