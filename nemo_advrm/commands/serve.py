@@ -35,6 +35,7 @@ def main(cfg: Config) -> int:
     require_extra("serve", "fastapi", "uvicorn", "httpx", "tenacity", "prometheus_client")
     if not cfg.ensemble.members:
         raise ConfigError("ensemble.members must name at least one reward model")
+    sources.refuse_people(cfg, "serve")
     sft_responses = _sft_responses(cfg)
     path = _reference_path(cfg)
     if path:

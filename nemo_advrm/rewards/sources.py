@@ -255,8 +255,8 @@ def refuse_people(cfg: Config, command: str) -> None:
     for spec in [*parse_members(cfg.ensemble.members), *([gold] if gold else [])]:
         if spec.kind == opening.HUMAN:
             raise ConfigError(
-                f"{spec.place}={spec.text}: {command} needs scores at every step; people can judge where all responses "
-                "are there at once: evaluate, an audit (docs/judges.md)"
+                f"{spec.place}={spec.text}: {command} scores new responses at any time; people can judge where all "
+                "responses are there at once: evaluate, an audit (docs/judges.md)"
             )
 
 

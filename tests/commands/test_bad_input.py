@@ -145,6 +145,7 @@ def test_a_pipeline_of_regression_models_is_refused_before_it_starts(tmp_path: P
     [
         ("rlhf", "human:a.csv", "", "ensemble.members[0]=human:a.csv"),
         ("attack", "python:toy_judge:by_length,python:toy_judge:by_length", "human", "pipeline.gold=human"),
+        ("serve", "human:a.csv", "", "ensemble.members[0]=human:a.csv"),
     ],
 )
 def test_people_are_refused_where_every_step_needs_scores(
@@ -152,4 +153,4 @@ def test_people_are_refused_where_every_step_needs_scores(
 ) -> None:
     settings = [f"ensemble.members=[{members}]", f"pipeline.gold={gold}"]
     message = fails(capsys, command, *settings, "pretrained_checkpoint.restore_from_path=x")
-    assert f"{named}: {command} needs scores at every step" in message
+    assert f"{named}: {command} scores new responses at any time" in message
