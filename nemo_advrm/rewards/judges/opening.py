@@ -29,7 +29,8 @@ def parse_judge(kind: str, location: str, text: str, place: str) -> SourceSpec:
         fault = url.scheme not in ("http", "https") or not url.hostname or url.port == 0
     except ValueError:  # the port is no number, or too large
         fault = True
-    if not fault and (url.username or url.password or url.query):
+    # a fault may come from the characters of a password, such as # or a colon
+    if "@" in address or "?" in address or (fault and "@" in location):
         raise ConfigError(
             f"{place}: the address of openai:URL#MODEL holds a user or a query, which would be written to files; a key "
             "belongs into the environment variable that judge.key_variable names"
