@@ -13,7 +13,7 @@ from nemo_advrm.audit import policy as audit_policy
 from nemo_advrm.audit.panel import Panel, Split, stored_scores, texts
 from nemo_advrm.audit.settings import SYNTHETIC, base_config, check, names_of
 from nemo_advrm.config.fields import Restart
-from nemo_advrm.config.keys import about
+from nemo_advrm.config.keys import about, keys_at_restart
 from nemo_advrm.config.schema import AuditConfig, Config
 from nemo_advrm.data import inputs
 from nemo_advrm.data.messages import Message, prompt_key
@@ -82,6 +82,8 @@ def _same_audit(audit: AuditConfig, path: Path) -> str:
         for field in dataclasses.fields(audit)
         if about(AuditConfig, field.name).restart is Restart.SAME
     }
+    changeable = keys_at_restart(Restart.FREE)
+    own["also"] = [word for word in audit.also if word.partition("=")[0].lstrip("+") not in changeable]
     if path.exists():
         before = results.read_object(path, (), _RESTORE)
         for key, value in own.items():

@@ -123,7 +123,7 @@ class JudgeConfig:
     max_tokens: int = key(512, "longest answer of the judge, in tokens", COUNT)
     body: dict[str, Any] = key({}, "further fields of each request; null leaves a field out")
     tries: int = key(2, "times that a question is asked until its answer has a readable verdict", COUNT)
-    on_no_answer: str = key(
+    on_no_answer: str = free(  # a run that stopped at such a response goes on with another value
         "error",
         "what happens to a response that the judge refused, or whose verdict cannot be read",
         choices={"error": "", "lowest": "it gets the lowest score, and is counted"},
@@ -136,7 +136,7 @@ class JudgeConfig:
     )
     connect_seconds: float = free(30.0, "limit of the endpoint's start", POSITIVE)
     connections: int = free(8, "requests under way at once", COUNT)
-    max_requests: int = free(0, "requests of a command, after which it stops; 0: no limit", NOT_NEGATIVE)
+    max_requests: int = free(0, "requests of one judge in one process, after which it stops; 0: no limit", NOT_NEGATIVE)
 
 
 @dataclass

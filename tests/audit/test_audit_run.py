@@ -10,8 +10,11 @@ import pytest
 from reward_members import save_megatron
 
 from nemo_advrm import cli
+from nemo_advrm.audit.setup import _same_audit
+from nemo_advrm.config.schema import AuditConfig
 from nemo_advrm.data.pair_store import PairStore
 from nemo_advrm.engine.runtime import Runtime
+from nemo_advrm.errors import ConfigError
 
 TOYS = "python:audit_toys"
 NAMES = ("honest", "loves_a_word", "ignores_the_prompt", "loves_length")
@@ -158,6 +161,15 @@ def test_another_audit_is_refused_in_its_directory(
     targets = ",".join(f"{TOYS}:{name}" for name in NAMES)
     assert _audit(run, *settings, f"target=[{targets}]", "judge=synthetic", "responses_per_prompt=1") == 2
     assert "responses_per_prompt=3, but now responses_per_prompt=1" in capsys.readouterr().err
+
+
+def test_an_audit_goes_on_with_other_limits_of_its_judge(tmp_path: Path) -> None:
+    """The messages of a judge that stopped an audit name these settings as the way to go on."""
+    path, words = tmp_path / "audit.json", ["rl.kl.coefficient=0", "judge.rubric=a.txt"]
+    path.write_text(_same_audit(AuditConfig(also=[*words, "judge.max_requests=5"]), path))
+    _same_audit(AuditConfig(also=["judge.on_no_answer=lowest", *words, "judge.max_requests=9"]), path)
+    with pytest.raises(ConfigError, match="holds an audit with also="):
+        _same_audit(AuditConfig(also=["judge.rubric=b.txt"]), path)
 
 
 def test_without_a_judge_disagreement_with_others_is_suspected(settings: list[str], tmp_path: Path) -> None:
