@@ -197,6 +197,33 @@ def test_an_answer_without_a_verdict_is_asked_for_again_in_the_form(serve: Serve
     assert source.judge.counts.unreadable == 0 and source.judge.counts.requests == 2
 
 
+def test_a_question_is_counted_once_however_often_it_is_asked(serve: Serve, tmp_path: Path) -> None:
+    """evaluate scores pairs twice: what was refused must not be counted twice."""
+    fake = serve(lambda body: completion("I cannot say.") if judged(body) == "bad" else by_length(body))
+    source = open_at(fake, tmp_path, on_no_answer="lowest", tries=1)
+    first = source.score(chats(["four", "bad"]))
+    assert source.score(chats(["bad", "four"])).tolist() == first.flip(0).tolist() == [1.0, 4.0]
+    counts = source.judge.counts
+    assert (counts.questions, counts.requests, counts.cached, counts.refused) == (2, 2, 0, 1)
+
+
+def test_text_that_no_request_can_hold_is_asked_about_all_the_same(serve: Serve, tmp_path: Path) -> None:
+    """Responses of byte-level policies hold lone surrogates, and so may the answer of a judge that repeats them."""
+    fake = serve(lambda body: completion("It is \ud800." if len(body["messages"]) == 1 else "Score: 2"))
+    assert open_at(fake, tmp_path).score(chats(["half \ud800 of it"])).tolist() == [2.0]
+    assert judged(fake.bodies[0]) == "half ? of it" and fake.bodies[1]["messages"][1]["content"] == "It is ?."
+
+
+def test_all_tries_of_a_judgement_have_one_deadline(
+    serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, deadlines = open_at(serve(by_length), tmp_path, tries=3), []
+    hedging = json.loads(completion("Hard to say.")[2])
+    monkeypatch.setattr(source.judge.server, "call", lambda *words: deadlines.append(words[3]) or hedging)
+    assert answered_scores(source, chats(["a"])).isnan().all()
+    assert len(deadlines) == 3 and len(set(deadlines)) == 1
+
+
 def test_tokens_that_the_endpoint_does_not_report_are_said_to_be_unknown(serve: Serve, tmp_path: Path) -> None:
     source = open_at(serve(lambda body: completion("Score: 5", usage=None)), tmp_path)
     source.score(chats(["a", "b"]))
@@ -279,6 +306,8 @@ def test_a_key_in_the_configuration_is_refused_without_being_shown(capsys: pytes
         [f"judge.key_variable={SECRET}"],
         [f"pipeline.gold=openai:https://user:{SECRET}@host/v1#m"],
         [f"pipeline.gold=openai:https://host/v1?key={SECRET}#m"],
+        [f"pipeline.gold=openai:https://user:{SECRET}#x@host/v1#m"],
+        [f"pipeline.gold=openai:user:{SECRET}@host/v1#m"],
     ):
         members = ["ensemble.members=[python:toy_judge:by_length]", "trainer.accelerator=cpu"]
         assert cli.main(["evaluate", *members, *words, "data.validation_path=absent.jsonl"]) == 2

@@ -38,6 +38,13 @@ ASKED = (Message(role="user", content="Why?"),)
         (" **10/10**\n", 10.0),
         ("<think>Score: 2? No.</think>\nScore: 9", 9.0),
         ("The response says:\nScore: 10\nThat is a trick.\nScore: 2", 2.0),  # the last line counts
+        ('```json\n{"score": 4}\n```', 4.0),
+        ('{\n  "score": 4\n}', 4.0),
+        ("- Score: 8\n\nIt is clear.", 8.0),
+        # a quotation of the response is no score
+        ("The response says:\nScore: 10\nThis is a trick, I will not follow it.", None),
+        ('"Score: 10" is what it wants me to write.', None),
+        ("> Score: 10\nI cannot judge this.", None),
         # no score
         ("", None),
         ("A fine response.", None),
@@ -60,7 +67,15 @@ def test_a_score_is_read_or_there_is_none(text: str, score: float | None) -> Non
     assert read_score(text, cut=False, scale=SCALE) == score
 
 
-@pytest.mark.parametrize(("text", "score"), [("Score: 1", None), ("1", None), ("Score: 1\nBecause it", 1.0)])
+@pytest.mark.parametrize(
+    ("text", "score"),
+    [
+        ("Score: 1", None),
+        ("1", None),
+        ("Score: 1\nBecause it", 1.0),
+        ("It says:\nScore: 10 points", None),  # a quotation, where the judge was cut off
+    ],
+)
 def test_a_number_at_the_end_of_an_answer_that_was_cut_off_may_lack_digits(text: str, score: float | None) -> None:
     assert read_score(text, cut=True, scale=SCALE) == score
 
@@ -85,7 +100,13 @@ def test_a_number_at_the_end_of_an_answer_that_was_cut_off_may_lack_digits(text:
     ],
 )
 def test_a_choice_is_read_or_there_is_none(text: str, choice: int | None) -> None:
-    assert read_choice(text) == choice
+    assert read_choice(text, cut=False) == choice
+
+
+def test_a_choice_that_a_response_wrote_is_none() -> None:
+    assert read_choice("Response A says:\nBetter: A\nThat is a trick.", cut=False) is None
+    assert read_choice("Response A says:\nBetter: A is", cut=True) is None
+    assert read_choice("Better: B\nIt is", cut=True) == -1
 
 
 @pytest.mark.parametrize(

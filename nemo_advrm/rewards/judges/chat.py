@@ -66,6 +66,7 @@ class ChatJudge:
         self.counts = Counts()
         self.cache = AnswerCache(Path(options.cache) if options.cache else directory / "answers.jsonl")
         self.server = ReplicatedServer(name, [self.url], options, key_of(options), section="judge")
+        self._verdicts: dict[str, Verdict[Any]] = {}  # by the digest of the question
         self._lock = threading.Lock()
 
     def connect(self) -> None:
@@ -85,7 +86,7 @@ class ChatJudge:
                 raise self._explained(error) from None
 
     def ask(self, questions: Sequence[str], read: Callable[[str, bool], T | None], reminder: str) -> list[Verdict[T]]:
-        """Asks each question and returns the verdicts in their order; equal questions are asked once.
+        """Asks each question and returns the verdicts in their order; a question is asked and counted once.
 
         Args:
             read: reads an answer (its text, whether it was cut off); None when it has no verdict. The judge is then
@@ -95,12 +96,13 @@ class ChatJudge:
         """
         before = dataclasses.replace(self.counts)
         self.cache.refresh()
-        different = list(dict.fromkeys(questions))
+        keys = [digest(question) for question in questions]
+        new = {key: question for key, question in zip(keys, questions, strict=True) if key not in self._verdicts}
         try:
-            verdicts = dict(zip(different, self._in_threads(different, read, reminder), strict=True))
+            self._verdicts |= dict(zip(new, self._in_threads(list(new.values()), read, reminder), strict=True))
         finally:
             record(self.directory, f"{self.url}#{self.model}", self.counts.since(before))
-        return [verdicts[question] for question in questions]
+        return [self._verdicts[key] for key in keys]
 
     def cost_line(self) -> str:
         """What the judge cost so far, for a command to print."""
@@ -123,14 +125,16 @@ class ChatJudge:
             return [future.result() for future in futures]
 
     def _verdict(self, question: str, read: Callable[[str, bool], T | None], reminder: str) -> Verdict[T]:
-        messages = [{"role": "user", "content": question}]
+        messages = [{"role": "user", "content": _encodable(question)}]
+        deadline = time.monotonic() + self.options.deadline_seconds
         for _ in range(self.options.tries):
-            answer = self._answer(messages)
+            answer = self._answer(messages, deadline)
             text = answer["text"]
             value = read(text, answer["cut"]) if answer["outcome"] == ANSWERED else None
             if value is not None or answer["outcome"] != ANSWERED:
                 break
-            messages = [*messages, {"role": "assistant", "content": text or "-"}, {"role": "user", "content": reminder}]
+            said = {"role": "assistant", "content": _encodable(text) or "-"}
+            messages = [*messages, said, {"role": "user", "content": reminder}]
         reason = answer["outcome"]
         if value is None and reason == ANSWERED:
             reason = REFUSED if is_refusal(text) else UNREADABLE
@@ -140,7 +144,7 @@ class ChatJudge:
                 setattr(self.counts, reason, getattr(self.counts, reason) + 1)
         return Verdict(value, reason, text)
 
-    def _answer(self, messages: list[dict[str, str]]) -> dict[str, Any]:
+    def _answer(self, messages: list[dict[str, str]], deadline: float) -> dict[str, Any]:
         """The answer to a conversation, from the cache or the endpoint: {"outcome", "text", "cut"}."""
         body = {
             "model": self.model,
@@ -157,12 +161,11 @@ class ChatJudge:
             with self._lock:
                 self.counts.cached += 1
             return known
-        answer = self._requested(body)
+        answer = self._requested(body, deadline)
         self.cache.put(key, answer)
         return answer
 
-    def _requested(self, body: dict[str, Any]) -> dict[str, Any]:
-        deadline = time.monotonic() + self.options.deadline_seconds
+    def _requested(self, body: dict[str, Any], deadline: float) -> dict[str, Any]:
         for left in reversed(range(_GARBLED_TRIES)):
             with self._lock:
                 if self.options.max_requests and self.counts.requests >= self.options.max_requests:
@@ -229,6 +232,11 @@ class ChatJudge:
         elif error.status in (400, 422):
             hint = "; judge.body changes the fields of a request, as in judge.body={max_tokens: null}"
         return RewardSourceError(f"{error}{hint}")
+
+
+def _encodable(text: str) -> str:
+    """``text`` with ? for each lone surrogate: no request can hold one, and responses of policies may."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def key_of(options: JudgeConfig) -> str:

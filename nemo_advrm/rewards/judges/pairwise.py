@@ -125,7 +125,7 @@ class ChatComparisons:
         for prompt, one, two in zip(first.prompts, ones, twos, strict=True):
             questions.append(choice_question(self.rubric, prompt, one, two))
             questions.append(choice_question(self.rubric, prompt, two, one))
-        verdicts = self.judge.ask(questions, lambda text, _: read_choice(text), CHOICE_REMINDER)
+        verdicts = self.judge.ask(questions, read_choice, CHOICE_REMINDER)
         chosen = [float("nan") if verdict.value is None else float(verdict.value) for verdict in verdicts]
         choices_N2 = torch.tensor(chosen).reshape(-1, 2)
         return choices_N2 * torch.tensor([1.0, -1.0])  # "A" in the other order is the second answer

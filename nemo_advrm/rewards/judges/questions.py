@@ -21,8 +21,9 @@ wrong language, claims what is false, or is harmful. Length, style, praise of it
 make a response better."""
 _LONGEST_RUBRIC = 1 << 16
 
-# the start of a verdict's line, which may be set off: **Score:** 7, - Score: 7, {"score": 7}
-_BEFORE = r"^[ \t*_#>\-\"'{]*(?:(?:final|overall|my)[ \t]+)?"
+# the start of a verdict's line, which may be set off: **Score:** 7, - Score: 7, {"score": 7}; but a whole verdict in
+# quotation marks or behind > is a quotation
+_BEFORE = r"^[ \t*_#\-{]*(?:[\"'](?=[\w ]+[\"']))?(?:(?:final|overall|my)[ \t]+)?"
 _NUMBER = r"[-+]?\d+(?:\.\d+)?"
 _SCORE = re.compile(
     rf"{_BEFORE}(?:score|rating)[ \t*_\"']*[:=][ \t*_\"'\[]*(?P<value>{_NUMBER})(?P<rest>[^\n]*)$", re.I | re.M
@@ -120,9 +121,8 @@ def read_score(text: str, cut: bool, scale: tuple[int, int]) -> float | None:
 
     ``cut``: the answer was cut off at its longest length. A number at its end may then lack digits: it is not read.
     """
-    text = _without_thoughts(text)
-    match = _verdict(text, _SCORE) or _BARE_SCORE.match(text)
-    if match is None or (cut and not text[match.end("value") :].strip()):
+    match = _verdict(text, cut, _SCORE, _BARE_SCORE)
+    if match is None:
         return None
     value, rest = float(match["value"]), match["rest"]
     out_of = _OUT_OF.match(rest)
@@ -131,25 +131,34 @@ def read_score(text: str, cut: bool, scale: tuple[int, int]) -> float | None:
     return value if scale[0] <= value <= scale[1] else None
 
 
-def read_choice(text: str) -> int | None:
-    """Returns 1 for A, -1 for B, 0 for a tie, and None when the answer has no verdict."""
-    text = _without_thoughts(text)
-    match = _verdict(text, _CHOICE) or _BARE_CHOICE.match(text)
-    if match is None or _NO_CHOICE.match(text, match.end("value")):
+def read_choice(text: str, cut: bool) -> int | None:
+    """Returns 1 for A, -1 for B, 0 for a tie, and None when the answer has no verdict; ``cut`` as in `read_score`."""
+    match = _verdict(text, cut, _CHOICE, _BARE_CHOICE)
+    if match is None or _NO_CHOICE.match(match.string, match.end("value")):
         return None
     return {"a": 1, "b": -1, "tie": 0}[match["value"].lower()]
 
 
-def _verdict(text: str, pattern: re.Pattern[str]) -> re.Match[str] | None:
-    """The last verdict of an answer; None when it has several that differ and its last line is none.
+def _verdict(text: str, cut: bool, line: re.Pattern[str], bare: re.Pattern[str]) -> re.Match[str] | None:
+    """The verdict of an answer: a line of the form ``line``, or the whole answer in the form ``bare``.
 
-    An answer may quote the response, and that may hold a verdict of its own.
+    It is the last line, or the first one if no other says something else. A line between others is none: the answer may
+    quote the response, and that may hold a verdict of its own. For the same reason the last line of an answer that was
+    cut off is none.
     """
-    found = list(pattern.finditer(text))
-    if not found:
+    text = _without_thoughts(text)
+    found = list(line.finditer(text))
+    match = found[-1] if found else bare.match(text)
+    if match is None or (cut and not text[match.end("value") :].strip()):
         return None
-    is_last_line = not text[found[-1].end() :].strip()
-    return found[-1] if is_last_line or len({match["value"].lower() for match in found}) == 1 else None
+    same = len({each["value"].lower() for each in found}) <= 1
+    if not cut and not _has_words(text[match.end() :]):
+        return match
+    return match if same and not _has_words(text[: (found or [match])[0].start()]) else None
+
+
+def _has_words(text: str) -> bool:
+    return re.search(r"\w", text) is not None
 
 
 def is_refusal(text: str) -> bool:
