@@ -75,4 +75,4 @@ def test_evaluate_judges_by_it(endpoint: str, tmp_path: Path, capsys: pytest.Cap
     limits = [f"judge.connect_seconds={START_SECONDS}", "judge.max_tokens=24", "judge.on_no_answer=lowest"]
     assert cli.main(["evaluate", f"ensemble.members=[openai:{endpoint}]", *words, *limits]) == 0
     out = capsys.readouterr().out
-    assert "(1 pairs)" in out and "no verdict: " in out
+    assert "(1 pairs)" in out and ": 2 questions, " in out

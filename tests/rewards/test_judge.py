@@ -294,7 +294,8 @@ def test_the_key_comes_from_the_environment_and_is_in_no_message_and_no_file(
     refusing = serve(lambda body: (401, {}, json.dumps({"error": f"Incorrect API key: {SECRET}"}).encode()))
     assert cli.main([*command, f"ensemble.members=[openai:{refusing.url}#m]"]) == 2
     out = capsys.readouterr()
-    assert "accuracy 1.0000" in out.out and "MY_KEY (judge.key_variable)" in out.err and "***" in out.err
+    assert "accuracy 1.0000" in out.out and "judge m: 2 questions, 2 requests, 0 answers from the cache" in out.out
+    assert "MY_KEY (judge.key_variable)" in out.err and "***" in out.err
     assert SECRET not in out.out + out.err
     written = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert any(path.name == "answers.jsonl" for path in written)
