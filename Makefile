@@ -73,7 +73,7 @@ run: setup
 AUDITED := runs/synthetic
 audit: setup
 	@test -f $(AUDITED)/round_1/rm_1/result.json || { \
-	  echo 'audit: $(AUDITED) has no plain and hardened reward model yet: make run comes first'; $(MAKE) run; }
+	  echo 'audit: $(AUDITED) has no plain and hardened reward model yet: make run comes first'; $(MAKE) run ARGS=; }
 	$(BIN)/nemo-advrm audit names=[plain,hardened] \
 	  'target=[$(AUDITED)/round_0/rm_1/model?reference_features=off,$(AUDITED)/round_1/rm_1/model?reference_features=off]' \
 	  'others=[$(AUDITED)/round_0/rm_2/model?reference_features=off]' policy=$(AUDITED)/sft/model prompts=synthetic \

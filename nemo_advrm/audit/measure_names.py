@@ -4,6 +4,8 @@ from __future__ import annotations
 
 STANDARD, STRICT, SUSPECTED = "standard", "strict", "suspected"
 MEASURES = (STANDARD, STRICT, SUSPECTED)
+# keys of a target in the summary: rates of ordinary responses, all and by choice, for attacks by whether they underrate
+NULLS = {False: ("ordinary", "best_of_ordinary"), True: ("ordinary_underrated", "worst_of_ordinary")}
 
 
 def short_name(attack: str) -> str:

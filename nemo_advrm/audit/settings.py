@@ -6,6 +6,7 @@ import dataclasses
 import math
 import re
 
+from nemo_advrm.audit.measure_names import short_name
 from nemo_advrm.config import load_config
 from nemo_advrm.config.schema import AuditConfig, Config
 from nemo_advrm.config.validation import check_values
@@ -58,11 +59,17 @@ def check(audit: AuditConfig) -> None:
     if len(set(audit.names)) < len(audit.names):
         raise ConfigError(f"names={audit.names}: names two targets the same")
     for name in audit.names:
-        if not re.fullmatch(r"[\w.-]+", name):
-            raise ConfigError(f"names: {name!r} must be letters, digits, dots, - and _: directories are named so")
+        if not re.fullmatch(r"\w[\w.-]*", name):
+            raise ConfigError(
+                f"names: {name!r} must be letters, digits, dots, - and _, and not begin with a dot or -: directories "
+                "are named so"
+            )
     parse_budget(audit.budget)
     for attack in audit.attacks:
         ATTACKS.check(attack)
+    short = [short_name(attack) for attack in dict.fromkeys(audit.attacks)]
+    if len(set(short)) < len(short):
+        raise ConfigError(f"attacks={audit.attacks}: two have the same name, by which their directory is called")
     _specs(audit)
 
 

@@ -59,14 +59,16 @@ def open_panel(audit: AuditConfig) -> Panel:
     models = load_members(cfg, cfg.ensemble.members, tokenizer, opened)
     judge = build_gold(cfg, tokenizer)
     sft_policy = open_sft_policy(cfg, tokenizer, policy, opened)
-    parts, sampling = [], time.monotonic()
+    parts, sampling, count = [], 0.0, 0
     for name, asked in (("training", training), ("held_out", held_out)):
         if asked:
             prompts = prompts_with_room(encode_prompts(asked, tokenizer, cfg), tokenizer.fingerprint, models, cfg)
+            known, began = run_on_rank_zero(_reference(audit, name).exists), time.monotonic()
             parts.append((name, prompts, _responses(audit, cfg, tokenizer, name, prompts, models, sft_policy)))
-    now = time.monotonic()
-    count = sum(len(prompts) for _, prompts, _ in parts) * audit.samples_per_prompt
-    run_on_rank_zero(_note_cost, directory / COST, now - started, now - sampling, count)
+            if not known:  # what an earlier call sampled took no time now
+                sampling += time.monotonic() - began
+                count += len(prompts) * audit.samples_per_prompt
+    run_on_rank_zero(_note_cost, directory / COST, time.monotonic() - started, sampling, count)
     splits = [Split(name, prompts, sft) for name, prompts, sft in parts]
     second = splits[1] if len(splits) > 1 else None
     return Panel(audit, cfg, tokenizer, names_of(audit), models, judge, splits[0], second, sft_policy)
@@ -133,10 +135,14 @@ def _responses(
     sft_policy: ReferenceFeatures | None,
 ) -> SFTScores:
     """Samples the policy's responses and scores them by all models, or reads them."""
-    path = Path(audit.run_dir) / f"reference_{name}.jsonl"
+    path = _reference(audit, name)
     reader = FeatureReader(models, [cfg.adversarial.detector], range(len(audit.target)), sft_policy)
     sample_sft_scores(cfg, tokenizer, path, prompts, reader, None, derive_seed(cfg.seed, "audit reference", name))
     return read_for_attack(cfg, path, prompts)
+
+
+def _reference(audit: AuditConfig, name: str) -> Path:
+    return Path(audit.run_dir) / f"reference_{name}.jsonl"
 
 
 def ordinary_texts(sft: SFTScores) -> Rollouts:
