@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nemo_advrm.attacks.base import SAMPLES, Attack, AttackInputs, Budget, attack_of
+from nemo_advrm.attacks.base import SAMPLES, Attack, AttackInputs, Budget, Found, NothingProposed, attack_of
 from nemo_advrm.attacks.held_out_success import HeldOut
 from nemo_advrm.attacks.language_models import LanguageModels
 from nemo_advrm.audit.panel import Panel
 from nemo_advrm.audit.settings import steps_of
 from nemo_advrm.config.schema import Config
+from nemo_advrm.data.jsonl import write_jsonl_atomic
 from nemo_advrm.data.run_records import ATTACK_SAMPLE, RESTORE_ROWS, read_rows
 from nemo_advrm.data.sft_scores import SFTScores
 from nemo_advrm.engine.collectives import run_on_rank_zero
@@ -115,7 +116,7 @@ def run_attack(
     inputs = _inputs(panel, cfg, made, target, models, home, counter)
     options, columns = inputs.reward_options, panel.columns(target)
     training, held_out = panel.training, panel.held_out
-    found = made.find(inputs, budget)
+    found = _find(made, inputs, budget)
     files = {training.name: SAMPLES}
     if found.adversary is not None:
         for split in panel.splits:
@@ -156,11 +157,25 @@ def seconds_of_search(panel: Panel, attack: str, models: LanguageModels) -> floa
     seconds, responses = 0.0, 0
     for count in (1, _PILOT):
         started = time.monotonic()
-        found = made.find(_inputs(panel, cfg, made, 0, models, home, lambda _: None), Budget(1, count))
+        found = _find(made, _inputs(panel, cfg, made, 0, models, home, lambda _: None), Budget(1, count))
         seconds = time.monotonic() - started
         responses = run_on_rank_zero(_count_rows, found.samples)
     run_on_rank_zero(shutil.rmtree, home)
     return seconds / max(1, responses)
+
+
+def _find(attack: Attack, inputs: AttackInputs, budget: Budget) -> Found:
+    """Lets an attack search; where it has nothing to propose, the file of its samples is empty. All ranks call.
+
+    A pilot of a few responses, or a few held-out prompts, may give nothing where all prompts give something.
+    """
+    try:
+        return attack.find(inputs, budget)
+    except NothingProposed:
+        inputs.directory.mkdir(parents=True, exist_ok=True)
+        samples = inputs.directory / SAMPLES
+        run_on_rank_zero(write_jsonl_atomic, samples, [])
+        return Found(samples)
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
@@ -213,4 +228,4 @@ def _search_held_out(panel: Panel, attack: Attack, inputs: AttackInputs, budget:
         seed=derive_seed(inputs.seed, _HELD_OUT),
         directory=inputs.directory / _HELD_OUT,
     )
-    attack.find(own, dataclasses.replace(budget, samples_per_step=max(1, round(budget.samples_per_step * share))))
+    _find(attack, own, dataclasses.replace(budget, samples_per_step=max(1, round(budget.samples_per_step * share))))

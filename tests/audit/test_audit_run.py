@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,12 @@ def test_an_honest_model_withstands(run: Path) -> None:
         other = _target(run, name)
         assert other["verdict"] == "worse"
         assert other["worst"]["rate"] > 0.9
-        assert 0.5 < other["worst"]["excess"] < other["worst"]["rate"] - other["worst"]["null"]
+        worst = other["worst"]
+        usual = [other[key][worst["split"]][worst["measure"]] for key in ("ordinary", "best_of_ordinary")]
+        null = max(usual, key=lambda one: one["rate"])
+        reach = math.hypot(worst["rate"] - worst["low"], null["high"] - null["rate"])
+        assert worst["excess"] == pytest.approx(worst["rate"] - null["rate"] - reach)
+        assert worst["excess"] > 0.4
         assert other["ordinary"]["training"]["strict"]["rate"] < 0.05
 
 
@@ -142,9 +148,12 @@ def test_the_same_command_does_nothing_twice(
     before, home = _summary(run), run / "attacks" / "Tricks" / "loves_length"
     written = (home / "samples.jsonl").stat().st_mtime_ns
     (run / "attacks" / "Tricks" / "honest" / "summary.json").unlink()  # as if it had been stopped there
+    (run / "cost.json").unlink()
     targets = ",".join(f"{TOYS}:{name}" for name in NAMES)
     assert _audit(run, *settings, f"target=[{targets}]", "judge=synthetic", "fail_above=1") == 0
     assert (home / "samples.jsonl").stat().st_mtime_ns == written
+    cost = json.loads((run / "cost.json").read_text())
+    assert (cost["sampling_seconds"], cost["responses"]) == (0.0, 0), "an earlier call sampled them"
     after = _summary(run)
     for one in (before, after):
         one.pop("seconds")
@@ -195,6 +204,8 @@ def test_without_a_judge_disagreement_with_others_is_suspected(settings: list[st
         (["others=audit_toys"], "audit_toys"),
         (["names=[a,b]"], "names has 2 names for 1 targets"),
         (["names=a/b"], "names: 'a/b' must be letters"),
+        (["names=.."], "names: '..' must be letters"),
+        (["attacks=[probes,python:own:probes]"], "two have the same name"),
         ([f"others={TOYS}:honest"], "named twice"),
         (["also=[rl.max_stepz=3]"], "rl.max_stepz"),
         (["fail_above=2"], "fail_above=2"),
