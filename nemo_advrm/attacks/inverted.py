@@ -53,8 +53,9 @@ class Inverted(SearchAttack):
         for share in shares(turns(inputs, per_prompt), budget):
             answers = []
             for place, (prompt, number) in share:
-                text = inputs.sft_responses.responses_PN[prompt.index][ranked_PN[prompt.index][number]]
-                answers.append(_Answer(prompt, place, text))
+                best = ranked_PN[prompt.index][number]
+                if best in inputs.sft_responses.finished(prompt.index):  # an answer that was cut off is not a good one
+                    answers.append(_Answer(prompt, place, inputs.sft_responses.responses_PN[prompt.index][best]))
             rewards = inputs.search_rewards(as_rollouts([Draft(a.prompt, a.text) for a in answers], inputs.tokenizer))
             for answer, reward in zip(answers, rewards.tolist(), strict=True):
                 answer.reward = reward
@@ -92,7 +93,9 @@ class Inverted(SearchAttack):
     def _take_best(self, inputs: AttackInputs, answers: list[_Answer], offered: list[list[tuple[str, str]]]) -> None:
         drafts, owners = [], []
         for answer, options in zip(answers, offered, strict=True):
-            kept = list(usable([Draft(answer.prompt, text, name) for name, text in options], inputs))
+            whole = {text for _, text in options}  # a rewrite that is cut to the longest response loses its meaning
+            offers = [Draft(answer.prompt, text, name) for name, text in options]
+            kept = [draft for draft in usable(offers, inputs) if draft.text in whole]
             drafts += kept
             owners += [answer] * len(kept)
         rewards = inputs.search_rewards(as_rollouts(drafts, inputs.tokenizer)).tolist()

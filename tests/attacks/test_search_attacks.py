@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -202,6 +203,19 @@ def test_inverted_finds_a_good_answer_that_is_scored_low_and_makes_it_the_chosen
         known = {(str(row["prompt_id"]), pair.rejected): {"z": [0.5, -0.5]}}
         drawn = _read_pair(json.loads(json.dumps(pair.to_row())), known)
         assert drawn.chosen.z == tuple(row["z"]) and drawn.rejected.z == (0.5, -0.5), "as the report draws it"
+
+
+def test_inverted_takes_finished_answers_and_cuts_none_of_its_rewrites(tmp_path: Path) -> None:
+    def hates_truisms(text: str) -> float:
+        return plain(text.strip('"')) - 90 * text.startswith('"""') - 900 * ("and true" in text)
+
+    settings = ["adversarial.attack=inverted", "rl.max_new_tokens=60"]
+    inputs = make_inputs(tmp_path, [hates_truisms, second], *settings, texts_PN=TEXTS_PN)
+    best = max(range(3), key=lambda i: second(TEXTS_PN[0][i]))
+    ended_PN = [[i != best for i in range(3)], [True] * 3]
+    rows = run(replace(inputs, sft_responses=replace(inputs.sft_responses, ended_PN=ended_PN)), steps=5)
+    assert [row["prompt_id"] for row in rows] == [1], "the good answer to the other prompt was cut off"
+    assert "quoted" in rows[0]["origin"] and "truism" not in rows[0]["origin"], "a truism leaves no room for its end"
 
 
 @pytest.mark.parametrize("attack", ["probes", "word_substitution", "decoding"])
