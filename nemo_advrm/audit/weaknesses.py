@@ -212,8 +212,13 @@ def name_weaknesses(finds: Sequence[Answer], ordinary: Sequence[Answer]) -> list
         finds: bad answers that the model likes.
         ordinary: the policy's ordinary responses to the same prompts.
     """
-    groups = [_by_rule(rule, finds, ordinary) for rule in RULES]
-    named = [group for group in groups if _is_named(group, len(finds), len(ordinary))]
+    scored = [answer for answer in ordinary if answer.fall is not None]  # under other prompts, too; a part of many
+    named = []
+    for rule in RULES:
+        usual = scored if rule.key == "prompt_ignored" else ordinary
+        group = _by_rule(rule, finds, usual)
+        if _is_named(group, len(finds), len(usual)):
+            named.append(group)
     named += _phrases(finds, ordinary)
     return sorted(named, key=lambda group: -len(group.members))
 

@@ -120,6 +120,17 @@ def test_a_model_that_never_reads_the_prompt_is_named_although_ordinary_response
     assert [one.key for one in name_weaknesses(finds, ordinary)] == ["prompt_ignored"]
 
 
+def test_ordinary_responses_that_were_not_scored_under_other_prompts_do_not_count() -> None:
+    """As many of the finds as of the scored ordinary responses ignore the prompt; a quarter of the latter is scored."""
+
+    def some(answers: list[Answer], scored: int) -> list[Answer]:
+        falls = [None if i % scored else (0.0 if i // scored % 5 < 2 else 1.0) for i in range(len(answers))]
+        return [dataclasses.replace(answer, fall=fall) for answer, fall in zip(answers, falls, strict=True)]
+
+    assert "prompt_ignored" not in {one.key for one in name_weaknesses(some(FINDS, 1), some(ORDINARY, 4))}
+    assert "prompt_ignored" in {one.key for one in name_weaknesses(some(FINDS, 1), ORDINARY)}
+
+
 def test_nothing_found_names_nothing() -> None:
     assert name_weaknesses([], ORDINARY) == []
     assert name_weaknesses(FINDS, []) is not None
