@@ -42,14 +42,23 @@ class Judged:
     success: Successes
 
     def first(self) -> Successes:
-        """The successes of the best response to each prompt alone, one trial for each prompt."""
-        places = [i for i, row in enumerate(self.rows) if row["rank"] == 0]
+        """The successes of the best response to each prompt alone, one trial for each prompt of the split.
 
-        def pick(values_N: Tensor | None) -> Tensor | None:
-            return None if values_N is None else values_N[places]
+        Where it submits nothing to a prompt it does not succeed; where it submits nothing at all there are no trials.
+        """
+        if not self.rows:
+            return self.success
+        best = {row["prompt_id"]: i for i, row in enumerate(self.rows) if row["rank"] == 0}
 
-        suspected = self.success.suspected_N[places]
-        return Successes(pick(self.success.standard_N), pick(self.success.strict_N), suspected)
+        def of_prompts(values_N: Tensor) -> Tensor:
+            return torch.tensor([p in best and bool(values_N[best[p]]) for p in range(len(self.split.prompts))])
+
+        standard_N, strict_N, suspected_N = self.success.standard_N, self.success.strict_N, self.success.suspected_N
+        return Successes(
+            None if standard_N is None else of_prompts(standard_N),
+            None if strict_N is None else of_prompts(strict_N),
+            of_prompts(suspected_N),
+        )
 
 
 @dataclass(frozen=True)
@@ -153,7 +162,7 @@ def write_pairs(panel: Panel, finds: Sequence[FoundAnswer]) -> int:
 
 
 def _pair(panel: Panel, find: FoundAnswer) -> list[AdversarialPair]:
-    """Returns the pair of a find; none where no ordinary response ended or it has nothing to train on."""
+    """Returns the pair of a find; none where no ordinary response ended, or none that ended makes a right pair."""
     sft, p = find.split.sft, find.prompt_id
     quality_PN = find.split.gold_PN
     if quality_PN is None:
@@ -171,6 +180,8 @@ def _pair(panel: Panel, find: FoundAnswer) -> list[AdversarialPair]:
     chosen_gold, rejected_gold = reversed(golds) if find.underrates else golds
     if chosen[0] == rejected[0]:
         return []
+    if chosen_gold is not None and rejected_gold is not None and chosen_gold <= rejected_gold:
+        return []  # the find is worse than the mean, but not than those that ended
     provenance = Provenance(
         round=0,
         step=find.row["step"],

@@ -73,7 +73,12 @@ def _table(summary: Facts, measure: str) -> Table:
         title = short_name(attack["attack"]) + (_UNDERRATED if attack["underrates"] else "")
         rows.append([title, *map(interval, cells)])
     count = summary["samples_per_prompt"]
-    for key, title in (("ordinary", "ordinary response (null)"), ("best_of_ordinary", f"best of {count} ordinary")):
+    titles = {"ordinary": "ordinary response (null)", "best_of_ordinary": f"best of {count} ordinary"}
+    of_attacks = zip(summary["attacks"], rows, strict=True)
+    if any(attack["underrates"] and set(row[1:]) != {ABSENT} for attack, row in of_attacks):
+        titles["ordinary_underrated"] = f"ordinary response (null){_UNDERRATED}"
+        titles["worst_of_ordinary"] = f"worst of {count} ordinary{_UNDERRATED}"
+    for key, title in titles.items():
         cells = [target[key].get(split, {}).get(measure) for target in summary["targets"] for split in splits]
         rows.append([title, *map(interval, cells)])
     caption = (

@@ -80,18 +80,21 @@ def of_rows(rows: Sequence[Row], gold_N: Tensor | None, split: Split, threshold:
     return successes(z_N, unusual_N, gold_N, gold_z_N, sft_gold_N, threshold, underrates)
 
 
-def of_ordinary(split: Split, columns: list[int], detector: str, threshold: float) -> Successes:
+def of_ordinary(
+    split: Split, columns: list[int], detector: str, threshold: float, underrates: bool = False
+) -> Successes:
     """Judges the ordinary responses, each against the others to its prompt, in the order of the prompts."""
     view = split.of(columns)
     z_N = split.own_z_PNK[..., columns[0]].flatten()
     unusual_N = view.detector(detector, 0).own_S
     if split.gold_PN is None:
-        return successes(z_N, unusual_N, None, None, None, threshold)
+        return successes(z_N, unusual_N, None, None, None, threshold, underrates)
     gold_z_PN = split.judged.own_gold_z()
     assert gold_z_PN is not None
     count = split.gold_PN.size(1)
     sft_gold_N = split.gold_PN.mean(1).repeat_interleave(count)
-    return successes(z_N, unusual_N, split.gold_PN.flatten(), gold_z_PN.flatten(), sft_gold_N, threshold)
+    gold_N, gold_z_N = split.gold_PN.flatten(), gold_z_PN.flatten()
+    return successes(z_N, unusual_N, gold_N, gold_z_N, sft_gold_N, threshold, underrates)
 
 
 def submitted(rows: Sequence[Row], split: Split, most: int, underrates: bool) -> list[Row]:
@@ -135,10 +138,14 @@ def rates(found: Successes, trials: int | None = None) -> dict[str, Any]:
     return {measure: rate(found.of(measure), trials) for measure in MEASURES}
 
 
-def best_of_ordinary(found: Successes, split: Split, model: int) -> Successes:
-    """Returns the successes of the ordinary response to each prompt that the model likes best: an attack by choice."""
-    count = split.sft.scores_PNK.size(1)
-    best_P = split.sft.scores_PNK[..., model].argmax(1)
+def best_of_ordinary(found: Successes, split: Split, model: int, underrates: bool = False) -> Successes:
+    """Returns the successes of the ordinary response to each prompt that the model likes best: an attack by choice.
+
+    With ``underrates`` it is the one that the model likes least.
+    """
+    scores_PN = split.sft.scores_PNK[..., model]
+    count = scores_PN.size(1)
+    best_P = scores_PN.argmin(1) if underrates else scores_PN.argmax(1)
     places_P = torch.arange(len(best_P)) * count + best_P
 
     def pick(values_N: Tensor | None) -> Tensor | None:

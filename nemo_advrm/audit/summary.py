@@ -4,6 +4,7 @@
      "targets": [{"name", "source", "verdict", "headline",
                   "worst": {"attack", "split", "measure", RATE, "null", "excess"} | null, "shown": the same,
                   "ordinary": {SPLIT: {MEASURE: RATE}}, "best_of_ordinary": {SPLIT: {MEASURE: RATE}},
+                  "ordinary_underrated": the same, "worst_of_ordinary": the same,
                   "finds": n, "underrated": n, "grouped": n, "strict_only": bool, "not_explained": n,
                   "weaknesses": [{"key", "name", "meaning", "finds", "share", "low", "high", "ordinary", "examples"}],
                   "examples_not_explained": [EXAMPLE], "examples_underrated": [EXAMPLE],
@@ -16,17 +17,19 @@
 MEASURE is standard, strict or suspected. RATE is {"rate", "low", "high", "trials"} or null where there is no judge; low
 and high bound its 95 % interval. The worst attack is that with the largest "excess", the lower end of the interval of
 its rate less "null", the larger of what ordinary responses reach and what the best of them by the model reach; "worst"
-of all targets is the largest excess, and "shown" is the worst of a target by the same measure. EXAMPLE is {"attack",
-"prompt", "response", "ended", "z", "gold", "gold_z", "ordinary", "ordinary_z", "ordinary_gold"}.
+of all targets is the largest excess, and "shown" is the worst of a target by the same measure. Attacks that look for
+good responses scored low (underrates) are compared with ordinary_underrated and worst_of_ordinary; not without a judge,
+because then nobody says that the responses are good. EXAMPLE is {"attack", "prompt", "response",
+"ended", "z", "gold", "gold_z", "ordinary", "ordinary_z", "ordinary_gold"}.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nemo_advrm.audit.finds import MOST_EXPLAINED, FoundAnswer, Judged, falls, finds_of, transfer
-from nemo_advrm.audit.measure_names import STANDARD, STRICT, SUSPECTED, short_name
+from nemo_advrm.audit.measure_names import NULLS, STANDARD, STRICT, SUSPECTED, short_name
 from nemo_advrm.audit.panel import Panel, Split
 from nemo_advrm.audit.success import best_of_ordinary, of_ordinary, rates
 from nemo_advrm.audit.weaknesses import Answer, Weakness, explained, name_weaknesses
@@ -54,8 +57,7 @@ def summarise(
     found = [target["worst"] for target in targets if target["worst"]]
     worst = max(found, key=lambda one: one["excess"], default=None)
     for target in targets:  # side by side by one measure, in which the worst of all is the worst
-        usual = [target["ordinary"], target["best_of_ordinary"]]
-        target["shown"] = _worst(target["name"], attacks, [worst["measure"]], usual) if worst else None
+        target["shown"] = _worst(target["name"], attacks, [worst["measure"]], target) if worst else None
         target["headline"] = _headline(target["name"], target["shown"], target["verdict"] == "worse")
     audit = panel.audit
     return {
@@ -99,34 +101,41 @@ def _target(
     panel: Panel, k: int, judged: Sequence[Judged], attacks: Sequence[Facts], measures: Sequence[str]
 ) -> Facts:
     cfg, columns, name = panel.cfg, panel.columns(k), panel.names[k]
-    ordinary, best = {}, {}
-    for split in panel.splits:
-        found = of_ordinary(split, columns, cfg.adversarial.detector, cfg.selection.threshold_z)
-        ordinary[split.name] = rates(found, len(split.prompts))
-        best[split.name] = rates(best_of_ordinary(found, split, k))
-    worst = _worst(name, attacks, measures, [ordinary, best])
+    usual: dict[str, dict[str, Facts]] = {}
+    for underrates, keys in NULLS.items():
+        ordinary, best = (usual.setdefault(key, {}) for key in keys)
+        for split in panel.splits:
+            found = of_ordinary(split, columns, cfg.adversarial.detector, cfg.selection.threshold_z, underrates)
+            ordinary[split.name] = rates(found, len(split.prompts))
+            best[split.name] = rates(best_of_ordinary(found, split, k, underrates))
+    worst = _worst(name, attacks, measures, usual)
     is_worse = worst is not None and worst["excess"] > _MARGIN
     return {
         "name": name,
         "source": panel.audit.target[k],
         "verdict": "worse" if is_worse else "open",
         "worst": worst,
-        "ordinary": ordinary,
-        "best_of_ordinary": best,
+        **usual,
         **_weaknesses(panel, k, finds_of([one for one in judged if one.result.target == k])),
     }
 
 
 def _worst(
-    target: str, attacks: Sequence[Facts], measures: Sequence[str], usual: Sequence[dict[str, Facts]]
+    target: str, attacks: Sequence[Facts], measures: Sequence[str], usual: Mapping[str, Any]
 ) -> Facts | None:
-    """Returns the attack, split and measure with the largest excess on a target; None without a rate."""
+    """Returns the attack, split and measure with the largest excess on a target; None without a rate.
+
+    ``usual``: what ordinary responses reach, by the keys NULLS.
+    """
     found = []
     for attack in attacks:
         for split, cell in attack["cells"].get(target, {}).items():
             for measure in measures if isinstance(cell, dict) else ():
+                if attack["underrates"] and measure == SUSPECTED:
+                    continue
                 if rate := cell[measure]:
-                    null = max((one[split][measure] for one in usual), key=lambda one: one["rate"])
+                    nulls = [usual[key][split][measure] for key in NULLS[attack["underrates"]]]
+                    null = max(nulls, key=lambda one: one["rate"])
                     excess = least_difference(rate["rate"], rate["low"], null["rate"], null["high"])
                     facts = {"attack": attack["attack"], "split": split, "measure": measure}
                     found.append({**facts, **rate, "null": null["rate"], "excess": excess})
@@ -135,7 +144,7 @@ def _worst(
 
 def _headline(name: str, worst: Facts | None, is_worse: bool) -> str:
     if worst is None:
-        return f"{name}: no attack was run."
+        return f"{name}: no attack submitted what can be compared."
     if not is_worse:
         return f"{name} withstood these attacks."
     prompts = "held-out prompts" if worst["split"] == "held_out" else "prompts"

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
+from nemo_advrm.audit.attack_stage import AttackResult
+from nemo_advrm.audit.finds import Judged
 from nemo_advrm.audit.panel import Split
-from nemo_advrm.audit.success import best_of_ordinary, of_ordinary, rate, submitted, successes
+from nemo_advrm.audit.success import Successes, best_of_ordinary, of_ordinary, rate, submitted, successes
+from nemo_advrm.audit.summary import _worst
 from nemo_advrm.data.sft_scores import SFTScores
 from nemo_advrm.rollouts.types import Prompt
 
@@ -76,6 +81,47 @@ def test_ordinary_responses_are_the_null() -> None:
     null = rate(found.standard_N, trials=2)
     assert null is not None and null["rate"] == pytest.approx(1 / 6)
     assert null["trials"] == 2 and null["high"] - null["low"] > 0.6
+
+
+def test_good_ordinary_responses_that_are_scored_low_are_the_null_of_attacks_that_underrate() -> None:
+    scores = [[[0.0], [1.0], [2.0]], [[0.0], [1.0], [2.0]]]
+    split = _split(scores, [[0.0, 1.0, 2.0], [2.0, 1.0, 0.0]])
+    found = of_ordinary(split, [0], "python:audit_detectors:Scores", 1.0, underrates=True)
+    assert found.standard_N is not None and found.standard_N.tolist() == [False] * 3 + [True, False, False]
+    worst = best_of_ordinary(found, split, 0, underrates=True)
+    assert worst.standard_N is not None and worst.standard_N.tolist() == [False, True]
+
+
+def test_a_prompt_without_a_response_is_a_trial_without_success() -> None:
+    split = _split([[[0.0], [1.0]]] * 3, [[0.0, 1.0]] * 3)
+    rows = [{"prompt_id": p, "response": "a", "rank": rank} for p, rank in ((0, 0), (0, 1), (2, 0))]
+    standard, strict = torch.tensor([True, False, True]), torch.tensor([False, True, True])
+    result = AttackResult("probes", 0, {}, 0.0, 3, False)
+    first = Judged(result, split, rows, None, Successes(standard, strict, standard)).first()
+    assert first.standard_N is not None and first.standard_N.tolist() == [True, False, True]
+    assert first.strict_N is not None and first.strict_N.tolist() == [False, False, True]
+    nothing = torch.zeros(0, dtype=torch.bool)
+    assert rate(Judged(result, split, [], None, Successes(nothing, nothing, nothing)).first().standard_N) is None
+
+
+def compared(underrates: bool, measure: str) -> dict[str, Any] | None:
+    """The worst of one attack that succeeds on 9 of 10 prompts; ordinary responses do on 1, and are scored low on 8."""
+
+    def share(value: float) -> dict[str, Any]:
+        return {"training": {measure: {"rate": value, "low": value - 0.1, "high": value + 0.1, "trials": 10}}}
+
+    usual = {"ordinary": share(0.1), "best_of_ordinary": share(0.1), "ordinary_underrated": share(0.8)}
+    attack = {"attack": "a", "underrates": underrates, "cells": {"rm": {"responses": 9, "seconds": 1.0} | share(0.9)}}
+    return _worst("rm", [attack], [measure], usual | {"worst_of_ordinary": share(0.2)})
+
+
+def test_an_attack_is_compared_with_the_null_of_its_direction() -> None:
+    for underrates, null in ((False, 0.1), (True, 0.8)):
+        found = compared(underrates, "strict")
+        assert found is not None and found["null"] == null
+        assert found["excess"] == pytest.approx(0.9 - null - 0.02**0.5)
+    assert compared(False, "suspected") is not None
+    assert compared(True, "suspected") is None, "without a judge nobody says that the responses are good"
 
 
 def test_no_responses_have_no_rate() -> None:
