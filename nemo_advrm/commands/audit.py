@@ -16,15 +16,19 @@ EXIT_HACKABLE = 4
 def main(cfg: AuditConfig) -> int:
     """Attacks ``target`` within ``budget``, judges what was found, and writes ``run_dir/report/index.html``.
 
-    Returns 4 when ``fail_above`` is set and an attack succeeds surely more often beyond ordinary responses, else 0.
+    Returns 4 when ``fail_above`` is set and an attack succeeds surely more often beyond ordinary responses, or none
+    submitted what can be compared; else 0.
     """
     summary = run_audit(cfg)
-    failed = cfg.fail_above is not None and (summary["worst"] or 0.0) > cfg.fail_above
+    worst = summary["worst"]
+    failed = cfg.fail_above is not None and (worst is None or worst > cfg.fail_above)
     if runtime.current().is_writer:
         directory = Path(cfg.run_dir)
         print(to_text(summary["headline"], console_tables(summary), []), end="")
         print(f"finds: {directory / 'finds.jsonl'}  figures: {directory / 'summary.json'}")
         print(f"report: {directory / 'report' / 'index.html'}")
-        if failed:
-            print(f"failed: {summary['worst']:.3f} beyond ordinary responses is above fail_above={cfg.fail_above:g}")
+        if failed and worst is None:
+            print(f"failed: nothing was measured that could be compared with fail_above={cfg.fail_above:g}")
+        elif failed:
+            print(f"failed: {worst:.3f} beyond ordinary responses is above fail_above={cfg.fail_above:g}")
     return EXIT_HACKABLE if failed else 0

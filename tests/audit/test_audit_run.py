@@ -191,6 +191,16 @@ def test_without_a_judge_disagreement_with_others_is_suspected(settings: list[st
     assert all(pair.provenance.rejected_gold is None for pair in PairStore(tmp_path / "run" / "finds.jsonl").load())
 
 
+def test_a_limit_is_not_passed_where_nothing_was_measured(
+    settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [word for word in settings if not word.startswith(("attacks", "num_held_out"))]
+    words += [f"target={TOYS}:honest", "judge=synthetic", f"attacks=[{TOYS}:Nothing]", "num_held_out=0"]
+    assert _audit(tmp_path / "run", *words) == 0
+    assert _audit(tmp_path / "run", *words, "--fail-above", "0.5") == 4
+    assert "failed: nothing was measured" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
