@@ -9,7 +9,7 @@ from pathlib import Path
 
 from nemo_advrm.config.schema import ExportPairsConfig
 from nemo_advrm.data.jsonl import write_jsonl_atomic
-from nemo_advrm.data.messages import plain_text, prompt_key, starts_as_transcript
+from nemo_advrm.data.messages import plain_text, starts_as_transcript
 from nemo_advrm.data.nemo_aligner_rows import (
     EXTRA_ID_END,
     Render,
@@ -142,11 +142,11 @@ def _pairs(paths: list[str]) -> list[PreferencePair]:
     first: dict[tuple[str, str], PreferencePair] = {}
     for path in paths:
         try:
-            pairs = PairStore(path).to_preferences()
+            pairs = PairStore(path).preferences_by_key()
         except OSError as error:
             raise DataError(f"pairs={path} cannot be read: {error.strerror or error}") from error
-        for pair in pairs:
-            first.setdefault((prompt_key(pair.prompt), pair.rejected), pair)
+        for key, pair in pairs.items():
+            first.setdefault(key, pair)
     if not first:
         raise DataError(f"pairs={','.join(paths)}: there are no pairs")
     return list(first.values())

@@ -89,8 +89,12 @@ class PairStore:
 
     def to_preferences(self, weight: float = 1.0) -> list[PreferencePair]:
         """Return the pairs as rows for reward model training with loss weight `weight`; `source` is file:line."""
-        return [
-            PreferencePair(
+        return list(self.preferences_by_key(weight).values())
+
+    def preferences_by_key(self, weight: float = 1.0) -> dict[tuple[str, str], PreferencePair]:
+        """:meth:`to_preferences` by :attr:`AdversarialPair.key`, by which pairs of several files are duplicates."""
+        return {
+            pair.key: PreferencePair(
                 pair.prompt,
                 pair.chosen,
                 pair.rejected,
@@ -100,7 +104,7 @@ class PairStore:
                 rejected_ended=pair.rejected_ended,
             )
             for source, pair in self._read()
-        ]
+        }
 
     def _read(self) -> Iterable[tuple[str, AdversarialPair]]:
         rows, torn = read_appended_jsonl(self.path)

@@ -176,12 +176,11 @@ def _finds(paths: str) -> dict[tuple[str, str], PreferencePair]:
     """Reads one or more files of pairs, by prompt and find; of equal finds the first counts."""
     first: dict[tuple[str, str], PreferencePair] = {}
     for path in filter(None, (path.strip() for path in paths.split(","))):
-        store = PairStore(path)
-        pairs = store.load()
+        pairs = PairStore(path).preferences_by_key()
         if RankInfo.from_environment().rank == 0:
             print(f"{path}: {len(pairs)} finds", flush=True)
-        for pair, row in zip(pairs, store.to_preferences(), strict=True):
-            first.setdefault(pair.key, row)
+        for key, row in pairs.items():
+            first.setdefault(key, row)
     if not first:
         raise DataError(f"{paths}: holds no finds: there is nothing to cure")
     return first

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,16 @@ def test_an_existing_file_comes_first_as_it_is_and_nothing_twice(
     again = export(tmp_path, f"pairs={store},{tmp_path / 'more.jsonl'}", f"with={first}", "template=transcript")
     assert again[:8] == rows and [row["text"][-6:] for row in again[8:]] == ["good 2", " bad 2"]
     assert "1 adversarial pairs and 8 lines" in capsys.readouterr().out
+
+
+def test_finds_on_the_chosen_side_are_all_written(tmp_path: Path) -> None:
+    """Good answers that are scored low share one ordinary answer to their prompt."""
+    facts = replace(FACTS, underrates=True)
+    for name in ("one", "two"):
+        found = [AdversarialPair(ASKED, text, "ordinary", facts) for text in (f"good {name}", "both")]
+        PairStore(tmp_path / f"{name}.jsonl").append(found)
+    rows = export(tmp_path, f"pairs={tmp_path}/one.jsonl,{tmp_path}/two.jsonl", "template=transcript")
+    assert [row["text"].rpartition("Assistant: ")[2] for row in rows[::2]] == ["good one", "both", "good two"]
 
 
 def test_shuffling_keeps_the_lines_of_a_pair_together(tmp_path: Path, store: Path, original: Path) -> None:
