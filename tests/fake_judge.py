@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-import socket
 import threading
-from collections.abc import Callable, Sequence
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+from json_server import Answer, JsonServer
 
 from nemo_advrm.data.messages import Message
 from nemo_advrm.rollouts.types import Rollouts
-
-Answer = tuple[int, dict[str, str], bytes]  # status 0: dies in the middle of the answer
 
 
 def completion(text: str | None, finish: str = "stop", usage: Any = (10, 3), **message: Any) -> Answer:
@@ -26,7 +24,7 @@ def completion(text: str | None, finish: str = "stop", usage: Any = (10, 3), **m
     return 200, {}, json.dumps(body).encode()
 
 
-class FakeJudge:
+class FakeJudge(JsonServer):
     """Calls ``answer(body)`` for each request and keeps the requests.
 
     Attributes:
@@ -38,43 +36,17 @@ class FakeJudge:
         self.bodies: list[dict] = []
         self.headers: list[dict[str, str]] = []
         self.paths: list[str] = []
-        fake, lock = self, threading.Lock()
+        lock = threading.Lock()
 
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
+        def posted(path: str, headers: Mapping[str, str], body: dict) -> Answer:
+            with lock:
+                self.bodies.append(body)
+                self.headers.append({name.lower(): value for name, value in headers.items()})
+                self.paths.append(path)
+            return self.answer(body)
 
-            def do_GET(self) -> None:
-                self.reply(404, {}, b"{}")  # not every endpoint lists its models
-
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-                with lock:
-                    fake.bodies.append(body)
-                    fake.headers.append({name.lower(): value for name, value in self.headers.items()})
-                    fake.paths.append(self.path)
-                self.reply(*fake.answer(body))
-
-            def reply(self, status: int, headers: dict[str, str], content: bytes) -> None:
-                if status == 0:
-                    self.connection.shutdown(socket.SHUT_RDWR)
-                    self.close_connection = True
-                    return
-                self.send_response(status)
-                for name, value in {"Content-Length": str(len(content)), **headers}.items():
-                    self.send_header(name, value)
-                self.end_headers()
-                self.wfile.write(content)
-
-            def log_message(self, format: str, *args: object) -> None:
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_address[1]}/v1"
-        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-
-    def close(self) -> None:
-        self.server.shutdown()
-        self.server.server_close()
+        super().__init__((404, {}, b"{}"), posted)  # not every endpoint lists its models
+        self.url = f"{self.address}/v1"
 
 
 def question_of(body: dict) -> str:

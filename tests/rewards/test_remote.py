@@ -7,11 +7,11 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable, Iterator, Mapping
 
 import pytest
 from distributed import Worlds
+from json_server import Answer, JsonServer
 from reward_members import rollouts
 from tiny import TOKENIZER
 
@@ -21,53 +21,24 @@ from nemo_advrm.errors import RewardSourceError
 from nemo_advrm.rewards.remote import ServerReward, TritonReward, connect
 
 FAST = RemoteConfig(timeout_seconds=1.0, deadline_seconds=4.0, connect_seconds=1.0, rows_per_request=3)
-Answer = tuple[int, dict[str, str], bytes]
 
 
-class FakeServer:
+class FakeServer(JsonServer):
     """Answers ``/v1/score`` as ``answer(number of the request, body)`` says; every other path is healthy."""
 
     def __init__(self) -> None:
         self.requests: list[dict] = []
         self.answer: Callable[[int, dict], Answer] = lambda number, body: self.scores(body)
-        fake = self
 
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
+        def posted(path: str, headers: Mapping[str, str], body: dict) -> Answer:
+            self.requests.append(body)
+            return self.answer(len(self.requests), body)
 
-            def do_GET(self) -> None:
-                self.reply(200, {}, json.dumps({"tokenizer": TOKENIZER.fingerprint}).encode())
-
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-                fake.requests.append(body)
-                self.reply(*fake.answer(len(fake.requests), body))
-
-            def reply(self, status: int, headers: dict[str, str], content: bytes) -> None:
-                if status == 0:  # dies in the middle of the answer
-                    self.connection.shutdown(socket.SHUT_RDWR)
-                    self.close_connection = True
-                    return
-                self.send_response(status)
-                for name, value in {"Content-Length": str(len(content)), **headers}.items():
-                    self.send_header(name, value)
-                self.end_headers()
-                self.wfile.write(content)
-
-            def log_message(self, format: str, *args: object) -> None:
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.address = f"http://127.0.0.1:{self.server.server_address[1]}"
-        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        super().__init__((200, {}, json.dumps({"tokenizer": TOKENIZER.fingerprint}).encode()), posted)
 
     @staticmethod
     def scores(body: dict) -> Answer:
         return 200, {}, json.dumps({"scores": [float(len(s["response"])) for s in body["samples"]]}).encode()
-
-    def close(self) -> None:
-        self.server.shutdown()
-        self.server.server_close()
 
 
 @pytest.fixture
