@@ -162,9 +162,9 @@ class Attack(ABC):
         """
 
 
-def attack_of(cfg: Config) -> Attack:
-    """Returns the attack ``adversarial.attack``. Raises ConfigError for an unknown one."""
-    attack: Attack = ATTACKS[cfg.adversarial.attack]()
+def build_attack(name: str) -> Attack:
+    """Returns the attack that ``adversarial.attack`` names. Raises ConfigError for an unknown one."""
+    attack: Attack = ATTACKS[name]()
     return attack
 
 

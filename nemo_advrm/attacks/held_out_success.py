@@ -72,7 +72,7 @@ class HeldOut:
         return {
             "prompts": len(self.prompts),
             "responses": len(rows),
-            **self._rates(reward_output.scores_NK[:, target_index], z_N, gold_N, gold_z_N, rule.share(rows)),
+            **self._rates(z_N, gold_N, gold_z_N, rule.share(rows)),
             "null": self.null(rule),
         }
 
@@ -95,10 +95,8 @@ class HeldOut:
 
     def null(self, rule: FindRule) -> dict[str, float | None]:
         """Returns RATES of the SFT responses, each relative to the other responses to its prompt."""
-        scores_PN = self.sft_responses.scores_PNK[..., rule.target_index]
         gold_PN, gold_z_PN = self.sft_responses.gold_PN, self.sft_responses.own_gold_z()
         return self._rates(
-            scores_PN.flatten(),
             rule.own_z_PNK[..., rule.target_index].flatten(),
             None if gold_PN is None else gold_PN.flatten(),
             None if gold_z_PN is None else gold_z_PN.flatten(),
@@ -122,7 +120,6 @@ class HeldOut:
 
     def _rates(
         self,
-        scores_N: Tensor,
         z_N: Tensor,
         gold_N: Tensor | None,
         gold_z_N: Tensor | None,

@@ -20,7 +20,6 @@ from nemo_advrm.attacks.base import AttackInputs, Budget, SearchAttack
 from nemo_advrm.attacks.drafts import Draft, as_rollouts, shares, turns, usable
 from nemo_advrm.attacks.paraphrases import Request, is_instructed, rewritten
 from nemo_advrm.attacks.rewrites import REWRITES
-from nemo_advrm.objectives.sft_statistics import own_z_scores
 from nemo_advrm.objectives.uncertainty import others_mean
 from nemo_advrm.rollouts.types import Prompt, Rollouts
 from nemo_advrm.seeds import derive_seed
@@ -112,8 +111,7 @@ class Inverted(SearchAttack):
 
 def good_first(inputs: AttackInputs) -> list[list[int]]:
     """Returns the indices of the SFT responses to each prompt, the best first, ties by index."""
-    sft_responses = inputs.sft_responses
-    z_PNK = own_z_scores(sft_responses.scores_PNK, sft_responses.statistics())
+    z_PNK = inputs.rule.own_z_PNK
     if z_PNK.size(-1) > 1:
         quality_PN = others_mean(z_PNK.flatten(0, 1), inputs.target - 1).reshape(z_PNK.shape[:2])
     else:

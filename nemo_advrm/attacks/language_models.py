@@ -14,8 +14,6 @@ from nemo_advrm.rollouts.base import rollout_engine
 from nemo_advrm.rollouts.language_model import LanguageModel
 from nemo_advrm.rollouts.megatron_language_model import MegatronLanguageModel
 
-HF = "hf:"
-
 
 class LanguageModels:
     """Opens language models once for all attacks of a command; all ranks ask for the same ones in the same order.
@@ -52,10 +50,10 @@ class LanguageModels:
         named = self.cfg.adversarial.lm
         if not named or named == self._path:
             return self.policy
-        if named.startswith(HF):
+        if named.startswith("hf:"):
             from nemo_advrm.rollouts.transformers_language_model import TransformersLanguageModel
 
-            return TransformersLanguageModel.load(Path(named.removeprefix(HF)), self.cfg)
+            return TransformersLanguageModel.load(Path(named.removeprefix("hf:")), self.cfg)
         if not Path(named).is_dir():
             raise ConfigError(f"adversarial.lm={named}: there is no such directory (DIR of a checkpoint, or hf:DIR)")
         features = open_policy(named, (), self.tokenizer, "adversarial.lm", self.cfg, {})

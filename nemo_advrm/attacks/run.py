@@ -11,7 +11,7 @@ from typing import Any
 from nemo_advrm.attacks import summary_file
 from nemo_advrm.attacks.adversary_names import policy_name
 from nemo_advrm.attacks.attack_summary import check_samples, of_adversary, of_target
-from nemo_advrm.attacks.base import AttackInputs, Budget, attack_of
+from nemo_advrm.attacks.base import AttackInputs, Budget, build_attack
 from nemo_advrm.attacks.held_out_success import HELD_OUT_REFERENCE, HeldOut, held_out_set
 from nemo_advrm.attacks.language_models import LanguageModels
 from nemo_advrm.config.schema import Config
@@ -46,7 +46,7 @@ def check_attack(cfg: Config) -> None:
     """Raises ConfigError for a policy that the rollout engine cannot open, or cannot train where the attack trains."""
     if cfg.rl.rollout_engine != "transformers":
         return
-    if attack_of(cfg).trains:
+    if build_attack(cfg.adversarial.attack).trains:
         raise ConfigError(
             f"adversarial.attack={cfg.adversarial.attack} trains the policy; rl.rollout_engine=transformers cannot: "
             "convert the policy (nemo-advrm convert from=hf), or choose an attack without RL (docs/attacks.md)"
@@ -117,7 +117,7 @@ class AttackRun:
         """Runs one attack into ``home`` and marks it finished."""
         started = time.monotonic()
         cfg, rl = self.cfg, self.cfg.rl
-        attack = attack_of(cfg)
+        attack = build_attack(cfg.adversarial.attack)
         options = attack.reward_options(cfg.adversarial)
         inputs = AttackInputs(
             cfg,
@@ -171,7 +171,7 @@ def join_attacks(cfg: Config, directory: Path) -> dict[str, Any]:
         "directions": found,
         "threshold_z": cfg.selection.threshold_z,
         "by_disagreement": asks_others(cfg.adversarial),
-        "underrates": attack_of(cfg).underrates,
+        "underrates": build_attack(cfg.adversarial.attack).underrates,
         "detector": cfg.adversarial.detector,
     }
     everyone = [home for own in homes.values() for home in own]

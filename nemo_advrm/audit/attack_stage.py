@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nemo_advrm.attacks.base import SAMPLES, Attack, AttackInputs, Budget, Found, NothingProposed, attack_of
+from nemo_advrm.attacks.base import SAMPLES, Attack, AttackInputs, Budget, Found, NothingProposed, build_attack
 from nemo_advrm.attacks.held_out_success import HeldOut
 from nemo_advrm.attacks.language_models import LanguageModels
 from nemo_advrm.audit.panel import Panel
@@ -90,8 +90,7 @@ def config_of(panel: Panel, attack: str, samples: int) -> tuple[Config, Budget]:
 
 def check_attack(panel: Panel, attack: str) -> None:
     """Raises ConfigError for an attack by RL where transformers samples the policy."""
-    made = attack_of(config_of(panel, attack, 1)[0])
-    if made.trains and panel.cfg.rl.rollout_engine == "transformers":
+    if build_attack(attack).trains and panel.cfg.rl.rollout_engine == "transformers":
         raise ConfigError(f"attacks: {attack} trains the policy, which has no conversion table ({panel.audit.policy})")
 
 
@@ -112,7 +111,7 @@ def run_attack(
     started = time.monotonic()
     home = attack_home(panel, attack, target)
     cfg, budget = config_of(panel, attack, samples)
-    made = attack_of(cfg)
+    made = build_attack(attack)
     inputs = _inputs(panel, cfg, made, target, models, home, counter)
     options, columns = inputs.reward_options, panel.columns(target)
     training, held_out = panel.training, panel.held_out
@@ -153,7 +152,7 @@ def seconds_of_search(panel: Panel, attack: str, models: LanguageModels) -> floa
     try opens the models and is not timed.
     """
     cfg, _ = config_of(panel, attack, 1)
-    made, home = attack_of(cfg), attack_home(panel, attack, 0).parent / "pilot"
+    made, home = build_attack(attack), attack_home(panel, attack, 0).parent / "pilot"
     seconds, responses = 0.0, 0
     for count in (1, _PILOT):
         started = time.monotonic()

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nemo_advrm import files
-from nemo_advrm.attacks.base import attack_of
+from nemo_advrm.attacks.base import build_attack
 from nemo_advrm.attacks.language_models import LanguageModels
-from nemo_advrm.audit.attack_stage import attack_home, config_of, seconds_of_search
+from nemo_advrm.audit.attack_stage import attack_home, seconds_of_search
 from nemo_advrm.audit.panel import Panel
 from nemo_advrm.audit.settings import parse_budget
 from nemo_advrm.audit.setup import read_cost
@@ -40,7 +40,7 @@ def samples_for(panel: Panel, attack: str, left: Sequence[str], models: Language
     if known:
         return known
     one = 0.0
-    if parse_budget(panel.audit.budget).seconds and not attack_of(config_of(panel, attack, 1)[0]).trains:
+    if parse_budget(panel.audit.budget).seconds and not build_attack(attack).trains:
         one = seconds_of_search(panel, attack, models)
     return run_on_rank_zero(_decide, panel, left, path, one)
 

@@ -53,12 +53,7 @@ class Judged:
         def of_prompts(values_N: Tensor) -> Tensor:
             return torch.tensor([p in best and bool(values_N[best[p]]) for p in range(len(self.split.prompts))])
 
-        standard_N, strict_N, suspected_N = self.success.standard_N, self.success.strict_N, self.success.suspected_N
-        return Successes(
-            None if standard_N is None else of_prompts(standard_N),
-            None if strict_N is None else of_prompts(strict_N),
-            of_prompts(suspected_N),
-        )
+        return self.success.map(of_prompts)
 
 
 @dataclass(frozen=True)

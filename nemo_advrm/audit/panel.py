@@ -63,15 +63,12 @@ class Split:
         """z of the ordinary responses themselves, each against the others to its prompt."""
         return own_z_scores(self.sft.scores_PNK, self.sft.statistics())
 
-    def answers(self, fall_PN: list[list[float | None]] | None = None) -> list[Answer]:
+    def answers(self) -> list[Answer]:
         """Returns the ordinary responses as texts, in the order of the prompts."""
         found = []
         for p, responses in enumerate(self.sft.responses_PN):
-            ended = set(self.sft.finished(p))
             text = prompt_text(self.sft.prompts_P[p])
-            for i, response in enumerate(responses):
-                fall = fall_PN[p][i] if fall_PN is not None else None
-                found.append(Answer(text, response, i in ended, fall))
+            found += [Answer(text, *one) for one in zip(responses, self.sft.ended(p), strict=True)]
         return found
 
 
@@ -105,9 +102,6 @@ class Panel:
     @property
     def splits(self) -> list[Split]:
         return [self.training, *([self.held_out] if self.held_out is not None else [])]
-
-    def split(self, name: str) -> Split:
-        return next(one for one in self.splits if one.name == name)
 
     def columns(self, target: int) -> list[int]:
         """Returns the indices of the members of an attack: the target (from 0), then the others."""

@@ -13,8 +13,6 @@ from nemo_advrm.engine.collectives import run_on_rank_zero
 from nemo_advrm.errors import CheckpointError
 from nemo_advrm.rewards.checkpoint_members import SourceSpec, member_config, member_tokenizer
 
-HF = "hf:"
-
 
 def place(audit: AuditConfig) -> str:
     """Returns the policy as ``pretrained_checkpoint.restore_from_path`` has it; all ranks call.
@@ -24,7 +22,7 @@ def place(audit: AuditConfig) -> str:
 
     Raises CheckpointError for a directory that holds no language model.
     """
-    if not audit.policy.startswith(HF):
+    if not audit.policy.startswith("hf:"):
         return audit.policy.removeprefix("megatron:")
     refusal = run_on_rank_zero(_convert, audit)
     if not refusal:
@@ -42,7 +40,7 @@ def _convert(audit: AuditConfig) -> str:
     from nemo_advrm.convert.conversion import convert
     from nemo_advrm.convert.hf_directory import check_language_model
 
-    source, out = Path(audit.policy.removeprefix(HF)), _out(audit)
+    source, out = Path(audit.policy.removeprefix("hf:")), _out(audit)
     if out.exists():
         return ""
     check_language_model(source)
@@ -59,7 +57,7 @@ def with_policy(cfg: Config, audit: AuditConfig, policy: str) -> tuple[Config, T
 
     Raises CheckpointError when the checkpoint is no language model or names no tokenizer.
     """
-    if policy.startswith(HF):
+    if policy.startswith("hf:"):
         model = dataclasses.replace(cfg.model, tokenizer=policy)
         found = dataclasses.replace(cfg, model=model, rl=dataclasses.replace(cfg.rl, rollout_engine="transformers"))
         tokenizer: Tokenizer = build_tokenizer(policy)

@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from nemo_advrm import signals
-from nemo_advrm.attacks.base import attack_of
+from nemo_advrm.attacks.base import build_attack
 from nemo_advrm.attacks.language_models import LanguageModels
 from nemo_advrm.audit.attack_stage import (
     AttackResult,
     attack_home,
     check_attack,
-    config_of,
     finished,
     run_attack,
 )
@@ -118,7 +117,7 @@ def _attacks(panel: Panel) -> tuple[list[str], dict[str, str]]:
             continue
         kept.append(name)
     # searches first: what RL takes is known best, so that it gets the time that is left
-    kept.sort(key=lambda name: attack_of(config_of(panel, name, 1)[0]).trains)
+    kept.sort(key=lambda name: build_attack(name).trains)
     return kept, left_out
 
 
@@ -126,7 +125,7 @@ def _on_all_targets(
     panel: Panel, attack: str, samples: int, models: LanguageModels, progress: AuditProgress, judge: bool
 ) -> list[AttackResult]:
     """Runs an attack on every target, unless that is done, and tells how often it succeeded."""
-    trains = attack_of(config_of(panel, attack, 1)[0]).trains
+    trains = build_attack(attack).trains
     done = []
     for k in range(panel.targets):
         stopping.leave_if_asked(f"before {attack} on {panel.names[k]}: the same command resumes there")

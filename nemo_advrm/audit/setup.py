@@ -149,7 +149,7 @@ def ordinary_texts(sft: SFTScores) -> Rollouts:
     """Returns the ordinary responses as texts, in the order of the prompts."""
     prompts = [prompt for prompt, own in zip(sft.prompts_P, sft.responses_PN, strict=True) for _ in own]
     responses = [response for own in sft.responses_PN for response in own]
-    ended = [i in set(sft.finished(p)) for p, own in enumerate(sft.responses_PN) for i in range(len(own))]
+    ended = [one for p in range(len(sft.responses_PN)) for one in sft.ended(p)]
     return texts(prompts, responses, ended)
 
 

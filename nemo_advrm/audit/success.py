@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from nemo_advrm.attacks.success_rates import success_of
 from nemo_advrm.audit.measure_names import MEASURES
 from nemo_advrm.audit.panel import Split
 from nemo_advrm.objectives.proportions import wilson_interval
-from nemo_advrm.objectives.success import standard_success, standard_underrated, strict_success, strict_underrated
 
 Row = dict[str, Any]
 
@@ -29,6 +29,11 @@ class Successes:
     def of(self, measure: str) -> Tensor | None:
         found: Tensor | None = getattr(self, f"{measure}_N")
         return found
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Successes:
+        """Returns the successes with ``change`` applied to every measure that there is."""
+        standard_N, strict_N = (None if each is None else change(each) for each in (self.standard_N, self.strict_N))
+        return Successes(standard_N, strict_N, change(self.suspected_N))
 
     @property
     def main_N(self) -> Tensor:
@@ -56,17 +61,12 @@ def successes(
         underrates: the responses are to be good ones that the target scores low. Standard: scored below the ordinary
             responses, judged above. Strict: z < -1.96, and judged above. Suspected: z < -threshold.
     """
-    if underrates:
-        suspected_N = z_N < -threshold
-        if gold_N is None or gold_z_N is None or sft_gold_N is None:
-            return Successes(None, None, suspected_N)
-        standard_N = standard_underrated(z_N, torch.zeros_like(z_N), gold_N, sft_gold_N)
-        return Successes(standard_N, strict_underrated(z_N, gold_z_N), suspected_N)
-    suspected_N = (z_N > 0) & (unusual_N > threshold)
+    suspected_N = z_N < -threshold if underrates else (z_N > 0) & (unusual_N > threshold)
     if gold_N is None or gold_z_N is None or sft_gold_N is None:
         return Successes(None, None, suspected_N)
-    standard_N = standard_success(z_N, torch.zeros_like(z_N), gold_N, sft_gold_N)
-    return Successes(standard_N, strict_success(z_N, gold_z_N), suspected_N)
+    standard, strict = success_of(underrates)
+    standard_N = standard(z_N, torch.zeros_like(z_N), gold_N, sft_gold_N)
+    return Successes(standard_N, strict(z_N, gold_z_N), suspected_N)
 
 
 def of_rows(rows: Sequence[Row], gold_N: Tensor | None, split: Split, threshold: float, underrates: bool) -> Successes:
@@ -147,8 +147,4 @@ def best_of_ordinary(found: Successes, split: Split, model: int, underrates: boo
     count = scores_PN.size(1)
     best_P = scores_PN.argmin(1) if underrates else scores_PN.argmax(1)
     places_P = torch.arange(len(best_P)) * count + best_P
-
-    def pick(values_N: Tensor | None) -> Tensor | None:
-        return None if values_N is None else values_N[places_P]
-
-    return Successes(pick(found.standard_N), pick(found.strict_N), found.suspected_N[places_P])
+    return found.map(lambda values_N: values_N[places_P])

@@ -26,9 +26,10 @@ because then nobody says that the responses are good. EXAMPLE is {"attack", "pro
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from nemo_advrm.audit.finds import MOST_EXPLAINED, FoundAnswer, Judged, falls, finds_of, transfer
+from nemo_advrm.audit.finds import MOST_EXPLAINED, FoundAnswer, Judged, badness, falls, finds_of, transfer
 from nemo_advrm.audit.measure_names import NULLS, STANDARD, STRICT, SUSPECTED, short_name
 from nemo_advrm.audit.panel import Panel, Split
 from nemo_advrm.audit.success import best_of_ordinary, of_ordinary, rates
@@ -183,19 +184,19 @@ def _weaknesses(panel: Panel, k: int, finds: Sequence[FoundAnswer]) -> Facts:
         "grouped": len(grouped),
         "strict_only": only_strict,
         "not_explained": len(left),
-        "weaknesses": [_weakness(panel, one, in_order, used) for one in named],
-        "examples_not_explained": [example(panel, find) for find in _spread(left)],
-        "examples_underrated": [example(panel, find) for find in _spread([f for f in finds if f.underrates])],
+        "weaknesses": [_weakness(one, in_order, used) for one in named],
+        "examples_not_explained": [example(find) for find in _spread(left)],
+        "examples_underrated": [example(find) for find in _spread([f for f in finds if f.underrates])],
         "transfer": transfer(panel, in_order),
     }
 
 
 def _with_falls(answers: Sequence[Answer], fall: Sequence[float]) -> list[Answer]:
     known: Sequence[float | None] = fall or [None] * len(answers)
-    return [Answer(a.prompt, a.response, a.ended, value) for a, value in zip(answers, known, strict=True)]
+    return [replace(answer, fall=value) for answer, value in zip(answers, known, strict=True)]
 
 
-def _weakness(panel: Panel, one: Weakness, finds: Sequence[FoundAnswer], used: set[int]) -> Facts:
+def _weakness(one: Weakness, finds: Sequence[FoundAnswer], used: set[int]) -> Facts:
     """Returns a weakness with examples, as far as possible such that are not ``used`` for another one."""
     members = [finds[i] for i in one.members]
     fresh = [find for find in members if id(find) not in used]
@@ -210,14 +211,12 @@ def _weakness(panel: Panel, one: Weakness, finds: Sequence[FoundAnswer], used: s
         "low": one.low,
         "high": one.high,
         "ordinary": one.ordinary,
-        "examples": [example(panel, find) for find in examples],
+        "examples": [example(find) for find in examples],
     }
 
 
 def _spread(finds: Sequence[FoundAnswer]) -> list[FoundAnswer]:
     """Returns the worst finds, of different prompts and attacks as far as there are."""
-    from nemo_advrm.audit.finds import badness
-
     ranked = sorted(finds, key=badness)
     taken: list[FoundAnswer] = []
     for different in (lambda f, g: f.attack != g.attack and f.answer.prompt != g.answer.prompt,
@@ -228,7 +227,7 @@ def _spread(finds: Sequence[FoundAnswer]) -> list[FoundAnswer]:
     return taken
 
 
-def example(panel: Panel, find: FoundAnswer) -> Facts:
+def example(find: FoundAnswer) -> Facts:
     """Returns a find beside the ordinary response to its prompt that the judge (else the target) prefers."""
     split, p = find.split, find.prompt_id
     place = _counterpart(split, p, find.target)

@@ -56,10 +56,13 @@ class SFTScores:
     lengths_PN: Tensor | None = None
     _detectors: dict[tuple[str, int, bool], StandardisedDetector] = field(default_factory=dict, init=False, repr=False)
 
+    def ended(self, prompt_id: int) -> list[bool]:
+        """Return for each response to a prompt whether it was not cut off; files without this have ended ones only."""
+        return [True] * len(self.responses_PN[prompt_id]) if self.ended_PN is None else self.ended_PN[prompt_id]
+
     def finished(self, prompt_id: int) -> list[int]:
         """Return the indices of the responses to a prompt that were not cut off."""
-        count = len(self.responses_PN[prompt_id])
-        return [i for i in range(count) if self.ended_PN is None or self.ended_PN[prompt_id][i]]
+        return [i for i, ended in enumerate(self.ended(prompt_id)) if ended]
 
     @property
     def finished_share(self) -> float:

@@ -119,7 +119,7 @@ class FindRule:
             "prompt_id": prompt,
             "step": 0,
             "response": sft_responses.responses_PN[prompt][place],
-            "ended": place in self._ended_PI[prompt],
+            "ended": sft_responses.ended(prompt)[place],
             "scores": sft_responses.scores_PNK[prompt, place].tolist(),
             "z": self.own_z_PNK[prompt, place].tolist(),
             "disagreement_z": self._own_disagreement_z_PN[prompt, place].item(),
@@ -165,10 +165,6 @@ class FindRule:
     def _own_disagreement_z_PN(self) -> Tensor:
         detector = self.sft_responses.detector(self.detector, self.target_index)
         return detector.own_S.reshape(self.sft_responses.scores_PNK.shape[:2])
-
-    @cached_property
-    def _ended_PI(self) -> list[set[int]]:
-        return [set(self.sft_responses.finished(p)) for p in range(len(self.sft_responses.responses_PN))]
 
     def _qualified(self, rows: Sequence[dict[str, Any]]) -> Tensor:
         options = self.options

@@ -110,7 +110,7 @@ def read_rollouts(path: Path, prompts: list[Prompt], tokenizer: Tokenizer) -> Ro
     if sft_responses.tokens_PN is None:
         raise DataError(f"{path}: its rows have no tokens: restore it")
     rows = [
-        {"response": response, "ended": i in sft_responses.finished(p), "tokens": sft_responses.tokens_PN[p][i]}
+        {"response": response, "ended": sft_responses.ended(p)[i], "tokens": sft_responses.tokens_PN[p][i]}
         for p, responses in enumerate(sft_responses.responses_PN)
         for i, response in enumerate(responses)
     ]

@@ -13,8 +13,6 @@ from nemo_advrm.rollouts.base import RolloutEngine
 from nemo_advrm.rollouts.language_model import LanguageModel
 from nemo_advrm.rollouts.transformers_language_model import TransformersLanguageModel
 
-HF = "hf:"
-
 
 class TransformersEngine(RolloutEngine):
     """Samples a policy ``hf:DIR`` that stays as it is: SFT responses, and the attacks that train nothing."""
@@ -39,9 +37,9 @@ class TransformersEngine(RolloutEngine):
 
 def hf_directory(policy: str) -> Path:
     """Returns DIR of ``hf:DIR``. Raises ConfigError for another policy, which this engine cannot open."""
-    if not policy.startswith(HF):
+    if not policy.startswith("hf:"):
         raise ConfigError(
             f"pretrained_checkpoint.restore_from_path={policy}: rl.rollout_engine=transformers samples hf:DIR, not a "
             "checkpoint of this package"
         )
-    return Path(policy.removeprefix(HF))
+    return Path(policy.removeprefix("hf:"))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_advrm.attacks.base import AttackInputs, Budget, SearchAttack, attack_of
+from nemo_advrm.attacks.base import AttackInputs, Budget, SearchAttack, build_attack
 from nemo_advrm.attacks.language_models import LanguageModels
 from nemo_advrm.config import load_config
 from nemo_advrm.data.jsonl import read_jsonl
@@ -107,7 +107,7 @@ def make_inputs(
     scores_PNK = torch.tensor([[[score(text) for score in scores] for text in row] for row in texts_PN])
     gold_PN = None if gold is None else torch.tensor([[gold(text) for text in row] for row in texts_PN])
     sft = SFTScores(messages, texts_PN, scores_PNK, gold_PN)
-    attack = attack_of(cfg)
+    attack = build_attack(cfg.adversarial.attack)
     return AttackInputs(
         cfg,
         tokenizer,
@@ -126,7 +126,7 @@ def make_inputs(
 
 
 def run(inputs: AttackInputs, steps: int = 4, samples_per_step: int = 6) -> list[dict[str, Any]]:
-    attack = attack_of(inputs.cfg)
+    attack = build_attack(inputs.cfg.adversarial.attack)
     assert isinstance(attack, SearchAttack)
     found = attack.find(inputs, Budget(steps, samples_per_step))
     return [row for _, row in read_jsonl(found.samples)]

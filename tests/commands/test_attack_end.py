@@ -182,7 +182,7 @@ def test_fresh_sft_responses_succeed_as_often_as_the_null_rate_says() -> None:
     index = [p for p in range(prompts) for _ in range(count)]
     z_N = (fresh_PNK[..., 0].flatten() - reference.prompt_mean(index)[:, 0]) / reference.statistics().std_K[0]
     gold_N = fresh_PNK[..., 2].flatten()
-    fresh = held_out._rates(fresh_PNK[..., 0].flatten(), z_N, gold_N, reference.gold_z(gold_N, index), 0.0)
+    fresh = held_out._rates(z_N, gold_N, reference.gold_z(gold_N, index), 0.0)
     for key, expected in (("success_standard", 0.25), ("success_strict", 0.025 / 2)):
         assert null[key] == pytest.approx(expected, rel=0.2)
         assert fresh[key] == pytest.approx(expected, rel=0.2)
