@@ -166,6 +166,12 @@ class ModelConfig:
     recompute_num_layers: int = layout(
         1, "full: layers per recomputed unit; block: layers per stage that are recomputed", COUNT
     )
+    logits_chunk_size: int = layout(
+        2**26,
+        "most next-token logits (tokens x vocabulary / TP) at once for log-probabilities; more are made in "
+        "chunks of tokens, and again in the backward pass",
+        COUNT,
+    )
     offload_reference: bool = layout(False, "frozen models wait in CPU memory between uses")
     offload_optimizer_while_generating: bool = layout(
         False, "optimizer state waits in CPU memory while responses are made"

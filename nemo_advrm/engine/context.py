@@ -11,6 +11,7 @@ Megatron's reduction over data- and context-parallel ranks then sums these to th
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from megatron.core import parallel_state
@@ -19,6 +20,9 @@ from megatron.core.tensor_parallel import (
     reduce_from_tensor_model_parallel_region,
 )
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from nemo_advrm.engine.log_probs import DeferredLogits
 
 
 def own_chunks() -> tuple[int, int]:
@@ -81,11 +85,12 @@ class SplitLogits:
     (:meth:`whole`).
 
     Attributes:
-        own_NV: [n, V / tp] logits of the n requested positions in this rank's slice, in their order among the N.
+        own_NV: [n, V / tp] logits of the n requested positions in this rank's slice, in their order among the N;
+            not made yet where they are many.
         own_N: [N] bool mask of those n.
     """
 
-    own_NV: Tensor
+    own_NV: Tensor | DeferredLogits
     own_N: Tensor
 
     def whole(self, own_KN: Tensor) -> Tensor:
@@ -95,7 +100,7 @@ class SplitLogits:
         return cp_all_reduce(everyone)
 
     @classmethod
-    def of(cls, own_NV: Tensor, predict_BS: Tensor) -> SplitLogits:
+    def of(cls, own_NV: Tensor | DeferredLogits, predict_BS: Tensor) -> SplitLogits:
         """``own_NV`` row by row at this rank's slice of the bool mask ``predict_BS`` [B, S]."""
         held_S = torch.zeros(predict_BS.size(1), dtype=torch.bool, device=predict_BS.device)
         chunks = held_S.chunk(2 * parallel_state.get_context_parallel_world_size())

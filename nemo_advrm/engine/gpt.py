@@ -18,6 +18,7 @@ from nemo_advrm.engine.context import SplitLogits
 from nemo_advrm.engine.dimensions import Head
 from nemo_advrm.engine.kv_cache import KVCache
 from nemo_advrm.engine.layers import Norm
+from nemo_advrm.engine.log_probs import DeferredLogits
 from nemo_advrm.engine.rotation import rotation
 from nemo_advrm.engine.transformer import layer_spec
 
@@ -102,6 +103,7 @@ class HeadedGPT(GPTModel):
             part = vocab_size // config.tensor_model_parallel_size
             rank = self.pg_collection.tp.rank()
             self.own_banned_V = self.banned_V[rank * part : (rank + 1) * part]
+            self.rows_per_chunk = max(1, model.logits_chunk_size // part)
         else:
             del self.output_layer
             self.head = ScalarHead(config.hidden_size, head_outputs, head_init_std, model.head_bias)
@@ -128,7 +130,7 @@ class HeadedGPT(GPTModel):
         inference_context: KVCache | None = None,
         gather_logits: bool = False,
         with_hidden: bool = False,
-    ) -> Tensor | SplitLogits:
+    ) -> Tensor | SplitLogits | DeferredLogits:
         """One pipeline stage.
 
         Args:
@@ -142,7 +144,8 @@ class HeadedGPT(GPTModel):
         Returns:
             Hidden states [S, B, H] before the last stage. On the last stage: [B, outputs] at ``read_at_B`` (reward;
             [B, outputs + H] in fp32 with ``with_hidden``), [B, S] (value), [N, V / tp] at ``predict_BS`` in row order
-            (lm; :class:`SplitLogits` under context parallelism) or [B, V] at ``read_at_B`` (lm).
+            (lm; :class:`SplitLogits` under context parallelism; :class:`DeferredLogits` where they are more than
+            ``model.logits_chunk_size``) or [B, V] at ``read_at_B`` (lm).
         """
         length = input_ids.size(1)
         sliced = self.config.context_parallel_size > 1
@@ -184,7 +187,7 @@ class HeadedGPT(GPTModel):
         if read_at_B is None:
             assert predict_BS is not None
             own_BS = context.cp_slice(predict_BS, 1) if sliced else predict_BS
-            logits_NV = self._apply_head(hidden_SBH.transpose(0, 1)[own_BS], gather_logits)
+            logits_NV = self._next_tokens(hidden_SBH.transpose(0, 1)[own_BS], gather_logits)
             return SplitLogits.of(logits_NV, predict_BS) if sliced else logits_NV
         rows_B = torch.arange(hidden_SBH.size(1), device=hidden_SBH.device)
         if not sliced:
@@ -197,6 +200,11 @@ class HeadedGPT(GPTModel):
         output = self._apply_head(picked_BH, gather_logits)
         # one tensor, so that the sum over context-parallel ranks and the schedules treat both parts alike
         return torch.cat([output, picked_BH.float()], -1) if with_hidden else output
+
+    def _next_tokens(self, picked_NH: Tensor, gather_logits: bool) -> Tensor | DeferredLogits:
+        if self.head_kind == "lm" and not gather_logits and picked_NH.size(0) > self.rows_per_chunk:
+            return DeferredLogits(picked_NH, lambda chunk_NH: self._apply_head(chunk_NH, False), self.rows_per_chunk)
+        return self._apply_head(picked_NH, gather_logits)
 
     def _apply_head(self, picked_NH: Tensor, gather_logits: bool) -> Tensor:
         """Rewards [N, outputs] or logits [N, V / tp] (gathered: [N, V]) of hidden states."""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from nemo_advrm.engine import runtime
-from nemo_advrm.engine.log_probs import log_probs_and_entropy
+from nemo_advrm.engine.log_probs import Logits, log_probs, log_probs_and_entropy
 from nemo_advrm.engine.microbatches import EncodedResponse, response_microbatch
 from nemo_advrm.engine.model import MegatronModel
 from nemo_advrm.engine.schedule import Microbatch, forward, microbatch_rows
@@ -17,28 +17,34 @@ def summed_log_probs(model: MegatronModel, rows: list[EncodedResponse], pad_id: 
 
     All ranks call. An empty response has log-probability 0.
     """
-    return summed_log_probs_and_entropies(model, rows, pad_id)[:, 0]
+    return _summed(model, rows, pad_id, with_entropy=False)[:, 0]
 
 
-@torch.no_grad()
 def summed_log_probs_and_entropies(model: MegatronModel, rows: list[EncodedResponse], pad_id: int) -> Tensor:
     """Log-probability and entropy of each response, summed over its tokens, [N, 2] fp32 in nats on the CPU.
 
     All ranks call. Both are 0 for an empty response.
     """
+    return _summed(model, rows, pad_id, with_entropy=True)
+
+
+@torch.no_grad()
+def _summed(model: MegatronModel, rows: list[EncodedResponse], pad_id: int, with_entropy: bool) -> Tensor:
+    columns = 1 + with_entropy
     places = [i for i, row in enumerate(rows) if len(row.tokens) > row.prompt_length]
     groups = microbatch_rows(model, [len(rows[i].tokens) for i in places])
     groups = [[places[i] for i in group] for group in groups]
     microbatches = [response_microbatch(model, [rows[i] for i in group], pad_id) for group in groups]
 
-    def collect(logits_NV: Tensor, microbatch: Microbatch) -> Tensor:
-        both_N2 = torch.stack(log_probs_and_entropy(logits_NV, microbatch.extra["targets_N"]), -1).float()
-        sums_B2 = torch.zeros(microbatch.tokens_BS.size(0), 2, device=both_N2.device)
-        return sums_B2.index_add(0, microbatch.extra["rows_N"], both_N2)
+    def collect(logits_NV: Logits, microbatch: Microbatch) -> Tensor:
+        targets_N = microbatch.extra["targets_N"]
+        both = log_probs_and_entropy(logits_NV, targets_N) if with_entropy else (log_probs(logits_NV, targets_N),)
+        sums_BC = torch.zeros(microbatch.tokens_BS.size(0), columns, device=targets_N.device)
+        return sums_BC.index_add(0, microbatch.extra["rows_N"], torch.stack(both, -1))
 
-    values_N2 = torch.zeros(len(rows), 2)
-    for group, sums_B2 in zip(groups, forward(model, microbatches, collect), strict=False):
-        values_N2[group] = sums_B2.cpu()
+    values_NC = torch.zeros(len(rows), columns)
+    for group, sums_BC in zip(groups, forward(model, microbatches, collect), strict=False):
+        values_NC[group] = sums_BC.cpu()
     if not rows:
-        return values_N2
-    return runtime.current().broadcast_from_last_stage(values_N2).cpu()
+        return values_NC
+    return runtime.current().broadcast_from_last_stage(values_NC).cpu()

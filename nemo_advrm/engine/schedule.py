@@ -181,7 +181,7 @@ def forward_backward(
 
         def loss(output: Tensor | SplitLogits) -> tuple[Tensor, Tensor, Sums]:
             if item.real is None:
-                own = output.own_NV if isinstance(output, SplitLogits) else output
+                own: Any = output.own_NV if isinstance(output, SplitLogits) else output  # one row is never deferred
                 return own.sum() * 0, torch.tensor(0, dtype=torch.int, device=own.device), {}
             total, count, sums = loss_function(_real_part(output, item, model.head), item.real)
             sums["loss"] = (total.detach(), float(count))

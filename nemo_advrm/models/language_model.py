@@ -11,7 +11,7 @@ from nemo_advrm.data.batching import BatchSchedule
 from nemo_advrm.data.tokenizers import Tokenizer
 from nemo_advrm.engine import runtime
 from nemo_advrm.engine.builders import build_policy
-from nemo_advrm.engine.log_probs import log_probs_and_entropy
+from nemo_advrm.engine.log_probs import Logits, log_probs_and_entropy
 from nemo_advrm.engine.microbatches import EncodedResponse, response_microbatch
 from nemo_advrm.engine.model import MegatronModel
 from nemo_advrm.engine.optim import MegatronOptimizer
@@ -68,7 +68,7 @@ class SupervisedModel(TrainableModel):
         }
 
 
-def _next_token_loss(logits_NV: Tensor, microbatch: Microbatch) -> tuple[Tensor, int, Sums]:
+def _next_token_loss(logits_NV: Logits, microbatch: Microbatch) -> tuple[Tensor, int, Sums]:
     log_probs_N, entropy_N = log_probs_and_entropy(logits_NV, microbatch.extra["targets_N"])
     count = log_probs_N.numel()
     return -log_probs_N.sum(), count, {"entropy": (entropy_N.detach().sum(), count)}

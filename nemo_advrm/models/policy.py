@@ -18,7 +18,7 @@ from nemo_advrm.data.tokenizers import Tokenizer
 from nemo_advrm.engine import runtime
 from nemo_advrm.engine.builders import build_policy
 from nemo_advrm.engine.generation import uniforms
-from nemo_advrm.engine.log_probs import log_probs_and_entropy
+from nemo_advrm.engine.log_probs import Logits, log_probs, log_probs_and_entropy
 from nemo_advrm.engine.model import MegatronModel
 from nemo_advrm.engine.optim import MegatronOptimizer
 from nemo_advrm.engine.schedule import Sums, forward_backward
@@ -154,7 +154,9 @@ class PolicyModel(TrainableModel):
         data = RolloutBatch.of(rollouts)
         pad_id = self.tokenizer.pad_id
         data.old_log_probs_BT, data.entropy_BT = response_log_probs(self.model, data, pad_id, rl.temperature)
-        data.reference_log_probs_BT, _ = response_log_probs(self.reference, data, pad_id, rl.temperature)
+        data.reference_log_probs_BT, _ = response_log_probs(
+            self.reference, data, pad_id, rl.temperature, with_entropy=False
+        )
         pair = (data.old_log_probs_BT, data.reference_log_probs_BT, data.mask_BT)
         rewards_B, noise_B = reward_output.rewards_N, reward_output.noise_N
         kl_noise_BT = kl_noise(*pair, rl.kl.estimator, self.model.config.params_dtype)
@@ -220,9 +222,12 @@ class PolicyModel(TrainableModel):
             norm = self.optimizer.step(lr, step)
         return {**metrics, "grad_norm": norm, "learning_rate": lr}
 
-    def _loss(self, logits_NV: Tensor, microbatch: Any) -> tuple[Tensor, int, Sums]:
+    def _loss(self, logits_NV: Logits, microbatch: Any) -> tuple[Tensor, int, Sums]:
         rl, extra = self.config.rl, microbatch.extra
-        log_probs_N, entropy_N = log_probs_and_entropy(logits_NV, extra["targets_N"], rl.temperature)
+        if rl.entropy_coefficient:
+            log_probs_N, entropy_N = log_probs_and_entropy(logits_NV, extra["targets_N"], rl.temperature)
+        else:
+            log_probs_N, entropy_N = log_probs(logits_NV, extra["targets_N"], rl.temperature), None
         count = log_probs_N.numel()
         everything_N = torch.ones_like(log_probs_N, dtype=torch.bool)
         log_ratio_N = (log_probs_N - extra["old_log_probs_N"]).detach()
@@ -240,7 +245,9 @@ class PolicyModel(TrainableModel):
             "approx_kl": ((log_ratio_N.exp() - 1 - log_ratio_N).sum(), count),
             "clipfrac": (clipped_N.float().sum(), count),
         }
-        return (loss_N - rl.entropy_coefficient * entropy_N).sum(), count, sums
+        if entropy_N is not None:
+            loss_N = loss_N - rl.entropy_coefficient * entropy_N
+        return loss_N.sum(), count, sums
 
     def _describe(self, rollouts: Rollouts, reward_output: RewardOutput, data: RolloutBatch) -> dict[str, float]:
         """Returns metrics of a step, as means over the rollouts of all data-parallel ranks."""

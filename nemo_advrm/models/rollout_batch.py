@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nemo_advrm.engine import runtime
-from nemo_advrm.engine.log_probs import log_probs_and_entropy
+from nemo_advrm.engine.log_probs import Logits, log_probs, log_probs_and_entropy
 from nemo_advrm.engine.microbatches import EncodedResponse, response_microbatch
 from nemo_advrm.engine.model import MegatronModel
 from nemo_advrm.engine.schedule import Microbatch, forward, microbatch_rows
@@ -60,13 +60,19 @@ class RolloutBatch:
 
 @torch.no_grad()
 def response_log_probs(
-    model: MegatronModel, data: RolloutBatch, pad_id: int, temperature: float = 1.0
+    model: MegatronModel, data: RolloutBatch, pad_id: int, temperature: float = 1.0, with_entropy: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """Returns log-probability and entropy at every response token, both [B, T] in nats on the CPU."""
+    """Returns log-probability and entropy at every response token, both [B, T] in nats on the CPU.
+
+    Without ``with_entropy`` the second is zero.
+    """
     groups, microbatches = data.microbatches(model, pad_id)
 
-    def collect(logits_NV: Tensor, microbatch: Microbatch) -> tuple[Tensor, Tensor]:
-        return log_probs_and_entropy(logits_NV, microbatch.extra["targets_N"], temperature)
+    def collect(logits_NV: Logits, microbatch: Microbatch) -> tuple[Tensor, ...]:
+        targets_N = microbatch.extra["targets_N"]
+        if with_entropy:
+            return log_probs_and_entropy(logits_NV, targets_N, temperature)
+        return (log_probs(logits_NV, targets_N, temperature),)
 
     return per_token(data, groups, forward(model, microbatches, collect))
 

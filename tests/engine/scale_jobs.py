@@ -5,9 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tiny import TOKENIZER, pairs, tiny_config
+import torch
+from tiny import TOKENIZER, pairs, responses, tiny_config
 
 from nemo_advrm.engine import checkpoint, runtime
+from nemo_advrm.engine.builders import build_policy
+from nemo_advrm.engine.log_probs import DeferredLogits, Logits, log_probs, log_probs_and_entropy
+from nemo_advrm.engine.microbatches import response_microbatch
+from nemo_advrm.engine.schedule import Microbatch, Sums, forward_backward
 from nemo_advrm.models.reward_model import RewardModel
 
 Metrics = dict[str, float]
@@ -40,3 +45,25 @@ def load_and_continue(model: dict[str, Any], path: str, precision: str = "fp32")
     module.seed = 0  # other weights, the same order of rows
     checkpoint.load(Path(path), module.model, module.optimizer)
     return train(module, 2, 4)
+
+
+def policy_step(
+    path: str, model: dict[str, Any], entropy: float
+) -> tuple[Metrics, dict[str, torch.Tensor], list[bool]]:
+    """Loss and gradients of a microbatch of responses; whether logits were deferred in the schedule's calls."""
+    cfg = tiny_config("llama", runtime.current().layout, **model)
+    policy = build_policy(cfg, TOKENIZER, path, 0, trainable=True)
+    deferred = []
+
+    def loss(logits_NV: Logits, microbatch: Microbatch) -> tuple[torch.Tensor, int, Sums]:
+        deferred.append(isinstance(logits_NV, DeferredLogits))
+        targets_N = microbatch.extra["targets_N"]
+        log_probs_N, entropy_N = log_probs_and_entropy(logits_NV, targets_N, 0.8)
+        torch.testing.assert_close(log_probs(logits_NV, targets_N, 0.8), log_probs_N)
+        terms_N = log_probs_N * torch.arange(1, len(targets_N) + 1) / len(targets_N) + entropy * entropy_N
+        return terms_N.sum(), len(targets_N), {"entropy": (entropy_N.detach().sum(), len(targets_N))}
+
+    microbatch = response_microbatch(policy, responses(4, seed=3), TOKENIZER.pad_id)
+    policy.chunks[0].zero_grad_buffer()
+    metrics = forward_backward(policy, [microbatch], loss)
+    return metrics, {name: p.main_grad.clone() for name, p in policy.parts[0].named_parameters()}, deferred

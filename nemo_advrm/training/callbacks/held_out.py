@@ -64,8 +64,8 @@ class HeldOutEvaluation(Callback):
             if self.gold is not None:
                 columns["gold"] = checked_scores(self.gold, rollouts)
             data = RolloutBatch.of(rollouts)
-            log_probs_BT, _ = response_log_probs(policy.model, data, pad_id, rl.temperature)
-            reference_BT, _ = response_log_probs(policy.reference, data, pad_id, rl.temperature)
+            log_probs_BT, _ = response_log_probs(policy.model, data, pad_id, rl.temperature, with_entropy=False)
+            reference_BT, _ = response_log_probs(policy.reference, data, pad_id, rl.temperature, with_entropy=False)
         columns["kl"] = response_kl(log_probs_BT, reference_BT, data.mask_BT, "k1", "sum")
         table = torch.cat(rt.gather_data_parallel(torch.stack([column.float() for column in columns.values()], -1)))
         return {f"held_out/{name}": value for name, value in zip(columns, table.mean(0).tolist(), strict=True)}
