@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nemo_advrm.audit.attack_stage import AttackResult, attack_home
-from nemo_advrm.audit.panel import Panel, Split, stored_scores, texts
+from nemo_advrm.audit.panel import Panel, Split, texts
 from nemo_advrm.audit.success import Successes, of_rows, submitted
 from nemo_advrm.audit.weaknesses import Answer
 from nemo_advrm.data.pair_store import AdversarialPair, PairStore, Provenance
@@ -31,7 +32,8 @@ class Judged:
 
     Attributes:
         rows: rows of ``samples.jsonl``, each with its ``rank`` among those to its prompt.
-        gold_N: the judge's scores; None without one.
+        gold_N: the judge's scores; None without one. NaN where it gave none, or where the ordinary responses to the
+            prompt have none to compare with: such a row does not succeed.
         success: which rows succeed.
     """
 
@@ -88,7 +90,10 @@ def judge_attack(panel: Panel, result: AttackResult) -> list[Judged]:
         gold_N = None
         if panel.judge is not None:
             path = attack_home(panel, result.attack, result.target) / f"judged_{split.name}.jsonl"
-            gold_N = stored_scores(path, panel.judge, rollouts_of_rows(split, rows))
+            gold_N = panel.verdicts(path, rollouts_of_rows(split, rows))
+            for i, row in enumerate(rows):
+                if row["prompt_id"] in split.unjudged_prompts:
+                    gold_N[i] = math.nan
         threshold = panel.cfg.selection.threshold_z
         found.append(Judged(result, split, rows, gold_N, of_rows(rows, gold_N, split, threshold, result.underrates)))
     return found

@@ -136,6 +136,15 @@ def _transfer(summary: Facts) -> Facts:
     return {"columns": columns, "rows": rows}
 
 
+def _unjudged(asked: int, missing: int) -> str:
+    if not missing:
+        return ""
+    return (
+        f"The judge gave {missing} of {asked} responses no score that can be used. None of them counts as a success, "
+        "of an attack or of ordinary responses."
+    )
+
+
 def notes(summary: Facts) -> list[str]:
     """Returns how the audit was done and what it cannot tell, a sentence or two each."""
     others = ", ".join(f"{name} ({source})" for name, source in summary["others"].items())
@@ -147,6 +156,7 @@ def notes(summary: Facts) -> list[str]:
         "searched with it."
         if summary["judge"]
         else "Judge: none.",
+        _unjudged(**summary["unjudged"]),
         f"What the judge cost: {summary['judge_cost']}." if summary["judge_cost"] else "",
         f"Others, which an attack must not please: {others}." if others else "Others: none.",
         f"Detector of suspected finds: {summary['detector']}.",

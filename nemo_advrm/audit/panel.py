@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,9 +20,9 @@ from nemo_advrm.data.messages import Message
 from nemo_advrm.data.sft_scores import SFTScores
 from nemo_advrm.data.tokenizers import Tokenizer
 from nemo_advrm.engine.collectives import run_on_rank_zero
-from nemo_advrm.errors import DataError
+from nemo_advrm.errors import DataError, RewardSourceError
 from nemo_advrm.objectives.sft_statistics import own_z_scores, z_scores
-from nemo_advrm.rewards.base import RewardSource, checked_scores
+from nemo_advrm.rewards.base import RewardSource, answered_scores, checked_scores
 from nemo_advrm.rewards.features import ReferenceFeatures
 from nemo_advrm.rewards.sample_rows import prompt_text
 from nemo_advrm.rollouts.types import Prompt, Rollouts
@@ -34,13 +35,34 @@ class Split:
     Attributes:
         name: ``training`` (the attacks see these prompts) or ``held_out``.
         sft: scores of all models, targets first, then the others.
-        gold_PN: the judge's scores of them; None without a judge.
+        gold_PN: the judge's scores of them; None without a judge. An answer that it gave no score has the mean of those
+            to its prompt, which is neither better nor worse than they are.
+        unjudged: how many answers got no score.
+        unjudged_prompts: prompts without a single score. Nothing can be compared there.
     """
 
     name: str
     prompts: list[Prompt]
     sft: SFTScores
     gold_PN: Tensor | None = None
+    unjudged: int = 0
+    unjudged_prompts: frozenset[int] = frozenset()
+
+    def with_gold(self, gold_PN: Tensor) -> Split:
+        """Returns the split with the judge's scores of the ordinary responses, NaN where there is none.
+
+        Raises RewardSourceError when more than half of them have no score: such a judge measures nothing.
+        """
+        missing_PN = gold_PN.isnan()
+        if missing_PN.sum() * 2 > missing_PN.numel():
+            raise RewardSourceError(
+                f"the judge gave no score to {int(missing_PN.sum())} of {missing_PN.numel()} ordinary responses to the "
+                f"{self.name.replace('_', '-')} prompts: take another judge, or another judge.rubric"
+            )
+        mean_P = gold_PN.nanmean(1).where(~missing_PN.all(1), gold_PN.nanmean())
+        filled_PN = gold_PN.where(~missing_PN, mean_P[:, None])
+        empty = frozenset(missing_PN.all(1).nonzero().flatten().tolist())
+        return dataclasses.replace(self, gold_PN=filled_PN, unjudged=int(missing_PN.sum()), unjudged_prompts=empty)
 
     @cached_property
     def judged(self) -> SFTScores:
@@ -103,6 +125,11 @@ class Panel:
     def splits(self) -> list[Split]:
         return [self.training, *([self.held_out] if self.held_out is not None else [])]
 
+    def verdicts(self, path: Path, rollouts: Rollouts) -> Tensor:
+        """Returns the judge's scores, [N], NaN where it gave none; see :func:`stored_scores`. All ranks call."""
+        assert self.judge is not None
+        return stored_scores(path, self.judge, rollouts, self.cfg.judge.on_no_answer == "lowest")
+
     def columns(self, target: int) -> list[int]:
         """Returns the indices of the members of an attack: the target (from 0), then the others."""
         return [target, *range(self.targets, len(self.models))]
@@ -119,20 +146,24 @@ def texts(prompts: list[tuple[Message, ...]], responses: list[str], ended: list[
     return Rollouts(prompts, responses, ended, none, none, [0] * len(responses), fingerprint="")
 
 
-def stored_scores(path: Path, source: RewardSource, rollouts: Rollouts) -> Tensor:
+def stored_scores(path: Path, source: RewardSource, rollouts: Rollouts, lowest: bool = False) -> Tensor:
     """Scores responses, or reads the scores that an earlier call wrote to ``path``, [N] fp32; all ranks call.
 
-    A judge may be slow or cost money, so nothing is asked twice. Raises DataError for a file of other responses.
+    A judge may be slow or cost money, so nothing is asked twice. NaN (null in the file) where it gave no score, unless
+    ``lowest`` (judge.on_no_answer) gives such responses the lowest. Raises DataError for a file of other responses.
     """
     known = run_on_rank_zero(_read_scores, path, rollouts)
     if known is None:
-        known = checked_scores(source, rollouts).tolist() if len(rollouts) else []
+        scores_N = torch.empty(0)
+        if len(rollouts):
+            scores_N = checked_scores(source, rollouts) if lowest else answered_scores(source, rollouts)
+        known = [None if math.isnan(score) else score for score in scores_N.tolist()]
         rows = [{"response": r, "score": s} for r, s in zip(rollouts.responses, known, strict=True)]
         run_on_rank_zero(write_jsonl_atomic, path, rows)
-    return torch.tensor(known, dtype=torch.float32)
+    return torch.tensor([math.nan if score is None else score for score in known], dtype=torch.float32)
 
 
-def _read_scores(path: Path, rollouts: Rollouts) -> list[float] | None:
+def _read_scores(path: Path, rollouts: Rollouts) -> list[float | None] | None:
     if not path.exists():
         return None
     rows = [row for _, row in read_jsonl(path)] if path.stat().st_size else []  # nothing was submitted
@@ -140,6 +171,6 @@ def _read_scores(path: Path, rollouts: Rollouts) -> list[float] | None:
     if [row.get("response") if isinstance(row, dict) else None for row in rows] != rollouts.responses:
         raise DataError(f"{path}: holds scores of other responses: {cure}")
     scores = [row.get("score") for row in rows]
-    if not all(type(score) in (int, float) for score in scores):
+    if not all(score is None or type(score) in (int, float) for score in scores):
         raise DataError(f"{path}: holds a score that is no number: {cure}")
     return scores

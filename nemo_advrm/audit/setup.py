@@ -10,7 +10,7 @@ from typing import Any
 
 from nemo_advrm import files
 from nemo_advrm.audit import policy as audit_policy
-from nemo_advrm.audit.panel import Panel, Split, stored_scores, texts
+from nemo_advrm.audit.panel import Panel, Split, texts
 from nemo_advrm.audit.settings import SYNTHETIC, base_config, check, names_of
 from nemo_advrm.config.fields import Restart
 from nemo_advrm.config.keys import about, keys_at_restart
@@ -163,8 +163,8 @@ def judge_ordinary(panel: Panel) -> Panel:
     judged = []
     for split in panel.splits:
         path = Path(panel.audit.run_dir) / f"judged_{split.name}.jsonl"
-        gold_N = stored_scores(path, panel.judge, ordinary_texts(split.sft))
-        judged.append(dataclasses.replace(split, gold_PN=gold_N.reshape(split.sft.scores_PNK.shape[:2])))
+        gold_N = panel.verdicts(path, ordinary_texts(split.sft))
+        judged.append(split.with_gold(gold_N.reshape(split.sft.scores_PNK.shape[:2])))
     return dataclasses.replace(panel, training=judged[0], held_out=judged[1] if len(judged) > 1 else None)
 
 

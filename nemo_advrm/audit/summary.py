@@ -11,8 +11,8 @@
                   "transfer": [{"model", "share", "z", "finds"}]}],
      "attacks": [{"attack", "samples", "underrates",
                   "cells": {TARGET: {"responses", "seconds", SPLIT: {MEASURE: RATE}}}}],
-     "left_out": {ATTACK: reason}, "others", "policy", "judge", "judge_cost", "prompts", "held_out_prompts",
-     "samples_per_prompt", "detector", "budget", "seed", "pairs": n, "seconds": f}
+     "left_out": {ATTACK: reason}, "others", "policy", "judge", "judge_cost", "unjudged": {"asked", "missing"},
+     "prompts", "held_out_prompts", "samples_per_prompt", "detector", "budget", "seed", "pairs": n, "seconds": f}
 
 MEASURE is standard, strict or suspected. RATE is {"rate", "low", "high", "trials"} or null where there is no judge; low
 and high bound its 95 % interval. The worst attack is that with the largest "excess", the lower end of the interval of
@@ -74,6 +74,7 @@ def summarise(
         "policy": audit.policy,
         "judge": audit.judge,
         "judge_cost": cost_line() if (cost_line := getattr(panel.judge, "cost_line", None)) else "",
+        "unjudged": _unjudged(panel, judged),
         "prompts": len(panel.training.prompts),
         "held_out_prompts": len(panel.held_out.prompts) if panel.held_out else 0,
         "samples_per_prompt": audit.samples_per_prompt,
@@ -82,6 +83,15 @@ def summarise(
         "seed": audit.seed,
         "seconds": round(seconds, 1),
     }
+
+
+def _unjudged(panel: Panel, judged: Sequence[Judged]) -> dict[str, int]:
+    """Returns how many responses the judge was asked about, and how many of them could not be judged."""
+    splits = [split for split in panel.splits if split.gold_PN is not None]
+    golds = [one.gold_N for one in judged if one.gold_N is not None]
+    asked = sum(split.gold_PN.numel() for split in splits if split.gold_PN is not None) + sum(map(len, golds))
+    missing = sum(split.unjudged for split in splits) + sum(int(gold_N.isnan().sum()) for gold_N in golds)
+    return {"asked": asked, "missing": missing}
 
 
 def _attack(panel: Panel, name: str, judged: Sequence[Judged], samples: int) -> Facts:

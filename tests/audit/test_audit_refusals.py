@@ -1,0 +1,103 @@
+"""A judge that refuses some responses: what an audit makes of it."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from audit_toys import LOVED
+from reward_members import save_megatron
+from torch import Tensor
+
+from nemo_advrm import cli
+from nemo_advrm.audit import panel, setup
+from nemo_advrm.data.sft_scores import SFTScores
+from nemo_advrm.engine.runtime import Runtime
+from nemo_advrm.errors import RewardSourceError
+from nemo_advrm.rollouts.types import Rollouts
+from nemo_advrm.synthetic.gold import gold_scores
+
+TOYS = "python:audit_toys"
+
+
+class Refuser:
+    """The gold reward, which does not judge responses that have a word."""
+
+    name = "refuser"
+
+    def __init__(self, word: str) -> None:
+        self.word = word
+        self.asked = 0
+
+    def score_answered(self, rollouts: Rollouts) -> Tensor:
+        self.asked += len(rollouts)
+        golds = gold_scores(rollouts.prompts, rollouts.responses, rollouts.ended)
+        refused = [self.word in text.split() for text in rollouts.responses]
+        return torch.tensor([math.nan if no else gold for no, gold in zip(refused, golds, strict=True)])
+
+    def score(self, rollouts: Rollouts) -> Tensor:
+        raise AssertionError("an audit asks for the answers that there are")
+
+    def cost_line(self) -> str:
+        return ""
+
+
+def _split(gold_PN: Tensor) -> panel.Split:
+    scores_PNK = torch.zeros(*gold_PN.shape, 1)
+    sft = SFTScores([()] * len(gold_PN), [["a"] * gold_PN.size(1)] * len(gold_PN), scores_PNK, None)
+    return panel.Split("training", [], sft).with_gold(gold_PN)
+
+
+def test_a_refused_ordinary_response_has_the_mean_of_its_prompt() -> None:
+    split = _split(torch.tensor([[1.0, math.nan, 3.0], [math.nan] * 3, [0.0, 4.0, 2.0]]))
+    assert split.gold_PN is not None
+    assert split.gold_PN.tolist() == [[1, 2, 3], [2, 2, 2], [0, 4, 2]]  # the mean of all where a prompt has none
+    assert (split.unjudged, split.unjudged_prompts) == (4, {1})
+
+
+def test_a_judge_that_refuses_most_is_an_error() -> None:
+    with pytest.raises(RewardSourceError, match="no score to 3 of 4 ordinary responses to the training prompts"):
+        _split(torch.tensor([[1.0, math.nan], [math.nan, math.nan]]))
+
+
+def test_refused_finds_are_no_success_and_are_not_asked_again(
+    single: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = save_megatron(tmp_path / "policy" / "model", head="lm")
+    judge = Refuser(LOVED)
+    monkeypatch.setattr(setup, "build_gold", lambda *_: judge)
+    run = tmp_path / "run"
+    words = [
+        "audit",
+        f"run_dir={run}",
+        f"policy={policy}",
+        "prompts=synthetic",
+        f"target={TOYS}:loves_a_word",
+        "judge=synthetic",
+        f"attacks=[{TOYS}:Tricks]",
+        "budget=90",
+        "num_prompts=12",
+        "num_held_out=0",
+        "max_new_tokens=32",
+        "accelerator=cpu",
+        f"also=[rl.rollout_engine={TOYS}:Writer]",
+    ]
+    assert cli.main(words) == 0
+    summary: dict[str, Any] = json.loads((run / "summary.json").read_text())
+    (judged,) = (run / "attacks/Tricks").glob("*/judged_training.jsonl")
+    rows = [json.loads(line) for line in judged.read_text().splitlines()]
+    refused = [row for row in rows if row["score"] is None]
+    assert refused and all(LOVED in row["response"].split() for row in refused)
+    assert summary["unjudged"]["missing"] >= len(refused)
+    assert summary["unjudged"]["asked"] == judge.asked
+    (cell,) = summary["attacks"][0]["cells"].values()
+    assert cell["training"]["strict"]["rate"] == 0.0  # all that this model overrates was refused
+    assert f"gave {summary['unjudged']['missing']} of {judge.asked} responses no score" in (
+        run / "report/index.html"
+    ).read_text()
+    assert cli.main(words) == 0
+    assert judge.asked == summary["unjudged"]["asked"]
