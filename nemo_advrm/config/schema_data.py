@@ -7,7 +7,7 @@ from typing import Any
 
 from nemo_advrm.config.fields import COUNT, FINITE, FRACTION, NOT_NEGATIVE, POSITIVE, Range, free, key
 
-AGGREGATES = ("mean", "min", "lcb", "uwo", "gap")
+AGGREGATES = ("mean", "min", "lcb", "uwo", "entropic", "gap")
 REFERENCE_FEATURES = ("log_prob", "prompt_gain")
 
 # the forms of nemo_advrm.data.preference_forms, of which a test checks that it has one of each name
@@ -93,7 +93,7 @@ class EnsembleConfig:
         "http://HOST:PORT, triton+http://HOST:PORT/MODEL, python:MODULE:FUNCTION, openai:URL#MODEL, human:FILE.csv",
     )
     aggregate: str = key("mean", "how members' rewards become one", choices=AGGREGATES)
-    coefficient: float = key(1.0, "weight of the spread in lcb (std) and uwo (variance)", NOT_NEGATIVE)
+    coefficient: float = key(1.0, "weight of the spread in lcb (std), uwo (variance); b of entropic", NOT_NEGATIVE)
     standardise: bool = key(True, "bring several members to one scale before they are combined (rlhf, serve, evaluate)")
     reference_path: str = key("", "reference.jsonl of the same members, to standardise by; empty: rlhf samples its own")
 

@@ -262,7 +262,7 @@ class RLHFRunConfig:
 
     reward: str = key("r1", "reward of the arm", choices={"r1": "", "ensemble": "uses aggregate", "hardened": ""})
     aggregate: str = key("mean", "how members' rewards become one", choices=AGGREGATES)
-    coefficient: float = key(1.0, "weight of the spread in lcb and uwo", NOT_NEGATIVE)
+    coefficient: float = key(1.0, "weight of the spread in lcb and uwo; scale b of entropic", NOT_NEGATIVE)
     branch: str = key("", "whose members are the reward: a name of pipeline.branches; empty: the main rounds")
     round: int | None = key(
         None, "round of the members; null: the last one for hardened, 0 for the others", NOT_NEGATIVE

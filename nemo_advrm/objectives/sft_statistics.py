@@ -7,8 +7,8 @@ All spreads are those of a *fresh* response, one that is not in the sample that 
 a z of variance 1. The SFT responses of the sample are nearer to the means that they determine; use `own_z_scores` for
 them.
 
-Members that are combined into one reward (mean, min, lcb, uwo, gap) are standardised by one mean and one spread each
-over all SFT responses (`MemberStatistics`), because RLHF and servers meet prompts that have no T_k(x).
+Members that are combined into one reward (mean, min, lcb, uwo, entropic, gap) are standardised by one mean and one
+spread each over all SFT responses (`MemberStatistics`), because RLHF and servers meet prompts that have no T_k(x).
 """
 
 from __future__ import annotations

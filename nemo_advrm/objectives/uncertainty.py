@@ -16,6 +16,7 @@ FORMULAS = {
     "min": "lowest member (WCO of Coste et al.)",
     "lcb": "mean - b * standard deviation over the members (the Adv-RM paper's UWO has b = 1)",
     "uwo": "mean - b * variance over the members (UWO of Coste et al.)",
+    "entropic": "-b * log mean exp(-R / b) over the members: between the mean (large b) and the lowest (b = 0)",
     "gap": "R_1 - mean of the others",
 }
 COMBINATIONS = tuple(FORMULAS)
@@ -41,6 +42,20 @@ def uncertainty_weighted(scores_BK: Tensor, coefficient: float) -> Tensor:
     return scores_BK.mean(-1) - coefficient * scores_BK.var(-1, correction=0)
 
 
+def entropic(scores_BK: Tensor, coefficient: float) -> Tensor:
+    """-b * log mean exp(-R / b) over the members with b = coefficient, [B].
+
+    The certainty equivalent of exponential utility. It falls from the mean (b to infinity) to the lowest member (b = 0,
+    which is `minimum`). For a spread that is small against b it is mean - variance / (2 b): UWO with 1 / (2 b).
+    """
+    lowest_B = minimum(scores_BK)
+    if coefficient == 0:
+        return lowest_B
+    # log mean exp itself would cancel: for a large b it is a small difference of numbers near 1
+    above_BK = scores_BK - lowest_B.unsqueeze(-1)
+    return lowest_B - coefficient * (-above_BK / coefficient).expm1().mean(-1).log1p()
+
+
 def gap(scores_BK: Tensor, target: int = 0) -> Tensor:
     """U of the selection rule, [B]: score of the target member minus the mean of the others. Raises like `others`.
 
@@ -53,7 +68,7 @@ def gap(scores_BK: Tensor, target: int = 0) -> Tensor:
 def combine(name: str, scores_BK: Tensor, coefficient: float = 1.0) -> Tensor:
     """Reward of each response, [B], by the method `name`, one of COMBINATIONS.
 
-    Only "lcb" and "uwo" use the coefficient. Raises ConfigError for an unknown name.
+    Only "lcb", "uwo" and "entropic" use the coefficient. Raises ConfigError for an unknown name.
     """
     if name not in COMBINATIONS:
         raise unknown_name("ensemble reward", name, COMBINATIONS)
@@ -65,6 +80,8 @@ def combine(name: str, scores_BK: Tensor, coefficient: float = 1.0) -> Tensor:
         return lower_confidence_bound(scores_BK, coefficient)
     if name == "uwo":
         return uncertainty_weighted(scores_BK, coefficient)
+    if name == "entropic":
+        return entropic(scores_BK, coefficient)
     return gap(scores_BK)
 
 
@@ -72,12 +89,14 @@ def same_as(name: str, coefficient: float, members: int) -> str | None:
     """The simpler combination that `name` equals for all scores; None if there is none.
 
     For one member all are that member. For two, std = |R_1 - R_2| / 2, so lcb with the coefficient 1 is exactly their
-    minimum. With a coefficient of 0 only the mean remains.
+    minimum. With a coefficient of 0 only the mean remains of lcb and uwo, and the minimum of entropic.
     """
     if name in ("mean", "gap"):
         return None
     if members == 1 or (name in ("lcb", "uwo") and coefficient == 0):
         return "mean"
+    if name == "entropic" and coefficient == 0:
+        return "min"
     return "min" if name == "lcb" and members == 2 and coefficient == 1 else None
 
 

@@ -70,7 +70,8 @@ class UncertaintyReward:
     Args:
         sources: at least one; the first is R_1.
         aggregate: ``mean``, ``min`` (WCO), ``lcb`` (mean - coefficient * std), ``uwo`` (mean - coefficient *
-            variance) or ``gap`` (R_1 - mean of the rest); see :mod:`nemo_advrm.objectives.uncertainty`.
+            variance), ``entropic`` (soft minimum at the scale coefficient) or ``gap`` (R_1 - mean of the rest); see
+            :mod:`nemo_advrm.objectives.uncertainty`.
         statistics: mean and standard deviation of each member over SFT responses, by which its scores are standardised
             before they are combined. None combines raw scores: Bradley-Terry leaves their offset and scale free, so
             the member with the largest scale dominates. A single member keeps its raw scores, unless ``one_too``.
@@ -236,7 +237,7 @@ class AdversarialReward:
 
 def _combined_noise(aggregate: str, values_NK: Tensor, noise_NK: Tensor, coefficient: float) -> Tensor:
     """Returns the largest change of the aggregate when every member's score changes by its noise, [N]."""
-    if aggregate == "min":
+    if aggregate in ("min", "entropic"):  # a weighted mean of the members' noise, with unknown weights
         return noise_NK.amax(-1)
     if aggregate == "gap":
         return noise_NK[:, 0] + others_mean(noise_NK, 0)

@@ -59,6 +59,10 @@ def _reference(members: int = 3) -> SFTScores:
     return SFTScores([(), ()], [["", ""], ["", ""]], scores_PNK[..., :members], gold_PN)
 
 
+def _entropic(*scores: float) -> float:
+    return -2 * math.log(sum(math.exp(-score / 2) for score in scores) / 3)
+
+
 @pytest.mark.parametrize(
     ("aggregate", "coefficient", "expected"),
     [
@@ -67,6 +71,8 @@ def _reference(members: int = 3) -> SFTScores:
         # population variances: (1 + 1 + 0) / 3 and (9 + 1 + 16) / 3
         ("lcb", 0.5, [2 - 0.5 * math.sqrt(2 / 3), 1 - 0.5 * math.sqrt(26 / 3)]),
         ("uwo", 0.5, [2 - 0.5 * 2 / 3, 1 - 0.5 * 26 / 3]),
+        # 3, 1, 2 and -2, 0, 5
+        ("entropic", 2.0, [_entropic(3, 1, 2), _entropic(-2, 0, 5)]),
         ("gap", 9.0, [3 - 1.5, -2 - 2.5]),
     ],
 )
@@ -107,7 +113,7 @@ def test_the_members_offsets_and_scales_do_not_change_what_an_ensemble_prefers()
         statistics = fit_members(table_SK) if standardise else None
         return UncertaintyReward(sources, aggregate, statistics=statistics).score(rollouts)
 
-    for aggregate in ("mean", "min", "lcb", "uwo"):
+    for aggregate in ("mean", "min", "lcb", "uwo", "entropic"):
         same = [rewards(table, aggregate, True) for table in (scores_SK, rescaled_SK)]
         torch.testing.assert_close(same[0], same[1], atol=1e-4, rtol=1e-4)
         raw = [rewards(table, aggregate, False) for table in (scores_SK, rescaled_SK)]

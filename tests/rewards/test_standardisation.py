@@ -126,6 +126,7 @@ def test_evaluate_combines_members_on_one_scale_or_not_at_all(tmp_path: Path) ->
         ("lcb", 1.0, 3, None),
         ("lcb", 0.5, 2, None),
         ("uwo", 0.0, 3, "uwo with 3 members and the coefficient 0 is exactly the mean"),
+        ("entropic", 0.0, 3, "entropic with 3 members and the coefficient 0 is exactly the min"),
         ("min", 1.0, 1, "min with 1 member and the coefficient 1 is exactly the mean"),
         ("mean", 1.0, 1, None),
     ],
