@@ -127,6 +127,12 @@ class RLConfig:
     prompts_per_step: int = key(32, "prompts of one batch of rollouts", COUNT)
     group_size: int = key(4, "rollouts per prompt", COUNT)
     max_new_tokens: int = key(256, "longest response in tokens", COUNT)
+    generation_batch_size: int = key(
+        0,
+        "responses that a rank writes at once; 0: as many as the free memory of a GPU has room for, "
+        "4 x micro_batch_size on a CPU",
+        NOT_NEGATIVE,
+    )
     temperature: float = key(1.0, "sampling temperature", POSITIVE)
     top_k: int = key(0, "sample from the k likeliest tokens; 0: from all", NOT_NEGATIVE)
     top_p: float = key(

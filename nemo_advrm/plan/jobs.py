@@ -34,7 +34,8 @@ class Job:
         microbatches: number of training microbatches per step and replica.
         scoring: a microbatch of forward passes without gradients (RL).
         rollouts: responses per step and replica; 0 in stages without RL.
-        generated: most responses that a rank generates at once; context-parallel ranks divide the rollouts.
+        generated: most responses that a rank generates at once; context-parallel ranks divide the rollouts. The
+            automatic number, which fills the memory that is left, is counted as 4 x micro_batch_size.
     """
 
     cfg: Config
@@ -106,5 +107,5 @@ def job_of(cfg: Config, gpus: int, tokenizer_size: int) -> Job:
         steps,
         scoring,
         rollouts,
-        min(-(-rollouts // model.context_parallel_size), 4 * model.micro_batch_size),
+        min(-(-rollouts // model.context_parallel_size), cfg.rl.generation_batch_size or 4 * model.micro_batch_size),
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from nemo_advrm.engine.generation import Generation, generate
+from nemo_advrm.engine.generation_rows import rows_at_once
 from nemo_advrm.engine.model import MegatronModel
 from nemo_advrm.rollouts.base import RolloutEngine
 
@@ -14,6 +15,6 @@ class MegatronEngine(RolloutEngine):
 
     def generate(self, policy: MegatronModel, prompts: list[list[int]], uniforms_NT: Tensor) -> Generation:
         """See :meth:`RolloutEngine.generate`. A sample depends on its logits and its uniform numbers only."""
-        # rows per batch as in scoring; grouping does not change the samples
-        rows = 4 * policy.model_config.micro_batch_size
+        longest = max(map(len, prompts), default=0) + self.sampling.max_new_tokens
+        rows = rows_at_once(policy, longest, self.cfg.rl.generation_batch_size)
         return generate(policy, prompts, self.sampling, uniforms_NT, max_rows=rows)

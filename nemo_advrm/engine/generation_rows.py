@@ -1,0 +1,58 @@
+"""How many rows to generate at once: as many as asked for, or as the free memory of a GPU has room for."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+from nemo_advrm.engine import runtime
+from nemo_advrm.engine.model import MegatronModel
+
+# share of the free memory for caches and logits; the rest is for activations of the prefill and for fragmentation
+_SHARE = 0.8
+# fp32 tensors [rows, vocabulary] at once while tokens are sampled: logits, probabilities, their order, their sums
+_VOCABULARY_TENSORS = 6
+
+
+def rows_at_once(model: MegatronModel, longest: int, asked: int = 0) -> int:
+    """Rows of a batch of generation, the same on all ranks of the replica, which all call.
+
+    Args:
+        longest: tokens of the longest row, prompt and response.
+        asked: ``rl.generation_batch_size``; 0 is as many as the free memory of each of the replica's GPUs has room
+            for, and 4 x micro_batch_size on a CPU.
+    """
+    rt = runtime.current()
+    if asked:
+        return asked
+    if not rt.on_gpu:
+        return 4 * model.model_config.micro_batch_size
+    rows = rows_that_fit(model, longest, _free_bytes(model, rt.device))
+    if rt.layout.model_parallel > 1:
+        least = torch.tensor(rows, device=rt.device)
+        dist.all_reduce(least, op=dist.ReduceOp.MIN, group=rt.replica)
+        rows = int(least)
+    return rows
+
+
+def rows_that_fit(model: MegatronModel, longest: int, free: int) -> int:
+    """Rows whose cache on this rank, and whose logits if it has them, fit into ``free`` bytes; at least 1."""
+    return max(1, int(free * _SHARE) // max(1, bytes_per_row(model, longest)))
+
+
+def bytes_per_row(model: MegatronModel, longest: int) -> int:
+    """Bytes of this rank's cache of ``longest`` tokens, and on the last stage of what sampling makes of the logits."""
+    config = model.config
+    layers = sum(len(part.decoder.layers) for part in model.parts)
+    groups = max(1, config.num_query_groups // config.tensor_model_parallel_size)
+    per_token = 2 * layers * groups * config.kv_channels * config.params_dtype.itemsize
+    has_logits = any(part.post_process for part in model.parts)
+    return longest * per_token + has_logits * _VOCABULARY_TENSORS * 4 * model.vocab_size
+
+
+def _free_bytes(model: MegatronModel, device: torch.device) -> int:
+    """Bytes that PyTorch can still hand out, less the weights that have yet to come (see MegatronModel.resident)."""
+    free, _ = torch.cuda.mem_get_info(device)
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    waiting = sum(p.nbytes for part in model.parts for p in part.parameters() if p.device != device)
+    return max(0, free + unused - waiting)
