@@ -18,10 +18,14 @@ from nemo_advrm.engine.decoding import decoding
 from nemo_advrm.engine.kv_cache import KVCache
 from nemo_advrm.engine.model import MegatronModel
 from nemo_advrm.engine.sampling import Sampling, pick
+from nemo_advrm.engine.written import Written
 from nemo_advrm.errors import ConfigError
 
 # drop finished rows once they are this share of the batch: copying the cache costs about as much as one step
 _DROP_SHARE = 0.25
+
+# tokens between two looks at which rows have ended, on a GPU (see Written)
+_LOOK_EVERY = 8
 
 
 @dataclass(frozen=True)
@@ -133,38 +137,35 @@ def likeliest_tokens(
 def _generate_batch(
     model: MegatronModel, prompts: list[list[int]], sampling: Sampling, uniforms_BT: Tensor
 ) -> tuple[list[list[int]], list[bool]]:
-    device = runtime.current().device
-    tokens_BS, lengths_B = (tensor.to(device) for tensor in pad_rows(prompts, pad_id=0))
-    uniforms_BT = uniforms_BT.to(device)
-    stops = torch.tensor(sampling.stop_tokens, device=device)
+    rt = runtime.current()
+    tokens_BS, lengths_B = (tensor.to(rt.device) for tensor in pad_rows(prompts, pad_id=0))
+    uniforms_BT = uniforms_BT.to(rt.device)
     cache = KVCache(lengths_B, tokens_BS.size(1) + sampling.max_new_tokens)
+    written = Written(len(prompts), sampling, rt.device, _LOOK_EVERY if rt.on_gpu else 1)
 
     logits = _prefill(model, tokens_BS, lengths_B, cache)
     cache.start_decoding()
-    alive = torch.arange(len(prompts), device=device)  # row of the cache -> row of the batch
-    running = torch.ones_like(alive, dtype=torch.bool)
-    written_BT = torch.full((len(prompts), sampling.max_new_tokens), -1, dtype=torch.int64, device=device)
-    ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     for t in range(sampling.max_new_tokens):
-        picked = torch.empty_like(alive) if logits is None else pick(logits, uniforms_BT[alive, t], sampling)
-        picked = runtime.current().broadcast_from_last_stage(picked)
-        written_BT[alive[running], t] = picked[running]
-        stopped = torch.isin(picked, stops) & running
-        ended[alive[stopped]] = True
-        running &= ~stopped
-        left = int(running.sum())
-        if left == 0 or t + 1 == sampling.max_new_tokens:
+        rows_B = written.rows_B
+        picked_B = torch.empty_like(rows_B) if logits is None else pick(logits, uniforms_BT[rows_B, t], sampling)
+        picked_B = rt.broadcast_from_last_stage(picked_B)
+        written.add(t, picked_B)
+        if t + 1 == sampling.max_new_tokens:
             break
-        if left <= running.numel() * (1 - _DROP_SHARE):
-            keep = running.nonzero().squeeze(-1)
-            cache.keep_rows(keep)
-            alive, picked, running = alive[keep], picked[keep], running[keep]
+        running = written.running(t)
+        if running is not None:
+            if not running.numel():
+                break
+            if running.numel() <= rows_B.numel() * (1 - _DROP_SHARE):
+                cache.keep_rows(running)
+                running = running.to(rt.device)
+                written.keep_rows(running)
+                picked_B = picked_B[running]
         positions = cache.lengths_B[:, None]
         read_at = torch.zeros_like(cache.lengths_B)
-        logits = _call_pipeline(model, picked[:, None], positions, read_at, cache.hidden_mask(), cache)
+        logits = _call_pipeline(model, picked_B[:, None], positions, read_at, cache.hidden_mask(), cache)
         cache.advance()
-    rows = [row[row >= 0].tolist() for row in written_BT]
-    return rows, ended.tolist()
+    return written.responses()
 
 
 def _prefill(model: MegatronModel, tokens_BS: Tensor, lengths_B: Tensor, cache: KVCache) -> Tensor | None:

@@ -98,11 +98,13 @@ class HeadedGPT(GPTModel):
             # hidden states arrive gathered (see the class docstring)
             self.output_layer.sequence_parallel = False
             self.output_layer.allreduce_dgrad = config.tensor_model_parallel_size > 1
-            self.banned_V = torch.zeros(vocab_size, dtype=torch.bool)
-            self.banned_V[list(banned_token_ids)] = True
+            banned_V = torch.zeros(vocab_size, dtype=torch.bool, device="cpu")
+            banned_V[list(banned_token_ids)] = True
             part = vocab_size // config.tensor_model_parallel_size
             rank = self.pg_collection.tp.rank()
-            self.own_banned_V = self.banned_V[rank * part : (rank + 1) * part]
+            # buffers, so that they are on the model's device; not in its checkpoints
+            self.register_buffer("banned_V", banned_V, persistent=False)
+            self.register_buffer("own_banned_V", banned_V[rank * part : (rank + 1) * part], persistent=False)
             self.rows_per_chunk = max(1, model.logits_chunk_size // part)
         else:
             del self.output_layer
@@ -216,7 +218,7 @@ class HeadedGPT(GPTModel):
         if self.logit_softcap:
             logits = self.logit_softcap * torch.tanh(logits / self.logit_softcap)
         banned_V = self.banned_V if gather_logits else self.own_banned_V
-        return logits.masked_fill(banned_V.to(logits.device), -1e9)
+        return logits.masked_fill(banned_V, -1e9)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None

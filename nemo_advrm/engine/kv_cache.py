@@ -26,7 +26,10 @@ class KVCache(StaticInferenceContext):
         self.materialize_only_last_token_logits = False
         self.lengths_B = lengths_B.clone()
         self.prefilling = True
-        self.attended = int(lengths_B.max())
+        # the host counts along, so that it need not ask a GPU
+        self._prompts = lengths_B.tolist()
+        self._new = 0
+        self.attended = max(self._prompts)
         self._prefill = slice(0, lengths_B.numel())
 
     def prefill_rows(self, start: int, stop: int) -> None:
@@ -63,12 +66,13 @@ class KVCache(StaticInferenceContext):
         self.prefilling = False
         self.sequence_len_offset = 1  # tells Megatron that the prefill is over
         self.enable_decode_mode()
-        self.attended = int(self.lengths_B.max()) + 1
+        self.attended += 1
 
     def advance(self) -> None:
         """Count the token that the last call stored."""
         self.lengths_B += 1
-        self.attended = int(self.lengths_B.max()) + 1
+        self._new += 1
+        self.attended += 1
 
     def hidden_mask(self) -> Tensor:
         """Mask [b, 1, 1, attended]: True after the row's new token."""
@@ -76,13 +80,14 @@ class KVCache(StaticInferenceContext):
         return (positions[None, :] > self.lengths_B[:, None])[:, None, None, :]
 
     def keep_rows(self, rows_B: Tensor) -> None:
-        """Drop all rows but ``rows_B`` (int64 indices into the present batch)."""
+        """Drop all rows but ``rows_B``, at least one (int64 indices into the present batch, on the host)."""
+        self._prompts = [self._prompts[row] for row in rows_B.tolist()]
+        self.attended = max(self._prompts) + self._new + 1
+        rows_B = rows_B.to(self.lengths_B.device)
         self.lengths_B = self.lengths_B[rows_B]
         self.max_batch_size = rows_B.numel()
         for layer, (keys, values) in self.key_value_memory_dict.items():
             self.key_value_memory_dict[layer] = (keys[rows_B], values[rows_B])
-        if rows_B.numel():
-            self.attended = int(self.lengths_B.max()) + 1
 
     def __eq__(self, other: Any) -> bool:
         return self is other

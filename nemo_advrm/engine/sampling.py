@@ -48,7 +48,8 @@ def pick(logits_BV: Tensor, uniforms_B: Tensor, sampling: Sampling) -> Tensor:
     wanted_B1 = uniforms_B[:, None] * cumulative_BV[:, -1:]
     index_B1 = torch.searchsorted(cumulative_BV, wanted_B1, right=True)
     # rounding can yield the index after the last token with nonzero probability
-    last_B1 = (probs_BV > 0).cumsum(-1).argmax(-1, keepdim=True)
+    after_last_B1 = (probs_BV > 0).flip(-1).view(torch.uint8).argmax(-1, keepdim=True)
+    last_B1 = probs_BV.size(-1) - 1 - after_last_B1
     index_B1 = torch.minimum(index_B1, last_B1)
     picked = index_B1 if tokens_BV is None else tokens_BV.gather(-1, index_B1)
     return picked.squeeze(-1)

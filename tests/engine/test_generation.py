@@ -9,11 +9,13 @@ import pytest
 import torch
 from tiny import ARCHITECTURES, sequences, tiny_config
 
+from nemo_advrm.engine import generation
 from nemo_advrm.engine.generation import generate, uniforms
 from nemo_advrm.engine.kv_cache import KVCache
 from nemo_advrm.engine.model import MegatronModel, build_model
 from nemo_advrm.engine.runtime import Runtime
 from nemo_advrm.engine.sampling import Sampling
+from nemo_advrm.engine.written import Written
 from nemo_advrm.errors import ConfigError
 
 pytestmark = pytest.mark.platform
@@ -86,6 +88,24 @@ def test_finished_rows_leave_the_batch_without_changing_the_others(
     responses = _greedy(model, prompts, stops)
     assert kept and kept[0] <= 9 and all(later < before for before, later in pairwise(kept))
     assert responses == [_without_cache(model, prompt, stops) for prompt in prompts]
+
+
+@pytest.mark.parametrize("every", [2, 3, 50])
+def test_responses_do_not_depend_on_how_often_the_host_looks_which_have_ended(
+    model: MegatronModel, monkeypatch: pytest.MonkeyPatch, every: int
+) -> None:
+    prompts = sequences(12, seed=1, longest=14)
+    sampling = Sampling(NEW, (1, 5, 6, 7, 8, 9, 10, 11), temperature=0.9, top_p=0.95)
+    numbers = uniforms(3, 12, NEW)
+    expected = generate(model, prompts, sampling, numbers)
+    assert len({len(response) for response in expected.responses}) > 3
+
+    kept: list[int] = []
+    original: Callable[[KVCache, torch.Tensor], None] = KVCache.keep_rows
+    monkeypatch.setattr(KVCache, "keep_rows", lambda self, rows: (kept.append(rows.numel()), original(self, rows)))
+    monkeypatch.setattr(generation, "Written", lambda *args: Written(*args[:-1], every))
+    assert generate(model, prompts, sampling, numbers) == expected
+    assert bool(kept) == (every < NEW)
 
 
 @pytest.mark.parametrize("max_rows", [1, 2, 5, 100])

@@ -62,3 +62,15 @@ def test_a_hidden_token_never_appears_even_at_the_ends_of_the_interval(
     logits = torch.full((1, 8), -1e9)
     logits[0, 2:4] = 0.0
     assert pick(logits, torch.tensor([uniform]), _sampling(**options)).item() in (2, 3)
+
+
+@pytest.mark.parametrize("uniform", [0.3, 1 - 2**-24])
+def test_the_last_token_of_an_interval_is_the_last_with_a_probability(uniform: float) -> None:
+    # token 6 adds nothing to the sum in fp32, but has a probability; those after it have none
+    logits = torch.tensor([[0.0, 0.0, 0.0, 0.0, -1e9, 0.0, -40.0, -1e9, -1e9]])
+    probs = torch.softmax(logits, -1)
+    last = int((probs > 0).nonzero()[-1, 1])
+    assert last == 6
+    cumulative = probs.cumsum(-1)
+    expected = min(int((cumulative <= uniform * cumulative[:, -1]).sum()), last)
+    assert pick(logits, torch.tensor([uniform]), _sampling()).item() == expected
