@@ -32,13 +32,13 @@ class LanguageModels:
         self.tokenizer = tokenizer
         self._path = policy
         self._sft_policy = sft_policy
-        self._rows = cfg.rl.generation_batch_size
 
     @cached_property
     def policy(self) -> LanguageModel:
         """The SFT policy."""
         if self._sft_policy is not None:
-            return MegatronLanguageModel("the SFT policy", self._sft_policy.model, self.tokenizer, self._rows)
+            rows = self.cfg.rl.generation_batch_size
+            return MegatronLanguageModel("the SFT policy", self._sft_policy.model, self.tokenizer, rows)
         engine = rollout_engine(self.cfg, self.tokenizer)
         return engine.language_model(engine.open_policy(self._path))
 
@@ -58,4 +58,5 @@ class LanguageModels:
         if not Path(named).is_dir():
             raise ConfigError(f"adversarial.lm={named}: there is no such directory (DIR of a checkpoint, or hf:DIR)")
         features = open_policy(named, (), self.tokenizer, "adversarial.lm", self.cfg, {})
-        return MegatronLanguageModel(named, features.model, features.tokenizer, self._rows)
+        rows = self.cfg.rl.generation_batch_size
+        return MegatronLanguageModel(named, features.model, features.tokenizer, rows)

@@ -28,7 +28,6 @@ class KVCache(StaticInferenceContext):
         self.prefilling = True
         # the host counts along, so that it need not ask a GPU
         self._prompts = lengths_B.tolist()
-        self._new = 0
         self.attended = max(self._prompts)
         self._prefill = slice(0, lengths_B.numel())
 
@@ -71,7 +70,6 @@ class KVCache(StaticInferenceContext):
     def advance(self) -> None:
         """Count the token that the last call stored."""
         self.lengths_B += 1
-        self._new += 1
         self.attended += 1
 
     def hidden_mask(self) -> Tensor:
@@ -81,8 +79,9 @@ class KVCache(StaticInferenceContext):
 
     def keep_rows(self, rows_B: Tensor) -> None:
         """Drop all rows but ``rows_B``, at least one (int64 indices into the present batch, on the host)."""
+        after_prompt = self.attended - max(self._prompts)
         self._prompts = [self._prompts[row] for row in rows_B.tolist()]
-        self.attended = max(self._prompts) + self._new + 1
+        self.attended = max(self._prompts) + after_prompt
         rows_B = rows_B.to(self.lengths_B.device)
         self.lengths_B = self.lengths_B[rows_B]
         self.max_batch_size = rows_B.numel()

@@ -93,7 +93,7 @@ Logits: TypeAlias = Tensor | SplitLogits | DeferredLogits
 
 def log_probs(logits_NV: Logits, targets_N: Tensor, temperature: float = 1.0) -> Tensor:
     """What :func:`log_probs_and_entropy` returns first, without the time and memory that the entropy takes."""
-    return _results(logits_NV, targets_N, temperature, with_entropy=False)[0]
+    return token_values(logits_NV, targets_N, temperature, with_entropy=False)[0]
 
 
 def log_probs_and_entropy(logits_NV: Logits, targets_N: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -107,15 +107,15 @@ def log_probs_and_entropy(logits_NV: Logits, targets_N: Tensor, temperature: flo
     Returns:
         log_probs_N in nats and entropy_N in nats, fp32, the same on all tensor- and context-parallel ranks.
     """
-    log_probs_N, entropy_N = _results(logits_NV, targets_N, temperature, with_entropy=True)
+    log_probs_N, entropy_N = token_values(logits_NV, targets_N, temperature, with_entropy=True)
     return log_probs_N, entropy_N
 
 
-def _results(logits_NV: Logits, targets_N: Tensor, temperature: float, with_entropy: bool) -> Tensor:
-    """Log-probabilities and, if wanted, entropies, [1 or 2, N]."""
+def token_values(logits_NV: Logits, targets_N: Tensor, temperature: float, with_entropy: bool) -> Tensor:
+    """Log-probabilities and, if wanted, entropies, [1 or 2, N]; see :func:`log_probs_and_entropy`."""
 
     def of(logits_NV: Logits, targets_N: Tensor) -> Tensor:
-        return _results(logits_NV, targets_N, temperature, with_entropy)
+        return token_values(logits_NV, targets_N, temperature, with_entropy)
 
     if isinstance(logits_NV, SplitLogits):
         return logits_NV.whole(of(logits_NV.own_NV, targets_N[logits_NV.own_N]))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from nemo_advrm.engine import runtime
-from nemo_advrm.engine.log_probs import Logits, log_probs, log_probs_and_entropy
+from nemo_advrm.engine.log_probs import Logits, token_values
 from nemo_advrm.engine.microbatches import EncodedResponse, response_microbatch
 from nemo_advrm.engine.model import MegatronModel
 from nemo_advrm.engine.schedule import Microbatch, forward, microbatch_rows
@@ -38,9 +38,9 @@ def _summed(model: MegatronModel, rows: list[EncodedResponse], pad_id: int, with
 
     def collect(logits_NV: Logits, microbatch: Microbatch) -> Tensor:
         targets_N = microbatch.extra["targets_N"]
-        both = log_probs_and_entropy(logits_NV, targets_N) if with_entropy else (log_probs(logits_NV, targets_N),)
+        values_CN = token_values(logits_NV, targets_N, 1.0, with_entropy)
         sums_BC = torch.zeros(microbatch.tokens_BS.size(0), columns, device=targets_N.device)
-        return sums_BC.index_add(0, microbatch.extra["rows_N"], torch.stack(both, -1))
+        return sums_BC.index_add(0, microbatch.extra["rows_N"], values_CN.T)
 
     values_NC = torch.zeros(len(rows), columns)
     for group, sums_BC in zip(groups, forward(model, microbatches, collect), strict=False):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nemo_advrm.engine import runtime
-from nemo_advrm.engine.log_probs import Logits, log_probs, log_probs_and_entropy
+from nemo_advrm.engine.log_probs import Logits, token_values
 from nemo_advrm.engine.microbatches import EncodedResponse, response_microbatch
 from nemo_advrm.engine.model import MegatronModel
 from nemo_advrm.engine.schedule import Microbatch, forward, microbatch_rows
@@ -69,10 +69,7 @@ def response_log_probs(
     groups, microbatches = data.microbatches(model, pad_id)
 
     def collect(logits_NV: Logits, microbatch: Microbatch) -> tuple[Tensor, ...]:
-        targets_N = microbatch.extra["targets_N"]
-        if with_entropy:
-            return log_probs_and_entropy(logits_NV, targets_N, temperature)
-        return (log_probs(logits_NV, targets_N, temperature),)
+        return token_values(logits_NV, microbatch.extra["targets_N"], temperature, with_entropy).unbind()
 
     return per_token(data, groups, forward(model, microbatches, collect))
 
