@@ -162,12 +162,12 @@ def write_pairs(panel: Panel, finds: Sequence[FoundAnswer]) -> int:
 
 
 def _pair(panel: Panel, find: FoundAnswer) -> list[AdversarialPair]:
-    """Returns the pair of a find; none where no ordinary response ended, or none that ended makes a right pair."""
+    """Returns the pair of a find; none where no ordinary response ended and was judged, or none makes a right pair."""
     sft, p = find.split.sft, find.prompt_id
     quality_PN = find.split.gold_PN
     if quality_PN is None:
         quality_PN = own_z_scores(sft.scores_PNK, sft.statistics()).mean(-1)
-    usable = sft.finished(p)
+    usable = [i for i in sft.finished(p) if find.split.gold_PN is None or find.split.own_gold(p, i) is not None]
     if not usable:
         return []
     sign = -1 if find.underrates else 1
@@ -175,7 +175,7 @@ def _pair(panel: Panel, find: FoundAnswer) -> list[AdversarialPair]:
     columns = panel.columns(find.target)
     other = (sft.responses_PN[p][place], tuple(sft.scores_PNK[p, place, columns].tolist()), True)
     own = (find.row["response"], tuple(find.row["scores"]), find.answer.ended)
-    golds = (None if find.split.gold_PN is None else find.split.gold_PN[p, place].item(), find.gold)
+    golds = (find.split.own_gold(p, place), find.gold)
     chosen, rejected = (own, other) if find.underrates else (other, own)
     chosen_gold, rejected_gold = reversed(golds) if find.underrates else golds
     if chosen[0] == rejected[0]:

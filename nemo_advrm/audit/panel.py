@@ -37,16 +37,14 @@ class Split:
         sft: scores of all models, targets first, then the others.
         gold_PN: the judge's scores of them; None without a judge. An answer that it gave no score has the mean of those
             to its prompt, which is neither better nor worse than they are.
-        unjudged: how many answers got no score.
-        unjudged_prompts: prompts without a single score. Nothing can be compared there.
+        unjudged_PN: bool, which answers got no score; None without a judge.
     """
 
     name: str
     prompts: list[Prompt]
     sft: SFTScores
     gold_PN: Tensor | None = None
-    unjudged: int = 0
-    unjudged_prompts: frozenset[int] = frozenset()
+    unjudged_PN: Tensor | None = None
 
     def with_gold(self, gold_PN: Tensor) -> Split:
         """Returns the split with the judge's scores of the ordinary responses, NaN where there is none.
@@ -61,8 +59,23 @@ class Split:
             )
         mean_P = gold_PN.nanmean(1).where(~missing_PN.all(1), gold_PN.nanmean())
         filled_PN = gold_PN.where(~missing_PN, mean_P[:, None])
-        empty = frozenset(missing_PN.all(1).nonzero().flatten().tolist())
-        return dataclasses.replace(self, gold_PN=filled_PN, unjudged=int(missing_PN.sum()), unjudged_prompts=empty)
+        return dataclasses.replace(self, gold_PN=filled_PN, unjudged_PN=missing_PN)
+
+    @property
+    def unjudged(self) -> int:
+        """How many answers got no score."""
+        return 0 if self.unjudged_PN is None else int(self.unjudged_PN.sum())
+
+    @property
+    def unjudged_prompts(self) -> frozenset[int]:
+        """Prompts without a single score. Nothing can be compared there."""
+        return frozenset() if self.unjudged_PN is None else frozenset(self.unjudged_PN.all(1).nonzero()[:, 0].tolist())
+
+    def own_gold(self, prompt_id: int, place: int) -> float | None:
+        """Returns the score that the judge gave an answer; None where it gave none."""
+        if self.gold_PN is None or (self.unjudged_PN is not None and self.unjudged_PN[prompt_id, place]):
+            return None
+        return self.gold_PN[prompt_id, place].item()
 
     @cached_property
     def judged(self) -> SFTScores:

@@ -29,6 +29,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from nemo_advrm.audit.finds import MOST_EXPLAINED, FoundAnswer, Judged, badness, falls, finds_of, transfer
 from nemo_advrm.audit.measure_names import NULLS, STANDARD, STRICT, SUSPECTED, short_name
 from nemo_advrm.audit.panel import Panel, Split
@@ -251,10 +253,12 @@ def example(find: FoundAnswer) -> Facts:
         "gold_z": find.gold_z,
         "ordinary": split.sft.responses_PN[p][place],
         "ordinary_z": split.own_z_PNK[p, place, find.target].item(),
-        "ordinary_gold": None if split.gold_PN is None else split.gold_PN[p, place].item(),
+        "ordinary_gold": split.own_gold(p, place),
     }
 
 
 def _counterpart(split: Split, prompt_id: int, target: int) -> int:
     quality_PN = split.gold_PN if split.gold_PN is not None else split.sft.scores_PNK[..., target]
+    if split.unjudged_PN is not None:
+        quality_PN = quality_PN.masked_fill(split.unjudged_PN, -torch.inf)
     return int(quality_PN[prompt_id].argmax())

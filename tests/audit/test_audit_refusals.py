@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -15,6 +16,9 @@ from torch import Tensor
 
 from nemo_advrm import cli
 from nemo_advrm.audit import panel, setup
+from nemo_advrm.audit.finds import FoundAnswer, _pair
+from nemo_advrm.audit.summary import _counterpart
+from nemo_advrm.audit.weaknesses import Answer
 from nemo_advrm.data.sft_scores import SFTScores
 from nemo_advrm.engine.runtime import Runtime
 from nemo_advrm.errors import RewardSourceError
@@ -57,6 +61,27 @@ def test_a_refused_ordinary_response_has_the_mean_of_its_prompt() -> None:
     assert split.gold_PN is not None
     assert split.gold_PN.tolist() == [[1, 2, 3], [2, 2, 2], [0, 4, 2]]  # the mean of all where a prompt has none
     assert (split.unjudged, split.unjudged_prompts) == (4, {1})
+
+
+def test_an_ordinary_response_without_a_score_is_no_pair_and_no_example() -> None:
+    split = _split(torch.tensor([[0.0, math.nan, 1.0], [1.0, 2.0, 3.0]]))
+    assert [split.own_gold(0, i) for i in range(3)] == [0.0, None, 1.0]
+    # the third was cut off: of those that ended the mean, 0.5, would be the best
+    sft = dataclasses.replace(split.sft, ended_PN=[[True, True, False], [True] * 3])
+    split = dataclasses.replace(split, sft=sft)
+    row = {"response": "b", "scores": (0.0,), "z": (2.0,), "disagreement_z": 2.0, "step": 0}
+    answer = Answer("p", "b", True)
+    found = FoundAnswer("probes", 0, split, 0, row, 2.0, -1.0, -2.0, True, False, answer)
+    chosen = _pair(_Panel(), found)  # type: ignore[arg-type]
+    assert [(pair.provenance.chosen_gold, pair.provenance.rejected_gold) for pair in chosen] == [(0.0, -1.0)]
+    assert _counterpart(split, 0, 0) == 2
+
+
+class _Panel:
+    names = ("target",)
+
+    def columns(self, target: int) -> list[int]:
+        return [target]
 
 
 def test_a_judge_that_refuses_most_is_an_error() -> None:
