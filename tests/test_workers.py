@@ -22,6 +22,9 @@ SAYS_PID = "import os, sys, time; from pathlib import Path\n"
 SAYS_PID += "number = os.environ['NEMO_ADVRM_WORKER']\n"
 SAYS_PID += "Path(os.environ['HOME_OF_TEST'], f'pid_{number}').write_text(str(os.getpid()))\n"
 SLEEPS = SAYS_PID + "time.sleep(60)"
+# the second ends badly, once the first runs: ended before that, the first would have said no process id
+ENDS_BADLY = SAYS_PID + "first = Path(os.environ['HOME_OF_TEST'], 'pid_1')\n"
+ENDS_BADLY += "while number == '2' and not (first.exists() and first.read_text()): time.sleep(0.02)\n"
 # as a worker of the command does: it hears signals, and ends when its parent does
 SAVES = SAYS_PID.replace("pid_", "early_") + "from nemo_advrm import signals\n"
 SAVES += "from nemo_advrm.parent_process import end_with_parent\n"
@@ -61,8 +64,8 @@ def assert_all_end(pids: list[int]) -> None:
     [
         ("pass", 0, ""),
         ("raise SystemExit(75)", 75, ""),
-        (SLEEPS.replace("time.sleep(60)", "number == '2' and sys.exit(2); time.sleep(60)"), 2, ""),
-        (SLEEPS.replace("time.sleep(60)", "number == '2' and os.kill(os.getpid(), 9); time.sleep(60)"), 137,
+        (ENDS_BADLY + "number == '2' and sys.exit(2); time.sleep(60)", 2, ""),
+        (ENDS_BADLY + "number == '2' and os.kill(os.getpid(), 9); time.sleep(60)", 137,
          "error: worker 2 was ended by SIGKILL (by the kernel, if the host ran out of memory)"),
     ],
 )  # fmt: skip
