@@ -3,7 +3,8 @@
 # make study  the whole study behind docs/synthetic.md (hours; SEEDS=10-19); make study-docs writes its tables
 # make test   set up .venv and run the fast tests; ARGS='-m platform' runs those that Python, torch and Megatron-Core
 #             versions can change, for an environment with others (PYTHON=3.13 VENV=.venv-3.13)
-# make test-slow     run the tests that start many real processes (signals at every moment of a run, ...)
+# make test-long     run the tests that take ten seconds or more (real processes, servers, whole trainings); CI runs them
+# make test-slow     run the tests that take an hour in all (signals at every moment of a run, ...); CI does not
 # make test-aligner  run the tests against NeMo-Aligner 0.7.0, in an environment of its own (.venv-aligner, 2.6 GB)
 # make test-frameworks  run OpenRLHF's and verl's own reward clients, in environments of their own (.venv-frameworks, 3 GB)
 # make test-judges   run SmolLM2: converted, and as a judge behind transformers serve, in an environment over .venv (.venv-judges)
@@ -39,7 +40,7 @@ JUDGES_PINS := tests/judges/requirements.txt tests/judges/requirements-no-deps.t
 JUDGES_STAMP := $(JUDGES_VENV)/.installed-$(shell cat $(JUDGES_PINS) | sha256sum | cut -c1-16)
 JUDGES_PIP := $(JUDGES_VENV)/bin/python -m pip --disable-pip-version-check
 
-.PHONY: setup same-python run audit study study-docs test test-slow test-aligner test-frameworks test-judges test-slurm \
+.PHONY: setup same-python run audit study study-docs test test-long test-slow test-aligner test-frameworks test-judges test-slurm \
   lint docs clean
 
 setup: $(STAMP)
@@ -91,8 +92,8 @@ test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # Pytest's exit 5: no test is marked.
-test-slow: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS) \
+test-long test-slow: test-%: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m $* -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS) \
 	  || test $$? -eq 5
 
 # The name of the stamp holds the hash of the pins: an environment is built once for each set of them.

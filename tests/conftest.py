@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 # the files that take longest begin first: else one of pytest's processes ends long after the others
-_FIRST = ("test_pipeline", "test_restart", "test_stage", "test_parity", "test_faults", "test_checkpoint")
+_FIRST = ("test_restart", "test_pipeline", "test_stage", "test_faults", "test_parity", "test_checkpoint")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -74,7 +74,8 @@ def checkout(tmp_path: Path) -> Checkout:
 
 THIS = ".".join(map(str, sys.version_info[:3]))
 MARKED = f"test ARGS=-m platform on newest-{THIS}"
-FIRST, LAST = ["lint", "docs", "test", "test-judges ARGS="], ["test-slurm ARGS=", "test-aligner ARGS="]
+FIRST = ["lint", "docs", "test", "test-long ARGS=", "test-judges ARGS="]
+LAST = ["test-slurm ARGS=", "test-aligner ARGS="]
 
 
 def test_the_marked_tests_run_on_the_newest_python_after_all_tests_on_the_oldest(checkout: Checkout) -> None:

@@ -346,6 +346,7 @@ def test_defaults_pass_the_checks() -> None:
     check_values(Config())
 
 
+@pytest.mark.long
 def test_nearest_key_of_a_valid_key_is_itself() -> None:
     for name in all_keys():
         assert nearest_key(name.replace("*", "mine")) == name.replace("*", "mine")

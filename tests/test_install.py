@@ -22,6 +22,8 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 from wheels import build_wheel, empty_wheel, install_by_hand
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).resolve().parent.parent
 DOCKERFILE = ROOT / "docker" / "Dockerfile"
 

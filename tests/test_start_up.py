@@ -12,6 +12,8 @@ import pytest
 from hf_models import tiny_hf
 from hf_tokenizers import CHATML, save_hf
 
+pytestmark = pytest.mark.long
+
 FILES = Path(__file__).resolve().parent / "old_files"
 
 

@@ -28,6 +28,8 @@ from nemo_advrm.engine.runtime import Runtime
 from nemo_advrm.rewards.ensemble import UncertaintyReward
 from nemo_advrm.rewards.sources import load_members
 
+pytestmark = pytest.mark.long
+
 CLOSE = {"abs": 1e-4}
 END_SECONDS = 60.0
 

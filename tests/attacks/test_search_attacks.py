@@ -244,6 +244,7 @@ def test_what_cannot_become_a_pair_is_not_proposed(tmp_path: Path) -> None:
     assert common_words(words.sft_responses)[:2] == [".", "these"]
 
 
+@pytest.mark.long
 def test_ranks_share_the_samples_of_one_process(worlds: Worlds, tmp_path: Path, single: Runtime) -> None:
     alone = attack_jobs.samples(str(tmp_path / "alone"))
     again = attack_jobs.samples(str(tmp_path / "again"))

@@ -81,6 +81,7 @@ def _results(run: Path) -> dict[str, bytes]:
     return {path.relative_to(run).as_posix(): path.read_bytes().replace(bytes(run), b"RUN") for path in found}
 
 
+@pytest.mark.long
 def test_added_arms_give_the_same_as_from_the_start_and_leave_the_rest_alone(
     settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

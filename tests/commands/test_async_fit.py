@@ -24,6 +24,8 @@ from nemo_advrm.models.reward_model import RewardModel
 from nemo_advrm.synthetic.annotated_pairs import annotated_pairs
 from nemo_advrm.training.callbacks.periodic_checkpoints import saved_steps
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -82,6 +82,7 @@ def finds_after(run: Path, settings: list[str]) -> list[int]:
     return counts
 
 
+@pytest.mark.long
 def test_an_attack_ends_at_the_step_after_which_it_has_enough_also_when_it_was_killed_on_the_way(
     settings: list[str], whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -118,6 +118,7 @@ def _seed(directory: Path) -> int:
     return yaml.safe_load((directory / "config.yaml").read_text())["seed"]
 
 
+@pytest.mark.long
 def test_of_jobs_that_start_at_once_one_has_the_directory_or_those_of_one_run_share_it(
     single: Runtime, tmp_path: Path
 ) -> None:

@@ -62,6 +62,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
         yield Runs(home)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("command", ["train_rm", pytest.param("train_rm_stopped", marks=pytest.mark.slow)])
 def test_a_damaged_file_is_told(runs: Runs, command: str) -> None:
     """Each file in one of the ways of the next test."""
@@ -79,6 +80,7 @@ def test_a_file_damaged_in_any_way_is_told(runs: Runs, command: str, way: str) -
     check(runs, command, [(name, way) for name in read_by(runs, command) if name not in silent])
 
 
+@pytest.mark.long
 def test_a_value_of_another_type_is_told(runs: Runs) -> None:
     """In the mark of a finished training, its metrics and its record; the next test has all files of all runs."""
     check_values(runs, "train_rm", ["result.json", "manifest.json", "metrics.jsonl", "versions.yaml"])

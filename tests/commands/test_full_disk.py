@@ -19,6 +19,8 @@ from nemo_advrm.engine.runtime import Runtime
 from nemo_advrm.errors import CheckpointError, ConfigError
 from nemo_advrm.synthetic.annotated_pairs import annotated_pairs
 
+pytestmark = pytest.mark.long
+
 STEPS = 6
 
 

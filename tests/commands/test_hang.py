@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import pytest
 from distributed import World
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, dict]]:

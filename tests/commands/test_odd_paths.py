@@ -17,6 +17,8 @@ from nemo_advrm.data.jsonl import write_jsonl_atomic
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.synthetic.annotated_pairs import annotated_pairs
 
+pytestmark = pytest.mark.long
+
 ODD = 'modèle 模型 it\'s "x"=(1),{2}:[3] #%~@;&|'
 NAMES = [ODD, *ODD.split(" "), "a b", "a=b", "a,b", "$x", "u\u0301", "😀", "1e3", "-x", "+x", "~x", "x?"]
 NAMES += [f"a\\{sign}b" for sign in "b\\,=:()[]{} '\""]

@@ -20,7 +20,7 @@ import pytest
 from nemo_advrm import cli
 
 # the whole method twice in processes of their own: a minute on an idle machine, several on a slow or busy one
-pytestmark = pytest.mark.timeout(1800)
+pytestmark = [pytest.mark.long, pytest.mark.timeout(1800)]
 
 SMALL = [
     "experiment=synthetic",

@@ -12,7 +12,7 @@ import pytest
 
 # for some thirty trainings, on a slow machine
 LIMIT_SECONDS = 1200
-pytestmark = pytest.mark.timeout(LIMIT_SECONDS)
+pytestmark = [pytest.mark.long, pytest.mark.timeout(LIMIT_SECONDS)]
 
 CASES = ("sft", "reward_model", "reward_model_async", "rloo", "ppo", "ppo_async")
 

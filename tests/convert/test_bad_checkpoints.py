@@ -386,6 +386,7 @@ main(sys.argv[1:])
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("to", ["megatron", "hf"])
 def test_a_killed_conversion_leaves_nothing_that_looks_complete(source: Path, tmp_path: Path, to: str) -> None:
     out = tmp_path / "out"

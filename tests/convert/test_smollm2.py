@@ -25,7 +25,7 @@ from nemo_advrm.engine.runtime import Runtime
 _WEIGHTS = os.environ.get("SMOLLM2_GGUF")
 pytestmark = pytest.mark.skipif(
     not _WEIGHTS or importlib.util.find_spec("gguf") is None,
-    reason="SMOLLM2_GGUF does not name the weights of docs/convert.md (make test-judges sets it), or gguf is not installed",
+    reason="SMOLLM2_GGUF does not name the weights of docs/convert.md (make test-judges does), or gguf is missing",
 )
 QUESTIONS = ("What is the capital of France?", "Write one sentence about the sea, please.")
 

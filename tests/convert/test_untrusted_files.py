@@ -157,6 +157,7 @@ def test_code_of_a_model_directory_is_not_run_whatever_is_answered(
     assert not mark.exists()
 
 
+@pytest.mark.long
 def test_a_command_behind_yes_runs_no_code_and_asks_nothing(with_code: tuple[Path, Path], tmp_path: Path) -> None:
     copy, mark = with_code
     rows = tmp_path / "pairs.jsonl"

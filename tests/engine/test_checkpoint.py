@@ -59,6 +59,7 @@ def test_a_model_and_its_optimizer_come_back_bit_for_bit(saved: Path) -> None:
     assert all(torch.equal(mine[k], theirs[k]) for k in mine)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("layout", [Layout(tensor=2), Layout(pipeline=2), Layout(2, 2)], ids=["tp2", "pp2", "tp2_pp2"])
 def test_training_continues_at_another_layout_as_it_would_have_on_one_process(
     worlds: Worlds, saved: Path, tmp_path: Path, layout: Layout

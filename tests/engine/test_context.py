@@ -105,6 +105,7 @@ def _metrics_agree(
             assert there[name] == pytest.approx(here[name], rel=1e-4, abs=1e-4), name
 
 
+@pytest.mark.long
 def test_training_goes_from_one_process_to_context_parallelism_and_back(
     single: Runtime, worlds: Worlds, tmp_path: Path
 ) -> None:

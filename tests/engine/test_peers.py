@@ -21,6 +21,7 @@ from nemo_advrm.errors import ConfigError, ProcessLost
 from nemo_advrm.rank_info import RankInfo
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("fate", "size", "minutes", "expected"),
     [

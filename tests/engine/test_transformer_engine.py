@@ -49,6 +49,7 @@ def _plant(files: dict[str, str], home: Path) -> Path:
     return home
 
 
+@pytest.mark.long
 def test_a_command_goes_on_without_what_cannot_be_imported(tmp_path: Path) -> None:
     path = os.pathsep.join([str(_plant(_BROKEN, tmp_path)), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(

@@ -45,6 +45,7 @@ def _learner(algorithm: str, initial: str, kl: float = 0.0, **options: Any) -> P
     return rl.policy(cfg, initial)
 
 
+@pytest.mark.long
 @pytest.mark.platform
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_the_policy_learns_to_repeat_the_word_that_is_rewarded(initial: str, algorithm: str) -> None:
@@ -209,6 +210,7 @@ def test_a_token_that_has_left_the_bounds_in_the_direction_of_its_advantage_is_n
     assert logits.grad[1, 5].item() == pytest.approx(1.5 * (1 - 1 / VOCABULARY))
 
 
+@pytest.mark.long
 def test_a_kl_penalty_keeps_the_policy_nearer_to_its_start(initial: str) -> None:
     for algorithm in ("rloo", "ppo"):
         free, held = (rl.train(_learner(algorithm, initial, kl=kl), 10)[-1]["kl"] for kl in (0.0, 10.0))
@@ -250,6 +252,7 @@ def test_the_policy_learns_to_end_when_unended_responses_are_penalised(initial: 
     assert metrics[-1]["ended"] > metrics[0]["ended"] + 0.3
 
 
+@pytest.mark.long
 def test_an_entropy_bonus_keeps_the_entropy_higher(initial: str) -> None:
     low, high = (rl.train(_learner("rloo", initial, entropy_coefficient=c), 12)[-1]["entropy"] for c in (0.0, 1.0))
     assert high > low + 0.3

@@ -213,6 +213,7 @@ def measured() -> dict[str, dict[str, int]]:
     return dict(zip(MEASURED, json.loads(done.stdout.splitlines()[-1]), strict=True))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", MEASURED)
 def test_model_of_memory_is_within_a_tenth_of_measured_steps(name: str, measured: dict[str, dict[str, int]]) -> None:
     keys = dict(MEASURED[name])

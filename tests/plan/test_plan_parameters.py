@@ -129,12 +129,14 @@ def _compare(model: ModelConfig, head: Any, found: dict[str, Any]) -> None:
     assert found["whole"] == model_parameters(model, head, vocabulary).total
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("head", ["reward", "lm"])
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name)
 def test_a_recipe_builds_and_its_shards_add_up(recipe: Any, head: str, built: dict[str, Any]) -> None:
     _compare(recipe.config().model, head, built[f"{recipe.name} {head}"])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", SMALL)
 def test_shards_of_every_kind_of_layout_add_up(name: str, built: dict[str, Any]) -> None:
     model, head, _ = SMALL[name]

@@ -22,6 +22,8 @@ from nemo_advrm.plan.search import budget, peak_memory, search, single_changes
 from nemo_advrm.plan.step_time import Clock, step_tokens
 from nemo_advrm.plan.text import memory_table
 
+pytestmark = pytest.mark.long
+
 by_name = pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name)
 LLAMA_70B = ("model=llama3_70b", "parallel=llama3_70b_32xh100_tp8_pp4")
 

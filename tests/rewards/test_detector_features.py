@@ -228,6 +228,7 @@ def test_the_file_of_hidden_states_is_checked(tmp_path: Path) -> None:
     assert not path.exists()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("detector", ["mahalanobis", "sft_log_prob"])
 def test_an_attack_by_rl_is_recorded_measured_and_selected_by_a_detector(
     home: Path, tmp_path: Path, detector: str, monkeypatch: pytest.MonkeyPatch

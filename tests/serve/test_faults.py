@@ -23,6 +23,8 @@ from nemo_advrm.config.schema import Config
 from nemo_advrm.engine.runtime import Runtime
 from nemo_advrm.rewards.sources import build, parse
 
+pytestmark = pytest.mark.long
+
 JSON = {"content-type": "application/json"}
 GOOD = {"samples": [{"text": "this river sleeps ."}]}
 

@@ -12,6 +12,8 @@ from hypothesis import strategies as st  # noqa: E402
 from schemathesis.checks import not_a_server_error  # noqa: E402
 from schemathesis.specs.openapi.checks import response_schema_conformance, status_code_conformance  # noqa: E402
 
+pytestmark = pytest.mark.long
+
 WANTED = (not_a_server_error, response_schema_conformance, status_code_conformance)
 MODES = {"get": (schemathesis.GenerationMode.POSITIVE,), "post": tuple(schemathesis.GenerationMode)}
 LIMITS = settings(

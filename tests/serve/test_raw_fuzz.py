@@ -16,6 +16,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from local_server import request
 
+pytestmark = pytest.mark.long
+
 SCORE = ("/v1/score", "/get_reward", "/remote_rm", "/classify", "/v1/embeddings")
 PATHS = (
     *SCORE,

@@ -32,6 +32,8 @@ from nemo_advrm.run_directory import run_dir
 from nemo_advrm.serve.samples import Preparer, Sample
 from nemo_advrm.serve.scorer import Scorer
 
+pytestmark = pytest.mark.long
+
 
 def _fails(capsys: pytest.CaptureFixture[str], *settings: str) -> str:
     assert cli.main(["serve", "trainer.accelerator=cpu", *settings]) == 2

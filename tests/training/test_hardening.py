@@ -175,6 +175,7 @@ def test_the_same_command_again_reports_and_does_not_train(
     assert "mine: already exists" in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_a_resumed_hardening_has_the_anchors_of_the_first_start(
     world: SimpleNamespace, anchored: Path, hardened: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
