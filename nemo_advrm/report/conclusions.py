@@ -28,6 +28,9 @@ COLUMNS = {
     study.BEST_OF_N: {"area": "Area", "final": "Largest n", "peak": "Peak"},
 }
 MAIN_MEASURE = "area"
+# Fewer seeds than this show nothing, whatever their interval: by chance alone, all of 5 differ in one direction with a
+# probability of 2 * 2^-5 = 6 %. The interval assumes normal differences, and so few can be alike by luck.
+LEAST_SEEDS = 6
 
 
 def compare_all(lines: Sequence[study.Line]) -> list[Summary]:
@@ -97,7 +100,9 @@ def conclude(
         decisive, told = in_study, sentence(in_study)
         text += f" In the study: {told[0].lower()}{told[1:]}"
     interval = interval_of(decisive)
-    return ("open" if not interval.excludes_zero else "better" if interval.mean > 0 else "worse"), text
+    if not interval.excludes_zero or len(decisive["seeds"]) < LEAST_SEEDS:
+        return "open", text
+    return ("better" if interval.mean > 0 else "worse"), text
 
 
 def _main(comparisons: list[Summary], arm: str) -> Summary | None:
@@ -121,4 +126,7 @@ def sentence(entry: Summary) -> str:
     )
     if not interval.excludes_zero:
         return f"{text}: the interval includes 0, so this does not show a difference."
-    return f"{text}: {'better' if interval.mean > 0 else 'worse'}, beyond chance."
+    found = "better" if interval.mean > 0 else "worse"
+    if len(entry["seeds"]) < LEAST_SEEDS:
+        return f"{text}: {found}, in so few seeds that the interval may exclude 0 by luck."
+    return f"{text}: {found}, beyond chance."

@@ -28,7 +28,7 @@ MEASURE is one of steps, start, area, second_half, final, peak, gold_at_kl, kl_f
 `report.measures`. Rates and accuracies are fractions. Without gold the measures of gold are null. `gao_fit` fits
 R(d) = d (alpha - beta log d), d = sqrt(KL), to gold minus its start in the first run of an arm (Gao et al. 2022, arXiv
 2210.10760); it is null unless R^2 >= 0.9. `verdict` is `better` or `worse` if the interval of the headline's comparison
-is above or below 0, and `open` if it includes 0 or there is one seed.
+is above or below 0, and `open` if it includes 0 or there are fewer than six seeds.
 """
 
 from __future__ import annotations

@@ -92,24 +92,24 @@ def test_an_rlhf_run_that_is_under_way_is_compared_with_nothing(run_dir: Path) -
 
 def test_a_study_stands_beside_the_run(run_dir: Path, tmp_path: Path) -> None:
     path = tmp_path / "study.jsonl"
-    for seed in range(4):
+    for seed in range(6):
         for arm, area in (("r1", 0.0), ("adv_rm", 1.0 + 0.1 * seed)):
             baseline = "" if arm == "r1" else "r1"
             write_line(path, Line("study", "rlhf", seed, arm, 1, 0.0, baseline, {"area": area, "final": area}))
     (run_dir / "config.yaml").write_text(json.dumps({"report": {"study_path": str(path)}}))
     summary = summarise(collect(run_dir))
-    # differences 1, 1.1, 1.2, 1.3: standard deviation .1291, t of 3 degrees of freedom 3.1824
+    # differences 1, 1.1, ... 1.5: standard deviation .18708, t of 5 degrees of freedom 2.5706
     area = next(one for one in summary["study"]["comparisons"] if one["measure"] == "area")
-    assert (area["mean"], area["low"]) == pytest.approx((1.15, 1.15 - 3.1824 * 0.12910 / 2), abs=1e-4)
+    assert (area["mean"], area["low"]) == pytest.approx((1.25, 1.25 - 2.5706 * 0.18708 / 6**0.5), abs=1e-4)
     assert summary["verdict"] == "better"
     assert (
-        "In the study: with Hardened reward model (Adv-RM), mean gold over RLHF was 1.15 higher" in summary["headline"]
+        "In the study: with Hardened reward model (Adv-RM), mean gold over RLHF was 1.25 higher" in summary["headline"]
     )
     table = next(table for table in tables(summary) if table.title == "Rewards beside the plain one")
     assert [row[:3] for row in table.rows][1] == (
         "Study: RLHF: Hardened reward model (Adv-RM) − Plain reward model",
-        "4",
-        "4",
+        "6",
+        "6",
     )
     path.unlink()
     summary = summarise(collect(run_dir))

@@ -97,11 +97,19 @@ def test_tables_hold_every_arm_with_intervals_and_mark_seeds_that_miss_a_gate() 
     # mean 1.25, standard deviation .25, t of 2 degrees of freedom 4.30265: 1.25 -+ .621
     assert "+1.25 [0.63, 1.87]" in text
     assert "| Hardened reward model (Adv-RM) | 0.02 | 3 x 2 | 1.58 |" in text
-    assert "3 of 3 seeds higher): better, beyond chance." in text
+    assert "3 of 3 seeds higher): better, in so few seeds that the interval may exclude 0 by luck." in text
     assert missed_gates(lines, "study") == [2]
     assert "Seeds that miss a gate, and stay in all tables: 2." in text
     assert "plain: gold fell below its start for good in 2 of 6 runs, at step 7;" in text
     assert "commit abc" in text and "hardware: 2 cores" in text
+
+
+@pytest.mark.parametrize(("count", "told"), [(5, "by luck."), (6, "better, beyond chance.")])
+def test_a_difference_is_beyond_chance_from_six_seeds(count: int, told: str) -> None:
+    lines = [
+        _line(arm, seed, 1, seed + gain) for arm, gain in (("plain", 0.0), ("adv_rm", 1.0)) for seed in range(count)
+    ]
+    assert told in render_study(lines)
 
 
 def test_a_difference_that_may_be_chance_is_called_so() -> None:
