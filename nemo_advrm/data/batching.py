@@ -142,8 +142,9 @@ def pad_rows(rows: Sequence[Sequence[int]], pad_id: int, multiple_of: int = 1) -
     """
     if not rows:
         raise ValueError("no rows to pad")
-    lengths_B = torch.tensor([len(row) for row in rows], dtype=torch.int64)
-    width = -(-max(1, int(lengths_B.max())) // multiple_of) * multiple_of
+    lengths = [len(row) for row in rows]
+    width = -(-max(1, *lengths) // multiple_of) * multiple_of
+    lengths_B = torch.tensor(lengths, dtype=torch.int64)
     tokens_BS = torch.full((len(rows), width), pad_id, dtype=torch.int64)
     tokens = torch.tensor(list(itertools.chain.from_iterable(rows)), dtype=torch.int64)
     tokens_BS[torch.arange(width) < lengths_B[:, None]] = tokens

@@ -182,10 +182,10 @@ def forward_backward(
         def loss(output: Tensor | SplitLogits) -> tuple[Tensor, Tensor, Sums]:
             if item.real is None:
                 own: Any = output.own_NV if isinstance(output, SplitLogits) else output  # one row is never deferred
-                return own.sum() * 0, torch.tensor(0, dtype=torch.int, device=own.device), {}
+                return own.sum() * 0, _filled(0, own), {}
             total, count, sums = loss_function(_real_part(output, item, model.head), item.real)
             sums["loss"] = (total.detach(), float(count))
-            return total, torch.tensor(count if counts else 0, dtype=torch.int, device=total.device), sums
+            return total, _filled(count if counts else 0, total), sums
 
         return _call(chunk, item.read), loss
 
@@ -253,11 +253,30 @@ def reduce_metrics(parts: list[Sums]) -> dict[str, float]:
     return {name: total / count if count else 0.0 for name, (total, count) in sorted(totals.items())}
 
 
+def _filled(count: int, like: Tensor) -> Tensor:
+    """``count`` on the device of ``like``; a copy from the host would wait for all work queued there."""
+    return torch.full((), count, dtype=torch.int, device=like.device)
+
+
 def _added(parts: Iterable[Sums]) -> Sums:
     """The sums and counts of all ``parts`` by metric, as fp64 numbers."""
+    entries = [(name, *pair) for part in parts for name, pair in part.items()]
+    sums, counts = (_numbers([entry[place] for entry in entries]) for place in (1, 2))
     totals: Sums = {}
-    for part in parts:
-        for name, (total, count) in part.items():
-            before = totals.get(name, (0.0, 0.0))
-            totals[name] = (before[0] + float(total), before[1] + float(count))
+    for (name, *_), total, count in zip(entries, sums, counts, strict=True):
+        before = totals.get(name, (0.0, 0.0))
+        totals[name] = (before[0] + total, before[1] + count)
     return totals
+
+
+def _numbers(values: Sequence[Tensor | float]) -> list[float]:
+    """``values`` as numbers: those on a device come together, as the host waits for the device each time it reads."""
+    alike: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for place, value in enumerate(values):
+        if isinstance(value, Tensor):
+            alike.setdefault((value.device, value.dtype), []).append(place)
+    read: dict[int, float] = {}
+    for places in alike.values():
+        column = torch.stack([torch.as_tensor(values[place]).reshape(()) for place in places])
+        read.update(zip(places, column.double().tolist(), strict=True))
+    return [read[place] if place in read else float(value) for place, value in enumerate(values)]

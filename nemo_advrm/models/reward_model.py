@@ -167,8 +167,8 @@ class RewardModel(TrainableModel):
         chosen_B, rejected_B = chosen_BA.detach().mean(-1), rejected_BA.detach().mean(-1)
         right_B, margin_B, preferred = right_of_pairs(chosen_B, rejected_B), chosen_B - rejected_B, count
         if "tied" in microbatch.extra:  # a tie has no preferred side to be right about
-            kept_B = ~microbatch.extra["tied"]
-            right_B, margin_B, preferred = right_B[kept_B], margin_B[kept_B], int(kept_B.sum())
+            kept_N = microbatch.extra["untied_N"]
+            right_B, margin_B, preferred = right_B[kept_N], margin_B[kept_N], kept_N.numel()
         sums: Sums = {"accuracy": (right_B.sum(), preferred), "margin": (margin_B.sum(), preferred)}
         for name, scores_B in (("chosen", chosen_B), ("rejected", rejected_B)):
             sums[f"{name}_mean"] = (scores_B.sum(), count)
@@ -192,6 +192,8 @@ def pair_microbatch(model: MegatronModel, rows: list[EncodedPair], pad_id: int, 
     }
     if any(r.tied for r in rows):
         extra["tied"] = torch.tensor([r.tied for r in rows], device=device)
+        untied = [i for i, r in enumerate(rows) if not r.tied]  # places, as a mask's number is known on the device only
+        extra["untied_N"] = torch.tensor(untied, dtype=torch.int64, device=device)
     if reads_labels(loss):
         extra["chosen_labels"] = torch.tensor([r.chosen_labels for r in rows], device=device)
         extra["rejected_labels"] = torch.tensor([r.rejected_labels for r in rows], device=device)
