@@ -17,7 +17,7 @@ import contextlib
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from nemo_advrm import signals
 from nemo_advrm.data.jsonl import plain
 from nemo_advrm.errors import CheckpointError
 from nemo_advrm.report.lines import lines_of, this_machine
-from nemo_advrm.report.study import GATES, RLHF, Line, read, write_line
+from nemo_advrm.report.study import ATTACKS, GATES, RLHF, Line, read, write_line
 from nemo_advrm.untrusted_files import read_json, read_yaml
 
 HERE = Path(__file__).resolve().parent
@@ -135,20 +135,22 @@ def _keep_if_known(home: Path, experiment: str, seed: int, results: Path) -> Non
 
 
 def keep(home: Path, experiment: str, seed: int, results: Path) -> None:
-    """Write a line for every finished run of a seed that has none; write the gates first if they are known.
+    """Write a line for every finished run of a seed that has none; write the gates and the attacks first if known.
 
-    Gates that have changed, for instance after more runs of plain RLHF, are written again: the last line counts.
+    Both are written again if they have changed, for instance after more runs of plain RLHF: the last line counts.
     """
     lines = lines_of(home, experiment, this_machine())
+    commit = next((line.commit for line in lines if line.commit), "")
     met = gates(home, lines)
+    for kind, measures in ((ATTACKS, attacks(home)), (GATES, met)):
+        if measures is not None:
+            lines.insert(0, Line(experiment, kind, seed, measures=measures, commit=commit, hardware=this_machine()))
     if met is not None:
-        commit = next((line.commit for line in lines if line.commit), "")
-        lines.insert(0, Line(experiment, GATES, seed, measures=met, commit=commit, hardware=this_machine()))
         print(f"seed {seed}: gates {'met' if met['met'] else 'NOT met'}: {_shown(met)}", flush=True)
     known = {line.key: line for line in read(results)} if results.exists() else {}
     for line in lines:
         before = known.get(line.key)
-        if before is None or (line.kind == GATES and before.measures != plain(line.measures)):
+        if before is None or (line.kind in (GATES, ATTACKS) and before.measures != plain(line.measures)):
             write_line(results, line)
 
 
@@ -182,6 +184,42 @@ def gates(home: Path, lines: list[Line]) -> dict[str, Any] | None:
         and (values["room"] or 0.0) >= LEAST_ROOM
     )
     return {**values, "met": is_met}
+
+
+def attacks(home: Path) -> dict[str, float] | None:
+    """Return what the attacks of a seed did before and after hardening, and its cost; None before the report is there.
+
+    Success is the finished adversaries' on held-out prompts, and `success_sft` the same rule on SFT responses. Of the
+    two attacks of a round the worse one counts: the higher success, the higher share of wrong labels, the larger loss
+    of accuracy. `cost` is hardening with RLHF in CPU seconds, divided by plain RLHF with its reward model.
+    """
+    path = home / "report" / "summary.json"
+    if not path.exists():
+        return None
+    summary = read_json(path)
+    rounds = [
+        (
+            list(((one.get("attack") or {}).get("directions") or {}).values()),
+            [member["accuracy"] for member in one["rm"]],
+        )
+        for one in summary["rounds"][:2]
+    ]
+    (before, accuracies), (after, retrained) = [*rounds, ([], []), ([], [])][:2]
+    lost = [old - new for old, new in zip(accuracies, retrained, strict=False) if None not in (old, new)]
+    measures = {
+        "success_before": _largest(one.get("held_out") for one in before),
+        "success_after": _largest(one.get("held_out") for one in after),
+        "success_sft": _largest(one.get("held_out_null") for one in before),
+        "wrong_labels": _largest(one.get("wrong_labels") for one in before),
+        "accuracy_lost": _largest(lost),
+        "cost": summary.get("cost_ratio"),
+    }
+    known = {name: value for name, value in measures.items() if value is not None}
+    return known or None
+
+
+def _largest(values: Iterable[float | None]) -> float | None:
+    return max((value for value in values if value is not None), default=None)
 
 
 def _shown(met: dict[str, Any]) -> str:

@@ -2,15 +2,15 @@
 
 Runs append to a file of JSON lines as they finish:
 
-    {"experiment": name of the design, "kind": "rlhf" | "best_of_n" | "gates", "seed": of the reward models,
-     "arm": name in pipeline.rlhf, "rlhf_seed": int | null (best-of-n and gates have none), "kl": KL coefficient | null,
+    {"experiment": name of the design, "kind": "rlhf" | "best_of_n" | "gates" | "attacks", "seed": of the reward models,
+     "arm": name in pipeline.rlhf, "rlhf_seed": int | null (only runs of RLHF have one), "kl": KL coefficient | null,
      "baseline": arm that this one is compared with, "" for none, "measures": {NAME: number | text | null},
      "cpu_seconds": f | null, "flops": f | null, "commit": git commit, "hardware": in words}
 
 The measures of `rlhf` are those of `report.measures`, the measures of `best_of_n` those of `objectives.best_of_n`. A
-line of `gates` describes the reward models of a seed, with measures of any names; "met" is true or false there. A
-later line replaces an earlier one with the same experiment, kind, seed, arm and rlhf_seed, so a repeated run counts
-once.
+line of `gates` describes the reward models of a seed, and one of `attacks` the attacks on them and what hardening cost.
+Both have measures of any names and no arm; "met" of gates is true or false. A later line replaces an earlier one with
+the same experiment, kind, seed, arm and rlhf_seed, so a repeated run counts once.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from nemo_advrm.report.statistics import Comparison, Interval, Values, by_seed, 
 RLHF: Final = "rlhf"
 BEST_OF_N: Final = "best_of_n"
 GATES: Final = "gates"
+ATTACKS: Final = "attacks"
 
 
 def _is_measure(value: Any) -> Any:
@@ -47,7 +48,7 @@ class Line:
     """One finished run of a study; the module docstring explains the fields."""
 
     experiment: Annotated[str, Field(min_length=1)]
-    kind: Literal["rlhf", "best_of_n", "gates"]
+    kind: Literal["rlhf", "best_of_n", "gates", "attacks"]
     seed: Count
     arm: str = ""
     rlhf_seed: Count | None = None
@@ -101,7 +102,7 @@ def join(studies: Iterable[Iterable[Line]]) -> list[Line]:
 def parse(row: Any, source: str) -> Line:
     """A line of a study. Raises DataError that names `source` and the key if `row` is not one."""
     wrong = problem(_LINE, row)
-    if not wrong and not row.get("arm") and row["kind"] != GATES:
+    if not wrong and not row.get("arm") and row["kind"] not in (GATES, ATTACKS):
         wrong = "it lacks arm"
     if wrong:
         raise DataError(f"{source}: no line of a study ({wrong})")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import median
 
 from nemo_advrm.report.conclusions import COLUMNS, MAIN_MEASURE, by_arm, compare_all, interval_cells, sentence
+from nemo_advrm.report.files import number
 from nemo_advrm.report.names import ABSENT, KIND_TITLES, fixed, flops_text, reward_name
-from nemo_advrm.report.study import GATES, RLHF, Arm, Line, arms, experiments, missed_gates
+from nemo_advrm.report.study import ATTACKS, GATES, RLHF, Arm, Line, arms, experiments, missed_gates
 from nemo_advrm.report.table import to_markdown
 
 
@@ -15,7 +17,7 @@ def render_study(lines: Sequence[Line]) -> str:
     blocks = []
     for experiment in experiments(lines):
         own = [line for line in lines if line.experiment == experiment]
-        blocks += [f"### {experiment}", _gates(own, experiment)]
+        blocks += [f"### {experiment}", _gates(own, experiment), _attacks(own)]
         for kind in COLUMNS:
             found = arms(own, experiment, kind)
             if found:
@@ -91,6 +93,18 @@ def _gates(lines: Sequence[Line], experiment: str) -> str:
     if missed:
         told = f"Seeds that miss a gate, and stay in all tables: {', '.join(map(str, missed))}."
     return f"{to_markdown(['Seed', *names, 'Gates met'], cells)}\n\n{told}"
+
+
+def _attacks(lines: Sequence[Line]) -> str:
+    """Each seed's attacks, and the median of the seeds."""
+    rows = sorted((one for one in lines if one.kind == ATTACKS), key=lambda one: one.seed)
+    if not rows:
+        return ""
+    names = list(dict.fromkeys(name for one in rows for name in one.measures))
+    cells = [[f"{one.seed}", *(_cell(one.measures.get(name)) for name in names)] for one in rows]
+    known = {name: [found for one in rows if (found := number(one.measures.get(name))) is not None] for name in names}
+    cells.append(["median", *(_cell(median(known[name]) if known[name] else None) for name in names)])
+    return f"#### Attacks and hardening\n\n{to_markdown(['Seed', *names], cells)}"
 
 
 def _cell(value: object) -> str:

@@ -53,7 +53,7 @@ def test_a_run_that_was_done_again_counts_once() -> None:
     [
         ({"seed": -1}, "seed=-1: input should be greater than or equal to 0"),
         ({"seed": True}, "seed=true: input should be a valid integer"),
-        ({"kind": "sft"}, "kind=\"sft\": input should be 'rlhf', 'best_of_n' or 'gates'"),
+        ({"kind": "sft"}, "kind=\"sft\": input should be 'rlhf', 'best_of_n', 'gates' or 'attacks'"),
         ({"kl": "much"}, 'kl="much": input should be a valid number'),
         ({"kl": -0.1}, "kl=-0.1: input should be greater than or equal to 0"),
         ({"measures": [1]}, r"measures=\[1\]: input should be a valid dictionary"),

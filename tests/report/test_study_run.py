@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from nemo_advrm.report.study import GATES, RLHF, Line, missed_gates, read
+from nemo_advrm.report.study_tables import render_study
 
 STUDY = Path(__file__).resolve().parents[2] / "benchmarks" / "study"
 
@@ -70,6 +71,35 @@ def test_a_finished_run_becomes_one_line_and_the_gates_come_first(
     assert [(row["kind"], row["rlhf_seed"]) for row in rows] == [(GATES, None), (RLHF, 1), (GATES, None), (RLHF, 2)]
     assert capsys.readouterr().out.startswith("seed 10: gates met: accuracy 0.900, mismatch 0.920")
     assert [line.measures["final"] for line in read(results)[1:]] == [-1.0, -2.0]
+
+
+def test_attacks_of_a_seed_are_a_line_and_a_table_with_medians(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study, results = module("run"), tmp_path / "results.jsonl"
+    monkeypatch.setattr(study, "lines_of", lambda *args: runs(-1.0))
+    assert study.attacks(tmp_path) is None  # no report yet
+    for seed, success in ((10, 0.4), (11, 0.7)):
+        finished(tmp_path / f"{seed}")
+        first = {"1": {"held_out": 0.9, "held_out_null": 0.1, "wrong_labels": 0.02}, "2": {"held_out": 0.8}}
+        rounds = [
+            {"attack": {"directions": first}, "rm": [{"accuracy": 0.87}, {"accuracy": 0.9}]},
+            {"attack": {"directions": {"1": {"held_out": success}}}, "rm": [{"accuracy": 0.86}, {"accuracy": 0.92}]},
+        ]
+        (tmp_path / f"{seed}" / "report").mkdir()
+        summary = tmp_path / f"{seed}" / "report" / "summary.json"
+        summary.write_text(json.dumps({"rounds": rounds, "cost_ratio": 2.0}))
+        study.keep(tmp_path / f"{seed}", "study", seed, results)
+    (line, _) = [line for line in read(results) if line.kind == "attacks"]
+    expected = {"success_before": 0.9, "success_after": 0.4, "success_sft": 0.1, "wrong_labels": 0.02, "cost": 2.0}
+    assert line.measures == pytest.approx(expected | {"accuracy_lost": 0.01})
+    text = render_study(read(results))
+    assert "| 11 | 0.900 | 0.700 | 0.100 | 0.020 | 0.010 | 2.000 |" in text
+    assert "| median | 0.900 | 0.550 | 0.100 | 0.020 | 0.010 | 2.000 |" in text
+
+    rounds[1]["rm"][0]["accuracy"] = None  # a member that was not measured, and a run of one round
+    summary.write_text(json.dumps({"rounds": rounds}))
+    assert study.attacks(tmp_path / "11")["accuracy_lost"] == pytest.approx(-0.02)
+    summary.write_text(json.dumps({"rounds": rounds[:1]}))
+    assert set(study.attacks(tmp_path / "11")) == {"success_before", "success_sft", "wrong_labels"}
 
 
 def test_gates_that_have_changed_are_written_again_and_the_later_line_counts(
