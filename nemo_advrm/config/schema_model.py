@@ -187,6 +187,11 @@ class ModelConfig:
         role=Role.BATCHING,
         restart=Restart.RECORDED,
     )
+    sequence_packing: str = layout(
+        "auto",
+        "sequences of a microbatch one after another in one row, instead of padded rows",
+        choices={"auto": "on a GPU, where attention has a kernel for it; docs/scale.md", "always": "", "never": ""},
+    )
     global_batch_size: int = key(64, "rows per optimizer step over all data-parallel ranks", COUNT, role=Role.BATCHING)
     optim: OptimConfig = section(OptimConfig)
 

@@ -132,6 +132,30 @@ def _cheapest_cuts(lengths: tuple[int, ...], max_tokens: int, max_rows: int, cos
     return tuple(reversed(cuts))
 
 
+def pack_by_tokens(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Group indices into `lengths` into microbatches of at most `max_tokens` tokens, without padding.
+
+    First-fit decreasing: rows go, longest first, into the first microbatch with room for them, which takes at most 11/9
+    of the fewest microbatches possible, and one more. A row longer than `max_tokens` becomes a microbatch of its own.
+    Every index occurs once.
+
+    Raises ConfigError for a limit below 1.
+    """
+    if max_tokens < 1:
+        raise ConfigError(f"max_tokens={max_tokens}: must be at least 1")
+    groups: list[list[int]] = []
+    room = np.zeros(len(lengths), dtype=np.int64)
+    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+        enough = room[: len(groups)] >= lengths[index]
+        place = int(enough.argmax()) if enough.any() else len(groups)
+        if place == len(groups):
+            groups.append([])
+            room[place] = max_tokens
+        groups[place].append(index)
+        room[place] -= lengths[index]
+    return groups
+
+
 def pad_rows(rows: Sequence[Sequence[int]], pad_id: int, multiple_of: int = 1) -> tuple[Tensor, Tensor]:
     """Return (tokens_BS, lengths_B), both int64: rows padded on the right to the longest, rounded up to `multiple_of`.
 

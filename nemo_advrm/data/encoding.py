@@ -33,12 +33,17 @@ class EncodedPair:
     @property
     def length(self) -> int:
         """Number of tokens of the longer conversation, which is the padded width of the pair."""
-        return max(len(self.chosen), len(self.rejected))
+        return max(self.lengths)
+
+    @property
+    def lengths(self) -> tuple[int, int]:
+        """Numbers of tokens of the two conversations."""
+        return len(self.chosen), len(self.rejected)
 
     @property
     def token_count(self) -> int:
         """Number of tokens of both conversations."""
-        return len(self.chosen) + len(self.rejected)
+        return sum(self.lengths)
 
 
 def encode_pairs(

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
@@ -20,7 +21,7 @@ from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
-from nemo_advrm.engine import context
+from nemo_advrm.engine import context, varlen
 from nemo_advrm.engine.kv_cache import KVCache
 from nemo_advrm.engine.rotation import rotate
 
@@ -68,9 +69,14 @@ class FusedCoreAttention(MegatronModule):
         attention_mask: Tensor | None,
         attn_mask_type: AttnMaskType | None = None,
         attention_bias: Tensor | None = None,
-        packed_seq_params: Any = None,
+        packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
-        """query [sq, b, heads, d], key and value [sk, b, groups, d] -> context [sq, b, heads * d]."""
+        """query [sq, b, heads, d], key and value [sk, b, groups, d] -> context [sq, b, heads * d].
+
+        Packed: query [t, heads, d], key and value [t, groups, d] -> like query.
+        """
+        if packed_seq_params is not None:
+            return self._packed(query, key, value, packed_seq_params)
         if self.config.context_parallel_size > 1:
             return self._context_parallel(query, key, value)
         length = query.size(0)
@@ -88,6 +94,19 @@ class FusedCoreAttention(MegatronModule):
         if length == 1:
             return result.reshape(1, query.size(1), -1)
         return result.permute(2, 0, 1, 3).reshape(length, query.size(1), -1)
+
+    def _packed(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSeqParams) -> Tensor:
+        """:meth:`forward` for packed sequences: by a kernel, else by a mask that hides the other sequences."""
+        if varlen.attends(query, self.softcap, self._dropout):
+            return varlen.attention(query, key, value, packed, self.window, self.softmax_scale)
+        bounds = packed.cu_seqlens_q
+        total = query.size(0)
+        sequence_T = torch.repeat_interleave(bounds[1:] - bounds[:-1], output_size=total)
+        within = sequence_T[:, None] == sequence_T
+        causal = self._causal(total, total, query.device)
+        visible = within.tril() if causal is None else within & causal
+        q, k, v = (t.transpose(0, 1)[None] for t in (query, key, value))
+        return self._attend(q, k, v, visible, False)[0].transpose(0, 1)
 
     def _context_parallel(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """:meth:`forward` for this rank's slice of the sequences, under context parallelism.
@@ -113,7 +132,7 @@ class FusedCoreAttention(MegatronModule):
         """q [b, heads, sq, d], k and v [b, groups, sk, d], ``visible`` broadcast to [b, heads, sq, sk] -> like q."""
         from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
-        dropout = self.dropout if self.training else 0.0
+        dropout = self._dropout
         own_stream = dropout and not self.config.sequence_parallel
         with get_cuda_rng_tracker().fork() if own_stream else contextlib.nullcontext():
             if self.softcap:
@@ -128,6 +147,10 @@ class FusedCoreAttention(MegatronModule):
                 scale=self.softmax_scale,
                 enable_gqa=q.size(1) != k.size(1),
             )
+
+    @property
+    def _dropout(self) -> float:
+        return self.dropout if self.training else 0.0
 
     def _causal(self, queries: int, keys: int, device: torch.device) -> Tensor | None:
         """Mask [queries, keys], True = visible, of the last ``queries`` positions; None if the fused mask is enough."""

@@ -34,7 +34,7 @@ def own_chunks() -> tuple[int, int]:
 def cp_slice(whole: Tensor, dim: int) -> Tensor:
     """This rank's slice of a tensor whose dimension ``dim`` is the sequence.
 
-    Raises ValueError if the sequence does not divide into equal chunks (see ``schedule.sequence_multiple``).
+    Raises ValueError if the sequence does not divide into equal chunks (see ``microbatches.sequence_multiple``).
     """
     number = 2 * parallel_state.get_context_parallel_world_size()
     if whole.size(dim) % number:

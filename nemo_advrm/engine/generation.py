@@ -204,7 +204,7 @@ def _call_pipeline(
     rows, length = tokens_BS.shape
     # not context-parallel ranks: each has its own rows
     ranks = rt.layout.tensor * rt.layout.pipeline
-    throughput.count_pass(model, rows, length, rows, ranks)
+    throughput.count_pass(model, [length] * rows, rows, ranks)
     group = parallel_state.get_pipeline_model_parallel_group() if rt.layout.pipeline > 1 else None
     output = None
     for part in model.parts:

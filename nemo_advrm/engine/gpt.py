@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
@@ -130,6 +131,7 @@ class HeadedGPT(GPTModel):
         read_at_B: Tensor | None = None,
         predict_BS: Tensor | None = None,
         inference_context: KVCache | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
         gather_logits: bool = False,
         with_hidden: bool = False,
     ) -> Tensor | SplitLogits | DeferredLogits:
@@ -138,8 +140,10 @@ class HeadedGPT(GPTModel):
         Args:
             input_ids, position_ids: [B, S] int64.
             attention_mask: True = hidden; only used when decoding from a cache.
-            read_at_B: position of each row's last real token (reward, and lm when generating).
+            read_at_B: position of each row's last real token (reward, and lm when generating); of each sequence's in
+                the row, if it is packed.
             predict_BS: mask of the positions whose next-token logits are requested (lm when training).
+            packed_seq_params: where the sequences of the one row are, if it is packed.
             gather_logits: gather the vocabulary over tensor-parallel ranks.
             with_hidden: append the hidden states that the head reads (reward).
 
@@ -161,12 +165,15 @@ class HeadedGPT(GPTModel):
             position_ids=position_ids,
             decoder_input=embedded,
             inference_context=inference_context,
+            packed_seq_params=packed_seq_params,
         )[:6]
         if sliced and rotary is not None:
             rotary = context.cp_slice(rotary, 0)
         if rotary is not None and not self.config.apply_rope_fusion:
             if inference_context is not None:
                 rotary = inference_context.rotary_angles(rotary, length)
+            elif packed_seq_params is not None:
+                rotary = rotary[position_ids[0]]
             rotary = rotation(rotary, self.config.params_dtype)
         hidden_SBH = self.decoder(
             hidden_states=decoder_input,
@@ -176,6 +183,7 @@ class HeadedGPT(GPTModel):
             rotary_pos_cos=rotary_cos,
             rotary_pos_sin=rotary_sin,
             sequence_len_offset=offset,
+            packed_seq_params=packed_seq_params,
         )
         if not self.post_process:
             return hidden_SBH

@@ -12,7 +12,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from nemo_advrm.config.schema import ModelConfig, PrecisionConfig
-from nemo_advrm.engine import runtime
+from nemo_advrm.engine import packing, runtime
 from nemo_advrm.engine.dimensions import Head, padded_vocab_size
 from nemo_advrm.engine.gpt import HeadedGPT
 from nemo_advrm.engine.transformer import transformer_config
@@ -25,6 +25,7 @@ class MegatronModel:
     Attributes:
         chunks: modules that the schedules call, wrapped by Megatron's DDP if the model is trained.
         parts: the unwrapped :class:`HeadedGPT` of each chunk.
+        packs: whether its microbatches are packed rows.
         gathered: False while updated weights are still sharded over data-parallel ranks.
     """
 
@@ -35,6 +36,7 @@ class MegatronModel:
     head: Head
     vocab_size: int
     head_outputs: int = 1
+    packs: bool = False
     gathered: bool = True
 
     @property
@@ -162,7 +164,8 @@ def build_model(
             if model.offload_reference:
                 for parameter in part.parameters():
                     parameter.data = parameter.data.cpu()
-    return MegatronModel(wrapped, parts, config, model, head, vocab_size, head_outputs)
+    packs = packing.is_used(model, config.params_dtype, rt.on_gpu)
+    return MegatronModel(wrapped, parts, config, model, head, vocab_size, head_outputs, packs)
 
 
 def _move_to_device(part: HeadedGPT, config: TransformerConfig, rt: runtime.Runtime) -> None:

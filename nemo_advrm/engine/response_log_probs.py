@@ -7,9 +7,9 @@ from torch import Tensor
 
 from nemo_advrm.engine import runtime
 from nemo_advrm.engine.log_probs import Logits, token_values
-from nemo_advrm.engine.microbatches import EncodedResponse, response_microbatch
+from nemo_advrm.engine.microbatches import EncodedResponse, Microbatch, microbatch_rows, response_microbatch
 from nemo_advrm.engine.model import MegatronModel
-from nemo_advrm.engine.schedule import Microbatch, forward, microbatch_rows
+from nemo_advrm.engine.schedule import forward
 
 
 def summed_log_probs(model: MegatronModel, rows: list[EncodedResponse], pad_id: int) -> Tensor:
@@ -32,14 +32,14 @@ def summed_log_probs_and_entropies(model: MegatronModel, rows: list[EncodedRespo
 def _summed(model: MegatronModel, rows: list[EncodedResponse], pad_id: int, with_entropy: bool) -> Tensor:
     columns = 1 + with_entropy
     places = [i for i, row in enumerate(rows) if len(row.tokens) > row.prompt_length]
-    groups = microbatch_rows(model, [len(rows[i].tokens) for i in places])
+    groups = microbatch_rows(model, [(len(rows[i].tokens),) for i in places])
     groups = [[places[i] for i in group] for group in groups]
     microbatches = [response_microbatch(model, [rows[i] for i in group], pad_id) for group in groups]
 
     def collect(logits_NV: Logits, microbatch: Microbatch) -> Tensor:
         targets_N = microbatch.extra["targets_N"]
         values_CN = token_values(logits_NV, targets_N, 1.0, with_entropy)
-        sums_BC = torch.zeros(microbatch.tokens_BS.size(0), columns, device=targets_N.device)
+        sums_BC = torch.zeros(microbatch.lengths_B.numel(), columns, device=targets_N.device)
         return sums_BC.index_add(0, microbatch.extra["rows_N"], values_CN.T)
 
     values_NC = torch.zeros(len(rows), columns)

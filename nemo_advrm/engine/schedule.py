@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,38 +13,21 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from nemo_advrm.data.batching import microbatch_cost, split_by_tokens
 from nemo_advrm.engine import runtime, throughput
 from nemo_advrm.engine.context import SplitLogits
 from nemo_advrm.engine.dimensions import Head
+from nemo_advrm.engine.microbatches import Microbatch, filler
 from nemo_advrm.engine.model import MegatronModel
-from nemo_advrm.engine.precision import alignment
+from nemo_advrm.engine.packing import Packing
 
 Sums = dict[str, tuple[Tensor | float, Tensor | float]]
 """Metric name -> (sum, count); the mean is over all microbatches and data-parallel ranks."""
 
-LossFunction = Callable[[Any, "Microbatch"], tuple[Tensor, int, Sums]]
+LossFunction = Callable[[Any, Microbatch], tuple[Tensor, int, Sums]]
 """(output of the last stage, microbatch) -> (sum of losses, number of terms, metrics).
 
 All context-parallel ranks compute the same values, of the whole microbatch.
 """
-
-
-@dataclass
-class Microbatch:
-    """Rows padded on the right.
-
-    Attributes:
-        tokens_BS: int64 token ids.
-        lengths_B: int64 number of real tokens per row.
-        forward: keyword arguments of the model's forward (``read_at_B``, ``predict_BS``, ``with_hidden``).
-        extra: tensors for the loss.
-    """
-
-    tokens_BS: Tensor
-    lengths_B: Tensor
-    forward: dict[str, Any] = field(default_factory=dict)
-    extra: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -55,30 +38,10 @@ class _Scheduled:
     real: Microbatch | None
 
 
-def sequence_multiple(model: MegatronModel) -> int:
-    """Padded lengths must be a multiple of this, for sequence and context parallelism and FP8's alignment."""
-    return alignment(model.config)
-
-
-def microbatch_rows(model: MegatronModel, lengths: Sequence[int], sequences: int = 1, rows: int = 1) -> list[list[int]]:
-    """Group indices into ``lengths`` into microbatches within the model's limits, at the lowest cost on this device.
-
-    Args:
-        model: its ``micro_batch_tokens`` and ``micro_batch_size`` are the limits.
-        sequences: sequences per row, padded to the longest (a pair has two).
-        rows: factor of ``micro_batch_size``; forward passes need less memory and so allow more rows.
-    """
-    settings = model.model_config
-    return split_by_tokens(
-        lengths,
-        settings.micro_batch_tokens // sequences,
-        rows * settings.micro_batch_size,
-        cost_of_one=microbatch_cost(runtime.current().device),
-    )
-
-
 def _call(chunk: Any, microbatch: Microbatch) -> Tensor:
-    tokens = microbatch.tokens_BS
+    tokens, packing = microbatch.tokens_BS, microbatch.packing
+    if packing is not None:
+        return chunk(tokens, packing.positions_BS, packed_seq_params=packing.params, **microbatch.forward)
     positions = torch.arange(tokens.size(1), device=tokens.device).expand_as(tokens)
     return chunk(tokens, positions, **microbatch.forward)
 
@@ -108,10 +71,9 @@ def _count(model: MegatronModel, scheduled: list[_Scheduled], passes: int) -> No
     """Count the FLOPs of a schedule; the ranks of a replica share each microbatch evenly."""
     ranks = runtime.current().layout.model_parallel
     for item in scheduled:
-        rows, length = item.read.tokens_BS.shape
         targets = item.read.extra.get("targets_N")  # tokens whose logits are computed
         logits = 0 if targets is None else targets.numel()
-        throughput.count_pass(model, rows, length, logits, ranks, passes)
+        throughput.count_pass(model, item.read.computed, logits, ranks, passes)
 
 
 def _with_fillers(model: MegatronModel, microbatches: list[Microbatch]) -> list[_Scheduled]:
@@ -128,42 +90,36 @@ def _with_fillers(model: MegatronModel, microbatches: list[Microbatch]) -> list[
         return []
     scheduled = [_Scheduled(microbatch, microbatch) for microbatch in microbatches]
     if len(scheduled) < count:
-        scheduled += [_Scheduled(_filler(model), None)] * (count - len(scheduled))
+        scheduled += [_Scheduled(filler(model), None)] * (count - len(scheduled))
     if interleaved:
         rows, length = (max(item.read.tokens_BS.size(dim) for item in scheduled) for dim in (0, 1))
         scheduled = [replace(item, read=_padded(item.read, rows, length)) for item in scheduled]
     return scheduled
 
 
-def _filler(model: MegatronModel) -> Microbatch:
-    """The smallest microbatch that the model accepts: one row of one token, with one output."""
-    device = runtime.current().device
-    tokens_BS = torch.zeros(1, sequence_multiple(model), dtype=torch.int64, device=device)
-    lengths_B = torch.ones(1, dtype=torch.int64, device=device)
-    first_BS = torch.zeros_like(tokens_BS, dtype=torch.bool)
-    first_BS[:, 0] = True
-    wanted = {"read_at_B": lengths_B - 1} if model.head == "reward" else {"predict_BS": first_BS}
-    return Microbatch(tokens_BS, lengths_B, wanted)
-
-
 def _padded(microbatch: Microbatch, rows: int, length: int) -> Microbatch:
-    """The microbatch padded with zeros to ``rows`` and ``length``."""
+    """The microbatch filled up with zeros to ``rows`` and ``length``; packed ones have one row each."""
     own_rows, own_length = microbatch.tokens_BS.shape
 
     def grown(tensor: Tensor) -> Tensor:
         columns = (0, length - own_length) if tensor.dim() == 2 else ()
         return F.pad(tensor, (*columns, 0, rows - own_rows))
 
+    packing = microbatch.packing
+    if packing is not None:
+        packing = Packing.of(packing.lengths, length, microbatch.tokens_BS.device)
     forward = {name: grown(v) if isinstance(v, Tensor) else v for name, v in microbatch.forward.items()}
-    return replace(microbatch, tokens_BS=grown(microbatch.tokens_BS), forward=forward)
+    return replace(microbatch, tokens_BS=grown(microbatch.tokens_BS), forward=forward, packing=packing)
 
 
 def _real_part(output: Any, item: _Scheduled, head: Head) -> Any:
     """What the last stage computed of the real microbatch."""
     if item.real is None or item.real is item.read or head == "lm":  # logits are made where predict_BS asks for them
         return output
+    if head == "reward":
+        return output[: item.real.lengths_B.numel()]
     rows, length = item.real.tokens_BS.shape
-    return output[:rows, :length] if head == "value" else output[:rows]
+    return output[:rows, :length]
 
 
 def forward_backward(

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from nemo_advrm.engine import runtime
-from nemo_advrm.engine.microbatches import rows_to_microbatch
+from nemo_advrm.engine.microbatches import microbatch_rows, scored_microbatch
 from nemo_advrm.engine.model import MegatronModel
-from nemo_advrm.engine.schedule import forward, microbatch_rows
+from nemo_advrm.engine.schedule import forward
 
 
 def score_sequences(model: MegatronModel, sequences: list[list[int]], pad_id: int) -> Tensor:
@@ -39,14 +39,11 @@ def scores_and_hidden_states(
 
 def _read_at_end(model: MegatronModel, sequences: list[list[int]], pad_id: int, with_hidden: bool) -> Tensor:
     """What the head gives at the last token of each sequence, [N, outputs], or [N, outputs + H] with hidden states."""
-    groups = microbatch_rows(model, [len(s) for s in sequences], rows=4)
-    microbatches = []
-    for group in groups:
-        microbatch = rows_to_microbatch(model, [sequences[i] for i in group], pad_id)
-        microbatch.forward = {"read_at_B": microbatch.lengths_B - 1}
-        if with_hidden:
+    groups = microbatch_rows(model, [(len(s),) for s in sequences], rows=4)
+    microbatches = [scored_microbatch(model, [sequences[i] for i in group], pad_id) for group in groups]
+    if with_hidden:
+        for microbatch in microbatches:
             microbatch.forward["with_hidden"] = True
-        microbatches.append(microbatch)
     # also known on earlier pipeline stages, which have no head
     width = model.head_outputs + (model.config.hidden_size if with_hidden else 0)
     table = torch.zeros(len(sequences), width)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
+
 import torch
 
 from nemo_advrm.config.schema import ModelConfig
@@ -33,21 +36,22 @@ def flops_so_far() -> float:
     return _flops
 
 
-def count_pass(model: MegatronModel, rows: int, length: int, logits: int, ranks: int, passes: int = 1) -> None:
+def count_pass(model: MegatronModel, lengths: Sequence[int], logits: int, ranks: int, passes: int = 1) -> None:
     """Add this process's share of a pass to :func:`flops_so_far`.
 
-    Counted are the matrices of the layers, attention within the rows, and the output layer, padding included, because
-    the hardware computes it too. Not counted are recomputation, element-wise operations, the optimizer, and attention
-    to cached tokens.
+    Counted are the matrices of the layers, attention within each sequence, and the output layer, padding included,
+    because the hardware computes it too. Not counted are recomputation, element-wise operations, the optimizer, and
+    attention to cached tokens.
 
     Args:
-        rows, length: shape of the padded microbatch.
+        lengths: tokens of every sequence of the microbatch, padding included.
         logits: number of tokens whose logits are computed.
         ranks: number of ranks that share the pass evenly.
         passes: 1 for a forward pass, 3 with the backward pass.
     """
     config = model.model_config
-    flops = config.num_layers * layer_flops(config, Microbatch(rows, length)).total
+    by_length = Counter(lengths).items()
+    flops = config.num_layers * sum(layer_flops(config, Microbatch(rows, length)).total for length, rows in by_length)
     flops += head_flops(config, model.head, logits, model.vocab_size)
     add_flops(passes * flops / ranks)
 

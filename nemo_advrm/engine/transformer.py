@@ -162,16 +162,11 @@ def layer_spec(model: ModelConfig, dtype: torch.dtype, on_gpu: bool) -> ModuleSp
 
 
 def _transformer_engine_spec(model: ModelConfig, dtype: torch.dtype) -> ModuleSpec:
-    """Transformer Engine's layer; not run in the present version.
-
-    Its attention supports neither soft-caps, nor a sliding window per row of a cache, nor context parallelism in fp32.
-    Such models use our attention between its linear layers.
-    """
+    """Transformer Engine's layer, with our attention where its own falls short; not run in the present version."""
     spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=model.qk_layernorm)
     attention = spec.submodules.self_attention
     attention.module = CachedSelfAttention
-    context_parallel_fp32 = model.context_parallel_size > 1 and dtype == torch.float32
-    if model.attention_softcap or model.sliding_window or context_parallel_fp32:
+    if not transformer_engine.attends(model, dtype, on_gpu=True):
         attention.submodules.core_attention = partial(FusedCoreAttention, softcap=model.attention_softcap)
     if not model.post_norms:
         return spec

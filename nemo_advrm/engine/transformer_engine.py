@@ -10,6 +10,12 @@ import importlib
 import importlib.util
 import sys
 from functools import cache
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+    from nemo_advrm.config.schema import ModelConfig
 
 PACKAGE = "transformer_engine"
 
@@ -17,6 +23,16 @@ PACKAGE = "transformer_engine"
 def is_usable(on_gpu: bool) -> bool:
     """Whether a run on a GPU or a CPU uses Transformer Engine: only on a GPU, if it can be imported."""
     return on_gpu and not import_error()
+
+
+def attends(model: ModelConfig, dtype: torch.dtype, on_gpu: bool) -> bool:
+    """Whether Transformer Engine computes the attention of ``model`` in ``dtype``.
+
+    It supports neither soft-caps, nor a sliding window per row of a cache, nor context parallelism in fp32. Such models
+    use our attention between its linear layers.
+    """
+    context_parallel_fp32 = model.context_parallel_size > 1 and str(dtype) == "torch.float32"
+    return is_usable(on_gpu) and not (model.attention_softcap or model.sliding_window or context_parallel_fp32)
 
 
 @cache

@@ -8,8 +8,9 @@ from torch import Tensor
 from nemo_advrm.config.schema import Config
 from nemo_advrm.data.tokenizers import Tokenizer
 from nemo_advrm.engine.builders import build_critic
+from nemo_advrm.engine.microbatches import Microbatch
 from nemo_advrm.engine.optim import MegatronOptimizer
-from nemo_advrm.engine.schedule import Microbatch, Sums, forward, forward_backward
+from nemo_advrm.engine.schedule import Sums, forward, forward_backward
 from nemo_advrm.models.rollout_batch import RolloutBatch, per_token
 from nemo_advrm.models.trainable import derive_seed
 from nemo_advrm.objectives.losses import clipped_value

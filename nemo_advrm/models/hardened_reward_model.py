@@ -14,8 +14,8 @@ from nemo_advrm.data.batching import BatchSchedule
 from nemo_advrm.data.encoding import EncodedPair
 from nemo_advrm.data.tokenizers import Tokenizer
 from nemo_advrm.engine import runtime
-from nemo_advrm.engine.microbatches import rows_to_microbatch
-from nemo_advrm.engine.schedule import Microbatch, Sums, microbatch_rows
+from nemo_advrm.engine.microbatches import Microbatch, microbatch_rows, scored_microbatch
+from nemo_advrm.engine.schedule import Sums
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.models.reward_model import RewardModel, pair_microbatch
 from nemo_advrm.objectives.accuracy import right_of_pairs
@@ -97,12 +97,11 @@ class HardenedRewardModel(RewardModel):
         finds = [row for row in rows if isinstance(row, EncodedPair)]
         replay = [row for row in rows if isinstance(row, ReplayRow)]
         pad_id = self.tokenizer.pad_id
-        groups = microbatch_rows(self.model, [row.length for row in finds], sequences=2)
+        groups = microbatch_rows(self.model, [row.lengths for row in finds])
         microbatches = [pair_microbatch(self.model, [finds[i] for i in group], pad_id, "bt") for group in groups]
         # a pair is two sequences, so that twice as many single ones fit
-        for group in microbatch_rows(self.model, [row.length for row in replay], rows=2):
-            microbatch = rows_to_microbatch(self.model, [replay[i].tokens for i in group], pad_id)
-            microbatch.forward = {"read_at_B": microbatch.lengths_B - 1}
+        for group in microbatch_rows(self.model, [(row.length,) for row in replay], rows=2):
+            microbatch = scored_microbatch(self.model, [replay[i].tokens for i in group], pad_id)
             original_BA = torch.tensor([replay[i].original for i in group], device=microbatch.lengths_B.device)
             microbatch.extra["original_BA"] = original_BA
             microbatches.append(microbatch)

@@ -12,10 +12,10 @@ from nemo_advrm.data.tokenizers import Tokenizer
 from nemo_advrm.engine import runtime
 from nemo_advrm.engine.builders import build_policy
 from nemo_advrm.engine.log_probs import Logits, log_probs_and_entropy
-from nemo_advrm.engine.microbatches import EncodedResponse, response_microbatch
+from nemo_advrm.engine.microbatches import EncodedResponse, Microbatch, microbatch_rows, response_microbatch
 from nemo_advrm.engine.model import MegatronModel
 from nemo_advrm.engine.optim import MegatronOptimizer
-from nemo_advrm.engine.schedule import Microbatch, Sums, forward_backward, microbatch_rows
+from nemo_advrm.engine.schedule import Sums, forward_backward
 from nemo_advrm.models.trainable import TrainableModel, derive_seed, shard_rows, total_steps
 
 
@@ -51,7 +51,7 @@ class SupervisedModel(TrainableModel):
             yield shard_rows(rows, [len(r.tokens) for r in rows], rt.dp_rank, rt.dp_size)
 
     def train_on(self, batch: list[EncodedResponse], step: int) -> dict[str, float]:
-        groups = microbatch_rows(self.model, [len(r.tokens) for r in batch])
+        groups = microbatch_rows(self.model, [(len(r.tokens),) for r in batch])
         microbatches = [
             response_microbatch(self.model, [batch[i] for i in group], self.tokenizer.pad_id) for group in groups
         ]

@@ -9,22 +9,15 @@ import torch
 from torch import Tensor
 
 from nemo_advrm.config.schema import Config
-from nemo_advrm.data.batching import BatchSchedule, pad_rows
+from nemo_advrm.data.batching import BatchSchedule
 from nemo_advrm.data.encoding import EncodedPair
 from nemo_advrm.data.tokenizers import Tokenizer
 from nemo_advrm.engine import runtime
 from nemo_advrm.engine.builders import build_reward_model
+from nemo_advrm.engine.microbatches import Microbatch, microbatch_rows, scored_microbatch
 from nemo_advrm.engine.model import MegatronModel
 from nemo_advrm.engine.optim import MegatronOptimizer
-from nemo_advrm.engine.schedule import (
-    Microbatch,
-    Sums,
-    evaluate,
-    forward_backward,
-    microbatch_rows,
-    reduce_metrics,
-    sequence_multiple,
-)
+from nemo_advrm.engine.schedule import Sums, evaluate, forward_backward, reduce_metrics
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.models.trainable import Batches, TrainableModel, derive_seed, shard_rows, total_steps
 from nemo_advrm.objectives.accuracy import right_of_pairs
@@ -142,7 +135,7 @@ class RewardModel(TrainableModel):
         self.log_dict(self.validation_metrics, rank_zero_only=True)
 
     def _microbatches(self, rows: list[EncodedPair]) -> list[Microbatch]:
-        groups = microbatch_rows(self.model, [r.length for r in rows], sequences=2)
+        groups = microbatch_rows(self.model, [r.lengths for r in rows])
         loss, pad_id = self.config.reward_model.loss, self.tokenizer.pad_id
         return [pair_microbatch(self.model, [rows[i] for i in group], pad_id, loss) for group in groups]
 
@@ -177,14 +170,13 @@ class RewardModel(TrainableModel):
 
 
 def pair_microbatch(model: MegatronModel, rows: list[EncodedPair], pad_id: int, loss: str) -> Microbatch:
-    """Builds a microbatch of all chosen rows, then all rejected rows, padded on the right.
+    """Builds a microbatch of all chosen rows, then all rejected rows, read at their last tokens.
 
     ``extra`` holds the tensors that ``loss`` reads. A row without a margin, such as an adversarial pair, gets the
     loss's neutral margin.
     """
-    device = runtime.current().device
-    sequences = [r.chosen for r in rows] + [r.rejected for r in rows]
-    tokens_BS, lengths_B = (t.to(device) for t in pad_rows(sequences, pad_id, sequence_multiple(model)))
+    microbatch = scored_microbatch(model, [r.chosen for r in rows] + [r.rejected for r in rows], pad_id)
+    device = microbatch.tokens_BS.device
     neutral = PREFERENCE_LOSSES[loss].neutral_margin
     extra: dict[str, Any] = {
         "margin": torch.tensor([neutral if r.margin is None else r.margin for r in rows], device=device),
@@ -197,7 +189,8 @@ def pair_microbatch(model: MegatronModel, rows: list[EncodedPair], pad_id: int, 
     if reads_labels(loss):
         extra["chosen_labels"] = torch.tensor([r.chosen_labels for r in rows], device=device)
         extra["rejected_labels"] = torch.tensor([r.rejected_labels for r in rows], device=device)
-    return Microbatch(tokens_BS, lengths_B, {"read_at_B": lengths_B - 1}, extra)
+    microbatch.extra = extra
+    return microbatch
 
 
 def _describe(metrics: dict[str, float]) -> dict[str, float]:

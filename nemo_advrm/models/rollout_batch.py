@@ -9,9 +9,9 @@ from torch import Tensor
 
 from nemo_advrm.engine import runtime
 from nemo_advrm.engine.log_probs import Logits, token_values
-from nemo_advrm.engine.microbatches import EncodedResponse, response_microbatch
+from nemo_advrm.engine.microbatches import EncodedResponse, Microbatch, microbatch_rows, response_microbatch
 from nemo_advrm.engine.model import MegatronModel
-from nemo_advrm.engine.schedule import Microbatch, forward, microbatch_rows
+from nemo_advrm.engine.schedule import forward
 from nemo_advrm.rollouts.types import Rollouts
 
 # per-token tensors of a batch that are copied to microbatches for the losses
@@ -54,7 +54,7 @@ class RolloutBatch:
 
     def microbatches(self, model: MegatronModel, pad_id: int) -> tuple[list[list[int]], list[Microbatch]]:
         """Returns the whole batch as microbatches, and which rows each holds."""
-        groups = microbatch_rows(model, [len(row.tokens) for row in self.rows])
+        groups = microbatch_rows(model, [(len(row.tokens),) for row in self.rows])
         return groups, [self.microbatch(model, group, pad_id) for group in groups]
 
 

@@ -13,9 +13,10 @@ from nemo_advrm.config.schema import PrecisionConfig
 from nemo_advrm.convert.megatron_checkpoint import read_model
 from nemo_advrm.engine import checkpoint, runtime
 from nemo_advrm.engine.generation import generate
+from nemo_advrm.engine.microbatches import Microbatch
 from nemo_advrm.engine.model import MegatronModel, build_model
 from nemo_advrm.engine.sampling import Sampling
-from nemo_advrm.engine.schedule import Microbatch, forward
+from nemo_advrm.engine.schedule import forward
 from nemo_advrm.engine.scoring import score_sequences
 
 

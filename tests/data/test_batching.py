@@ -5,10 +5,18 @@ from __future__ import annotations
 import random
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 
-from nemo_advrm.data.batching import BatchSchedule, microbatch_cost, pad_rows, shard, split_by_tokens
+from nemo_advrm.data.batching import (
+    BatchSchedule,
+    microbatch_cost,
+    pack_by_tokens,
+    pad_rows,
+    shard,
+    split_by_tokens,
+)
 from nemo_advrm.errors import ConfigError
 
 CPU = microbatch_cost(torch.device("cpu"))
@@ -139,3 +147,21 @@ def test_padding_rounds_up(multiple_of: int, width: int) -> None:
 def test_padding_nothing_is_an_error() -> None:
     with pytest.raises(ValueError, match="no rows"):
         pad_rows([], pad_id=0)
+
+
+def test_packing_puts_rows_longest_first_where_they_first_fit() -> None:
+    assert pack_by_tokens([2, 5, 1, 9, 4, 2, 1], 10) == [[3, 2], [1, 4, 6], [0, 5]]
+    assert pack_by_tokens([50, 1], 10) == [[0], [1]]
+    assert pack_by_tokens([], 10) == []
+    with pytest.raises(ConfigError, match="max_tokens=0"):
+        pack_by_tokens([1], 0)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_packing_wastes_little(seed: int) -> None:
+    draw = np.random.default_rng(seed)
+    lengths = draw.integers(10, 500, 300).tolist()
+    groups = pack_by_tokens(lengths, 1000)
+    assert sorted(i for group in groups for i in group) == list(range(300))
+    assert all(sum(lengths[i] for i in group) <= 1000 for group in groups)
+    assert len(groups) <= 11 / 9 * -(-sum(lengths) // 1000) + 1

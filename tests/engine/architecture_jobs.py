@@ -18,10 +18,11 @@ from nemo_advrm.engine.context import SplitLogits
 from nemo_advrm.engine.dimensions import padded_vocab_size
 from nemo_advrm.engine.generation import generate
 from nemo_advrm.engine.log_probs import log_probs_and_entropy
+from nemo_advrm.engine.microbatches import Microbatch
 from nemo_advrm.engine.model import MegatronModel, build_model
 from nemo_advrm.engine.optim import MegatronOptimizer
 from nemo_advrm.engine.sampling import Sampling
-from nemo_advrm.engine.schedule import Microbatch, Sums, forward, forward_backward
+from nemo_advrm.engine.schedule import Sums, forward, forward_backward
 
 
 def config_of(hf: PreTrainedModel) -> ModelConfig:

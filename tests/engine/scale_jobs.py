@@ -11,8 +11,8 @@ from tiny import TOKENIZER, pairs, responses, tiny_config
 from nemo_advrm.engine import checkpoint, runtime
 from nemo_advrm.engine.builders import build_policy
 from nemo_advrm.engine.log_probs import DeferredLogits, Logits, log_probs, log_probs_and_entropy
-from nemo_advrm.engine.microbatches import response_microbatch
-from nemo_advrm.engine.schedule import Microbatch, Sums, forward_backward
+from nemo_advrm.engine.microbatches import Microbatch, response_microbatch
+from nemo_advrm.engine.schedule import Sums, forward_backward
 from nemo_advrm.models.reward_model import RewardModel
 
 Metrics = dict[str, float]

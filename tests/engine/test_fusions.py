@@ -13,10 +13,10 @@ from nemo_advrm.config.schema import ModelConfig
 from nemo_advrm.engine import fusions, schedule, transformer_engine
 from nemo_advrm.engine.generation import generate, uniforms
 from nemo_advrm.engine.gpt import HeadedGPT
+from nemo_advrm.engine.microbatches import Microbatch
 from nemo_advrm.engine.model import build_model
 from nemo_advrm.engine.runtime import Runtime
 from nemo_advrm.engine.sampling import Sampling
-from nemo_advrm.engine.schedule import Microbatch
 from nemo_advrm.models.reward_model import RewardModel
 
 GATED = ModelConfig(activation="swiglu")

@@ -14,11 +14,10 @@ from tiny import TOKENIZER, sequences, tiny_config
 from nemo_advrm.config.schema import ModelConfig, PrecisionConfig
 from nemo_advrm.engine import checkpoint, fusions, precision, transformer_engine
 from nemo_advrm.engine.generation import generate, uniforms
-from nemo_advrm.engine.microbatches import rows_to_microbatch
+from nemo_advrm.engine.microbatches import rows_to_microbatch, sequence_multiple
 from nemo_advrm.engine.model import MegatronModel, build_model
 from nemo_advrm.engine.runtime import Layout, Runtime
 from nemo_advrm.engine.sampling import Sampling
-from nemo_advrm.engine.schedule import sequence_multiple
 from nemo_advrm.engine.scoring import score_sequences
 from nemo_advrm.engine.transformer import transformer_config
 from nemo_advrm.errors import ConfigError

@@ -15,8 +15,9 @@ from tiny import pairs
 from nemo_advrm.engine import checkpoint
 from nemo_advrm.engine.attention import FusedCoreAttention
 from nemo_advrm.engine.cpu import types_of_cuda_tensors
+from nemo_advrm.engine.microbatches import Microbatch
 from nemo_advrm.engine.runtime import Layout, Runtime
-from nemo_advrm.engine.schedule import Microbatch, _with_fillers, forward_backward
+from nemo_advrm.engine.schedule import _with_fillers, forward_backward
 
 OVERLAP = {"use_distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True}
 

@@ -21,9 +21,10 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from nemo_advrm.config.schema import ModelConfig, OptimConfig, PrecisionConfig
 from nemo_advrm.engine import runtime
 from nemo_advrm.engine.log_probs import log_probs_and_entropy
+from nemo_advrm.engine.microbatches import Microbatch
 from nemo_advrm.engine.model import MegatronModel, build_model
 from nemo_advrm.engine.optim import MegatronOptimizer
-from nemo_advrm.engine.schedule import Microbatch, Sums, forward_backward
+from nemo_advrm.engine.schedule import Sums, forward_backward
 from nemo_advrm.logging_setup import quiet_libraries
 
 VOCABULARY = 512
