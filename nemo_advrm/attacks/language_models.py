@@ -37,8 +37,7 @@ class LanguageModels:
     def policy(self) -> LanguageModel:
         """The SFT policy."""
         if self._sft_policy is not None:
-            rows = self.cfg.rl.generation_batch_size
-            return MegatronLanguageModel("the SFT policy", self._sft_policy.model, self.tokenizer, rows)
+            return MegatronLanguageModel("the SFT policy", self._sft_policy.model, self.tokenizer, self.cfg.rl)
         engine = rollout_engine(self.cfg, self.tokenizer)
         return engine.language_model(engine.open_policy(self._path))
 
@@ -58,5 +57,4 @@ class LanguageModels:
         if not Path(named).is_dir():
             raise ConfigError(f"adversarial.lm={named}: there is no such directory (DIR of a checkpoint, or hf:DIR)")
         features = open_policy(named, (), self.tokenizer, "adversarial.lm", self.cfg, {})
-        rows = self.cfg.rl.generation_batch_size
-        return MegatronLanguageModel(named, features.model, features.tokenizer, rows)
+        return MegatronLanguageModel(named, features.model, features.tokenizer, self.cfg.rl)

@@ -133,6 +133,11 @@ class RLConfig:
         "4 x micro_batch_size on a CPU",
         NOT_NEGATIVE,
     )
+    decoding_graphs: str = free(
+        "auto",
+        "CUDA graphs of the step that writes a token",
+        choices={"auto": "on a GPU, where the step can be captured", "always": "an error where not", "never": ""},
+    )
     temperature: float = key(1.0, "sampling temperature", POSITIVE)
     top_k: int = key(0, "sample from the k likeliest tokens; 0: from all", NOT_NEGATIVE)
     top_p: float = key(

@@ -6,6 +6,8 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+from nemo_advrm.engine.attention import CachedSelfAttention, FusedCoreAttention
+
 _SEQUENCE_PARALLEL_SWITCHES = ("sequence_parallel", "scatter_to_sequence_parallel", "reduce_scatter_embeddings")
 
 
@@ -15,7 +17,8 @@ def decoding(parts: list[Any]) -> Iterator[None]:
 
     Off are sequence and context parallelism (one token per row cannot be split over ranks), FP8 (its products need more
     than one token per row; bf16 takes its place), and the fused rotation (its kernel uses the same angles for all rows,
-    but rows of a cache differ).
+    but rows of a cache differ). Our attention takes the place of Transformer Engine's, which would compute the masks of
+    rows of unequal lengths by an unfused path.
 
     Args:
         parts: the chunks, which share their configuration.
@@ -43,4 +46,16 @@ def decoding(parts: list[Any]) -> Iterator[None]:
                     group = (module.cp_group, module.cp_global_ranks, module.cp_stream, module.cp_comm_type)
                     stack.callback(module.set_context_parallel_group, *group)
                     module.set_context_parallel_group(None, None, None, module.cp_comm_type)
+        for module in modules:
+            if isinstance(module, CachedSelfAttention) and not isinstance(module.core_attention, FusedCoreAttention):
+                switch(module, "core_attention", _our_attention(module))
         yield
+
+
+def _our_attention(layer: CachedSelfAttention) -> FusedCoreAttention:
+    """What the layer would have without Transformer Engine; where that has soft-caps or windows it has it anyway."""
+    config = layer.config
+    core = FusedCoreAttention(
+        config, layer.layer_number, layer.attn_mask_type, layer.attention_type, softmax_scale=config.softmax_scale
+    )
+    return core.eval()

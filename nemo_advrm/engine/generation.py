@@ -13,19 +13,16 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from nemo_advrm.data.batching import pad_rows
-from nemo_advrm.engine import runtime, throughput
+from nemo_advrm.engine import runtime
 from nemo_advrm.engine.decoding import decoding
 from nemo_advrm.engine.kv_cache import KVCache
 from nemo_advrm.engine.model import MegatronModel
+from nemo_advrm.engine.passes import prefill, step
 from nemo_advrm.engine.sampling import Sampling, pick
+from nemo_advrm.engine.step_graphs import StepGraphs, step_graphs
+from nemo_advrm.engine.step_shapes import step_shapes
 from nemo_advrm.engine.written import Written
 from nemo_advrm.errors import ConfigError
-
-# drop finished rows once they are this share of the batch: copying the cache costs about as much as one step
-_DROP_SHARE = 0.25
-
-# tokens between two looks at which rows have ended, on a GPU (see Written)
-_LOOK_EVERY = 8
 
 
 @dataclass(frozen=True)
@@ -47,7 +44,12 @@ def uniforms(seed: int, rows: int, tokens: int) -> Tensor:
 
 @torch.no_grad()
 def generate(
-    model: MegatronModel, prompts: list[list[int]], sampling: Sampling, uniforms_BT: Tensor, max_rows: int = 0
+    model: MegatronModel,
+    prompts: list[list[int]],
+    sampling: Sampling,
+    uniforms_BT: Tensor,
+    max_rows: int = 0,
+    graphs: str = "auto",
 ) -> Generation:
     """Generate a response to every prompt. All ranks of a replica call with the same prompts and get the same result.
 
@@ -58,9 +60,11 @@ def generate(
         prompts: token ids, none empty; lengths may differ.
         uniforms_BT: [len(prompts), max_new_tokens] (see :func:`uniforms`); not used if greedy.
         max_rows: largest batch; 0 means all rows. Rows of similar length share a batch.
+        graphs: ``rl.decoding_graphs``.
 
     Raises:
-        ConfigError: a prompt is empty, or prompt plus response exceed the model's context.
+        ConfigError: a prompt is empty, prompt plus response exceed the model's context, or graphs are wanted always
+            and cannot be had.
     """
     limit = model.model_config.encoder_seq_length
     for i, prompt in enumerate(prompts):
@@ -77,12 +81,18 @@ def generate(
     # context-parallel ranks take different rows, interleaved by length for equal work
     ranks = parallel_state.get_context_parallel_world_size()
     own = order[parallel_state.get_context_parallel_rank() :: ranks]
-    step = max_rows or len(own) or 1
+    most = max_rows or len(own) or 1
     made: dict[int, tuple[list[int], bool]] = {}
+    rt = runtime.current()
+    longest = max((len(prompts[i]) for i in own), default=0) + sampling.max_new_tokens
+    cache = KVCache(min(most, len(own)), longest, rt.device, step_shapes(rt).block)
     with model.resident(), decoding(model.parts):
-        for start in range(0, len(own), step):
-            rows = own[start : start + step]
-            tokens, ended = _generate_batch(model, [prompts[i] for i in rows], sampling, uniforms_BT[rows])
+        captured = step_graphs(model, graphs, cache.tensors)
+        for start in range(0, len(own), most):
+            rows = own[start : start + most]
+            tokens, ended = _generate_batch(
+                model, [prompts[i] for i in rows], sampling, uniforms_BT[rows], cache, captured
+            )
             made.update(zip(rows, zip(tokens, ended, strict=True), strict=True))
     if ranks > 1:
         parts: list[dict[int, tuple[list[int], bool]]] = [{} for _ in range(ranks)]
@@ -119,12 +129,13 @@ def likeliest_tokens(
     rt = runtime.current()
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     ids_NK, log_probs_NK = torch.zeros(len(rows), count, dtype=torch.int64), torch.zeros(len(rows), count)
-    step = max_rows or len(rows) or 1
+    most = max_rows or len(rows) or 1
+    cache = KVCache(min(most, len(rows)), max(map(len, rows), default=0), rt.device)
     with model.resident(), decoding(model.parts):
-        for start in range(0, len(order), step):
-            own = order[start : start + step]
+        for start in range(0, len(order), most):
+            own = order[start : start + most]
             tokens_BS, lengths_B = (tensor.to(rt.device) for tensor in pad_rows([rows[i] for i in own], pad_id=0))
-            logits = _prefill(model, tokens_BS, lengths_B, KVCache(lengths_B, tokens_BS.size(1)))
+            logits = prefill(model, tokens_BS, lengths_B, cache)
             log_probs_BK = torch.zeros(len(own), count, device=rt.device)
             ids_BK = torch.zeros(len(own), count, dtype=torch.int64, device=rt.device)
             if logits is not None:
@@ -135,15 +146,20 @@ def likeliest_tokens(
 
 
 def _generate_batch(
-    model: MegatronModel, prompts: list[list[int]], sampling: Sampling, uniforms_BT: Tensor
+    model: MegatronModel,
+    prompts: list[list[int]],
+    sampling: Sampling,
+    uniforms_BT: Tensor,
+    cache: KVCache,
+    graphs: StepGraphs | None,
 ) -> tuple[list[list[int]], list[bool]]:
     rt = runtime.current()
+    shapes = step_shapes(rt)
     tokens_BS, lengths_B = (tensor.to(rt.device) for tensor in pad_rows(prompts, pad_id=0))
     uniforms_BT = uniforms_BT.to(rt.device)
-    cache = KVCache(lengths_B, tokens_BS.size(1) + sampling.max_new_tokens)
-    written = Written(len(prompts), sampling, rt.device, _LOOK_EVERY if rt.on_gpu else 1)
+    written = Written(len(prompts), sampling, rt.device, shapes.look_every)
 
-    logits = _prefill(model, tokens_BS, lengths_B, cache)
+    logits = prefill(model, tokens_BS, lengths_B, cache)
     cache.start_decoding()
     for t in range(sampling.max_new_tokens):
         rows_B = written.rows_B
@@ -156,68 +172,11 @@ def _generate_batch(
         if running is not None:
             if not running.numel():
                 break
-            if running.numel() <= rows_B.numel() * (1 - _DROP_SHARE):
-                cache.keep_rows(running)
-                running = running.to(rt.device)
-                written.keep_rows(running)
-                picked_B = picked_B[running]
-        positions = cache.lengths_B[:, None]
-        read_at = torch.zeros_like(cache.lengths_B)
-        logits = _call_pipeline(model, picked_B[:, None], positions, read_at, cache.hidden_mask(), cache)
-        cache.advance()
+            kept = shapes.rows_to_keep(running, rows_B.numel())
+            if kept is not None:
+                cache.keep_rows(kept)
+                kept = kept.to(rt.device)
+                written.keep_rows(kept)
+                picked_B = picked_B[kept]
+        logits = step(model, picked_B, cache, graphs)
     return written.responses()
-
-
-def _prefill(model: MegatronModel, tokens_BS: Tensor, lengths_B: Tensor, cache: KVCache) -> Tensor | None:
-    """Fill the cache with prompts of ascending lengths; returns what :func:`_call_pipeline` returns.
-
-    A pass holds at most ``micro_batch_tokens`` tokens. Passes that hold only rows of similar length were rejected: they
-    saved 4 % of the CPU time of ``make run``. Their effect on a GPU was not measured.
-    """
-    lengths, limit = lengths_B.tolist(), model.model_config.micro_batch_tokens
-    parts = []
-    start = 0
-    while start < len(lengths):
-        stop = start + 1
-        while stop < len(lengths) and (stop + 1 - start) * lengths[stop] <= limit:
-            stop += 1
-        width = lengths[stop - 1]
-        cache.prefill_rows(start, stop)
-        positions = torch.arange(width, device=tokens_BS.device).expand(stop - start, width)
-        read_at_B = lengths_B[start:stop] - 1
-        parts.append(_call_pipeline(model, tokens_BS[start:stop, :width], positions, read_at_B, None, cache))
-        start = stop
-    logits = [part for part in parts if part is not None]
-    return torch.cat(logits) if logits else None
-
-
-def _call_pipeline(
-    model: MegatronModel,
-    tokens_BS: Tensor,
-    positions_BS: Tensor,
-    read_at_B: Tensor,
-    mask: Tensor | None,
-    cache: KVCache,
-) -> Tensor | None:
-    """One pass through all stages and chunks; [B, V] logits on the last stage, None on the others."""
-    rt = runtime.current()
-    rows, length = tokens_BS.shape
-    # not context-parallel ranks: each has its own rows
-    ranks = rt.layout.tensor * rt.layout.pipeline
-    throughput.count_pass(model, [length] * rows, rows, ranks)
-    group = parallel_state.get_pipeline_model_parallel_group() if rt.layout.pipeline > 1 else None
-    output = None
-    for part in model.parts:
-        if not part.pre_process:
-            hidden = torch.empty(
-                length, rows, model.config.hidden_size, dtype=model.config.params_dtype, device=rt.device
-            )
-            dist.recv(hidden, parallel_state.get_pipeline_model_parallel_prev_rank(), group=group)
-            part.set_input_tensor(hidden)
-        output = part(tokens_BS, positions_BS, mask, read_at_B=read_at_B, inference_context=cache, gather_logits=True)
-        if not part.pre_process:
-            part.set_input_tensor(None)
-        if not part.post_process:
-            dist.send(output.contiguous(), parallel_state.get_pipeline_model_parallel_next_rank(), group=group)
-            output = None
-    return output

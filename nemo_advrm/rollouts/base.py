@@ -52,7 +52,7 @@ class RolloutEngine(ABC):
 
     def language_model(self, policy: Any) -> LanguageModel:
         """Returns what :meth:`open_policy` has loaded as a language model, for attacks that train nothing."""
-        return MegatronLanguageModel("the SFT policy", policy, self.tokenizer, self.cfg.rl.generation_batch_size)
+        return MegatronLanguageModel("the SFT policy", policy, self.tokenizer, self.cfg.rl)
 
     def roll_out(self, policy: MegatronModel, prompts: list[Prompt], uniforms_NT: Tensor) -> Rollouts:
         """Samples one response to every entry of ``prompts``; a prompt may be listed several times."""

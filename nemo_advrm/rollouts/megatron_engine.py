@@ -16,5 +16,6 @@ class MegatronEngine(RolloutEngine):
     def generate(self, policy: MegatronModel, prompts: list[list[int]], uniforms_NT: Tensor) -> Generation:
         """See :meth:`RolloutEngine.generate`. A sample depends on its logits and its uniform numbers only."""
         longest = max(map(len, prompts), default=0) + self.sampling.max_new_tokens
-        rows = rows_at_once(policy, longest, self.cfg.rl.generation_batch_size)
-        return generate(policy, prompts, self.sampling, uniforms_NT, max_rows=rows)
+        rl = self.cfg.rl
+        rows = rows_at_once(policy, longest, rl.generation_batch_size)
+        return generate(policy, prompts, self.sampling, uniforms_NT, rows, rl.decoding_graphs)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from nemo_advrm.config.schema import RLConfig
 from nemo_advrm.data.tokenizers import Tokenizer
 from nemo_advrm.engine.generation import Generation, generate, likeliest_tokens
 from nemo_advrm.engine.generation_rows import rows_at_once
@@ -16,18 +17,18 @@ from nemo_advrm.rollouts.language_model import LanguageModel
 
 
 class MegatronLanguageModel(LanguageModel):
-    """See :class:`LanguageModel`. ``model`` has the head ``lm``; ``rows`` is ``rl.generation_batch_size``."""
+    """See :class:`LanguageModel`. ``model`` has the head ``lm``; of ``options`` count the keys about generation."""
 
-    def __init__(self, name: str, model: MegatronModel, tokenizer: Tokenizer, rows: int = 0) -> None:
+    def __init__(self, name: str, model: MegatronModel, tokenizer: Tokenizer, options: RLConfig) -> None:
         self.name = name
         self.model = model
         self.tokenizer = tokenizer
-        self.rows = rows
+        self.options = options
         self.context = model.model_config.encoder_seq_length
 
     def generate(self, prompts: list[list[int]], sampling: Sampling, uniforms_NT: Tensor) -> Generation:
         rows = self._rows(prompts, sampling.max_new_tokens)
-        return generate(self.model, prompts, sampling, uniforms_NT, rows)
+        return generate(self.model, prompts, sampling, uniforms_NT, rows, self.options.decoding_graphs)
 
     def next_tokens(self, rows: list[list[int]], count: int) -> tuple[Tensor, Tensor]:
         tokenizer = self.tokenizer
@@ -42,4 +43,5 @@ class MegatronLanguageModel(LanguageModel):
 
     def _rows(self, prompts: list[list[int]], new_tokens: int = 0) -> int:
         """Rows per batch, as in rollouts."""
-        return rows_at_once(self.model, max(map(len, prompts), default=0) + new_tokens, self.rows)
+        longest = max(map(len, prompts), default=0) + new_tokens
+        return rows_at_once(self.model, longest, self.options.generation_batch_size)

@@ -34,7 +34,7 @@ def samples(directory: str) -> dict[str, list[dict[str, Any]]]:
 
 def next_tokens(policy: str, rows: list[list[int]]) -> tuple[list[list[int]], list[list[float]]]:
     """The likeliest next tokens of a Megatron policy at the running layout."""
-    layout = runtime.current().layout
-    lm = MegatronLanguageModel("", build_policy(tiny_config(layout=layout), TOKENIZER, policy, 0, False), TOKENIZER)
+    cfg = tiny_config(layout=runtime.current().layout)
+    lm = MegatronLanguageModel("", build_policy(cfg, TOKENIZER, policy, 0, False), TOKENIZER, cfg.rl)
     ids_NK, log_probs_NK = lm.next_tokens(rows, 4)
     return ids_NK.tolist(), log_probs_NK.tolist()

@@ -40,7 +40,7 @@ def hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def lm(request: pytest.FixtureRequest, single: Runtime, hf: Path) -> LanguageModel:
     cfg = tiny_config()
     if request.param == "megatron":
-        return MegatronLanguageModel("tiny", build_policy(cfg, TOKENIZER, "", 3, trainable=False), TOKENIZER)
+        return MegatronLanguageModel("tiny", build_policy(cfg, TOKENIZER, "", 3, trainable=False), TOKENIZER, cfg.rl)
     if request.param == "softcapped":  # the final softcap is no part of the trunk
         model = tiny_hf("gemma2", 0, vocab_size=TOKENIZER.vocab_size + 6)
         return TransformersLanguageModel("gemma2", model, TOKENIZER, 64, 24, 3)
