@@ -54,7 +54,7 @@ def findings(model: ModelConfig) -> list[Finding]:
     rows += _gpus(torch)
     rows.append(fp8_finding(capabilities, not transformer_engine.import_error()))
     rows += _backends(torch.distributed)
-    rows += [_kernels(bool(capabilities)), _fusions(model, bool(capabilities))]
+    rows += [_kernels(bool(capabilities)), _fusions(model, bool(capabilities)), _packing(model, bool(capabilities))]
     return [*rows, _cpu(_cpu_flags())]
 
 
@@ -161,6 +161,19 @@ def _fusions(model: ModelConfig, on_gpu: bool) -> Finding:
     active = ", ".join(fusion.title for fusion in every if fusion.active)
     reasons = "; ".join(f"{fusion.title}: {fusion.reason}" for fusion in every if not fusion.active)
     return Finding("Megatron's fusions", active or "none", f"not active: {reasons}", bool(active))
+
+
+def _packing(model: ModelConfig, on_gpu: bool) -> Finding:
+    """Returns whether the configured model reads packed rows in bf16."""
+    import torch
+
+    from nemo_advrm.engine import varlen
+
+    used = varlen.packs(model, torch.bfloat16, on_gpu)
+    reason = varlen.reason_against(model, torch.bfloat16, on_gpu)
+    meaning = f"model.sequence_packing={model.sequence_packing}; attention has "
+    meaning += f"no kernel for it: {reason}" if reason else "a kernel for it in bf16"
+    return Finding("Packed rows", "yes" if used else "no", meaning, used)
 
 
 def _cpu_flags() -> set[str]:

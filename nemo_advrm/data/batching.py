@@ -86,7 +86,10 @@ def shard(rows: Sequence[int], dp_rank: int, dp_size: int, lengths: Sequence[int
 
 
 def microbatch_cost(device: torch.device) -> int:
-    """Return the fixed cost of a microbatch on `device`, in padded tokens; equal on every rank of a job."""
+    """Return the fixed cost of a microbatch on `device`, in padded tokens; equal on every rank of a job.
+
+    Megatron models on a GPU measure theirs (`engine/microbatch_cost.py`).
+    """
     return _MICROBATCH_COST.get(device.type, _MICROBATCH_COST["cuda"])
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from nemo_advrm.config.schema import Config
 from nemo_advrm.data.tokenizers import Tokenizer
-from nemo_advrm.engine import checkpoint
+from nemo_advrm.engine import checkpoint, microbatch_cost, runtime
 from nemo_advrm.engine.checkpoint_meta import read_meta
 from nemo_advrm.engine.dimensions import Head, head_outputs
 from nemo_advrm.engine.model import MegatronModel, build_model
@@ -50,4 +50,7 @@ def _build(
         path = Path(restore_from)
         new_head = head != "lm" and trainable and read_meta(path)["head"] != head
         checkpoint.load(path, model, new_head=new_head)
+    # one packed row after another needs no cost: they are as long as may be
+    if runtime.current().on_gpu and not (model.packs and cfg.model.pipeline_model_parallel_size == 1):
+        model.microbatch_cost = microbatch_cost.measure(model)
     return model

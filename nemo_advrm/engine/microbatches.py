@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_advrm.data.batching import microbatch_cost, pack_by_tokens, pad_rows, split_by_tokens
+from nemo_advrm.config.schema import ModelConfig
+from nemo_advrm.data.batching import pack_by_tokens, pad_rows, split_by_tokens
 from nemo_advrm.engine import runtime
 from nemo_advrm.engine.model import MegatronModel
 from nemo_advrm.engine.packing import Packing
@@ -65,25 +67,42 @@ def sequence_multiple(model: MegatronModel) -> int:
 def microbatch_rows(model: MegatronModel, lengths: Sequence[Sequence[int]], rows: int = 1) -> list[list[int]]:
     """Group rows into microbatches within the model's limits, at the lowest cost on this device.
 
-    Packed rows take as many tokens as the limits allow of padded rows of full length.
+    Packed rows take as many tokens as the limits allow of padded rows of full length, fewer in a pipeline.
 
     Args:
         model: its ``micro_batch_tokens`` and ``micro_batch_size`` are the limits.
         lengths: of the sequences of each row, which has one, or two if it is a pair; all have equally many.
         rows: factor of ``micro_batch_size``; forward passes need less memory and so allow more rows.
     """
-    settings = model.model_config
     sequences = len(lengths[0]) if lengths else 1
-    most = rows * settings.micro_batch_size
+    settings = model.model_config
     if model.packs:
-        limit = min(settings.micro_batch_tokens, most * sequences * settings.encoder_seq_length)
-        return pack_by_tokens([sum(row) for row in lengths], limit)
+        tokens = [sum(row) for row in lengths]
+        share = pipeline_share(settings, sum(tokens), model.microbatch_cost)
+        return pack_by_tokens(tokens, min(microbatch_limit(model, rows * sequences), share))
     return split_by_tokens(
         [max(row) for row in lengths],
         settings.micro_batch_tokens // sequences,
-        most,
-        cost_of_one=microbatch_cost(runtime.current().device),
+        rows * settings.micro_batch_size,
+        cost_of_one=model.microbatch_cost,
     )
+
+
+def microbatch_limit(model: MegatronModel, sequences: int = 1) -> int:
+    """Most tokens of a microbatch whose rows have ``sequences`` sequences, all of full length."""
+    settings = model.model_config
+    return min(settings.micro_batch_tokens, sequences * settings.micro_batch_size * settings.encoder_seq_length)
+
+
+def pipeline_share(settings: ModelConfig, tokens: int, cost: int) -> int:
+    """Tokens of each of the packed rows with which a pipeline gets through ``tokens`` soonest; all without stages.
+
+    n rows take (n + b)(cost + tokens / n), where b passes, (stages - 1) / chunks, are the bubble: least for
+    n^2 = b tokens / cost.
+    """
+    bubble = (settings.pipeline_model_parallel_size - 1) / settings.virtual_pipeline_model_parallel_size
+    rows = max(1, round(math.sqrt(bubble * tokens / cost)))
+    return max(1, -(-tokens // rows))
 
 
 def rows_to_microbatch(model: MegatronModel, rows: Sequence[Sequence[int]], pad_id: int) -> Microbatch:

@@ -12,7 +12,8 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from nemo_advrm.config.schema import ModelConfig, PrecisionConfig
-from nemo_advrm.engine import packing, runtime
+from nemo_advrm.data.batching import microbatch_cost
+from nemo_advrm.engine import runtime, varlen
 from nemo_advrm.engine.dimensions import Head, padded_vocab_size
 from nemo_advrm.engine.gpt import HeadedGPT
 from nemo_advrm.engine.transformer import transformer_config
@@ -26,6 +27,8 @@ class MegatronModel:
         chunks: modules that the schedules call, wrapped by Megatron's DDP if the model is trained.
         parts: the unwrapped :class:`HeadedGPT` of each chunk.
         packs: whether its microbatches are packed rows.
+        microbatch_cost: fixed cost of a microbatch, in tokens that could be computed instead;
+            :mod:`nemo_advrm.engine.microbatch_cost` measures it on a GPU.
         gathered: False while updated weights are still sharded over data-parallel ranks.
         capture_failed: True once its decoding step could not be captured as a CUDA graph.
     """
@@ -36,8 +39,9 @@ class MegatronModel:
     model_config: ModelConfig
     head: Head
     vocab_size: int
+    packs: bool
+    microbatch_cost: int
     head_outputs: int = 1
-    packs: bool = False
     gathered: bool = True
     capture_failed: bool = False
 
@@ -166,8 +170,8 @@ def build_model(
             if model.offload_reference:
                 for parameter in part.parameters():
                     parameter.data = parameter.data.cpu()
-    packs = packing.is_used(model, config.params_dtype, rt.on_gpu)
-    return MegatronModel(wrapped, parts, config, model, head, vocab_size, head_outputs, packs)
+    packs, cost = varlen.packs(model, config.params_dtype, rt.on_gpu), microbatch_cost(rt.device)
+    return MegatronModel(wrapped, parts, config, model, head, vocab_size, packs, cost, head_outputs)
 
 
 def _move_to_device(part: HeadedGPT, config: TransformerConfig, rt: runtime.Runtime) -> None:

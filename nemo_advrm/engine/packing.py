@@ -1,4 +1,4 @@
-"""Sequences packed one after another into one row without padding, and which models read them so."""
+"""Sequences packed one after another into one row without padding."""
 
 from __future__ import annotations
 
@@ -9,10 +9,6 @@ from dataclasses import dataclass
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
-
-from nemo_advrm.config.schema import ModelConfig
-from nemo_advrm.engine import transformer_engine, varlen
-from nemo_advrm.engine.dimensions import head_size
 
 
 @dataclass(frozen=True)
@@ -55,30 +51,3 @@ class Packing:
     def last(self, count: int) -> Tensor:
         """Position in the row of the last token of each of the first ``count`` sequences, int64 [count]."""
         return self.params.cu_seqlens_q[1 : count + 1].long() - 1
-
-
-def reason_against(model: ModelConfig, dtype: torch.dtype, on_gpu: bool) -> str:
-    """Why attention of ``model`` has no kernel for packed sequences on this machine; empty if it has one.
-
-    Without one a mask hides the other sequences of a row, so that attention takes time and memory with T^2.
-    """
-    if model.context_parallel_size > 1:
-        return "context-parallel ranks cut whole rows"
-    if not on_gpu:
-        return "there is no GPU"
-    if dtype == torch.float32:
-        return "kernels for packed sequences have no fp32"
-    if transformer_engine.attends(model, dtype, on_gpu):
-        return ""
-    if model.attention_softcap:
-        return "PyTorch's kernel has no soft-cap"
-    if model.attention_dropout:
-        return "PyTorch's kernel has no dropout"
-    return varlen.reason_against(head_size(model))
-
-
-def is_used(model: ModelConfig, dtype: torch.dtype, on_gpu: bool) -> bool:
-    """Whether the model reads packed rows: by ``model.sequence_packing``, and automatically where a kernel exists."""
-    if model.sequence_packing == "auto":
-        return not reason_against(model, dtype, on_gpu)
-    return model.sequence_packing == "always"

@@ -1,17 +1,50 @@
-"""PyTorch's attention kernel for packed sequences (FlashAttention), where the installed version has it."""
+"""Kernels of attention for packed sequences: whether a model has one on this machine, and PyTorch's."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from nemo_advrm.config.schema import ModelConfig
+from nemo_advrm.engine import transformer_engine
+from nemo_advrm.engine.dimensions import head_size
+
+if TYPE_CHECKING:  # nemo-advrm doctor asks without Megatron-Core
+    from megatron.core.packed_seq_params import PackedSeqParams
+
 _LARGEST_HEAD = 256
+
+
+def packs(model: ModelConfig, dtype: torch.dtype, on_gpu: bool) -> bool:
+    """Whether the model reads packed rows: by ``model.sequence_packing``, and automatically where a kernel exists."""
+    if model.sequence_packing == "auto":
+        return not reason_against(model, dtype, on_gpu)
+    return model.sequence_packing == "always"
+
+
+def reason_against(model: ModelConfig, dtype: torch.dtype, on_gpu: bool) -> str:
+    """Why attention of ``model`` has no kernel for packed sequences on this machine; empty if it has one.
+
+    Without one a mask hides the other sequences of a row, so that attention takes time and memory with T^2.
+    """
+    if model.context_parallel_size > 1:
+        return "context-parallel ranks cut whole rows"
+    if not on_gpu:
+        return "there is no GPU"
+    if dtype == torch.float32:
+        return "kernels for packed sequences have no fp32"
+    if transformer_engine.attends(model, dtype, on_gpu):
+        return ""
+    if model.attention_softcap:
+        return "PyTorch's kernel has no soft-cap"
+    if model.attention_dropout:
+        return "PyTorch's kernel has no dropout"
+    return _missing(head_size(model))
 
 
 @cache
@@ -24,8 +57,8 @@ def _kernel() -> Callable[..., Any] | None:
     return varlen_attn if {"window_size", "scale"} <= inspect.signature(varlen_attn).parameters.keys() else None
 
 
-def reason_against(head_size: int) -> str:
-    """Why the kernel cannot be used on this process's GPU for heads of ``head_size``; empty if it can."""
+def _missing(head_size: int) -> str:
+    """Why PyTorch's kernel cannot be used on this process's GPU for heads of ``head_size``; empty if it can."""
     if _kernel() is None:
         return f"PyTorch {torch.__version__} has no varlen_attn with windows (2.11 has)"
     if head_size > _LARGEST_HEAD:
@@ -36,10 +69,10 @@ def reason_against(head_size: int) -> str:
 
 
 def attends(query: Tensor, softcap: float, dropout: float) -> bool:
-    """Whether the kernel computes attention of ``query`` [t, heads, d]."""
+    """Whether PyTorch's kernel computes attention of ``query`` [t, heads, d]."""
     if not query.is_cuda or query.dtype == torch.float32 or softcap or dropout:
         return False
-    return not reason_against(query.size(-1))
+    return not _missing(query.size(-1))
 
 
 def attention(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import packing_jobs
@@ -17,9 +20,9 @@ from tiny import ARCHITECTURES, TOKENIZER, pairs, responses, tiny_config
 
 from nemo_advrm.config.layout import validate_layout
 from nemo_advrm.config.schema import ModelConfig
-from nemo_advrm.engine import packing, throughput, transformer_engine, varlen
+from nemo_advrm.engine import throughput, transformer_engine, varlen
 from nemo_advrm.engine.attention import FusedCoreAttention
-from nemo_advrm.engine.microbatches import microbatch_rows, response_microbatch, scored_microbatch
+from nemo_advrm.engine.microbatches import microbatch_rows, pipeline_share, response_microbatch, scored_microbatch
 from nemo_advrm.engine.model import MegatronModel, build_model
 from nemo_advrm.engine.packing import Packing
 from nemo_advrm.engine.runtime import Layout, Runtime
@@ -184,6 +187,24 @@ def test_a_packed_row_takes_the_tokens_of_full_padded_rows(
     assert sorted(sorted(group) for group in groups) == expected
 
 
+@pytest.mark.parametrize(
+    ("stages", "chunks", "cost", "rows"),
+    [(1, 1, 128, 1), (4, 1, 8192, 2), (4, 1, 512, 8), (4, 3, 512, 4), (8, 1, 2, 189)],
+)
+def test_a_pipeline_gets_as_many_packed_rows_as_make_it_end_soonest(
+    stages: int, chunks: int, cost: int, rows: int
+) -> None:
+    tokens = 10_240
+    settings = ModelConfig(pipeline_model_parallel_size=stages, virtual_pipeline_model_parallel_size=chunks)
+    assert pipeline_share(settings, tokens, cost) == -(-tokens // rows)
+    assert pipeline_share(settings, 0, cost) == 1
+
+    def time(n: int) -> float:
+        return (n + (stages - 1) / chunks) * (cost + tokens / n)
+
+    assert time(rows) <= 1.01 * min(map(time, range(1, 300)))
+
+
 def test_a_pass_is_counted_by_the_sequences_that_attend(single: Runtime) -> None:
     model = _scorer()
     before = throughput.flops_so_far()
@@ -223,12 +244,12 @@ def test_a_gpu_packs_where_attention_has_a_kernel(
     monkeypatch.setattr(transformer_engine, "import_error", lambda: "" if engine else "is not installed")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     settings = ModelConfig(**model)
-    reason = packing.reason_against(settings, dtype, on_gpu=True)
+    reason = varlen.reason_against(settings, dtype, on_gpu=True)
     assert told in reason and bool(told) == bool(reason)
-    assert packing.is_used(settings, dtype, on_gpu=True) == (not reason)
-    assert not packing.is_used(settings, dtype, on_gpu=False)
+    assert varlen.packs(settings, dtype, on_gpu=True) == (not reason)
+    assert not varlen.packs(settings, dtype, on_gpu=False)
     settings.sequence_packing = "never"
-    assert not packing.is_used(settings, dtype, on_gpu=True)
+    assert not varlen.packs(settings, dtype, on_gpu=True)
 
 
 def _reference_kernel(
@@ -273,3 +294,15 @@ def test_the_kernel_is_asked_for_what_the_mask_gives(
     monkeypatch.setattr(varlen, "_kernel", lambda: _reference_kernel)
     monkeypatch.setattr(varlen, "attends", lambda *_: True)
     torch.testing.assert_close(attention(q, k, v, None, packed_seq_params=packed), masked, rtol=1e-5, atol=1e-5)
+
+
+def test_the_gpu_benchmark_runs_on_a_cpu(single: Runtime, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks" / "gpu"))
+    script = importlib.import_module("packing")
+    options = "--device cpu --size tiny --precision fp32 --steps 2 --batch 4 --tokens 256 --length 64 --scored 8"
+    out = tmp_path / "packing.json"
+    assert script.main([*options.split(), "--out", str(out)]) == 0
+    written = json.loads(out.read_text())
+    assert written["results"].keys() == {"never", "always"} and written["agreement"]["losses"] < 1e-5
+    counts = [written["results"][layout]["train"]["microbatches_per_step"] for layout in ("always", "never")]
+    assert 1 <= counts[0] <= counts[1]
