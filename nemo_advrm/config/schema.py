@@ -45,6 +45,7 @@ from nemo_advrm.config.schema_method import (
     SFTStatisticsConfig,
 )
 from nemo_advrm.config.schema_model import (
+    LoraConfig,
     ModelConfig,
     OptimConfig,
     PrecisionConfig,

@@ -67,6 +67,25 @@ class OptimConfig:
 
 
 @dataclass
+class LoraConfig:
+    """Low-rank adapters of ``model.peft=lora``."""
+
+    rank: int = key(16, "rows of an adapter's first matrix, columns of its second", COUNT)
+    alpha: float = key(32.0, "what an adapter adds is multiplied by alpha / rank", POSITIVE)
+    dropout: float = key(0.0, "dropout of what an adapter reads, while it is trained", BELOW_ONE)
+    targets: list[str] = key(
+        ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"],
+        "linear layers that have an adapter",
+        choices={
+            "linear_qkv": "queries, keys and values",
+            "linear_proj": "output of attention",
+            "linear_fc1": "first matrix of the MLP",
+            "linear_fc2": "second one",
+        },
+    )
+
+
+@dataclass
 class ModelConfig:
     """Transformer architecture, parallel layout and batch shape."""
 
@@ -135,6 +154,13 @@ class ModelConfig:
     make_vocab_size_divisible_by: int = key(
         8, "the vocabulary is padded to this times the tensor parallel size", COUNT, role=Role.PARALLELISM
     )
+    # what is trained
+    peft: str = key(
+        "none",
+        "which weights are trained",
+        choices={"none": "all", "lora": "low-rank adapters, and a reward or value head; docs/scale.md"},
+    )
+    lora: LoraConfig = section(LoraConfig)
     # parallel layout
     tensor_model_parallel_size: int = layout(1, "ranks that share every layer", COUNT)
     pipeline_model_parallel_size: int = layout(1, "pipeline stages", COUNT)

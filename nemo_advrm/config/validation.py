@@ -47,6 +47,12 @@ def _check_architecture(model: ModelConfig) -> None:
         raise ConfigError(f"model.sliding_window_every={model.sliding_window_every}: needs model.sliding_window")
 
 
+def _check_adapters(model: ModelConfig) -> None:
+    targets = model.lora.targets
+    if not targets or len(set(targets)) < len(targets):
+        raise ConfigError(f"model.lora.targets={targets}: must name at least one layer, and each once")
+
+
 def _check_features(cfg: Config) -> None:
     names = cfg.reward_model.reference_features
     if len(set(names)) < len(names):
@@ -135,6 +141,7 @@ def check_values(cfg: Config) -> None:
     ATTACKS.check(cfg.adversarial.attack)
     ROLLOUT_ENGINES.check(cfg.rl.rollout_engine)
     _check_architecture(cfg.model)
+    _check_adapters(cfg.model)
     _check_features(cfg)
     _check_augmentation(cfg)
     _check_scoring_deadline(cfg)

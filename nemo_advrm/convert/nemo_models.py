@@ -35,7 +35,7 @@ from nemo_advrm.engine.checkpoint_meta import read_meta
 from nemo_advrm.engine.collectives import run_on_rank_zero
 from nemo_advrm.engine.description import check_description, check_section, check_texts
 from nemo_advrm.engine.dimensions import Head
-from nemo_advrm.errors import CheckpointError, one_line
+from nemo_advrm.errors import CheckpointError, ConfigError, one_line
 from nemo_advrm.files import atomic_replace
 from nemo_advrm.registry import PREFERENCE_LOSSES
 
@@ -67,6 +67,11 @@ def save_model(model: TrainableModel, path: Path) -> None:
     rt = runtime.current()
     partial = path.with_name(path.name + ".partial")
     network, _ = next(iter(model.trained().values()))
+    if network.base is not None:
+        raise CheckpointError(
+            f"{path}: save_to writes whole models, not those of model.peft=lora: convert the trained checkpoint "
+            "(nemo-advrm convert from=megatron to=nemo)"
+        )
     run_on_rank_zero(lock_output, path)
     try:
         checkpoint.write_on_rank_zero(path, lambda: checkpoint.make_empty(partial, partial))
@@ -132,6 +137,8 @@ def restore_model(
         try:
             run_on_rank_zero(_unpack_weights, archive, settings, architecture, weights)
             cfg = override_config or _config(settings, architecture, path)
+            if cfg.model.peft != "none":
+                raise ConfigError(f"model.peft={cfg.model.peft}: adapters need a checkpoint below them, not {path}")
             cfg = replace(cfg, model=replace(cfg.model, tokenizer=spec))
             tokenizer = build_tokenizer(spec)
             model = found(cfg, tokenizer, **{**defaults, **arguments}, restore_from=str(weights))

@@ -10,7 +10,8 @@ from nemo_advrm.data.tokenizers import Tokenizer
 from nemo_advrm.engine import checkpoint, microbatch_cost, runtime
 from nemo_advrm.engine.checkpoint_meta import read_meta
 from nemo_advrm.engine.dimensions import Head, head_outputs
-from nemo_advrm.engine.model import MegatronModel, build_model
+from nemo_advrm.engine.model import MegatronModel, build_model, with_adapters
+from nemo_advrm.errors import ConfigError
 
 
 def build_policy(cfg: Config, tokenizer: Tokenizer, restore_from: str, seed: int, trainable: bool) -> MegatronModel:
@@ -20,6 +21,18 @@ def build_policy(cfg: Config, tokenizer: Tokenizer, restore_from: str, seed: int
     """
     banned = tokenizer.control_ids
     return _build(cfg, "lm", tokenizer, restore_from, seed, trainable, banned_token_ids=banned)
+
+
+def adapt_policy(cfg: Config, frozen: MegatronModel, restore_from: str, seed: int) -> MegatronModel:
+    """Adapters of ``model.lora`` beside ``frozen``, whose weights are those of ``restore_from``.
+
+    Raises CheckpointError if the configuration describes another architecture.
+    """
+    _check_base(restore_from)
+    path = Path(restore_from)
+    adapted = with_adapters(frozen, cfg.model, seed, checkpoint.base_of(path))
+    checkpoint.check_architecture(path, read_meta(path), adapted)
+    return adapted
 
 
 def build_critic(cfg: Config, tokenizer: Tokenizer, restore_from: str, seed: int) -> MegatronModel:
@@ -43,14 +56,22 @@ def build_reward_model(
 def _build(
     cfg: Config, head: Head, tokenizer: Tokenizer, restore_from: str, seed: int, trainable: bool, **options: Any
 ) -> MegatronModel:
+    adapted = trainable and cfg.model.peft == "lora"
+    if adapted:
+        _check_base(restore_from)
     checkpoint.check_tokenizer(tokenizer, cfg.model, restore_from)
     size = tokenizer.vocab_size
-    model = build_model(cfg.model, cfg.precision, head, size, seed=seed, trainable=trainable, **options)
+    model = build_model(cfg.model, cfg.precision, head, size, seed=seed, trainable=trainable and not adapted, **options)
+    path = Path(restore_from)
     if restore_from:
-        path = Path(restore_from)
         new_head = head != "lm" and trainable and read_meta(path)["head"] != head
         checkpoint.load(path, model, new_head=new_head)
     # one packed row after another needs no cost: they are as long as may be
     if runtime.current().on_gpu and not (model.packs and cfg.model.pipeline_model_parallel_size == 1):
         model.microbatch_cost = microbatch_cost.measure(model)
-    return model
+    return with_adapters(model, cfg.model, seed, checkpoint.base_of(path)) if adapted else model
+
+
+def _check_base(restore_from: str) -> None:
+    if not restore_from:
+        raise ConfigError("model.peft=lora needs weights to adapt: set pretrained_checkpoint.restore_from_path")

@@ -1,6 +1,7 @@
 """Saves and loads model and optimizer as Megatron distributed checkpoints, which open at any parallel layout.
 
-A checkpoint is a directory ``{meta.json, manifest.json, weights/}``. It is written as ``NAME.partial`` and renamed when
+A checkpoint is a directory ``{meta.json, manifest.json, weights/}``. That of a model with adapters holds only what is
+trained, and names the checkpoint below (``base`` in ``meta.json``). It is written as ``NAME.partial`` and renamed when
 every rank has written its files, so that a directory with its final name is complete. Damage that came later is found
 by the manifest.
 """
@@ -22,9 +23,10 @@ from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from torch.distributed.checkpoint.api import CheckpointException  # not an Exception, but a BaseException
 
 from nemo_advrm import files
-from nemo_advrm.config.schema import ModelConfig
+from nemo_advrm.config.schema import LoraConfig, ModelConfig
 from nemo_advrm.data.tokenizers import Tokenizer, check_vocabulary
-from nemo_advrm.engine import manifest, runtime
+from nemo_advrm.engine import lora, manifest, runtime
+from nemo_advrm.engine.adapter_base import chain
 from nemo_advrm.engine.architecture import first_difference
 from nemo_advrm.engine.checkpoint_meta import FORMAT, WEIGHTS, read_meta
 from nemo_advrm.engine.collectives import all_reduce_max, run_on_rank_zero
@@ -32,7 +34,7 @@ from nemo_advrm.engine.dimensions import padded_vocab_size
 from nemo_advrm.engine.file_readers import load_weights
 from nemo_advrm.engine.file_writers import FileWriters, RankFiles, write_common
 from nemo_advrm.engine.fp8_states import check_fp8_states
-from nemo_advrm.engine.model import MegatronModel
+from nemo_advrm.engine.model import Base, MegatronModel
 from nemo_advrm.engine.optim import MegatronOptimizer
 from nemo_advrm.errors import CheckpointError, one_line
 
@@ -45,10 +47,14 @@ _WRITE_FAILED = re.compile("inline_container|iostream error")
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
+Wanted = Callable[[str], bool]
+"""Whether a tensor is saved or loaded, by its name."""
 
 
 def _meta(model: MegatronModel, extra: dict[str, Any]) -> dict[str, Any]:
-    own = {"head": model.head, "head_outputs": model.head_outputs, "vocab_size": model.vocab_size}
+    own: dict[str, Any] = {"head": model.head, "head_outputs": model.head_outputs, "vocab_size": model.vocab_size}
+    if model.base is not None:
+        own["base"] = asdict(model.base)
     return {"format": FORMAT, **own, "model": asdict(model.model_config), **extra}
 
 
@@ -200,7 +206,7 @@ def could_not_write(path: Path, error: BaseException, everywhere: bool = False) 
 
 
 def _state(model: MegatronModel, optimizer: MegatronOptimizer | None) -> dict[str, Any]:
-    model_state = model.sharded_state_dict()
+    model_state = _tensors(model, lora.is_trained if model.base is not None else _all)
     if optimizer is None or not optimizer.started:
         return {"model": model_state}
     return {"model": model_state, "optimizer": optimizer.sharded_state_dict(model_state)}
@@ -227,7 +233,8 @@ def check_tokenizer(tokenizer: Tokenizer, model: ModelConfig, path: str = "") ->
     check_vocabulary(tokenizer, padded_vocab_size(model, tokenizer.vocab_size), f"model.vocab_size={model.vocab_size}")
 
 
-def _check_architecture(path: Path, meta: dict[str, Any], model: MegatronModel) -> None:
+def check_architecture(path: Path, meta: dict[str, Any], model: MegatronModel) -> None:
+    """Raise CheckpointError with the first key in which the checkpoint ``path`` differs from the configuration."""
     difference = first_difference(meta["model"], asdict(model.model_config), meta["head"], model.head)
     if difference:
         key, theirs, mine = difference
@@ -252,21 +259,74 @@ def load(
         CheckpointError: the checkpoint is missing, incomplete or damaged, or has another architecture or head.
     """
     path = Path(path)
-    meta = read_meta(path)
-    _check_architecture(path, meta, model)
+    meta = _checked_meta(path, model)
     if meta["head"] != model.head and not new_head:
         raise CheckpointError(
             f"{path}: holds a model with the head {meta['head']!r}, but one with {model.head!r} is wanted"
         )
-    if optimizer is not None and not meta.get("has_optimizer"):
-        raise CheckpointError(f"{path}: has no optimizer state, so training cannot continue from it")
+    if optimizer is not None:
+        _check_continues(path, meta, model)
+    if model.base is not None:
+        _fill(path, meta, model, lora.is_trained, optimizer)
+        return meta
+    for top, described in reversed(chain(path, meta, lambda base: run_on_rank_zero(manifest.digest, base))):
+        if top != path:
+            _checked_meta(top, model)
+        wanted = _without_head if new_head or described["head"] != model.head else _all
+        if "base" not in described:
+            _fill(top, described, model, wanted, optimizer)
+            continue
+        with lora.to_merge(model.parts, model.model_config, LoraConfig(**described["model"]["lora"])):
+            _fill(top, described, model, _both(lora.is_trained, wanted), None)
+    return meta
+
+
+def base_of(path: Path) -> Base:
+    """What a model with adapters says of the checkpoint below them; all ranks call."""
+    return Base(str(path.resolve()), run_on_rank_zero(manifest.digest, path))
+
+
+def _checked_meta(path: Path, model: MegatronModel) -> dict[str, Any]:
+    """``meta.json`` of a checkpoint with the architecture of ``model``, whose small files are undamaged."""
+    meta = read_meta(path)
+    check_architecture(path, meta, model)
     if run_on_rank_zero((path / manifest.NAME).exists):  # converted checkpoints have none
         problem = manifest.damage(path, verify_weights=False, except_for="meta.json")  # which was just read
         if problem is not None:
             raise CheckpointError(f"{path}: could not be read ({problem})")
-    model_state = model.sharded_state_dict()
-    if new_head:
-        model_state = {k: v for k, v in model_state.items() if not _is_head(k)}
+    return meta
+
+
+def _check_continues(path: Path, meta: dict[str, Any], model: MegatronModel) -> None:
+    """Raise CheckpointError unless training can continue: the same weights are trained, on the same base."""
+    if not meta.get("has_optimizer"):
+        raise CheckpointError(f"{path}: has no optimizer state, so training cannot continue from it")
+    base = meta.get("base")
+    if (base is None) != (model.base is None):
+        written, running = ("none", "lora") if base is None else ("lora", "none")
+        raise CheckpointError(
+            f"{path}: was written with model.peft={written}, so model.peft={running} cannot continue from it"
+        )
+    if base is None or model.base is None:
+        return
+    if base["digest"] != model.base.digest:
+        raise CheckpointError(
+            f"{path}: holds adapters of {base['path']} as it was then; the base that is loaded is {model.base.path}"
+        )
+    theirs, mine = meta["model"]["lora"], asdict(model.model_config.lora)
+    for key in ("rank", "alpha", "targets"):
+        if theirs.get(key) != mine[key]:
+            raise CheckpointError(
+                f"{path}: model.lora.{key} is {theirs.get(key)!r} in the checkpoint and {mine[key]!r} in the "
+                "configuration"
+            )
+
+
+def _fill(
+    path: Path, meta: dict[str, Any], model: MegatronModel, wanted: Wanted, optimizer: MegatronOptimizer | None
+) -> None:
+    """Load the model's tensors that are ``wanted``, and the optimizer's state if there is one."""
+    model_state = _tensors(model, wanted)
     state: dict[str, Any] = {"model": model_state}
     started = bool(meta.get("optimizer_started", True))
     if optimizer is not None and started:
@@ -276,12 +336,30 @@ def load(
         check_fp8_states(loaded["model"], str(path / WEIGHTS))
     except (Exception, CheckpointException) as error:  # a damaged directory raises many types
         raise _could_not_read(path, error) from error
-    _load_model_state(model, loaded["model"], strict=not new_head)
+    missing, unexpected = model.load_state_dict(loaded["model"])
+    lost = [name for name in missing if "_extra_state" not in name and wanted(name)]
+    if lost or unexpected:
+        raise CheckpointError(f"tensors do not match: missing {lost}, unexpected {list(unexpected)}")
     if optimizer is not None and started:
         optimizer.load_state_dict(loaded["optimizer"])
     elif optimizer is not None:
         optimizer.reset()
-    return meta
+
+
+def _tensors(model: MegatronModel, wanted: Wanted) -> dict[str, Any]:
+    return {name: tensor for name, tensor in model.sharded_state_dict().items() if wanted(name)}
+
+
+def _all(_: str) -> bool:
+    return True
+
+
+def _both(one: Wanted, other: Wanted) -> Wanted:
+    return lambda name: one(name) and other(name)
+
+
+def _without_head(name: str) -> bool:
+    return not (".head." in f".{name}" or "output_layer." in name)
 
 
 def _could_not_read(path: Path, error: BaseException) -> CheckpointError:
@@ -290,14 +368,3 @@ def _could_not_read(path: Path, error: BaseException) -> CheckpointError:
     first = next((failure for _, (failure, _) in sorted(failures.items())), error)
     kind = "" if isinstance(first, CheckpointError) else f"{type(first).__name__}: "
     return CheckpointError(f"{path}: could not be read ({kind}{one_line(first, 400)})")
-
-
-def _is_head(key: str) -> bool:
-    return ".head." in f".{key}" or "output_layer." in key
-
-
-def _load_model_state(model: MegatronModel, state: dict[str, Any], strict: bool) -> None:
-    missing, unexpected = model.load_state_dict(state)
-    lost = [k for k in missing if "_extra_state" not in k and (strict or not _is_head(k))]
-    if lost or unexpected:
-        raise CheckpointError(f"tensors do not match: missing {lost}, unexpected {list(unexpected)}")

@@ -23,6 +23,7 @@ FIELDS: dict[str, tuple[type, ...]] = {
     "has_optimizer": (bool,),
     "optimizer_started": (bool,),
     "conversion": (dict,),
+    "base": (dict,),
 }
 _NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", dict: "an object"}
 _MOST = 1 << 40  # no dimension of a model is larger
@@ -42,6 +43,11 @@ def check_description(meta: dict[str, Any], source: str) -> None:
     for key in ("head_outputs", "vocab_size"):
         if key in meta and not 0 < meta[key] < _MOST:
             raise CheckpointError(f"{source}: {key} is {_shown(meta[key])}, which no model has")
+    base = meta.get("base")
+    if base is not None and not all(isinstance(base.get(key), str) for key in ("path", "digest")):
+        raise CheckpointError(f"{source}: base is {_shown(base)}, path and digest of a checkpoint were expected")
+    if base is not None and not isinstance(meta["model"].get("lora"), dict):
+        raise CheckpointError(f"{source}: model.lora, which describes the adapters, is missing")
     check_section(ModelConfig, meta["model"], "model", source)
     check_texts(meta, source)
 

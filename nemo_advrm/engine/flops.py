@@ -42,3 +42,11 @@ def layer_flops(model: ModelConfig, batch: Microbatch) -> LayerFlops:
 def head_flops(model: ModelConfig, head: str, tokens: float, vocab_size: int) -> float:
     """FLOPs of the output layer; those of a scalar head are negligible."""
     return 2.0 * tokens * model.hidden_size * vocab_size if head == "lm" else 0.0
+
+
+def training_passes(model: ModelConfig) -> int:
+    """Forward passes of the matrices that training does as much work as: backward twice that, for inputs and weights.
+
+    Frozen matrices (``model.peft=lora``) need gradients of their inputs alone; adapters are negligible.
+    """
+    return 2 if model.peft == "lora" else 3

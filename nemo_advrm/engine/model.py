@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,15 +13,26 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from nemo_advrm.config.schema import ModelConfig, PrecisionConfig
 from nemo_advrm.data.batching import microbatch_cost
-from nemo_advrm.engine import runtime, varlen
+from nemo_advrm.engine import lora, runtime, varlen
 from nemo_advrm.engine.dimensions import Head, padded_vocab_size
 from nemo_advrm.engine.gpt import HeadedGPT
 from nemo_advrm.engine.transformer import transformer_config
 
 
+@dataclass(frozen=True)
+class Base:
+    """The checkpoint below adapters: its directory, and the fingerprint of its files."""
+
+    path: str
+    digest: str
+
+
 @dataclass
 class MegatronModel:
     """This rank's part of one model: one chunk, or several under an interleaved pipeline.
+
+    A model with adapters (:func:`with_adapters`) shares its parts with the frozen model below, which computes without
+    them.
 
     Attributes:
         chunks: modules that the schedules call, wrapped by Megatron's DDP if the model is trained.
@@ -29,6 +40,7 @@ class MegatronModel:
         packs: whether its microbatches are packed rows.
         microbatch_cost: fixed cost of a microbatch, in tokens that could be computed instead;
             :mod:`nemo_advrm.engine.microbatch_cost` measures it on a GPU.
+        base: the checkpoint below the adapters; None for a model without adapters.
         gathered: False while updated weights are still sharded over data-parallel ranks.
         capture_failed: True once its decoding step could not be captured as a CUDA graph.
     """
@@ -42,6 +54,7 @@ class MegatronModel:
     packs: bool
     microbatch_cost: int
     head_outputs: int = 1
+    base: Base | None = None
     gathered: bool = True
     capture_failed: bool = False
 
@@ -59,8 +72,16 @@ class MegatronModel:
 
     @contextlib.contextmanager
     def resident(self) -> Iterator[None]:
-        """Keep the weights on the device inside. Between uses those of a frozen model may be in CPU memory."""
-        if self.trainable or not self.model_config.offload_reference:
+        """Be ready for passes inside: those of a frozen model may be in CPU memory before, or have adapters beside."""
+        if self.trainable:
+            yield
+            return
+        with lora.switched_off(self.parts), self._on_device():
+            yield
+
+    @contextlib.contextmanager
+    def _on_device(self) -> Iterator[None]:
+        if not self.model_config.offload_reference:
             yield
             return
         waiting = [(p, p.data) for part in self.parts for p in part.parameters()]
@@ -157,12 +178,9 @@ def build_model(
     ]
     for part in parts:
         _move_to_device(part, config, rt)
-    wrapped: list[Any] = list(parts)
+    chunks_to_call: list[Any] = list(parts)
     if trainable:
-        wrapped = [_wrap(part, config, model, bucketing=i == 0) for i, part in enumerate(parts)]
-        if model.overlap_grad_reduce:
-            held = [chunk.no_sync for chunk in wrapped]  # no reduction before the last microbatch
-            config.no_sync_func = held if len(held) > 1 else held[0]
+        chunks_to_call = _wrap_all(parts, config, model)
     else:
         for part in parts:
             part.requires_grad_(False)
@@ -171,7 +189,21 @@ def build_model(
                 for parameter in part.parameters():
                     parameter.data = parameter.data.cpu()
     packs, cost = varlen.packs(model, config.params_dtype, rt.on_gpu), microbatch_cost(rt.device)
-    return MegatronModel(wrapped, parts, config, model, head, vocab_size, packs, cost, head_outputs)
+    return MegatronModel(chunks_to_call, parts, config, model, head, vocab_size, packs, cost, head_outputs)
+
+
+def with_adapters(frozen: MegatronModel, model: ModelConfig, seed: int, base: Base) -> MegatronModel:
+    """A model that trains adapters of ``model.lora``, drawn from ``seed``, and the head, beside ``frozen``'s weights.
+
+    There is one copy of the weights: ``frozen`` remains what it was, for instance the reference policy of the KL
+    penalty, and stays on the device. Adapters of an earlier call on it are dropped.
+    """
+    for part in frozen.parts:
+        for parameter in part.parameters():
+            parameter.data = parameter.data.to(runtime.current().device)
+        lora.attach(part, model, seed)
+    chunks = _wrap_all(frozen.parts, frozen.config, model)
+    return replace(frozen, chunks=chunks, model_config=model, base=base)
 
 
 def _move_to_device(part: HeadedGPT, config: TransformerConfig, rt: runtime.Runtime) -> None:
@@ -183,6 +215,15 @@ def _move_to_device(part: HeadedGPT, config: TransformerConfig, rt: runtime.Runt
         part.bfloat16()
         for parameter in keep_heads_in_fp32:
             parameter.data = parameter.data.float()
+
+
+def _wrap_all(parts: list[HeadedGPT], config: TransformerConfig, model: ModelConfig) -> list[Any]:
+    """The chunks in Megatron's DDP, which gives what is to be trained its gradient buffers."""
+    wrapped = [_wrap(part, config, model, bucketing=i == 0) for i, part in enumerate(parts)]
+    if model.overlap_grad_reduce:
+        held = [chunk.no_sync for chunk in wrapped]  # no reduction before the last microbatch
+        config.no_sync_func = held if len(held) > 1 else held[0]
+    return wrapped
 
 
 def _wrap(part: HeadedGPT, config: TransformerConfig, model: ModelConfig, bucketing: bool) -> DistributedDataParallel:

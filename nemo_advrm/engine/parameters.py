@@ -8,6 +8,9 @@ from nemo_advrm.config.layout import layers_per_stage
 from nemo_advrm.config.schema import ModelConfig
 from nemo_advrm.engine.dimensions import GATED, Head, ffn_size, head_size, query_groups
 
+# linear layers whose outputs are split over tensor-parallel ranks; of the others the inputs are
+SPLIT_OUTPUTS = ("linear_qkv", "linear_fc1")
+
 
 @dataclass(frozen=True)
 class Sizes:
@@ -52,6 +55,7 @@ class Parameters:
         embedding: token and learned position embeddings, and the last stage's copy of a tied embedding.
         output: the output layer of a language model, if it is not tied.
         head: the fp32 head of a reward or value model.
+        adapters: low-rank adapters of ``model.peft=lora``, of a model that is trained.
     """
 
     linear: int = 0
@@ -59,10 +63,16 @@ class Parameters:
     embedding: int = 0
     output: int = 0
     head: int = 0
+    adapters: int = 0
 
     @property
     def total(self) -> int:
-        return self.linear + self.other + self.embedding + self.output + self.head
+        return self.linear + self.other + self.embedding + self.output + self.head + self.adapters
+
+    @property
+    def trained(self) -> Parameters:
+        """What is trained of a model that is trained: adapters and head, if there are adapters."""
+        return Parameters(head=self.head, adapters=self.adapters) if self.adapters else self
 
 
 def _layer(model: ModelConfig, tensor: int) -> tuple[int, int]:
@@ -80,6 +90,35 @@ def _layer(model: ModelConfig, tensor: int) -> tuple[int, int]:
     if model.bias:  # every rank has the biases of the two row-parallel matrices
         other += first // tensor + 2 * size.hidden
     return matrices, other
+
+
+def adapted_sizes(model: ModelConfig) -> dict[str, tuple[int, int]]:
+    """(width of the input, width of the output) of the whole linear layers that may have an adapter, by name."""
+    size = Sizes.of(model)
+    return {
+        "linear_qkv": (size.hidden, size.query + 2 * size.key),
+        "linear_proj": (size.query, size.hidden),
+        "linear_fc1": (size.hidden, size.ffn * (2 if size.gated else 1)),
+        "linear_fc2": (size.ffn, size.hidden),
+    }
+
+
+def adapter_parameters(model: ModelConfig, tensor: int) -> int:
+    """Parameters of one layer's adapters on one of ``tensor`` ranks, each of which has one of the matrices whole."""
+    total = 0
+    for target in model.lora.targets:
+        inputs, outputs = adapted_sizes(model)[target]
+        split, whole = (outputs, inputs) if target in SPLIT_OUTPUTS else (inputs, outputs)
+        total += model.lora.rank * (split // tensor + whole)
+    return total
+
+
+def with_adapters(counts: Parameters, model: ModelConfig, stage: int) -> Parameters:
+    """``counts`` of a stage of a model that is trained, with its adapters if ``model.peft=lora``."""
+    if model.peft != "lora":
+        return counts
+    each = adapter_parameters(model, model.tensor_model_parallel_size)
+    return replace(counts, adapters=each * layers_per_stage(model)[stage])
 
 
 def stage_parameters(model: ModelConfig, head: Head, vocab_size: int, stage: int, head_outputs: int = 1) -> Parameters:

@@ -16,6 +16,7 @@ from torch import Tensor
 from nemo_advrm.engine import runtime, throughput
 from nemo_advrm.engine.context import SplitLogits
 from nemo_advrm.engine.dimensions import Head
+from nemo_advrm.engine.flops import training_passes
 from nemo_advrm.engine.microbatches import Microbatch, filler
 from nemo_advrm.engine.model import MegatronModel
 from nemo_advrm.engine.packing import Packing
@@ -51,7 +52,7 @@ def _run(
 ) -> list[Any]:
     shape = max((item.read.tokens_BS.shape for item in scheduled), key=lambda shape: shape.numel())
     interleaved = len(model.chunks) > 1
-    _count(model, scheduled, passes=1 if forward_only else 3)
+    _count(model, scheduled, passes=1 if forward_only else training_passes(model.model_config))
     return get_forward_backward_func(
         pp_size=parallel_state.get_pipeline_model_parallel_world_size(),
         vp_size=len(model.chunks) if interleaved else None,

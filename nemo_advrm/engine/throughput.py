@@ -9,17 +9,17 @@ import torch
 
 from nemo_advrm.config.schema import ModelConfig
 from nemo_advrm.engine import runtime
-from nemo_advrm.engine.flops import Microbatch, head_flops, layer_flops
+from nemo_advrm.engine.flops import Microbatch, head_flops, layer_flops, training_passes
 from nemo_advrm.engine.gpus import GPUS
 from nemo_advrm.engine.model import MegatronModel
 
 
 def training_flops_per_token(model: ModelConfig) -> float:
-    """FLOPs of the layers' matrices per token: 2 per weight forward, twice that backward.
+    """FLOPs of the layers' matrices per token: 2 per weight forward, twice that backward (once if they are frozen).
 
     Attention scores, which depend on the length, and recomputation are not counted.
     """
-    return 3 * model.num_layers * layer_flops(model, Microbatch(1, 1)).matrices
+    return training_passes(model) * model.num_layers * layer_flops(model, Microbatch(1, 1)).matrices
 
 
 _flops = 0.0
@@ -47,7 +47,7 @@ def count_pass(model: MegatronModel, lengths: Sequence[int], logits: int, ranks:
         lengths: tokens of every sequence of the microbatch, padding included.
         logits: number of tokens whose logits are computed.
         ranks: number of ranks that share the pass evenly.
-        passes: 1 for a forward pass, 3 with the backward pass.
+        passes: 1 for a forward pass, :func:`training_passes` with the backward pass.
     """
     config = model.model_config
     by_length = Counter(lengths).items()

@@ -168,11 +168,29 @@ def _transformer_engine_spec(model: ModelConfig, dtype: torch.dtype) -> ModuleSp
     attention.module = CachedSelfAttention
     if not transformer_engine.attends(model, dtype, on_gpu=True):
         attention.submodules.core_attention = partial(FusedCoreAttention, softcap=model.attention_softcap)
+    if model.peft == "lora":
+        _separate_norms(spec)
     if not model.post_norms:
         return spec
     from megatron.core.extensions.transformer_engine import TENorm
 
     return _with_post_norms(spec, model, TENorm)
+
+
+def _separate_norms(spec: ModuleSpec) -> None:
+    """Take norms out of Transformer Engine's fused linear layers: an adapter reads what the norm returns.
+
+    In checkpoints they keep the names that they have inside these layers.
+    """
+    from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TENorm
+
+    parts = spec.submodules
+    parts.input_layernorm = parts.pre_mlp_layernorm = TENorm
+    parts.self_attention.submodules.linear_qkv = parts.mlp.submodules.linear_fc1 = TEColumnParallelLinear
+    parts.sharded_state_dict_keys_map = {
+        "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+        "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+    }
 
 
 def _with_post_norms(spec: ModuleSpec, model: ModelConfig, norm: type) -> ModuleSpec:

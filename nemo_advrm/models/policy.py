@@ -16,7 +16,7 @@ from nemo_advrm.config.schema import Config
 from nemo_advrm.data.batching import BatchSchedule
 from nemo_advrm.data.tokenizers import Tokenizer
 from nemo_advrm.engine import runtime
-from nemo_advrm.engine.builders import build_policy
+from nemo_advrm.engine.builders import adapt_policy, build_policy
 from nemo_advrm.engine.generation import uniforms
 from nemo_advrm.engine.log_probs import Logits, log_probs, log_probs_and_entropy
 from nemo_advrm.engine.model import MegatronModel
@@ -48,7 +48,8 @@ class PolicyModel(TrainableModel):
         reward: computes the rewards of rollouts.
         restore_from: checkpoint of the initial policy, which is also the reference policy of the KL penalty.
         seed: seed of prompt order and sampling.
-        reference: the reference policy when it is loaded already, else it is loaded from ``restore_from``.
+        reference: the reference policy when it is loaded already, else it is loaded from ``restore_from``. With
+            ``model.peft=lora`` it is the trained policy without its adapters: one copy of the weights is in memory.
 
     After each step ``last_rollouts`` and ``last_reward_output`` hold this data-parallel rank's rollouts.
     """
@@ -73,15 +74,23 @@ class PolicyModel(TrainableModel):
             )
         self.prompts = prompts
         self.reward = reward
-        self.model = build_policy(cfg, tokenizer, restore_from, derive_seed(seed, "weights"), trainable=True)
-        self.reference = reference or build_policy(
-            cfg, tokenizer, restore_from, derive_seed(seed, "weights"), trainable=False
-        )
+        self.model, self.reference = self._open(restore_from, derive_seed(seed, "weights"), reference)
         self.optimizer = MegatronOptimizer(self.model, cfg.model.optim, cfg.trainer.gradient_clip_val)
         self.critic = Critic(cfg, tokenizer, restore_from, seed) if cfg.rl.algorithm == "ppo" else None
         self.engine = rollout_engine(cfg, tokenizer)
         self.last_rollouts: Rollouts | None = None
         self.last_reward_output: RewardOutput | None = None
+
+    def _open(
+        self, restore_from: str, seed: int, reference: MegatronModel | None
+    ) -> tuple[MegatronModel, MegatronModel]:
+        """Returns the policy and the reference policy."""
+        cfg, tokenizer = self.config, self.tokenizer
+        adapted = cfg.model.peft == "lora"
+        model = None if adapted else build_policy(cfg, tokenizer, restore_from, seed, trainable=True)
+        if reference is None:
+            reference = build_policy(cfg, tokenizer, restore_from, seed, trainable=False)
+        return model or adapt_policy(cfg, reference, restore_from, seed), reference
 
     def trained(self) -> dict[str, tuple[MegatronModel, MegatronOptimizer]]:
         models = {"policy": (self.model, self.optimizer)}

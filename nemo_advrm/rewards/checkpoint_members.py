@@ -62,7 +62,7 @@ def reward_meta(spec: SourceSpec) -> dict[str, Any]:
 
 def member_config(meta: dict[str, Any], job: ModelConfig) -> ModelConfig:
     """Returns the architecture of a checkpoint with the parallel layout and batch shape of the running job."""
-    known = {field.name for field in dataclasses.fields(ModelConfig)} - {"optim", *OF_THE_JOB}
+    known = {field.name for field in dataclasses.fields(ModelConfig)} - {"optim", "peft", "lora", *OF_THE_JOB}
     own = {key: value for key, value in meta["model"].items() if key in known}
     if "vocab_size" in meta:
         own["vocab_size"] = meta["vocab_size"]  # the padded size that the weights have

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from nemo_advrm.config.layout import validate_layout
-from nemo_advrm.config.schema import Config
+from nemo_advrm.config.schema import Config, ModelConfig
 from nemo_advrm.data.encoding import EncodedPair
 from nemo_advrm.data.messages import Message, prompt_key
 from nemo_advrm.data.preference_rows import PreferencePair
@@ -204,10 +204,26 @@ def open_policy(
             problem = manifest.damage(Path(policy), cfg.trainer.verify_checkpoints)
         if problem is not None:
             raise CheckpointError(f"{place}: the frozen policy {policy} is damaged ({problem})")
-        own = dataclasses.replace(cfg, model=member_config(meta, cfg.model))
+        own = dataclasses.replace(cfg, model=_adaptable(member_config(meta, cfg.model), cfg.model))
         model = build_policy(own, tokenizer, policy, seed=0, trainable=False)
         opened[key] = ReferenceFeatures(policy, model, tokenizer, [tokenizer.encode_prompt(p) for p in prompts])
     return opened[key]
+
+
+def _adaptable(model: ModelConfig, job: ModelConfig) -> ModelConfig:
+    """Returns ``model`` so that an attack with adapters can train them on it, if the policy is the one it starts from.
+
+    A frozen model has no dropout, so the job's has no other effect.
+    """
+    if job.peft != "lora":
+        return model
+    return dataclasses.replace(
+        model,
+        peft=job.peft,
+        lora=job.lora,
+        hidden_dropout=job.hidden_dropout,
+        attention_dropout=job.attention_dropout,
+    )
 
 
 def _policy_and_settings(policy: str, cfg: Config) -> tuple[str, str]:

@@ -56,12 +56,15 @@ def describe_target(cfg: Config) -> Target:
     """Opens ``harden.target`` without loading its weights.
 
     Raises:
-        ConfigError: it is not set, or is a server or a function, which have no weights here.
+        ConfigError: it is not set, or is a server or a function, which have no weights here; or adapters are asked for,
+            but the result is measured and written as a whole model.
         CheckpointError: it cannot be trained: no reward model, or an architecture that is not converted.
     """
     options = cfg.harden
     if not options.target:
         raise ConfigError("target is not set: name a reward model (target=hf:DIR, nemo:FILE or a checkpoint directory)")
+    if cfg.model.peft != "none":
+        raise ConfigError(f"model.peft={cfg.model.peft}: harden trains all weights of its target")
     spec = sources.parse(options.target, PLACE)
     if spec.kind not in LOCAL_KINDS:
         raise ConfigError(

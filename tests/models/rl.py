@@ -11,7 +11,7 @@ from tiny import TOKENIZER, VOCABULARY, tiny_config
 
 from nemo_advrm.config.schema import Config
 from nemo_advrm.engine import checkpoint, runtime
-from nemo_advrm.engine.model import build_model
+from nemo_advrm.engine.model import MegatronModel, build_model
 from nemo_advrm.models.policy import PolicyModel
 from nemo_advrm.rewards.ensemble import UncertaintyReward
 from nemo_advrm.rewards.local import FunctionReward
@@ -53,10 +53,12 @@ def save_policy(path: Path) -> str:
     return str(path)
 
 
-def policy(cfg: Config, path: str, score: Score = count_of_word, seed: int = 0) -> PolicyModel:
+def policy(
+    cfg: Config, path: str, score: Score = count_of_word, seed: int = 0, reference: MegatronModel | None = None
+) -> PolicyModel:
     prompts = [Prompt(i, ({"role": "user", "content": "this river"},), [8, 10 + i, 2]) for i in range(20)]
     source = FunctionReward("score", lambda prompts, responses, ended: [score(r) for r in responses])
-    return PolicyModel(cfg, TOKENIZER, prompts, UncertaintyReward([source]), path, seed)
+    return PolicyModel(cfg, TOKENIZER, prompts, UncertaintyReward([source]), path, seed, reference)
 
 
 def train(module: PolicyModel, steps: int) -> list[dict[str, float]]:
@@ -80,6 +82,16 @@ def advantages_and_metrics(
 
     module._prepare = recording  # type: ignore[method-assign]
     return recorded, train(module, steps)
+
+
+def lora_metrics(path: str, model: dict[str, Any]) -> list[dict[str, float]]:
+    """Metrics of three steps that train adapters."""
+    cfg = policy_config("rloo")
+    cfg.model.peft, cfg.model.lora.rank, cfg.model.optim.lr = "lora", 4, 2e-2
+    cfg.rl.kl.coefficient = 0.1
+    for key, value in model.items():
+        setattr(cfg.model, key, value)
+    return train(policy(cfg, path), 3)
 
 
 def weights(module: torch.nn.Module) -> dict[str, torch.Tensor]:
