@@ -7,7 +7,7 @@ from typing import Any
 
 from nemo_advrm.config.fields import COUNT, NOT_NEGATIVE, PORT, POSITIVE, Range, free, key
 
-FORMATS = ("", "hf", "megatron", "nemo", "bridge")  # of checkpoints; empty is refused with what is missing
+FORMATS = ("", "hf", "megatron", "nemo", "bridge", "peft")  # of checkpoints; empty is refused with what is missing
 
 
 @dataclass
@@ -131,6 +131,11 @@ class ConvertConfig:
 
     from_: str = key("", "format of the source", choices=FORMATS)
     path: str = key("", "checkpoint directory, .gguf file or .nemo file to convert")
+    base: str = key(
+        "",
+        "from=peft: checkpoint of this package that the adapters belong to; to=peft: the Hugging Face model that "
+        "adapter_config.json names, empty takes the one that the base was converted from",
+    )
     to: str = key("", "format to write", choices=FORMATS)
     out: str = key("", "where to write; must not exist")
     dtype: str = key("", "number format to write; empty keeps the source's", choices=("", "fp32", "bf16", "fp16"))

@@ -106,6 +106,11 @@ def convert(cfg: ConvertConfig, report: Any = print) -> None:
         if bridge_calls.is_bridges_work(cfg):
             bridge_calls.hand_over(cfg, report)
             return
+    if "peft" in (cfg.from_, cfg.to):
+        from nemo_advrm.convert import peft_format
+
+        peft_format.convert_adapters(cfg, report)
+        return
     with open_source(cfg) as source:
         source.description.provenance |= {"converted_by": f"nemo_advrm {__version__}", **_card_facts(cfg)}
         _check_vocabulary(source)

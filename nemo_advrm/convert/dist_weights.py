@@ -12,7 +12,7 @@ import io
 import itertools
 import json
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -112,10 +112,18 @@ class StackedReader:
         return target.reshape(spec.shape)
 
 
+class Reader(Protocol):
+    """Reads canonical tensors."""
+
+    specs: dict[str, TensorSpec]
+
+    def read(self, name: str) -> Tensor: ...
+
+
 class StackedSource(TensorSource):
     """A source whose weights are read by ``_reader``. Padded rows of the vocabulary are not converted."""
 
-    _reader: StackedReader
+    _reader: Reader
     _renamed: ClassVar[dict[str, str]] = {}  # canonical name -> name in the file
 
     def read(self, name: str) -> Tensor:

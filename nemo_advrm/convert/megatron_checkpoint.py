@@ -11,14 +11,16 @@ import yaml
 from torch import Tensor
 
 from nemo_advrm.config.schema import ConvertConfig, ModelConfig, OptimConfig, ScheduleConfig
+from nemo_advrm.convert.adapters import AdapterReader, MergedReader
 from nemo_advrm.convert.differences import check_tensors, head_outputs
-from nemo_advrm.convert.dist_weights import StackedReader, StackedSource, StackedWriter, stored_place
+from nemo_advrm.convert.dist_weights import Reader, StackedReader, StackedSource, StackedWriter, stored_place
 from nemo_advrm.convert.tensor_names import TensorSpec, canonical_shapes
 from nemo_advrm.convert.tensors import Description, TensorSink, TensorSource
 from nemo_advrm.convert.tokenizer_files import check_tokenizer, copy_tokenizer
 from nemo_advrm.data.reading import KEY, ReadingRule, rule_from_meta
 from nemo_advrm.data.tokenizers import Tokenizer, build_tokenizer
 from nemo_advrm.engine import manifest
+from nemo_advrm.engine.adapter_base import chain
 from nemo_advrm.engine.checkpoint_meta import FORMAT, WEIGHTS, read_meta
 from nemo_advrm.engine.description import FIELDS
 from nemo_advrm.engine.dimensions import padded_vocab_size
@@ -33,6 +35,8 @@ MODEL_FILE = Path("conf", "model", "imported.yaml")  # selected by hydra.searchp
 class MegatronSource(StackedSource):
     """Reads a checkpoint written by training or conversion at any layout; ignores optimizer state.
 
+    Adapters are merged into the checkpoint below them.
+
     Raises CheckpointError when it is incomplete, a file size differs from its manifest (if it has one), or its tensors
     do not match its description.
     """
@@ -40,11 +44,15 @@ class MegatronSource(StackedSource):
     def __init__(self, path: Path, tokenizer: Path | None = None) -> None:
         self.path = path
         meta = read_meta(path)
-        problem = manifest.small_damage(path, except_for="meta.json") if (path / manifest.NAME).exists() else None
-        if problem is not None:
-            raise CheckpointError(f"{path}: could not be read ({problem})")
+        stack = chain(path, meta, manifest.digest)
+        for place, _ in stack:
+            check_files(place)
         model, head = read_model(meta, path), meta["head"]
-        self._reader = StackedReader(path / WEIGHTS, open_metadata(path / WEIGHTS))
+        *adapters, (whole, below) = stack
+        self._reader: Reader = StackedReader(whole / WEIGHTS, open_metadata(whole / WEIGHTS))
+        for place, described in reversed(adapters):
+            self._reader = MergedReader(self._reader, AdapterReader(place, described), below["head"] == head)
+            below = described
         named = tokenizer or _tokenizer_of(path, meta)
         rule = rule_from_meta(meta, path)
         own = _open_tokenizer(model, named, rule)
@@ -64,6 +72,7 @@ class MegatronSource(StackedSource):
                 **meta.get("conversion", {}),
                 **{k: v for k, v in meta.items() if k not in (*FIELDS, KEY)},
                 "converted_from": f"megatron:{path}",
+                **({"base_model": str(stack[1][0])} if adapters else {}),
             },
         )
 
@@ -137,9 +146,16 @@ def _write_model_file(model: ModelConfig, path: Path) -> None:
     path.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
 
 
+def check_files(path: Path) -> None:
+    """Raise CheckpointError if a small file of a checkpoint is not what its manifest lists."""
+    problem = manifest.small_damage(path, except_for="meta.json") if (path / manifest.NAME).exists() else None
+    if problem is not None:
+        raise CheckpointError(f"{path}: could not be read ({problem})")
+
+
 def read_model(meta: dict[str, Any], path: Path) -> ModelConfig:
     """Return the ModelConfig in a checkpoint's meta.json; missing keys get their defaults."""
-    settings = dict(meta["model"])
+    settings = {key: value for key, value in meta["model"].items() if key not in ("peft", "lora")}
     try:
         optim = dict(settings.pop("optim", {}))
         schedule = ScheduleConfig(**optim.pop("sched", {}))
