@@ -7,11 +7,11 @@ import sys
 from collections.abc import Sequence
 
 from nemo_advrm.config.layout import validate_layout
-from nemo_advrm.config.schema import Config
+from nemo_advrm.config.schema import Config, ModelConfig
 from nemo_advrm.engine.gpus import GPUS, GPUS_PER_NODE, supports
 from nemo_advrm.engine.parameters import model_parameters, stage_parameters
 from nemo_advrm.errors import ConfigError
-from nemo_advrm.plan.jobs import Job, job_of
+from nemo_advrm.plan.jobs import Held, Job, job_of
 from nemo_advrm.plan.memory import RankMemory, all_stages
 from nemo_advrm.plan.search import Candidate, budget, search, single_changes
 from nemo_advrm.plan.step_time import Clock
@@ -63,9 +63,15 @@ def _parameters(job: Job) -> list[tuple[str, int]]:
     named = []
     for held in job.models:
         number = f"{held.count} x " if held.count > 1 else ""
-        kind = f"{number}{held.title} ({'trained' if held.trained else 'frozen'})"
+        kind = f"{number}{held.title} ({_use(held, job.cfg.model)})"
         named.append((kind, model_parameters(job.cfg.model, held.head, job.vocab_size, job.head_outputs).total))
     return named
+
+
+def _use(held: Held, model: ModelConfig) -> str:
+    if held.trained:
+        return "trained" if model.peft == "none" else f"adapters of rank {model.lora.rank} trained"
+    return "the policy without adapters" if held.shared else "frozen"
 
 
 def _check_by_building(job: Job) -> None:

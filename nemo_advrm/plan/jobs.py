@@ -12,12 +12,16 @@ from nemo_advrm.engine.flops import Microbatch
 
 @dataclass(frozen=True)
 class Held:
-    """Models of one kind that a stage holds."""
+    """Models of one kind that a stage holds.
+
+    ``shared``: it computes with the trained policy's weights, without the adapters, and has none of its own.
+    """
 
     title: str
     head: Head
     trained: bool
     count: int = 1
+    shared: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,7 @@ def models_of(cfg: Config) -> tuple[Held, ...]:
     held = [Held("policy", "lm", True)]
     if cfg.rl.algorithm == "ppo":
         held.append(Held("critic", "value", True))
-    held.append(Held("reference policy", "lm", False))
+    held.append(Held("reference policy", "lm", False, shared=cfg.model.peft == "lora"))
     return (*held, Held("reward model", "reward", False, members)) if members else tuple(held)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from nemo_advrm.config.layout import layers_per_stage
 from nemo_advrm.config.schema import Config, ModelConfig
 from nemo_advrm.engine.flops import Microbatch
-from nemo_advrm.engine.parameters import Parameters, Sizes, stage_parameters
+from nemo_advrm.engine.parameters import Parameters, Sizes, stage_parameters, with_adapters
 from nemo_advrm.plan.activations import head_bytes, layer_terms, on_gpu, peak_bytes
 from nemo_advrm.plan.jobs import Held, Job
 
@@ -21,7 +21,7 @@ class RankMemory:
 
     Attributes:
         stage: pipeline stage.
-        parameters: number of parameters of the trained models.
+        parameters: number of parameters that are trained.
         weights, gradients, optimizer: those of the trained models.
         frozen: weights of all models that are not trained.
         activations: peak of training, without the head's.
@@ -65,11 +65,14 @@ def weight_bytes(cfg: Config, counts: Parameters) -> float:
         share = max(0, layers - 2 * cfg.precision.bf16_first_last_layers) / layers
         extra = 0 if cfg.precision.fp8_params else 2  # 1 byte + 1 byte instead of, or in addition to, 2
         inner += extra * counts.linear * share
-    return inner + element * (counts.embedding + counts.output) + 4 * counts.head
+    return inner + element * (counts.embedding + counts.output + counts.adapters) + 4 * counts.head
 
 
 def optimizer_bytes(cfg: Config, counts: Parameters, replicas: int) -> float:
-    """Bytes of Adam's moments and of fp32 copies of 16-bit weights; sharded by the distributed optimizer."""
+    """Bytes of Adam's moments and of fp32 copies of 16-bit weights; sharded by the distributed optimizer.
+
+    ``counts``: what is trained.
+    """
     moments = 8 if cfg.model.optim.name == "adam" else 4
     master = 0 if cfg.precision.name == "fp32" else 4
     split = replicas * cfg.model.context_parallel_size if cfg.model.use_distributed_optimizer else 1
@@ -133,16 +136,19 @@ def rank_memory(job: Job, stage: int) -> RankMemory:
     memory = RankMemory(stage)
     largest_frozen = training = 0.0
     for held in job.models:
+        if held.shared:
+            continue
         counts = stage_parameters(cfg.model, held.head, job.vocab_size, stage, job.head_outputs)
-        weights = weight_bytes(cfg, counts)
         if not held.trained:
+            weights = weight_bytes(cfg, counts)
             memory.frozen += held.count * weights
             largest_frozen = max(largest_frozen, weights)
             continue
-        memory.parameters += counts.total
-        memory.weights += weights
-        memory.gradients += _GRADIENT * counts.total
-        memory.optimizer += optimizer_bytes(cfg, counts, job.replicas)
+        counts = with_adapters(counts, cfg.model, stage)
+        memory.parameters += counts.trained.total
+        memory.weights += weight_bytes(cfg, counts)
+        memory.gradients += _GRADIENT * counts.trained.total
+        memory.optimizer += optimizer_bytes(cfg, counts.trained, job.replicas)
         kept, head = _training(job, held, stage)
         if kept > training:
             training, memory.head = kept, head
@@ -181,7 +187,8 @@ def checkpoint_copy_bytes(job: Job, stage: int) -> float:
     total = 0.0
     for held in job.models:
         if held.trained:
-            counts = stage_parameters(cfg.model, held.head, job.vocab_size, stage, job.head_outputs)
+            whole = stage_parameters(cfg.model, held.head, job.vocab_size, stage, job.head_outputs)
+            counts = with_adapters(whole, cfg.model, stage).trained
             total += element_bytes(cfg) * (counts.total - counts.head) + 4 * counts.head
             if cfg.model.use_distributed_optimizer:
                 total += (12 if cfg.model.optim.name == "adam" else 8) * counts.total

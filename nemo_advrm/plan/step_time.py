@@ -7,9 +7,9 @@ from dataclasses import astuple, dataclass
 
 from nemo_advrm.config.layout import layers_per_stage
 from nemo_advrm.config.schema import ModelConfig
-from nemo_advrm.engine.flops import Microbatch, head_flops, layer_flops
+from nemo_advrm.engine.flops import Microbatch, head_flops, layer_flops, training_passes
 from nemo_advrm.engine.gpus import GPU, GPUS, GPUS_PER_NODE
-from nemo_advrm.engine.parameters import Sizes, stage_parameters
+from nemo_advrm.engine.parameters import Sizes, stage_parameters, with_adapters
 from nemo_advrm.plan.activations import boundary_bytes
 from nemo_advrm.plan.jobs import Held, Job
 from nemo_advrm.plan.memory import cache_bytes, element_bytes, rank_memory, weight_bytes
@@ -85,13 +85,14 @@ class Clock:
             flops += head_flops(self.model, head, batch.tokens, self.job.vocab_size)
         return flops
 
-    def _compute_seconds(self, stage: int, batch: Microbatch, head: str, matrices: float, attention: float) -> float:
-        """Compute time of one rank; ``matrices`` and ``attention`` count their forward-pass equivalents."""
+    def _compute_seconds(
+        self, stage: int, batch: Microbatch, head: str, matrices: float = 1, attention: float = 1, output: float = 1
+    ) -> float:
+        """Compute time of one rank; ``matrices``, ``attention`` and ``output`` count forward-pass equivalents."""
         layer, layers = layer_flops(self.model, batch), self.layers[stage]
         flops = self._stage_flops(stage, batch, head) - layers * layer.total  # the head
-        passes = 3 if matrices >= 3 else 1
         seconds = layers * matrices * layer.matrices / self.rate
-        seconds += (layers * attention * layer.attention + passes * flops) / self.other_rate
+        seconds += (layers * attention * layer.attention + output * flops) / self.other_rate
         return seconds / self.ranks
 
     def _tensor_seconds(self, stage: int, batch: Microbatch, passes: float) -> float:
@@ -121,15 +122,17 @@ class Clock:
         return part / (self.gpu.network * 1e9)
 
     def _training(self, held: Held) -> StepTime:
-        """A training step of one model: forward, twice that backward, and recomputation."""
+        """A training step of one model: forward, backward (see :func:`training_passes`), and recomputation."""
         model, batch, microbatches = self.model, self.job.training, self.job.microbatches
         stages, chunks = len(self.layers), model.virtual_pipeline_model_parallel_size
         slowest = tensor = context = model_flops = 0.0
+        passes = training_passes(model)
         for stage in range(stages):
             forward = self._stage_flops(stage, batch, held.head)
-            model_flops += 3 * forward
+            attention = layer_flops(model, batch).attention * self.layers[stage]
+            model_flops += passes * (forward - attention) + 3 * attention
             again_m, again_a = _recomputed_share(model, self.layers[stage])
-            seconds = self._compute_seconds(stage, batch, held.head, 3 + again_m, 3 + again_a)
+            seconds = self._compute_seconds(stage, batch, held.head, passes + again_m, 3 + again_a, passes)
             # the backward pass gathers the inputs of the matrices again: 1 + 1.5 passes
             wire = self._tensor_seconds(stage, batch, 2.5 + again_m)
             # forward, and backward with the gradients too (Transformer Engine's ring)
@@ -156,7 +159,8 @@ class Clock:
         model, replicas = self.model, self.job.replicas * self.model.context_parallel_size
         if replicas == 1:
             return 0.0
-        counts = stage_parameters(model, held.head, self.job.vocab_size, 0, self.job.head_outputs)
+        whole = stage_parameters(model, held.head, self.job.vocab_size, 0, self.job.head_outputs)
+        counts = with_adapters(whole, model, 0).trained
         share = (replicas - 1) / replicas / (self.gpu.network * 1e9)
         split = model.use_distributed_optimizer
         reduce = 4 * counts.total * share * (1 if split else 2)
@@ -176,7 +180,7 @@ class Clock:
         stages = range(len(self.layers))
         flops = [self._stage_flops(stage, batch, head) for stage in stages]
         times = [
-            self._compute_seconds(stage, batch, head, 1, 1)
+            self._compute_seconds(stage, batch, head)
             + self._tensor_seconds(stage, batch, 1.0)
             + (self._context_seconds(stage, batch, 1.0) if sliced else 0.0)
             for stage in stages
@@ -199,7 +203,7 @@ class Clock:
         for stage in range(len(self.layers)):
             counts = stage_parameters(model, "lm", job.vocab_size, stage)
             read = weight_bytes(cfg, counts) + cache_bytes(job, stage)
-            token = self._compute_seconds(stage, Microbatch(job.generated * ranks, 1), "lm", 1, 1)
+            token = self._compute_seconds(stage, Microbatch(job.generated * ranks, 1), "lm")
             per_token += max(read / bandwidth, token)
         prompt = Microbatch(1, max(1, model.encoder_seq_length - new))
         reading, flops = self._forward("reward", job.rollouts, prompt, sliced=False)
