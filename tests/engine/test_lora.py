@@ -26,6 +26,7 @@ from nemo_advrm.models.reward_model import RewardModel
 LAYOUTS: dict[str, tuple[Layout, int, dict[str, Any]]] = {
     "tp2": (Layout(tensor=2), 2, {}),
     "tp2-sp": (Layout(tensor=2), 2, {"sequence_parallel": True}),
+    "tp2-sp-packed": (Layout(tensor=2), 2, {"sequence_parallel": True, "sequence_packing": "always"}),
     "pp2": (Layout(pipeline=2), 2, {}),
     "pp2-interleaved": (Layout(pipeline=2), 2, {"virtual_pipeline_model_parallel_size": 2}),
     "cp2": (Layout(context=2), 2, {}),
