@@ -17,6 +17,7 @@ from nemo_advrm.engine import lora, runtime, varlen
 from nemo_advrm.engine.dimensions import Head, padded_vocab_size
 from nemo_advrm.engine.gpt import HeadedGPT
 from nemo_advrm.engine.transformer import transformer_config
+from nemo_advrm.seeds import derive_seed
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class MegatronModel:
     Attributes:
         chunks: modules that the schedules call, wrapped by Megatron's DDP if the model is trained.
         parts: the unwrapped :class:`HeadedGPT` of each chunk.
+        heads: members of an ensemble whose scores the outputs of the head are, one each; 1: one model, of any outputs.
         packs: whether its microbatches are packed rows.
         microbatch_cost: fixed cost of a microbatch, in tokens that could be computed instead;
             :mod:`nemo_advrm.engine.microbatch_cost` measures it on a GPU.
@@ -54,6 +56,7 @@ class MegatronModel:
     packs: bool
     microbatch_cost: int
     head_outputs: int = 1
+    heads: int = 1
     base: Base | None = None
     gathered: bool = True
     capture_failed: bool = False
@@ -147,12 +150,15 @@ def build_model(
     banned_token_ids: tuple[int, ...] = (),
     head_outputs: int = 1,
     head_init_std: float = 0.02,
+    heads: int = 1,
 ) -> MegatronModel:
     """Build this rank's part of a model with weights drawn from ``seed``.
 
     A model that is not trainable has no gradient buffers and is in eval mode. A language model gives
-    ``banned_token_ids`` no probability.
+    ``banned_token_ids`` no probability. ``heads`` above 1 are the members of an ensemble on one trunk; each is drawn
+    from a seed of its own.
     """
+    assert heads in (1, head_outputs)
     runtime.need_megatron()
     rt = runtime.current()
     config = transformer_config(model, precision, rt.on_gpu)
@@ -178,6 +184,8 @@ def build_model(
     ]
     for part in parts:
         _move_to_device(part, config, rt)
+        if heads > 1 and part.post_process:
+            part.head.draw([derive_seed(seed, "head", k) for k in range(1, heads + 1)], head_init_std)
     chunks_to_call: list[Any] = list(parts)
     if trainable:
         chunks_to_call = _wrap_all(parts, config, model)
@@ -189,7 +197,7 @@ def build_model(
                 for parameter in part.parameters():
                     parameter.data = parameter.data.cpu()
     packs, cost = varlen.packs(model, config.params_dtype, rt.on_gpu), microbatch_cost(rt.device)
-    return MegatronModel(chunks_to_call, parts, config, model, head, vocab_size, packs, cost, head_outputs)
+    return MegatronModel(chunks_to_call, parts, config, model, head, vocab_size, packs, cost, head_outputs, heads)
 
 
 def with_adapters(frozen: MegatronModel, model: ModelConfig, seed: int, base: Base) -> MegatronModel:
