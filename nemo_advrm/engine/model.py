@@ -44,7 +44,7 @@ class MegatronModel:
             :mod:`nemo_advrm.engine.microbatch_cost` measures it on a GPU.
         base: the checkpoint below the adapters; None for a model without adapters.
         gathered: False while updated weights are still sharded over data-parallel ranks.
-        capture_failed: True once its decoding step could not be captured as a CUDA graph.
+        capture_failure: why its decoding step could not be captured as a CUDA graph; empty if that did not happen.
     """
 
     chunks: list[Any]
@@ -59,7 +59,7 @@ class MegatronModel:
     heads: int = 1
     base: Base | None = None
     gathered: bool = True
-    capture_failed: bool = False
+    capture_failure: str = ""
 
     @property
     def trainable(self) -> bool:

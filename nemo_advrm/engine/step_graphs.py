@@ -144,7 +144,7 @@ def step_graphs(model: MegatronModel, wanted: str, read: Callable[[], Iterable[T
         if wanted == "always":
             raise ConfigError("rl.decoding_graphs=always needs a GPU; use auto")
         return None
-    if wanted == "never" or (wanted == "auto" and model.capture_failed):
+    if wanted == "never" or (wanted == "auto" and model.capture_failure):
         return None
     weights = [tensor for part in model.parts for tensor in (*part.parameters(), *part.buffers())]
     pool = torch.cuda.graph_pool_handle()
@@ -161,7 +161,7 @@ def give_up(model: MegatronModel, wanted: str, why: str) -> None:
     said = f"the decoding step could not be captured as a CUDA graph ({why})"
     if wanted == "always":
         raise ConfigError(f"rl.decoding_graphs=always: {said}")
-    model.capture_failed = True
+    model.capture_failure = why
     _log.warning("%s: generation runs without graphs, several times slower", said)
 
 

@@ -187,11 +187,11 @@ def test_a_cpu_has_no_graphs(model: MegatronModel) -> None:
 def test_giving_up_is_said_once_for_a_model(model: MegatronModel, caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(ConfigError, match=r"decoding_graphs=always: .* could not be captured .*\(no room\)"):
         step_graphs.give_up(model, "always", "no room")
-    assert not model.capture_failed
+    assert not model.capture_failure
     with caplog.at_level(logging.WARNING):
         step_graphs.give_up(model, "auto", "no room")
-    assert model.capture_failed and "(no room): generation runs without graphs" in caplog.text
-    model.capture_failed = False
+    assert model.capture_failure == "no room" and "(no room): generation runs without graphs" in caplog.text
+    model.capture_failure = ""
 
 
 def test_ended_rows_stay_until_half_of_them_are_enough() -> None:
