@@ -8,14 +8,15 @@ from nemo_advrm.config.schema import Config
 from nemo_advrm.data.tokenizers import build_tokenizer
 from nemo_advrm.engine import runtime
 from nemo_advrm.run_directory import run_dir
-from nemo_advrm.training.sft_training import encode_responses, sft_rows, train_sft
+from nemo_advrm.training.prepared_data import sft_data
+from nemo_advrm.training.sft_training import train_sft
 
 
 def main(cfg: Config) -> int:
     """Fine-tunes a policy into ``run_dir/model``."""
     run_dir.start(cfg)
     tokenizer = build_tokenizer(cfg.model.tokenizer)
-    rows = encode_responses(cfg, tokenizer, sft_rows(cfg))
+    rows = sft_data(cfg, tokenizer)
     directory = Path(cfg.run_dir)
     run_dir.claim(cfg, directory, "sft")
     metrics = train_sft(cfg, tokenizer, directory, rows)

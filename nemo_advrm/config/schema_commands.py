@@ -130,13 +130,12 @@ class ConvertConfig:
     """Settings of ``nemo-advrm convert``, which reads no configuration files; the last underscore is not typed."""
 
     from_: str = key("", "format of the source", choices=FORMATS)
-    path: str = key("", "checkpoint directory (DIR?head=2: one of its members), .gguf or .nemo file")
+    path: str = key("", "checkpoint directory, .gguf file or .nemo file to convert")
     base: str = key(
         "",
         "from=peft: checkpoint of this package that the adapters belong to; to=peft: the Hugging Face model that "
         "adapter_config.json names, empty takes the one that the base was converted from",
     )
-    average: list[str] = key([], "instead of path: fine-tunings of one model, whose weights are averaged (WARM)")
     to: str = key("", "format to write", choices=FORMATS)
     out: str = key("", "where to write; must not exist")
     dtype: str = key("", "number format to write; empty keeps the source's", choices=("", "fp32", "bf16", "fp16"))

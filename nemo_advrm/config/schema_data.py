@@ -57,6 +57,14 @@ class DataConfig:
         choices={"error": "", "skip": "", "truncate_prompt": "of pairs, SFT rows and prompts"},
     )
     limit_train_rows: int = key(0, "training rows; 0 takes all", NOT_NEGATIVE)
+    cache_dir: str | None = free(
+        "",
+        "directory of tokenised rows of large files, which runs may share (docs/data.md); empty: nemo_advrm/tokens in "
+        "$XDG_CACHE_HOME or ~/.cache; null: every process keeps them in memory",
+    )
+    num_workers: int = free(
+        0, "processes of a node that tokenise large files; 0: one for each processor, at most 16", NOT_NEGATIVE
+    )
 
 
 @dataclass
@@ -85,17 +93,11 @@ class EnsembleConfig:
     """K reward models that differ by seed, data order and head initialisation."""
 
     size: int = key(2, "reward models", COUNT)
-    share: str = key(
-        "none",
-        "what the members share (docs/scale.md)",
-        choices={"none": "each is a model of its own", "trunk": "size heads on one trunk, trained together"},
-    )
     bootstrap: bool = key(False, "each member trains on its own bootstrap sample")
     own_trunk: bool = key(False, "with pipeline.sft: each member starts from an SFT policy of its own, RLHF from R_1's")
     members: list[str] = key(
         [],
-        "reward sources, R_1 first: DIR, hf:DIR, nemo:FILE, DIR?attributes=W1,W2, DIR?head=2, "
-        "DIR?reference_features=off, "
+        "reward sources, R_1 first: DIR, hf:DIR, nemo:FILE, DIR?attributes=W1,W2, DIR?reference_features=off, "
         "http://HOST:PORT, triton+http://HOST:PORT/MODEL, python:MODULE:FUNCTION, openai:URL#MODEL, human:FILE.csv",
     )
     aggregate: str = key("mean", "how members' rewards become one", choices=AGGREGATES)

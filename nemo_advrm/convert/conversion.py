@@ -25,9 +25,7 @@ from nemo_advrm.errors import CheckpointError, ConfigError, DataError
 from nemo_advrm.untrusted_files import read_json_object, read_yaml
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# path of a reward model in a pipeline's run directory: of its own, or a head of the trunk of all
-_MEMBER = re.compile(r"/round_(\d+)/(?:rm_(\d+)/model|rm/model\?head=(\d+))$")
-_HEAD = re.compile(r"(.+)\?head=([1-9][0-9]{0,8})", re.DOTALL)
+_MEMBER = re.compile(r"/round_(\d+)/rm_(\d+)/model$")  # path of a reward model in a pipeline's run directory
 
 
 def check_settings(cfg: ConvertConfig) -> None:
@@ -36,25 +34,13 @@ def check_settings(cfg: ConvertConfig) -> None:
     for key, value in (("from", cfg.from_), ("to", cfg.to)):
         if not value:
             raise ConfigError(f"{key} is not set: {key}={' | '.join(filter(None, FORMATS))}")
-    if cfg.average:
-        _check_average(cfg)
-    for key, value in (("path", cfg.path or ",".join(cfg.average)), ("out", cfg.out)):
+    for key, value in (("path", cfg.path), ("out", cfg.out)):
         if not value and not (key == "out" and cfg.dry_run):
             raise ConfigError(f"{key} is not set")
     if not _is_size(cfg.max_shard_size):
         raise ConfigError(f"max_shard_size={cfg.max_shard_size}: not a size such as 5GB or 500MB")
     if cfg.tokenizer and not Path(cfg.tokenizer).exists():
         raise ConfigError(f"tokenizer={cfg.tokenizer}: there is no such file or directory")
-
-
-def _check_average(cfg: ConvertConfig) -> None:
-    if cfg.path:
-        raise ConfigError("path and average are both set: average names all checkpoints whose weights are averaged")
-    if len(cfg.average) < 2:
-        raise ConfigError(f"average=[{cfg.average[0]}]: an average needs at least 2 checkpoints")
-    for name in ("bridge", "peft"):
-        if name in (cfg.from_, cfg.to):
-            raise ConfigError(f"average is not possible with {name}: average to another format, then convert that")
 
 
 def _is_size(text: str) -> bool:
@@ -67,14 +53,7 @@ def _is_size(text: str) -> bool:
 
 
 def open_source(cfg: ConvertConfig) -> TensorSource:
-    """Open the checkpoint ``path`` in the format ``from``, or the average of those in ``average``.
-
-    Raises CheckpointError when it cannot be converted.
-    """
-    if cfg.average:
-        from nemo_advrm.convert.average import AverageSource
-
-        return AverageSource([open_source(replace(cfg, path=path, average=[])) for path in cfg.average])
+    """Open the checkpoint ``path`` in the format ``from``. Raises CheckpointError when it cannot be converted."""
     path, tokenizer = Path(cfg.path), Path(cfg.tokenizer) if cfg.tokenizer else None
     if cfg.from_ == "hf":
         from nemo_advrm.convert.hf_source import HFSource
@@ -83,10 +62,8 @@ def open_source(cfg: ConvertConfig) -> TensorSource:
     if cfg.from_ == "megatron":
         from nemo_advrm.convert.megatron_checkpoint import MegatronSource
 
-        found = None if path.exists() else _HEAD.fullmatch(cfg.path)
-        path, head = (path, 0) if found is None else (Path(found[1]), int(found[2]))
         refuse_features(path, cfg.drop_reference_features)
-        return MegatronSource(path, tokenizer, head)
+        return MegatronSource(path, tokenizer)
     if cfg.from_ == "bridge":
         from nemo_advrm.convert.bridge_checkpoint import BridgeSource
 
@@ -98,7 +75,7 @@ def open_source(cfg: ConvertConfig) -> TensorSource:
 
 def _open_sink(cfg: ConvertConfig, source: TensorSource, specs: dict[str, TensorSpec]) -> TensorSink:
     """Return the writer of ``out`` in the format ``to``; checks everything and writes nothing."""
-    out = Path(cfg.out or f"{source.path}.{cfg.to}")
+    out = Path(cfg.out or f"{cfg.path}.{cfg.to}")
     if out.absolute() == source.path.absolute():
         raise CheckpointError(f"{out}: is also the checkpoint to convert")
     if cfg.to == "hf":
@@ -193,21 +170,18 @@ def _card_facts(cfg: ConvertConfig) -> dict[str, Any]:
     """Return facts on the training for the model card, from the file ``card`` or from the checkpoint's run."""
     if cfg.card:
         return read_json_object(Path(cfg.card), ConfigError, f"card={cfg.card}")
-    if cfg.from_ != "megatron" or cfg.average:  # what a member's run measured of it does not hold for an average
+    if cfg.from_ != "megatron":
         return {}
     path = Path(cfg.path).absolute()
     return _config_facts(path.parent / "config.yaml") | _round_facts(path)
 
 
 def _round_facts(path: Path) -> dict[str, Any]:
-    """Return facts on ``RUN/round_N/rm_K/model`` or ``RUN/round_N/rm/model?head=K``.
-
-    They are from RUN's configuration, N, and member K's SFT score statistics.
-    """
+    """Return facts on ``RUN/round_N/rm_K/model``: from RUN's configuration, N, and member K's SFT score statistics."""
     found = _MEMBER.search(path.as_posix())
     if found is None:
         return {}
-    directory, member = path.parent.parent, int(found[2] or found[3]) - 1
+    directory, member = path.parent.parent, int(found[2]) - 1
     facts: dict[str, Any] = {**_config_facts(directory.parent / "config.yaml"), "rounds": int(found[1])}
     file = directory / "reference.jsonl"
     if not file.exists():
@@ -217,7 +191,7 @@ def _round_facts(path: Path) -> dict[str, Any]:
 
     scores_PNK = SFTScores.read(file).scores_PNK.double()
     if not 0 <= member < scores_PNK.size(2):
-        raise CheckpointError(f"{file}: has scores for {scores_PNK.size(2)} members, not for member {member + 1}")
+        raise CheckpointError(f"{file}: has scores for {scores_PNK.size(2)} members, not for rm_{member + 1}")
     scores_PN = scores_PNK[:, :, member]
     facts["reference_mean"] = scores_PN.mean().item()
     if scores_PN.size(1) > 1:

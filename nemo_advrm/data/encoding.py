@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
+from nemo_advrm.data.parallel_encoding import Workers, encode_each
 from nemo_advrm.data.preference_rows import PreferencePair
 from nemo_advrm.data.row_lengths import RowLengths
 from nemo_advrm.data.tokenizers import Tokenizer
@@ -17,7 +18,6 @@ class EncodedPair:
 
     The first `prompt_length` tokens of both are equal. A conversation whose answer was cut off by a length limit ends
     with the last token of that answer. `tied` is that of the pair, `row` the pair before encoding.
-    `head_weights` are its weights for the members that share one trunk; () means 1 for each of them.
     """
 
     chosen: list[int]
@@ -30,7 +30,6 @@ class EncodedPair:
     rejected_labels: tuple[float, ...] | None = None
     tied: bool = False
     row: PreferencePair | None = field(default=None, repr=False, compare=False)
-    head_weights: tuple[float, ...] = ()
 
     @property
     def length(self) -> int:
@@ -46,6 +45,10 @@ class EncodedPair:
     def token_count(self) -> int:
         """Number of tokens of both conversations."""
         return sum(self.lengths)
+
+
+Keep = Callable[[Iterable[EncodedPair]], Sequence[EncodedPair]]
+"""Where encoded pairs are kept: ``list``, or a function that writes them to a file."""
 
 
 def encode_pairs(
@@ -66,28 +69,43 @@ def encode_pairs(
     Raises DataError when no pair is left, and for a conversation that the tokenizer or its chat template refuses; with
     `on_bad_row="skip"` that pair is skipped and counted as `refused`.
     """
+    pairs, counts = encode_and_keep(rows, tokenizer, max_length, on_overlong, on_bad_row, list)
+    return list(pairs), counts
+
+
+def encode_and_keep(
+    rows: Sequence[PreferencePair],
+    tokenizer: Tokenizer,
+    max_length: int,
+    on_overlong: str,
+    on_bad_row: str,
+    keep: Keep,
+    workers: Workers | None = None,
+) -> tuple[Sequence[EncodedPair], dict[str, int]]:
+    """:func:`encode_pairs` with pairs that go where ``keep`` puts them while they are encoded, by several processes."""
     advice = "raise model.encoder_seq_length, or set data.on_overlong=skip or data.on_overlong=truncate_prompt"
     lengths = RowLengths(on_overlong, on_bad_row, advice)
-    encoded: list[EncodedPair] = []
-    for row in rows:
-        sides = lengths.encode(row.source, partial(_fitting_sides, row, tokenizer, max_length, lengths))
-        if sides is not None:
-            chosen, rejected = sides
-            encoded.append(
-                EncodedPair(
-                    chosen,
-                    rejected,
-                    _shared(chosen, rejected),
-                    row.margin,
-                    row.weight,
-                    row.source,
-                    row.chosen_labels,
-                    row.rejected_labels,
-                    row.tied,
-                    row,
-                )
-            )
+    encoded = keep(encode_each(rows, partial(_encode_pair, max_length), tokenizer, lengths, workers))
     return encoded, {"encoded": len(encoded), **lengths.finish(len(encoded), "no rows to encode")}
+
+
+def _encode_pair(max_length: int, row: PreferencePair, tokenizer: Tokenizer, lengths: RowLengths) -> EncodedPair | None:
+    sides = lengths.encode(row.source, partial(_fitting_sides, row, tokenizer, max_length, lengths))
+    if sides is None:
+        return None
+    chosen, rejected = sides
+    return EncodedPair(
+        chosen,
+        rejected,
+        _shared(chosen, rejected),
+        row.margin,
+        row.weight,
+        row.source,
+        row.chosen_labels,
+        row.rejected_labels,
+        row.tied,
+        row,
+    )
 
 
 def _fitting_sides(

@@ -41,6 +41,11 @@ class BadRow(DataError):
         super().__init__(f"{source}: {message}")
         self.source = source
         self.reason = reason
+        self._message = message
+
+    def __reduce__(self) -> tuple[type[BadRow], tuple[str, str, str]]:
+        """Pickle by the arguments, as other processes encode rows too."""
+        return type(self), (self.source, self.reason, self._message)
 
 
 def max_unpacked_bytes(size: int) -> int:

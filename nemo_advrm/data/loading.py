@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -25,14 +25,14 @@ class LoadReport(Generic[Row]):
     that were left out because an earlier row has the same key.
     """
 
-    rows: list[Row]
+    rows: Sequence[Row]
     skipped: dict[str, int]
     path: str
     examples: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     repeated: int = 0
 
-    def with_rows(self, rows: list[Other], notes: tuple[str, ...]) -> LoadReport[Other]:
+    def with_rows(self, rows: Sequence[Other], notes: tuple[str, ...]) -> LoadReport[Other]:
         """Return the report with other rows that were made of its rows, and with further notes."""
         return LoadReport(rows, self.skipped, self.path, self.examples, (*notes, *self.notes), self.repeated)
 
@@ -51,12 +51,14 @@ def load_rows(
     role: str = "train",
     ignore_columns: Iterable[str] = (),
     key: Callable[[Row], Hashable] | None = None,
-) -> LoadReport[Row]:
+    keep: Callable[[Iterator[Row]], Sequence[Any]] = list,
+) -> LoadReport[Any]:
     """Load all rows of ``path`` (:func:`open_rows` lists containers and splits).
 
     With ``on_bad_row="skip"`` bad rows are skipped and counted by reason. ``ignore_columns`` are not read, see
     :class:`Columns`. With ``key`` the first row of each key is kept, and the others are counted while they are read: a
-    file of many rows to few prompts is never in memory as a whole.
+    file of many rows to few prompts is never in memory as a whole. ``keep`` puts the rows, or what it makes of them,
+    where they stay while they are read.
 
     Raises:
         DataError: the file cannot be read or has no usable row; with ``on_bad_row="error"`` also for bad rows, with the
@@ -66,21 +68,27 @@ def load_rows(
     check_choice("data.on_bad_row", on_bad_row, ("error", "skip"))
     columns = Columns(ignore_columns)
     opened = open_rows(path, split=split, role=role)
-    rows: list[Row] = []
     bad: list[BadRow] = []
     seen: set[Hashable] = set()
-    repeated = 0
-    for result in parse(opened.rows, columns):
-        if isinstance(result, BadRow):
-            bad.append(result)
-        elif key is None:
-            rows.append(result)
-        elif (own := key(result)) in seen:
-            repeated += 1
-        else:
-            seen.add(own)
-            rows.append(result)
-    skipped, examples = raise_or_count(bad, usable=len(rows) + repeated, on_bad_row=on_bad_row, path=opened.name)
+    usable = repeated = 0
+
+    def good() -> Iterator[Row]:
+        nonlocal usable, repeated
+        for result in parse(opened.rows, columns):
+            if isinstance(result, BadRow):
+                bad.append(result)
+                continue
+            usable += 1
+            if key is not None:
+                own = key(result)
+                if own in seen:
+                    repeated += 1
+                    continue
+                seen.add(own)
+            yield result
+
+    rows = keep(good())
+    skipped, examples = raise_or_count(bad, usable=usable, on_bad_row=on_bad_row, path=opened.name)
     notes = tuple(filter(None, (columns.summary(), *opened.notes)))
     return LoadReport(rows, skipped, opened.name, examples, notes, repeated)
 

@@ -74,25 +74,24 @@ class AnswerSet:
         return max(self.answers, key=lambda answer: answer.score)
 
 
-def make_pairs(answer_sets: Iterable[AnswerSet]) -> tuple[list[PreferencePair], tuple[str, ...]]:
-    """Pair every better answer of a set with every worse one.
+class PairMaker:
+    """Pairs every better answer of a set with every worse one, and counts what makes no pair."""
 
-    Returns:
-        The pairs, and notes with the numbers of ties (equal scores or texts) and of prompts with a single answer.
-    """
-    rows: list[PreferencePair] = []
-    ties = single = 0
-    for answer_set in answer_sets:
-        single += len(answer_set.answers) == 1
-        for better, worse in _ordered(answer_set.answers):
-            if better.score == worse.score or better.text == worse.text:
-                ties += answer_set.compares_all or better.score != worse.score
-                continue
-            margin = answer_set.margin
-            if margin is None and answer_set.graded:
-                margin = better.score - worse.score
-            rows.append(
-                PreferencePair(
+    def __init__(self) -> None:
+        self._ties = self._single = 0
+
+    def pairs(self, answer_sets: Iterable[AnswerSet]) -> Iterator[PreferencePair]:
+        """Yield the pairs of the sets, in their order."""
+        for answer_set in answer_sets:
+            self._single += len(answer_set.answers) == 1
+            for better, worse in _ordered(answer_set.answers):
+                if better.score == worse.score or better.text == worse.text:
+                    self._ties += answer_set.compares_all or better.score != worse.score
+                    continue
+                margin = answer_set.margin
+                if margin is None and answer_set.graded:
+                    margin = better.score - worse.score
+                yield PreferencePair(
                     answer_set.prompt,
                     better.text,
                     worse.text,
@@ -104,9 +103,11 @@ def make_pairs(answer_sets: Iterable[AnswerSet]) -> tuple[list[PreferencePair], 
                     better.ended,
                     worse.ended,
                 )
-            )
-    counts = (ties, "ties made no pair"), (single, "prompts with one answer made no pair")
-    return rows, tuple(f"{count} {what}" for count, what in counts if count)
+
+    def notes(self) -> tuple[str, ...]:
+        """Return the numbers of ties (equal scores or texts) and of prompts with a single answer, if there were any."""
+        counts = (self._ties, "ties made no pair"), (self._single, "prompts with one answer made no pair")
+        return tuple(f"{count} {what}" for count, what in counts if count)
 
 
 def _ordered(answers: tuple[Answer, ...]) -> Iterator[tuple[Answer, Answer]]:

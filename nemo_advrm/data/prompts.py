@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, TypeVar
@@ -43,26 +43,32 @@ def split_train_validation(rows: Sequence[Row], fraction: float, seed: int) -> t
 
     Raises ConfigError for a fraction outside [0, 1), DataError when there are too few prompts for two parts.
     """
+    held_out = validation_places(rows, fraction, seed)
+    train = [row for index, row in enumerate(rows) if index not in held_out]
+    return train, [row for index, row in enumerate(rows) if index in held_out]
+
+
+def validation_places(rows: Iterable[Any], fraction: float, seed: int) -> set[int]:
+    """Return the indices of the rows that :func:`split_train_validation` holds out; raises as it does."""
     if not 0 <= fraction < 1:
         raise ConfigError(f"the validation fraction must be at least 0 and below 1, got {fraction}")
     if fraction == 0:
-        return list(rows), []
-    groups: dict[str, list[int]] = {}
+        return set()
+    groups: dict[bytes, list[int]] = {}  # by what orders the prompts, which is shorter than they are
+    count = 0
     for index, row in enumerate(rows):
-        groups.setdefault(group_key(row), []).append(index)
+        groups.setdefault(group_digest(row, f"{seed}\0"), []).append(index)
+        count += 1
     if len(groups) < 2:
-        raise DataError(
-            f"{len(groups)} different prompts in {len(rows)} rows: too few for a validation part of {fraction}"
-        )
-    order = sorted(groups, key=lambda key: hashlib.sha256(f"{seed}\0{key}".encode("utf-8", "surrogatepass")).digest())
-    wanted = max(1, round(fraction * len(rows)))
+        raise DataError(f"{len(groups)} different prompts in {count} rows: too few for a validation part of {fraction}")
+    order = sorted(groups)
+    wanted = max(1, round(fraction * count))
     held_out: set[int] = set()
     for key in order[:-1]:  # the last prompt always stays in the training part
         if len(held_out) >= wanted:
             break
         held_out.update(groups[key])
-    train = [row for index, row in enumerate(rows) if index not in held_out]
-    return train, [row for index, row in enumerate(rows) if index in held_out]
+    return held_out
 
 
 def _keyed_prompts(rows: Rows, columns: Columns) -> Iterator[tuple[bytes, ReadPrompt] | BadRow]:
@@ -96,6 +102,11 @@ def _read_prompt(reader: RowReader) -> tuple[Message, ...]:
     if reader.row.get("text") is not None:
         return reader.with_system(prompt_messages(reader.get("text"), "text", reader.source, reader.columns), "text")
     raise reader.bad("missing_key", f"none of `prompt`, `text`, `messages`, `chosen` + `rejected` ({reader.keys()})")
+
+
+def group_digest(row: Any, salt: str = "") -> bytes:
+    """Return SHA-256 of ``salt`` and :func:`group_key`."""
+    return hashlib.sha256(f"{salt}{group_key(row)}".encode("utf-8", "surrogatepass")).digest()
 
 
 def group_key(row: Any) -> str:

@@ -39,6 +39,16 @@ class RowLengths:
     def __post_init__(self) -> None:
         check_choice("data.on_overlong", self.on_overlong, ("error", "skip", "truncate_prompt"))
 
+    def empty(self) -> RowLengths:
+        """The same rules, of no row yet."""
+        return RowLengths(self.on_overlong, self.on_bad_row, self.advice)
+
+    def add(self, other: RowLengths) -> None:
+        """Count the rows of ``other``, which come after the own ones."""
+        self.truncated += other.truncated
+        self.overlong += other.overlong
+        self.refused += other.refused
+
     def encode(self, source: str, call: Callable[[], _T]) -> _T | None:
         """Return ``call()``; None for a row that the tokenizer refuses."""
         try:

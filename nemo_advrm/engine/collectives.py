@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from nemo_advrm.errors import FailedElsewhere, UserError, one_line
+from nemo_advrm.rank_info import host_name
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -46,6 +48,21 @@ def run_on_first_rank(
         outcome[1].everywhere = True
         raise outcome[1]
     return outcome[0]  # type: ignore[no-any-return]
+
+
+def run_on_first_rank_of_node(wait: timedelta, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """:func:`run_on_rank_zero` for the first rank of every node and the others there; all ranks of the job call.
+
+    The others wait at most ``wait``, longer than a collective may take: the work may be a long one. They notice at once
+    when the first ends.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return function(*args, **kwargs)
+    hosts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(hosts, host_name())
+    nodes = [[rank for rank, other in enumerate(hosts) if other == host] for host in dict.fromkeys(hosts)]
+    own, _ = dist.new_subgroups_by_enumeration(nodes, timeout=wait, backend="gloo")
+    return run_on_first_rank(own, function, *args, **kwargs)
 
 
 def _description(error: Exception) -> FailedElsewhere:

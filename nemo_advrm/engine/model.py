@@ -16,8 +16,8 @@ from nemo_advrm.data.batching import microbatch_cost
 from nemo_advrm.engine import lora, runtime, varlen
 from nemo_advrm.engine.dimensions import Head, padded_vocab_size
 from nemo_advrm.engine.gpt import HeadedGPT
+from nemo_advrm.engine.offload import Parked
 from nemo_advrm.engine.transformer import transformer_config
-from nemo_advrm.seeds import derive_seed
 
 
 @dataclass(frozen=True)
@@ -38,11 +38,11 @@ class MegatronModel:
     Attributes:
         chunks: modules that the schedules call, wrapped by Megatron's DDP if the model is trained.
         parts: the unwrapped :class:`HeadedGPT` of each chunk.
-        heads: members of an ensemble whose scores the outputs of the head are, one each; 1: one model, of any outputs.
         packs: whether its microbatches are packed rows.
         microbatch_cost: fixed cost of a microbatch, in tokens that could be computed instead;
             :mod:`nemo_advrm.engine.microbatch_cost` measures it on a GPU.
         base: the checkpoint below the adapters; None for a model without adapters.
+        parked: the weights of a frozen model that wait in CPU memory, away from a GPU.
         gathered: False while updated weights are still sharded over data-parallel ranks.
         capture_failure: why its decoding step could not be captured as a CUDA graph; empty if that did not happen.
     """
@@ -56,8 +56,8 @@ class MegatronModel:
     packs: bool
     microbatch_cost: int
     head_outputs: int = 1
-    heads: int = 1
     base: Base | None = None
+    parked: Parked | None = None
     gathered: bool = True
     capture_failure: str = ""
 
@@ -79,23 +79,13 @@ class MegatronModel:
         if self.trainable:
             yield
             return
-        with lora.switched_off(self.parts), self._on_device():
+        with lora.switched_off(self.parts), self.parked.resident() if self.parked else contextlib.nullcontext():
             yield
 
-    @contextlib.contextmanager
-    def _on_device(self) -> Iterator[None]:
-        if not self.model_config.offload_reference:
-            yield
-            return
-        waiting = [(p, p.data) for part in self.parts for p in part.parameters()]
-        device = runtime.current().device
-        for parameter, data in waiting:
-            parameter.data = data.to(device, non_blocking=True)
-        try:
-            yield
-        finally:
-            for parameter, data in waiting:  # they did not change, so nothing is copied back
-                parameter.data = data
+    def prefetch(self) -> None:
+        """Begin to copy weights that wait in CPU memory, as this model is used next; they stay until it was."""
+        if self.parked is not None:
+            self.parked.prefetch()
 
     def gather_parameters(self) -> None:
         """All-gather updated weights, if training with overlap_param_gather has not done so yet."""
@@ -150,15 +140,12 @@ def build_model(
     banned_token_ids: tuple[int, ...] = (),
     head_outputs: int = 1,
     head_init_std: float = 0.02,
-    heads: int = 1,
 ) -> MegatronModel:
     """Build this rank's part of a model with weights drawn from ``seed``.
 
     A model that is not trainable has no gradient buffers and is in eval mode. A language model gives
-    ``banned_token_ids`` no probability. ``heads`` above 1 are the members of an ensemble on one trunk; each is drawn
-    from a seed of its own.
+    ``banned_token_ids`` no probability.
     """
-    assert heads in (1, head_outputs)
     runtime.need_megatron()
     rt = runtime.current()
     config = transformer_config(model, precision, rt.on_gpu)
@@ -184,8 +171,6 @@ def build_model(
     ]
     for part in parts:
         _move_to_device(part, config, rt)
-        if heads > 1 and part.post_process:
-            part.head.draw([derive_seed(seed, "head", k) for k in range(1, heads + 1)], head_init_std)
     chunks_to_call: list[Any] = list(parts)
     if trainable:
         chunks_to_call = _wrap_all(parts, config, model)
@@ -193,11 +178,13 @@ def build_model(
         for part in parts:
             part.requires_grad_(False)
             part.eval()
-            if model.offload_reference:
-                for parameter in part.parameters():
-                    parameter.data = parameter.data.cpu()
+    parked = None
+    if model.offload_reference and not trainable and rt.on_gpu:
+        parked = Parked([parameter for part in parts for parameter in part.parameters()], rt.device)
     packs, cost = varlen.packs(model, config.params_dtype, rt.on_gpu), microbatch_cost(rt.device)
-    return MegatronModel(chunks_to_call, parts, config, model, head, vocab_size, packs, cost, head_outputs, heads)
+    return MegatronModel(
+        chunks_to_call, parts, config, model, head, vocab_size, packs, cost, head_outputs, parked=parked
+    )
 
 
 def with_adapters(frozen: MegatronModel, model: ModelConfig, seed: int, base: Base) -> MegatronModel:
@@ -206,6 +193,7 @@ def with_adapters(frozen: MegatronModel, model: ModelConfig, seed: int, base: Ba
     There is one copy of the weights: ``frozen`` remains what it was, for instance the reference policy of the KL
     penalty, and stays on the device. Adapters of an earlier call on it are dropped.
     """
+    frozen.parked = None
     for part in frozen.parts:
         for parameter in part.parameters():
             parameter.data = parameter.data.to(runtime.current().device)

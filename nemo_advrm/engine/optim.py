@@ -12,7 +12,7 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from nemo_advrm.config.schema import OptimConfig
-from nemo_advrm.engine import runtime
+from nemo_advrm.engine import offload, runtime
 from nemo_advrm.engine.cpu import types_of_cuda_tensors
 from nemo_advrm.engine.model import MegatronModel
 from nemo_advrm.errors import TrainingDiverged
@@ -42,6 +42,8 @@ class MegatronOptimizer:
     def __init__(self, model: MegatronModel, optim: OptimConfig, clip: float) -> None:
         self.model = model
         self.optim = optim
+        self._buffers = offload.HostBuffers()
+        self._coming: offload.Coming | None = None
         config = OptimizerConfig(
             optimizer=optim.name,
             lr=optim.lr,
@@ -77,6 +79,7 @@ class MegatronOptimizer:
 
         Raises TrainingDiverged with the step if the norm is NaN or infinite.
         """
+        self._wait()
         for group in self.core.param_groups:
             group["lr"] = learning_rate * group.get("lr_mult", 1.0)
             group["weight_decay"] = self.optim.weight_decay * group.get("wd_mult", 1.0)
@@ -100,17 +103,20 @@ class MegatronOptimizer:
 
     def reset(self) -> None:
         """Forget all state, as before the first step; to be called after the weights have changed."""
+        self._wait()
         for optimizer in self._inner:
             optimizer.state.clear()
         self.core.reload_model_params()
 
     def sharded_state_dict(self, model_state: dict[str, Any], is_loading: bool = False) -> dict[str, Any]:
+        self._wait()
         if is_loading:
             for part in self._split_adams:
                 _start_adam(part.optimizer)
         return self.core.sharded_state_dict(model_state, is_loading=is_loading, metadata=_ANY_LAYOUT)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._wait()
         with contextlib.ExitStack() as stack:
             for part in self._split_adams:
                 stack.enter_context(_keeping_steps(part))
@@ -128,11 +134,16 @@ class MegatronOptimizer:
 
     @contextlib.contextmanager
     def offloaded(self) -> Iterator[None]:
-        """Move the state, and the fp32 copies of 16-bit weights, to CPU memory inside, if the configuration says so."""
-        if not self.model.model_config.offload_optimizer_while_generating:
+        """Move the state, and the fp32 copies of 16-bit weights, to CPU memory inside, if the configuration says so.
+
+        They are copied back while the next passes run, and are there when the optimizer is used. A CPU has no other
+        memory to move them to.
+        """
+        device = runtime.current().device
+        if not self.model.model_config.offload_optimizer_while_generating or device.type == "cpu":
             yield
             return
-        device = runtime.current().device
+        self._wait()
         main = [
             shard
             for part in self._distributed
@@ -141,19 +152,30 @@ class MegatronOptimizer:
             if shard is not None
         ]
         states = [state for optimizer in self._inner for state in optimizer.state.values()]
-        away = {id(state): [k for k, v in state.items() if _is_on(v, device)] for state in states}
+        away = [(state, key) for state in states for key, value in state.items() if _is_on(value, device)]
 
-        def move(target: torch.device) -> None:
-            for shard in main:
-                shard.data = shard.data.to(target)
-            for state in states:
-                state.update({key: state[key].to(target) for key in away[id(state)]})
+        def put(tensors: list[torch.Tensor]) -> None:
+            for shard, tensor in zip(main, tensors, strict=False):
+                shard.data = tensor
+            for (state, key), tensor in zip(away, tensors[len(main) :], strict=True):
+                state[key] = tensor
 
-        move(torch.device("cpu"))
+        tensors = [*(shard.data for shard in main), *(state[key] for state, key in away)]
+        buffers = [self._buffers.of(place, tensor) for place, tensor in enumerate(tensors)]
+        offload.to_host(tensors, buffers)
+        del tensors
+        put(buffers)
         try:
             yield
         finally:
-            move(device)
+            self._coming = offload.to_device(buffers, device)
+            put(self._coming.tensors)
+
+    def _wait(self) -> None:
+        """Let what is started from now on see a state that comes back from CPU memory."""
+        if self._coming is not None:
+            self._coming.arrived()
+            self._coming = None
 
 
 def _is_on(value: Any, device: torch.device) -> bool:

@@ -73,7 +73,7 @@ def evaluation_rows(cfg: Config) -> EvaluationRows:
     inputs.print_line(f"{report.summary()}; {benchmark.title}{told}")
     if not any(item.pairs for item in report.rows):
         raise DataError(f"{report.path}: no row has a preferred answer: there is nothing to be right about")
-    return _of_items(benchmark, report.rows)
+    return _of_items(benchmark, list(report.rows))
 
 
 def _recognised(cfg: Config, path: str, options: dict[str, Any]) -> Benchmark | None:

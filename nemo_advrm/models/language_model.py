@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
 from nemo_advrm.config.schema import Config
 from nemo_advrm.data.batching import BatchSchedule
+from nemo_advrm.data.stored_rows import rows_at
 from nemo_advrm.data.tokenizers import Tokenizer
 from nemo_advrm.engine import runtime
 from nemo_advrm.engine.builders import build_policy
@@ -33,7 +34,7 @@ class SupervisedModel(TrainableModel):
     stage = "sft"
 
     def __init__(
-        self, cfg: Config, tokenizer: Tokenizer, rows: list[EncodedResponse], restore_from: str = "", seed: int = 0
+        self, cfg: Config, tokenizer: Tokenizer, rows: Sequence[EncodedResponse], restore_from: str = "", seed: int = 0
     ) -> None:
         super().__init__(cfg, tokenizer, total_steps(cfg, len(rows)), seed)
         self.rows = rows
@@ -47,7 +48,7 @@ class SupervisedModel(TrainableModel):
         rt = runtime.current()
         order = BatchSchedule(len(self.rows), self.config.model.global_batch_size, derive_seed(self.seed, "order"))
         for step in range(start, self.max_steps):
-            rows = [self.rows[i] for i in order.rows_for_step(step)]
+            rows = rows_at(self.rows, order.rows_for_step(step))
             yield shard_rows(rows, [len(r.tokens) for r in rows], rt.dp_rank, rt.dp_size)
 
     def train_on(self, batch: list[EncodedResponse], step: int) -> dict[str, float]:

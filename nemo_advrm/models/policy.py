@@ -162,6 +162,7 @@ class PolicyModel(TrainableModel):
         rl = self.config.rl
         data = RolloutBatch.of(rollouts)
         pad_id = self.tokenizer.pad_id
+        self.reference.prefetch()
         data.old_log_probs_BT, data.entropy_BT = response_log_probs(self.model, data, pad_id, rl.temperature)
         data.reference_log_probs_BT, _ = response_log_probs(
             self.reference, data, pad_id, rl.temperature, with_entropy=False

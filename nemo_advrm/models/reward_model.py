@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from nemo_advrm.config.schema import Config
 from nemo_advrm.data.batching import BatchSchedule
 from nemo_advrm.data.encoding import EncodedPair
+from nemo_advrm.data.stored_rows import rows_at
 from nemo_advrm.data.tokenizers import Tokenizer
 from nemo_advrm.engine import runtime
 from nemo_advrm.engine.builders import build_reward_model
@@ -51,8 +53,8 @@ class RewardModel(TrainableModel):
         self,
         cfg: Config,
         tokenizer: Tokenizer,
-        train_rows: list[EncodedPair],
-        validation_rows: list[EncodedPair],
+        train_rows: Sequence[EncodedPair],
+        validation_rows: Sequence[EncodedPair],
         restore_from: str = "",
         seed: int = 0,
     ) -> None:
@@ -62,8 +64,7 @@ class RewardModel(TrainableModel):
         self.mix: MixRows | None = None
         self.on_top: MoreRows | None = None
         self._check_rows()
-        own_seed = derive_seed(seed, "weights")
-        self.model = build_reward_model(cfg, tokenizer, restore_from, own_seed, trainable=True, heads=self._heads(cfg))
+        self.model = build_reward_model(cfg, tokenizer, restore_from, derive_seed(seed, "weights"), trainable=True)
         self.optimizer = MegatronOptimizer(self.model, cfg.model.optim, cfg.trainer.gradient_clip_val)
         self._validation: list[Sums] = []
 
@@ -76,7 +77,7 @@ class RewardModel(TrainableModel):
             len(self.train_rows), self.config.model.global_batch_size, derive_seed(self.seed, "order")
         )
         for step in range(start, self.max_steps):
-            rows = [self.train_rows[i] for i in order.rows_for_step(step)]
+            rows = rows_at(self.train_rows, order.rows_for_step(step))
             if self.mix is not None:
                 rows = self.mix(step, rows)
             # sharded separately, so that the other rows reach the same ranks with and without them
@@ -100,10 +101,6 @@ class RewardModel(TrainableModel):
             "tokens": float(tokens),
         }
 
-    def _heads(self, cfg: Config) -> int:
-        """Members of an ensemble that the model holds."""
-        return 1
-
     def _check_rows(self) -> None:
         """Raise ConfigError when the loss needs margins or labels that the rows do not have."""
         options = self.config.reward_model
@@ -111,7 +108,7 @@ class RewardModel(TrainableModel):
         if loss.needs_margin and all(row.margin is None for row in self.train_rows):
             raise ConfigError(f"reward_model.loss={options.loss} needs rows with the key margin: none has it")
         if loss.of_labels is not None:
-            for row in (*self.train_rows, *self.validation_rows):
+            for row in itertools.chain(self.train_rows, self.validation_rows):
                 labels = (row.chosen_labels, row.rejected_labels)
                 if any(x is None or len(x) != options.num_attributes for x in labels):
                     raise ConfigError(
@@ -125,9 +122,13 @@ class RewardModel(TrainableModel):
         rt = runtime.current()
         size = self.config.model.global_batch_size
         limit = self.config.trainer.limit_val_batches or len(self.validation_rows)
-        starts = range(0, len(self.validation_rows), size)
-        batches = [self.validation_rows[i : i + size] for i in starts][:limit]
-        return Batches([shard_rows(batch, [r.length for r in batch], rt.dp_rank, rt.dp_size) for batch in batches])
+        starts = range(0, len(self.validation_rows), size)[:limit]
+
+        def batch(number: int) -> list[EncodedPair]:
+            rows = self.validation_rows[starts[number] : starts[number] + size]
+            return shard_rows(list(rows), [row.length for row in rows], rt.dp_rank, rt.dp_size)
+
+        return Batches(len(starts), batch)
 
     def validation_step(self, batch: list[EncodedPair], batch_idx: int) -> None:
         # ranks without rows take part as well: other ranks may wait for them in a collective
@@ -145,49 +146,33 @@ class RewardModel(TrainableModel):
         return [pair_microbatch(self.model, [rows[i] for i in group], pad_id, loss) for group in groups]
 
     def _loss(self, output: Tensor, microbatch: Microbatch) -> tuple[Tensor, int, Sums]:
+        options = self.config.reward_model
         chosen_BA, rejected_BA = output.chunk(2)
-        of_labels = PREFERENCE_LOSSES[self.config.reward_model.loss].of_labels
+        count = chosen_BA.size(0)
+        of_labels = PREFERENCE_LOSSES[options.loss].of_labels
         if of_labels is not None:
             losses_B = of_labels(chosen_BA, microbatch.extra["chosen_labels"])
             losses_B = (losses_B + of_labels(rejected_BA, microbatch.extra["rejected_labels"])) / 2
         else:
-            losses_B = self._pair_losses(chosen_BA[:, 0], rejected_BA[:, 0], microbatch)
-        sums = pair_sums(chosen_BA.detach().mean(-1), rejected_BA.detach().mean(-1), microbatch.extra.get("tied"))
-        return (losses_B * microbatch.extra["weight"]).sum(), chosen_BA.size(0), sums
-
-    def _pair_losses(self, chosen_B: Tensor, rejected_B: Tensor, microbatch: Microbatch) -> Tensor:
-        options = self.config.reward_model
-        return preference_loss(
-            options.loss,
-            chosen_B,
-            rejected_B,
-            microbatch.extra["margin"],
-            options.centering_coefficient,
-            options.score_l2_coefficient,
-            microbatch.extra.get("tied"),
-        )
-
-
-def pair_sums(
-    chosen_B: Tensor, rejected_B: Tensor, tied_B: Tensor | None = None, counted_B: Tensor | None = None
-) -> Sums:
-    """Accuracy, margin, and mean and mean square of the scores of both sides, over the pairs in ``counted_B`` (None:
-    all). A tie has no preferred side to be right about."""
-
-    def mean_over(values_B: Tensor, kept_B: Tensor | None) -> tuple[Tensor, Tensor | int]:
-        if kept_B is None:
-            return values_B.sum(), len(values_B)
-        return torch.where(kept_B, values_B, 0.0).sum(), kept_B.sum()
-
-    preferred_B = counted_B if tied_B is None else ~tied_B if counted_B is None else counted_B & ~tied_B
-    sums: Sums = {
-        "accuracy": mean_over(right_of_pairs(chosen_B, rejected_B), preferred_B),
-        "margin": mean_over(chosen_B - rejected_B, preferred_B),
-    }
-    for name, scores_B in (("chosen", chosen_B), ("rejected", rejected_B)):
-        sums[f"{name}_mean"] = mean_over(scores_B, counted_B)
-        sums[f"{name}_square"] = mean_over(scores_B.square(), counted_B)
-    return sums
+            losses_B = preference_loss(
+                options.loss,
+                chosen_BA[:, 0],
+                rejected_BA[:, 0],
+                microbatch.extra["margin"],
+                options.centering_coefficient,
+                options.score_l2_coefficient,
+                microbatch.extra.get("tied"),
+            )
+        chosen_B, rejected_B = chosen_BA.detach().mean(-1), rejected_BA.detach().mean(-1)
+        right_B, margin_B, preferred = right_of_pairs(chosen_B, rejected_B), chosen_B - rejected_B, count
+        if "tied" in microbatch.extra:  # a tie has no preferred side to be right about
+            kept_N = microbatch.extra["untied_N"]
+            right_B, margin_B, preferred = right_B[kept_N], margin_B[kept_N], kept_N.numel()
+        sums: Sums = {"accuracy": (right_B.sum(), preferred), "margin": (margin_B.sum(), preferred)}
+        for name, scores_B in (("chosen", chosen_B), ("rejected", rejected_B)):
+            sums[f"{name}_mean"] = (scores_B.sum(), count)
+            sums[f"{name}_square"] = (scores_B.square().sum(), count)
+        return (losses_B * microbatch.extra["weight"]).sum(), count, sums
 
 
 def pair_microbatch(model: MegatronModel, rows: list[EncodedPair], pad_id: int, loss: str) -> Microbatch:
@@ -205,9 +190,8 @@ def pair_microbatch(model: MegatronModel, rows: list[EncodedPair], pad_id: int, 
     }
     if any(r.tied for r in rows):
         extra["tied"] = torch.tensor([r.tied for r in rows], device=device)
-    if any(r.head_weights for r in rows):
-        every = (1.0,) * model.heads
-        extra["head_weights"] = torch.tensor([r.head_weights or every for r in rows], device=device)
+        untied = [i for i, r in enumerate(rows) if not r.tied]  # places, as a mask's number is known on the device only
+        extra["untied_N"] = torch.tensor(untied, dtype=torch.int64, device=device)
     if reads_labels(loss):
         extra["chosen_labels"] = torch.tensor([r.chosen_labels for r in rows], device=device)
         extra["rejected_labels"] = torch.tensor([r.rejected_labels for r in rows], device=device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -197,13 +197,14 @@ class _Steps:
 
 
 class Batches:
-    """A fixed list of batches as a data loader; Lightning would take a plain list for several data loaders."""
+    """``count`` batches, made when they are wanted, as a data loader."""
 
-    def __init__(self, batches: list[Any]) -> None:
-        self.batches = batches
+    def __init__(self, count: int, batch: Callable[[int], Any]) -> None:
+        self.count = count
+        self.batch = batch
 
     def __len__(self) -> int:
-        return len(self.batches)
+        return self.count
 
     def __iter__(self) -> Iterator[Any]:
-        return iter(self.batches)
+        return map(self.batch, range(self.count))

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
 from nemo_advrm.config import for_stage
 from nemo_advrm.config.schema import Config
-from nemo_advrm.data import inputs
 from nemo_advrm.data.preferences import load_preferences
 from nemo_advrm.data.tokenizers import build_tokenizer
 from nemo_advrm.engine.microbatches import EncodedResponse
 from nemo_advrm.pipeline.dag import labels_by_gold
 from nemo_advrm.rollouts.run_prompts import attack_prompts, encode_prompts, rlhf_prompts
 from nemo_advrm.rollouts.types import Prompt
+from nemo_advrm.training.prepared_data import preference_data, sft_data
 from nemo_advrm.training.reward_model_training import EncodedPreferences, encode_rows
-from nemo_advrm.training.sft_training import encode_responses, sft_rows
 
 
 class Inputs:
@@ -46,19 +46,18 @@ class Inputs:
         return encode_prompts(rlhf_prompts(cfg), self.tokenizer, cfg)
 
     @cached_property
-    def sft_rows(self) -> list[EncodedResponse]:
-        cfg = for_stage(self.cfg, "sft")
-        return encode_responses(cfg, self.tokenizer, sft_rows(cfg))
+    def sft_rows(self) -> Sequence[EncodedResponse]:
+        return sft_data(for_stage(self.cfg, "sft"), self.tokenizer)
 
     def preferences(self, member: int) -> EncodedPreferences:
         """Returns the pairs of a member (from 1): those of the data files, or in the embedded language its own."""
         if not labels_by_gold(self.cfg):
             return self._shared_preferences
         home = Path(self.cfg.run_dir) / "preferences"
-        parts = [load_preferences(home / f"{part}.jsonl").rows for part in (f"train_{member}", "validation")]
-        return encode_rows(for_stage(self.cfg, "train_rm"), self.tokenizer, *parts)
+        names = f"train_{member}", "validation"
+        train, validation = (load_preferences(home / f"{name}.jsonl").rows for name in names)
+        return encode_rows(for_stage(self.cfg, "train_rm"), self.tokenizer, train, validation)
 
     @cached_property
     def _shared_preferences(self) -> EncodedPreferences:
-        cfg = for_stage(self.cfg, "train_rm")
-        return encode_rows(cfg, self.tokenizer, *inputs.training_and_validation_pairs(cfg))
+        return preference_data(for_stage(self.cfg, "train_rm"), self.tokenizer)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -45,6 +47,15 @@ class AnsweringSource(RewardSource, Protocol):
     def cost_line(self) -> str:
         """What the scores cost and how many are missing, for a command to print."""
         ...
+
+
+def in_turn(sources: Sequence[RewardSource]) -> Iterator[RewardSource]:
+    """Yields the sources; the weights of the next one, if they wait in CPU memory, come while this one scores."""
+    for source, following in itertools.zip_longest(sources, sources[1:]):
+        prefetch = getattr(following, "prefetch", None)
+        if prefetch is not None:
+            prefetch()
+        yield source
 
 
 def source_dtype(source: RewardSource) -> torch.dtype:

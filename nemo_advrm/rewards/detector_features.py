@@ -17,6 +17,7 @@ from nemo_advrm.rewards.base import (
     RewardSource,
     checked_scores,
     checked_scores_with_hidden_states,
+    in_turn,
 )
 from nemo_advrm.rewards.checkpoint_members import LOCAL_KINDS
 from nemo_advrm.rewards.sources import parse_members
@@ -97,7 +98,7 @@ class FeatureReader:
         """Raises RewardSourceError for scores and hidden states that are unusable, and what the members raise."""
         columns: list[Tensor] = []
         hidden_states: dict[int, Tensor] = {}
-        for k, member in enumerate(self.members):
+        for k, member in enumerate(in_turn(self.members)):
             if k in self.hidden_of:
                 source = cast(HiddenStateSource, member)
                 scores_N, hidden_states[k] = checked_scores_with_hidden_states(source, rollouts)

@@ -18,7 +18,7 @@ from nemo_advrm.objectives.detection import alarm_threshold
 from nemo_advrm.objectives.sft_statistics import MemberStatistics, standardise_members, z_scores
 from nemo_advrm.objectives.spread import rounding, rounding_of
 from nemo_advrm.objectives.uncertainty import combine, others_mean
-from nemo_advrm.rewards.base import RewardSource, checked_scores, source_dtype
+from nemo_advrm.rewards.base import RewardSource, checked_scores, in_turn, source_dtype
 from nemo_advrm.rewards.detector_features import FeatureReader
 from nemo_advrm.rewards.monitor import Monitor, beyond_key, score_key
 from nemo_advrm.rollouts.types import Rollouts
@@ -103,7 +103,7 @@ class UncertaintyReward:
 
     def member_scores(self, rollouts: Rollouts) -> Tensor:
         """Returns the raw scores of all members, [N, K]."""
-        return torch.stack([checked_scores(source, rollouts) for source in self.sources], dim=-1)
+        return torch.stack([checked_scores(source, rollouts) for source in in_turn(self.sources)], dim=-1)
 
     @property
     def dtype(self) -> torch.dtype:

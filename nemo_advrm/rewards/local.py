@@ -49,6 +49,10 @@ class MegatronReward:
     def dtype(self) -> torch.dtype:
         return self.model.config.params_dtype
 
+    def prefetch(self) -> None:
+        """Begins to copy weights that wait in CPU memory: this model scores next."""
+        self.model.prefetch()
+
     def score(self, rollouts: Rollouts) -> Tensor:
         """Returns scores, [N] fp32 on the CPU. Raises RewardSourceError for a row longer than the learned positions."""
         from nemo_advrm.engine.scoring import score_sequences

@@ -114,7 +114,7 @@ def answered(cfg: Config, rows: HardeningRows, directory: Path) -> HardeningRows
     path = directory / CLEAN
     if not run_on_rank_zero(path.exists):
         _sample(cfg, path)
-    return dataclasses.replace(rows, clean=load_answers(path).rows)
+    return dataclasses.replace(rows, clean=list(load_answers(path).rows))
 
 
 def encoded(cfg: Config, rows: HardeningRows, tokenizer: Tokenizer) -> HardeningData:
@@ -190,7 +190,7 @@ def _answers(path: str, cfg: Config) -> list[SftRow]:
     report = load_answers(path, on_bad_row=cfg.data.on_bad_row, ignore_columns=cfg.data.ignore_columns)
     if RankInfo.from_environment().rank == 0:
         print(report.summary(), flush=True)
-    return report.rows
+    return list(report.rows)
 
 
 def _sample(cfg: Config, path: Path) -> None:
@@ -203,7 +203,7 @@ def _sample(cfg: Config, path: Path) -> None:
         own, model=dataclasses.replace(own.model, encoder_seq_length=engine.language_model(policy).context)
     )
     report = load_prompts(options.prompts, on_bad_row=cfg.data.on_bad_row, ignore_columns=cfg.data.ignore_columns)
-    prompts = encode_prompts(report.rows, tokenizer, own)
+    prompts = encode_prompts(list(report.rows), tokenizer, own)
     most = max(2, options.max_responses // options.samples_per_prompt)
     draw = torch.Generator().manual_seed(derive_seed(cfg.seed, "clean prompts"))
     prompts = [prompts[i] for i in torch.randperm(len(prompts), generator=draw)[:most].sort().values.tolist()]

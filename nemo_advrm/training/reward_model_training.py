@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from lightning.pytorch import Callback
-from torch import Tensor
 
 from nemo_advrm.config.schema import Config
 from nemo_advrm.data import inputs
-from nemo_advrm.data.encoding import EncodedPair, encode_pairs
+from nemo_advrm.data.encoding import EncodedPair, encode_and_keep, encode_pairs
 from nemo_advrm.data.messages import Message
 from nemo_advrm.data.mismatch import mismatched_pairs
 from nemo_advrm.data.pair_store import PairStore
+from nemo_advrm.data.parallel_encoding import Workers
 from nemo_advrm.data.preferences import PreferencePair
-from nemo_advrm.data.prompts import split_train_validation
+from nemo_advrm.data.prompts import validation_places
+from nemo_advrm.data.stored_rows import JoinedRows, selected
 from nemo_advrm.data.tokenizers import Tokenizer
 from nemo_advrm.engine import runtime
 from nemo_advrm.engine.scoring import score_sequences
 from nemo_advrm.errors import ConfigError, DataError
 from nemo_advrm.models.reward_model import RewardModel
-from nemo_advrm.models.shared_trunk import SharedTrunkModel
 from nemo_advrm.objectives.accuracy import accuracy
 from nemo_advrm.objectives.losses import reads_labels
 from nemo_advrm.rewards.features import HybridReward
@@ -50,34 +53,49 @@ class EncodedPreferences:
         prompts: the fixed other prompts of reference features, see :mod:`nemo_advrm.rewards.features`.
     """
 
-    train: list[EncodedPair]
-    validation: list[EncodedPair]
-    mismatched: list[EncodedPair]
+    train: Sequence[EncodedPair]
+    validation: Sequence[EncodedPair]
+    mismatched: Sequence[EncodedPair]
     no_mismatch: str = ""
-    held_out: list[EncodedPair] = field(default_factory=list)
+    held_out: Sequence[EncodedPair] = field(default_factory=list)
     prompts: tuple[tuple[Message, ...], ...] = ()
 
 
 def encode_rows(
-    cfg: Config, tokenizer: Tokenizer, train: list[PreferencePair], validation: list[PreferencePair]
+    cfg: Config,
+    tokenizer: Tokenizer,
+    train: Sequence[PreferencePair],
+    validation: Sequence[PreferencePair],
+    tell: inputs.Tell = inputs.print_line,
+    keep: Callable[[str, Iterable[EncodedPair]], Sequence[EncodedPair]] = lambda name, pairs: list(pairs),
+    workers: Workers | None = None,
 ) -> EncodedPreferences:
-    """Encodes training and validation pairs and prints how many were over-long or refused.
+    """Encodes training and validation pairs and tells how many were over-long or refused.
+
+    Args:
+        keep: (part, pairs) -> where the pairs of that part stay; by default a list.
+        workers: processes that encode, if several.
 
     Raises DataError for bad rows as ``data.on_overlong`` and ``data.on_bad_row`` configure.
     """
     limit, data = cfg.model.encoder_seq_length, cfg.data
     encoded = []
-    for name, part in (("training", train), ("validation", validation)):
-        pairs, counts = encode_pairs(part, tokenizer, limit, data.on_overlong, data.on_bad_row)
-        inputs.print_encoding_counts(f"{name} pairs", counts)
+    for name, part, title in (("train", train, "training"), ("validation", validation, "validation")):
+        pairs, counts = encode_and_keep(
+            part, tokenizer, limit, data.on_overlong, data.on_bad_row, partial(keep, name), workers
+        )
+        inputs.print_encoding_counts(f"{title} pairs", counts, tell)
         encoded.append(pairs)
     rows, reason = mismatched_pairs(validation)
     rows = rows[: cfg.trainer.limit_val_batches * cfg.model.global_batch_size or None]
-    mismatched: list[EncodedPair] = []
+    mismatched: Sequence[EncodedPair] = []
     if rows:
         lenient = inputs.with_unusable_rows_skipped(cfg).data
+        kept = partial(keep, "mismatched")
         try:
-            mismatched, _ = encode_pairs(rows, tokenizer, limit, lenient.on_overlong, lenient.on_bad_row)
+            mismatched, _ = encode_and_keep(
+                rows, tokenizer, limit, lenient.on_overlong, lenient.on_bad_row, kept, workers
+            )
         except DataError as error:  # no pair is left
             reason = str(error)
     options = cfg.reward_model
@@ -93,27 +111,21 @@ def keep_back(cfg: Config, data: EncodedPreferences) -> EncodedPreferences:
     """
     if not cfg.reward_model.reference_features:
         return data
-    rows = [pair.row for pair in data.train if pair.row is not None]
-    _, held_rows = split_train_validation(rows, cfg.reward_model.feature_share, derive_seed(cfg.seed, "features"))
-    held = set(map(id, held_rows))
-    return replace(
-        data,
-        train=[pair for pair in data.train if id(pair.row) not in held],
-        held_out=[pair for pair in data.train if id(pair.row) in held],
-    )
+    rows = (pair.row for pair in data.train)
+    held = validation_places(rows, cfg.reward_model.feature_share, derive_seed(cfg.seed, "features"))
+    kept = [place for place in range(len(data.train)) if place not in held]
+    return replace(data, train=selected(data.train, kept), held_out=selected(data.train, sorted(held)))
 
 
 def bootstrap(data: EncodedPreferences, seed: int) -> EncodedPreferences:
     """Draws as many training pairs with replacement; ``held_out`` are the pairs of which no copy was drawn."""
-    train = [data.train[i] for i in drawn_rows(len(data.train), seed).tolist()]
-    known = {(*pair.chosen, -1, *pair.rejected) for pair in train}
-    held_out = [pair for pair in data.train if (*pair.chosen, -1, *pair.rejected) not in known]
-    return replace(data, train=train, held_out=held_out)
-
-
-def drawn_rows(count: int, seed: int) -> Tensor:
-    """Returns the indices of a bootstrap sample of ``count`` rows, [count]."""
-    return torch.randint(count, (count,), generator=torch.Generator().manual_seed(seed))
+    draw = torch.Generator().manual_seed(seed)
+    rows = torch.randint(len(data.train), (len(data.train),), generator=draw).tolist()
+    # digests, as the tokens of all pairs may not fit into memory
+    contents = [hashlib.sha256(repr((pair.chosen, pair.rejected)).encode()).digest() for pair in data.train]
+    known = {contents[place] for place in rows}
+    left = [place for place, content in enumerate(contents) if content not in known]
+    return replace(data, train=selected(data.train, rows), held_out=selected(data.train, left))
 
 
 def train_reward_model(
@@ -127,8 +139,6 @@ def train_reward_model(
 ) -> dict[str, float]:
     """Trains into ``directory/model`` and returns the validation metrics; a finished training is not repeated.
 
-    With ``ensemble.share=trunk`` the model has a head for each member, and its metrics are means over them.
-
     ``augmentation.pairs_path`` names files of adversarial pairs, ``augmentation.mode`` how they are used. With
     ``augmentation.method=rrm`` pairs made of the training rows are used in the same way.
 
@@ -141,7 +151,7 @@ def train_reward_model(
     if finished is not None:
         return finished
     policy = frozen_policy(cfg, restore_from)
-    train_rows = data.train
+    train_rows: Sequence[EncodedPair] = data.train
     stores = [Path(p) for p in cfg.augmentation.pairs_path.split(",") if p]
     for store in stores if runtime.current().is_writer else ():
         if store.is_file() and not store.stat().st_size:  # selection found nothing, or the file was damaged
@@ -151,11 +161,10 @@ def train_reward_model(
     if cfg.augmentation.method == "rrm":
         made = rrm_rows(cfg, tokenizer, data.train, derive_seed(seed, "rrm"), title)
     if cfg.augmentation.mode == "append":
-        train_rows = [*train_rows, *made, *_encoded_stores(cfg, tokenizer, stores)]
+        train_rows = JoinedRows(train_rows, made, _encoded_stores(cfg, tokenizer, stores))
     elif stores or made:
         callbacks.append(_augmentation(cfg, tokenizer, stores, seed, made))
-    kind = RewardModel if cfg.ensemble.share == "none" else SharedTrunkModel
-    module = kind(cfg, tokenizer, train_rows, data.validation, restore_from, seed)
+    module = RewardModel(cfg, tokenizer, train_rows, data.validation, restore_from, seed)
     fit(module, cfg, directory, title, callbacks, validate=True)
     metrics = {**module.validation_metrics, **_mismatch(module, data.mismatched)}
     hybrid = _fit_features(module, data, policy)
@@ -228,14 +237,10 @@ def _hybrid_metrics(hybrid: HybridReward, data: EncodedPreferences, cfg: Config)
     return found
 
 
-def _mismatch(module: RewardModel, pairs: list[EncodedPair]) -> dict[str, float]:
-    """Returns the accuracy on mismatched pairs, of members on one trunk also that of each; empty without such pairs."""
+def _mismatch(module: RewardModel, pairs: Sequence[EncodedPair]) -> dict[str, float]:
+    """Returns the accuracy on mismatched pairs, empty without such pairs."""
     if not pairs:
         return {}
     sequences = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
     scores = score_sequences(module.model, sequences, module.tokenizer.pad_id)
-    if not isinstance(module, SharedTrunkModel):
-        return {"val/mismatch_accuracy": accuracy(scores.mean(-1) if scores.ndim > 1 else scores)}
-    heads = [accuracy(scores_N) for scores_N in scores.reshape(len(sequences), -1).unbind(-1)]
-    own = {f"val/mismatch_accuracy_head_{k}": found for k, found in enumerate(heads, 1)}
-    return {"val/mismatch_accuracy": sum(heads) / len(heads), **own}
+    return {"val/mismatch_accuracy": accuracy(scores.mean(-1) if scores.ndim > 1 else scores)}

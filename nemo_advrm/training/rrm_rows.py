@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -19,7 +20,9 @@ from nemo_advrm.rewards.base import checked_scores
 from nemo_advrm.rewards.token_sequences import rollouts_of
 
 
-def rrm_rows(cfg: Config, tokenizer: Tokenizer, train: list[EncodedPair], seed: int, title: str) -> list[EncodedPair]:
+def rrm_rows(
+    cfg: Config, tokenizer: Tokenizer, train: Sequence[EncodedPair], seed: int, title: str
+) -> list[EncodedPair]:
     """Makes and encodes the pairs of :func:`augmented_pairs`; all ranks call and get the same.
 
     With ``augmentation.rrm_filter`` only those stay that this reward model does not judge like their label, and a line

@@ -17,7 +17,7 @@ CALLS: dict[str, tuple[str, int, bool]] = {
     "configuration": ("nemo_advrm.config.load_config", 1, True),
     "joining": ("nemo_advrm.engine.runtime.start", 1, False),
     "joined": ("nemo_advrm.engine.runtime.start", 1, True),
-    "data": ("nemo_advrm.commands.train_rm.encode_rows", 1, False),
+    "data": ("nemo_advrm.training.prepared_data.encode_rows", 1, False),
     "claim": ("nemo_advrm.run_directory.run_dir.claim", 1, True),
     "model": ("nemo_advrm.engine.optim.MegatronOptimizer.__init__", 1, False),
     "first step": ("nemo_advrm.models.trainable.TrainableModel.training_step", 1, False),

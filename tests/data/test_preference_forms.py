@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from nemo_advrm.config.schema import Config
 from nemo_advrm.config.schema_data import PREFERENCE_FORMATS
 from nemo_advrm.data.preference_forms import FORMATS
+from nemo_advrm.data.preference_rows import PreferencePair
 from nemo_advrm.data.preferences import load_preferences
 from nemo_advrm.data.prompts import load_prompts, split_train_validation
 from nemo_advrm.data.sft_rows import load_sft
@@ -154,6 +156,25 @@ def test_rated_answers_are_compared_over_all_rows_of_their_prompt(tmp_path: Path
     assert report.rows[0].source == f"{path}:3"
     assert report.summary() == f"{path}: 3 rows; 1 ties made no pair; 1 prompts with one answer made no pair"
     assert len(load_sft(path).rows) == 6 and len(load_prompts(path).rows) == 3
+
+
+def test_pairs_keep_the_place_of_their_row_or_of_the_first_answer_to_their_prompt(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    pair = {"prompt": "p", "chosen": "good", "rejected": "bad"}
+    rated = [{"prompt": "q", "response": f"answer {i}", "score": i} for i in range(2)]
+    rows = [{**pair, "prompt": "1"}, {**pair, "prompt": "2"}, rated[0], {**pair, "prompt": "3"}, rated[1], pair]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    kept: list[str] = []
+
+    def keep(pairs: Iterator[PreferencePair]) -> list[PreferencePair]:
+        found = [next(pairs)]
+        kept.extend(row.prompt[0]["content"] for row in found)
+        return [*found, *pairs]
+
+    for options in ({}, {"keep": keep}):
+        found = load_preferences(path, **options).rows
+        assert [row.prompt[0]["content"] for row in found] == ["1", "2", "q", "3", "p"]
+    assert kept == ["1"]
 
 
 def test_rated_answers_of_prompts_that_differ_in_a_dropped_column_are_not_compared(tmp_path: Path) -> None:

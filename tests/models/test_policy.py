@@ -16,7 +16,7 @@ from distributed import WorkerError, Worlds
 from tiny import TOKENIZER, VOCABULARY, optimizer_state
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from nemo_advrm.engine import optim
+from nemo_advrm.engine import offload, optim
 from nemo_advrm.engine.microbatches import EncodedResponse
 from nemo_advrm.engine.model import MegatronModel
 from nemo_advrm.engine.precision import cpu_has_bf16
@@ -294,14 +294,12 @@ class _Memories:
 
     def __init__(self, single: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
         self._held: dict[int, tuple[StorageWeakRef, str]] = {}
-        own = torch.Tensor.to
 
-        def to(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-            if not args or not isinstance(args[0], torch.device):
-                return own(tensor, *args, **kwargs)
-            return self.put(tensor.detach().clone(), args[0].type)
+        def on_device(like: torch.Tensor, device: torch.device) -> torch.Tensor:
+            return self.put(torch.empty_like(like), device.type)
 
-        monkeypatch.setattr(torch.Tensor, "to", to)
+        monkeypatch.setattr(offload, "_room_on_device", on_device)
+        monkeypatch.setattr(offload, "host_buffer", lambda like: self.put(torch.empty_like(like), "cpu"))
         monkeypatch.setattr(single, "device", torch.device("cuda", 0))
         monkeypatch.setattr(optim, "_is_on", lambda value, device: self.place(value) == device.type)
 
@@ -346,13 +344,17 @@ def test_the_optimizer_leaves_the_device_while_responses_are_made_and_comes_back
     del tensor  # nothing here may keep a storage
     count, before = memories.in_use("cuda"), [tensor.clone() for tensor in tensors()]
     assert count > 60
-    with module.optimizer.offloaded():
-        assert {memories.place(tensor) for tensor in tensors()} == ({"cpu"} if wanted else {"cuda"})
-        assert memories.in_use("cuda") == (0 if wanted else count)
+    buffers = []
+    for _ in range(2):
+        with module.optimizer.offloaded():
+            assert {memories.place(tensor) for tensor in tensors()} == ({"cpu"} if wanted else {"cuda"})
+            assert memories.in_use("cuda") == (0 if wanted else count)
+            assert all(torch.equal(a, b) for a, b in zip(tensors(), before, strict=True))
+            buffers.append([tensor.data_ptr() for tensor in tensors()])
+        assert {memories.place(tensor) for tensor in tensors()} == {"cuda"}
+        assert (memories.in_use("cuda"), memories.in_use("cpu")) == (count, count if wanted else 0)
         assert all(torch.equal(a, b) for a, b in zip(tensors(), before, strict=True))
-    assert {memories.place(tensor) for tensor in tensors()} == {"cuda"}
-    assert (memories.in_use("cuda"), memories.in_use("cpu")) == (count, 0)
-    assert all(torch.equal(a, b) for a, b in zip(tensors(), before, strict=True))
+    assert buffers[0] == buffers[1]  # pinned once
     monkeypatch.undo()
     module.train_on(next(module.steps(1)), 1)
     assert not all(torch.equal(a, b) for a, b in zip(tensors(), before, strict=True))  # it is these that train
@@ -361,19 +363,28 @@ def test_the_optimizer_leaves_the_device_while_responses_are_made_and_comes_back
 def test_the_reference_is_on_the_device_while_it_is_used_and_no_longer(
     initial: str, single: Runtime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cfg = rl.policy_config("rloo")
-    cfg.model.offload_reference = True
-    reference = rl.policy(cfg, initial).reference
+    reference = rl.policy(rl.policy_config("rloo"), initial).reference
     weights = list(reference.parts[0].parameters())
+    before = [weight.detach().clone() for weight in weights]
     memories = _Memories(single, monkeypatch)
-    for weight in weights:
-        memories.put(weight, "cpu")
+    reference.parked = offload.Parked(weights, single.device)
+    assert {memories.place(weight) for weight in weights} == {"cpu"}
     waiting = [weight.data_ptr() for weight in weights]
-    with reference.resident():
-        assert {memories.place(weight) for weight in weights} == {"cuda"}
-        assert memories.in_use("cuda") == len(weights) and not {w.data_ptr() for w in weights} & set(waiting)
-    assert [weight.data_ptr() for weight in weights] == waiting  # nothing was copied back
-    assert memories.in_use("cuda") == 0
+    for ahead in (False, True):
+        if ahead:
+            reference.prefetch()
+            reference.prefetch()
+            assert memories.in_use("cuda") == len(weights) and {memories.place(w) for w in weights} == {"cpu"}
+        with reference.resident(), reference.resident():
+            reference.prefetch()  # it is there
+            assert {memories.place(weight) for weight in weights} == {"cuda"}
+            assert memories.in_use("cuda") == len(weights) and not {w.data_ptr() for w in weights} & set(waiting)
+            assert all(torch.equal(a, b) for a, b in zip(weights, before, strict=True))
+        assert [weight.data_ptr() for weight in weights] == waiting  # nothing was copied back
+        assert memories.in_use("cuda") == 0
+    monkeypatch.setattr(offload, "_is_free", lambda device, wanted: False)
+    reference.prefetch()
+    assert memories.in_use("cuda") == 0, "there is no room for it yet"
 
 
 def test_the_critic_can_be_trained_alone_first(initial: str) -> None:

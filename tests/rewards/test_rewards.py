@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from nemo_advrm.objectives.sft_statistics import MemberStatistics, fit_members, 
 from nemo_advrm.objectives.spread import rounding
 from nemo_advrm.objectives.success import strict_success
 from nemo_advrm.objectives.uncertainty import COMBINATIONS
-from nemo_advrm.rewards.base import RewardSource, checked_scores, source_dtype
+from nemo_advrm.rewards.base import RewardSource, checked_scores, in_turn, source_dtype
 from nemo_advrm.rewards.ensemble import AdversarialReward, UncertaintyReward
 from nemo_advrm.rewards.local import FunctionReward
 from nemo_advrm.rewards.sources import build_gold
@@ -427,3 +428,15 @@ def test_gold_is_any_scorer_by_a_setting() -> None:
         gold("python:test_rewards:none")
     with pytest.raises(ConfigError, match=r"pipeline\.gold=python:test_rewards: must be python:MODULE:FUNCTION"):
         gold("python:test_rewards")
+
+
+def test_the_next_member_fetches_its_weights_before_this_one_scores() -> None:
+    told: list[str] = []
+    members = [
+        SimpleNamespace(name="a", prefetch=lambda: told.append("a comes")),
+        SimpleNamespace(name="a server"),
+        SimpleNamespace(name="b", prefetch=lambda: told.append("b comes")),
+    ]
+    for member in in_turn(members):
+        told.append(f"{member.name} scores")
+    assert told == ["a scores", "b comes", "a server scores", "b scores"]
