@@ -94,9 +94,10 @@ def test_only_the_targets_have_adapters(bases: dict[str, str]) -> None:
 
 
 @pytest.mark.parametrize("recompute", ["selective", "full", "block"])
-def test_recomputed_layers_get_the_same_gradients(bases: dict[str, str], recompute: str) -> None:
-    base = f"{bases['llama']}/reward"
-    wanted = lora_jobs.train_and_score(base, "llama", {})
+def test_recomputed_layers_get_the_same_gradients(
+    bases: dict[str, str], alone: dict[int, Any], recompute: str
+) -> None:
+    base, wanted = f"{bases['llama']}/reward", alone[3]
     found = lora_jobs.train_and_score(base, "llama", {"recompute": recompute, "recompute_num_layers": 2})
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
 
@@ -113,12 +114,17 @@ def test_dropout_is_for_training_alone(bases: dict[str, str]) -> None:
     assert torch.equal(lora_jobs.scores(dropping), lora_jobs.scores(dropping))
 
 
+@pytest.fixture(scope="module")
+def alone(bases: dict[str, str]) -> dict[int, Any]:
+    """What one process gets after 3 and after 5 steps."""
+    return {steps: lora_jobs.train_and_score(f"{bases['llama']}/reward", "llama", {}, steps=steps) for steps in (3, 5)}
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_training_does_not_see_the_layout(
-    worlds: Worlds, bases: dict[str, str], layout: str, tmp_path: Path
+    worlds: Worlds, bases: dict[str, str], alone: dict[int, Any], layout: str, tmp_path: Path
 ) -> None:
-    base = f"{bases['llama']}/reward"
-    wanted = lora_jobs.train_and_score(base, "llama", {})
+    base, wanted = f"{bases['llama']}/reward", alone[3]
     where, size, model = LAYOUTS[layout]
     out = str(tmp_path / "state")
     arguments = {"base": base, "architecture": "llama", "model": model, "out": out}
@@ -131,8 +137,7 @@ def test_training_does_not_see_the_layout(
     torch.testing.assert_close(_scores(out), wanted[1], rtol=1e-4, atol=1e-4)
     kept = {key: value for key, value in model.items() if key == "use_distributed_optimizer"}
     again = lora_jobs.continue_and_score(base, out, 3, 5, **kept)
-    whole = lora_jobs.train_and_score(base, "llama", {}, steps=5)
-    torch.testing.assert_close(again[1], whole[1], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(again[1], alone[5][1], rtol=1e-4, atol=1e-4)
 
 
 def test_biases_and_plain_mlps_at_tensor_parallel_2(worlds: Worlds, bases: dict[str, str]) -> None:
