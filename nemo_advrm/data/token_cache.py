@@ -153,6 +153,8 @@ class TokenCache:
         try:
             notes = make(Writer(aside))
             shutil.rmtree(aside / _SCRATCH, ignore_errors=True)
+            if self._key() != place.name:  # the entry would be found by contents that it does not have
+                raise OSError(f"{', '.join(self.paths)} changed while it was read")
             about = {
                 "files": {path.name: path.stat().st_size for path in sorted(aside.iterdir())},
                 "rows": {name: len(open_rows(aside / f"{name}.arrow", table)) for name, table in self.tables.items()},

@@ -148,6 +148,15 @@ def test_of_two_writers_the_slower_one_takes_the_entry_of_the_quicker(data: Path
     assert contents(entry) == [5] and entries(cache_of(data)) == [entry.directory.name]
 
 
+def test_data_that_changes_while_it_is_read_makes_no_entry(data: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def make(writer: Writer) -> None:
+        writer.write("numbers", NUMBERS, [1])
+        data.write_text("1 2 4")
+
+    assert cache_of(data).filled(make) is None
+    assert "changed while it was read" in caplog.text and entries(cache_of(data)) == []
+
+
 def test_a_full_disk_leaves_nothing_and_the_rows_go_to_memory(
     data: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
