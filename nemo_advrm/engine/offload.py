@@ -82,9 +82,9 @@ class Parked:
         self._coming: Coming | None = None
         self._in_use = False
         for parameter in self._parameters:
-            waiting = host_buffer(parameter.data)
-            waiting.copy_(parameter.data)
-            parameter.data = waiting
+            plain = parameter.data.cpu()  # weights in FP8 are a class of their own, which this turns into numbers
+            parameter.data = host_buffer(plain)
+            parameter.data.copy_(plain)
 
     def prefetch(self) -> None:
         """Begin to copy the weights, before work during which they may come, if twice their room is free."""
