@@ -127,14 +127,6 @@ def _check_optimizer(model: ModelConfig) -> None:
         raise LayoutError(f"{distributed} needs model.optim.name=adam, not {model.optim.name}")
 
 
-def _check_packing(model: ModelConfig) -> None:
-    if model.sequence_packing == "always" and model.context_parallel_size > 1:
-        raise LayoutError(
-            f"model.sequence_packing=always cannot be used with model.context_parallel_size="
-            f"{model.context_parallel_size}, whose ranks cut whole rows: model.sequence_packing=auto pads there"
-        )
-
-
 def validate_layout(cfg: Config, world_size: int) -> None:
     """Raise :class:`LayoutError` that names the keys if the layout does not fit the model or ``world_size`` processes.
 
@@ -158,7 +150,6 @@ def validate_layout(cfg: Config, world_size: int) -> None:
         raise LayoutError(f"model.sequence_parallel=true needs {tensor_key} above 1")
 
     _check_positions(cfg)
-    _check_packing(model)
     layers_per_stage(model)
     _check_optimizer(model)
     if model.global_batch_size % replicas:

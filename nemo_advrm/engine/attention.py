@@ -97,14 +97,20 @@ class FusedCoreAttention(MegatronModule):
 
     def _packed(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSeqParams) -> Tensor:
         """:meth:`forward` for packed sequences: by a kernel, else by a mask that hides the other sequences."""
-        if varlen.attends(query, self.softcap, self._dropout):
+        if self.config.context_parallel_size == 1 and varlen.attends(query, self.softcap, self._dropout):
             return varlen.attention(query, key, value, packed, self.window, self.softmax_scale)
         bounds = packed.cu_seqlens_q
-        total = query.size(0)
-        sequence_T = torch.repeat_interleave(bounds[1:] - bounds[:-1], output_size=total)
+        ranks = self.config.context_parallel_size
+        total = query.size(0) * ranks
+        sequence_T = torch.repeat_interleave(bounds.diff(), output_size=total)
         within = sequence_T[:, None] == sequence_T
         causal = self._causal(total, total, query.device)
         visible = within.tril() if causal is None else within & causal
+        if ranks > 1:  # keys and values of all ranks, rank after rank
+            order_T = context.by_rank(bounds, ranks)
+            visible = visible[context.own_of(order_T)][:, order_T]
+            gathered = context.cp_gather_ranks(torch.cat([key, value], -1), used_whole=False)
+            key, value = gathered.split(key.size(-1), -1)
         q, k, v = (t.transpose(0, 1)[None] for t in (query, key, value))
         return self._attend(q, k, v, visible, False)[0].transpose(0, 1)
 

@@ -31,11 +31,31 @@ def own_chunks() -> tuple[int, int]:
     return rank, 2 * size - 1 - rank
 
 
-def cp_slice(whole: Tensor, dim: int) -> Tensor:
-    """This rank's slice of a tensor whose dimension ``dim`` is the sequence.
+def by_rank(bounds: Tensor, size: int) -> Tensor:
+    """Positions of a packed row in the order of the ``size`` ranks that hold them, int64 [T].
+
+    ``bounds``: begins of its sequences and the end of the last one. Every sequence is cut by itself, and its length is
+    a multiple of 2 * size.
+    """
+    lengths = bounds.diff().long()
+    sequence_T = torch.arange(lengths.numel(), device=bounds.device).repeat_interleave(lengths)
+    positions_T = torch.arange(sequence_T.numel(), device=bounds.device) - bounds[sequence_T]
+    chunk_T = positions_T // (lengths // (2 * size))[sequence_T]
+    return torch.minimum(chunk_T, 2 * size - 1 - chunk_T).argsort(stable=True)
+
+
+def own_of(order_T: Tensor) -> Tensor:
+    """The positions that this rank holds of those that :func:`by_rank` gives."""
+    return order_T.chunk(parallel_state.get_context_parallel_world_size())[parallel_state.get_context_parallel_rank()]
+
+
+def cp_slice(whole: Tensor, dim: int, order_T: Tensor | None = None) -> Tensor:
+    """This rank's slice of a tensor whose dimension ``dim`` is the sequence, or a packed row in ``order_T``.
 
     Raises ValueError if the sequence does not divide into equal chunks (see ``microbatches.sequence_multiple``).
     """
+    if order_T is not None:
+        return whole.index_select(dim, own_of(order_T))
     number = 2 * parallel_state.get_context_parallel_world_size()
     if whole.size(dim) % number:
         raise ValueError(f"a sequence of {whole.size(dim)} tokens cannot be cut into {number} equal chunks")
@@ -50,14 +70,21 @@ def cp_all_gather(part: Tensor, *, used_whole: bool) -> list[Tensor]:
     ``used_whole``: every rank computes the same from the result, so its own slice of the gradient is complete.
     Otherwise ranks compute different things from it (attention), and the backward pass sums their gradients.
     """
-    group, size = parallel_state.get_context_parallel_group(), parallel_state.get_context_parallel_world_size()
-    gathered = gather_from_sequence_parallel_region(part, tensor_parallel_output_grad=not used_whole, group=group)
-    chunks = gathered.chunk(2 * size)  # rank after rank: 0, 2 size - 1, 1, 2 size - 2, ...
+    number = 2 * parallel_state.get_context_parallel_world_size()
+    chunks = cp_gather_ranks(part, used_whole=used_whole).chunk(number)  # by rank: 0, 2 size - 1, 1, 2 size - 2, ...
     return [*chunks[::2], *chunks[::-2]]
 
 
-def gather_sequence(part: Tensor) -> Tensor:
+def cp_gather_ranks(part: Tensor, *, used_whole: bool) -> Tensor:
+    """Gather [S / size, ...] of every rank, rank after rank, [S, ...]; see :func:`cp_all_gather`."""
+    group = parallel_state.get_context_parallel_group()
+    return gather_from_sequence_parallel_region(part, tensor_parallel_output_grad=not used_whole, group=group)
+
+
+def gather_sequence(part: Tensor, order_T: Tensor | None = None) -> Tensor:
     """[S / size, ...] of every rank -> [S, ...] on every rank. Every rank must compute the same from the result."""
+    if order_T is not None:
+        return cp_gather_ranks(part, used_whole=True)[order_T.argsort()]
     return torch.cat(cp_all_gather(part, used_whole=True))
 
 
@@ -67,8 +94,13 @@ def cp_all_reduce(own: Tensor) -> Tensor:
     return reduce_from_tensor_model_parallel_region(summed, parallel_state.get_context_parallel_group())
 
 
-def own_index(positions_B: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """(index of ``positions_B`` in this rank's slice, else 0; whether they are in it) for sequences of ``length``."""
+def own_index(positions_B: Tensor, length: int, order_T: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(index of ``positions_B`` in this rank's slice, else 0; whether they are in it) for rows of ``length``."""
+    if order_T is not None:
+        own_T = own_of(order_T)
+        index_B = torch.searchsorted(own_T, positions_B).clamp(max=own_T.numel() - 1)
+        held_B = own_T[index_B] == positions_B
+        return index_B.masked_fill(~held_B, 0), held_B
     chunk = length // (2 * parallel_state.get_context_parallel_world_size())
     first, second = own_chunks()
     chunk_B, offset_B = positions_B // chunk, positions_B % chunk
@@ -100,9 +132,14 @@ class SplitLogits:
         return cp_all_reduce(everyone)
 
     @classmethod
-    def of(cls, own_NV: Tensor | DeferredLogits, predict_BS: Tensor) -> SplitLogits:
+    def of(
+        cls, own_NV: Tensor | DeferredLogits, predict_BS: Tensor, order_T: Tensor | None = None
+    ) -> SplitLogits:
         """``own_NV`` row by row at this rank's slice of the bool mask ``predict_BS`` [B, S]."""
         held_S = torch.zeros(predict_BS.size(1), dtype=torch.bool, device=predict_BS.device)
+        if order_T is not None:
+            held_S[own_of(order_T)] = True
+            return cls(own_NV, held_S[None][predict_BS])
         chunks = held_S.chunk(2 * parallel_state.get_context_parallel_world_size())
         for chunk in own_chunks():
             chunks[chunk].fill_(True)

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
@@ -20,6 +19,7 @@ from nemo_advrm.engine.dimensions import Head
 from nemo_advrm.engine.kv_cache import KVCache
 from nemo_advrm.engine.layers import Norm
 from nemo_advrm.engine.log_probs import DeferredLogits
+from nemo_advrm.engine.packing import Packing
 from nemo_advrm.engine.rotation import rotation
 from nemo_advrm.engine.transformer import layer_spec
 
@@ -131,7 +131,7 @@ class HeadedGPT(GPTModel):
         read_at_B: Tensor | None = None,
         predict_BS: Tensor | None = None,
         inference_context: KVCache | None = None,
-        packed_seq_params: PackedSeqParams | None = None,
+        packing: Packing | None = None,
         gather_logits: bool = False,
         with_hidden: bool = False,
     ) -> Tensor | SplitLogits | DeferredLogits:
@@ -143,7 +143,7 @@ class HeadedGPT(GPTModel):
             read_at_B: position of each row's last real token (reward, and lm when generating); of each sequence's in
                 the row, if it is packed.
             predict_BS: mask of the positions whose next-token logits are requested (lm when training).
-            packed_seq_params: where the sequences of the one row are, if it is packed.
+            packing: where the sequences of the one row are, if it is packed.
             gather_logits: gather the vocabulary over tensor-parallel ranks.
             with_hidden: append the hidden states that the head reads (reward).
 
@@ -155,8 +155,9 @@ class HeadedGPT(GPTModel):
         """
         length = input_ids.size(1)
         sliced = self.config.context_parallel_size > 1
+        params, order_T = (packing.params, packing.order_T) if packing is not None else (None, None)
         if sliced:
-            input_ids, position_ids = context.cp_slice(input_ids, 1), context.cp_slice(position_ids, 1)
+            input_ids, position_ids = (context.cp_slice(ids, 1, order_T) for ids in (input_ids, position_ids))
         embedded = None  # then Megatron embeds
         if self.pre_process and self.embedding_scale != 1:
             embedded = self.embedding(input_ids=input_ids, position_ids=position_ids) * self.embedding_scale
@@ -165,14 +166,14 @@ class HeadedGPT(GPTModel):
             position_ids=position_ids,
             decoder_input=embedded,
             inference_context=inference_context,
-            packed_seq_params=packed_seq_params,
+            packed_seq_params=params,
         )[:6]
-        if sliced and rotary is not None:
+        if sliced and rotary is not None and packing is None:
             rotary = context.cp_slice(rotary, 0)
         if rotary is not None and not self.config.apply_rope_fusion:
             if inference_context is not None:
                 rotary = inference_context.rotary_angles(rotary, length)
-            elif packed_seq_params is not None:
+            elif packing is not None:
                 rotary = rotary[position_ids[0]]
             rotary = rotation(rotary, self.config.params_dtype)
         hidden_SBH = self.decoder(
@@ -183,7 +184,7 @@ class HeadedGPT(GPTModel):
             rotary_pos_cos=rotary_cos,
             rotary_pos_sin=rotary_sin,
             sequence_len_offset=offset,
-            packed_seq_params=packed_seq_params,
+            packed_seq_params=params,
         )
         if not self.post_process:
             return hidden_SBH
@@ -193,16 +194,16 @@ class HeadedGPT(GPTModel):
             )
         if self.head_kind == "value":
             values_SB = self.head(hidden_SBH).squeeze(-1)
-            return (context.gather_sequence(values_SB) if sliced else values_SB).transpose(0, 1)
+            return (context.gather_sequence(values_SB, order_T) if sliced else values_SB).transpose(0, 1)
         if read_at_B is None:
             assert predict_BS is not None
-            own_BS = context.cp_slice(predict_BS, 1) if sliced else predict_BS
+            own_BS = context.cp_slice(predict_BS, 1, order_T) if sliced else predict_BS
             logits_NV = self._next_tokens(hidden_SBH.transpose(0, 1)[own_BS], gather_logits)
-            return SplitLogits.of(logits_NV, predict_BS) if sliced else logits_NV
+            return SplitLogits.of(logits_NV, predict_BS, order_T) if sliced else logits_NV
         rows_B = torch.arange(hidden_SBH.size(1), device=hidden_SBH.device)
         if not sliced:
             return self._read(hidden_SBH[read_at_B, rows_B], gather_logits, with_hidden)
-        index_B, held_B = context.own_index(read_at_B, length)
+        index_B, held_B = context.own_index(read_at_B, length, order_T)
         own = self._read(hidden_SBH[index_B, rows_B], gather_logits, with_hidden)
         return context.cp_all_reduce(own.masked_fill(~held_B[:, None], 0.0))
 

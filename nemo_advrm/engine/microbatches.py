@@ -40,7 +40,7 @@ class Microbatch:
     @property
     def last_B(self) -> Tensor:
         """Position of each sequence's last token in its row."""
-        return self.lengths_B - 1 if self.packing is None else self.packing.last(self.lengths_B.numel())
+        return self.lengths_B - 1 if self.packing is None else self.packing.last(self.lengths_B)
 
     @property
     def computed(self) -> tuple[int, ...]:
@@ -111,10 +111,12 @@ def rows_to_microbatch(model: MegatronModel, rows: Sequence[Sequence[int]], pad_
     if not model.packs:
         tokens_BS, lengths_B = pad_rows(rows, pad_id, multiple)
         return Microbatch(tokens_BS.to(device), lengths_B.to(device))
-    lengths = [len(row) for row in rows]
-    tokens_BS, _ = pad_rows([list(itertools.chain.from_iterable(rows))], pad_id, multiple)
-    packing = Packing.of(lengths, tokens_BS.size(1), device)
-    return Microbatch(tokens_BS.to(device), torch.tensor(lengths).to(device), packing=packing)
+    ranks = model.config.context_parallel_size
+    chunks = 2 * ranks if ranks > 1 else 1  # of every sequence
+    padded = [[*row, *[pad_id] * (-len(row) % chunks)] for row in rows]
+    tokens_BS, _ = pad_rows([list(itertools.chain.from_iterable(padded))], pad_id, multiple)
+    packing = Packing.of([len(row) for row in padded], tokens_BS.size(1), device, ranks)
+    return Microbatch(tokens_BS.to(device), torch.tensor([len(row) for row in rows]).to(device), packing=packing)
 
 
 def scored_microbatch(model: MegatronModel, rows: Sequence[Sequence[int]], pad_id: int) -> Microbatch:

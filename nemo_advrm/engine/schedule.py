@@ -19,7 +19,6 @@ from nemo_advrm.engine.dimensions import Head
 from nemo_advrm.engine.flops import training_passes
 from nemo_advrm.engine.microbatches import Microbatch, filler
 from nemo_advrm.engine.model import MegatronModel
-from nemo_advrm.engine.packing import Packing
 
 Sums = dict[str, tuple[Tensor | float, Tensor | float]]
 """Metric name -> (sum, count); the mean is over all microbatches and data-parallel ranks."""
@@ -42,7 +41,7 @@ class _Scheduled:
 def _call(chunk: Any, microbatch: Microbatch) -> Tensor:
     tokens, packing = microbatch.tokens_BS, microbatch.packing
     if packing is not None:
-        return chunk(tokens, packing.positions_BS, packed_seq_params=packing.params, **microbatch.forward)
+        return chunk(tokens, packing.positions_BS, packing=packing, **microbatch.forward)
     positions = torch.arange(tokens.size(1), device=tokens.device).expand_as(tokens)
     return chunk(tokens, positions, **microbatch.forward)
 
@@ -106,9 +105,7 @@ def _padded(microbatch: Microbatch, rows: int, length: int) -> Microbatch:
         columns = (0, length - own_length) if tensor.dim() == 2 else ()
         return F.pad(tensor, (*columns, 0, rows - own_rows))
 
-    packing = microbatch.packing
-    if packing is not None:
-        packing = Packing.of(packing.lengths, length, microbatch.tokens_BS.device)
+    packing = microbatch.packing.grown(length) if microbatch.packing is not None else None
     forward = {name: grown(v) if isinstance(v, Tensor) else v for name, v in microbatch.forward.items()}
     return replace(microbatch, tokens_BS=grown(microbatch.tokens_BS), forward=forward, packing=packing)
 

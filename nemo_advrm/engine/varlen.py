@@ -32,14 +32,14 @@ def reason_against(model: ModelConfig, dtype: torch.dtype, on_gpu: bool) -> str:
 
     Without one a mask hides the other sequences of a row, so that attention takes time and memory with T^2.
     """
-    if model.context_parallel_size > 1:
-        return "context-parallel ranks cut whole rows"
     if not on_gpu:
         return "there is no GPU"
     if dtype == torch.float32:
         return "kernels for packed sequences have no fp32"
     if transformer_engine.attends(model, dtype, on_gpu):
         return ""
+    if model.context_parallel_size > 1:
+        return "PyTorch's kernel has no context parallelism"
     if model.attention_softcap:
         return "PyTorch's kernel has no soft-cap"
     if model.attention_dropout:

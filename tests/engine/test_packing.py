@@ -18,7 +18,6 @@ from distributed import Worlds
 from megatron.core.transformer.enums import AttnMaskType
 from tiny import ARCHITECTURES, TOKENIZER, pairs, responses, tiny_config
 
-from nemo_advrm.config.layout import validate_layout
 from nemo_advrm.config.schema import ModelConfig
 from nemo_advrm.engine import throughput, transformer_engine, varlen
 from nemo_advrm.engine.attention import FusedCoreAttention
@@ -28,7 +27,6 @@ from nemo_advrm.engine.packing import Packing
 from nemo_advrm.engine.runtime import Layout, Runtime
 from nemo_advrm.engine.schedule import forward
 from nemo_advrm.engine.transformer import transformer_config
-from nemo_advrm.errors import LayoutError
 
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
 PACKED = {"sequence_packing": "always"}
@@ -117,8 +115,10 @@ def test_one_process_computes_what_it_computes_of_padded_rows(
         (Layout(pipeline=2), {"virtual_pipeline_model_parallel_size": 2}, "llama"),
         (Layout(pipeline=2), {"virtual_pipeline_model_parallel_size": 2, "micro_batch_tokens": 40}, "gpt"),
         (Layout(), {"micro_batch_tokens": 40}, "llama"),
+        (Layout(context=2), {}, "llama"),
+        (Layout(context=2), {"micro_batch_tokens": 40, "recompute": "full"}, "gpt"),
     ],
-    ids=["tp2", "tp2-sp", "pp2", "pp2-interleaved", "pp2-interleaved-learned", "dp2"],
+    ids=["tp2", "tp2-sp", "pp2", "pp2-interleaved", "pp2-interleaved-learned", "dp2", "cp2", "cp2-learned"],
 )
 def test_two_processes_compute_what_one_computes_of_padded_rows(
     worlds: Worlds,
@@ -128,7 +128,7 @@ def test_two_processes_compute_what_one_computes_of_padded_rows(
     model: dict[str, Any],
     architecture: str,
 ) -> None:
-    for job in ("rewards", "language"):
+    for job in ("rewards", "language", *(["critic"] if layout.context > 1 else [])):
         kwargs = {"architecture": architecture, "path": initial(architecture), "model": {**model, **PACKED}}
         for there in worlds.run(layout, "packing_jobs", job, 2, **kwargs):
             _agree(there, padded(job, architecture))
@@ -157,7 +157,16 @@ def test_positions_begin_anew_in_every_sequence() -> None:
     assert packed.lengths == (3, 1, 2, 3, 2)
     assert packed.positions_BS.tolist() == [[0, 1, 2, 0, 0, 1, 0, 1, 2, 0, 1]]
     assert packed.params.cu_seqlens_q.tolist() == [0, 3, 4, 6, 9, 11]
-    assert packed.params.max_seqlen_q == 3 and packed.last(3).tolist() == [2, 3, 5]
+    assert packed.params.max_seqlen_q == 3 and packed.last(torch.tensor([3, 1, 1])).tolist() == [2, 3, 4]
+    grown = packed.grown(13)
+    assert grown.lengths == (3, 1, 2, 3, 2, 2)
+
+
+def test_context_parallel_ranks_hold_early_and_late_chunks_of_every_sequence() -> None:
+    packed = Packing.of([4, 8], 16, CPU, ranks=2)
+    assert packed.lengths == (4, 8, 4)
+    assert packed.order_T is not None
+    assert packed.order_T.tolist() == [0, 3, 4, 5, 10, 11, 12, 15, 1, 2, 6, 7, 8, 9, 13, 14]
 
 
 def test_responses_are_predicted_where_they_stand_in_the_row(single: Runtime) -> None:
@@ -216,21 +225,14 @@ def test_a_pass_is_counted_by_the_sequences_that_attend(single: Runtime) -> None
     assert counted == pytest.approx(throughput.flops_so_far() - before, rel=1e-12)
 
 
-def test_context_parallelism_is_refused_by_name() -> None:
-    cfg = tiny_config("llama", Layout(context=2), **PACKED)
-    with pytest.raises(LayoutError, match=r"model.sequence_packing=always .* model.context_parallel_size=2"):
-        validate_layout(cfg, 2)
-    cfg.model.sequence_packing = "auto"
-    validate_layout(cfg, 2)
-
-
 @pytest.mark.parametrize(
     ("model", "dtype", "engine", "told"),
     [
         ({}, torch.bfloat16, True, ""),
         ({}, torch.bfloat16, False, ""),
         ({}, torch.float32, True, "fp32"),
-        ({"context_parallel_size": 2}, torch.bfloat16, True, "context-parallel"),
+        ({"context_parallel_size": 2}, torch.bfloat16, True, ""),
+        ({"context_parallel_size": 2}, torch.bfloat16, False, "context parallelism"),
         ({"attention_dropout": 0.1}, torch.bfloat16, True, ""),
         ({"attention_dropout": 0.1}, torch.bfloat16, False, "dropout"),
         ({"attention_softcap": 50.0}, torch.bfloat16, True, "soft-cap"),
