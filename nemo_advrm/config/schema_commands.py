@@ -109,7 +109,11 @@ class PlanConfig:
     stage: str = key("train_rm", "command that is planned", choices=("sft", "train_rm", "attack", "rlhf"))
     gpu: str = key("h100", "kind of GPU", choices=("a100_40", "a100_80", "h100", "h200", "b200", "rtx4090"))
     gpus: int = key(0, "GPUs of the job; 0 takes trainer.devices * trainer.num_nodes", NOT_NEGATIVE)
-    efficiency: float = key(0.5, "share of the GPU's peak that matrix products reach", Range(above=0, at_most=1))
+    efficiency: float = key(
+        0.0,
+        "share of the GPU's peak that matrix products reach; 0: as measured on one H200 by width and number format",
+        Range(at_least=0, at_most=1),
+    )
     reserve_gib: float = key(4.0, "memory per GPU kept for CUDA, NCCL and fragmentation", NOT_NEGATIVE)
     search: bool = key(False, "look for the fastest layout that fits")
 

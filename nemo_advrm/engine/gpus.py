@@ -48,6 +48,12 @@ GPUS: dict[str, GPU] = {
 GPUS_PER_NODE = 8
 
 
+def peak_of(device_name: str, precision: str) -> float | None:
+    """Peak FLOP/s of a GPU by the name that CUDA gives it; None if it is not in the table."""
+    name = device_name.lower()
+    return next((gpu.peak(precision) for key, gpu in GPUS.items() if key.split("_")[0] in name), None)
+
+
 def supports(gpu: str, precision: str) -> bool:
     """Whether the GPU supports the precision."""
     if precision == "mxfp8":

@@ -10,7 +10,7 @@ import torch
 from nemo_advrm.config.schema import ModelConfig
 from nemo_advrm.engine import runtime
 from nemo_advrm.engine.flops import Microbatch, head_flops, layer_flops, training_passes
-from nemo_advrm.engine.gpus import GPUS
+from nemo_advrm.engine.gpus import peak_of
 from nemo_advrm.engine.model import MegatronModel
 
 
@@ -60,8 +60,7 @@ def gpu_peak(precision: str) -> float | None:
     """Peak FLOP/s of this process's GPU by its data sheet; None on a CPU and for an unknown GPU."""
     if not torch.cuda.is_available():
         return None
-    name = torch.cuda.get_device_name().lower()
-    return next((gpu.peak(precision) for key, gpu in GPUS.items() if key.split("_")[0] in name), None)
+    return peak_of(torch.cuda.get_device_name(), precision)
 
 
 def of_step(model: ModelConfig, precision: str, tokens: float | None, seconds: float) -> dict[str, float]:

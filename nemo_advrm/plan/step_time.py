@@ -11,6 +11,7 @@ from nemo_advrm.engine.flops import Microbatch, head_flops, layer_flops, trainin
 from nemo_advrm.engine.gpus import GPU, GPUS, GPUS_PER_NODE
 from nemo_advrm.engine.parameters import Sizes, stage_parameters, with_adapters
 from nemo_advrm.plan.activations import boundary_bytes
+from nemo_advrm.plan.efficiency import measured_share
 from nemo_advrm.plan.jobs import Held, Job
 from nemo_advrm.plan.memory import cache_bytes, element_bytes, rank_memory, weight_bytes
 
@@ -64,18 +65,24 @@ class StepTime:
         return self.flops / (self.seconds * job.gpus * peak)
 
 
+def efficiency(job: Job, precision: str) -> float:
+    """Share of the peak in this format: ``plan.efficiency``, or the measured one if that is 0."""
+    return job.cfg.plan.efficiency or measured_share(precision, job.cfg.model.hidden_size)
+
+
 class Clock:
-    """Times of the parts of a job's step, at ``plan.efficiency`` of the GPU's peak."""
+    """Times of the parts of a job's step, at ``plan.efficiency`` of the GPU's peak, or at the measured share of it."""
 
     def __init__(self, job: Job) -> None:
         self.job = job
         self.model = job.cfg.model
         self.gpu: GPU = GPUS[job.cfg.plan.gpu]
-        self.efficiency = job.cfg.plan.efficiency
         precision = job.cfg.precision.name
-        self.rate = self.gpu.peak(precision) * self.efficiency
         # FP8 applies only to the matrices of layers
-        self.other_rate = self.gpu.peak(precision if precision == "fp32" else "bf16") * self.efficiency
+        other = precision if precision == "fp32" else "bf16"
+        self.efficiency = efficiency(job, precision)
+        self.rate = self.gpu.peak(precision) * self.efficiency
+        self.other_rate = self.gpu.peak(other) * efficiency(job, other)
         self.layers = layers_per_stage(self.model)
         self.ranks = self.model.tensor_model_parallel_size * self.model.context_parallel_size
 
@@ -198,7 +205,7 @@ class Clock:
         new = min(cfg.rl.max_new_tokens, model.encoder_seq_length)
         ranks = model.context_parallel_size
         batches = -(-job.rollouts // (job.generated * ranks))
-        bandwidth = self.gpu.bandwidth * 1e12 * self.efficiency
+        bandwidth = self.gpu.bandwidth * 1e12 * efficiency(job, "bf16")
         per_token = 0.0
         for stage in range(len(self.layers)):
             counts = stage_parameters(model, "lm", job.vocab_size, stage)

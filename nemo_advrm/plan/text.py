@@ -10,7 +10,7 @@ from nemo_advrm.engine.gpus import GPUS, GPUS_PER_NODE
 from nemo_advrm.plan.jobs import Job
 from nemo_advrm.plan.memory import GIB, RankMemory, checkpoint_copy_bytes, host_bytes
 from nemo_advrm.plan.search import Candidate, budget
-from nemo_advrm.plan.step_time import StepTime, step_tokens
+from nemo_advrm.plan.step_time import StepTime, efficiency, step_tokens
 
 _COLUMNS = ("weights", "gradients", "optimizer", "frozen", "activations", "head", "cache", "total")
 
@@ -106,9 +106,15 @@ def time_lines(job: Job, time: StepTime) -> list[str]:
         f"step: {time.flops:.3e} FLOPs of the model, {tokens:,} tokens; {time.seconds:.2f} s, "
         f"{tokens / time.seconds:,.0f} tokens/s, MFU {100 * time.utilization(job):.1f} %",
         f"  seconds: {shown}",
-        f"  at plan.efficiency={job.cfg.plan.efficiency:g} of {GPUS[job.cfg.plan.gpu].title}'s peak, "
+        f"  at {_efficiency(job)} of {GPUS[job.cfg.plan.gpu].title}'s peak, "
         "every sequence of full length",
     ]
+
+
+def _efficiency(job: Job) -> str:
+    if job.cfg.plan.efficiency:
+        return f"plan.efficiency={job.cfg.plan.efficiency:g}"
+    return f"{efficiency(job, job.cfg.precision.name):.2f} (measured on one H200 at this width and format)"
 
 
 def _outcome(option: Candidate) -> str:
