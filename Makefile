@@ -25,7 +25,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SHELL_SCRIPTS := slurm/*.sh slurm/*.sbatch slurm/site.sh.example tests/slurm/setup.sh docker/install.sh .ci/run \
-  .ci/find_python
+  .ci/find_python benchmarks/gpu/*.sh
 ALIGNER_VENV ?= .venv-aligner
 ALIGNER_PINS := tests/aligner/requirements.txt tests/aligner/requirements-no-deps.txt
 ALIGNER_STAMP := $(ALIGNER_VENV)/.installed-$(shell cat $(ALIGNER_PINS) | sha256sum | cut -c1-16)

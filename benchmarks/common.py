@@ -1,24 +1,20 @@
-"""Shared parts of the benchmarks: one random Llama for both sides, ragged data, and interleaved timing.
+"""Shared parts of the benchmarks: one random Llama for both sides, ragged data, and their comparison on a CPU.
 
-Each side of a comparison runs in a process of its own, so that peak memory is measured separately. The parent
-alternates between them (ours, peer, ours, peer, ...): only one computes at a time, and drifts affect both.
+The sides take turns (ours, peer, ours, peer, ...), as described in ``sides.py``. The same models and data, larger and
+on a GPU, are those of ``gpu/``.
 """
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import resource
 import statistics
-import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
-from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from sides import Make, SideProcess
 
 if TYPE_CHECKING:
     import torch
@@ -42,15 +38,6 @@ class Llama:
     vocab: int = 512
     context: int = 1024
     eps: float = 1e-5
-
-
-@dataclass(frozen=True)
-class Side:
-    """One side of a comparison: ``check`` returns values that must agree, ``work`` runs one repeat, returns units."""
-
-    check: Callable[[], np.ndarray]
-    work: Callable[[], float]
-    loop: Callable[[], None] | None = None  # a training loop controlled by ``work``, run in the main thread
 
 
 def random_weights(shape: Llama, head: str, seed: int = 0, std: float = 0.02) -> dict[str, torch.Tensor]:
@@ -85,8 +72,9 @@ def random_weights(shape: Llama, head: str, seed: int = 0, std: float = 0.02) ->
     return weights
 
 
-def peer_model(shape: Llama, head: str, weights: dict[str, torch.Tensor]) -> Any:
-    """Build the transformers model with these weights."""
+def peer_model(shape: Llama, head: str, weights: dict[str, torch.Tensor], device: str = "cpu") -> Any:
+    """Build the transformers model with these weights, in fp32."""
+    import torch
     from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
     from transformers.utils import logging
 
@@ -107,17 +95,19 @@ def peer_model(shape: Llama, head: str, weights: dict[str, torch.Tensor]) -> Any
         num_labels=1,
         attn_implementation="sdpa",
     )
-    model = (LlamaForCausalLM if head == "lm" else LlamaForSequenceClassification)(config)
+    with torch.device(device):  # 1.2 B parameters are drawn in a second there
+        model = (LlamaForCausalLM if head == "lm" else LlamaForSequenceClassification)(config)
     model.load_state_dict(weights)
     return model.eval()
 
 
-def our_config(shape: Llama) -> Config:
-    """Return our configuration of the same shape with defaults for everything else."""
+def our_config(shape: Llama, accelerator: str = "cpu") -> Config:
+    """Return our configuration of the same shape with defaults for everything else; bf16 on a GPU."""
     from nemo_advrm.config.schema import Config
 
     cfg = Config()
-    cfg.trainer.accelerator = "cpu"
+    cfg.trainer.accelerator = accelerator
+    cfg.precision.name = "bf16" if accelerator == "gpu" else "fp32"
     model = cfg.model
     model.num_layers, model.hidden_size, model.ffn_hidden_size = shape.layers, shape.hidden, shape.ffn
     model.num_attention_heads, model.num_query_groups = shape.heads, shape.groups
@@ -126,21 +116,37 @@ def our_config(shape: Llama) -> Config:
     return cfg
 
 
-def start_runtime() -> None:
-    """Start our engine in this process, on one thread."""
+def our_facts(cfg: Config) -> dict[str, Any]:
+    """Return what decides our speed, for a result."""
+    import torch
+
+    from nemo_advrm.engine.transformer_engine import is_usable
+    from nemo_advrm.engine.varlen import packs
+
+    on_gpu = cfg.trainer.accelerator == "gpu"
+    return {
+        "device": torch.cuda.get_device_name() if on_gpu else "cpu",
+        "precision": cfg.precision.name,
+        "transformer_engine": is_usable(on_gpu),
+        "packed": packs(cfg.model, torch.bfloat16 if on_gpu else torch.float32, on_gpu),
+    }
+
+
+def start_runtime(accelerator: str = "cpu") -> None:
+    """Start our engine in this process."""
     from nemo_advrm.engine import runtime
     from nemo_advrm.logging_setup import quiet_libraries
 
     quiet_libraries()
-    runtime.start(accelerator="cpu")
+    runtime.start(accelerator=accelerator)
 
 
-def our_model(shape: Llama, head: str, weights: dict[str, torch.Tensor]) -> MegatronModel:
+def our_model(shape: Llama, head: str, weights: dict[str, torch.Tensor], accelerator: str = "cpu") -> MegatronModel:
     """Build our model with these weights, not trainable."""
     from nemo_advrm.engine.model import build_model
 
-    start_runtime()
-    cfg = our_config(shape)
+    start_runtime(accelerator)
+    cfg = our_config(shape, accelerator)
     model = build_model(cfg.model, cfg.precision, head, shape.vocab, seed=0, trainable=False)
     copy_weights(model, weights)
     return model
@@ -160,8 +166,9 @@ def copy_weights(model: MegatronModel, weights: dict[str, torch.Tensor]) -> None
             found = llama.parts(name, shape, model.model_config)
             assert found is not None, name
             transform, theirs = found
-            # without Transformer Engine the norms are layers of their own
-            parameter = name.replace(ATTENTION_NORM, "input_layernorm.").replace(MLP_NORM, "pre_mlp_layernorm.")
+            parameter = name
+            if name not in parameters:  # without Transformer Engine the norms are layers of their own
+                parameter = name.replace(ATTENTION_NORM, "input_layernorm.").replace(MLP_NORM, "pre_mlp_layernorm.")
             parameters.pop(parameter).copy_(transform.merge([weights[part] for part in theirs], model.model_config))
     if parameters:
         raise RuntimeError(f"tensors do not match: {sorted(parameters)}")
@@ -178,39 +185,7 @@ def ragged_sequences(lengths: np.ndarray, rng: np.random.Generator, vocab: int) 
     return [[*rng.integers(FIRST_ID, vocab, size=n - 1).tolist(), EOS_ID] for n in lengths]
 
 
-def peak_mib() -> float:
-    """Return the peak memory of this process in MiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
-def _process(connection: Connection, make: Callable[..., Side], options: Any) -> None:
-    """Run one side in its process: set up, send the check, then run one repeat for every message of the parent."""
-    import torch
-
-    torch.set_num_threads(1)
-    side = make(options)
-    if side.loop is None:
-        _serve(connection, side)
-    else:
-        threading.Thread(target=_serve, args=(connection, side), daemon=True).start()
-        side.loop()
-
-
-def _serve(connection: Connection, side: Side) -> None:
-    try:
-        connection.send((side.check(), peak_mib()))
-        while connection.recv() == "go":
-            started, cpu_started = time.perf_counter(), time.process_time()
-            units = side.work()
-            connection.send((units, time.perf_counter() - started, time.process_time() - cpu_started))
-        connection.send(peak_mib())
-    finally:
-        os._exit(0)  # a training loop in the main thread would wait for its next step forever
-
-
-def compare(
-    title: str, unit: str, sides: dict[str, Callable[..., Side]], options: Any, repeats: int
-) -> dict[str, float]:
+def compare(title: str, unit: str, sides: dict[str, Make], options: Any, repeats: int) -> dict[str, float]:
     """Time the sides in turn; the first is ours. Returns the median units per second of each.
 
     Prints median and range of units per second of wall-clock time, the median per second of CPU time (which excludes
@@ -218,43 +193,36 @@ def compare(
     warm-up. Raises AssertionError when the results of the sides differ by more than TOLERANCE.
     """
     os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1")
-    context = multiprocessing.get_context("spawn")
-    connections, processes, ready = {}, [], {}
+    processes, ready = {}, {}
     for name, make in sides.items():
-        connections[name], theirs = context.Pipe()
-        process = context.Process(target=_process, args=(theirs, make, options), daemon=True)
-        process.start()
-        theirs.close()
-        processes.append(process)
-        ready[name] = connections[name].recv()  # one after the other, because set-up also needs the CPU
+        processes[name] = SideProcess(make, [options])
+        ready[name] = processes[name].ready()  # one after the other, because set-up also needs the CPU
     ours = next(iter(sides))
-    for name, (numbers, _) in ready.items():
-        expected = ready[ours][0]
-        assert numbers.shape == expected.shape, f"{name}: {numbers.shape} numbers, {ours}: {expected.shape}"
-        worst = float(np.abs(numbers - expected).max())
+    for name, side in ready.items():
+        expected = ready[ours].numbers
+        assert side.numbers.shape == expected.shape, f"{name}: {side.numbers.shape} numbers, {ours}: {expected.shape}"
+        worst = float(np.abs(side.numbers - expected).max())
         assert worst <= TOLERANCE, f"{name} and {ours} differ by {worst:.2e}"
         if name != ours:
-            print(f"{title}: {ours} and {name} agree in {numbers.size} numbers (largest difference {worst:.1e})")
+            print(f"{title}: {ours} and {name} agree in {expected.size} numbers (largest difference {worst:.1e})")
     rates: dict[str, list[float]] = {name: [] for name in sides}
     cpu_rates: dict[str, list[float]] = {name: [] for name in sides}
     for repeat in range(repeats + 1):
-        for name, connection in connections.items():
-            connection.send("go")
-            units, seconds, cpu_seconds = connection.recv()
+        for name, process in processes.items():
+            done = process.go()
             if repeat:
-                rates[name].append(units / seconds)
-                cpu_rates[name].append(units / cpu_seconds)
+                rates[name].append(done.units / done.seconds)
+                cpu_rates[name].append(done.units / done.cpu_seconds)
     medians = {name: statistics.median(values) for name, values in rates.items()}
     cpu_medians = {name: statistics.median(values) for name, values in cpu_rates.items()}
     width = max(map(len, sides))
-    for name, connection in connections.items():
-        connection.send("stop")
-        peak = connection.recv()
+    for name, process in processes.items():
+        peak = process.stop()
         low, high = min(rates[name]), max(rates[name])
         print(
             f"  {name:{width}}  {medians[name]:10.1f} {unit}/s  ({low:.1f} to {high:.1f}, {repeats} repeats)  "
             f"{cpu_medians[name]:10.1f} per CPU second  "
-            f"peak {peak:6.0f} MiB, of which {ready[name][1]:.0f} before timing"
+            f"peak {peak:6.0f} MiB, of which {ready[name].peak_mib:.0f} before timing"
         )
     for name in sides:
         if name != ours:
@@ -263,8 +231,6 @@ def compare(
                 f"  {ours} / {name}: {medians[ours] / medians[name]:.2f} of medians, {min(ratios):.2f} to "
                 f"{max(ratios):.2f} by repeat, {cpu_medians[ours] / cpu_medians[name]:.2f} by CPU time"
             )
-    for process in processes:
-        process.join(timeout=20)
     return medians
 
 

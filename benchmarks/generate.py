@@ -10,13 +10,13 @@ from common import (
     FIRST_ID,
     PAD_ID,
     Llama,
-    Side,
     compare,
     describe_machine,
     our_model,
     peer_model,
     random_weights,
 )
+from sides import Side
 
 
 @dataclass(frozen=True)

@@ -2,26 +2,58 @@
 
 Each side has a process of its own: a language model's output layer on random hidden states, forward and backward. The
 result is the peak (of resident memory on a CPU, of allocated memory on a GPU) above that before the pass. The gradients
-of the two sides are compared.
+of the two sides are compared. ``gpu/log_probs_memory.py`` does this at the sizes of real vocabularies.
 """
 
 from __future__ import annotations
 
 import argparse
 import multiprocessing
+import queue
 import resource
+import time
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 
-def measure(options: argparse.Namespace, rows: int, results: Any) -> None:
-    """Put (bytes above the start, sum and norm of the gradient) into the queue; ``rows`` tokens per chunk, 0: all."""
+@dataclass(frozen=True)
+class Options:
+    tokens: int
+    hidden: int
+    vocabulary: int  # this rank's part
+    accelerator: str = "cpu"
+
+    @property
+    def logits_bytes(self) -> int:
+        """Size of one fp32 tensor of all logits."""
+        return self.tokens * self.vocabulary * 4
+
+
+@dataclass(frozen=True)
+class Found:
+    """``taken`` is the peak in bytes above that before the first pass, ``seconds`` the time of the second one."""
+
+    taken: int
+    norm: float
+    seconds: float
+
+
+def measure(options: Options, rows: int, results: Any) -> None:
+    """Put what was Found, or the error as text, into the queue; ``rows`` tokens per chunk, 0: all."""
+    try:
+        results.put(_measured(options, rows))
+    except Exception as error:
+        results.put(f"{type(error).__name__}: {error}")
+
+
+def _measured(options: Options, rows: int) -> Found:
     from nemo_advrm.engine import runtime
     from nemo_advrm.engine.log_probs import DeferredLogits, log_probs
 
-    on_gpu = torch.cuda.is_available()
-    runtime.start(runtime.Layout(), "gpu" if on_gpu else "cpu")
+    runtime.start(runtime.Layout(), options.accelerator)
+    on_gpu = options.accelerator == "gpu"
     device, dtype = ("cuda", torch.bfloat16) if on_gpu else ("cpu", torch.float32)
     torch.manual_seed(0)
     hidden_NH = torch.randn(options.tokens, options.hidden, device=device, dtype=dtype, requires_grad=True)
@@ -33,15 +65,39 @@ def measure(options: argparse.Namespace, rows: int, results: Any) -> None:
 
     def peak() -> int:
         if on_gpu:
+            torch.cuda.synchronize()
             return torch.cuda.max_memory_allocated()
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
+    def one_pass() -> float:
+        hidden_NH.grad = weight.grad = None
+        started = time.perf_counter()
+        logits = DeferredLogits(hidden_NH, logits_of, rows) if rows else logits_of(hidden_NH)
+        log_probs(logits, targets_N).sum().backward()
+        if on_gpu:
+            torch.cuda.synchronize()
+        return time.perf_counter() - started
+
     before = peak()
-    logits = DeferredLogits(hidden_NH, logits_of, rows) if rows else logits_of(hidden_NH)
-    log_probs(logits, targets_N).sum().backward()
+    one_pass()
     taken = peak() - before
+    seconds = one_pass()
     assert hidden_NH.grad is not None
-    results.put((taken, hidden_NH.grad.float().norm().item()))
+    return Found(taken, hidden_NH.grad.float().norm().item(), seconds)
+
+
+def in_process(options: Options, rows: int, timeout: float) -> Found | str:
+    """What :func:`measure` finds in a process of its own, or the error as text."""
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    process = context.Process(target=measure, args=(options, rows, results), daemon=True)
+    process.start()
+    try:
+        return results.get(timeout=timeout)
+    except queue.Empty:
+        return "no answer in time"
+    finally:
+        process.kill()
 
 
 def main() -> None:
@@ -50,18 +106,17 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=128)
     parser.add_argument("--vocabulary", type=int, default=32000, help="this rank's part")
     parser.add_argument("--chunk", type=int, default=512, help="tokens per chunk")
-    options = parser.parse_args()
-    context = multiprocessing.get_context("spawn")
+    arguments = parser.parse_args()
+    accelerator = "gpu" if torch.cuda.is_available() else "cpu"
+    options = Options(arguments.tokens, arguments.hidden, arguments.vocabulary, accelerator)
     norms = []
-    for name, rows in (("at once", 0), (f"chunks of {options.chunk}", options.chunk)):
-        results = context.Queue()
-        process = context.Process(target=measure, args=(options, rows, results))
-        process.start()
-        taken, norm = results.get(timeout=600)
-        process.join()
-        norms.append(norm)
-        one = options.tokens * options.vocabulary * 4
-        print(f"{name}: {taken / 2**20:.0f} MiB, {taken / one:.2f} times the fp32 logits of {one / 2**20:.0f} MiB")
+    for name, rows in (("at once", 0), (f"chunks of {arguments.chunk}", arguments.chunk)):
+        found = in_process(options, rows, timeout=600)
+        if isinstance(found, str):
+            raise SystemExit(f"{name}: {found}")
+        norms.append(found.norm)
+        taken, one = found.taken / 2**20, options.logits_bytes / 2**20
+        print(f"{name}: {taken:.0f} MiB, {taken / one:.2f} times the fp32 logits of {one:.0f} MiB")
     print(f"norm of the hidden states' gradient: {norms[0]:.6g} and {norms[1]:.6g}")
 
 

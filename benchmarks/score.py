@@ -1,4 +1,7 @@
-"""Compares reward-model scoring in sequences/s with transformers' LlamaForSequenceClassification."""
+"""Compares reward-model scoring in sequences/s with transformers' LlamaForSequenceClassification.
+
+``gpu/score_against_transformers.py`` runs the same sides on a GPU.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +12,17 @@ import numpy as np
 from common import (
     PAD_ID,
     Llama,
-    Side,
     compare,
     describe_machine,
+    our_config,
+    our_facts,
     our_model,
     peer_model,
     ragged_lengths,
     ragged_sequences,
     random_weights,
 )
+from sides import Side
 
 
 @dataclass(frozen=True)
@@ -25,6 +30,7 @@ class Options:
     sequences: int
     batch: int
     shape: Llama
+    accelerator: str = "cpu"
 
 
 def data(options: Options) -> list[list[int]]:
@@ -37,20 +43,22 @@ def ours(options: Options) -> Side:
     from nemo_advrm.engine.scoring import score_sequences
 
     sequences = data(options)
-    model = our_model(options.shape, "reward", random_weights(options.shape, "reward"))
+    model = our_model(options.shape, "reward", random_weights(options.shape, "reward"), options.accelerator)
 
     def work() -> float:
         score_sequences(model, sequences, PAD_ID)
         return len(sequences)
 
-    return Side(lambda: score_sequences(model, sequences, PAD_ID).numpy(), work)
+    facts = our_facts(our_config(options.shape, options.accelerator))
+    return Side(lambda: score_sequences(model, sequences, PAD_ID).numpy(), work, facts=facts)
 
 
 def _peer(options: Options, by_length: bool) -> Side:
     import torch
 
     sequences = data(options)
-    model = peer_model(options.shape, "reward", random_weights(options.shape, "reward"))
+    device, dtype = ("cuda", torch.bfloat16) if options.accelerator == "gpu" else ("cpu", torch.float32)
+    model = peer_model(options.shape, "reward", random_weights(options.shape, "reward"), device).to(dtype)
     order = list(range(len(sequences)))
     if by_length:
         order.sort(key=lambda i: -len(sequences[i]))
@@ -66,7 +74,8 @@ def _peer(options: Options, by_length: bool) -> Side:
             for row, i in enumerate(rows):
                 tokens[row, : len(sequences[i])] = torch.tensor(sequences[i])
                 mask[row, : len(sequences[i])] = 1
-            scores[rows] = model(input_ids=tokens, attention_mask=mask).logits[:, 0].numpy()
+            logits = model(input_ids=tokens.to(device), attention_mask=mask.to(device)).logits
+            scores[rows] = logits[:, 0].float().cpu().numpy()
         return scores
 
     def work() -> float:
@@ -85,7 +94,7 @@ def peer_by_length(options: Options) -> Side:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sequences", type=int, default=64)
     parser.add_argument("--batch", type=int, default=32, help="rows per batch in transformers")
     parser.add_argument("--repeats", type=int, default=5)
