@@ -140,6 +140,7 @@ class ConvertConfig:
         "from=peft: checkpoint of this package that the adapters belong to; to=peft: the Hugging Face model that "
         "adapter_config.json names, empty takes the one that the base was converted from",
     )
+    average: list[str] = key([], "instead of path: fine-tunings of one model, whose weights are averaged (WARM)")
     to: str = key("", "format to write", choices=FORMATS)
     out: str = key("", "where to write; must not exist")
     dtype: str = key("", "number format to write; empty keeps the source's", choices=("", "fp32", "bf16", "fp16"))

@@ -34,13 +34,24 @@ def check_settings(cfg: ConvertConfig) -> None:
     for key, value in (("from", cfg.from_), ("to", cfg.to)):
         if not value:
             raise ConfigError(f"{key} is not set: {key}={' | '.join(filter(None, FORMATS))}")
-    for key, value in (("path", cfg.path), ("out", cfg.out)):
+    if cfg.average:
+        _check_average(cfg)
+    for key, value in (("path", cfg.path or cfg.average), ("out", cfg.out)):
         if not value and not (key == "out" and cfg.dry_run):
             raise ConfigError(f"{key} is not set")
     if not _is_size(cfg.max_shard_size):
         raise ConfigError(f"max_shard_size={cfg.max_shard_size}: not a size such as 5GB or 500MB")
     if cfg.tokenizer and not Path(cfg.tokenizer).exists():
         raise ConfigError(f"tokenizer={cfg.tokenizer}: there is no such file or directory")
+
+
+def _check_average(cfg: ConvertConfig) -> None:
+    if cfg.path:
+        raise ConfigError("path and average are both set: average names all checkpoints whose weights are averaged")
+    if len(cfg.average) < 2:
+        raise ConfigError(f"average=[{cfg.average[0]}]: an average needs at least 2 checkpoints")
+    if "bridge" in (cfg.from_, cfg.to):
+        raise ConfigError("average is not possible with bridge: average to another format, then convert the result")
 
 
 def _is_size(text: str) -> bool:
@@ -53,7 +64,14 @@ def _is_size(text: str) -> bool:
 
 
 def open_source(cfg: ConvertConfig) -> TensorSource:
-    """Open the checkpoint ``path`` in the format ``from``. Raises CheckpointError when it cannot be converted."""
+    """Open the checkpoint ``path`` in the format ``from``, or the average of those in ``average``.
+
+    Raises CheckpointError when it cannot be converted.
+    """
+    if cfg.average:
+        from nemo_advrm.convert.average import AverageSource
+
+        return AverageSource([open_source(replace(cfg, path=path, average=[])) for path in cfg.average])
     path, tokenizer = Path(cfg.path), Path(cfg.tokenizer) if cfg.tokenizer else None
     if cfg.from_ == "hf":
         from nemo_advrm.convert.hf_source import HFSource
@@ -75,7 +93,7 @@ def open_source(cfg: ConvertConfig) -> TensorSource:
 
 def _open_sink(cfg: ConvertConfig, source: TensorSource, specs: dict[str, TensorSpec]) -> TensorSink:
     """Return the writer of ``out`` in the format ``to``; checks everything and writes nothing."""
-    out = Path(cfg.out or f"{cfg.path}.{cfg.to}")
+    out = Path(cfg.out or f"{source.path}.{cfg.to}")
     if out.absolute() == source.path.absolute():
         raise CheckpointError(f"{out}: is also the checkpoint to convert")
     if cfg.to == "hf":
@@ -170,7 +188,7 @@ def _card_facts(cfg: ConvertConfig) -> dict[str, Any]:
     """Return facts on the training for the model card, from the file ``card`` or from the checkpoint's run."""
     if cfg.card:
         return read_json_object(Path(cfg.card), ConfigError, f"card={cfg.card}")
-    if cfg.from_ != "megatron":
+    if cfg.from_ != "megatron" or cfg.average:  # what a member's run measured of it does not hold for an average
         return {}
     path = Path(cfg.path).absolute()
     return _config_facts(path.parent / "config.yaml") | _round_facts(path)
