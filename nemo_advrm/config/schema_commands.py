@@ -134,7 +134,7 @@ class ConvertConfig:
     """Settings of ``nemo-advrm convert``, which reads no configuration files; the last underscore is not typed."""
 
     from_: str = key("", "format of the source", choices=FORMATS)
-    path: str = key("", "checkpoint directory, .gguf file or .nemo file to convert")
+    path: str = key("", "checkpoint directory (DIR?head=2: one of its members), .gguf or .nemo file")
     base: str = key(
         "",
         "from=peft: checkpoint of this package that the adapters belong to; to=peft: the Hugging Face model that "

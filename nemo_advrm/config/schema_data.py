@@ -93,11 +93,17 @@ class EnsembleConfig:
     """K reward models that differ by seed, data order and head initialisation."""
 
     size: int = key(2, "reward models", COUNT)
+    share: str = key(
+        "none",
+        "what the members share (docs/scale.md)",
+        choices={"none": "each is a model of its own", "trunk": "size heads on one trunk, trained together"},
+    )
     bootstrap: bool = key(False, "each member trains on its own bootstrap sample")
     own_trunk: bool = key(False, "with pipeline.sft: each member starts from an SFT policy of its own, RLHF from R_1's")
     members: list[str] = key(
         [],
-        "reward sources, R_1 first: DIR, hf:DIR, nemo:FILE, DIR?attributes=W1,W2, DIR?reference_features=off, "
+        "reward sources, R_1 first: DIR, hf:DIR, nemo:FILE, DIR?attributes=W1,W2, DIR?head=2, "
+        "DIR?reference_features=off, "
         "http://HOST:PORT, triton+http://HOST:PORT/MODEL, python:MODULE:FUNCTION, openai:URL#MODEL, human:FILE.csv",
     )
     aggregate: str = key("mean", "how members' rewards become one", choices=AGGREGATES)

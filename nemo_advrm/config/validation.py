@@ -61,6 +61,19 @@ def _check_features(cfg: Config) -> None:
         raise ConfigError("reward_model.loss=regression: reference_features are weighed on pairs, against one score")
 
 
+def _check_share(cfg: Config) -> None:
+    """Raise ConfigError for what heads on one trunk cannot have."""
+    if cfg.ensemble.share == "none":
+        return
+    key = f"ensemble.share={cfg.ensemble.share}"
+    if cfg.ensemble.own_trunk:
+        raise ConfigError(f"{key}: ensemble.own_trunk=true gives each member a trunk of its own")
+    if cfg.reward_model.loss == "regression":
+        raise ConfigError(f"{key}: each member has one output, reward_model.loss=regression has one for each label")
+    if cfg.reward_model.reference_features:
+        raise ConfigError(f"{key}: reward_model.reference_features are not fitted to heads of one trunk; set it to []")
+
+
 def _check_augmentation(cfg: Config) -> None:
     if cfg.augmentation.method == "rrm" and cfg.reward_model.loss == "regression":
         raise ConfigError("reward_model.loss=regression: the pairs of augmentation.method=rrm have no labels to learn")
@@ -143,6 +156,7 @@ def check_values(cfg: Config) -> None:
     _check_architecture(cfg.model)
     _check_adapters(cfg.model)
     _check_features(cfg)
+    _check_share(cfg)
     _check_augmentation(cfg)
     _check_scoring_deadline(cfg)
     check_judge(cfg.judge)

@@ -25,7 +25,9 @@ from nemo_advrm.errors import CheckpointError, ConfigError, DataError
 from nemo_advrm.untrusted_files import read_json_object, read_yaml
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_MEMBER = re.compile(r"/round_(\d+)/rm_(\d+)/model$")  # path of a reward model in a pipeline's run directory
+# path of a reward model in a pipeline's run directory: of its own, or a head of the trunk of all
+_MEMBER = re.compile(r"/round_(\d+)/(?:rm_(\d+)/model|rm/model\?head=(\d+))$")
+_HEAD = re.compile(r"(.+)\?head=([1-9][0-9]{0,8})", re.DOTALL)
 
 
 def check_settings(cfg: ConvertConfig) -> None:
@@ -36,7 +38,7 @@ def check_settings(cfg: ConvertConfig) -> None:
             raise ConfigError(f"{key} is not set: {key}={' | '.join(filter(None, FORMATS))}")
     if cfg.average:
         _check_average(cfg)
-    for key, value in (("path", cfg.path or cfg.average), ("out", cfg.out)):
+    for key, value in (("path", cfg.path or ",".join(cfg.average)), ("out", cfg.out)):
         if not value and not (key == "out" and cfg.dry_run):
             raise ConfigError(f"{key} is not set")
     if not _is_size(cfg.max_shard_size):
@@ -80,8 +82,10 @@ def open_source(cfg: ConvertConfig) -> TensorSource:
     if cfg.from_ == "megatron":
         from nemo_advrm.convert.megatron_checkpoint import MegatronSource
 
+        found = None if path.exists() else _HEAD.fullmatch(cfg.path)
+        path, head = (path, 0) if found is None else (Path(found[1]), int(found[2]))
         refuse_features(path, cfg.drop_reference_features)
-        return MegatronSource(path, tokenizer)
+        return MegatronSource(path, tokenizer, head)
     if cfg.from_ == "bridge":
         from nemo_advrm.convert.bridge_checkpoint import BridgeSource
 
@@ -195,11 +199,14 @@ def _card_facts(cfg: ConvertConfig) -> dict[str, Any]:
 
 
 def _round_facts(path: Path) -> dict[str, Any]:
-    """Return facts on ``RUN/round_N/rm_K/model``: from RUN's configuration, N, and member K's SFT score statistics."""
+    """Return facts on ``RUN/round_N/rm_K/model`` or ``RUN/round_N/rm/model?head=K``.
+
+    They are from RUN's configuration, N, and member K's SFT score statistics.
+    """
     found = _MEMBER.search(path.as_posix())
     if found is None:
         return {}
-    directory, member = path.parent.parent, int(found[2]) - 1
+    directory, member = path.parent.parent, int(found[2] or found[3]) - 1
     facts: dict[str, Any] = {**_config_facts(directory.parent / "config.yaml"), "rounds": int(found[1])}
     file = directory / "reference.jsonl"
     if not file.exists():
@@ -209,7 +216,7 @@ def _round_facts(path: Path) -> dict[str, Any]:
 
     scores_PNK = SFTScores.read(file).scores_PNK.double()
     if not 0 <= member < scores_PNK.size(2):
-        raise CheckpointError(f"{file}: has scores for {scores_PNK.size(2)} members, not for rm_{member + 1}")
+        raise CheckpointError(f"{file}: has scores for {scores_PNK.size(2)} members, not for member {member + 1}")
     scores_PN = scores_PNK[:, :, member]
     facts["reference_mean"] = scores_PN.mean().item()
     if scores_PN.size(1) > 1:

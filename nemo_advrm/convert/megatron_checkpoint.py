@@ -37,21 +37,25 @@ class MegatronSource(StackedSource):
 
     Adapters are merged into the checkpoint below them.
 
+    Args:
+        head: of a checkpoint with several members on one trunk, the one to read, from 1; 0: there is one.
+
     Raises CheckpointError when it is incomplete, a file size differs from its manifest (if it has one), or its tensors
-    do not match its description.
+    do not match its description; and when it has other members than ``head`` says.
     """
 
-    def __init__(self, path: Path, tokenizer: Path | None = None) -> None:
+    def __init__(self, path: Path, tokenizer: Path | None = None, head: int = 0) -> None:
         self.path = path
         meta = read_meta(path)
         stack = chain(path, meta, manifest.digest)
         for place, _ in stack:
             check_files(place)
-        model, head = read_model(meta, path), meta["head"]
+        self._member = _member(path, meta, head)
+        model, kind = read_model(meta, path), meta["head"]
         *adapters, (whole, below) = stack
         self._reader: Reader = StackedReader(whole / WEIGHTS, open_metadata(whole / WEIGHTS))
         for place, described in reversed(adapters):
-            self._reader = MergedReader(self._reader, AdapterReader(place, described), below["head"] == head)
+            self._reader = MergedReader(self._reader, AdapterReader(place, described), below["head"] == kind)
             below = described
         named = tokenizer or _tokenizer_of(path, meta)
         rule = rule_from_meta(meta, path)
@@ -59,22 +63,27 @@ class MegatronSource(StackedSource):
         if own is not None and tokenizer is None and meta.get("tokenizer") not in (None, own.fingerprint):
             raise CheckpointError(f"{path}: the tokenizer {own.name} has changed since training: set tokenizer=DIR")
         vocabulary = model.vocab_size or _vocabulary_of(path, meta, model, own)
-        check_tensors(path, self._reader.specs, model, head, meta["vocab_size"])
+        check_tensors(path, self._reader.specs, model, kind, meta["vocab_size"])
         model = replace(model, vocab_size=vocabulary)
-        self.specs = self._specs(model, head, head_outputs(self._reader.specs))
+        outputs = head_outputs(self._reader.specs) if self._member is None else 1
+        self.specs = self._specs(model, kind, outputs)
         self.description = Description(
             model=model,
-            head=head,
+            head=kind,
             tokenizer=named,
             hf_config=_hf_config_of(path, named),
             rule=rule,
             provenance={
                 **meta.get("conversion", {}),
                 **{k: v for k, v in meta.items() if k not in (*FIELDS, KEY)},
-                "converted_from": f"megatron:{path}",
+                "converted_from": f"megatron:{path}{f'?head={head}' if head else ''}",
                 **({"base_model": str(stack[1][0])} if adapters else {}),
             },
         )
+
+    def read(self, name: str) -> Tensor:
+        tensor = super().read(name)
+        return tensor[self._member] if self._member is not None and name.startswith("head.") else tensor
 
 
 class MegatronSink(TensorSink):
@@ -136,6 +145,18 @@ class MegatronSink(TensorSink):
         names = ["meta.json", *(f"{WEIGHTS}/{name}" for name in manifest.names_in(partial / WEIGHTS))]
         manifest.write(partial, manifest.describe(partial, names))
         return partial
+
+
+def _member(path: Path, meta: dict[str, Any], head: int) -> slice | None:
+    """Return the row of the head that is one of several members; None for a checkpoint of one model."""
+    heads = meta.get("heads", 1)
+    if not head and heads > 1:
+        raise CheckpointError(
+            f"{path}: holds {heads} members on one trunk: name the one to convert, as in '{path}?head=1'"
+        )
+    if head > heads:
+        raise CheckpointError(f"{path}: there is no head {head}, the checkpoint holds {heads}")
+    return slice(head - 1, head) if heads > 1 else None
 
 
 def _write_model_file(model: ModelConfig, path: Path) -> None:

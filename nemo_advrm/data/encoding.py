@@ -18,6 +18,7 @@ class EncodedPair:
 
     The first `prompt_length` tokens of both are equal. A conversation whose answer was cut off by a length limit ends
     with the last token of that answer. `tied` is that of the pair, `row` the pair before encoding.
+    `head_weights` are its weights for the members that share one trunk; () means 1 for each of them.
     """
 
     chosen: list[int]
@@ -30,6 +31,7 @@ class EncodedPair:
     rejected_labels: tuple[float, ...] | None = None
     tied: bool = False
     row: PreferencePair | None = field(default=None, repr=False, compare=False)
+    head_weights: tuple[float, ...] = ()
 
     @property
     def length(self) -> int:

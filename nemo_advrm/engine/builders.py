@@ -41,15 +41,16 @@ def build_critic(cfg: Config, tokenizer: Tokenizer, restore_from: str, seed: int
 
 
 def build_reward_model(
-    cfg: Config, tokenizer: Tokenizer, restore_from: str, seed: int, trainable: bool
+    cfg: Config, tokenizer: Tokenizer, restore_from: str, seed: int, trainable: bool, heads: int = 1
 ) -> MegatronModel:
     """A reward model with the weights of ``restore_from`` (see :class:`RewardModel`).
 
-    A model that is not trained must find its head in the checkpoint: CheckpointError for a language model's, and for a
-    tokenizer with ids beyond the embedding.
+    ``heads`` above 1 are the members of an ensemble on one trunk. A model that is not trained must find its head in the
+    checkpoint: CheckpointError for a language model's, and for a tokenizer with ids beyond the embedding.
     """
     options = cfg.reward_model
-    head = {"head_outputs": head_outputs(options), "head_init_std": options.head_init_std}
+    outputs = heads if heads > 1 else head_outputs(options)
+    head = {"head_outputs": outputs, "head_init_std": options.head_init_std, "heads": heads}
     return _build(cfg, "reward", tokenizer, restore_from, seed, trainable, **head)
 
 

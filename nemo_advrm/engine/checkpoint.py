@@ -55,6 +55,8 @@ def _meta(model: MegatronModel, extra: dict[str, Any]) -> dict[str, Any]:
     own: dict[str, Any] = {"head": model.head, "head_outputs": model.head_outputs, "vocab_size": model.vocab_size}
     if model.base is not None:
         own["base"] = asdict(model.base)
+    if model.heads > 1:
+        own["heads"] = model.heads
     return {"format": FORMAT, **own, "model": asdict(model.model_config), **extra}
 
 
@@ -263,6 +265,11 @@ def load(
     if meta["head"] != model.head and not new_head:
         raise CheckpointError(
             f"{path}: holds a model with the head {meta['head']!r}, but one with {model.head!r} is wanted"
+        )
+    if not new_head and meta.get("heads", 1) != model.heads:
+        raise CheckpointError(
+            f"{path}: holds {meta.get('heads', 1)} members on its trunk, but {model.heads} are wanted (ensemble.share, "
+            "ensemble.size)"
         )
     if optimizer is not None:
         _check_continues(path, meta, model)

@@ -16,6 +16,7 @@ FIELDS: dict[str, tuple[type, ...]] = {
     "format": (int,),
     "head": (str,),
     "head_outputs": (int,),
+    "heads": (int,),
     "vocab_size": (int,),
     "model": (dict,),
     "tokenizer": (str, type(None)),
@@ -40,9 +41,11 @@ def check_description(meta: dict[str, Any], source: str) -> None:
             raise CheckpointError(f"{source}: {key} is {_shown(meta[key])}, {_NAMES[types[0]]} was expected")
     if meta.get("head", "lm") not in _HEADS:
         raise CheckpointError(f"{source}: head is {_shown(meta['head'])}, not one of {', '.join(_HEADS)}")
-    for key in ("head_outputs", "vocab_size"):
+    for key in ("head_outputs", "heads", "vocab_size"):
         if key in meta and not 0 < meta[key] < _MOST:
             raise CheckpointError(f"{source}: {key} is {_shown(meta[key])}, which no model has")
+    if meta.get("heads", 1) not in (1, meta.get("head_outputs", 1)):
+        raise CheckpointError(f"{source}: heads is {_shown(meta['heads'])}, head_outputs is another number")
     base = meta.get("base")
     if base is not None and not all(isinstance(base.get(key), str) for key in ("path", "digest")):
         raise CheckpointError(f"{source}: base is {_shown(base)}, path and digest of a checkpoint were expected")

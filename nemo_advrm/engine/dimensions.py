@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from nemo_advrm.config.schema import ModelConfig, RewardModelConfig
+from nemo_advrm.config.schema import EnsembleConfig, ModelConfig, RewardModelConfig
 from nemo_advrm.objectives.losses import reads_labels
 
 Head = Literal["lm", "reward", "value"]
@@ -46,6 +46,11 @@ def padded_vocab_size(model: ModelConfig, tokenizer_size: int) -> int:
     if unit % model.tensor_model_parallel_size:
         unit *= model.tensor_model_parallel_size
     return -(-wanted // unit) * unit
+
+
+def trunk_heads(options: EnsembleConfig) -> int:
+    """Members that one reward model holds as heads of its trunk."""
+    return options.size if options.share == "trunk" else 1
 
 
 def head_outputs(options: RewardModelConfig) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -36,6 +37,13 @@ class ScalarHead(nn.Module):
         self.weight = nn.Parameter(torch.empty(outputs, hidden_size, dtype=torch.float32))
         self.bias = nn.Parameter(torch.zeros(outputs, dtype=torch.float32)) if bias else None
         nn.init.normal_(self.weight, std=init_std)
+
+    @torch.no_grad()
+    def draw(self, seeds: Sequence[int], init_std: float) -> None:
+        """Draw the weights of each output from its own seed: those of an output do not depend on how many there are."""
+        for row_H, seed in zip(self.weight, seeds, strict=True):
+            generator = torch.Generator("cpu").manual_seed(seed)  # the same numbers on every kind of device
+            row_H.copy_(init_std * torch.randn(row_H.numel(), generator=generator, device="cpu"))
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[..., hidden] in any dtype -> [..., outputs] in fp32."""

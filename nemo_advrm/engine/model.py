@@ -18,6 +18,7 @@ from nemo_advrm.engine.dimensions import Head, padded_vocab_size
 from nemo_advrm.engine.gpt import HeadedGPT
 from nemo_advrm.engine.offload import Parked
 from nemo_advrm.engine.transformer import transformer_config
+from nemo_advrm.seeds import derive_seed
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class MegatronModel:
     Attributes:
         chunks: modules that the schedules call, wrapped by Megatron's DDP if the model is trained.
         parts: the unwrapped :class:`HeadedGPT` of each chunk.
+        heads: members of an ensemble whose scores the outputs of the head are, one each; 1: one model, of any outputs.
         packs: whether its microbatches are packed rows.
         microbatch_cost: fixed cost of a microbatch, in tokens that could be computed instead;
             :mod:`nemo_advrm.engine.microbatch_cost` measures it on a GPU.
@@ -56,6 +58,7 @@ class MegatronModel:
     packs: bool
     microbatch_cost: int
     head_outputs: int = 1
+    heads: int = 1
     base: Base | None = None
     parked: Parked | None = None
     gathered: bool = True
@@ -140,12 +143,15 @@ def build_model(
     banned_token_ids: tuple[int, ...] = (),
     head_outputs: int = 1,
     head_init_std: float = 0.02,
+    heads: int = 1,
 ) -> MegatronModel:
     """Build this rank's part of a model with weights drawn from ``seed``.
 
     A model that is not trainable has no gradient buffers and is in eval mode. A language model gives
-    ``banned_token_ids`` no probability.
+    ``banned_token_ids`` no probability. ``heads`` above 1 are the members of an ensemble on one trunk; each is drawn
+    from a seed of its own.
     """
+    assert heads in (1, head_outputs)
     runtime.need_megatron()
     rt = runtime.current()
     config = transformer_config(model, precision, rt.on_gpu)
@@ -171,6 +177,8 @@ def build_model(
     ]
     for part in parts:
         _move_to_device(part, config, rt)
+        if heads > 1 and part.post_process:
+            part.head.draw([derive_seed(seed, "head", k) for k in range(1, heads + 1)], head_init_std)
     chunks_to_call: list[Any] = list(parts)
     if trainable:
         chunks_to_call = _wrap_all(parts, config, model)
@@ -183,7 +191,7 @@ def build_model(
         parked = Parked([parameter for part in parts for parameter in part.parameters()], rt.device)
     packs, cost = varlen.packs(model, config.params_dtype, rt.on_gpu), microbatch_cost(rt.device)
     return MegatronModel(
-        chunks_to_call, parts, config, model, head, vocab_size, packs, cost, head_outputs, parked=parked
+        chunks_to_call, parts, config, model, head, vocab_size, packs, cost, head_outputs, heads, parked=parked
     )
 
 

@@ -64,7 +64,8 @@ class RewardModel(TrainableModel):
         self.mix: MixRows | None = None
         self.on_top: MoreRows | None = None
         self._check_rows()
-        self.model = build_reward_model(cfg, tokenizer, restore_from, derive_seed(seed, "weights"), trainable=True)
+        own_seed = derive_seed(seed, "weights")
+        self.model = build_reward_model(cfg, tokenizer, restore_from, own_seed, trainable=True, heads=self._heads(cfg))
         self.optimizer = MegatronOptimizer(self.model, cfg.model.optim, cfg.trainer.gradient_clip_val)
         self._validation: list[Sums] = []
 
@@ -100,6 +101,10 @@ class RewardModel(TrainableModel):
             "learning_rate": lr,
             "tokens": float(tokens),
         }
+
+    def _heads(self, cfg: Config) -> int:
+        """Members of an ensemble that the model holds."""
+        return 1
 
     def _check_rows(self) -> None:
         """Raise ConfigError when the loss needs margins or labels that the rows do not have."""
@@ -146,33 +151,49 @@ class RewardModel(TrainableModel):
         return [pair_microbatch(self.model, [rows[i] for i in group], pad_id, loss) for group in groups]
 
     def _loss(self, output: Tensor, microbatch: Microbatch) -> tuple[Tensor, int, Sums]:
-        options = self.config.reward_model
         chosen_BA, rejected_BA = output.chunk(2)
-        count = chosen_BA.size(0)
-        of_labels = PREFERENCE_LOSSES[options.loss].of_labels
+        of_labels = PREFERENCE_LOSSES[self.config.reward_model.loss].of_labels
         if of_labels is not None:
             losses_B = of_labels(chosen_BA, microbatch.extra["chosen_labels"])
             losses_B = (losses_B + of_labels(rejected_BA, microbatch.extra["rejected_labels"])) / 2
         else:
-            losses_B = preference_loss(
-                options.loss,
-                chosen_BA[:, 0],
-                rejected_BA[:, 0],
-                microbatch.extra["margin"],
-                options.centering_coefficient,
-                options.score_l2_coefficient,
-                microbatch.extra.get("tied"),
-            )
-        chosen_B, rejected_B = chosen_BA.detach().mean(-1), rejected_BA.detach().mean(-1)
-        right_B, margin_B, preferred = right_of_pairs(chosen_B, rejected_B), chosen_B - rejected_B, count
-        if "tied" in microbatch.extra:  # a tie has no preferred side to be right about
-            kept_N = microbatch.extra["untied_N"]
-            right_B, margin_B, preferred = right_B[kept_N], margin_B[kept_N], kept_N.numel()
-        sums: Sums = {"accuracy": (right_B.sum(), preferred), "margin": (margin_B.sum(), preferred)}
-        for name, scores_B in (("chosen", chosen_B), ("rejected", rejected_B)):
-            sums[f"{name}_mean"] = (scores_B.sum(), count)
-            sums[f"{name}_square"] = (scores_B.square().sum(), count)
-        return (losses_B * microbatch.extra["weight"]).sum(), count, sums
+            losses_B = self._pair_losses(chosen_BA[:, 0], rejected_BA[:, 0], microbatch)
+        sums = pair_sums(chosen_BA.detach().mean(-1), rejected_BA.detach().mean(-1), microbatch.extra.get("tied"))
+        return (losses_B * microbatch.extra["weight"]).sum(), chosen_BA.size(0), sums
+
+    def _pair_losses(self, chosen_B: Tensor, rejected_B: Tensor, microbatch: Microbatch) -> Tensor:
+        options = self.config.reward_model
+        return preference_loss(
+            options.loss,
+            chosen_B,
+            rejected_B,
+            microbatch.extra["margin"],
+            options.centering_coefficient,
+            options.score_l2_coefficient,
+            microbatch.extra.get("tied"),
+        )
+
+
+def pair_sums(
+    chosen_B: Tensor, rejected_B: Tensor, tied_B: Tensor | None = None, counted_B: Tensor | None = None
+) -> Sums:
+    """Accuracy, margin, and mean and mean square of the scores of both sides, over the pairs in ``counted_B`` (None:
+    all). A tie has no preferred side to be right about."""
+
+    def mean_over(values_B: Tensor, kept_B: Tensor | None) -> tuple[Tensor, Tensor | int]:
+        if kept_B is None:
+            return values_B.sum(), len(values_B)
+        return torch.where(kept_B, values_B, 0.0).sum(), kept_B.sum()
+
+    preferred_B = counted_B if tied_B is None else ~tied_B if counted_B is None else counted_B & ~tied_B
+    sums: Sums = {
+        "accuracy": mean_over(right_of_pairs(chosen_B, rejected_B), preferred_B),
+        "margin": mean_over(chosen_B - rejected_B, preferred_B),
+    }
+    for name, scores_B in (("chosen", chosen_B), ("rejected", rejected_B)):
+        sums[f"{name}_mean"] = mean_over(scores_B, counted_B)
+        sums[f"{name}_square"] = mean_over(scores_B.square(), counted_B)
+    return sums
 
 
 def pair_microbatch(model: MegatronModel, rows: list[EncodedPair], pad_id: int, loss: str) -> Microbatch:
@@ -190,8 +211,9 @@ def pair_microbatch(model: MegatronModel, rows: list[EncodedPair], pad_id: int, 
     }
     if any(r.tied for r in rows):
         extra["tied"] = torch.tensor([r.tied for r in rows], device=device)
-        untied = [i for i, r in enumerate(rows) if not r.tied]  # places, as a mask's number is known on the device only
-        extra["untied_N"] = torch.tensor(untied, dtype=torch.int64, device=device)
+    if any(r.head_weights for r in rows):
+        every = (1.0,) * model.heads
+        extra["head_weights"] = torch.tensor([r.head_weights or every for r in rows], device=device)
     if reads_labels(loss):
         extra["chosen_labels"] = torch.tensor([r.chosen_labels for r in rows], device=device)
         extra["rejected_labels"] = torch.tensor([r.rejected_labels for r in rows], device=device)

@@ -45,12 +45,21 @@ def attack_home(cfg: Config, branch: str, number: int) -> str:
 def member_step(cfg: Config, branch: str, number: int, member: int) -> str:
     """Returns the name of the step that trains a member of a round, which is also its directory."""
     own = number > 0 or (member > 1 and _own_members(cfg, all_branches(cfg)[branch]))
-    return f"{home(branch if own else MAIN, number)}/rm_{member}"
+    name = "rm" if cfg.ensemble.share == "trunk" else f"rm_{member}"
+    return f"{home(branch if own else MAIN, number)}/{name}"
 
 
 def member_steps(cfg: Config, branch: str, number: int) -> tuple[str, ...]:
-    """Returns the names of the steps that train all members of a round, R_1 first."""
-    return tuple(member_step(cfg, branch, number, k) for k in range(1, cfg.ensemble.size + 1))
+    """Returns the names of the steps that train all members of a round, R_1 first; one step trains those of a trunk."""
+    return tuple(dict.fromkeys(member_step(cfg, branch, number, k) for k in range(1, cfg.ensemble.size + 1)))
+
+
+def member_models(cfg: Config, branch: str, number: int) -> list[str]:
+    """Returns the members of a round as ``ensemble.members`` names them, relative to the run directory; R_1 first."""
+    models = [f"{member_step(cfg, branch, number, k)}/model" for k in range(1, cfg.ensemble.size + 1)]
+    if cfg.ensemble.share != "trunk":
+        return models
+    return [f"{model}?head={k}" for k, model in enumerate(models, 1)]
 
 
 def trunk_step(cfg: Config, branch: str, member: int) -> str:
@@ -130,6 +139,9 @@ def check(cfg: Config) -> None:
             raise ConfigError(f"{key}: the name of a branch may have letters, digits, _ . and -")
         if options.own_trunk and not cfg.pipeline.sft:
             raise ConfigError(f"{key}.own_trunk=true: needs pipeline.sft=true, which trains the SFT policies")
+        if cfg.ensemble.share == "trunk" and (options.own_trunk or options.pairs == "rrm"):
+            setting = "own_trunk=true" if options.own_trunk else "pairs=rrm"
+            raise ConfigError(f"{key}.{setting}: is not possible for members on one trunk (ensemble.share=trunk)")
         if options.pairs == "rrm" and cfg.reward_model.loss == "regression":
             raise ConfigError(f"{key}.pairs=rrm: its pairs have no labels, which reward_model.loss=regression learns")
         if options.pairs == "random" and options.rounds > cfg.pipeline.rounds:

@@ -45,7 +45,7 @@ class Step:
     kind: str
     after: tuple[str, ...] = ()
     round: int = 0
-    member: int = 0  # train_rm and sft: the member, from 1
+    member: int = 0  # train_rm and sft: the member, from 1; train_rm of a shared trunk trains all members
     branch: str = MAIN  # a name of pipeline.branches
     adversary: tuple[int, int] = (0, 0)  # attack: the target, from 1, and the adversary's number, from 0
     arm: str = ""  # rlhf, best_of_n and room: a name of pipeline.rlhf

@@ -64,6 +64,7 @@ from nemo_advrm.seeds import derive_seed
 from nemo_advrm.training.reward_model_training import bootstrap, keep_back, train_reward_model, warm
 from nemo_advrm.training.rlhf_training import run_rlhf
 from nemo_advrm.training.sft_training import train_sft
+from nemo_advrm.training.shared_trunk_rows import rows_of_heads
 
 
 class Rounds:
@@ -123,15 +124,20 @@ class Rounds:
             run_on_rank_zero(write_jsonl_atomic, home / f"train_{k}.jsonl", rows)
 
     def _train_member(self, step: Step) -> None:
-        """Trains a member on its preference pairs and the adversarial pairs of all rounds before.
+        """Trains a member, or all members of a trunk, on their preference pairs and the adversarial ones of the rounds
+        before.
 
         Its seed is the same in all rounds and branches, so that they differ in their adversarial pairs only.
         """
         cfg = for_stage(self.cfg, "train_rm")
         seed = derive_seed(self.cfg.seed, "rm", step.member)
         cfg.reward_model.feature_policy = cfg.reward_model.feature_policy or self._policy_path
-        data = self.inputs.preferences(step.member)
-        data = bootstrap(data, derive_seed(seed, "bootstrap")) if cfg.ensemble.bootstrap else keep_back(cfg, data)
+        if cfg.ensemble.share == "trunk":
+            parts = [self.inputs.preferences(k) for k in range(1, cfg.ensemble.size + 1)]
+            data = rows_of_heads(parts, self.cfg.seed, cfg.ensemble.bootstrap)
+        else:
+            data = self.inputs.preferences(step.member)
+            data = bootstrap(data, derive_seed(seed, "bootstrap")) if cfg.ensemble.bootstrap else keep_back(cfg, data)
         pairs = map(str, self._pairs_before(step))
         cfg.augmentation.pairs_path = ",".join(filter(None, [cfg.augmentation.pairs_path, *pairs]))
         start = self._policy_path
@@ -336,7 +342,7 @@ class Rounds:
         self, branch: str, number: int, plain: list[int], count: int | None = None, opened: Opened | None = None
     ) -> list[RewardSource]:
         """Loads the first ``count`` members of a round (None: all); those in ``plain`` without reference features."""
-        paths = [str(self.directory / name / "model") for name in branches.member_steps(self.cfg, branch, number)]
+        paths = [str(self.directory / model) for model in branches.member_models(self.cfg, branch, number)]
         if self.cfg.reward_model.reference_features:
             off = "?reference_features=off"
             paths = [f"{path}{off}" if k in plain else path for k, path in enumerate(paths[:count], 1)]

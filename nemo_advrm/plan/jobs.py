@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from nemo_advrm.config.layout import data_parallel_size
 from nemo_advrm.config.schema import Config
-from nemo_advrm.engine.dimensions import Head, head_outputs, padded_vocab_size
+from nemo_advrm.engine.dimensions import Head, head_outputs, padded_vocab_size, trunk_heads
 from nemo_advrm.engine.flops import Microbatch
 
 
@@ -55,7 +55,8 @@ class Job:
 
     @property
     def head_outputs(self) -> int:
-        return head_outputs(self.cfg.reward_model)
+        heads = trunk_heads(self.cfg.ensemble)
+        return heads if heads > 1 else head_outputs(self.cfg.reward_model)
 
 
 def models_of(cfg: Config) -> tuple[Held, ...]:
@@ -65,14 +66,20 @@ def models_of(cfg: Config) -> tuple[Held, ...]:
         return (Held("policy", "lm", True),)
     if stage == "train_rm":
         return (Held("reward model", "reward", True),)
-    members = cfg.ensemble.size
-    if cfg.ensemble.members:
-        members = sum("://" not in member for member in cfg.ensemble.members)
+    members = 1 if cfg.ensemble.share == "trunk" else cfg.ensemble.size
+    if cfg.ensemble.members:  # heads of one trunk are one model
+        members = len({_model_of(k, name) for k, name in enumerate(cfg.ensemble.members) if "://" not in name})
     held = [Held("policy", "lm", True)]
     if cfg.rl.algorithm == "ppo":
         held.append(Held("critic", "value", True))
     held.append(Held("reference policy", "lm", False, shared=cfg.model.peft == "lora"))
     return (*held, Held("reward model", "reward", False, members)) if members else tuple(held)
+
+
+def _model_of(number: int, member: str) -> str:
+    """Names the model that an entry of ``ensemble.members`` loads; another entry's only if both are its heads."""
+    directory, _, option = member.rpartition("?")
+    return directory if option.startswith("head=") else f"{number} {member}"
 
 
 def _rows_at_once(cfg: Config, most: int, sequences: int = 1) -> int:

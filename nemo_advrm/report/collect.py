@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from pathlib import Path
 
@@ -90,6 +91,8 @@ def _read_amounts(stages: Row, key: str) -> dict[str, float]:
 def _read_round(round_number: int, path: Path, run_dir: Path, notes: list[str], selects: bool) -> Round:
     """`selects`: whether the round selects pairs; the last round only measures its attack."""
     members = tuple(_read_member(index, member, run_dir, notes) for index, member in numbered(path, "rm"))
+    if (path / "rm").is_dir():
+        members = _read_heads(path / "rm", run_dir, notes)
     if not members:
         notes.append(f"Round {round_number} has no reward models.")
     reference = read_jsonl(path / "reference.jsonl", run_dir, notes, REFERENCE_ROW)
@@ -103,15 +106,33 @@ def _read_round(round_number: int, path: Path, run_dir: Path, notes: list[str], 
 
 
 def _read_member(index: int, path: Path, run_dir: Path, notes: list[str]) -> Member:
+    row = _last_validation(path, run_dir, notes)
+    names = ("accuracy", "loss", "mismatch_accuracy", "hybrid_accuracy", "hybrid_mismatch_accuracy")
+    return Member(index, *(number(row.get(f"val/{name}")) for name in names))
+
+
+def _read_heads(path: Path, run_dir: Path, notes: list[str]) -> tuple[Member, ...]:
+    """The members that share one trunk, which were trained together with one loss."""
+    row = _last_validation(path, run_dir, notes)
+    heads = sorted(int(key.rpartition("_")[2]) for key in row if re.fullmatch(r"val/accuracy_head_\d+", key))
+    return tuple(
+        Member(
+            k,
+            accuracy=number(row.get(f"val/accuracy_head_{k}")),
+            mismatch_accuracy=number(row.get(f"val/mismatch_accuracy_head_{k}")),
+        )
+        for k in heads
+    )
+
+
+def _last_validation(path: Path, run_dir: Path, notes: list[str]) -> Row:
     rows = read_jsonl(path / "metrics.jsonl", run_dir, notes, METRICS_ROW)
     if (path / "result.json").is_file():
         rows.append(read_json(path / "result.json", run_dir, notes, METRICS_ROW))
     validated = [row for row in rows if number(row.get("val/accuracy")) is not None]
     if not validated:
         notes.append(f"{path.relative_to(run_dir)} has no validation accuracy.")
-        return Member(index)
-    names = ("accuracy", "loss", "mismatch_accuracy", "hybrid_accuracy", "hybrid_mismatch_accuracy")
-    return Member(index, *(number(validated[-1].get(f"val/{name}")) for name in names))
+    return validated[-1] if validated else {}
 
 
 def _read_attacks(

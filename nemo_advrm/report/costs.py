@@ -32,17 +32,20 @@ def cost_of(run: Run) -> dict[str, Any]:
     last = max((one.number for one in run.rounds if one.number and any(m.member == 1 for m in one.members)), default=0)
     plain_rlhf, adv_rm_rlhf = ({f"rlhf/{arm}", f"rlhf/{arm}/seed_1"} for arm in (plain_arm, adv_rm_arm))
 
+    def first_member(number: int) -> set[str]:
+        return {f"round_{number}/rm_1", f"round_{number}/rm"}  # the latter is the trunk of all members
+
     def leads_to_hardened(stage: str) -> bool:
-        if stage in {*SHARED_STAGES, *adv_rm_rlhf, f"round_{last}/rm_1"}:
+        if stage in {*SHARED_STAGES, *adv_rm_rlhf, *first_member(last)}:
             return True
         match = re.match(r"round_(\d+)/", stage)
         # each member may have a trunk of its own, and all members are attacked
         return re.fullmatch(r"sft_\d+", stage) is not None or (match is not None and int(match[1]) < last)
 
-    plain = [name for name in spent if name in {*SHARED_STAGES, "round_0/rm_1", *plain_rlhf}]
+    plain = [name for name in spent if name in {*SHARED_STAGES, *first_member(0), *plain_rlhf}]
     adv_rm = [name for name in spent if last and leads_to_hardened(name)]
-    whole_plain = "round_0/rm_1" in plain and not plain_rlhf.isdisjoint(plain)
-    whole_adv_rm = f"round_{last}/rm_1" in adv_rm and not adv_rm_rlhf.isdisjoint(adv_rm)
+    whole_plain = not first_member(0).isdisjoint(plain) and not plain_rlhf.isdisjoint(plain)
+    whole_adv_rm = not first_member(last).isdisjoint(adv_rm) and not adv_rm_rlhf.isdisjoint(adv_rm)
     return {
         "unit": unit,
         "plain": sum(spent[name] for name in plain) if whole_plain else None,

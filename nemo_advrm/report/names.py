@@ -42,6 +42,7 @@ _STAGES = (
     (r"rlhf/([^/]+)/seed_(\d+)", "RLHF: {0}, seed {1}"),
     (r"best_of_n/([^/]+)", "Best of n: {0}"),
     (r"round_(\d+)/rm_(\d+)", "Round {0}: reward model {1}"),
+    (r"round_(\d+)/rm", "Round {0}: reward models on one trunk"),
     (r"round_(\d+)/attack/direction_(\d+)_policy_(\d+)", "Round {0}: adversary {2} on reward model {1}"),
     (r"round_(\d+)/reference", "Round {0}: reference samples"),
     (r"round_(\d+)/select", "Round {0}: selection of pairs"),

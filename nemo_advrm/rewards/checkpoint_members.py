@@ -38,6 +38,7 @@ class SourceSpec:
     place: str  # the configuration key that holds it, for messages
     attributes: tuple[float, ...] = ()  # weights of the outputs of a model with several outputs
     features: bool = True  # whether to use the reference features that the directory holds, if any
+    head: int = 0  # of a checkpoint with several members on one trunk: which of them, from 1; 0: none is named
 
     @property
     def is_remote(self) -> bool:
@@ -58,6 +59,21 @@ def reward_meta(spec: SourceSpec) -> dict[str, Any]:
         raise CheckpointError(f"{spec.text}: holds a model with the head {meta['head']!r}, not a reward model")
     check_size(spec.path, meta, member_config(meta, ModelConfig()))
     return meta
+
+
+def check_head(spec: SourceSpec, meta: dict[str, Any]) -> int:
+    """Returns the number of members on the checkpoint's trunk.
+
+    Raises CheckpointError when the entry names none of several, or one that is not there.
+    """
+    heads: int = meta.get("heads", 1)
+    if not spec.head and heads > 1:
+        raise CheckpointError(
+            f"{spec.text}: holds {heads} members on one trunk: name each of them, as in {spec.text}?head=1"
+        )
+    if spec.head > heads:
+        raise CheckpointError(f"{spec.text}: there is no head {spec.head}, the checkpoint holds {heads}")
+    return heads
 
 
 def member_config(meta: dict[str, Any], job: ModelConfig) -> ModelConfig:

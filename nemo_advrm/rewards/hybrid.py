@@ -29,8 +29,9 @@ from nemo_advrm.rewards.features import HybridReward, ReferenceFeatures
 from nemo_advrm.rewards.local import MegatronReward
 from nemo_advrm.rewards.token_sequences import rollouts_of
 
-# features by policy, settings and prompts; shared between members, so that a frozen policy is loaded once
-Opened = dict[tuple[Any, ...], ReferenceFeatures]
+# features by policy, settings and prompts, and trunks of several members; shared between members, so that each is
+# loaded once
+Opened = dict[tuple[Any, ...], Any]
 # distinct prompts that are considered for each fixed prompt
 _CANDIDATES = 16
 

@@ -12,6 +12,7 @@ human:FILE.csv                      people, who judge on a sheet; human alone: a
 ADDRESS|ADDRESS                     servers of the same model; the next one is used when one fails
 DIR?reference_features=off          first kind only: a hybrid reward model without its features (docs/hybrid.md)
 DIR?attributes=0.8,0,-1             first three kinds: the weights of a model's several outputs
+DIR?head=2                          first kind only: the second of several members on one trunk (ensemble.share=trunk)
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from nemo_advrm.rewards.checkpoint_members import (
     LOCAL_KINDS,
     OF_THE_JOB,
     SourceSpec,
+    check_head,
     member_config,
     member_tokenizer,
     reward_meta,
@@ -79,14 +81,14 @@ def parse(text: str, place: str) -> SourceSpec:
 
 
 def _local(kind: str, rest: str, text: str, place: str) -> SourceSpec:
-    """Parses a path with optional ``?attributes=`` and ``?reference_features=``."""
+    """Parses a path with optional ``?attributes=``, ``?reference_features=`` and ``?head=``."""
     location, mark, query = rest.rpartition("?")
     if not mark or Path(rest).exists():  # the file's own name contains a question mark
         location, query = rest, ""
     if not location:
         raise ConfigError(f"{place}={text}: a path is missing after {kind}:")
     weights: tuple[float, ...] = ()
-    features = True
+    features, head = True, 0
     for option in query.split("&") if mark and query else ():
         key, _, value = option.partition("=")
         if key == "attributes":
@@ -95,12 +97,18 @@ def _local(kind: str, rest: str, text: str, place: str) -> SourceSpec:
             if value not in ("on", "off"):
                 raise ConfigError(f"{place}={text}: reference_features={value} must be on or off")
             features = value == "on"
+        elif key == "head" and kind == "megatron":
+            if not (value.isdecimal() and value.isascii() and int(value[:9]) > 0):
+                raise ConfigError(f"{place}={text}: head={value} must be the number of a member, from 1")
+            head = int(value[:9])
         else:
             raise ConfigError(
-                f"{place}={text}: only ?attributes=W1,W2,... can follow a path, and ?reference_features=off that of a "
-                f"checkpoint of this package, not ?{option}"
+                f"{place}={text}: only ?attributes=W1,W2,... can follow a path, and ?reference_features=off or ?head=2 "
+                f"that of a checkpoint of this package, not ?{option}"
             )
-    return SourceSpec(kind, location, text, place, weights, features)
+    if head and weights:
+        raise ConfigError(f"{place}={text}: a head is one output, which takes no attributes")
+    return SourceSpec(kind, location, text, place, weights, features, head)
 
 
 def _parse_addresses(text: str, place: str) -> SourceSpec:
@@ -170,7 +178,8 @@ def check(spec: SourceSpec, cfg: Config, world_size: int) -> None:
             from nemo_advrm.rewards import hybrid
 
             meta = reward_meta(spec)
-            check_attributes(spec.text.partition("?")[0], meta.get("head_outputs", 1), spec.attributes)
+            outputs = 1 if check_head(spec, meta) > 1 else meta.get("head_outputs", 1)
+            check_attributes(spec.text.partition("?")[0], outputs, spec.attributes)
             member = dataclasses.replace(cfg, model=member_config(meta, cfg.model))
             validate_layout(member, world_size)
             if spec.features:
@@ -194,7 +203,8 @@ def build(
 
     Args:
         running: the policy's tokenizer, used for checkpoints that do not name their own.
-        opened: frozen policies of hybrid members that are already loaded, to be shared (see ``hybrid.Opened``).
+        opened: frozen policies of hybrid members and trunks of several members that are already loaded, to be shared
+            (see ``hybrid.Opened``).
     """
     if spec.kind == "megatron":
         # imported here: NeMo-Aligner's processes, which have another version of Megatron-Core, use servers only
@@ -202,7 +212,12 @@ def build(
         from nemo_advrm.rewards import hybrid
         from nemo_advrm.rewards.local import MegatronReward
 
+        opened = {} if opened is None else opened
         meta = reward_meta(spec)
+        if check_head(spec, meta) > 1:
+            from nemo_advrm.rewards.shared_trunk import open_head
+
+            return open_head(spec, meta, name, cfg, running, opened)
         outputs = meta.get("head_outputs", 1)
         check_attributes(spec.text.partition("?")[0], outputs, spec.attributes)
         head = RewardModelConfig(loss="bt" if outputs == 1 else "regression", num_attributes=outputs)
@@ -210,7 +225,7 @@ def build(
         tokenizer = member_tokenizer(spec, meta, running)
         model = build_reward_model(own, tokenizer, spec.location, seed=0, trainable=False)
         reward = MegatronReward(name, model, tokenizer, spec.attributes)
-        return hybrid.open_hybrid(reward, spec, cfg, {} if opened is None else opened) if spec.features else reward
+        return hybrid.open_hybrid(reward, spec, cfg, opened) if spec.features else reward
     if spec.kind == "nemo":
         return build(as_checkpoint(spec, cfg), name, cfg, running, opened)
     if spec.kind == PYTHON_KIND:
@@ -269,7 +284,11 @@ def build_gold(cfg: Config, running: Tokenizer | None = None) -> RewardSource | 
 def load_members(
     cfg: Config, members: Sequence[str], running: Tokenizer | None = None, opened: dict[Any, Any] | None = None
 ) -> list[RewardSource]:
-    """Opens all members, R_1 first; all ranks call. ``opened`` receives the frozen policies of hybrid ones."""
+    """Opens all members, R_1 first; all ranks call.
+
+    ``opened`` receives the frozen policies of hybrid ones, and trunks that several share, which score for all of them
+    in one pass.
+    """
     opened = {} if opened is None else opened
     specs = parse_members(members)
     return [build(spec, f"R_{k + 1} ({spec.text})", cfg, running, opened) for k, spec in enumerate(specs)]

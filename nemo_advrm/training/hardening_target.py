@@ -71,6 +71,11 @@ def describe_target(cfg: Config) -> Target:
             f"{PLACE}={spec.text}: only weights on this machine can be trained, not a server or a function: name "
             "the model's files (hf:DIR, nemo:FILE or a checkpoint directory)"
         )
+    if spec.head:
+        raise CheckpointError(
+            f"{PLACE}={spec.text}: a head on a trunk that others share cannot be trained alone: convert it to a model "
+            f"of its own first (nemo-advrm convert from=megatron 'path={spec.text}' to=megatron out=DIR)"
+        )
     if spec.kind == "megatron" and spec.features and (spec.path / FEATURES).exists():
         raise CheckpointError(
             f"{PLACE}={spec.text}: a hybrid reward model, whose features' weights would no longer fit its score: "

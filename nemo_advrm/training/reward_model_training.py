@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from lightning.pytorch import Callback
+from torch import Tensor
 
 from nemo_advrm.config.schema import Config
 from nemo_advrm.data import inputs
@@ -27,6 +28,7 @@ from nemo_advrm.engine import runtime
 from nemo_advrm.engine.scoring import score_sequences
 from nemo_advrm.errors import ConfigError, DataError
 from nemo_advrm.models.reward_model import RewardModel
+from nemo_advrm.models.shared_trunk import SharedTrunkModel
 from nemo_advrm.objectives.accuracy import accuracy
 from nemo_advrm.objectives.losses import reads_labels
 from nemo_advrm.rewards.features import HybridReward
@@ -119,13 +121,17 @@ def keep_back(cfg: Config, data: EncodedPreferences) -> EncodedPreferences:
 
 def bootstrap(data: EncodedPreferences, seed: int) -> EncodedPreferences:
     """Draws as many training pairs with replacement; ``held_out`` are the pairs of which no copy was drawn."""
-    draw = torch.Generator().manual_seed(seed)
-    rows = torch.randint(len(data.train), (len(data.train),), generator=draw).tolist()
+    rows = drawn_rows(len(data.train), seed).tolist()
     # digests, as the tokens of all pairs may not fit into memory
     contents = [hashlib.sha256(repr((pair.chosen, pair.rejected)).encode()).digest() for pair in data.train]
     known = {contents[place] for place in rows}
     left = [place for place, content in enumerate(contents) if content not in known]
     return replace(data, train=selected(data.train, rows), held_out=selected(data.train, left))
+
+
+def drawn_rows(count: int, seed: int) -> Tensor:
+    """Returns the indices of a bootstrap sample of ``count`` rows, [count]."""
+    return torch.randint(count, (count,), generator=torch.Generator().manual_seed(seed))
 
 
 def train_reward_model(
@@ -138,6 +144,8 @@ def train_reward_model(
     restore_from: str,
 ) -> dict[str, float]:
     """Trains into ``directory/model`` and returns the validation metrics; a finished training is not repeated.
+
+    With ``ensemble.share=trunk`` the model has a head for each member, and its metrics are means over them.
 
     ``augmentation.pairs_path`` names files of adversarial pairs, ``augmentation.mode`` how they are used. With
     ``augmentation.method=rrm`` pairs made of the training rows are used in the same way.
@@ -164,7 +172,8 @@ def train_reward_model(
         train_rows = JoinedRows(train_rows, made, _encoded_stores(cfg, tokenizer, stores))
     elif stores or made:
         callbacks.append(_augmentation(cfg, tokenizer, stores, seed, made))
-    module = RewardModel(cfg, tokenizer, train_rows, data.validation, restore_from, seed)
+    kind = RewardModel if cfg.ensemble.share == "none" else SharedTrunkModel
+    module = kind(cfg, tokenizer, train_rows, data.validation, restore_from, seed)
     fit(module, cfg, directory, title, callbacks, validate=True)
     metrics = {**module.validation_metrics, **_mismatch(module, data.mismatched)}
     hybrid = _fit_features(module, data, policy)
@@ -238,9 +247,13 @@ def _hybrid_metrics(hybrid: HybridReward, data: EncodedPreferences, cfg: Config)
 
 
 def _mismatch(module: RewardModel, pairs: Sequence[EncodedPair]) -> dict[str, float]:
-    """Returns the accuracy on mismatched pairs, empty without such pairs."""
+    """Returns the accuracy on mismatched pairs, of members on one trunk also that of each; empty without such pairs."""
     if not pairs:
         return {}
     sequences = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
     scores = score_sequences(module.model, sequences, module.tokenizer.pad_id)
-    return {"val/mismatch_accuracy": accuracy(scores.mean(-1) if scores.ndim > 1 else scores)}
+    if not isinstance(module, SharedTrunkModel):
+        return {"val/mismatch_accuracy": accuracy(scores.mean(-1) if scores.ndim > 1 else scores)}
+    heads = [accuracy(scores_N) for scores_N in scores.reshape(len(sequences), -1).unbind(-1)]
+    own = {f"val/mismatch_accuracy_head_{k}": found for k, found in enumerate(heads, 1)}
+    return {"val/mismatch_accuracy": sum(heads) / len(heads), **own}
