@@ -1,0 +1,111 @@
+"""Compares an ensemble on one trunk with one reward model and with as many models: parameters, memory, scoring time.
+
+All sides score the same sequences. A repeat scores them by all members: one head, K heads of one trunk, or K models.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+from common import (
+    PAD_ID,
+    Llama,
+    Side,
+    compare,
+    copy_weights,
+    describe_machine,
+    our_config,
+    ragged_lengths,
+    ragged_sequences,
+    random_weights,
+    start_runtime,
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    sequences: int
+    members: int
+    shape: Llama
+
+
+@dataclass(frozen=True)
+class _Tokenizer:
+    """The part of a tokenizer that scoring reads."""
+
+    pad_id: int = PAD_ID
+
+
+def members(options: Options, heads: int, models: int) -> Side:
+    """``heads`` members on each of ``models`` trunks; the first member is the same one in every side."""
+    import torch
+
+    from nemo_advrm.engine.model import build_model
+    from nemo_advrm.rewards.shared_trunk import SharedTrunk
+
+    start_runtime()
+    cfg, shape = our_config(options.shape), options.shape
+    trunks = []
+    for seed in range(models):
+        model = build_model(
+            cfg.model,
+            cfg.precision,
+            "reward",
+            shape.vocab,
+            seed=seed,
+            trainable=False,
+            head_outputs=heads,
+            heads=heads,
+        )
+        own = model.parts[0].head.weight.clone()
+        copy_weights(model, random_weights(shape, "reward", seed))
+        model.parts[0].head.weight[1:] = own[1:]
+        trunks.append(SharedTrunk(model, _Tokenizer()))  # type: ignore[arg-type]
+    rng = np.random.default_rng(0)
+    lengths = ragged_lengths(options.sequences, rng, shape.context)[:, 0]
+    rows = ragged_sequences(lengths, rng, shape.vocab)
+
+    def columns(wanted: list[list[int]]) -> torch.Tensor:
+        return torch.stack([trunk.scores(wanted)[:, k] for trunk in trunks for k in range(heads)], -1)
+
+    def work() -> float:
+        # the trunk knows the scores of the last rows: another order makes them others, as in every step of a training
+        rows.append(rows.pop(0))
+        columns(list(rows))
+        return len(rows)
+
+    return Side(lambda: columns(list(rows))[:, 0].numpy(), work)
+
+
+def print_parameters(options: Options) -> None:
+    from nemo_advrm.engine.parameters import model_parameters
+
+    model, vocab = our_config(options.shape).model, options.shape.vocab
+    one, shared = (model_parameters(model, "reward", vocab, count).total for count in (1, options.members))
+    for name, total in (("1 head", one), ("heads", shared), ("models", options.members * one)):
+        print(f"parameters, {name:7} {4 * total / 2**20:8.3f} MiB in fp32, {total / one:.4f} of one model")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--members", type=int, default=5)
+    parser.add_argument("--sequences", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=5)
+    args = parser.parse_args()
+    describe_machine()
+    options = Options(args.sequences, args.members, Llama())
+    print_parameters(options)
+    sides: dict[str, Callable[..., Side]] = {
+        f"{args.members} heads": partial(members, heads=args.members, models=1),
+        "1 head": partial(members, heads=1, models=1),
+        f"{args.members} models": partial(members, heads=1, models=args.members),
+    }
+    compare("scoring by all members", "sequences", sides, options, args.repeats)
+
+
+if __name__ == "__main__":
+    main()
