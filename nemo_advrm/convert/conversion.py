@@ -52,8 +52,9 @@ def _check_average(cfg: ConvertConfig) -> None:
         raise ConfigError("path and average are both set: average names all checkpoints whose weights are averaged")
     if len(cfg.average) < 2:
         raise ConfigError(f"average=[{cfg.average[0]}]: an average needs at least 2 checkpoints")
-    if "bridge" in (cfg.from_, cfg.to):
-        raise ConfigError("average is not possible with bridge: average to another format, then convert the result")
+    for name in ("bridge", "peft"):
+        if name in (cfg.from_, cfg.to):
+            raise ConfigError(f"average is not possible with {name}: average to another format, then convert that")
 
 
 def _is_size(text: str) -> bool:

@@ -106,6 +106,7 @@ def test_a_hybrid_reward_model_is_refused(make: Make, tmp_path: Path) -> None:
         ({"path": "c"}, "path and average are both set"),
         ({"average": ["a"]}, "an average needs at least 2 checkpoints"),
         ({"to": "bridge"}, "average is not possible with bridge"),
+        ({"from_": "peft"}, "average is not possible with peft"),
         ({"average": []}, "path is not set"),
     ],
 )
