@@ -58,6 +58,7 @@ def _members(options: Options, offloaded: bool) -> Side:
 
     from nemo_advrm.engine.model import build_model
     from nemo_advrm.engine.scoring import score_sequences
+    from nemo_advrm.rewards.base import in_turn
 
     cfg = our_config(options.shape, options.accelerator)
     cfg.model.offload_reference = offloaded
@@ -68,7 +69,8 @@ def _members(options: Options, offloaded: bool) -> Side:
     sequences = data(options)
 
     def scores() -> np.ndarray:
-        return torch.stack([score_sequences(model, sequences, PAD_ID) for model in models]).numpy()
+        # as members of an ensemble: the weights of the next one come while this one scores
+        return torch.stack([score_sequences(model, sequences, PAD_ID) for model in in_turn(models)]).numpy()
 
     def work() -> float:
         return float(scores().size)
