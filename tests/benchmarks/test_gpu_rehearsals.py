@@ -16,6 +16,12 @@ pytestmark = pytest.mark.long
 FIGURES = {
     "train_against_trl": {"train_ragged_against_trl", "train_full_against_trl"},
     "score_against_transformers": {"score_against_by_length", "score_against_file_order"},
+    "generate_against_transformers": {
+        "generate_against_transformers",
+        "generate_graphs_gain",
+        "generate_step_ms",
+        "generate_behind_the_likeliest",
+    },
     "fp8": {"fp8_train_ratio", "fp8_score_ratio"},
     "log_probs_memory": {"log_probs_128k_tp2_in_chunks"},
     "offload": {"offload_score_ratio", "offload_gb_per_second"},
