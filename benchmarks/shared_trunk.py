@@ -9,6 +9,7 @@ import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 from common import (
@@ -24,6 +25,9 @@ from common import (
     random_weights,
     start_runtime,
 )
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -42,8 +46,6 @@ class _Tokenizer:
 
 def members(options: Options, heads: int, models: int) -> Side:
     """``heads`` members on each of ``models`` trunks; the first member is the same one in every side."""
-    import torch
-
     from nemo_advrm.engine.model import build_model
     from nemo_advrm.rewards.shared_trunk import SharedTrunk
 
@@ -69,16 +71,17 @@ def members(options: Options, heads: int, models: int) -> Side:
     lengths = ragged_lengths(options.sequences, rng, shape.context)[:, 0]
     rows = ragged_sequences(lengths, rng, shape.vocab)
 
-    def columns(wanted: list[list[int]]) -> torch.Tensor:
-        return torch.stack([trunk.scores(wanted)[:, k] for trunk in trunks for k in range(heads)], -1)
+    def first_member(wanted: list[list[int]]) -> Tensor:
+        read = [trunk.scores(wanted) for trunk in trunks for _ in range(heads)]  # each member asks for its column
+        return read[0].reshape(len(wanted), -1)[:, 0]
 
     def work() -> float:
         # the trunk knows the scores of the last rows: another order makes them others, as in every step of a training
         rows.append(rows.pop(0))
-        columns(list(rows))
+        first_member(list(rows))
         return len(rows)
 
-    return Side(lambda: columns(list(rows))[:, 0].numpy(), work)
+    return Side(lambda: first_member(list(rows)).numpy(), work)
 
 
 def print_parameters(options: Options) -> None:
