@@ -6,6 +6,7 @@ import importlib
 import json
 import math
 from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -245,6 +246,8 @@ def test_a_gpu_packs_where_attention_has_a_kernel(
 ) -> None:
     monkeypatch.setattr(transformer_engine, "import_error", lambda: "" if engine else "is not installed")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(varlen, "wrong_on", lambda head_size, device: "")
     settings = ModelConfig(**model)
     reason = varlen.reason_against(settings, dtype, on_gpu=True)
     assert told in reason and bool(told) == bool(reason)
@@ -308,3 +311,44 @@ def test_the_gpu_benchmark_runs_on_a_cpu(single: Runtime, monkeypatch: pytest.Mo
     assert written["results"].keys() == {"never", "always"} and written["agreement"]["losses"] < 1e-5
     counts = [written["results"][layout]["train"]["microbatches_per_step"] for layout in ("always", "never")]
     assert 1 <= counts[0] <= counts[1]
+
+
+@wraps(_reference_kernel)
+def _without_window(*args: Any, window_size: tuple[int, int], **options: Any) -> torch.Tensor:
+    return _reference_kernel(*args, window_size=(-1, 0), **options)
+
+
+@wraps(_reference_kernel)
+def _through_all(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **options: Any) -> torch.Tensor:
+    whole = torch.tensor([0, query.size(0)])
+    return _reference_kernel(query, key, value, whole, whole, query.size(0), query.size(0), **options)
+
+
+@wraps(_reference_kernel)
+def _failing(*_: Any, **__: Any) -> torch.Tensor:
+    raise RuntimeError("no kernel image\nis available")
+
+
+@wraps(_reference_kernel)
+def _nothing(query: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+    return query * float("nan")
+
+
+@pytest.mark.parametrize(
+    ("kernel", "told"),
+    [
+        (_reference_kernel, ""),
+        (_without_window, "was wrong by "),
+        (_through_all, "was wrong by "),
+        (_failing, "failed a trial (RuntimeError: no kernel image is available)"),
+        (_nothing, "was wrong by nan"),
+    ],
+)
+def test_a_kernel_that_is_wrong_on_this_device_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, kernel: Any, told: str
+) -> None:
+    monkeypatch.setattr(varlen, "_kernel", lambda: kernel)
+    state = torch.get_rng_state()
+    reason = varlen.wrong_on.__wrapped__(8, CPU)
+    assert told in reason and bool(told) == bool(reason)
+    assert torch.equal(state, torch.get_rng_state())
