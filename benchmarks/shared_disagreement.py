@@ -49,7 +49,7 @@ def main() -> int:
                 found.setdefault((kind, entry["round"]), []).append(entry)
                 print(f"seed {seed}  {kind:26} round {entry['round']}  {shown(entry)}", flush=True)
     for (kind, number), entries in found.items():
-        means = {name: mean([entry[name] for entry in entries]) for name in COLUMNS}
+        means = {name: mean([entry.get(name) for entry in entries]) for name in COLUMNS}
         print(f"mean of {len(entries)}  {kind:26} round {number}  {shown(means)}")
     return 0
 
@@ -62,7 +62,9 @@ def figures(home: Path) -> list[dict[str, Any]]:
         scores_NK = (scores_PNK - scores_PNK.mean(1, keepdim=True)).flatten(0, 1).double().numpy()
         rates = next((attack.rates for attack in one.attacks if attack.target == 1), {})
         correlation = float(np.corrcoef(scores_NK.T)[0, 1:].mean())
-        entries.append({"round": one.number, "correlation": correlation, **rates})
+        found, samples = rates.get("found"), rates.get("samples")
+        share = found / samples if found is not None and samples else None  # the last round selects nothing
+        entries.append({"round": one.number, "correlation": correlation, **rates, "found": share})
     return entries
 
 
