@@ -204,11 +204,15 @@ class ModelConfig:
     )
     # batches
     micro_batch_size: int = key(
-        8, "most rows (pairs, responses) per microbatch", COUNT, role=Role.BATCHING, restart=Restart.RECORDED
+        8,
+        "most rows (pairs, responses) per microbatch; if they are packed, as many tokens as these have at full length",
+        COUNT,
+        role=Role.BATCHING,
+        restart=Restart.RECORDED,
     )
     micro_batch_tokens: int = key(
         8192,
-        "most padded tokens per microbatch; one longer row is its own microbatch",
+        "most tokens per microbatch, padding included; one longer row is its own microbatch",
         COUNT,
         role=Role.BATCHING,
         restart=Restart.RECORDED,

@@ -57,6 +57,11 @@ def test_two_processes_give_the_loss_and_the_gradient_of_one(
             assert all(there[name] == pytest.approx(here[name], rel=1e-4, abs=1e-4) for name in here)
 
 
+def test_finds_and_replay_may_be_packed(single: Runtime, model: str) -> None:
+    for there, here in zip(hardening_jobs.metrics(model, packing="always"), hardening_jobs.metrics(model), strict=True):
+        assert there == pytest.approx(here, rel=1e-4, abs=1e-4)
+
+
 def test_without_weight_nothing_is_replayed(single: Runtime, model: str) -> None:
     assert all(isinstance(row, EncodedPair) for row in next(hardening_jobs.module(model, weight=0.0).steps(0)))
 
