@@ -34,7 +34,7 @@ class Command:
 _COMMON = "name run_dir seed trainer.devices trainer.num_nodes trainer.accelerator"
 _PARALLEL = (
     "model.tensor_model_parallel_size model.pipeline_model_parallel_size model.context_parallel_size "
-    "model.sequence_parallel precision.name"
+    "model.expert_model_parallel_size model.sequence_parallel precision.name"
 )
 _TRAINING = (
     "pretrained_checkpoint.restore_from_path model.optim.lr model.optim.sched.name model.optim.sched.warmup_steps "

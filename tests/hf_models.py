@@ -49,6 +49,18 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("Mistral", {"sliding_window": 5}),
     "qwen2": ("Qwen2", {"rms_norm_eps": 1e-6}),
     "qwen3": ("Qwen3", {"head_dim": 16, "rms_norm_eps": 1e-6}),
+    "mixtral": ("Mixtral", {"num_local_experts": 6, "num_experts_per_tok": 3, "sliding_window": 5}),
+    "qwen3_moe": (
+        "Qwen3Moe",
+        {
+            "head_dim": 16,
+            "rms_norm_eps": 1e-6,
+            "num_experts": 5,
+            "num_experts_per_tok": 3,
+            "norm_topk_prob": True,
+            "moe_intermediate_size": 32,
+        },
+    ),
     "gemma2": (
         "Gemma2",
         {

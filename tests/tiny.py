@@ -31,6 +31,10 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "share_embeddings_and_output_weights": False,
     },
 }
+# a mixture of experts; not among the others, as layouts of its own are its tests
+EXPERTS: dict[str, dict[str, Any]] = {
+    "experts": {**ARCHITECTURES["llama"], "num_moe_experts": 4, "moe_router_topk": 2, "ffn_hidden_size": 24}
+}
 
 
 def tiny_config(architecture: str = "llama", layout: Layout | None = None, **model: Any) -> Config:
@@ -49,7 +53,8 @@ def tiny_config(architecture: str = "llama", layout: Layout | None = None, **mod
         "tensor_model_parallel_size": layout.tensor,
         "pipeline_model_parallel_size": layout.pipeline,
         "context_parallel_size": layout.context,
-        **ARCHITECTURES[architecture],
+        "expert_model_parallel_size": layout.expert,
+        **(ARCHITECTURES | EXPERTS)[architecture],
         **model,
     }
     cfg = Config(model=ModelConfig(**settings))

@@ -24,7 +24,7 @@ def data_parallel_size(cfg: Config, world_size: int) -> int:
     return world_size // replica
 
 
-def at_layout(model: ModelConfig, tensor: int = 1, pipeline: int = 1, context: int = 1) -> ModelConfig:
+def at_layout(model: ModelConfig, tensor: int = 1, pipeline: int = 1, context: int = 1, expert: int = 1) -> ModelConfig:
     """``model`` at another layout; settings that belong to its present layout are reset."""
     return replace(
         model,
@@ -34,6 +34,7 @@ def at_layout(model: ModelConfig, tensor: int = 1, pipeline: int = 1, context: i
         num_layers_in_first_pipeline_stage=0,
         num_layers_in_last_pipeline_stage=0,
         context_parallel_size=context,
+        expert_model_parallel_size=expert,
         sequence_parallel=False,
     )
 
@@ -127,6 +128,29 @@ def _check_optimizer(model: ModelConfig) -> None:
         raise LayoutError(f"{distributed} needs model.optim.name=adam, not {model.optim.name}")
 
 
+def expert_tensor_parallel_size(tensor: int, expert: int) -> int:
+    """Ranks that share one expert's matrices: the tensor-parallel ones, unless experts are dealt out to ranks whole."""
+    return tensor if expert == 1 else 1
+
+
+def _check_experts(model: ModelConfig, world_size: int) -> None:
+    experts, ranks, tensor = model.num_moe_experts, model.expert_model_parallel_size, model.tensor_model_parallel_size
+    key = "model.expert_model_parallel_size"
+    if ranks > 1 and not experts:
+        raise LayoutError(f"{key}={ranks}: this model has no experts (model.num_moe_experts=0)")
+    if not experts:
+        return
+    _must_divide(key, ranks, "model.num_moe_experts", experts)
+    stage = world_size // model.pipeline_model_parallel_size
+    if stage % ranks:
+        raise LayoutError(f"{stage} processes of a pipeline stage cannot be divided by {key}={ranks}")
+    if tensor > 1 and not model.sequence_parallel:
+        raise LayoutError(
+            f"model.num_moe_experts={experts} with model.tensor_model_parallel_size={tensor} needs "
+            "model.sequence_parallel=true: else each rank would send the same tokens to the experts"
+        )
+
+
 def validate_layout(cfg: Config, world_size: int) -> None:
     """Raise :class:`LayoutError` that names the keys if the layout does not fit the model or ``world_size`` processes.
 
@@ -149,6 +173,7 @@ def validate_layout(cfg: Config, world_size: int) -> None:
     if model.sequence_parallel and tensor == 1:
         raise LayoutError(f"model.sequence_parallel=true needs {tensor_key} above 1")
 
+    _check_experts(model, world_size)
     _check_positions(cfg)
     layers_per_stage(model)
     _check_optimizer(model)

@@ -143,6 +143,13 @@ class ModelConfig:
     bias: bool = architecture(False, "biases in all linear layers")
     qkv_bias: bool = architecture(False, "biases in the query/key/value projection only (Qwen2)")
     qk_layernorm: bool = architecture(False, "normalise queries and keys (Qwen3)")
+    num_moe_experts: int = architecture(
+        0, "experts of every layer's MLP, each of width ffn_hidden_size; 0: no mixture of experts", NOT_NEGATIVE
+    )
+    moe_router_topk: int = architecture(2, "experts that each token goes to", COUNT)
+    moe_norm_topk_prob: bool = architecture(
+        True, "weights of a token's experts sum to 1; false: they keep their shares of the softmax over all experts"
+    )
     share_embeddings_and_output_weights: bool = architecture(True, "the output layer uses the embedding's weights")
     head_bias: bool = architecture(False, "the reward or value head has a bias (NeMo-Aligner's reward models have one)")
     init_method_std: float = key(0.02, "std of the initial weights", NOT_NEGATIVE)
@@ -174,6 +181,9 @@ class ModelConfig:
         0, "layers of the last pipeline stage; 0: as many as the others", NOT_NEGATIVE
     )
     context_parallel_size: int = layout(1, "ranks that share one sequence (docs/scale.md)", COUNT)
+    expert_model_parallel_size: int = layout(
+        1, "ranks that share the experts of a layer, out of tensor, context and data parallelism", COUNT
+    )
     sequence_parallel: bool = layout(False, "tensor-parallel ranks also share the tokens of norms and dropout")
     use_distributed_optimizer: bool = key(
         False, "optimizer state split over data-parallel ranks", role=Role.PARALLELISM

@@ -53,6 +53,20 @@ def _check_adapters(model: ModelConfig) -> None:
         raise ConfigError(f"model.lora.targets={targets}: must name at least one layer, and each once")
 
 
+def _check_experts(model: ModelConfig) -> None:
+    experts, chosen = model.num_moe_experts, model.moe_router_topk
+    if not experts:
+        return
+    if chosen > experts:
+        raise ConfigError(f"model.moe_router_topk={chosen}: there are only model.num_moe_experts={experts}")
+    if chosen == 1 and model.moe_norm_topk_prob:
+        raise ConfigError("model.moe_router_topk=1: needs model.moe_norm_topk_prob=false, or its weight is always 1")
+    if model.peft == "lora":
+        raise ConfigError(f"model.peft=lora: experts have no adapters (model.num_moe_experts={experts})")
+    if model.bias:
+        raise ConfigError(f"model.bias=true: experts have no biases (model.num_moe_experts={experts})")
+
+
 def _check_features(cfg: Config) -> None:
     names = cfg.reward_model.reference_features
     if len(set(names)) < len(names):
@@ -155,6 +169,7 @@ def check_values(cfg: Config) -> None:
     ROLLOUT_ENGINES.check(cfg.rl.rollout_engine)
     _check_architecture(cfg.model)
     _check_adapters(cfg.model)
+    _check_experts(cfg.model)
     _check_features(cfg)
     _check_share(cfg)
     _check_augmentation(cfg)

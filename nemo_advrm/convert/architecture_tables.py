@@ -1,6 +1,7 @@
 """One table per Hugging Face architecture: its tensors, its configuration keys and unsupported values.
 
-To add an architecture, add an :class:`Architecture` to ``ARCHITECTURES``. ``*`` in a name is the layer number.
+To add an architecture, add an :class:`Architecture` to ``ARCHITECTURES``. ``*`` in a name is the layer number. Parts of
+a tensor of all experts have ``#`` for the number of each.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from typing import Any
 import torch
 
 from nemo_advrm.config.schema import ModelConfig
-from nemo_advrm.convert.tensor_names import ATTENTION_NORM, MLP_NORM, Shape, layer_of
-from nemo_advrm.convert.transforms import COPY, GATE_UP, QKV, Transform
+from nemo_advrm.convert.tensor_names import ATTENTION_NORM, EXPERTS_NORM, MLP_NORM, Shape, layer_of
+from nemo_advrm.convert.transforms import COPY, EXPERTS, EXPERTS_GATE_UP, GATE_UP, QKV, Transform
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,11 @@ class Entry:
     ours: str
     theirs: tuple[str, ...]
     transform: Transform = COPY
+
+    def names(self, layer: int | None, model: ModelConfig) -> list[str]:
+        """The names of its parts in a layer, those of one expert after those of another."""
+        experts = range(model.num_moe_experts) if "#" in self.theirs[0] else range(1)
+        return [part.replace("*", str(layer)).replace("#", str(i)) for i in experts for part in self.theirs]
 
 
 @dataclass(frozen=True)
@@ -63,7 +69,7 @@ class Architecture:
         for entry in self.entries:
             if entry.ours == pattern:
                 split = entry.transform.split(torch.empty(shape, device="meta"), model)
-                names = (theirs.replace("*", str(layer)) for theirs in entry.theirs)
+                names = entry.names(layer, model)
                 return entry.transform, {n: tuple(part.shape) for n, part in zip(names, split, strict=True)}
         return None
 
@@ -112,6 +118,20 @@ _NORM_BIASES = (
     Entry(f"{_LAYER}{MLP_NORM}bias", (f"{_THEIRS}post_attention_layernorm.bias",)),
     Entry("decoder.final_layernorm.bias", ("model.norm.bias",)),
 )
+
+
+def _experts(module: str, gate: str, up: str, down: str) -> tuple[Entry, ...]:
+    """Norm, router and experts of an MLP ``module`` with the projections named so."""
+    theirs = f"{_THEIRS}{module}."
+    gate_up = tuple(f"{theirs}experts.#.{name}.weight" for name in (gate, up))
+    return (
+        Entry(f"{_LAYER}{EXPERTS_NORM}weight", (f"{_THEIRS}post_attention_layernorm.weight",)),
+        Entry(f"{_LAYER}mlp.router.weight", (f"{theirs}gate.weight",)),
+        Entry(f"{_LAYER}mlp.experts.experts.linear_fc1.weight", gate_up, EXPERTS_GATE_UP),
+        Entry(f"{_LAYER}mlp.experts.experts.linear_fc2.weight", (f"{theirs}experts.#.{down}.weight",), EXPERTS),
+    )
+
+
 _DECODER = (*_ENDS, *_ATTENTION, *_MLP_NORM, *_GATED_MLP)
 _RMS_EPSILON = (("rms_norm_eps", "layernorm_epsilon"),)
 _UNBIASED = {"attention_bias": False, "mlp_bias": False}
@@ -136,6 +156,38 @@ ARCHITECTURES = (
         keys=_RMS_EPSILON,
         required={"hidden_act": "silu", "attention_bias": False},
         windows="pattern",
+    ),
+    Architecture(
+        "Mixtral",
+        "mixtral",
+        (*_ENDS, *_ATTENTION, *_experts("block_sparse_moe", "w1", "w3", "w2")),
+        keys=(
+            *_RMS_EPSILON,
+            ("num_local_experts", "num_moe_experts"),
+            ("num_experts_per_tok", "moe_router_topk"),
+        ),
+        required={"hidden_act": "silu", "router_jitter_noise": False},
+        windows="all",
+    ),
+    Architecture(
+        "Qwen3Moe",
+        "qwen3_moe",
+        (*_ENDS, *_ATTENTION, *_QK_NORM, *_experts("mlp", "gate_proj", "up_proj", "down_proj")),
+        fixed={"qk_layernorm": True},
+        keys=(
+            *_RMS_EPSILON,
+            ("num_local_experts", "num_moe_experts"),
+            ("num_experts_per_tok", "moe_router_topk"),
+            ("norm_topk_prob", "moe_norm_topk_prob"),
+            ("moe_intermediate_size", "ffn_hidden_size"),  # in place of intermediate_size, that of layers without
+        ),
+        required={
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "use_sliding_window": False,
+            "decoder_sparse_step": 1,  # experts in every layer
+            "mlp_only_layers": False,
+        },
     ),
     Architecture(
         "Gemma2",

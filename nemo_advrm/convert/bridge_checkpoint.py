@@ -33,7 +33,8 @@ _OF_TRAINING = ("optimizer", "chained_", "rng_state", "rerun_state", "opt_param_
 _ONE_BY_ONE = re.compile(r"decoder\.layers\.\d+\.")
 # what no model of ours has; True for values that say so
 _REFUSED: dict[str, Any] = {
-    "num_moe_experts": (None, 0),
+    "moe_layer_freq": (None, 1),
+    "moe_shared_expert_intermediate_size": (None, 0),
     "multi_latent_attention": (None, False),
     "mtp_num_layers": (None, 0),
     "seq_len_interpolation_factor": (None,),
@@ -153,7 +154,6 @@ def _contradictions(settings: Mapping[str, Any], model: ModelConfig) -> Iterator
     wanted = {
         "num_layers": model.num_layers,
         "hidden_size": model.hidden_size,
-        "ffn_hidden_size": ffn_size(model),
         "num_attention_heads": model.num_attention_heads,
         "num_query_groups": query_groups(model),
         "kv_channels": head_size(model),
@@ -164,6 +164,12 @@ def _contradictions(settings: Mapping[str, Any], model: ModelConfig) -> Iterator
         "add_bias_linear": model.bias,
         "add_qkv_bias": model.qkv_bias or model.bias,
         "qk_layernorm": model.qk_layernorm,
+        "num_moe_experts": model.num_moe_experts,
+        **(
+            {"moe_ffn_hidden_size": ffn_size(model), "moe_router_topk": model.moe_router_topk}
+            if model.num_moe_experts
+            else {"ffn_hidden_size": ffn_size(model)}
+        ),
         "share_embeddings_and_output_weights": model.share_embeddings_and_output_weights,
         "position_embedding_type": model.position_embedding_type,
         **({"rotary_base": model.rotary_base, "rotary_percent": model.rotary_percent} if rope else {}),

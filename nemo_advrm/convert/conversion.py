@@ -180,7 +180,9 @@ def _lay_out(cfg: ConvertConfig, source: TensorSource) -> None:
     """Set the parallel layout of the model, which pads the vocabulary. Raises LayoutError when it does not divide."""
     tensor, pipeline = cfg.tensor_model_parallel_size, cfg.pipeline_model_parallel_size
     model = at_layout(source.description.model, tensor, pipeline)
-    validate_layout(Config(model=model), tensor * pipeline)
+    # experts need sequence parallelism beside tensor parallelism; it splits no weights
+    together = replace(model, sequence_parallel=model.num_moe_experts > 0 and tensor > 1)
+    validate_layout(Config(model=together), tensor * pipeline)
     if cfg.to == "megatron":
         # a Megatron checkpoint opens at any layout, so its description names none
         if model.make_vocab_size_divisible_by % tensor:

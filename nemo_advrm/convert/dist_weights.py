@@ -32,10 +32,10 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from nemo_advrm.config.schema import ModelConfig
 from nemo_advrm.convert.tensor_names import (
-    LAYERS_WITH_EXTRA_STATE,
     VOCABULARY_ROWS,
     TensorSpec,
     canonical_shapes,
+    extra_states,
     layer_of,
     stacked_name,
 )
@@ -208,10 +208,8 @@ class StackedWriter:
         """Write the (empty) extra states that Megatron expects for its linear layers, and the metadata."""
         empty = io.BytesIO()
         torch.save([None], empty)
-        states = [
-            f"{PREFIX}{_LAYERS}{module}._extra_state/shard_{layer}_{self._layers}"
-            for module, layer in itertools.product(LAYERS_WITH_EXTRA_STATE, range(self._layers))
-        ]
+        shapes = {name: spec.shape for name, spec in self._specs.items()}
+        states = [PREFIX + key for key in extra_states(shapes, self._layers)]
         self._put([WriteItem(MetadataIndex(key), WriteItemType.BYTE_IO) for key in states], empty)
         tensors: dict[str, TensorStorageMetadata] = {}
         for name, spec in self._specs.items():

@@ -31,6 +31,7 @@ _SHARED = (
     ("tie_word_embeddings", "share_embeddings_and_output_weights"),
 )
 _SIZES = [theirs for theirs, _ in _SHARED if theirs not in ("initializer_range", "tie_word_embeddings")]
+_EXPERT_SIZES = ("num_moe_experts", "moe_router_topk", "ffn_hidden_size")
 _LLAMA3_ROPE = (
     ("factor", "rope_scaling_factor"),
     ("low_freq_factor", "rope_scaling_low_freq_factor"),
@@ -111,7 +112,7 @@ def model_config(table: Architecture, config: dict[str, Any], where: str) -> Mod
     for key, wanted in table.required.items():
         if (config.get(key) or False) != wanted:
             raise CheckpointError(f"{where}: {key}={config.get(key)!r} is not supported (only {wanted!r})")
-    _check_sizes(config, where)
+    _check_sizes(table, config, where)
     heads = config["num_attention_heads"]
     config = {"num_key_value_heads": heads, "head_dim": config["hidden_size"] // heads} | {
         key: value for key, value in config.items() if value is not None
@@ -128,12 +129,16 @@ def model_config(table: Architecture, config: dict[str, Any], where: str) -> Mod
     return ModelConfig(**settings)
 
 
-def _check_sizes(config: dict[str, Any], where: str) -> None:
-    for key, ours in _SHARED:
+def _check_sizes(table: Architecture, config: dict[str, Any], where: str) -> None:
+    sizes = [*_SIZES, *(theirs for theirs, ours in table.keys if ours in _EXPERT_SIZES)]
+    for key, ours in (*_SHARED, *table.keys):
         value = config.get(key)
         absent = value is None and key in ("num_key_value_heads", "head_dim")
-        if key in _SIZES and not absent and not (type(value) is int and value > 0):
+        if key in sizes and not absent and not (type(value) is int and value > 0):
             raise CheckpointError(f"{where}: {key}={value!r} must be a whole number above 0 (model.{ours})")
+    experts = next((config[theirs] for theirs, ours in table.keys if ours == "num_moe_experts"), 0)
+    if experts and config["num_experts_per_tok"] > experts:
+        raise CheckpointError(f"{where}: num_experts_per_tok={config['num_experts_per_tok']} of {experts} experts")
     heads, groups = config["num_attention_heads"], config.get("num_key_value_heads") or 1
     if heads % groups:
         raise CheckpointError(f"{where}: num_attention_heads={heads} cannot be divided by num_key_value_heads={groups}")
@@ -150,7 +155,10 @@ def hf_config(table: Architecture, model: ModelConfig, head: Head, base: dict[st
     config |= {"model_type": table.model_type, "architectures": [table.family + suffix]}
     config |= {key: wanted for key, wanted in table.required.items() if wanted is not False}
     whole = with_all_sizes(model)
-    config |= {theirs: getattr(whole, ours) for theirs, ours in (*_SHARED, *table.keys)}
+    for theirs, ours in (*_SHARED, *table.keys):
+        # a key of all architectures that this one has another for (Qwen3-MoE's intermediate_size) stays as it is
+        if theirs not in config or (theirs, ours) in table.keys or ours not in {key for _, key in table.keys}:
+            config[theirs] = getattr(whole, ours)
     # rotary positions have no table, so training on shorter sequences does not reduce the model's maximum
     config["max_position_embeddings"] = max(longest, model.encoder_seq_length)
     for cap in ("attn_logit_softcapping", "final_logit_softcapping"):
@@ -167,8 +175,10 @@ def hf_config(table: Architecture, model: ModelConfig, head: Head, base: dict[st
     if difference is not None and difference[0] != "head_bias":
         key, mine, theirs = difference
         raise CheckpointError(f"model.{key}={mine!r} cannot be written as {table.family} (it has {theirs!r})")
-    # older releases of transformers read these keys instead of rope_parameters
+    # older releases of transformers read these keys instead of rope_parameters and num_local_experts
     config["rope_theta"] = model.rotary_base
+    if table.model_type == "qwen3_moe":
+        config["num_experts"] = model.num_moe_experts
     if model.rope_scaling:
         config["rope_scaling"] = {k: v for k, v in config["rope_parameters"].items() if k != "rope_theta"}
     return config

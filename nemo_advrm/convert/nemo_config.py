@@ -218,6 +218,7 @@ def write_config(model: ModelConfig, head: Head, head_outputs: int, tokenizer: M
         "query_scale": model.query_scale != 0,
         "post_norms": model.post_norms,
         "qk_layernorm": model.qk_layernorm,
+        "num_moe_experts": model.num_moe_experts != 0,
     }
     for key, refused in unknown.items():
         if refused:

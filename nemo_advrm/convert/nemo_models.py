@@ -187,7 +187,7 @@ def _config(settings: dict[str, Any], architecture: ModelConfig, path: Path) -> 
         reward = RewardModelConfig(**settings["reward_model"])
     except TypeError as error:
         raise CheckpointError(f"{path}: {CONFIG} is damaged ({error})") from None
-    model = at_layout(architecture, layout.tensor, layout.pipeline, layout.context)
+    model = at_layout(architecture, layout.tensor, layout.pipeline, layout.context, layout.expert)
     cfg = Config(model=model, reward_model=reward)
     # without data the number of steps cannot be derived
     cfg.trainer.max_steps = 1

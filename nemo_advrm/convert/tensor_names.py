@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,13 +17,7 @@ ATTENTION_NORM = "self_attention.linear_qkv.layer_norm_"
 MLP_NORM = "mlp.linear_fc1.layer_norm_"
 # tensors with one row per vocabulary entry
 VOCABULARY_ROWS = ("embedding.word_embeddings.weight", "output_layer.weight")
-# modules of a layer for which Megatron also stores an (empty) extra state
-LAYERS_WITH_EXTRA_STATE = (
-    "self_attention.linear_proj",
-    "self_attention.linear_qkv",
-    "mlp.linear_fc1",
-    "mlp.linear_fc2",
-)
+EXPERTS_NORM = "pre_mlp_layernorm."  # the norm before the MLP in a layer with experts, where nothing is fused
 
 
 @dataclass(frozen=True)
@@ -74,6 +69,27 @@ def stacked_name(name: str) -> str:
     return ".".join(parts[:2] + parts[3:]) if layer_of(name) is not None else name
 
 
+def extra_states(shapes: Mapping[str, Shape], layers: int) -> list[str]:
+    """Return the keys of the (empty) states that Megatron stores beside the tensors of linear layers, for each layer.
+
+    The states of experts are numbered by layer and expert.
+    """
+    experts = next((shape[0] for name, shape in shapes.items() if ".mlp.experts." in name), 0)
+    mlp = "mlp.experts.experts" if experts else "mlp"
+    modules = {"self_attention.linear_proj": 0, "self_attention.linear_qkv": 0}
+    modules |= {f"{mlp}.linear_fc1": experts, f"{mlp}.linear_fc2": experts}
+
+    def places(layer: int, count: int) -> list[str]:
+        return [f"{layer}.{i}_{layers}.{count}" for i in range(count)] if count else [f"{layer}_{layers}"]
+
+    return [
+        f"decoder.layers.{module}._extra_state/shard_{place}"
+        for module, count in modules.items()
+        for layer in range(layers)
+        for place in places(layer, count)
+    ]
+
+
 def _norm(model: ModelConfig, prefix: str, size: int) -> dict[str, Shape]:
     has_bias = model.normalization in ("LayerNorm", "layernorm1p")
     return {f"{prefix}{part}": (size,) for part in (("weight", "bias") if has_bias else ("weight",))}
@@ -94,9 +110,18 @@ def _layer_shapes(model: ModelConfig) -> dict[str, Shape]:
     shapes |= _linear("self_attention.linear_proj", hidden, heads * size, model.bias)
     if model.post_norms:
         shapes |= _norm(model, "post_self_attn_layernorm.", hidden)
-    shapes |= _norm(model, MLP_NORM, hidden)
-    shapes |= _linear("mlp.linear_fc1", (2 if gated else 1) * ffn, hidden, model.bias)
-    shapes |= _linear("mlp.linear_fc2", hidden, ffn, model.bias)
+    inner = (2 if gated else 1) * ffn
+    if experts := model.num_moe_experts:
+        shapes |= _norm(model, EXPERTS_NORM, hidden)
+        shapes |= _linear("mlp.router", experts, hidden, bias=False)
+        shapes |= {
+            "mlp.experts.experts.linear_fc1.weight": (experts, inner, hidden),
+            "mlp.experts.experts.linear_fc2.weight": (experts, hidden, ffn),
+        }
+    else:
+        shapes |= _norm(model, MLP_NORM, hidden)
+        shapes |= _linear("mlp.linear_fc1", inner, hidden, model.bias)
+        shapes |= _linear("mlp.linear_fc2", hidden, ffn, model.bias)
     if model.post_norms:
         shapes |= _norm(model, "post_mlp_layernorm.", hidden)
     return shapes

@@ -15,6 +15,10 @@ the whole model and an unpadded vocabulary (:mod:`nemo_advrm.convert.tensor_name
     decoder.layers.3.mlp.linear_fc1.layer_norm_weight      the norm before the MLP
     decoder.layers.3.mlp.linear_fc1.weight                 [gate and up stacked, hidden]
     decoder.layers.3.mlp.linear_fc2.weight                 [hidden, ffn]
+    decoder.layers.3.pre_mlp_layernorm.weight              with experts: the norm before the MLP, and in place of it
+    decoder.layers.3.mlp.router.weight                     [experts, hidden]
+    decoder.layers.3.mlp.experts.experts.linear_fc1.weight         [experts, gate and up stacked, hidden]
+    decoder.layers.3.mlp.experts.experts.linear_fc2.weight         [experts, hidden, ffn]
     decoder.layers.3.post_mlp_layernorm.weight
     decoder.final_layernorm.weight
     output_layer.weight                                    [vocabulary, hidden], absent when tied and in RMs

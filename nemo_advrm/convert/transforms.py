@@ -41,6 +41,12 @@ def _deinterleave(fused: Tensor, model: ModelConfig) -> list[Tensor]:
 COPY = Transform(lambda parts, _: parts[0], lambda tensor, _: [tensor])
 QKV = Transform(_interleave, _deinterleave)  # for weights and biases
 GATE_UP = Transform(lambda parts, _: torch.cat(list(parts)), lambda fused, _: list(fused.chunk(2)))
+# of all experts, in their order; gate and up of one stand together
+EXPERTS = Transform(lambda parts, _: torch.stack(list(parts)), lambda stacked, _: list(stacked.unbind()))
+EXPERTS_GATE_UP = Transform(
+    lambda parts, model: torch.cat(list(parts)).unflatten(0, (model.num_moe_experts, -1)),
+    lambda stacked, _: [half for fused in stacked.unbind() for half in fused.chunk(2)],
+)
 
 
 def pad_vocabulary(tensor: Tensor, rows: int) -> Tensor:

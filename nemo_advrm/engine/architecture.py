@@ -38,6 +38,7 @@ def meaning(settings: Mapping[str, Any]) -> dict[str, Any]:
         "rope_scaling": not rope,
         "rope_scaling_": not model.rope_scaling,
         "sliding_window_every": not model.sliding_window,
+        "moe_": not model.num_moe_experts,
     }
     unused = tuple(prefix for prefix, holds in without_effect.items() if holds)
     return {key: value for key, value in described.items() if not unused or not key.startswith(unused)}

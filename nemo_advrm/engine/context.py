@@ -125,6 +125,11 @@ class SplitLogits:
     own_NV: Tensor | DeferredLogits
     own_N: Tensor
 
+    @property
+    def device(self) -> torch.device:
+        """Megatron's schedules ask for it in models with experts."""
+        return self.own_N.device
+
     def whole(self, own_KN: Tensor) -> Tensor:
         """[K, n] values of every rank's positions -> [K, N] on every rank."""
         everyone = own_KN.new_zeros(own_KN.size(0), self.own_N.numel())

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import inspect
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -48,6 +49,7 @@ _USED_MODULES = (
     "megatron.core.models.gpt.gpt_model",
     "megatron.core.optimizer",
     "megatron.core.pipeline_parallel",
+    "megatron.core.transformer.moe.moe_layer",
 )
 
 
@@ -68,10 +70,10 @@ def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _NoStream:
-    """Replaces a CUDA stream; every method does nothing."""
+    """Replaces a CUDA stream and its events; every method does nothing and returns this."""
 
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        return lambda *args, **kwargs: None
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        return lambda *args, **kwargs: self
 
 
 def _cuda_stand_in() -> types.ModuleType:
@@ -160,6 +162,11 @@ def types_of_cuda_tensors() -> Iterator[None]:
         del torch.Tensor.type  # uncovers the method of PyTorch's base class
 
 
+def _counts_on_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    """Megatron's ``maybe_move_tensor_to_cpu``, which leaves what is there as it is, and not as numbers."""
+    return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
+
+
 def _take_torch_optimizers() -> None:
     """Make Megatron's optimizer use PyTorch's Adam and SGD and plain loops over tensors.
 
@@ -200,6 +207,8 @@ def redirect_megatron_to_cpu() -> None:
 
     from megatron.core.optimizer import clip_grads, optimizer
     from megatron.core.tensor_parallel import random
+    from megatron.core.transformer.moe import token_dispatcher
+    from megatron.core.transformer.moe.router import TopKRouter
 
     _take_torch_optimizers()
 
@@ -207,6 +216,9 @@ def redirect_megatron_to_cpu() -> None:
     optimizer.clip_grad_by_total_norm_fp32 = _clip_grad_by_total_norm
     random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    token_dispatcher.maybe_move_tensor_to_cpu = _counts_on_cpu
+    # compiled by torch.compile, for a bias that no model here has
+    TopKRouter._apply_expert_bias = inspect.unwrap(TopKRouter._apply_expert_bias)
     if not isinstance(random._CUDA_RNG_STATE_TRACKER, CpuRNGStatesTracker):
         random._CUDA_RNG_STATE_TRACKER = CpuRNGStatesTracker()
         random._CUDA_RNG_STATE_TRACKER_INITIALIZED = True

@@ -33,9 +33,15 @@ class LayerFlops:
 
 
 def layer_flops(model: ModelConfig, batch: Microbatch) -> LayerFlops:
-    """2 FLOPs per weight and token, and half of 4 s^2 q per row, as causal attention computes half of the scores."""
+    """2 FLOPs per weight and token, and half of 4 s^2 q per row, as causal attention computes half of the scores.
+
+    Of a mixture of experts those that a token goes to count, and the router.
+    """
     size = Sizes.of(model)
-    matrices = size.hidden * (2 * size.query + 2 * size.key + size.ffn * (3 if size.gated else 2))
+    mlp = size.hidden * size.ffn * (3 if size.gated else 2)
+    if experts := model.num_moe_experts:
+        mlp = model.moe_router_topk * mlp + size.hidden * experts
+    matrices = size.hidden * (2 * size.query + 2 * size.key) + mlp
     return LayerFlops(2.0 * matrices * batch.tokens, 2.0 * batch.tokens * batch.length * size.query)
 
 

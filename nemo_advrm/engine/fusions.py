@@ -66,6 +66,8 @@ def fuses_activation(model: ModelConfig) -> bool:
 
 
 def _activation(model: ModelConfig) -> str:
+    if model.num_moe_experts and model.activation != "swiglu":
+        return f"Megatron's experts have none for {model.activation}"
     return "" if model.activation in FUSED_ACTIVATIONS else f"Megatron has none for {model.activation}"
 
 

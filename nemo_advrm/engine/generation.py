@@ -17,7 +17,7 @@ from nemo_advrm.engine import runtime
 from nemo_advrm.engine.decoding import decoding
 from nemo_advrm.engine.kv_cache import KVCache
 from nemo_advrm.engine.model import MegatronModel
-from nemo_advrm.engine.passes import prefill, step
+from nemo_advrm.engine.passes import accompany, prefill, step
 from nemo_advrm.engine.sampling import Sampling, pick
 from nemo_advrm.engine.step_graphs import StepGraphs, step_graphs
 from nemo_advrm.engine.step_shapes import step_shapes
@@ -53,8 +53,9 @@ def generate(
 ) -> Generation:
     """Generate a response to every prompt. All ranks of a replica call with the same prompts and get the same result.
 
-    Every replica must call, even without prompts, because weights may have to be gathered. Apart from that replicas do
-    not communicate (there is no FP8 here), so each makes only the passes that its own responses need.
+    Every replica must call, even without prompts, because weights may have to be gathered. Apart from that only
+    replicas that share experts communicate (there is no FP8 here): each other makes only the passes that its own
+    responses need.
 
     Args:
         prompts: token ids, none empty; lengths may differ.
@@ -94,6 +95,7 @@ def generate(
                 model, [prompts[i] for i in rows], sampling, uniforms_BT[rows], cache, captured
             )
             made.update(zip(rows, zip(tokens, ended, strict=True), strict=True))
+        accompany(model)
     if ranks > 1:
         parts: list[dict[int, tuple[list[int], bool]]] = [{} for _ in range(ranks)]
         dist.all_gather_object(parts, made, group=parallel_state.get_context_parallel_group())
@@ -142,6 +144,7 @@ def likeliest_tokens(
                 log_probs_BK, ids_BK = torch.log_softmax(logits.float(), -1).topk(count)
             log_probs_NK[own] = rt.broadcast_from_last_stage(log_probs_BK).cpu()
             ids_NK[own] = rt.broadcast_from_last_stage(ids_BK).cpu()
+        accompany(model)
     return ids_NK, log_probs_NK
 
 

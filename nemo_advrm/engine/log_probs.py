@@ -35,6 +35,11 @@ class DeferredLogits:
     logits_of: Callable[[Tensor], Tensor]
     rows: int
 
+    @property
+    def device(self) -> torch.device:
+        """Megatron's schedules ask for it in models with experts."""
+        return self.hidden_NH.device
+
     def map(self, function: Callable[..., Any], targets_N: Tensor) -> Tensor:
         """``function(logits_nV, targets_n)`` -> [K, n] of every chunk, together [K, N]."""
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -176,6 +177,8 @@ def build_model(
         for chunk in range(chunks)
     ]
     for part in parts:
+        if not rt.on_gpu and model.expert_model_parallel_size > 1:
+            _draw_experts(part, config, seed)
         _move_to_device(part, config, rt)
         if heads > 1 and part.post_process:
             part.head.draw([derive_seed(seed, "head", k) for k in range(1, heads + 1)], head_init_std)
@@ -208,6 +211,18 @@ def with_adapters(frozen: MegatronModel, model: ModelConfig, seed: int, base: Ba
         lora.attach(part, model, seed)
     chunks = _wrap_all(frozen.parts, frozen.config, model)
     return replace(frozen, chunks=chunks, model_config=model, base=base)
+
+
+def _draw_experts(part: HeadedGPT, config: TransformerConfig, seed: int) -> None:
+    """Draw every expert's weights by its number: on a CPU Megatron gives those of all ranks the same."""
+    for layer in part.decoder.layers:
+        experts = layer.mlp.experts.local_experts
+        first = parallel_state.get_expert_model_parallel_rank() * len(experts)
+        for number, expert in enumerate(experts, first):
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(derive_seed(seed, "expert", layer.layer_number, number))
+                config.init_method(expert.linear_fc1.weight)
+                config.output_layer_init_method(expert.linear_fc2.weight)
 
 
 def _move_to_device(part: HeadedGPT, config: TransformerConfig, rt: runtime.Runtime) -> None:

@@ -15,6 +15,7 @@ from nemo_advrm.config.schema import OptimConfig
 from nemo_advrm.engine import offload, runtime
 from nemo_advrm.engine.cpu import types_of_cuda_tensors
 from nemo_advrm.engine.model import MegatronModel
+from nemo_advrm.engine.optimizer_parts import in_parts
 from nemo_advrm.errors import TrainingDiverged
 
 # saves the distributed optimizer's state in the form that any other layout can read
@@ -117,10 +118,11 @@ class MegatronOptimizer:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._wait()
+        own = in_parts(state, [optimizer.param_groups for optimizer in self._inner])
         with contextlib.ExitStack() as stack:
             for part in self._split_adams:
                 stack.enter_context(_keeping_steps(part))
-            self.core.load_state_dict(state)
+            self.core.load_state_dict(own)
 
     @property
     def _distributed(self) -> list[DistributedOptimizer]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from nemo_advrm.config.layout import layers_per_stage
+from nemo_advrm.config.layout import expert_tensor_parallel_size, layers_per_stage
 from nemo_advrm.config.schema import ModelConfig
 from nemo_advrm.engine.dimensions import GATED, Head, ffn_size, head_size, query_groups
 
@@ -50,12 +50,13 @@ class Parameters:
     """Numbers of parameters of a model or a part of it.
 
     Attributes:
-        linear: weights of the matrices inside layers, those that FP8 applies to.
-        other: norms and biases inside layers.
+        linear: weights of the matrices inside layers, those that FP8 applies to, without those of experts.
+        other: norms, biases and routers inside layers.
         embedding: token and learned position embeddings, and the last stage's copy of a tied embedding.
         output: the output layer of a language model, if it is not tied.
         head: the fp32 head of a reward or value model.
         adapters: low-rank adapters of ``model.peft=lora``, of a model that is trained.
+        experts: weights of the experts' matrices, which FP8 applies to too.
     """
 
     linear: int = 0
@@ -64,10 +65,12 @@ class Parameters:
     output: int = 0
     head: int = 0
     adapters: int = 0
+    experts: int = 0
 
     @property
     def total(self) -> int:
-        return self.linear + self.other + self.embedding + self.output + self.head + self.adapters
+        inner = self.linear + self.experts + self.other + self.adapters
+        return inner + self.embedding + self.output + self.head
 
     @property
     def trained(self) -> Parameters:
@@ -75,12 +78,16 @@ class Parameters:
         return Parameters(head=self.head, adapters=self.adapters) if self.adapters else self
 
 
-def _layer(model: ModelConfig, tensor: int) -> tuple[int, int]:
-    """(matrix weights, norms and biases) of one layer on one of ``tensor`` ranks."""
+def _layer(model: ModelConfig, tensor: int) -> tuple[int, int, int]:
+    """(weights of matrices, norms, biases and routers, weights of experts) of one layer on one of ``tensor`` ranks."""
     size = Sizes.of(model)
     first = size.ffn * (2 if size.gated else 1)
     projections = size.query + 2 * size.key
-    matrices = size.hidden * (projections + size.query + first + size.ffn) // tensor
+    mlp, experts = size.hidden * (first + size.ffn), 0
+    if model.num_moe_experts:
+        ranks = model.expert_model_parallel_size
+        mlp, experts = 0, mlp * model.num_moe_experts // (ranks * expert_tensor_parallel_size(tensor, ranks))
+    matrices = (size.hidden * (projections + size.query) + mlp) // tensor
     per_norm = 1 if model.normalization.lower().startswith("rms") else 2
     other = per_norm * size.hidden * (4 if model.post_norms else 2)
     if model.qk_layernorm:
@@ -89,7 +96,7 @@ def _layer(model: ModelConfig, tensor: int) -> tuple[int, int]:
         other += projections // tensor
     if model.bias:  # every rank has the biases of the two row-parallel matrices
         other += first // tensor + 2 * size.hidden
-    return matrices, other
+    return matrices, other + model.num_moe_experts * size.hidden, experts
 
 
 def adapted_sizes(model: ModelConfig) -> dict[str, tuple[int, int]]:
@@ -128,7 +135,7 @@ def stage_parameters(model: ModelConfig, head: Head, vocab_size: int, stage: int
     have the same number.
     """
     tensor, layers = model.tensor_model_parallel_size, layers_per_stage(model)
-    matrices, other = (count * layers[stage] for count in _layer(model, tensor))
+    matrices, other, experts = (count * layers[stage] for count in _layer(model, tensor))
     tied = model.share_embeddings_and_output_weights and head == "lm"
     tokens = vocab_size * model.hidden_size // tensor
     embedding = output = scalar = 0
@@ -145,7 +152,7 @@ def stage_parameters(model: ModelConfig, head: Head, vocab_size: int, stage: int
             output = tokens
         elif len(layers) > 1:
             embedding += tokens
-    return Parameters(matrices, other, embedding, output, scalar)
+    return Parameters(matrices, other, embedding, output, scalar, experts=experts)
 
 
 def model_parameters(model: ModelConfig, head: Head, vocab_size: int, head_outputs: int = 1) -> Parameters:
@@ -154,6 +161,7 @@ def model_parameters(model: ModelConfig, head: Head, vocab_size: int, head_outpu
         model,
         tensor_model_parallel_size=1,
         pipeline_model_parallel_size=1,
+        expert_model_parallel_size=1,
         virtual_pipeline_model_parallel_size=1,
         num_layers_in_first_pipeline_stage=0,
         num_layers_in_last_pipeline_stage=0,

@@ -91,11 +91,33 @@ def _run(
     return output
 
 
+def accompany(model: MegatronModel) -> None:
+    """Make passes over one token while ranks that share experts with this one go on; called when its own are made.
+
+    A pass exchanges tokens with all ranks that share experts, whatever each of them passes.
+    """
+    rt = runtime.current()
+    if not rt.layout.experts_span_rows:
+        return
+    token_BS = torch.zeros(1, 1, dtype=torch.int64, device=rt.device)
+    cache = KVCache(1, 1, rt.device)
+    cache.begin(torch.ones(1, dtype=torch.int64, device=rt.device))
+    run = partial(_run, tokens_BS=token_BS, positions_BS=token_BS, read_at_B=token_BS[0], mask=None, cache=cache)
+    while rt.any_with_rows(False):
+        _through_stages(model, 1, 1, run, announced=False)
+
+
 def _through_stages(
-    model: MegatronModel, rows: int, length: int, run: Callable[[HeadedGPT, Tensor | None], Tensor]
+    model: MegatronModel,
+    rows: int,
+    length: int,
+    run: Callable[[HeadedGPT, Tensor | None], Tensor],
+    announced: bool = True,
 ) -> Tensor | None:
     """One pass through all stages and chunks: the output of the last chunk on the last stage, None on the others."""
     rt = runtime.current()
+    if announced and rt.layout.experts_span_rows:
+        rt.any_with_rows(True)
     # not context-parallel ranks: each has its own rows
     ranks = rt.layout.tensor * rt.layout.pipeline
     throughput.count_pass(model, [length] * rows, rows, ranks)

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from nemo_advrm.config.layout import expert_tensor_parallel_size
 from nemo_advrm.engine import peers
 from nemo_advrm.engine.collectives import without_views
 from nemo_advrm.errors import ConfigError, LayoutError
@@ -19,16 +20,25 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Layout:
-    """Parallel sizes of a job; the remaining factor of the world size is the data-parallel size."""
+    """Parallel sizes of a job; the remaining factor of the world size is the data-parallel size.
+
+    The ranks of a pipeline stage, whichever replica they belong to, form groups of ``expert`` that share the experts.
+    """
 
     tensor: int = 1
     pipeline: int = 1
     context: int = 1
+    expert: int = 1
 
     @property
     def model_parallel(self) -> int:
         """Number of processes of one model replica, which all work on the same rows."""
         return self.tensor * self.pipeline * self.context
+
+    @property
+    def experts_span_rows(self) -> bool:
+        """Whether ranks that share experts may work on different rows."""
+        return self.tensor % self.expert != 0
 
 
 @dataclass(eq=False)
@@ -119,6 +129,18 @@ class Runtime:
         most = torch.tensor(count)
         dist.all_reduce(most, op=dist.ReduceOp.MAX, group=groups())
         return int(most)
+
+    def any_with_rows(self, flag: bool) -> bool:
+        """Whether ``flag`` holds on any data- or context-parallel rank; all of them call."""
+        if self.dp_size * self.layout.context == 1:
+            return flag
+        from megatron.core import parallel_state
+
+        # by gloo on GPUs too, as above
+        groups = parallel_state.get_data_parallel_group_gloo if self.on_gpu else parallel_state.get_data_parallel_group
+        either = torch.tensor(int(flag))
+        dist.all_reduce(either, op=dist.ReduceOp.MAX, group=groups(with_context_parallel=True))
+        return bool(either)
 
     def barrier(self) -> None:
         if self.world_size > 1:
@@ -243,6 +265,8 @@ def _initialize_groups(layout: Layout, on_gpu: bool, timeout_minutes: float) -> 
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
         context_parallel_size=layout.context,
+        expert_model_parallel_size=layout.expert,
+        expert_tensor_parallel_size=expert_tensor_parallel_size(layout.tensor, layout.expert),
         distributed_timeout_minutes=timeout_minutes,  # type: ignore[arg-type]  # goes into a timedelta
         create_gloo_process_groups=on_gpu,
     )

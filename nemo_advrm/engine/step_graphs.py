@@ -146,6 +146,9 @@ def step_graphs(model: MegatronModel, wanted: str, read: Callable[[], Iterable[T
         return None
     if wanted == "never" or (wanted == "auto" and model.capture_failure):
         return None
+    if model.model_config.num_moe_experts:
+        give_up(model, wanted, "the host counts the tokens of every expert")
+        return None
     weights = [tensor for part in model.parts for tensor in (*part.parameters(), *part.buffers())]
     pool = torch.cuda.graph_pool_handle()
     return StepGraphs(

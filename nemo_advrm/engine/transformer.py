@@ -14,8 +14,9 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from nemo_advrm.config.layout import expert_tensor_parallel_size
 from nemo_advrm.config.schema import ModelConfig, PrecisionConfig
-from nemo_advrm.engine import fusions, transformer_engine
+from nemo_advrm.engine import compat, fusions, transformer_engine
 from nemo_advrm.engine.attention import CachedSelfAttention, FusedCoreAttention
 from nemo_advrm.engine.dimensions import GATED, NORMALIZATIONS, ffn_size, head_size, query_groups
 from nemo_advrm.engine.layers import Norm, PostNormLayer
@@ -84,6 +85,26 @@ def _stages(model: ModelConfig, on_gpu: bool) -> dict[str, Any]:
     }
 
 
+def _experts(model: ModelConfig, on_gpu: bool) -> dict[str, Any]:
+    """Options of a mixture of experts: no token is dropped, and no loss balances the load (as in transformers)."""
+    if not model.num_moe_experts:
+        return {}
+    compat.complete_router()
+    return {
+        "num_moe_experts": model.num_moe_experts,
+        "moe_ffn_hidden_size": ffn_size(model),
+        "moe_router_topk": model.moe_router_topk,
+        # a softmax over the chosen experts' logits is the softmax over all, divided by the sum over the chosen
+        "moe_router_pre_softmax": not model.moe_norm_topk_prob,
+        "moe_router_load_balancing_type": "none",
+        "moe_grouped_gemm": transformer_engine.is_usable(on_gpu),
+        "expert_model_parallel_size": model.expert_model_parallel_size,
+        "expert_tensor_parallel_size": expert_tensor_parallel_size(
+            model.tensor_model_parallel_size, model.expert_model_parallel_size
+        ),
+    }
+
+
 def transformer_config(model: ModelConfig, precision: PrecisionConfig, on_gpu: bool) -> TransformerConfig:
     """Megatron-Core's configuration of ``model``.
 
@@ -131,8 +152,9 @@ def transformer_config(model: ModelConfig, precision: PrecisionConfig, on_gpu: b
         context_parallel_size=model.context_parallel_size,
         sequence_parallel=model.sequence_parallel,
         use_cpu_initialization=not on_gpu,
-        # no effect without experts, but the default refuses variable lengths even then
+        # no effect without experts, but the default refuses variable lengths even then; gloo has this exchange too
         moe_token_dispatcher_type="alltoall",
+        **_experts(model, on_gpu),
         calculate_per_token_loss=True,
         **fused,
         **_stages(model, on_gpu),
@@ -149,7 +171,10 @@ def layer_spec(model: ModelConfig, dtype: torch.dtype, on_gpu: bool) -> ModuleSp
     """
     if transformer_engine.is_usable(on_gpu):
         return _transformer_engine_spec(model, dtype)
-    spec = get_gpt_layer_local_spec(qk_layernorm=model.qk_layernorm, normalization="RMSNorm")
+    experts = model.num_moe_experts or None
+    spec = get_gpt_layer_local_spec(num_experts=experts, qk_layernorm=model.qk_layernorm, normalization="RMSNorm")
+    if experts:  # named as in Transformer Engine's layer, which does not fuse this norm then
+        del spec.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
     spec.submodules.input_layernorm = Norm
     spec.submodules.pre_mlp_layernorm = Norm
     attention = spec.submodules.self_attention
@@ -163,7 +188,11 @@ def layer_spec(model: ModelConfig, dtype: torch.dtype, on_gpu: bool) -> ModuleSp
 
 def _transformer_engine_spec(model: ModelConfig, dtype: torch.dtype) -> ModuleSpec:
     """Transformer Engine's layer, with our attention where its own falls short; not run in the present version."""
-    spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=model.qk_layernorm)
+    spec = get_gpt_layer_with_transformer_engine_spec(
+        num_experts=model.num_moe_experts or None,
+        moe_grouped_gemm=bool(model.num_moe_experts),
+        qk_layernorm=model.qk_layernorm,
+    )
     attention = spec.submodules.self_attention
     attention.module = CachedSelfAttention
     if not transformer_engine.attends(model, dtype, on_gpu=True):

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from nemo_advrm.config.layout import expert_tensor_parallel_size
 from nemo_advrm.config.schema import ModelConfig
 from nemo_advrm.engine.dimensions import head_size
 from nemo_advrm.engine.flops import Microbatch
@@ -88,6 +89,28 @@ class LayerTerms:
         return self.norms + self.attention + self.in_attention + self.mlp + self.dropout
 
 
+def _expert_copies(model: ModelConfig, tokens: float) -> tuple[float, int]:
+    """(tokens that a rank's experts process, ranks that share an expert) if every expert gets as many.
+
+    ``tokens`` of the rank each go to ``moe_router_topk`` experts, and as many come from others. Ranks that share an
+    expert all process the tokens of each other.
+    """
+    split = expert_tensor_parallel_size(model.tensor_model_parallel_size, model.expert_model_parallel_size)
+    return tokens * model.moe_router_topk * split, split
+
+
+def _experts(model: ModelConfig, tokens: float, element: int, kernels: Kernels) -> float:
+    """Bytes that experts and router keep of a rank's ``tokens``, of which each has ``moe_router_topk`` copies.
+
+    Of each copy: the input, what a dense MLP keeps between its matrices, and the product with its weight, less the
+    result of the activation. Of each token: logits, probabilities and choice of all experts.
+    """
+    size = Sizes.of(model)
+    copies, split = _expert_copies(model, tokens)
+    inner = size.ffn * (_mlp(model, kernels) + 1) / split
+    return element * copies * (size.hidden + inner) + tokens * model.num_moe_experts * 2 * _SUM_BYTES
+
+
 def layer_terms(model: ModelConfig, batch: Microbatch, element: int, kernels: Kernels) -> LayerTerms:
     """Activations of one layer for one microbatch on one rank without recomputation; ``element`` in bytes."""
     size, tensor = Sizes.of(model), model.tensor_model_parallel_size
@@ -119,7 +142,10 @@ def layer_terms(model: ModelConfig, batch: Microbatch, element: int, kernels: Ke
         # tanh, the fp32 softmax and its copy in the dtype of the elements
         each = element + _SUM_BYTES + (0 if fp32 else element)
         in_attention += tokens * batch.length * size.heads / tensor * each
-    mlp = kept * (size.hidden / outside + size.ffn * _mlp(model, kernels) / tensor)
+    if model.num_moe_experts:
+        mlp = kept * size.hidden / outside + _experts(model, tokens / outside, element, kernels)
+    else:
+        mlp = kept * (size.hidden / outside + size.ffn * _mlp(model, kernels) / tensor)
     dropout = 2 * tokens * size.hidden / outside if model.hidden_dropout else 0.0
     return LayerTerms(norms, attention, in_attention, mlp, dropout)
 
@@ -164,10 +190,14 @@ def backward_bytes(model: ModelConfig, batch: Microbatch, element: int) -> float
     gated, 3f if squared, else f), or f and the gradient of the second matrix.
     """
     size, tensor = Sizes.of(model), model.tensor_model_parallel_size
+    boundary = boundary_bytes(model, batch, element)
+    if model.num_moe_experts:  # one expert after another: gradients of all their outputs, and of all their inputs
+        copies, _ = _expert_copies(model, boundary / (element * size.hidden))
+        return 2 * boundary + 2 * element * copies * size.hidden
     inner = element * batch.tokens / model.context_parallel_size * size.ffn / tensor
     matrix = element * size.hidden * size.ffn / tensor
     at_activation = (2 if size.gated else 3 if model.activation == "squared_relu" else 1) * inner
-    return 2 * boundary_bytes(model, batch, element) + max(at_activation, inner + matrix)
+    return 2 * boundary + max(at_activation, inner + matrix)
 
 
 def head_bytes(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from nemo_advrm.config.layout import layers_per_stage
+from nemo_advrm.config.layout import expert_tensor_parallel_size, layers_per_stage
 from nemo_advrm.config.schema import Config, ModelConfig
 from nemo_advrm.engine.flops import Microbatch
 from nemo_advrm.engine.parameters import Parameters, Sizes, stage_parameters, with_adapters
@@ -59,13 +59,20 @@ def element_bytes(cfg: Config) -> int:
 def weight_bytes(cfg: Config, counts: Parameters) -> float:
     """Bytes of a model's weights. FP8 matrices: copy and transpose, and the bf16 original unless fp8_params is set."""
     element = element_bytes(cfg)
-    inner = float(element * (counts.linear + counts.other))
+    inner = float(element * (counts.linear + counts.experts + counts.other))
     if cfg.precision.name.startswith(("fp8", "mxfp8")):
         layers = cfg.model.num_layers
         share = max(0, layers - 2 * cfg.precision.bf16_first_last_layers) / layers
         extra = 0 if cfg.precision.fp8_params else 2  # 1 byte + 1 byte instead of, or in addition to, 2
-        inner += extra * counts.linear * share
+        inner += extra * (counts.linear + counts.experts) * share
     return inner + element * (counts.embedding + counts.output + counts.adapters) + 4 * counts.head
+
+
+def expert_replicas(model: ModelConfig, replicas: int) -> int:
+    """Ranks with the same experts, where ``replicas`` data- and context-parallel ranks have the same other weights."""
+    ranks = model.expert_model_parallel_size
+    tensor = model.tensor_model_parallel_size
+    return replicas * tensor // (ranks * expert_tensor_parallel_size(tensor, ranks))
 
 
 def optimizer_bytes(cfg: Config, counts: Parameters, replicas: int) -> float:
@@ -76,7 +83,9 @@ def optimizer_bytes(cfg: Config, counts: Parameters, replicas: int) -> float:
     moments = 8 if cfg.model.optim.name == "adam" else 4
     master = 0 if cfg.precision.name == "fp32" else 4
     split = replicas * cfg.model.context_parallel_size if cfg.model.use_distributed_optimizer else 1
-    return ((moments + master) * (counts.total - counts.head) + moments * counts.head) / split
+    of_experts = expert_replicas(cfg.model, split) if cfg.model.use_distributed_optimizer else 1
+    rest = (moments + master) * (counts.total - counts.head - counts.experts) + moments * counts.head
+    return rest / split + (moments + master) * counts.experts / of_experts
 
 
 def in_flight(model: ModelConfig, stage: int, microbatches: int) -> int:

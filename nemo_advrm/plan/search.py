@@ -88,6 +88,12 @@ def _context_sizes(model: ModelConfig) -> Iterator[int]:
     return _powers_of_2(max(1, model.encoder_seq_length // _LEAST_TOKENS))
 
 
+def _expert_sizes(model: ModelConfig, ranks: int) -> list[int]:
+    """Expert-parallel sizes for the ``ranks`` ranks of a stage of the pipeline."""
+    experts = model.num_moe_experts
+    return [n for n in _powers_of_2(experts or 1) if experts % n == 0 and ranks % n == 0]
+
+
 def _splits(layers: int, stages: int) -> tuple[int, dict[str, int]] | None:
     """(most layers per stage, keys) for ``stages`` stages; the first and last stage get the remaining layers."""
     if layers % stages == 0:
@@ -100,7 +106,7 @@ def _splits(layers: int, stages: int) -> tuple[int, dict[str, int]] | None:
     return each, {"num_layers_in_first_pipeline_stage": first, "num_layers_in_last_pipeline_stage": last}
 
 
-def _single_settings(cfg: Config, rows_at_once: int) -> Iterator[list[dict[str, Any]]]:
+def _single_settings(cfg: Config, gpus: int, rows_at_once: int) -> Iterator[list[dict[str, Any]]]:
     """Kinds of single changes, each with its settings in order, least drastic first."""
     model = cfg.model
     yield [{"use_distributed_optimizer": True}]
@@ -120,6 +126,9 @@ def _single_settings(cfg: Config, rows_at_once: int) -> Iterator[list[dict[str, 
     yield [{"pipeline_model_parallel_size": stages, **_EVEN} for stages in more_stages]
     sizes = [n for n in _powers_of_2(GPUS_PER_NODE) if n > model.tensor_model_parallel_size]
     yield [{"tensor_model_parallel_size": tensor, "sequence_parallel": True} for tensor in sizes]
+    if model.num_moe_experts:
+        sizes = _expert_sizes(model, gpus // model.pipeline_model_parallel_size)
+        yield [{"expert_model_parallel_size": n} for n in sizes if n > model.expert_model_parallel_size]
     yield [{"context_parallel_size": ranks} for ranks in _context_sizes(model) if ranks > model.context_parallel_size]
 
 
@@ -128,7 +137,7 @@ def single_changes(cfg: Config, gpus: int, tokenizer_size: int) -> list[Candidat
     sequences = 2 if cfg.plan.stage == "train_rm" else 1
     rows_at_once = job_of(cfg, gpus, tokenizer_size).training.rows // sequences
     found = []
-    for kind in _single_settings(cfg, rows_at_once):
+    for kind in _single_settings(cfg, gpus, rows_at_once):
         options = (candidate(cfg, gpus, tokenizer_size, settings) for settings in kind)
         fitting = next((c for c in options if c is not None and c.changes and c.fits), None)
         if fitting is not None:
@@ -166,13 +175,15 @@ def _candidates(cfg: Config, gpus: int) -> Iterator[dict[str, Any]]:
             parts = layers // chunks
             again = sorted({parts // 4, parts // 2, 3 * parts // 4} - {0, parts})
             recomputes = [("none", 1), ("full", 1), *(("block", n) for n in again)]
-            for (recompute, count), offload in itertools.product(recomputes, _offloads(cfg)):
+            experts = _expert_sizes(model, gpus // stages)
+            for (recompute, count), offload, expert in itertools.product(recomputes, _offloads(cfg), experts):
                 yield {
                     **offload,
                     "tensor_model_parallel_size": tensor,
                     "pipeline_model_parallel_size": stages,
                     "virtual_pipeline_model_parallel_size": chunks,
                     "context_parallel_size": ranks,
+                    "expert_model_parallel_size": expert,
                     **ends,
                     "sequence_parallel": tensor > 1,
                     "use_distributed_optimizer": True,

@@ -11,7 +11,9 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from nemo_advrm.config.layout import expert_tensor_parallel_size
 from nemo_advrm.config.schema import ModelConfig, PrecisionConfig
+from nemo_advrm.engine import cpu
 from nemo_advrm.engine.dimensions import Head
 from nemo_advrm.engine.gpt import HeadedGPT
 from nemo_advrm.engine.transformer import transformer_config
@@ -33,6 +35,10 @@ def _rank(model: ModelConfig, rank: int, world_size: int) -> Iterator[None]:
             pipeline_model_parallel_size=model.pipeline_model_parallel_size,
             virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None,
             context_parallel_size=model.context_parallel_size,
+            expert_model_parallel_size=model.expert_model_parallel_size,
+            expert_tensor_parallel_size=expert_tensor_parallel_size(
+                model.tensor_model_parallel_size, model.expert_model_parallel_size
+            ),
             create_gloo_process_groups=False,
         )
         yield
@@ -67,7 +73,9 @@ def _build(model: ModelConfig, head: Head, vocab_size: int, head_outputs: int, s
             if stage and getattr(parameter, "shared_embedding", False):
                 continue  # the last stage's copy of a tied embedding
             sharded = getattr(parameter, "tensor_model_parallel", False)
-            together += parameter.numel() * (model.tensor_model_parallel_size if sharded else 1)
+            dealt = not getattr(parameter, "allreduce", True)  # an expert's, and that expert is on no other rank
+            split = model.tensor_model_parallel_size if sharded else 1
+            together += parameter.numel() * (model.expert_model_parallel_size if dealt else split)
     return on_rank, together
 
 
@@ -79,6 +87,7 @@ def build_stages(
     Returns those of one rank of each pipeline stage, and those of the whole model, each counted once. Raises
     RuntimeError in a process that already runs Megatron-Core.
     """
+    cpu.redirect_megatron_to_cpu()  # the exchange of experts makes a CUDA stream
     stages = model.pipeline_model_parallel_size
     counts = []
     for stage in range(stages):

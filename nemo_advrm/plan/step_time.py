@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import operator
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 
 from nemo_advrm.config.layout import layers_per_stage
 from nemo_advrm.config.schema import ModelConfig
 from nemo_advrm.engine.flops import Microbatch, head_flops, layer_flops, training_passes
 from nemo_advrm.engine.gpus import GPU, GPUS, GPUS_PER_NODE
-from nemo_advrm.engine.parameters import Sizes, stage_parameters, with_adapters
+from nemo_advrm.engine.parameters import Parameters, Sizes, stage_parameters, with_adapters
 from nemo_advrm.plan.activations import boundary_bytes
 from nemo_advrm.plan.efficiency import measured_share
 from nemo_advrm.plan.jobs import Held, Job
-from nemo_advrm.plan.memory import cache_bytes, element_bytes, rank_memory, weight_bytes
+from nemo_advrm.plan.memory import cache_bytes, element_bytes, expert_replicas, rank_memory, weight_bytes
 
 
 def _recomputed_share(model: ModelConfig, layers: int) -> tuple[float, float]:
@@ -105,11 +105,23 @@ class Clock:
     def _tensor_seconds(self, stage: int, batch: Microbatch, passes: float) -> float:
         """All-gathers and reduce-scatters (or all-reduces) of the layers: four per layer and pass."""
         tensor = self.model.tensor_model_parallel_size
+        experts = self._expert_seconds(stage, batch, passes)
         if tensor == 1:
-            return 0.0
+            return experts
         whole = element_bytes(self.job.cfg) * batch.tokens / self.model.context_parallel_size * self.model.hidden_size
         link = self.gpu.link if tensor <= GPUS_PER_NODE else self.gpu.network
-        return passes * self.layers[stage] * 4 * whole * (tensor - 1) / tensor / (link * 1e9)
+        collectives = 2 if self.model.expert_model_parallel_size > 1 else 4  # whole experts need none for the MLP
+        return experts + passes * self.layers[stage] * collectives * whole * (tensor - 1) / tensor / (link * 1e9)
+
+    def _expert_seconds(self, stage: int, batch: Microbatch, passes: float) -> float:
+        """Exchange of tokens with the ranks that have their experts: there and back, per layer and pass.
+
+        These ranks have consecutive numbers.
+        """
+        ranks, model = self.model.expert_model_parallel_size, self.model
+        copies = boundary_bytes(model, batch, element_bytes(self.job.cfg)) * model.moe_router_topk
+        link = self.gpu.link if ranks <= GPUS_PER_NODE else self.gpu.network
+        return passes * self.layers[stage] * 2 * copies * (ranks - 1) / ranks / (link * 1e9)
 
     def _context_seconds(self, stage: int, batch: Microbatch, passes: float) -> float:
         """Transfer of the other ranks' keys and values, per layer and pass, not overlapped with computation.
@@ -168,10 +180,13 @@ class Clock:
             return 0.0
         whole = stage_parameters(model, held.head, self.job.vocab_size, 0, self.job.head_outputs)
         counts = with_adapters(whole, model, 0).trained
-        share = (replicas - 1) / replicas / (self.gpu.network * 1e9)
         split = model.use_distributed_optimizer
-        reduce = 4 * counts.total * share * (1 if split else 2)
-        gather = weight_bytes(self.job.cfg, counts) * share if split else 0.0
+        reduce = gather = 0.0
+        alike = expert_replicas(model, replicas)
+        for part, ranks in ((replace(counts, experts=0), replicas), (Parameters(experts=counts.experts), alike)):
+            share = (ranks - 1) / ranks / (self.gpu.network * 1e9)
+            reduce += 4 * part.total * share * (1 if split else 2)
+            gather += weight_bytes(self.job.cfg, part) * share if split else 0.0
         if model.overlap_grad_reduce:
             reduce = max(0.0, reduce - busy / 2)
         if model.overlap_param_gather:
@@ -209,7 +224,9 @@ class Clock:
         per_token = 0.0
         for stage in range(len(self.layers)):
             counts = stage_parameters(model, "lm", job.vocab_size, stage)
-            read = weight_bytes(cfg, counts) + cache_bytes(job, stage)
+            # the experts that at least one row's token goes to, at most
+            chosen = min(1.0, job.generated * ranks * model.moe_router_topk / max(1, model.num_moe_experts))
+            read = weight_bytes(cfg, replace(counts, experts=int(chosen * counts.experts))) + cache_bytes(job, stage)
             token = self._compute_seconds(stage, Microbatch(job.generated * ranks, 1), "lm")
             per_token += max(read / bandwidth, token)
         prompt = Microbatch(1, max(1, model.encoder_seq_length - new))

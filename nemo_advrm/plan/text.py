@@ -25,6 +25,8 @@ def layout_words(model: ModelConfig) -> str:
         parts[-1] += f" of {model.virtual_pipeline_model_parallel_size} chunks"
     if model.context_parallel_size > 1:
         parts.append(f"CP {model.context_parallel_size}")
+    if model.num_moe_experts:
+        parts[-1] += f" (EP {model.expert_model_parallel_size})"
     return " x ".join(parts)
 
 
@@ -93,7 +95,7 @@ def time_lines(job: Job, time: StepTime) -> list[str]:
         ("generation", time.generate),
         ("scoring", time.score),
         ("matrix products", time.compute),
-        ("tensor parallel", time.tensor),
+        ("tensor and expert parallel" if job.cfg.model.num_moe_experts else "tensor parallel", time.tensor),
         ("context parallel", time.context),
         ("pipeline", time.pipeline),
         ("bubble", time.bubble),

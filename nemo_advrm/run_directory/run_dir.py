@@ -44,7 +44,10 @@ def start(cfg: Config, megatron: bool = True) -> runtime.Runtime:
     if cfg.precision.name in FP8:  # other formats are checked when a model is built: a stage may build none
         check_machine(cfg.precision, runtime.uses_gpu(cfg.trainer.accelerator))
     layout = runtime.Layout(
-        model.tensor_model_parallel_size, model.pipeline_model_parallel_size, model.context_parallel_size
+        model.tensor_model_parallel_size,
+        model.pipeline_model_parallel_size,
+        model.context_parallel_size,
+        model.expert_model_parallel_size,
     )
     if cfg.trainer.cpu_threads:
         torch.set_num_threads(cfg.trainer.cpu_threads)

@@ -24,7 +24,7 @@ def build(path: str) -> MegatronModel:
     """The model that the checkpoint itself describes, with its weights."""
     meta = checkpoint.read_meta(Path(path))
     layout = runtime.current().layout
-    model = at_layout(read_model(meta, Path(path)), layout.tensor, layout.pipeline, layout.context)
+    model = at_layout(read_model(meta, Path(path)), layout.tensor, layout.pipeline, layout.context, layout.expert)
     vocabulary = model.vocab_size or meta["vocab_size"]
     built = build_model(model, PrecisionConfig(), meta["head"], vocabulary, seed=3, trainable=False)
     checkpoint.load(Path(path), built)

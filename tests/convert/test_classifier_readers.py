@@ -51,6 +51,12 @@ READERS = {
         "hidden_act rms_norm_eps num_key_value_heads attention_bias rope_parameters eos_token_id",
         sglang_bias=True,
     ),
+    # these two at vLLM's commits 005df92 and 002456d; SGLang's were not looked up
+    "Mixtral": Reader("hidden_act rms_norm_eps tie_word_embeddings num_local_experts num_experts_per_tok"),
+    "Qwen3Moe": Reader(
+        "hidden_act rms_norm_eps tie_word_embeddings num_experts num_experts_per_tok norm_topk_prob "
+        "moe_intermediate_size decoder_sparse_step mlp_only_layers"
+    ),
     "Gemma2": Reader(
         "attention_bias attn_logit_softcapping final_logit_softcapping head_dim hidden_activation layer_types "
         "num_key_value_heads query_pre_attn_scalar rms_norm_eps rope_parameters sliding_window",

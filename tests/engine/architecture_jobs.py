@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 from nemo_advrm.config.schema import ModelConfig, OptimConfig, PrecisionConfig
 from nemo_advrm.convert.hf_config import find_architecture, model_config
@@ -34,7 +35,7 @@ def config_of(hf: PreTrainedModel) -> ModelConfig:
 
 def tensors_of(hf: PreTrainedModel) -> dict[str, torch.Tensor]:
     """The weights of ``hf`` under the parameter names of one unsplit model."""
-    config, theirs = config_of(hf), hf.state_dict()
+    config, theirs = config_of(hf), revert_weight_conversion(hf, hf.state_dict())  # experts one by one, as in files
     table, head = find_architecture({"architectures": [type(hf).__name__]}, "test")
     rows = padded_vocab_size(config, 0)
     ours = {}
@@ -45,7 +46,11 @@ def tensors_of(hf: PreTrainedModel) -> dict[str, torch.Tensor]:
         tensor = transform.merge([theirs[part] for part in parts], config)
         tensor = pad_vocabulary(tensor, rows) if name in VOCABULARY_ROWS else tensor
         name = name.replace(ATTENTION_NORM, "input_layernorm.").replace(MLP_NORM, "pre_mlp_layernorm.")
-        ours[name] = tensor.detach().clone()
+        if ".experts." in name:
+            parameter = name.replace("experts.experts.", "experts.local_experts.#.")
+            ours |= {parameter.replace("#", str(i)): part.detach().clone() for i, part in enumerate(tensor)}
+        else:
+            ours[name] = tensor.detach().clone()
     return ours
 
 
@@ -59,6 +64,7 @@ def build(
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
         context_parallel_size=layout.context,
+        expert_model_parallel_size=layout.expert,
         sequence_parallel=sequence_parallel,
     )
     model = build_model(config, PrecisionConfig(), head, config.vocab_size, seed=3, trainable=trainable)  # type: ignore[arg-type]

@@ -16,8 +16,8 @@ from nemo_advrm.models.reward_model import RewardModel
 from nemo_advrm.training.callbacks.periodic_checkpoints import newest_usable
 
 
-def reward_model(seed: int = 0, **model: Any) -> RewardModel:
-    cfg = tiny_config("gpt", runtime.current().layout, **model)
+def reward_model(seed: int = 0, architecture: str = "gpt", **model: Any) -> RewardModel:
+    cfg = tiny_config(architecture, runtime.current().layout, **model)
     return RewardModel(cfg, TOKENIZER, pairs(16), [], seed=seed)
 
 
@@ -27,10 +27,11 @@ def train(module: RewardModel, first: int, last: int) -> list[dict[str, float]]:
     return [module.train_on(next(steps), step) for step in range(first, last)]
 
 
-def train_and_save(path: str, steps: int) -> None:
-    module = reward_model()
-    train(module, 0, steps)
+def train_and_save(path: str, steps: int, **model: Any) -> list[dict[str, float]]:
+    module = reward_model(**model)
+    metrics = train(module, 0, steps)
     checkpoint.save(Path(path), module.model, module.optimizer)
+    return metrics
 
 
 def load_and_continue(path: str, first: int, last: int, out: str, **model: Any) -> list[dict[str, float]]:

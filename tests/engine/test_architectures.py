@@ -74,6 +74,7 @@ def run(request: pytest.FixtureRequest, single: Runtime, worlds: Worlds) -> Any:
             return [getattr(architecture_jobs, job)(**kwargs)]
         return worlds.run(layout, "architecture_jobs", job, **kwargs)
 
+    everywhere.place = request.param  # type: ignore[attr-defined]
     return everywhere
 
 
@@ -127,6 +128,8 @@ def test_a_step_of_gradient_descent_is_that_of_transformers(case: Case, run: Any
         for parameter in hf.parameters():
             parameter -= rate * parameter.grad
     expected = architecture_jobs.tensors_of(hf)
+    if case.config.num_moe_experts and run.place == "tp2":
+        pytest.skip("experts need sequence parallelism to train")
 
     out = str(tmp_path / "out")
     for found in run("descend", config=case.config, path=case.path, tokens_BS=TOKENS, rate=rate, out=out):

@@ -51,6 +51,14 @@ PLACES = {
     "cp2": Place(Layout(context=2)),
     "tp2_cp2_sequence_parallel": Place(Layout(tensor=2, context=2), 4, SEQUENCE, ("gpt",)),
     "pp2_cp2": Place(Layout(pipeline=2, context=2), 4, architectures=("llama",)),
+    # matrices of experts over tensor-parallel ranks; whole ones over these, over ranks with other rows, over both
+    "tp2_sequence_parallel_experts": Place(Layout(tensor=2), model=SEQUENCE, architectures=("experts",)),
+    "tp2_ep2": Place(Layout(tensor=2, expert=2), model=SEQUENCE, architectures=("experts",)),
+    "ep2_distributed_optimizer": Place(
+        Layout(expert=2), model={"use_distributed_optimizer": True, **OVERLAP}, architectures=("experts",)
+    ),
+    "tp2_ep4": Place(Layout(tensor=2, expert=4), 4, SEQUENCE, ("experts",)),
+    "pp2_ep2": Place(Layout(pipeline=2, expert=2), 4, architectures=("experts",)),
     "tp2_selective_recompute": Place(Layout(tensor=2), model={**SEQUENCE, "recompute": "selective"}),
 }
 CASES = {f"{name}-{model}": (place, model) for name, place in PLACES.items() for model in place.architectures}

@@ -187,6 +187,7 @@ MEASURED: dict[str, dict[str, Any]] = {
         "ffn_hidden_size": 512,
         "rotary_percent": 0.5,
     },
+    "experts": {**BASE, "num_moe_experts": 8, "moe_router_topk": 2, "ffn_hidden_size": 192},
     "norms of queries": {**BASE, "qk_layernorm": True},
     "soft-caps, four norms": {
         **BASE,

@@ -26,9 +26,11 @@ PUBLISHED = {
     "llama3_1_70b": 70_553_706_496,  # meta-llama/Llama-3.1-70B
     "llama3_405b": 405_853_388_800,  # meta-llama/Llama-3.1-405B
     "mistral_7b": 7_248_023_552,  # mistralai/Mistral-7B-v0.3
+    "mixtral_8x7b": 46_702_792_704,  # mistralai/Mixtral-8x7B-v0.1
     "qwen2_5_7b": 7_615_616_512,  # Qwen/Qwen2.5-7B
     "qwen2_5_72b": 72_706_203_648,  # Qwen/Qwen2.5-72B
     "qwen3_8b": 8_190_735_360,  # Qwen/Qwen3-8B
+    "qwen3_30b_a3b": 30_532_122_624,  # Qwen/Qwen3-30B-A3B
     "smollm2_135m": 134_515_008,  # HuggingFaceTB/SmolLM2-135M
 }
 WITH_VOCABULARY = [
@@ -100,6 +102,22 @@ SMALL: dict[str, tuple[ModelConfig, str, int]] = {
         ),
         "reward",
         4,
+    ),
+    "experts split over tensor-parallel ranks": (
+        small(num_moe_experts=4, tensor_model_parallel_size=2, sequence_parallel=True),
+        "reward",
+        2,
+    ),
+    "experts dealt out to tensor- and data-parallel ranks": (
+        small(
+            num_moe_experts=8,
+            expert_model_parallel_size=4,
+            tensor_model_parallel_size=2,
+            sequence_parallel=True,
+            pipeline_model_parallel_size=2,
+        ),
+        "lm",
+        8,
     ),
     "context parallel": (small(context_parallel_size=2, pipeline_model_parallel_size=2), "reward", 8),
 }
