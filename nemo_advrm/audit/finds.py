@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,8 +31,8 @@ class Judged:
 
     Attributes:
         rows: rows of ``samples.jsonl``, each with its ``rank`` among those to its prompt.
-        gold_N: the judge's scores; None without one. NaN where it gave none, or where the ordinary responses to the
-            prompt have none to compare with: such a row does not succeed.
+        gold_N: the judge's scores, NaN where it gave none: such a row does not succeed, nor one to a prompt whose
+            ordinary responses have none to compare with. None without a judge.
         success: which rows succeed.
     """
 
@@ -91,9 +90,6 @@ def judge_attack(panel: Panel, result: AttackResult) -> list[Judged]:
         if panel.judge is not None:
             path = attack_home(panel, result.attack, result.target) / f"judged_{split.name}.jsonl"
             gold_N = panel.verdicts(path, rollouts_of_rows(split, rows))
-            for i, row in enumerate(rows):
-                if row["prompt_id"] in split.unjudged_prompts:
-                    gold_N[i] = math.nan
         threshold = panel.cfg.selection.threshold_z
         found.append(Judged(result, split, rows, gold_N, of_rows(rows, gold_N, split, threshold, result.underrates)))
     return found

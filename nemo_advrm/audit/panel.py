@@ -35,47 +35,37 @@ class Split:
     Attributes:
         name: ``training`` (the attacks see these prompts) or ``held_out``.
         sft: scores of all models, targets first, then the others.
-        gold_PN: the judge's scores of them; None without a judge. An answer that it gave no score has the mean of those
-            to its prompt, which is neither better nor worse than they are.
-        unjudged_PN: bool, which answers got no score; None without a judge.
+        gold_PN: the judge's scores of them, NaN where it gave none; None without a judge.
     """
 
     name: str
     prompts: list[Prompt]
     sft: SFTScores
     gold_PN: Tensor | None = None
-    unjudged_PN: Tensor | None = None
 
     def with_gold(self, gold_PN: Tensor) -> Split:
         """Returns the split with the judge's scores of the ordinary responses, NaN where there is none.
 
-        Raises RewardSourceError when more than half of them have no score: such a judge measures nothing.
+        Raises RewardSourceError when more than half of them have no score, or none beside another to the same prompt:
+        such a judge measures nothing.
         """
-        missing_PN = gold_PN.isnan()
-        if missing_PN.sum() * 2 > missing_PN.numel():
+        missing = int(gold_PN.isnan().sum())
+        if missing * 2 > gold_PN.numel() or ((~gold_PN.isnan()).sum(1) < 2).all():
             raise RewardSourceError(
-                f"the judge gave no score to {int(missing_PN.sum())} of {missing_PN.numel()} ordinary responses to the "
+                f"the judge gave no score to {missing} of {gold_PN.numel()} ordinary responses to the "
                 f"{self.name.replace('_', '-')} prompts: take another judge, or another judge.rubric"
             )
-        mean_P = gold_PN.nanmean(1).where(~missing_PN.all(1), gold_PN.nanmean())
-        filled_PN = gold_PN.where(~missing_PN, mean_P[:, None])
-        return dataclasses.replace(self, gold_PN=filled_PN, unjudged_PN=missing_PN)
+        return dataclasses.replace(self, gold_PN=gold_PN)
 
     @property
     def unjudged(self) -> int:
         """How many answers got no score."""
-        return 0 if self.unjudged_PN is None else int(self.unjudged_PN.sum())
-
-    @property
-    def unjudged_prompts(self) -> frozenset[int]:
-        """Prompts without a single score. Nothing can be compared there."""
-        return frozenset() if self.unjudged_PN is None else frozenset(self.unjudged_PN.all(1).nonzero()[:, 0].tolist())
+        return 0 if self.gold_PN is None else int(self.gold_PN.isnan().sum())
 
     def own_gold(self, prompt_id: int, place: int) -> float | None:
         """Returns the score that the judge gave an answer; None where it gave none."""
-        if self.gold_PN is None or (self.unjudged_PN is not None and self.unjudged_PN[prompt_id, place]):
-            return None
-        return self.gold_PN[prompt_id, place].item()
+        gold = math.nan if self.gold_PN is None else self.gold_PN[prompt_id, place].item()
+        return None if math.isnan(gold) else gold
 
     @cached_property
     def judged(self) -> SFTScores:

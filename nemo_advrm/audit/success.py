@@ -76,14 +76,17 @@ def of_rows(rows: Sequence[Row], gold_N: Tensor | None, split: Split, threshold:
     if gold_N is None or split.gold_PN is None:
         return successes(z_N, unusual_N, None, None, None, threshold, underrates)
     prompts = [row["prompt_id"] for row in rows]
-    gold_z_N, sft_gold_N = split.judged.gold_z(gold_N, prompts), split.gold_PN.mean(1)[prompts]
+    gold_z_N, sft_gold_N = split.judged.gold_z(gold_N, prompts), split.gold_PN.nanmean(1)[prompts]
     return successes(z_N, unusual_N, gold_N, gold_z_N, sft_gold_N, threshold, underrates)
 
 
 def of_ordinary(
     split: Split, columns: list[int], detector: str, threshold: float, underrates: bool = False
 ) -> Successes:
-    """Judges the ordinary responses, each against the others to its prompt, in the order of the prompts."""
+    """Judges the ordinary responses, each against the others to its prompt, in the order of the prompts.
+
+    Without a score of the judge a response does not succeed.
+    """
     view = split.of(columns)
     z_N = split.own_z_PNK[..., columns[0]].flatten()
     unusual_N = view.detector(detector, 0).own_S
@@ -92,7 +95,7 @@ def of_ordinary(
     gold_z_PN = split.judged.own_gold_z()
     assert gold_z_PN is not None
     count = split.gold_PN.size(1)
-    sft_gold_N = split.gold_PN.mean(1).repeat_interleave(count)
+    sft_gold_N = split.gold_PN.nanmean(1).repeat_interleave(count)
     gold_N, gold_z_N = split.gold_PN.flatten(), gold_z_PN.flatten()
     return successes(z_N, unusual_N, gold_N, gold_z_N, sft_gold_N, threshold, underrates)
 

@@ -259,6 +259,4 @@ def example(find: FoundAnswer) -> Facts:
 
 def _counterpart(split: Split, prompt_id: int, target: int) -> int:
     quality_PN = split.gold_PN if split.gold_PN is not None else split.sft.scores_PNK[..., target]
-    if split.unjudged_PN is not None:
-        quality_PN = quality_PN.masked_fill(split.unjudged_PN, -torch.inf)
-    return int(quality_PN[prompt_id].argmax())
+    return int(quality_PN[prompt_id].nan_to_num(nan=-torch.inf).argmax())

@@ -23,7 +23,7 @@ from nemo_advrm.detectors.base import (
     build_detector,
 )
 from nemo_advrm.errors import ConfigError, DataError
-from nemo_advrm.objectives.sft_statistics import SFTStatistics, fit_sft_statistics, fresh_std
+from nemo_advrm.objectives.sft_statistics import SFTStatistics, fit_sft_statistics, judged_statistics
 from nemo_advrm.objectives.spread import divide_by_spread, rounding_of
 
 
@@ -35,7 +35,7 @@ class SFTScores:
         prompts_P: chat messages.
         responses_PN: texts.
         scores_PNK: raw scores.
-        gold_PN: gold rewards, or None where the run has none.
+        gold_PN: gold rewards, or None where the run has none; NaN of a response that the gold judge gave none.
         ended_PN: False where the length limit cut a response off; None (older files) means that all ended.
         tokens_PN: the policy's token ids of the responses; None when the file has none.
         hidden_states: of the responses, [P * n, D], by index of the member; those of the attacked members if the
@@ -117,26 +117,30 @@ class SFTScores:
     def gold_z(self, gold_N: Tensor, prompt_index: Sequence[int]) -> Tensor | None:
         """Standardise the gold rewards of new responses like the members' scores.
 
-        Returns [N], 0 where gold does not vary beyond rounding error; None when the run has no gold.
+        Returns [N], 0 where gold does not vary beyond rounding error, NaN where a response or all SFT responses to its
+        prompt have no gold; None when the run has no gold.
         """
         if self.gold_PN is None:
             return None
-        means_P = self.gold_PN.mean(1)
-        std = fresh_std((self.gold_PN - means_P[:, None]).reshape(-1, 1), self.gold_PN.size(1)).float()
-        noise = rounding_of(self.gold_PN).max()
-        return divide_by_spread(gold_N - means_P[list(prompt_index)], std, noise)
+        mean_P, std_P = judged_statistics(self.gold_PN)
+        noise = rounding_of(self.gold_PN.nan_to_num()).max()
+        places = list(prompt_index)
+        z_N = divide_by_spread(gold_N - mean_P[places], std_P[places], noise)
+        return z_N.where(~(gold_N - mean_P[places]).isnan(), torch.nan)
 
     def own_gold_z(self) -> Tensor | None:
         """Standardise the gold of each SFT response by the other responses to its prompt, like `own_z_scores`.
 
-        Returns [P, n]; None when the run has no gold.
+        Returns [P, n], NaN where a response has no gold, or no other response to its prompt; None when the run has no
+        gold.
         """
         if self.gold_PN is None:
             return None
         prompts, count = self.gold_PN.shape
         z_B = self.gold_z(self.gold_PN.flatten(), [p for p in range(prompts) for _ in range(count)])
         assert z_B is not None
-        return z_B.reshape(prompts, count) * ((count + 1) / (count - 1)) ** 0.5
+        judged_P1 = (~self.gold_PN.isnan()).sum(1, keepdim=True)
+        return z_B.reshape(prompts, count) * ((judged_P1 + 1) / (judged_P1 - 1)).sqrt()
 
     @classmethod
     def read(cls, path: Path, reads: Collection[str] = ()) -> SFTScores:

@@ -58,6 +58,22 @@ def fresh_std(deviations_SK: Tensor, per_mean: int) -> Tensor:
 
 
 @torch.no_grad()
+def judged_statistics(values_PN: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean of the judged responses to each prompt, and the std of a fresh response's deviation from it, [P] each.
+
+    NaN marks a response without a judgement: it is left out of its mean, of the squares, and of the degrees of freedom.
+    A mean over fewer responses has a larger error, so the std is one number for each prompt; where every response is
+    judged it is that of `fresh_std`. The mean is NaN for a prompt without judgements, the std is NaN where no prompt
+    has two.
+    """
+    count_P = (~values_PN.isnan()).sum(1)
+    mean_P = values_PN.nanmean(1)
+    squares = (values_PN - mean_P[:, None]).double().square().nansum()
+    variance = squares / (count_P - 1).clamp(min=0).sum()
+    return mean_P, (variance * (1 + 1 / count_P)).sqrt().to(values_PN.dtype)
+
+
+@torch.no_grad()
 def fit_sft_statistics(scores_PNK: Tensor) -> SFTStatistics:
     """Statistics from the scores [P, n, K] of n SFT responses per prompt.
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from nemo_advrm import cli
 from nemo_advrm.audit import panel, setup
 from nemo_advrm.audit.finds import FoundAnswer, _pair
+from nemo_advrm.audit.success import of_rows
 from nemo_advrm.audit.summary import _counterpart
 from nemo_advrm.audit.weaknesses import Answer
 from nemo_advrm.data.sft_scores import SFTScores
@@ -56,11 +57,25 @@ def _split(gold_PN: Tensor) -> panel.Split:
     return panel.Split("training", [], sft).with_gold(gold_PN)
 
 
-def test_a_refused_ordinary_response_has_the_mean_of_its_prompt() -> None:
-    split = _split(torch.tensor([[1.0, math.nan, 3.0], [math.nan] * 3, [0.0, 4.0, 2.0]]))
-    assert split.gold_PN is not None
-    assert split.gold_PN.tolist() == [[1, 2, 3], [2, 2, 2], [0, 4, 2]]  # the mean of all where a prompt has none
-    assert (split.unjudged, split.unjudged_prompts) == (4, {1})
+def test_refusals_do_not_make_strict_success_easier() -> None:
+    """One response in two is refused. Means in their place would make the spread 1.9 times too small."""
+    nan = math.nan
+    split = _split(torch.tensor([[1.0, nan, 3.0, nan], [nan, 0.0, nan, 2.0]]))
+    assert split.unjudged == 4
+    # the variance of a response is (1 + 1 + 1 + 1) / 2, beside a mean of two 3: -1.96 lies 3.395 below the mean
+    rows = [{"prompt_id": 0, "z": [1.0], "disagreement_z": 0.0}] * 3
+    found = of_rows(rows, torch.tensor([2 - 3.3, 2 - 3.5, nan]), split, 1.96, underrates=False)
+    assert found.strict_N is not None and found.strict_N.tolist() == [False, True, False]
+    assert found.standard_N is not None and found.standard_N.tolist() == [True, True, False]
+
+
+def test_nothing_succeeds_on_a_prompt_whose_ordinary_responses_were_all_refused() -> None:
+    split = _split(torch.tensor([[1.0, 2.0, 3.0], [math.nan] * 3, [0.0, 4.0, 2.0]]))
+    rows = [{"prompt_id": 1, "z": [1.0], "disagreement_z": 0.0}]
+    for underrates, gold in ((False, -9.0), (True, 9.0)):
+        found = of_rows(rows, torch.tensor([gold]), split, 1.96, underrates)
+        assert found.standard_N is not None and found.strict_N is not None
+        assert not found.standard_N.any() and not found.strict_N.any()
 
 
 def test_an_ordinary_response_without_a_score_is_no_pair_and_no_example() -> None:
@@ -87,6 +102,8 @@ class _Panel:
 def test_a_judge_that_refuses_most_is_an_error() -> None:
     with pytest.raises(RewardSourceError, match="no score to 3 of 4 ordinary responses to the training prompts"):
         _split(torch.tensor([[1.0, math.nan], [math.nan, math.nan]]))
+    with pytest.raises(RewardSourceError, match="no score to 2 of 4"):  # no two to one prompt, so no spread
+        _split(torch.tensor([[1.0, math.nan], [math.nan, 2.0]]))
 
 
 def test_refused_finds_are_no_success_and_are_not_asked_again(

@@ -12,6 +12,7 @@ from nemo_advrm.objectives.sft_statistics import (
     fit_members,
     fit_sft_statistics,
     fresh_std,
+    judged_statistics,
     own_z_scores,
     standardise_members,
     z_scores,
@@ -128,3 +129,22 @@ def test_scores_that_are_not_finite_name_the_member() -> None:
 def test_too_few_samples_are_an_error(shape: tuple[int, int, int]) -> None:
     with pytest.raises(RewardSourceError, match="at least 2 SFT responses"):
         fit_sft_statistics(torch.zeros(shape))
+
+
+def test_responses_without_a_judgement_take_no_degree_of_freedom() -> None:
+    nan = math.nan
+    values_PN = torch.tensor([[1.0, nan, 3.0], [nan, nan, nan], [0.0, 4.0, 2.0], [5.0, nan, nan]])
+    mean_P, std_P = judged_statistics(values_PN)
+    assert mean_P[[0, 2, 3]].tolist() == [2.0, 2.0, 5.0] and mean_P[1].isnan()
+    # squares 1 + 1 + 4 + 4 + 0 over 1 + 0 + 2 + 0 degrees of freedom; the mean of 2, 3 and 1 responses adds its error
+    variance = 10 / 3
+    known = [math.sqrt(variance * (1 + 1 / count)) for count in (2, 3, 1)]
+    assert std_P[[0, 2, 3]].tolist() == pytest.approx(known)
+
+
+def test_judged_statistics_of_complete_judgements_are_those_of_scores() -> None:
+    values_PN = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    statistics = fit_sft_statistics(values_PN[..., None])
+    mean_P, std_P = judged_statistics(values_PN)
+    assert torch.allclose(mean_P, statistics.prompt_mean_PK[:, 0])
+    assert torch.allclose(std_P, statistics.std_K.expand(4))

@@ -346,6 +346,21 @@ def test_gold_is_standardised_like_the_members(single: object) -> None:
     assert strict_success(torch.tensor([1.0]), torch.tensor([-2.0])).tolist() == [True]
 
 
+def test_gold_that_a_judge_gave_to_some_responses_only_is_standardised_by_those() -> None:
+    nan = math.nan
+    gold_PN = torch.tensor([[1.0, nan, 3.0], [nan, nan, nan], [0.0, 4.0, 2.0], [5.0, nan, nan]])
+    judged = SFTScores([()] * 4, [[""] * 3] * 4, torch.zeros(4, 3, 1), gold_PN)
+    z = judged.gold_z(torch.tensor([7.0, 0.0, nan, 5.0]), [0, 1, 2, 3])
+    # the variance is 10 / 3, see the test of judged_statistics; beside a mean of two it is 5 for a fresh response
+    assert z is not None and z[[0, 3]].tolist() == pytest.approx([5 / 5**0.5, 0.0])
+    assert z[[1, 2]].isnan().all()
+    own = judged.own_gold_z()
+    # 1 beside its only neighbour 3, whose variance adds to its own; 0 beside 4 and 2
+    assert own is not None and own[0, 0].item() == pytest.approx(-2 / (2 * 10 / 3) ** 0.5)
+    assert own[2, 0].item() == pytest.approx(-3 / (1.5 * 10 / 3) ** 0.5)
+    assert own.isnan().tolist() == [[False, True, False], [True] * 3, [False] * 3, [True] * 3]
+
+
 def test_z_scores_are_those_of_the_prompt() -> None:
     reference = _reference()
     z_NK = z_scores(torch.tensor([[3.0, 1.0, 2.0]]), reference.prompt_mean([0]), reference.statistics().std_K)
