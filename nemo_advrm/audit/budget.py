@@ -12,14 +12,13 @@ from nemo_advrm.attacks.language_models import LanguageModels
 from nemo_advrm.audit.attack_stage import attack_home, seconds_of_search
 from nemo_advrm.audit.panel import Panel
 from nemo_advrm.audit.settings import parse_budget
-from nemo_advrm.audit.setup import read_cost
+from nemo_advrm.audit.time_spent import RESERVE, read_cost, spent_seconds
 from nemo_advrm.engine.collectives import run_on_rank_zero
 from nemo_advrm.run_directory import results
 
 BUDGET = "budget.json"
 # Seconds of a response of an attack by RL, in those of an ordinary one: RL also asks the reference policy, and learns
 _RL = 3.0
-_RESERVE = 0.15  # of the time, for judging and for the page
 # responses to a prompt at least, whatever the time: RL learns nothing from fewer; each of a search's is searched for
 _LEAST_RL, _LEAST_SEARCH = 4, 1
 
@@ -29,7 +28,8 @@ def samples_for(panel: Panel, attack: str, left: Sequence[str], models: Language
 
     The number is decided once and kept in ``attacks/ATTACK/budget.json``, so that an audit that was stopped goes on
     with the same one. A budget of time is shared out equally among the attacks that are left, and what a response of a
-    search takes is tried first.
+    search takes is tried first. Of the share of an attack, the judge gets what its questions will take, and half at
+    most.
 
     Args:
         left: the attacks that have no number yet, this one among them.
@@ -58,19 +58,15 @@ def _decide(panel: Panel, left: Sequence[str], path: Path, one: float) -> int:
     samples = budget.samples
     if not samples:
         cost = read_cost(panel.audit)
-        spent = cost["seconds"] + spent_seconds(panel)
-        seconds = max(0.0, budget.seconds * (1 - _RESERVE) - spent) / (len(left) * panel.targets)
+        judge = panel.judge_time
+        spent = spent_seconds(panel.audit) + (judge.seconds if judge else 0.0)
+        seconds = max(0.0, budget.seconds * (1 - RESERVE) - spent) / (len(left) * panel.targets)
         prompts, held_out = len(panel.training.prompts), len(panel.held_out.prompts) if panel.held_out else 0
+        questions = (prompts + held_out) * panel.audit.responses_per_prompt
+        seconds -= min(seconds / 2, judge.each * questions) if judge else 0.0
         least = (_LEAST_SEARCH if one else _LEAST_RL) * prompts
         one = one or _RL * cost["sampling_seconds"] / max(1, cost["responses"])
         # a search is repeated on the held-out prompts, a trained adversary answers all of them
         samples = max(least, int(seconds / one * prompts / (prompts + held_out))) if one else least
     files.write_text(path, json.dumps({"samples": samples}))
     return samples
-
-
-def spent_seconds(panel: Panel) -> float:
-    """Returns what the finished attacks took."""
-    homes = (Path(panel.audit.run_dir) / "attacks").glob("*/*/summary.json")
-    found = [results.read_finished(path.parent, path.name, ("seconds",)) for path in homes]
-    return sum(one["seconds"] for one in found if one)

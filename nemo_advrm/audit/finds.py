@@ -33,6 +33,7 @@ class Judged:
         rows: rows of ``samples.jsonl``, each with its ``rank`` among those to its prompt.
         gold_N: the judge's scores, NaN where it gave none: such a row does not succeed, nor one to a prompt whose
             ordinary responses have none to compare with. None without a judge.
+        asked_N: False where the time ended before the judge was asked; None without a judge.
         success: which rows succeed.
     """
 
@@ -40,19 +41,38 @@ class Judged:
     split: Split
     rows: list[dict[str, Any]]
     gold_N: Tensor | None
+    asked_N: Tensor | None
     success: Successes
+
+    @property
+    def refused(self) -> int:
+        """How many responses got no score though the judge was asked."""
+        return 0 if self.gold_N is None else int((self.gold_N.isnan() & self.asked_N).sum())
+
+    @property
+    def waiting(self) -> int:
+        """About how many responses the judge was not asked."""
+        return 0 if self.asked_N is None else int((~self.asked_N).sum())
 
     def first(self) -> Successes:
         """The successes of the best response to each prompt alone, one trial for each prompt of the split.
 
         Where it submits nothing to a prompt it does not succeed; where it submits nothing at all there are no trials.
+        Prompts where the time ended before the judge was asked are no trials either: nothing is known of them.
         """
         if not self.rows:
             return self.success
         best = {row["prompt_id"]: i for i, row in enumerate(self.rows) if row["rank"] == 0}
 
+        def is_known(prompt_id: int) -> bool:
+            if prompt_id not in best or self.asked_N is None:
+                return True
+            return self.split.can_compare(prompt_id) and bool(self.asked_N[best[prompt_id]])
+
+        trials = [p for p in range(len(self.split.prompts)) if is_known(p)]
+
         def of_prompts(values_N: Tensor) -> Tensor:
-            return torch.tensor([p in best and bool(values_N[best[p]]) for p in range(len(self.split.prompts))])
+            return torch.tensor([p in best and bool(values_N[best[p]]) for p in trials], dtype=torch.bool)
 
         return self.success.map(of_prompts)
 
@@ -81,18 +101,35 @@ class FoundAnswer:
     answer: Answer = field(repr=False)
 
 
-def judge_attack(panel: Panel, result: AttackResult) -> list[Judged]:
-    """Judges what an attack submits on every split; all ranks call. Verdicts of an earlier call are read again."""
+def judge_attack(panel: Panel, result: AttackResult, parts: float = 1.0, search: float = 0.0) -> list[Judged]:
+    """Judges what an attack submits on every split; all ranks call. What an earlier call has asked is read again.
+
+    Args:
+        parts, search: the judge's share of the time, see :meth:`JudgeTime.turn`.
+    """
     found = []
-    for split in panel.splits:
+    for place, split in enumerate(panel.splits):
         rows = to_judge(panel, result, split)
-        gold_N = None
+        gold_N = asked_N = None
         if panel.judge is not None:
             path = attack_home(panel, result.attack, result.target) / f"judged_{split.name}.jsonl"
-            gold_N = panel.verdicts(path, rollouts_of_rows(split, rows))
+            prompts = [len(one.prompts) for one in panel.splits[place:]]
+            panel.begin_turn(parts * sum(prompts) / prompts[0], search * prompts[0] / sum(prompts))
+            verdicts = panel.verdicts(path, rollouts_of_rows(split, rows), _best_first(rows, split))
+            gold_N, asked_N = verdicts.gold_N, verdicts.asked_N
         threshold = panel.cfg.selection.threshold_z
-        found.append(Judged(result, split, rows, gold_N, of_rows(rows, gold_N, split, threshold, result.underrates)))
+        success = of_rows(rows, gold_N, split, threshold, result.underrates)
+        found.append(Judged(result, split, rows, gold_N, asked_N, success))
     return found
+
+
+def _best_first(rows: Sequence[dict[str, Any]], split: Split) -> list[int]:
+    """Returns the places of rows in the order in which a judge is asked: those that rates are made of first."""
+
+    def place(i: int) -> tuple[bool, int, int]:
+        return not split.can_compare(rows[i]["prompt_id"]), rows[i]["rank"], rows[i]["prompt_id"]
+
+    return sorted(range(len(rows)), key=place)
 
 
 def to_judge(panel: Panel, result: AttackResult, split: Split) -> list[dict[str, Any]]:

@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from nemo_advrm.audit.counting import Counted
+from nemo_advrm.audit.time_spent import JudgeTime, spent_seconds
+from nemo_advrm.audit.verdicts import Verdicts, stored_verdicts
 from nemo_advrm.audit.weaknesses import Answer
 from nemo_advrm.config.schema import AuditConfig, Config
-from nemo_advrm.data.jsonl import read_jsonl, write_jsonl_atomic
 from nemo_advrm.data.messages import Message
 from nemo_advrm.data.sft_scores import SFTScores
 from nemo_advrm.data.tokenizers import Tokenizer
 from nemo_advrm.engine.collectives import run_on_rank_zero
-from nemo_advrm.errors import DataError, RewardSourceError
+from nemo_advrm.errors import RewardSourceError
 from nemo_advrm.objectives.sft_statistics import own_z_scores, z_scores
-from nemo_advrm.rewards.base import RewardSource, answered_scores, checked_scores
+from nemo_advrm.rewards.base import RewardSource
 from nemo_advrm.rewards.features import ReferenceFeatures
 from nemo_advrm.rewards.sample_rows import prompt_text
 from nemo_advrm.rollouts.types import Prompt, Rollouts
@@ -36,31 +37,41 @@ class Split:
         name: ``training`` (the attacks see these prompts) or ``held_out``.
         sft: scores of all models, targets first, then the others.
         gold_PN: the judge's scores of them, NaN where it gave none; None without a judge.
+        asked_PN: False where the time ended before the judge was asked; None without a judge.
     """
 
     name: str
     prompts: list[Prompt]
     sft: SFTScores
     gold_PN: Tensor | None = None
+    asked_PN: Tensor | None = None
 
-    def with_gold(self, gold_PN: Tensor) -> Split:
-        """Returns the split with the judge's scores of the ordinary responses, NaN where there is none.
+    def with_verdicts(self, verdicts: Verdicts) -> Split:
+        """Returns the split with what the judge says of the ordinary responses, in the order of the prompts.
 
-        Raises RewardSourceError when more than half of them have no score, or none beside another to the same prompt:
-        such a judge measures nothing.
+        Raises RewardSourceError when more than half of those that it was asked about have no score, or none beside
+        another to the same prompt: nothing can be measured by that.
         """
-        missing = int(gold_PN.isnan().sum())
-        if missing * 2 > gold_PN.numel() or ((~gold_PN.isnan()).sum(1) < 2).all():
+        shape = self.sft.scores_PNK.shape[:2]
+        gold_PN, asked_PN = verdicts.gold_N.reshape(shape), verdicts.asked_N.reshape(shape)
+        asked, missing = int(asked_PN.sum()), int((gold_PN.isnan() & asked_PN).sum())
+        where = f"ordinary responses to the {self.name.replace('_', '-')} prompts"
+        nowhere_two = bool(((~gold_PN.isnan()).sum(1) < 2).all())
+        if nowhere_two and asked < asked_PN.numel():
             raise RewardSourceError(
-                f"the judge gave no score to {missing} of {gold_PN.numel()} ordinary responses to the "
-                f"{self.name.replace('_', '-')} prompts: take another judge, or another judge.rubric"
+                f"the judge was asked about {asked} of {asked_PN.numel()} {where} before its share of the budget "
+                "ended, too few to compare with: the same command goes on with the others, and a run with fewer "
+                "prompts (num_prompts, num_held_out) or a larger budget needs no second call"
             )
-        return dataclasses.replace(self, gold_PN=gold_PN)
+        if missing * 2 > asked or nowhere_two:
+            raise RewardSourceError(
+                f"the judge gave no score to {missing} of {asked} {where}: take another judge, or another judge.rubric"
+            )
+        return dataclasses.replace(self, gold_PN=gold_PN, asked_PN=asked_PN)
 
-    @property
-    def unjudged(self) -> int:
-        """How many answers got no score."""
-        return 0 if self.gold_PN is None else int(self.gold_PN.isnan().sum())
+    def can_compare(self, prompt_id: int) -> bool:
+        """Whether the judge was asked about an ordinary response to the prompt, or there is no judge."""
+        return self.asked_PN is None or bool(self.asked_PN[prompt_id].any())
 
     def own_gold(self, prompt_id: int, place: int) -> float | None:
         """Returns the score that the judge gave an answer; None where it gave none."""
@@ -108,6 +119,7 @@ class Panel:
         judge: None without one.
         training, held_out: the prompts; ``held_out`` is None without any.
         sft_policy: the loaded SFT policy where the detector reads it.
+        judge_time: bounds what the judge is asked; None where it may be asked everything.
     """
 
     audit: AuditConfig
@@ -119,6 +131,7 @@ class Panel:
     training: Split
     held_out: Split | None
     sft_policy: ReferenceFeatures | None = None
+    judge_time: JudgeTime | None = None
 
     @property
     def targets(self) -> int:
@@ -128,10 +141,16 @@ class Panel:
     def splits(self) -> list[Split]:
         return [self.training, *([self.held_out] if self.held_out is not None else [])]
 
-    def verdicts(self, path: Path, rollouts: Rollouts) -> Tensor:
-        """Returns the judge's scores, [N], NaN where it gave none; see :func:`stored_scores`. All ranks call."""
+    def verdicts(self, path: Path, rollouts: Rollouts, order: Sequence[int]) -> Verdicts:
+        """Returns what the judge says of responses, see :func:`stored_verdicts`. All ranks call."""
         assert self.judge is not None
-        return stored_scores(path, self.judge, rollouts, self.cfg.judge.on_no_answer == "lowest")
+        lowest = self.cfg.judge.on_no_answer == "lowest"
+        return stored_verdicts(path, self.judge, rollouts, lowest, self.judge_time, order)
+
+    def begin_turn(self, parts: float, search: float = 0.0) -> None:
+        """Begins a turn of the judge, which gets one part of so many of the time that is left; all ranks call."""
+        if self.judge_time is not None:
+            run_on_rank_zero(lambda time: time.turn(spent_seconds(self.audit), parts, search), self.judge_time)
 
     def columns(self, target: int) -> list[int]:
         """Returns the indices of the members of an attack: the target (from 0), then the others."""
@@ -147,33 +166,3 @@ def texts(prompts: list[tuple[Message, ...]], responses: list[str], ended: list[
     """Returns responses as rollouts of texts alone, which every source reads by its own tokenizer."""
     none: list[list[int]] = [[] for _ in responses]
     return Rollouts(prompts, responses, ended, none, none, [0] * len(responses), fingerprint="")
-
-
-def stored_scores(path: Path, source: RewardSource, rollouts: Rollouts, lowest: bool = False) -> Tensor:
-    """Scores responses, or reads the scores that an earlier call wrote to ``path``, [N] fp32; all ranks call.
-
-    A judge may be slow or cost money, so nothing is asked twice. NaN (null in the file) where it gave no score, unless
-    ``lowest`` (judge.on_no_answer) gives such responses the lowest. Raises DataError for a file of other responses.
-    """
-    known = run_on_rank_zero(_read_scores, path, rollouts)
-    if known is None:
-        scores_N = torch.empty(0)
-        if len(rollouts):
-            scores_N = checked_scores(source, rollouts) if lowest else answered_scores(source, rollouts)
-        known = [None if math.isnan(score) else score for score in scores_N.tolist()]
-        rows = [{"response": r, "score": s} for r, s in zip(rollouts.responses, known, strict=True)]
-        run_on_rank_zero(write_jsonl_atomic, path, rows)
-    return torch.tensor([math.nan if score is None else score for score in known], dtype=torch.float32)
-
-
-def _read_scores(path: Path, rollouts: Rollouts) -> list[float | None] | None:
-    if not path.exists():
-        return None
-    rows = [row for _, row in read_jsonl(path)] if path.stat().st_size else []  # nothing was submitted
-    cure = f"remove {path} and its responses are scored again"
-    if [row.get("response") if isinstance(row, dict) else None for row in rows] != rollouts.responses:
-        raise DataError(f"{path}: holds scores of other responses: {cure}")
-    scores = [row.get("score") for row in rows]
-    if not all(score is None or type(score) in (int, float) for score in scores):
-        raise DataError(f"{path}: holds a score that is no number: {cure}")
-    return scores

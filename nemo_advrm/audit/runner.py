@@ -18,15 +18,16 @@ from nemo_advrm.audit.attack_stage import (
     finished,
     run_attack,
 )
-from nemo_advrm.audit.budget import BUDGET, samples_for, spent_seconds
+from nemo_advrm.audit.budget import BUDGET, samples_for
 from nemo_advrm.audit.finds import finds_of, judge_attack, rollouts_of_rows, to_judge, write_pairs
 from nemo_advrm.audit.measure_names import STRICT, SUSPECTED, short_name
 from nemo_advrm.audit.page import write_page
 from nemo_advrm.audit.panel import Panel
 from nemo_advrm.audit.progress import AuditProgress
-from nemo_advrm.audit.setup import judge_ordinary, open_panel, ordinary_texts, read_cost
+from nemo_advrm.audit.setup import judge_ordinary, open_panel, ordinary_texts
 from nemo_advrm.audit.success import rate
 from nemo_advrm.audit.summary import Facts, summarise
+from nemo_advrm.audit.time_spent import spent_seconds
 from nemo_advrm.config.schema import AuditConfig
 from nemo_advrm.engine import runtime, stopping
 from nemo_advrm.engine.collectives import run_on_rank_zero
@@ -38,6 +39,9 @@ from nemo_advrm.rewards.sources import gold_spec
 from nemo_advrm.rollouts.types import Rollouts
 
 SUMMARY = "summary.json"
+# One part of so many of the time: what the judge may take for ordinary responses before the attacks, and after them of
+# what is left
+_ORDINARY, _ORDINARY_AGAIN = 3.0, 2.0
 
 
 def run_audit(audit: AuditConfig) -> Facts:
@@ -52,7 +56,7 @@ def run_audit(audit: AuditConfig) -> Facts:
     # people get one sheet with everything, after all attacks; other judges are asked after each
     at_the_end = gold is not None and gold.kind == "human"
     if not at_the_end:
-        panel = judge_ordinary(panel)
+        panel = judge_ordinary(panel, _ORDINARY)
     names, left_out = _attacks(panel)
     policy = panel.cfg.pretrained_checkpoint.restore_from_path
     models = LanguageModels(panel.cfg, panel.tokenizer, policy, panel.sft_policy)
@@ -76,9 +80,13 @@ def run_audit(audit: AuditConfig) -> Facts:
         raise ConfigError("no attack can run: " + "; ".join(f"{name}: {why}" for name, why in left_out.items()))
     if at_the_end:
         panel = _ask_people(panel, done)
-    judged = [one for result in done if result.attack in samples for one in judge_attack(panel, result)]
+    elif panel.judge_time is not None:
+        panel = judge_ordinary(panel, _ORDINARY_AGAIN)
+    done = [result for result in done if result.attack in samples]
+    judged = [one for i, result in enumerate(done) for one in judge_attack(panel, result, len(done) - i)]
     seconds = time.monotonic() - started
-    before = run_on_rank_zero(lambda: read_cost(audit)["seconds"] + spent_seconds(panel))
+    judging = panel.judge_time.seconds if panel.judge_time is not None else 0.0
+    before = run_on_rank_zero(lambda: spent_seconds(audit) + judging)
     summary = summarise(panel, judged, samples, left_out, max(seconds, before))
     by_target = [finds_of([one for one in judged if one.result.target == k]) for k in range(panel.targets)]
     summary["pairs"] = run_on_rank_zero(write_pairs, panel, [find for finds in by_target for find in finds])
@@ -96,7 +104,7 @@ def _ask_people(panel: Panel, done: Sequence[AttackResult]) -> Panel:
     for result in done:
         parts += [rollouts_of_rows(split, to_judge(panel, result, split)) for split in panel.splits]
     checked_scores(panel.judge, Rollouts.concatenated(parts))
-    return judge_ordinary(panel)
+    return judge_ordinary(panel, _ORDINARY)
 
 
 def _attacks(panel: Panel) -> tuple[list[str], dict[str, str]]:
@@ -130,16 +138,19 @@ def _on_all_targets(
     for k in range(panel.targets):
         stopping.leave_if_asked(f"before {attack} on {panel.names[k]}: the same command resumes there")
         result: AttackResult | None = finished(panel, attack, k)
+        search = 0.0
         if result is None:
             progress.begin(short_name(attack), panel.names[k], samples, trains)
             counter = progress.scored if trains else _stoppable(progress.scored)
             result = run_attack(panel, attack, k, samples, models, counter)
+            search = result.seconds
         done.append(result)
         if not judge:
             progress.end(short_name(attack), panel.names[k], None, f"{result.responses} responses")
             continue
         measure = SUSPECTED if panel.judge is None else STRICT
-        shares = {one.split.name: rate(one.first().of(measure)) for one in judge_attack(panel, result)}
+        judged = judge_attack(panel, result, progress.attacks - progress.done, search)
+        shares = {one.split.name: rate(one.first().of(measure)) for one in judged}
         known = {name: share for name, share in shares.items() if share is not None}
         parts = [f"{measure} {one['rate']:.0%} of {one['trials']} {name} prompts" for name, one in known.items()]
         highest = max((one["rate"] for one in known.values()), default=None)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from nemo_advrm import files
 from nemo_advrm.audit import policy as audit_policy
 from nemo_advrm.audit.panel import Panel, Split, texts
-from nemo_advrm.audit.settings import SYNTHETIC, base_config, check, names_of
+from nemo_advrm.audit.settings import SYNTHETIC, base_config, check, names_of, parse_budget
+from nemo_advrm.audit.time_spent import JudgeTime, note_cost
 from nemo_advrm.config.fields import Restart
 from nemo_advrm.config.keys import about, keys_at_restart
 from nemo_advrm.config.schema import AuditConfig, Config
@@ -27,13 +28,13 @@ from nemo_advrm.rewards.features import ReferenceFeatures
 from nemo_advrm.rewards.hybrid import Opened, open_sft_policy
 from nemo_advrm.rewards.limits import prompts_with_room
 from nemo_advrm.rewards.sft_responses import read_for_attack, sample_sft_scores
-from nemo_advrm.rewards.sources import build_gold, load_members
+from nemo_advrm.rewards.sources import build_gold, gold_spec, load_members
 from nemo_advrm.rollouts.run_prompts import encode_prompts, held_out_prompts
 from nemo_advrm.rollouts.types import Prompt, Rollouts
 from nemo_advrm.run_directory import results, run_dir
 from nemo_advrm.seeds import derive_seed
 
-SETTINGS, COST = "audit.json", "cost.json"
+SETTINGS = "audit.json"
 _RESTORE = "restore it, choose another run_dir, or remove the directory"
 
 
@@ -68,10 +69,13 @@ def open_panel(audit: AuditConfig) -> Panel:
             if not known:  # what an earlier call sampled took no time now
                 sampling += time.monotonic() - began
                 count += len(prompts) * audit.samples_per_prompt
-    run_on_rank_zero(_note_cost, directory / COST, time.monotonic() - started, sampling, count)
+    run_on_rank_zero(note_cost, directory, time.monotonic() - started, sampling, count)
     splits = [Split(name, prompts, sft) for name, prompts, sft in parts]
     second = splits[1] if len(splits) > 1 else None
-    return Panel(audit, cfg, tokenizer, names_of(audit), models, judge, splits[0], second, sft_policy)
+    limit, gold = parse_budget(audit.budget).seconds, gold_spec(cfg)
+    # people take the time that they take
+    judge_time = JudgeTime(directory, limit) if limit and gold is not None and gold.kind != "human" else None
+    return Panel(audit, cfg, tokenizer, names_of(audit), models, judge, splits[0], second, sft_policy, judge_time)
 
 
 def _same_audit(audit: AuditConfig, path: Path) -> str:
@@ -153,30 +157,26 @@ def ordinary_texts(sft: SFTScores) -> Rollouts:
     return texts(prompts, responses, ended)
 
 
-def judge_ordinary(panel: Panel) -> Panel:
-    """Returns the panel with the judge's scores of the ordinary responses; all ranks call. Without a judge it is as is.
+def judge_ordinary(panel: Panel, parts: float) -> Panel:
+    """Returns the panel with what the judge says of the ordinary responses; all ranks call.
 
-    Scores of an earlier call are read again.
+    Without a judge it is as is. What an earlier call has asked is read again.
+
+    Args:
+        parts: the judge may take one part of so many of the time that is left.
     """
     if panel.judge is None:
         return panel
-    judged = []
+    judged, prompts = [], sum(len(split.prompts) for split in panel.splits)
     for split in panel.splits:
         path = Path(panel.audit.run_dir) / f"judged_{split.name}.jsonl"
-        gold_N = panel.verdicts(path, ordinary_texts(split.sft))
-        judged.append(split.with_gold(gold_N.reshape(split.sft.scores_PNK.shape[:2])))
+        panel.begin_turn(parts * prompts / len(split.prompts))
+        order = sorted(range(split.sft.scores_PNK[..., 0].numel()), key=_two_of_each_first(panel))
+        judged.append(split.with_verdicts(panel.verdicts(path, ordinary_texts(split.sft), order)))
     return dataclasses.replace(panel, training=judged[0], held_out=judged[1] if len(judged) > 1 else None)
 
 
-def _note_cost(path: Path, seconds: float, sampling: float, responses: int) -> None:
-    """Records what opening the models and sampling the ordinary responses took, by the first call that did."""
-    if not path.exists():
-        cost = {"seconds": round(seconds, 3), "sampling_seconds": round(sampling, 3), "responses": responses}
-        files.write_text(path, json.dumps(cost))
-
-
-def read_cost(audit: AuditConfig) -> dict[str, Any]:
-    """Returns what opening the models and sampling the ordinary responses took. Raises DataError for a damaged file."""
-    path = Path(audit.run_dir) / COST
-    keys = ("seconds", "sampling_seconds", "responses")
-    return results.read_object(path, keys, f"remove {path} and the reference files, and it is measured again")
+def _two_of_each_first(panel: Panel) -> Callable[[int], tuple[int, int]]:
+    """Sorts ordinary responses: two to each prompt, which can be compared, then the third of each, and so on."""
+    count = panel.audit.samples_per_prompt
+    return lambda i: (max(1, i % count), i)

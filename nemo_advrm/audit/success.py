@@ -141,13 +141,24 @@ def rates(found: Successes, trials: int | None = None) -> dict[str, Any]:
     return {measure: rate(found.of(measure), trials) for measure in MEASURES}
 
 
+def ordinary_rates(found: Successes, split: Split) -> dict[str, Any]:
+    """Returns the rates of all ordinary responses that were judged; the prompts are the trials."""
+    if split.gold_PN is None:
+        return rates(found, len(split.prompts))
+    judged_PN = ~split.gold_PN.isnan()
+    return rates(found.map(lambda values_N: values_N[judged_PN.flatten()]), int(judged_PN.any(1).sum()))
+
+
 def best_of_ordinary(found: Successes, split: Split, model: int, underrates: bool = False) -> Successes:
     """Returns the successes of the ordinary response to each prompt that the model likes best: an attack by choice.
 
-    With ``underrates`` it is the one that the model likes least.
+    With ``underrates`` it is the one that the model likes least. Prompts where the judge was not asked about it are
+    left out.
     """
     scores_PN = split.sft.scores_PNK[..., model]
     count = scores_PN.size(1)
     best_P = scores_PN.argmin(1) if underrates else scores_PN.argmax(1)
     places_P = torch.arange(len(best_P)) * count + best_P
+    if split.asked_PN is not None:
+        places_P = places_P[split.asked_PN.flatten()[places_P]]
     return found.map(lambda values_N: values_N[places_P])

@@ -17,11 +17,11 @@ def main(cfg: AuditConfig) -> int:
     """Attacks ``target`` within ``budget``, judges what was found, and writes ``run_dir/report/index.html``.
 
     Returns 4 when ``fail_above`` is set and an attack succeeds surely more often beyond ordinary responses, or none
-    submitted what can be compared; else 0.
+    submitted what can be compared, or the time ended before the judge was asked about one; else 0.
     """
     summary = run_audit(cfg)
-    worst = summary["worst"]
-    failed = cfg.fail_above is not None and (worst is None or worst > cfg.fail_above)
+    worst, unmeasured = summary["worst"], summary["unmeasured"]
+    failed = cfg.fail_above is not None and (worst is None or worst > cfg.fail_above or bool(unmeasured))
     if runtime.current().is_writer:
         directory = Path(cfg.run_dir)
         print(to_text(summary["headline"], console_tables(summary), []), end="")
@@ -29,6 +29,8 @@ def main(cfg: AuditConfig) -> int:
         print(f"report: {directory / 'report' / 'index.html'}")
         if failed and worst is None:
             print(f"failed: nothing was measured that could be compared with fail_above={cfg.fail_above:g}")
+        elif failed and worst <= cfg.fail_above:
+            print(f"failed: the time ended before {', '.join(unmeasured)} could be judged: the same command goes on")
         elif failed:
             print(f"failed: {worst:.3f} beyond ordinary responses is above fail_above={cfg.fail_above:g}")
     return EXIT_HACKABLE if failed else 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from statistics import NormalDist
 
 Z95 = 1.959963984540054  # of a 95 % interval
 
@@ -26,11 +27,20 @@ def wilson_interval(successes: float, trials: float, z: float = Z95) -> tuple[fl
     return 0.0 if share <= 0 else max(0.0, centre - reach), 1.0 if share >= 1 else min(1.0, centre + reach)
 
 
+def z_together(comparisons: int) -> float:
+    """z of intervals that hold all together at 95 %, of so many comparisons at least 1: 1.96 for one, 3.23 for 40.
+
+    Bonferroni: each is wrong on either side in 0.025 / comparisons of the cases, so any of them, whatever they share,
+    in 0.025 at most.
+    """
+    return -NormalDist().inv_cdf(0.025 / comparisons)
+
+
 def least_difference(share: float, low: float, other: float, other_high: float) -> float:
-    """The lower end of the 95 % interval of the difference of two proportions, share - other, in [-1, 1].
+    """The lower end of the interval of the difference of two proportions, share - other, in [-1, 1].
 
     share - other - sqrt((share - low)^2 + (other_high - other)^2), with low and other_high the ends of their own Wilson
-    intervals. Source: Newcombe 1998, method 10.
+    intervals, of whose z it is: 95 % for 1.96. Source: Newcombe 1998, method 10.
     """
     return share - other - math.hypot(share - low, other_high - other)
 

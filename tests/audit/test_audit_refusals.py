@@ -19,6 +19,7 @@ from nemo_advrm.audit import panel, setup
 from nemo_advrm.audit.finds import FoundAnswer, _pair
 from nemo_advrm.audit.success import of_rows
 from nemo_advrm.audit.summary import _counterpart
+from nemo_advrm.audit.verdicts import Verdicts
 from nemo_advrm.audit.weaknesses import Answer
 from nemo_advrm.data.sft_scores import SFTScores
 from nemo_advrm.engine.runtime import Runtime
@@ -54,14 +55,14 @@ class Refuser:
 def _split(gold_PN: Tensor) -> panel.Split:
     scores_PNK = torch.zeros(*gold_PN.shape, 1)
     sft = SFTScores([()] * len(gold_PN), [["a"] * gold_PN.size(1)] * len(gold_PN), scores_PNK, None)
-    return panel.Split("training", [], sft).with_gold(gold_PN)
+    asked_N = torch.ones(gold_PN.numel(), dtype=torch.bool)
+    return panel.Split("training", [], sft).with_verdicts(Verdicts(gold_PN.flatten(), asked_N))
 
 
 def test_refusals_do_not_make_strict_success_easier() -> None:
     """One response in two is refused. Means in their place would make the spread 1.9 times too small."""
     nan = math.nan
     split = _split(torch.tensor([[1.0, nan, 3.0, nan], [nan, 0.0, nan, 2.0]]))
-    assert split.unjudged == 4
     # the variance of a response is (1 + 1 + 1 + 1) / 2, beside a mean of two 3: -1.96 lies 3.395 below the mean
     rows = [{"prompt_id": 0, "z": [1.0], "disagreement_z": 0.0}] * 3
     found = of_rows(rows, torch.tensor([2 - 3.3, 2 - 3.5, nan]), split, 1.96, underrates=False)
@@ -138,8 +139,9 @@ def test_refused_finds_are_no_success_and_are_not_asked_again(
     assert summary["unjudged"]["asked"] == judge.asked
     (cell,) = summary["attacks"][0]["cells"].values()
     assert cell["training"]["strict"]["rate"] == 0.0  # all that this model overrates was refused
-    assert f"gave {summary['unjudged']['missing']} of {judge.asked} responses no score" in (
-        run / "report/index.html"
-    ).read_text()
+    assert (
+        f"gave {summary['unjudged']['missing']} of {judge.asked} responses no score"
+        in (run / "report/index.html").read_text()
+    )
     assert cli.main(words) == 0
     assert judge.asked == summary["unjudged"]["asked"]

@@ -16,6 +16,7 @@ from nemo_advrm.config.schema import AuditConfig
 from nemo_advrm.data.pair_store import PairStore
 from nemo_advrm.engine.runtime import Runtime
 from nemo_advrm.errors import ConfigError
+from nemo_advrm.objectives.proportions import wilson_interval, z_together
 
 TOYS = "python:audit_toys"
 NAMES = ("honest", "loves_a_word", "ignores_the_prompt", "loves_length")
@@ -95,9 +96,12 @@ def test_an_honest_model_withstands(run: Path) -> None:
         worst = other["worst"]
         usual = [other[key][worst["split"]][worst["measure"]] for key in ("ordinary", "best_of_ordinary")]
         null = max(usual, key=lambda one: one["rate"])
-        reach = math.hypot(worst["rate"] - worst["low"], null["high"] - null["rate"])
+        z = z_together(_summary(run)["comparisons"])
+        low, _ = wilson_interval(worst["rate"] * worst["trials"], worst["trials"], z)
+        _, high = wilson_interval(null["rate"] * null["trials"], null["trials"], z)
+        reach = math.hypot(worst["rate"] - low, high - null["rate"])
         assert worst["excess"] == pytest.approx(worst["rate"] - null["rate"] - reach)
-        assert worst["excess"] > 0.4
+        assert worst["excess"] > 0.3
         assert other["ordinary"]["training"]["strict"]["rate"] < 0.05
 
 

@@ -11,8 +11,9 @@ from nemo_advrm.audit.attack_stage import AttackResult
 from nemo_advrm.audit.finds import Judged
 from nemo_advrm.audit.panel import Split
 from nemo_advrm.audit.success import Successes, best_of_ordinary, of_ordinary, rate, submitted, successes
-from nemo_advrm.audit.summary import _worst
+from nemo_advrm.audit.summary import _comparisons, _worst
 from nemo_advrm.data.sft_scores import SFTScores
+from nemo_advrm.objectives.proportions import z_together
 from nemo_advrm.rollouts.types import Prompt
 
 MESSAGES = ({"role": "user", "content": "q"},)
@@ -97,14 +98,14 @@ def test_a_prompt_without_a_response_is_a_trial_without_success() -> None:
     rows = [{"prompt_id": p, "response": "a", "rank": rank} for p, rank in ((0, 0), (0, 1), (2, 0))]
     standard, strict = torch.tensor([True, False, True]), torch.tensor([False, True, True])
     result = AttackResult("probes", 0, {}, 0.0, 3, False)
-    first = Judged(result, split, rows, None, Successes(standard, strict, standard)).first()
+    first = Judged(result, split, rows, None, None, Successes(standard, strict, standard)).first()
     assert first.standard_N is not None and first.standard_N.tolist() == [True, False, True]
     assert first.strict_N is not None and first.strict_N.tolist() == [False, False, True]
     nothing = torch.zeros(0, dtype=torch.bool)
-    assert rate(Judged(result, split, [], None, Successes(nothing, nothing, nothing)).first().standard_N) is None
+    assert rate(Judged(result, split, [], None, None, Successes(nothing, nothing, nothing)).first().standard_N) is None
 
 
-def compared(underrates: bool, measure: str) -> dict[str, Any] | None:
+def compared(underrates: bool, measure: str, comparisons: int = 1) -> dict[str, Any] | None:
     """The worst of one attack that succeeds on 9 of 10 prompts; ordinary responses do on 1, and are scored low on 8."""
 
     def share(value: float) -> dict[str, Any]:
@@ -112,16 +113,36 @@ def compared(underrates: bool, measure: str) -> dict[str, Any] | None:
 
     usual = {"ordinary": share(0.1), "best_of_ordinary": share(0.1), "ordinary_underrated": share(0.8)}
     attack = {"attack": "a", "underrates": underrates, "cells": {"rm": {"responses": 9, "seconds": 1.0} | share(0.9)}}
-    return _worst("rm", [attack], [measure], usual | {"worst_of_ordinary": share(0.2)})
+    z = z_together(comparisons)
+    return _worst("rm", [attack], [measure], usual | {"worst_of_ordinary": share(0.2)}, z)
 
 
 def test_an_attack_is_compared_with_the_null_of_its_direction() -> None:
     for underrates, null in ((False, 0.1), (True, 0.8)):
         found = compared(underrates, "strict")
         assert found is not None and found["null"] == null
-        assert found["excess"] == pytest.approx(0.9 - null - 0.02**0.5)
     assert compared(False, "suspected") is not None
     assert compared(True, "suspected") is None, "without a judge nobody says that the responses are good"
+
+
+def test_the_excess_allows_for_all_comparisons() -> None:
+    """Of 9 of 10 against 1 of 10 Wilson's ends are 0.59585 and 0.40415; for 40 comparisons 0.40003 and 0.59997."""
+    alone, together = compared(False, "strict"), compared(False, "strict", comparisons=40)
+    assert alone is not None and alone["excess"] == pytest.approx(0.8 - 2**0.5 * (0.9 - 0.59585), abs=1e-4)
+    assert together is not None and together["excess"] == pytest.approx(0.8 - 2**0.5 * (0.9 - 0.40003), abs=1e-4)
+    assert (together["low"], together["high"]) == (0.8, 1.0), "the interval of the table stays that of one rate"
+
+
+def test_every_rate_that_a_verdict_may_take_is_a_comparison() -> None:
+    rate = {"rate": 0.5, "low": 0.4, "high": 0.6, "trials": 10}
+    both = {"strict": rate, "standard": rate, "suspected": rate}
+    cell = {"responses": 9, "seconds": 1.0, "training": both, "held_out": {**both, "strict": None}}
+    attacks = [
+        {"attack": "a", "underrates": False, "cells": {"one": cell, "two": cell}},
+        {"attack": "b", "underrates": True, "cells": {"one": cell}},
+    ]
+    assert _comparisons(attacks, ["strict", "standard"]) == 9
+    assert _comparisons(attacks, ["suspected"]) == 4  # none of good responses, which nobody has judged
 
 
 def test_no_responses_have_no_rate() -> None:

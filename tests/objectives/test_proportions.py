@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from nemo_advrm.objectives.proportions import least_difference, likelihood_ratio_z, wilson_interval
+from nemo_advrm.objectives.proportions import least_difference, likelihood_ratio_z, wilson_interval, z_together
 
 
 @pytest.mark.parametrize(
@@ -50,3 +50,8 @@ def test_likelihood_ratio() -> None:
 @pytest.mark.parametrize("counts", [(0, 0, 1, 2), (1, 2, 0, 0), (0, 5, 0, 5), (5, 5, 5, 5)])
 def test_likelihood_ratio_without_a_difference(counts: tuple[int, int, int, int]) -> None:
     assert likelihood_ratio_z(*counts) == 0.0
+
+
+def test_intervals_that_hold_together_are_those_of_a_smaller_error() -> None:
+    """Quantiles of the normal distribution at 0.975, 0.999 and 0.9995, from its table."""
+    assert [z_together(count) for count in (1, 25, 50)] == pytest.approx([1.95996, 3.09023, 3.29053], abs=1e-5)
