@@ -23,6 +23,10 @@ class CheckpointError(UserError):
     """A checkpoint is missing, incomplete or does not fit the model."""
 
 
+class NotWritten(CheckpointError):
+    """A checkpoint cannot be written: the disk has no room, its directory is not writable, or the name is taken."""
+
+
 class LayoutError(UserError):
     """A parallel layout does not divide the model or the number of processes."""
 

@@ -10,7 +10,7 @@ from nemo_advrm.config.schema import AuditConfig, Config, ConvertConfig
 from nemo_advrm.data.tokenizers import Tokenizer, build_tokenizer
 from nemo_advrm.engine.checkpoint_meta import read_meta
 from nemo_advrm.engine.collectives import run_on_rank_zero
-from nemo_advrm.errors import CheckpointError
+from nemo_advrm.errors import CheckpointError, NotWritten
 from nemo_advrm.rewards.checkpoint_members import SourceSpec, member_config, member_tokenizer
 
 
@@ -20,7 +20,7 @@ def place(audit: AuditConfig) -> str:
     ``hf:DIR`` is converted once into ``run_dir/policy``. Where its architecture has no conversion table it stays
     ``hf:DIR``, with a printed line: transformers then samples it, and attacks by RL are left out.
 
-    Raises CheckpointError for a directory that holds no language model.
+    Raises CheckpointError for a directory that holds no language model, NotWritten where there is no room for it.
     """
     if not audit.policy.startswith("hf:"):
         return audit.policy.removeprefix("megatron:")
@@ -47,6 +47,8 @@ def _convert(audit: AuditConfig) -> str:
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
         convert(ConvertConfig(from_="hf", path=str(source), to="megatron", out=str(out)), report=lambda _: None)
+    except NotWritten as error:  # transformers could sample it, but whoever has no room wants to know
+        raise NotWritten(f"policy={audit.policy} is converted for the attacks by RL: {error}") from None
     except CheckpointError as error:
         return str(error)
     return ""

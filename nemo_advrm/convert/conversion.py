@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from nemo_advrm.convert.tensor_names import TensorSpec
 from nemo_advrm.convert.tensors import TensorSink, TensorSource
 from nemo_advrm.data.tokenizers import build_tokenizer, check_vocabulary
 from nemo_advrm.engine.feature_file import FILE, refuse_features
-from nemo_advrm.errors import CheckpointError, ConfigError, DataError
+from nemo_advrm.errors import CheckpointError, ConfigError, DataError, NotWritten
 from nemo_advrm.untrusted_files import read_json_object, read_yaml
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -114,10 +114,15 @@ def _open_sink(cfg: ConvertConfig, source: TensorSource, specs: dict[str, Tensor
     return NemoSink(out, source, specs, cfg)
 
 
-def convert(cfg: ConvertConfig, report: Any = print) -> None:
+def convert(cfg: ConvertConfig, report: Any = print, dtypes: Mapping[str, torch.dtype] | None = None) -> None:
     """Convert one checkpoint; with ``dry_run`` only print the plan.
 
     At most the parts of one canonical tensor are in memory at a time. After an error nothing remains at ``out``.
+
+    Args:
+        cfg: the settings.
+        report: gets each line of what is to be told.
+        dtypes: number formats of single tensors by canonical name, where they are not those of ``cfg.dtype``.
 
     Raises:
         ConfigError, CheckpointError, LayoutError: settings or checkpoint do not fit; raised before anything is written.
@@ -138,8 +143,8 @@ def convert(cfg: ConvertConfig, report: Any = print) -> None:
         source.description.provenance |= {"converted_by": f"nemo_advrm {__version__}", **_card_facts(cfg)}
         _check_vocabulary(source)
         _lay_out(cfg, source)
-        dtype = DTYPES.get(cfg.dtype)
-        specs = {name: replace(spec, dtype=dtype or spec.dtype) for name, spec in source.specs.items()}
+        dtype, own = DTYPES.get(cfg.dtype), dtypes or {}
+        specs = {name: replace(spec, dtype=own.get(name, dtype or spec.dtype)) for name, spec in source.specs.items()}
         sink = _open_sink(cfg, source, specs)
         for line in _summary(cfg, source, sink):
             report(line)
@@ -150,7 +155,7 @@ def convert(cfg: ConvertConfig, report: Any = print) -> None:
                 for name, spec in specs.items():
                     sink.write(name, cast(name, source.read(name), spec.dtype))
         except OSError as error:
-            raise CheckpointError(f"{sink.path}: could not be written ({error}); nothing is left there") from error
+            raise NotWritten(f"{sink.path}: could not be written ({error}); nothing is left there") from error
         report(f"written: {sink.path}")
 
 

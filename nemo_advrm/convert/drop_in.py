@@ -10,17 +10,16 @@ import torch
 from torch import Tensor
 
 from nemo_advrm.config.schema import ConvertConfig
-from nemo_advrm.convert.conversion import DTYPES, cast, convert, open_source
+from nemo_advrm.convert.conversion import cast, convert, open_source
 from nemo_advrm.convert.hf_source import HFSource
 from nemo_advrm.convert.megatron_checkpoint import MegatronSource
 from nemo_advrm.convert.model_card import model_card
 from nemo_advrm.convert.safetensors_files import ShardWriter
 from nemo_advrm.convert.tensors import TensorSink, TensorSource
 from nemo_advrm.convert.tokenizer_files import copy_tokenizer
-from nemo_advrm.errors import CheckpointError, list_names
+from nemo_advrm.errors import CheckpointError, NotWritten, list_names
 
 _SHARD_SIZE = "5GB"
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _COPIED = ("config.json", "LICENSE*", "NOTICE*")  # beside the tokenizer; a README tells of the original's weights
 
 
@@ -78,9 +77,9 @@ def write_drop_in(kind: str, original: Path, trained: Path, out: Path, note: str
     """
     if kind != "hf":
         with open_source(ConvertConfig(from_=kind, path=str(original), drop_reference_features=True)) as source:
-            dtype = _NAMES.get(common_dtype(source), "")
-        settings = ConvertConfig(from_="megatron", path=str(trained), to=kind, out=str(out), dtype=dtype)
-        convert(settings, report=lambda _: None)
+            dtypes = {name: spec.dtype for name, spec in source.specs.items()}
+        settings = ConvertConfig(from_="megatron", path=str(trained), to=kind, out=str(out))
+        convert(settings, report=lambda _: None, dtypes=dtypes)
         return
     with HFSource(original) as before, MegatronSource(trained) as after:
         if before.specs.keys() != after.specs.keys():
@@ -92,9 +91,10 @@ def write_drop_in(kind: str, original: Path, trained: Path, out: Path, note: str
                 for name, spec in before.specs.items():
                     sink.write(name, cast(name, after.read(name), spec.dtype))
         except OSError as error:
-            raise CheckpointError(f"{out}: could not be written ({error}); nothing is left there") from error
+            raise NotWritten(f"{out}: could not be written ({error}); nothing is left there") from error
 
 
-def common_dtype(source: TensorSource) -> torch.dtype:
-    """Return the number format that most tensors have."""
-    return Counter(spec.dtype for spec in source.specs.values()).most_common(1)[0][0]
+def body_and_head_dtype(source: TensorSource) -> tuple[torch.dtype, torch.dtype]:
+    """Return the number format that most tensors have, and that of the head."""
+    common = Counter(spec.dtype for spec in source.specs.values()).most_common(1)[0][0]
+    return common, source.specs["head.weight"].dtype if "head.weight" in source.specs else common

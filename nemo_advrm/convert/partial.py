@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from nemo_advrm import locks
-from nemo_advrm.errors import CheckpointError
+from nemo_advrm.errors import NotWritten
 
 SUFFIX = ".partial"
 _SPARE_BYTES = 16 * 2**20  # configuration, tokenizer, descriptions
@@ -16,7 +16,7 @@ _SPARE_BYTES = 16 * 2**20  # configuration, tokenizer, descriptions
 class PartialDirectory:
     """A directory that is written as ``NAME.partial`` and renamed when it is complete.
 
-    Raises CheckpointError on construction when ``path`` exists, cannot be created, or the disk has less than ``nbytes``
+    Raises NotWritten on construction when ``path`` exists, cannot be created, or the disk has less than ``nbytes``
     free.
     """
 
@@ -27,17 +27,17 @@ class PartialDirectory:
         self._check_free()
         parent = next(p for p in path.absolute().parents if p.exists())
         if not parent.is_dir() or not os.access(parent, os.W_OK):
-            raise CheckpointError(f"{path}: {parent} is not a writable directory")
+            raise NotWritten(f"{path}: {parent} is not a writable directory")
         free = shutil.disk_usage(parent).free
         if free < nbytes + _SPARE_BYTES:
-            raise CheckpointError(
+            raise NotWritten(
                 f"{path}: {nbytes / 1e9:.2f} GB are needed, but the disk has only {free / 1e9:.2f} GB free"
             )
 
     def make(self) -> Path:
         """Create the empty ``NAME.partial``; the rest of an interrupted conversion is removed.
 
-        Raises ConfigError, which names the process, when another one is writing ``path``, and CheckpointError when
+        Raises ConfigError, which names the process, when another one is writing ``path``, and NotWritten when
         ``path`` has been written meanwhile.
         """
         lock_output(self.path)
@@ -60,7 +60,7 @@ class PartialDirectory:
 
     def _check_free(self) -> None:
         if self.path.exists() or self.path.is_symlink():
-            raise CheckpointError(f"{self.path}: already exists; choose another out, or remove it")
+            raise NotWritten(f"{self.path}: already exists; choose another out, or remove it")
 
 
 def lock_output(path: Path) -> None:

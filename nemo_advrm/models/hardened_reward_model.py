@@ -127,11 +127,12 @@ class HardenedRewardModel(RewardModel):
 
 
 @torch.no_grad()
-def round_weights(module: RewardModel, dtype: torch.dtype) -> None:
-    """Round the trained weights to the number format in which they will be stored, so that what is measured is kept.
+def round_weights(module: RewardModel, dtype: torch.dtype, head_dtype: torch.dtype) -> None:
+    """Round the trained weights to the number formats in which they will be stored, so that what is measured is kept.
 
-    Small updates of a bf16 model can vanish in this rounding.
+    Small updates of a bf16 model can vanish in this rounding. Many such models have a head in fp32, which keeps them.
     """
     for part in module.model.parts:
-        for parameter in part.parameters():
-            parameter.copy_(parameter.to(dtype).to(parameter.dtype))
+        for name, parameter in part.named_parameters():
+            stored = head_dtype if name.startswith("head.") else dtype
+            parameter.copy_(parameter.to(stored).to(parameter.dtype))

@@ -68,8 +68,7 @@ def harden(
     rows = zip(data.clean, before["clean"].tolist(), strict=True)
     module.anchor_to([ReplayRow(tokens, tuple(outputs)) for tokens, outputs in rows])
     fit(module, cfg, directory, "harden")
-    if target.dtype != torch.float32:
-        round_weights(module, target.dtype)
+    round_weights(module, target.dtype, target.head_dtype)
     after = _scores(module, groups)
     metrics = measured(
         {name: combine(scores, attributes) for name, scores in before.items()},

@@ -11,7 +11,7 @@ import torch
 from nemo_advrm.config.schema import Config, ConvertConfig, ModelConfig, PretrainedConfig, RewardModelConfig
 from nemo_advrm.convert.conversion import open_source
 from nemo_advrm.convert.differences import head_outputs
-from nemo_advrm.convert.drop_in import common_dtype
+from nemo_advrm.convert.drop_in import body_and_head_dtype
 from nemo_advrm.data.attributes import check_attributes
 from nemo_advrm.data.tokenizers import Tokenizer
 from nemo_advrm.engine.checkpoint_meta import read_meta
@@ -31,13 +31,14 @@ class Target:
         spec: the parsed ``harden.target``.
         model: its architecture, with the layout, batches and optimizer of the job.
         outputs: outputs of its head.
-        dtype: number format of most of its weights.
+        dtype, head_dtype: number formats of most of its weights, and of those of its head.
     """
 
     spec: SourceSpec
     model: ModelConfig
     outputs: int
     dtype: torch.dtype
+    head_dtype: torch.dtype
 
     def configuration(self, cfg: Config) -> Config:
         """Returns the configuration of the training of this model; its head has as many outputs as before."""
@@ -84,7 +85,7 @@ def describe_target(cfg: Config) -> Target:
     settings = ConvertConfig(from_=spec.kind, path=spec.location, drop_reference_features=True)
     try:
         with open_source(settings) as source:
-            about, specs, dtype = source.description, source.specs, common_dtype(source)
+            about, specs, dtypes = source.description, source.specs, body_and_head_dtype(source)
     except CheckpointError as error:
         raise CheckpointError(f"{PLACE}: {error}") from error
     if about.head != "reward":
@@ -92,7 +93,7 @@ def describe_target(cfg: Config) -> Target:
     outputs = head_outputs(specs)
     check_attributes(f"{PLACE}={spec.text.partition('?')[0]}", outputs, spec.attributes)
     of_the_job = {key: getattr(cfg.model, key) for key in (*OF_THE_JOB, "optim", "fused_kernels", "tokenizer")}
-    return Target(spec, replace(about.model, **of_the_job), outputs, dtype)
+    return Target(spec, replace(about.model, **of_the_job), outputs, *dtypes)
 
 
 def opened_tokenizer(target: Target, checkpoint: SourceSpec) -> tuple[Tokenizer, str]:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import pytest
 from hf_models import tiny_hf
 from hf_tokenizers import CHATML, save_hf
 from reward_members import save_hf_reward
 
 from nemo_advrm import cli
+from nemo_advrm.convert import partial
 from nemo_advrm.engine.runtime import Runtime
 
 
@@ -43,3 +46,16 @@ def test_a_policy_is_converted_once(single: Runtime, tmp_path: Path) -> None:
     again = _audit(tmp_path, policy, "[over_optimisation]")
     assert meta.stat().st_mtime_ns == converted
     assert again["attacks"] == summary["attacks"]
+
+
+def test_a_full_disk_is_one_error_and_not_another_engine(
+    single: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(partial.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    policy = _policy(tmp_path / "lm", "llama3")
+    words = [f"policy=hf:{policy}", "prompts=synthetic", "target=python:audit_toys:honest", "accelerator=cpu"]
+    assert cli.main(["audit", *words, f"run_dir={tmp_path / 'run'}"]) == 2
+    told = capsys.readouterr()
+    assert "is converted for the attacks by RL" in told.err and "the disk has only 0.00 GB free" in told.err
+    assert "transformers samples it" not in told.out
+    assert len(told.err.strip().splitlines()) == 1

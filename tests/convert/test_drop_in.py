@@ -11,7 +11,9 @@ from hf_tokenizers import save_hf
 from reward_members import save_hf_reward
 from safetensors.torch import load_file, save_file
 
-from nemo_advrm.convert.drop_in import write_drop_in
+from nemo_advrm.config.schema import ConvertConfig
+from nemo_advrm.convert.conversion import open_source
+from nemo_advrm.convert.drop_in import body_and_head_dtype, write_drop_in
 from nemo_advrm.errors import CheckpointError
 
 
@@ -41,6 +43,25 @@ def test_files_and_tensors_are_the_originals_but_for_the_trained_weights(dtype: 
         assert ours[name].dtype == dtype
     with pytest.raises(CheckpointError, match="already exists"):
         write_drop_in("hf", original, trained, out, "")
+
+
+def test_a_head_in_fp32_of_a_bf16_model_stays_so_in_every_format(tmp_path: Path) -> None:
+    original = save_hf_reward(tmp_path / "rm")
+    weights = load_file(original / "model.safetensors")
+    mixed = {name: tensor if name == "score.weight" else tensor.bfloat16() for name, tensor in weights.items()}
+    save_file(mixed, original / "model.safetensors", metadata={"format": "pt"})
+    megatron, nemo = tmp_path / "megatron", tmp_path / "rm.nemo"
+    run("hf", original, "megatron", megatron)
+    run("megatron", megatron, "nemo", nemo)
+    trained = tmp_path / "trained"
+    run("hf", save_hf_reward(tmp_path / "other", seed=1), "megatron", trained)
+    theirs = load_file(tmp_path / "other" / "model.safetensors")["score.weight"]
+    assert not torch.equal(theirs, theirs.bfloat16().float())
+    for kind, before, name in (("hf", original, "out"), ("megatron", megatron, "ours"), ("nemo", nemo, "ours.nemo")):
+        write_drop_in(kind, before, trained, tmp_path / name, "")
+        with open_source(ConvertConfig(from_=kind, path=str(tmp_path / name))) as source:
+            assert body_and_head_dtype(source) == (torch.bfloat16, torch.float32)
+            torch.testing.assert_close(source.read("head.weight"), theirs, rtol=0, atol=0)
 
 
 def test_a_model_of_another_size_is_refused(tmp_path: Path) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,8 +19,11 @@ from fake_judge import Answer, FakeJudge, chats, completion, judged, question_of
 from nemo_advrm import cli
 from nemo_advrm.config.schema import Config, JudgeConfig
 from nemo_advrm.errors import ConfigError, RewardSourceError
+from nemo_advrm.rewards import replica
 from nemo_advrm.rewards.base import answered_scores, checked_scores
+from nemo_advrm.rewards.judges import chat
 from nemo_advrm.rewards.judges.pairwise import pairwise
+from nemo_advrm.rewards.judges.questions import read_score, score_question
 from nemo_advrm.rewards.judges.scalar import JudgeReward
 from nemo_advrm.rewards.sources import build, check, only_addresses_differ, parse
 
@@ -205,6 +210,34 @@ def test_a_question_is_counted_once_however_often_it_is_asked(serve: Serve, tmp_
     assert source.score(chats(["bad", "four"])).tolist() == first.flip(0).tolist() == [1.0, 4.0]
     counts = source.judge.counts
     assert (counts.questions, counts.requests, counts.cached, counts.refused) == (2, 2, 0, 1)
+
+
+def test_a_turn_begins_no_question_after_its_end_and_the_next_goes_on(
+    serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = serve(by_length)
+    source = open_at(fake, tmp_path, connections=1)
+    monkeypatch.setattr(chat, "turn_seconds", lambda *_: 2.5)
+    ticks = itertools.count()
+    source.judge.clock = lambda: float(next(ticks))  # type: ignore[assignment]
+    questions = [score_question("", (), "a" * (i + 1), (1, 10)) for i in range(5)]
+
+    def ask() -> list[float | None] | None:
+        found = source.judge.ask(questions, lambda text, cut: read_score(text, cut, (1, 10)), "")
+        return None if found is None else [verdict.value for verdict in found]
+
+    assert ask() is None
+    assert len(fake.bodies) == 2
+    assert ask() is None
+    assert ask() == [1.0, 2.0, 3.0, 4.0, 5.0]
+    assert len(fake.bodies) == 5
+
+
+def test_a_turn_ends_before_other_processes_give_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert replica.turn_seconds(30.0, 600.0) == math.inf  # nobody waits
+    monkeypatch.setattr(replica.runtime, "is_running", lambda: True)
+    monkeypatch.setattr(replica.runtime, "current", lambda: SimpleNamespace(world_size=2))
+    assert replica.turn_seconds(30.0, 600.0) == 600.0  # and a question that is begun then ends 600 s before the limit
 
 
 def test_text_that_no_request_can_hold_is_asked_about_all_the_same(serve: Serve, tmp_path: Path) -> None:

@@ -233,3 +233,7 @@ def test_one_rank_of_each_replica_asks_and_a_failure_reaches_all(worlds: Worlds,
     assert all(calls == int(source) for _, calls, source in results)
     failed = worlds.run(layout, "remote_jobs", "ask", world_size=2, fail_on_rank=0)
     assert all("judge failed (OSError: the line is dead)" in error for error, _, _ in failed)
+
+
+def test_replicas_that_need_several_turns_hear_of_each_other_in_each(worlds: Worlds) -> None:
+    assert worlds.run(Layout(), "remote_jobs", "ask_in_parts", world_size=2) == [([0.0], 3), ([1.0], 3)]

@@ -15,7 +15,7 @@ from nemo_advrm.data.encoding import EncodedPair
 from nemo_advrm.engine.runtime import Layout, Runtime
 from nemo_advrm.engine.scoring import score_sequences
 from nemo_advrm.errors import ConfigError
-from nemo_advrm.models.hardened_reward_model import ReplayRow
+from nemo_advrm.models.hardened_reward_model import ReplayRow, round_weights
 
 
 @pytest.fixture(scope="module")
@@ -70,3 +70,15 @@ def test_clean_responses_of_one_score_are_refused(single: Runtime, model: str, t
     module = hardening_jobs.module(model)
     with pytest.raises(ConfigError, match=r"gives all 3 clean responses the same score"):
         module.anchor_to([ReplayRow([3, 4], (2.0,))] * 3)
+
+
+def test_the_head_is_rounded_to_its_own_format(single: Runtime, model: str) -> None:
+    module = hardening_jobs.module(model)
+    (part,) = module.model.parts
+    before = {name: parameter.detach().clone() for name, parameter in part.named_parameters()}
+    round_weights(module, torch.bfloat16, torch.float32)
+    for name, parameter in part.named_parameters():
+        is_head = name.startswith("head.")
+        wanted = before[name] if is_head else before[name].bfloat16().float()
+        assert torch.equal(parameter, wanted), name
+    assert any(name.startswith("head.") for name in before)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import os
 import threading
 import time
@@ -19,6 +18,7 @@ from nemo_advrm.rewards.http_client import NoJSON, ReplicatedServer, RequestRefu
 from nemo_advrm.rewards.judges.answer_cache import AnswerCache, digest
 from nemo_advrm.rewards.judges.counts import Counts, record
 from nemo_advrm.rewards.judges.questions import is_refusal
+from nemo_advrm.rewards.replica import turn_seconds
 
 T = TypeVar("T")
 ANSWERED, REFUSED, UNREADABLE, TOO_LONG = "answered", "refused", "unreadable", "too_long"
@@ -52,20 +52,23 @@ class ChatJudge:
         name: of the reward source, for messages.
         location: ``URL#MODEL``; the URL is the base address that OpenAI's clients take, such as http://HOST:PORT/v1.
         directory: where ``usage.jsonl`` goes, and the answers when ``judge.cache`` is empty.
+        timeout_minutes: what other processes wait for this one, ``trainer.timeout_minutes``.
 
     Raises:
         ConfigError: the key has impossible characters, or the cache cannot be used.
     """
 
-    def __init__(self, name: str, location: str, options: JudgeConfig, directory: Path) -> None:
+    def __init__(self, name: str, location: str, options: JudgeConfig, directory: Path, timeout_minutes: float) -> None:
         self.name = name
         self.options = options
         self.directory = directory
+        self.timeout_minutes = timeout_minutes
         self.url, _, self.model = location.partition("#")
         self.url = self.url.rstrip("/")
         self.counts = Counts()
         self.cache = AnswerCache(Path(options.cache) if options.cache else directory / "answers.jsonl")
         self.server = ReplicatedServer(name, [self.url], options, key_of(options), section="judge")
+        self.clock = time.monotonic
         self._verdicts: dict[str, Verdict[Any]] = {}  # by the digest of the question
         self._lock = threading.Lock()
 
@@ -85,8 +88,13 @@ class ChatJudge:
             if error.status in (401, 403):
                 raise self._explained(error) from None
 
-    def ask(self, questions: Sequence[str], read: Callable[[str, bool], T | None], reminder: str) -> list[Verdict[T]]:
+    def ask(
+        self, questions: Sequence[str], read: Callable[[str, bool], T | None], reminder: str
+    ) -> list[Verdict[T]] | None:
         """Asks each question and returns the verdicts in their order; a question is asked and counted once.
+
+        Where other processes wait and there are more questions than can be asked meanwhile, it returns None, and
+        another call goes on with the others.
 
         Args:
             read: reads an answer (its text, whether it was cut off); None when it has no verdict. The judge is then
@@ -99,10 +107,11 @@ class ChatJudge:
         keys = [digest(question) for question in questions]
         new = {key: question for key, question in zip(keys, questions, strict=True) if key not in self._verdicts}
         try:
-            self._verdicts |= dict(zip(new, self._in_threads(list(new.values()), read, reminder), strict=True))
+            verdicts = self._in_threads(list(new.values()), read, reminder)
+            self._verdicts |= {key: verdict for key, verdict in zip(new, verdicts, strict=True) if verdict is not None}
         finally:
             record(self.directory, f"{self.url}#{self.model}", self.counts.since(before))
-        return [self._verdicts[key] for key in keys]
+        return [self._verdicts[key] for key in keys] if self._verdicts.keys() >= set(keys) else None
 
     def cost_line(self) -> str:
         """What the judge cost so far, for a command to print."""
@@ -111,10 +120,14 @@ class ChatJudge:
 
     def _in_threads(
         self, questions: list[str], read: Callable[[str, bool], T | None], reminder: str
-    ) -> list[Verdict[T]]:
+    ) -> list[Verdict[T] | None]:
+        stop = self.clock() + turn_seconds(self.timeout_minutes, self.options.deadline_seconds)
+
+        def work(question: str) -> Verdict[T] | None:
+            return self._verdict(question, read, reminder) if self.clock() < stop else None
+
         with ThreadPoolExecutor(max(1, min(len(questions), self.options.connections))) as pool:
-            work = functools.partial(self._verdict, read=read, reminder=reminder)
-            futures: list[Future[Verdict[T]]] = [pool.submit(work, question) for question in questions]
+            futures: list[Future[Verdict[T] | None]] = [pool.submit(work, question) for question in questions]
             try:
                 wait(futures, return_when=FIRST_EXCEPTION)
             finally:  # a dead endpoint would else be waited for once for each question

@@ -71,7 +71,7 @@ def open_judge(spec: SourceSpec, name: str, cfg: Config) -> RewardSource:
     from nemo_advrm.rewards.judges.scalar import JudgeReward
     from nemo_advrm.rewards.replica import once_per_replica
 
-    judge = ChatJudge(name, spec.location, cfg.judge, home)
+    judge = ChatJudge(name, spec.location, cfg.judge, home, cfg.trainer.timeout_minutes)
 
     def connected() -> torch.Tensor:
         judge.connect()

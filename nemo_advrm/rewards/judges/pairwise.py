@@ -118,14 +118,16 @@ class ChatComparisons:
         verdicts_N = verdicts_of_orders(one_first_N, two_first_N)
         return Comparison(verdicts_N, position_bias(one_first_N, two_first_N))
 
-    def _choices(self, first: Rollouts, second: Rollouts) -> Tensor:
-        """The choices, seen from the first answer: [N, 2], it shown first and it shown second."""
+    def _choices(self, first: Rollouts, second: Rollouts) -> Tensor | None:
+        """The choices, seen from the first answer: [N, 2], it shown first and it shown second; None: some are left."""
         ones, twos = texts_of(self.name, first), texts_of(self.name, second)
         questions = []
         for prompt, one, two in zip(first.prompts, ones, twos, strict=True):
             questions.append(choice_question(self.rubric, prompt, one, two))
             questions.append(choice_question(self.rubric, prompt, two, one))
         verdicts = self.judge.ask(questions, read_choice, CHOICE_REMINDER)
+        if verdicts is None:
+            return None
         chosen = [float("nan") if verdict.value is None else float(verdict.value) for verdict in verdicts]
         choices_N2 = torch.tensor(chosen).reshape(-1, 2)
         return choices_N2 * torch.tensor([1.0, -1.0])  # "A" in the other order is the second answer

@@ -44,7 +44,7 @@ class JudgeReward:
     def cost_line(self) -> str:
         return self.judge.cost_line()
 
-    def _verdicts(self, rollouts: Rollouts) -> list[Verdict[float]]:
+    def _verdicts(self, rollouts: Rollouts) -> list[Verdict[float]] | None:
         texts = texts_of(self.name, rollouts)
         questions = [
             score_question(self.rubric, prompt, text, self.scale)
@@ -54,8 +54,10 @@ class JudgeReward:
             questions, lambda text, cut: read_score(text, cut, self.scale), score_reminder(self.scale)
         )
 
-    def _filled(self, verdicts: list[Verdict[float]]) -> Tensor:
+    def _filled(self, verdicts: list[Verdict[float]] | None) -> Tensor | None:
         scores = _values(verdicts)
+        if verdicts is None or scores is None:
+            return None
         missing = [i for i, verdict in enumerate(verdicts) if verdict.value is None]
         if missing and self.judge.options.on_no_answer == "error":
             first = verdicts[missing[0]]
@@ -67,7 +69,9 @@ class JudgeReward:
         return scores.nan_to_num(nan=float(self.scale[0]))
 
 
-def _values(verdicts: list[Verdict[float]]) -> Tensor:
+def _values(verdicts: list[Verdict[float]] | None) -> Tensor | None:
+    if verdicts is None:
+        return None
     return torch.tensor([float("nan") if verdict.value is None else verdict.value for verdict in verdicts])
 
 
