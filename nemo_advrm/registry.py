@@ -101,6 +101,7 @@ ROLLOUT_ENGINES: Registry[Any] = Registry(  # of subclasses of nemo_advrm.rollou
     "rl.rollout_engine",
     {
         "megatron": "nemo_advrm.rollouts.megatron_engine:MegatronEngine",
+        "openai": "nemo_advrm.rollouts.openai_engine:OpenAIEngine",
         "transformers": "nemo_advrm.rollouts.transformers_engine:TransformersEngine",
     },
 )

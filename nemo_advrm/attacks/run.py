@@ -25,6 +25,8 @@ from nemo_advrm.errors import ConfigError
 from nemo_advrm.rewards.base import RewardSource
 from nemo_advrm.rewards.features import ReferenceFeatures
 from nemo_advrm.rewards.find_rule import asks_others
+from nemo_advrm.rollouts.base import UNTRAINED
+from nemo_advrm.rollouts.openai_engine import served_model
 from nemo_advrm.rollouts.transformers_engine import hf_directory
 from nemo_advrm.rollouts.types import Prompt
 from nemo_advrm.run_directory import results
@@ -44,14 +46,18 @@ def check_target_members(cfg: Config, members: int) -> None:
 
 def check_attack(cfg: Config) -> None:
     """Raises ConfigError for a policy that the rollout engine cannot open, or cannot train where the attack trains."""
-    if cfg.rl.rollout_engine != "transformers":
+    engine, policy = cfg.rl.rollout_engine, cfg.pretrained_checkpoint.restore_from_path
+    if engine not in UNTRAINED:
         return
     if build_attack(cfg.adversarial.attack).trains:
         raise ConfigError(
-            f"adversarial.attack={cfg.adversarial.attack} trains the policy; rl.rollout_engine=transformers cannot: "
+            f"adversarial.attack={cfg.adversarial.attack} trains the policy; rl.rollout_engine={engine} cannot: "
             "convert the policy (nemo-advrm convert from=hf), or choose an attack without RL (docs/attacks.md)"
         )
-    hf_directory(cfg.pretrained_checkpoint.restore_from_path)
+    if engine == "openai":
+        served_model(policy)
+    else:
+        hf_directory(policy)
 
 
 @dataclass(frozen=True)

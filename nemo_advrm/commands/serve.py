@@ -65,7 +65,7 @@ def main(cfg: Config) -> int:
 
 
 def _listen(cfg: Config) -> tuple[socket.socket, str]:
-    from nemo_advrm.rewards.http_client import bearer_token
+    from nemo_advrm.http_client import bearer_token
     from nemo_advrm.serve.server import bind
 
     token = bearer_token(cfg.serve.token_file)

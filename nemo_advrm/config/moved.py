@@ -53,6 +53,7 @@ MOVED_MODULES: dict[str, str] = {
     "nemo_advrm.megatron": "nemo_advrm.engine",
     "nemo_advrm.megatron.planner": "nemo_advrm.plan",
     "nemo_advrm.objectives.reference": "nemo_advrm.objectives.sft_statistics",
+    "nemo_advrm.rewards.http_client": "nemo_advrm.http_client",
     "nemo_advrm.rewards.reference": "nemo_advrm.data.sft_scores",
     "nemo_advrm.schema": "nemo_advrm.config.schema",
     "nemo_advrm.stages": "nemo_advrm.commands",

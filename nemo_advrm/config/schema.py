@@ -27,6 +27,7 @@ from nemo_advrm.config.schema_data import (
     DataConfig,
     EnsembleConfig,
     JudgeConfig,
+    PolicyServerConfig,
     RemoteConfig,
     RewardModelConfig,
     SyntheticConfig,
@@ -71,6 +72,7 @@ class Config:
     ensemble: EnsembleConfig = section(EnsembleConfig)
     remote: RemoteConfig = section(RemoteConfig)
     judge: JudgeConfig = section(JudgeConfig)
+    policy_server: PolicyServerConfig = section(PolicyServerConfig)
     sft_statistics: SFTStatisticsConfig = section(SFTStatisticsConfig)
     adversarial: AdversarialConfig = section(AdversarialConfig)
     detector: DetectorConfig = section(DetectorConfig)

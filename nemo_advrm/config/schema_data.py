@@ -154,6 +154,20 @@ class JudgeConfig:
 
 
 @dataclass
+class PolicyServerConfig:
+    """Requests to a policy behind an OpenAI-compatible endpoint (rl.rollout_engine=openai, docs/attacks.md)."""
+
+    key_variable: str = free("NEMO_ADVRM_POLICY_KEY", "name of the environment variable that holds the endpoint's key")
+    body: dict[str, Any] = key({}, "further fields of each request; null leaves a field out")
+    timeout_seconds: float = free(120.0, "limit of one request", POSITIVE)
+    deadline_seconds: float = free(
+        900.0, "limit of one batch of responses with its retries; less than trainer.timeout_minutes", POSITIVE
+    )
+    connect_seconds: float = free(30.0, "limit of the endpoint's start", POSITIVE)
+    connections: int = free(16, "requests under way at once", COUNT)
+
+
+@dataclass
 class SyntheticConfig:
     """The embedded language's data: what its writers and its annotators do (nemo_advrm/synthetic)."""
 

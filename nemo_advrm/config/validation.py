@@ -94,18 +94,19 @@ def _check_augmentation(cfg: Config) -> None:
 
 
 def _check_scoring_deadline(cfg: Config) -> None:
-    """The other ranks wait for the scores of a server in a collective, so the server's deadline must end first."""
+    """The other ranks wait for the answers of a server in a collective, so the server's deadline must end first."""
     limit = 60 * cfg.trainer.timeout_minutes
     servers = [text for text in [*cfg.ensemble.members, cfg.pipeline.gold] if "://" in text]
     for section, used in (
         ("remote", any(not text.startswith("openai:") for text in servers)),
         ("judge", any(text.startswith("openai:") for text in servers)),
+        ("policy_server", cfg.rl.rollout_engine == "openai"),
     ):
         deadline = getattr(cfg, section).deadline_seconds
         if used and deadline >= limit:
             raise ConfigError(
                 f"{section}.deadline_seconds={deadline:g}: must be less than trainer.timeout_minutes={limit / 60:g} "
-                f"({limit:g} seconds): the other processes wait that long for the scores"
+                f"({limit:g} seconds): the other processes wait that long for the answers"
             )
 
 

@@ -17,8 +17,8 @@ from nemo_advrm.data.messages import Message
 from nemo_advrm.data.scores import as_scores
 from nemo_advrm.data.tokenizers import Tokenizer, build_tokenizer
 from nemo_advrm.errors import RewardSourceError
+from nemo_advrm.http_client import ReplicatedServer, bearer_token
 from nemo_advrm.rewards.base import RewardSource
-from nemo_advrm.rewards.http_client import ReplicatedServer, bearer_token
 from nemo_advrm.rewards.replica import once_per_replica
 from nemo_advrm.rewards.token_sequences import token_sequences, written_out
 from nemo_advrm.rollouts.types import Rollouts
@@ -40,7 +40,7 @@ class _Remote:
     def __init__(self, name: str, addresses: Sequence[str], options: RemoteConfig) -> None:
         self.name = name
         self.options = options
-        self.server = ReplicatedServer(name, addresses, options, bearer_token(options.token_file))
+        self.server = ReplicatedServer(f"reward source {name}", addresses, options, bearer_token(options.token_file))
 
     def score(self, rollouts: Rollouts) -> Tensor:
         return once_per_replica(self.name, lambda: self.ask(self._rows(rollouts)))

@@ -18,6 +18,8 @@ from nemo_advrm.rollouts.language_model import LanguageModel
 from nemo_advrm.rollouts.megatron_language_model import MegatronLanguageModel
 from nemo_advrm.rollouts.types import Prompt, Rollouts
 
+UNTRAINED = ("transformers", "openai")  # engines whose policies no command trains
+
 
 class RolloutEngine(ABC):
     """Samples responses with the current weights of a policy. ``rl.rollout_engine`` names the implementation.

@@ -57,7 +57,7 @@ def start(cfg: Config, megatron: bool = True) -> runtime.Runtime:
     policy = cfg.pretrained_checkpoint.restore_from_path
     if policy.startswith("hf:") and cfg.rl.rollout_engine == "transformers":
         check_language_model(Path(policy.removeprefix("hf:")))
-    elif policy:
+    elif policy and cfg.rl.rollout_engine != "openai":
         read_meta(Path(policy))
     gold = sources.gold_spec(cfg)
     for scorer in [*sources.parse_members(cfg.ensemble.members), *([gold] if gold else [])]:

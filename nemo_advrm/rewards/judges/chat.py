@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -13,8 +12,9 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from nemo_advrm.config.schema import JudgeConfig
-from nemo_advrm.errors import ConfigError, RewardSourceError, one_line
-from nemo_advrm.rewards.http_client import NoJSON, ReplicatedServer, RequestRefused
+from nemo_advrm.endpoints import endpoint_key
+from nemo_advrm.errors import RewardSourceError, one_line
+from nemo_advrm.http_client import NoJSON, ReplicatedServer, RequestRefused
 from nemo_advrm.rewards.judges.answer_cache import AnswerCache, digest
 from nemo_advrm.rewards.judges.counts import Counts, record
 from nemo_advrm.rewards.judges.questions import is_refusal
@@ -67,7 +67,9 @@ class ChatJudge:
         self.url = self.url.rstrip("/")
         self.counts = Counts()
         self.cache = AnswerCache(Path(options.cache) if options.cache else directory / "answers.jsonl")
-        self.server = ReplicatedServer(name, [self.url], options, key_of(options), section="judge")
+        self.server = ReplicatedServer(
+            f"reward source {name}", [self.url], options, endpoint_key(options.key_variable), section="judge"
+        )
         self.clock = time.monotonic
         self._verdicts: dict[str, Verdict[Any]] = {}  # by the digest of the question
         self._lock = threading.Lock()
@@ -250,16 +252,3 @@ class ChatJudge:
 def _encodable(text: str) -> str:
     """``text`` with ? for each lone surrogate: no request can hold one, and responses of policies may."""
     return text.encode("utf-8", "replace").decode()
-
-
-def key_of(options: JudgeConfig) -> str:
-    """Returns the endpoint's key from the environment; "" when the variable is not set.
-
-    No variable of another program is the default: its key would be sent to any address that a judge names.
-
-    Raises ConfigError, without the value, for a key with characters that no header may have.
-    """
-    key = os.environ.get(options.key_variable, "").strip()
-    if not (key.isascii() and key.isprintable()):
-        raise ConfigError(f"the environment variable {options.key_variable} holds characters that no key has")
-    return key

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from nemo_advrm.config.schema import Config
 from nemo_advrm.config.validation import check_judge
+from nemo_advrm.endpoints import endpoint_key, parse_endpoint
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.optional_deps import require_extra
 from nemo_advrm.rewards.base import RewardSource
@@ -23,20 +23,7 @@ def parse_judge(kind: str, location: str, text: str, place: str) -> SourceSpec:
             if not path.endswith(".csv"):
                 raise ConfigError(f"{place}={text}: names sheets, human:FILE.csv or one for each person, A.csv|B.csv")
         return SourceSpec(kind, location, text, place)
-    address, _, model = location.partition("#")
-    try:
-        url = urlsplit(address)
-        fault = url.scheme not in ("http", "https") or not url.hostname or url.port == 0
-    except ValueError:  # the port is no number, or too large
-        fault = True
-    # a fault may come from the characters of a password, such as # or a colon
-    if "@" in address or "?" in address or (fault and "@" in location):
-        raise ConfigError(
-            f"{place}: the address of openai:URL#MODEL holds a user or a query, which would be written to files; a key "
-            "belongs into the environment variable that judge.key_variable names"
-        )
-    if fault or not model:
-        raise ConfigError(f"{place}={text}: must be openai:URL#MODEL, as in openai:http://127.0.0.1:8000/v1#MODEL")
+    parse_endpoint(location, text, place, "judge.key_variable")
     return SourceSpec(kind, location, text, place)
 
 
@@ -48,9 +35,7 @@ def check_judge_source(spec: SourceSpec, cfg: Config) -> None:
     read_rubric(cfg.judge.rubric)
     if spec.kind == OPENAI:
         require_extra("serve", "httpx", "tenacity")
-        from nemo_advrm.rewards.judges.chat import key_of
-
-        key_of(cfg.judge)
+        endpoint_key(cfg.judge.key_variable)
 
 
 def open_judge(spec: SourceSpec, name: str, cfg: Config) -> RewardSource:

@@ -1,4 +1,4 @@
-"""HTTP client of reward servers: pooled connections, deadlines, retries of transient failures, fail-over.
+"""HTTP client of reward servers, judges and policies: pooled connections, deadlines, retries, fail-over.
 
 httpx does the requests, tenacity the retries. What is added here is what neither has: fail-over between addresses, and
 a deadline over all tries and over slowly trickling answers.
@@ -46,7 +46,7 @@ class NoJSON(RewardSourceError):
 
 
 class RequestLimits(Protocol):
-    """The part of ``RemoteConfig`` and ``JudgeConfig`` that requests obey."""
+    """The part of ``RemoteConfig``, ``JudgeConfig`` and ``PolicyServerConfig`` that requests obey."""
 
     timeout_seconds: float
     deadline_seconds: float
@@ -58,7 +58,7 @@ class ReplicatedServer:
     """Several servers of one model. Requests go to one address until it fails, then to the next.
 
     Attributes:
-        name: name of the reward source, for messages.
+        name: what it is, for messages: ``reward source R_1``.
         addresses: base URLs, at least one.
         options: timeouts and limits.
         token: bearer token, which no message shows; "" sends none.
@@ -119,7 +119,7 @@ class ReplicatedServer:
         except Transient as failure:
             limit = f"{getattr(self.options, key):g} s ({self.section}.{key}; waited {time.monotonic() - start:.1f} s)"
             raise RewardSourceError(
-                f"reward source {self.name} did not answer within {limit}; last failure: {failure}"
+                f"{self.name} did not answer within {limit}; last failure: {failure}"
             ) from None
 
     def _once(self, method: str, path: str, body: Any, end: float) -> Any:
@@ -149,17 +149,17 @@ class ReplicatedServer:
                     if time.monotonic() > stop:
                         raise Transient(f"{url}: the answer took longer than {limit:.1f} s")
                     if len(content) > _LARGEST_ANSWER:
-                        raise RewardSourceError(f"reward source {self.name}: {url} sent more than 256 MiB")
+                        raise RewardSourceError(f"{self.name}: {url} sent more than 256 MiB")
         except httpx.TransportError as error:
             raise Transient(f"{url}: {type(error).__name__} {error}".rstrip()) from error
         except httpx.HTTPError as error:
-            raise RewardSourceError(f"reward source {self.name}: {url}: {error}") from error
+            raise RewardSourceError(f"{self.name}: {url}: {error}") from error
         if response.status_code == 429 or response.status_code >= 500:
             reason = f"{url}: status {response.status_code} {self._shortened(content)}"
             raise Transient(reason, _seconds(response.headers.get("retry-after")))
         if response.status_code != 200:
             raise RequestRefused(
-                f"reward source {self.name}: {url} refused the request: status {response.status_code} "
+                f"{self.name}: {url} refused the request: status {response.status_code} "
                 f"{self._shortened(content)}",
                 response.status_code,
                 self._shortened(content),
@@ -168,7 +168,7 @@ class ReplicatedServer:
             return decode_json(bytes(content)) if content else None
         except ValueError as error:
             kind = response.headers.get("content-type", "no content type")
-            raise NoJSON(f"reward source {self.name}: {url} sent no JSON ({kind}): {error}") from error
+            raise NoJSON(f"{self.name}: {url} sent no JSON ({kind}): {error}") from error
 
     def _shortened(self, content: bytes | bytearray) -> str:
         """The start of an answer on one line, without the token: some servers repeat it in their refusal."""
