@@ -22,6 +22,7 @@ from nemo_advrm.data.run_records import ATTACK_SAMPLE, RESTORE_ROWS, read_rows
 from nemo_advrm.data.sft_scores import SFTScores
 from nemo_advrm.engine.collectives import run_on_rank_zero
 from nemo_advrm.errors import ConfigError
+from nemo_advrm.rollouts.base import UNTRAINED
 from nemo_advrm.run_directory import results
 from nemo_advrm.seeds import derive_seed
 from nemo_advrm.training.run_training import RECORDS, drop_training_checkpoints
@@ -89,9 +90,11 @@ def config_of(panel: Panel, attack: str, samples: int) -> tuple[Config, Budget]:
 
 
 def check_attack(panel: Panel, attack: str) -> None:
-    """Raises ConfigError for an attack by RL where transformers samples the policy."""
-    if build_attack(attack).trains and panel.cfg.rl.rollout_engine == "transformers":
-        raise ConfigError(f"attacks: {attack} trains the policy, which has no conversion table ({panel.audit.policy})")
+    """Raises ConfigError for an attack by RL on a policy that cannot be trained here."""
+    engine = panel.cfg.rl.rollout_engine
+    if build_attack(attack).trains and engine in UNTRAINED:
+        why = "is served elsewhere" if engine == "openai" else "has no conversion table"
+        raise ConfigError(f"attacks: {attack} trains the policy, which {why} ({panel.audit.policy})")
 
 
 def run_attack(

@@ -10,18 +10,22 @@ from nemo_advrm.config.schema import AuditConfig, Config, ConvertConfig
 from nemo_advrm.data.tokenizers import Tokenizer, build_tokenizer
 from nemo_advrm.engine.checkpoint_meta import read_meta
 from nemo_advrm.engine.collectives import run_on_rank_zero
-from nemo_advrm.errors import CheckpointError, NotWritten
+from nemo_advrm.errors import CheckpointError, ConfigError, NotWritten
 from nemo_advrm.rewards.checkpoint_members import SourceSpec, member_config, member_tokenizer
+
+SERVED = "openai:"
 
 
 def place(audit: AuditConfig) -> str:
     """Returns the policy as ``pretrained_checkpoint.restore_from_path`` has it; all ranks call.
 
-    ``hf:DIR`` is converted once into ``run_dir/policy``. Where its architecture has no conversion table it stays
+    ``openai:URL#MODEL`` stays where it is. ``hf:DIR`` is converted once into ``run_dir/policy``. Where its architecture has no conversion table it stays
     ``hf:DIR``, with a printed line: transformers then samples it, and attacks by RL are left out.
 
     Raises CheckpointError for a directory that holds no language model, NotWritten where there is no room for it.
     """
+    if audit.policy.startswith(SERVED):
+        return audit.policy
     if not audit.policy.startswith("hf:"):
         return audit.policy.removeprefix("megatron:")
     refusal = run_on_rank_zero(_convert, audit)
@@ -57,12 +61,18 @@ def _convert(audit: AuditConfig) -> str:
 def with_policy(cfg: Config, audit: AuditConfig, policy: str) -> tuple[Config, Tokenizer]:
     """Returns the configuration with the policy's architecture, and the policy's tokenizer.
 
-    Raises CheckpointError when the checkpoint is no language model or names no tokenizer.
+    Raises CheckpointError when the checkpoint is no language model or names no tokenizer, ConfigError for a served
+    policy without one.
     """
-    if policy.startswith("hf:"):
+    if policy.startswith(SERVED):
+        if "model.tokenizer" not in given_keys(audit):
+            raise ConfigError(f"policy={policy}: name its tokenizer, as in also=[model.tokenizer=hf:DIR]")
+        found = dataclasses.replace(cfg, rl=dataclasses.replace(cfg.rl, rollout_engine="openai"))
+        tokenizer: Tokenizer = build_tokenizer(cfg.model.tokenizer)
+    elif policy.startswith("hf:"):
         model = dataclasses.replace(cfg.model, tokenizer=policy)
         found = dataclasses.replace(cfg, model=model, rl=dataclasses.replace(cfg.rl, rollout_engine="transformers"))
-        tokenizer: Tokenizer = build_tokenizer(policy)
+        tokenizer = build_tokenizer(policy)
     else:
         meta = read_meta(Path(policy))
         if meta["head"] != "lm":

@@ -187,9 +187,9 @@ def open_policy(
         running: the tokenizer of the job, used where it is that of the checkpoint.
         place: the configuration key, or the member, that names the policy, for messages.
 
-    Raises CheckpointError when it is damaged or no language model, ConfigError for a Hugging Face one.
+    Raises CheckpointError when it is damaged or no language model, ConfigError for a Hugging Face or a served one.
     """
-    if policy.startswith("hf:"):
+    if policy.startswith(("hf:", "openai:")):
         raise ConfigError(
             f"{place}: {policy} is not a checkpoint of this package, which log-probabilities need: choose a detector "
             "that does not read the SFT policy, or convert it (nemo-advrm convert from=hf)"

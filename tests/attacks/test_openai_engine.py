@@ -135,7 +135,7 @@ def test_what_an_endpoint_cannot_do_is_refused(serve: Serve) -> None:
         OpenAIEngine(_config(), TOKENIZER).generate(object(), [[11]], torch.zeros(1, 4))
     with pytest.raises(ConfigError, match="samples openai:URL#MODEL"):
         served_model("hf:somewhere")
-    with pytest.raises(ConfigError, match="policy_server.key_variable") as refused:
+    with pytest.raises(ConfigError, match=r"policy_server\.key_variable") as refused:
         served_model("openai:http://me:secret@host/v1#model")
     assert "secret" not in str(refused.value)
 
@@ -167,7 +167,7 @@ def test_an_attack_starts_from_a_served_policy(
     assert cli.main([*command, "adversarial.attack=adv_rm"]) == 2
     assert "rl.rollout_engine=openai cannot" in capsys.readouterr().err
     assert cli.main([*command, "adversarial.attack=probes", "adversarial.detector=sft_log_prob"]) == 2
-    assert "reads the SFT policy" in capsys.readouterr().err
+    assert "does not read the SFT policy" in capsys.readouterr().err
     assert cli.main([*command, "adversarial.attack=probes", "trainer.timeout_minutes=10"]) == 2
     assert "policy_server.deadline_seconds=900" in capsys.readouterr().err
     assert not endpoint.bodies
@@ -181,3 +181,35 @@ def test_an_attack_starts_from_a_served_policy(
     }
     rows = (tmp_path / "run" / "attack" / "samples.jsonl").read_text().splitlines()
     assert len(rows) == 8
+
+
+def test_an_audit_starts_from_a_served_policy(
+    serve: Serve, single: Runtime, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    endpoint = serve(lambda body: completion(f"words {body['seed'] % 97} of an answer"))
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"question {i}"}) + "\n" for i in range(6)))
+    command = [
+        "audit",
+        "target=python:planted_scores:likes_e",
+        "others=[python:planted_scores:plain]",
+        f"policy={endpoint.policy}",
+        f"prompts={prompts}",
+        "judge=python:planted_scores:dislikes_e",
+        "budget=8",
+        "num_prompts=4",
+        "num_held_out=2",
+        "samples_per_prompt=3",
+        "max_new_tokens=40",
+        "accelerator=cpu",
+        f"run_dir={tmp_path / 'run'}",
+    ]
+    assert cli.main(command) == 2
+    assert "name its tokenizer" in capsys.readouterr().err
+    assert cli.main([*command, "also=[model.tokenizer=byte]", "attacks=[probes]"]) == 0
+    assert len(endpoint.bodies) == 6 * 3
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["policy"] == endpoint.policy and summary["attacks"][0]["cells"]
+    other = [*command[:-1], f"run_dir={tmp_path / 'other'}", "also=[model.tokenizer=byte]", "attacks=[adv_rm]"]
+    assert cli.main(other) == 2
+    assert "trains the policy, which is served elsewhere" in capsys.readouterr().err
