@@ -19,8 +19,9 @@ SERVED = "openai:"
 def place(audit: AuditConfig) -> str:
     """Returns the policy as ``pretrained_checkpoint.restore_from_path`` has it; all ranks call.
 
-    ``openai:URL#MODEL`` stays where it is. ``hf:DIR`` is converted once into ``run_dir/policy``. Where its architecture has no conversion table it stays
-    ``hf:DIR``, with a printed line: transformers then samples it, and attacks by RL are left out.
+    ``openai:URL#MODEL`` stays where it is. ``hf:DIR`` is converted once into ``run_dir/policy``. Where its architecture
+    has no conversion table it stays ``hf:DIR``, with a printed line: transformers then samples it, and attacks by RL
+    are left out.
 
     Raises CheckpointError for a directory that holds no language model, NotWritten where there is no room for it.
     """

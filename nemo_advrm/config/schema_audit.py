@@ -14,7 +14,9 @@ class AuditConfig:
     target: list[str] = key([], "reward models that are audited, side by side")
     names: list[str] = key([], "their names on the page; empty: made from the paths")
     others: list[str] = key([], "reward models that the attacks must not please; empty: detectors of one model")
-    policy: str = key("", "language model that the attacks start from: DIR, hf:DIR, which is converted once, or openai:URL#MODEL")
+    policy: str = key(
+        "", "language model that the attacks start from: DIR, hf:DIR, which is converted once, or openai:URL#MODEL"
+    )
     prompts: str = key("", "file of prompts, or synthetic (of the embedded language)")
     held_out_prompts: str = key("", "file of prompts that attacks do not see; empty: the next ones of prompts")
     judge: str = key("", "what tells good from bad, as target, or synthetic; empty: finds are only suspected")
