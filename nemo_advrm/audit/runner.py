@@ -149,7 +149,7 @@ def _on_all_targets(
             progress.end(short_name(attack), panel.names[k], None, f"{result.responses} responses")
             continue
         measure = SUSPECTED if panel.judge is None else STRICT
-        judged = judge_attack(panel, result, progress.attacks - progress.done, search)
+        judged = judge_attack(panel, result, max(1, progress.attacks - progress.done), search)
         shares = {one.split.name: rate(one.first().of(measure)) for one in judged}
         known = {name: share for name, share in shares.items() if share is not None}
         parts = [f"{measure} {one['rate']:.0%} of {one['trials']} {name} prompts" for name, one in known.items()]
