@@ -5,16 +5,13 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from nemo_advrm.audit.settings import given_keys, learning_rate
+from nemo_advrm.audit.settings import SERVED, given_keys, learning_rate
 from nemo_advrm.config.schema import AuditConfig, Config, ConvertConfig
 from nemo_advrm.data.tokenizers import Tokenizer, build_tokenizer
 from nemo_advrm.engine.checkpoint_meta import read_meta
 from nemo_advrm.engine.collectives import run_on_rank_zero
-from nemo_advrm.errors import CheckpointError, ConfigError, NotWritten
+from nemo_advrm.errors import CheckpointError, NotWritten
 from nemo_advrm.rewards.checkpoint_members import SourceSpec, member_config, member_tokenizer
-
-SERVED = "openai:"
-
 
 def place(audit: AuditConfig) -> str:
     """Returns the policy as ``pretrained_checkpoint.restore_from_path`` has it; all ranks call.
@@ -62,12 +59,9 @@ def _convert(audit: AuditConfig) -> str:
 def with_policy(cfg: Config, audit: AuditConfig, policy: str) -> tuple[Config, Tokenizer]:
     """Returns the configuration with the policy's architecture, and the policy's tokenizer.
 
-    Raises CheckpointError when the checkpoint is no language model or names no tokenizer, ConfigError for a served
-    policy without one.
+    Raises CheckpointError when the checkpoint is no language model or names no tokenizer.
     """
     if policy.startswith(SERVED):
-        if "model.tokenizer" not in given_keys(audit):
-            raise ConfigError(f"policy={policy}: name its tokenizer, as in also=[model.tokenizer=hf:DIR]")
         found = dataclasses.replace(cfg, rl=dataclasses.replace(cfg.rl, rollout_engine="openai"))
         tokenizer: Tokenizer = build_tokenizer(cfg.model.tokenizer)
     elif policy.startswith("hf:"):

@@ -16,6 +16,7 @@ from nemo_advrm.rewards import sources
 from nemo_advrm.rewards.checkpoint_members import LOCAL_KINDS, SourceSpec
 
 SYNTHETIC = "synthetic"
+SERVED = "openai:"  # a policy behind an endpoint
 _MINUTES = re.compile(r"(\d+(?:\.\d+)?) ?(min|m|h)")
 # Learning rates of RL in use here: 9e-4 at width 64 (experiment=synthetic), 2e-5 at 576 (experiment=smollm2), and 9e-7
 # at 4096 (the authors' configuration for 8B). They lie on a line of slope -1.7 in logarithms.
@@ -50,6 +51,8 @@ def check(audit: AuditConfig) -> None:
         raise ConfigError("policy is not set: name the language model that the attacks start from, as in policy=hf:DIR")
     if not audit.prompts:
         raise ConfigError("prompts is not set: name a file of prompts")
+    if audit.policy.startswith(SERVED) and "model.tokenizer" not in given_keys(audit):
+        raise ConfigError(f"policy={audit.policy}: name its tokenizer, as in also=[model.tokenizer=hf:DIR]")
     everything = [*audit.target, *audit.others]
     for text in everything:
         if everything.count(text) > 1:

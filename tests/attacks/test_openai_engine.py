@@ -43,6 +43,10 @@ def completion(text: str, finish: str = "stop") -> Answer:
     return 200, {}, json.dumps({"choices": [{"index": 0, "text": text, "finish_reason": finish}]}).encode()
 
 
+def _words(body: dict) -> str:
+    return "e" * (body["seed"] % 7) + " words of an answer"
+
+
 @pytest.fixture
 def serve() -> Iterator[Serve]:
     servers: list[Endpoint] = []
@@ -143,7 +147,7 @@ def test_what_an_endpoint_cannot_do_is_refused(serve: Serve) -> None:
 def test_an_attack_starts_from_a_served_policy(
     serve: Serve, single: Runtime, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    endpoint = serve(lambda body: completion(f"words {body['seed'] % 97} of an answer"))
+    endpoint = serve(lambda body: completion(_words(body)))
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in ("the", "a question")))
     command = [
@@ -176,9 +180,7 @@ def test_an_attack_starts_from_a_served_policy(
     reference = [
         json.loads(line) for line in (tmp_path / "run" / "attack" / "reference.jsonl").read_text().splitlines()
     ]
-    assert {row["response"] for row in reference} == {
-        f"words {body['seed'] % 97} of an answer" for body in endpoint.bodies
-    }
+    assert {row["response"] for row in reference} == {_words(body) for body in endpoint.bodies}
     rows = (tmp_path / "run" / "attack" / "samples.jsonl").read_text().splitlines()
     assert len(rows) == 8
 
@@ -186,7 +188,7 @@ def test_an_attack_starts_from_a_served_policy(
 def test_an_audit_starts_from_a_served_policy(
     serve: Serve, single: Runtime, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    endpoint = serve(lambda body: completion(f"words {body['seed'] % 97} of an answer"))
+    endpoint = serve(lambda body: completion(_words(body)))
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": f"question {i}"}) + "\n" for i in range(6)))
     command = [

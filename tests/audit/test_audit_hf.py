@@ -53,6 +53,7 @@ def test_a_full_disk_is_one_error_and_not_another_engine(
 ) -> None:
     monkeypatch.setattr(partial.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     policy = _policy(tmp_path / "lm", "llama3")
+    capsys.readouterr()  # the progress of saving
     words = [f"policy=hf:{policy}", "prompts=synthetic", "target=python:audit_toys:honest", "accelerator=cpu"]
     assert cli.main(["audit", *words, f"run_dir={tmp_path / 'run'}"]) == 2
     told = capsys.readouterr()
