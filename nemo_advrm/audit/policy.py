@@ -13,6 +13,7 @@ from nemo_advrm.engine.collectives import run_on_rank_zero
 from nemo_advrm.errors import CheckpointError, NotWritten
 from nemo_advrm.rewards.checkpoint_members import SourceSpec, member_config, member_tokenizer
 
+
 def place(audit: AuditConfig) -> str:
     """Returns the policy as ``pretrained_checkpoint.restore_from_path`` has it; all ranks call.
 
