@@ -177,9 +177,7 @@ def test_an_attack_starts_from_a_served_policy(
     assert not endpoint.bodies
     assert cli.main([*command, "adversarial.attack=probes"]) == 0
     assert len(endpoint.bodies) == 8
-    reference = [
-        json.loads(line) for line in (tmp_path / "run" / "attack" / "reference.jsonl").read_text().splitlines()
-    ]
+    reference = [json.loads(line) for line in (tmp_path / "run" / "reference.jsonl").read_text().splitlines()]
     assert {row["response"] for row in reference} == {_words(body) for body in endpoint.bodies}
     rows = (tmp_path / "run" / "attack" / "samples.jsonl").read_text().splitlines()
     assert len(rows) == 8
