@@ -297,6 +297,7 @@ class PipelineConfig:
         "auto", "processes that take steps side by side: a number, or auto (cores / trainer.cpu_threads, GPUs)"
     )
     only: str = free("", "run this one stage (a name that nemo-advrm stages prints) when those before it are complete")
+    until: str = free("", "run these stages and those they wait for: a name, or a pattern such as rlhf/*/seed_3")
     stop_success_rate: float = key(0.0, "stop when attack success falls below this", FRACTION)
     gold: str = key("", "scorer that evaluates: synthetic (which labels, too) or as in ensemble.members; empty: none")
     stable_window: int = key(5, "evaluations in the smoothing window of gold", COUNT)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -76,11 +77,12 @@ def order(cfg: Config) -> list[Step]:
 def of_run(cfg: Config) -> tuple[Config, list[Step]]:
     """Returns ``cfg`` with all arms and branches that its run directory holds, and the steps that ``cfg`` asks for.
 
-    Raises ConfigError for impossible branches and arms.
+    Raises ConfigError for impossible branches and arms, and a ``pipeline.until`` that is no step's name.
     """
     run = held_arms.whole(cfg, Path(cfg.run_dir))
     check(run)
-    return run, asked(cfg, run)
+    steps = asked(cfg, run)
+    return run, until(steps, cfg.pipeline.until) if cfg.pipeline.until else steps
 
 
 def asked(cfg: Config, whole: Config) -> list[Step]:
@@ -222,6 +224,22 @@ def find(among: list[Step], name: str) -> Step:
             f"pipeline.only={name}: did you mean {nearest_name(name, list(steps))}? stages: {', '.join(steps)}"
         )
     return steps[name]
+
+
+def until(among: list[Step], pattern: str) -> list[Step]:
+    """Returns the steps whose names match ``pattern``, and all that they wait for, in their order.
+
+    Raises ConfigError that names the nearest one when none matches.
+    """
+    steps = {step.name: step for step in among}
+    needed = fnmatch.filter(steps, pattern)
+    if not needed:
+        raise ConfigError(
+            f"pipeline.until={pattern}: did you mean {nearest_name(pattern, list(steps))}? stages: {', '.join(steps)}"
+        )
+    for name in needed:  # grows while it is read
+        needed += [before for before in steps[name].after if before not in needed]
+    return [step for step in among if step.name in needed]
 
 
 def is_skipped(cfg: Config, step: Step, detail: Callable[[str, str], Any]) -> bool:

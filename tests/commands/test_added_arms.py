@@ -87,6 +87,10 @@ def test_added_arms_give_the_same_as_from_the_start_and_leave_the_rest_alone(
 ) -> None:
     at_once, later = tmp_path / "at_once", tmp_path / "later"
     assert _pipeline(settings, at_once, FIRST, STEPS, BRANCH, KL) == 0
+    capsys.readouterr()
+    assert _pipeline(settings, later, FIRST, "pipeline.until=round_0/rm_*") == 0
+    assert sorted(_begun(capsys.readouterr().out)) == ["round_0/rm_1", "round_0/rm_2"]
+    assert not (later / "report").exists()
     assert _pipeline(settings, later, FIRST) == 0
     capsys.readouterr()
     before = {path: path.stat().st_mtime_ns for path in _paths(later)}

@@ -25,6 +25,26 @@ def printed(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, str]
     return {name: status for name, _, status, _ in rows}
 
 
+def test_until_names_stages_and_those_that_they_wait_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = [*TWO_ROUNDS, "pipeline.rlhf_seeds=3", f"run_dir={tmp_path / 'run'}"]
+    whole = dag.of_run(load_config(runs, "pipeline"))[1]
+
+    def names(pattern: str) -> list[str]:
+        return [step.name for step in dag.until(whole, pattern)]
+
+    assert names("round_0/rm_*") == ["sft", "round_0/rm_1", "round_0/rm_2"]
+    third = names("rlhf/*/seed_3")
+    assert [name for name in third if name.startswith("rlhf/")] == ["rlhf/plain/seed_3", "rlhf/hard/seed_3"]
+    needed = {"sft", "round_0/select", "round_1/rm_1"}
+    assert needed < set(third) and "round_1/attack" not in third and "report" not in third
+    assert names("report") == [step.name for step in whole]
+
+    assert stages.main(load_config([*runs, "pipeline.until=round_0/rm_2"], "pipeline")) == 0
+    assert [line.split("\t")[0] for line in capsys.readouterr().out.splitlines()] == ["sft", "round_0/rm_2"]
+    with pytest.raises(ConfigError, match=r"pipeline.until=round_0/rm_9: did you mean round_0/rm_1\?"):
+        dag.of_run(load_config([*runs, "pipeline.until=round_0/rm_9"], "pipeline"))
+
+
 def test_every_stage_comes_after_those_it_needs() -> None:
     steps = dag.order(load_config(TWO_ROUNDS))
     needs = {step.name: step.after for step in steps}
