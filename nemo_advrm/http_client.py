@@ -118,9 +118,7 @@ class ReplicatedServer:
             return retrying(self._once, method, path, body, end)
         except Transient as failure:
             limit = f"{getattr(self.options, key):g} s ({self.section}.{key}; waited {time.monotonic() - start:.1f} s)"
-            raise RewardSourceError(
-                f"{self.name} did not answer within {limit}; last failure: {failure}"
-            ) from None
+            raise RewardSourceError(f"{self.name} did not answer within {limit}; last failure: {failure}") from None
 
     def _once(self, method: str, path: str, body: Any, end: float) -> Any:
         with self._lock:
@@ -159,8 +157,7 @@ class ReplicatedServer:
             raise Transient(reason, _seconds(response.headers.get("retry-after")))
         if response.status_code != 200:
             raise RequestRefused(
-                f"{self.name}: {url} refused the request: status {response.status_code} "
-                f"{self._shortened(content)}",
+                f"{self.name}: {url} refused the request: status {response.status_code} {self._shortened(content)}",
                 response.status_code,
                 self._shortened(content),
             )

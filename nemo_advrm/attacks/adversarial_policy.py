@@ -52,9 +52,7 @@ class AdversarialPolicy(PolicyModel):
         reward_options: AdversarialConfig | None = None,
     ) -> None:
         options, rate = reward_options or cfg.adversarial, cfg.detector.false_alarm_rate
-        reward = AdversarialReward(
-            members, options, sft_responses, target - 1, sft_policy, false_alarm_rate=rate
-        )
+        reward = AdversarialReward(members, options, sft_responses, target - 1, sft_policy, false_alarm_rate=rate)
         reference = None if sft_policy is None else sft_policy.model
         super().__init__(cfg, tokenizer, prompts, reward, restore_from, seed, reference)
         self.sft_responses = sft_responses

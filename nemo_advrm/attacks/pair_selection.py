@@ -155,8 +155,7 @@ def reason_to_stop(cfg: Config, home: Path, counts: dict[str, Any]) -> str:
     options, found = cfg.selection, counts["directions"]
     if found and all(falls_short(facts["found"], facts["null"], options) for facts in found.values()):
         details = "; ".join(
-            f"target {target}: {facts['found']}, null count {facts['null']:.1f}"
-            for target, facts in found.items()
+            f"target {target}: {facts['found']}, null count {facts['null']:.1f}" for target, facts in found.items()
         )
         return (
             f"the attack found less than selection.null_ratio={options.null_ratio:g} times the null count ({details})"

@@ -169,10 +169,7 @@ def join_attacks(cfg: Config, directory: Path) -> dict[str, Any]:
         target: [directory / policy_name(target, i) for i in range(cfg.adversarial.num_adversaries)]
         for target in cfg.adversarial.target_members
     }
-    found = {
-        str(target): of_target([_finished_adversary(home) or {} for home in own])
-        for target, own in homes.items()
-    }
+    found = {str(target): of_target([_finished_adversary(home) or {} for home in own]) for target, own in homes.items()}
     result = {
         "directions": found,
         "threshold_z": cfg.selection.threshold_z,

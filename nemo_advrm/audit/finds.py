@@ -108,13 +108,16 @@ def judge_attack(panel: Panel, result: AttackResult, parts: float = 1.0, search:
         parts, search: the judge's share of the time, see :meth:`JudgeTime.turn`.
     """
     found = []
+    before = panel.judge_seconds
     for place, split in enumerate(panel.splits):
         rows = to_judge(panel, result, split)
         gold_N = asked_N = None
         if panel.judge is not None:
             path = attack_home(panel, result.attack, result.target) / f"judged_{split.name}.jsonl"
             prompts = [len(one.prompts) for one in panel.splits[place:]]
-            panel.begin_turn(parts * sum(prompts) / prompts[0], search * prompts[0] / sum(prompts))
+            # the attack's part is of all that was left when it began, so what its first split took counts as used
+            used = search + panel.judge_seconds - before
+            panel.begin_turn(parts * sum(prompts) / prompts[0], used * prompts[0] / sum(prompts))
             verdicts = panel.verdicts(path, rollouts_of_rows(split, rows), _best_first(rows, split))
             gold_N, asked_N = verdicts.gold_N, verdicts.asked_N
         threshold = panel.cfg.selection.threshold_z

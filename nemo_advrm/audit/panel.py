@@ -152,6 +152,11 @@ class Panel:
         if self.judge_time is not None:
             run_on_rank_zero(lambda time: time.turn(spent_seconds(self.audit), parts, search), self.judge_time)
 
+    @property
+    def judge_seconds(self) -> float:
+        """Seconds that the judge has taken; known on rank 0."""
+        return self.judge_time.seconds if self.judge_time is not None else 0.0
+
     def columns(self, target: int) -> list[int]:
         """Returns the indices of the members of an attack: the target (from 0), then the others."""
         return [target, *range(self.targets, len(self.models))]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from nemo_advrm.audit.settings import SERVED, given_keys, learning_rate
 from nemo_advrm.config.schema import AuditConfig, Config, ConvertConfig
+from nemo_advrm.config.validation import check_values
 from nemo_advrm.data.tokenizers import Tokenizer, build_tokenizer
 from nemo_advrm.engine.checkpoint_meta import read_meta
 from nemo_advrm.engine.collectives import run_on_rank_zero
@@ -64,6 +65,7 @@ def with_policy(cfg: Config, audit: AuditConfig, policy: str) -> tuple[Config, T
     """
     if policy.startswith(SERVED):
         found = dataclasses.replace(cfg, rl=dataclasses.replace(cfg.rl, rollout_engine="openai"))
+        check_values(found)  # its deadline against the limit of other ranks
         tokenizer: Tokenizer = build_tokenizer(cfg.model.tokenizer)
     elif policy.startswith("hf:"):
         model = dataclasses.replace(cfg.model, tokenizer=policy)

@@ -10,7 +10,9 @@ from nemo_advrm.audit.measure_names import short_name
 from nemo_advrm.config import load_config
 from nemo_advrm.config.schema import AuditConfig, Config
 from nemo_advrm.config.validation import check_values
+from nemo_advrm.endpoints import parse_endpoint
 from nemo_advrm.errors import ConfigError
+from nemo_advrm.optional_deps import require_extra
 from nemo_advrm.registry import ATTACKS
 from nemo_advrm.rewards import sources
 from nemo_advrm.rewards.checkpoint_members import LOCAL_KINDS, SourceSpec
@@ -53,6 +55,9 @@ def check(audit: AuditConfig) -> None:
         raise ConfigError("prompts is not set: name a file of prompts")
     if audit.policy.startswith(SERVED) and "model.tokenizer" not in given_keys(audit):
         raise ConfigError(f"policy={audit.policy}: name its tokenizer, as in also=[model.tokenizer=hf:DIR]")
+    if audit.policy.startswith(SERVED):
+        require_extra("serve", "httpx", "tenacity")
+        parse_endpoint(audit.policy.removeprefix(SERVED), audit.policy, "policy", "policy_server.key_variable")
     everything = [*audit.target, *audit.others]
     for text in everything:
         if everything.count(text) > 1:
@@ -74,6 +79,12 @@ def check(audit: AuditConfig) -> None:
     if len(set(short)) < len(short):
         raise ConfigError(f"attacks={audit.attacks}: two have the same name, by which their directory is called")
     _specs(audit)
+    served = audit.policy.startswith(SERVED)
+    if served and "adversarial.detector" not in given_keys(audit) and detector_of(audit) == "sft_log_prob":
+        raise ConfigError(
+            f"policy={audit.policy}: a served policy tells no log-probabilities, by which finds of a target without "
+            "hidden states are detected: name others=[...], or another also=[adversarial.detector=...]"
+        )
 
 
 def _specs(audit: AuditConfig) -> list[SourceSpec]:

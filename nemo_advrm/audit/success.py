@@ -142,10 +142,14 @@ def rates(found: Successes, trials: int | None = None) -> dict[str, Any]:
 
 
 def ordinary_rates(found: Successes, split: Split) -> dict[str, Any]:
-    """Returns the rates of all ordinary responses that were judged; the prompts are the trials."""
+    """Returns the rates of all ordinary responses that were judged; the prompts are the trials.
+
+    A prompt with one judged response is left out: that response is its own mean, which it can never be below.
+    """
     if split.gold_PN is None:
         return rates(found, len(split.prompts))
     judged_PN = ~split.gold_PN.isnan()
+    judged_PN &= judged_PN.sum(1, keepdim=True) > 1
     return rates(found.map(lambda values_N: values_N[judged_PN.flatten()]), int(judged_PN.any(1).sum()))
 
 

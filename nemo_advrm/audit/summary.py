@@ -175,11 +175,15 @@ def _worst(
     for attack in attacks:
         for split, measure, rate in _compared(attack, target, measures):
             nulls = [usual[key][split][measure] for key in NULLS[attack["underrates"]]]
-            null = max((one for one in nulls if one), key=lambda one: one["rate"])
-            low, high = _interval(rate, z)[0], _interval(null, z)[1]
-            excess = least_difference(rate["rate"], low, null["rate"], high)
+            low = _interval(rate, z)[0]
+            # beyond each of them: the one with the higher rate may be known better
+            excess, null = min(
+                (least_difference(rate["rate"], low, one["rate"], _interval(one, z)[1]), one["rate"])
+                for one in nulls
+                if one
+            )
             facts = {"attack": attack["attack"], "split": split, "measure": measure}
-            found.append({**facts, **rate, "null": null["rate"], "excess": excess})
+            found.append({**facts, **rate, "null": null, "excess": excess})
     return max(found, key=lambda one: (one["excess"], one["rate"]), default=None)
 
 
@@ -188,7 +192,9 @@ def _interval(rate: Facts, z: float) -> tuple[float, float]:
 
 
 def _headline(target: Facts) -> str:
-    name, worst = target["name"], target["shown"]
+    name = target["name"]
+    # what the verdict rests on, though another target's measure may stand beside it on the page
+    worst = target["worst"] if target["verdict"] == "worse" else target["shown"]
     if worst is None:
         ended = "the time ended before the judge could judge an attack"
         return f"{name}: {ended if target['waiting'] else 'no attack submitted what can be compared'}."

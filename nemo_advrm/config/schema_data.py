@@ -161,7 +161,7 @@ class PolicyServerConfig:
     body: dict[str, Any] = key({}, "further fields of each request; null leaves a field out")
     timeout_seconds: float = free(120.0, "limit of one request", POSITIVE)
     deadline_seconds: float = free(
-        900.0, "limit of one batch of responses with its retries; less than trainer.timeout_minutes", POSITIVE
+        900.0, "limit of 2 x connections responses with their retries; less than trainer.timeout_minutes", POSITIVE
     )
     connect_seconds: float = free(30.0, "limit of the endpoint's start", POSITIVE)
     connections: int = free(16, "requests under way at once", COUNT)

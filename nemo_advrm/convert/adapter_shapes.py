@@ -1,6 +1,6 @@
 """Joins the adapters of several weights into one, and gives all adapters of a model one rank; what they compute stays.
 
-    B_1 A_1 above B_2 A_2  =  [[B_1, 0], [0, B_2]] [A_1; A_2]
+B_1 A_1 above B_2 A_2  =  [[B_1, 0], [0, B_2]] [A_1; A_2]
 """
 
 from __future__ import annotations
@@ -46,9 +46,7 @@ def side_by_side(parts: Sequence[Matrices | None], outputs: Sequence[int]) -> tu
     return torch.cat(distinct), columns
 
 
-def of_one_rank(
-    adapters: Mapping[str, Matrices], model: ModelConfig
-) -> tuple[int, list[str], dict[str, Tensor]]:
+def of_one_rank(adapters: Mapping[str, Matrices], model: ModelConfig) -> tuple[int, list[str], dict[str, Tensor]]:
     """Return rank, targets and the tensors of a checkpoint: every layer has the same targets, and they the same rank.
 
     Rows and columns of zeros are added, and zeros for weights without an adapter.

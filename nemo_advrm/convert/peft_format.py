@@ -27,6 +27,7 @@ from nemo_advrm.config.schema import ConvertConfig, LoraConfig, ModelConfig
 from nemo_advrm.convert.adapter_shapes import Matrices, of_one_rank, side_by_side
 from nemo_advrm.convert.adapters import AdapterReader
 from nemo_advrm.convert.architecture_tables import Architecture
+from nemo_advrm.convert.conversion import cast
 from nemo_advrm.convert.differences import refuse
 from nemo_advrm.convert.dist_weights import StackedWriter
 from nemo_advrm.convert.hf_config import choose_architecture
@@ -55,6 +56,13 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "rank_pattern": ({}, None),
     "alpha_pattern": ({}, None),
     "megatron_config": (None,),
+    # pissa, olora, corda and loftq change the base weights that the adapters belong to
+    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
+    "alora_invocation_tokens": (None, []),
+    "layer_replication": (None, []),
+    "trainable_token_indices": (None, [], {}),
+    "target_parameters": (None, []),
+    "use_qalora": (False, None),
 }
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -103,7 +111,7 @@ def _export(cfg: ConvertConfig, report: Callable[[str], Any]) -> None:
     if about.head == "reward":
         tensors[_PREFIX + _HEAD] = _head(reader, cfg.drop_head_bias)
     dtype = _DTYPES.get(cfg.dtype)
-    tensors = {name: tensor.to(dtype or tensor.dtype).clone().contiguous() for name, tensor in tensors.items()}
+    tensors = {name: cast(name, tensor, dtype or tensor.dtype).clone().contiguous() for name, tensor in tensors.items()}
     origin = str(about.provenance.get("converted_from", ""))
     named = cfg.base or str(below.get("conversion", {}).get("converted_from", origin))
     settings = _settings(reader.lora, about.head, list(modules), named.removeprefix("hf:"))
@@ -177,9 +185,17 @@ def _import(cfg: ConvertConfig, report: Callable[[str], Any]) -> None:
         if any(part is not None for part in parts):
             lora_A, columns = side_by_side(parts, [shape[0] for shape in theirs.values()])
             adapters[name] = lora_A, transform.merge(columns, about.model)
-    head = {"head.weight": tensors.pop(_PREFIX + _HEAD)} if _PREFIX + _HEAD in tensors else own_head
+    theirs_head = tensors.pop(_PREFIX + _HEAD, None)
+    head = own_head if theirs_head is None else {"head.weight": theirs_head}
+    wanted = (1, about.model.hidden_size)
     refuse(
         path,
+        f"{_PREFIX + _HEAD}: the base's head has a bias, which would stay under this head"
+        if theirs_head is not None and "head.bias" in own_head
+        else "",
+        f"{_PREFIX + _HEAD}: shape {tuple(theirs_head.shape)}, not {wanted}"
+        if theirs_head is not None and tuple(theirs_head.shape) != wanted
+        else "",
         list_names(f"tensors that are no adapters of {table.family}'s linear layers:", sorted(tensors)),
         "" if adapters else "there are no adapters of linear layers",
     )

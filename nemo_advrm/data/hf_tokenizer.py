@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,25 @@ class HFTokenizer:
         if self.reads_conversations:  # without a rule: keep the fingerprint of older checkpoints
             parts += [self.rule.at, self.rule.date if self.template_asks_date else ""]
         return digest(*parts)
+
+    @cached_property
+    def details(self) -> str:
+        """What else decides tokens, for data that are kept: ``fingerprint`` is that of older checkpoints and lacks it.
+
+        Special tokens that a template may write, settings of a tokenizer without a file of its backend, and versions.
+        """
+        kept = {
+            "special": {role: str(token) for role, token in self._tokenizer.special_tokens_map.items()},
+            "ids": self._tokenizer.all_special_ids,
+            "class": type(self._tokenizer).__name__,
+            "settings": {
+                name: repr(value)
+                for name, value in self._tokenizer.init_kwargs.items()
+                if "file" not in name and name != "name_or_path"  # the same at another place
+            },
+            "versions": [version(name) for name in ("transformers", "tokenizers")],
+        }
+        return digest(json.dumps(kept, sort_keys=True))
 
     def encode(self, text: str) -> list[int]:
         """Encode plain text: the spelling of a special token is encoded as text, so it cannot end an answer."""

@@ -118,6 +118,7 @@ class TokenCache:
         """
         try:
             self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            _refuse_foreign(self.directory)
             place = self.directory / self._key()
             found = self.opened(place)
             return (found, False) if found is not None else (self._made(place, make), True)
@@ -224,8 +225,18 @@ class TokenCache:
         with open(file, "rb") as opened:
             found = hashlib.file_digest(opened, "sha256").hexdigest()
         if time.time() - about.st_ctime > _SETTLED_SECONDS:
-            files.write_text(kept, json.dumps({"state": state, "sha256": found}))
+            with contextlib.suppress(OSError):  # without it the next start reads the file again
+                files.write_text(kept, json.dumps({"state": state, "sha256": found}))
         return found
+
+
+def _refuse_foreign(directory: Path) -> None:
+    """Raise OSError for a directory in which another user could put rows that a training would take for its own."""
+    about = directory.stat()
+    if about.st_uid not in (os.getuid(), 0):
+        raise OSError(f"{directory} belongs to another user")
+    if about.st_mode & 0o002:
+        raise OSError(f"all users may write into {directory}")
 
 
 def _files(path: Path) -> list[Path]:

@@ -40,4 +40,3 @@ def chain(
             raise CheckpointError(f"{path}: holds adapters of {base}, which has changed since they were trained")
         found.append((base, below))
     return found
-

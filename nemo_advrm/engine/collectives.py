@@ -54,7 +54,7 @@ def run_on_first_rank_of_node(wait: timedelta, function: Callable[P, T], *args: 
     """:func:`run_on_rank_zero` for the first rank of every node and the others there; all ranks of the job call.
 
     The others wait at most ``wait``, longer than a collective may take: the work may be a long one. They notice at once
-    when the first ends.
+    when the first ends. Nodes wait for each other, too, and all ranks raise when the work of one node fails.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return function(*args, **kwargs)
@@ -62,7 +62,20 @@ def run_on_first_rank_of_node(wait: timedelta, function: Callable[P, T], *args: 
     dist.all_gather_object(hosts, host_name())
     nodes = [[rank for rank, other in enumerate(hosts) if other == host] for host in dict.fromkeys(hosts)]
     own, _ = dist.new_subgroups_by_enumeration(nodes, timeout=wait, backend="gloo")
-    return run_on_first_rank(own, function, *args, **kwargs)
+    job = dist.new_group(timeout=wait, backend="gloo")
+    result, failure = None, None
+    try:
+        result = run_on_first_rank(own, function, *args, **kwargs)
+    except Exception as error:
+        failure = error
+    # nodes take unequal times, and would wait for each other in a collective of the job, which may not take so long
+    failed: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(failed, failure is not None, job)
+    if failure is not None:
+        raise failure
+    if any(failed):
+        raise FailedElsewhere(f"rank {failed.index(True)} failed")
+    return result  # type: ignore[return-value]
 
 
 def _description(error: Exception) -> FailedElsewhere:

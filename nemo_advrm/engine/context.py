@@ -137,9 +137,7 @@ class SplitLogits:
         return cp_all_reduce(everyone)
 
     @classmethod
-    def of(
-        cls, own_NV: Tensor | DeferredLogits, predict_BS: Tensor, order_T: Tensor | None = None
-    ) -> SplitLogits:
+    def of(cls, own_NV: Tensor | DeferredLogits, predict_BS: Tensor, order_T: Tensor | None = None) -> SplitLogits:
         """``own_NV`` row by row at this rank's slice of the bool mask ``predict_BS`` [B, S]."""
         held_S = torch.zeros(predict_BS.size(1), dtype=torch.bool, device=predict_BS.device)
         if order_T is not None:

@@ -89,8 +89,12 @@ class Adapter(nn.Module):
 
     @torch.no_grad()
     def merge_into(self, weight: Tensor) -> None:
-        """Add the adapter to this rank's part of the layer's weight; the sum is made in fp32."""
-        weight.copy_(weight.float() + self.scale * (self.lora_B.float() @ self.lora_A.float()))
+        """Add the adapter to this rank's part of the layer's weight; the sum is made in fp32.
+
+        The weight may wait in CPU memory (``model.offload_reference``).
+        """
+        added = self.scale * (self.lora_B.float() @ self.lora_A.float())
+        weight.copy_(weight.float() + added.to(weight.device))
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None

@@ -53,6 +53,8 @@ class Packing:
             cu_seqlens_kv=bounds,
             max_seqlen_q=longest,
             max_seqlen_kv=longest,
+            # Transformer Engine asks for them under context parallelism; nothing lies between the sequences
+            **({"cu_seqlens_q_padded": bounds, "cu_seqlens_kv_padded": bounds} if ranks > 1 else {}),
         )
         return cls(tuple(lengths), positions_BS, params, ranks, order_T)
 

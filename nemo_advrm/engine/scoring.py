@@ -24,9 +24,7 @@ def score_sequences(model: MegatronModel, sequences: list[list[int]], pad_id: in
     return scores.squeeze(-1) if model.head_outputs == 1 else scores
 
 
-def scores_and_hidden_states(
-    model: MegatronModel, sequences: list[list[int]], pad_id: int
-) -> tuple[Tensor, Tensor]:
+def scores_and_hidden_states(model: MegatronModel, sequences: list[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:
     """What :func:`score_sequences` returns, and the hidden state that the head reads, in the same forward pass.
 
     Returns:

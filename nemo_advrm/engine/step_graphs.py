@@ -149,6 +149,9 @@ def step_graphs(model: MegatronModel, wanted: str, read: Callable[[], Iterable[T
     if model.model_config.num_moe_experts:
         give_up(model, wanted, "the host counts the tokens of every expert")
         return None
+    if model.config.fp8_param:
+        give_up(model, wanted, "weights that are kept in FP8 have no address of their own")
+        return None
     weights = [tensor for part in model.parts for tensor in (*part.parameters(), *part.buffers())]
     pool = torch.cuda.graph_pool_handle()
     return StepGraphs(

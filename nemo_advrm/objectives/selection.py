@@ -40,9 +40,7 @@ def qualifies(
     return qualified_B
 
 
-def is_underrated(
-    scores_BK: Tensor, z_BK: Tensor, prompt_mean_B: Tensor, threshold: float, target: int = 0
-) -> Tensor:
+def is_underrated(scores_BK: Tensor, z_BK: Tensor, prompt_mean_B: Tensor, threshold: float, target: int = 0) -> Tensor:
     """R_1 < T_1(x) and -z_1 > threshold, and the mean of the other z_k > 0 where there are others; bool [B].
 
     The mirror image of `qualifies`, for good responses that the target scores low: the other members say that they are

@@ -73,6 +73,4 @@ def _names(directory: Path, step: Step) -> list[str]:
 
 
 def _damaged(step: Step, problem: str, remove: Path) -> DataError:
-    return DataError(
-        f"{step.name} is complete, but {problem}: restore it, or remove {remove} to run the step again"
-    )
+    return DataError(f"{step.name} is complete, but {problem}: restore it, or remove {remove} to run the step again")

@@ -133,6 +133,12 @@ def check(cfg: Config) -> None:
     known = all_branches(cfg)
     if cfg.ensemble.own_trunk and not cfg.pipeline.sft:
         raise ConfigError("ensemble.own_trunk=true: needs pipeline.sft=true, which trains the SFT policies")
+    by_gold = cfg.pipeline.gold == "synthetic" and not cfg.data.train_path
+    if cfg.ensemble.share == "trunk" and by_gold and cfg.augmentation.mode == "append":
+        raise ConfigError(
+            "augmentation.mode=append: with ensemble.share=trunk and pairs of each member's own, appended pairs would "
+            "count less than in members alone: use on_top or mix"
+        )
     for name, options in known.items():
         key = f"pipeline.branches.{name}" if name else "pipeline"
         if name and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):

@@ -292,9 +292,7 @@ class Rounds:
         run_on_rank_zero(lambda: files.write_text(path, json.dumps(found, indent=1) + "\n"))
         self.state.set_detail(step.name, runs=names)
 
-    def _members_of(
-        self, arm: RLHFRunConfig, opened: Opened | None = None, observers: int = 0
-    ) -> list[RewardSource]:
+    def _members_of(self, arm: RLHFRunConfig, opened: Opened | None = None, observers: int = 0) -> list[RewardSource]:
         """Returns the members of an arm's reward, and ``observers`` more of the same round after them.
 
         They are those of the last round when the branch's rounds ended early.

@@ -69,7 +69,7 @@ class Pipeline:
             while left := [step for step in self.order if step.kind != "report" and not self._is_over(step)]:
                 self._next(left)
             self._print_ended()
-            if worker() <= 1 and not self.cfg.pipeline.until:
+            if worker() <= 1 and any(step.kind == "report" for step in self.order):
                 self._report()
 
     def _next(self, left: list[Step]) -> None:

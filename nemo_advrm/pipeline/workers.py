@@ -103,9 +103,7 @@ def _run(command: list[str], workers: list[Worker]) -> int:
             if one.gpus is not None:
                 environment["CUDA_VISIBLE_DEVICES"] = ",".join(one.gpus)
             # in a process group of its own, so that ctrl-C reaches this process only, which forwards it once
-            children[one.number] = subprocess.Popen(
-                command, env=environment, stdin=subprocess.DEVNULL, process_group=0
-            )
+            children[one.number] = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, process_group=0)
         return _watch(children)
     except KeyboardInterrupt:
         _end(children, signal.SIGINT)

@@ -108,8 +108,7 @@ def time_lines(job: Job, time: StepTime) -> list[str]:
         f"step: {time.flops:.3e} FLOPs of the model, {tokens:,} tokens; {time.seconds:.2f} s, "
         f"{tokens / time.seconds:,.0f} tokens/s, MFU {100 * time.utilization(job):.1f} %",
         f"  seconds: {shown}",
-        f"  at {_efficiency(job)} of {GPUS[job.cfg.plan.gpu].title}'s peak, "
-        "every sequence of full length",
+        f"  at {_efficiency(job)} of {GPUS[job.cfg.plan.gpu].title}'s peak, every sequence of full length",
     ]
 
 

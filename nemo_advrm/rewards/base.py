@@ -53,7 +53,9 @@ def in_turn(sources: Sequence[RewardSource]) -> Iterator[RewardSource]:
     """Yields the sources; the weights of the next one, if they wait in CPU memory, come while this one scores."""
     for source, following in itertools.zip_longest(sources, sources[1:]):
         prefetch = getattr(following, "prefetch", None)
-        if prefetch is not None:
+        # heads of one model: its pass for the first answers for the others, and nothing would take the weights back
+        is_same = getattr(following, "model", following) is getattr(source, "model", source)
+        if prefetch is not None and not is_same:
             prefetch()
         yield source
 

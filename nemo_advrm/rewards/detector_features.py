@@ -47,9 +47,7 @@ class FoundFeatures:
     def of(self, target: int) -> Features:
         """The features for the attacked member of index ``target``."""
         hidden_states_ND = self.hidden_states.get(target)
-        return Features(
-            self.scores_NK, target, hidden_states_ND, self.log_probs_N, self.entropies_N, self.lengths_N
-        )
+        return Features(self.scores_NK, target, hidden_states_ND, self.log_probs_N, self.entropies_N, self.lengths_N)
 
 
 class FeatureReader:

@@ -34,9 +34,7 @@ PROBES = 8
 TOLERANCE = 0.1
 
 
-def read_responses(
-    path: Path, sources: Sequence[RewardSource], key: str, detectors: Sequence[str] = ()
-) -> SFTScores:
+def read_responses(path: Path, sources: Sequence[RewardSource], key: str, detectors: Sequence[str] = ()) -> SFTScores:
     """Reads the SFT responses of a ``reference.jsonl``, and what these detectors read of them. All ranks call.
 
     Args:

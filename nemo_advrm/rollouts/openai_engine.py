@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -16,11 +17,15 @@ from nemo_advrm.engine.collectives import run_on_first_rank
 from nemo_advrm.engine.generation import Generation
 from nemo_advrm.engine.microbatches import EncodedResponse
 from nemo_advrm.engine.sampling import Sampling
-from nemo_advrm.errors import ConfigError, RewardSourceError, one_line
+from nemo_advrm.errors import ConfigError, DataError, RewardSourceError, one_line
 from nemo_advrm.optional_deps import require_extra
 from nemo_advrm.rollouts.base import RolloutEngine
 from nemo_advrm.rollouts.language_model import LanguageModel
 
+_log = logging.getLogger(__name__)
+
+# responses of one deadline, for each connection
+_REQUESTS_AT_ONCE = 2
 _PLACE = "pretrained_checkpoint.restore_from_path"
 _ALONE = (
     "an endpoint writes text and tells neither next tokens nor log-probabilities of ours: choose another attack or "
@@ -81,7 +86,12 @@ class ServedLanguageModel(LanguageModel):
 
     def generate(self, prompts: list[list[int]], sampling: Sampling, uniforms_NT: Tensor) -> Generation:
         """See :class:`LanguageModel`. Raises RewardSourceError when the endpoint fails, if only for one response."""
-        return self._once(self._generate, prompts, sampling, uniforms_NT)
+        rows: list[list[int]] = []
+        size = _REQUESTS_AT_ONCE * self.options.connections
+        for start in range(0, len(prompts), size):  # each part has a deadline of its own, as other ranks wait for it
+            part = slice(start, start + size)
+            rows += self._once(self._generate, prompts[part], sampling, uniforms_NT[part])
+        return Generation(rows, [bool(row) and row[-1] == self.tokenizer.eos_id for row in rows])
 
     def next_tokens(self, rows: list[list[int]], count: int) -> tuple[Tensor, Tensor]:
         raise ConfigError(f"{self.name}: {_ALONE}")
@@ -107,7 +117,7 @@ class ServedLanguageModel(LanguageModel):
                     "(policy_server.key_variable)"
                 ) from None
 
-    def _generate(self, prompts: list[list[int]], sampling: Sampling, uniforms_NT: Tensor) -> Generation:
+    def _generate(self, prompts: list[list[int]], sampling: Sampling, uniforms_NT: Tensor) -> list[list[int]]:
         deadline = time.monotonic() + self.options.deadline_seconds
         seeds = (uniforms_NT[:, 0].double() * 2**31).long().tolist() if len(prompts) else []
 
@@ -116,8 +126,7 @@ class ServedLanguageModel(LanguageModel):
 
         with ThreadPoolExecutor(max(1, min(len(prompts), self.options.connections))) as pool:
             answers = list(pool.map(one, zip(prompts, seeds, strict=True)))
-        rows = [self._tokens(text, is_ended, sampling.max_new_tokens) for text, is_ended in answers]
-        return Generation(rows, [bool(row) and row[-1] == self.tokenizer.eos_id for row in rows])
+        return [self._tokens(text, is_ended, sampling.max_new_tokens) for text, is_ended in answers]
 
     def _body(self, prompt: list[int], seed: int, sampling: Sampling) -> dict[str, Any]:
         body = {
@@ -146,8 +155,16 @@ class ServedLanguageModel(LanguageModel):
         return text, finish == "stop"
 
     def _tokens(self, text: str, is_ended: bool, most: int) -> list[int]:
-        """Returns the tokens of an answer, with the end token if it was ended within ``most``."""
-        tokens = self.tokenizer.encode_response(text)  # with an end token
+        """Returns the tokens of an answer, with the end token if it was ended within ``most``.
+
+        A text that the tokenizer refuses, such as one that spells special tokens, is an empty answer: one of thousands
+        must not end the run.
+        """
+        try:
+            tokens = self.tokenizer.encode_response(text.encode("utf-8", "replace").decode())  # with an end token
+        except DataError as error:
+            _log.warning("%s: an answer counts as empty: %s", self.name, error)
+            return []
         return (tokens if is_ended else tokens[:-1])[:most]
 
 

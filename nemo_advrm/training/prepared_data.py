@@ -71,7 +71,12 @@ def _cache(cfg: Config, tokenizer: Tokenizer, tables: dict[str, Table[Any]], *se
     data = cfg.data
     paths = tuple(path for path in (data.train_path, *settings[:1]) if path)
     reading = (data.train_split, data.format, sorted(data.ignore_columns), data.on_bad_row, data.limit_train_rows)
-    encoding = (tokenizer.fingerprint, cfg.model.encoder_seq_length, data.on_overlong)
+    encoding = (
+        tokenizer.fingerprint,
+        getattr(tokenizer, "details", ""),
+        cfg.model.encoder_seq_length,
+        data.on_overlong,
+    )
     return TokenCache(data.cache_dir, paths, tables, (*reading, *encoding, *settings))
 
 
