@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from json_server import Answer, JsonServer
 
 from nemo_advrm import cli
-from nemo_advrm.config.schema import Config
+from nemo_advrm.audit import settings as settings_of_audit
+from nemo_advrm.config.schema import AuditConfig, Config
 from nemo_advrm.data.tokenizers import ByteTokenizer
 from nemo_advrm.engine.runtime import Runtime
 from nemo_advrm.engine.sampling import Sampling
-from nemo_advrm.errors import ConfigError, RewardSourceError
+from nemo_advrm.errors import ConfigError, DataError, RewardSourceError
 from nemo_advrm.rollouts.openai_engine import OpenAIEngine, ServedLanguageModel, served_model
 
 TOKENIZER = ByteTokenizer()
@@ -100,6 +103,35 @@ def test_prompts_go_as_tokens_with_a_seed_of_ours_and_answers_become_tokens(
     }
     assert [body["seed"] for body in by_prompt] == [2**29, 2**30, 2**29 * 3]
     assert set(endpoint.keys) == {"Bearer key-1"}
+
+
+def test_parts_have_a_deadline_each_and_come_in_their_order(serve: Serve) -> None:
+    endpoint = serve(lambda body: completion(f"{body['prompt'][0]}"))
+    cfg = _config()
+    cfg.policy_server.connections = 1
+    model = OpenAIEngine(cfg, TOKENIZER).open_policy(endpoint.policy)
+    parts: list[int] = []
+    ask = model._once
+    model._once = lambda work, prompts, *rest: (parts.append(len(prompts)), ask(work, prompts, *rest))[1]  # type: ignore
+    found = model.generate([[n] for n in range(5)], Sampling(8, (TOKENIZER.eos_id,)), torch.zeros(5, 8))
+    assert parts == [2, 2, 1]
+    assert found.responses == [[*TOKENIZER.encode(f"{n}"), TOKENIZER.eos_id] for n in range(5)]
+
+
+def test_an_answer_that_cannot_be_encoded_does_not_end_the_run(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    endpoint = serve(lambda body: completion("half a pair \ud83d" if body["prompt"][0] == 1 else "refused"))
+    model = _opened(endpoint)
+    encode = TOKENIZER.encode_response
+
+    def refusing(text: str) -> list[int]:
+        if text == "refused":
+            raise DataError("spells a special token")
+        return encode(text)
+
+    monkeypatch.setattr(model, "tokenizer", SimpleNamespace(encode_response=refusing, eos_id=TOKENIZER.eos_id))
+    found = model.generate([[1], [2]], Sampling(16, (TOKENIZER.eos_id,)), torch.zeros(2, 16))
+    assert found.responses == [[*TOKENIZER.encode("half a pair ?"), TOKENIZER.eos_id], []]
+    assert found.ended == [True, False]
 
 
 def test_an_answer_with_more_tokens_here_than_allowed_is_cut_off(serve: Serve) -> None:
@@ -213,3 +245,19 @@ def test_an_audit_starts_from_a_served_policy(
     other = [*command[:-1], f"run_dir={tmp_path / 'other'}", "also=[model.tokenizer=byte]", "attacks=[adv_rm]"]
     assert cli.main(other) == 2
     assert "trains the policy, which is served elsewhere" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"policy": "openai:http://me:secret@host/v1#M"}, "holds a user or a query"),
+        ({"policy": "openai:http://host/v1"}, "must be openai:URL#MODEL"),
+        ({"target": ["python:m:f"]}, "tells no log-probabilities"),
+    ],
+)
+def test_an_audit_refuses_a_served_policy_before_any_work(settings: dict, told: str) -> None:
+    audit = AuditConfig(target=["hf:a"], policy="openai:http://host/v1#M", prompts="p", also=["model.tokenizer=byte"])
+    settings_of_audit.check(audit)
+    with pytest.raises(ConfigError, match=told) as error:
+        settings_of_audit.check(dataclasses.replace(audit, **settings))
+    assert "secret" not in str(error.value)

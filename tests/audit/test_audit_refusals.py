@@ -17,7 +17,7 @@ from torch import Tensor
 from nemo_advrm import cli
 from nemo_advrm.audit import panel, setup
 from nemo_advrm.audit.finds import FoundAnswer, _pair
-from nemo_advrm.audit.success import of_rows
+from nemo_advrm.audit.success import Successes, of_rows, ordinary_rates
 from nemo_advrm.audit.summary import _counterpart
 from nemo_advrm.audit.verdicts import Verdicts
 from nemo_advrm.audit.weaknesses import Answer
@@ -68,6 +68,14 @@ def test_refusals_do_not_make_strict_success_easier() -> None:
     found = of_rows(rows, torch.tensor([2 - 3.3, 2 - 3.5, nan]), split, 1.96, underrates=False)
     assert found.strict_N is not None and found.strict_N.tolist() == [False, True, False]
     assert found.standard_N is not None and found.standard_N.tolist() == [True, True, False]
+
+
+def test_the_only_judged_response_to_a_prompt_is_no_trial_of_the_null() -> None:
+    nan = math.nan
+    split = _split(torch.tensor([[1.0, 3.0, nan], [nan, 5.0, nan]]))
+    found = Successes(*[torch.tensor([True, False, True, False, False, False])] * 3)
+    strict = ordinary_rates(found, split)["strict"]
+    assert (strict["rate"], strict["trials"]) == (1 / 2, 1)
 
 
 def test_nothing_succeeds_on_a_prompt_whose_ordinary_responses_were_all_refused() -> None:

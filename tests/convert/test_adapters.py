@@ -161,6 +161,12 @@ def test_adapters_of_queries_and_values_alone_come_in(
     ("modules", "settings", "message"),
     [
         ({"layers.0.self_attn.q_proj": (2, 48, 48)}, {"use_dora": True}, "use_dora=True is not supported"),
+        (
+            {"layers.0.self_attn.q_proj": (2, 48, 48)},
+            {"init_lora_weights": "pissa_niter_4"},
+            "init_lora_weights='pissa",
+        ),
+        ({"layers.0.self_attn.q_proj": (2, 48, 48)}, {"alora_invocation_tokens": [5]}, "alora_invocation_tokens="),
         ({"layers.0.self_attn.q_proj": (2, 48, 48)}, {"peft_type": "IA3"}, "peft_type='IA3' is not supported"),
         ({"layers.0.self_attn.q_proj": (2, 48, 48)}, {"r": 0}, "r=0, lora_alpha=3: two positive numbers"),
         ({"layers.0.self_attn.q_proj": (2, 48, 40)}, {}, r"no adapter of a weight \[48, 48\]"),

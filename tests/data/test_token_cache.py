@@ -173,6 +173,14 @@ def test_a_full_disk_leaves_nothing_and_the_rows_go_to_memory(
     assert unusable.filled(lambda writer: None) is None
 
 
+def test_a_directory_that_others_may_write_is_not_used(data: Path, caplog: pytest.LogCaptureFixture) -> None:
+    cache = cache_of(data)
+    fill(cache)
+    cache.directory.chmod(0o777)
+    assert cache.filled(lambda writer: pytest.fail("nothing is written")) is None
+    assert "all users may write into" in caplog.text
+
+
 def test_small_missing_and_remote_data_are_not_kept(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = cache_of(data)
     assert cache.is_used

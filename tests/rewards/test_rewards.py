@@ -455,3 +455,9 @@ def test_the_next_member_fetches_its_weights_before_this_one_scores() -> None:
     for member in in_turn(members):
         told.append(f"{member.name} scores")
     assert told == ["a scores", "b comes", "a server scores", "b scores"]
+
+    told.clear()
+    heads = [SimpleNamespace(name=f"{k}", model="trunk", prefetch=lambda: told.append("trunk comes")) for k in range(3)]
+    for member in in_turn([members[1], *heads]):
+        told.append(f"{member.name} scores")
+    assert told == ["trunk comes", "a server scores", "0 scores", "1 scores", "2 scores"]
