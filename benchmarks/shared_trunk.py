@@ -15,7 +15,6 @@ import numpy as np
 from common import (
     PAD_ID,
     Llama,
-    Side,
     compare,
     copy_weights,
     describe_machine,
@@ -25,6 +24,7 @@ from common import (
     random_weights,
     start_runtime,
 )
+from sides import Side
 
 if TYPE_CHECKING:
     from torch import Tensor

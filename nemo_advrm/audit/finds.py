@@ -45,11 +45,6 @@ class Judged:
     success: Successes
 
     @property
-    def refused(self) -> int:
-        """How many responses got no score though the judge was asked."""
-        return 0 if self.gold_N is None else int((self.gold_N.isnan() & self.asked_N).sum())
-
-    @property
     def waiting(self) -> int:
         """About how many responses the judge was not asked."""
         return 0 if self.asked_N is None else int((~self.asked_N).sum())

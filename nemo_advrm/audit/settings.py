@@ -53,9 +53,10 @@ def check(audit: AuditConfig) -> None:
         raise ConfigError("policy is not set: name the language model that the attacks start from, as in policy=hf:DIR")
     if not audit.prompts:
         raise ConfigError("prompts is not set: name a file of prompts")
-    if audit.policy.startswith(SERVED) and "model.tokenizer" not in given_keys(audit):
-        raise ConfigError(f"policy={audit.policy}: name its tokenizer, as in also=[model.tokenizer=hf:DIR]")
-    if audit.policy.startswith(SERVED):
+    served = audit.policy.startswith(SERVED)
+    if served:
+        if "model.tokenizer" not in given_keys(audit):
+            raise ConfigError(f"policy={audit.policy}: name its tokenizer, as in also=[model.tokenizer=hf:DIR]")
         require_extra("serve", "httpx", "tenacity")
         parse_endpoint(audit.policy.removeprefix(SERVED), audit.policy, "policy", "policy_server.key_variable")
     everything = [*audit.target, *audit.others]
@@ -79,7 +80,6 @@ def check(audit: AuditConfig) -> None:
     if len(set(short)) < len(short):
         raise ConfigError(f"attacks={audit.attacks}: two have the same name, by which their directory is called")
     _specs(audit)
-    served = audit.policy.startswith(SERVED)
     if served and "adversarial.detector" not in given_keys(audit) and detector_of(audit) == "sft_log_prob":
         raise ConfigError(
             f"policy={audit.policy}: a served policy tells no log-probabilities, by which finds of a target without "

@@ -47,8 +47,7 @@ def _heads_lines(metrics: dict[str, float]) -> str:
     heads = [int(key.rpartition("_")[2]) for key in metrics if key.startswith("val/accuracy_head_")]
     lines = []
     for k in sorted(heads) if len(heads) > 1 else ():
-        mismatch = metrics.get(f"val/mismatch_accuracy_head_{k}")
-        on_mismatched = "" if mismatch is None else f"  mismatched prompts {mismatch:.3f}"
+        on_mismatched = _on_mismatched(metrics.get(f"val/mismatch_accuracy_head_{k}"))
         lines.append(f"member ?head={k}: accuracy {metrics[f'val/accuracy_head_{k}']:.3f}{on_mismatched}\n")
     return "".join(lines)
 
@@ -56,6 +55,9 @@ def _heads_lines(metrics: dict[str, float]) -> str:
 def _hybrid_line(metrics: dict[str, float]) -> str:
     if "val/hybrid_accuracy" not in metrics:
         return ""
-    mismatch = metrics.get("val/hybrid_mismatch_accuracy")
-    on_mismatched = "" if mismatch is None else f"  mismatched prompts {mismatch:.3f}"
+    on_mismatched = _on_mismatched(metrics.get("val/hybrid_mismatch_accuracy"))
     return f"with reference features: accuracy {metrics['val/hybrid_accuracy']:.3f}{on_mismatched}\n"
+
+
+def _on_mismatched(accuracy: float | None) -> str:
+    return "" if accuracy is None else f"  mismatched prompts {accuracy:.3f}"

@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_advrm.config.schema import LoraConfig
 from nemo_advrm.convert.dist_weights import Reader, StackedReader
 from nemo_advrm.convert.tensor_names import TensorSpec, layer_of
-from nemo_advrm.engine.adapter_base import HOLDERS, SUFFIX
+from nemo_advrm.engine.adapter_base import HOLDERS, SUFFIX, lora_of, merged
 from nemo_advrm.engine.checkpoint_meta import WEIGHTS
 from nemo_advrm.engine.weights_metadata import open_metadata
 from nemo_advrm.errors import CheckpointError
@@ -30,7 +29,7 @@ class Adapter:
 
     def merged(self, weight: Tensor) -> Tensor:
         """Return the sum, which is made in fp32, in the number format of ``weight``."""
-        return (weight.float() + self.scale * (self.lora_B.float() @ self.lora_A.float())).to(weight.dtype)
+        return merged(weight, self.lora_A, self.lora_B, self.scale)
 
 
 class AdapterReader:
@@ -42,7 +41,7 @@ class AdapterReader:
 
     def __init__(self, path: Path, meta: dict[str, Any]) -> None:
         self.path = path
-        self.lora = LoraConfig(**meta["model"]["lora"])
+        self.lora = lora_of(meta)
         self._reader = StackedReader(path / WEIGHTS, open_metadata(path / WEIGHTS))
         self.specs = {name: spec for name, spec in self._reader.specs.items() if name.startswith(_HEADS)}
 

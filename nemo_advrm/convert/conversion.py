@@ -17,11 +17,12 @@ from nemo_advrm.config.layout import at_layout, validate_layout
 from nemo_advrm.config.schema import Config, ConvertConfig
 from nemo_advrm.config.schema_commands import FORMATS
 from nemo_advrm.config.validation import check_fields
+from nemo_advrm.convert.partial import failure_named
 from nemo_advrm.convert.tensor_names import TensorSpec
 from nemo_advrm.convert.tensors import TensorSink, TensorSource
 from nemo_advrm.data.tokenizers import build_tokenizer, check_vocabulary
 from nemo_advrm.engine.feature_file import FILE, refuse_features
-from nemo_advrm.errors import CheckpointError, ConfigError, DataError, NotWritten
+from nemo_advrm.errors import CheckpointError, ConfigError, DataError
 from nemo_advrm.untrusted_files import read_json_object, read_yaml
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -150,12 +151,9 @@ def convert(cfg: ConvertConfig, report: Any = print, dtypes: Mapping[str, torch.
             report(line)
         if cfg.dry_run:
             return
-        try:
-            with sink:
-                for name, spec in specs.items():
-                    sink.write(name, cast(name, source.read(name), spec.dtype))
-        except OSError as error:
-            raise NotWritten(f"{sink.path}: could not be written ({error}); nothing is left there") from error
+        with failure_named(sink.path), sink:
+            for name, spec in specs.items():
+                sink.write(name, cast(name, source.read(name), spec.dtype))
         report(f"written: {sink.path}")
 
 

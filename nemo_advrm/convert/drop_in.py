@@ -14,10 +14,11 @@ from nemo_advrm.convert.conversion import cast, convert, open_source
 from nemo_advrm.convert.hf_source import HFSource
 from nemo_advrm.convert.megatron_checkpoint import MegatronSource
 from nemo_advrm.convert.model_card import model_card
+from nemo_advrm.convert.partial import failure_named
 from nemo_advrm.convert.safetensors_files import ShardWriter
 from nemo_advrm.convert.tensors import TensorSink, TensorSource
 from nemo_advrm.convert.tokenizer_files import copy_tokenizer
-from nemo_advrm.errors import CheckpointError, NotWritten, list_names
+from nemo_advrm.errors import CheckpointError, list_names
 
 _SHARD_SIZE = "5GB"
 _COPIED = ("config.json", "LICENSE*", "NOTICE*")  # beside the tokenizer; a README tells of the original's weights
@@ -86,12 +87,9 @@ def write_drop_in(kind: str, original: Path, trained: Path, out: Path, note: str
             others = list_names("tensors that only one of them has:", sorted(before.specs.keys() ^ after.specs.keys()))
             raise CheckpointError(f"{out}: {trained} is no training of {original}: {others}")
         sink = DropInSink(out, before, note)
-        try:
-            with sink:
-                for name, spec in before.specs.items():
-                    sink.write(name, cast(name, after.read(name), spec.dtype))
-        except OSError as error:
-            raise NotWritten(f"{out}: could not be written ({error}); nothing is left there") from error
+        with failure_named(out), sink:
+            for name, spec in before.specs.items():
+                sink.write(name, cast(name, after.read(name), spec.dtype))
 
 
 def body_and_head_dtype(source: TensorSource) -> tuple[torch.dtype, torch.dtype]:

@@ -21,7 +21,7 @@ from nemo_advrm.data.reading import KEY, ReadingRule, rule_from_meta
 from nemo_advrm.data.tokenizers import Tokenizer, build_tokenizer
 from nemo_advrm.engine import manifest
 from nemo_advrm.engine.adapter_base import chain
-from nemo_advrm.engine.checkpoint_meta import FORMAT, WEIGHTS, read_meta
+from nemo_advrm.engine.checkpoint_meta import FORMAT, WEIGHTS, check_head, read_meta
 from nemo_advrm.engine.description import FIELDS
 from nemo_advrm.engine.dimensions import padded_vocab_size
 from nemo_advrm.engine.weights_metadata import open_metadata
@@ -149,13 +149,7 @@ class MegatronSink(TensorSink):
 
 def _member(path: Path, meta: dict[str, Any], head: int) -> slice | None:
     """Return the row of the head that is one of several members; None for a checkpoint of one model."""
-    heads = meta.get("heads", 1)
-    if not head and heads > 1:
-        raise CheckpointError(
-            f"{path}: holds {heads} members on one trunk: name the one to convert, as in '{path}?head=1'"
-        )
-    if head > heads:
-        raise CheckpointError(f"{path}: there is no head {head}, the checkpoint holds {heads}")
+    heads = check_head(meta, head, str(path), f"name the one to convert, as in '{path}?head=1'")
     return slice(head - 1, head) if heads > 1 else None
 
 

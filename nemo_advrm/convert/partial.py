@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from nemo_advrm import locks
@@ -61,6 +63,15 @@ class PartialDirectory:
     def _check_free(self) -> None:
         if self.path.exists() or self.path.is_symlink():
             raise NotWritten(f"{self.path}: already exists; choose another out, or remove it")
+
+
+@contextmanager
+def failure_named(path: Path) -> Iterator[None]:
+    """Within it, an OSError becomes a NotWritten that names ``path``; the writer has removed its own files."""
+    try:
+        yield
+    except OSError as error:
+        raise NotWritten(f"{path}: could not be written ({error}); nothing is left there") from error
 
 
 def lock_output(path: Path) -> None:

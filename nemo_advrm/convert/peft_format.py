@@ -27,12 +27,12 @@ from nemo_advrm.config.schema import ConvertConfig, LoraConfig, ModelConfig
 from nemo_advrm.convert.adapter_shapes import Matrices, of_one_rank, side_by_side
 from nemo_advrm.convert.adapters import AdapterReader
 from nemo_advrm.convert.architecture_tables import Architecture
-from nemo_advrm.convert.conversion import cast
+from nemo_advrm.convert.conversion import DTYPES, cast
 from nemo_advrm.convert.differences import refuse
 from nemo_advrm.convert.dist_weights import StackedWriter
 from nemo_advrm.convert.hf_config import choose_architecture
 from nemo_advrm.convert.megatron_checkpoint import MegatronSource, read_model
-from nemo_advrm.convert.partial import PartialDirectory
+from nemo_advrm.convert.partial import PartialDirectory, failure_named
 from nemo_advrm.convert.tensor_names import TensorSpec
 from nemo_advrm.convert.transforms import Transform
 from nemo_advrm.engine import manifest
@@ -64,7 +64,6 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "target_parameters": (None, []),
     "use_qalora": (False, None),
 }
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def convert_adapters(cfg: ConvertConfig, report: Callable[[str], Any]) -> None:
@@ -110,7 +109,7 @@ def _export(cfg: ConvertConfig, report: Callable[[str], Any]) -> None:
             modules[module.rpartition(".")[2]] = None
     if about.head == "reward":
         tensors[_PREFIX + _HEAD] = _head(reader, cfg.drop_head_bias)
-    dtype = _DTYPES.get(cfg.dtype)
+    dtype = DTYPES.get(cfg.dtype)
     tensors = {name: cast(name, tensor, dtype or tensor.dtype).clone().contiguous() for name, tensor in tensors.items()}
     origin = str(about.provenance.get("converted_from", ""))
     named = cfg.base or str(below.get("conversion", {}).get("converted_from", origin))
@@ -293,10 +292,8 @@ def _write(out: Path, size: int, write: Callable[[Path], None]) -> None:
     directory = PartialDirectory(out, size)
     try:
         partial = directory.make()
-        try:
+        with failure_named(out):
             write(partial)
-        except OSError as error:
-            raise CheckpointError(f"{out}: could not be written ({error}); nothing is left there") from error
         atomic_replace(partial, out)
     finally:
         directory.remove()

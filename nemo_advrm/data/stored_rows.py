@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import bisect
 import itertools
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,16 +31,12 @@ class Table(Generic[Row]):
     row_of: Callable[[dict[str, Any]], Row]
 
 
-class StoredRows(Sequence[Row]):
-    """The rows of an Arrow file, or those at ``places`` of it. Only the rows that are asked for are in memory."""
+class BatchedRows(Sequence[Row]):
+    """Rows that take less time to read several at once than one by one."""
 
-    def __init__(self, dataset: Any, table: Table[Row], places: np.ndarray | None = None) -> None:
-        self._dataset = dataset
-        self._table = table
-        self._places = places
-
-    def __len__(self) -> int:
-        return len(self._dataset) if self._places is None else len(self._places)
+    @abstractmethod
+    def take(self, places: Sequence[int]) -> list[Row]:
+        """The rows at ``places``, in that order."""
 
     @overload
     def __getitem__(self, place: int) -> Row: ...
@@ -51,12 +47,23 @@ class StoredRows(Sequence[Row]):
             return self.take(range(len(self))[place])
         return self.take([range(len(self))[place]])[0]
 
+
+class StoredRows(BatchedRows[Row]):
+    """The rows of an Arrow file, or those at ``places`` of it. Only the rows that are asked for are in memory."""
+
+    def __init__(self, dataset: Any, table: Table[Row], places: np.ndarray | None = None) -> None:
+        self._dataset = dataset
+        self._table = table
+        self._places = places
+
+    def __len__(self) -> int:
+        return len(self._dataset) if self._places is None else len(self._places)
+
     def __iter__(self) -> Iterator[Row]:
         for start in range(0, len(self), BATCH_ROWS):
             yield from self[start : start + BATCH_ROWS]
 
     def take(self, places: Sequence[int]) -> list[Row]:
-        """The rows at ``places``, in that order."""
         if not len(places):
             return []
         wanted = np.asarray(places, dtype=np.int64)
@@ -69,7 +76,7 @@ class StoredRows(Sequence[Row]):
         return StoredRows(self._dataset, self._table, wanted if self._places is None else self._places[wanted])
 
 
-class JoinedRows(Sequence[Row]):
+class JoinedRows(BatchedRows[Row]):
     """The rows of several sequences, one after another, none of them copied."""
 
     def __init__(self, *parts: Sequence[Row]) -> None:
@@ -79,24 +86,23 @@ class JoinedRows(Sequence[Row]):
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
-    @overload
-    def __getitem__(self, place: int) -> Row: ...
-    @overload
-    def __getitem__(self, place: slice) -> list[Row]: ...
-    def __getitem__(self, place: int | slice) -> Row | list[Row]:
-        if isinstance(place, slice):
-            return [self[i] for i in range(len(self))[place]]
-        place = range(len(self))[place]
-        part = bisect.bisect_right(self._ends, place)
-        return self._parts[part][place - (self._ends[part - 1] if part else 0)]
+    def take(self, places: Sequence[int]) -> list[Row]:
+        wanted = np.asarray(places, dtype=np.int64)
+        owner = np.searchsorted(self._ends, wanted, side="right")
+        rows: dict[int, Row] = {}
+        for i, part in enumerate(self._parts):
+            here = np.flatnonzero(owner == i)
+            own = (wanted[here] - (self._ends[i - 1] if i else 0)).tolist()
+            rows.update(zip(here.tolist(), rows_at(part, own), strict=True))
+        return [rows[i] for i in range(len(wanted))]
 
     def __iter__(self) -> Iterator[Row]:
         return itertools.chain.from_iterable(self._parts)
 
 
 def rows_at(rows: Sequence[Row], places: Sequence[int]) -> list[Row]:
-    """The rows at ``places``; of a file all at once, which takes less time than one by one."""
-    return rows.take(places) if isinstance(rows, StoredRows) else [rows[place] for place in places]
+    """The rows at ``places``; all at once where that takes less time than one by one."""
+    return rows.take(places) if isinstance(rows, BatchedRows) else [rows[place] for place in places]
 
 
 def selected(rows: Sequence[Row], places: Sequence[int]) -> Sequence[Row]:

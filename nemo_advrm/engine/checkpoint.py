@@ -23,10 +23,10 @@ from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from torch.distributed.checkpoint.api import CheckpointException  # not an Exception, but a BaseException
 
 from nemo_advrm import files
-from nemo_advrm.config.schema import LoraConfig, ModelConfig
+from nemo_advrm.config.schema import ModelConfig
 from nemo_advrm.data.tokenizers import Tokenizer, check_vocabulary
 from nemo_advrm.engine import lora, manifest, runtime
-from nemo_advrm.engine.adapter_base import chain
+from nemo_advrm.engine.adapter_base import chain, lora_of
 from nemo_advrm.engine.architecture import first_difference
 from nemo_advrm.engine.checkpoint_meta import FORMAT, WEIGHTS, read_meta
 from nemo_advrm.engine.collectives import all_reduce_max, run_on_rank_zero
@@ -283,7 +283,7 @@ def load(
         if "base" not in described:
             _fill(top, described, model, wanted, optimizer)
             continue
-        with lora.to_merge(model.parts, model.model_config, LoraConfig(**described["model"]["lora"])):
+        with lora.to_merge(model.parts, model.model_config, lora_of(described)):
             _fill(top, described, model, _both(lora.is_trained, wanted), None)
     return meta
 

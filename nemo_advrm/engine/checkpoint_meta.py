@@ -30,3 +30,20 @@ def read_meta(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: written by a newer version (format {meta['format']}, this one knows {FORMAT})")
     check_description(meta, str(path / "meta.json"))
     return meta
+
+
+def check_head(meta: dict[str, Any], head: int, text: str, advice: str) -> int:
+    """Returns how many members share the checkpoint's trunk.
+
+    Args:
+        head: the member that is named, from 1; 0: none is.
+        text, advice: for messages, what the user wrote, and how to name one of several members.
+
+    Raises CheckpointError when none of several members is named, or one that is not there.
+    """
+    heads: int = meta.get("heads", 1)
+    if not head and heads > 1:
+        raise CheckpointError(f"{text}: holds {heads} members on one trunk: {advice}")
+    if head > heads:
+        raise CheckpointError(f"{text}: there is no head {head}, the checkpoint holds {heads}")
+    return heads

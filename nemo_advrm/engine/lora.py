@@ -29,7 +29,7 @@ from torch.utils.hooks import RemovableHandle
 
 from nemo_advrm.config.schema import LoraConfig, ModelConfig
 from nemo_advrm.engine import runtime
-from nemo_advrm.engine.adapter_base import HOLDERS, SUFFIX
+from nemo_advrm.engine.adapter_base import HOLDERS, SUFFIX, merged
 from nemo_advrm.engine.gpt import HeadedGPT
 from nemo_advrm.engine.parameters import SPLIT_OUTPUTS, adapted_sizes
 from nemo_advrm.seeds import derive_seed
@@ -93,8 +93,7 @@ class Adapter(nn.Module):
 
         The weight may wait in CPU memory (``model.offload_reference``).
         """
-        added = self.scale * (self.lora_B.float() @ self.lora_A.float())
-        weight.copy_(weight.float() + added.to(weight.device))
+        weight.copy_(merged(weight, self.lora_A, self.lora_B, self.scale))
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None

@@ -61,6 +61,12 @@ def _kernel() -> Callable[..., Any] | None:
     return varlen_attn if {"window_size", "scale"} <= inspect.signature(varlen_attn).parameters.keys() else None
 
 
+@cache
+def _grouped(kernel: Callable[..., Any]) -> dict[str, bool]:
+    """What announces grouped queries to ``kernel``: before 2.12 they need not be."""
+    return {"enable_gqa": True} if "enable_gqa" in inspect.signature(kernel).parameters else {}
+
+
 def _missing(head_size: int) -> str:
     """Why PyTorch's kernel cannot be used on this process's GPU for heads of ``head_size``; empty if it can."""
     if _kernel() is None:
@@ -129,8 +135,6 @@ def attention(
     """
     kernel = _kernel()
     assert kernel is not None
-    # before 2.12 grouped queries need not be announced
-    grouped = {"enable_gqa": True} if "enable_gqa" in inspect.signature(kernel).parameters else {}
     result: Tensor = kernel(
         query,
         key,
@@ -141,6 +145,6 @@ def attention(
         packed.max_seqlen_kv,
         scale=scale,
         window_size=(window - 1, 0) if window else (-1, 0),
-        **grouped,
+        **_grouped(kernel),
     )
     return result

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from nemo_advrm.config.schema import LoraConfig, ModelConfig
-from nemo_advrm.engine.adapter_base import chain
+from nemo_advrm.config.schema import ModelConfig
+from nemo_advrm.engine.adapter_base import chain, lora_of
 from nemo_advrm.engine.dimensions import head_size, query_groups
 from nemo_advrm.engine.parameters import adapter_parameters, model_parameters
 from nemo_advrm.engine.weights_metadata import open_metadata
@@ -45,5 +45,5 @@ def _described(meta: dict[str, Any], model: ModelConfig) -> int:
     if "base" not in meta:
         rows, outputs = meta.get("vocab_size", 1), meta.get("head_outputs", 1)
         return model_parameters(model, meta["head"], rows, outputs).total
-    adapted = replace(model, lora=LoraConfig(**meta["model"]["lora"]))
+    adapted = replace(model, lora=lora_of(meta))
     return model.num_layers * adapter_parameters(adapted, tensor=1)

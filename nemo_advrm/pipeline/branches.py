@@ -15,6 +15,11 @@ MAIN = ""  # the name of the main rounds
 WITHOUT_ATTACK = ("none", "rrm")  # kinds of pairs that need no attack on the members
 
 
+def labels_by_gold(cfg: Config) -> bool:
+    """Returns whether the preference pairs are those of the embedded language, labelled by simulated annotators."""
+    return cfg.pipeline.gold == "synthetic" and not cfg.data.train_path
+
+
 def all_branches(cfg: Config) -> dict[str, BranchConfig]:
     """Returns the main rounds and every branch of ``pipeline.branches``, by name."""
     main = BranchConfig(rounds=cfg.pipeline.rounds, plain_members=cfg.pipeline.plain_members)
@@ -133,8 +138,7 @@ def check(cfg: Config) -> None:
     known = all_branches(cfg)
     if cfg.ensemble.own_trunk and not cfg.pipeline.sft:
         raise ConfigError("ensemble.own_trunk=true: needs pipeline.sft=true, which trains the SFT policies")
-    by_gold = cfg.pipeline.gold == "synthetic" and not cfg.data.train_path
-    if cfg.ensemble.share == "trunk" and by_gold and cfg.augmentation.mode == "append":
+    if cfg.ensemble.share == "trunk" and labels_by_gold(cfg) and cfg.augmentation.mode == "append":
         raise ConfigError(
             "augmentation.mode=append: with ensemble.share=trunk and pairs of each member's own, appended pairs would "
             "count less than in members alone: use on_top or mix"

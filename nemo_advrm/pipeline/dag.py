@@ -23,6 +23,7 @@ from nemo_advrm.pipeline.branches import (
     home,
     is_standardised,
     is_watched,
+    labels_by_gold,
     last_round,
     member_step,
     member_steps,
@@ -51,11 +52,6 @@ class Step:
     adversary: tuple[int, int] = (0, 0)  # attack: the target, from 1, and the adversary's number, from 0
     arm: str = ""  # rlhf, best_of_n and room: a name of pipeline.rlhf
     seed: int = 1  # rlhf: number of the arm's run, from 1
-
-
-def labels_by_gold(cfg: Config) -> bool:
-    """Returns whether the preference pairs are those of the embedded language, labelled by simulated annotators."""
-    return cfg.pipeline.gold == "synthetic" and not cfg.data.train_path
 
 
 def order(cfg: Config) -> list[Step]:

@@ -11,7 +11,7 @@ from nemo_advrm.config.schema import Config
 from nemo_advrm.data.preferences import load_preferences
 from nemo_advrm.data.tokenizers import build_tokenizer
 from nemo_advrm.engine.microbatches import EncodedResponse
-from nemo_advrm.pipeline.dag import labels_by_gold
+from nemo_advrm.pipeline.branches import labels_by_gold
 from nemo_advrm.rollouts.run_prompts import attack_prompts, encode_prompts, rlhf_prompts
 from nemo_advrm.rollouts.types import Prompt
 from nemo_advrm.training.prepared_data import preference_data, sft_data

@@ -61,19 +61,14 @@ def reward_meta(spec: SourceSpec) -> dict[str, Any]:
     return meta
 
 
-def check_head(spec: SourceSpec, meta: dict[str, Any]) -> int:
+def members_on_trunk(spec: SourceSpec, meta: dict[str, Any]) -> int:
     """Returns the number of members on the checkpoint's trunk.
 
     Raises CheckpointError when the entry names none of several, or one that is not there.
     """
-    heads: int = meta.get("heads", 1)
-    if not spec.head and heads > 1:
-        raise CheckpointError(
-            f"{spec.text}: holds {heads} members on one trunk: name each of them, as in {spec.text}?head=1"
-        )
-    if spec.head > heads:
-        raise CheckpointError(f"{spec.text}: there is no head {spec.head}, the checkpoint holds {heads}")
-    return heads
+    from nemo_advrm.engine.checkpoint_meta import check_head
+
+    return check_head(meta, spec.head, spec.text, f"name each of them, as in {spec.text}?head=1")
 
 
 def member_config(meta: dict[str, Any], job: ModelConfig) -> ModelConfig:

@@ -40,9 +40,9 @@ from nemo_advrm.rewards.checkpoint_members import (
     LOCAL_KINDS,
     OF_THE_JOB,
     SourceSpec,
-    check_head,
     member_config,
     member_tokenizer,
+    members_on_trunk,
     reward_meta,
 )
 from nemo_advrm.rewards.judges import opening
@@ -178,7 +178,7 @@ def check(spec: SourceSpec, cfg: Config, world_size: int) -> None:
             from nemo_advrm.rewards import hybrid
 
             meta = reward_meta(spec)
-            outputs = 1 if check_head(spec, meta) > 1 else meta.get("head_outputs", 1)
+            outputs = 1 if members_on_trunk(spec, meta) > 1 else meta.get("head_outputs", 1)
             check_attributes(spec.text.partition("?")[0], outputs, spec.attributes)
             member = dataclasses.replace(cfg, model=member_config(meta, cfg.model))
             validate_layout(member, world_size)
@@ -214,7 +214,7 @@ def build(
 
         opened = {} if opened is None else opened
         meta = reward_meta(spec)
-        if check_head(spec, meta) > 1:
+        if members_on_trunk(spec, meta) > 1:
             from nemo_advrm.rewards.shared_trunk import open_head
 
             return open_head(spec, meta, name, cfg, running, opened)

@@ -82,6 +82,7 @@ def test_views_and_joined_rows_copy_nothing_and_keep_the_order(
     assert isinstance(view, StoredRows) and list(view) == [pairs[1500], pairs[9], pairs[2]]
     joined = JoinedRows(pairs[:2], [], view)
     assert list(joined) == [*pairs[:2], *view] == [joined[i] for i in range(5)] == joined[:]
+    assert rows_at(joined, [4, 0, 2, 0]) == [pairs[2], pairs[0], pairs[1500], pairs[0]] and rows_at(joined, []) == []
     assert (joined[-1], len(joined), len(JoinedRows())) == (pairs[2], 5, 0)
     with pytest.raises(IndexError):
         joined[5]

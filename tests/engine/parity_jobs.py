@@ -6,10 +6,12 @@ process can compare them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from tiny import TOKENIZER, pairs, responses, rollout_batch, sequences, tiny_config
 
@@ -41,6 +43,19 @@ def save_initial(architecture: str, path: str) -> None:
             cfg.model, cfg.precision, head, TOKENIZER.vocab_size, seed=1, trainable=False, head_init_std=0.2
         )
         checkpoint.save(Path(path) / head, model)
+
+
+def initial_checkpoints(directories: pytest.TempPathFactory) -> Callable[[str], str]:
+    """Gives the path of an architecture's initial checkpoints, saved by this process when it is first asked for."""
+    saved: dict[str, str] = {}
+
+    def path_of(architecture: str) -> str:
+        if architecture not in saved:
+            saved[architecture] = str(directories.mktemp(architecture))
+            save_initial(architecture, saved[architecture])
+        return saved[architecture]
+
+    return path_of
 
 
 def train_reward_model(architecture: str, path: str, model: dict[str, Any], loss: str, out: str) -> list[Metrics]:

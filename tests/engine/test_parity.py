@@ -93,15 +93,7 @@ def architecture(case: tuple[Place, str]) -> str:
 @pytest.fixture(scope="session")
 def initial(single: Runtime, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
     """Path of the checkpoints of an architecture, saved once by this process."""
-    saved: dict[str, str] = {}
-
-    def path_of(architecture: str) -> str:
-        if architecture not in saved:
-            saved[architecture] = str(tmp_path_factory.mktemp(architecture))
-            parity_jobs.save_initial(architecture, saved[architecture])
-        return saved[architecture]
-
-    return path_of
+    return parity_jobs.initial_checkpoints(tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
