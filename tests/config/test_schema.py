@@ -34,6 +34,6 @@ def test_a_restart_may_change_the_layout_and_what_does_not_count_and_nothing_els
     layout = keys_at_restart(Restart.RECORDED)
     assert "model.tensor_model_parallel_size" in layout and "model.micro_batch_size" in layout
     assert not {"model.use_distributed_optimizer", "model.global_batch_size", "model.optim.lr"} & layout
-    assert {"name", "exp_manager", "report", "pipeline.jobs"} <= keys_at_restart(Restart.FREE)
+    assert {"name", "exp_manager", "report", "serve", "plan", "pipeline.jobs"} <= keys_at_restart(Restart.FREE)
     roles = {all_keys()[name].about.role for name in layout}
     assert roles == {Role.PARALLELISM, Role.BATCHING}
