@@ -16,9 +16,9 @@ def cost_of(run: Run) -> dict[str, Any]:
     """The cost of plain RLHF (SFT, labels, one reward model, RLHF) and of Adv-RM (every stage that leads to the
     hardened reward model, and RLHF with it).
 
-    The other members of the last round and its attack only measure, so they do not count. Of an arm with several RLHF
-    seeds the first counts. The unit is GPU seconds or CPU seconds if all stages that took time have them, else
-    wall-clock.
+    The other members of the last round and its attack only measure, so they do not count. Of several RLHF seeds the
+    first that both arms have counts; without one, the first of each arm. The unit is GPU seconds or CPU seconds if all
+    stages that took time have them, else wall-clock.
     """
     unit, spent = "seconds of wall-clock", run.seconds
     for name, amounts in (("CPU seconds", run.cpu_seconds), ("GPU seconds", run.gpu_seconds)):
@@ -30,7 +30,7 @@ def cost_of(run: Run) -> dict[str, Any]:
     )
     # the round whose first member is the hardened reward model: the last that was retrained
     last = max((one.number for one in run.rounds if one.number and any(m.member == 1 for m in one.members)), default=0)
-    plain_rlhf, adv_rm_rlhf = ({f"rlhf/{arm}", f"rlhf/{arm}/seed_1"} for arm in (plain_arm, adv_rm_arm))
+    plain_rlhf, adv_rm_rlhf = _rlhf_stages(spent, plain_arm, adv_rm_arm)
 
     def first_member(number: int) -> set[str]:
         return {f"round_{number}/rm_1", f"round_{number}/rm"}  # the latter is the trunk of all members
@@ -56,6 +56,17 @@ def cost_of(run: Run) -> dict[str, Any]:
         "adv_rm_stages": adv_rm,
         "stages": spent,
     }
+
+
+def _rlhf_stages(spent: dict[str, float], *arms: str) -> list[set[str]]:
+    """The RLHF stage of each arm that counts, see `cost_of`; an empty set for an arm without RLHF."""
+    by_seed: list[dict[int, str]] = []
+    for arm in arms:
+        stage = re.compile(rf"rlhf/{re.escape(arm)}(?:/seed_(\d+))?")  # a run of one RLHF seed does not name it
+        found = {name: match for name in spent if (match := stage.fullmatch(name))}
+        by_seed.append({int(match[1] or 1): name for name, match in found.items()})
+    shared = set.intersection(*map(set, by_seed))
+    return [{stages[min(shared or stages)]} if stages else set() for stages in by_seed]
 
 
 def _flops(run: Run, stages: list[str]) -> float | None:

@@ -234,6 +234,29 @@ def test_cost_is_in_cpu_seconds_where_all_stages_know_them(run_dir: Path) -> Non
     assert summarise(collect(run_dir))["cost"]["unit"] == "seconds of wall-clock"
 
 
+@pytest.mark.parametrize(
+    ("plain", "adv_rm", "expected"),
+    [
+        ({3: 10.0}, {3: 14.0}, (25, 61.5)),
+        ({1: 99.0, 2: 10.0, 3: 98.0}, {2: 14.0, 3: 97.0}, (25, 61.5)),
+        ({2: 10.0, 11: 99.0}, {2: 14.0, 11: 99.0}, (25, 61.5)),
+        ({1: 10.0, 2: 99.0}, {}, (25, None)),
+        ({2: 10.0, 3: 99.0}, {1: 14.0}, (25, 61.5)),
+    ],
+    ids=["the third alone", "the second of both", "by number", "one arm alone", "none in common"],
+)
+def test_cost_takes_the_first_rlhf_seed_that_both_arms_have(
+    run_dir: Path, plain: dict[int, float], adv_rm: dict[int, float], expected: tuple[float, float | None]
+) -> None:
+    stages = {name: seconds for name, seconds in SECONDS.items() if name not in ("rlhf/r1", "rlhf/adv_rm")}
+    stages |= {f"rlhf/r1/seed_{seed}": seconds for seed, seconds in plain.items()}
+    stages |= {f"rlhf/adv_rm/seed_{seed}": seconds for seed, seconds in adv_rm.items()}
+    write_state(run_dir, stages)
+    summary = summarise(collect(run_dir))
+    assert (summary["cost"]["plain"], summary["cost"]["adv_rm"]) == expected
+    assert summary["cost_ratio"] == (None if expected[1] is None else pytest.approx(61.5 / 25))
+
+
 def test_labelling_pairs_counts_for_both(run_dir: Path) -> None:
     write_state(run_dir, {"preferences": 5.0, **SECONDS})
     assert summarise(collect(run_dir))["cost_ratio"] == pytest.approx(65 / 30)
