@@ -9,6 +9,7 @@ _LOGGERS = (
     "lightning",
     "lightning.pytorch",
     "lightning.fabric",
+    # 0.19 warns for every model that GPTModel is deprecated; why it is kept: nemo_advrm/engine/compat.py
     "megatron",
     "nemo_logger",
     "nv_one_logger",

@@ -1,4 +1,7 @@
-"""What differs between the versions of Megatron-Core, 0.16 to 0.19; no other module asks for a version.
+"""What differs between the versions of Megatron-Core, 0.16 to 0.19; no other module asks for a version of it.
+
+PyTorch's differences are in :mod:`nemo_advrm.engine.torch_compat`; tests/test_one_compat.py looks for such questions
+elsewhere.
 
 A name is probed where that is possible, because NVIDIA's containers hold builds between two releases.
 
@@ -119,6 +122,17 @@ def complete_router() -> None:
     """Give Megatron's router a name that it asks for and, without Transformer Engine, does not define."""
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
+
+
+def measure_gradients_on_the_host() -> None:
+    """Make Megatron's norm of the gradients a number.
+
+    From 0.17 on it stays a tensor where Transformer Engine's kernel that scales by one is installed, which needs a GPU.
+    """
+    from megatron.core.optimizer import clip_grads  # here: commands that only score load no optimizer on a GPU
+
+    if hasattr(clip_grads, "multi_tensor_scale_tensor_impl"):
+        clip_grads.multi_tensor_scale_tensor_impl = None
 
 
 @contextlib.contextmanager

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
 
+from nemo_advrm.engine import compat
+
 _CPU = torch.device("cpu")
 _FACTORIES = [
     "tensor",
@@ -185,7 +187,7 @@ def _take_torch_optimizers() -> None:
         module.multi_tensor_applier = utils.local_multi_tensor_applier
         module.multi_tensor_scale_impl = utils.local_multi_tensor_scale
     clip_grads.l2_norm_impl = utils.local_multi_tensor_l2_norm
-    clip_grads.multi_tensor_scale_tensor_impl = None  # from 0.17 on: Transformer Engine's, for a norm on the GPU
+    compat.measure_gradients_on_the_host()
 
 
 _stand_in: types.ModuleType | None = None

@@ -41,7 +41,8 @@ def decoding(parts: list[Any]) -> Iterator[None]:
         if config.context_parallel_size > 1:
             switch(config, "context_parallel_size", 1)
             for module in modules:
-                # Transformer Engine's attention keeps the group that it was constructed with
+                # Transformer Engine's attention keeps the group that it was constructed with; of Megatron's modules
+                # only those that are Transformer Engine's have this method, in every version
                 if hasattr(module, "set_context_parallel_group"):
                     group = (module.cp_group, module.cp_global_ranks, module.cp_stream, module.cp_comm_type)
                     stack.callback(module.set_context_parallel_group, *group)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
-from collections.abc import Callable
 from functools import cache
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -14,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nemo_advrm.config.schema import ModelConfig
-from nemo_advrm.engine import transformer_engine
+from nemo_advrm.engine import torch_compat, transformer_engine
 from nemo_advrm.engine.dimensions import head_size
 from nemo_advrm.errors import one_line
 
@@ -51,26 +49,10 @@ def reason_against(model: ModelConfig, dtype: torch.dtype, on_gpu: bool) -> str:
     return _missing(head_size(model))
 
 
-@cache
-def _kernel() -> Callable[..., Any] | None:
-    """``varlen_attn`` of PyTorch 2.11 or newer: before, it had neither windows nor a scale."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return None
-    return varlen_attn if {"window_size", "scale"} <= inspect.signature(varlen_attn).parameters.keys() else None
-
-
-@cache
-def _grouped(kernel: Callable[..., Any]) -> dict[str, bool]:
-    """What announces grouped queries to ``kernel``: before 2.12 they need not be."""
-    return {"enable_gqa": True} if "enable_gqa" in inspect.signature(kernel).parameters else {}
-
-
 def _missing(head_size: int) -> str:
     """Why PyTorch's kernel cannot be used on this process's GPU for heads of ``head_size``; empty if it can."""
-    if _kernel() is None:
-        return f"PyTorch {torch.__version__} has no varlen_attn with windows (2.11 has)"
+    if torch_compat.varlen_kernel() is None:
+        return torch_compat.without_varlen_kernel()
     if head_size > _LARGEST_HEAD:
         return f"PyTorch's kernel has no heads of more than {_LARGEST_HEAD} channels"
     if torch.cuda.get_device_capability() < (8, 0):
@@ -133,7 +115,7 @@ def attention(
     Returns:
         [t, heads, d].
     """
-    kernel = _kernel()
+    kernel = torch_compat.varlen_kernel()
     assert kernel is not None
     result: Tensor = kernel(
         query,
@@ -145,6 +127,6 @@ def attention(
         packed.max_seqlen_kv,
         scale=scale,
         window_size=(window - 1, 0) if window else (-1, 0),
-        **_grouped(kernel),
+        **torch_compat.grouped_queries(kernel),
     )
     return result

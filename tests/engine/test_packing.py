@@ -20,7 +20,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from tiny import ARCHITECTURES, TOKENIZER, pairs, responses, tiny_config
 
 from nemo_advrm.config.schema import ModelConfig
-from nemo_advrm.engine import throughput, transformer_engine, varlen
+from nemo_advrm.engine import throughput, torch_compat, transformer_engine, varlen
 from nemo_advrm.engine.attention import FusedCoreAttention
 from nemo_advrm.engine.microbatches import microbatch_rows, pipeline_share, response_microbatch, scored_microbatch
 from nemo_advrm.engine.model import MegatronModel, build_model
@@ -288,7 +288,7 @@ def test_the_kernel_is_asked_for_what_the_mask_gives(
     q, k, v = (torch.randn(15, heads, 8, generator=torch.Generator().manual_seed(heads)) for heads in (4, 2, 2))
     masked = attention(q, k, v, None, packed_seq_params=packed)
     assert masked.shape == (15, 4, 8) and math.isfinite(float(masked.sum()))
-    monkeypatch.setattr(varlen, "_kernel", lambda: _reference_kernel)
+    monkeypatch.setattr(torch_compat, "varlen_kernel", lambda: _reference_kernel)
     monkeypatch.setattr(varlen, "attends", lambda *_: True)
     torch.testing.assert_close(attention(q, k, v, None, packed_seq_params=packed), masked, rtol=1e-5, atol=1e-5)
 
@@ -339,7 +339,7 @@ def _nothing(query: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
 def test_a_kernel_that_is_wrong_on_this_device_is_not_used(
     monkeypatch: pytest.MonkeyPatch, kernel: Any, told: str
 ) -> None:
-    monkeypatch.setattr(varlen, "_kernel", lambda: kernel)
+    monkeypatch.setattr(torch_compat, "varlen_kernel", lambda: kernel)
     state = torch.get_rng_state()
     reason = varlen.wrong_on.__wrapped__(8, CPU)
     assert told in reason and bool(told) == bool(reason)
