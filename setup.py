@@ -67,7 +67,7 @@ EXTRAS = {
     # Transformer Engine (FP8, fused kernels) builds only where CUDA is installed. Apex is the
     # other optional accelerator; it is not on the package index and is installed from NVIDIA's repository.
     # Only 2.11 has run (with an earlier state of this package, on one GPU). The other bounds come from reading its
-    # releases 2.9 to 2.19, and 2.20 before its release: all that Megatron-Core 0.16 to 0.19 must import is there.
+    # releases 2.9 to 2.20.2: all that Megatron-Core 0.16 to 0.19 import without a guard is there.
     # 2.15 and 2.16 lack FP8GlobalStateManager.set_skip_fp8_weight_update_tensor, which the CUDA graphs of Megatron-Core
     # 0.16 and 0.17 call; later ones have a way around it. No CUDA graphs are used here, but 0.16 is kept below 2.15.
     "gpu": [

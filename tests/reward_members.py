@@ -14,11 +14,17 @@ from tiny import TOKENIZER, VOCABULARY, tiny_config
 from nemo_advrm.data.messages import Message
 from nemo_advrm.data.tokenizers import Tokenizer
 from nemo_advrm.engine import checkpoint
+from nemo_advrm.engine.feature_file import FeatureWeights, policy_fingerprint
 from nemo_advrm.engine.model import build_model
 from nemo_advrm.rollouts.types import Rollouts
 
 PROMPTS = ("this river", "these clouds", "this garden")
 RESPONSES = ("birds sing .", "birds sing", "this river sleeps .", "these old clouds")
+# of hybrid reward models: their features of a frozen policy, and the other prompts of prompt_gain
+FEATURES = ("log_prob", "prompt_gain")
+OTHER_PROMPTS: tuple[tuple[Message, ...], ...] = tuple(
+    (Message(role="user", content=text),) for text in ("these clouds", "this old garden", "this baker")
+)
 
 
 def save_hf_reward(directory: Path, seed: int = 0, template: str | None = CHATML, **model: Any) -> Path:
@@ -37,6 +43,14 @@ def save_megatron(
     built = build_model(cfg.model, cfg.precision, head, VOCABULARY, seed=seed, trainable=False, head_init_std=0.3)  # type: ignore[arg-type]
     known = {"tokenizer": TOKENIZER.fingerprint, "tokenizer_spec": "synthetic"}
     checkpoint.save(directory, built, meta=known if meta is None else meta, hash_weights=hashed)
+    return directory
+
+
+def save_hybrid(directory: Path, policy: Path, weights: Sequence[float] = (0.5, 0.25, -2.0)) -> Path:
+    """A checkpoint of this package with weights of its score and of the features of ``policy``."""
+    save_megatron(directory)
+    weighed = FeatureWeights(FEATURES, tuple(weights), str(policy), policy_fingerprint(policy), OTHER_PROMPTS, 7)
+    weighed.write(directory)
     return directory
 
 

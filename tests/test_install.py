@@ -11,7 +11,6 @@ import re
 import shutil
 import subprocess
 import sys
-import venv
 import zipfile
 from collections.abc import Mapping
 from email.parser import Parser
@@ -50,17 +49,27 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_wheel(tmp_path_factory.mktemp("build"))
 
 
-@pytest.fixture(scope="module")
-def wanted(wheel: Path) -> dict[str, Requirement]:
-    """What the wheel asks for on this Python, with the extra ``serve``."""
+def asked_for(wheel: Path, *extras: str, python: str = "") -> dict[str, Requirement]:
+    """What the wheel asks for with these extras, on this Python or another 3.x."""
     with zipfile.ZipFile(wheel) as archive:
         name = next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
         lines = Parser().parsestr(archive.read(name).decode()).get_all("Requires-Dist") or []
     found = [Requirement(line) for line in lines]
+    here = {"python_version": python} if python else {}
     valid = [
-        one for one in found if one.marker is None or any(one.marker.evaluate({"extra": e}) for e in ("", "serve"))
+        one
+        for one in found
+        if one.marker is None or any(one.marker.evaluate({"extra": e, **here}) for e in ("", *extras))
     ]
-    return {one.name.replace("_", "-"): one for one in valid}
+    by_name = {one.name.replace("_", "-"): one for one in valid}
+    assert len(by_name) == len(valid)  # one range for each package
+    return by_name
+
+
+@pytest.fixture(scope="module")
+def wanted(wheel: Path) -> dict[str, Requirement]:
+    """What the wheel asks for on this Python, with the extra ``serve``."""
+    return asked_for(wheel, "serve")
 
 
 @pytest.fixture(scope="module")
@@ -91,9 +100,11 @@ def in_between(one: Requirement) -> str:
     return f"{release[0]}.{release[1]}.{release[2] + 7}"
 
 
-def environment(folder: Path, packages: Mapping[str, str], modules: Mapping[str, str] = {}) -> Path:
-    """A virtual environment with this pip and these packages; returns its Python."""
-    venv.create(folder, symlinks=True)
+def environment(
+    folder: Path, packages: Mapping[str, str], modules: Mapping[str, str] = {}, base: str = sys.executable
+) -> Path:
+    """A virtual environment of ``base`` with this pip and these packages; returns its Python."""
+    subprocess.run([base, "-m", "venv", "--symlinks", "--without-pip", folder], check=True)
     site_packages = next((folder / "lib").glob("python*/site-packages"))
     import pip
 
@@ -145,6 +156,68 @@ def test_pip_replaces_nothing_that_is_in_the_ranges(
     assert after == before
 
 
+@pytest.mark.parametrize(
+    ("python", "inside", "outside"),
+    [
+        ("3.11", ["2.9.0", "2.13.0", "2.14.1"], ["2.8.0", "2.15.0", "2.17.1", "2.20.2"]),
+        ("3.12", ["2.9.0", "2.13.0", "2.17.1", "2.20.2"], ["2.8.0", "2.21.0"]),
+        ("3.13", ["2.9.0", "2.13.0", "2.17.1", "2.20.2"], ["2.8.0", "2.21.0"]),
+    ],
+)
+def test_the_extra_gpu_has_one_range_on_each_python(
+    wheel: Path, python: str, inside: list[str], outside: list[str]
+) -> None:
+    asked = asked_for(wheel, "gpu", python=python)["transformer-engine"]
+    assert [version for version in (*inside, *outside) if version in asked.specifier] == inside
+    assert asked.extras == {"pytorch"}
+    assert "transformer-engine" not in asked_for(wheel, "serve", python=python)
+
+
+def another_python(version: str) -> str:
+    run = subprocess.run([ROOT / ".ci" / "find_python", version], capture_output=True, text=True)
+    if run.returncode:
+        pytest.skip(f"this machine has no Python {version}")
+    return run.stdout.strip()
+
+
+@pytest.mark.parametrize(
+    ("version", "engine", "after"),
+    [
+        ("3.11", "2.13.0", "2.13.0"),
+        ("3.11", "2.17.1", "2.14.9"),  # newer than Megatron-Core 0.16 allows
+        ("3.12", "2.13.0", "2.13.0"),
+        ("3.12", "2.17.1", "2.17.1"),
+        ("3.12", "2.20.2", "2.20.2"),
+        ("3.12", "2.20.2+40c69e75", "2.20.2+40c69e75"),  # NVIDIA's build, in one package without extras
+        ("3.12", "2.21.0", "2.20.9"),
+    ],
+)
+def test_pip_replaces_no_transformer_engine_that_is_in_the_range(
+    tmp_path: Path, wheel: Path, index: Path, version: str, engine: str, after: str
+) -> None:
+    asked = asked_for(wheel, "serve", "gpu", python=version)
+    others = {name: in_between(one) for name, one in asked.items() if name != "transformer-engine"}
+    python = environment(tmp_path / "environment", others, base=another_python(version))
+    shutil.copytree(index, tmp_path / "index")
+    for offered in ("2.14.9", "2.20.9"):
+        empty_wheel(tmp_path / "index", "transformer-engine", offered, extras=["pytorch"])
+    site_packages = next((tmp_path / "environment" / "lib").glob("python*/site-packages"))
+    if "+" in engine:
+        install_by_hand(site_packages, "transformer-engine", engine)
+    else:
+        compiled = f'transformer_engine_torch=={engine}; extra == "pytorch"'
+        install_by_hand(site_packages, "transformer-engine", engine, requires=[compiled], extras=["pytorch"])
+        install_by_hand(site_packages, "transformer-engine-torch", engine)
+    before = packages_of(python)
+    assert before["transformer-engine"] == engine and others.items() <= before.items()
+    pip = [python, "-m", "pip", "install", f"{wheel}[serve,gpu]"]
+    run = subprocess.run(pip, capture_output=True, text=True, env=offline(tmp_path / "index"))
+    assert run.returncode == 0, run.stderr
+    found = packages_of(python)
+    assert found.pop("nemo-advrm")
+    assert found == {**before, "transformer-engine": after}
+
+
 def install(
     image: Path, index: Path, wheel: Path, folder: Path, *extras: str, **variables: str
 ) -> subprocess.CompletedProcess[str]:
@@ -163,6 +236,20 @@ def test_an_image_with_all_in_the_ranges_gets_nothing_but_this_package(
     assert after.pop("nemo-advrm")
     assert packages_of(image).items() <= after.items()
     assert "newer here" not in run.stdout
+
+
+@pytest.mark.parametrize("engine", ["2.13.0", "2.17.1", "2.20.2+40c69e75", "2.99.0"])
+def test_an_image_keeps_any_transformer_engine(
+    tmp_path: Path, wheel: Path, wanted: dict[str, Requirement], index: Path, engine: str
+) -> None:
+    """Also one that the extra ``gpu`` does not allow on this Python."""
+    versions = {name: in_between(one) for name, one in wanted.items()} | {"transformer-engine": engine}
+    image = environment(tmp_path / "image", versions)
+    run = install(image, index, wheel, tmp_path / "new", "serve", "gpu")
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert f"transformer-engine=={engine}" in run.stdout
+    after = packages_of(tmp_path / "new" / "bin" / "python")
+    assert after.pop("nemo-advrm") and versions.items() <= after.items()
 
 
 @pytest.mark.parametrize("megatron_core", ["", "0.13.0"], ids=["PyTorch image", "NeMo image"])

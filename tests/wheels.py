@@ -53,12 +53,17 @@ def empty_wheel(folder: Path, name: str, version: str, *requires: str, extras: S
 
 
 def install_by_hand(
-    site_packages: Path, name: str, version: str, module: str = "", requires: Sequence[str] = ()
+    site_packages: Path,
+    name: str,
+    version: str,
+    module: str = "",
+    requires: Sequence[str] = (),
+    extras: Sequence[str] = (),
 ) -> None:
     """Puts an installed package of this version into an environment, as pip would leave it."""
     info = site_packages / f"{name.replace('-', '_')}-{version}.dist-info"
     info.mkdir(parents=True)
-    (info / "METADATA").write_text(metadata(name, version, requires))
+    (info / "METADATA").write_text(metadata(name, version, requires, extras))
     (info / "INSTALLER").write_text("pip\n")
     files = [f"{info.name}/METADATA", f"{info.name}/INSTALLER", f"{info.name}/RECORD"]
     if module:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 
 import feature_jobs
@@ -11,7 +10,7 @@ import pytest
 import torch
 from distributed import Worlds
 from hf_tokenizers import CHATML, save_hf
-from reward_members import rollouts, save_megatron
+from reward_members import FEATURES, OTHER_PROMPTS, rollouts, save_hybrid, save_megatron
 from tiny import TOKENIZER, rollout_batch, tiny_config
 from torch import Tensor
 
@@ -30,11 +29,6 @@ from nemo_advrm.rewards.features import HybridReward, ReferenceFeatures
 from nemo_advrm.rewards.local import MegatronReward
 from nemo_advrm.rewards.sources import build, check, load_members, parse
 
-BOTH = ("log_prob", "prompt_gain")
-OTHERS: tuple[tuple[Message, ...], ...] = tuple(
-    (Message(role="user", content=text),) for text in ("these clouds", "this old garden", "this baker")
-)
-
 
 @pytest.fixture(scope="module")
 def home(single: Runtime, tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -42,14 +36,8 @@ def home(single: Runtime, tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("hybrid")
     save_megatron(home / "policy", seed=5, head="lm")
     save_megatron(home / "plain")
-    write_hybrid(home / "rm", home / "policy")
+    save_hybrid(home / "rm", home / "policy")
     return home
-
-
-def write_hybrid(directory: Path, policy: Path, weights: Sequence[float] = (0.5, 0.25, -2.0)) -> Path:
-    save_megatron(directory)
-    FeatureWeights(BOTH, tuple(weights), str(policy), policy_fingerprint(policy), OTHERS, 7).write(directory)
-    return directory
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +67,10 @@ def test_prompt_gain_is_over_the_mean_of_the_other_prompts_without_the_own_one(
 ) -> None:
     made = rollouts()  # their prompts are "this river" and "these clouds", of which the second is a fixed one
     table_NP = torch.stack(
-        [log_probs_by_rl(home, [TOKENIZER.encode_prompt(other)] * len(made), made.response_tokens) for other in OTHERS],
+        [
+            log_probs_by_rl(home, [TOKENIZER.encode_prompt(other)] * len(made), made.response_tokens)
+            for other in OTHER_PROMPTS
+        ],
         -1,
     )
     own_N = log_probs_by_rl(home, made.prompt_tokens, made.response_tokens)
@@ -127,7 +118,7 @@ def test_the_hybrid_is_the_weighed_sum_and_off_the_plain_member(home: Path, feat
     (plain,) = load_members(cfg, [str(home / "plain")], TOKENIZER)
     assert isinstance(off, MegatronReward)
     torch.testing.assert_close(off.score(made), plain.score(made))
-    values_NF = features.values(made, BOTH)
+    values_NF = features.values(made, FEATURES)
     expected_N = 0.5 * plain.score(made) + 0.25 * values_NF[:, 0] - 2.0 * values_NF[:, 1]
     torch.testing.assert_close(hybrid.score(made), expected_N)
 
@@ -150,24 +141,24 @@ def test_every_form_of_a_sample_has_the_same_features(features: ReferenceFeature
     }
     if form == "written out":
         made = dataclasses.replace(made, ended=[True] * 4)
-    torch.testing.assert_close(features.values(forms[form], BOTH), features.values(made, BOTH))
+    torch.testing.assert_close(features.values(forms[form], FEATURES), features.values(made, FEATURES))
 
 
 def test_a_row_whose_prompt_is_not_known_is_refused(features: ReferenceFeatures) -> None:
     made = rollouts()
     with pytest.raises(DataError, match="response 1 has no prompt"):
-        features.values(dataclasses.replace(made, prompts=[()] * 4), BOTH)
+        features.values(dataclasses.replace(made, prompts=[()] * 4), FEATURES)
     tokens = dataclasses.replace(made, prompts=[()] * 4, prompt_tokens=[[]] * 4, tokens_only=True)
     with pytest.raises(DataError, match="the start of the answer cannot be found"):
-        features.values(tokens, BOTH)
+        features.values(tokens, FEATURES)
     with pytest.raises(DataError, match="another tokenizer"):
-        features.values(dataclasses.replace(tokens, fingerprint="other"), BOTH)
+        features.values(dataclasses.replace(tokens, fingerprint="other"), FEATURES)
 
 
 def test_members_of_one_policy_have_the_features_of_a_batch_computed_once(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    other = write_hybrid(tmp_path / "rm", home / "policy", (1.0, 1.0, 1.0))
+    other = save_hybrid(tmp_path / "rm", home / "policy", (1.0, 1.0, 1.0))
     first, second = load_members(tiny_config(), [str(home / "rm"), str(other)], TOKENIZER)
     assert isinstance(first, HybridReward) and isinstance(second, HybridReward)
     calls: list[int] = []
@@ -200,7 +191,7 @@ def test_where_an_answer_begins_is_told_by_special_tokens_alone() -> None:
 
 def test_a_policy_that_was_moved_or_changed_is_an_error_that_names_it(home: Path, tmp_path: Path) -> None:
     policy = save_megatron(tmp_path / "policy", seed=5, head="lm")
-    spec = parse(str(write_hybrid(tmp_path / "rm", policy)), "ensemble.members[0]")
+    spec = parse(str(save_hybrid(tmp_path / "rm", policy)), "ensemble.members[0]")
     cfg = tiny_config()
     check(spec, cfg, 1)
     away = policy.rename(tmp_path / "elsewhere")
@@ -219,7 +210,7 @@ def test_a_policy_that_was_moved_or_changed_is_an_error_that_names_it(home: Path
 
 def test_weights_whose_content_changed_without_their_list_are_found(home: Path, tmp_path: Path) -> None:
     policy = save_megatron(tmp_path / "policy", seed=5, head="lm", hashed=True)
-    spec = parse(str(write_hybrid(tmp_path / "rm", policy)), "m")
+    spec = parse(str(save_hybrid(tmp_path / "rm", policy)), "m")
     cfg = tiny_config()
     cfg.trainer.verify_checkpoints = True
     weights = next((policy / "weights").glob("*.distcp"))
@@ -232,7 +223,7 @@ def test_weights_whose_content_changed_without_their_list_are_found(home: Path, 
 
 def test_weights_that_count_against_the_prompt_or_the_reward_model_are_warned_of() -> None:
     def told(*weights: float) -> list[str]:
-        return FeatureWeights(BOTH, weights, "policy", "", OTHERS, 80).warnings()
+        return FeatureWeights(FEATURES, weights, "policy", "", OTHER_PROMPTS, 80).warnings()
 
     assert told(0.5, -0.1, 2.0) == []  # a negative log_prob is a matter of taste
     (line,) = told(0.5, 0.1, -0.02)
@@ -246,7 +237,7 @@ def test_weights_that_count_against_the_prompt_or_the_reward_model_are_warned_of
 def test_a_run_that_is_moved_as_a_whole_keeps_its_policy(single: Runtime, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     policy = save_megatron(tmp_path / "run" / "sft" / "model", seed=5, head="lm")
-    write_hybrid(tmp_path / "run" / "rm" / "model", policy)
+    save_hybrid(tmp_path / "run" / "rm" / "model", policy)
     moved = (tmp_path / "run").rename(tmp_path / "moved")
     weights = FeatureWeights.read(moved / "rm" / "model")
     assert weights is not None and Path(weights.policy) == (moved / "sft" / "model").resolve()
@@ -298,7 +289,7 @@ def test_a_chat_template_tells_where_the_answer_begins_in_tokens(single: Runtime
     policy = save_megatron(tmp_path / "policy", head="lm", meta={}, vocab_size=280)
     known = {"tokenizer": tokenizer.fingerprint, KEY: tokenizer.rule.meta()}
     rm = save_megatron(tmp_path / "rm", meta=known, vocab_size=280)
-    FeatureWeights(BOTH, (1.0, 1.0, 1.0), str(policy), policy_fingerprint(policy), OTHERS, 7).write(rm)
+    FeatureWeights(FEATURES, (1.0, 1.0, 1.0), str(policy), policy_fingerprint(policy), OTHER_PROMPTS, 7).write(rm)
     (member,) = load_members(tiny_config(), [str(rm)], tokenizer)
     assert isinstance(member, HybridReward)
     made = rollouts(tokenizer).select([0, 2])
