@@ -57,7 +57,7 @@ def test_the_reward_manager_names_what_is_wrong(answers: dict[str, Any]) -> None
     assert found["no server"].startswith("ConfigError: set +reward.reward_kwargs.server")
     assert found["turns"] == "DataError: a trajectory of 4 turns: only single responses to a prompt are scored"
     assert found["no prompt"].startswith("DataError: verl's batch has no raw_prompt")
-    assert found["role"].startswith("RewardSourceError") and "role" in found["role"]
+    assert found["role"].startswith("RequestRefused: reward source http://") and "role" in found["role"]
 
 
 def test_which_modules_need_a_gpu_build(answers: dict[str, Any]) -> None:
