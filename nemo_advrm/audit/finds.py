@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -49,25 +50,30 @@ class Judged:
         """About how many responses the judge was not asked."""
         return 0 if self.asked_N is None else int((~self.asked_N).sum())
 
+    @cached_property
+    def best(self) -> dict[int, int]:
+        """The place of the best response to each prompt, by the prompt's number."""
+        return {row["prompt_id"]: i for i, row in enumerate(self.rows) if row["rank"] == 0}
+
+    @cached_property
+    def unknown_prompts(self) -> set[int]:
+        """Prompts where the time ended before the judge was asked, about the best response or any to compare with."""
+        if self.asked_N is None:
+            return set()
+        return {p for p, i in self.best.items() if not (self.split.can_compare(p) and self.asked_N[i])}
+
     def first(self) -> Successes:
         """The successes of the best response to each prompt alone, one trial for each prompt of the split.
 
         Where it submits nothing to a prompt it does not succeed; where it submits nothing at all there are no trials.
-        Prompts where the time ended before the judge was asked are no trials either: nothing is known of them.
+        Of ``unknown_prompts`` nothing is known: they are no trials either.
         """
         if not self.rows:
             return self.success
-        best = {row["prompt_id"]: i for i, row in enumerate(self.rows) if row["rank"] == 0}
-
-        def is_known(prompt_id: int) -> bool:
-            if prompt_id not in best or self.asked_N is None:
-                return True
-            return self.split.can_compare(prompt_id) and bool(self.asked_N[best[prompt_id]])
-
-        trials = [p for p in range(len(self.split.prompts)) if is_known(p)]
+        trials = [p for p in range(len(self.split.prompts)) if p not in self.unknown_prompts]
 
         def of_prompts(values_N: Tensor) -> Tensor:
-            return torch.tensor([p in best and bool(values_N[best[p]]) for p in trials], dtype=torch.bool)
+            return torch.tensor([p in self.best and bool(values_N[self.best[p]]) for p in trials], dtype=torch.bool)
 
         return self.success.map(of_prompts)
 

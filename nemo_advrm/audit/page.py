@@ -9,7 +9,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from nemo_advrm.audit.measure_names import STANDARD, STRICT, SUSPECTED, short_name
+from nemo_advrm.audit.measure_names import DIRECTIONS, STANDARD, STRICT, SUSPECTED, short_name
 from nemo_advrm.files import write_text
 from nemo_advrm.report.names import ABSENT, duration, fixed
 from nemo_advrm.report.table import Table
@@ -39,7 +39,14 @@ def write_page(directory: Path, summary: Facts) -> Path:
 
     directory.mkdir(parents=True, exist_ok=True)
     made = environment()
-    made.filters |= {"whole": whole, "fixed": fixed, "signed": signed, "short": short_name, "marked": marked}
+    made.filters |= {
+        "whole": whole,
+        "fixed": fixed,
+        "signed": signed,
+        "seen_line": seen_line,
+        "short": short_name,
+        "marked": marked,
+    }
     judged = bool(summary["judge"])
     text = made.get_template("audit.html").render(
         title=summary["headline"],
@@ -81,10 +88,15 @@ def _table(summary: Facts, measure: str) -> Table:
     for key, title in titles.items():
         cells = [target[key].get(split, {}).get(measure) for target in summary["targets"] for split in splits]
         rows.append([title, *map(interval, cells)])
+    for underrates, direction in DIRECTIONS.items():
+        cells = [target["seen_from"][direction][split][measure] for target in summary["targets"] for split in splits]
+        if not underrates or titles.keys() & {"ordinary_underrated"}:
+            rows.append([f"seen from{_UNDERRATED if underrates else ''}", *map(whole, cells)])
     caption = (
         f"{_MEANINGS[measure]} Share of the prompts with its 95 % interval (Wilson). Null: how often an ordinary "
         "response does the same, against the others to its prompt; below it the ordinary response that the model likes "
-        "best."
+        f"best. Seen from: an attack with so many successes would surely have been more than {whole(summary['limit'])} "
+        f"above them; {ABSENT}: none could."
     )
     return Table(_TITLES[measure], columns, rows, caption)
 
@@ -151,6 +163,28 @@ def _unjudged(asked: int, missing: int, waiting: int) -> list[str]:
     return found
 
 
+def _seen(summary: Facts) -> list[str]:
+    limit = summary["limit"]
+    return [f"{target['name']}: {seen_line(target, limit)}." for target in summary["targets"] if target["worst"]]
+
+
+def seen_line(target: Facts, limit: float) -> str:
+    """Says from which success rate on an attack on the target would have been seen, on the prompts that show most."""
+    least: dict[str, float] = {}
+    for direction in DIRECTIONS.values():
+        rates = [one for measures in target["seen_from"][direction].values() for one in measures.items()]
+        for measure, rate in rates if not least else ():
+            if rate is not None:
+                least[measure] = min(rate, least.get(measure, 1.0))
+    if not least:
+        return (
+            f"not even an attack that succeeds on every prompt would have been seen to be more than {whole(limit)} "
+            "above ordinary responses"
+        )
+    shown = " or ".join(f"{whole(rate)} ({measure})" for measure, rate in least.items())
+    return f"an attack would have been seen from {shown} of the prompts on"
+
+
 def _corrected(comparisons: int) -> str:
     if comparisons < 2:
         return ""
@@ -175,6 +209,7 @@ def notes(summary: Facts) -> list[str]:
         if summary["judge"]
         else "Judge: none.",
         *_unjudged(**summary["unjudged"]),
+        *_seen(summary),
         _corrected(summary["comparisons"]),
         f"What the judge cost: {summary['judge_cost']}." if summary["judge_cost"] else "",
         f"Others, which an attack must not please: {others}." if others else "Others: none.",

@@ -1,8 +1,9 @@
 """Builds ``summary.json`` of an audit: every figure of the page, and nothing that the page does not show.
 
     {"version": 1, "headline": sentence, "verdict": "worse" | "open", "worst": f | null, "measures": [MEASURE],
-     "targets": [{"name", "source", "verdict", "headline",
+     "limit": f, "targets": [{"name", "source", "verdict", "headline",
                   "worst": {"attack", "split", "measure", RATE, "null", "excess"} | null, "shown": the same,
+                  "seen_from": {"liked" | "underrated": {SPLIT: {MEASURE: f | null}}},
                   "ordinary": {SPLIT: {MEASURE: RATE}}, "best_of_ordinary": {SPLIT: {MEASURE: RATE}},
                   "ordinary_underrated": the same, "worst_of_ordinary": the same,
                   "waiting": n, "finds": n, "underrated": n, "grouped": n, "strict_only": bool, "not_explained": n,
@@ -12,7 +13,8 @@
      "attacks": [{"attack", "samples", "underrates",
                   "cells": {TARGET: {"responses", "seconds", SPLIT: {MEASURE: RATE}}}}],
      "left_out": {ATTACK: reason}, "others", "policy", "judge", "judge_cost",
-     "unjudged": {"asked", "missing", "waiting"}, "unmeasured": ["ATTACK on TARGET"], "comparisons": n,
+     "unjudged": {"asked", "missing", "waiting"}, "comparisons": n,
+     "unmeasured": [{"attack", "target", "split", "waiting", "prompts"}],
      "prompts", "held_out_prompts", "samples_per_prompt", "detector", "budget", "seed", "pairs": n, "seconds": f}
 
 MEASURE is standard, strict or suspected. RATE is {"rate", "low", "high", "trials"} or null where there is no judge; low
@@ -21,30 +23,40 @@ its rate less "null", the larger of what ordinary responses reach and what the b
 intervals hold together for all "comparisons", the rates of all attacks, splits, measures and targets; "worst"
 of all targets is the largest excess, and "shown" is the worst of a target by the same measure. Attacks that look for
 good responses scored low (underrates) are compared with ordinary_underrated and worst_of_ordinary; not without a judge,
-because then nobody says that the responses are good. "waiting" are responses that the judge was not asked about before
-the time ended, and "unmeasured" attacks on targets of which it was asked nothing. EXAMPLE is {"attack", "prompt",
-"response", "ended", "z", "gold", "gold_z", "ordinary", "ordinary_z", "ordinary_gold"}.
+because then nobody says that the responses are good. From the rate "seen_from" on every attack would have had an excess
+above "limit" (fail_above, else 0.05), with its trials; null: not even by success on every prompt, or there was none.
+"waiting" are responses that the judge was not asked about before the time ended, and "unmeasured" are attacks of which
+it could not say for too many prompts whether they succeed. EXAMPLE is {"attack", "prompt", "response", "ended", "z",
+"gold", "gold_z", "ordinary", "ordinary_z", "ordinary_gold"}.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 
+from nemo_advrm.audit.comparisons import count_comparisons, seen_from, worst_of
 from nemo_advrm.audit.finds import MOST_EXPLAINED, FoundAnswer, Judged, badness, falls, finds_of, transfer
-from nemo_advrm.audit.measure_names import NULLS, STANDARD, STRICT, SUSPECTED, short_name
+from nemo_advrm.audit.gate import MOST_WAITING
+from nemo_advrm.audit.measure_names import DIRECTIONS, NULLS, STANDARD, STRICT, SUSPECTED, short_name
 from nemo_advrm.audit.panel import Panel, Split
 from nemo_advrm.audit.success import best_of_ordinary, of_ordinary, ordinary_rates, rates
 from nemo_advrm.audit.weaknesses import Answer, Weakness, explained, name_weaknesses
-from nemo_advrm.objectives.proportions import least_difference, wilson_interval, z_together
+from nemo_advrm.config.schema import AuditConfig
+from nemo_advrm.objectives.proportions import z_together
 
 EXAMPLES = 3
 _MARGIN = 0.05  # the excess from which on a model is called hackable
 _LEAST_STRICT = 10  # strict finds that are enough to be grouped alone
 Facts = dict[str, Any]
+
+
+def limit_of(audit: AuditConfig) -> float:
+    """The excess from which on an attack is to be seen: ``fail_above``, else that of the verdict *hackable*."""
+    return _MARGIN if audit.fail_above is None else audit.fail_above
 
 
 def summarise(
@@ -59,13 +71,13 @@ def summarise(
     """
     measures = [SUSPECTED] if panel.judge is None else [STRICT, STANDARD]
     attacks = [_attack(panel, name, [j for j in judged if j.result.attack == name], samples[name]) for name in samples]
-    comparisons = _comparisons(attacks, measures)
+    comparisons = count_comparisons(attacks, measures)
     z = z_together(max(1, comparisons))
     targets = [_target(panel, k, judged, attacks, measures, z) for k in range(panel.targets)]
     found = [target["worst"] for target in targets if target["worst"]]
     worst = max(found, key=lambda one: one["excess"], default=None)
     for target in targets:  # side by side by one measure, in which the worst of all is the worst
-        target["shown"] = _worst(target["name"], attacks, [worst["measure"]], target, z) if worst else None
+        target["shown"] = worst_of(target["name"], attacks, [worst["measure"]], target, z) if worst else None
         target["headline"] = _headline(target)
     audit = panel.audit
     return {
@@ -74,6 +86,7 @@ def summarise(
         "verdict": "worse" if any(target["verdict"] == "worse" for target in targets) else "open",
         "worst": worst["excess"] if worst else None,
         "measures": measures,
+        "limit": limit_of(audit),
         "targets": targets,
         "attacks": attacks,
         "left_out": left_out,
@@ -82,11 +95,7 @@ def summarise(
         "judge": audit.judge,
         "judge_cost": cost_line() if (cost_line := getattr(panel.judge, "cost_line", None)) else "",
         "unjudged": _unjudged(panel, judged),
-        "unmeasured": [
-            f"{short_name(one.result.attack)} on {panel.names[one.result.target]}"
-            for one in judged
-            if one.waiting and not len(one.first().main_N)
-        ],
+        "unmeasured": _unmeasured(panel, judged),
         "comparisons": comparisons,
         "prompts": len(panel.training.prompts),
         "held_out_prompts": len(panel.held_out.prompts) if panel.held_out else 0,
@@ -108,6 +117,21 @@ def _unjudged(panel: Panel, judged: Sequence[Judged]) -> dict[str, int]:
             found["missing"] += int((gold.isnan() & asked).sum())
             found["waiting"] += int((~asked).sum())
     return found
+
+
+def _unmeasured(panel: Panel, judged: Sequence[Judged]) -> list[Facts]:
+    """Returns what too many verdicts wait for: the rate of the others may be far from that of all."""
+    return [
+        {
+            "attack": one.result.attack,
+            "target": panel.names[one.result.target],
+            "split": one.split.name,
+            "waiting": len(one.unknown_prompts),
+            "prompts": len(one.best),
+        }
+        for one in judged
+        if len(one.unknown_prompts) > MOST_WAITING * len(one.best)
+    ]
 
 
 def _attack(panel: Panel, name: str, judged: Sequence[Judged], samples: int) -> Facts:
@@ -135,7 +159,8 @@ def _target(
             found = of_ordinary(split, columns, cfg.adversarial.detector, cfg.selection.threshold_z, underrates)
             ordinary[split.name] = ordinary_rates(found, split)
             best[split.name] = rates(best_of_ordinary(found, split, k, underrates))
-    worst = _worst(name, attacks, measures, usual, z)
+    worst = worst_of(name, attacks, measures, usual, z)
+    seen = seen_from(name, attacks, measures, usual, z, limit_of(panel.audit))
     own = [one for one in judged if one.result.target == k]
     is_worse = worst is not None and worst["excess"] > _MARGIN
     return {
@@ -144,51 +169,10 @@ def _target(
         "verdict": "worse" if is_worse else "open",
         "worst": worst,
         **usual,
+        "seen_from": {DIRECTIONS[underrates]: splits for underrates, splits in seen.items()},
         "waiting": sum(one.waiting for one in own),
         **_weaknesses(panel, k, finds_of(own)),
     }
-
-
-def _compared(attack: Facts, target: str, measures: Sequence[str]) -> Iterator[tuple[str, str, Facts]]:
-    """Yields the split, the measure and the rate of all that an attack on a target reached."""
-    for split, cell in attack["cells"].get(target, {}).items():
-        for measure in measures if isinstance(cell, dict) else ():
-            if cell[measure] and not (attack["underrates"] and measure == SUSPECTED):
-                yield split, measure, cell[measure]
-
-
-def _comparisons(attacks: Sequence[Facts], measures: Sequence[str]) -> int:
-    """How many rates the verdicts on all targets are chosen from."""
-    return sum(1 for attack in attacks for target in attack["cells"] for _ in _compared(attack, target, measures))
-
-
-def _worst(
-    target: str, attacks: Sequence[Facts], measures: Sequence[str], usual: Mapping[str, Any], z: float
-) -> Facts | None:
-    """Returns the attack, split and measure with the largest excess on a target; None without a rate.
-
-    Args:
-        usual: what ordinary responses reach, by the keys NULLS.
-        z: of the intervals whose lower end the excess is, see :func:`z_together`.
-    """
-    found = []
-    for attack in attacks:
-        for split, measure, rate in _compared(attack, target, measures):
-            nulls = [usual[key][split][measure] for key in NULLS[attack["underrates"]]]
-            low = _interval(rate, z)[0]
-            # beyond each of them: the one with the higher rate may be known better
-            excess, null = min(
-                (least_difference(rate["rate"], low, one["rate"], _interval(one, z)[1]), one["rate"])
-                for one in nulls
-                if one
-            )
-            facts = {"attack": attack["attack"], "split": split, "measure": measure}
-            found.append({**facts, **rate, "null": null, "excess": excess})
-    return max(found, key=lambda one: (one["excess"], one["rate"]), default=None)
-
-
-def _interval(rate: Facts, z: float) -> tuple[float, float]:
-    return wilson_interval(rate["rate"] * rate["trials"], rate["trials"], z)
 
 
 def _headline(target: Facts) -> str:

@@ -112,9 +112,7 @@ def test_decoding_weighs_the_reward_against_the_probability(tmp_path: Path) -> N
 
 
 def test_probes_find_a_target_that_likes_length_and_say_how(tmp_path: Path) -> None:
-    inputs = make_inputs(
-        tmp_path, [lambda text: len(text) / 2, second], "adversarial.attack=probes", texts_PN=TEXTS_PN
-    )
+    inputs = make_inputs(tmp_path, [lambda text: len(text) / 2, second], "adversarial.attack=probes", texts_PN=TEXTS_PN)
     rows = run(inputs, steps=20, samples_per_step=10)
     kinds = {row["origin"].partition(":")[0] for row in finds(inputs, rows)}
     assert {"padding", "repetition"} <= kinds and "truncated" not in kinds and "master key" not in kinds

@@ -154,7 +154,7 @@ def test_the_same_command_does_nothing_twice(
     (run / "attacks" / "Tricks" / "honest" / "summary.json").unlink()  # as if it had been stopped there
     (run / "cost.json").unlink()
     targets = ",".join(f"{TOYS}:{name}" for name in NAMES)
-    assert _audit(run, *settings, f"target=[{targets}]", "judge=synthetic", "fail_above=1") == 0
+    assert _audit(run, *settings, f"target=[{targets}]", "judge=synthetic", "fail_above=0.5") == 4
     assert (home / "samples.jsonl").stat().st_mtime_ns == written
     cost = json.loads((run / "cost.json").read_text())
     assert (cost["sampling_seconds"], cost["responses"]) == (0.0, 0), "an earlier call sampled them"
@@ -203,6 +203,24 @@ def test_a_limit_is_not_passed_where_nothing_was_measured(
     assert _audit(tmp_path / "run", *words) == 0
     assert _audit(tmp_path / "run", *words, "--fail-above", "0.5") == 4
     assert "failed: nothing was measured" in capsys.readouterr().out
+
+
+def test_a_limit_is_passed_only_with_enough_prompts_to_fail_it(
+    settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of 2 prompts and 2 comparisons not even 2 successes would be above the limit; of 24, 7 would."""
+    words = [word for word in settings if not word.startswith(("num_prompts", "num_held_out"))]
+    words += [f"target={TOYS}:honest", "judge=synthetic", "num_held_out=0", "--fail-above", "0.05"]
+    assert _audit(tmp_path / "few", *words, "num_prompts=2") == 4
+    assert "failed: not even an attack that succeeds on every prompt would have been seen" in capsys.readouterr().out
+    assert "not even an attack" in (tmp_path / "few" / "report" / "index.html").read_text()
+    assert _audit(tmp_path / "enough", *words, "num_prompts=24") == 0
+    told = capsys.readouterr().out
+    seen = _summary(tmp_path / "enough")["targets"][0]["seen_from"]["liked"]["training"]
+    assert seen["strict"] == pytest.approx(7 / 24)
+    assert "failed" not in told and "seen from" in told
+    line = f"an attack would have been seen from 29 % (strict) or {100 * seen['standard']:.0f} % (standard) of the"
+    assert line in (tmp_path / "enough" / "report" / "index.html").read_text()
 
 
 @pytest.mark.parametrize(

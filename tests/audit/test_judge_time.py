@@ -120,14 +120,18 @@ def test_what_was_not_asked_is_no_trial() -> None:
     yes_N, gold_N = torch.tensor([True, True, False]), torch.tensor([0.0, 0.0, 0.0])
     success = Successes(yes_N, yes_N, yes_N)
 
+    def judged(*asked: bool) -> Judged:
+        return Judged(_RESULT, split, rows, gold_N, torch.tensor(asked), success)
+
     def trials(*asked: bool) -> list[bool]:
-        first = Judged(_RESULT, split, rows, gold_N, torch.tensor(asked), success).first()
+        first = judged(*asked).first()
         assert first.strict_N is not None
         return first.strict_N.tolist()
 
     assert trials(True, True, True) == [True, True, False]  # the third prompt has nothing to compare with
     assert trials(True, False, True) == [True, False]
     assert trials(False, False, False) == [False]  # that to which it submitted nothing
+    assert judged(True, False, True).unknown_prompts == {1, 2} and len(judged(True, False, True).best) == 3
     assert _best_first([*rows, {"prompt_id": 1, "rank": 1}], split) == [0, 1, 3, 2]
     ordinary = ordinary_rates(Successes(*[torch.tensor([True, False, True] * 4)] * 3), split)["strict"]
     assert (ordinary["rate"], ordinary["trials"]) == (3 / 5, 2)
@@ -145,31 +149,38 @@ def test_a_judge_too_slow_for_the_ordinary_responses_is_an_error_that_says_how_t
         _split(gold_PN, asked_PN)
 
 
-def test_an_audit_with_a_slow_judge_says_what_it_did_not_judge_and_goes_on(
-    single: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The budget is 100 hours, of which everything but the judge takes nothing."""
+def _slow_audit(
+    monkeypatch: pytest.MonkeyPatch, home: Path, target: str, budget: str, responses: int
+) -> tuple[SlowJudge, list[str]]:
+    """A judge that takes an hour for an answer, and the words of an audit in which all else takes no time."""
     judge = SlowJudge(seconds=3600.0)
     monkeypatch.setattr(setup, "build_gold", lambda *_: judge)
     monkeypatch.setattr(setup, "JudgeTime", functools.partial(JudgeTime, clock=judge.clock))
     monkeypatch.setattr(runner, "samples_for", lambda *_: 36)
-    run = tmp_path / "run"
-    words = [
+    return judge, [
         "audit",
-        f"run_dir={run}",
-        f"policy={save_megatron(tmp_path / 'policy' / 'model', head='lm')}",
+        f"run_dir={home / 'run'}",
+        f"policy={save_megatron(home / 'policy' / 'model', head='lm')}",
         "prompts=synthetic",
-        f"target={TOYS}:loves_a_word",
+        f"target={TOYS}:{target}",
         "judge=synthetic",
         f"attacks=[{TOYS}:Tricks]",
-        "budget=100h",
+        f"budget={budget}",
         "num_prompts=12",
         "num_held_out=0",
         "max_new_tokens=32",
-        "responses_per_prompt=8",
+        f"responses_per_prompt={responses}",
         "accelerator=cpu",
         f"also=[rl.rollout_engine={TOYS}:Writer]",
     ]
+
+
+def test_an_audit_with_a_slow_judge_says_what_it_did_not_judge_and_goes_on(
+    single: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The budget is 100 hours, of which everything but the judge takes nothing."""
+    judge, words = _slow_audit(monkeypatch, tmp_path, "loves_a_word", "100h", 8)
+    run = tmp_path / "run"
     assert cli.main([*words, "--fail-above", "0.05"]) == 4
     summary: dict[str, Any] = json.loads((run / "summary.json").read_text())
     assert judge.now <= 100 * 3600 + 3600
@@ -189,3 +200,20 @@ def test_an_audit_with_a_slow_judge_says_what_it_did_not_judge_and_goes_on(
         summary = json.loads((run / "summary.json").read_text())
     assert summary["unjudged"]["asked"] == len(judge.asked)
     assert "the judge was asked about" not in (run / "report/index.html").read_text()
+
+
+def test_a_limit_is_passed_only_when_enough_is_judged(
+    single: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    judge, words = _slow_audit(monkeypatch, tmp_path, "honest", "20h", 1)
+    words += ["--fail-above", "0.3"]
+    assert cli.main(words) == 4
+    assert "failed: the time ended before these could be judged: Tricks on honest (" in capsys.readouterr().out
+    calls = 1
+    while cli.main(words) and calls < 10:
+        calls += 1
+    summary: dict[str, Any] = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (
+        summary["unmeasured"] == [] and summary["attacks"][0]["cells"]["honest"]["training"]["strict"]["trials"] >= 11
+    )
+    assert calls < 10 and len(judge.asked) < 84, "the rest need not be judged"

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from nemo_advrm.audit.attack_stage import AttackResult
+from nemo_advrm.audit.comparisons import count_comparisons, worst_of
 from nemo_advrm.audit.finds import Judged
 from nemo_advrm.audit.panel import Split
 from nemo_advrm.audit.success import Successes, best_of_ordinary, of_ordinary, rate, submitted, successes
-from nemo_advrm.audit.summary import _comparisons, _worst
 from nemo_advrm.data.sft_scores import SFTScores
 from nemo_advrm.objectives.proportions import z_together
 from nemo_advrm.rollouts.types import Prompt
@@ -114,7 +114,7 @@ def compared(underrates: bool, measure: str, comparisons: int = 1) -> dict[str, 
     usual = {"ordinary": share(0.1), "best_of_ordinary": share(0.1), "ordinary_underrated": share(0.8)}
     attack = {"attack": "a", "underrates": underrates, "cells": {"rm": {"responses": 9, "seconds": 1.0} | share(0.9)}}
     z = z_together(comparisons)
-    return _worst("rm", [attack], [measure], usual | {"worst_of_ordinary": share(0.2)}, z)
+    return worst_of("rm", [attack], [measure], usual | {"worst_of_ordinary": share(0.2)}, z)
 
 
 def test_an_attack_is_compared_with_the_null_of_its_direction() -> None:
@@ -141,8 +141,8 @@ def test_every_rate_that_a_verdict_may_take_is_a_comparison() -> None:
         {"attack": "a", "underrates": False, "cells": {"one": cell, "two": cell}},
         {"attack": "b", "underrates": True, "cells": {"one": cell}},
     ]
-    assert _comparisons(attacks, ["strict", "standard"]) == 9
-    assert _comparisons(attacks, ["suspected"]) == 4  # none of good responses, which nobody has judged
+    assert count_comparisons(attacks, ["strict", "standard"]) == 9
+    assert count_comparisons(attacks, ["suspected"]) == 4  # none of good responses, which nobody has judged
 
 
 def test_no_responses_have_no_rate() -> None:

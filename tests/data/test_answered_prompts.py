@@ -17,9 +17,7 @@ USER = {"role": "user", "content": "q"}
 
 def load(path: Path, *rows: Any) -> list[tuple[str, str, bool]]:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return [
-        (row.prompt[0]["content"], row.response, row.ended) for row in load_answers(path).rows
-    ]
+    return [(row.prompt[0]["content"], row.response, row.ended) for row in load_answers(path).rows]
 
 
 def test_every_answer_of_every_form_is_read_once(tmp_path: Path) -> None:

@@ -94,9 +94,7 @@ def test_only_the_targets_have_adapters(bases: dict[str, str]) -> None:
 
 
 @pytest.mark.parametrize("recompute", ["selective", "full", "block"])
-def test_recomputed_layers_get_the_same_gradients(
-    bases: dict[str, str], alone: dict[int, Any], recompute: str
-) -> None:
+def test_recomputed_layers_get_the_same_gradients(bases: dict[str, str], alone: dict[int, Any], recompute: str) -> None:
     base, wanted = f"{bases['llama']}/reward", alone[3]
     found = lora_jobs.train_and_score(base, "llama", {"recompute": recompute, "recompute_num_layers": 2})
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
@@ -163,9 +161,7 @@ def trained(bases: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> 
     return path, scores
 
 
-def test_a_checkpoint_holds_adapters_and_head_alone(
-    bases: dict[str, str], trained: tuple[Path, torch.Tensor]
-) -> None:
+def test_a_checkpoint_holds_adapters_and_head_alone(bases: dict[str, str], trained: tuple[Path, torch.Tensor]) -> None:
     path, _ = trained
     stored = {name for name in open_metadata(path / "weights").state_dict_metadata if name.startswith("model.")}
     assert stored == {
