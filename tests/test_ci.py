@@ -74,7 +74,7 @@ def checkout(tmp_path: Path) -> Checkout:
 
 THIS = ".".join(map(str, sys.version_info[:3]))
 MARKED = f"test ARGS=-m platform on newest-{THIS}"
-FIRST = ["lint", "docs", "test", "test-long ARGS=", "test-judges ARGS="]
+FIRST = ["lint", "docs", "test", "test-judges ARGS=", "test-long ARGS="]
 LAST = ["test-slurm ARGS=", "test-aligner ARGS="]
 
 

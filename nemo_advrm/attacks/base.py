@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -68,6 +68,7 @@ class AttackInputs:
         models: opened language models, shared by all attacks of a command; None: those of this attack alone.
         reward_options: options of the reward; None: ``cfg.adversarial``, by which finds are counted in any case.
         underrates: the attack's, see :class:`Attack`.
+        progress: is told after each step of a search how many responses it scored, and how many finds are new.
     """
 
     cfg: Config
@@ -84,6 +85,7 @@ class AttackInputs:
     models: LanguageModels | None = None
     reward_options: AdversarialConfig | None = None
     underrates: bool = False
+    progress: Callable[[int, int], None] | None = None
 
     @cached_property
     def language_models(self) -> LanguageModels:
@@ -187,11 +189,16 @@ class SearchAttack(Attack):
         written: list[dict[str, Any]] = []
         metrics: list[dict[str, Any]] = []
         steps: list[tuple[set[Find], int]] = []
+        known: set[Find] = set()
         for step, rollouts in zip(range(budget.steps), self.propose(inputs, budget), strict=False):
             parts = runtime.current().gather_data_parallel(inputs.rows(rollouts, step))
             rows = [row for part in parts for row in part]
             written += rows
-            steps.append((inputs.rule.finds(rows), len(rows)))
+            finds = inputs.rule.finds(rows)
+            steps.append((finds, len(rows)))
+            if inputs.progress is not None:
+                inputs.progress(len(rows), len(finds - known))
+            known |= finds
             metrics.append(self._metrics(inputs, rows, step, inputs.rule.late_finds(steps)[0]))
             if budget.enough and inputs.rule.are_enough(steps, budget.enough):
                 break

@@ -98,7 +98,13 @@ def check_attack(panel: Panel, attack: str) -> None:
 
 
 def run_attack(
-    panel: Panel, attack: str, target: int, samples: int, models: LanguageModels, counter: Callable[[int], None]
+    panel: Panel,
+    attack: str,
+    target: int,
+    samples: int,
+    models: LanguageModels,
+    counter: Callable[[int], None],
+    progress: Callable[[int, int], None] | None = None,
 ) -> AttackResult:
     """Runs an attack on a target and marks it finished; all ranks call.
 
@@ -110,12 +116,13 @@ def run_attack(
         samples: responses that it may try.
         models: language models, shared by all attacks.
         counter: is told how many responses were scored.
+        progress: of a search, see :class:`AttackInputs`.
     """
     started = time.monotonic()
     home = attack_home(panel, attack, target)
     cfg, budget = config_of(panel, attack, samples)
     made = build_attack(attack)
-    inputs = _inputs(panel, cfg, made, target, models, home, counter)
+    inputs = dataclasses.replace(_inputs(panel, cfg, made, target, models, home, counter), progress=progress)
     options, columns = inputs.reward_options, panel.columns(target)
     training, held_out = panel.training, panel.held_out
     found = _find(made, inputs, budget)

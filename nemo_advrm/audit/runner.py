@@ -24,6 +24,7 @@ from nemo_advrm.audit.measure_names import STRICT, SUSPECTED, short_name
 from nemo_advrm.audit.page import write_page
 from nemo_advrm.audit.panel import Panel
 from nemo_advrm.audit.progress import AuditProgress
+from nemo_advrm.audit.settings import parse_budget
 from nemo_advrm.audit.setup import judge_ordinary, open_panel, ordinary_texts
 from nemo_advrm.audit.success import rate
 from nemo_advrm.audit.summary import Facts, summarise
@@ -34,6 +35,7 @@ from nemo_advrm.engine.collectives import run_on_rank_zero
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.files import write_text
 from nemo_advrm.registry import ATTACKS
+from nemo_advrm.report.names import duration
 from nemo_advrm.rewards.base import checked_scores
 from nemo_advrm.rewards.sources import gold_spec
 from nemo_advrm.rollouts.types import Rollouts
@@ -60,7 +62,7 @@ def run_audit(audit: AuditConfig) -> Facts:
     names, left_out = _attacks(panel)
     policy = panel.cfg.pretrained_checkpoint.restore_from_path
     models = LanguageModels(panel.cfg, panel.tokenizer, policy, panel.sft_policy)
-    progress = AuditProgress(len(names) * panel.targets)
+    progress = AuditProgress(len(names) * panel.targets, lambda: _time_used(panel))
     done: list[AttackResult] = []
     samples: dict[str, int] = {}
     for place, name in enumerate(names):
@@ -140,9 +142,9 @@ def _on_all_targets(
         result: AttackResult | None = finished(panel, attack, k)
         search = 0.0
         if result is None:
-            progress.begin(short_name(attack), panel.names[k], samples, trains)
+            progress.begin(short_name(attack), panel.names[k], _responses(panel, samples), trains)
             counter = progress.scored if trains else _stoppable(progress.scored)
-            result = run_attack(panel, attack, k, samples, models, counter)
+            result = run_attack(panel, attack, k, samples, models, counter, progress.tried)
             search = result.seconds
         done.append(result)
         if not judge:
@@ -157,6 +159,20 @@ def _on_all_targets(
         line = ", ".join(parts).replace("_", "-") or "nothing submitted"
         progress.end(short_name(attack), panel.names[k], highest, line)
     return done
+
+
+def _responses(panel: Panel, samples: int) -> int:
+    """Returns about how many responses a search tries in all, with its repetition on the held-out prompts."""
+    prompts = [len(split.prompts) for split in panel.splits]
+    return round(samples * sum(prompts) / prompts[0])
+
+
+def _time_used(panel: Panel) -> str:
+    """Returns how much of the time of a budget is used, "" where it is one of responses; on rank 0."""
+    limit = parse_budget(panel.audit.budget).seconds
+    if not limit:
+        return ""
+    return f"{duration(spent_seconds(panel.audit) + panel.judge_seconds)} of {duration(limit)} used"
 
 
 def _stoppable(counter: Callable[[int], None]) -> Callable[[int], None]:

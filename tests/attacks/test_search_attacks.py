@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -113,7 +114,11 @@ def test_decoding_weighs_the_reward_against_the_probability(tmp_path: Path) -> N
 
 def test_probes_find_a_target_that_likes_length_and_say_how(tmp_path: Path) -> None:
     inputs = make_inputs(tmp_path, [lambda text: len(text) / 2, second], "adversarial.attack=probes", texts_PN=TEXTS_PN)
+    told: list[tuple[int, int]] = []
+    inputs = dataclasses.replace(inputs, progress=lambda responses, new: told.append((responses, new)))
     rows = run(inputs, steps=20, samples_per_step=10)
+    assert len(told) == 20
+    assert [sum(each) for each in zip(*told, strict=True)] == [len(rows), len(inputs.rule.finds(rows))]
     kinds = {row["origin"].partition(":")[0] for row in finds(inputs, rows)}
     assert {"padding", "repetition"} <= kinds and "truncated" not in kinds and "master key" not in kinds
     assert max(len(row["response"].encode()) for row in rows) <= 159, "with its end token it has rl.max_new_tokens"
