@@ -8,6 +8,7 @@ from typing import Any
 
 from nemo_advrm.config.schema import Config
 from nemo_advrm.pipeline.dag import added_since, is_skipped, of_run
+from nemo_advrm.pipeline.hybrids import lacks_features
 
 
 def main(cfg: Config) -> int:
@@ -24,9 +25,9 @@ def main(cfg: Config) -> int:
     for step in steps:
         if is_skipped(run, step, detail):
             status = "skipped"
-        elif (detail(step.name, "status") == "complete" and not added_since(step, detail)) or (
-            step.kind == "report" and reported
-        ):
+        elif added_since(step, detail) or lacks_features(run, step, detail):
+            status = "todo"
+        elif detail(step.name, "status") == "complete" or (step.kind == "report" and reported):
             status = "complete"
         else:
             status = "todo"

@@ -86,6 +86,7 @@ class RewardModelConfig:
     feature_share: float = key(
         0.1, "share of the training pairs that fits the weights instead, without a bootstrap", Range(above=0, below=1)
     )
+    feature_pairs: int = key(0, "of these pairs, how many fit the weights, evenly spread; 0: all", NOT_NEGATIVE)
 
 
 @dataclass

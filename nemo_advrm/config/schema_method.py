@@ -303,6 +303,9 @@ class PipelineConfig:
     stable_window: int = key(5, "evaluations in the smoothing window of gold", COUNT)
     stable_tolerance: float = key(0.1, "loss of gold from its peak that still counts as stable", NOT_NEGATIVE)
     plain_members: list[int] = key([], "members that attacks see without their reference features", COUNT)
+    other_member_steps: int = key(
+        0, "steps that train members after the first, which attacks need; 0: as many as R_1's", NOT_NEGATIVE
+    )
     branches: dict[str, BranchConfig] = key({}, "variants of the hardening, by name")
     rlhf: dict[str, RLHFRunConfig] = key({}, "RLHF runs, by name")
     rlhf_seeds: int = key(

@@ -47,6 +47,13 @@ def attack_home(cfg: Config, branch: str, number: int) -> str:
     return home(MAIN if is_shared else branch, number)
 
 
+def is_attacked(cfg: Config, branch: str, number: int) -> bool:
+    """Returns whether the members of a round score SFT responses, for attacks or random pairs of the branch's own."""
+    options = all_branches(cfg)[branch]
+    wanted = (number < options.rounds or branch == MAIN) and options.pairs not in WITHOUT_ATTACK
+    return wanted and attack_home(cfg, branch, number) == home(branch, number)
+
+
 def member_step(cfg: Config, branch: str, number: int, member: int) -> str:
     """Returns the name of the step that trains a member of a round, which is also its directory."""
     own = number > 0 or (member > 1 and _own_members(cfg, all_branches(cfg)[branch]))
@@ -118,6 +125,12 @@ def observers(cfg: Config, arm: RLHFRunConfig) -> int:
     return cfg.ensemble.size - 1 if wanted and arm.reward != "ensemble" and arm.branch == MAIN else 0
 
 
+def used_members(cfg: Config, arm: RLHFRunConfig, number: int) -> tuple[str, ...]:
+    """Returns the training steps of the members of a round that an arm uses: those of its reward, and observers."""
+    count = None if arm.reward == "ensemble" else 1 + observers(cfg, arm)
+    return member_steps(cfg, arm.branch, number)[:count]
+
+
 def _rlhf_settings(cfg: Config, arm: RLHFRunConfig) -> Config:
     """Returns ``cfg`` with what an arm's RLHF sets for detectors."""
     own = cfg.stage.rlhf
@@ -138,6 +151,11 @@ def check(cfg: Config) -> None:
     known = all_branches(cfg)
     if cfg.ensemble.own_trunk and not cfg.pipeline.sft:
         raise ConfigError("ensemble.own_trunk=true: needs pipeline.sft=true, which trains the SFT policies")
+    if cfg.ensemble.share == "trunk" and cfg.pipeline.other_member_steps:
+        raise ConfigError(
+            f"pipeline.other_member_steps={cfg.pipeline.other_member_steps}: members on one trunk "
+            "(ensemble.share=trunk) are trained together"
+        )
     if cfg.ensemble.share == "trunk" and labels_by_gold(cfg) and cfg.augmentation.mode == "append":
         raise ConfigError(
             "augmentation.mode=append: with ensemble.share=trunk and pairs of each member's own, appended pairs would "

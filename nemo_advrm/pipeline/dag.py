@@ -21,15 +21,16 @@ from nemo_advrm.pipeline.branches import (
     attack_home,
     check,
     home,
+    is_attacked,
     is_standardised,
     is_watched,
     labels_by_gold,
     last_round,
     member_step,
     member_steps,
-    observers,
     reward_of,
     trunk_step,
+    used_members,
 )
 from nemo_advrm.run_directory import held_arms
 
@@ -113,10 +114,9 @@ def _branch(cfg: Config, branch: str, options: BranchConfig) -> list[Step]:
         for k, name in enumerate(members, 1):
             if name.startswith(f"{home(branch, number)}/") and (k == 1 or _are_all_used(cfg, branch, number)):
                 steps.append(Step(name, "train_rm", _before_training(cfg, branch, number, k), number, k, branch))
-        place = attack_home(cfg, branch, number)
-        is_attacked = number < options.rounds or branch == MAIN
-        if place != home(branch, number) or not is_attacked or options.pairs in WITHOUT_ATTACK:
+        if not is_attacked(cfg, branch, number):
             continue
+        place = home(branch, number)
         # the main rounds sample the responses in round 0, which all others score
         needed = members if (number, branch) == (0, MAIN) else (*members, "round_0/reference")
         responses = Step(f"{place}/reference", "reference", needed, number, 0, branch)
@@ -168,8 +168,7 @@ def _arm(cfg: Config, name: str) -> list[Step]:
 
 def _before_arm(cfg: Config, arm: RLHFRunConfig) -> tuple[str, ...]:
     """Returns the steps that an arm's reward waits for."""
-    count = None if arm.reward == "ensemble" else 1 + observers(cfg, arm)
-    needed = member_steps(cfg, arm.branch, arm_round(cfg, arm))[:count]
+    needed = used_members(cfg, arm, arm_round(cfg, arm))
     # the members are standardised, and detectors fitted, by round 0's SFT responses
     return (*needed, "round_0/reference") if is_standardised(cfg, arm) or is_watched(cfg, arm) else needed
 

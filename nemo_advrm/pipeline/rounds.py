@@ -43,6 +43,7 @@ from nemo_advrm.evaluation.room import measure_room
 from nemo_advrm.objectives.sft_statistics import MemberStatistics, fit_members
 from nemo_advrm.pipeline import branches
 from nemo_advrm.pipeline.dag import Step, order
+from nemo_advrm.pipeline.hybrids import check_fitted, hybrid_members
 from nemo_advrm.pipeline.run_inputs import Inputs
 from nemo_advrm.pipeline.state import RunState
 from nemo_advrm.rewards.base import RewardSource, checked_scores
@@ -152,9 +153,13 @@ class Rounds:
         if step.round and cfg.augmentation.warm_steps:
             cfg = warm(cfg)
             start = str(self.directory / before / "model")
-        elif self.cfg.pipeline.sft:
-            start = str(self.directory / branches.trunk_step(self.cfg, step.branch, step.member) / "model")
-        train_reward_model(cfg, self.tokenizer, self.directory / step.name, data, seed, step.name, start)
+        else:
+            if step.member > 1:
+                cfg.trainer.max_steps = self.cfg.pipeline.other_member_steps or cfg.trainer.max_steps
+            if self.cfg.pipeline.sft:
+                start = str(self.directory / branches.trunk_step(self.cfg, step.branch, step.member) / "model")
+        hybrid = step.name in hybrid_members(self.cfg)
+        train_reward_model(cfg, self.tokenizer, self.directory / step.name, data, seed, step.name, start, hybrid)
 
     def _pairs_before(self, step: Step) -> list[Path]:
         """Returns the files of adversarial pairs of the branch's earlier rounds."""
@@ -342,6 +347,7 @@ class Rounds:
         """Loads the first ``count`` members of a round (None: all); those in ``plain`` without reference features."""
         paths = [str(self.directory / model) for model in branches.member_models(self.cfg, branch, number)]
         if self.cfg.reward_model.reference_features:
+            run_on_rank_zero(check_fitted, [Path(path) for k, path in enumerate(paths[:count], 1) if k not in plain])
             off = "?reference_features=off"
             paths = [f"{path}{off}" if k in plain else path for k, path in enumerate(paths[:count], 1)]
         return load_members(for_stage(self.cfg, "train_rm"), paths[:count], self.tokenizer, opened)

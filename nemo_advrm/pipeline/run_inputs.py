@@ -24,6 +24,7 @@ class Inputs:
     def __init__(self, cfg: Config) -> None:
         self.cfg = cfg
         self.tokenizer = build_tokenizer(cfg.model.tokenizer)
+        self._annotated: dict[int, EncodedPreferences] = {}
 
     def check(self) -> None:
         """Reads and encodes all of them, so that bad input is reported before anything starts."""
@@ -53,10 +54,13 @@ class Inputs:
         """Returns the pairs of a member (from 1): those of the data files, or in the embedded language its own."""
         if not labels_by_gold(self.cfg):
             return self._shared_preferences
-        home = Path(self.cfg.run_dir) / "preferences"
-        names = f"train_{member}", "validation"
-        train, validation = (load_preferences(home / f"{name}.jsonl").rows for name in names)
-        return encode_rows(for_stage(self.cfg, "train_rm"), self.tokenizer, train, validation)
+        if member not in self._annotated:
+            home = Path(self.cfg.run_dir) / "preferences"
+            names = f"train_{member}", "validation"
+            train, validation = (load_preferences(home / f"{name}.jsonl").rows for name in names)
+            cfg = for_stage(self.cfg, "train_rm")
+            self._annotated[member] = encode_rows(cfg, self.tokenizer, train, validation)
+        return self._annotated[member]
 
     @cached_property
     def _shared_preferences(self) -> EncodedPreferences:

@@ -23,6 +23,7 @@ from nemo_advrm.errors import ConfigError
 from nemo_advrm.objectives.losses import reads_labels
 from nemo_advrm.pipeline import artefacts, branches
 from nemo_advrm.pipeline.dag import Step, added_since, is_skipped, of_run
+from nemo_advrm.pipeline.hybrids import lacks_features
 from nemo_advrm.pipeline.rounds import Rounds
 from nemo_advrm.pipeline.run_inputs import Inputs
 from nemo_advrm.pipeline.state import RunState
@@ -106,13 +107,19 @@ class Pipeline:
             if runtime.current().is_writer:
                 print(f"== {step.name}", flush=True)
             with self.state.running(step.name):
+                is_added_to = step.kind == "train_rm" and run_on_rank_zero(self._result(step).exists)
                 with cost.measured() as spent:
                     self.rounds.do(step)
+                if is_added_to:  # the training is not repeated, and its cost stays
+                    spent = {key: value + (self.state.detail(step.name, key) or 0.0) for key, value in spent.items()}
                 self.state.set_detail(step.name, **spent)
                 left = run_on_rank_zero(artefacts.describe, self.directory, step)
                 self.state.set_detail(step.name, files=left)
         finally:
             locks.release(self.directory / "locks", _lock(step))
+
+    def _result(self, step: Step) -> Path:
+        return self.directory / step.name / "result.json"
 
     def _is_over(self, step: Step) -> bool:
         return self.state.is_complete(step.name) or is_skipped(self.cfg, step, self.state.detail)
@@ -133,11 +140,17 @@ class Pipeline:
                 self.state.set_detail(step.name, status="lost")
 
     def _reopen(self, steps: list[Step]) -> None:
-        """Marks measurements of an arm's runs to be repeated when the arm has more runs since."""
+        """Marks what later arms made incomplete: measurements of an arm's runs, and members without features."""
         for step in steps:
             if self.state.is_complete(step.name) and (added := added_since(step, self.state.detail)):
                 if runtime.current().is_writer:
                     print(f"{step.name} was complete before {', '.join(added)} were added: it is run again", flush=True)
+                self.state.set_detail(step.name, status="outdated")
+            if run_on_rank_zero(lacks_features, self.cfg, step, self.state.detail):
+                if runtime.current().is_writer:
+                    print(
+                        f"{step.name} was trained before its reference features were used: they are fitted", flush=True
+                    )
                 self.state.set_detail(step.name, status="outdated")
 
     def _check_needed(self, only: Step) -> None:

@@ -22,9 +22,11 @@ from nemo_advrm.data.pair_store import PairStore
 from nemo_advrm.data.parallel_encoding import Workers
 from nemo_advrm.data.preferences import PreferencePair
 from nemo_advrm.data.prompts import validation_places
-from nemo_advrm.data.stored_rows import JoinedRows, selected
+from nemo_advrm.data.stored_rows import JoinedRows, rows_at, selected
 from nemo_advrm.data.tokenizers import Tokenizer
 from nemo_advrm.engine import runtime
+from nemo_advrm.engine.collectives import run_on_rank_zero
+from nemo_advrm.engine.feature_file import FeatureWeights
 from nemo_advrm.engine.scoring import score_sequences
 from nemo_advrm.errors import ConfigError, DataError
 from nemo_advrm.models.reward_model import RewardModel
@@ -34,11 +36,12 @@ from nemo_advrm.objectives.losses import reads_labels
 from nemo_advrm.rewards.features import HybridReward
 from nemo_advrm.rewards.hybrid import fit_features, fixed_prompts, frozen_policy, with_prompts
 from nemo_advrm.rewards.local import MegatronReward
+from nemo_advrm.rewards.sources import load_members
 from nemo_advrm.rewards.token_sequences import rollouts_of
 from nemo_advrm.seeds import derive_seed
 from nemo_advrm.training.callbacks.augmentation import AdversarialAugmentation
 from nemo_advrm.training.rrm_rows import rrm_rows
-from nemo_advrm.training.run_training import fit, read_result, write_result
+from nemo_advrm.training.run_training import add_features, fit, read_result, write_result
 
 _log = logging.getLogger(__name__)
 
@@ -142,6 +145,7 @@ def train_reward_model(
     seed: int,
     title: str,
     restore_from: str,
+    hybrid: bool = True,
 ) -> dict[str, float]:
     """Trains into ``directory/model`` and returns the validation metrics; a finished training is not repeated.
 
@@ -154,11 +158,15 @@ def train_reward_model(
         seed: seed of weights, data order and augmentation.
         title: name of the training in progress lines.
         restore_from: checkpoint to start from; empty starts from random weights.
+        hybrid: fit the weights of reference features, if these are configured. A model that was trained without them
+            gets them when it is asked for again.
     """
     finished = read_result(directory, "val/accuracy", "val/loss", "val/margin")
-    if finished is not None:
-        return finished
+    hybrid = hybrid and bool(cfg.reward_model.reference_features)
     policy = frozen_policy(cfg, restore_from)
+    if finished is not None:
+        has_all = not hybrid or run_on_rank_zero(FeatureWeights.read, directory / "model") is not None
+        return finished if has_all else _add_features(cfg, tokenizer, directory, data, policy, finished)
     train_rows: Sequence[EncodedPair] = data.train
     stores = [Path(p) for p in cfg.augmentation.pairs_path.split(",") if p]
     for store in stores if runtime.current().is_writer else ():
@@ -176,10 +184,12 @@ def train_reward_model(
     module = kind(cfg, tokenizer, train_rows, data.validation, restore_from, seed)
     fit(module, cfg, directory, title, callbacks, validate=True)
     metrics = {**module.validation_metrics, **_mismatch(module, data.mismatched)}
-    hybrid = _fit_features(module, data, policy)
-    if hybrid is not None:
-        metrics |= _hybrid_metrics(hybrid, data, cfg)
-    write_result(directory, module, metrics, hybrid.weights if hybrid else None, steps=module.max_steps, **metrics)
+    weights = None
+    if hybrid:
+        member = MegatronReward("the trained model", module.model, module.tokenizer)
+        weights, measured = _fit_features(cfg, member, data, policy)
+        metrics |= measured
+    write_result(directory, module, metrics, weights, steps=module.max_steps, **metrics)
     return metrics
 
 
@@ -222,17 +232,37 @@ def _augmentation(
     )
 
 
-def _fit_features(module: RewardModel, data: EncodedPreferences, policy: str) -> HybridReward | None:
-    """Fits the configured reference features of the trained model; None without features."""
-    cfg = module.config
-    if not cfg.reward_model.reference_features:
-        return None
-    member = MegatronReward("the trained model", module.model, module.tokenizer)
-    hybrid = fit_features(cfg, member, data.held_out, data.prompts, policy)
+def _fit_features(
+    cfg: Config, member: MegatronReward, data: EncodedPreferences, policy: str
+) -> tuple[FeatureWeights, dict[str, float]]:
+    """Fits the configured reference features of a trained model and returns their weights and the hybrid's metrics."""
+    places = evenly_spread(len(data.held_out), cfg.reward_model.feature_pairs)
+    hybrid = fit_features(cfg, member, rows_at(data.held_out, places), data.prompts, policy)
     if runtime.current().is_writer:
         for line in hybrid.weights.warnings():
             print(line, flush=True)
-    return hybrid
+    return hybrid.weights, _hybrid_metrics(hybrid, data, cfg)
+
+
+def _add_features(
+    cfg: Config,
+    tokenizer: Tokenizer,
+    directory: Path,
+    data: EncodedPreferences,
+    policy: str,
+    finished: dict[str, float],
+) -> dict[str, float]:
+    """Fits the reference features of a finished training that has none; returns all its metrics."""
+    (member,) = load_members(cfg, [f"{directory / 'model'}?reference_features=off"], tokenizer)
+    assert isinstance(member, MegatronReward)
+    weights, measured = _fit_features(cfg, member, data, policy)
+    add_features(directory, {**finished, **measured}, weights)
+    return {**finished, **measured}
+
+
+def evenly_spread(count: int, most: int) -> list[int]:
+    """Returns at most ``most`` of the places 0 .. count - 1, evenly spread over them; 0 means all."""
+    return [place * count // most for place in range(most)] if 0 < most < count else list(range(count))
 
 
 def _hybrid_metrics(hybrid: HybridReward, data: EncodedPreferences, cfg: Config) -> dict[str, float]:

@@ -131,11 +131,24 @@ def write_result(
     """
     save_model(directory, module, **meta)
     if features is not None:
-        stored = features
-        checkpoint.write_on_rank_zero(directory / "model", lambda: stored.write(directory / "model"))
+        _write_features(directory, features)
     results.mark(directory, "result.json", metrics, records(directory))
     drop_training_checkpoints(directory)
     module.release()
+
+
+def add_features(directory: Path, metrics: dict[str, float], features: FeatureWeights) -> None:
+    """Stores the weights of a hybrid reward model with a training that is finished, and its metrics with them.
+
+    A kill in between leaves an unfinished training, which is done again.
+    """
+    run_on_rank_zero((directory / "result.json").unlink)
+    _write_features(directory, features)
+    results.mark(directory, "result.json", metrics, records(directory))
+
+
+def _write_features(directory: Path, features: FeatureWeights) -> None:
+    checkpoint.write_on_rank_zero(directory / "model", lambda: features.write(directory / "model"))
 
 
 def save_model(directory: Path, module: TrainableModel, **meta: float) -> None:
