@@ -159,7 +159,8 @@ class Rounds:
             if self.cfg.pipeline.sft:
                 start = str(self.directory / branches.trunk_step(self.cfg, step.branch, step.member) / "model")
         hybrid = step.name in hybrid_members(self.cfg)
-        train_reward_model(cfg, self.tokenizer, self.directory / step.name, data, seed, step.name, start, hybrid)
+        home = self.directory / step.name
+        train_reward_model(cfg, self.tokenizer, home, data, seed, step.name, start, hybrid=hybrid)
 
     def _pairs_before(self, step: Step) -> list[Path]:
         """Returns the files of adversarial pairs of the branch's earlier rounds."""

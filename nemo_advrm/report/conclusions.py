@@ -60,11 +60,20 @@ def by_arm(entries: Iterable[Summary]) -> list[dict[str, Summary]]:
 
 
 def interval_cells(by_measure: dict[str, Summary], measures: Iterable[str], absent: str) -> list[str]:
-    """The mean difference of each measure with its interval; `absent` follows a mean without an interval."""
+    """The mean difference of each measure with its interval; `absent` follows a mean without an interval.
+
+    A measure that rests on fewer seeds than the main one says so.
+    """
+    most = max(len(one["seeds"]) for one in by_measure.values())
     return [
-        interval_text(interval_of(by_measure[measure]), absent) if measure in by_measure else ABSENT
-        for measure in measures
+        f"{interval_text(interval_of(one), absent)}{of_seeds(len(one['seeds']), most)}" if one else ABSENT
+        for one in map(by_measure.get, measures)
     ]
+
+
+def of_seeds(known: int, seeds: int) -> str:
+    """`` (3 of 10 seeds)`` behind a figure that not all seeds have; "" behind one that all have."""
+    return f" ({known} of {seeds} seeds)" if known < seeds else ""
 
 
 def compare_study(run: Run, notes: list[str]) -> Summary | None:

@@ -5,10 +5,29 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import median
 
-from nemo_advrm.report.conclusions import COLUMNS, MAIN_MEASURE, by_arm, compare_all, interval_cells, sentence
+from nemo_advrm.report.conclusions import (
+    COLUMNS,
+    MAIN_MEASURE,
+    by_arm,
+    compare_all,
+    interval_cells,
+    of_seeds,
+    sentence,
+)
 from nemo_advrm.report.files import number
 from nemo_advrm.report.names import ABSENT, KIND_TITLES, fixed, flops_text, reward_name
-from nemo_advrm.report.study import ATTACKS, GATES, RLHF, Arm, Line, arms, experiments, missed_gates
+from nemo_advrm.report.statistics import Interval, by_seed, interval_text
+from nemo_advrm.report.study import (
+    ATTACKS,
+    GATES,
+    RLHF,
+    Arm,
+    Line,
+    against_baseline,
+    arms,
+    experiments,
+    missed_gates,
+)
 from nemo_advrm.report.table import to_markdown
 
 
@@ -30,18 +49,54 @@ def render_study(lines: Sequence[Line]) -> str:
 def _means(found: dict[str, Arm], kind: str) -> str:
     rows = []
     for arm in found.values():
-        means = [arm.mean(measure) for measure in COLUMNS[kind]]
         rows.append(
             [
                 reward_name(arm.name),
                 ABSENT if arm.kl is None else f"{arm.kl:g}",
                 _runs_text(arm),
-                *(fixed(None if mean is None else mean.mean) for mean in means),
+                *(_mean(arm, measure) for measure in COLUMNS[kind]),
                 fixed(arm.cost("cpu_seconds"), 0),
                 flops_text(arm.cost("flops")),
             ]
         )
     return to_markdown(["Arm", "KL coefficient", "Seeds x RLHF seeds", *COLUMNS[kind].values(), "CPU s", "FLOPs"], rows)
+
+
+def render_main_arms(lines: Sequence[Line]) -> str:
+    """The short table of the README: mean gold over RLHF of the main arms of `experiment=study`, and one difference."""
+    found = arms(lines, "study", RLHF)
+    columns = ("", "_kl")  # the ends of the arms' names at the two KL penalties
+    if "r1" not in found:
+        return ""
+
+    def cell(name: str) -> str:
+        return _mean(found[name], MAIN_MEASURE, len(found["r1"].seeds)) if name in found else ABSENT
+
+    def difference(name: str) -> str:
+        one = against_baseline(found, name, MAIN_MEASURE) if name in found else None
+        if one is None:
+            return ABSENT
+        interval = interval_text(Interval(one.mean, one.low, one.high))
+        return f"{interval}, higher in {one.better} of {len(one.seeds)} seeds"
+
+    means = {"plain RM": "r1", "hardened RM": "adv_rm"}
+    others = {"the same steps without adversarial pairs": "steps", "hybrid RM": "hybrid"}
+    rows = [[title, *(cell(f"{arm}{end}") for end in columns)] for title, arm in means.items()]
+    rows.append(["hardened less plain", *(difference(f"adv_rm{end}") for end in columns)])
+    rows += [[title, *(cell(f"{arm}{end}") for end in columns)] for title, arm in others.items()]
+    penalties = [found[f"r1{end}"].kl if f"r1{end}" in found else None for end in columns]
+    told = [f"KL coefficient {kl:g}" if kl is not None else ABSENT for kl in penalties]
+    return to_markdown(
+        ["reward", f"{told[0]}: a stress test, almost no penalty", f"{told[1]}: the best for plain RLHF"], rows
+    )
+
+
+def _mean(arm: Arm, measure: str, most: int = 0) -> str:
+    """The mean of an arm; with the number of its seeds if it has fewer than its runs, or than `most`."""
+    mean = arm.mean(measure)
+    if mean is None:
+        return ABSENT
+    return f"{fixed(mean.mean)}{of_seeds(len(by_seed(arm.values(measure))), most or len(arm.seeds))}"
 
 
 def _runs_text(arm: Arm) -> str:

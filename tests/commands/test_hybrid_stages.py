@@ -24,7 +24,7 @@ from nemo_advrm.rewards.hybrid import fixed_prompts, frozen_policy
 from nemo_advrm.rewards.sources import load_members
 from nemo_advrm.rollouts.types import Rollouts
 from nemo_advrm.synthetic.tokenizer import SyntheticTokenizer
-from nemo_advrm.training.reward_model_training import EncodedPreferences, bootstrap, keep_back
+from nemo_advrm.training.reward_model_training import EncodedPreferences, bootstrap, evenly_spread, keep_back
 
 TOKENIZER = ByteTokenizer()
 BYTES = {"meta": {"tokenizer": TOKENIZER.fingerprint, "tokenizer_spec": "byte"}, "vocab_size": 264, "num_layers": 1}
@@ -84,6 +84,23 @@ def test_training_stores_the_weights_with_the_model(trained: tuple[Path, list[st
     assert Path(weights.policy) == home / "policy"
     assert FILE in json.loads((home / "rm" / "model" / manifest.NAME).read_text())["files"]
     assert manifest.wrong_size(home / "rm") is None
+
+
+def test_the_weights_may_be_fitted_on_a_part_of_the_held_out_pairs(trained: tuple[Path, list[str], str]) -> None:
+    home, arguments, _ = trained
+    fewer = ["reward_model.feature_pairs=4", f"run_dir={home / 'fewer'}"]
+    assert cli.main(["train_rm", *arguments, *fewer]) == 0
+    all_pairs, four = (FeatureWeights.read(home / name / "model") for name in ("rm", "fewer"))
+    assert all_pairs is not None and four is not None
+    assert four.pairs == 4 and four.weights != all_pairs.weights and four.prompts == all_pairs.prompts
+    (weights,), (same,) = (sorted((home / name / "model").rglob("*.distcp")) for name in ("rm", "fewer"))
+    assert weights.read_bytes() == same.read_bytes()  # the same pairs are kept from the training
+
+
+def test_a_part_is_evenly_spread() -> None:
+    assert evenly_spread(10, 4) == [0, 2, 5, 7]
+    assert evenly_spread(3, 3) == evenly_spread(3, 0) == evenly_spread(3, 9) == [0, 1, 2]
+    assert evenly_spread(0, 4) == []
 
 
 def test_training_and_evaluate_report_the_same_for_plain_and_hybrid(

@@ -184,6 +184,24 @@ def test_another_configuration_is_refused(finished, capsys: pytest.CaptureFixtur
     assert "selection.max_pairs" in capsys.readouterr().err
 
 
+def assert_same_results(one: Path, two: Path) -> None:
+    """Every model, sample and pair of `one` is in `two`, byte by byte, and each training of `one` has left a model."""
+    kinds = (".distcp", "samples.jsonl", "reference.jsonl", "pairs.jsonl")
+    compared = [path.relative_to(one).as_posix() for path in one.rglob("*") if path.name.endswith(kinds)]
+    trained = [name for name in stages(one) if any(kind in name for kind in ("sft", "rm_", "policy_", "rlhf/"))]
+    assert trained and all(any(name.startswith(f"{home}/model/") for name in compared) for home in trained)
+    assert [name for name in compared if (one / name).read_bytes() != (two / name).read_bytes()] == []
+
+
+def test_workers_that_go_on_after_a_kill_leave_what_one_process_leaves(finished, tmp_path: Path) -> None:
+    """Attacks, selection, retraining and RLHF by two workers; the slow test below has workers from the start."""
+    run_dir, at_kill, _ = finished
+    assert again(tmp_path / "one", "pipeline.until=rlhf/*") == 0
+    by_workers = stages(tmp_path / "one").keys() - {n for n, s in at_kill.items() if s["status"] == "complete"}
+    assert {FIRST_ATTACK, "round_0/select", "round_1/rm_1", "rlhf/r1", "rlhf/adv_rm", "rlhf/hybrid"} <= by_workers
+    assert_same_results(tmp_path / "one", run_dir)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(4 * LIMIT)
 def test_workers_that_were_stopped_and_went_on_leave_what_one_process_leaves(tmp_path: Path) -> None:
@@ -200,12 +218,7 @@ def test_workers_that_were_stopped_and_went_on_leave_what_one_process_leaves(tmp
     assert not any(stage["status"] == "complete" for name, stage in stages(two).items() if "rlhf/adv" in name)
     out, err = start(two, "pipeline.jobs=2").communicate(timeout=LIMIT)
     assert out.count("report: ") == 1, err[-3000:]
-    left = [{p.relative_to(home).as_posix(): p for home in (run,) for p in home.rglob("*")} for run in (one, two)]
-    kinds = (".distcp", "samples.jsonl", "reference.jsonl", "pairs.jsonl")
-    compared = [name for name in left[0] if name.endswith(kinds)]
-    trained = [name for name in stages(one) if any(kind in name for kind in ("sft", "rm_", "policy_", "rlhf/"))]
-    assert trained and all(any(name.startswith(f"{home}/model/") for name in compared) for home in trained)
-    assert [name for name in compared if left[0][name].read_bytes() != left[1][name].read_bytes()] == []
+    assert_same_results(one, two)
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ import pytest
 
 from nemo_advrm.errors import DataError
 from nemo_advrm.report.study import Line, against_baseline, arms, join, missed_gates, read, write_line
-from nemo_advrm.report.study_tables import render_study
+from nemo_advrm.report.study_tables import render_main_arms, render_study
 
 
 def _line(arm: str, seed: int, rlhf_seed: int, area: float, **more: Any) -> Line:
@@ -102,6 +102,42 @@ def test_tables_hold_every_arm_with_intervals_and_mark_seeds_that_miss_a_gate() 
     assert "Seeds that miss a gate, and stay in all tables: 2." in text
     assert "plain: gold fell below its start for good in 2 of 6 runs, at step 7;" in text
     assert "commit abc" in text and "hardware: 2 cores" in text
+
+
+def test_a_figure_that_not_all_seeds_have_says_how_many_do() -> None:
+    reached = {("plain", 0, 1): 1.0, ("plain", 1, 2): 2.0, ("adv_rm", 0, 1): 3.0, ("adv_rm", 1, 1): 9.0}
+    lines = []
+    for line in _study():
+        value = reached.get((line.arm, line.seed, line.rlhf_seed or 0))
+        lines.append(replace(line, measures={**line.measures, "gold_at_kl": value}) if line.arm else line)
+    text = render_study(lines)
+    assert "| plain | 0.02 | 3 x 2 | 0.33 | – | -0.67 | – | 1.50 (2 of 3 seeds) |" in text
+    # the seed that both have, in the same RLHF run
+    difference = next(row for row in text.splitlines() if row.startswith("| Hardened reward model (Adv-RM) − plain"))
+    assert difference.endswith("| +2.00 (one seed: no interval) (1 of 3 seeds) |")
+    assert "(3 of 3 seeds)" not in text
+
+
+def test_the_short_table_holds_the_main_arms_at_both_penalties() -> None:
+    areas = {"r1": 0.0, "adv_rm": 2.0, "steps": 0.5, "r1_kl": 2.0, "adv_rm_kl": 3.0, "hybrid_kl": 2.5}
+    lines = [
+        Line("study", "rlhf", seed, arm, 1, 2.5 if arm.endswith("_kl") else 0.03, base, {"area": area + 0.5 * seed})
+        for arm, area in areas.items()
+        for base in ["" if arm in ("r1", "r1_kl") else "r1_kl" if arm.endswith("_kl") else "r1"]
+        for seed in range(2 if arm == "hybrid_kl" else 3)
+    ]
+    gain = "[{0}, {0}], higher in 3 of 3 seeds"
+    titles, *rows = render_main_arms(lines).splitlines()
+    assert titles.startswith("| reward | KL coefficient 0.03: a stress test, ") and "| KL coefficient 2.5: " in titles
+    assert rows == [
+        "| --- | ---: | ---: |",
+        "| plain RM | 0.50 | 2.50 |",
+        "| hardened RM | 2.50 | 3.50 |",
+        f"| hardened less plain | +2.00 {gain.format('2.00')} | +1.00 {gain.format('1.00')} |",
+        "| the same steps without adversarial pairs | 1.00 | – |",
+        "| hybrid RM | – | 2.75 (2 of 3 seeds) |",
+    ]
+    assert render_main_arms([]) == ""
 
 
 @pytest.mark.parametrize(("count", "told"), [(5, "by luck."), (6, "better, beyond chance.")])

@@ -123,21 +123,37 @@ def test_seeds_are_ranges_and_numbers() -> None:
     assert module("run")._seeds("10-12,15") == [10, 11, 12, 15]
 
 
-def test_the_tables_of_the_page_are_replaced_and_the_rest_stays(tmp_path: Path) -> None:
+def test_the_tables_of_the_page_are_replaced_and_the_rest_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     docs = module("docs")
     page, results = tmp_path / "page.md", tmp_path / "results.jsonl"
+    monkeypatch.setattr(docs, "PAGES", {page: docs.render_study})
     page.write_text(f"before\n\n{docs.BEGIN}\nstale\n{docs.END}\nafter\n")
     for line in runs(2.0, 1.0):
         for seed in (10, 11):
             with open(results, "a") as file:
                 file.write(json.dumps(replace(line, seed=seed).__dict__) + "\n")
     for _ in range(2):  # the same again
-        assert docs.main(page, results) == 0
+        assert docs.main(results) == 0
         text = page.read_text()
         assert text.startswith("before\n") and text.endswith("\nafter\n") and "stale" not in text
         assert "Plain reward model, more KL" in text
     page.write_text("no place")
-    assert docs.main(page, results) == 2 and page.read_text() == "no place"
+    assert docs.main(results) == 2 and page.read_text() == "no place"
+
+
+def test_the_committed_pages_show_the_committed_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    docs = module("docs")
+    copies = {}
+    for page, render in docs.PAGES.items():
+        copies[tmp_path / page.name] = render
+        (tmp_path / page.name).write_bytes(page.read_bytes())
+    monkeypatch.setattr(docs, "PAGES", copies)
+    pages = {page.name: page for page in module("docs").PAGES}
+    assert docs.main() == 0
+    for copy in copies:
+        assert copy.read_text() == pages[copy.name].read_text(), f"make study-docs writes another {copy.name}"
 
 
 def test_arms_that_are_added_to_finished_runs_are_lines_of_the_experiment_these_were_begun_as(

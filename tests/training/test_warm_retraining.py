@@ -46,7 +46,7 @@ def test_a_member_is_trained_with_the_configured_pairs_and_those_of_all_rounds_b
     state: Any = None
     calls: list[tuple[Config, str]] = []
 
-    def trained(cfg: Config, *rest: Any) -> None:
+    def trained(cfg: Config, *rest: Any, hybrid: bool) -> None:
         calls.append((cfg, rest[-1]))
 
     monkeypatch.setattr(rounds, "train_reward_model", trained)
@@ -61,6 +61,24 @@ def test_a_member_is_trained_with_the_configured_pairs_and_those_of_all_rounds_b
     assert last.trainer.max_steps == (warm_steps or cfg.trainer.max_steps)
     assert start == (f"{tmp_path}/round_1/rm_1/model" if warm_steps else "")
     assert cfg.augmentation.pairs_path == "others.jsonl"
+
+
+@pytest.mark.parametrize(("warm_steps", "expected"), [(0, [9, 5, 9, 5]), (4, [9, 5, 4, 4])])
+def test_other_members_may_have_fewer_steps_where_they_are_trained_from_the_policy(
+    warm_steps: int, expected: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = tiny_config()
+    cfg.run_dir, cfg.pipeline.sft, cfg.trainer.max_steps = str(tmp_path), False, 9
+    cfg.pipeline.other_member_steps, cfg.augmentation.warm_steps = 5, warm_steps
+    inputs: Any = SimpleNamespace(tokenizer=TOKENIZER, preferences=lambda member: EncodedPreferences([], [], []))
+    state: Any = None
+    steps: list[int] = []
+    monkeypatch.setattr(rounds, "train_reward_model", lambda cfg, *_, **__: steps.append(cfg.trainer.max_steps))
+    monkeypatch.setattr(rounds, "keep_back", lambda cfg, data: data)
+    made = rounds.Rounds(cfg, state, inputs)
+    for number, member in ((0, 1), (0, 2), (1, 1), (1, 2)):
+        made.do(Step(f"round_{number}/rm_{member}", "train_rm", round=number, member=member))
+    assert steps == expected and cfg.trainer.max_steps == 9
 
 
 def test_with_and_without_pairs_a_member_goes_on_from_the_same_weights_on_the_same_batches(
