@@ -26,7 +26,7 @@ from nemo_advrm.data.stored_rows import JoinedRows, rows_at, selected
 from nemo_advrm.data.tokenizers import Tokenizer
 from nemo_advrm.engine import runtime
 from nemo_advrm.engine.collectives import run_on_rank_zero
-from nemo_advrm.engine.feature_file import FeatureWeights
+from nemo_advrm.engine.feature_file import FILE, FeatureWeights
 from nemo_advrm.engine.scoring import score_sequences
 from nemo_advrm.errors import ConfigError, DataError
 from nemo_advrm.models.reward_model import RewardModel
@@ -163,10 +163,11 @@ def train_reward_model(
     """
     finished = read_result(directory, "val/accuracy", "val/loss", "val/margin")
     hybrid = hybrid and bool(cfg.reward_model.reference_features)
+    if finished is not None and (not hybrid or run_on_rank_zero((directory / "model" / FILE).exists)):
+        return finished
     policy = frozen_policy(cfg, restore_from)
     if finished is not None:
-        has_all = not hybrid or run_on_rank_zero(FeatureWeights.read, directory / "model") is not None
-        return finished if has_all else _add_features(cfg, tokenizer, directory, data, policy, finished)
+        return _add_features(cfg, tokenizer, directory, data, policy, finished)
     train_rows: Sequence[EncodedPair] = data.train
     stores = [Path(p) for p in cfg.augmentation.pairs_path.split(",") if p]
     for store in stores if runtime.current().is_writer else ():

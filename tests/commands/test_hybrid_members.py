@@ -142,7 +142,8 @@ def test_features_that_an_added_arm_uses_are_fitted_then_and_nothing_else_change
     assert {"round_0/rm_1", "rlhf/plain"} <= {name.partition("/model")[0] for name in before}
 
     assert stages.main(load_config([*settings, f"run_dir={later}", HYBRID, PLAIN], "pipeline")) == 0
-    capsys.readouterr()
+    listed = dict(line.split("\t")[::2][:2] for line in capsys.readouterr().out.splitlines() if "\t" in line)
+    assert (listed["round_0/rm_1"], listed["round_0/rm_2"], listed["rlhf/hybrid"]) == ("todo", "complete", "todo")
     assert _pipeline(settings, later, PLAIN, HYBRID) == 0
     out = capsys.readouterr().out
     assert "round_0/rm_1 was trained before its reference features were used: they are fitted" in out
