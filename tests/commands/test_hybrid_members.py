@@ -40,7 +40,7 @@ FEATURES = ["reward_model.reference_features=[log_prob]", "pipeline.plain_member
         ([PLAIN, BRANCH], ["round_0/rm_2"]),
         ([PLAIN, "pipeline.branches.other={pairs: none}"], []),  # attacks nothing
         ([PLAIN, "pipeline.branches.other={pairs: random}"], ["round_0/rm_1", "round_0/rm_2"]),
-        ([HYBRID, "detector.monitors=[disagreement]"], ["round_0/rm_1", "round_0/rm_2"]),
+        ([HYBRID, "detector.monitors=[ensemble_disagreement]"], ["round_0/rm_1", "round_0/rm_2"]),
     ],
 )
 def test_a_member_is_hybrid_where_something_reads_its_features(settings: list[str], expected: list[str]) -> None:
@@ -130,11 +130,12 @@ def _weights(run: Path, member: int) -> dict[str, float]:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(900)
 def test_features_that_an_added_arm_uses_are_fitted_then_and_nothing_else_changes(
     single: Runtime, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = _settings(tmp_path)
-    later, at_once, everywhere = (tmp_path / name for name in ("later", "at_once", "everywhere"))
+    later, everywhere = tmp_path / "later", tmp_path / "everywhere"
     assert _pipeline(settings, later, PLAIN) == 0
     assert not list(later.rglob(FILE))
     stages_before = json.loads((later / "state.json").read_text())["stages"]
@@ -156,14 +157,11 @@ def test_features_that_an_added_arm_uses_are_fitted_then_and_nothing_else_change
     assert trained[1]["cpu_seconds"] > trained[0]["cpu_seconds"] and trained[1]["flops"] > trained[0]["flops"]
     assert stages_before["round_0/rm_2"] == stages_after["round_0/rm_2"]
 
-    # the same as when the arm is there from the start, or when all members are fitted as before
-    assert _pipeline(settings, at_once, PLAIN, HYBRID) == 0
-    both = {f"round_0/rm_{k}" for k in (1, 2)}
-    monkeypatch.setattr(rounds, "hybrid_members", lambda cfg: both)
+    # the same as when both arms are there from the start and the features of all members are fitted
+    monkeypatch.setattr(rounds, "hybrid_members", lambda cfg: {f"round_0/rm_{k}" for k in (1, 2)})
     assert _pipeline(settings, everywhere, PLAIN, HYBRID) == 0
-    assert [path.parts[-3] for path in at_once.rglob(FILE)] == ["rm_1"] and len(list(everywhere.rglob(FILE))) == 2
-    assert _weights(later, 1) == _weights(at_once, 1) == _weights(everywhere, 1)
-    results = [json.loads((run / "round_0" / "rm_1" / "result.json").read_text()) for run in (later, at_once)]
+    assert len(list(everywhere.rglob(FILE))) == 2
+    assert _weights(later, 1) == _weights(everywhere, 1)
+    results = [json.loads((run / "round_0" / "rm_1" / "result.json").read_text()) for run in (later, everywhere)]
     assert results[0] == results[1] and "val/hybrid_accuracy" in results[0]
-    for run in (later, everywhere):
-        assert _bytes(run, "round_0", "rlhf") == _bytes(at_once, "round_0", "rlhf")
+    assert _bytes(later, "round_0", "rlhf") == _bytes(everywhere, "round_0", "rlhf")
