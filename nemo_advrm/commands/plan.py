@@ -11,9 +11,10 @@ from nemo_advrm.config.schema import Config, ModelConfig
 from nemo_advrm.engine.gpus import GPUS, GPUS_PER_NODE, supports
 from nemo_advrm.engine.parameters import model_parameters, stage_parameters
 from nemo_advrm.errors import ConfigError
-from nemo_advrm.plan.jobs import Held, Job, job_of
-from nemo_advrm.plan.memory import RankMemory, all_stages
-from nemo_advrm.plan.search import Candidate, budget, search, single_changes
+from nemo_advrm.plan.job_types import Held, Job
+from nemo_advrm.plan.jobs import job_of
+from nemo_advrm.plan.memory import RankMemory, all_stages, budget
+from nemo_advrm.plan.search import Candidate, search, single_changes
 from nemo_advrm.plan.step_time import Clock
 from nemo_advrm.plan.text import change_line, describe_job, layout_line, memory_table, nodes_of, time_lines
 

@@ -48,6 +48,11 @@ def padded_vocab_size(model: ModelConfig, tokenizer_size: int) -> int:
     return -(-wanted // unit) * unit
 
 
+def tokens_at_once(model: ModelConfig, vocab_size: int) -> int:
+    """Most tokens whose logits over the padded vocabulary a rank makes at once (``model.logits_chunk_size``)."""
+    return max(1, model.logits_chunk_size // (vocab_size // model.tensor_model_parallel_size))
+
+
 def trunk_heads(options: EnsembleConfig) -> int:
     """Members that one reward model holds as heads of its trunk."""
     return options.size if options.share == "trunk" else 1

@@ -6,12 +6,8 @@ import torch
 import torch.distributed as dist
 
 from nemo_advrm.engine import runtime
+from nemo_advrm.engine.generation_memory import cache_bytes_per_token, logits_bytes_per_row, rows_that_fit
 from nemo_advrm.engine.model import MegatronModel
-
-# share of the free memory for caches and logits; the rest is for activations of the prefill and for fragmentation
-_SHARE = 0.8
-# fp32 tensors [rows, vocabulary] at once while tokens are sampled: logits, probabilities, their order, their sums
-_VOCABULARY_TENSORS = 6
 
 
 def rows_at_once(model: MegatronModel, longest: int, asked: int = 0) -> int:
@@ -27,7 +23,7 @@ def rows_at_once(model: MegatronModel, longest: int, asked: int = 0) -> int:
         return asked
     if not rt.on_gpu:
         return 4 * model.model_config.micro_batch_size
-    rows = rows_that_fit(model, longest, _free_bytes(model, rt.device))
+    rows = rows_that_fit(bytes_per_row(model, longest), _free_bytes(model, rt.device))
     if rt.layout.model_parallel > 1:
         least = torch.tensor(rows, device=rt.device)
         dist.all_reduce(least, op=dist.ReduceOp.MIN, group=rt.replica)
@@ -35,19 +31,14 @@ def rows_at_once(model: MegatronModel, longest: int, asked: int = 0) -> int:
     return rows
 
 
-def rows_that_fit(model: MegatronModel, longest: int, free: int) -> int:
-    """Rows whose cache on this rank, and whose logits if it has them, fit into ``free`` bytes; at least 1."""
-    return max(1, int(free * _SHARE) // max(1, bytes_per_row(model, longest)))
-
-
 def bytes_per_row(model: MegatronModel, longest: int) -> int:
     """Bytes of this rank's cache of ``longest`` tokens, and on the last stage of what sampling makes of the logits."""
     config = model.config
     layers = sum(len(part.decoder.layers) for part in model.parts)
     groups = max(1, config.num_query_groups // config.tensor_model_parallel_size)
-    per_token = 2 * layers * groups * config.kv_channels * config.params_dtype.itemsize
+    cache = longest * cache_bytes_per_token(layers, groups * config.kv_channels, config.params_dtype.itemsize)
     has_logits = any(part.post_process for part in model.parts)
-    return longest * per_token + has_logits * _VOCABULARY_TENSORS * 4 * model.vocab_size
+    return cache + has_logits * logits_bytes_per_row(model.vocab_size)
 
 
 def _free_bytes(model: MegatronModel, device: torch.device) -> int:

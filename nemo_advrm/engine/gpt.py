@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from nemo_advrm.config.schema import ModelConfig
 from nemo_advrm.engine import context
 from nemo_advrm.engine.context import SplitLogits
-from nemo_advrm.engine.dimensions import Head
+from nemo_advrm.engine.dimensions import Head, tokens_at_once
 from nemo_advrm.engine.kv_cache import KVCache
 from nemo_advrm.engine.layers import Norm
 from nemo_advrm.engine.log_probs import DeferredLogits
@@ -114,7 +114,7 @@ class HeadedGPT(GPTModel):
             # buffers, so that they are on the model's device; not in its checkpoints
             self.register_buffer("banned_V", banned_V, persistent=False)
             self.register_buffer("own_banned_V", banned_V[rank * part : (rank + 1) * part], persistent=False)
-            self.rows_per_chunk = max(1, model.logits_chunk_size // part)
+            self.rows_per_chunk = tokens_at_once(model, vocab_size)
         else:
             del self.output_layer
             self.head = ScalarHead(config.hidden_size, head_outputs, head_init_std, model.head_bias)

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 from nemo_advrm.config.layout import expert_tensor_parallel_size
 from nemo_advrm.config.schema import ModelConfig
-from nemo_advrm.engine.dimensions import head_size
+from nemo_advrm.engine.dimensions import head_size, tokens_at_once
 from nemo_advrm.engine.flops import Microbatch
 from nemo_advrm.engine.fusions import fuses_activation
 from nemo_advrm.engine.parameters import Sizes
@@ -200,13 +200,24 @@ def backward_bytes(model: ModelConfig, batch: Microbatch, element: int) -> float
     return 2 * boundary + max(at_activation, inner + matrix)
 
 
+def log_prob_bytes(model: ModelConfig, tokens: float, vocab_size: int, element: int) -> float:
+    """Bytes of the logits of a language model, [tokens, V / tp], while log-probabilities are computed.
+
+    Once in the dtype of the elements and, with their gradient, four times in fp32; of all predicted tokens (at most
+    all), or of those that ``model.logits_chunk_size`` allows at once.
+    """
+    at_once = min(tokens, tokens_at_once(model, vocab_size))
+    each = (element if element != _SUM_BYTES else 0) + 4 * _SUM_BYTES
+    return at_once * vocab_size / model.tensor_model_parallel_size * each
+
+
 def head_bytes(
     model: ModelConfig, head: str, batch: Microbatch, vocab_size: int, element: int, kernels: Kernels
 ) -> float:
     """Bytes that the last stage keeps after its layers: the last norm's input, the gathered hidden state, and logits.
 
-    Logits of a language model are [tokens, V / tp] for every predicted token (at most all): once in the dtype of the
-    elements and, while log-probabilities and their gradient are computed, four times in fp32.
+    Where logits are made in chunks, gradients stand beside those of a chunk: of the hidden states of the chunks before
+    it, and of the output layer's weight their sum and the chunk's.
     """
     tokens = batch.tokens / model.context_parallel_size
     norm = boundary_bytes(model, batch, element) * kernels.norm_copies(model)
@@ -215,9 +226,12 @@ def head_bytes(
         return norm + (gathered if model.sequence_parallel else boundary_bytes(model, batch, element))
     if head == "value":
         return norm + gathered + _SUM_BYTES * tokens * model.hidden_size
-    logits = tokens * vocab_size / model.tensor_model_parallel_size
-    half = element if element != _SUM_BYTES else 0
-    return norm + 2 * gathered + logits * (half + 4 * _SUM_BYTES)
+    kept = norm + 2 * gathered + log_prob_bytes(model, tokens, vocab_size, element)
+    if tokens <= tokens_at_once(model, vocab_size):
+        return kept
+    trained = model.peft == "none"
+    weight = element * vocab_size / model.tensor_model_parallel_size * model.hidden_size
+    return kept + gathered + trained * 2 * weight
 
 
 def peak_bytes(

@@ -1,62 +1,15 @@
-"""The job that a stage is on its GPUs: its models, microbatches and data-parallel replicas."""
+"""The job that a stage is on its GPUs: which models it holds, and how its batches are cut."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import replace
 
 from nemo_advrm.config.layout import data_parallel_size
 from nemo_advrm.config.schema import Config
-from nemo_advrm.engine.dimensions import Head, head_outputs, padded_vocab_size, trunk_heads
+from nemo_advrm.engine.dimensions import padded_vocab_size
 from nemo_advrm.engine.flops import Microbatch
-
-
-@dataclass(frozen=True)
-class Held:
-    """Models of one kind that a stage holds.
-
-    ``shared``: it computes with the trained policy's weights, without the adapters, and has none of its own.
-    """
-
-    title: str
-    head: Head
-    trained: bool
-    count: int = 1
-    shared: bool = False
-
-
-@dataclass(frozen=True)
-class Job:
-    """One stage on a number of GPUs, every sequence at ``model.encoder_seq_length``.
-
-    Attributes:
-        cfg: configuration of the stage.
-        gpus: number of GPUs of the job.
-        replicas: data-parallel size.
-        vocab_size: padded vocabulary size.
-        models: models that the stage holds.
-        training: a training microbatch.
-        microbatches: number of training microbatches per step and replica.
-        scoring: a microbatch of forward passes without gradients (RL).
-        rollouts: responses per step and replica; 0 in stages without RL.
-        generated: most responses that a rank generates at once; context-parallel ranks divide the rollouts. The
-            automatic number, which fills the memory that is left, is counted as 4 x micro_batch_size.
-    """
-
-    cfg: Config
-    gpus: int
-    replicas: int
-    vocab_size: int
-    models: tuple[Held, ...]
-    training: Microbatch
-    microbatches: int
-    scoring: Microbatch
-    rollouts: int = 0
-    generated: int = 0
-
-    @property
-    def head_outputs(self) -> int:
-        heads = trunk_heads(self.cfg.ensemble)
-        return heads if heads > 1 else head_outputs(self.cfg.reward_model)
+from nemo_advrm.plan.job_types import Held, Job
+from nemo_advrm.plan.memory import rows_that_fit_all_stages
 
 
 def models_of(cfg: Config) -> tuple[Held, ...]:
@@ -108,7 +61,7 @@ def job_of(cfg: Config, gpus: int, tokenizer_size: int) -> Job:
         rollouts = max(1, cfg.rl.prompts_per_step * cfg.rl.group_size // replicas)
         training = Microbatch(min(single, rollouts), length)
         steps = -(-rollouts // training.rows)
-    return Job(
+    job = Job(
         cfg,
         gpus,
         replicas,
@@ -118,5 +71,11 @@ def job_of(cfg: Config, gpus: int, tokenizer_size: int) -> Job:
         steps,
         scoring,
         rollouts,
-        min(-(-rollouts // model.context_parallel_size), cfg.rl.generation_batch_size or 4 * model.micro_batch_size),
     )
+    return replace(job, generated=_generated(job)) if rollouts else job
+
+
+def _generated(job: Job) -> int:
+    """Responses that a rank generates at once: those asked for, or what the memory that is left has room for."""
+    asked, most = job.cfg.rl.generation_batch_size, -(-job.rollouts // job.cfg.model.context_parallel_size)
+    return min(most, asked or rows_that_fit_all_stages(job))

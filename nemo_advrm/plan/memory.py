@@ -7,9 +7,11 @@ from dataclasses import dataclass, field, replace
 from nemo_advrm.config.layout import expert_tensor_parallel_size, layers_per_stage
 from nemo_advrm.config.schema import Config, ModelConfig
 from nemo_advrm.engine.flops import Microbatch
+from nemo_advrm.engine.generation_memory import cache_bytes_per_token, logits_bytes_per_row, rows_that_fit
+from nemo_advrm.engine.gpus import GPUS
 from nemo_advrm.engine.parameters import Parameters, Sizes, stage_parameters, with_adapters
-from nemo_advrm.plan.activations import head_bytes, layer_terms, on_gpu, peak_bytes
-from nemo_advrm.plan.jobs import Held, Job
+from nemo_advrm.plan.activations import head_bytes, layer_terms, log_prob_bytes, on_gpu, peak_bytes
+from nemo_advrm.plan.job_types import Held, Job
 
 GIB = 2**30
 _GRADIENT = 4  # bytes: gradients are accumulated in fp32
@@ -49,6 +51,17 @@ class RankMemory:
     def phase(self) -> str:
         """The phase that needs most memory."""
         return max(self.phases, key=lambda name: self.phases[name])
+
+
+def budget(cfg: Config) -> float:
+    """Bytes of one GPU that a job may use."""
+    return (GPUS[cfg.plan.gpu].memory - cfg.plan.reserve_gib) * GIB
+
+
+def distinct_stages(model: ModelConfig) -> set[int]:
+    """Stages of which one is the fullest: those between the second and the last need no more than the second."""
+    last = model.pipeline_model_parallel_size - 1
+    return {0, min(1, last), last}
 
 
 def element_bytes(cfg: Config) -> int:
@@ -111,11 +124,21 @@ def _training(job: Job, held: Held, stage: int) -> tuple[float, float]:
     return peak_bytes(model, chunk, waiting, head, job.training, element, on_gpu(model)), head
 
 
+def _cache_bytes_per_row(job: Job, stage: int) -> float:
+    model = job.cfg.model
+    keys = Sizes.of(model).key // model.tensor_model_parallel_size
+    per_token = cache_bytes_per_token(layers_per_stage(model)[stage], keys, element_bytes(job.cfg))
+    return model.encoder_seq_length * per_token
+
+
 def cache_bytes(job: Job, stage: int) -> float:
     """Bytes of keys and values of one stage's layers for all responses generated at once, at full length."""
-    model = job.cfg.model
-    per_token = 2 * Sizes.of(model).key / model.tensor_model_parallel_size * element_bytes(job.cfg)
-    return job.generated * model.encoder_seq_length * per_token * layers_per_stage(model)[stage]
+    return job.generated * _cache_bytes_per_row(job, stage)
+
+
+def _logits_bytes_per_row(job: Job, stage: int) -> int:
+    last = stage == job.cfg.model.pipeline_model_parallel_size - 1
+    return logits_bytes_per_row(job.vocab_size) if last else 0
 
 
 def _generation(job: Job, stage: int) -> float:
@@ -125,52 +148,98 @@ def _generation(job: Job, stage: int) -> float:
     length = model.encoder_seq_length
     prompts = Microbatch(max(1, min(job.generated, model.micro_batch_tokens // length)), length)
     working = layer_terms(whole, prompts, element, on_gpu(whole)).total
-    last = stage == model.pipeline_model_parallel_size - 1
-    logits = job.generated * job.vocab_size * (element + 2 * _GRADIENT) if last else 0.0
-    return cache_bytes(job, stage) + working + logits
+    return cache_bytes(job, stage) + working + job.generated * _logits_bytes_per_row(job, stage)
 
 
 def _scoring(job: Job, stage: int) -> float:
     """Bytes of one layer's activations, and of the logits for log-probabilities of the policies."""
     model, element = job.cfg.model, element_bytes(job.cfg)
     working = layer_terms(model, job.scoring, element, on_gpu(model)).total
-    last = stage == model.pipeline_model_parallel_size - 1
+    if stage < model.pipeline_model_parallel_size - 1:
+        return working
     rows = Microbatch(min(job.scoring.rows, job.training.rows), job.scoring.length)
-    return working + (head_bytes(model, "lm", rows, job.vocab_size, element, on_gpu(model)) if last else 0.0)
+    hidden = head_bytes(model, "value", rows, job.vocab_size, element, on_gpu(model))
+    tokens = rows.tokens / model.context_parallel_size
+    return working + hidden + log_prob_bytes(model, tokens, job.vocab_size, element)
 
 
-def rank_memory(job: Job, stage: int) -> RankMemory:
-    """Memory of each rank of pipeline stage ``stage``; its tensor- and data-parallel ranks have equal parts."""
-    cfg = job.cfg
-    memory = RankMemory(stage)
-    largest_frozen = training = 0.0
+@dataclass
+class _Standing:
+    """Bytes of a stage's models on one rank, whatever it does; see :class:`RankMemory`."""
+
+    parameters: int = 0
+    weights: float = 0.0
+    gradients: float = 0.0
+    optimizer: float = 0.0
+    frozen: float = 0.0
+    largest_frozen: float = 0.0
+
+    @property
+    def trained(self) -> float:
+        return self.weights + self.gradients + self.optimizer
+
+    def while_generating(self, model: ModelConfig, frozen: float) -> float:
+        """Bytes while no model is trained, ``frozen`` of them those of frozen models."""
+        asleep = self.optimizer if model.offload_optimizer_while_generating else 0.0
+        return self.trained - asleep + frozen
+
+
+def _standing(job: Job, stage: int) -> _Standing:
+    cfg, found = job.cfg, _Standing()
     for held in job.models:
         if held.shared:
             continue
         counts = stage_parameters(cfg.model, held.head, job.vocab_size, stage, job.head_outputs)
         if not held.trained:
             weights = weight_bytes(cfg, counts)
-            memory.frozen += held.count * weights
-            largest_frozen = max(largest_frozen, weights)
+            found.frozen += held.count * weights
+            found.largest_frozen = max(found.largest_frozen, weights)
             continue
         counts = with_adapters(counts, cfg.model, stage)
-        memory.parameters += counts.trained.total
-        memory.weights += weight_bytes(cfg, counts)
-        memory.gradients += _GRADIENT * counts.trained.total
-        memory.optimizer += optimizer_bytes(cfg, counts.trained, job.replicas)
+        found.parameters += counts.trained.total
+        found.weights += weight_bytes(cfg, counts)
+        found.gradients += _GRADIENT * counts.trained.total
+        found.optimizer += optimizer_bytes(cfg, counts.trained, job.replicas)
+    return found
+
+
+def _waiting(job: Job, standing: _Standing) -> float:
+    """Bytes of frozen models while none of them computes."""
+    return 0.0 if job.cfg.model.offload_reference else standing.frozen
+
+
+def rows_that_fit_all_stages(job: Job) -> int:
+    """Responses that the fullest stage has room for beside its models, as the engine counts them on a GPU."""
+    return min(_rows_that_fit(job, stage) for stage in distinct_stages(job.cfg.model))
+
+
+def _rows_that_fit(job: Job, stage: int) -> int:
+    standing = _standing(job, stage)
+    free = budget(job.cfg) - standing.while_generating(job.cfg.model, _waiting(job, standing))
+    return rows_that_fit(_cache_bytes_per_row(job, stage) + _logits_bytes_per_row(job, stage), max(0.0, free))
+
+
+def rank_memory(job: Job, stage: int) -> RankMemory:
+    """Memory of each rank of pipeline stage ``stage``; its tensor- and data-parallel ranks have equal parts."""
+    model, standing = job.cfg.model, _standing(job, stage)
+    memory = RankMemory(
+        stage, standing.parameters, standing.weights, standing.gradients, standing.optimizer, standing.frozen
+    )
+    training = 0.0
+    for held in job.models:
+        if not held.trained:
+            continue
         kept, head = _training(job, held, stage)
         if kept > training:
             training, memory.head = kept, head
     memory.activations = training - memory.head
-    standing = memory.weights + memory.gradients + memory.optimizer
-    waiting = 0.0 if cfg.model.offload_reference else memory.frozen
-    memory.phases["train"] = standing + waiting + training
+    waiting = _waiting(job, standing)
+    memory.phases["train"] = standing.trained + waiting + training
     if job.rollouts:
         memory.cache = cache_bytes(job, stage)
-        asleep = memory.optimizer if cfg.model.offload_optimizer_while_generating else 0.0
-        memory.phases["generate"] = standing - asleep + waiting + _generation(job, stage)
-        used = largest_frozen if cfg.model.offload_reference else memory.frozen
-        memory.phases["score"] = standing - asleep + used + _scoring(job, stage)
+        memory.phases["generate"] = standing.while_generating(model, waiting) + _generation(job, stage)
+        used = standing.largest_frozen if model.offload_reference else standing.frozen
+        memory.phases["score"] = standing.while_generating(model, used) + _scoring(job, stage)
     return memory
 
 

@@ -11,10 +11,11 @@ from typing import Any
 
 from nemo_advrm.config.layout import layers_per_stage, validate_layout
 from nemo_advrm.config.schema import Config, ModelConfig
-from nemo_advrm.engine.gpus import GPUS, GPUS_PER_NODE
+from nemo_advrm.engine.gpus import GPUS_PER_NODE
 from nemo_advrm.errors import LayoutError
-from nemo_advrm.plan.jobs import Job, job_of
-from nemo_advrm.plan.memory import GIB, rank_memory
+from nemo_advrm.plan.job_types import Job
+from nemo_advrm.plan.jobs import job_of
+from nemo_advrm.plan.memory import budget, distinct_stages, rank_memory
 from nemo_advrm.plan.step_time import Clock, StepTime
 
 _MICRO_BATCHES = (1, 2, 4, 8)
@@ -42,15 +43,9 @@ class Candidate:
         return [f"{key}={str(value).lower()}" for key, value in self.changes.items()]
 
 
-def budget(cfg: Config) -> float:
-    """Bytes of one GPU that a job may use."""
-    return (GPUS[cfg.plan.gpu].memory - cfg.plan.reserve_gib) * GIB
-
-
 def peak_memory(job: Job) -> float:
-    """Bytes of the fullest rank. Stages between the second and the last need no more than the second."""
-    last = job.cfg.model.pipeline_model_parallel_size - 1
-    return max(rank_memory(job, stage).total for stage in {0, min(1, last), last})
+    """Bytes of the fullest rank."""
+    return max(rank_memory(job, stage).total for stage in distinct_stages(job.cfg.model))
 
 
 def candidate(cfg: Config, gpus: int, tokenizer_size: int, settings: dict[str, Any]) -> Candidate | None:
@@ -121,6 +116,7 @@ def _single_settings(cfg: Config, gpus: int, rows_at_once: int) -> Iterator[list
         chunk = max(layers_per_stage(model)) // model.virtual_pipeline_model_parallel_size
         yield [{"recompute": "block", "recompute_num_layers": layers} for layers in range(1, chunk)]
     yield [{"recompute": "full", "recompute_num_layers": 1}]
+    yield [{"peft": "lora"}]
     yield [{"virtual_pipeline_model_parallel_size": 1}]
     more_stages = [n for n in _divisors(model.num_layers) if n > model.pipeline_model_parallel_size]
     yield [{"pipeline_model_parallel_size": stages, **_EVEN} for stages in more_stages]

@@ -12,7 +12,7 @@ from nemo_advrm.engine.gpus import GPU, GPUS, GPUS_PER_NODE
 from nemo_advrm.engine.parameters import Parameters, Sizes, stage_parameters, with_adapters
 from nemo_advrm.plan.activations import boundary_bytes
 from nemo_advrm.plan.efficiency import measured_share
-from nemo_advrm.plan.jobs import Held, Job
+from nemo_advrm.plan.job_types import Held, Job
 from nemo_advrm.plan.memory import cache_bytes, element_bytes, expert_replicas, rank_memory, weight_bytes
 
 

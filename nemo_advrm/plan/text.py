@@ -7,9 +7,9 @@ from itertools import groupby
 
 from nemo_advrm.config.schema import ModelConfig
 from nemo_advrm.engine.gpus import GPUS, GPUS_PER_NODE
-from nemo_advrm.plan.jobs import Job
-from nemo_advrm.plan.memory import GIB, RankMemory, checkpoint_copy_bytes, host_bytes
-from nemo_advrm.plan.search import Candidate, budget
+from nemo_advrm.plan.job_types import Job
+from nemo_advrm.plan.memory import GIB, RankMemory, budget, checkpoint_copy_bytes, host_bytes
+from nemo_advrm.plan.search import Candidate
 from nemo_advrm.plan.step_time import StepTime, efficiency, step_tokens
 
 _COLUMNS = ("weights", "gradients", "optimizer", "frozen", "activations", "head", "cache", "total")

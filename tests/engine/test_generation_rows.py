@@ -7,7 +7,8 @@ import torch
 from tiny import tiny_config
 
 from nemo_advrm.engine.generation import generate
-from nemo_advrm.engine.generation_rows import bytes_per_row, rows_at_once, rows_that_fit
+from nemo_advrm.engine.generation_memory import rows_that_fit
+from nemo_advrm.engine.generation_rows import bytes_per_row, rows_at_once
 from nemo_advrm.engine.kv_cache import KVCache
 from nemo_advrm.engine.model import MegatronModel, build_model
 from nemo_advrm.engine.runtime import Runtime
@@ -40,5 +41,5 @@ def test_the_bytes_of_a_row_are_those_that_its_cache_allocates(
 @pytest.mark.parametrize("rows", [1, 2, 100])
 def test_as_many_rows_fit_as_their_bytes_allow(model: MegatronModel, rows: int) -> None:
     row = bytes_per_row(model, 50)
-    assert rows_that_fit(model, 50, int(rows * row / 0.8) + 8) == rows
-    assert rows_that_fit(model, 50, 0) == 1
+    assert rows_that_fit(row, int(rows * row / 0.8) + 8) == rows
+    assert rows_that_fit(row, 0) == 1

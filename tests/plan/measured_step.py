@@ -2,7 +2,7 @@
 
 The profiler reports every allocation and release of CPU memory with the running total, so that memory inside operators
 counts too. Argument: a JSON list of objects with keys of ``cfg.model``, and under ``rows``, ``length``, ``head`` the
-microbatch, and ``fused`` for Megatron's fused activation. That and recompute are switched on in Megatron's
+microbatch, ``fused`` for Megatron's fused activation, and ``vocabulary`` its size. The activation and recompute are switched on in Megatron's
 configuration after the model is built.
 """
 
@@ -30,8 +30,8 @@ from nemo_advrm.logging_setup import quiet_libraries
 VOCABULARY = 512
 
 
-def _microbatch(rows: int, length: int, head: str) -> Microbatch:
-    tokens_BS = torch.randint(VOCABULARY, (rows, length))
+def _microbatch(rows: int, length: int, head: str, vocabulary: int) -> Microbatch:
+    tokens_BS = torch.randint(vocabulary, (rows, length))
     lengths_B = torch.full((rows,), length)
     if head == "lm":
         predict_BS = torch.ones(rows, length, dtype=torch.bool)
@@ -54,11 +54,11 @@ def _recompute(model: MegatronModel, granularity: str, layers: int) -> None:
 
 def steps(settings: dict[str, Any]) -> None:
     rows, length, head = settings.pop("rows"), settings.pop("length"), settings.pop("head", "reward")
-    fused = settings.pop("fused", False)
+    fused, vocabulary = settings.pop("fused", False), settings.pop("vocabulary", VOCABULARY)
     recompute, layers = settings.pop("recompute", "none"), settings.pop("recompute_num_layers", 1)
     marker = torch.empty(1)  # an event before all others: the total counts what earlier measurements left
     with record_function("build"):
-        model = build_model(ModelConfig(**settings), PrecisionConfig(), head, VOCABULARY, seed=0)
+        model = build_model(ModelConfig(**settings), PrecisionConfig(), head, vocabulary, seed=0)
         optimizer = MegatronOptimizer(model, OptimConfig(), 1.0)
     if recompute != "none":
         _recompute(model, recompute, layers)
@@ -66,7 +66,7 @@ def steps(settings: dict[str, Any]) -> None:
     for step in range(2):
         with record_function(f"step {step}"):
             optimizer.zero_grad()
-            forward_backward(model, [_microbatch(rows, length, head)] * 2, _loss)
+            forward_backward(model, [_microbatch(rows, length, head, vocabulary)] * 2, _loss)
         with record_function(f"update {step}"):
             optimizer.step(1e-4, step)
     del marker

@@ -200,6 +200,8 @@ MEASURED: dict[str, dict[str, Any]] = {
     "full recompute by twos": {**BASE, "num_layers": 8, "recompute": "full", "recompute_num_layers": 2},
     "block recompute": {**BASE, "num_layers": 6, "recompute": "block", "recompute_num_layers": 3},
     "language model": {**BASE, "head": "lm"},
+    # all logits would take 134 MB, a chunk's 8.4
+    "logits in chunks": {**BASE, "head": "lm", "vocabulary": 8192, "logits_chunk_size": 2**19, "recompute": "full"},
     "value model": {**BASE, "head": "value"},
 }
 
@@ -219,12 +221,12 @@ def measured() -> dict[str, dict[str, int]]:
 def test_model_of_memory_is_within_a_tenth_of_measured_steps(name: str, measured: dict[str, dict[str, int]]) -> None:
     keys = dict(MEASURED[name])
     batch, head = Microbatch(keys.pop("rows"), keys.pop("length")), keys.pop("head", "reward")
-    kernels = replace(ON_CPU, fused_activation=keys.pop("fused", False))
+    kernels, vocabulary = replace(ON_CPU, fused_activation=keys.pop("fused", False)), keys.pop("vocabulary", VOCABULARY)
     model, cfg = ModelConfig(**keys), config("fp32")
     found = measured[name]
-    counts = model_parameters(model, head, VOCABULARY)
+    counts = model_parameters(model, head, vocabulary)
     static = weight_bytes(cfg, counts) + 4 * counts.total + optimizer_bytes(cfg, counts, 1)
-    after = head_bytes(model, head, batch, VOCABULARY, 4, kernels)
+    after = head_bytes(model, head, batch, vocabulary, 4, kernels)
     activations = peak_bytes(model, model.num_layers, 1, after, batch, 4, kernels)
     assert static == pytest.approx(found["static"], rel=0.02)
     assert activations == pytest.approx(found["peak"] - found["static"], rel=0.1)

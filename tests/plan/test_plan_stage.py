@@ -125,8 +125,8 @@ def test_stages_hold_their_models() -> None:
 
 
 def test_keys_and_values_of_the_responses_made_at_once() -> None:
-    planned = job(*LLAMA_70B, "plan.stage=rlhf", "model.micro_batch_size=2")
-    # 8 responses (4 times the microbatch) x 8192 tokens x 20 layers x keys and values of 1 head of 128, in bf16
+    planned = job(*LLAMA_70B, "plan.stage=rlhf", "rl.generation_batch_size=8")
+    # 8 responses x 8192 tokens x 20 layers x keys and values of 1 head of 128, in bf16
     assert cache_bytes(planned, 0) == 8 * 8192 * 20 * 2 * 128 * 2
 
 
@@ -182,8 +182,8 @@ def test_ranks_that_share_sequences_exchange_keys_and_values() -> None:
 def test_ranks_that_share_sequences_share_out_the_responses() -> None:
     overrides = ("model=llama3_8b", "parallel=llama3_8b_8xh100_tp2", "plan.stage=rlhf", "rl.prompts_per_step=16")
     whole, shared = (job(*overrides, f"model.context_parallel_size={n}") for n in (1, 2))
-    assert (whole.replicas, whole.rollouts, whole.generated) == (4, 16, 4)
-    assert (shared.replicas, shared.rollouts, shared.generated) == (2, 32, 4)
+    assert (whole.replicas, whole.rollouts, whole.generated) == (4, 16, 16)
+    assert (shared.replicas, shared.rollouts, shared.generated) == (2, 32, 16)
     assert Clock(shared).step().generate == pytest.approx(Clock(whole).step().generate)
 
 
