@@ -203,21 +203,32 @@ def backward_bytes(model: ModelConfig, batch: Microbatch, element: int) -> float
 def log_prob_bytes(model: ModelConfig, tokens: float, vocab_size: int, element: int) -> float:
     """Bytes of the logits of a language model, [tokens, V / tp], while log-probabilities are computed.
 
-    Once in the dtype of the elements and, with their gradient, four times in fp32; of all predicted tokens (at most
+    Once in the dtype of the elements, if that is not fp32, and three times in fp32: of all predicted tokens (at most
     all), or of those that ``model.logits_chunk_size`` allows at once.
     """
-    at_once = min(tokens, tokens_at_once(model, vocab_size))
-    each = (element if element != _SUM_BYTES else 0) + 4 * _SUM_BYTES
-    return at_once * vocab_size / model.tensor_model_parallel_size * each
+    each = (element if element != _SUM_BYTES else 0) + 3 * _SUM_BYTES
+    return _logits_at_once(model, tokens, vocab_size) * each
+
+
+def _logits_at_once(model: ModelConfig, tokens: float, vocab_size: int) -> float:
+    return min(tokens, tokens_at_once(model, vocab_size)) * vocab_size / model.tensor_model_parallel_size
+
+
+def output_gradient_bytes(model: ModelConfig, vocab_size: int, element: int) -> float:
+    """Bytes of the gradient of a language model's output layer, before it is added up; 0 if that is not trained."""
+    if model.peft != "none":
+        return 0.0
+    return element * vocab_size / model.tensor_model_parallel_size * model.hidden_size
 
 
 def head_bytes(
     model: ModelConfig, head: str, batch: Microbatch, vocab_size: int, element: int, kernels: Kernels
 ) -> float:
-    """Bytes that the last stage keeps after its layers: the last norm's input, the gathered hidden state, and logits.
+    """Peak bytes on the last stage after its layers: the last norm's input, the gathered hidden state, and logits.
 
-    Where logits are made in chunks, gradients stand beside those of a chunk: of the hidden states of the chunks before
-    it, and of the output layer's weight their sum and the chunk's.
+    The peak is while log-probabilities are computed, or while the gradient of the output layer is made of that of the
+    logits. Where logits are made in chunks, the gradients of the chunks before stand beside them: those of their
+    hidden states, and the output layer's.
     """
     tokens = batch.tokens / model.context_parallel_size
     norm = boundary_bytes(model, batch, element) * kernels.norm_copies(model)
@@ -226,21 +237,37 @@ def head_bytes(
         return norm + (gathered if model.sequence_parallel else boundary_bytes(model, batch, element))
     if head == "value":
         return norm + gathered + _SUM_BYTES * tokens * model.hidden_size
-    kept = norm + 2 * gathered + log_prob_bytes(model, tokens, vocab_size, element)
-    if tokens <= tokens_at_once(model, vocab_size):
-        return kept
-    trained = model.peft == "none"
-    weight = element * vocab_size / model.tensor_model_parallel_size * model.hidden_size
-    return kept + gathered + trained * 2 * weight
+    weight = output_gradient_bytes(model, vocab_size, element)
+    of_logits = _SUM_BYTES * _logits_at_once(model, tokens, vocab_size)
+    peak = max(log_prob_bytes(model, tokens, vocab_size, element), weight + of_logits)
+    before = gathered + weight if tokens > tokens_at_once(model, vocab_size) else 0.0
+    return norm + 2 * gathered + before + peak
 
 
 def peak_bytes(
-    model: ModelConfig, layers: int, in_flight: float, head: float, batch: Microbatch, element: int, kernels: Kernels
+    model: ModelConfig,
+    layers: int,
+    in_flight: float,
+    head: float,
+    batch: Microbatch,
+    element: int,
+    kernels: Kernels,
+    tied: float = 0.0,
 ) -> float:
     """Peak activation bytes of training on one stage: ``in_flight`` microbatches, and one in its backward pass.
 
-    ``layers`` counts one model chunk; ``head`` is :func:`head_bytes` on the last stage, else 0.
+    Args:
+        layers: those of one model chunk.
+        head: :func:`head_bytes` on the last stage, else 0.
+        tied: gradient of an output layer that waits in the layers' backward pass for that of the embedding with the
+            same weight (:func:`tied_bytes`).
     """
     kept = in_flight * chunk_bytes(model, layers, batch, element, kernels)
     again = recomputed_bytes(model, layers, batch, element, kernels)
-    return kept + max(head, again + backward_bytes(model, batch, element))
+    return kept + max(head, tied + again + backward_bytes(model, batch, element))
+
+
+def tied_bytes(model: ModelConfig, head: str, vocab_size: int, element: int) -> float:
+    """Bytes of the gradient of an output layer that shares its weight with the embedding of the same stage."""
+    tied = head == "lm" and model.share_embeddings_and_output_weights and model.pipeline_model_parallel_size == 1
+    return output_gradient_bytes(model, vocab_size, element) if tied else 0.0

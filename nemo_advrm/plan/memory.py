@@ -10,7 +10,7 @@ from nemo_advrm.engine.flops import Microbatch
 from nemo_advrm.engine.generation_memory import cache_bytes_per_token, logits_bytes_per_row, rows_that_fit
 from nemo_advrm.engine.gpus import GPUS
 from nemo_advrm.engine.parameters import Parameters, Sizes, stage_parameters, with_adapters
-from nemo_advrm.plan.activations import head_bytes, layer_terms, log_prob_bytes, on_gpu, peak_bytes
+from nemo_advrm.plan.activations import head_bytes, layer_terms, log_prob_bytes, on_gpu, peak_bytes, tied_bytes
 from nemo_advrm.plan.job_types import Held, Job
 
 GIB = 2**30
@@ -121,7 +121,8 @@ def _training(job: Job, held: Held, stage: int) -> tuple[float, float]:
     head = head_bytes(model, held.head, job.training, job.vocab_size, element, on_gpu(model)) if last else 0.0
     chunk = layers[stage] // model.virtual_pipeline_model_parallel_size
     waiting = in_flight(model, stage, job.microbatches)
-    return peak_bytes(model, chunk, waiting, head, job.training, element, on_gpu(model)), head
+    tied = tied_bytes(model, held.head, job.vocab_size, element)
+    return peak_bytes(model, chunk, waiting, head, job.training, element, on_gpu(model), tied), head
 
 
 def _cache_bytes_per_row(job: Job, stage: int) -> float:

@@ -25,6 +25,7 @@ from nemo_advrm.plan.activations import (
     layer_terms,
     on_gpu,
     peak_bytes,
+    tied_bytes,
 )
 from nemo_advrm.plan.memory import in_flight, optimizer_bytes, weight_bytes
 
@@ -200,8 +201,18 @@ MEASURED: dict[str, dict[str, Any]] = {
     "full recompute by twos": {**BASE, "num_layers": 8, "recompute": "full", "recompute_num_layers": 2},
     "block recompute": {**BASE, "num_layers": 6, "recompute": "block", "recompute_num_layers": 3},
     "language model": {**BASE, "head": "lm"},
-    # all logits would take 134 MB, a chunk's 8.4
-    "logits in chunks": {**BASE, "head": "lm", "vocabulary": 8192, "logits_chunk_size": 2**19, "recompute": "full"},
+    "large vocabulary": {**BASE, "head": "lm", "vocabulary": 8192, "recompute": "full"},
+    # all logits take 101 MB, a chunk's 25
+    "logits in chunks": {**BASE, "head": "lm", "vocabulary": 8192, "logits_chunk_size": 2**21, "recompute": "full"},
+    "small chunks": {**BASE, "head": "lm", "vocabulary": 8192, "logits_chunk_size": 2**19, "recompute": "full"},
+    "chunks, untied": {
+        **BASE,
+        "head": "lm",
+        "vocabulary": 8192,
+        "logits_chunk_size": 2**19,
+        "recompute": "full",
+        "share_embeddings_and_output_weights": False,
+    },
     "value model": {**BASE, "head": "value"},
 }
 
@@ -227,7 +238,8 @@ def test_model_of_memory_is_within_a_tenth_of_measured_steps(name: str, measured
     counts = model_parameters(model, head, vocabulary)
     static = weight_bytes(cfg, counts) + 4 * counts.total + optimizer_bytes(cfg, counts, 1)
     after = head_bytes(model, head, batch, vocabulary, 4, kernels)
-    activations = peak_bytes(model, model.num_layers, 1, after, batch, 4, kernels)
+    tied = tied_bytes(model, head, vocabulary, 4)
+    activations = peak_bytes(model, model.num_layers, 1, after, batch, 4, kernels, tied)
     assert static == pytest.approx(found["static"], rel=0.02)
     assert activations == pytest.approx(found["peak"] - found["static"], rel=0.1)
     assert static + activations == pytest.approx(found["peak"], rel=0.1)
