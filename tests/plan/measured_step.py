@@ -2,8 +2,8 @@
 
 The profiler reports every allocation and release of CPU memory with the running total, so that memory inside operators
 counts too. Argument: a JSON list of objects with keys of ``cfg.model``, and under ``rows``, ``length``, ``head`` the
-microbatch, ``fused`` for Megatron's fused activation, and ``vocabulary`` its size. The activation and recompute are switched on in Megatron's
-configuration after the model is built.
+microbatch, ``fused`` for Megatron's fused activation, and ``vocabulary`` its size. That activation and recompute are
+switched on in Megatron's configuration after the model is built.
 """
 
 from __future__ import annotations

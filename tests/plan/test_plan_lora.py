@@ -11,7 +11,7 @@ from nemo_advrm.config import load_config
 from nemo_advrm.config.schema import LoraConfig, ModelConfig
 from nemo_advrm.engine.parameters import adapter_parameters
 from nemo_advrm.plan.jobs import job_of
-from nemo_advrm.plan.memory import RankMemory, checkpoint_copy_bytes, rank_memory
+from nemo_advrm.plan.memory import GIB, RankMemory, checkpoint_copy_bytes, rank_memory
 from nemo_advrm.plan.step_time import Clock
 
 LLAMA_8B = ("model=llama3_8b", "parallel=llama3_8b_8xh100_tp2")
@@ -20,7 +20,7 @@ ATTACK = (*LLAMA_8B, "plan.stage=attack", "ensemble.size=3", "trainer.async_chec
 
 def _job(*overrides: str) -> Any:
     cfg = load_config(overrides)
-    return job_of(cfg, cfg.trainer.devices * cfg.trainer.num_nodes, plan.tokenizer_size(cfg))
+    return job_of(cfg, cfg.plan.gpus or cfg.trainer.devices * cfg.trainer.num_nodes, plan.tokenizer_size(cfg))
 
 
 def _memory(*overrides: str) -> RankMemory:
@@ -77,8 +77,20 @@ def test_the_plan_says_what_is_trained() -> None:
     ]
 
 
-def test_the_attack_on_the_340b_model_fits_its_96_gpus_with_adapters_alone() -> None:
+@pytest.mark.parametrize(
+    ("settings", "fits", "gib"),
+    [
+        ([], False, 115.4),
+        (["model.peft=lora"], True, 49.9),
+        (["ensemble.share=trunk"], False, 85.3),
+        (["ensemble.share=trunk", "model.peft=lora"], True, 19.8),
+        (["plan.gpus=192"], False, 92.8),
+        (["plan.gpus=192", "ensemble.share=trunk"], True, 63.3),
+    ],
+)
+def test_attacks_on_five_340b_models_as_the_page_lists_them(settings: list[str], fits: bool, gib: float) -> None:
     nemotron = ("model=nemotron4_340b", "parallel=nemotron4_340b_96xh100_tp8_pp12", "plan.stage=attack")
-    ensemble = (*nemotron, "ensemble.size=5")
-    fits = [plan.fits(job.cfg, plan.all_stages(job)) for job in (_job(*ensemble), _job(*ensemble, "model.peft=lora"))]
-    assert fits == [False, True]
+    job = _job(*nemotron, "ensemble.size=5", *settings)
+    stages = plan.all_stages(job)
+    assert plan.fits(job.cfg, stages) == fits
+    assert max(stage.total for stage in stages) / GIB == pytest.approx(gib, abs=0.05)

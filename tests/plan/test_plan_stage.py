@@ -229,9 +229,9 @@ def test_block_recompute_is_named_with_the_fewest_layers() -> None:
     assert peak_memory(there) > budget(there.cfg)
 
 
-def test_more_gpus_are_named_when_nothing_else_helps() -> None:
+def test_more_gpus_are_named_when_no_other_layout_helps() -> None:
     cfg = load_config(["model=nemotron4_340b", "parallel=nemotron4_340b_96xh100_tp8_pp12", "plan.gpu=a100_40"])
-    assert [option.overrides() for option in single_changes(cfg, 96, 0)] == [["plan.gpus=768"]]
+    assert [option.overrides() for option in single_changes(cfg, 96, 0)] == [["model.peft=lora"], ["plan.gpus=768"]]
 
 
 def test_search_finds_layouts_that_fit_and_none_slower_than_the_recipe() -> None:
