@@ -17,6 +17,7 @@ from functools import cached_property
 from typing import Any
 
 from nemo_advrm.data.messages import Message
+from nemo_advrm.data.text_ids import text_ids
 from nemo_advrm.errors import DataError
 
 _PRIVATE = range(0xF0000, 0xF1000)  # private-use characters
@@ -51,13 +52,13 @@ class SpecialTokens:
 
     def encode_text(self, text: str) -> list[int]:
         """Encode text without special tokens. Raises DataError when the tokenizer has no other ids for it."""
-        ids = self._tokenizer(text, add_special_tokens=False).input_ids
+        ids = text_ids(self._tokenizer, text)
         return ids if self._known.isdisjoint(ids) else self._copy.encode([text])
 
     def encode_rendered(self, messages: Sequence[Message], render: Render) -> list[int]:
         """Encode ``render(messages)``; only special tokens that the template wrote are special."""
         text = render(list(messages))
-        ids = self._tokenizer(text, add_special_tokens=False).input_ids
+        ids = text_ids(self._tokenizer, text)
         contents = [message["content"] for message in messages]
         if not any(first in content for content in contents for first in self._first):
             return ids

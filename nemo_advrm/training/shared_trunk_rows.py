@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
+from nemo_advrm.data.encoding import EncodedPair
+from nemo_advrm.data.stored_rows import BatchedRows, JoinedRows, rows_at
 from nemo_advrm.seeds import derive_seed
 from nemo_advrm.training.reward_model_training import EncodedPreferences, bootstrap, drawn_rows
 
@@ -31,11 +34,32 @@ def rows_of_heads(parts: Sequence[EncodedPreferences], seed: int, resample: bool
     if all(part is first for part in parts):
         if not resample:
             return first
-        weights = torch.stack(counts, -1).float().tolist()
-        pairs = list(first.train)
+        weights_NK = torch.stack(counts, -1).float()
+        pairs = first.train
     else:
         scaled = [sum(sizes) / size * count_N.float() for size, count_N in zip(sizes, counts, strict=True)]
-        weights = torch.block_diag(*(count_N[:, None] for count_N in scaled)).tolist()
-        pairs = [pair for part in parts for pair in part.train]
-    train = [replace(pair, head_weights=tuple(row)) for pair, row in zip(pairs, weights, strict=True)]
-    return replace(first, train=train, held_out=[])
+        weights_NK = torch.block_diag(*(count_N[:, None] for count_N in scaled))
+        pairs = JoinedRows(*(part.train for part in parts))
+    return replace(first, train=WeightedPairs(pairs, weights_NK), held_out=[])
+
+
+class WeightedPairs(BatchedRows[EncodedPair]):
+    """Pairs with weights for the heads of a trunk, [N, K]; those that are in files are read when they are wanted."""
+
+    def __init__(self, pairs: Sequence[EncodedPair], weights_NK: Tensor) -> None:
+        self._pairs = pairs
+        self._weights_NK = weights_NK
+
+    def __len__(self) -> int:
+        return len(self._pairs)
+
+    def __iter__(self) -> Iterator[EncodedPair]:
+        return (_weighted(pair, own_K) for pair, own_K in zip(self._pairs, self._weights_NK, strict=True))
+
+    def take(self, places: Sequence[int]) -> list[EncodedPair]:
+        pairs, weights_nK = rows_at(self._pairs, places), self._weights_NK[list(places)]
+        return [_weighted(pair, own_K) for pair, own_K in zip(pairs, weights_nK, strict=True)]
+
+
+def _weighted(pair: EncodedPair, weights_K: Tensor) -> EncodedPair:
+    return replace(pair, head_weights=tuple(weights_K.tolist()))

@@ -82,7 +82,7 @@ def test_the_plan_says_what_is_trained() -> None:
     [
         ([], False, 115.4),
         (["model.peft=lora"], True, 49.9),
-        (["ensemble.share=trunk"], False, 85.3),
+        (["ensemble.share=trunk"], False, 85.25),
         (["ensemble.share=trunk", "model.peft=lora"], True, 19.8),
         (["plan.gpus=192"], False, 92.8),
         (["plan.gpus=192", "ensemble.share=trunk"], True, 63.3),
