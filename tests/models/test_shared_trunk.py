@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from tiny import TOKENIZER, VOCABULARY, pairs, tiny_config
 from nemo_advrm.config.schema import Config
 from nemo_advrm.config.validation import check_values
 from nemo_advrm.data.encoding import EncodedPair
+from nemo_advrm.data.row_tables import PAIRS
+from nemo_advrm.data.stored_rows import StoredRows, rows_at, write_rows
 from nemo_advrm.engine import checkpoint
 from nemo_advrm.engine.model import build_model
 from nemo_advrm.engine.runtime import Layout, Runtime
@@ -179,3 +182,23 @@ def test_what_heads_cannot_have_is_refused(section: str, key: str, value: Any, m
     setattr(getattr(cfg, section), key, value)
     with pytest.raises(ConfigError, match=f"ensemble.share=trunk: .*{message}"):
         check_values(cfg)
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_pairs_stay_in_their_files_and_are_the_same(tmp_path: Path, together: bool) -> None:
+    read: list[int] = []
+
+    class Watched(StoredRows[EncodedPair]):
+        def take(self, places: Sequence[int]) -> list[EncodedPair]:
+            read.extend(places)
+            return super().take(places)
+
+    stored = [write_rows(tmp_path / f"{k}.arrow", PAIRS, pairs(count, seed=count)) for k, count in enumerate((4, 8))]
+    in_files = [EncodedPreferences(Watched(rows._dataset, PAIRS), [], []) for rows in stored]
+    in_memory = [EncodedPreferences(list(rows), [], []) for rows in stored]
+    parts, expected = ([some[0]] * 2 if together else some for some in (in_files, in_memory))
+    data = rows_of_heads(parts, seed=3, resample=True)
+    assert not read
+    every = list(rows_of_heads(expected, seed=3, resample=True).train)
+    assert rows_at(data.train, [3, 0, 2]) == [every[3], every[0], every[2]] and read == [3, 0, 2]
+    assert list(data.train) == every and len(data.train) == len(every)
