@@ -2,8 +2,8 @@
 
 The profiler reports every allocation and release of CPU memory with the running total, so that memory inside operators
 counts too. Argument: a JSON list of objects with keys of ``cfg.model``, and under ``rows``, ``length``, ``head`` the
-microbatch, ``fused`` for Megatron's fused activation, and ``vocabulary`` its size. That activation and recompute are
-switched on in Megatron's configuration after the model is built.
+microbatch, ``fused`` for Megatron's fused activation, ``vocabulary`` its size, and ``outputs`` the heads of a trunk.
+That activation and recompute are switched on in Megatron's configuration after the model is built.
 """
 
 from __future__ import annotations
@@ -55,10 +55,11 @@ def _recompute(model: MegatronModel, granularity: str, layers: int) -> None:
 def steps(settings: dict[str, Any]) -> None:
     rows, length, head = settings.pop("rows"), settings.pop("length"), settings.pop("head", "reward")
     fused, vocabulary = settings.pop("fused", False), settings.pop("vocabulary", VOCABULARY)
+    outputs = settings.pop("outputs", 1)
     recompute, layers = settings.pop("recompute", "none"), settings.pop("recompute_num_layers", 1)
     marker = torch.empty(1)  # an event before all others: the total counts what earlier measurements left
     with record_function("build"):
-        model = build_model(ModelConfig(**settings), PrecisionConfig(), head, vocabulary, seed=0)
+        model = build_model(ModelConfig(**settings), PrecisionConfig(), head, vocabulary, seed=0, head_outputs=outputs)
         optimizer = MegatronOptimizer(model, OptimConfig(), 1.0)
     if recompute != "none":
         _recompute(model, recompute, layers)
