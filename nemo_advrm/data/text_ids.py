@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import PreTrainedTokenizerFast
-
 
 def text_ids(tokenizer: Any, text: str) -> list[int]:
     """Ids of ``text``, in which special tokens are special, without any that the tokenizer adds.
@@ -13,6 +11,8 @@ def text_ids(tokenizer: Any, text: str) -> list[int]:
     What ``tokenizer(text, add_special_tokens=False).input_ids`` returns, in half of the time: for a text of a hundred
     words, transformers takes as long to check arguments and build a BatchEncoding as the Rust tokenizer to encode.
     """
+    from transformers import PreTrainedTokenizerFast  # takes seconds to import, for a tokenizer it has been
+
     # a class with an encoding of its own, or a tokenizer in Python
     if getattr(type(tokenizer), "_encode_plus", None) is not PreTrainedTokenizerFast._encode_plus:
         return tokenizer(text, add_special_tokens=False).input_ids  # type: ignore[no-any-return]
