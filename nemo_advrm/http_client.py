@@ -32,13 +32,25 @@ class Transient(Exception):
         self.retry_after = retry_after
 
 
+FILTERED, TOO_LONG = "filtered", "too_long"
+_SIGNS = {
+    FILTERED: ("content_filter", "content management policy", "content_policy"),
+    TOO_LONG: ("context_length_exceeded", "maximum context length", "context length", "too many tokens"),
+}
+
+
 class RequestRefused(RewardSourceError):
-    """A status that is neither 200 nor retried; ``content`` is the start of the answer."""
+    """A status that is neither 200 nor retried; ``content`` is the start of the answer.
+
+    ``concerns`` says why this one request was refused, FILTERED or TOO_LONG; "" where others would be refused too.
+    """
 
     def __init__(self, message: str, status: int, content: str) -> None:
         super().__init__(message)
         self.status = status
         self.content = content
+        told = content.lower() if status in (400, 413, 422) else ""
+        self.concerns = next((why for why, signs in _SIGNS.items() if any(sign in told for sign in signs)), "")
 
 
 class NoJSON(RewardSourceError):

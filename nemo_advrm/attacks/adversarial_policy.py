@@ -18,6 +18,7 @@ from nemo_advrm.rewards.find_rule import FindRule
 from nemo_advrm.rollouts.types import Prompt
 from nemo_advrm.training.callbacks.enough_finds import EnoughFinds
 from nemo_advrm.training.callbacks.rollout_records import TrajectoryRecorder
+from nemo_advrm.training.callbacks.served_policy import served_policy_watch
 
 
 class AdversarialPolicy(PolicyModel):
@@ -83,7 +84,8 @@ class AdversarialPolicy(PolicyModel):
             enough: different finds at which the training ends; 0: never early.
         """
         recorder = TrajectoryRecorder(samples, self.target, self.sft_responses, gold)
+        watch = served_policy_watch(self)
         if not enough:
-            return [recorder]
+            return [*watch, recorder]
         rule = FindRule(self.config, self.sft_responses, self.target, self.tokenizer)
-        return [recorder, EnoughFinds(recorder, rule, enough)]
+        return [*watch, recorder, EnoughFinds(recorder, rule, enough)]

@@ -25,7 +25,7 @@ from nemo_advrm.errors import ConfigError
 from nemo_advrm.rewards.base import RewardSource
 from nemo_advrm.rewards.features import ReferenceFeatures
 from nemo_advrm.rewards.find_rule import asks_others
-from nemo_advrm.rollouts.base import UNTRAINED
+from nemo_advrm.rollouts.base import check_trainable
 from nemo_advrm.rollouts.openai_engine import served_model
 from nemo_advrm.rollouts.transformers_engine import hf_directory
 from nemo_advrm.rollouts.types import Prompt
@@ -47,16 +47,11 @@ def check_target_members(cfg: Config, members: int) -> None:
 def check_attack(cfg: Config) -> None:
     """Raises ConfigError for a policy that the rollout engine cannot open, or cannot train where the attack trains."""
     engine, policy = cfg.rl.rollout_engine, cfg.pretrained_checkpoint.restore_from_path
-    if engine not in UNTRAINED:
-        return
     if build_attack(cfg.adversarial.attack).trains:
-        raise ConfigError(
-            f"adversarial.attack={cfg.adversarial.attack} trains the policy; rl.rollout_engine={engine} cannot: "
-            "convert the policy (nemo-advrm convert from=hf), or choose an attack without RL (docs/attacks.md)"
-        )
+        check_trainable(cfg, f"adversarial.attack={cfg.adversarial.attack}")
     if engine == "openai":
-        served_model(policy)
-    else:
+        served_model(cfg.policy_server.policy or policy)
+    elif engine == "transformers":
         hf_directory(policy)
 
 

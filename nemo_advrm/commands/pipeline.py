@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from nemo_advrm.config.layout import at_layout
 from nemo_advrm.config.schema import Config
+from nemo_advrm.errors import ConfigError
 from nemo_advrm.pipeline.dag import LIGHT, find, of_run
 from nemo_advrm.pipeline.runner import Pipeline
 from nemo_advrm.rewards.sources import refuse_people
@@ -15,6 +16,8 @@ from nemo_advrm.run_directory import run_dir
 def main(cfg: Config) -> int:
     """Runs all steps that are not complete in ``run_dir`` and prints the report, or one step (``pipeline.only``)."""
     refuse_people(cfg, "pipeline")
+    if cfg.policy_server.policy:
+        raise ConfigError("policy_server.policy: a pipeline trains the policy that it starts from, so no server has it")
     only = None
     if cfg.pipeline.only:
         only = find(of_run(cfg)[1], cfg.pipeline.only)

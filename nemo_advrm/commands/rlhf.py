@@ -20,6 +20,7 @@ from nemo_advrm.rewards.sft_responses import sample_sft_scores
 from nemo_advrm.rewards.sources import build_gold, load_members, refuse_people
 from nemo_advrm.rewards.standardisation import combined, member_statistics, read_responses
 from nemo_advrm.rewards.watch_list import watching_detectors
+from nemo_advrm.rollouts.base import check_trainable
 from nemo_advrm.rollouts.run_prompts import encode_prompts, rlhf_prompts
 from nemo_advrm.rollouts.types import Prompt
 from nemo_advrm.run_directory import run_dir
@@ -33,6 +34,7 @@ def main(cfg: Config) -> int:
         raise ConfigError("ensemble.members must name at least one reward model")
     if not cfg.pretrained_checkpoint.restore_from_path:
         raise ConfigError("pretrained_checkpoint.restore_from_path is not set: name the policy RLHF starts from")
+    check_trainable(cfg, "rlhf")
     check_held_out(cfg, "rl.held_out_prompts", cfg.rl.held_out_prompts)
     refuse_people(cfg, "rlhf")
     check_members(cfg, watching_detectors(cfg, len(cfg.ensemble.members)))

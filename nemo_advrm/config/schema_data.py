@@ -160,9 +160,34 @@ class PolicyServerConfig:
 
     key_variable: str = free("NEMO_ADVRM_POLICY_KEY", "name of the environment variable that holds the endpoint's key")
     body: dict[str, Any] = key({}, "further fields of each request; null leaves a field out")
+    policy: str = key(
+        "",
+        "the served policy openai:URL#MODEL from whose responses a local copy of it learns by RL, which "
+        "pretrained_checkpoint.restore_from_path names; empty: no RL",
+    )
+    log_probs: str = key(
+        "auto",
+        "log-probabilities of what it sampled that the endpoint tells, where its tokens are ours; of others the start "
+        "policy's stand in",
+        choices={
+            "auto": "asked for where rl.temperature=1, rl.top_p=1 and rl.top_k=0",
+            "always": "the endpoint tells those of the distribution that it samples from",
+            "never": "",
+        },
+    )
+    importance: str = key(
+        "token",
+        "what the ratio of the trained and the served policy is of",
+        choices={"token": "each token by its own", "response": "each token by that of its whole response"},
+    )
+    importance_cap: float = key(2.0, "largest such ratio that the loss is weighted by", Range(at_least=1))
+    min_ess: float = key(0.1, "least effective sample size, as a share of what was sampled", FRACTION)
+    below_min_ess: str = key(
+        "end", "what happens to a training below it", choices={"end": "what was learned is kept", "warn": ""}
+    )
     timeout_seconds: float = free(120.0, "limit of one request", POSITIVE)
     deadline_seconds: float = free(
-        900.0, "limit of 2 x connections responses with their retries; less than trainer.timeout_minutes", POSITIVE
+        900.0, "limit of one response with its retries; less than trainer.timeout_minutes", POSITIVE
     )
     connect_seconds: float = free(30.0, "limit of the endpoint's start", POSITIVE)
     connections: int = free(16, "requests under way at once", COUNT)

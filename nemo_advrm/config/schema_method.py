@@ -120,8 +120,8 @@ class RLConfig:
     algorithm: str = key("rloo", "policy gradient", choices=("rloo", "reinforce", "grpo", "ppo"))
     rollout_engine: str = key(
         "megatron",
-        "what writes the responses: megatron, transformers (a policy hf:DIR), openai (a policy openai:URL#MODEL; no "
-        "command trains these two) or python:MODULE:CLASS",
+        "what writes the responses: megatron, transformers (a policy hf:DIR), openai (a policy openai:URL#MODEL; "
+        "neither is trained, but see policy_server.policy) or python:MODULE:CLASS",
     )
     max_steps: int = key(100, "optimizer steps", COUNT)
     prompts_per_step: int = key(32, "prompts of one batch of rollouts", COUNT)

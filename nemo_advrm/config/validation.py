@@ -8,6 +8,7 @@ from typing import Any
 
 from nemo_advrm.config.keys import ANY_NAME, all_keys
 from nemo_advrm.config.schema import Config, JudgeConfig, ModelConfig
+from nemo_advrm.endpoints import parse_endpoint
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.nearest_name import nearest_name
 from nemo_advrm.registry import ATTACKS, DETECTORS, PREFERENCE_LOSSES, ROLLOUT_ENGINES
@@ -110,6 +111,28 @@ def _check_scoring_deadline(cfg: Config) -> None:
             )
 
 
+def _check_served_policy(cfg: Config) -> None:
+    """Raise ConfigError for a policy that is to learn from a served one, and cannot."""
+    served, start = cfg.policy_server.policy, cfg.pretrained_checkpoint.restore_from_path
+    if not served:
+        return
+    if cfg.rl.rollout_engine != "openai":
+        raise ConfigError(f"policy_server.policy={served}: is asked by rl.rollout_engine=openai alone")
+    if not served.startswith("openai:"):
+        raise ConfigError(f"policy_server.policy={served}: must be openai:URL#MODEL")
+    parse_endpoint(served.removeprefix("openai:"), served, "policy_server.policy", "policy_server.key_variable")
+    if start.startswith(("openai:", "hf:")):
+        raise ConfigError(
+            f"pretrained_checkpoint.restore_from_path={start}: must be the local copy of policy_server.policy, which "
+            "is trained (nemo-advrm convert from=hf makes it)"
+        )
+    if cfg.rl.algorithm == "ppo":
+        raise ConfigError(
+            "rl.algorithm=ppo: its critic would learn the value of what the served policy does next; policy_server."
+            "policy needs rloo, reinforce or grpo"
+        )
+
+
 def check_judge(options: JudgeConfig) -> None:
     """Raise ConfigError for settings of a judge that contradict each other, or that hold its key."""
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", options.key_variable):
@@ -175,6 +198,7 @@ def check_values(cfg: Config) -> None:
     _check_share(cfg)
     _check_augmentation(cfg)
     _check_scoring_deadline(cfg)
+    _check_served_policy(cfg)
     check_judge(cfg.judge)
     if len(cfg.model.optim.betas) != 2:
         raise ConfigError(f"model.optim.betas={cfg.model.optim.betas}: must be two numbers")

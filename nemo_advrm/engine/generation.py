@@ -30,10 +30,13 @@ class Generation:
     """Responses in the order of their prompts.
 
     ``ended`` is False for a response that reached the length limit. Otherwise its last token is the stop token.
+    ``log_probs`` are those of its tokens under the policy that wrote them, in nats, where that is not the model here:
+    NaN where it does not tell them, None where no other policy wrote.
     """
 
     responses: list[list[int]]
     ended: list[bool]
+    log_probs: list[list[float]] | None = None
 
 
 def uniforms(seed: int, rows: int, tokens: int) -> Tensor:

@@ -24,6 +24,7 @@ from nemo_advrm.engine.optim import MegatronOptimizer
 from nemo_advrm.engine.schedule import Sums, forward_backward
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.models.critic import Critic
+from nemo_advrm.models.off_policy import importance_weights, off_policy_metrics, set_behaviour
 from nemo_advrm.models.rollout_batch import RolloutBatch, response_log_probs
 from nemo_advrm.models.trainable import TrainableModel, derive_seed
 from nemo_advrm.objectives import advantages
@@ -51,6 +52,7 @@ class PolicyModel(TrainableModel):
         reference: the reference policy when it is loaded already, else it is loaded from ``restore_from``. With
             ``model.peft=lora`` it is the trained policy without its adapters: one copy of the weights is in memory.
 
+    ``behaviour`` is a policy elsewhere that writes the rollouts; None: the trained policy does, as it is at each step.
     After each step ``last_rollouts`` and ``last_reward_output`` hold this data-parallel rank's rollouts.
     """
 
@@ -74,10 +76,11 @@ class PolicyModel(TrainableModel):
             )
         self.prompts = prompts
         self.reward = reward
+        self.engine = rollout_engine(cfg, tokenizer)
+        self.behaviour = self.engine.behaviour()
         self.model, self.reference = self._open(restore_from, derive_seed(seed, "weights"), reference)
         self.optimizer = MegatronOptimizer(self.model, cfg.model.optim, cfg.trainer.gradient_clip_val)
         self.critic = Critic(cfg, tokenizer, restore_from, seed) if cfg.rl.algorithm == "ppo" else None
-        self.engine = rollout_engine(cfg, tokenizer)
         self.last_rollouts: Rollouts | None = None
         self.last_reward_output: RewardOutput | None = None
 
@@ -133,7 +136,7 @@ class PolicyModel(TrainableModel):
         numbers = uniforms(derive_seed(self.seed, "sampling", step), total, rl.max_new_tokens)
         repeated = [prompt for prompt in batch for _ in range(rl.group_size)]
         own = numbers[rt.dp_rank * rows : (rt.dp_rank + 1) * rows]
-        return self.engine.roll_out(self.model, repeated, own)
+        return self.engine.roll_out(self.model if self.behaviour is None else self.behaviour, repeated, own)
 
     def _compute_rewards(self, rollouts: Rollouts) -> RewardOutput:
         """Returns the rewards to train on; unended responses get the length penalty, which is equal on all ranks."""
@@ -187,6 +190,9 @@ class PolicyModel(TrainableModel):
             rewards_B = rewards_B - rl.kl.coefficient * response_kl(*pair, rl.kl.estimator, "mean")
             noise_B = noise_B + rl.kl.coefficient * masked_mean(kl_noise_BT, data.mask_BT, dim=-1)
         data.advantages_BT = self._advantages(rewards_B, noise_B)[:, None] * data.mask_BT
+        if self.behaviour is not None:
+            set_behaviour(data, rollouts)
+            data.advantages_BT = data.advantages_BT * importance_weights(data, self.config.policy_server)
         return data
 
     def _advantages(self, rewards_B: Tensor, noise_B: Tensor) -> Tensor:
@@ -280,6 +286,8 @@ class PolicyModel(TrainableModel):
         means = dict(zip(columns, table.mean(0).tolist(), strict=True))
         means["proxy_std"] = table[:, 0].std(correction=0).item()
         means["samples"] = float(table.size(0))
+        if self.behaviour is not None:
+            means |= off_policy_metrics(data, reward_output.proxy_N, self.config.policy_server)
         return means
 
 

@@ -30,6 +30,8 @@ class RolloutBatch:
     advantages_BT: Tensor
     old_values_BT: Tensor
     returns_BT: Tensor
+    behaviour_log_probs_BT: Tensor
+    is_told_BT: Tensor
 
     @classmethod
     def of(cls, rollouts: Rollouts) -> RolloutBatch:
@@ -40,7 +42,7 @@ class RolloutBatch:
         lengths_B = torch.tensor([len(r) for r in rollouts.response_tokens])
         longest = max(map(len, rollouts.response_tokens), default=0)  # a rank may have no rollouts
         mask_BT = torch.arange(longest) < lengths_B[:, None]
-        zeros = [torch.zeros(mask_BT.shape) for _ in range(6)]
+        zeros = [torch.zeros(mask_BT.shape) for _ in range(8)]
         return cls(rows, mask_BT, *zeros)
 
     def microbatch(self, model: MegatronModel, rows: list[int], pad_id: int) -> Microbatch:

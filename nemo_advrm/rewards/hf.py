@@ -17,8 +17,8 @@ from nemo_advrm.data.batching import microbatch_cost, pad_rows, split_by_tokens
 from nemo_advrm.data.reading import rule_from_hf_config
 from nemo_advrm.data.tokenizers import HFTokenizer, check_vocabulary
 from nemo_advrm.engine import runtime
+from nemo_advrm.engine.replica import once_per_replica
 from nemo_advrm.errors import RewardSourceError
-from nemo_advrm.rewards.replica import once_per_replica
 from nemo_advrm.rewards.token_sequences import token_sequences
 from nemo_advrm.rollouts.types import Rollouts
 

@@ -16,10 +16,10 @@ from nemo_advrm.config.schema import RemoteConfig
 from nemo_advrm.data.messages import Message
 from nemo_advrm.data.scores import as_scores
 from nemo_advrm.data.tokenizers import Tokenizer, build_tokenizer
+from nemo_advrm.engine.replica import once_per_replica
 from nemo_advrm.errors import RewardSourceError
 from nemo_advrm.http_client import ReplicatedServer, bearer_token
 from nemo_advrm.rewards.base import RewardSource
-from nemo_advrm.rewards.replica import once_per_replica
 from nemo_advrm.rewards.token_sequences import token_sequences, written_out
 from nemo_advrm.rollouts.types import Rollouts
 

@@ -37,12 +37,14 @@ def sample_sft_scores(
 ) -> None:
     """Samples responses of ``pretrained_checkpoint.restore_from_path`` and scores them, unless ``path`` exists.
 
-    The policy is not loaded again where ``reader`` has it.
+    The policy is not loaded again where ``reader`` has it. A served one that it is a copy of writes in its place.
     """
     if run_on_rank_zero(path.exists):
         return
     engine = rollout_engine(cfg, tokenizer)
-    policy = policy_to_sample(cfg, reader.sft_policy)
+    policy: Any = engine.behaviour()
+    if policy is None:
+        policy = policy_to_sample(cfg, reader.sft_policy)
     if policy is None:
         policy = engine.open_policy(cfg.pretrained_checkpoint.restore_from_path)
     per_prompt = cfg.sft_statistics.samples_per_prompt

@@ -13,12 +13,27 @@ from nemo_advrm.engine.builders import build_policy
 from nemo_advrm.engine.generation import Generation
 from nemo_advrm.engine.model import MegatronModel
 from nemo_advrm.engine.sampling import Sampling
+from nemo_advrm.errors import ConfigError
 from nemo_advrm.registry import ROLLOUT_ENGINES
 from nemo_advrm.rollouts.language_model import LanguageModel
 from nemo_advrm.rollouts.megatron_language_model import MegatronLanguageModel
 from nemo_advrm.rollouts.types import Prompt, Rollouts
 
 UNTRAINED = ("transformers", "openai")  # engines whose policies no command trains
+
+
+def check_trainable(cfg: Config, what: str) -> None:
+    """Raises ConfigError where ``rl.rollout_engine`` samples no policy that ``what`` could train."""
+    engine = cfg.rl.rollout_engine
+    if engine not in UNTRAINED or cfg.policy_server.policy:
+        return
+    cure = "convert the policy (nemo-advrm convert from=hf)"
+    if engine == "openai":
+        cure = "name a local copy of it, and the served one in policy_server.policy"
+    raise ConfigError(
+        f"{what} trains the policy; rl.rollout_engine={engine} cannot: {cure}, or choose an attack without RL "
+        "(docs/attacks.md)"
+    )
 
 
 class RolloutEngine(ABC):
@@ -56,7 +71,11 @@ class RolloutEngine(ABC):
         """Returns what :meth:`open_policy` has loaded as a language model, for attacks that train nothing."""
         return MegatronLanguageModel("the SFT policy", policy, self.tokenizer, self.cfg.rl)
 
-    def roll_out(self, policy: MegatronModel, prompts: list[Prompt], uniforms_NT: Tensor) -> Rollouts:
+    def behaviour(self) -> Any | None:
+        """Opens the policy that writes what a trained policy learns from; None: the trained one writes it itself."""
+        return None
+
+    def roll_out(self, policy: Any, prompts: list[Prompt], uniforms_NT: Tensor) -> Rollouts:
         """Samples one response to every entry of ``prompts``; a prompt may be listed several times."""
         generated = self.generate(policy, [prompt.tokens for prompt in prompts], uniforms_NT)
         return Rollouts(
@@ -67,6 +86,7 @@ class RolloutEngine(ABC):
             response_tokens=generated.responses,
             prompt_index=[prompt.index for prompt in prompts],
             fingerprint=self.tokenizer.fingerprint,
+            log_probs=generated.log_probs,
         )
 
 

@@ -23,6 +23,8 @@ class Rollouts:
         rendered: the responses are whole conversations rendered by a chat template, and the prompts are empty.
         tokens_only: sources score the tokens, and must have the tokenizer with ``fingerprint``; else they score the
             text.
+        log_probs: of the response tokens under a policy elsewhere that wrote them, in nats, NaN where it does not tell
+            them; None where no other policy wrote.
         origins: how an attack made each response, in a word or two for its record; None where a policy wrote them.
     """
 
@@ -36,6 +38,7 @@ class Rollouts:
     rendered: bool = False
     tokens_only: bool = False
     origins: list[str] | None = None
+    log_probs: list[list[float]] | None = None
 
     def __len__(self) -> int:
         return len(self.responses)

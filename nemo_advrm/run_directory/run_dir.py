@@ -26,8 +26,8 @@ from nemo_advrm.run_directory import identity, run_files
 # what a run writes before it produces anything
 _BEFORE_RESULTS = ("config.yaml", "versions.yaml", "state.json", "audit.json")
 # locks (versions before 0.2 left files with the other two endings), what `evaluate` writes into any directory, and the
-# answers of judges, which are kept whatever becomes of the run
-_NOT_OF_THE_RUN = re.compile(r"locks|\w+\.(lease.*|lock|owner)|evaluation\.json|judge")
+# answers of judges and served policies, which are kept whatever becomes of the run
+_NOT_OF_THE_RUN = re.compile(r"locks|\w+\.(lease.*|lock|owner)|evaluation\.json|judge|policy_server")
 NOT_BEGUN = "before the work began: nothing is lost, the same command resumes"
 
 
@@ -57,7 +57,7 @@ def start(cfg: Config, megatron: bool = True) -> runtime.Runtime:
     policy = cfg.pretrained_checkpoint.restore_from_path
     if policy.startswith("hf:") and cfg.rl.rollout_engine == "transformers":
         check_language_model(Path(policy.removeprefix("hf:")))
-    elif policy and cfg.rl.rollout_engine != "openai":
+    elif policy and not (policy.startswith("openai:") and cfg.rl.rollout_engine == "openai"):
         read_meta(Path(policy))
     gold = sources.gold_spec(cfg)
     for scorer in [*sources.parse_members(cfg.ensemble.members), *([gold] if gold else [])]:

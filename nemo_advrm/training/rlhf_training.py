@@ -15,6 +15,7 @@ from nemo_advrm.rollouts.types import Prompt
 from nemo_advrm.seeds import derive_seed
 from nemo_advrm.training.callbacks.held_out import HeldOutEvaluation
 from nemo_advrm.training.callbacks.rollout_records import OveroptimizationTracker
+from nemo_advrm.training.callbacks.served_policy import served_policy_watch
 from nemo_advrm.training.run_training import fit, read_result, write_result
 
 
@@ -36,7 +37,8 @@ def run_rlhf(
         cfg, tokenizer, prompts, reward, cfg.pretrained_checkpoint.restore_from_path, derive_seed(seed, "rlhf")
     )
     tracker = OveroptimizationTracker(directory / "samples.jsonl", gold, cfg.rl.evaluation_every, cfg.rl.log_samples)
-    fit(module, cfg, directory, title, [*_held_out(cfg, tokenizer, prompts, reward, gold), tracker], first_step=0)
+    held_out = _held_out(cfg, tokenizer, prompts, reward, gold)
+    fit(module, cfg, directory, title, [*served_policy_watch(module), *held_out, tracker], first_step=0)
     write_result(directory, module, module.step_metrics)
     return module.step_metrics
 

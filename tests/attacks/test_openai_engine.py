@@ -3,47 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from json_server import Answer, JsonServer
+from fake_policy import FakePolicy, completion
+from json_server import Answer
+from reward_members import one_step_of_rl
 
 from nemo_advrm import cli
 from nemo_advrm.audit import settings as settings_of_audit
 from nemo_advrm.config.schema import AuditConfig, Config
 from nemo_advrm.data.tokenizers import ByteTokenizer
+from nemo_advrm.engine.generation import Generation
 from nemo_advrm.engine.runtime import Runtime
 from nemo_advrm.engine.sampling import Sampling
 from nemo_advrm.errors import ConfigError, DataError, RewardSourceError
+from nemo_advrm.rollouts import openai_engine
 from nemo_advrm.rollouts.openai_engine import OpenAIEngine, ServedLanguageModel, served_model
 
 TOKENIZER = ByteTokenizer()
-Serve = Callable[..., "Endpoint"]
-
-
-class Endpoint(JsonServer):
-    """Answers ``/v1/completions`` with ``answer(body)`` and keeps the requests."""
-
-    def __init__(self, answer: Callable[[dict], Answer], listed: Answer = (404, {}, b"{}")) -> None:
-        self.bodies: list[dict] = []
-        self.keys: list[str | None] = []
-
-        def posted(path: str, headers: Mapping[str, str], body: dict) -> Answer:
-            assert path == "/v1/completions"
-            self.bodies.append(body)
-            self.keys.append(headers.get("Authorization"))
-            return answer(body)
-
-        super().__init__(listed, posted)
-        self.policy = f"openai:{self.address}/v1#some/model"
-
-
-def completion(text: str, finish: str = "stop") -> Answer:
-    return 200, {}, json.dumps({"choices": [{"index": 0, "text": text, "finish_reason": finish}]}).encode()
+Serve = Callable[..., FakePolicy]
 
 
 def _words(body: dict) -> str:
@@ -52,15 +37,20 @@ def _words(body: dict) -> str:
 
 @pytest.fixture
 def serve() -> Iterator[Serve]:
-    servers: list[Endpoint] = []
+    servers: list[FakePolicy] = []
 
-    def start(answer: Callable[[dict], Answer], *listed: Answer) -> Endpoint:
-        servers.append(Endpoint(answer, *listed))
+    def start(answer: Callable[[dict], Answer], *listed: Answer) -> FakePolicy:
+        servers.append(FakePolicy(answer, *listed))
         return servers[-1]
 
     yield start
     for server in servers:
         server.close()
+
+
+@pytest.fixture(autouse=True)
+def _beside_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # answers are kept in run_dir
 
 
 def _config(**limits: float) -> Config:
@@ -70,7 +60,7 @@ def _config(**limits: float) -> Config:
     return cfg
 
 
-def _opened(endpoint: Endpoint) -> ServedLanguageModel:
+def _opened(endpoint: FakePolicy) -> ServedLanguageModel:
     return OpenAIEngine(_config(), TOKENIZER).open_policy(endpoint.policy)
 
 
@@ -100,22 +90,77 @@ def test_prompts_go_as_tokens_with_a_seed_of_ours_and_answers_become_tokens(
         "temperature": 0.7,
         "top_p": 0.9,
         "seed": 2**29,
-    }
+    }, "log-probabilities are not asked for where they would be those of another temperature"
     assert [body["seed"] for body in by_prompt] == [2**29, 2**30, 2**29 * 3]
     assert set(endpoint.keys) == {"Bearer key-1"}
 
 
-def test_parts_have_a_deadline_each_and_come_in_their_order(serve: Serve) -> None:
+def test_a_turn_begins_no_request_after_its_end_and_the_next_goes_on(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
     endpoint = serve(lambda body: completion(f"{body['prompt'][0]}"))
-    cfg = _config()
-    cfg.policy_server.connections = 1
+    cfg = _config(connections=1)
     model = OpenAIEngine(cfg, TOKENIZER).open_policy(endpoint.policy)
-    parts: list[int] = []
-    ask = model._once
-    model._once = lambda work, prompts, *rest: (parts.append(len(prompts)), ask(work, prompts, *rest))[1]  # type: ignore
+    monkeypatch.setattr(openai_engine, "turn_seconds", lambda *_: 2.5)
+    ticks, turns = itertools.count(), []
+    model.clock = lambda: float(next(ticks))  # type: ignore[assignment]
+    generated = model._generated
+    model._generated = lambda *args: (turns.append(len(endpoint.bodies)), generated(*args))[1]  # type: ignore
     found = model.generate([[n] for n in range(5)], Sampling(8, (TOKENIZER.eos_id,)), torch.zeros(5, 8))
-    assert parts == [2, 2, 1]
+    assert turns == [0, 2, 4]
     assert found.responses == [[*TOKENIZER.encode(f"{n}"), TOKENIZER.eos_id] for n in range(5)]
+    assert len(endpoint.bodies) == 5
+
+
+def test_what_was_answered_is_kept_when_a_request_fails_for_good_and_no_other_is_begun(serve: Serve) -> None:
+    broken = True
+
+    def answer(body: dict) -> Answer:
+        return (400, {}, b"no such thing") if broken and body["prompt"][0] == 3 else completion(f"{body['prompt'][0]}")
+
+    endpoint = serve(answer)
+
+    def generated() -> Generation:
+        model = OpenAIEngine(_config(connections=1), TOKENIZER).open_policy(endpoint.policy)
+        return model.generate([[n] for n in range(8)], Sampling(8, (TOKENIZER.eos_id,)), torch.zeros(8, 8))
+
+    with pytest.raises(RewardSourceError, match=r"no such thing.*3 of 8 answers are kept in .*jsonl: the same command"):
+        generated()
+    assert [body["prompt"][0] for body in endpoint.bodies] == [0, 1, 2, 3]
+    broken = False
+    found = generated()
+    assert found.responses == [[*TOKENIZER.encode(f"{n}"), TOKENIZER.eos_id] for n in range(8)]
+    assert [body["prompt"][0] for body in endpoint.bodies] == [0, 1, 2, 3, 3, 4, 5, 6, 7]
+    assert generated() == found and len(endpoint.bodies) == 9
+
+
+def test_a_request_that_is_refused_for_what_it_asks_is_an_empty_answer(serve: Serve) -> None:
+    def answer(body: dict) -> Answer:
+        faults = {1: b"maximum context length is 4096", 2: b'{"error": {"code": "content_filter"}}'}
+        content = faults.get(body["prompt"][0])
+        return completion("fine") if content is None else (400, {}, content)
+
+    found = _opened(serve(answer)).generate([[0], [1], [2]], Sampling(8, (TOKENIZER.eos_id,)), torch.zeros(3, 8))
+    assert found.responses == [[*TOKENIZER.encode("fine"), TOKENIZER.eos_id], [], []]
+    assert found.ended == [True, False, False]
+
+
+def test_log_probabilities_are_asked_for_and_told(serve: Serve) -> None:
+    told = {"logprobs": {"tokens": ["h", "i"], "token_logprobs": [-1.5, -0.5]}}
+    endpoint = serve(lambda _: completion("hi", **told))
+    found = _opened(endpoint).generate([[11]], Sampling(4, (TOKENIZER.eos_id,)), torch.zeros(1, 4))
+    assert endpoint.bodies[0]["logprobs"] == 1 and found.log_probs is not None
+    assert found.log_probs[0] == pytest.approx([-1.5, -0.5, math.nan], nan_ok=True)
+    cfg = _config()
+    for setting, sampling, asked in (
+        ("never", Sampling(4, (TOKENIZER.eos_id,)), False),
+        ("auto", Sampling(4, (TOKENIZER.eos_id,), 0.5), False),
+        ("auto", Sampling(4, (TOKENIZER.eos_id,), top_p=0.9), False),
+        ("always", Sampling(4, (TOKENIZER.eos_id,), 0.5), True),
+    ):
+        cfg.policy_server.log_probs = setting
+        OpenAIEngine(cfg, TOKENIZER).open_policy(endpoint.policy).generate([[12]], sampling, torch.zeros(1, 4))
+        assert ("logprobs" in endpoint.bodies[-1]) == asked, (setting, sampling)
 
 
 def test_an_answer_that_cannot_be_encoded_does_not_end_the_run(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,7 +190,7 @@ def test_an_answer_with_more_tokens_here_than_allowed_is_cut_off(serve: Serve) -
     ("fault", "told"),
     [
         ((500, {}, b"{}"), r"policy openai:.*#some/model did not answer within .* \(policy_server.deadline_seconds"),
-        ((400, {}, b"no such model"), r"policy openai:.* refused the request: status 400"),
+        ((400, {}, b"no such model"), r"policy openai:.* refused the request: status 400.*log_probs=never asks for"),
         ((200, {}, b'{"choices": []}'), r"policy openai:.* sent no completion"),
     ],
 )
@@ -201,7 +246,7 @@ def test_an_attack_starts_from_a_served_policy(
         f"run_dir={tmp_path / 'run'}",
     ]
     assert cli.main([*command, "adversarial.attack=adv_rm"]) == 2
-    assert "rl.rollout_engine=openai cannot" in capsys.readouterr().err
+    assert "rl.rollout_engine=openai cannot: name a local copy of it" in capsys.readouterr().err
     assert cli.main([*command, "adversarial.attack=probes", "adversarial.detector=sft_log_prob"]) == 2
     assert "does not read the SFT policy" in capsys.readouterr().err
     assert cli.main([*command, "adversarial.attack=probes", "trainer.timeout_minutes=10"]) == 2
@@ -213,6 +258,83 @@ def test_an_attack_starts_from_a_served_policy(
     assert {row["response"] for row in reference} == {_words(body) for body in endpoint.bodies}
     rows = (tmp_path / "run" / "attack" / "samples.jsonl").read_text().splitlines()
     assert len(rows) == 8
+
+
+@pytest.fixture(scope="module")
+def copied(single: Runtime, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Settings of attacks by RL on functions, of a policy of which there is a local copy."""
+    home = tmp_path_factory.mktemp("copied")
+    members = ["python:planted_scores:likes_e", "python:planted_scores:plain"]
+    return [
+        *one_step_of_rl(home, members),
+        "pipeline.gold=python:planted_scores:dislikes_e",
+        "rl.rollout_engine=openai",
+        "precision.name=fp32",
+        "model.optim.lr=0.02",
+        "model.optim.sched.name=constant",
+        "rl.max_steps=4",
+        "rl.group_size=8",
+        "rl.apply_unended_penalty=false",
+        "sft_statistics.samples_per_prompt=4",
+    ]
+
+
+def _river(body: dict) -> Answer:
+    words = ("this", "old", "river", "sleeps", "these", "birds")
+    return completion(" ".join(words[(body["seed"] >> 3 * place) % 6] for place in range(4)))
+
+
+@pytest.mark.parametrize(("below", "steps"), [("end", 2), ("warn", 4)])
+def test_an_attack_by_rl_ends_when_too_little_of_what_is_served_counts(
+    serve: Serve, copied: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture, below: str, steps: int
+) -> None:
+    endpoint, run = serve(_river), tmp_path / "run"
+    (tmp_path / "held_out.jsonl").write_text('{"prompt": "this tree falls"}\n')
+    server = [f"policy_server.policy={endpoint.policy}", "policy_server.min_ess=0.9999"]
+    held_out = ["adversarial.held_out_prompts=1", f"data.held_out_prompts_path={tmp_path / 'held_out.jsonl'}"]
+    command = ["attack", *copied, *server, *held_out, f"policy_server.below_min_ess={below}", f"run_dir={run}"]
+    assert cli.main(command) == 0
+    home = run / "attack" / "direction_1_policy_1"
+    metrics = [json.loads(line) for line in (home / "metrics.jsonl").read_text().splitlines()]
+    assert [row["off_policy/ess"] < 0.9999 for row in metrics][:2] == [False, True] and len(metrics) == steps
+    told = [r.getMessage() for r in caplog.records if "policy_server.min_ess=0.9999" in r.getMessage()]
+    assert len(told) == 1 and told[0].startswith("step 1: ") and ("ends here" in told[0]) == (below == "end")
+    # SFT responses to both kinds of prompts and the steps' rollouts; the trained policy answers held-out prompts itself
+    assert len(endpoint.bodies) == 2 * 4 + 4 + 16 * steps
+    rows = [json.loads(line) for line in (home / "samples.jsonl").read_text().splitlines()]
+    assert {row["response"] for row in rows} <= {
+        json.loads(_river(body)[2])["choices"][0]["text"] for body in endpoint.bodies
+    }
+    assert len((home / "held_out.jsonl").read_text().splitlines()) == 4 and (home / "model").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        (["rl.algorithm=ppo"], "rl.algorithm=ppo: its critic would learn"),
+        (["policy_server.policy=http://host/v1#M"], "policy_server.policy=http://host/v1#M: must be openai:URL#MODEL"),
+        (["policy_server.policy=openai:http://host/v1"], "policy_server.policy=openai:http://host/v1: must be openai:"),
+        (["rl.rollout_engine=megatron"], "is asked by rl.rollout_engine=openai alone"),
+        (["pretrained_checkpoint.restore_from_path=hf:DIR"], "must be the local copy of policy_server.policy"),
+        (["policy_server.importance_cap=0.5"], "policy_server.importance_cap=0.5: must be"),
+    ],
+)
+def test_what_cannot_learn_from_a_served_policy_is_refused_before_any_work(
+    copied: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], settings: list[str], told: str
+) -> None:
+    served = "policy_server.policy=openai:http://127.0.0.1:9/v1#M"
+    assert cli.main(["attack", *copied, served, *settings, f"run_dir={tmp_path / 'run'}"]) == 2
+    assert told in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_rlhf_needs_a_local_copy_and_a_pipeline_has_none_of_its_policies_served(
+    copied: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["rlhf", *copied, f"run_dir={tmp_path / 'run'}"]) == 2
+    assert "rlhf trains the policy; rl.rollout_engine=openai cannot: name a local copy" in capsys.readouterr().err
+    served = ["policy_server.policy=openai:http://127.0.0.1:9/v1#M", "rl.rollout_engine=openai"]
+    assert cli.main(["pipeline", *served, f"run_dir={tmp_path / 'run'}"]) == 2
+    assert "a pipeline trains the policy that it starts from" in capsys.readouterr().err
 
 
 def test_an_audit_starts_from_a_served_policy(

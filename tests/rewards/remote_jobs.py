@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from nemo_advrm.engine import runtime
+from nemo_advrm.engine.replica import once_per_replica
 from nemo_advrm.errors import RewardSourceError
-from nemo_advrm.rewards.replica import once_per_replica
 
 calls = 0
 

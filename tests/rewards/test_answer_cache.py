@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from nemo_advrm.answer_cache import AnswerCache, digest
 from nemo_advrm.errors import ConfigError
-from nemo_advrm.rewards.judges.answer_cache import AnswerCache, digest
 
 
 def test_answers_survive_and_the_first_one_of_a_key_counts(tmp_path: Path) -> None:

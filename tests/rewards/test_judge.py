@@ -18,8 +18,8 @@ from fake_judge import Answer, FakeJudge, chats, completion, judged, question_of
 
 from nemo_advrm import cli
 from nemo_advrm.config.schema import Config, JudgeConfig
+from nemo_advrm.engine import replica
 from nemo_advrm.errors import ConfigError, RewardSourceError
-from nemo_advrm.rewards import replica
 from nemo_advrm.rewards.base import answered_scores, checked_scores
 from nemo_advrm.rewards.judges import chat
 from nemo_advrm.rewards.judges.pairwise import pairwise

@@ -6,28 +6,24 @@ import dataclasses
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from nemo_advrm.answer_cache import AnswerCache, digest
 from nemo_advrm.config.schema import JudgeConfig
 from nemo_advrm.endpoints import endpoint_key
+from nemo_advrm.engine.replica import in_threads, turn_seconds
 from nemo_advrm.errors import RewardSourceError, one_line
-from nemo_advrm.http_client import NoJSON, ReplicatedServer, RequestRefused
-from nemo_advrm.rewards.judges.answer_cache import AnswerCache, digest
+from nemo_advrm.http_client import FILTERED, TOO_LONG, NoJSON, ReplicatedServer, RequestRefused
 from nemo_advrm.rewards.judges.counts import Counts, record
 from nemo_advrm.rewards.judges.questions import is_refusal
-from nemo_advrm.rewards.replica import turn_seconds
 
 T = TypeVar("T")
-ANSWERED, REFUSED, UNREADABLE, TOO_LONG = "answered", "refused", "unreadable", "too_long"
+ANSWERED, REFUSED, UNREADABLE = "answered", "refused", "unreadable"
 # answers that are no chat completions are asked for again this often: proxies and overloaded servers send such
 _GARBLED_TRIES = 3
 _LONGEST_ANSWER = 1 << 16  # characters
-# the refusals with status 400 that concern one question, not all
-_FILTERED = ("content_filter", "content management policy", "content_policy")
-_OVERLONG = ("context_length_exceeded", "maximum context length", "context length", "too many tokens")
 
 
 @dataclass(frozen=True)
@@ -125,19 +121,10 @@ class ChatJudge:
     ) -> list[Verdict[T] | None]:
         stop = self.clock() + turn_seconds(self.timeout_minutes, self.options.deadline_seconds)
 
-        def work(question: str) -> Verdict[T] | None:
-            return self._verdict(question, read, reminder) if self.clock() < stop else None
+        def work(question: str) -> Verdict[T]:
+            return self._verdict(question, read, reminder)
 
-        with ThreadPoolExecutor(max(1, min(len(questions), self.options.connections))) as pool:
-            futures: list[Future[Verdict[T] | None]] = [pool.submit(work, question) for question in questions]
-            try:
-                wait(futures, return_when=FIRST_EXCEPTION)
-            finally:  # a dead endpoint would else be waited for once for each question
-                pool.shutdown(wait=False, cancel_futures=True)
-            failed = next((f for f in futures if f.done() and not f.cancelled() and f.exception() is not None), None)
-            if failed is not None:
-                failed.result()
-            return [future.result() for future in futures]
+        return in_threads(work, questions, self.options.connections, stop, self.clock)
 
     def _verdict(self, question: str, read: Callable[[str, bool], T | None], reminder: str) -> Verdict[T]:
         messages = [{"role": "user", "content": _encodable(question)}]
@@ -192,11 +179,9 @@ class ChatJudge:
             try:
                 return self._read_completion(self.server.call("POST", "/chat/completions", body, deadline))
             except RequestRefused as error:
-                about = error.content.lower()
-                if error.status in (400, 413, 422) and any(word in about for word in _FILTERED):
-                    return {"outcome": REFUSED, "text": error.content, "cut": False}
-                if error.status in (400, 413, 422) and any(word in about for word in _OVERLONG):
-                    return {"outcome": TOO_LONG, "text": error.content, "cut": False}
+                if error.concerns:
+                    outcome = REFUSED if error.concerns == FILTERED else TOO_LONG
+                    return {"outcome": outcome, "text": error.content, "cut": False}
                 raise self._explained(error) from None
             except NoJSON:
                 if not left:

@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from nemo_advrm.rewards.judges.answer_cache import append
+from nemo_advrm.answer_cache import append
 
 USAGE_FILE = "usage.jsonl"
 

@@ -50,17 +50,15 @@ def open_judge(spec: SourceSpec, name: str, cfg: Config) -> RewardSource:
 
         paths = [Path(path) for path in spec.location.split("|")] if spec.location else [home / "people.csv"]
         return PeopleReward(name, paths, cfg.judge)
-    import torch
-
+    from nemo_advrm.engine.replica import once_per_replica
     from nemo_advrm.rewards.judges.chat import ChatJudge
     from nemo_advrm.rewards.judges.scalar import JudgeReward
-    from nemo_advrm.rewards.replica import once_per_replica
 
     judge = ChatJudge(name, spec.location, cfg.judge, home, cfg.trainer.timeout_minutes)
 
-    def connected() -> torch.Tensor:
+    def connected() -> bool:
         judge.connect()
-        return torch.zeros(0)
+        return True
 
     once_per_replica(name, connected)
     return JudgeReward(name, judge)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from nemo_advrm.config.schema import JudgeConfig
+from nemo_advrm.engine.replica import once_per_replica
 from nemo_advrm.objectives.pairwise import PositionBias, position_bias, verdicts_of_orders
 from nemo_advrm.rewards.base import RewardSource, answered_scores
 from nemo_advrm.rewards.judges.people import PeopleReward, answers_of_all, choice_column
@@ -28,7 +29,6 @@ from nemo_advrm.rewards.judges.questions import (
 )
 from nemo_advrm.rewards.judges.scalar import JudgeReward, texts_of
 from nemo_advrm.rewards.judges.sheet import Item, Sheet
-from nemo_advrm.rewards.replica import once_per_replica
 from nemo_advrm.rollouts.types import Rollouts
 
 if TYPE_CHECKING:  # it needs an extra, which people and functions do without

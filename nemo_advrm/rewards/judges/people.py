@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from nemo_advrm.config.schema import JudgeConfig
+from nemo_advrm.engine.replica import once_per_replica
 from nemo_advrm.errors import WaitingForPeople
 from nemo_advrm.rewards.judges.questions import conversation_text, read_rubric
 from nemo_advrm.rewards.judges.scalar import texts_of
 from nemo_advrm.rewards.judges.sheet import Column, Item, Sheet, T
-from nemo_advrm.rewards.replica import once_per_replica
 from nemo_advrm.rollouts.types import Rollouts
 
 # of the form; on a longer scale it offers fewer steps, and the sheet takes every number

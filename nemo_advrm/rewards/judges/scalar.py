@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from nemo_advrm.engine.replica import once_per_replica
 from nemo_advrm.errors import RewardSourceError, one_line
 from nemo_advrm.rewards.judges.questions import read_rubric, read_score, score_question, score_reminder, shown
-from nemo_advrm.rewards.replica import once_per_replica
 from nemo_advrm.rollouts.types import Rollouts
 
 if TYPE_CHECKING:  # it needs an extra, which people and functions do without

@@ -1,4 +1,4 @@
-"""The answers of a judge on disk, so that none is paid for twice: JSON lines to which several processes append.
+"""The answers of a server on disk, so that none is paid for twice: JSON lines to which several processes append.
 
 A database (sqlite3) was rejected: its locks are unreliable on network file systems, and damage may cost the whole file.
 Here damage costs one line, whose question is asked again.
@@ -16,7 +16,7 @@ from typing import Any
 from nemo_advrm.errors import ConfigError
 from nemo_advrm.untrusted_files import decode_json
 
-# longer lines are no answers of a judge, and are left out
+# longer lines are no answers, and are left out
 _LONGEST_LINE = 4 << 20
 
 
@@ -32,11 +32,12 @@ class AnswerCache:
     Every line carries a checksum. A line that is not what was written (torn by a kill, mixed with that of another
     process, edited) is left out and counted in ``damaged``, and never served.
 
-    Raises ConfigError when the file cannot be read or written.
+    Raises ConfigError, which names ``setting``, when the file cannot be read or written.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, setting: str = "judge.cache") -> None:
         self.path = path
+        self.setting = setting
         self.damaged = 0
         self._answers: dict[str, dict[str, Any]] = {}
         self._offset = 0  # of the first byte that was not read
@@ -93,7 +94,7 @@ class AnswerCache:
                 self.damaged += 1
 
     def _unusable(self, error: OSError) -> ConfigError:
-        return ConfigError(f"judge.cache={self.path}: cannot be used: {error.strerror or error}")
+        return ConfigError(f"{self.setting}={self.path}: cannot be used: {error.strerror or error}")
 
 
 def append(path: Path, text: str) -> None:
