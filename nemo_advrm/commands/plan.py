@@ -72,6 +72,8 @@ def _parameters(job: Job) -> list[tuple[str, int]]:
 def _use(held: Held, model: ModelConfig) -> str:
     if held.trained:
         return "trained" if model.peft == "none" else f"adapters of rank {model.lora.rank} trained"
+    if held.adapter_sets:
+        return f"frozen, {held.adapter_sets} are adapters of rank {model.lora.rank}"
     return "the policy without adapters" if held.shared else "frozen"
 
 

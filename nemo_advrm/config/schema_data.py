@@ -97,7 +97,11 @@ class EnsembleConfig:
     share: str = key(
         "none",
         "what the members share (docs/scale.md)",
-        choices={"none": "each is a model of its own", "trunk": "size heads on one trunk, trained together"},
+        choices={
+            "none": "each is a model of its own",
+            "lora": "each is adapters (model.lora) and a head on one base, trained in turn",
+            "trunk": "size heads on one trunk, trained together",
+        },
     )
     bootstrap: bool = key(False, "each member trains on its own bootstrap sample")
     own_trunk: bool = key(False, "with pipeline.sft: each member starts from an SFT policy of its own, RLHF from R_1's")

@@ -77,12 +77,16 @@ def _check_features(cfg: Config) -> None:
 
 
 def _check_share(cfg: Config) -> None:
-    """Raise ConfigError for what heads on one trunk cannot have."""
+    """Raise ConfigError for what members that share a base or a trunk cannot have."""
     if cfg.ensemble.share == "none":
         return
     key = f"ensemble.share={cfg.ensemble.share}"
     if cfg.ensemble.own_trunk:
         raise ConfigError(f"{key}: ensemble.own_trunk=true gives each member a trunk of its own")
+    if cfg.ensemble.share == "lora":
+        if cfg.model.num_moe_experts:
+            raise ConfigError(f"{key}: experts have no adapters (model.num_moe_experts={cfg.model.num_moe_experts})")
+        return
     if cfg.reward_model.loss == "regression":
         raise ConfigError(f"{key}: each member has one output, reward_model.loss=regression has one for each label")
     if cfg.reward_model.reference_features:

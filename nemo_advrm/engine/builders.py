@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +55,28 @@ def build_reward_model(
     return _build(cfg, "reward", tokenizer, restore_from, seed, trainable, **head)
 
 
+def build_shared_base(cfg: Config, tokenizer: Tokenizer, restore_from: str) -> MegatronModel:
+    """The frozen weights of ``restore_from`` for reward models that are adapters beside them, each with its own head.
+
+    Its head is none of theirs: :func:`nemo_advrm.engine.checkpoint.load_beside` gives the reward models. Raises
+    CheckpointError for a tokenizer with ids beyond the embedding.
+    """
+    below = replace(cfg, model=replace(cfg.model, peft="lora"))  # its layers are built so that adapters stand beside
+    outputs = head_outputs(cfg.reward_model)
+    return _build(below, "reward", tokenizer, restore_from, 0, False, new_head=True, head_outputs=outputs)
+
+
 def _build(
-    cfg: Config, head: Head, tokenizer: Tokenizer, restore_from: str, seed: int, trainable: bool, **options: Any
+    cfg: Config,
+    head: Head,
+    tokenizer: Tokenizer,
+    restore_from: str,
+    seed: int,
+    trainable: bool,
+    new_head: bool = False,
+    **options: Any,
 ) -> MegatronModel:
+    """``new_head``: the checkpoint's own head is not wanted; one that is trained gets a new head where it has none."""
     adapted = trainable and cfg.model.peft == "lora"
     if adapted:
         _check_base(restore_from)
@@ -65,7 +85,7 @@ def _build(
     model = build_model(cfg.model, cfg.precision, head, size, seed=seed, trainable=trainable and not adapted, **options)
     path = Path(restore_from)
     if restore_from:
-        new_head = head != "lm" and trainable and read_meta(path)["head"] != head
+        new_head = new_head or (head != "lm" and trainable and read_meta(path)["head"] != head)
         checkpoint.load(path, model, new_head=new_head)
     # one packed row after another needs no cost: they are as long as may be
     if runtime.current().on_gpu and not (model.packs and cfg.model.pipeline_model_parallel_size == 1):

@@ -9,6 +9,7 @@ by the manifest.
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import logging
 import re
@@ -276,9 +277,7 @@ def load(
     if model.base is not None:
         _fill(path, meta, model, lora.is_trained, optimizer)
         return meta
-    for top, described in reversed(chain(path, meta, lambda base: run_on_rank_zero(manifest.digest, base))):
-        if top != path:
-            _checked_meta(top, model)
+    for top, described in _from_below(path, meta, model):
         wanted = _without_head if new_head or described["head"] != model.head else _all
         if "base" not in described:
             _fill(top, described, model, wanted, optimizer)
@@ -288,9 +287,35 @@ def load(
     return meta
 
 
+def load_beside(path: Path, frozen: MegatronModel) -> lora.AdapterSet:
+    """The adapters and the head of a checkpoint of adapters, to be applied to the frozen model at the end of its chain.
+
+    Adapters of that chain are not merged. All ranks call.
+
+    Raises CheckpointError as :func:`load` does.
+    """
+    path = Path(path)
+    meta = _checked_meta(path, frozen)
+    adapters: list[Any] = []
+    for top, described in _from_below(path, meta, frozen)[1:]:
+        wanted = _without_head if described["head"] != frozen.head else _all
+        with lora.to_fill(frozen.parts, frozen.model_config, lora_of(described)) as filled:
+            _fill(top, described, frozen, _both(lora.is_trained, wanted), None)
+        adapters += filled
+    return lora.AdapterSet(adapters, [(part, copy.deepcopy(part.head)) for part in frozen.parts if part.post_process])
+
+
 def base_of(path: Path) -> Base:
     """What a model with adapters says of the checkpoint below them; all ranks call."""
     return Base(str(path.resolve()), run_on_rank_zero(manifest.digest, path))
+
+
+def _from_below(path: Path, meta: dict[str, Any], model: MegatronModel) -> list[tuple[Path, dict[str, Any]]]:
+    """The checkpoint ``path`` and those below its adapters, the whole model first; all are checked."""
+    found = chain(path, meta, lambda base: run_on_rank_zero(manifest.digest, base))
+    for below, _ in found[1:]:
+        _checked_meta(below, model)
+    return found[::-1]
 
 
 def _checked_meta(path: Path, model: MegatronModel) -> dict[str, Any]:

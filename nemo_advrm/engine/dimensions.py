@@ -6,6 +6,7 @@ longer than that work.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 from nemo_advrm.config.schema import EnsembleConfig, ModelConfig, RewardModelConfig
@@ -56,6 +57,11 @@ def tokens_at_once(model: ModelConfig, vocab_size: int) -> int:
 def trunk_heads(options: EnsembleConfig) -> int:
     """Members that one reward model holds as heads of its trunk."""
     return options.size if options.share == "trunk" else 1
+
+
+def member_model(model: ModelConfig, options: EnsembleConfig) -> ModelConfig:
+    """How a reward model is trained: ``ensemble.share=lora`` makes it adapters, whatever ``model.peft`` is."""
+    return replace(model, peft="lora") if options.share == "lora" else model
 
 
 def head_outputs(options: RewardModelConfig) -> int:

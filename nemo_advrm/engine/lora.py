@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -153,18 +154,59 @@ def switched_off(parts: list[HeadedGPT]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def to_merge(parts: list[HeadedGPT], model: ModelConfig, lora: LoraConfig) -> Iterator[None]:
-    """Adapters stand beside the linear layers of a plain model inside, to be filled; they are merged at the end."""
+def to_fill(parts: list[HeadedGPT], model: ModelConfig, lora: LoraConfig) -> Iterator[list[tuple[nn.Module, Adapter]]]:
+    """New adapters stand beside the linear layers of a plain model inside, to be filled; gives (layer, adapter)."""
     places = [(part, holder, target) for part in parts for _, holder, target in _places(part, lora.targets)]
     for part, holder, target in places:
         setattr(holder, target + SUFFIX, Adapter(part, model, lora, target, seed=0))
     try:
-        yield
-        for _, holder, target in places:
-            getattr(holder, target + SUFFIX).merge_into(getattr(holder, target).weight)
+        yield [(getattr(holder, target), getattr(holder, target + SUFFIX)) for _, holder, target in places]
     finally:
         for _, holder, target in places:
             delattr(holder, target + SUFFIX)
+
+
+@contextlib.contextmanager
+def to_merge(parts: list[HeadedGPT], model: ModelConfig, lora: LoraConfig) -> Iterator[None]:
+    """As :func:`to_fill`; at the end the adapters are merged into the weights."""
+    with to_fill(parts, model, lora) as filled:
+        yield
+        for linear, adapter in filled:
+            adapter.merge_into(linear.weight)
+
+
+@dataclass(frozen=True)
+class AdapterSet:
+    """The adapters and the head of one of several models that share frozen weights (``ensemble.share=lora``).
+
+    They are no modules of the frozen model, which is without them what it was.
+
+    Attributes:
+        adapters: (linear layer, adapter); a layer has several where adapters were trained on adapters.
+        heads: (chunk, head) of the last stage.
+    """
+
+    adapters: list[tuple[nn.Module, Adapter]]
+    heads: list[tuple[HeadedGPT, nn.Module]]
+
+    def __post_init__(self) -> None:
+        for module in [*(adapter for _, adapter in self.adapters), *(head for _, head in self.heads)]:
+            module.requires_grad_(False).eval()
+
+    @contextlib.contextmanager
+    def applied(self) -> Iterator[None]:
+        """The frozen model computes as this one inside."""
+        handles = [linear.register_forward_hook(_Add(adapter)) for linear, adapter in self.adapters]
+        before = [(part, part.head) for part, _ in self.heads]
+        for part, head in self.heads:
+            part.head = head
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            for part, head in before:
+                part.head = head
 
 
 def _places(part: HeadedGPT, targets: list[str]) -> Iterator[tuple[int, nn.Module, str]]:

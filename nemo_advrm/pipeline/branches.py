@@ -167,7 +167,10 @@ def check(cfg: Config) -> None:
             raise ConfigError(f"{key}: the name of a branch may have letters, digits, _ . and -")
         if options.own_trunk and not cfg.pipeline.sft:
             raise ConfigError(f"{key}.own_trunk=true: needs pipeline.sft=true, which trains the SFT policies")
-        if cfg.ensemble.share == "trunk" and (options.own_trunk or options.pairs == "rrm"):
+        share = cfg.ensemble.share
+        if share == "lora" and options.own_trunk:
+            raise ConfigError(f"{key}.own_trunk=true: is not possible for members on one base (ensemble.share=lora)")
+        if share == "trunk" and (options.own_trunk or options.pairs == "rrm"):
             setting = "own_trunk=true" if options.own_trunk else "pairs=rrm"
             raise ConfigError(f"{key}.{setting}: is not possible for members on one trunk (ensemble.share=trunk)")
         if options.pairs == "rrm" and cfg.reward_model.loss == "regression":

@@ -62,7 +62,7 @@ from nemo_advrm.rollouts.base import rollout_engine
 from nemo_advrm.rollouts.sample import sample
 from nemo_advrm.rollouts.types import Rollouts
 from nemo_advrm.seeds import derive_seed
-from nemo_advrm.training.reward_model_training import bootstrap, keep_back, train_reward_model, warm
+from nemo_advrm.training.reward_model_training import rows_of_member, train_reward_model, warm
 from nemo_advrm.training.rlhf_training import run_rlhf
 from nemo_advrm.training.sft_training import train_sft
 from nemo_advrm.training.shared_trunk_rows import rows_of_heads
@@ -137,8 +137,7 @@ class Rounds:
             parts = [self.inputs.preferences(k) for k in range(1, cfg.ensemble.size + 1)]
             data = rows_of_heads(parts, self.cfg.seed, cfg.ensemble.bootstrap)
         else:
-            data = self.inputs.preferences(step.member)
-            data = bootstrap(data, derive_seed(seed, "bootstrap")) if cfg.ensemble.bootstrap else keep_back(cfg, data)
+            data = rows_of_member(cfg, self.inputs.preferences(step.member), seed)
         pairs = map(str, self._pairs_before(step))
         cfg.augmentation.pairs_path = ",".join(filter(None, [cfg.augmentation.pairs_path, *pairs]))
         start = self._policy_path

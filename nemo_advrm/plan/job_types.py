@@ -14,6 +14,7 @@ class Held:
     """Models of one kind that a stage holds.
 
     ``shared``: it computes with the trained policy's weights, without the adapters, and has none of its own.
+    ``adapter_sets``: reward models that are adapters on one copy of these weights; 0: there are none.
     """
 
     title: str
@@ -21,6 +22,12 @@ class Held:
     trained: bool
     count: int = 1
     shared: bool = False
+    adapter_sets: int = 0
+
+    @property
+    def passes(self) -> int:
+        """Forward passes that score the same rows by all of them."""
+        return self.count * max(1, self.adapter_sets)
 
 
 @dataclass(frozen=True)

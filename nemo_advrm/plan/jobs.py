@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from nemo_advrm.config.layout import data_parallel_size
 from nemo_advrm.config.schema import Config
-from nemo_advrm.engine.dimensions import padded_vocab_size
+from nemo_advrm.engine.dimensions import member_model, padded_vocab_size
 from nemo_advrm.engine.flops import Microbatch
 from nemo_advrm.plan.job_types import Held, Job
 from nemo_advrm.plan.memory import rows_that_fit_all_stages
@@ -19,14 +19,34 @@ def models_of(cfg: Config) -> tuple[Held, ...]:
         return (Held("policy", "lm", True),)
     if stage == "train_rm":
         return (Held("reward model", "reward", True),)
-    members = 1 if cfg.ensemble.share == "trunk" else cfg.ensemble.size
-    if cfg.ensemble.members:  # heads of one trunk are one model
-        members = len({_model_of(k, name) for k, name in enumerate(cfg.ensemble.members) if "://" not in name})
     held = [Held("policy", "lm", True)]
     if cfg.rl.algorithm == "ppo":
         held.append(Held("critic", "value", True))
     held.append(Held("reference policy", "lm", False, shared=cfg.model.peft == "lora"))
-    return (*held, Held("reward model", "reward", False, members)) if members else tuple(held)
+    return (*held, *_members_of(cfg))
+
+
+def _members_of(cfg: Config) -> list[Held]:
+    """The ensemble without members on servers.
+
+    With ``ensemble.share=lora`` several checkpoints of this package are taken for adapters on one base: ``plan`` reads
+    none of them.
+    """
+    options = cfg.ensemble
+    local = [(k, name) for k, name in enumerate(options.members) if "://" not in name]
+    count = 1 if options.share == "trunk" else options.size
+    adapted = count if options.share == "lora" else 0
+    if options.members:  # heads of one trunk are one model
+        count = len({_model_of(k, name) for k, name in local})
+        adapted = sum(_may_be_adapters(name) for _, name in local) if options.share == "lora" else 0
+    if adapted < 2:  # a single one is merged into its base
+        return [Held("reward model", "reward", False, count)] if count else []
+    base = Held("base of reward models", "reward", False, adapter_sets=adapted)
+    return [base, Held("reward model", "reward", False, count - adapted)] if count > adapted else [base]
+
+
+def _may_be_adapters(member: str) -> bool:
+    return ":" not in member.removeprefix("megatron:") and "?head=" not in member
 
 
 def _model_of(number: int, member: str) -> str:
@@ -44,6 +64,8 @@ def _rows_at_once(cfg: Config, most: int, sequences: int = 1) -> int:
 def job_of(cfg: Config, gpus: int, tokenizer_size: int) -> Job:
     """The job of ``cfg.plan.stage`` on ``gpus`` GPUs; raises LayoutError if the layout does not divide them."""
     replicas = data_parallel_size(cfg, gpus)
+    if cfg.plan.stage == "train_rm":
+        cfg = replace(cfg, model=member_model(cfg.model, cfg.ensemble))
     model = cfg.model
     length = model.encoder_seq_length
     single = _rows_at_once(cfg, model.micro_batch_size)

@@ -26,6 +26,7 @@ class RankMemory:
         parameters: number of parameters that are trained.
         weights, gradients, optimizer: those of the trained models.
         frozen: weights of all models that are not trained.
+        parked: those of them that can wait in CPU memory: all but adapters beside a frozen base.
         activations: peak of training, without the head's.
         head: activations of head and logits on the last stage.
         cache: keys and values of the responses that are generated at once.
@@ -38,6 +39,7 @@ class RankMemory:
     gradients: float = 0.0
     optimizer: float = 0.0
     frozen: float = 0.0
+    parked: float = 0.0
     activations: float = 0.0
     head: float = 0.0
     cache: float = 0.0
@@ -79,6 +81,12 @@ def weight_bytes(cfg: Config, counts: Parameters) -> float:
         extra = 0 if cfg.precision.fp8_params else 2  # 1 byte + 1 byte instead of, or in addition to, 2
         inner += extra * (counts.linear + counts.experts) * share
     return inner + element * (counts.embedding + counts.output + counts.adapters) + 4 * counts.head
+
+
+def _adapter_set_bytes(cfg: Config, counts: Parameters, stage: int) -> float:
+    """Bytes of one reward model's adapters and head beside a frozen base of ``counts``."""
+    adapters = with_adapters(counts, replace(cfg.model, peft="lora"), stage).adapters
+    return element_bytes(cfg) * adapters + 4 * counts.head
 
 
 def expert_replicas(model: ModelConfig, replicas: int) -> int:
@@ -173,7 +181,8 @@ class _Standing:
     gradients: float = 0.0
     optimizer: float = 0.0
     frozen: float = 0.0
-    largest_frozen: float = 0.0
+    parked: float = 0.0
+    largest_parked: float = 0.0
 
     @property
     def trained(self) -> float:
@@ -193,8 +202,9 @@ def _standing(job: Job, stage: int) -> _Standing:
         counts = stage_parameters(cfg.model, held.head, job.vocab_size, stage, job.head_outputs)
         if not held.trained:
             weights = weight_bytes(cfg, counts)
-            found.frozen += held.count * weights
-            found.largest_frozen = max(found.largest_frozen, weights)
+            found.parked += held.count * weights
+            found.frozen += held.count * weights + held.adapter_sets * _adapter_set_bytes(cfg, counts, stage)
+            found.largest_parked = max(found.largest_parked, weights)
             continue
         counts = with_adapters(counts, cfg.model, stage)
         found.parameters += counts.trained.total
@@ -206,7 +216,7 @@ def _standing(job: Job, stage: int) -> _Standing:
 
 def _waiting(job: Job, standing: _Standing) -> float:
     """Bytes of frozen models while none of them computes."""
-    return 0.0 if job.cfg.model.offload_reference else standing.frozen
+    return standing.frozen - (standing.parked if job.cfg.model.offload_reference else 0.0)
 
 
 def rows_that_fit_all_stages(job: Job) -> int:
@@ -224,7 +234,13 @@ def rank_memory(job: Job, stage: int) -> RankMemory:
     """Memory of each rank of pipeline stage ``stage``; its tensor- and data-parallel ranks have equal parts."""
     model, standing = job.cfg.model, _standing(job, stage)
     memory = RankMemory(
-        stage, standing.parameters, standing.weights, standing.gradients, standing.optimizer, standing.frozen
+        stage,
+        standing.parameters,
+        standing.weights,
+        standing.gradients,
+        standing.optimizer,
+        standing.frozen,
+        standing.parked,
     )
     training = 0.0
     for held in job.models:
@@ -239,7 +255,7 @@ def rank_memory(job: Job, stage: int) -> RankMemory:
     if job.rollouts:
         memory.cache = cache_bytes(job, stage)
         memory.phases["generate"] = standing.while_generating(model, waiting) + _generation(job, stage)
-        used = standing.largest_frozen if model.offload_reference else standing.frozen
+        used = waiting + standing.largest_parked if model.offload_reference else standing.frozen
         memory.phases["score"] = standing.while_generating(model, used) + _scoring(job, stage)
     return memory
 
@@ -251,8 +267,8 @@ def all_stages(job: Job) -> list[RankMemory]:
 def host_bytes(job: Job, memory: RankMemory) -> float:
     """Bytes of CPU memory that offloading needs per rank."""
     model = job.cfg.model
-    frozen = memory.frozen if model.offload_reference else 0.0
-    return frozen + (memory.optimizer if model.offload_optimizer_while_generating and job.rollouts else 0.0)
+    parked = memory.parked if model.offload_reference else 0.0
+    return parked + (memory.optimizer if model.offload_optimizer_while_generating and job.rollouts else 0.0)
 
 
 def checkpoint_copy_bytes(job: Job, stage: int) -> float:

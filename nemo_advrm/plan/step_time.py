@@ -249,16 +249,19 @@ class Clock:
         # log-probabilities of policy and reference, values of the critic, scores of the reward models
         for held in job.models:
             seconds, more = self._forward(held.head, job.rollouts, job.scoring)
-            score += held.count * seconds
-            flops += held.count * more
+            score += held.passes * seconds
+            flops += held.passes * more
         offload = self._offload_seconds()
         return step + StepTime(flops=flops * job.replicas, generate=generate, score=score, offload=offload)
 
     def _offload_seconds(self) -> float:
-        """Frozen weights are copied once per step (never back), optimizer state in both directions."""
-        memory = rank_memory(self.job, 0)
-        moved = memory.frozen if self.model.offload_reference else 0.0
-        moved += 2 * memory.optimizer if self.model.offload_optimizer_while_generating else 0.0
+        """Frozen weights are copied for each pass over a step's responses (never back), optimizer state in both
+        directions."""
+        moved = 2 * rank_memory(self.job, 0).optimizer if self.model.offload_optimizer_while_generating else 0.0
+        for held in self.job.models if self.model.offload_reference else ():
+            if not (held.trained or held.shared):
+                counts = stage_parameters(self.model, held.head, self.job.vocab_size, 0, self.job.head_outputs)
+                moved += held.passes * weight_bytes(self.job.cfg, counts)
         return moved / (self.gpu.host * 1e9)
 
 

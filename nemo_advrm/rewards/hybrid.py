@@ -29,7 +29,7 @@ from nemo_advrm.rewards.features import HybridReward, ReferenceFeatures
 from nemo_advrm.rewards.local import MegatronReward
 from nemo_advrm.rewards.token_sequences import rollouts_of
 
-# features by policy, settings and prompts, and trunks of several members; shared between members, so that each is
+# features by policy, settings and prompts, and trunks and bases of several members; shared, so that each is
 # loaded once
 Opened = dict[tuple[Any, ...], Any]
 # distinct prompts that are considered for each fixed prompt

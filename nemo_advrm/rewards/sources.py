@@ -197,14 +197,20 @@ def check(spec: SourceSpec, cfg: Config, world_size: int) -> None:
 
 
 def build(
-    spec: SourceSpec, name: str, cfg: Config, running: Tokenizer | None = None, opened: Any = None
+    spec: SourceSpec,
+    name: str,
+    cfg: Config,
+    running: Tokenizer | None = None,
+    opened: Any = None,
+    merge: bool = True,
 ) -> RewardSource:
     """Opens a member; all ranks call.
 
     Args:
         running: the policy's tokenizer, used for checkpoints that do not name their own.
-        opened: frozen policies of hybrid members and trunks of several members that are already loaded, to be shared
-            (see ``hybrid.Opened``).
+        opened: frozen policies of hybrid members, and trunks and bases of several members that are already loaded, to
+            be shared (see ``hybrid.Opened``).
+        merge: merge adapters into a base of their own; False leaves the base as it is, for other members too.
     """
     if spec.kind == "megatron":
         # imported here: NeMo-Aligner's processes, which have another version of Megatron-Core, use servers only
@@ -223,11 +229,16 @@ def build(
         head = RewardModelConfig(loss="bt" if outputs == 1 else "regression", num_attributes=outputs)
         own = dataclasses.replace(cfg, model=member_config(meta, cfg.model), reward_model=head)
         tokenizer = member_tokenizer(spec, meta, running)
-        model = build_reward_model(own, tokenizer, spec.location, seed=0, trainable=False)
-        reward = MegatronReward(name, model, tokenizer, spec.attributes)
+        if merge or "base" not in meta:
+            model = build_reward_model(own, tokenizer, spec.location, seed=0, trainable=False)
+            reward = MegatronReward(name, model, tokenizer, spec.attributes)
+        else:
+            from nemo_advrm.rewards.shared_base import open_adapters
+
+            reward = open_adapters(name, spec.path, meta, own, tokenizer, spec.attributes, opened)
         return hybrid.open_hybrid(reward, spec, cfg, opened) if spec.features else reward
     if spec.kind == "nemo":
-        return build(as_checkpoint(spec, cfg), name, cfg, running, opened)
+        return build(as_checkpoint(spec, cfg), name, cfg, running, opened, merge)
     if spec.kind == PYTHON_KIND:
         from nemo_advrm.rewards.local import FunctionReward
 
@@ -287,11 +298,12 @@ def load_members(
     """Opens all members, R_1 first; all ranks call.
 
     ``opened`` receives the frozen policies of hybrid ones, and trunks that several share, which score for all of them
-    in one pass.
+    in one pass. With ``ensemble.share=lora`` several members that are adapters share their base.
     """
     opened = {} if opened is None else opened
     specs = parse_members(members)
-    return [build(spec, f"R_{k + 1} ({spec.text})", cfg, running, opened) for k, spec in enumerate(specs)]
+    merge = cfg.ensemble.share != "lora" or len(specs) == 1
+    return [build(spec, f"R_{k + 1} ({spec.text})", cfg, running, opened, merge) for k, spec in enumerate(specs)]
 
 
 def _check_nemo(spec: SourceSpec, cfg: Config, world_size: int) -> None:

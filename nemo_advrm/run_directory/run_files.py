@@ -29,7 +29,7 @@ _FILES = (
 )
 # what a run writes only after config.yaml
 _PRODUCTS = re.compile(
-    r"checkpoints|model|metrics\.jsonl|result\.json|sft(_\d+)?|preferences|attacks?|rlhf|best_of_n|round_\d+|branches"
+    r"checkpoints|model|metrics\.jsonl|result\.json|sft(_\d+)?|rm_\d+|preferences|attacks?|rlhf|best_of_n|round_\d+|branches"
     r"|finds\.jsonl"
 )
 _DATA_KEYS = ("train_path", "validation_path", "prompts_path", "held_out_prompts_path")

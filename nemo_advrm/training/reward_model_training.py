@@ -26,6 +26,7 @@ from nemo_advrm.data.stored_rows import JoinedRows, rows_at, selected
 from nemo_advrm.data.tokenizers import Tokenizer
 from nemo_advrm.engine import runtime
 from nemo_advrm.engine.collectives import run_on_rank_zero
+from nemo_advrm.engine.dimensions import member_model
 from nemo_advrm.engine.feature_file import FILE, FeatureWeights
 from nemo_advrm.engine.scoring import score_sequences
 from nemo_advrm.errors import ConfigError, DataError
@@ -132,6 +133,11 @@ def bootstrap(data: EncodedPreferences, seed: int) -> EncodedPreferences:
     return replace(data, train=selected(data.train, rows), held_out=selected(data.train, left))
 
 
+def rows_of_member(cfg: Config, data: EncodedPreferences, seed: int) -> EncodedPreferences:
+    """Returns what a member of an ensemble with models of their own trains on; ``seed`` is the member's."""
+    return bootstrap(data, derive_seed(seed, "bootstrap")) if cfg.ensemble.bootstrap else keep_back(cfg, data)
+
+
 def drawn_rows(count: int, seed: int) -> Tensor:
     """Returns the indices of a bootstrap sample of ``count`` rows, [count]."""
     return torch.randint(count, (count,), generator=torch.Generator().manual_seed(seed))
@@ -149,7 +155,8 @@ def train_reward_model(
 ) -> dict[str, float]:
     """Trains into ``directory/model`` and returns the validation metrics; a finished training is not repeated.
 
-    With ``ensemble.share=trunk`` the model has a head for each member, and its metrics are means over them.
+    With ``ensemble.share=trunk`` the model has a head for each member, and its metrics are means over them. With
+    ``ensemble.share=lora`` it is one member, whose adapters and head are trained and saved.
 
     ``augmentation.pairs_path`` names files of adversarial pairs, ``augmentation.mode`` how they are used. With
     ``augmentation.method=rrm`` pairs made of the training rows are used in the same way.
@@ -165,6 +172,7 @@ def train_reward_model(
     hybrid = hybrid and bool(cfg.reward_model.reference_features)
     if finished is not None and (not hybrid or run_on_rank_zero((directory / "model" / FILE).exists)):
         return finished
+    cfg = replace(cfg, model=member_model(cfg.model, cfg.ensemble))
     policy = frozen_policy(cfg, restore_from)
     if finished is not None:
         return _add_features(cfg, tokenizer, directory, data, policy, finished)
@@ -181,7 +189,7 @@ def train_reward_model(
         train_rows = JoinedRows(train_rows, made, _encoded_stores(cfg, tokenizer, stores))
     elif stores or made:
         callbacks.append(_augmentation(cfg, tokenizer, stores, seed, made))
-    kind = RewardModel if cfg.ensemble.share == "none" else SharedTrunkModel
+    kind = SharedTrunkModel if cfg.ensemble.share == "trunk" else RewardModel
     module = kind(cfg, tokenizer, train_rows, data.validation, restore_from, seed)
     fit(module, cfg, directory, title, callbacks, validate=True)
     metrics = {**module.validation_metrics, **_mismatch(module, data.mismatched)}
