@@ -1,11 +1,13 @@
-"""Compares an ensemble on one trunk with one reward model and with as many models: parameters, memory, scoring time.
+"""Compares ensembles on one trunk or base with one reward model and with as many: parameters, memory, scoring time.
 
-All sides score the same sequences. A repeat scores them by all members: one head, K heads of one trunk, or K models.
+All sides score the same sequences. A repeat scores them by all members: one head, K heads of one trunk, K sets of
+adapters on one base, or K models.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -67,9 +69,7 @@ def members(options: Options, heads: int, models: int) -> Side:
         copy_weights(model, random_weights(shape, "reward", seed))
         model.parts[0].head.weight[1:] = own[1:]
         trunks.append(SharedTrunk(model, _Tokenizer()))  # type: ignore[arg-type]
-    rng = np.random.default_rng(0)
-    lengths = ragged_lengths(options.sequences, rng, shape.context)[:, 0]
-    rows = ragged_sequences(lengths, rng, shape.vocab)
+    rows = _rows(options)
 
     def first_member(wanted: list[list[int]]) -> Tensor:
         read = [trunk.scores(wanted) for trunk in trunks for _ in range(heads)]  # each member asks for its column
@@ -84,12 +84,51 @@ def members(options: Options, heads: int, models: int) -> Side:
     return Side(lambda: first_member(list(rows)).numpy(), work)
 
 
+def adapters(options: Options) -> Side:
+    """The members as adapters of ``model.lora`` on one base; they add nothing yet, which costs the same."""
+    from nemo_advrm.engine.lora import AdapterSet, to_fill
+    from nemo_advrm.engine.model import build_model
+    from nemo_advrm.engine.scoring import score_sequences
+
+    start_runtime()
+    cfg, shape = our_config(options.shape), options.shape
+    cfg.model.peft = "lora"
+    model = build_model(cfg.model, cfg.precision, "reward", shape.vocab, seed=0, trainable=False)
+    copy_weights(model, random_weights(shape, "reward", 0))
+    sets = []
+    for _ in range(options.members):
+        with to_fill(model.parts, cfg.model, cfg.model.lora) as filled:
+            sets.append(AdapterSet(filled, [(model.parts[0], copy.deepcopy(model.parts[0].head))]))
+    rows = _rows(options)
+
+    def by_all(wanted: list[list[int]]) -> Tensor:
+        read = []
+        for one in sets:
+            with one.applied():
+                read.append(score_sequences(model, wanted, PAD_ID))
+        return read[0]
+
+    def work() -> float:
+        by_all(rows)
+        return len(rows)
+
+    return Side(lambda: by_all(rows).numpy(), work)
+
+
+def _rows(options: Options) -> list[list[int]]:
+    rng = np.random.default_rng(0)
+    lengths = ragged_lengths(options.sequences, rng, options.shape.context)[:, 0]
+    return ragged_sequences(lengths, rng, options.shape.vocab)
+
+
 def print_parameters(options: Options) -> None:
-    from nemo_advrm.engine.parameters import model_parameters
+    from nemo_advrm.engine.parameters import adapter_parameters, model_parameters
 
     model, vocab = our_config(options.shape).model, options.shape.vocab
     one, shared = (model_parameters(model, "reward", vocab, count).total for count in (1, options.members))
-    for name, total in (("1 head", one), ("heads", shared), ("models", options.members * one)):
+    adapted = shared + options.members * model.num_layers * adapter_parameters(model, 1)
+    sizes = {"1 head": one, "heads": shared, "adapter": adapted, "models": options.members * one}
+    for name, total in sizes.items():
         print(f"parameters, {name:7} {4 * total / 2**20:8.3f} MiB in fp32, {total / one:.4f} of one model")
 
 
@@ -105,6 +144,7 @@ def main() -> None:
     sides: dict[str, Callable[..., Side]] = {
         f"{args.members} heads": partial(members, heads=args.members, models=1),
         "1 head": partial(members, heads=1, models=1),
+        f"{args.members} sets of adapters": adapters,
         f"{args.members} models": partial(members, heads=1, models=args.members),
     }
     compare("scoring by all members", "sequences", sides, options, args.repeats)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from distributed import Worlds
-from reward_members import one_step_of_rl, rollouts, save_megatron
+from reward_members import PROMPTS, one_step_of_rl, rollouts, save_megatron
 from shared_base_jobs import adapters_config, scores_and_states, train
 from tiny import TOKENIZER, VOCABULARY, pairs, tiny_config
 
@@ -187,7 +187,7 @@ def test_a_changed_base_is_refused(members: list[str], base: str, tmp_path: Path
 def settings(base: str, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Of ``train_rm``."""
     home = tmp_path_factory.mktemp("command")
-    rows = [{"prompt": "this river", "chosen": f"birds sing {w} .", "rejected": "these old ."} for w in "abcd"]
+    rows = [{"prompt": p, "chosen": "birds sing .", "rejected": "these old clouds ."} for p in PROMPTS]
     (home / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     command = [word for word in one_step_of_rl(home, []) if word.startswith(("model.", "trainer.", "exp_manager."))]
     return [
@@ -232,7 +232,7 @@ def test_what_adapters_cannot_have_is_refused() -> None:
     cfg = adapters_config()
     check_values(cfg)
     cfg.ensemble.own_trunk = True
-    with pytest.raises(ConfigError, match="ensemble.share=lora: ensemble.own_trunk=true gives each member a trunk"):
+    with pytest.raises(ConfigError, match=r"ensemble\.share=lora: ensemble\.own_trunk=true gives each member a trunk"):
         check_values(cfg)
     experts = tiny_config("experts")
     experts.ensemble.share = "lora"
