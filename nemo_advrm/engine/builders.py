@@ -51,7 +51,7 @@ def build_reward_model(
     """
     options = cfg.reward_model
     outputs = heads if heads > 1 else head_outputs(options)
-    head = {"head_outputs": outputs, "head_init_std": options.head_init_std, "heads": heads}
+    head: dict[str, Any] = {"head_outputs": outputs, "head_init_std": options.head_init_std, "heads": heads}
     return _build(cfg, "reward", tokenizer, restore_from, seed, trainable, **head)
 
 
