@@ -1,11 +1,15 @@
 """Generates responses with a key/value cache under tensor and pipeline parallelism.
 
-Context-parallel ranks generate for different prompts, because one new token per row cannot be split over ranks.
+Context-parallel ranks generate for different prompts, because one new token per row cannot be split over ranks. The
+rows of a batch are divided into groups, of which every pipeline stage has another in work: a row's next token needs
+all stages, one after the other.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 import torch.distributed as dist
@@ -15,13 +19,15 @@ from torch import Tensor
 from nemo_advrm.data.batching import pad_rows
 from nemo_advrm.engine import runtime
 from nemo_advrm.engine.decoding import decoding
+from nemo_advrm.engine.generation_rows import groups_in_flight
 from nemo_advrm.engine.kv_cache import KVCache
 from nemo_advrm.engine.model import MegatronModel
-from nemo_advrm.engine.passes import accompany, prefill, step
-from nemo_advrm.engine.sampling import Sampling, pick
-from nemo_advrm.engine.step_graphs import StepGraphs, step_graphs
+from nemo_advrm.engine.passes import accompany, prompt_passes
+from nemo_advrm.engine.row_group import RowGroup
+from nemo_advrm.engine.sampling import Sampling
+from nemo_advrm.engine.stages import Pass, Stages
+from nemo_advrm.engine.step_graphs import step_graphs
 from nemo_advrm.engine.step_shapes import step_shapes
-from nemo_advrm.engine.written import Written
 from nemo_advrm.errors import ConfigError
 
 
@@ -89,16 +95,27 @@ def generate(
     made: dict[int, tuple[list[int], bool]] = {}
     rt = runtime.current()
     longest = max((len(prompts[i]) for i in own), default=0) + sampling.max_new_tokens
-    cache = KVCache(min(most, len(own)), longest, rt.device, step_shapes(rt).block)
+    shapes = step_shapes(rt)
+    # of the first batch, which is the largest
+    largest = min(most, len(own))
+    count = groups_in_flight(largest)
+    caches = [KVCache(len(range(i, largest, count)), longest, rt.device, shapes.block) for i in range(count)]
+    stages = Stages(model)
     with model.resident(), decoding(model.parts):
-        captured = step_graphs(model, graphs, cache.tensors)
+        captured = step_graphs(model, graphs, lambda: [tensor for cache in caches for tensor in cache.tensors()])
         for start in range(0, len(own), most):
-            rows = own[start : start + most]
-            tokens, ended = _generate_batch(
-                model, [prompts[i] for i in rows], sampling, uniforms_BT[rows], cache, captured
-            )
-            made.update(zip(rows, zip(tokens, ended, strict=True), strict=True))
-        accompany(model)
+            batch = own[start : start + most]
+            groups = {}
+            for i, cache in enumerate(caches[: len(batch)]):
+                # ascending by length; interleaved, because the stages wait for the slowest group
+                rows = batch[i::count]
+                texts = [prompts[row] for row in rows]
+                groups[tuple(rows)] = RowGroup(stages, texts, sampling, uniforms_BT[rows], cache, captured, shapes)
+            _write(model, stages, list(groups.values()), sampling.max_new_tokens)
+            for rows, group in groups.items():
+                made.update(zip(rows, zip(*group.responses(), strict=True), strict=True))
+        accompany(stages)
+        stages.finish()
     if ranks > 1:
         parts: list[dict[int, tuple[list[int], bool]]] = [{} for _ in range(ranks)]
         dist.all_gather_object(parts, made, group=parallel_state.get_context_parallel_group())
@@ -136,53 +153,33 @@ def likeliest_tokens(
     ids_NK, log_probs_NK = torch.zeros(len(rows), count, dtype=torch.int64), torch.zeros(len(rows), count)
     most = max_rows or len(rows) or 1
     cache = KVCache(min(most, len(rows)), max(map(len, rows), default=0), rt.device)
+    stages = Stages(model)
     with model.resident(), decoding(model.parts):
         for start in range(0, len(order), most):
             own = order[start : start + most]
             tokens_BS, lengths_B = (tensor.to(rt.device) for tensor in pad_rows([rows[i] for i in own], pad_id=0))
-            logits = prefill(model, tokens_BS, lengths_B, cache)
+            logits: list[Tensor] = []
+            stages.make(prompt_passes(model, tokens_BS, lengths_B, cache, logits.append))
             log_probs_BK = torch.zeros(len(own), count, device=rt.device)
             ids_BK = torch.zeros(len(own), count, dtype=torch.int64, device=rt.device)
-            if logits is not None:
-                log_probs_BK, ids_BK = torch.log_softmax(logits.float(), -1).topk(count)
+            if logits:
+                log_probs_BK, ids_BK = torch.log_softmax(torch.cat(logits).float(), -1).topk(count)
             log_probs_NK[own] = rt.broadcast_from_last_stage(log_probs_BK).cpu()
             ids_NK[own] = rt.broadcast_from_last_stage(ids_BK).cpu()
-        accompany(model)
+        accompany(stages)
+        stages.finish()
     return ids_NK, log_probs_NK
 
 
-def _generate_batch(
-    model: MegatronModel,
-    prompts: list[list[int]],
-    sampling: Sampling,
-    uniforms_BT: Tensor,
-    cache: KVCache,
-    graphs: StepGraphs | None,
-) -> tuple[list[list[int]], list[bool]]:
-    rt = runtime.current()
-    shapes = step_shapes(rt)
-    tokens_BS, lengths_B = (tensor.to(rt.device) for tensor in pad_rows(prompts, pad_id=0))
-    uniforms_BT = uniforms_BT.to(rt.device)
-    written = Written(len(prompts), sampling, rt.device, shapes.look_every)
+def _write(model: MegatronModel, stages: Stages, groups: list[RowGroup], tokens: int) -> None:
+    """Write the responses of a batch, token by token, the groups in turn."""
 
-    logits = prefill(model, tokens_BS, lengths_B, cache)
-    cache.start_decoding()
-    for t in range(sampling.max_new_tokens):
-        rows_B = written.rows_B
-        picked_B = torch.empty_like(rows_B) if logits is None else pick(logits, uniforms_BT[rows_B, t], sampling)
-        picked_B = rt.broadcast_from_last_stage(picked_B)
-        written.add(t, picked_B)
-        if t + 1 == sampling.max_new_tokens:
-            break
-        running = written.running(t)
-        if running is not None:
-            if not running.numel():
-                break
-            kept = shapes.rows_to_keep(running, rows_B.numel())
-            if kept is not None:
-                cache.keep_rows(kept)
-                kept = kept.to(rt.device)
-                written.keep_rows(kept)
-                picked_B = picked_B[kept]
-        logits = step(model, picked_B, cache, graphs)
-    return written.responses()
+    def passes_after(t: int) -> Iterator[Pass]:
+        for group in groups:
+            following = group.pass_after(t)
+            if following is not None:
+                yield following
+
+    stages.make(chain.from_iterable(group.prompt_passes(model) for group in groups))
+    for t in range(tokens):
+        stages.make(passes_after(t))

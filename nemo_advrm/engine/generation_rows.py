@@ -1,4 +1,4 @@
-"""How many rows to generate at once: as many as asked for, or as the free memory of a GPU has room for."""
+"""How many rows to generate at once, as many as asked for or as a GPU has room for, and in how many groups."""
 
 from __future__ import annotations
 
@@ -29,6 +29,11 @@ def rows_at_once(model: MegatronModel, longest: int, asked: int = 0) -> int:
         dist.all_reduce(least, op=dist.ReduceOp.MIN, group=rt.replica)
         rows = int(least)
     return rows
+
+
+def groups_in_flight(rows: int) -> int:
+    """How many groups a batch of ``rows`` rows is divided into: one for each pipeline stage, as far as rows go."""
+    return min(rows, runtime.current().layout.pipeline)
 
 
 def bytes_per_row(model: MegatronModel, longest: int) -> int:

@@ -59,9 +59,9 @@ class KVCache(StaticInferenceContext):
         """What a decoding step reads here by its address."""
         return [self._lengths, *(t for both in self.key_value_memory_dict.values() for t in both)]
 
-    def prefill_rows(self, start: int, stop: int) -> None:
-        """The next prefill pass holds rows ``start`` to ``stop``; by default it holds all."""
-        self._prefill = slice(start, stop)
+    def prefill_rows(self, rows: slice) -> None:
+        """The next prefill pass holds ``rows``; by default it holds all."""
+        self._prefill = rows
 
     def rotary_angles(self, angles: Tensor, query_length: int) -> Tensor:
         """Select from rotary angles [max, 1, 1, d] those of this call's tokens, [s, 1 or b, 1, d]."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,11 +14,12 @@ import torch
 from tiny import TOKENIZER, sequences, tiny_config
 from torch import Tensor
 
-from nemo_advrm.engine import generation, runtime
+from nemo_advrm.engine import generation, row_group, runtime
 from nemo_advrm.engine.builders import build_policy
 from nemo_advrm.engine.generation import generate, uniforms
 from nemo_advrm.engine.model import MegatronModel
 from nemo_advrm.engine.sampling import Sampling
+from nemo_advrm.engine.stages import Pass
 from nemo_advrm.engine.step_graphs import StepGraphs, all_tensor_parallel_ranks
 from nemo_advrm.engine.step_shapes import StepShapes
 from nemo_advrm.engine.written import Written
@@ -49,7 +52,7 @@ class Made:
     """What was generated, and how.
 
     Attributes:
-        log_probs: of every token by batch, row of the batch and place; empty before the last stage.
+        log_probs: of every token by group of rows, row of the group and place; empty before the last stage.
         steps: shapes (rows, attended positions) of every step.
         replays: of each graph.
         given_up: why, each time that steps are not captured any more.
@@ -65,34 +68,34 @@ class Made:
 
 @contextlib.contextmanager
 def _watched(made: Made) -> Iterator[None]:
-    logits: list[Tensor] = []
-    batches: list[Written] = []
+    logits: deque[Tensor] = deque()
+    numbers = itertools.count()
 
     def pick(logits_BV: Tensor, *args: Any) -> Tensor:
-        logits.append(logits_BV)
+        logits.append(logits_BV.clone())  # a replay for the next group may write there before the token is added
         return picked(logits_BV, *args)
 
     class Watched(Written):
         def __init__(self, *args: Any) -> None:
             super().__init__(*args)
-            batches.append(self)
+            self.number = next(numbers)
 
         def add(self, t: int, picked_B: Tensor) -> None:
-            if logits:
-                log_probs_B = torch.log_softmax(logits.pop().float(), -1).gather(-1, picked_B[:, None])[:, 0]
+            if logits:  # groups write in the order in which they picked
+                log_probs_B = torch.log_softmax(logits.popleft().float(), -1).gather(-1, picked_B[:, None])[:, 0]
                 rows = zip(self.rows_B.tolist(), self._running_B.tolist(), log_probs_B.tolist(), strict=True)
-                made.log_probs.update({(len(batches), row, t): value for row, runs, value in rows if runs})
+                made.log_probs.update({(self.number, row, t): value for row, runs, value in rows if runs})
             super().add(t, picked_B)
 
-    def step(model: MegatronModel, tokens_B: Tensor, cache: Any, graphs: Any) -> Tensor | None:
+    def token_pass(tokens_B: Tensor, cache: Any, *args: Any) -> Pass:
         made.steps.append((tokens_B.numel(), cache.attended))
-        return stepped(model, tokens_B, cache, graphs)
+        return passed(tokens_B, cache, *args)
 
-    picked, stepped = generation.pick, generation.step
+    picked, passed = row_group.pick, row_group.token_pass
     with (
-        patch.object(generation, "pick", pick),
-        patch.object(generation, "Written", Watched),
-        patch.object(generation, "step", step),
+        patch.object(row_group, "pick", pick),
+        patch.object(row_group, "Written", Watched),
+        patch.object(row_group, "token_pass", token_pass),
     ):
         yield
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny import ARCHITECTURES, sequences, tiny_config
 
-from nemo_advrm.engine import generation
+from nemo_advrm.engine import row_group
 from nemo_advrm.engine.generation import generate, uniforms
 from nemo_advrm.engine.kv_cache import KVCache
 from nemo_advrm.engine.model import MegatronModel, build_model
@@ -103,7 +103,7 @@ def test_responses_do_not_depend_on_how_often_the_host_looks_which_have_ended(
     kept: list[int] = []
     original: Callable[[KVCache, torch.Tensor], None] = KVCache.keep_rows
     monkeypatch.setattr(KVCache, "keep_rows", lambda self, rows: (kept.append(rows.numel()), original(self, rows)))
-    monkeypatch.setattr(generation, "Written", lambda *args: Written(*args[:-1], every))
+    monkeypatch.setattr(row_group, "Written", lambda *args: Written(*args[:-1], every))
     assert generate(model, prompts, sampling, numbers) == expected
     assert bool(kept) == (every < NEW)
 
