@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -14,7 +15,7 @@ from decoding_jobs import Made, as_on_a_gpu
 from tiny import TOKENIZER, sequences, tiny_config
 from torch import Tensor
 
-from nemo_advrm.engine import generation, row_group, runtime, stages
+from nemo_advrm.engine import checkpoint, generation, row_group, runtime, stages
 from nemo_advrm.engine.builders import build_policy
 from nemo_advrm.engine.generation import generate, likeliest_tokens, uniforms
 from nemo_advrm.engine.kv_cache import KVCache
@@ -27,9 +28,15 @@ PROMPTS = sequences(12, seed=5, longest=9)
 Answer = tuple[list[list[int]], list[bool]]
 
 
+def save_initial(architecture: str, path: str) -> None:
+    """The checkpoint that every layout reads; its next tokens differ enough from row to row."""
+    cfg = tiny_config(architecture, runtime.current().layout, init_method_std=0.3)
+    checkpoint.save(Path(path), build_policy(cfg, TOKENIZER, "", 2, trainable=False))
+
+
 def _policy(architecture: str, path: str, model: dict[str, Any]) -> MegatronModel:
     cfg = tiny_config(architecture, runtime.current().layout, **model)
-    return build_policy(cfg, TOKENIZER, f"{path}/lm", 0, trainable=False)
+    return build_policy(cfg, TOKENIZER, path, 0, trainable=False)
 
 
 @contextlib.contextmanager

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
-import parity_jobs
 import pytest
 import row_group_jobs
 import torch
@@ -25,21 +25,26 @@ INTERLEAVED = {"virtual_pipeline_model_parallel_size": 2}
 
 @pytest.fixture(scope="module")
 def initial(single: Runtime, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
-    """Path of the checkpoints of an architecture, saved once."""
-    return parity_jobs.initial_checkpoints(tmp_path_factory)
+    """Path of the checkpoint of an architecture, saved once."""
+
+    @functools.cache
+    def path_of(architecture: str) -> str:
+        path = str(tmp_path_factory.mktemp(architecture))
+        row_group_jobs.save_initial(architecture, path)
+        return path
+
+    return path_of
 
 
 @pytest.fixture(scope="module")
 def expected(initial: Callable[[str], str]) -> Callable[[str], list[row_group_jobs.Answer]]:
     """What one process generates in one group."""
-    known: dict[str, list[row_group_jobs.Answer]] = {}
 
+    @functools.cache
     def answer(architecture: str) -> list[row_group_jobs.Answer]:
-        if architecture not in known:
-            ((found, _, _),) = row_group_jobs.answers(architecture, initial(architecture), {}, SAMPLINGS, [1])
-            assert all(len({len(response) for response in responses}) > 3 for responses, _ in found)
-            known[architecture] = found
-        return known[architecture]
+        ((found, _, _),) = row_group_jobs.answers(architecture, initial(architecture), {}, SAMPLINGS, [1])
+        assert all(len({len(response) for response in responses}) > 3 for responses, _ in found)
+        return found
 
     return answer
 
