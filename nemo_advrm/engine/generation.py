@@ -159,7 +159,7 @@ def likeliest_tokens(
             own = order[start : start + most]
             tokens_BS, lengths_B = (tensor.to(rt.device) for tensor in pad_rows([rows[i] for i in own], pad_id=0))
             logits: list[Tensor] = []
-            stages.make(prompt_passes(model, tokens_BS, lengths_B, cache, logits.append))
+            stages.make_many(prompt_passes(model, tokens_BS, lengths_B, cache, logits.append))
             log_probs_BK = torch.zeros(len(own), count, device=rt.device)
             ids_BK = torch.zeros(len(own), count, dtype=torch.int64, device=rt.device)
             if logits:
@@ -180,6 +180,8 @@ def _write(model: MegatronModel, stages: Stages, groups: list[RowGroup], tokens:
             if following is not None:
                 yield following
 
-    stages.make(chain.from_iterable(group.prompt_passes(model) for group in groups))
+    stages.make_many(chain.from_iterable(group.prompt_passes(model) for group in groups))
+    for group in groups:
+        group.pick_first()
     for t in range(tokens):
         stages.make(passes_after(t))

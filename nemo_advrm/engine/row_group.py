@@ -46,13 +46,23 @@ class RowGroup:
         self._written = Written(len(prompts), sampling, rt.device, shapes.look_every)
         self._picks = rt.is_last_stage
         self._next = 0  # token that the passes under way lead to
-        self._logits: list[Tensor] = []
+        self._logits: list[Tensor] = []  # of the prompts
         self._tokens_B = torch.empty(0, dtype=torch.int64)
         self._ended = False
 
     def prompt_passes(self, model: MegatronModel) -> Iterator[Pass]:
         """The passes that lead to token 0."""
-        return prompt_passes(model, self._prompts_BS, self._lengths_B, self._cache, self._take)
+        return prompt_passes(model, self._prompts_BS, self._lengths_B, self._cache, self._logits.append)
+
+    def pick_first(self) -> None:
+        """Pick token 0; called when the passes over the prompts of all groups are made.
+
+        Not earlier: a first message between two ranks waits until both are there, and the others may need more passes
+        of the last stage before they ask for tokens.
+        """
+        if self._picks:
+            self._pick(torch.cat(self._logits))
+            self._logits.clear()
 
     def pass_after(self, t: int) -> Pass | None:
         """The pass after token ``t``, for which it waits; None where all rows end with it or have ended before."""
@@ -79,17 +89,11 @@ class RowGroup:
                 self._written.keep_rows(kept)
                 tokens_B = tokens_B[kept]
         self._next = t + 1
-        return token_pass(tokens_B, self._cache, self._graphs, self._take)
+        return token_pass(tokens_B, self._cache, self._graphs, self._pick)
 
-    def _take(self, logits: Tensor) -> None:
-        """Pick the next token of every row once the logits of all are there, and send it to the other stages."""
-        self._logits.append(logits)
-        rows_B = self._written.rows_B
-        if sum(map(len, self._logits)) < rows_B.numel():
-            return
-        logits_BV = torch.cat(self._logits) if len(self._logits) > 1 else logits
-        self._logits.clear()
-        self._tokens_B = pick(logits_BV, self._uniforms_BT[rows_B, self._next], self._sampling)
+    def _pick(self, logits_BV: Tensor) -> None:
+        """Pick the next token of every row, and send them to the other stages."""
+        self._tokens_B = pick(logits_BV, self._uniforms_BT[self._written.rows_B, self._next], self._sampling)
         self._stages.share_tokens(self._tokens_B)
 
     def responses(self) -> tuple[list[list[int]], list[bool]]:

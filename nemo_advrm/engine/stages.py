@@ -39,9 +39,9 @@ class Stages:
     on its way while it makes the next pass, so as many stages work as there are passes that do not need each other's
     tokens. Every wait has the limit of the process groups (``trainer.timeout_minutes``).
 
-    Messages to a later stage go through the pipeline's process group, those to an earlier one through that of all
-    ranks, as in Megatron's schedules: NCCL takes the messages of a group between two ranks one after the other,
-    whatever their direction, and each of two stages would wait for the other to receive.
+    Hidden states go to a later stage through the pipeline's process group and to the first one through that of all
+    ranks, as in Megatron's schedules, and tokens through the replica's: NCCL takes the messages of one group between
+    two ranks one after the other, whatever their direction, so two stages could each wait for the other to receive.
     """
 
     def __init__(self, model: MegatronModel) -> None:
@@ -51,24 +51,17 @@ class Stages:
         self._ranks = dist.get_process_group_ranks(self._group)
         self._own = dist.get_rank(self._group)
         self._sent: list[dist.Work] = []
+        self._sent_before: list[dist.Work] = []
 
-    def make(self, passes: Iterable[Pass], announced: bool = True) -> None:
-        """Make passes through all stages and chunks.
+    def make(self, passes: Iterable[Pass], announced: bool = True) -> bool:
+        """Make passes through all stages and chunks; whether there were any.
+
+        All of them may be under way at once, and those of the call before.
 
         Args:
             passes: a pass is asked for when this stage begins it, so what it needs may be on its way until then.
             announced: tell ranks that share experts with this one of each.
         """
-        waiting = iter(passes)
-        before: list[dist.Work] = []
-        # in rounds, so that what is sent and not yet received has a bound
-        while self._make_round(itertools.islice(waiting, len(self._ranks)), announced):
-            _wait(before)
-            before, self._sent = self._sent, []
-        self._sent = before + self._sent
-
-    def _make_round(self, passes: Iterable[Pass], announced: bool) -> bool:
-        """Whether there were any."""
         experts_span_rows = self._rt.layout.experts_span_rows
         # ranks that share experts are in the same chunk at any time, and may have other numbers of passes
         first = len(self._model.parts) if experts_span_rows else 1
@@ -85,7 +78,15 @@ class Stages:
         for part in self._model.parts[first:]:
             for each in begun:
                 self._turn(part, each)
+        _wait(self._sent_before)
+        self._sent_before, self._sent = self._sent, []
         return bool(begun)
+
+    def make_many(self, passes: Iterable[Pass]) -> None:
+        """Make passes that need nothing of each other, as many at once as there are stages."""
+        waiting = iter(passes)
+        while self.make(itertools.islice(waiting, len(self._ranks))):
+            pass
 
     def _turn(self, part: HeadedGPT, each: Pass) -> None:
         hidden = None
@@ -93,38 +94,37 @@ class Stages:
             config = self._model.config
             shape = each.length, each.rows, config.hidden_size
             hidden = torch.empty(shape, dtype=config.params_dtype, device=self._rt.device)
-            self._receive(hidden, (self._own - 1) % len(self._ranks))
+            group = None if self._own == 0 else self._group
+            dist.recv(hidden, self._ranks[self._own - 1], group=group)
         output = each.run(part, hidden)
         if part.post_process:
             each.take(output)
         else:
             # a copy, because the next replay of a graph may write over the output while it is being sent
-            self._send(output.clone(memory_format=torch.contiguous_format), (self._own + 1) % len(self._ranks))
+            output = output.clone(memory_format=torch.contiguous_format)
+            following = (self._own + 1) % len(self._ranks)
+            self._send(output, following, None if following == 0 else self._group)
 
     def share_tokens(self, tokens_B: Tensor) -> None:
         """Send tokens from the last stage to all others, which ask for them by :meth:`shared_tokens`."""
         for stage in range(self._own):
-            self._send(tokens_B, stage)
+            self._send(tokens_B, stage, self._rt.replica)
 
     def shared_tokens(self, rows: int) -> Tensor:
         """The next [rows] int64 tokens from the last stage; on the others."""
         tokens_B = torch.empty(rows, dtype=torch.int64, device=self._rt.device)
-        self._receive(tokens_B, len(self._ranks) - 1)
+        dist.recv(tokens_B, self._ranks[-1], group=self._rt.replica)
         return tokens_B
 
     def finish(self) -> None:
         """Wait until all that was sent has gone; called when no pass is left."""
-        _wait(self._sent)
-        self._sent = []
+        _wait(self._sent_before + self._sent)
+        self._sent_before, self._sent = [], []
 
-    def _send(self, tensor: Tensor, stage: int) -> None:
-        group = self._group if stage > self._own else None
+    def _send(self, tensor: Tensor, stage: int, group: dist.ProcessGroup | None) -> None:
         work = dist.isend(tensor, self._ranks[stage], group=group)
         assert work is not None
         self._sent.append(work)
-
-    def _receive(self, tensor: Tensor, stage: int) -> None:
-        dist.recv(tensor, self._ranks[stage], group=self._group if stage < self._own else None)
 
 
 def _wait(sent: list[dist.Work]) -> None:

@@ -125,14 +125,14 @@ def test_the_first_stage_begins_the_next_group_before_the_token_of_the_one_befor
     assert first == [event for turn in turns for event in ("tokens came", turn)] + ["tokens came"] * 2
 
 
-def test_when_the_last_stage_fails_the_first_waits_no_longer_than_its_limit(initial: Callable[[str], str]) -> None:
+def test_when_the_last_stage_fails_the_first_does_not_wait_for_it(initial: Callable[[str], str]) -> None:
     world = World(2)
     try:
-        first, last = world.run("row_group_jobs", "errors", Layout(pipeline=2), path=initial("llama"), limit_seconds=3)
+        first, last = world.run("row_group_jobs", "error", Layout(pipeline=2), path=initial("llama"))
     finally:
         world.close()
     assert last == "ValueError: no token"
-    assert "imed out" in first
+    assert "closed by peer" in first
 
 
 def test_a_batch_has_a_group_for_every_stage_as_far_as_its_rows_go(
