@@ -30,8 +30,8 @@ class FusedCoreAttention(MegatronModule):
     """softmax(QK' * scale)V through ``scaled_dot_product_attention``, with grouped queries.
 
     Rows are padded on the right, so the causal mask also hides padding from real tokens. Decoding from a cache passes
-    an explicit mask (True = hidden) with ``AttnMaskType.arbitrary``. Layers with a sliding window
-    (``config.window_size``) also hide the keys before the window.
+    an explicit mask (True = hidden) with ``AttnMaskType.arbitrary``, or lengths for a kernel that takes them. Layers
+    with a sliding window (``config.window_size``) also hide the keys before the window.
 
     Args:
         softcap: bounds scores by ``softcap * tanh(score / softcap)`` (Gemma 2); 0 means no bound. No fused kernel of
@@ -66,7 +66,7 @@ class FusedCoreAttention(MegatronModule):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        attention_mask: Tensor | None,
+        attention_mask: Tensor | varlen.CachedLengths | None,
         attn_mask_type: AttnMaskType | None = None,
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
@@ -75,6 +75,8 @@ class FusedCoreAttention(MegatronModule):
 
         Packed: query [t, heads, d], key and value [t, groups, d] -> like query.
         """
+        if isinstance(attention_mask, varlen.CachedLengths):
+            return varlen.cached_attention(query, key, value, attention_mask, self.window, self.softmax_scale)
         if packed_seq_params is not None:
             return self._packed(query, key, value, packed_seq_params)
         if self.config.context_parallel_size > 1:

@@ -28,6 +28,7 @@ from nemo_advrm.engine.sampling import Sampling
 from nemo_advrm.engine.stages import Pass, Stages
 from nemo_advrm.engine.step_graphs import step_graphs
 from nemo_advrm.engine.step_shapes import step_shapes
+from nemo_advrm.engine.varlen import reason_against_lengths
 from nemo_advrm.errors import ConfigError
 
 
@@ -99,7 +100,10 @@ def generate(
     # of the first batch, which is the largest
     largest = min(most, len(own))
     count = groups_in_flight(largest)
-    caches = [KVCache(len(range(i, largest, count)), longest, rt.device, shapes.block) for i in range(count)]
+    by_lengths = not reason_against_lengths(model.model_config, model.config.params_dtype, rt.on_gpu)
+    caches = [
+        KVCache(len(range(i, largest, count)), longest, rt.device, shapes.block, by_lengths) for i in range(count)
+    ]
     stages = Stages(model)
     with model.resident(), decoding(model.parts):
         captured = step_graphs(model, graphs, lambda: [tensor for cache in caches for tensor in cache.tensors()])

@@ -23,6 +23,7 @@ from nemo_advrm.engine.log_probs import DeferredLogits
 from nemo_advrm.engine.packing import Packing
 from nemo_advrm.engine.rotation import rotation
 from nemo_advrm.engine.transformer import layer_spec
+from nemo_advrm.engine.varlen import CachedLengths
 
 
 class ScalarHead(nn.Module):
@@ -134,7 +135,7 @@ class HeadedGPT(GPTModel):
         self,
         input_ids: Tensor,
         position_ids: Tensor,
-        attention_mask: Tensor | None = None,
+        attention_mask: Tensor | CachedLengths | None = None,
         *,
         read_at_B: Tensor | None = None,
         predict_BS: Tensor | None = None,
@@ -147,7 +148,7 @@ class HeadedGPT(GPTModel):
 
         Args:
             input_ids, position_ids: [B, S] int64.
-            attention_mask: True = hidden; only used when decoding from a cache.
+            attention_mask: see :meth:`KVCache.seen`; only used when decoding from a cache.
             read_at_B: position of each row's last real token (reward, and lm when generating); of each sequence's in
                 the row, if it is packed.
             predict_BS: mask of the positions whose next-token logits are requested (lm when training).

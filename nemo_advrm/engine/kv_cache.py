@@ -8,6 +8,8 @@ import torch
 from megatron.core.inference.contexts import StaticInferenceContext
 from torch import Tensor
 
+from nemo_advrm.engine.varlen import CachedLengths
+
 
 class KVCache(StaticInferenceContext):
     """Cache of a batch whose prompts are padded on the right; each row then grows from its own end.
@@ -22,6 +24,7 @@ class KVCache(StaticInferenceContext):
         rows: most rows of a batch.
         max_sequence_length: most tokens of a row, prompt and response.
         block: :attr:`attended` is a multiple of it, up to the longest row possible.
+        by_lengths: attention takes the lengths of rows, so that no shape depends on them; else a mask.
 
     Attributes:
         lengths_B: tokens in the cache per row (int64).
@@ -29,13 +32,21 @@ class KVCache(StaticInferenceContext):
         prefilling: True during the pass over the prompts.
     """
 
-    def __init__(self, rows: int, max_sequence_length: int, device: torch.device, block: int = 1) -> None:
+    def __init__(
+        self,
+        rows: int,
+        max_sequence_length: int,
+        device: torch.device,
+        block: int = 1,
+        by_lengths: bool = False,
+    ) -> None:
         # a multiple of 8, if of anything, because attention on a GPU copies masks whose rows are not aligned
         step = min(block, 8)
         super().__init__(max_batch_size=rows, max_sequence_length=-(-max_sequence_length // step) * step)
         # each model call returns logits for every position; the caller picks each row's last
         self.materialize_only_last_token_logits = False
         self._block = block
+        self._by_lengths = by_lengths
         self._lengths = torch.zeros(rows, dtype=torch.int64, device=device)
         self._angles: dict[int, Tensor] = {}
 
@@ -53,7 +64,8 @@ class KVCache(StaticInferenceContext):
 
     def _set_attended(self) -> None:
         longest = max(self._prompts) + self._new_tokens
-        self.attended = min(-(-longest // self._block) * self._block, self.max_sequence_length)
+        self._filled = min(-(-longest // self._block) * self._block, self.max_sequence_length)
+        self.attended = self.max_sequence_length if self._by_lengths else self._filled
 
     def tensors(self) -> list[Tensor]:
         """What a decoding step reads here by its address."""
@@ -86,7 +98,10 @@ class KVCache(StaticInferenceContext):
         return keys[seen].permute(2, 0, 1, 3), values[seen].permute(2, 0, 1, 3)
 
     def _allocate(self, like: Tensor) -> Tensor:
+        """[rows, groups, tokens, channels], in memory in the order that attention reads."""
         _, _, groups, channels = like.shape
+        if self._by_lengths:
+            return like.new_zeros(self.max_batch_size, self.max_sequence_length, groups, channels).transpose(1, 2)
         return like.new_zeros(self.max_batch_size, groups, self.max_sequence_length, channels)
 
     def start_decoding(self) -> None:
@@ -103,8 +118,10 @@ class KVCache(StaticInferenceContext):
         self._new_tokens += 1
         self._set_attended()
 
-    def hidden_mask(self) -> Tensor:
-        """Mask [b, 1, 1, attended]: True after the row's new token."""
+    def seen(self) -> Tensor | CachedLengths:
+        """Which keys new tokens see: lengths, or a mask [b, 1, 1, attended] that is True after the row's new token."""
+        if self._by_lengths:
+            return CachedLengths.of(self.lengths_B + 1, self.max_sequence_length)
         positions = torch.arange(self.attended, device=self.lengths_B.device)
         return (positions[None, :] > self.lengths_B[:, None])[:, None, None, :]
 
@@ -115,7 +132,7 @@ class KVCache(StaticInferenceContext):
         rows_B = rows_B.to(self._lengths.device)
         for keys_and_values in self.key_value_memory_dict.values():
             for memory in keys_and_values:
-                memory[:kept, :, : self.attended] = memory[rows_B, :, : self.attended]
+                memory[:kept, :, : self._filled] = memory[rows_B, :, : self._filled]
         self._lengths[:kept] = self._lengths[rows_B]
         self.lengths_B = self._lengths[:kept]
         self._set_attended()

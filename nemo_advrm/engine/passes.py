@@ -14,6 +14,7 @@ from nemo_advrm.engine.kv_cache import KVCache
 from nemo_advrm.engine.model import MegatronModel
 from nemo_advrm.engine.stages import Pass, Stages
 from nemo_advrm.engine.step_graphs import StepGraphs
+from nemo_advrm.engine.varlen import CachedLengths
 
 
 def prompt_passes(
@@ -55,7 +56,7 @@ def token_pass(tokens_B: Tensor, cache: KVCache, graphs: StepGraphs | None, take
             # all else that differs between two steps is made of the cache's lengths here, where a graph records it
             lengths_B = cache.lengths_B
             read_at_B = torch.zeros_like(lengths_B)
-            return _run(part, hidden, tokens_B[:, None], lengths_B[:, None], read_at_B, cache.hidden_mask(), cache)
+            return _run(part, hidden, tokens_B[:, None], lengths_B[:, None], read_at_B, cache.seen(), cache)
 
         inputs = (tokens_B,) if hidden is None else (tokens_B, hidden)
         if graphs is None:
@@ -71,7 +72,7 @@ def _run(
     tokens_BS: Tensor,
     positions_BS: Tensor,
     read_at_B: Tensor,
-    mask: Tensor | None,
+    mask: Tensor | CachedLengths | None,
     cache: KVCache,
     cache_rows: slice | None = None,
 ) -> Tensor:

@@ -35,3 +35,8 @@ def without_varlen_kernel() -> str:
 def grouped_queries(kernel: Callable[..., Any]) -> dict[str, bool]:
     """The argument that announces grouped queries to ``kernel``: 2.12 and newer raise without; older have none."""
     return {"enable_gqa": True} if "enable_gqa" in inspect.signature(kernel).parameters else {}
+
+
+def takes_lengths(kernel: Callable[..., Any] | None) -> bool:
+    """Whether ``kernel`` reads as many keys of each sequence as it is told, so that the sequence may be a cache's."""
+    return kernel is not None and "seqused_k" in inspect.signature(kernel).parameters

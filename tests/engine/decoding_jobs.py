@@ -11,10 +11,11 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+import torch.nn.functional as F
 from tiny import TOKENIZER, sequences, tiny_config
 from torch import Tensor
 
-from nemo_advrm.engine import generation, row_group, runtime
+from nemo_advrm.engine import generation, row_group, runtime, torch_compat
 from nemo_advrm.engine.builders import build_policy
 from nemo_advrm.engine.generation import generate, uniforms
 from nemo_advrm.engine.model import MegatronModel
@@ -45,6 +46,33 @@ class FailedGraph(RecordedGraph):
     def capture(self, work: Callable[[], Tensor]) -> Tensor:
         super().capture(work)  # with the collectives that the other ranks take part in
         raise RuntimeError("operation not permitted when stream is capturing")
+
+
+def lengths_kernel(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_q: Tensor,
+    cu_seq_k: Tensor,
+    max_q: int,
+    max_k: int,
+    *,
+    scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    enable_gqa: bool = False,
+    seqused_k: Tensor | None = None,
+) -> Tensor:
+    """PyTorch's ``varlen_attn`` by its documentation for one query of each sequence, one after the other."""
+    assert seqused_k is not None and {t.dtype for t in (cu_seq_q, cu_seq_k, seqused_k)} == {torch.int32}
+    assert key.is_contiguous() and value.is_contiguous()  # what the cache holds, and no copy of it
+    assert max_q == 1 and cu_seq_q.tolist() == list(range(query.size(0) + 1)) and enable_gqa
+    assert cu_seq_k.diff().tolist() == [max_k] * seqused_k.numel() and int(seqused_k.max()) <= max_k
+    results = []
+    for row, (start, seen) in enumerate(zip(cu_seq_k.tolist(), seqused_k.tolist(), strict=False)):
+        first = max(0, seen - 1 - window_size[0]) if window_size[0] >= 0 else 0
+        k, v = (t[start + first : start + seen].transpose(0, 1)[None] for t in (key, value))
+        results.append(F.scaled_dot_product_attention(query[row][None, :, None], k, v, scale=scale, enable_gqa=True))
+    return torch.cat(results)[:, :, 0]
 
 
 @dataclass
@@ -101,8 +129,13 @@ def _watched(made: Made) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def as_on_a_gpu(shapes: StepShapes, made: Made, fails_on: int | None = None) -> Iterator[None]:
-    """Steps of ``shapes``, recorded as graphs; recording fails on rank ``fails_on``."""
+def as_on_a_gpu(
+    shapes: StepShapes, made: Made, fails_on: int | None = None, by_lengths: bool = False
+) -> Iterator[None]:
+    """Steps of ``shapes``, recorded as graphs; recording fails on rank ``fails_on``.
+
+    With ``by_lengths``, attention to the cache is by :func:`lengths_kernel`.
+    """
     graphs: list[RecordedGraph] = []
 
     def new_graph() -> RecordedGraph:
@@ -115,13 +148,20 @@ def as_on_a_gpu(shapes: StepShapes, made: Made, fails_on: int | None = None) -> 
     with (
         patch.object(generation, "step_shapes", lambda rt: shapes),
         patch.object(generation, "step_graphs", step_graphs),
+        patch.object(generation, "reason_against_lengths", lambda *_: "" if by_lengths else "no kernel"),
+        patch.object(torch_compat, "varlen_kernel", lambda: lengths_kernel),
     ):
         yield
     made.replays = [graph.replays for graph in graphs]
 
 
 def both_ways(
-    architecture: str, model: dict[str, Any], sampling: Sampling, shapes: StepShapes, fails_on: int | None = None
+    architecture: str,
+    model: dict[str, Any],
+    sampling: Sampling,
+    shapes: StepShapes,
+    fails_on: int | None = None,
+    by_lengths: bool = False,
 ) -> tuple[Made, Made]:
     """Responses to 12 prompts in batches of 5 as on a CPU, and as on a GPU."""
     cfg = tiny_config(architecture, runtime.current().layout, **model)
@@ -130,7 +170,7 @@ def both_ways(
     numbers = uniforms(7, len(prompts), sampling.max_new_tokens)
     results = Made(), Made()
     for made in results:
-        gpu = as_on_a_gpu(shapes, made, fails_on) if made is results[1] else contextlib.nullcontext()
+        gpu = as_on_a_gpu(shapes, made, fails_on, by_lengths) if made is results[1] else contextlib.nullcontext()
         with _watched(made), gpu:
             found = generate(policy, prompts, sampling, numbers, max_rows=5)
         made.responses, made.ended = found.responses, found.ended
