@@ -33,9 +33,7 @@ def _agree(made: Any) -> None:
     assert sum(by_lengths.replays) > 10 and not by_lengths.given_up
 
 
-@pytest.mark.parametrize(
-    "model", [{}, {"sliding_window": 6}, {"query_scale": 3.0}], ids=["llama", "window", "scale"]
-)
+@pytest.mark.parametrize("model", [{}, {"sliding_window": 6}, {"query_scale": 3.0}], ids=["llama", "window", "scale"])
 def test_tokens_and_log_probs_are_those_of_a_mask(single: Runtime, model: dict[str, Any]) -> None:
     made = both_ways("llama", {"init_method_std": 0.3, **model}, SAMPLED, SHAPES, by_lengths=True)
     _agree(made)
