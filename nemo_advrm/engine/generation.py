@@ -109,14 +109,14 @@ def generate(
         captured = step_graphs(model, graphs, lambda: [tensor for cache in caches for tensor in cache.tensors()])
         for start in range(0, len(own), most):
             batch = own[start : start + most]
-            groups = {}
-            for i, cache in enumerate(caches[: len(batch)]):
-                # ascending by length; interleaved, because the stages wait for the slowest group
-                rows = batch[i::count]
-                texts = [prompts[row] for row in rows]
-                groups[tuple(rows)] = RowGroup(stages, texts, sampling, uniforms_BT[rows], cache, captured, shapes)
-            _write(model, stages, list(groups.values()), sampling.max_new_tokens)
-            for rows, group in groups.items():
+            # ascending by length; interleaved, because the stages wait for the slowest group
+            divided = [batch[i::count] for i in range(min(count, len(batch)))]
+            groups = [
+                RowGroup(stages, [prompts[i] for i in rows], sampling, uniforms_BT[rows], cache, captured, shapes)
+                for rows, cache in zip(divided, caches, strict=False)
+            ]
+            _write(model, stages, groups, sampling.max_new_tokens)
+            for rows, group in zip(divided, groups, strict=True):
                 made.update(zip(rows, zip(*group.responses(), strict=True), strict=True))
         accompany(stages)
         stages.finish()
