@@ -14,6 +14,7 @@ from nemo_advrm.engine import peers
 from nemo_advrm.engine.collectives import without_views
 from nemo_advrm.errors import ConfigError, LayoutError
 from nemo_advrm.rank_info import RankInfo
+from nemo_advrm.seeds import derive_seed
 
 T = TypeVar("T")
 
@@ -147,11 +148,7 @@ class Runtime:
             dist.barrier()
 
     def seed(self, seed: int) -> None:
-        """Seed every generator; tensor-parallel ranks get dropout streams of their own.
-
-        Every training step calls it with a value derived from the run's seed and the step, so that a restarted run
-        draws the same numbers as an uninterrupted one.
-        """
+        """Seed every generator, equally on all ranks, but for the parts of weights that tensor-parallel ranks hold."""
         from megatron.core import tensor_parallel
 
         need_megatron()
@@ -159,6 +156,21 @@ class Runtime:
         if not self.on_gpu:
             tensor_parallel.get_cuda_rng_tracker().reset()
         tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+    def seed_step(self, seed: int) -> None:
+        """Seed dropout, so that ranks with other sequences, other parts of these or other layers draw other masks.
+
+        Tensor-parallel ranks draw equal ones where they hold equal values. Every training step calls it with a value
+        derived from the run's seed and the step, so that a restarted run draws the same numbers as an uninterrupted one.
+        """
+        from megatron.core import parallel_state
+
+        need_megatron()
+        context, stage = (
+            parallel_state.get_context_parallel_rank(),
+            parallel_state.get_pipeline_model_parallel_rank(),
+        )
+        self.seed(derive_seed(seed, "dropout", self.dp_rank, context, stage))
 
 
 _current: Runtime | None = None

@@ -96,7 +96,7 @@ class TrainableModel(ModelPT):
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
         step = self.global_step
-        runtime.current().seed(derive_seed(self.seed, "step", step))
+        runtime.current().seed_step(derive_seed(self.seed, "step", step))
         started = time.perf_counter()
         metrics = self.train_on(batch, step)
         seconds = time.perf_counter() - started

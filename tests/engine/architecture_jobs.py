@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
@@ -107,6 +108,16 @@ def compute(
     model = build(config, "lm", path, sequence_parallel=sequence_parallel)
     made = generate(model, prompts, Sampling(new, (), temperature=0), torch.zeros(len(prompts), new))
     return logits(model, tokens_BS), made.responses
+
+
+def descended(hf: PreTrainedModel, tokens_BS: torch.Tensor, rate: float) -> tuple[float, dict[str, torch.Tensor]]:
+    """The next-token loss of ``hf``, and its weights after a step of gradient descent, under our names."""
+    loss = F.cross_entropy(hf(tokens_BS).logits[:, :-1].flatten(0, 1), tokens_BS[:, 1:].flatten())
+    loss.backward()
+    with torch.no_grad():
+        for parameter in hf.parameters():
+            parameter -= rate * parameter.grad
+    return loss.item(), tensors_of(hf)
 
 
 def _next_token_loss(logits_NV: torch.Tensor, microbatch: Microbatch) -> tuple[torch.Tensor, int, Sums]:

@@ -28,7 +28,7 @@ def train(module: RewardModel, first: int, last: int) -> list[dict[str, float]]:
     """Steps ``first`` to ``last`` - 1."""
     steps, found = module.steps(first), []
     for step in range(first, last):
-        runtime.current().seed(step)
+        runtime.current().seed_step(step)
         found.append(module.train_on(next(steps), step))
     return found
 

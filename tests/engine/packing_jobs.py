@@ -47,6 +47,27 @@ def critic(architecture: str, path: str, model: dict[str, Any]) -> tuple[torch.T
     return parity_jobs.train_critic(architecture, path, model)
 
 
+def aligned(
+    path: str, recipe: str, shares: list[int], model: dict[str, Any]
+) -> tuple[list[Metrics], torch.Tensor, list[int]]:
+    """Metrics of two steps of training and scores after these, with rows of the length that FP8 by ``recipe`` needs.
+
+    Data-parallel rank r trains on shares[r] of 8 pairs. Without Transformer Engine layers compute in fp32, and the
+    length is all that is left of FP8. Also the lengths of all rows that this rank's part of the model read.
+    """
+    rt = runtime.current()
+    cfg = tiny_config("llama", rt.layout, micro_batch_tokens=64, sequence_packing="always", **model)
+    module = RewardModel(cfg, TOKENIZER, pairs(8), [], f"{path}/reward")
+    if recipe:
+        module.model.config.fp8, module.model.config.fp8_recipe = "hybrid", recipe  # type: ignore[assignment]
+    lengths: list[int] = []
+    module.model.parts[0].register_forward_pre_hook(lambda _, args: lengths.append(args[0].size(1)))
+    start = sum(shares[: rt.dp_rank])
+    own = pairs(8)[start : start + shares[rt.dp_rank]]
+    metrics = [module.train_on(own, step) for step in range(2)]
+    return metrics, score_sequences(module.model, sequences(11), TOKENIZER.pad_id), lengths
+
+
 def gradients(architecture: str, model: dict[str, Any]) -> tuple[dict[str, torch.Tensor], list[Any]]:
     """Gradients of one microbatch of pairs and of one of responses; and the shapes of their tokens."""
     cfg = tiny_config(architecture, runtime.current().layout, **model)

@@ -8,12 +8,13 @@ from typing import Any
 import checkpoint_jobs
 import pytest
 import torch
-from architecture_jobs import build, config_of, logits, put, tensors_of
+from architecture_jobs import build, config_of, descended, logits, put, tensors_of
 from distributed import Worlds
 from hf_models import VOCABULARY, tiny_hf
 
 from nemo_advrm.config import load_config
 from nemo_advrm.config.layout import validate_layout
+from nemo_advrm.engine import checkpoint
 from nemo_advrm.engine.runtime import Layout, Runtime
 from nemo_advrm.errors import ConfigError, LayoutError
 
@@ -70,6 +71,38 @@ def test_experts_that_keep_their_share_of_the_softmax_are_those_of_transformers(
     put(model, tensors_of(hf))
     tokens_BS = torch.randint(3, VOCABULARY, (3, 20), generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(logits(model, tokens_BS), hf(tokens_BS).logits, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(("name", "number"), [("mixtral", {}), ("qwen3_moe", {"num_experts": 6})])
+def test_experts_dealt_out_to_two_ranks_compute_and_train_as_those_of_transformers(
+    single: Runtime, worlds: Worlds, tmp_path: Path, name: str, number: dict[str, int]
+) -> None:
+    hf = tiny_hf(name, **number)
+    config, before = config_of(hf), tensors_of(hf)
+    model = build(config)
+    put(model, before)
+    checkpoint.save(tmp_path / "lm", model)
+    tokens_BS = torch.randint(3, VOCABULARY, (4, 20), generator=torch.Generator().manual_seed(0))
+    prompts = [tokens_BS[0, :7].tolist(), tokens_BS[1, :2].tolist()]
+    settings = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
+    continued = [hf.generate(torch.tensor([prompt]), **settings)[0, len(prompt) :].tolist() for prompt in prompts]
+    expected = hf(tokens_BS).logits.detach()
+    loss, trained = descended(hf, tokens_BS, rate=0.5)
+
+    def run(job: str, **kwargs: Any) -> list[Any]:
+        kwargs |= {"config": config, "path": str(tmp_path / "lm"), "tokens_BS": tokens_BS, "sequence_parallel": False}
+        return worlds.run(Layout(expert=2), "architecture_jobs", job, 2, **kwargs)
+
+    for found, responses in run("compute", prompts=prompts, new=5):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+        assert responses == continued
+    for found in run("descend", rate=0.5, out=str(tmp_path / "out")):
+        assert found == pytest.approx(loss, abs=1e-5)
+    after = dict(build(config, path=str(tmp_path / "out")).parts[0].named_parameters())
+    assert after.keys() == trained.keys() and expected.std() > 0.5
+    for key, tensor in trained.items():
+        torch.testing.assert_close(after[key].data, tensor, rtol=0, atol=1e-4, msg=lambda text, key=key: f"{key}: {text}")
+        assert (tensor - before[key]).abs().max() > 1e-3, key
 
 
 @pytest.mark.parametrize(

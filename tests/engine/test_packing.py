@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from distributed import Worlds
 from megatron.core.transformer.enums import AttnMaskType
-from tiny import ARCHITECTURES, TOKENIZER, pairs, responses, tiny_config
+from tiny import ARCHITECTURES, EXPERTS, TOKENIZER, pairs, responses, tiny_config
 
 from nemo_advrm.config.schema import ModelConfig
 from nemo_advrm.engine import throughput, torch_compat, transformer_engine, varlen
@@ -51,6 +51,12 @@ def padded(initial: Callable[[str], str]) -> Callable[[str, str], Any]:
         return answers[job, architecture]
 
     return answer
+
+
+@pytest.fixture(scope="module")
+def unaligned(initial: Callable[[str], str]) -> Any:
+    """What one process computes of packed rows of any length."""
+    return packing_jobs.aligned(initial("llama"), "", [8], {})
 
 
 def _agree(there: Any, here: Any) -> None:
@@ -87,7 +93,7 @@ def test_gradients_are_those_of_padded_rows(single: Runtime, architecture: str, 
 
 
 @pytest.mark.parametrize("job", ["rewards", "language", "critic"])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, *EXPERTS])
 def test_one_process_computes_what_it_computes_of_padded_rows(
     initial: Callable[[str], str], padded: Callable[[str, str], Any], job: str, architecture: str
 ) -> None:
@@ -110,10 +116,25 @@ def test_one_process_computes_what_it_computes_of_padded_rows(
         (Layout(), {"micro_batch_tokens": 40}, "llama"),
         (Layout(context=2), {}, "llama"),
         (Layout(context=2), {"micro_batch_tokens": 40, "recompute": "full"}, "gpt"),
+        (Layout(expert=2), {"micro_batch_tokens": 40}, "experts"),
+        pytest.param(Layout(tensor=2, context=2), {"sequence_parallel": True}, "gpt", marks=pytest.mark.long),
+        pytest.param(Layout(pipeline=2, context=2), {"micro_batch_tokens": 40}, "llama", marks=pytest.mark.long),
     ],
-    ids=["tp2", "tp2-sp", "pp2", "pp2-interleaved", "pp2-interleaved-learned", "dp2", "cp2", "cp2-learned"],
+    ids=[
+        "tp2",
+        "tp2-sp",
+        "pp2",
+        "pp2-interleaved",
+        "pp2-interleaved-learned",
+        "dp2",
+        "cp2",
+        "cp2-learned",
+        "ep2",
+        "tp2-sp-cp2",
+        "pp2-cp2",
+    ],
 )
-def test_two_processes_compute_what_one_computes_of_padded_rows(
+def test_several_processes_compute_what_one_computes_of_padded_rows(
     worlds: Worlds,
     initial: Callable[[str], str],
     padded: Callable[[str, str], Any],
@@ -123,8 +144,48 @@ def test_two_processes_compute_what_one_computes_of_padded_rows(
 ) -> None:
     for job in ("rewards", "language", *(["critic"] if layout.context > 1 else [])):
         kwargs = {"architecture": architecture, "path": initial(architecture), "model": {**model, **PACKED}}
-        for there in worlds.run(layout, "packing_jobs", job, 2, **kwargs):
+        for there in worlds.run(layout, "packing_jobs", job, max(2, layout.model_parallel), **kwargs):
             _agree(there, padded(job, architecture))
+
+
+@pytest.mark.parametrize(
+    ("layout", "model", "recipe", "multiple"),
+    [
+        (Layout(), {}, "delayed", 16),
+        (Layout(), {}, "tensorwise", 16),  # with two replicas, of which the second has one microbatch in a step
+        (Layout(context=2), {}, "mxfp8", 64),
+        (Layout(tensor=2), {"sequence_parallel": True}, "blockwise", 32),
+        (Layout(pipeline=2), {"virtual_pipeline_model_parallel_size": 2}, "tensorwise", 16),
+    ],
+    ids=["one", "dp2", "cp2", "tp2-sp", "pp2-interleaved"],
+)
+def test_rows_of_the_length_that_fp8_needs_give_the_same(
+    worlds: Worlds,
+    initial: Callable[[str], str],
+    unaligned: Any,
+    request: pytest.FixtureRequest,
+    layout: Layout,
+    model: dict[str, Any],
+    recipe: str,
+    multiple: int,
+) -> None:
+    place = request.node.callspec.id
+    kwargs = {"path": initial("llama"), "recipe": recipe, "model": model}
+    if place == "one":
+        ranks = [packing_jobs.aligned(shares=[8], **kwargs)]
+    else:
+        shares = [7, 1] if place == "dp2" else [8]
+        ranks = worlds.run(layout, "packing_jobs", "aligned", 2, shares=shares, **kwargs)
+    metrics, scores, plain = unaligned
+    assert any(length % 16 for length in plain)
+    for there, after, lengths in ranks:
+        _agree(there, metrics)
+        _agree(after, scores)
+        assert lengths and not any(length % multiple for length in lengths)
+    passes = [len(lengths) for *_, lengths in ranks]
+    assert len(set(passes)) == 1 and passes[0] > 4
+    if place == "dp2":
+        assert ranks[1][2].count(multiple) >= 4  # the dummies: one token, and what FP8 adds to it
 
 
 def _scorer(**model: Any) -> MegatronModel:
