@@ -148,7 +148,7 @@ class Runtime:
             dist.barrier()
 
     def seed(self, seed: int) -> None:
-        """Seed every generator, equally on all ranks, but for the parts of weights that tensor-parallel ranks hold."""
+        """Seed every generator equally on all ranks, except for what tensor-parallel ranks hold parts of."""
         from megatron.core import tensor_parallel
 
         need_megatron()
@@ -161,15 +161,14 @@ class Runtime:
         """Seed dropout, so that ranks with other sequences, other parts of these or other layers draw other masks.
 
         Tensor-parallel ranks draw equal ones where they hold equal values. Every training step calls it with a value
-        derived from the run's seed and the step, so that a restarted run draws the same numbers as an uninterrupted one.
+        derived from the run's seed and the step, so that a restarted run draws the same numbers as an uninterrupted
+        one.
         """
         from megatron.core import parallel_state
 
         need_megatron()
-        context, stage = (
-            parallel_state.get_context_parallel_rank(),
-            parallel_state.get_pipeline_model_parallel_rank(),
-        )
+        context = parallel_state.get_context_parallel_rank()
+        stage = parallel_state.get_pipeline_model_parallel_rank()
         self.seed(derive_seed(seed, "dropout", self.dp_rank, context, stage))
 
 
