@@ -8,8 +8,8 @@ from typing import Any
 def text_ids(tokenizer: Any, text: str) -> list[int]:
     """Ids of ``text``, in which special tokens are special, without any that the tokenizer adds.
 
-    What ``tokenizer(text, add_special_tokens=False).input_ids`` returns, in half of the time: for a text of a hundred
-    words, transformers takes as long to check arguments and build a BatchEncoding as the Rust tokenizer to encode.
+    What ``tokenizer(text, add_special_tokens=False).input_ids`` returns, sooner: for a text of a hundred words,
+    transformers takes as long to check arguments and build a BatchEncoding as the Rust tokenizer to encode.
     """
     from transformers import PreTrainedTokenizerFast  # takes seconds to import, for a tokenizer it has been
 
