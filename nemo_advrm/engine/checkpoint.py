@@ -302,7 +302,9 @@ def load_beside(path: Path, frozen: MegatronModel) -> lora.AdapterSet:
         with lora.to_fill(frozen.parts, frozen.model_config, lora_of(described)) as filled:
             _fill(top, described, frozen, _both(lora.is_trained, wanted), None)
         adapters += filled
-    return lora.AdapterSet(adapters, [(part, copy.deepcopy(part.head)) for part in frozen.parts if part.post_process])
+    device = runtime.current().device  # not in CPU memory, where the frozen model's own may wait
+    heads = [(part, copy.deepcopy(part.head).to(device)) for part in frozen.parts if part.post_process]
+    return lora.AdapterSet(adapters, heads)
 
 
 def base_of(path: Path) -> Base:

@@ -26,7 +26,7 @@ from nemo_advrm.engine.passes import accompany, prompt_passes
 from nemo_advrm.engine.row_group import RowGroup
 from nemo_advrm.engine.sampling import Sampling
 from nemo_advrm.engine.stages import Pass, Stages
-from nemo_advrm.engine.step_graphs import step_graphs
+from nemo_advrm.engine.step_graphs import all_tensor_parallel_ranks, step_graphs
 from nemo_advrm.engine.step_shapes import step_shapes
 from nemo_advrm.engine.varlen import reason_against_lengths
 from nemo_advrm.errors import ConfigError
@@ -100,7 +100,10 @@ def generate(
     # of the first batch, which is the largest
     largest = min(most, len(own))
     count = groups_in_flight(largest)
-    by_lengths = not reason_against_lengths(model.model_config, model.config.params_dtype, rt.on_gpu)
+    # ranks whose collectives are captured need peers that take the same steps
+    by_lengths = all_tensor_parallel_ranks(
+        not reason_against_lengths(model.model_config, model.config.params_dtype, rt.on_gpu)
+    )
     caches = [
         KVCache(len(range(i, largest, count)), longest, rt.device, shapes.block, by_lengths) for i in range(count)
     ]
@@ -188,4 +191,5 @@ def _write(model: MegatronModel, stages: Stages, groups: list[RowGroup], tokens:
     for group in groups:
         group.pick_first()
     for t in range(tokens):
-        stages.make(passes_after(t))
+        if not stages.make(passes_after(t)):
+            break

@@ -15,6 +15,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from nemo_advrm.config.schema import ModelConfig, PrecisionConfig
 from nemo_advrm.data.batching import microbatch_cost
 from nemo_advrm.engine import lora, runtime, varlen
+from nemo_advrm.engine.collectives import all_reduce_max
 from nemo_advrm.engine.dimensions import Head, padded_vocab_size
 from nemo_advrm.engine.gpt import HeadedGPT
 from nemo_advrm.engine.offload import Parked
@@ -192,7 +193,10 @@ def build_model(
     parked = None
     if model.offload_reference and not trainable and rt.on_gpu:
         parked = Parked([parameter for part in parts for parameter in part.parameters()], rt.device)
-    packs, cost = varlen.packs(model, config.params_dtype, rt.on_gpu), microbatch_cost(rt.device)
+    packs = varlen.packs(model, config.params_dtype, rt.on_gpu)
+    if rt.on_gpu:  # on every rank or on none: a kernel's trial may fail on one alone, for lack of memory for instance
+        packs = not all_reduce_max(int(not packs))
+    cost = microbatch_cost(rt.device)
     return MegatronModel(
         chunks_to_call, parts, config, model, head, vocab_size, packs, cost, head_outputs, heads, parked=parked
     )

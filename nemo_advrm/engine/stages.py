@@ -23,7 +23,8 @@ class Pass:
     Attributes:
         rows, length: shape of its tokens.
         run: output of a chunk, given its input; the first has none.
-        take: called on the last stage with the output of the last chunk, which it may keep until the next pass.
+        take: called on the last stage with the output of the last chunk, which the next pass may write
+            over where steps are replayed.
     """
 
     rows: int

@@ -70,7 +70,7 @@ class StepGraphs:
 
     The first call of a key runs as it is, and prepares what no capture may do: Megatron's tables of rotary angles,
     compiled functions, handles of libraries. Graphs share one memory pool, as no two of them run at once, and a result
-    is valid until the next call of its key.
+    is valid until the next call.
 
     A replay reads all but its inputs at the addresses of the capture, so when one of these has changed, all graphs are
     dropped. After a capture that failed, on this rank or on another of its tensor-parallel group, all steps run as they
@@ -148,6 +148,10 @@ def step_graphs(model: MegatronModel, wanted: str, read: Callable[[], Iterable[T
         return None
     if model.model_config.num_moe_experts:
         give_up(model, wanted, "the host counts the tokens of every expert")
+        return None
+    if wanted == "auto" and runtime.current().layout.pipeline > 3:
+        # before a capture PyTorch waits for all that this rank has sent: stages could wait for each other in a circle
+        give_up(model, wanted, "not tried with more than three pipeline stages; rl.decoding_graphs=always captures")
         return None
     if model.config.fp8_param:
         give_up(model, wanted, "weights that are kept in FP8 have no address of their own")

@@ -115,8 +115,9 @@ def wrong_on(head_size: int, device: torch.device) -> str:
 @cache
 def wrong_by_lengths_on(head_size: int, device: torch.device) -> str:
     """:func:`wrong_on` for new tokens of rows of a cache, which is filled beyond the rows' ends."""
-    rows, longest, queries, groups = 4, 24, 4, 2
-    seen_B = torch.tensor((1, 7, 16, 24), dtype=torch.int32, device=device)
+    # several of the blocks of keys that kernels work on
+    rows, longest, queries, groups = 4, 600, 4, 2
+    seen_B = torch.tensor((1, 7, 300, 600), dtype=torch.int32, device=device)
     draw = torch.Generator().manual_seed(0)
     query, key, value = (
         torch.randn(length, rows, heads, head_size, generator=draw).to(device, torch.bfloat16)

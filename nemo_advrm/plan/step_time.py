@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from dataclasses import astuple, dataclass, replace
 
@@ -213,22 +214,27 @@ class Clock:
     def _generation(self) -> tuple[float, float]:
         """(seconds, FLOPs of one replica) of generating a step's responses, all of full length.
 
-        A token passes the stages one after another. Each stage reads its weights and cache, which usually takes longer
-        than its arithmetic. Prompts are read once. Context-parallel ranks hold different rows.
+        A token passes the stages one after another, and as many groups of rows are on the way as there are stages. For
+        each group a stage reads its weights and the group's cache, which usually takes longer than its arithmetic.
+        Prompts are read once. Context-parallel ranks hold different rows.
         """
         job, model, cfg = self.job, self.model, self.job.cfg
         new = min(cfg.rl.max_new_tokens, model.encoder_seq_length)
         ranks = model.context_parallel_size
         batches = -(-job.rollouts // (job.generated * ranks))
         bandwidth = self.gpu.bandwidth * 1e12 * efficiency(job, "bf16")
-        per_token = 0.0
+        groups = min(len(self.layers), job.generated)
+        rows = job.generated * ranks / groups
+        turns: list[float] = []  # seconds of a stage for one group
         for stage in range(len(self.layers)):
             counts = stage_parameters(model, "lm", job.vocab_size, stage)
             # the experts that at least one row's token goes to, at most
-            chosen = min(1.0, job.generated * ranks * model.moe_router_topk / max(1, model.num_moe_experts))
-            read = weight_bytes(cfg, replace(counts, experts=int(chosen * counts.experts))) + cache_bytes(job, stage)
-            token = self._compute_seconds(stage, Microbatch(job.generated * ranks, 1), "lm")
-            per_token += max(read / bandwidth, token)
+            chosen = min(1.0, rows * model.moe_router_topk / max(1, model.num_moe_experts))
+            weights = weight_bytes(cfg, replace(counts, experts=int(chosen * counts.experts)))
+            read = weights + cache_bytes(job, stage) / groups
+            token = self._compute_seconds(stage, Microbatch(math.ceil(rows), 1), "lm")
+            turns.append(max(read / bandwidth, token))
+        per_token = max(groups * max(turns), sum(turns))
         prompt = Microbatch(1, max(1, model.encoder_seq_length - new))
         reading, flops = self._forward("reward", job.rollouts, prompt, sliced=False)
         flops += sum(self._stage_flops(s, Microbatch(1, 1), "lm") for s in range(len(self.layers))) * new * job.rollouts

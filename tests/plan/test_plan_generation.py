@@ -9,12 +9,14 @@ import pytest
 from nemo_advrm.commands import plan
 from nemo_advrm.config import load_config
 from nemo_advrm.engine.flops import Microbatch
+from nemo_advrm.engine.gpus import GPUS
+from nemo_advrm.engine.parameters import stage_parameters
 from nemo_advrm.plan.activations import head_bytes, log_prob_bytes, on_gpu
 from nemo_advrm.plan.job_types import Job
 from nemo_advrm.plan.jobs import job_of
-from nemo_advrm.plan.memory import cache_bytes, rank_memory
+from nemo_advrm.plan.memory import cache_bytes, rank_memory, weight_bytes
 from nemo_advrm.plan.search import single_changes
-from nemo_advrm.plan.step_time import Clock
+from nemo_advrm.plan.step_time import Clock, efficiency
 
 LLAMA_8B = ("model=llama3_8b", "parallel=llama3_8b_8xh100_tp2")
 ATTACK = (*LLAMA_8B, "plan.stage=attack", "ensemble.size=3", "model.peft=lora")
@@ -56,6 +58,20 @@ def test_the_stage_with_least_room_decides() -> None:
 def test_more_responses_at_once_read_the_weights_less_often() -> None:
     few, all_ = (Clock(job(*NEMOTRON, "model.peft=lora", f"rl.generation_batch_size={n}")).step() for n in (4, 0))
     assert all_.generate < few.generate / 10
+
+
+def test_pipeline_stages_write_groups_of_rows_side_by_side() -> None:
+    options = "model.peft=lora", "rl.generation_batch_size=24", "rl.max_new_tokens=4095"
+    planned = job(*NEMOTRON, *options)
+    model, cfg = planned.cfg.model, planned.cfg
+    # 12 groups of 2 rows: 12 turns of the fullest stage, each of which reads its weights and a twelfth of its cache
+    turns = [
+        weight_bytes(cfg, stage_parameters(model, "lm", planned.vocab_size, stage)) + cache_bytes(planned, stage) / 12
+        for stage in range(12)
+    ]
+    bandwidth = GPUS["h100"].bandwidth * 1e12 * efficiency(planned, "bf16")
+    decoding = -(-planned.rollouts // 24) * 4095 * 12 * max(turns) / bandwidth
+    assert Clock(planned).step().generate == pytest.approx(decoding, rel=0.01)  # and prompts of one token
 
 
 def test_logits_in_chunks_by_hand() -> None:
