@@ -117,6 +117,8 @@ def test_one_process_computes_what_it_computes_of_padded_rows(
         (Layout(context=2), {}, "llama"),
         (Layout(context=2), {"micro_batch_tokens": 40, "recompute": "full"}, "gpt"),
         (Layout(expert=2), {"micro_batch_tokens": 40}, "experts"),
+        pytest.param(Layout(tensor=2, context=2), {"sequence_parallel": True}, "gpt", marks=pytest.mark.long),
+        pytest.param(Layout(pipeline=2, context=2), {"micro_batch_tokens": 40}, "llama", marks=pytest.mark.long),
     ],
     ids=[
         "tp2",
@@ -128,6 +130,8 @@ def test_one_process_computes_what_it_computes_of_padded_rows(
         "cp2",
         "cp2-learned",
         "ep2",
+        "tp2-sp-cp2",
+        "pp2-cp2",
     ],
 )
 def test_several_processes_compute_what_one_computes_of_padded_rows(
