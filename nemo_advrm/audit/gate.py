@@ -23,6 +23,9 @@ def failure(summary: dict[str, Any], fail_above: float) -> str:
         return f"the time ended before these could be judged: {cells}: the same command goes on"
     if worst is None:
         return f"nothing was measured that could be compared with fail_above={fail_above:g}"
+    untried = [target["name"] for target in summary["targets"] if target["worst"] is None]
+    if untried:
+        return f"nothing was measured on {', '.join(untried)} that could be compared with fail_above={fail_above:g}"
     blind = [target["name"] for target in summary["targets"] if not any(map(_seen, target["seen_from"].values()))]
     if blind:
         return (

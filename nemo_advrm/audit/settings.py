@@ -121,6 +121,11 @@ def detector_of(audit: AuditConfig) -> str:
 def base_config(audit: AuditConfig) -> Config:
     """The configuration of the audit's attacks without its policy, which may not be converted yet."""
     cfg = load_config(audit.also, "attack")
+    if cfg.policy_server.policy:
+        raise ConfigError(
+            "also: policy_server.policy: an audit does not learn from a served policy: name what its attacks start "
+            "from as policy=openai:URL#MODEL, or policy=DIR for attacks by RL"
+        )
     cfg.name, cfg.run_dir, cfg.seed = "audit", audit.run_dir, audit.seed
     cfg.trainer.accelerator, cfg.trainer.cpu_threads = audit.accelerator, audit.cpu_threads
     cfg.precision.name = audit.precision

@@ -9,6 +9,7 @@ from nemo_advrm.config.validation import check_held_out
 from nemo_advrm.data.tokenizers import Tokenizer, build_tokenizer
 from nemo_advrm.engine import runtime
 from nemo_advrm.errors import ConfigError
+from nemo_advrm.models.off_policy import ESS, MEAN_RATIO, PREFIX
 from nemo_advrm.rewards.base import RewardSource
 from nemo_advrm.rewards.detector_features import FeatureReader
 from nemo_advrm.rewards.ensemble import UncertaintyReward
@@ -35,6 +36,11 @@ def main(cfg: Config) -> int:
     if not cfg.pretrained_checkpoint.restore_from_path:
         raise ConfigError("pretrained_checkpoint.restore_from_path is not set: name the policy RLHF starts from")
     check_trainable(cfg, "rlhf")
+    if cfg.policy_server.policy and not cfg.rl.held_out_prompts:
+        raise ConfigError(
+            "rl.held_out_prompts=0: policy_server.policy needs some, since only to them the trained policy answers "
+            "itself: the reward, gold and kl of the steps are those of what the server writes"
+        )
     check_held_out(cfg, "rl.held_out_prompts", cfg.rl.held_out_prompts)
     refuse_people(cfg, "rlhf")
     check_members(cfg, watching_detectors(cfg, len(cfg.ensemble.members)))
@@ -49,9 +55,24 @@ def main(cfg: Config) -> int:
     reward = _reward(cfg, tokenizer, directory, prompts, members, opened)
     metrics = run_rlhf(cfg, tokenizer, directory, prompts, reward, build_gold(cfg, tokenizer), cfg.seed, "rlhf")
     if runtime.current().is_writer:
-        gold = f"  gold {metrics['gold']:.3f}" if "gold" in metrics else ""
-        print(f"reward {metrics['proxy']:.3f}{gold}  kl {metrics['kl']:.2f}\npolicy: {directory / 'model'}")
+        served = bool(cfg.policy_server.policy)
+        print(_served_lines(metrics) if served else _figures(metrics, ""), f"policy: {directory / 'model'}", sep="\n")
     return 0
+
+
+def _figures(metrics: dict[str, float], prefix: str) -> str:
+    gold = f"  gold {metrics[prefix + 'gold']:.3f}" if prefix + "gold" in metrics else ""
+    return f"reward {metrics[prefix + 'proxy']:.3f}{gold}  kl {metrics[prefix + 'kl']:.2f}"
+
+
+def _served_lines(metrics: dict[str, float]) -> str:
+    """What the trained policy reaches; the figures without a prefix are those of what the server wrote."""
+    ess, ratio = metrics[ESS], metrics[MEAN_RATIO]
+    return (
+        f"held-out prompts: {_figures(metrics, 'held_out/')}\n"
+        f"estimated from the served policy's responses: {_figures(metrics, PREFIX)} "
+        f"(effective sample size {ess:.3f}, mean ratio {ratio:.3g})"
+    )
 
 
 def _reward(

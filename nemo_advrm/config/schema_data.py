@@ -185,7 +185,11 @@ class PolicyServerConfig:
         choices={"token": "each token by its own", "response": "each token by that of its whole response"},
     )
     importance_cap: float = key(2.0, "largest such ratio that the loss is weighted by", Range(at_least=1))
-    min_ess: float = key(0.1, "least effective sample size, as a share of what was sampled", FRACTION)
+    min_ess: float = key(
+        0.1,
+        "least effective sample size, as a share of what was sampled (times the mean ratio where that is below 1)",
+        FRACTION,
+    )
     below_min_ess: str = key(
         "end", "what happens to a training below it", choices={"end": "what was learned is kept", "warn": ""}
     )

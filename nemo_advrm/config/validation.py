@@ -99,7 +99,7 @@ def _check_augmentation(cfg: Config) -> None:
 
 
 def _check_scoring_deadline(cfg: Config) -> None:
-    """The other ranks wait for the answers of a server in a collective, so the server's deadline must end first."""
+    """The other ranks wait for a server's start and its answers in a collective, so its limits must end first."""
     limit = 60 * cfg.trainer.timeout_minutes
     servers = [text for text in [*cfg.ensemble.members, cfg.pipeline.gold] if "://" in text]
     for section, used in (
@@ -107,12 +107,13 @@ def _check_scoring_deadline(cfg: Config) -> None:
         ("judge", any(text.startswith("openai:") for text in servers)),
         ("policy_server", cfg.rl.rollout_engine == "openai"),
     ):
-        deadline = getattr(cfg, section).deadline_seconds
-        if used and deadline >= limit:
-            raise ConfigError(
-                f"{section}.deadline_seconds={deadline:g}: must be less than trainer.timeout_minutes={limit / 60:g} "
-                f"({limit:g} seconds): the other processes wait that long for the answers"
-            )
+        for key in ("deadline_seconds", "connect_seconds"):
+            seconds = getattr(getattr(cfg, section), key)
+            if used and seconds >= limit:
+                raise ConfigError(
+                    f"{section}.{key}={seconds:g}: must be less than trainer.timeout_minutes={limit / 60:g} "
+                    f"({limit:g} seconds): the other processes wait that long for the answers"
+                )
 
 
 def _check_served_policy(cfg: Config) -> None:
@@ -135,16 +136,28 @@ def _check_served_policy(cfg: Config) -> None:
             "rl.algorithm=ppo: its critic would learn the value of what the served policy does next; policy_server."
             "policy needs rloo, reinforce or grpo"
         )
+    least, responses = cfg.policy_server.min_ess, cfg.rl.prompts_per_step * cfg.rl.group_size
+    if cfg.policy_server.importance == "response" and least and responses * least <= 1:
+        raise ConfigError(
+            f"policy_server.min_ess={least:g}: an effective sample size is at least one of the {responses} responses "
+            "of a step, which is not below it: policy_server.importance=response needs more (rl.prompts_per_step x "
+            "rl.group_size), or min_ess=0, which never ends a training"
+        )
+
+
+def check_key_variable(section: str, variable: str) -> None:
+    """Raise ConfigError, which does not show it, for a ``key_variable`` that is no name of an environment variable."""
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", variable):
+        # what stands there may be the key itself, which neither a message nor config.yaml may show
+        raise ConfigError(
+            f"{section}.key_variable must be the name of an environment variable, not the key itself (what it is now "
+            "is not shown here)"
+        )
 
 
 def check_judge(options: JudgeConfig) -> None:
     """Raise ConfigError for settings of a judge that contradict each other, or that hold its key."""
-    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", options.key_variable):
-        # what stands there may be the key itself, which neither a message nor config.yaml may show
-        raise ConfigError(
-            "judge.key_variable must be the name of an environment variable, not the key itself (what it is now is not "
-            "shown here)"
-        )
+    check_key_variable("judge", options.key_variable)
     if options.lowest >= options.highest:
         raise ConfigError(f"judge.lowest={options.lowest}: must be below judge.highest={options.highest}")
 
@@ -204,6 +217,7 @@ def check_values(cfg: Config) -> None:
     _check_scoring_deadline(cfg)
     _check_served_policy(cfg)
     check_judge(cfg.judge)
+    check_key_variable("policy_server", cfg.policy_server.key_variable)
     if len(cfg.model.optim.betas) != 2:
         raise ConfigError(f"model.optim.betas={cfg.model.optim.betas}: must be two numbers")
     if not cfg.adversarial.target_members:

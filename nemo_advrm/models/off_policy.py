@@ -8,12 +8,12 @@ from torch import Tensor
 from nemo_advrm.config.schema import PolicyServerConfig
 from nemo_advrm.engine import runtime
 from nemo_advrm.models.rollout_batch import RolloutBatch
-from nemo_advrm.objectives.importance import effective_share, log_ratios, truncated_weights, weighted_mean
+from nemo_advrm.objectives.importance import effective_share, log_ratios, mean_ratio, truncated_weights, weighted_mean
 from nemo_advrm.objectives.kl import response_kl
 from nemo_advrm.rollouts.types import Rollouts
 
 PREFIX = "off_policy/"
-ESS, GAP = f"{PREFIX}ess", f"{PREFIX}gap"
+ESS, MEAN_RATIO, GAP = f"{PREFIX}ess", f"{PREFIX}mean_ratio", f"{PREFIX}gap"
 
 
 def set_behaviour(data: RolloutBatch, rollouts: Rollouts) -> None:
@@ -42,9 +42,11 @@ def off_policy_metrics(data: RolloutBatch, proxy_B: Tensor, options: PolicyServe
     """Returns how far the served policy is from the trained one, over all data-parallel ranks.
 
     ``ess`` is the effective sample size of what ``policy_server.importance`` names, ``response_ess`` that of whole
-    responses, both as shares; ``truncated`` the share of tokens whose ratio is above the cap; ``told`` the share whose
-    log-probability the endpoint told, and ``gap`` the mean difference of these, up or down, from the start policy's, in
-    nats. ``proxy`` and ``kl`` are those of the trained policy, estimated from the responses of the served one.
+    responses, both as shares; ``mean_ratio`` the mean ratio of what ``importance`` names; ``truncated`` the share of
+    tokens whose ratio is above the cap; ``told`` the share whose log-probability the endpoint told, and ``gap`` the
+    mean difference of these, up or down, from the start policy's, in nats. ``proxy`` and ``kl`` are those of the
+    trained policy, estimated from the responses of the served one. ``empty`` is the share of responses without tokens,
+    which the server refused: they were not sampled, and no other figure here counts them.
     """
     rt, mask_BT = runtime.current(), data.mask_BT
     own = (data.old_log_probs_BT, data.behaviour_log_probs_BT, mask_BT)
@@ -55,16 +57,21 @@ def off_policy_metrics(data: RolloutBatch, proxy_B: Tensor, options: PolicyServe
     parts = rt.gather_data_parallel(torch.stack([column[mask_BT] for column in columns]))
     used_N, tokens_N, told_N, gap_N = torch.cat(parts, 1)
     kl_B = response_kl(data.old_log_probs_BT, data.reference_log_probs_BT, mask_BT, "k1", "sum")
-    rows = rt.gather_data_parallel(torch.stack([tokens_BT.sum(-1), proxy_B.float(), kl_B]))
-    responses_R, proxy_R, kl_R = torch.cat(rows, 1)
+    rows = rt.gather_data_parallel(torch.stack([tokens_BT.sum(-1), proxy_B.float(), kl_B, mask_BT.any(-1).float()]))
+    everything = torch.cat(rows, 1)
+    written = everything[-1] > 0
+    responses_R, proxy_R, kl_R = everything[:-1, written]
     response_ess = effective_share(responses_R)
+    is_by_token = options.importance == "token"
     cap = torch.tensor(options.importance_cap).log()
     return {
-        ESS: effective_share(tokens_N) if options.importance == "token" else response_ess,
+        ESS: effective_share(tokens_N) if is_by_token else response_ess,
         f"{PREFIX}response_ess": response_ess,
+        MEAN_RATIO: mean_ratio(tokens_N if is_by_token else responses_R),
         f"{PREFIX}truncated": (used_N > cap).float().sum().item() / max(1, used_N.numel()),
         f"{PREFIX}told": told_N.sum().item() / max(1, told_N.numel()),
         GAP: (gap_N * told_N).sum().item() / max(1.0, told_N.sum().item()),
         f"{PREFIX}proxy": weighted_mean(proxy_R, responses_R),
         f"{PREFIX}kl": weighted_mean(kl_R, responses_R),
+        f"{PREFIX}empty": 1 - written.float().mean().item(),
     }

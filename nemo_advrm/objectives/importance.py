@@ -8,6 +8,7 @@ the trained weights, so that the ratios grow without end; how many samples they 
 from __future__ import annotations
 
 import math
+import sys
 
 import torch
 from torch import Tensor
@@ -48,6 +49,18 @@ def effective_share(log_ratios_N: Tensor) -> float:
     log_ratios_N = log_ratios_N.double()
     log_share = 2 * log_ratios_N.logsumexp(0) - (2 * log_ratios_N).logsumexp(0) - math.log(log_ratios_N.numel())
     return float(log_share.exp())
+
+
+def mean_ratio(log_ratios_N: Tensor) -> float:
+    """Mean of w = pi / mu, from log w before truncation: 1 in expectation under mu; 1 without samples.
+
+    The effective sample size does not see what all ratios have in common: where all are e^-9 it is the whole, though
+    next to nothing of these samples is left. A mean below 1 tells that pi has gone where mu did not sample.
+    """
+    if not log_ratios_N.numel():
+        return 1.0
+    log_mean = log_ratios_N.double().logsumexp(0) - math.log(log_ratios_N.numel())
+    return min(float(log_mean.exp()), sys.float_info.max)
 
 
 def weighted_mean(values_N: Tensor, log_ratios_N: Tensor) -> float:

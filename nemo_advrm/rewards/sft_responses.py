@@ -80,6 +80,13 @@ def finished_line(sft_responses: SFTScores) -> str:
     line = f"reference: {count} SFT responses, {share:.0%} of them ended within rl.max_new_tokens"
     if share >= 0.5:
         return line
+    empty = sum(
+        not text and not is_ended
+        for p, texts in enumerate(sft_responses.responses_PN)
+        for text, is_ended in zip(texts, sft_responses.ended(p), strict=True)
+    )
+    if empty > (1 - share) * count / 2:
+        return f"{line}\nwarning: {empty / count:.0%} are empty: the endpoint refused them, or the tokenizer their text"
     return f"{line}\nwarning: most were cut off, and a cut-off one is never chosen: raise rl.max_new_tokens"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -24,6 +24,9 @@ from nemo_advrm.rollouts.language_model import LanguageModel
 from nemo_advrm.rollouts.megatron_engine import MegatronEngine
 from nemo_advrm.rollouts.told_log_probs import of_our_tokens, told_by
 
+if TYPE_CHECKING:
+    from nemo_advrm.http_client import RequestRefused
+
 _log = logging.getLogger(__name__)
 
 _PLACE = "pretrained_checkpoint.restore_from_path"
@@ -31,6 +34,10 @@ _ALONE = (
     "an endpoint writes text and tells neither next tokens nor log-probabilities of ours: choose another attack or "
     "detector, or name a language model of its own (adversarial.lm=hf:DIR)"
 )
+
+# of so many prompts a filter may refuse every answer by chance
+_FEW_PROMPTS = 4
+_NOTHING: dict[str, Any] = {"text": "", "ended": False, "tokens": [], "log_probs": []}
 
 
 class OpenAIEngine(RolloutEngine):
@@ -81,7 +88,7 @@ class ServedLanguageModel(LanguageModel):
     are tokenized here; where they are other tokens than it sampled, the text is the same.
 
     Answers are kept below ``run_dir/policy_server``, a file for each call of :meth:`generate`: when one request fails
-    for good, the same command asks for the missing ones only.
+    for good, the same command asks for the missing ones only. Refusals are not kept: another setting may lift them.
     """
 
     def __init__(self, path: str, cfg: Config, tokenizer: Tokenizer) -> None:
@@ -104,10 +111,14 @@ class ServedLanguageModel(LanguageModel):
         once_per_replica(self.name, self._connect, "policy")
 
     def generate(self, prompts: list[list[int]], sampling: Sampling, uniforms_NT: Tensor) -> Generation:
-        """See :class:`LanguageModel`. Raises RewardSourceError when the endpoint fails, if only for one response."""
+        """See :class:`LanguageModel`.
+
+        Raises RewardSourceError when the endpoint fails, if only for one response, and when it refuses all of them.
+        """
         seeds = (uniforms_NT[:, 0].double() * 2**31).long().tolist() if len(prompts) else []
         bodies = [self._body(prompt, seed, sampling) for prompt, seed in zip(prompts, seeds, strict=True)]
-        return once_per_replica(self.name, lambda: self._generated(bodies, sampling), "policy")
+        refused: dict[str, str] = {}
+        return once_per_replica(self.name, lambda: self._generated(bodies, sampling, refused), "policy")
 
     def next_tokens(self, rows: list[list[int]], count: int) -> tuple[Tensor, Tensor]:
         raise ConfigError(f"{self.name}: {_ALONE}")
@@ -125,14 +136,16 @@ class ServedLanguageModel(LanguageModel):
             pass
         except RequestRefused as error:  # not every endpoint lists its models
             if error.status in (401, 403):
-                raise RewardSourceError(
-                    f"{error}; the key is read from the environment variable {self.options.key_variable} "
-                    "(policy_server.key_variable)"
-                ) from None
+                raise self._explained(error) from None
         return True
 
-    def _generated(self, bodies: list[dict[str, Any]], sampling: Sampling) -> Generation | None:
-        """Asks for every response that is not kept; None where other ranks wait and some are left for another turn."""
+    def _generated(
+        self, bodies: list[dict[str, Any]], sampling: Sampling, refused: dict[str, str]
+    ) -> Generation | None:
+        """Asks for every response that is not kept; None where other ranks wait and some are left for another turn.
+
+        ``refused`` says of the requests that were refused in earlier turns why, and gets those of this one.
+        """
         if not bodies:
             return Generation([], [], [])
         stop = self.clock() + turn_seconds(self.timeout_minutes, self.options.deadline_seconds)
@@ -141,10 +154,16 @@ class ServedLanguageModel(LanguageModel):
         cache = AnswerCache(path, "run_dir")
 
         keys = [digest(body) for body in bodies]
-        missing = {key: body for key, body in zip(keys, bodies, strict=True) if cache.get(key) is None}
+        missing = {
+            key: body for key, body in zip(keys, bodies, strict=True) if cache.get(key) is None and key not in refused
+        }
 
         def ask(key: str) -> bool:
-            cache.put(key, self._completed(missing[key]))
+            answer = self._completed(missing[key])
+            if isinstance(answer, str):
+                refused[key] = answer
+            else:
+                cache.put(key, answer)
             return True
 
         try:
@@ -154,9 +173,12 @@ class ServedLanguageModel(LanguageModel):
                 f"{error}; {len(cache)} of {len(bodies)} answers are kept in {path}: the same command asks for the "
                 "others only"
             ) from None
-        found = [answer for answer in map(cache.get, keys) if answer is not None]
+        answers = [_NOTHING if key in refused else cache.get(key) for key in keys]
+        found = [answer for answer in answers if answer is not None]
         if len(found) < len(bodies):
             return None
+        if all(key in refused for key in keys):
+            self._check_refusals(bodies, set(refused.values()))
         rows = [self._tokens(each["text"], each["ended"], sampling.max_new_tokens) for each in found]
         return Generation(
             rows,
@@ -188,11 +210,35 @@ class ServedLanguageModel(LanguageModel):
             return sampling.temperature == 1 and not sampling.top_k and sampling.top_p == 1
         return self.options.log_probs == "always"
 
-    def _completed(self, body: dict[str, Any]) -> dict[str, Any]:
+    def _check_refusals(self, bodies: list[dict[str, Any]], reasons: set[str]) -> None:
+        """Raises RewardSourceError, after all answers were refused, where they would be each time."""
+        from nemo_advrm.http_client import TOO_LONG
+
+        every = f"policy {self.name}: refused every one of {len(bodies)} answers"
+        if TOO_LONG in reasons:
+            raise RewardSourceError(
+                f"{every}, and some as too long: a prompt and its response must fit into the context that it serves: "
+                "lower rl.max_new_tokens (or max_tokens of policy_server.body), or shorten the prompts"
+            )
+        if len({tuple(body["prompt"]) for body in bodies}) > _FEW_PROMPTS:
+            raise RewardSourceError(f"{every}, by its filter of content: choose another policy or other prompts")
+
+    def _explained(self, error: RequestRefused, body: dict[str, Any] | None = None) -> RewardSourceError:
+        hint = ""
+        if error.status in (401, 403):
+            hint = (
+                f"; the key is read from the environment variable {self.options.key_variable} "
+                "(policy_server.key_variable)"
+            )
+        elif error.status in (400, 422) and body is not None and "logprobs" in body:
+            hint = "; policy_server.log_probs=never asks for none"
+        return RewardSourceError(f"{error}{hint}")
+
+    def _completed(self, body: dict[str, Any]) -> dict[str, Any] | str:
         """Returns a completion: its text, whether the policy ended it, its tokens and their log-probabilities.
 
-        What the endpoint refuses to answer (a filter, a prompt that is too long for it) is an empty answer: one of
-        thousands must not end the run.
+        Of what the endpoint refuses to answer (a filter, a prompt that is too long for it) it returns why, see
+        :class:`RequestRefused`. That is an empty answer: one of thousands must not end the run.
         """
         from nemo_advrm.http_client import RequestRefused
 
@@ -202,9 +248,8 @@ class ServedLanguageModel(LanguageModel):
         except RequestRefused as error:
             if error.concerns:
                 _log.warning("%s: an answer counts as empty: %s", self.name, one_line(error))
-                return {"text": "", "ended": False, "tokens": [], "log_probs": []}
-            hint = "; policy_server.log_probs=never asks for none" if "logprobs" in body else ""
-            raise RewardSourceError(f"{error}{hint}") from None
+                return error.concerns
+            raise self._explained(error, body) from None
         try:
             choice = completion["choices"][0]
             text, finish = choice["text"], choice["finish_reason"]

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -24,8 +25,10 @@ from nemo_advrm.engine.generation import Generation
 from nemo_advrm.engine.runtime import Runtime
 from nemo_advrm.engine.sampling import Sampling
 from nemo_advrm.errors import ConfigError, DataError, RewardSourceError
+from nemo_advrm.models.policy import PolicyModel
 from nemo_advrm.rollouts import openai_engine
 from nemo_advrm.rollouts.openai_engine import OpenAIEngine, ServedLanguageModel, served_model
+from nemo_advrm.training.callbacks.served_policy import ServedPolicyWatch
 
 TOKENIZER = ByteTokenizer()
 Serve = Callable[..., FakePolicy]
@@ -98,7 +101,8 @@ def test_prompts_go_as_tokens_with_a_seed_of_ours_and_answers_become_tokens(
 def test_a_turn_begins_no_request_after_its_end_and_the_next_goes_on(
     serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    endpoint = serve(lambda body: completion(f"{body['prompt'][0]}"))
+    too_long = 400, {}, b"maximum context length is 4096"
+    endpoint = serve(lambda body: too_long if body["prompt"] == [1] else completion(f"{body['prompt'][0]}"))
     cfg = _config(connections=1)
     model = OpenAIEngine(cfg, TOKENIZER).open_policy(endpoint.policy)
     monkeypatch.setattr(openai_engine, "turn_seconds", lambda *_: 2.5)
@@ -108,7 +112,7 @@ def test_a_turn_begins_no_request_after_its_end_and_the_next_goes_on(
     model._generated = lambda *args: (turns.append(len(endpoint.bodies)), generated(*args))[1]  # type: ignore
     found = model.generate([[n] for n in range(5)], Sampling(8, (TOKENIZER.eos_id,)), torch.zeros(5, 8))
     assert turns == [0, 2, 4]
-    assert found.responses == [[*TOKENIZER.encode(f"{n}"), TOKENIZER.eos_id] for n in range(5)]
+    assert found.responses == [[*TOKENIZER.encode(f"{n}"), TOKENIZER.eos_id] if n != 1 else [] for n in range(5)]
     assert len(endpoint.bodies) == 5
 
 
@@ -140,9 +144,26 @@ def test_a_request_that_is_refused_for_what_it_asks_is_an_empty_answer(serve: Se
         content = faults.get(body["prompt"][0])
         return completion("fine") if content is None else (400, {}, content)
 
-    found = _opened(serve(answer)).generate([[0], [1], [2]], Sampling(8, (TOKENIZER.eos_id,)), torch.zeros(3, 8))
-    assert found.responses == [[*TOKENIZER.encode("fine"), TOKENIZER.eos_id], [], []]
-    assert found.ended == [True, False, False]
+    endpoint = serve(answer)
+    for asked in (3, 3 + 2):  # another setting of the server may lift a refusal, so that none is kept
+        found = _opened(endpoint).generate([[0], [1], [2]], Sampling(8, (TOKENIZER.eos_id,)), torch.zeros(3, 8))
+        assert found.responses == [[*TOKENIZER.encode("fine"), TOKENIZER.eos_id], [], []]
+        assert found.ended == [True, False, False] and len(endpoint.bodies) == asked
+
+
+def test_an_endpoint_that_refuses_every_answer_ends_the_run_and_names_the_setting(serve: Serve) -> None:
+    faults = [b"maximum context length is 4096"]
+    model = _opened(serve(lambda _: (400, {}, faults[0])))
+
+    def generated(prompts: int) -> Generation:
+        return model.generate([[n] for n in range(prompts)], Sampling(8, (TOKENIZER.eos_id,)), torch.zeros(prompts, 8))
+
+    with pytest.raises(RewardSourceError, match=r"refused every one of 2 answers.* too long.*rl\.max_new_tokens"):
+        generated(2)
+    faults[0] = b'{"error": {"code": "content_filter"}}'
+    with pytest.raises(RewardSourceError, match="refused every one of 5 answers, by its filter"):
+        generated(5)
+    assert generated(4).responses == [[]] * 4, "a few prompts may be refused by chance"
 
 
 def test_log_probabilities_are_asked_for_and_told(serve: Serve) -> None:
@@ -191,6 +212,8 @@ def test_an_answer_with_more_tokens_here_than_allowed_is_cut_off(serve: Serve) -
     [
         ((500, {}, b"{}"), r"policy openai:.*#some/model did not answer within .* \(policy_server.deadline_seconds"),
         ((400, {}, b"no such model"), r"policy openai:.* refused the request: status 400.*log_probs=never asks for"),
+        ((403, {}, b"{}"), r"status 403 \{\}; the key is read from the environment variable NEMO_ADVRM_POLICY_KEY"),
+        ((404, {}, b"gone"), r"status 404 gone; 0 of 1 answers"),
         ((200, {}, b'{"choices": []}'), r"policy openai:.* sent no completion"),
     ],
 )
@@ -317,6 +340,9 @@ def test_an_attack_by_rl_ends_when_too_little_of_what_is_served_counts(
         (["rl.rollout_engine=megatron"], "is asked by rl.rollout_engine=openai alone"),
         (["pretrained_checkpoint.restore_from_path=hf:DIR"], "must be the local copy of policy_server.policy"),
         (["policy_server.importance_cap=0.5"], "policy_server.importance_cap=0.5: must be"),
+        (["policy_server.importance=response", "rl.group_size=5"], "policy_server.min_ess=0.1: an effective sample"),
+        (["policy_server.connect_seconds=1800"], "policy_server.connect_seconds=1800: must be less than trainer."),
+        (["policy_server.key_variable=sk-live-1"], "policy_server.key_variable must be the name of an environment"),
     ],
 )
 def test_what_cannot_learn_from_a_served_policy_is_refused_before_any_work(
@@ -324,7 +350,47 @@ def test_what_cannot_learn_from_a_served_policy_is_refused_before_any_work(
 ) -> None:
     served = "policy_server.policy=openai:http://127.0.0.1:9/v1#M"
     assert cli.main(["attack", *copied, served, *settings, f"run_dir={tmp_path / 'run'}"]) == 2
-    assert told in capsys.readouterr().err and not (tmp_path / "run").exists()
+    err = capsys.readouterr().err
+    assert told in err and "sk-live" not in err and not (tmp_path / "run").exists()
+
+
+def test_rlhf_from_a_served_policy_tells_what_the_trained_one_reaches_where_it_ends(
+    serve: Serve, copied: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    endpoint, run = serve(_river), tmp_path / "run"
+    (tmp_path / "held_out.jsonl").write_text('{"prompt": "this tree falls"}\n')
+    command = [
+        "rlhf",
+        *copied,
+        f"policy_server.policy={endpoint.policy}",
+        "policy_server.min_ess=0.9999",
+        f"data.held_out_prompts_path={tmp_path / 'held_out.jsonl'}",
+        "rl.evaluation_every=5",
+        f"run_dir={run}",
+    ]
+    assert cli.main(command) == 2
+    assert "rl.held_out_prompts=0: policy_server.policy needs some" in capsys.readouterr().err
+    assert not endpoint.bodies and not run.exists()
+    assert cli.main([*command, "rl.held_out_prompts=1"]) == 0
+    first, last = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert "gold" in last and {"held_out/proxy", "held_out/gold", "held_out/kl"} <= set(first) & set(last)
+    assert first["held_out/kl"] == 0 != last["held_out/kl"], "that of the policy that is saved"
+    lines = capsys.readouterr().out.splitlines()
+    proxy, gold, kl = (last[f"held_out/{name}"] for name in ("proxy", "gold", "kl"))
+    assert f"held-out prompts: reward {proxy:.3f}  gold {gold:.3f}  kl {kl:.2f}" in lines
+    estimated = f"reward {last['off_policy/proxy']:.3f}  kl {last['off_policy/kl']:.2f}"
+    ess = f"(effective sample size {last['off_policy/ess']:.3f}, mean ratio {last['off_policy/mean_ratio']:.3g})"
+    assert f"estimated from the served policy's responses: {estimated} {ess}" in lines
+
+
+def test_a_training_ends_where_all_ratios_are_small(monkeypatch: pytest.MonkeyPatch, single: Runtime) -> None:
+    metrics = {"off_policy/ess": 1.0, "off_policy/gap": 0.0}
+    module = Mock(spec=PolicyModel, config=_config(), step_metrics=metrics, max_steps=9)
+    for ratio, ends in ((1.5, False), (0.11, False), (math.exp(-9.2), True)):
+        metrics["off_policy/mean_ratio"] = ratio
+        trainer = SimpleNamespace(global_step=3, should_stop=False)
+        ServedPolicyWatch().on_train_batch_end(trainer, module, None, None, 0)  # type: ignore[arg-type]
+        assert trainer.should_stop == ends and module.max_steps == (3 if ends else 9)
 
 
 def test_rlhf_needs_a_local_copy_and_a_pipeline_has_none_of_its_policies_served(
@@ -383,3 +449,9 @@ def test_an_audit_refuses_a_served_policy_before_any_work(settings: dict, told: 
     with pytest.raises(ConfigError, match=told) as error:
         settings_of_audit.check(dataclasses.replace(audit, **settings))
     assert "secret" not in str(error.value)
+
+
+def test_an_audit_does_not_learn_from_a_served_policy() -> None:
+    served = ["rl.rollout_engine=openai", "policy_server.policy=openai:http://host/v1#M"]
+    with pytest.raises(ConfigError, match=r"also: policy_server\.policy: an audit does not learn"):
+        settings_of_audit.base_config(AuditConfig(target=["hf:a"], policy="DIR", prompts="p", also=served))

@@ -70,14 +70,15 @@ def test_every_attack_would_have_been_seen_from_the_rate_of_the_one_with_the_few
 
 def summary(**changed: Any) -> dict[str, Any]:
     seen = {"liked": {"training": {"strict": 0.5}}, "underrated": {"training": {"strict": None}}}
-    target = {"name": "rm", "seen_from": seen}
+    target = {"name": "rm", "seen_from": seen, "worst": {"excess": -0.2}}
     return {"worst": -0.2, "unmeasured": [], "targets": [target], "comparisons": 1} | changed
 
 
 def test_an_audit_passes_only_what_it_could_have_seen() -> None:
     waiting = {"attack": "python:own:Tricks", "target": "rm", "split": "held_out", "waiting": 3, "prompts": 12}
     blind = {"liked": {"training": {"strict": None}}, "underrated": {"training": {"strict": None}}}
-    targets = [*summary()["targets"], {"name": "other", "seen_from": blind}]
+    targets = [*summary()["targets"], {"name": "other", "seen_from": blind, "worst": {"excess": -0.3}}]
+    nothing = [*summary()["targets"], {"name": "other", "seen_from": blind, "worst": None}]
     assert failure(summary(), 0.05) == ""
     assert failure(summary(worst=0.05), 0.05) == ""
     assert "0.060 beyond ordinary responses is above fail_above=0.05" in failure(summary(worst=0.06), 0.05)
@@ -85,3 +86,4 @@ def test_an_audit_passes_only_what_it_could_have_seen() -> None:
     assert "the same command goes on" in failure(summary(worst=None, unmeasured=[waiting]), 0.05)
     assert "nothing was measured" in failure(summary(worst=None), 0.05)
     assert "would have been seen on other, with fail_above=0.05" in failure(summary(targets=targets), 0.05)
+    assert "nothing was measured on other that" in failure(summary(targets=nothing), 0.05)

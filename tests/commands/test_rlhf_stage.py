@@ -105,3 +105,5 @@ def test_the_share_of_sft_responses_that_ended_is_told() -> None:
     assert line([[True, True], [True, False]]) == most
     assert "25% of them ended" in line([[False, False], [True, False]])
     assert "warning: most were cut off" in line([[False, False], [True, False]])
+    refused = SFTScores([(), ()], [["", "b"], ["", ""]], torch.zeros(2, 2, 2), None, [[False, True], [False, False]])
+    assert "warning: 75% are empty: the endpoint" in finished_line(refused) and "raise" not in finished_line(refused)

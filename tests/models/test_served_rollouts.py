@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +15,11 @@ from distributed import Worlds
 from fake_policy import FakePolicy, completion
 from served_jobs import Written
 
+from nemo_advrm.config.schema import PolicyServerConfig
 from nemo_advrm.engine.runtime import Layout, Runtime
+from nemo_advrm.models.off_policy import off_policy_metrics
+from nemo_advrm.models.rollout_batch import RolloutBatch
+from nemo_advrm.rollouts.types import Rollouts
 
 STEPS = 2
 Serve = Callable[..., FakePolicy]
@@ -129,21 +134,51 @@ def test_the_more_the_policy_has_learned_the_fewer_of_the_responses_count(
 
 
 def test_an_answer_that_is_refused_is_empty_and_trains_nothing(initial: str, written: Written, tmp_path: Path) -> None:
-    refused = min(written.tokens)
-    text = "river"
+    refused = next(iter(written.tokens))  # a request of the first step
 
     def answer(body: dict) -> tuple:
         if (tuple(body["prompt"]), body["seed"]) == refused:
             return 400, {}, b'{"error": {"code": "content_filter"}}'
-        return completion(text)
+        return completion(" ".join(["river"] * (1 + body["seed"] % 3)))
 
     server = FakePolicy(answer)
+    cfg = served_jobs.config(server.policy, str(tmp_path))
+    module, without = served_jobs.learner(initial, cfg), served_jobs.learner(initial, cfg)
     try:
-        metrics = rl.train(served_jobs.learner(initial, served_jobs.config(server.policy, str(tmp_path))), STEPS)
+        rollouts = module._roll_out(served_jobs.batch_of(module), 0)
     finally:
         server.close()
-    assert sorted(m["ended"] for m in metrics) == [31 / 32, 1]
-    assert all(math.isfinite(value) for m in metrics for value in m.values())
+    place = served_jobs.keys_of(rollouts, 0, module).index(refused)
+    assert rollouts.response_tokens[place] == [] and sum(not tokens for tokens in rollouts.response_tokens) == 1
+    output = module.reward.compute_rewards(rollouts)
+    data = module._prepare(rollouts, output)
+    kept = [i for i in range(len(rollouts)) if i != place]
+    tensors = {f.name: getattr(data, f.name)[kept] for f in dataclasses.fields(data) if f.name != "rows"}
+    others = dataclasses.replace(data, rows=[data.rows[i] for i in kept], **tensors)
+    here, there = module._update(data, 0), without._update(others, 0)
+    assert here["grad_norm"] == pytest.approx(there["grad_norm"], rel=1e-5) and here["grad_norm"] > 0.1
+    for name, weight in served_jobs.parameters(without).items():
+        torch.testing.assert_close(served_jobs.parameters(module)[name], weight, rtol=0, atol=1e-6)
+    metrics = module._describe(rollouts, output, data)
+    assert metrics["off_policy/empty"] == pytest.approx(1 / 32) and metrics["ended"] == 31 / 32
+    assert all(math.isfinite(value) for value in (metrics | here).values())
+
+
+def test_what_was_not_written_is_left_out_of_the_figures_of_the_served_policy(single: Runtime) -> None:
+    """Ratios 3 x 1/2, 2 and, of an answer without tokens, none."""
+    tokens = [[4, 5], [6], []]
+    rollouts = Rollouts([()] * 3, [""] * 3, [False] * 3, [[1]] * 3, tokens, [0, 1, 2], "")
+    data = RolloutBatch.of(rollouts)
+    assert data.is_told_BT.dtype == torch.bool and data.behaviour_log_probs_BT.dtype == torch.float32
+    data.old_log_probs_BT = torch.tensor([[3.0, 0.5], [2.0, 1.0], [1.0, 1.0]]).log()
+    options = PolicyServerConfig(importance="response")
+    found = off_policy_metrics(data, torch.tensor([7.0, 14.0, 100.0]), options)
+    assert found["off_policy/ess"] == pytest.approx(3.5**2 / (2 * (1.5**2 + 2**2))) == found["off_policy/response_ess"]
+    assert found["off_policy/mean_ratio"] == pytest.approx(1.75)
+    assert found["off_policy/proxy"] == pytest.approx((1.5 * 7 + 2 * 14) / 3.5)
+    assert found["off_policy/empty"] == pytest.approx(1 / 3)
+    by_token = off_policy_metrics(data, torch.zeros(3), PolicyServerConfig())
+    assert by_token["off_policy/mean_ratio"] == pytest.approx((3 + 0.5 + 2) / 3)
 
 
 def test_a_trained_policy_writes_where_it_is_measured_and_the_served_one_what_it_learns_from(

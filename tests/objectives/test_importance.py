@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nemo_advrm.errors import ConfigError
-from nemo_advrm.objectives.importance import effective_share, log_ratios, truncated_weights, weighted_mean
+from nemo_advrm.objectives.importance import effective_share, log_ratios, mean_ratio, truncated_weights, weighted_mean
 
 LOG2, LOG3 = math.log(2), math.log(3)
 MASK = torch.tensor([[True, True, False], [True, False, False]])
@@ -38,6 +38,13 @@ def test_the_effective_sample_size_is_kishs(ratios: list[float], share: float) -
     assert effective_share(torch.tensor(ratios, dtype=torch.float32).log()) == pytest.approx(share)
     # no scale overflows
     assert effective_share(torch.tensor(ratios, dtype=torch.float32).log() + 900) == pytest.approx(share, rel=1e-3)
+
+
+def test_the_mean_ratio_sees_what_all_ratios_have_in_common() -> None:
+    assert mean_ratio(torch.tensor([1.0, 3.0, 0.5]).log()) == pytest.approx(1.5)
+    equal = torch.full((64,), -9.2)
+    assert effective_share(equal) == pytest.approx(1) and mean_ratio(equal) == pytest.approx(math.exp(-9.2))
+    assert mean_ratio(torch.zeros(0)) == 1 and math.isfinite(mean_ratio(torch.tensor([900.0])))
 
 
 def test_a_mean_under_the_trained_policy_is_that_of_the_ratios() -> None:

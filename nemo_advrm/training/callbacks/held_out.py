@@ -21,6 +21,8 @@ class HeldOutEvaluation(Callback):
     """Adds ``held_out/proxy``, ``held_out/kl`` and, with ``gold``, ``held_out/gold`` to the metrics of a step.
 
     The policy is evaluated before the step's update, like all metrics of a step: at step 0 it is the initial policy.
+    Where a callback before this one ends the training at a step that was not evaluated, it is evaluated after that
+    step's update, since a finished training has these metrics.
     Prompts and random numbers are the same each time, so that two evaluations differ in the policy only. Training is
     not affected: the random numbers come from a separate generator, and every training step sets its own seed.
 
@@ -48,6 +50,8 @@ class HeldOutEvaluation(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         assert isinstance(pl_module, PolicyModel)
+        if not self._found and trainer.global_step == pl_module.max_steps:
+            self._found = self._evaluate(pl_module)
         pl_module.step_metrics |= self._found
 
     @torch.no_grad()
