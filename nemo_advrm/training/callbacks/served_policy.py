@@ -51,7 +51,7 @@ class ServedPolicyWatch(Callback):
         ends = options.below_min_ess == "end"
         warn(
             "step %d: the responses of the served policy have an effective sample size of %.3f of their number, at a "
-            "mean ratio of %.3g, together below policy_server.min_ess=%g: the trained policy has become another one. %s "
+            "mean ratio of %.3g, together below policy_server.min_ess=%g: the trained policy has become another. %s "
             "(docs/attacks.md)",
             step,
             ess,
