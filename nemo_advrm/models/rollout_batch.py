@@ -44,7 +44,7 @@ class RolloutBatch:
         mask_BT = torch.arange(longest) < lengths_B[:, None]
         zeros = [torch.zeros(mask_BT.shape) for _ in range(6)]
         behaviour_BT, is_told_BT = torch.zeros(mask_BT.shape), torch.zeros_like(mask_BT)
-        return cls(rows, mask_BT, *zeros, behaviour_log_probs_BT=behaviour_BT, is_told_BT=is_told_BT)
+        return cls(rows, mask_BT, *zeros, behaviour_BT, is_told_BT)
 
     def microbatch(self, model: MegatronModel, rows: list[int], pad_id: int) -> Microbatch:
         """Returns a microbatch of ``rows``; its ``extra`` tensors ``NAME_N`` [N] hold response tokens, row by row."""
