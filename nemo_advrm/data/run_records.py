@@ -216,7 +216,10 @@ class FileEntry(TypedDict):
 
 @with_config(_STRICT)
 class StageState(TypedDict, total=False):
-    """The entry of a stage in ``state.json``; ``selected`` and what follows it are of selection."""
+    """The entry of a stage in ``state.json``; ``selected`` and what follows it are of selection.
+
+    ``features_...`` is the part of an amount that fitting reference features took.
+    """
 
     status: Text
     started: Text
@@ -226,6 +229,10 @@ class StageState(TypedDict, total=False):
     cpu_seconds: Amount
     gpu_seconds: Amount
     flops: Amount
+    features_seconds: Amount
+    features_cpu_seconds: Amount
+    features_gpu_seconds: Amount
+    features_flops: Amount
     stop: Text
     runs: Annotated[list[Text], _FIRST_ERROR]
     files: dict[Text, FileEntry]

@@ -39,13 +39,14 @@ def lacks_features(cfg: Config, step: Step, detail: Callable[[str, str], Any]) -
     return complete and step.name in hybrid_members(cfg) and not (_model(cfg, step) / FILE).exists()
 
 
-def check_fitted(models: list[Path]) -> None:
-    """Raises ConfigError for a member that has no reference features."""
+def check_fitted(run_dir: Path, models: list[Path]) -> None:
+    """Raises ConfigError for a member of the run that has no reference features."""
     for model in models:
         if not (model / FILE).exists():
+            # pipeline.only of the step that uses the member does not open the one that trains it
             raise ConfigError(
-                f"{model} was trained before anything used its reference features: give the command once more, which "
-                "fits them first"
+                f"{model} was trained before anything used its reference features: run the pipeline without "
+                f"pipeline.only, or first with pipeline.only={model.parent.relative_to(run_dir)}, which fits them"
             )
 
 

@@ -347,7 +347,8 @@ class Rounds:
         """Loads the first ``count`` members of a round (None: all); those in ``plain`` without reference features."""
         paths = [str(self.directory / model) for model in branches.member_models(self.cfg, branch, number)]
         if self.cfg.reward_model.reference_features:
-            run_on_rank_zero(check_fitted, [Path(path) for k, path in enumerate(paths[:count], 1) if k not in plain])
+            hybrids = [Path(path) for k, path in enumerate(paths[:count], 1) if k not in plain]
+            run_on_rank_zero(check_fitted, self.directory, hybrids)
             off = "?reference_features=off"
             paths = [f"{path}{off}" if k in plain else path for k, path in enumerate(paths[:count], 1)]
         return load_members(for_stage(self.cfg, "train_rm"), paths[:count], self.tokenizer, opened)

@@ -24,7 +24,7 @@ class Inputs:
     def __init__(self, cfg: Config) -> None:
         self.cfg = cfg
         self.tokenizer = build_tokenizer(cfg.model.tokenizer)
-        self._annotated: dict[int, EncodedPreferences] = {}
+        self._annotated: dict[int, EncodedPreferences] = {}  # of the member that was asked for last
 
     def check(self) -> None:
         """Reads and encodes all of them, so that bad input is reported before anything starts."""
@@ -55,6 +55,7 @@ class Inputs:
         if not labels_by_gold(self.cfg):
             return self._shared_preferences
         if member not in self._annotated:
+            self._annotated.clear()  # a worker trains one member at a time, and the pairs of all may not fit
             home = Path(self.cfg.run_dir) / "preferences"
             names = f"train_{member}", "validation"
             train, validation = (load_preferences(home / f"{name}.jsonl").rows for name in names)

@@ -9,6 +9,7 @@ themselves are in :mod:`nemo_advrm.pipeline.rounds`.
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 from nemo_advrm import locks
@@ -108,9 +109,10 @@ class Pipeline:
                 print(f"== {step.name}", flush=True)
             with self.state.running(step.name):
                 is_added_to = step.kind == "train_rm" and run_on_rank_zero(self._result(step).exists)
-                with cost.measured() as spent:
+                # a training is not repeated: its cost stays, and all of this is for its features
+                with cost.measured() as spent, cost.part("features") if is_added_to else nullcontext():
                     self.rounds.do(step)
-                if is_added_to:  # the training is not repeated, and its cost stays
+                if is_added_to:
                     spent = {key: value + (self.state.detail(step.name, key) or 0.0) for key, value in spent.items()}
                 self.state.set_detail(step.name, **spent)
                 left = run_on_rank_zero(artefacts.describe, self.directory, step)

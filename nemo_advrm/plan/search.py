@@ -116,7 +116,8 @@ def _single_settings(cfg: Config, gpus: int, rows_at_once: int) -> Iterator[list
         chunk = max(layers_per_stage(model)) // model.virtual_pipeline_model_parallel_size
         yield [{"recompute": "block", "recompute_num_layers": layers} for layers in range(1, chunk)]
     yield [{"recompute": "full", "recompute_num_layers": 1}]
-    yield [{"peft": "lora"}]
+    if not model.num_moe_experts:  # experts have no adapters
+        yield [{"peft": "lora"}]
     yield [{"virtual_pipeline_model_parallel_size": 1}]
     more_stages = [n for n in _divisors(model.num_layers) if n > model.pipeline_model_parallel_size]
     yield [{"pipeline_model_parallel_size": stages, **_EVEN} for stages in more_stages]

@@ -60,15 +60,18 @@ def by_arm(entries: Iterable[Summary]) -> list[dict[str, Summary]]:
 
 
 def interval_cells(by_measure: dict[str, Summary], measures: Iterable[str], absent: str) -> list[str]:
-    """The mean difference of each measure with its interval; `absent` follows a mean without an interval.
+    """The mean difference of each measure with its interval.
 
-    A measure that rests on fewer seeds than the main one says so.
+    A measure that rests on fewer seeds than another of the arm says on how many; `absent` follows any other mean
+    without an interval.
     """
     most = max(len(one["seeds"]) for one in by_measure.values())
-    return [
-        f"{interval_text(interval_of(one), absent)}{of_seeds(len(one['seeds']), most)}" if one else ABSENT
-        for one in map(by_measure.get, measures)
-    ]
+
+    def cell(one: Summary) -> str:
+        fewer = of_seeds(len(one["seeds"]), most)
+        return f"{interval_text(interval_of(one), '' if fewer else absent)}{fewer}"
+
+    return [cell(one) if one else ABSENT for one in map(by_measure.get, measures)]
 
 
 def of_seeds(known: int, seeds: int) -> str:

@@ -172,8 +172,13 @@ def open_sft_policy(
 
 
 def with_prompts(pairs: Sequence[EncodedPair]) -> list[EncodedPair]:
-    """Returns the pairs that have a prompt; pairs of raw text have none, and so no features."""
-    return [pair for pair in pairs if pair.row is not None and pair.row.prompt]
+    """Returns the pairs that have a prompt."""
+    return [pair for pair in pairs if has_prompt(pair)]
+
+
+def has_prompt(pair: EncodedPair) -> bool:
+    """Returns whether the pair has a prompt; a pair of raw text has none, and so no features."""
+    return pair.row is not None and bool(pair.row.prompt)
 
 
 def open_policy(

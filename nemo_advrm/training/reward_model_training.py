@@ -35,10 +35,11 @@ from nemo_advrm.models.shared_trunk import SharedTrunkModel
 from nemo_advrm.objectives.accuracy import accuracy
 from nemo_advrm.objectives.losses import reads_labels
 from nemo_advrm.rewards.features import HybridReward
-from nemo_advrm.rewards.hybrid import fit_features, fixed_prompts, frozen_policy, with_prompts
+from nemo_advrm.rewards.hybrid import fit_features, fixed_prompts, frozen_policy, has_prompt, with_prompts
 from nemo_advrm.rewards.local import MegatronReward
 from nemo_advrm.rewards.sources import load_members
 from nemo_advrm.rewards.token_sequences import rollouts_of
+from nemo_advrm.run_directory import cost
 from nemo_advrm.seeds import derive_seed
 from nemo_advrm.training.callbacks.augmentation import AdversarialAugmentation
 from nemo_advrm.training.rrm_rows import rrm_rows
@@ -245,12 +246,15 @@ def _fit_features(
     cfg: Config, member: MegatronReward, data: EncodedPreferences, policy: str
 ) -> tuple[FeatureWeights, dict[str, float]]:
     """Fits the configured reference features of a trained model and returns their weights and the hybrid's metrics."""
-    places = evenly_spread(len(data.held_out), cfg.reward_model.feature_pairs)
-    hybrid = fit_features(cfg, member, rows_at(data.held_out, places), data.prompts, policy)
+    usable = [place for place, pair in enumerate(data.held_out) if has_prompt(pair)]
+    places = [usable[i] for i in evenly_spread(len(usable), cfg.reward_model.feature_pairs)]
+    with cost.part("features"):
+        hybrid = fit_features(cfg, member, rows_at(data.held_out, places), data.prompts, policy)
+        metrics = _hybrid_metrics(hybrid, data, cfg)
     if runtime.current().is_writer:
         for line in hybrid.weights.warnings():
             print(line, flush=True)
-    return hybrid.weights, _hybrid_metrics(hybrid, data, cfg)
+    return hybrid.weights, metrics
 
 
 def _add_features(
