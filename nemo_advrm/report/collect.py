@@ -34,6 +34,7 @@ from nemo_advrm.report.files import (
 from nemo_advrm.report.records import Attack, Member, Pair, Round, Run, Side
 
 DEFAULT_THRESHOLD_Z = 1.96
+_AMOUNTS = ("seconds", "cpu_seconds", "gpu_seconds", "flops")
 
 
 def collect(run_dir: Path) -> Run:
@@ -65,6 +66,7 @@ def collect(run_dir: Path) -> Run:
         cpu_seconds=_read_amounts(stages, "cpu_seconds"),
         gpu_seconds=_read_amounts(stages, "gpu_seconds"),
         flops=_read_amounts(stages, "flops"),
+        features={key: _read_amounts(stages, f"features_{key}") for key in _AMOUNTS},
         experiment=str(settings.get("name") or ""),
         commit=str(as_object(state.get("versions")).get("git") or ""),
         commits={stage: str(entry["git"]) for stage, entry in stages.items() if "git" in as_object(entry)},

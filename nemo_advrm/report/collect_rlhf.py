@@ -24,7 +24,12 @@ def read_options(settings: Row) -> Options:
     kl = number(as_object(settings.get("report")).get("kl"))
     share = number(as_object(settings.get("detector")).get("alarm_share"))
     tolerance = TOLERANCE if tolerance is None else tolerance
-    return Options(kl or MATCHED_KL, window or SMOOTHING_WINDOW, tolerance, share or ALARM_SHARE)
+    attacked: set[int] = set()
+    if as_object(settings.get("reward_model")).get("reference_features"):
+        attacked = set(range(1, 1 + (count(as_object(settings.get("ensemble")).get("size")) or 0)))
+        plain = options.get("plain_members")
+        attacked -= set(plain if isinstance(plain, list) else [])
+    return Options(kl or MATCHED_KL, window or SMOOTHING_WINDOW, tolerance, share or ALARM_SHARE, frozenset(attacked))
 
 
 def read_rewards(settings: Row) -> dict[str, Reward]:

@@ -19,11 +19,18 @@ def cost_of(run: Run) -> dict[str, Any]:
     The other members of the last round and its attack only measure, so they do not count. Of several RLHF seeds the
     first that both arms have counts; without one, the first of each arm. The unit is GPU seconds or CPU seconds if all
     stages that took time have them, else wall-clock.
+
+    Fitting the reference features of a member is a part of its stage that plain RLHF does not need. It counts for
+    Adv-RM where the attack or the reward uses the member as a hybrid, and not when another arm does. The `state.json`
+    of earlier versions does not tell this part apart, and then it counts. `stages` are whole stages.
     """
-    unit, spent = "seconds of wall-clock", run.seconds
-    for name, amounts in (("CPU seconds", run.cpu_seconds), ("GPU seconds", run.gpu_seconds)):
+    unit, spent, fits = "seconds of wall-clock", run.seconds, run.features.get("seconds", {})
+    for name, key, amounts in (
+        ("CPU seconds", "cpu_seconds", run.cpu_seconds),
+        ("GPU seconds", "gpu_seconds", run.gpu_seconds),
+    ):
         if amounts and run.seconds.keys() <= amounts.keys():
-            unit, spent = name, amounts
+            unit, spent, fits = name, amounts, run.features.get(key, {})
     plain_arm = next((name for name, one in run.rewards.items() if one.is_plain), PLAIN)
     adv_rm_arm = next(
         (name for name, one in run.rewards.items() if one.kind == "hardened" and not one.branch), HARDENED
@@ -42,16 +49,25 @@ def cost_of(run: Run) -> dict[str, Any]:
         # each member may have a trunk of its own, and all members are attacked
         return re.fullmatch(r"sft_\d+", stage) is not None or (match is not None and int(match[1]) < last)
 
+    def fits_for_adv_rm(stage: str) -> bool:
+        match = re.fullmatch(r"round_(\d+)/rm_(\d+)", stage)
+        if match is None:
+            return False
+        if int(match[1]) < last:
+            return int(match[2]) in run.options.attacked_hybrids
+        return adv_rm_arm in run.rewards and run.rewards[adv_rm_arm].features
+
     plain = [name for name in spent if name in {*SHARED_STAGES, *first_member(0), *plain_rlhf}]
     adv_rm = [name for name in spent if last and leads_to_hardened(name)]
+    needed = {name for name in adv_rm if fits_for_adv_rm(name)}
     whole_plain = not first_member(0).isdisjoint(plain) and not plain_rlhf.isdisjoint(plain)
     whole_adv_rm = not first_member(last).isdisjoint(adv_rm) and not adv_rm_rlhf.isdisjoint(adv_rm)
     return {
         "unit": unit,
-        "plain": sum(spent[name] for name in plain) if whole_plain else None,
-        "adv_rm": sum(spent[name] for name in adv_rm) if whole_adv_rm else None,
-        "plain_flops": _flops(run, plain) if whole_plain else None,
-        "adv_rm_flops": _flops(run, adv_rm) if whole_adv_rm else None,
+        "plain": _total(spent, fits, plain, set()) if whole_plain else None,
+        "adv_rm": _total(spent, fits, adv_rm, needed) if whole_adv_rm else None,
+        "plain_flops": _flops(run, plain, set()) if whole_plain else None,
+        "adv_rm_flops": _flops(run, adv_rm, needed) if whole_adv_rm else None,
         "plain_stages": plain,
         "adv_rm_stages": adv_rm,
         "stages": spent,
@@ -69,7 +85,13 @@ def _rlhf_stages(spent: dict[str, float], *arms: str) -> list[set[str]]:
     return [{stages[min(shared or stages)]} if stages else set() for stages in by_seed]
 
 
-def _flops(run: Run, stages: list[str]) -> float | None:
-    """FLOPs of the stages; None if one of them does not know its FLOPs."""
-    known = [run.flops[name] for name in stages if name in run.flops]
-    return sum(known) if known and len(known) == len(stages) else None
+def _total(amounts: dict[str, float], fits: dict[str, float], stages: list[str], needed: set[str]) -> float:
+    """The amount of the stages, in which the fit of reference features counts for the stages `needed` alone."""
+    return sum(amounts[name] - (0.0 if name in needed else fits.get(name, 0.0)) for name in stages)
+
+
+def _flops(run: Run, stages: list[str], needed: set[str]) -> float | None:
+    """FLOPs of the stages as `_total` adds them; None if one of them does not know its FLOPs."""
+    if not stages or not run.flops.keys() >= set(stages):
+        return None
+    return _total(run.flops, run.features.get("flops", {}), stages, needed)

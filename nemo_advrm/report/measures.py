@@ -40,12 +40,14 @@ class Options:
         window: evaluations in the smoothing window of `stable_steps`.
         tolerance: gold units below the start that count as a fall there.
         alarm_share: share of responses beyond a detector's threshold that is an alarm.
+        attacked_hybrids: members, from 1, that the attack sees with their reference features.
     """
 
     kl: float = MATCHED_KL
     window: int = SMOOTHING_WINDOW
     tolerance: float = TOLERANCE
     alarm_share: float = ALARM_SHARE
+    attacked_hybrids: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)

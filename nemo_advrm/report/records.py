@@ -162,7 +162,8 @@ class Reward:
 class Run:
     """A whole run directory. `notes` says in sentences what is missing or was left out.
 
-    seconds, cpu_seconds, gpu_seconds, flops, commits: by stage. commit: the one that the run started with.
+    seconds, cpu_seconds, gpu_seconds, flops, commits: by stage. commit: the one that the run started with. features:
+    the part of each of these amounts, by its name and stage, that fitting reference features took.
     """
 
     directory: Path
@@ -177,6 +178,7 @@ class Run:
     cpu_seconds: dict[str, float] = field(default_factory=dict)
     gpu_seconds: dict[str, float] = field(default_factory=dict)
     flops: dict[str, float] = field(default_factory=dict)
+    features: dict[str, dict[str, float]] = field(default_factory=dict)
     experiment: str = ""
     commit: str = ""
     commits: dict[str, str] = field(default_factory=dict)

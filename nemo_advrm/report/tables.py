@@ -278,7 +278,8 @@ def _cost(summary: Summary) -> Table:
         ("Pipeline", cost["unit"][0].upper() + cost["unit"][1:], "FLOPs", "Ratio"),
         rows if (cost["plain"], cost["adv_rm"]) != (None, None) else (),
         "Plain: SFT, labelled pairs, one reward model, RLHF. Adv-RM: every stage that leads to the hardened reward "
-        "model, and RLHF with it; the last round's other models and its attack only measure and are not counted. "
+        "model, and RLHF with it; the last round's other models and its attack only measure and are not counted, "
+        "nor is fitting reference features for other arms. "
         f"The ratio is that of {cost['unit']}.",
     )
 

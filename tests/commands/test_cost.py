@@ -60,6 +60,24 @@ def test_cpu_seconds_are_those_of_work_and_not_of_waiting(single: Runtime) -> No
     assert "gpu_seconds" not in worked
 
 
+def test_a_part_is_counted_once_under_keys_of_its_own(single: Runtime) -> None:
+    with cost.part("features"):  # nothing is measured
+        throughput.add_flops(32.0)
+    with cost.measured() as spent:
+        throughput.add_flops(1.0)
+        with cost.part("features"):
+            throughput.add_flops(2.0)
+            with cost.part("features"):
+                throughput.add_flops(4.0)
+        with cost.part("features"):
+            throughput.add_flops(8.0)
+    assert (spent["flops"], spent["features_flops"]) == (15.0, 14.0)
+    assert spent.keys() == {"cpu_seconds", "flops", "features_seconds", "features_cpu_seconds", "features_flops"}
+    with cost.measured() as spent:
+        pass
+    assert spent.keys() == {"cpu_seconds", "flops"}
+
+
 def test_a_block_that_failed_has_no_cost(single: Runtime) -> None:
     with pytest.raises(ValueError, match="broken"), cost.measured() as spent:
         raise ValueError("broken")

@@ -73,11 +73,11 @@ def test_the_study_fits_its_features_as_it_did_when_it_was_frozen() -> None:
 
 def test_a_member_without_features_is_not_taken_for_a_hybrid(tmp_path: Path) -> None:
     model = tmp_path / "round_0" / "rm_2" / "model"
-    with pytest.raises(ConfigError, match=r"round_0/rm_2/model was trained before anything used its reference"):
-        check_fitted([model])
+    with pytest.raises(ConfigError, match=r"round_0/rm_2/model was .* or first with pipeline.only=round_0/rm_2, which"):
+        check_fitted(tmp_path, [model])
     model.mkdir(parents=True)
     (model / FILE).touch()
-    check_fitted([model])
+    check_fitted(tmp_path, [model])
 
 
 # ---- a run
@@ -145,6 +145,8 @@ def test_features_that_an_added_arm_uses_are_fitted_then_and_nothing_else_change
     assert stages.main(load_config([*settings, f"run_dir={later}", HYBRID, PLAIN], "pipeline")) == 0
     listed = dict(line.split("\t")[::2][:2] for line in capsys.readouterr().out.splitlines() if "\t" in line)
     assert (listed["round_0/rm_1"], listed["round_0/rm_2"], listed["rlhf/hybrid"]) == ("todo", "complete", "todo")
+    assert _pipeline(settings, later, PLAIN, HYBRID, "pipeline.only=rlhf/hybrid") == 2
+    assert "or first with pipeline.only=round_0/rm_1, which fits them" in capsys.readouterr().err
     assert _pipeline(settings, later, PLAIN, HYBRID) == 0
     out = capsys.readouterr().out
     assert "round_0/rm_1 was trained before its reference features were used: they are fitted" in out
@@ -155,6 +157,7 @@ def test_features_that_an_added_arm_uses_are_fitted_then_and_nothing_else_change
     stages_after = json.loads((later / "state.json").read_text())["stages"]
     trained = [one["round_0/rm_1"] for one in (stages_before, stages_after)]
     assert trained[1]["cpu_seconds"] > trained[0]["cpu_seconds"] and trained[1]["flops"] > trained[0]["flops"]
+    assert trained[1]["flops"] - trained[1]["features_flops"] == trained[0]["flops"]
     assert stages_before["round_0/rm_2"] == stages_after["round_0/rm_2"]
 
     # the same as when both arms are there from the start and the features of all members are fitted

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -24,6 +27,7 @@ from nemo_advrm.rewards.hybrid import fixed_prompts, frozen_policy
 from nemo_advrm.rewards.sources import load_members
 from nemo_advrm.rollouts.types import Rollouts
 from nemo_advrm.synthetic.tokenizer import SyntheticTokenizer
+from nemo_advrm.training import reward_model_training
 from nemo_advrm.training.reward_model_training import EncodedPreferences, bootstrap, evenly_spread, keep_back
 
 TOKENIZER = ByteTokenizer()
@@ -102,6 +106,23 @@ def test_a_part_is_evenly_spread() -> None:
     assert evenly_spread(10, 4) == [0, 2, 5, 7]
     assert evenly_spread(3, 3) == evenly_spread(3, 0) == evenly_spread(3, 9) == [0, 1, 2]
     assert evenly_spread(0, 4) == []
+
+
+def test_the_pairs_of_the_fit_are_chosen_among_those_with_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [row if i % 4 == 1 else replace(row, prompt=()) for i, row in enumerate(preference_rows(16))]
+    held_out = encode_pairs(rows, TOKENIZER, 64)[0]
+    fitted: list[list[str]] = []
+
+    def fit(cfg: Any, member: Any, pairs: Any, *_: Any) -> Any:
+        fitted.append([pair.source for pair in pairs])
+        return SimpleNamespace(weights=SimpleNamespace(warnings=list))
+
+    monkeypatch.setattr(reward_model_training, "fit_features", fit)
+    cfg = tiny_config()
+    cfg.reward_model.feature_pairs = 4
+    data = EncodedPreferences([], [], [], held_out=held_out)
+    reward_model_training._fit_features(cfg, cast(Any, None), data, "")
+    assert fitted == [["row 1", "row 5", "row 9", "row 13"]]
 
 
 def test_training_and_evaluate_report_the_same_for_plain_and_hybrid(

@@ -16,6 +16,7 @@ from nemo_advrm.data.encoding import encode_pairs
 from nemo_advrm.data.sft_rows import SftRow
 from nemo_advrm.data.tokenizers import ByteTokenizer
 from nemo_advrm.errors import DataError
+from nemo_advrm.pipeline import run_inputs
 from nemo_advrm.rewards.limits import prompts_with_room
 from nemo_advrm.rollouts.run_prompts import attack_prompts, encode_prompts, held_out_prompts, rlhf_prompts
 from nemo_advrm.training.sft_training import encode_responses
@@ -50,6 +51,23 @@ def test_training_and_validation_take_their_splits_of_one_directory(tmp_path: Pa
     assert sorted(numbers(train) + numbers(validation)) == list(range(8)) and len(validation) == 2
     assert numbers(inputs.evaluation_pairs(config(both[1]))) == [8, 9]
     assert numbers(inputs.evaluation_pairs(config(both[0], "data.train_split=train"))) == list(range(8))
+
+
+def test_a_worker_keeps_the_pairs_of_one_member_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = load_config(["model=tiny", "pipeline.gold=synthetic", "model.tokenizer=synthetic", f"run_dir={tmp_path}"])
+    asked: list[str] = []
+
+    def pairs(cfg: Any, tokenizer: Any, train: Any, validation: Any) -> list[str]:
+        asked.append(train)
+        return [train]
+
+    monkeypatch.setattr(run_inputs, "encode_rows", pairs)
+    monkeypatch.setattr(run_inputs, "load_preferences", lambda path: SimpleNamespace(rows=path.stem))
+    own = run_inputs.Inputs(cfg)
+    first = own.preferences(1)
+    assert own.preferences(1) is first and asked == ["train_1"]
+    assert (own.preferences(2), own.preferences(2)) == (["train_2"], ["train_2"]) and asked == ["train_1", "train_2"]
+    assert own.preferences(1) is not first and asked == ["train_1", "train_2", "train_1"]
 
 
 def test_a_directory_without_held_out_rows_is_not_its_own_validation(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from nemo_advrm.engine.parameters import model_parameters
 from nemo_advrm.errors import ConfigError, LayoutError
 from nemo_advrm.plan.jobs import job_of, models_of
 from nemo_advrm.plan.memory import GIB, all_stages, cache_bytes, rank_memory
-from nemo_advrm.plan.search import budget, peak_memory, search, single_changes
+from nemo_advrm.plan.search import _single_settings, budget, peak_memory, search, single_changes
 from nemo_advrm.plan.step_time import Clock, step_tokens
 from nemo_advrm.plan.text import memory_table
 
@@ -219,6 +219,11 @@ def test_every_change_that_is_named_makes_it_fit() -> None:
     for option in options:
         there = job(*overrides, *option.overrides())
         assert max(stage.total for stage in all_stages(there)) == option.memory <= budget(there.cfg)
+
+
+def test_adapters_are_not_named_for_experts() -> None:
+    experts, dense = (list(_single_settings(load_config([name]), 8, 1)) for name in ("model=mixtral_8x7b", "model=tiny"))
+    assert [{"peft": "lora"}] in dense and [{"peft": "lora"}] not in experts
 
 
 def test_block_recompute_is_named_with_the_fewest_layers() -> None:

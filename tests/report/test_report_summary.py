@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fake_run import HARDENED_GOLD, PLAIN_GOLD, SECONDS, write_lines, write_rlhf, write_state
 
 from nemo_advrm.report import write_report
 from nemo_advrm.report.collect import collect
+from nemo_advrm.report.collect_rlhf import read_options
 from nemo_advrm.report.study import Line, write_line
 from nemo_advrm.report.summary import summarise
 from nemo_advrm.report.tables import tables
@@ -232,6 +235,33 @@ def test_cost_is_in_cpu_seconds_where_all_stages_know_them(run_dir: Path) -> Non
     del state["stages"]["sft"]["cpu_seconds"]
     (run_dir / "state.json").write_text(json.dumps(state))
     assert summarise(collect(run_dir))["cost"]["unit"] == "seconds of wall-clock"
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"pipeline": {"plain_members": [1, 2]}}, (50, 120)),
+        ({"pipeline": {"plain_members": [1]}}, (50, 120 + 40)),
+        ({}, (50, 120 + 80 + 40)),
+    ],
+    ids=["for another arm", "of one attacked member", "of all attacked members"],
+)
+def test_the_fit_of_features_is_a_cost_of_what_attacks_hybrids_alone(
+    run_dir: Path, settings: dict[str, Any], expected: tuple[float, float]
+) -> None:
+    state = json.loads((run_dir / "state.json").read_text())
+    for name, entry in state["stages"].items():
+        entry |= {"cpu_seconds": 2 * entry["seconds"], "flops": 2 * entry["seconds"]}
+        fit = {"round_0/rm_1": 80, "round_0/rm_2": 40, "round_1/rm_1": 20}.get(name)
+        if fit:
+            entry |= {"features_cpu_seconds": fit, "features_flops": fit}
+            entry |= {key: entry[key] + fit for key in ("cpu_seconds", "flops")}
+    (run_dir / "state.json").write_text(json.dumps(state))
+    run = collect(run_dir)
+    options = read_options({"reward_model": {"reference_features": ["log_prob"]}, "ensemble": {"size": 2}, **settings})
+    cost = summarise(replace(run, options=options))["cost"]
+    assert (cost["plain"], cost["adv_rm"]) == pytest.approx(expected)
+    assert (cost["plain_flops"], cost["adv_rm_flops"]) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
