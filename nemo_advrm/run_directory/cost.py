@@ -16,7 +16,6 @@ import torch.distributed as dist
 
 from nemo_advrm.engine import runtime, throughput
 
-
 # the parts of the block that is measured; None outside one
 _parts: dict[str, float] | None = None
 

@@ -222,7 +222,8 @@ def test_every_change_that_is_named_makes_it_fit() -> None:
 
 
 def test_adapters_are_not_named_for_experts() -> None:
-    experts, dense = (list(_single_settings(load_config([name]), 8, 1)) for name in ("model=mixtral_8x7b", "model=tiny"))
+    models = ("model=mixtral_8x7b", "model=tiny")
+    experts, dense = (list(_single_settings(load_config([name]), 8, 1)) for name in models)
     assert [{"peft": "lora"}] in dense and [{"peft": "lora"}] not in experts
 
 
