@@ -129,7 +129,7 @@ def test_the_short_table_holds_the_main_arms_at_both_penalties() -> None:
     gain = "[{0}, {0}], higher in 3 of 3 seeds"
     titles, *rows = render_main_arms(lines).splitlines()
     assert titles.startswith("| reward | KL coefficient 0.03: a stress test, ")
-    assert "| KL coefficient 2.5: the largest, and best " in titles
+    assert "| KL coefficient 2.5: the best for plain RLHF of seven tried " in titles
     assert rows == [
         "| --- | ---: | ---: |",
         "| plain RM | 0.50 | 2.50 |",
