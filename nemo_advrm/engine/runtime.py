@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -269,6 +270,7 @@ def _initialize_groups(layout: Layout, on_gpu: bool, timeout_minutes: float) -> 
         # Megatron only drops its references (but destroys the gloo twins): threads and sockets would leak
         groups = parallel_state._global_process_group_list or []
         parallel_state.destroy_model_parallel()
+        gc.collect()  # trained models are in reference cycles, and hold their groups, whose threads never rest
         for group in groups:
             if group in dist.distributed_c10d._world.pg_map:
                 dist.destroy_process_group(group)

@@ -19,9 +19,12 @@ def test_processes_are_reused_at_several_layouts(worlds: Worlds) -> None:
     assert worlds.of(2) is worlds.of(2)
 
 
-def test_another_layout_ends_the_groups_of_the_one_before(worlds: Worlds) -> None:
+@pytest.mark.parametrize("trains", [False, True], ids=["groups-alone", "after-training"])
+def test_another_layout_ends_the_groups_of_the_one_before(trains: bool, worlds: Worlds) -> None:
     layouts = [Layout(tensor=2), Layout(pipeline=2)] * 4
-    counts = [worlds.run(layout, "harness_jobs", "threads")[0] for layout in layouts]
+    worlds.of(2).run("harness_jobs", "collect_by_itself", wanted=False)
+    counts = [worlds.run(layout, "harness_jobs", "threads", trains=trains)[0] for layout in layouts]
+    worlds.of(2).run("harness_jobs", "collect_by_itself", wanted=True)
     assert max(counts[-2:]) <= max(counts[2:4]) + 2
 
 
