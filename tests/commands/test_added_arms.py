@@ -406,6 +406,7 @@ def test_the_room_is_measured_again_when_its_arm_has_got_more_runs(
     for step in steps(2):
         done.set_detail(step.name, status="complete", **({"runs": list(step.after[:2])} if step.kind == "room" else {}))
     work = object.__new__(runner.Pipeline)
+    work.cfg = load_config([*base, FIRST], "pipeline")
     work.state = done
     work._reopen(steps(2))
     assert done.is_complete("room") and capsys.readouterr().out == ""

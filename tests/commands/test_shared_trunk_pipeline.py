@@ -55,7 +55,7 @@ def test_hardening_goes_on_from_the_trunk_of_the_round_before_with_rows_of_all_m
     own = {k: EncodedPreferences(pairs(3, seed=k), [], []) for k in (1, 2)}
     inputs: Any = SimpleNamespace(tokenizer=TOKENIZER, preferences=own.__getitem__)
     calls: list[tuple[Any, ...]] = []
-    monkeypatch.setattr(rounds, "train_reward_model", lambda *arguments: calls.append(arguments))
+    monkeypatch.setattr(rounds, "train_reward_model", lambda *arguments, **options: calls.append(arguments))
     state: Any = None
     rounds.Rounds(cfg, state, inputs).do(Step("round_1/rm", "train_rm", round=1, member=1))
     ((trained, _, directory, data, *_, start),) = calls

@@ -36,7 +36,7 @@ def test_out_of_memory_names_rank_file_and_changes_that_fit(single: Runtime, tmp
 def test_every_change_that_is_named_needs_less_memory_than_the_job_as_it_is(single: Runtime) -> None:
     # by the plan it fits, and microbatches are recomputed: were memory to run out all the same, few things are left
     cfg = load_config([*LONG, "model.recompute=full", "model.use_distributed_optimizer=true"], "train_rm")
-    assert ": 2 GPUs (nemo-advrm" in out_of_memory.advice(cfg, "train_rm", 49152)
+    assert ": model.peft=lora; 2 GPUs (nemo-advrm" in out_of_memory.advice(cfg, "train_rm", 49152)
 
 
 def test_what_the_planner_cannot_do_hides_nothing(single: Runtime, tmp_path: Path) -> None:
