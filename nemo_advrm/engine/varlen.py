@@ -62,7 +62,7 @@ def reason_against_lengths(model: ModelConfig, dtype: torch.dtype, on_gpu: bool)
     if missing:
         return missing
     if not torch_compat.takes_lengths(torch_compat.varlen_kernel()):
-        return f"varlen_attn of PyTorch {torch.__version__} takes no lengths of rows"
+        return "varlen_attn of this PyTorch takes no lengths of rows"
     return wrong_by_lengths_on(size, torch.device("cuda", torch.cuda.current_device()))
 
 

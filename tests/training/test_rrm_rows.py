@@ -23,6 +23,7 @@ from nemo_advrm.pipeline import dag, rounds
 from nemo_advrm.pipeline.dag import Step
 from nemo_advrm.run_directory import run_files
 from nemo_advrm.synthetic.language import NOUNS, WORDS
+from nemo_advrm.training import reward_model_training
 from nemo_advrm.training.callbacks.augmentation import AdversarialAugmentation
 from nemo_advrm.training.reward_model_training import EncodedPreferences, train_reward_model
 from nemo_advrm.training.rrm_rows import rrm_rows
@@ -158,8 +159,8 @@ def test_the_branch_rrm_needs_no_attack_and_filters_by_its_member_of_the_round_b
     assert [step for step in steps if step.startswith("branches/rrm/")] == [name]
     assert steps["rlhf/rrm/seed_1"].after[0] == name
     calls: list[Config] = []
-    monkeypatch.setattr(rounds, "train_reward_model", lambda cfg, *rest: calls.append(cfg))
-    monkeypatch.setattr(rounds, "keep_back", lambda cfg, data: data)
+    monkeypatch.setattr(rounds, "train_reward_model", lambda cfg, *rest, **options: calls.append(cfg))
+    monkeypatch.setattr(reward_model_training, "keep_back", lambda cfg, data: data)
     inputs: Any = SimpleNamespace(tokenizer=TOKENIZER, preferences=lambda member: EncodedPreferences([], [], []))
     rounds.Rounds(cfg, None, inputs).do(steps[name])  # type: ignore[arg-type]
     rounds.Rounds(cfg, None, inputs).do(Step("round_0/rm_1", "train_rm", round=0, member=1))  # type: ignore[arg-type]

@@ -18,6 +18,7 @@ from nemo_advrm.errors import ConfigError
 from nemo_advrm.models.reward_model import RewardModel
 from nemo_advrm.pipeline import rounds
 from nemo_advrm.pipeline.dag import Step
+from nemo_advrm.training import reward_model_training
 from nemo_advrm.training.reward_model_training import EncodedPreferences, train_reward_model, warm
 
 
@@ -50,7 +51,7 @@ def test_a_member_is_trained_with_the_configured_pairs_and_those_of_all_rounds_b
         calls.append((cfg, rest[-1]))
 
     monkeypatch.setattr(rounds, "train_reward_model", trained)
-    monkeypatch.setattr(rounds, "keep_back", lambda cfg, data: data)
+    monkeypatch.setattr(reward_model_training, "keep_back", lambda cfg, data: data)
     steps = rounds.Rounds(cfg, state, inputs)
     for number in (0, 2):
         steps.do(Step(f"round_{number}/rm_1", "train_rm", round=number, member=1))
@@ -74,7 +75,7 @@ def test_other_members_may_have_fewer_steps_where_they_are_trained_from_the_poli
     state: Any = None
     steps: list[int] = []
     monkeypatch.setattr(rounds, "train_reward_model", lambda cfg, *_, **__: steps.append(cfg.trainer.max_steps))
-    monkeypatch.setattr(rounds, "keep_back", lambda cfg, data: data)
+    monkeypatch.setattr(reward_model_training, "keep_back", lambda cfg, data: data)
     made = rounds.Rounds(cfg, state, inputs)
     for number, member in ((0, 1), (0, 2), (1, 1), (1, 2)):
         made.do(Step(f"round_{number}/rm_{member}", "train_rm", round=number, member=member))
