@@ -35,6 +35,11 @@ def parse_endpoint(location: str, text: str, place: str, key_setting: str) -> tu
     return address.rstrip("/"), model
 
 
+def key_hint(variable: str, key_setting: str) -> str:
+    """Returns what a message about a key that was refused ends with; see :func:`parse_endpoint` for the setting."""
+    return f"; the key is read from the environment variable {variable} ({key_setting})"
+
+
 def endpoint_key(variable: str) -> str:
     """Returns the endpoint's key from the environment variable; "" when it is not set.
 

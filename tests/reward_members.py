@@ -75,6 +75,19 @@ def one_step_of_rl(home: Path, members: Sequence[str | Path]) -> list[str]:
     ]
 
 
+def one_step_pipeline(home: Path) -> list[str]:
+    """Arguments of a pipeline as in :func:`one_step_of_rl`, with pairs and a held-out prompt that are written here."""
+    pairs, held_out = home / "pairs.jsonl", home / "held_out.jsonl"
+    rows = [{"prompt": p, "chosen": RESPONSES[i], "rejected": RESPONSES[3]} for p in PROMPTS[:2] for i in range(2)]
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    held_out.write_text(json.dumps({"prompt": PROMPTS[2]}) + "\n")
+    return [
+        *one_step_of_rl(home, ["unused"])[1:],
+        *(f"data.{key}={pairs}" for key in ("train_path", "validation_path")),
+        f"data.held_out_prompts_path={held_out}",
+    ]
+
+
 def rollouts(tokenizer: Tokenizer = TOKENIZER) -> Rollouts:
     """Two prompts with responses of unequal lengths, one of them cut off."""
     prompts = [(Message(role="user", content=PROMPTS[i % 2]),) for i in range(4)]

@@ -175,11 +175,11 @@ def give_up(model: MegatronModel, wanted: str, why: str) -> None:
     _log.warning("%s: generation runs without graphs, several times slower", said)
 
 
-def all_tensor_parallel_ranks(captured: bool) -> bool:
-    """Whether ``captured`` holds on all ranks of the tensor-parallel group, which all call."""
+def all_tensor_parallel_ranks(own: bool) -> bool:
+    """Whether what ``own`` says of this rank holds on all ranks of the tensor-parallel group, which all call."""
     rt = runtime.current()
     if rt.layout.tensor == 1:
-        return captured
-    all_of_them = torch.tensor(int(captured), device=rt.device)
+        return own
+    all_of_them = torch.tensor(int(own), device=rt.device)
     dist.all_reduce(all_of_them, op=dist.ReduceOp.MIN, group=parallel_state.get_tensor_model_parallel_group())
     return bool(all_of_them)

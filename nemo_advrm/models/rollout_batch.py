@@ -42,10 +42,8 @@ class RolloutBatch:
         lengths_B = torch.tensor([len(r) for r in rollouts.response_tokens])
         longest = max(map(len, rollouts.response_tokens), default=0)  # a rank may have no rollouts
         mask_BT = torch.arange(longest) < lengths_B[:, None]
-        zeros = [torch.zeros(mask_BT.shape) for _ in range(8)]
-        data = cls(rows, mask_BT, *zeros)
-        data.behaviour_log_probs_BT, data.is_told_BT = torch.zeros(mask_BT.shape), torch.zeros_like(mask_BT)
-        return data
+        to_fill = [*(torch.zeros(mask_BT.shape) for _ in range(7)), torch.zeros_like(mask_BT)]  # last: is_told_BT
+        return cls(rows, mask_BT, *to_fill)
 
     def microbatch(self, model: MegatronModel, rows: list[int], pad_id: int) -> Microbatch:
         """Returns a microbatch of ``rows``; its ``extra`` tensors ``NAME_N`` [N] hold response tokens, row by row."""

@@ -27,6 +27,7 @@ class RankMemory:
         weights, gradients, optimizer: those of the trained models.
         frozen: weights of all models that are not trained.
         parked: those of them that can wait in CPU memory: all but adapters beside a frozen base.
+        largest_parked: those of the largest of these models.
         activations: peak of training, without the head's.
         head: activations of head and logits on the last stage.
         cache: keys and values of the responses that are generated at once.
@@ -40,10 +41,21 @@ class RankMemory:
     optimizer: float = 0.0
     frozen: float = 0.0
     parked: float = 0.0
+    largest_parked: float = 0.0
     activations: float = 0.0
     head: float = 0.0
     cache: float = 0.0
     phases: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def trained(self) -> float:
+        """Bytes of the trained models."""
+        return self.weights + self.gradients + self.optimizer
+
+    def while_generating(self, model: ModelConfig, frozen: float) -> float:
+        """Bytes while no model is trained, ``frozen`` of them those of frozen models."""
+        asleep = self.optimizer if model.offload_optimizer_while_generating else 0.0
+        return self.trained - asleep + frozen
 
     @property
     def total(self) -> float:
@@ -172,30 +184,9 @@ def _scoring(job: Job, stage: int) -> float:
     return working + hidden + log_prob_bytes(model, tokens, job.vocab_size, element)
 
 
-@dataclass
-class _Standing:
-    """Bytes of a stage's models on one rank, whatever it does; see :class:`RankMemory`."""
-
-    parameters: int = 0
-    weights: float = 0.0
-    gradients: float = 0.0
-    optimizer: float = 0.0
-    frozen: float = 0.0
-    parked: float = 0.0
-    largest_parked: float = 0.0
-
-    @property
-    def trained(self) -> float:
-        return self.weights + self.gradients + self.optimizer
-
-    def while_generating(self, model: ModelConfig, frozen: float) -> float:
-        """Bytes while no model is trained, ``frozen`` of them those of frozen models."""
-        asleep = self.optimizer if model.offload_optimizer_while_generating else 0.0
-        return self.trained - asleep + frozen
-
-
-def _standing(job: Job, stage: int) -> _Standing:
-    cfg, found = job.cfg, _Standing()
+def _standing(job: Job, stage: int) -> RankMemory:
+    """The memory of a stage's models on one rank, whatever it does with them."""
+    cfg, found = job.cfg, RankMemory(stage)
     for held in job.models:
         if held.shared:
             continue
@@ -214,7 +205,7 @@ def _standing(job: Job, stage: int) -> _Standing:
     return found
 
 
-def _waiting(job: Job, standing: _Standing) -> float:
+def _waiting(job: Job, standing: RankMemory) -> float:
     """Bytes of frozen models while none of them computes."""
     return standing.frozen - (standing.parked if job.cfg.model.offload_reference else 0.0)
 
@@ -232,16 +223,7 @@ def _rows_that_fit(job: Job, stage: int) -> int:
 
 def rank_memory(job: Job, stage: int) -> RankMemory:
     """Memory of each rank of pipeline stage ``stage``; its tensor- and data-parallel ranks have equal parts."""
-    model, standing = job.cfg.model, _standing(job, stage)
-    memory = RankMemory(
-        stage,
-        standing.parameters,
-        standing.weights,
-        standing.gradients,
-        standing.optimizer,
-        standing.frozen,
-        standing.parked,
-    )
+    model, memory = job.cfg.model, _standing(job, stage)
     training = 0.0
     for held in job.models:
         if not held.trained:
@@ -250,13 +232,13 @@ def rank_memory(job: Job, stage: int) -> RankMemory:
         if kept > training:
             training, memory.head = kept, head
     memory.activations = training - memory.head
-    waiting = _waiting(job, standing)
-    memory.phases["train"] = standing.trained + waiting + training
+    waiting = _waiting(job, memory)
+    memory.phases["train"] = memory.trained + waiting + training
     if job.rollouts:
         memory.cache = cache_bytes(job, stage)
-        memory.phases["generate"] = standing.while_generating(model, waiting) + _generation(job, stage)
-        used = waiting + standing.largest_parked if model.offload_reference else standing.frozen
-        memory.phases["score"] = standing.while_generating(model, used) + _scoring(job, stage)
+        memory.phases["generate"] = memory.while_generating(model, waiting) + _generation(job, stage)
+        used = waiting + memory.largest_parked if model.offload_reference else memory.frozen
+        memory.phases["score"] = memory.while_generating(model, used) + _scoring(job, stage)
     return memory
 
 

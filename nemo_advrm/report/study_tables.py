@@ -86,7 +86,6 @@ def render_main_arms(lines: Sequence[Line]) -> str:
     rows += [[title, *(cell(f"{arm}{end}") for end in columns)] for title, arm in others.items()]
     penalties = [found[f"r1{end}"].kl if f"r1{end}" in found else None for end in columns]
     told = [f"KL coefficient {kl:g}" if kl is not None else ABSENT for kl in penalties]
-    # gold still rises there, so that a larger one may serve plain RLHF better
     tuned = "the best for plain RLHF of seven tried on two other seeds; the fairer comparison"
     return to_markdown(["reward", f"{told[0]}: a stress test, almost no penalty", f"{told[1]}: {tuned}"], rows)
 

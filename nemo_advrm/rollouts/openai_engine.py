@@ -12,7 +12,7 @@ from torch import Tensor
 from nemo_advrm.answer_cache import AnswerCache, digest
 from nemo_advrm.config.schema import Config
 from nemo_advrm.data.tokenizers import Tokenizer
-from nemo_advrm.endpoints import endpoint_key, parse_endpoint
+from nemo_advrm.endpoints import endpoint_key, key_hint, parse_endpoint
 from nemo_advrm.engine.generation import Generation
 from nemo_advrm.engine.microbatches import EncodedResponse
 from nemo_advrm.engine.replica import in_threads, once_per_replica, turn_seconds
@@ -226,10 +226,7 @@ class ServedLanguageModel(LanguageModel):
     def _explained(self, error: RequestRefused, body: dict[str, Any] | None = None) -> RewardSourceError:
         hint = ""
         if error.status in (401, 403):
-            hint = (
-                f"; the key is read from the environment variable {self.options.key_variable} "
-                "(policy_server.key_variable)"
-            )
+            hint = key_hint(self.options.key_variable, "policy_server.key_variable")
         elif error.status in (400, 422) and body is not None and "logprobs" in body:
             hint = "; policy_server.log_probs=never asks for none"
         return RewardSourceError(f"{error}{hint}")
@@ -274,8 +271,8 @@ class ServedLanguageModel(LanguageModel):
         return (tokens if is_ended else tokens[:-1])[:most]
 
 
-def served_model(policy: str, place: str = _PLACE) -> tuple[str, str]:
+def served_model(policy: str) -> tuple[str, str]:
     """Returns the address and the model of ``openai:URL#MODEL``. Raises ConfigError for another policy."""
     if not policy.startswith("openai:"):
-        raise ConfigError(f"{place}={policy}: rl.rollout_engine=openai samples openai:URL#MODEL")
-    return parse_endpoint(policy.removeprefix("openai:"), policy, place, "policy_server.key_variable")
+        raise ConfigError(f"{_PLACE}={policy}: rl.rollout_engine=openai samples openai:URL#MODEL")
+    return parse_endpoint(policy.removeprefix("openai:"), policy, _PLACE, "policy_server.key_variable")

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from reward_members import PROMPTS, RESPONSES, one_step_of_rl
+from reward_members import one_step_pipeline
 
 from nemo_advrm import cli, locks
 from nemo_advrm.commands import stages
@@ -91,15 +91,8 @@ def nothing_is_held() -> Iterator[None]:
 
 def _settings(home: Path) -> list[str]:
     """A pipeline of two tiny members that is attacked for one step and retrained for one."""
-    lines = one_step_of_rl(home, ["unused"])
-    pairs, held_out = home / "pairs.jsonl", home / "held_out.jsonl"
-    rows = [{"prompt": p, "chosen": RESPONSES[i], "rejected": RESPONSES[3]} for p in PROMPTS[:2] for i in range(2)]
-    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    held_out.write_text(json.dumps({"prompt": PROMPTS[2]}) + "\n")
     return [
-        *lines[1:],
-        *(f"data.{key}={pairs}" for key in ("train_path", "validation_path")),
-        f"data.held_out_prompts_path={held_out}",
+        *one_step_pipeline(home),
         *FEATURES,
         "pipeline.rounds=0",
         "reward_model.feature_prompts=2",

@@ -70,7 +70,13 @@ def advantages_and_metrics(
     path: str, algorithm: str, steps: int, **rl: Any
 ) -> tuple[list[list[tuple[list[int], list[float]]]], list[dict[str, float]]]:
     """(tokens and advantages of this rank's responses, metrics) of each step."""
-    module = policy(policy_config(algorithm, **rl), path)
+    return recorded_training(policy(policy_config(algorithm, **rl), path), steps)
+
+
+def recorded_training(
+    module: PolicyModel, steps: int
+) -> tuple[list[list[tuple[list[int], list[float]]]], list[dict[str, float]]]:
+    """(tokens and advantages of this rank's responses, metrics) of each step of ``module``."""
     recorded: list[list[tuple[list[int], list[float]]]] = []
     prepare = module._prepare
 

@@ -103,18 +103,7 @@ Rows = list[tuple[list[int], list[float]]]
 
 def learned(path: str, served: str, run_dir: str, steps: int) -> tuple[list[Rows], list[dict[str, float]]]:
     """(tokens and weighted advantages of this rank's responses, metrics) of each step."""
-    module = learner(path, config(served, run_dir))
-    recorded: list[Rows] = []
-    prepare = module._prepare
-
-    def recording(*args: Any) -> Any:
-        data = prepare(*args)
-        rows = zip(data.rows, data.advantages_BT, data.mask_BT, strict=True)
-        recorded.append([(row.tokens, advantages[mask].tolist()) for row, advantages, mask in rows])
-        return data
-
-    module._prepare = recording  # type: ignore[method-assign]
-    return recorded, rl.train(module, steps)
+    return rl.recorded_training(learner(path, config(served, run_dir)), steps)
 
 
 def batch_of(module: PolicyModel) -> list[Prompt]:

@@ -12,7 +12,7 @@ from typing import Any, Generic, TypeVar
 
 from nemo_advrm.answer_cache import AnswerCache, digest
 from nemo_advrm.config.schema import JudgeConfig
-from nemo_advrm.endpoints import endpoint_key
+from nemo_advrm.endpoints import endpoint_key, key_hint
 from nemo_advrm.engine.replica import in_threads, turn_seconds
 from nemo_advrm.errors import RewardSourceError, one_line
 from nemo_advrm.http_client import FILTERED, TOO_LONG, NoJSON, ReplicatedServer, RequestRefused
@@ -226,7 +226,7 @@ class ChatJudge:
     def _explained(self, error: RequestRefused) -> RewardSourceError:
         hint = ""
         if error.status in (401, 403):
-            hint = f"; the key is read from the environment variable {self.options.key_variable} (judge.key_variable)"
+            hint = key_hint(self.options.key_variable, "judge.key_variable")
         elif error.status == 404:
             hint = "; openai:URL#MODEL takes the base address (http://HOST:PORT/v1) and a model that it serves"
         elif error.status in (400, 422):
